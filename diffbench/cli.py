@@ -1,0 +1,161 @@
+"""The command line: verbs that parse, call and print. Heavy imports wait until a verb needs them."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffbench.core.errors import UserError, suggest
+
+VERBS = {
+    "train": "train an experiment; the same command resumes it",
+    "show": "print an experiment's resolved config; runs nothing",
+    "list": "list backbones, presets and experiments",
+    "evaluate": "draw samples of a run and score them",
+    "sample": "draw samples of a run into a PNG",
+    "compare": "a table of several runs' results",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit code: 0, or 2 after one line that says what to mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _parser().parse_args(_checked_verb(argv))
+        return int(globals()[f"_{arguments.verb}"](arguments) or 0)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except ValueError as e:  # what a user asked for that a component refuses, in its own words
+        if os.environ.get("DIFFBENCH_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+
+
+def _checked_verb(argv: list[str]) -> list[str]:
+    verb = argv[0] if argv else "--help"
+    if verb not in VERBS and verb not in ("-h", "--help", "--version"):
+        raise UserError(f"unknown command {verb!r}{suggest(verb, VERBS)}; choose from {', '.join(VERBS)}")
+    return argv or ["--help"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    from diffbench import __version__
+
+    parser = argparse.ArgumentParser(prog="diffbench", description="Compare diffusion denoisers fairly.")
+    parser.add_argument("--version", action="version", version=f"diffbench {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
+    for name in ("train", "show"):
+        parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
+    for name in ("evaluate", "sample"):
+        parsers[name].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
+    parsers["compare"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    values = {
+        "train": "trainer.max_images=900_000",
+        "show": "denoiser.depth=2",
+        "evaluate": "sample.steps=50",
+        "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png, or keys of the sample section as steps=50",
+    }
+    for name, example in values.items():
+        parsers[name].add_argument(
+            "overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}"
+        )
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from diffbench.config import load
+
+    load(arguments.config, arguments.overrides)  # bad input is answered before Lightning is imported
+    from diffbench.report import facts, newest_scores, table
+    from diffbench.run import train
+    from diffbench.scoring import evaluate
+    from diffbench.training.sampling import save_grid
+
+    run = train(arguments.config, arguments.overrides)
+    picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
+    if not newest_scores(run):
+        print("drawing and scoring samples", flush=True)
+        evaluate(run)
+    if not picture.exists():
+        save_grid(run.sample_tensor(100), columns=10, path=picture)
+    print(f"\n{table([(run.folder.name, facts(run))])}\n")
+    print(f"samples: {picture}")
+    print(f"curves:  {_python()} -m tensorboard.main --logdir {run.config.runs_dir}")
+
+
+def _python() -> str:
+    """The interpreter as one would type it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from diffbench.config import load, to_yaml
+
+    print(to_yaml(load(arguments.config, arguments.overrides)), end="")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from diffbench.config import experiments
+    from diffbench.denoisers import DENOISERS, build
+    from diffbench.denoisers.cost import count
+
+    print("backbones (denoiser.name)")
+    for name, entry in DENOISERS.items():
+        print(f"  {name:<10} {entry.summary}")
+    print("\npresets (denoiser.preset), counted with 1,000 classes and learned variance on 4x32x32 latents")
+    for name, entry in DENOISERS.items():
+        for preset, config in entry.presets.items():
+            shape = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
+            cost = count(lambda n=name, c=config, s=shape: build(n, c, **s), 4, 32)  # type: ignore[misc]
+            print(f"  {preset:<10} {cost.parameters:>12,} parameters  {cost.gmacs:>7.2f} GMACs")
+    print("\nexperiments")
+    for path in experiments():
+        lines = Path(path).read_text().splitlines()
+        purpose = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
+        print(f"  {path:<32} {purpose}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from diffbench.report import facts, table
+    from diffbench.run import load
+    from diffbench.scoring import evaluate
+
+    run = load(arguments.run)
+    evaluate(run, arguments.overrides)
+    print(table([(run.folder.name, facts(run))]))
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from diffbench.config import parse_overrides
+    from diffbench.run import load
+    from diffbench.training.sampling import save_grid
+
+    run = load(arguments.run)
+    values = parse_overrides(arguments.overrides)
+    known = ["n", "labels", "guidance", "seed", "out", *vars(run.config.sample)]
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"command line: unknown key {key}{suggest(key, known)}; allowed: {', '.join(known)}"
+            )
+    name = "-".join(
+        ["sample", *(a.replace("/", "_") for a in arguments.overrides if not a.startswith("out="))]
+    )
+    path = Path(values.pop("out", run.folder / "samples" / f"{name}.png"))
+    images = run.sample_tensor(**values)
+    save_grid(images, columns=min(10, len(images)), path=path)
+    print(path)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from diffbench.report import facts, table
+    from diffbench.run import load
+
+    print(
+        table([(folder.removeprefix("runs/").rstrip("/"), facts(load(folder))) for folder in arguments.runs])
+    )

@@ -1,0 +1,14 @@
+"""The one error type for what a user can mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One line that names the key or file, says what is allowed, and suggests the nearest; exit code 2."""
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the choice nearest to `word`, or nothing where none is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,65 @@
+"""Keyed randomness: every number is a function of (key, position), never of what was drawn before.
+
+Philox4x32-10 (Salmon et al. 2011) in torch integer operations, so that one call serves a whole batch, gives the
+same bits on any device, in any batch size and on any number of processes, and touches no global generator.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def key(*parts: int | str) -> int:
+    """A 64-bit key of what the numbers are for, as in key(seed, "noise"); parts are hashed, never packed."""
+    text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words for each 128-bit counter, as int64 tensors holding values below 2^32."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _MASK, key >> 32
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK
+        c2, c3 = (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = k0 + _WEYL[0] & _MASK, k1 + _WEYL[1] & _MASK
+    return c0, c1, c2, c3
+
+
+def words(key: int, positions: Tensor, count: int) -> Tensor:
+    """(B, count) 32-bit words as int64, row i a function of (key, positions[i]) alone."""
+    blocks = torch.arange(-(-count // 4), device=positions.device)
+    low, high = positions & _MASK, positions >> 32 & _MASK
+    c0, c2, c3 = torch.broadcast_tensors(blocks[None], low[:, None], high[:, None])
+    drawn = philox((c0, torch.zeros_like(c0), c2, c3), key)
+    return torch.stack(drawn, dim=-1).flatten(1)[:, :count]
+
+
+def uniform(key: int, positions: Tensor) -> Tensor:
+    """(B,) float64 uniform in the open interval (0, 1)."""
+    w = words(key, positions, 2)
+    return ((w[:, 0] >> 6) * 2.0**26 + (w[:, 1] >> 6) + 0.5) * 2.0**-52
+
+
+def normal(key: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B, *shape) float32 standard normal (Box and Muller 1958), contiguous."""
+    count = math.prod(shape)
+    w = words(key, positions, count + count % 2)
+    first, second = w[:, 0::2].float(), w[:, 1::2].float()
+    radius = (((first + 1) * 2.0**-32).log() * -2).sqrt()
+    angle = second * (2 * math.pi * 2.0**-32)
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+    return pairs.flatten(1)[:, :count].reshape(len(positions), *shape).contiguous()
+
+
+def permutation(key: int, n: int) -> Tensor:
+    """A permutation of 0..n-1 (int64, CPU)."""
+    w = words(key, torch.arange(n), 2)
+    return torch.argsort(w[:, 0] << 31 | w[:, 1] >> 1, stable=True)

@@ -1,0 +1,35 @@
+"""Parameters and multiply-accumulates of a network, counted on the meta device without memory or time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a network for one image."""
+
+    parameters: int
+    """Values in parameters and saved buffers (DiT's published sizes count its fixed position table)."""
+    macs: int
+    """Multiply-accumulates of a forward pass at batch 1, attention included; papers call 1e9 of them a Gflop."""
+
+    @property
+    def gmacs(self) -> float:
+        return self.macs / 1e9
+
+
+def count(make: Callable[[], nn.Module], channels: int, image_size: int) -> Cost:
+    """The cost of the network that `make` builds, at (1, channels, image_size, image_size).
+
+    The meta device matters: on a CPU the counter sees no products inside fused attention.
+    """
+    with torch.device("meta"), torch.no_grad():
+        net = make()
+        x = torch.empty(1, channels, image_size, image_size)
+        with FlopCounterMode(display=False) as counter:
+            net(x, torch.empty(1), torch.zeros(1, dtype=torch.int64))
+    return Cost(sum(v.numel() for v in net.state_dict().values()), counter.get_total_flops() // 2)

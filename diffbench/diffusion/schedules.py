@@ -1,0 +1,128 @@
+"""Noise schedules of the discrete variance-preserving process, as float64 tables, and their respacing."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+def linear_betas(steps: int) -> Tensor:
+    """Betas rising linearly from 1e-4 to 0.02 at 1,000 steps (Ho et al. 2020), scaled by 1000 / steps."""
+    scale = 1000 / steps
+    return torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
+
+
+def cosine_betas(steps: int, max_beta: float = 0.999) -> Tensor:
+    """Betas whose cumulative signal follows cos^2((t + 0.008) / 1.008 pi / 2) (Nichol & Dhariwal 2021, Eq. 17)."""
+
+    def signal(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    ratios = [signal((i + 1) / steps) / signal(i / steps) for i in range(steps)]
+    return torch.tensor([min(1 - r, max_beta) for r in ratios], dtype=torch.float64)
+
+
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Per-step constants of a discrete VP process, float64, (T,) each; step 0 is the least noisy.
+
+    `time[i]` is the network's time of step i, an index of the process before respacing.
+    """
+
+    time: Tensor
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    alphas_cumprod_next: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+
+    @staticmethod
+    def from_betas(betas: Tensor, time: Tensor | None = None) -> "Tables":
+        """Tables of given betas (T,) in (0, 1] (Ho et al. 2020, Eq. 4 and 7).
+
+        Raises:
+            ValueError: if a beta lies outside (0, 1].
+        """
+        betas = betas.double()
+        if not bool(((betas > 0) & (betas <= 1)).all()):
+            raise ValueError(f"betas must lie in (0, 1], got {betas.min():.3g} to {betas.max():.3g}")
+        alphas = 1 - betas
+        bar = alphas.cumprod(0)
+        prev = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+        following = torch.cat([bar[1:], torch.zeros(1, dtype=torch.float64)])
+        variance = betas * (1 - prev) / (1 - bar)
+        # The first posterior variance is zero; its log is taken from the second step instead.
+        clipped = torch.cat([variance[1:2], variance[1:]]) if len(betas) > 1 else betas
+        return Tables(
+            time=torch.arange(len(betas)) if time is None else time,
+            betas=betas,
+            alphas_cumprod=bar,
+            alphas_cumprod_prev=prev,
+            alphas_cumprod_next=following,
+            posterior_variance=variance,
+            posterior_log_variance_clipped=clipped.log(),
+            posterior_mean_coef1=betas * prev.sqrt() / (1 - bar),
+            posterior_mean_coef2=(1 - prev) * alphas.sqrt() / (1 - bar),
+        )
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def to(self, device: torch.device | str) -> "Tables":
+        """The same tables on a device."""
+        return Tables(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def respaced(self, steps: str | int) -> "Tables":
+        """The shorter process over the steps that `space_timesteps` keeps (Nichol & Dhariwal 2021, §4)."""
+        kept = space_timesteps(len(self), steps)
+        bar = self.alphas_cumprod[kept]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+        return Tables.from_betas(1 - bar / previous, self.time[kept])
+
+
+def space_timesteps(total: int, sections: str | int) -> Tensor:
+    """Steps kept of a process of `total` steps.
+
+    Args:
+        total: T.
+        sections: `"250"` for that many evenly spread steps, `"10,15,20"` for as many in each of three equal
+            sections, `"ddim25"` for a constant integer stride from step 0 (Song et al. 2021).
+
+    Returns:
+        Ascending int64 steps.
+
+    Raises:
+        ValueError: where the request cannot be met.
+    """
+    text = str(sections).strip()
+    if text.startswith("ddim"):
+        wanted = _count(text.removeprefix("ddim"), text)
+        for stride in range(1, total + 1):
+            if len(range(0, total, stride)) == wanted:
+                return torch.arange(0, total, stride)
+        raise ValueError(f"no integer stride gives exactly {wanted} of {total} steps: take another number")
+    counts = [_count(part, text) for part in text.split(",")]
+    size, extra = divmod(total, len(counts))
+    kept: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        length = size + (i < extra)
+        if count > length:
+            raise ValueError(f"cannot keep {count} of {length} steps ({text!r} of {total})")
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        kept += [start + round(stride * k) for k in range(count)]
+        start += length
+    return torch.tensor(sorted(set(kept)))
+
+
+def _count(part: str, text: str) -> int:
+    if not part.strip().isdigit() or int(part) < 1:
+        raise ValueError(f"steps must be like 250, ddim25 or 10,15,20, got {text!r}")
+    return int(part)

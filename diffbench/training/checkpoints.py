@@ -1,0 +1,128 @@
+"""Resume states: written whole or not at all, verified before use, two kept; saved at the end and on a signal."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from diffbench.core.errors import UserError
+from diffbench.core.files import atomic, sha256, write_text
+from diffbench.training.clock import Clock, at_step_end, due
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, renames; a checksum file (as `sha256sum -c` reads it) precedes the state."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        target = Path(path)
+        staged = target.with_name(f".{target.name}.staged")
+        with atomic(staged) as file:
+            torch.save(checkpoint, file)
+        write_text(_checksum(target), f"{sha256(staged)}  {target.name}\n")
+        os.replace(staged, target)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        return state
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose checksum holds, or None where the folder has none.
+
+    Raises:
+        UserError: if there are checkpoints but every one is damaged.
+    """
+    found = all_steps(folder)
+    for path in reversed(found):
+        if verified(path):
+            return path
+        print(f"warning: {path} is damaged (its checksum differs): trying the one before")
+    if found:
+        raise UserError(f"{folder}: no checkpoint is intact; move the folder away to start again")
+    return None
+
+
+def verified(path: Path) -> bool:
+    """Whether a checkpoint's bytes agree with its checksum file."""
+    with contextlib.suppress(OSError):
+        return _checksum(path).read_text().split()[:1] == [sha256(path)]
+    return False
+
+
+def all_steps(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    return sorted(folder.glob("step-*.ckpt"), key=lambda p: int(p.stem.removeprefix("step-")))
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def _checksum(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+class SaveState(L.Callback):
+    """Saves every `every` images, at the last step, and at the next step's end after SIGTERM or SIGINT.
+
+    Must stand last among the callbacks, so that a state holds what the others did at its step.
+
+    Args:
+        folder: where step-N.ckpt go.
+        batch_size: images of a step.
+        every: images between saves.
+        clock: paused while saving.
+        keep: how many states stay.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock, keep: int = 2) -> None:
+        self.folder, self.batch_size, self.every, self.clock, self.keep = (
+            folder,
+            batch_size,
+            every,
+            clock,
+            keep,
+        )
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with contextlib.suppress(ValueError):  # signals reach the main thread only
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not at_step_end(trainer, batch_idx):
+            return
+        last = trainer.global_step == trainer.max_steps
+        if last or self.signal or due(trainer.global_step, self.batch_size, self.every):
+            with self.clock.paused():
+                self.save(trainer)
+        if self.signal:
+            trainer.should_stop = True
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Writes the state of the present step and removes the oldest beyond `keep`."""
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
+        for path in all_steps(self.folder)[: -self.keep]:
+            path.unlink()
+            _checksum(path).unlink(missing_ok=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,117 @@
+"""Exponential moving averages of the denoiser's weights, one or several in a run."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
+
+from diffbench.training.settings import EMAConfig
+
+
+class EMA(WeightAveraging):
+    """Lightning's weight averaging, narrowed to the denoiser and widened to several decays.
+
+    Differences from the base class, each found necessary: the averages live on the training device; only the
+    denoiser's parameters are averaged, in one multi-tensor operation; the decay warms up; a checkpoint's
+    `state_dict` stays the raw weights, with the averages in this callback's state, so that nothing trains on from
+    averaged weights by accident; the module holds averaged weights only inside `applied()`, which undoes itself
+    after an exception; and training ends with the raw weights still in place.
+    """
+
+    def __init__(self, config: EMAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.updates = 0
+        self.averages: dict[float, list[Tensor]] = {}
+        self._parameters: list[nn.Parameter] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.attach(pl_module.denoiser, trainer.strategy.root_device)  # type: ignore[arg-type]
+
+    def attach(self, denoiser: nn.Module, device: torch.device | str = "cpu") -> None:
+        """Starts the averages at the denoiser's present weights."""
+        self._parameters = list(denoiser.parameters())
+        self.averages = {
+            d: [p.detach().to(device, copy=True) for p in self._parameters] for d in self.config.decays
+        }
+
+    def decay_at(self, update: int, decay: float) -> float:
+        """The decay of update number 0, 1, ...: min(decay, (1 + n) / (10 + n)) while warming up."""
+        return min(decay, (1 + update) / (10 + update)) if self.config.warmup else decay
+
+    def update(self) -> None:
+        """Moves every average towards the present weights."""
+        current = [p.detach() for p in self._parameters]
+        for decay, average in self.averages.items():
+            torch._foreach_lerp_(average, current, 1 - self.decay_at(self.updates, decay))
+        self.updates += 1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._latest_update_step:
+            self.update()
+            self._latest_update_step = trainer.global_step
+
+    @contextlib.contextmanager
+    def applied(self, decay: float | None = None) -> Iterator[None]:
+        """The denoiser with averaged weights (the first decay's by default) while the block runs.
+
+        Raises:
+            ValueError: if no average has that decay.
+        """
+        decay = self.config.decays[0] if decay is None else decay
+        if decay not in self.averages:
+            raise ValueError(
+                f"no average with decay {decay}: choose from {', '.join(map(str, self.averages))}"
+            )
+        raw = [p.data for p in self._parameters]
+        try:
+            for parameter, average in zip(self._parameters, self.averages[decay], strict=True):
+                parameter.data = average
+            yield
+        finally:
+            for parameter, data in zip(self._parameters, raw, strict=True):
+                parameter.data = data
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "updates": self.updates,
+            "latest_update_step": self._latest_update_step,
+            "averages": {str(decay): list(average) for decay, average in self.averages.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates = state_dict["updates"]
+        self._latest_update_step = state_dict["latest_update_step"]
+        for decay, average in self.averages.items():
+            for target, source in zip(average, state_dict["averages"][str(decay)], strict=True):
+                target.copy_(source)
+
+    # The base class would swap, save and copy an averaged copy of the whole module here.
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing: averages follow optimizer steps only."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing: the raw weights stay."""
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing: who scores averaged weights says so with `applied()`."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing, as above."""
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Nothing: `state_dict` of the callback holds the averages."""
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Nothing, as above."""

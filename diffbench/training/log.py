@@ -1,0 +1,144 @@
+"""What a run says: metrics.jsonl (the truth, float64), TensorBoard, and the terminal. The x axis is images seen."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from diffbench.core.errors import UserError
+from diffbench.training.clock import Clock, at_step_end, due
+from diffbench.training.module import DiffusionModule
+
+
+class RunLog(L.Callback):
+    """Writes every logged number once; after a resume the series go on as if nothing had happened.
+
+    A checkpoint stores how long metrics.jsonl was; resuming cuts it there, and TensorBoard drops what came later.
+
+    Args:
+        folder: the run folder.
+        batch_size: images of a step.
+        every: images between lines of training loss.
+        clock: measures images/s.
+        config_text: the resolved config, shown in TensorBoard's text tab.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock, config_text: str) -> None:
+        self.path, self.folder = folder / "metrics.jsonl", folder
+        self.batch_size, self.every, self.clock, self.config_text = batch_size, every, clock, config_text
+        self.images = 0
+        self._loss: torch.Tensor | None = None
+        self._batches = 0
+        self._seconds, self._logged_images = 0.0, 0
+        self._writer: SummaryWriter | None = None
+        self._resumed = False
+        self._bar: tqdm[Any] | None = None
+        self._last = ""
+
+    @property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard's writer; drops series points past the resumed image count."""
+        if self._writer is None:
+            purge = self.images + 1 if self._resumed else 0
+            self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=30)
+            if not self._resumed:
+                self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
+        return self._writer
+
+    def record(self, values: dict[str, float]) -> None:
+        """Appends values at the present image count."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"images": self.images, **values}) + "\n")
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, self.images)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal, above the bar where there is one."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.images = trainer.global_step * self.batch_size
+        self._logged_images, self._seconds = self.images, self.clock.seconds
+        if self.path.exists() and not self._resumed:
+            self.path.unlink()  # left by a sitting that ended before its first checkpoint
+        if sys.stdout.isatty():
+            total = trainer.max_steps * self.batch_size
+            self._bar = tqdm(
+                total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True
+            )
+        self.clock.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self._loss = loss.double() if self._loss is None else self._loss + loss
+        self._batches += 1
+        if not at_step_end(trainer, batch_idx):
+            return
+        self.images = trainer.global_step * self.batch_size
+        if self._bar is not None:
+            self._bar.update(self.batch_size)
+        if due(trainer.global_step, self.batch_size, self.every) or trainer.global_step == trainer.max_steps:
+            assert isinstance(pl_module, DiffusionModule)
+            self._log_training(trainer, pl_module)
+
+    def _log_training(self, trainer: L.Trainer, module: DiffusionModule) -> None:
+        assert self._loss is not None
+        loss = float(self._loss) / self._batches
+        if not loss < float("inf"):
+            raise RuntimeError(f"the training loss is {loss} at {self.images} images: lower optimizer.lr")
+        self._loss, self._batches = None, 0
+        rate = (self.images - self._logged_images) / max(1e-9, self.clock.seconds - self._seconds)
+        self._logged_images, self._seconds = self.images, self.clock.seconds
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        values = {"train/loss": loss, "train/grad_norm": float(module.grad_norm), "train/lr": lr}
+        values["perf/images_per_s"] = rate
+        if torch.cuda.is_available():
+            values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.record(values)
+        left = trainer.max_steps * self.batch_size - self.images
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}")
+            return
+        percent = 100 * self.images // (trainer.max_steps * self.batch_size)
+        if f"{percent // 5}" != self._last or not left:  # a line for each twentieth
+            self._last = f"{percent // 5}"
+            eta = left / rate if rate else 0.0
+            self.say(
+                f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        size = 0
+        if self.path.exists():
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+            size = self.path.stat().st_size
+        if self._writer is not None:
+            self._writer.flush()
+        return {"bytes": size, "loss": self._loss, "batches": self._batches, "seconds": self.clock.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = True
+        self._loss, self._batches = state_dict["loss"], state_dict["batches"]
+        self.clock.before = state_dict["seconds"]
+        if not self.path.exists() or self.path.stat().st_size < state_dict["bytes"]:
+            raise UserError(
+                f"{self.path}: shorter than at the checkpoint ({state_dict['bytes']} bytes): restore it"
+            )
+        os.truncate(self.path, state_dict["bytes"])
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.clock.stop()
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
