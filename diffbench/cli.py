@@ -60,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png, or keys of the sample section as steps=50",
     }
     for name, example in values.items():
-        parsers[name].add_argument(
-            "overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}"
-        )
+        parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")
     return parser
 
 
@@ -140,12 +138,8 @@ def _sample(arguments: argparse.Namespace) -> None:
     known = ["n", "labels", "guidance", "seed", "out", *vars(run.config.sample)]
     for key in values:
         if key not in known:
-            raise UserError(
-                f"command line: unknown key {key}{suggest(key, known)}; allowed: {', '.join(known)}"
-            )
-    name = "-".join(
-        ["sample", *(a.replace("/", "_") for a in arguments.overrides if not a.startswith("out="))]
-    )
+            raise UserError(f"command line: unknown key {key}{suggest(key, known)}; allowed: {', '.join(known)}")
+    name = "-".join(["sample", *(a.replace("/", "_") for a in arguments.overrides if not a.startswith("out="))])
     path = Path(values.pop("out", run.folder / "samples" / f"{name}.png"))
     images = run.sample_tensor(**values)
     save_grid(images, columns=min(10, len(images)), path=path)
@@ -156,6 +150,4 @@ def _compare(arguments: argparse.Namespace) -> None:
     from diffbench.report import facts, table
     from diffbench.run import load
 
-    print(
-        table([(folder.removeprefix("runs/").rstrip("/"), facts(load(folder))) for folder in arguments.runs])
-    )
+    print(table([(folder.removeprefix("runs/").rstrip("/"), facts(load(folder))) for folder in arguments.runs]))

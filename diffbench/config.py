@@ -252,9 +252,7 @@ def _check_keys(given: dict[Any, Any], schema: Any, prefix: str, blame: Any) -> 
     for key, value in given.items():
         full = f"{prefix}{key}"
         if key not in known:
-            raise UserError(
-                f"{blame(full)}: unknown key {full}{suggest(str(key), known)}; allowed: {', '.join(known)}"
-            )
+            raise UserError(f"{blame(full)}: unknown key {full}{suggest(str(key), known)}; allowed: {', '.join(known)}")
         target, kind = getattr(schema, key), known[key].type
         if is_dataclass(target):
             if not isinstance(value, dict):

@@ -24,14 +24,12 @@ def folder_for(path: Path, overrides: Sequence[str], config: RunConfig) -> Path:
 
 
 def _automatic_tag(path: Path, overrides: Sequence[str], config: RunConfig) -> str:
-    debug = [] if config.debug == "none" else [f"debug={config.debug}"]
+    debug = [f"debug={config.debug}"] if config.debug != "none" else []
     plain = flatten(to_dict(load(path, debug)))
     now = flatten(to_dict(config))
     changed = [k for k in now if k not in FREE | {"seed", "debug"} and plain.get(k) != now[k]]
-    changed = [
-        k for k in changed if not (k.startswith(("data.", "denoiser.")) and _name_changed(k, plain, now))
-    ]
-    words = [config.debug] if debug else []
+    changed = [k for k in changed if not (k.startswith(("data.", "denoiser.")) and _name_changed(k, plain, now))]
+    words: list[str] = [config.debug] if debug else []
     words += [f"{k.rsplit('.', 1)[-1]}_{_short(now[k])}" for k in changed]
     return "-".join(words)
 
@@ -61,9 +59,7 @@ def check_same(folder: Path, config: RunConfig) -> bool:
     changed = [k for k in sorted(before | now) if k not in FREE and before.get(k) != now.get(k)]
     if changed:
         told = ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in changed[:4])
-        raise UserError(
-            f"{saved}: this run was made with {told}: choose another tag=NAME, or move the folder away"
-        )
+        raise UserError(f"{saved}: this run was made with {told}: choose another tag=NAME, or move the folder away")
     if before.get("trainer.max_images") != now["trainer.max_images"]:
         print(f"length: {before['trainer.max_images']:,} images before, {now['trainer.max_images']:,} now")
     write_text(saved, to_yaml(config))

@@ -28,9 +28,7 @@ def facts(run: Run) -> dict[str, str]:
         guided = "" if record["guidance"] == 1 else f" (guidance {record['guidance']:g})"
         for name, value in record.items():
             if "@" in name and not name.startswith("nearest"):
-                row[name + guided] = (
-                    f"{100 * value:.1f}%" if name.startswith("label_accuracy") else f"{value:.3f}"
-                )
+                row[name + guided] = f"{100 * value:.1f}%" if name.startswith("label_accuracy") else f"{value:.3f}"
         nearest = next(v for k, v in record.items() if k.startswith("nearest_train@"))
         held_out = record["nearest_train_held_out"]
         row[f"nearest training image{guided}"] = f"{nearest:.3f} (held-out digits {held_out:.3f})"
@@ -51,9 +49,7 @@ def table(rows: Sequence[tuple[str, dict[str, str]]]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     text = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in cells
     ]
     return "\n".join([text[0].rstrip(), rule, *(t.rstrip() for t in text[1:])])

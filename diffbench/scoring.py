@@ -67,9 +67,7 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """
     for override in overrides:
         if not override.startswith(("sample.", "evaluate.", "seed=")):
-            raise UserError(
-                f"argument {override!r}: evaluate takes sample.KEY, evaluate.KEY and seed, nothing else"
-            )
+            raise UserError(f"argument {override!r}: evaluate takes sample.KEY, evaluate.KEY and seed, nothing else")
     config = apply_overrides(run.config, overrides)
     judge = load_digits_cnn(run.train_set)
     weights = [1.0]

@@ -53,9 +53,7 @@ def _digits(held_out: int) -> tuple[ImageSet, ImageSet]:
     # Sixteen grey levels, spread over the bytes: 16 becomes 255.
     images = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()
-    train, test = train_test_split(
-        range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0
-    )
+    train, test = train_test_split(range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0)
     return ImageSet(images[train], labels[train], 10), ImageSet(images[test], labels[test], 10)
 
 

@@ -18,6 +18,7 @@ from diffbench.denoisers.layers import (
     from_windows,
     relative_position_index,
     to_windows,
+    xavier_,
     zero_,
 )
 
@@ -77,11 +78,11 @@ class DiffiT(nn.Module):
         check_divides(2 ** (stages - 1), image_size, f"{stages} stages halve the image too often")
         sizes = [image_size >> i for i in range(stages)]
 
-        def stage(c_in: int, i: int) -> nn.ModuleList:
+        def stage(c_in: int, i: int) -> Stage:
             window = min(config.window, sizes[i])
             check_divides(window, sizes[i], f"denoiser.window must divide the side of stage {i + 1}")
             c_ins = [c_in] + [widths[i]] * (depths[i] - 1)
-            return nn.ModuleList([ResBlock(config, c, widths[i], window) for c in c_ins])
+            return Stage([ResBlock(config, c, widths[i], window) for c in c_ins])
 
         self.condition = ConditionEmbedding(config.time_dim, 256, num_classes, null_class)
         self.tokenizer = nn.Conv2d(channels, widths[0], 3, padding=1)
@@ -90,9 +91,7 @@ class DiffiT(nn.Module):
         self.down = nn.ModuleList([nn.Conv2d(c, c, 3, stride=2, padding=1) for c in widths[:-1]])
         # Decoder, coarsest first: upsample, concatenate the encoder's stage of that resolution, blocks.
         self.up = nn.ModuleList([nn.Conv2d(c, c, 3, padding=1) for c in widths[:0:-1]])
-        self.decoder = nn.ModuleList(
-            [stage(widths[i + 1] + widths[i], i) for i in reversed(range(stages - 1))]
-        )
+        self.decoder = nn.ModuleList([stage(widths[i + 1] + widths[i], i) for i in reversed(range(stages - 1))])
         self.head_norm = GroupNorm(config.norm_groups, widths[0], eps=1e-5)
         self.head = zero_(nn.Conv2d(widths[0], channels * (2 if learn_sigma else 1), 3, padding=1))
 
@@ -111,8 +110,7 @@ class DiffiT(nn.Module):
         h = self.tokenizer(x)
         skips = []
         for i, blocks in enumerate(self.encoder):
-            for block in blocks:
-                h = block(h, c)
+            h = blocks(h, c)
             if i < len(self.down):
                 skips.append(h)
                 h = self.down[i](h)
@@ -122,6 +120,15 @@ class DiffiT(nn.Module):
                 h = block(h, c)
         out: Tensor = self.head(self.head_norm(h))
         return out
+
+
+class Stage(nn.ModuleList):
+    """The residual blocks of one resolution, one after the other."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, c)
+        return x
 
 
 class ResBlock(nn.Module):
@@ -156,9 +163,7 @@ class DiffiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
         self.dropout = nn.Dropout(config.dropout)
-        for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        xavier_(self.mlp)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B * windows, window^2, D) tokens, windows of a sample adjacent, and (B, time_dim) to the same shape."""
@@ -179,6 +184,8 @@ class TMSA(nn.Module):
         time_dim: width of the time token.
     """
 
+    bias_index: Tensor
+
     def __init__(self, dim: int, num_heads: int, window: int, time_dim: int) -> None:
         super().__init__()
         check_divides(num_heads, dim, "denoiser.num_heads must divide each stage's width")
@@ -188,9 +195,7 @@ class TMSA(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.bias = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
         self.register_buffer("bias_index", relative_position_index(window), persistent=False)
-        for layer in (self.qkv, self.qkv_time, self.proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        xavier_(self)
         nn.init.trunc_normal_(self.bias, std=0.02)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

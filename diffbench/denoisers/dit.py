@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffbench.denoisers.layers import ConditionEmbedding, check_divides, sincos_position_table, zero_
+from diffbench.denoisers.layers import ConditionEmbedding, check_divides, sincos_position_table, xavier_, zero_
 
 
 @dataclass
@@ -78,14 +78,12 @@ class DiT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
+        xavier_(self.blocks)
         for block in self.blocks:
-            for layer in block.modules():
-                if isinstance(layer, nn.Linear):
-                    nn.init.xavier_uniform_(layer.weight)
-                    nn.init.zeros_(layer.bias)
+            assert isinstance(block, DiTBlock)
             zero_(block.modulation)
+        zero_(self.patch)
         nn.init.xavier_uniform_(self.patch.weight.view(self.patch.weight.shape[0], -1))
-        nn.init.zeros_(self.patch.bias)
         zero_(self.final_modulation)
         zero_(self.final)
 

@@ -1,6 +1,7 @@
 """Layers that the denoisers share: embeddings, norms, windows. Pure PyTorch, no randomness but initialisation."""
 
 import math
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -62,14 +63,11 @@ class ConditionEmbedding(nn.Module):
         self.frequencies, self.num_classes, self.null_class = frequencies, num_classes, null_class
         self.time = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + null_class, dim) if num_classes else None
-        for weight in [
-            self.time[0].weight,
-            self.time[2].weight,
-            *([self.label.weight] if self.label else []),
-        ]:
-            nn.init.normal_(weight, std=0.02)
-        for layer in (self.time[0], self.time[2]):
-            nn.init.zeros_(layer.bias)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
         """(B,) times and (B,) labels (None: no class) to (B, dim).
@@ -77,15 +75,13 @@ class ConditionEmbedding(nn.Module):
         Raises:
             ValueError: if `y` is None and the network knows classes but no null class.
         """
-        features = timestep_embedding(t, self.frequencies).to(self.time[0].weight.dtype)
-        c: Tensor = self.time(features)
+        dtype = next(self.time.parameters()).dtype
+        c: Tensor = self.time(timestep_embedding(t, self.frequencies).to(dtype))
         if self.label is None:
             return c
         if y is None:
             if not self.null_class:
-                raise ValueError(
-                    f"this network has no null class: give labels y in 0..{self.num_classes - 1}"
-                )
+                raise ValueError(f"this network has no null class: give labels y in 0..{self.num_classes - 1}")
             y = torch.full((len(t),), self.num_classes, device=t.device)
         return c + self.label(y)
 
@@ -124,11 +120,22 @@ def from_windows(tokens: Tensor, window: int, height: int, width: int) -> Tensor
     return rearrange(tokens, "(b h w) (wh ww) c -> b c (h wh) (w ww)", h=h, w=w, wh=window, ww=window)
 
 
-def zero_(module: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def zero_(module: M) -> M:
     """Sets a layer's weight and bias to zero and returns it."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def xavier_(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every Linear inside (DiT, DiffiT)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 def check_divides(divisor: int, number: int, what: str) -> None:

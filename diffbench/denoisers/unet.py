@@ -64,9 +64,7 @@ class UNet(nn.Module):
         widths = [int(config.model_channels * m) for m in config.channel_mult]
         levels = len(widths)
         factor = 2 ** (levels - 1)
-        check_divides(
-            factor, image_size, f"{levels} levels of denoiser.channel_mult halve the image too often"
-        )
+        check_divides(factor, image_size, f"{levels} levels of denoiser.channel_mult halve the image too often")
         for width in widths:
             check_divides(config.norm_groups, width, "denoiser.norm_groups must divide each level's width")
         emb = 4 * config.model_channels
@@ -153,9 +151,7 @@ class ResBlock(nn.Module):
     `resample` "down" (2x2 mean) or "up" (nearest) acts on both branches before the first convolution.
     """
 
-    def __init__(
-        self, config: UNetConfig, c_in: int, c_out: int, emb: int, resample: str | None = None
-    ) -> None:
+    def __init__(self, config: UNetConfig, c_in: int, c_out: int, emb: int, resample: str | None = None) -> None:
         super().__init__()
         self.resample, self.scale_shift = resample, config.use_scale_shift_norm
         groups = config.norm_groups

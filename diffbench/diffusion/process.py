@@ -36,7 +36,7 @@ class VPConfig:
 
 
 class DiscreteVP:
-    """The process of a `VPConfig`. Times are step numbers 0..T-1, 0 the least noisy; the network sees them as floats."""
+    """The process of a `VPConfig`. Times are step numbers 0..T-1, 0 the least noisy; networks see floats."""
 
     def __init__(self, config: VPConfig) -> None:
         self.config = config

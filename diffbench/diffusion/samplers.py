@@ -73,10 +73,7 @@ def ddim(
 
 def posterior_mean(tables: Tables, i: int, x0: Tensor, x_t: Tensor) -> Tensor:
     """Mean of q(x_{t-1} | x_t, x_0) at step i (Ho et al. 2020, Eq. 7)."""
-    return (
-        _constant(tables.posterior_mean_coef1[i], x_t) * x0
-        + _constant(tables.posterior_mean_coef2[i], x_t) * x_t
-    )
+    return _constant(tables.posterior_mean_coef1[i], x_t) * x0 + _constant(tables.posterior_mean_coef2[i], x_t) * x_t
 
 
 def log_variances(tables: Tables, variance: str) -> Tensor:

@@ -116,8 +116,8 @@ def space_timesteps(total: int, sections: str | int) -> Tensor:
         length = size + (i < extra)
         if count > length:
             raise ValueError(f"cannot keep {count} of {length} steps ({text!r} of {total})")
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        kept += [start + round(stride * k) for k in range(count)]
+        step = (length - 1) / (count - 1) if count > 1 else 1.0
+        kept += [start + round(step * k) for k in range(count)]
         start += length
     return torch.tensor(sorted(set(kept)))
 

@@ -36,9 +36,7 @@ class EMA(WeightAveraging):
     def attach(self, denoiser: nn.Module, device: torch.device | str = "cpu") -> None:
         """Starts the averages at the denoiser's present weights."""
         self._parameters = list(denoiser.parameters())
-        self.averages = {
-            d: [p.detach().to(device, copy=True) for p in self._parameters] for d in self.config.decays
-        }
+        self.averages = {d: [p.detach().to(device, copy=True) for p in self._parameters] for d in self.config.decays}
 
     def decay_at(self, update: int, decay: float) -> float:
         """The decay of update number 0, 1, ...: min(decay, (1 + n) / (10 + n)) while warming up."""
@@ -67,9 +65,7 @@ class EMA(WeightAveraging):
         """
         decay = self.config.decays[0] if decay is None else decay
         if decay not in self.averages:
-            raise ValueError(
-                f"no average with decay {decay}: choose from {', '.join(map(str, self.averages))}"
-            )
+            raise ValueError(f"no average with decay {decay}: choose from {', '.join(map(str, self.averages))}")
         raw = [p.data for p in self._parameters]
         try:
             for parameter, average in zip(self._parameters, self.averages[decay], strict=True):
@@ -106,12 +102,8 @@ class EMA(WeightAveraging):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing, as above."""
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Nothing: `state_dict` of the callback holds the averages."""
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Nothing, as above."""

@@ -70,9 +70,7 @@ class RunLog(L.Callback):
             self.path.unlink()  # left by a sitting that ended before its first checkpoint
         if sys.stdout.isatty():
             total = trainer.max_steps * self.batch_size
-            self._bar = tqdm(
-                total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True
-            )
+            self._bar = tqdm(total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True)
         self.clock.start()
 
     def on_train_batch_end(
@@ -112,9 +110,7 @@ class RunLog(L.Callback):
         if f"{percent // 5}" != self._last or not left:  # a line for each twentieth
             self._last = f"{percent // 5}"
             eta = left / rate if rate else 0.0
-            self.say(
-                f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s"
-            )
+            self.say(f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s")
 
     def state_dict(self) -> dict[str, Any]:
         size = 0
@@ -131,9 +127,7 @@ class RunLog(L.Callback):
         self._loss, self._batches = state_dict["loss"], state_dict["batches"]
         self.clock.before = state_dict["seconds"]
         if not self.path.exists() or self.path.stat().st_size < state_dict["bytes"]:
-            raise UserError(
-                f"{self.path}: shorter than at the checkpoint ({state_dict['bytes']} bytes): restore it"
-            )
+            raise UserError(f"{self.path}: shorter than at the checkpoint ({state_dict['bytes']} bytes): restore it")
         os.truncate(self.path, state_dict["bytes"])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

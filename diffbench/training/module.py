@@ -4,6 +4,7 @@ import math
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -66,16 +67,14 @@ class DiffusionModule(L.LightningModule):
         out = self.denoiser(self.process.add_noise(x0, t, eps), t.to(x0.dtype), y)
         return self.process.losses(out, x0, t, eps).mean()
 
-    def configure_optimizers(self) -> tuple[list[Optimizer], list[dict[str, object]]]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the learning rate as a function of images seen, stepped once an optimizer step."""
         s = self.settings
         kind = AdamW if s.name == "adamw" else Adam
         betas = (s.betas[0], s.betas[1])
-        optimizer = kind(
-            self.denoiser.parameters(), lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=True
-        )
+        optimizer = kind(self.denoiser.parameters(), lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=True)
         schedule = LambdaLR(optimizer, lambda step: lr_factor(s, (step + 1) * self.batch_size))
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
         self,

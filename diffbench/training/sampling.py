@@ -146,9 +146,7 @@ class SampleGrid(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not at_step_end(trainer, batch_idx) or not due(
-            trainer.global_step, self.run_log.batch_size, self.every
-        ):
+        if not at_step_end(trainer, batch_idx) or not due(trainer.global_step, self.run_log.batch_size, self.every):
             return
         assert isinstance(pl_module, DiffusionModule)
         with self.run_log.clock.paused(), self.ema.applied():
@@ -162,6 +160,4 @@ class SampleGrid(L.Callback):
             )
         columns = len(self.labels) // 4
         save_grid(images, columns, self.run_log.folder / "samples" / f"images-{self.run_log.images:09d}.png")
-        self.run_log.writer.add_image(
-            "samples/ema", grid(images, columns), self.run_log.images, dataformats="HWC"
-        )
+        self.run_log.writer.add_image("samples/ema", grid(images, columns), self.run_log.images, dataformats="HWC")

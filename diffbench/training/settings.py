@@ -46,11 +46,7 @@ class EMAConfig:
     """At update n the decay is at most (1 + n) / (10 + n)."""
 
     def __post_init__(self) -> None:
-        if (
-            not self.decays
-            or not all(0 < d < 1 for d in self.decays)
-            or len(set(self.decays)) < len(self.decays)
-        ):
+        if not self.decays or not all(0 < d < 1 for d in self.decays) or len(set(self.decays)) < len(self.decays):
             raise ValueError(f"ema.decays must be different numbers between 0 and 1, got {self.decays}")
 
 

@@ -37,9 +37,7 @@ def denoising_error(
         for index in torch.arange(len(data)).split(batch_size):
             x0 = from_uint8(data.images[index].to(parameter.device)).to(parameter.dtype)
             y = data.labels[index].to(parameter.device)
-            t = process.time_at(
-                torch.full((len(index),), level, dtype=torch.float64, device=parameter.device)
-            )
+            t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=parameter.device))
             noise_key = keyed.key("validation", str(float(level)))
             eps = keyed.normal(noise_key, index.to(parameter.device), tuple(x0.shape[1:])).to(parameter.dtype)
             x_t = process.add_noise(x0, t, eps)
@@ -59,9 +57,7 @@ def as_metrics(errors: dict[float, float]) -> dict[str, float]:
 class Validation(L.Callback):
     """Records the validation error of the averaged weights every `every` images and at the end."""
 
-    def __init__(
-        self, run_log: RunLog, ema: EMA, data: ImageSet, log_snr: Sequence[float], every: int
-    ) -> None:
+    def __init__(self, run_log: RunLog, ema: EMA, data: ImageSet, log_snr: Sequence[float], every: int) -> None:
         self.run_log, self.ema, self.data, self.log_snr, self.every = run_log, ema, data, log_snr, every
 
     def on_train_batch_end(

@@ -1,0 +1,73 @@
+# One-line recipes: the logic lives in Python, so that a person, CI and Docker call the same thing.
+MODEL ?= dit
+DATA ?= digits
+SEED ?= 0
+SEEDS ?= $(SEED)
+ARGS ?=
+PYTHON ?= python3
+RUN ?= runs/$(DATA)/$(MODEL)-s$(SEED)
+RUNS ?= $(patsubst %/config.yaml,%,$(sort $(wildcard runs/$(DATA)/*/config.yaml)))
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+CONFIG := experiments/$(DATA)/$(MODEL).yaml
+DIFFBENCH := $(BIN)/python -m diffbench
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train evaluate sample compare tensorboard test test-all lint types format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@printf '\nVariables (now): MODEL=%s DATA=%s SEED=%s SEEDS=%s ARGS="%s" PYTHON=%s RUN=%s\n' '$(MODEL)' '$(DATA)' '$(SEED)' '$(SEEDS)' '$(ARGS)' '$(PYTHON)' '$(RUN)'
+	@printf 'Example: make train MODEL=diffit SEED=1 ARGS="denoiser.window=2"\n'
+
+setup: $(STAMP)  ## make .venv and install (done by itself where needed)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "error: the venv module lacks ensurepip: install python3.11-venv (Debian, Ubuntu)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# An unknown MODEL or DATA must not start a long installation.
+.PHONY: check-config
+check-config:
+	@test -f '$(CONFIG)' || { echo "error: no $(CONFIG); MODEL and DATA name one of:" >&2; ls experiments/*/[!_]*.yaml | sed -E 's|experiments/([^/]+)/(.*)\.yaml|  DATA=\1 MODEL=\2|' >&2; exit 2; }
+
+train: check-config $(STAMP)  ## train MODEL on DATA with SEED (or each of SEEDS=0,1,2); again: resume
+	@set -e; for seed in $(subst $(comma), ,$(SEEDS)); do $(DIFFBENCH) train $(CONFIG) seed=$$seed $(ARGS); done
+
+comma := ,
+
+evaluate: $(STAMP)  ## draw and score samples of RUN
+	@$(DIFFBENCH) evaluate $(RUN) $(ARGS)
+
+sample: $(STAMP)  ## draw samples of RUN into a PNG, as ARGS="labels=3 n=16 guidance=2"
+	@$(DIFFBENCH) sample $(RUN) $(ARGS)
+
+compare: $(STAMP)  ## a table of RUNS (by default all runs on DATA)
+	@test -n '$(RUNS)' || { echo "error: no runs under runs/$(DATA): train one first" >&2; exit 2; }
+	@$(DIFFBENCH) compare $(RUNS)
+
+tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006
+	@$(BIN)/python -m tensorboard.main --logdir runs --samples_per_plugin images=200
+
+test: $(STAMP)  ## the tests, without the slow ones
+	@$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## every test
+	@$(BIN)/python -m pytest -m ''
+
+lint: $(STAMP)  ## ruff: style and formatting
+	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+
+types: $(STAMP)  ## mypy, strict
+	@$(BIN)/python -m mypy
+
+format: $(STAMP)  ## ruff: mend style and formatting
+	@$(BIN)/python -m ruff check --fix . ; $(BIN)/python -m ruff format .
+
+clean:  ## remove .venv and caches; never runs
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build diffbench.egg-info
+	find diffbench tests -name __pycache__ -type d -exec rm -rf {} +
