@@ -115,11 +115,8 @@ class DiffiT(nn.Module):
                 skips.append(h)
                 h = self.down[i](h)
         for up, blocks in zip(self.up, self.decoder, strict=True):
-            h = torch.cat([up(interpolate(h, scale_factor=2.0)), skips.pop()], dim=1)
-            for block in blocks:
-                h = block(h, c)
-        out: Tensor = self.head(self.head_norm(h))
-        return out
+            h = blocks(torch.cat([up(interpolate(h, scale_factor=2.0)), skips.pop()], dim=1), c)
+        return self.head(self.head_norm(h))
 
 
 class Stage(nn.ModuleList):
