@@ -122,7 +122,14 @@ class SaveState(L.Callback):
             path.unlink()
             _checksum(path).unlink(missing_ok=True)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore_handlers()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        """Puts back what was there, before Lightning takes away its own handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,19 @@ class RunLog(L.Callback):
 
     @property
     def writer(self) -> SummaryWriter:
-        """TensorBoard's writer; drops series points past the resumed image count."""
-        if self._writer is None:
-            purge = self.images + 1 if self._resumed else 0
-            self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=30)
-            if not self._resumed:
-                self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
+        """TensorBoard's writer, there while training runs."""
+        assert self._writer is not None
         return self._writer
+
+    def _open_writer(self) -> None:
+        """A new event file, which drops the points of earlier files past the images resumed at."""
+        # TensorBoard reads event files in the order of their names, which begin with the second they were made in.
+        while any(f".tfevents.{int(time.time())}." in p.name for p in self.folder.glob("events.*")):
+            time.sleep(0.05)
+        purge = self.images + 1 if self._resumed else 0
+        self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=30)
+        if not self._resumed:
+            self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
 
     def record(self, values: dict[str, float]) -> None:
         """Appends values at the present image count."""
@@ -68,6 +75,7 @@ class RunLog(L.Callback):
         self._logged_images, self._seconds = self.images, self.clock.seconds
         if self.path.exists() and not self._resumed:
             self.path.unlink()  # left by a sitting that ended before its first checkpoint
+        self._open_writer()
         if sys.stdout.isatty():
             total = trainer.max_steps * self.batch_size
             self._bar = tqdm(total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True)
