@@ -6,7 +6,7 @@ SEEDS ?= $(SEED)
 ARGS ?=
 PYTHON ?= python3
 RUN ?= runs/$(DATA)/$(MODEL)-s$(SEED)
-RUNS ?= $(patsubst %/config.yaml,%,$(sort $(wildcard runs/$(DATA)/*/config.yaml)))
+RUNS ?= $(sort $(patsubst %/checkpoints/,%,$(dir $(wildcard runs/$(DATA)/*/checkpoints/*.ckpt))))
 
 BIN := .venv/bin
 STAMP := .venv/.installed

@@ -4,10 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NoReturn
 
 from diffbench.core.errors import UserError, suggest
 
+COMMAND_LINE = "command line"
 VERBS = {
     "train": "train an experiment; the same command resumes it",
     "show": "print an experiment's resolved config; runs nothing",
@@ -27,24 +30,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except ValueError as e:  # what a user asked for that a component refuses, in its own words
+    except (ValueError, OSError) as e:  # what no check foresaw, still in one line
         if os.environ.get("DIFFBENCH_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(e).split())} (DIFFBENCH_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{COMMAND_LINE}: {message}; see {self.prog} --help")
 
 
 def _checked_verb(argv: list[str]) -> list[str]:
     verb = argv[0] if argv else "--help"
     if verb not in VERBS and verb not in ("-h", "--help", "--version"):
-        raise UserError(f"unknown command {verb!r}{suggest(verb, VERBS)}; choose from {', '.join(VERBS)}")
+        near = suggest(verb, VERBS)
+        raise UserError(f"{COMMAND_LINE}: unknown command {verb!r}; choose from {', '.join(VERBS)}{near}")
     return argv or ["--help"]
 
 
 def _parser() -> argparse.ArgumentParser:
     from diffbench import __version__
 
-    parser = argparse.ArgumentParser(prog="diffbench", description="Compare diffusion denoisers fairly.")
+    parser = _Parser(prog="diffbench", description="Compare diffusion denoisers fairly.")
     parser.add_argument("--version", action="version", version=f"diffbench {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
@@ -65,15 +76,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from diffbench.config import load
-
-    load(arguments.config, arguments.overrides)  # bad input is answered before Lightning is imported
     from diffbench.report import facts, newest_scores, table
     from diffbench.run import train
     from diffbench.scoring import evaluate
-    from diffbench.training.sampling import save_grid
 
     run = train(arguments.config, arguments.overrides)
+    from diffbench.training.sampling import save_grid  # imports Lightning: after the checks
+
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not newest_scores(run):
         print("drawing and scoring samples", flush=True)
@@ -98,9 +107,9 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from diffbench.config import experiments
     from diffbench.denoisers import DENOISERS, build
     from diffbench.denoisers.cost import count
+    from diffbench.config_layers import experiments
 
     print("backbones (denoiser.name)")
     for name, entry in DENOISERS.items():
@@ -128,20 +137,42 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(table([(run.folder.name, facts(run))]))
 
 
+@dataclass
+class _Draw:
+    """What `sample` takes besides the keys of the sample section."""
+
+    n: int | None = None
+    labels: int | list[int] | None = None
+    seed: int = 0
+    out: str | None = None
+
+
 def _sample(arguments: argparse.Namespace) -> None:
-    from diffbench.config import parse_overrides
+    from diffbench import schema
+    from diffbench.config import change
+    from diffbench.config_layers import blaming, parse_overrides
     from diffbench.run import load
-    from diffbench.training.sampling import save_grid
 
     run = load(arguments.run)
     values = parse_overrides(arguments.overrides)
-    known = ["n", "labels", "guidance", "seed", "out", *vars(run.config.sample)]
+    section = values.pop("sample", {})  # steps=50 and sample.steps=50 are the same
+    values |= section if isinstance(section, dict) else {"sample": section}
+    known = [*(f.name for f in fields(_Draw)), *vars(run.config.sample)]
     for key in values:
         if key not in known:
-            raise UserError(f"command line: unknown key {key}{suggest(key, known)}; allowed: {', '.join(known)}")
-    name = "-".join(["sample", *(a.replace("/", "_") for a in arguments.overrides if not a.startswith("out="))])
-    path = Path(values.pop("out", run.folder / "samples" / f"{name}.png"))
-    images = run.sample_tensor(**values)
+            raise UserError(f"{COMMAND_LINE}: {key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
+    with blaming([(COMMAND_LINE, values)]):
+        draw = schema.build(_Draw, {k: v for k, v in values.items() if k in vars(_Draw())})
+    changes = {k: v for k, v in values.items() if k not in vars(draw)}
+    change(run.config, {"sample": changes})
+    words = [f"{run.images_seen:09d}", *(a.replace("/", "_") for a in arguments.overrides if not a.startswith("out="))]
+    path = Path(draw.out or run.folder / "samples" / f"{'-'.join(['sample', *words])[:200]}.png")
+    if draw.out and path.exists():
+        raise UserError(f"{COMMAND_LINE}: out: {path} exists already; choose another name")
+    with blaming([(COMMAND_LINE, values)]):
+        images = run.sample_tensor(draw.n, draw.labels, seed=draw.seed, **changes)
+    from diffbench.training.sampling import save_grid  # imports Lightning: after the checks
+
     save_grid(images, columns=min(10, len(images)), path=path)
     print(path)
 

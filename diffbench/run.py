@@ -9,18 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from diffbench.config import RunConfig, to_yaml
-from diffbench.config import load as load_config
-from diffbench.core.errors import UserError
-from diffbench.core.files import atomic, locked
-from diffbench.data.sources import SOURCES, ImageSet
-from diffbench.denoisers import build
-from diffbench.denoisers.cost import Cost, count
+from diffbench import weights
+from diffbench.config import RunConfig, change, from_layers, read_layers, to_yaml
+from diffbench.core.files import locked
+from diffbench.denoisers.cost import Cost
 from diffbench.diffusion import DiscreteVP
-from diffbench.folder import check_same, folder_for, read_config
+from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, read_config, update_length
+from diffbench.config_layers import blaming
+from diffbench.parts import build_denoiser, check, cost_of, load_data, null_label
 
 
 class Run:
@@ -39,30 +37,17 @@ class Run:
         self.train_set, self.held_out = load_data(config)
         self.shape = tuple(self.train_set.images.shape[1:])
         self.process = DiscreteVP(config.process)
-        self.null_label = self.train_set.num_classes if config.trainer.label_dropout else None
+        self.null_label = null_label(config, self.train_set)
         torch.manual_seed(config.seed)
-        self.denoiser: nn.Module = self._build()
+        self.denoiser: nn.Module = build_denoiser(config, self.train_set)
+        if config.trainer.channels_last:
+            self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images_seen = 0
-
-    def _build(self) -> nn.Module:
-        channels, size, _ = self.shape
-        return build(
-            self.config.denoiser.name,
-            self.config.denoiser,
-            image_size=size,
-            channels=channels,
-            num_classes=self.train_set.num_classes,
-            null_class=self.null_label is not None,
-        )
 
     @property
     def cost(self) -> Cost:
         """Parameters and multiply-accumulates of the network."""
-        return count(self._build, self.shape[0], self.shape[1])
-
-    def weights_path(self, decay: float | None = None) -> Path:
-        """The exported averaged weights (of the first decay by default)."""
-        return self.folder / f"ema-{self.config.ema.decays[0] if decay is None else decay}.safetensors"
+        return cost_of(self.config, self.train_set)
 
     def sample(
         self,
@@ -95,55 +80,32 @@ class Run:
             **changes: other keys of the `sample` section, such as steps="50" or sampler="ddim".
 
         Raises:
-            ValueError: if a label is out of range, the counts disagree, or guidance meets a network without
-                a null class.
-            UserError: if a change is no key of the section, or out of range.
+            ValueError: if a label is out of range, or the counts disagree.
+            UserError: if a change is no key of the section or out of range, or guidance meets a network without a
+                null class.
         """
-        from diffbench.training.sampling import generate
-
-        config = self.config
-        if changes:
-            config = override_sample(config, changes)
+        if guidance is not None:
+            changes["guidance"] = guidance
+        settings = change(self.config, {"sample": changes}, "arguments").sample
         y = self._labels(n, labels)
-        device = next(self.denoiser.parameters()).device
-        self.denoiser.to(device)
-        return generate(
-            self.denoiser,
-            self.process,
-            config.sample,
-            y,
-            self.shape,
-            guidance=guidance,
-            null_label=self.null_label,
-            seed=seed,
-        )
+        from diffbench.training.sampling import generate  # imports Lightning
+
+        return generate(self.denoiser, self.process, settings, y, self.shape, null_label=self.null_label, seed=seed)
 
     def _labels(self, n: int | None, labels: int | Sequence[int] | Tensor | None) -> Tensor:
         classes = self.train_set.num_classes
+        if n is not None and n < 1:
+            raise ValueError(f"n: must be at least 1, got {n}")
         if labels is None:
             return torch.arange(16 if n is None else n) % classes
         y = torch.as_tensor(labels, dtype=torch.int64)
         if y.ndim == 0:
             y = y.repeat(1 if n is None else n)
-        if n is not None and len(y) != n:
-            raise ValueError(f"{len(y)} labels for n={n} samples: give one label, or one for each sample")
-        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
-            raise ValueError(f"labels must lie in 0..{classes - 1}, got {int(y.min())}..{int(y.max())}")
+        if not len(y) or (n is not None and len(y) != n):
+            raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
+        if not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
         return y
-
-
-def override_sample(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """The config with other values in its `sample` section, checked like any config."""
-    from diffbench.config import from_dict, to_dict
-
-    values = to_dict(config)
-    values["sample"] |= changes
-    return from_dict(values, "sample")
-
-
-def load_data(config: RunConfig) -> tuple[ImageSet, ImageSet]:
-    """The training and held-out parts of the config's data set."""
-    return SOURCES[config.data.name].load(config.data)
 
 
 def load(folder: str | Path) -> Run:
@@ -154,31 +116,10 @@ def load(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     run = Run(folder, read_config(folder))
-    weights, run.images_seen = load_weights(run)
-    run.denoiser.load_state_dict(weights, strict=True)
+    averaged, run.images_seen = weights.read(folder, run.config, run.denoiser)
+    run.denoiser.load_state_dict(averaged, strict=True)
     run.denoiser.eval()
     return run
-
-
-def load_weights(run: Run) -> tuple[dict[str, Tensor], int]:
-    """Averaged weights and the images they have seen: the export, or else the newest checkpoint's."""
-    path = run.weights_path()
-    if path.is_file():
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            images = int((file.metadata() or {}).get("images", 0))
-        return load_file(path), images
-    from diffbench.training.checkpoints import newest, step_of
-
-    checkpoint = newest(run.folder / "checkpoints")
-    if checkpoint is None:
-        raise UserError(f"{run.folder}: no weights yet: train the run first")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    average = state["callbacks"]["EMA"]["averages"][str(run.config.ema.decays[0])]
-    names = [name for name, _ in run.denoiser.named_parameters()]
-    weights = dict(run.denoiser.state_dict()) | dict(zip(names, average, strict=True))
-    return weights, step_of(checkpoint) * run.config.trainer.batch_size
 
 
 def train(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -188,30 +129,38 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         UserError: for anything in config or folder that the user can mend.
         SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
     """
-    config = load_config(path, overrides)
+    stack = read_layers(path, overrides)
+    config = from_layers(stack)
     folder = folder_for(Path(path), overrides, config)
+    with blaming(stack):  # all that can be found before the folder is made, or Lightning imported
+        check(config)
+        check_place(folder)
+        start = None if has_checkpoint(folder) else weights.initial(config)
     with locked(folder):
         existed = check_same(folder, config)
-        run = Run(folder, config)
-        _fit(run, existed)
+        _fit(Run(folder, config), existed, start)
         return load(folder)
 
 
-def _fit(run: Run, existed: bool) -> None:
+def _fit(run: Run, existed: bool, start: dict[str, Tensor] | None) -> None:
     from diffbench.training.checkpoints import newest, step_of
 
     settings = run.config.trainer
     max_steps = -(-settings.max_images // settings.batch_size)
     checkpoint = newest(run.folder / "checkpoints") if existed else None
     done = step_of(checkpoint) if checkpoint else 0
+    images = done * settings.batch_size
     if checkpoint and done >= max_steps:
-        print(f"{run.folder}: complete at {done * settings.batch_size:,} images")
-        if not run.weights_path().exists():
-            _export_from(checkpoint, run)
+        print(f"{run.folder}: complete at {images:,} images")
+        if not weights.export_path(run.folder, run.config.ema.decays[0]).exists():
+            weights.export_from(checkpoint, run.folder, run.denoiser, images)
         return
-    if checkpoint is None and run.config.init_from:
-        _warm_start(run)
-    state = f"resuming at {done * settings.batch_size:,} images" if checkpoint else "starting"
+    if existed:
+        update_length(run.folder, run.config)
+    if checkpoint is None and start is not None:
+        run.denoiser.load_state_dict(start, strict=True)
+        print(f"weights start from {run.config.init_from}")
+    state = f"resuming at {images:,} images" if checkpoint else "starting"
     print(f"{run.folder}: {state}, {run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs")
     for path in run.folder.glob("ema-*.safetensors"):
         path.unlink()  # of the shorter run; written anew at the end
@@ -280,31 +229,4 @@ def _train(run: Run, max_steps: int, checkpoint: Path | None) -> None:
         print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
         raise SystemExit(128 + save_state.signal)
     for decay, average in ema.averages.items():
-        _export(run, decay, average, max_steps * t.batch_size)
-
-
-def _export_from(checkpoint: Path, run: Run) -> None:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    from diffbench.training.checkpoints import step_of
-
-    images = step_of(checkpoint) * run.config.trainer.batch_size
-    for decay, average in state["callbacks"]["EMA"]["averages"].items():
-        _export(run, float(decay), average, images)
-
-
-def _export(run: Run, decay: float, average: Sequence[Tensor], images: int) -> None:
-    names = [name for name, _ in run.denoiser.named_parameters()]
-    tensors = {k: v.cpu().contiguous() for k, v in run.denoiser.state_dict().items()}
-    tensors |= {name: value.cpu().contiguous() for name, value in zip(names, average, strict=True)}
-    with atomic(run.weights_path(decay)) as file:
-        file.write(save(tensors, {"images": str(images), "decay": str(decay)}))
-
-
-def _warm_start(run: Run) -> None:
-    source = Path(str(run.config.init_from))
-    weights, _ = load_weights(Run(source, read_config(source)))
-    try:
-        run.denoiser.load_state_dict(weights, strict=True)
-    except RuntimeError as e:
-        raise UserError(f"init_from={source}: another network: {' '.join(str(e).split())[:200]}") from None
-    print(f"weights start from {source}")
+        weights.export(folder, run.denoiser, decay, average, max_steps * t.batch_size)

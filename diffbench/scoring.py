@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffbench import __version__
-from diffbench.config import RunConfig, apply_overrides
-from diffbench.core.errors import UserError
+from diffbench.config import RunConfig, change
+from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import atomic
 from diffbench.data.sources import ImageSet, balanced
 from diffbench.evaluation import digits_cnn
 from diffbench.evaluation.digits_cnn import DigitsCNN, train_digits_cnn
 from diffbench.evaluation.metrics import coverage, frechet_distance, nearest_distance
+from diffbench.config_layers import COMMAND_LINE, parse_overrides
+from diffbench.parts import check_evaluation
 from diffbench.run import Run
-from diffbench.training.sampling import generate
 
 
 def cache_folder() -> Path:
@@ -65,10 +66,16 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     Returns:
         One record a guidance weight, already appended to the run's results.jsonl.
     """
-    for override in overrides:
-        if not override.startswith(("sample.", "evaluate.", "seed=")):
-            raise UserError(f"argument {override!r}: evaluate takes sample.KEY, evaluate.KEY and seed, nothing else")
-    config = apply_overrides(run.config, overrides)
+    changes = parse_overrides(overrides)
+    for key in changes:
+        if key not in ("sample", "evaluate", "seed"):
+            near = suggest(key, ["sample", "evaluate", "seed"])
+            raise UserError(f"{COMMAND_LINE}: {key}: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed{near}")
+    config = change(run.config, changes)
+    try:
+        check_evaluation(config, run.train_set)
+    except ValueError as e:
+        raise UserError(f"{COMMAND_LINE if overrides else run.folder}: {e}") from None
     judge = load_digits_cnn(run.train_set)
     weights = [1.0]
     if config.sample.guidance != 1 and run.null_label is not None:
@@ -82,6 +89,8 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def _score(run: Run, config: RunConfig, judge: DigitsCNN, weight: float) -> dict[str, Any]:
+    from diffbench.training.sampling import generate  # imports Lightning
+
     count, name = config.evaluate.count, config.evaluate.extractor
     labels = torch.arange(count) * run.train_set.num_classes // count
     started = time.perf_counter()
@@ -135,11 +144,19 @@ def scores(
 
 def results(folder: Path) -> list[dict[str, Any]]:
     """The records of a run folder, oldest first."""
-    path = folder / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return _records(folder / "results.jsonl")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return _records(folder / "metrics.jsonl")
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise UserError(f"{path}: line {number} is no JSON; remove that line") from None
+    return records

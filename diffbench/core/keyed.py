@@ -45,7 +45,7 @@ def words(key: int, positions: Tensor, count: int) -> Tensor:
 def uniform(key: int, positions: Tensor) -> Tensor:
     """(B,) float64 uniform in the open interval (0, 1)."""
     w = words(key, positions, 2)
-    return ((w[:, 0] >> 6) * 2.0**26 + (w[:, 1] >> 6) + 0.5) * 2.0**-52
+    return ((w[:, 0] >> 6 << 26 | w[:, 1] >> 6).double() + 0.5) * 2.0**-52
 
 
 def normal(key: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

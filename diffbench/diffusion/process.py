@@ -33,6 +33,8 @@ class VPConfig:
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise ValueError(f"process.steps must be at least 2, got {self.steps}")
+        if self.schedule == "linear" and self.steps <= 20:
+            raise ValueError(f"process.steps must exceed 20 with process.schedule=linear, got {self.steps}")
 
 
 class DiscreteVP:

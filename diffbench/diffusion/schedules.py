@@ -1,5 +1,6 @@
 """Noise schedules of the discrete variance-preserving process, as float64 tables, and their respacing."""
 
+import itertools
 import math
 from dataclasses import dataclass, fields
 
@@ -117,7 +118,8 @@ def space_timesteps(total: int, sections: str | int) -> Tensor:
         if count > length:
             raise ValueError(f"cannot keep {count} of {length} steps ({text!r} of {total})")
         step = (length - 1) / (count - 1) if count > 1 else 1.0
-        kept += [start + round(step * k) for k in range(count)]
+        # The strides are added up, not multiplied: at half-way points the rounding then falls as published.
+        kept += [start + round(position) for position in itertools.accumulate([0.0] + [step] * (count - 1))]
         start += length
     return torch.tensor(sorted(set(kept)))
 

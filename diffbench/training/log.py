@@ -100,7 +100,7 @@ class RunLog(L.Callback):
         assert self._loss is not None
         loss = float(self._loss) / self._batches
         if not loss < float("inf"):
-            raise RuntimeError(f"the training loss is {loss} at {self.images} images: lower optimizer.lr")
+            raise UserError(f"optimizer.lr: the training loss is {loss} at {self.images:,} images; lower the rate")
         self._loss, self._batches = None, 0
         rate = (self.images - self._logged_images) / max(1e-9, self.clock.seconds - self._seconds)
         self._logged_images, self._seconds = self.images, self.clock.seconds

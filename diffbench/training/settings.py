@@ -1,6 +1,7 @@
 """The settings of training, sampling and evaluation. Apart from the code that they configure, which needs Lightning,
 so that a config is checked without waiting for it."""
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -25,14 +26,18 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _positive("optimizer", self, "lr")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {self.betas}")
+            raise ValueError(f"optimizer.betas: must be two numbers in [0, 1), got {self.betas}")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"optimizer.clip_norm must be positive or null, got {self.clip_norm}")
-        if self.ramp_images < 0 or self.weight_decay < 0 or not 0 <= self.final_lr <= 1:
-            raise ValueError("optimizer.ramp_images and weight_decay must be >= 0, final_lr in 0 to 1")
+            raise ValueError(f"optimizer.clip_norm: must be positive or null, got {self.clip_norm}")
+        for name in ("ramp_images", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name}: must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"optimizer.final_lr: must lie in 0 to 1, got {self.final_lr}")
         if self.decay_images is not None and self.decay_images <= self.ramp_images:
             raise ValueError(
-                f"optimizer.decay_images ({self.decay_images}) must exceed optimizer.ramp_images ({self.ramp_images})"
+                f"optimizer.decay_images: {self.decay_images} must exceed optimizer.ramp_images={self.ramp_images};"
+                " allowed: null for a constant rate"
             )
 
 
@@ -47,7 +52,7 @@ class EMAConfig:
 
     def __post_init__(self) -> None:
         if not self.decays or not all(0 < d < 1 for d in self.decays) or len(set(self.decays)) < len(self.decays):
-            raise ValueError(f"ema.decays must be different numbers between 0 and 1, got {self.decays}")
+            raise ValueError(f"ema.decays: must be different numbers between 0 and 1, got {self.decays}")
 
 
 @dataclass
@@ -69,16 +74,16 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     deterministic: bool = False
+    channels_last: bool = True
+    """Keeps convolutions in channels-last order: about a tenth faster, the same to rounding."""
 
     def __post_init__(self) -> None:
         names = ("max_images", "batch_size", "accumulate")
         _positive("trainer", self, *names, *(f.name for f in fields(self) if f.name.endswith("_images")))
         if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"trainer.accumulate ({self.accumulate}) must divide trainer.batch_size ({self.batch_size})"
-            )
+            raise ValueError(f"trainer.accumulate: {self.accumulate} must divide trainer.batch_size={self.batch_size}")
         if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"trainer.label_dropout must lie in [0, 1), got {self.label_dropout}")
+            raise ValueError(f"trainer.label_dropout: must lie in [0, 1), got {self.label_dropout}")
 
 
 @dataclass
@@ -90,7 +95,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         if not self.log_snr:
-            raise ValueError("validation.log_snr must name at least one level")
+            raise ValueError("validation.log_snr: must name at least one level")
 
 
 @dataclass
@@ -112,12 +117,14 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _positive("sample", self, "batch_size")
+        if not re.fullmatch(r"ddim\d+|\d+( *, *\d+)*", self.steps):
+            raise ValueError(f"sample.steps: must be like 250, ddim25 or 10,15,20, got {self.steps!r}")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"sample.eta must lie in 0 to 1, got {self.eta}")
+            raise ValueError(f"sample.eta: must lie in 0 to 1, got {self.eta}")
         if self.eta and self.sampler == "ddpm":
-            raise ValueError("sample.eta belongs to sample.sampler=ddim: with ddpm leave it at 0")
+            raise ValueError("sample.eta: belongs to sample.sampler=ddim; with ddpm leave it at 0")
         if self.guidance < 0:
-            raise ValueError(f"sample.guidance must be at least 0, got {self.guidance}")
+            raise ValueError(f"sample.guidance: must be at least 0, got {self.guidance}")
 
 
 @dataclass
@@ -130,10 +137,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.count < 20:
-            raise ValueError(f"evaluate.count must be at least 20, got {self.count}")
+            raise ValueError(f"evaluate.count: must be at least 20, got {self.count}")
 
 
 def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
-            raise ValueError(f"{section}.{name} must be positive, got {getattr(config, name)}")
+            raise ValueError(f"{section}.{name}: must be positive, got {getattr(config, name)}")

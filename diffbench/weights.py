@@ -1,0 +1,93 @@
+"""Averaged weights of a run: read from its exports or its newest checkpoint, exported, and as another run's start."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from diffbench.config import RunConfig
+from diffbench.core.errors import UserError
+from diffbench.core.files import atomic
+from diffbench.folder import read_config
+from diffbench.parts import build_denoiser, load_data
+
+
+def export_path(folder: Path, decay: float) -> Path:
+    """Where the average of a decay is exported."""
+    return folder / f"ema-{decay}.safetensors"
+
+
+def read(folder: Path, config: RunConfig, denoiser: nn.Module) -> tuple[dict[str, Tensor], int]:
+    """Weights of the first decay and the images they have seen: the export, or else the newest checkpoint's.
+
+    Raises:
+        UserError: if there are none, or they are damaged.
+    """
+    path = export_path(folder, config.ema.decays[0])
+    if path.is_file():
+        try:
+            with safe_open(path, "pt") as file:
+                images = int((file.metadata() or {}).get("images", 0))
+            return load_file(path), images
+        except SafetensorError as e:
+            raise UserError(f"{path}: damaged ({e}); remove it to use the newest checkpoint") from None
+    from diffbench.training.checkpoints import newest, step_of
+
+    checkpoint = newest(folder / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{folder}: no weights yet; train the run first")
+    average = _averages(checkpoint)[str(config.ema.decays[0])]
+    return _with_average(denoiser, average), step_of(checkpoint) * config.trainer.batch_size
+
+
+def export(folder: Path, denoiser: nn.Module, decay: float, average: Sequence[Tensor], images: int) -> None:
+    """Writes an average as safetensors."""
+    tensors = {k: v.cpu().contiguous() for k, v in _with_average(denoiser, average).items()}
+    with atomic(export_path(folder, decay)) as file:
+        file.write(save(tensors, {"images": str(images), "decay": str(decay)}))
+
+
+def export_from(checkpoint: Path, folder: Path, denoiser: nn.Module, images: int) -> None:
+    """Writes all averages of a checkpoint as safetensors."""
+    for decay, average in _averages(checkpoint).items():
+        export(folder, denoiser, float(decay), average, images)
+
+
+def initial(config: RunConfig) -> dict[str, Tensor] | None:
+    """The weights of `init_from`, or None where the config names no run.
+
+    Raises:
+        ValueError: if they do not fit the config's network, or there are none.
+    """
+    if config.init_from is None:
+        return None
+    source = Path(config.init_from)
+    try:
+        other = read_config(source)
+        weights, _ = read(source, other, build_denoiser(other, load_data(other)[0]))
+    except UserError as e:
+        raise ValueError(f"init_from: {e}") from None
+    with torch.device("meta"):
+        ours = build_denoiser(config, load_data(config)[0])
+    wanted = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = [name for name in sorted(wanted | given) if wanted.get(name) != given.get(name)]
+    if wrong:
+        name = wrong[0]
+        shapes = f"{given.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+        raise ValueError(f"init_from: {source} holds another network: {name} is {shapes}, {len(wrong)} differ in all")
+    return weights
+
+
+def _averages(checkpoint: Path) -> dict[str, list[Tensor]]:
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    averages: dict[str, list[Tensor]] = state["callbacks"]["EMA"]["averages"]
+    return averages
+
+
+def _with_average(denoiser: nn.Module, average: Sequence[Tensor]) -> dict[str, Tensor]:
+    names = [name for name, _ in denoiser.named_parameters()]
+    return dict(denoiser.state_dict()) | dict(zip(names, average, strict=True))

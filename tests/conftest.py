@@ -1,0 +1,37 @@
+"""What tests share: a cache of their own, the repository as the working directory, and one finished smoke run."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished smoke run of dit; read only."""
+    from diffbench.cli import main
+
+    runs = tmp_path_factory.mktemp("finished")
+    assert main(["train", str(ROOT / "experiments/digits/dit.yaml"), "debug=smoke", f"runs_dir={runs}"]) == 0
+    return runs / "digits" / "dit-smoke-s0"
+
+
+@pytest.fixture
+def smoke_run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished smoke run of dit, to work on."""
+    return Path(shutil.copytree(finished, tmp_path / "copied" / "digits" / finished.name))

@@ -1,0 +1,127 @@
+"""Distances against independent formulas, and the digits classifier that they rest on."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
+
+from diffbench.data.sources import DigitsConfig, digits
+from diffbench.evaluation.digits_cnn import train_digits_cnn
+from diffbench.evaluation.metrics import coverage, frechet_distance, moments, nearest_distance
+
+
+def features(count: int, width: int, seed: int) -> Tensor:
+    """Correlated float32 features with a mean of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator)
+    return torch.randn(count, width, generator=generator) @ mix + torch.randn(width, generator=generator)
+
+
+def test_moments_are_mean_and_unbiased_covariance() -> None:
+    x = features(50, 6, 0)
+    mean, cov = moments(x)
+    assert mean.dtype == cov.dtype == torch.float64
+    assert np.allclose(mean, x.double().numpy().mean(0), rtol=0, atol=1e-12)
+    assert np.allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        moments(x[:1])
+
+
+@pytest.mark.parametrize(("count", "width"), [(200, 8), (500, 32)])
+def test_frechet_distance_equals_the_formula_with_a_matrix_root(count: int, width: int) -> None:
+    a, b = features(count, width, 0), features(2 * count, width, 1)
+    (m1, s1), (m2, s2) = ((x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)) for x in (a, b))
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    want = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(want, rel=1e-8)
+    assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-10)
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero() -> None:
+    x = features(300, 16, 0)
+    assert abs(frechet_distance(x, x)) < 1e-9 * x.var(0).sum().item()
+    assert abs(frechet_distance(x, x.flip(0))) < 1e-9 * x.var(0).sum().item()
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    x = features(100, 4, 0).double()
+    assert frechet_distance(x, x + 3) == pytest.approx(4 * 9)
+    assert frechet_distance(x, 2 * x) == pytest.approx((x.mean(0).square().sum() + moments(x)[1].trace()).item())
+
+
+def test_frechet_distance_with_fewer_samples_than_features() -> None:
+    a, b = features(10, 32, 0), features(12, 32, 1)
+    assert abs(frechet_distance(a, a)) < 1e-5 * a.var(0).sum().item()  # the root of a rounding error
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
+    dead = torch.cat([a[:, :5], torch.zeros(10, 1)], dim=1)
+    assert frechet_distance(dead, dead + torch.tensor([0.0] * 5 + [2.0])) == pytest.approx(4, abs=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+@pytest.mark.parametrize("width", [2, 16])
+def test_coverage_equals_counting_with_nearest_neighbours(width: int, k: int) -> None:
+    reference, samples = features(150, width, 0), features(90, width, 0)[:60] * 0.8
+    search = NearestNeighbors(n_neighbors=k + 1).fit(reference.double())
+    radius = search.kneighbors(reference.double())[0][:, -1]  # the first neighbour is the point itself
+    nearest = NearestNeighbors(n_neighbors=1).fit(samples.double()).kneighbors(reference.double())[0][:, 0]
+    want = (nearest < radius).mean()
+    assert coverage(samples, reference, k) == pytest.approx(want, abs=1e-12)
+    assert 0 < want < 1
+
+
+def test_coverage_of_a_line() -> None:
+    reference = torch.arange(10.0)[:, None]
+    assert coverage(reference, reference, k=1) == 1.0
+    assert coverage(reference + 1000, reference, k=1) == 0.0
+    # Within one pixel of 4.25 lie 4 and 5; the ends of the line are no further from their neighbours than the rest.
+    assert coverage(torch.tensor([[4.25]]), reference, k=1) == pytest.approx(0.2)
+    # At the very distance of the nearest neighbour is not within.
+    assert coverage(torch.tensor([[4.0]]), reference, k=1) == pytest.approx(0.1)
+
+
+def test_nearest_distance_is_the_smallest_in_pixels_of_unit_range() -> None:
+    reference = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    reference[1], reference[2] = 255, 51
+    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
+    images[1], images[2], images[3] = 255, 102, 254
+    got = nearest_distance(images, reference)
+    assert got.dtype == torch.float64
+    assert got.tolist() == pytest.approx([0, 0, 2 * 51 / 255, 2 / 255], abs=1e-6)
+
+
+def test_nearest_distance_finds_each_copy() -> None:
+    train, test = digits(DigitsConfig())
+    assert nearest_distance(train.images[:200], train.images).max() < 1e-5
+    distance = nearest_distance(test.images, train.images)
+    brute = (test.images[7].double() / 255 - train.images.double() / 255).square().sum((1, 2, 3)).sqrt().min()
+    assert distance[7].item() == pytest.approx(brute.item(), abs=1e-6)
+    assert distance.min() > 0.1
+
+
+def test_digits_cnn_reads_held_out_digits() -> None:
+    train, test = digits(DigitsConfig())
+    net = train_digits_cnn(train.images, train.labels)
+    assert (net(test.images).argmax(1) == test.labels).double().mean() >= 0.97
+    assert net.features(test.images[:3]).shape == (3, net.num_features)
+    assert sum(p.numel() for p in net.parameters()) == 72_842
+    assert not net.training
+    assert not any(p.requires_grad for p in net.parameters())
+    # The distance that rests on it tells digits from noise, and likes digits better the more there are of them.
+    reference = net.features(train.images)
+    noise = torch.randint(0, 256, test.images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    digit_distance = frechet_distance(net.features(test.images), reference)
+    assert frechet_distance(net.features(noise), reference) > 20 * digit_distance > 0
+
+
+def test_digits_cnn_is_the_same_each_time_and_leaves_the_generator_alone() -> None:
+    train, _ = digits(DigitsConfig())
+    before = torch.get_rng_state()
+    first = train_digits_cnn(train.images, train.labels, epochs=2).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    second = train_digits_cnn(train.images, train.labels, epochs=2).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    longer = train_digits_cnn(train.images, train.labels, epochs=3).state_dict()
+    assert not torch.equal(first["head.weight"], longer["head.weight"])

@@ -1,0 +1,134 @@
+"""The rules of the house: who may import whom, checked in the source, and what an import costs."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "diffbench"
+MODULES = {
+    ".".join(("diffbench", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Everything that a module imports, at its top or later; our modules by their full name, others by their first."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative imports hide from this test"
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else str(node.module) for name in full]
+        else:
+            continue
+        found |= {name if name in MODULES else name.split(".")[0] for name in names}
+    return frozenset(found)
+
+
+def inside(place: str) -> list[str]:
+    """The modules of a package or the module itself."""
+    return [m for m in MODULES if m == f"diffbench.{place}" or m.startswith(f"diffbench.{place}.")]
+
+
+def ours(module: str) -> set[str]:
+    """The places below diffbench that a module imports: denoisers, core, config, ..."""
+    return {name.split(".")[1] for name in imports(module) if name.startswith("diffbench.")}
+
+
+def test_the_parser_sees_the_imports() -> None:
+    assert {"torch", "einops", "diffbench.denoisers.layers"} <= imports("diffbench.denoisers.dit")
+    assert "diffbench.run" in imports("diffbench.cli")  # inside functions too
+    assert "diffbench.core.keyed" in imports("diffbench.training.module")
+    assert {"config", "core"} <= ours("diffbench.folder")
+
+
+@pytest.mark.parametrize("wing", ["denoisers", "diffusion", "evaluation"])
+def test_a_wing_stands_alone(wing: str) -> None:
+    assert len(inside(wing)) >= 3
+    for module in inside(wing):
+        assert ours(module) <= {wing}, module
+        foreign = imports(module) - sys.stdlib_module_names
+        assert {name.split(".")[0] for name in foreign} <= {"diffbench", "torch", "torchmetrics", "einops"}, module
+
+
+def test_the_core_needs_nothing_but_torch() -> None:
+    assert len(inside("core")) >= 4
+    for module in inside("core"):
+        assert ours(module) <= {"core"}, module
+        assert {n.split(".")[0] for n in imports(module) - sys.stdlib_module_names} <= {"diffbench", "torch"}, module
+
+
+# From the ground up: a place imports from itself and from the floors before its own. A new module gets a place here.
+FLOORS = [
+    {"core"},
+    {"denoisers", "diffusion", "evaluation"},
+    {"data", "schema", "config_layers"},
+    {"training"},
+    {"config"},
+    {"folder", "parts"},
+    {"weights"},
+    {"run"},
+    {"scoring"},
+    {"report"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def test_every_place_of_the_package_has_a_floor() -> None:
+    assert {m.split(".")[1] for m in MODULES if m != "diffbench"} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("floor", range(2, len(FLOORS)), ids=lambda i: "-".join(sorted(FLOORS[i])))
+def test_no_import_runs_upwards(floor: int) -> None:
+    below: set[str] = set().union(*FLOORS[:floor])
+    for place in FLOORS[floor]:
+        for module in inside(place):
+            assert ours(module) <= below | {place}, module
+
+
+def test_only_the_entry_imports_the_command_line() -> None:
+    assert [m for m in MODULES if "diffbench.cli" in imports(m)] == ["diffbench.__main__"]
+
+
+def test_omegaconf_stays_with_the_config() -> None:
+    users = {m for m in MODULES if "omegaconf" in imports(m)}
+    assert users <= {"diffbench.config", "diffbench.config_layers"}
+    assert users
+
+
+def test_there_is_no_circle() -> None:
+    # The package itself offers run's names lazily; a package's parents are not counted as imports.
+    graph = {m: {name for name in imports(m) if name in MODULES and name != "diffbench"} for m in MODULES}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    assert set(order) == set(MODULES)
+    assert order.index("diffbench.core.errors") < order.index("diffbench.config") < order.index("diffbench.cli")
+
+
+HEAVY = {"torch", "lightning", "omegaconf", "sklearn", "tensorboard", "matplotlib"}
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The modules that a fresh interpreter holds after a statement."""
+    command = [sys.executable, "-c", f"import sys\n{statement}\nprint(*sys.modules)"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    loaded = loaded_after("import diffbench, diffbench.cli")
+    assert "diffbench.cli" in loaded
+    assert not loaded & HEAVY
+
+
+def test_the_config_loads_without_lightning() -> None:
+    loaded = loaded_after("import diffbench.config")
+    assert {"torch", "omegaconf"} <= loaded
+    assert not loaded & (HEAVY - {"torch", "omegaconf"})

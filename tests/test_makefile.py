@@ -1,0 +1,89 @@
+"""The Makefile: what its help says, and what its recipes would run."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from diffbench.config_layers import experiments
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Nothing is to be installed: the stamp counts as new.
+    command = ["make", "--no-print-directory", "--assume-old=.venv/.installed", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def recipes() -> list[str]:
+    (phony,) = re.findall(r"^\.PHONY: (help .*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return phony.split()
+
+
+@pytest.mark.parametrize("arguments", [[], ["help"]])
+def test_help_lists_every_target_and_variable(arguments: list[str]) -> None:
+    done = make(*arguments)
+    assert done.returncode == 0
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")] == recipes()
+    for text in ("MODEL=dit", "DATA=digits", "SEED=0", "SEEDS=0", 'ARGS=""', "PYTHON=", "RUN=runs/digits/dit-s0"):
+        assert text in done.stdout
+
+
+def test_an_unknown_model_lists_the_choices_and_runs_nothing() -> None:
+    done = make("train", "MODEL=ditt")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0] == "error: no experiments/digits/ditt.yaml; MODEL and DATA name one of:"
+    for path in experiments(ROOT / "experiments"):
+        assert f"  DATA={Path(path).parent.name} MODEL={Path(path).stem}" in lines
+
+
+def test_train_passes_model_seed_and_arguments_on() -> None:
+    done = make("-n", "train", "MODEL=unet", "SEED=1", "ARGS=denoiser.num_res_blocks=2 tag=x")
+    assert done.returncode == 0, done.stderr
+    assert "for seed in 1; do" in done.stdout
+    assert "-m diffbench train experiments/digits/unet.yaml seed=$seed denoiser.num_res_blocks=2 tag=x" in done.stdout
+
+
+def test_seeds_are_three_commands() -> None:
+    (loop,) = (line for line in make("-n", "train", "SEEDS=0,1,2").stdout.splitlines() if "for seed in" in line)
+    command = re.sub(r"\S+/python -m diffbench", "echo", loop.lstrip("@"))
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"train experiments/digits/dit.yaml seed={i}" for i in (0, 1, 2)]
+
+
+def test_run_follows_from_model_data_and_seed() -> None:
+    done = make("-n", "sample", "MODEL=diffit", "SEED=2", "ARGS=n=4 labels=3")
+    assert "-m diffbench sample runs/digits/diffit-s2 n=4 labels=3" in done.stdout
+    assert "-m diffbench evaluate runs/x" in make("-n", "evaluate", "RUN=runs/x").stdout
+    assert "-m diffbench compare runs/x runs/y" in make("-n", "compare", "RUNS=runs/x runs/y").stdout
+
+
+def test_compare_without_runs_says_so() -> None:
+    done = make("compare", "DATA=nothing")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "error: no runs under runs/nothing: train one first"
+
+
+def test_an_old_python_is_refused(tmp_path: Path) -> None:
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    command = ["make", "-f", str(ROOT / "Makefile"), "setup", f"PYTHON={old}"]
+    (tmp_path / "pyproject.toml").touch()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Python 3.11 or newer is needed: set PYTHON=")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_clean_leaves_runs_alone() -> None:
+    done = make("-n", "clean")
+    assert done.returncode == 0
+    assert ".venv" in done.stdout
+    assert "runs" not in done.stdout

@@ -1,0 +1,71 @@
+"""Every command and every line of Python in the README runs (at a small size)."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from diffbench.cli import main
+from diffbench.run import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+SMALL = ["trainer.max_images=128", "sample.steps='2'", "evaluate.count=20"]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the experiments and a short run of each backbone under the README's names."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for model in ("dit", "unet"):
+            train(f"experiments/digits/{model}.yaml", ["trainer.max_images=128"])
+    return folder
+
+
+def test_the_readme_shows_commands() -> None:
+    assert "make train MODEL=diffit" in SHELL and "make test" in SHELL
+    assert len([c for c in SHELL if c.startswith("diffbench ")]) >= 8
+
+
+@pytest.mark.parametrize("command", [c for c in SHELL if c.startswith("make ")])
+def test_make_commands(command: str) -> None:
+    """Make knows the target and its variables; what the recipes call is tested below and in test_cli."""
+    done = subprocess.run(
+        ["make", "-n", "-o", ".venv/.installed", *shlex.split(command)[1:], "RUNS=runs/digits/dit-s0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "python -m" in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in SHELL if c.startswith("diffbench ")])
+def test_diffbench_commands(command: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(clone)
+    verb, *rest = shlex.split(command)[1:]
+    small = {"train": SMALL, "evaluate": SMALL[1:], "sample": ["steps=2"]}.get(verb, [])
+    assert main([verb, *rest, *small]) == 0
+
+
+def test_python_lines(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(clone)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code.replace("seed=0)", 'seed=0, steps="2")'), names)
+    assert len(names["pictures"]) == 16  # type: ignore[arg-type]
+
+
+def test_pictures_exist() -> None:
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
