@@ -63,12 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
     for name in ("evaluate", "sample"):
         parsers[name].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
+    parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
     parsers["compare"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     values = {
         "train": "trainer.max_images=900_000",
         "show": "denoiser.depth=2",
-        "evaluate": "sample.steps=50",
-        "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png, or keys of the sample section as steps=50",
+        "evaluate": "sample.steps=50 ema=0.999",
+        "sample": "n=16 labels=3 guidance=2 seed=0 ema=0.999 out=digits.png, or keys of the sample section as steps=50",
     }
     for name, example in values.items():
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")
@@ -107,19 +108,20 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from diffbench.denoisers import DENOISERS, build
-    from diffbench.denoisers.cost import count
     from diffbench.config_layers import experiments
+    from diffbench.denoisers import DENOISERS
+    from diffbench.denoisers.presets import sizes
 
-    print("backbones (denoiser.name)")
-    for name, entry in DENOISERS.items():
-        print(f"  {name:<10} {entry.summary}")
-    print("\npresets (denoiser.preset), counted with 1,000 classes and learned variance on 4x32x32 latents")
-    for name, entry in DENOISERS.items():
-        for preset, config in entry.presets.items():
-            shape = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
-            cost = count(lambda n=name, c=config, s=shape: build(n, c, **s), 4, 32)  # type: ignore[misc]
-            print(f"  {preset:<10} {cost.parameters:>12,} parameters  {cost.gmacs:>7.2f} GMACs")
+    if not arguments.models:
+        print("backbones (denoiser.name)")
+        for name, entry in DENOISERS.items():
+            print(f"  {name:<14} {entry.summary}")
+        print()
+    print("presets (denoiser.preset), each counted at its own input; GMACs are what papers call Gflops")
+    for name, source, cost in sizes():
+        print(f"  {name:<24} {cost.parameters:>12,} parameters  {cost.gmacs:>7.2f} GMACs  ({source})", flush=True)
+    if arguments.models:
+        return
     print("\nexperiments")
     for path in experiments():
         lines = Path(path).read_text().splitlines()
@@ -145,6 +147,7 @@ class _Draw:
     labels: int | list[int] | None = None
     seed: int = 0
     out: str | None = None
+    ema: float | None = None
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -163,6 +166,8 @@ def _sample(arguments: argparse.Namespace) -> None:
             raise UserError(f"{COMMAND_LINE}: {key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
     with blaming([(COMMAND_LINE, values)]):
         draw = schema.build(_Draw, {k: v for k, v in values.items() if k in vars(_Draw())})
+    if draw.ema is not None:
+        run.use_average(draw.ema)
     changes = {k: v for k, v in values.items() if k not in vars(draw)}
     change(run.config, {"sample": changes})
     words = [f"{run.images_seen:09d}", *(a.replace("/", "_") for a in arguments.overrides if not a.startswith("out="))]

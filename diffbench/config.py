@@ -19,12 +19,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffbench import schema
+from diffbench.config_layers import (
+    COMMAND_LINE,
+    SMOKE_MODE,
+    Layer,
+    blaming,
+    merge,
+    one_line,
+    parse_overrides,
+    read_chain,
+)
 from diffbench.core.errors import suggest
 from diffbench.data.sources import SOURCES
 from diffbench.denoisers import DENOISERS
 from diffbench.diffusion.process import DiscreteVP, VPConfig
 from diffbench.diffusion.schedules import space_timesteps
-from diffbench.config_layers import COMMAND_LINE, SMOKE_MODE, Layer, blaming, merge, one_line, parse_overrides, read_chain
 from diffbench.training.settings import (
     EMAConfig,
     EvaluateConfig,

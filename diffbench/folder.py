@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diffbench.config import RunConfig, flatten, from_dict, load, to_dict, to_yaml
+from diffbench.config_layers import parse_overrides, read_yaml
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
-from diffbench.config_layers import parse_overrides, read_yaml
 
 # What may change between two sittings of one run: its length, and what leaves every number as it is.
 FREE = {"trainer.max_images", "data.num_workers", "runs_dir", "tag"}

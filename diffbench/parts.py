@@ -33,6 +33,7 @@ def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
         channels=channels,
         num_classes=data.num_classes,
         null_class=null_label(config, data) is not None,
+        learn_sigma=config.process.variance == "learned_range",
     )
 
 

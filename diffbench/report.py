@@ -24,7 +24,8 @@ def facts(run: Run) -> dict[str, str]:
         "images/s": f"{images / seconds:,.0f}" if seconds else "-",
         "validation error": "-" if error is None else f"{error:.4f}",
     }
-    for record in newest_scores(run):
+    scored = newest_scores(run)
+    for record in scored:
         guided = "" if record["guidance"] == 1 else f" (guidance {record['guidance']:g})"
         for name, value in record.items():
             if "@" in name and not name.startswith("nearest"):
@@ -32,12 +33,16 @@ def facts(run: Run) -> dict[str, str]:
         nearest = next(v for k, v in record.items() if k.startswith("nearest_train@"))
         held_out = record["nearest_train_held_out"]
         row[f"nearest training image{guided}"] = f"{nearest:.3f} (held-out digits {held_out:.3f})"
+    if scored:
+        how = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored]
+        row["sampler"] = ", ".join(dict.fromkeys(how))
     return row
 
 
 def newest_scores(run: Run) -> list[dict[str, Any]]:
-    """The newest record of each guidance weight for the run's present weights, unguided first."""
-    chosen = {r["guidance"]: r for r in results(run.folder) if r["images_seen"] == run.images_seen}
+    """The newest record of each guidance weight for the weights that the run holds, unguided first."""
+    held = [r for r in results(run.folder) if (r["images_seen"], r["ema"]) == (run.images_seen, run.ema)]
+    chosen = {r["guidance"]: r for r in held}
     return [chosen[w] for w in sorted(chosen)]
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from diffbench import weights
 from diffbench.config import RunConfig, change, from_layers, read_layers, to_yaml
+from diffbench.config_layers import blaming
 from diffbench.core.files import locked
 from diffbench.denoisers.cost import Cost
 from diffbench.diffusion import DiscreteVP
 from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, read_config, update_length
-from diffbench.config_layers import blaming
 from diffbench.parts import build_denoiser, check, cost_of, load_data, null_label
 
 
@@ -29,6 +29,7 @@ class Run:
         config: its resolved config.
         denoiser: the network, with averaged weights after `load`.
         process: what it was trained under.
+        ema: decay of the average that the network holds after `load`.
         images_seen: of the weights that were loaded.
     """
 
@@ -42,7 +43,19 @@ class Run:
         self.denoiser: nn.Module = build_denoiser(config, self.train_set)
         if config.trainer.channels_last:
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = config.ema.decays[0]
         self.images_seen = 0
+
+    def use_average(self, decay: float) -> None:
+        """Loads the average of a decay into the network.
+
+        Raises:
+            UserError: if the run keeps no such average, or has no weights yet.
+        """
+        averaged, self.images_seen = weights.read(self.folder, self.config, self.denoiser, decay)
+        self.denoiser.load_state_dict(averaged, strict=True)
+        self.denoiser.eval()
+        self.ema = decay
 
     @property
     def cost(self) -> Cost:
@@ -108,17 +121,19 @@ class Run:
         return y
 
 
-def load(folder: str | Path) -> Run:
+def load(folder: str | Path, ema: float | None = None) -> Run:
     """A trained run with its averaged weights, on the CPU, ready to sample.
 
+    Args:
+        folder: the run folder.
+        ema: decay of the average, one of `config.ema.decays`; by default the first.
+
     Raises:
-        UserError: if the folder holds no run, or no weights yet.
+        UserError: if the folder holds no run, no weights yet, or no such average.
     """
     folder = Path(folder)
     run = Run(folder, read_config(folder))
-    averaged, run.images_seen = weights.read(folder, run.config, run.denoiser)
-    run.denoiser.load_state_dict(averaged, strict=True)
-    run.denoiser.eval()
+    run.use_average(run.ema if ema is None else ema)
     return run
 
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from diffbench import __version__
 from diffbench.config import RunConfig, change
+from diffbench.config_layers import COMMAND_LINE, parse_overrides
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import atomic
 from diffbench.data.sources import ImageSet, balanced
 from diffbench.evaluation import digits_cnn
 from diffbench.evaluation.digits_cnn import DigitsCNN, train_digits_cnn
 from diffbench.evaluation.metrics import coverage, frechet_distance, nearest_distance
-from diffbench.config_layers import COMMAND_LINE, parse_overrides
 from diffbench.parts import check_evaluation
 from diffbench.run import Run
 
@@ -61,17 +61,22 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
 
     Args:
         run: a loaded run.
-        overrides: key=value for the sections `sample` and `evaluate`.
+        overrides: key=value for the sections `sample` and `evaluate`, `seed`, and `ema` (the decay of the average).
 
     Returns:
         One record a guidance weight, already appended to the run's results.jsonl.
     """
     changes = parse_overrides(overrides)
     for key in changes:
-        if key not in ("sample", "evaluate", "seed"):
-            near = suggest(key, ["sample", "evaluate", "seed"])
-            raise UserError(f"{COMMAND_LINE}: {key}: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed{near}")
+        if key not in ("sample", "evaluate", "seed", "ema"):
+            near = suggest(key, ["sample", "evaluate", "seed", "ema"])
+            raise UserError(
+                f"{COMMAND_LINE}: {key}: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed, ema{near}"
+            )
+    decay = changes.pop("ema", run.ema)
     config = change(run.config, changes)
+    if decay != run.ema:
+        run.use_average(decay)
     try:
         check_evaluation(config, run.train_set)
     except ValueError as e:
@@ -111,7 +116,7 @@ def _score(run: Run, config: RunConfig, judge: DigitsCNN, weight: float) -> dict
         "images_seen": run.images_seen,
         "guidance": weight,
         "sample": dataclasses.asdict(config.sample) | {"seed": config.seed, "seconds": seconds},
-        "ema": run.config.ema.decays[0],
+        "ema": run.ema,
         "data": run.train_set.fingerprint(),
         "versions": {
             "diffbench": __version__,

@@ -20,13 +20,15 @@ def export_path(folder: Path, decay: float) -> Path:
     return folder / f"ema-{decay}.safetensors"
 
 
-def read(folder: Path, config: RunConfig, denoiser: nn.Module) -> tuple[dict[str, Tensor], int]:
-    """Weights of the first decay and the images they have seen: the export, or else the newest checkpoint's.
+def read(folder: Path, config: RunConfig, denoiser: nn.Module, decay: float) -> tuple[dict[str, Tensor], int]:
+    """The average of a decay and the images it has seen: the export, or else the newest checkpoint's.
 
     Raises:
-        UserError: if there are none, or they are damaged.
+        UserError: if there is none, or it is damaged.
     """
-    path = export_path(folder, config.ema.decays[0])
+    if decay not in config.ema.decays:
+        raise UserError(f"{folder}: ema: no average has decay {decay}; choose from {_listed(config.ema.decays)}")
+    path = export_path(folder, decay)
     if path.is_file():
         try:
             with safe_open(path, "pt") as file:
@@ -39,7 +41,7 @@ def read(folder: Path, config: RunConfig, denoiser: nn.Module) -> tuple[dict[str
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{folder}: no weights yet; train the run first")
-    average = _averages(checkpoint)[str(config.ema.decays[0])]
+    average = _averages(checkpoint)[str(decay)]
     return _with_average(denoiser, average), step_of(checkpoint) * config.trainer.batch_size
 
 
@@ -67,7 +69,7 @@ def initial(config: RunConfig) -> dict[str, Tensor] | None:
     source = Path(config.init_from)
     try:
         other = read_config(source)
-        weights, _ = read(source, other, build_denoiser(other, load_data(other)[0]))
+        weights, _ = read(source, other, build_denoiser(other, load_data(other)[0]), other.ema.decays[0])
     except UserError as e:
         raise ValueError(f"init_from: {e}") from None
     with torch.device("meta"):
@@ -91,3 +93,7 @@ def _averages(checkpoint: Path) -> dict[str, list[Tensor]]:
 def _with_average(denoiser: nn.Module, average: Sequence[Tensor]) -> dict[str, Tensor]:
     names = [name for name, _ in denoiser.named_parameters()]
     return dict(denoiser.state_dict()) | dict(zip(names, average, strict=True))
+
+
+def _listed(decays: Sequence[float]) -> str:
+    return ", ".join(map(str, decays))

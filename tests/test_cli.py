@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import diffbench
 from diffbench.cli import VERBS, main
 from diffbench.config import load as load_config
-from diffbench.denoisers import DENOISERS
 from diffbench.config_layers import experiments
+from diffbench.denoisers import DENOISERS
 
 ROOT = Path(__file__).parent.parent
 DIT = "experiments/digits/dit.yaml"
@@ -270,8 +270,11 @@ def test_evaluate_appends_records_and_prints_them(smoke_run: Path, capsys: Captu
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("trainer.max_images=5", "trainer: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed"),
-        ("smaple.steps=3", "smaple: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed; did you mean 'sample'?"),
+        ("trainer.max_images=5", "trainer: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed, ema"),
+        (
+            "smaple.steps=3",
+            "smaple: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed, ema; did you mean 'sample'?",
+        ),
         ("sample.stesp=3", "sample.stesp: unknown key; allowed: "),
         ("sample.steps=5000", "sample.steps: '5000' does not fit process.steps=1000"),
         ("evaluate.count=5", "evaluate.count: must be at least 20, got 5"),
@@ -310,7 +313,7 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
         ("guidance=-1", "sample.guidance: must be at least 0, got -1.0"),
         ("steps=abc", "sample.steps: must be like 250, ddim25 or 10,15,20, got 'abc'"),
         ("eta=0.5", "sample.eta: belongs to sample.sampler=ddim"),
-        ("stesp=3", "stesp: unknown key; allowed: n, labels, seed, out, sampler, steps, "),
+        ("stesp=3", "stesp: unknown key; allowed: n, labels, seed, out, ema, sampler, steps, "),
         ("trainer.max_images=3", "trainer: unknown key; allowed: n, labels, "),
         ("foo", "'foo' is no override; write key=value"),
     ],
@@ -414,3 +417,34 @@ def test_labels_in_python(finished: Path) -> None:
         run.sample(labels=[3, 12])
     with pytest.raises(ValueError, match=r"labels: 2 labels for n=3 samples"):
         run.sample(n=3, labels=[1, 2])
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        ["process.variance=learned_range", "process.loss=hybrid"],
+        ["process.variance=learned_range", "process.loss=rescaled_kl"],
+        ["process.loss=kl", "process.schedule=scaled_linear", "validation.log_snr=[-4.0,0.0]"],
+        ["process.prediction=v", "process.min_snr_gamma=5", "process.zero_terminal_snr=true"],
+    ],
+)
+def test_every_loss_and_variance_trains_and_samples(process: list[str], tmp_path: Path) -> None:
+    run = diffbench.train(DIT, [*SMALL, "debug=smoke", f"runs_dir={tmp_path}", *process])
+    series = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["train/loss"]) for line in series if "train/loss" in line)
+    assert run.denoiser.final.out_features == (8 if "learned_range" in process[0] else 4)  # type: ignore[union-attr]
+    assert len(run.sample(n=2, guidance=1.5)) == 2
+
+
+def test_another_average_is_sampled_and_scored(tmp_path: Path, refused: Callable[..., str]) -> None:
+    run = diffbench.train(
+        DIT, [*SMALL, "debug=smoke", f"runs_dir={tmp_path}", "ema.decays=[0.9,0.5]", "ema.warmup=false"]
+    )
+    assert main(["evaluate", str(run.folder), "ema=0.5"]) == 0
+    first = json.loads((run.folder / "results.jsonl").read_text().splitlines()[0])
+    assert first["ema"] == 0.5 and run.ema == 0.9
+    assert main(["sample", str(run.folder), "n=2", "ema=0.5"]) == 0
+    averages = [diffbench.load(run.folder, ema=decay).denoiser.state_dict() for decay in (0.9, 0.5)]
+    assert not torch.equal(averages[0]["final.weight"], averages[1]["final.weight"])
+    wanted = f"{run.folder}: ema: no average has decay 0.7; choose from 0.9, 0.5"
+    assert refused("evaluate", run.folder, "ema=0.7") == refused("sample", run.folder, "ema=0.7") == wanted

@@ -5,8 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from diffbench.denoisers import presets
+from diffbench.denoisers.ddpmpp import DDPMpp, DDPMppConfig
 from diffbench.denoisers.diffit import DiffiT, DiffiTConfig
-from diffbench.denoisers.dit import DIT_PRESETS, DiT, DiTConfig
+from diffbench.denoisers.diffit_latent import DiffiTLatent, DiffiTLatentConfig
+from diffbench.denoisers.dit import DiT, DiTConfig
+from diffbench.denoisers.reference import from_reference
 from diffbench.denoisers.unet import UNet, UNetConfig
 
 
@@ -18,13 +22,29 @@ class Entry:
     build: type[nn.Module]
     summary: str
     presets: dict[str, Any] = field(default_factory=dict)
-    """Published sizes by name, for `denoiser.preset` and `diffbench list`."""
+    """Published sizes by name, for `denoiser.preset`; `presets.sizes` counts them."""
+
+
+def _configs(table: dict[str, presets.Preset]) -> dict[str, Any]:
+    return {name: preset.config for name, preset in table.items()}
 
 
 DENOISERS = {
-    "unet": Entry(UNetConfig, UNet, "U-Net with residual blocks and attention (ADM)"),
-    "dit": Entry(DiTConfig, DiT, "Vision Transformer with adaLN-Zero (DiT)", DIT_PRESETS),
-    "diffit": Entry(DiffiTConfig, DiffiT, "U-shaped transformer with time-dependent self-attention (DiffiT)"),
+    "unet": Entry(UNetConfig, UNet, "U-Net with residual blocks and attention (ADM)", _configs(presets.ADM)),
+    "dit": Entry(DiTConfig, DiT, "Vision Transformer with adaLN-Zero (DiT)", _configs(presets.DIT)),
+    "diffit": Entry(
+        DiffiTConfig,
+        DiffiT,
+        "U-shaped transformer with time-dependent self-attention (DiffiT)",
+        _configs(presets.DIFFIT),
+    ),
+    "diffit-latent": Entry(
+        DiffiTLatentConfig,
+        DiffiTLatent,
+        "Vision Transformer with time-dependent self-attention (DiffiT for latents)",
+        _configs(presets.DIFFIT_LATENT),
+    ),
+    "ddpmpp": Entry(DDPMppConfig, DDPMpp, "U-Net as EDM trains it (DDPM++)", _configs(presets.DDPMPP)),
 }
 
 
@@ -33,4 +53,18 @@ def build(name: str, config: Any, **shape: Any) -> nn.Module:
     return DENOISERS[name].build(config, **shape)
 
 
-__all__ = ["DENOISERS", "DiT", "DiTConfig", "DiffiT", "DiffiTConfig", "UNet", "UNetConfig", "build"]
+__all__ = [
+    "DENOISERS",
+    "DDPMpp",
+    "DDPMppConfig",
+    "DiT",
+    "DiTConfig",
+    "DiffiT",
+    "DiffiTConfig",
+    "DiffiTLatent",
+    "DiffiTLatentConfig",
+    "UNet",
+    "UNetConfig",
+    "build",
+    "from_reference",
+]

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffbench.denoisers.layers import both_sides
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -22,14 +24,14 @@ class Cost:
         return self.macs / 1e9
 
 
-def count(make: Callable[[], nn.Module], channels: int, image_size: int) -> Cost:
-    """The cost of the network that `make` builds, at (1, channels, image_size, image_size).
+def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[int, int]) -> Cost:
+    """The cost of the network that `make` builds, at (1, channels, height, width); one number is both sides.
 
     The meta device matters: on a CPU the counter sees no products inside fused attention.
     """
     with torch.device("meta"), torch.no_grad():
         net = make()
-        x = torch.empty(1, channels, image_size, image_size)
+        x = torch.empty(1, channels, *both_sides(image_size))
         with FlopCounterMode(display=False) as counter:
             net(x, torch.empty(1), torch.zeros(1, dtype=torch.int64))
     return Cost(sum(v.numel() for v in net.state_dict().values()), counter.get_total_flops() // 2)

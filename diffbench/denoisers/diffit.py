@@ -5,22 +5,23 @@ each choice made here is a key of `DiffiTConfig` or stated beside the layer.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, scaled_dot_product_attention
+from torch.nn.functional import interpolate
 
 from diffbench.denoisers.layers import (
     ConditionEmbedding,
     GroupNorm,
+    TimeFeatures,
     check_divides,
+    check_shape,
     from_windows,
-    relative_position_index,
     to_windows,
-    xavier_,
     zero_,
 )
+from diffbench.denoisers.tmsa import DiffiTBlock, TimeIn
 
 
 @dataclass
@@ -31,8 +32,8 @@ class DiffiTConfig:
     """Width of each stage; the resolution halves between stages."""
     blocks: list[int] = field(default_factory=lambda: [4, 4, 4])
     """Residual blocks of each stage, in the encoder and again in the decoder (L1, L2, ... of the paper)."""
-    window: int = 4
-    """Side of the attention window; a stage smaller than it is one window."""
+    window: int | list[int] = 4
+    """Side of the attention window, of all stages or of each (Fig. 8); a stage smaller than it is one window."""
     num_heads: int = 4
     mlp_ratio: float = 4.0
     time_dim: int = 512
@@ -40,6 +41,20 @@ class DiffiTConfig:
     dropout: float = 0.0
     norm_groups: int = 32
     """Groups of the group normalisation; must divide every width, also that of the concatenated skips."""
+    token_dim: int | None = None
+    """Width of queries, keys and values (Table 3, as far as stages are not that wide); null: the stage's width."""
+    skip: Literal["concat", "add", "none"] = "concat"
+    """What joins encoder and decoder at each resolution; the paper shows that there is something."""
+    resample: Literal["conv", "bilinear"] = "conv"
+    """Between stages: 3x3 convolutions of stride 2, and nearest x2 with a 3x3; or bilinear without weights (§I.1)."""
+    time_in: TimeIn = "qkv"
+    """How the time enters a block (Tables 6 and 7; adaln instead of TMSA); see `tmsa.TimeIn`."""
+    tmsa: Literal["both", "encoder", "decoder", "none"] = "both"
+    """Which half has `time_in` (Table 4, D: encoder, E: both); the other adds the time to each stage's input."""
+    time_features: TimeFeatures = "sinusoidal"
+    """Features of the time under the MLP (Table 8)."""
+    fourier_scale: float = 16.0
+    """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
 
 
 class DiffiT(nn.Module):
@@ -55,7 +70,7 @@ class DiffiT(nn.Module):
 
     Raises:
         ValueError: if stages or windows do not divide the image, or heads or norm groups a width, or if
-            `channels` and `blocks` differ in length.
+            `channels`, `blocks` and `window` differ in length.
     """
 
     def __init__(
@@ -68,32 +83,52 @@ class DiffiT(nn.Module):
         learn_sigma: bool = False,
     ) -> None:
         super().__init__()
+        self.channels, self.image_size = channels, image_size
         self.num_classes, self.null_class = num_classes, null_class
+        self.resample, self.skip = config.resample, config.skip
         widths, depths = config.channels, config.blocks
-        if len(widths) != len(depths):
-            raise ValueError(
-                f"denoiser.channels has {len(widths)} stages, denoiser.blocks has {len(depths)}: they must agree"
-            )
         stages = len(widths)
+        windows = config.window if isinstance(config.window, list) else [config.window] * stages
+        for key, values in {"blocks": depths, "window": windows}.items():
+            if len(values) != stages:
+                raise ValueError(
+                    f"denoiser.channels has {stages} stages, denoiser.{key} has {len(values)}: they must agree"
+                )
         check_divides(2 ** (stages - 1), image_size, f"{stages} stages halve the image too often")
         sizes = [image_size >> i for i in range(stages)]
 
-        def stage(c_in: int, i: int) -> Stage:
-            window = min(config.window, sizes[i])
+        def stage(c_in: int, i: int, half: str) -> Stage:
+            window = min(windows[i], sizes[i])
             check_divides(window, sizes[i], f"denoiser.window must divide the side of stage {i + 1}")
             c_ins = [c_in] + [widths[i]] * (depths[i] - 1)
-            return Stage([ResBlock(config, c, widths[i], window) for c in c_ins])
+            time_in: TimeIn = config.time_in if config.tmsa in ("both", half) else "none"
+            return Stage([ResBlock(config, c, widths[i], window, time_in) for c in c_ins])
 
-        self.condition = ConditionEmbedding(config.time_dim, 256, num_classes, null_class)
+        def stage_times(c_ins: list[int], half: str) -> nn.ModuleList:
+            plain = config.tmsa not in ("both", half)
+            return nn.ModuleList([nn.Linear(config.time_dim, c) for c in c_ins] if plain else [])
+
+        self.condition = ConditionEmbedding(
+            config.time_dim, 256, num_classes, null_class, config.time_features, config.fourier_scale
+        )
         self.tokenizer = nn.Conv2d(channels, widths[0], 3, padding=1)
         inputs = [widths[0], *widths[:-1]]
-        self.encoder = nn.ModuleList([stage(inputs[i], i) for i in range(stages)])
-        self.down = nn.ModuleList([nn.Conv2d(c, c, 3, stride=2, padding=1) for c in widths[:-1]])
-        # Decoder, coarsest first: upsample, concatenate the encoder's stage of that resolution, blocks.
-        self.up = nn.ModuleList([nn.Conv2d(c, c, 3, padding=1) for c in widths[:0:-1]])
-        self.decoder = nn.ModuleList([stage(widths[i + 1] + widths[i], i) for i in reversed(range(stages - 1))])
+        self.encoder = nn.ModuleList([stage(inputs[i], i, "encoder") for i in range(stages)])
+        self.down = nn.ModuleList([self._resampler(c, stride=2) for c in widths[:-1]])
+        # Decoder, coarsest first: upsample, join the encoder's stage of that resolution, blocks.
+        finer = list(reversed(range(stages - 1)))
+        inputs_up = [widths[i + 1] + (widths[i] if config.skip == "concat" else 0) for i in finer]
+        self.up = nn.ModuleList([self._resampler(widths[i + 1], stride=1) for i in finer])
+        self.decoder = nn.ModuleList([stage(c, i, "decoder") for c, i in zip(inputs_up, finer, strict=True)])
+        adds = config.skip == "add"
+        self.join = nn.ModuleList([nn.Conv2d(widths[i], widths[i + 1], 1) for i in finer] if adds else [])
+        self.encoder_time = stage_times(inputs, "encoder")
+        self.decoder_time = stage_times(inputs_up, "decoder")
         self.head_norm = GroupNorm(config.norm_groups, widths[0], eps=1e-5)
         self.head = zero_(nn.Conv2d(widths[0], channels * (2 if learn_sigma else 1), 3, padding=1))
+
+    def _resampler(self, width: int, stride: int) -> nn.Module:
+        return nn.Conv2d(width, width, 3, stride=stride, padding=1) if self.resample == "conv" else nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predicts from a noisy image.
@@ -105,17 +140,33 @@ class DiffiT(nn.Module):
 
         Returns:
             (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+
+        Raises:
+            ValueError: if the image has another size than the network.
         """
+        check_shape(x, self.channels, self.image_size, self.image_size)
+        bilinear = self.resample == "bilinear"
         c = self.condition(t, y)
         h = self.tokenizer(x)
         skips = []
         for i, blocks in enumerate(self.encoder):
+            if self.encoder_time:
+                h = h + self.encoder_time[i](c)[:, :, None, None]
             h = blocks(h, c)
             if i < len(self.down):
                 skips.append(h)
-                h = self.down[i](h)
-        for up, blocks in zip(self.up, self.decoder, strict=True):
-            h = blocks(torch.cat([up(interpolate(h, scale_factor=2.0)), skips.pop()], dim=1), c)
+                # At a factor of 2, bilinear interpolation is the mean of 2x2 pixels.
+                h = interpolate(h, scale_factor=0.5, mode="bilinear") if bilinear else self.down[i](h)
+        for i, blocks in enumerate(self.decoder):
+            h = self.up[i](interpolate(h, scale_factor=2.0, mode="bilinear" if bilinear else "nearest"))
+            skip = skips.pop()
+            if self.skip == "concat":
+                h = torch.cat([h, skip], dim=1)
+            elif self.skip == "add":
+                h = h + self.join[i](skip)
+            if self.decoder_time:
+                h = h + self.decoder_time[i](c)[:, :, None, None]
+            h = blocks(h, c)
         return self.head(self.head_norm(h))
 
 
@@ -131,13 +182,22 @@ class Stage(nn.ModuleList):
 class ResBlock(nn.Module):
     """x + DiffiT-Block(Conv3x3(Swish(GN(x)))), Eq. 9 and 10; a 1x1 convolution carries x where the width changes."""
 
-    def __init__(self, config: DiffiTConfig, c_in: int, c_out: int, window: int) -> None:
+    def __init__(self, config: DiffiTConfig, c_in: int, c_out: int, window: int, time_in: TimeIn) -> None:
         super().__init__()
         check_divides(config.norm_groups, c_in, "denoiser.norm_groups must divide each width, skips included")
         self.window = window
         self.norm = GroupNorm(config.norm_groups, c_in, eps=1e-5)
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.block = DiffiTBlock(config, c_out, window)
+        self.block = DiffiTBlock(
+            c_out,
+            config.num_heads,
+            window,
+            config.time_dim,
+            config.mlp_ratio,
+            config.dropout,
+            time_in,
+            config.token_dim,
+        )
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -146,62 +206,4 @@ class ResBlock(nn.Module):
         h = self.conv(nn.functional.silu(self.norm(x)))
         tokens = self.block(to_windows(h, self.window), c)
         out: Tensor = self.skip(x) + from_windows(tokens, self.window, height, width)
-        return out
-
-
-class DiffiTBlock(nn.Module):
-    """Eq. 7 and 8: x + TMSA(LN(x), time), then x + MLP(LN(x)). Norms without affine, eps 1e-6, as released."""
-
-    def __init__(self, config: DiffiTConfig, dim: int, window: int) -> None:
-        super().__init__()
-        hidden = int(dim * config.mlp_ratio)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attention = TMSA(dim, config.num_heads, window, config.time_dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
-        self.dropout = nn.Dropout(config.dropout)
-        xavier_(self.mlp)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B * windows, window^2, D) tokens, windows of a sample adjacent, and (B, time_dim) to the same shape."""
-        x = x + self.dropout(self.attention(self.norm1(x), c))
-        return x + self.dropout(self.mlp(self.norm2(x)))
-
-
-class TMSA(nn.Module):
-    """Time-dependent multi-head self-attention (Eq. 3 to 6).
-
-    q, k and v are each a projection of the token plus one of the time token; a learned relative-position bias,
-    free of time, is added after the scaling by 1/sqrt(d).
-
-    Args:
-        dim: width of the tokens, divisible by `num_heads`.
-        num_heads: heads.
-        window: side of the window.
-        time_dim: width of the time token.
-    """
-
-    bias_index: Tensor
-
-    def __init__(self, dim: int, num_heads: int, window: int, time_dim: int) -> None:
-        super().__init__()
-        check_divides(num_heads, dim, "denoiser.num_heads must divide each stage's width")
-        self.heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.qkv_time = nn.Linear(time_dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.bias = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
-        self.register_buffer("bias_index", relative_position_index(window), persistent=False)
-        xavier_(self)
-        nn.init.trunc_normal_(self.bias, std=0.02)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B * windows, N, D) tokens and (B, time_dim) time tokens to (B * windows, N, D)."""
-        windows = len(x) // len(c)
-        time = self.qkv_time(c).repeat_interleave(windows, dim=0)[:, None]
-        qkv = rearrange(self.qkv(x) + time, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        bias = rearrange(self.bias[self.bias_index], "n m h -> 1 h n m")
-        q, k, v = qkv
-        h = scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        out: Tensor = self.proj(rearrange(h, "b h n d -> b n (h d)"))
         return out

@@ -1,13 +1,24 @@
-"""DiT: a Vision Transformer whose time and class enter through adaptive layer norm (Peebles & Xie 2023)."""
+"""DiT: a Vision Transformer over patches of a latent or an image (Peebles & Xie 2023)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-from diffbench.denoisers.layers import ConditionEmbedding, check_divides, sincos_position_table, xavier_, zero_
+from diffbench.denoisers.layers import (
+    ConditionEmbedding,
+    both_sides,
+    check_divides,
+    check_shape,
+    modulate,
+    sincos_position_table,
+    xavier_,
+    zero_,
+)
 
 
 @dataclass
@@ -19,21 +30,16 @@ class DiTConfig:
     hidden_size: int = 384
     """Width of the tokens; divisible by `num_heads` and by 4."""
     depth: int = 12
-    """Number of adaLN-Zero blocks."""
+    """Number of blocks."""
     num_heads: int = 6
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over `hidden_size`."""
     dropout: float = 0.0
     """Dropout after attention and MLP; the paper uses none."""
-
-
-# Table 1: depth, width, heads; each with patches of 2, 4 and 8.
-_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DIT_PRESETS = {
-    f"DiT-{size}/{patch}": DiTConfig(patch, width, depth, heads)
-    for size, (depth, width, heads) in _SIZES.items()
-    for patch in (2, 4, 8)
-}
+    conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
+    """How time and class enter a block (§3.2, Fig. 3)."""
+    gradient_checkpointing: bool = False
+    """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
 
 
 class DiT(nn.Module):
@@ -41,7 +47,7 @@ class DiT(nn.Module):
 
     Args:
         config: sizes.
-        image_size: height and width of the input.
+        image_size: side of the input, or its height and width.
         channels: C of the input.
         num_classes: classes 0..num_classes-1; 0 for none.
         null_class: whether label `num_classes` means "no class".
@@ -54,7 +60,7 @@ class DiT(nn.Module):
     def __init__(
         self,
         config: DiTConfig,
-        image_size: int,
+        image_size: int | tuple[int, int],
         channels: int,
         num_classes: int = 0,
         null_class: bool = True,
@@ -62,18 +68,22 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         p, d = config.patch_size, config.hidden_size
-        check_divides(p, image_size, "denoiser.patch_size must divide the image size")
+        self.image_size = both_sides(image_size)
+        for side in self.image_size:
+            check_divides(p, side, "denoiser.patch_size must divide the image size")
         check_divides(config.num_heads, d, "denoiser.num_heads must divide denoiser.hidden_size")
-        self.num_classes, self.null_class = num_classes, null_class
-        self.patch_size, self.grid = p, image_size // p
+        self.channels, self.num_classes, self.null_class = channels, num_classes, null_class
+        self.conditioning, self.gradient_checkpointing = config.conditioning, config.gradient_checkpointing
+        self.patch_size, self.grid = p, (self.image_size[0] // p, self.image_size[1] // p)
+        adaptive = config.conditioning.startswith("adaln")
         out_channels = channels * (2 if learn_sigma else 1)
 
         self.patch = nn.Conv2d(channels, d, kernel_size=p, stride=p)
-        self.register_buffer("position", sincos_position_table(d, self.grid, self.grid).float()[None])
+        self.register_buffer("position", sincos_position_table(d, *self.grid).float()[None])
         self.condition = ConditionEmbedding(d, 256, num_classes, null_class)
         self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
-        self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
-        self.final_norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)) if adaptive else None
+        self.final_norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
         self.final = nn.Linear(d, p * p * out_channels)
         self._initialise()
 
@@ -81,10 +91,12 @@ class DiT(nn.Module):
         xavier_(self.blocks)
         for block in self.blocks:
             assert isinstance(block, DiTBlock)
-            zero_(block.modulation)
+            if self.conditioning == "adaln-zero" and block.modulation is not None:
+                zero_(block.modulation)
         zero_(self.patch)
         nn.init.xavier_uniform_(self.patch.weight.view(self.patch.weight.shape[0], -1))
-        zero_(self.final_modulation)
+        if self.final_modulation is not None:
+            zero_(self.final_modulation)
         zero_(self.final)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -97,36 +109,66 @@ class DiT(nn.Module):
 
         Returns:
             (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+
+        Raises:
+            ValueError: if the image has another size than the network.
         """
+        check_shape(x, self.channels, *self.image_size)
         tokens = rearrange(self.patch(x), "b d h w -> b (h w) d") + self.position
-        c = self.condition(t, y)
+        adaptive = self.final_modulation is not None
+        c = self.condition(t, y) if adaptive else torch.stack(self.condition.parts(t, y), dim=1)
+        extra = c.shape[1] if self.conditioning == "in-context" else 0
+        if extra:
+            tokens = torch.cat([c, tokens], dim=1)
         for block in self.blocks:
-            tokens = block(tokens, c)
-        shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
-        tokens = self.final(modulate(self.final_norm(tokens), shift, scale))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, c, use_reentrant=False)
+            else:
+                tokens = block(tokens, c)
+        tokens = self.final_norm(tokens[:, extra:])
+        if self.final_modulation is not None:
+            shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
+            tokens = modulate(tokens, shift, scale)
         p = self.patch_size
-        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid, p=p, q=p)
+        return rearrange(self.final(tokens), "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=p, q=p)
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero, DiT §3.2)."""
+    """Attention and MLP under a condition, in the four ways of DiT §3.2.
+
+    adaln-zero: each shifted, scaled and gated by the condition; adaln: without gates; cross-attention: the tokens
+    attend to time and class between the two; in-context: time and class are tokens, the block is a plain one.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         d = config.hidden_size
         hidden = int(d * config.mlp_ratio)
+        adaptive = config.conditioning.startswith("adaln")
         self.heads = config.num_heads
-        self.norm1 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.norm1 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
         self.qkv = nn.Linear(d, 3 * d)
         self.proj = nn.Linear(d, d)
-        self.norm2 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
         self.mlp = nn.Sequential(nn.Linear(d, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, d))
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        parts = 6 if config.conditioning == "adaln-zero" else 4
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, parts * d)) if adaptive else None
         self.dropout = nn.Dropout(config.dropout)
+        self.cross = CrossAttention(d, config.num_heads) if config.conditioning == "cross-attention" else None
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D) tokens and (B, D) condition to (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        """(B, N, D) tokens and (B, D) condition, or (B, 1 or 2, D) time and class, to (B, N, D)."""
+        if self.modulation is None:
+            x = x + self.dropout(self.attention(self.norm1(x)))
+            if self.cross is not None:
+                x = x + self.dropout(self.cross(x, c))
+            return x + self.dropout(self.mlp(self.norm2(x)))
+        parts = self.modulation(c)[:, None]
+        if parts.shape[-1] == 4 * x.shape[-1]:
+            shift1, scale1, shift2, scale2 = parts.chunk(4, dim=-1)
+            x = x + self.dropout(self.attention(modulate(self.norm1(x), shift1, scale1)))
+            return x + self.dropout(self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, dim=-1)
         x = x + gate1 * self.dropout(self.attention(modulate(self.norm1(x), shift1, scale1)))
         return x + gate2 * self.dropout(self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
@@ -136,6 +178,20 @@ class DiTBlock(nn.Module):
         return out
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+class CrossAttention(nn.Module):
+    """Attention of the image's tokens to those of time and class, after a norm (DiT §3.2)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) tokens and (B, M, D) condition to (B, N, D)."""
+        q = rearrange(self.q(self.norm(x)), "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(self.kv(c), "b m (two h d) -> two b h m d", two=2, h=self.heads)
+        out: Tensor = self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return out

@@ -1,29 +1,55 @@
 """Layers that the denoisers share: embeddings, norms, windows. Pure PyTorch, no randomness but initialisation."""
 
 import math
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal features of the time (Ho et al. 2020; DiT and ADM use the same form).
+def timestep_embedding(
+    t: Tensor, dim: int, max_period: float = 10_000.0, endpoint: bool = False, sines_first: bool = False
+) -> Tensor:
+    """Sinusoidal features of the time (Ho et al. 2020; DiT and ADM use the same form, DDPM++ both switches).
 
     Args:
         t: (B,) times, integer or fractional, in the process's units.
         dim: number of features; with an odd `dim` the last one is zero.
         max_period: the longest period.
+        endpoint: whether the slowest frequency is exactly 1 / max_period.
+        sines_first: whether the sines stand before the cosines.
 
     Returns:
-        (B, dim) float32: `dim // 2` cosines first, then as many sines, frequencies max_period^(-i / half).
+        (B, dim) float32: `dim // 2` cosines first, then as many sines, frequencies max_period^(-i / half), or
+        max_period^(-i / (half - 1)) with the end point.
     """
     half = dim // 2
     i = torch.arange(half, dtype=torch.float32, device=t.device)
-    angle = t.float()[:, None] * torch.exp(-math.log(max_period) * i / half)
-    features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-    return nn.functional.pad(features, (0, dim % 2))
+    angle = t.float()[:, None] * torch.exp(-math.log(max_period) * i / (half - endpoint))
+    parts = [angle.sin(), angle.cos()] if sines_first else [angle.cos(), angle.sin()]
+    return nn.functional.pad(torch.cat(parts, dim=-1), (0, dim % 2))
+
+
+class FourierFeatures(nn.Module):
+    """Cosines and sines of the time at fixed random frequencies (Song et al. 2021; DiffiT, Table 8).
+
+    Args:
+        dim: number of features.
+        scale: standard deviation of the frequencies, in periods per unit of time.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, scale: float) -> None:
+        super().__init__()
+        check_divides(2, dim, "Fourier features come in pairs")
+        self.register_buffer("frequencies", scale * torch.randn(dim // 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) times to (B, dim) float32."""
+        angle = 2 * math.pi * t.float()[:, None] * self.frequencies.float()
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def sincos_position_table(width: int, height_tokens: int, width_tokens: int) -> Tensor:
@@ -48,17 +74,30 @@ def sincos_position_table(width: int, height_tokens: int, width_tokens: int) -> 
     return torch.cat(parts, dim=1)
 
 
+TimeFeatures = Literal["sinusoidal", "fourier"]
+
+
 class ConditionEmbedding(nn.Module):
-    """Time and class label as one vector: MLP(sinusoid(t)) + table[y] (DiT §3.2; DiffiT §3.2; ADM).
+    """Time and class label as one vector: MLP(features(t)) + table[y] (DiT §3.2; DiffiT §3.2; ADM).
 
     Args:
         dim: width of the result.
-        frequencies: width of the sinusoid.
+        frequencies: number of time features.
         num_classes: number of classes; 0 for an unconditional network, which ignores `y`.
         null_class: adds a row `num_classes` that means "no class".
+        features: "sinusoidal", or "fourier" for random frequencies.
+        fourier_scale: see `FourierFeatures`.
     """
 
-    def __init__(self, dim: int, frequencies: int, num_classes: int, null_class: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        frequencies: int,
+        num_classes: int,
+        null_class: bool,
+        features: TimeFeatures = "sinusoidal",
+        fourier_scale: float = 16.0,
+    ) -> None:
         super().__init__()
         self.frequencies, self.num_classes, self.null_class = frequencies, num_classes, null_class
         self.time = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -68,22 +107,37 @@ class ConditionEmbedding(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        self.fourier = FourierFeatures(frequencies, fourier_scale) if features == "fourier" else None
 
-    def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """(B,) times and (B,) labels (None: no class) to (B, dim).
+    def parts(self, t: Tensor, y: Tensor | None) -> list[Tensor]:
+        """(B,) times and (B,) labels (None: no class) to (B, dim) each; no label part without classes.
 
         Raises:
             ValueError: if `y` is None and the network knows classes but no null class.
         """
-        dtype = next(self.time.parameters()).dtype
-        c: Tensor = self.time(timestep_embedding(t, self.frequencies).to(dtype))
+        features = timestep_embedding(t, self.frequencies) if self.fourier is None else self.fourier(t)
+        time = self.time(features.to(next(self.time.parameters()).dtype))
         if self.label is None:
-            return c
-        if y is None:
-            if not self.null_class:
-                raise ValueError(f"this network has no null class: give labels y in 0..{self.num_classes - 1}")
-            y = torch.full((len(t),), self.num_classes, device=t.device)
-        return c + self.label(y)
+            return [time]
+        return [time, self.label(labels_or_null(y, len(t), self.num_classes, self.null_class, t.device))]
+
+    def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """The sum of `parts`, (B, dim)."""
+        time, *label = self.parts(t, y)
+        return time + label[0] if label else time
+
+
+def labels_or_null(y: Tensor | None, batch: int, num_classes: int, null_class: bool, device: torch.device) -> Tensor:
+    """`y`, or for None the null label `num_classes` for each sample.
+
+    Raises:
+        ValueError: if `y` is None and there is no null class.
+    """
+    if y is not None:
+        return y
+    if not null_class:
+        raise ValueError(f"this network has no null class: give labels y in 0..{num_classes - 1}")
+    return torch.full((batch,), num_classes, device=device)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -96,17 +150,19 @@ class GroupNorm(nn.GroupNorm):
         return nn.functional.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
-def relative_position_index(window: int) -> Tensor:
-    """Rows of a relative-position table for each pair of tokens in a square window (Swin; DiffiT §3.2).
+def relative_position_index(height: int, width: int | None = None) -> Tensor:
+    """Rows of a relative-position table for each pair of tokens in a window (Swin; DiffiT §3.2).
 
     Returns:
-        (window^2, window^2) int64 in 0..(2 window - 1)^2 - 1: entry (i, j) depends on position i - position j only.
+        (N, N) int64 in 0..(2 height - 1)(2 width - 1) - 1 for N = height * width (default: a square): entry (i, j)
+        depends on position i - position j only.
     """
-    row, col = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+    width = height if width is None else width
+    row, col = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     row, col = row.reshape(-1), col.reshape(-1)
-    drow = row[:, None] - row[None, :] + window - 1
-    dcol = col[:, None] - col[None, :] + window - 1
-    return drow * (2 * window - 1) + dcol
+    drow = row[:, None] - row[None, :] + height - 1
+    dcol = col[:, None] - col[None, :] + width - 1
+    return drow * (2 * width - 1) + dcol
 
 
 def to_windows(x: Tensor, window: int) -> Tensor:
@@ -118,6 +174,11 @@ def from_windows(tokens: Tensor, window: int, height: int, width: int) -> Tensor
     """The inverse of `to_windows`."""
     h, w = height // window, width // window
     return rearrange(tokens, "(b h w) (wh ww) c -> b c (h wh) (w ww)", h=h, w=w, wh=window, ww=window)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -142,3 +203,26 @@ def check_divides(divisor: int, number: int, what: str) -> None:
     """Raises ValueError naming both numbers unless `divisor` divides `number`."""
     if divisor < 1 or number % divisor:
         raise ValueError(f"{what}: {divisor} does not divide {number}")
+
+
+def both_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image given as one side or as both."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def check_shape(x: Tensor, channels: int, height: int, width: int) -> None:
+    """Raises ValueError naming both shapes unless `x` is (B, channels, height, width)."""
+    if x.shape[1:] != (channels, height, width):
+        raise ValueError(f"this network takes images of {channels}x{height}x{width}, got {_times(x)}")
+
+
+def check_sides(x: Tensor, channels: int, divisor: int) -> None:
+    """Raises ValueError naming both unless `x` is (B, channels, H, W) and `divisor` divides H and W."""
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % divisor or x.shape[3] % divisor:
+        raise ValueError(
+            f"this network takes images of {channels} channels and sides divisible by {divisor}, got {_times(x)}"
+        )
+
+
+def _times(x: Tensor) -> str:
+    return "x".join(map(str, x.shape[1:]))

@@ -7,7 +7,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention
 
-from diffbench.denoisers.layers import ConditionEmbedding, GroupNorm, check_divides, zero_
+from diffbench.denoisers.layers import (
+    ConditionEmbedding,
+    GroupNorm,
+    TimeFeatures,
+    check_divides,
+    check_sides,
+    zero_,
+)
+from diffbench.denoisers.tmsa import TimeAttention
 
 
 @dataclass
@@ -33,6 +41,16 @@ class UNetConfig:
     """Condition scales and shifts the second norm; otherwise it is added before it."""
     resblock_updown: bool = False
     """Resample inside residual blocks; otherwise by strided convolution, and nearest x2 with a convolution."""
+    conv_resample: bool = True
+    """Whether resampling outside residual blocks has a convolution; otherwise mean of 2x2, and nearest x2."""
+    num_heads_upsample: int | None = None
+    """Attention heads in the decoder, where they differ; ignored where `num_head_channels` is set."""
+    time_features: TimeFeatures = "sinusoidal"
+    """Features of the time under the MLP."""
+    fourier_scale: float = 16.0
+    """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
+    tmsa: bool = False
+    """DiffiT's time-dependent attention in place of the attention (DiffiT, Table 5)."""
 
 
 class UNet(nn.Module):
@@ -60,23 +78,35 @@ class UNet(nn.Module):
         learn_sigma: bool = False,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.num_classes, self.null_class = num_classes, null_class
         widths = [int(config.model_channels * m) for m in config.channel_mult]
         levels = len(widths)
         factor = 2 ** (levels - 1)
         check_divides(factor, image_size, f"{levels} levels of denoiser.channel_mult halve the image too often")
+        self.divisor = image_size if config.tmsa else factor
         for width in widths:
             check_divides(config.norm_groups, width, "denoiser.norm_groups must divide each level's width")
         emb = 4 * config.model_channels
-        self.condition = ConditionEmbedding(emb, config.model_channels, num_classes, null_class)
+        self.condition = ConditionEmbedding(
+            emb, config.model_channels, num_classes, null_class, config.time_features, config.fourier_scale
+        )
 
-        def stage(c_in: int, c_out: int, size: int) -> Stage:
-            return Stage(config, c_in, c_out, emb, attention=size in config.attention_resolutions)
+        def heads(width: int, decoder: bool = False) -> int:
+            per_head = config.num_head_channels
+            if per_head is None:
+                return (config.num_heads_upsample if decoder else None) or config.num_heads
+            check_divides(per_head, width, "denoiser.num_head_channels must divide the width where attention acts")
+            return width // per_head
+
+        def stage(c_in: int, c_out: int, size: int, decoder: bool = False) -> Stage:
+            there = size in config.attention_resolutions
+            return Stage(config, c_in, c_out, emb, heads(c_out, decoder) if there else None, size)
 
         def resample(width: int, direction: str) -> nn.Module:
             if config.resblock_updown:
                 return ResBlock(config, width, width, emb, resample=direction)
-            return Downsample(width) if direction == "down" else Upsample(width)
+            return (Downsample if direction == "down" else Upsample)(width, config.conv_resample)
 
         width = widths[0]
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
@@ -92,14 +122,14 @@ class UNet(nn.Module):
                 skips.append(width)
         self.middle = nn.ModuleList(
             [
-                Stage(config, width, width, emb, attention=True),
-                Stage(config, width, width, emb, attention=False),
+                Stage(config, width, width, emb, heads(width), image_size // factor),
+                Stage(config, width, width, emb, None, image_size // factor),
             ]
         )
         self.decoder = nn.ModuleList()
         for level, c in reversed(list(enumerate(widths))):
             for _ in range(config.num_res_blocks + 1):
-                self.decoder.append(stage(width + skips.pop(), c, image_size >> level))
+                self.decoder.append(stage(width + skips.pop(), c, image_size >> level, decoder=True))
                 width = c
             if level:
                 self.decoder.append(resample(width, "up"))
@@ -116,7 +146,11 @@ class UNet(nn.Module):
 
         Returns:
             (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+
+        Raises:
+            ValueError: if the levels do not divide the image; any multiple will do.
         """
+        check_sides(x, self.channels, self.divisor)
         c = nn.functional.silu(self.condition(t, y))
         h = self.stem(x)
         skips = [h]
@@ -132,17 +166,22 @@ class UNet(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, followed by attention where asked."""
+    """A residual block, followed by attention where `heads` is a number."""
 
-    def __init__(self, config: UNetConfig, c_in: int, c_out: int, emb: int, attention: bool) -> None:
+    def __init__(self, config: UNetConfig, c_in: int, c_out: int, emb: int, heads: int | None, size: int) -> None:
         super().__init__()
         self.res = ResBlock(config, c_in, c_out, emb)
-        heads = c_out // config.num_head_channels if config.num_head_channels else config.num_heads
-        self.attention = Attention(c_out, heads, config.norm_groups) if attention else None
+        self.attention: Attention | TimeAttention | None = None
+        if heads is not None and config.tmsa:
+            norm = GroupNorm(config.norm_groups, c_out, eps=1e-5)
+            self.attention = TimeAttention(norm, c_out, heads, size, emb, scale=0.0)
+        elif heads is not None:
+            self.attention = Attention(c_out, heads, config.norm_groups)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, C_in, H, W) and the activated condition (B, emb) to (B, C_out, H, W)."""
         x = self.res(x, c)
-        return x if self.attention is None else self.attention(x)
+        return x if self.attention is None else x + self.attention(x, c)
 
 
 class ResBlock(nn.Module):
@@ -183,7 +222,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels: GN, qkv, softmax(q k / sqrt d) v, projection (zero at first), residual."""
+    """Self-attention over all pixels: GN, qkv, softmax(q k / sqrt d) v, projection (zero at first)."""
 
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
@@ -193,33 +232,34 @@ class Attention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, _c: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape, without the residual."""
         height = x.shape[2]
         pattern = "b (three heads d) h w -> three b heads (h w) d"
         q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
         h = scaled_dot_product_attention(q, k, v)
-        out: Tensor = x + self.proj(rearrange(h, "b heads (h w) d -> b (heads d) h w", h=height))
+        out: Tensor = self.proj(rearrange(h, "b heads (h w) d -> b (heads d) h w", h=height))
         return out
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution."""
+    """Halves the resolution by a strided convolution, or by the mean of 2x2 pixels."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, convolve: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if convolve else None
 
     def forward(self, x: Tensor, _c: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
+        out: Tensor = avg_pool2d(x, 2) if self.conv is None else self.conv(x)
         return out
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbour, then a convolution."""
+    """Doubles the resolution: nearest neighbour, then a convolution where asked."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, convolve: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else nn.Identity()
 
     def forward(self, x: Tensor, _c: Tensor) -> Tensor:
         out: Tensor = self.conv(interpolate(x, scale_factor=2.0))

@@ -1,17 +1,51 @@
-"""Diffusion: schedules, process, samplers, guidance. Nothing here draws random numbers."""
+"""Diffusion: processes, samplers, guidance, likelihood. Nothing here draws random numbers."""
 
-from diffbench.diffusion.guidance import classifier_free
-from diffbench.diffusion.process import DiscreteVP, Prediction, VPConfig
+from diffbench.diffusion.adaptive import dopri5
+from diffbench.diffusion.edm import EDM, EDMConfig
+from diffbench.diffusion.family import Grid, LabelledPredict, Point, Predict, Prediction, Process, predictor
+from diffbench.diffusion.flow import Flow, FlowConfig
+from diffbench.diffusion.guidance import autoguidance, classifier_free, classifier_guidance, interval, power_cosine
+from diffbench.diffusion.likelihood import exact_log_likelihood, variational_bound
+from diffbench.diffusion.ode import Churn, dpm_solver, euler, euler_maruyama, heun
+from diffbench.diffusion.pairs import PAIRS, check_pair
+from diffbench.diffusion.process import DiscreteVP, VPConfig
 from diffbench.diffusion.samplers import ddim, ddpm
 from diffbench.diffusion.schedules import Tables, space_timesteps
+from diffbench.diffusion.timesteps import LossAware, stratified
 
 __all__ = [
+    "EDM",
+    "PAIRS",
+    "Churn",
     "DiscreteVP",
+    "EDMConfig",
+    "Flow",
+    "FlowConfig",
+    "Grid",
+    "LabelledPredict",
+    "LossAware",
+    "Point",
+    "Predict",
     "Prediction",
+    "Process",
     "Tables",
     "VPConfig",
+    "autoguidance",
+    "check_pair",
     "classifier_free",
+    "classifier_guidance",
     "ddim",
     "ddpm",
+    "dopri5",
+    "dpm_solver",
+    "euler",
+    "euler_maruyama",
+    "exact_log_likelihood",
+    "heun",
+    "interval",
+    "power_cosine",
+    "predictor",
     "space_timesteps",
+    "stratified",
+    "variational_bound",
 ]

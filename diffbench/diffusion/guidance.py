@@ -1,24 +1,32 @@
-"""Guidance wraps a labelled predictor into the `predict(x, t)` that samplers take."""
+"""Guidance wraps a labelled predictor into the `predict(x, t)` that samplers take.
 
+A weight is a number, or a function of the times t (B,) that gives one a sample. At a step where it is 1 for every
+sample the second half is not computed. Samplers hand over times on the CPU, so asking costs no synchronisation.
+"""
+
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import Prediction
-from diffbench.diffusion.samplers import Predict
+from diffbench.diffusion.family import LabelledPredict, Predict, Prediction, Process, per_sample
 
-LabelledPredict = Callable[[Tensor, Tensor, Tensor], Prediction]
+Weight = float | Callable[[Tensor], Tensor]
 
 
-def classifier_free(predict: LabelledPredict, y: Tensor, null_label: int, weight: float) -> Predict:
+def classifier_free(
+    predict: LabelledPredict, y: Tensor, null_label: int, weight: Weight, channels: int | None = None
+) -> Predict:
     """Classifier-free guidance (Ho & Salimans 2022): unconditional + weight (conditional - unconditional).
 
     Args:
         predict: (x, t, y) -> Prediction.
         y: (B,) labels of the samples.
         null_label: the label that means "no class".
-        weight: 1 is the plain conditional model, whose unconditional half is then not computed.
+        weight: 1 is the plain conditional model.
+        channels: how many channels are guided, None for all; the others are the conditional model's. The DiT and
+            DiffiT releases guide three of the latent's four. A learned variance is always the conditional model's.
 
     Returns:
         predict(x, t); both halves run as one batch of 2B.
@@ -28,9 +36,102 @@ def classifier_free(predict: LabelledPredict, y: Tensor, null_label: int, weight
     labels = torch.cat([y, torch.full_like(y, null_label)])
 
     def guided(x: Tensor, t: Tensor) -> Prediction:
+        w = _at(weight, t)
+        if w is None:
+            return predict(x, t, y)
         both = predict(torch.cat([x, x]), torch.cat([t, t]), labels)
-        x0, x0_null = both.x0.chunk(2)
-        eps, eps_null = both.eps.chunk(2)
-        return Prediction(torch.lerp(x0_null, x0, weight), torch.lerp(eps_null, eps, weight))
+        (x0, x0_null), (eps, eps_null) = both.x0.chunk(2), both.eps.chunk(2)
+        variance = None if both.variance is None else both.variance[: len(x)]
+        return _extrapolate(Prediction(x0, eps, variance), Prediction(x0_null, eps_null), w, channels)
 
     return guided
+
+
+def autoguidance(
+    predict: LabelledPredict, weak: LabelledPredict, y: Tensor, weight: Weight, channels: int | None = None
+) -> Predict:
+    """Guidance away from a weaker model of the same labels, smaller or less trained (Karras et al. 2024).
+
+    Args:
+        predict: (x, t, y) -> Prediction of the model.
+        weak: the same of the weaker one, under the same process.
+        y: (B,) labels of the samples.
+        weight: 1 is the plain model.
+        channels: how many channels are guided, None for all.
+    """
+
+    def guided(x: Tensor, t: Tensor) -> Prediction:
+        w = _at(weight, t)
+        strong = predict(x, t, y)
+        return strong if w is None else _extrapolate(strong, weak(x, t, y), w, channels)
+
+    return guided
+
+
+def classifier_guidance(
+    predict: Predict, gradient: Callable[[Tensor, Tensor], Tensor], process: Process, scale: float
+) -> Predict:
+    """Guidance by a classifier of noisy images (Dhariwal & Nichol 2021, Algorithm 2): eps - scale sigma gradient.
+
+    Args:
+        predict: (x, t) -> Prediction.
+        gradient: (x, t) -> gradient of log p(y | x_t) in x_t, (B, C, H, W), of the labels that are wanted.
+        process: whose noise the classifier was trained on.
+        scale: 0 is no guidance, for which no gradient is computed; 1 is Bayes' rule.
+    """
+    if scale == 0:
+        return predict
+
+    def guided(x: Tensor, t: Tensor) -> Prediction:
+        prediction, towards = predict(x, t), scale * gradient(x, t)
+        alpha, sigma = process.alpha_sigma(t.to(x.device), x)
+        x0, eps = prediction.x0 + sigma**2 / alpha * towards, prediction.eps - sigma * towards
+        return Prediction(x0, eps, prediction.variance)
+
+    return guided
+
+
+def power_cosine(largest: float, power: float = 4.0, steps: int = 1000) -> Weight:
+    """DiffiT's weight over the steps t of a discrete process (§5.8; Gao et al. 2023), from 1 at the noisy end upwards.
+
+    w(t) = 1 + (largest - 1) (1 - cos(pi (1 - t / steps)^power)) / 2.
+    """
+
+    def weight(t: Tensor) -> Tensor:
+        left = (1 - t.double() / steps) ** power
+        return 1 + (largest - 1) * 0.5 * (1 - (math.pi * left).cos())
+
+    return weight
+
+
+def interval(process: Process, weight: Weight, low: float, high: float) -> Weight:
+    """Guidance where low < sigma / alpha <= high alone (Kynkäänniemi et al. 2024); elsewhere the weight is 1."""
+    if not 0 <= low < high:
+        raise ValueError(f"the interval of guidance must run from at least 0 upwards, got {low} to {high}")
+
+    def limited(t: Tensor) -> Tensor:
+        level = (-0.5 * process.log_snr(t)).exp()
+        inside = (level > low) & (level <= high)
+        return torch.where(inside, weight(t) if callable(weight) else weight, 1.0)
+
+    return limited
+
+
+def _at(weight: Weight, t: Tensor) -> float | Tensor | None:
+    """The weight at times t (B,): a number where all samples share it, else one a sample; None where all are 1."""
+    if callable(weight):
+        values = weight(t)
+        if not bool((values == values[0]).all()):
+            return values
+        weight = float(values[0])
+    return None if weight == 1 else weight
+
+
+def _extrapolate(strong: Prediction, weak: Prediction, weight: float | Tensor, channels: int | None) -> Prediction:
+    def guide(a: Tensor, b: Tensor) -> Tensor:
+        w = per_sample(weight.to(a.device), a) if isinstance(weight, Tensor) else weight
+        if channels is None or channels >= a.shape[1]:
+            return torch.lerp(b, a, w)
+        return torch.cat([torch.lerp(b[:, :channels], a[:, :channels], w), a[:, channels:]], dim=1)
+
+    return Prediction(guide(strong.x0, weak.x0), guide(strong.eps, weak.eps), strong.variance)

@@ -1,4 +1,5 @@
-"""Samplers as free functions: `predict` says what a noisy image holds, `noise(step)` is the only randomness.
+"""Samplers of the discrete VP process as free functions: `predict` says what a noisy image holds, `noise(step)` is the
+only randomness. ode.py holds those that serve every process.
 
 Each takes
     predict: (x_t (B, C, H, W), t (B,) times of the network) -> Prediction; see guidance.py for ways to wrap it.
@@ -11,15 +12,14 @@ and returns the sample, (B, C, H, W).
 """
 
 from collections.abc import Callable
-from typing import Literal
 
-import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import Prediction
+from diffbench.diffusion.family import Predict as Predict
+from diffbench.diffusion.family import Prediction
+from diffbench.diffusion.reverse import Variance, learned_log_variance, log_variances, posterior_mean
 from diffbench.diffusion.schedules import Tables
 
-Predict = Callable[[Tensor, Tensor], Prediction]
 Noise = Callable[[int], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -30,17 +30,26 @@ def ddpm(
     tables: Tables,
     noise: Noise,
     *,
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_large",
+    variance: Variance = "fixed_large",
     clip: bool = True,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2) with the posterior variance (small) or beta (large)."""
-    log_variance = log_variances(tables, variance)
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2) with the posterior variance (small), beta (large) or a learned
+    one between the two (Nichol & Dhariwal 2021).
+
+    Raises:
+        ValueError: where the variance shall be learned and the network predicts none.
+    """
+    fixed = log_variances(tables, variance)
     for k, i in enumerate(reversed(range(len(tables)))):
         prediction = _predict(predict, x, tables, i, clip)
         x = posterior_mean(tables, i, prediction.x0, x)
         if i:
-            x = x + _constant((0.5 * log_variance[i]).exp(), x) * noise(k)
+            if variance == "learned_range":
+                std = (0.5 * learned_log_variance(tables, i, prediction)).exp()
+            else:
+                std = _constant((0.5 * fixed[i]).exp(), x)
+            x = x + std * noise(k)
         if callback:
             callback(k, x, prediction.x0)
     return x
@@ -71,25 +80,14 @@ def ddim(
     return x
 
 
-def posterior_mean(tables: Tables, i: int, x0: Tensor, x_t: Tensor) -> Tensor:
-    """Mean of q(x_{t-1} | x_t, x_0) at step i (Ho et al. 2020, Eq. 7)."""
-    return _constant(tables.posterior_mean_coef1[i], x_t) * x0 + _constant(tables.posterior_mean_coef2[i], x_t) * x_t
-
-
-def log_variances(tables: Tables, variance: str) -> Tensor:
-    """(T,) log-variances of the reverse steps: the posterior's ("fixed_small") or the betas ("fixed_large")."""
-    small = tables.posterior_log_variance_clipped
-    if variance == "fixed_small" or len(tables) == 1:
-        return small
-    return torch.cat([small[:1], tables.betas[1:].log()])
-
-
 def _predict(predict: Predict, x: Tensor, tables: Tables, i: int, clip: bool) -> Prediction:
     prediction = predict(x, tables.time[i].expand(len(x)))
     return prediction._replace(x0=prediction.x0.clamp(-1, 1)) if clip else prediction
 
 
 def _noise_in(x: Tensor, x0: Tensor, bar: Tensor) -> Tensor:
+    if bar == 0:  # zero terminal SNR: x is all noise
+        return x
     return (_constant(bar.rsqrt(), x) * x - x0) / _constant((1 / bar - 1).sqrt(), x)
 
 

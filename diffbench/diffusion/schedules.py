@@ -24,7 +24,24 @@ def cosine_betas(steps: int, max_beta: float = 0.999) -> Tensor:
     return torch.tensor([min(1 - r, max_beta) for r in ratios], dtype=torch.float64)
 
 
-SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+def scaled_linear_betas(steps: int) -> Tensor:
+    """Betas whose roots rise linearly, 8.5e-4 to 0.012 at 1,000 steps (latent diffusion, Rombach et al. 2022)."""
+    scale = 1000 / steps
+    return torch.linspace((scale * 8.5e-4) ** 0.5, (scale * 0.012) ** 0.5, steps, dtype=torch.float64).square()
+
+
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "scaled_linear": scaled_linear_betas}
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas (T,) whose last step holds no signal at all (Lin et al. 2024, Algorithm 1).
+
+    sqrt(alphas_cumprod) is shifted to end at 0 and scaled to begin as it did.
+    """
+    root = (1 - betas.double()).cumprod(0).sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    bar = root.square()
+    return torch.cat([1 - bar[:1], 1 - bar[1:] / bar[:-1]])
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class Tables:
 
     time: Tensor
     betas: Tensor
+    log_betas: Tensor
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
     alphas_cumprod_next: Tensor
@@ -64,6 +82,7 @@ class Tables:
         return Tables(
             time=torch.arange(len(betas)) if time is None else time,
             betas=betas,
+            log_betas=betas.log(),
             alphas_cumprod=bar,
             alphas_cumprod_prev=prev,
             alphas_cumprod_next=following,
@@ -86,6 +105,16 @@ class Tables:
         bar = self.alphas_cumprod[kept]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
         return Tables.from_betas(1 - bar / previous, self.time[kept])
+
+
+def at(table: Tensor, t: int | Tensor, like: Tensor) -> Tensor:
+    """Entries of a float64 table in the dtype of `like` (B, ...): a scalar for one step, (B, 1, ...) for steps t (B,).
+
+    For one step the table stays where it is: a 0-d tensor on the CPU multiplies one on a GPU without a copy.
+    """
+    if isinstance(t, int):
+        return table[t].to(like.dtype)
+    return table[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def space_timesteps(total: int, sections: str | int) -> Tensor:

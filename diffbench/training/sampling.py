@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffbench.core import keyed
 from diffbench.core.files import atomic
 from diffbench.core.pixels import to_uint8
-from diffbench.diffusion import DiscreteVP, Prediction, classifier_free, ddim, ddpm
+from diffbench.diffusion import DiscreteVP, Prediction, Tables, classifier_free, ddim, ddpm
 from diffbench.diffusion.samplers import Predict
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
@@ -79,19 +79,23 @@ def generate(
             return keyed.normal(keyed.key(seed, "sample", step), position, shape).to(parameter.dtype)
 
         guided = classifier_free(predict, y, null_label or 0, weight)
-        images.append(to_uint8(_walk(guided, noise, tables, config)).cpu())
+        images.append(to_uint8(_walk(guided, noise, tables, config, process)).cpu())
         if progress:
             progress(int(index[-1]) + 1 - first)
     denoiser.train(training)
     return torch.cat(images)
 
 
-def _walk(predict: Predict, noise: Callable[[int], Tensor], tables: Any, config: SampleConfig) -> Tensor:
+def _walk(
+    predict: Predict, noise: Callable[[int], Tensor], tables: Tables, config: SampleConfig, process: DiscreteVP
+) -> Tensor:
     start = noise(-1)
     if config.sampler == "ddim":
         x = ddim(predict, start, tables, noise, eta=config.eta, clip=config.clip)
     else:
-        x = ddpm(predict, start, tables, noise, variance=config.variance, clip=config.clip)
+        learned = process.config.variance == "learned_range"
+        variance = process.config.variance if learned else config.variance
+        x = ddpm(predict, start, tables, noise, variance=variance, clip=config.clip)
     if not bool(x.isfinite().all()):
         raise RuntimeError(f"the {config.sampler} sampler ended in non-finite values")
     return x

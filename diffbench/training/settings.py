@@ -110,7 +110,7 @@ class SampleConfig:
     eta: float = 0.0
     """Noise of DDIM, 0 to 1; DDPM takes none."""
     variance: Literal["fixed_small", "fixed_large"] = "fixed_large"
-    """Variance of DDPM's steps."""
+    """Variance of DDPM's steps; a process with a learned variance uses that instead."""
     clip: bool = True
     """Clamp the predicted image to [-1, 1] at each step."""
     batch_size: int = 500

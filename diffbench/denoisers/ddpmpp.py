@@ -1,0 +1,268 @@
+"""DDPM++: the U-Net of Song et al. 2021 as EDM trains it, standard encoder and decoder (Karras et al. 2022)."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, one_hot, scaled_dot_product_attention, silu
+
+from diffbench.denoisers.layers import (
+    FourierFeatures,
+    GroupNorm,
+    TimeFeatures,
+    check_divides,
+    check_sides,
+    labels_or_null,
+    timestep_embedding,
+)
+from diffbench.denoisers.tmsa import TimeAttention
+
+
+@dataclass
+class DDPMppConfig:
+    """Sizes and switches; the defaults are EDM's CIFAR-10 network without its augmentation input."""
+
+    model_channels: int = 128
+    """Base width, multiplied by `channel_mult` at each level."""
+    channel_mult: list[int] = field(default_factory=lambda: [2, 2, 2])
+    """One factor a level; the resolution halves between levels."""
+    num_blocks: int = 4
+    """Residual blocks a level in the encoder; the decoder has one more."""
+    attention_resolutions: list[int] = field(default_factory=lambda: [16])
+    """Resolutions (pixels a side) with attention; the first block of the decoder always has it."""
+    dropout: float = 0.13
+    """0.13 for CIFAR-10, 0.05 for FFHQ-64."""
+    augment_dim: int | None = None
+    """Width of the augmentation label `augment=`; EDM's pipeline has 9 entries."""
+    embedding_mult: int = 4
+    """Width of the embedding over `model_channels`."""
+    num_heads: int = 1
+    time_features: TimeFeatures = "sinusoidal"
+    """Features of the time under the MLP."""
+    fourier_scale: float = 16.0
+    """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
+    tmsa: bool = False
+    """DiffiT's time-dependent attention in place of the attention (DiffiT, Table 5)."""
+
+
+class DDPMpp(nn.Module):
+    """Denoiser of (B, C, H, W) images; see `forward`. The null class, where it exists, is a label vector of zeros.
+
+    Args:
+        config: sizes.
+        image_size: height and width of the input.
+        channels: C of the input.
+        num_classes: classes 0..num_classes-1; 0 for none.
+        null_class: whether label `num_classes` means "no class".
+        learn_sigma: whether the output carries C more channels for a learned variance.
+
+    Raises:
+        ValueError: if the levels do not divide the image, or heads or norm groups a level's width.
+    """
+
+    def __init__(
+        self,
+        config: DDPMppConfig,
+        image_size: int,
+        channels: int,
+        num_classes: int = 0,
+        null_class: bool = True,
+        learn_sigma: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels, self.image_size = channels, image_size
+        self.num_classes, self.null_class = num_classes, null_class
+        widths = [config.model_channels * m for m in config.channel_mult]
+        levels = len(widths)
+        factor = 2 ** (levels - 1)
+        check_divides(factor, image_size, f"{levels} levels of denoiser.channel_mult halve the image too often")
+        self.divisor = image_size if config.tmsa else factor
+        self.embedding = Embedding(config, num_classes)
+        emb = config.embedding_mult * config.model_channels
+
+        def block(c_in: int, c_out: int, level: int, attention: bool = False, **where: bool) -> Block:
+            return Block(config, c_in, c_out, emb, image_size >> level if attention else None, **where)
+
+        width = config.model_channels
+        self.stem = xavier_conv(channels, width, 3)
+        self.encoder = nn.ModuleList()
+        skips = [width]
+        for level, c in enumerate(widths):
+            attention = image_size >> level in config.attention_resolutions
+            if level:
+                self.encoder.append(block(width, width, level, down=True))
+                skips.append(width)
+            for _ in range(config.num_blocks):
+                self.encoder.append(block(width, c, level, attention))
+                width = c
+                skips.append(width)
+        self.decoder = nn.ModuleList()
+        for level, c in reversed(list(enumerate(widths))):
+            attention = image_size >> level in config.attention_resolutions
+            if level == levels - 1:
+                self.decoder.extend([block(width, width, level, attention=True), block(width, width, level)])
+            else:
+                self.decoder.append(block(width, width, level, up=True))
+            for i in range(config.num_blocks + 1):
+                here = attention and i == config.num_blocks
+                self.decoder.append(block(width + skips.pop(), c, level, here, joins=True))
+                width = c
+        self.out_norm = group_norm(width)
+        self.out = xavier_conv(width, channels * (2 if learn_sigma else 1), 3, scale=1e-5)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """Predicts from a noisy image.
+
+        Args:
+            x: (B, C, H, W) noisy input.
+            t: (B,) time in the process's units; EDM's is ln(sigma)/4.
+            y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
+            augment: (B, augment_dim) what was done to the images; None for untouched images.
+
+        Returns:
+            (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+
+        Raises:
+            ValueError: if the levels do not divide the image (any multiple will do), or labels are missing.
+        """
+        check_sides(x, self.channels, self.divisor)
+        if self.num_classes:
+            y = labels_or_null(y, len(t), self.num_classes, self.null_class, t.device)
+        c = self.embedding(t, y, augment)
+        h = self.stem(x)
+        skips = [h]
+        for block in self.encoder:
+            h = block(h, c)
+            skips.append(h)
+        for block in self.decoder:
+            h = block(torch.cat([h, skips.pop()], dim=1) if block.joins else h, c)
+        out: Tensor = self.out(silu(self.out_norm(h)))
+        return out
+
+
+class Embedding(nn.Module):
+    """Time (sines first, end point included), one-hot class times sqrt(classes) and augmentation, as one vector."""
+
+    def __init__(self, config: DDPMppConfig, num_classes: int) -> None:
+        super().__init__()
+        width, emb = config.model_channels, config.embedding_mult * config.model_channels
+        self.width, self.num_classes = width, num_classes
+        fourier = config.time_features == "fourier"
+        self.fourier = FourierFeatures(width, config.fourier_scale) if fourier else None
+        self.label = xavier_linear(num_classes, width) if num_classes else None
+        self.augment = xavier_linear(config.augment_dim, width, bias=False) if config.augment_dim else None
+        self.layer1 = xavier_linear(width, emb)
+        self.layer2 = xavier_linear(emb, emb)
+
+    def forward(self, t: Tensor, y: Tensor | None, augment: Tensor | None) -> Tensor:
+        """(B,) times, (B,) labels and (B, augment_dim) augmentation labels to the activated (B, emb)."""
+        features = self.fourier(t) if self.fourier else timestep_embedding(t, self.width, 10_000.0, True, True)
+        h = features.to(self.layer1.weight.dtype)
+        if self.label is not None and y is not None:
+            # One column more than classes, then dropped: the null class is a row of zeros.
+            hot = one_hot(y, self.num_classes + 1)[:, :-1].to(h.dtype)
+            h = h + self.label(hot * math.sqrt(self.num_classes))
+        if self.augment is not None and augment is not None:
+            h = h + self.augment(augment.to(h.dtype))
+        return silu(self.layer2(silu(self.layer1(h))))
+
+
+class Block(nn.Module):
+    """GN, SiLU, conv | embedding added | GN, SiLU, dropout, conv | skip, over sqrt 2 | attention, over sqrt 2.
+
+    Args:
+        config: sizes.
+        c_in: width of the input.
+        c_out: width of the output.
+        emb: width of the embedding.
+        size: side of the attended image; None for no attention.
+        down: halve the resolution first, by the mean of 2x2.
+        up: double the resolution first, by nearest neighbour.
+        joins: whether the network concatenates a skip to the input.
+    """
+
+    def __init__(
+        self,
+        config: DDPMppConfig,
+        c_in: int,
+        c_out: int,
+        emb: int,
+        size: int | None,
+        down: bool = False,
+        up: bool = False,
+        joins: bool = False,
+    ) -> None:
+        super().__init__()
+        self.down, self.up, self.joins = down, up, joins
+        self.norm1 = group_norm(c_in)
+        self.conv1 = xavier_conv(c_in, c_out, 3)
+        self.condition = xavier_linear(emb, c_out)
+        self.norm2 = group_norm(c_out)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = xavier_conv(c_out, c_out, 3, scale=1e-5)
+        changes = c_in != c_out or down or up
+        self.skip = xavier_conv(c_in, c_out, 1) if changes else nn.Identity()
+        self.attention: Attention | TimeAttention | None = None
+        if size is not None and config.tmsa:
+            self.attention = TimeAttention(group_norm(c_out), c_out, config.num_heads, size, emb, scale=1e-5)
+        elif size is not None:
+            self.attention = Attention(c_out, config.num_heads)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, C_in, H, W) and the activated embedding (B, emb) to (B, C_out, H', W')."""
+        h = silu(self.norm1(x))
+        if self.down:
+            h, x = avg_pool2d(h, 2), avg_pool2d(x, 2)
+        elif self.up:
+            h, x = interpolate(h, scale_factor=2.0), interpolate(x, scale_factor=2.0)
+        h = self.conv1(h) + self.condition(c)[:, :, None, None]
+        h = self.conv2(self.dropout(silu(self.norm2(h))))
+        h = (self.skip(x) + h) * math.sqrt(0.5)
+        return h if self.attention is None else (h + self.attention(h, c)) * math.sqrt(0.5)
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels: GN, qkv, softmax(q k / sqrt d) v, projection; the block adds the residual."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        check_divides(heads, channels, "denoiser.num_heads must divide the width where attention acts")
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = xavier_conv(channels, 3 * channels, 1, scale=math.sqrt(0.2))
+        self.proj = xavier_conv(channels, channels, 1, scale=1e-5)
+
+    def forward(self, x: Tensor, _c: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        height = x.shape[2]
+        pattern = "b (three heads d) h w -> three b heads (h w) d"
+        q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
+        h = scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(rearrange(h, "b heads (h w) d -> b (heads d) h w", h=height))
+        return out
+
+
+def group_norm(channels: int) -> GroupNorm:
+    """32 groups, but at least four channels a group."""
+    groups = min(32, channels // 4)
+    check_divides(groups, channels, "the groups of the group normalisation must divide each width, skips included")
+    return GroupNorm(groups, channels, eps=1e-6)
+
+
+def xavier_conv(c_in: int, c_out: int, kernel: int, scale: float = 1.0) -> nn.Conv2d:
+    """A convolution with scaled Xavier-uniform weights and zero bias."""
+    layer = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
+    nn.init.xavier_uniform_(layer.weight, gain=scale)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def xavier_linear(c_in: int, c_out: int, bias: bool = True) -> nn.Linear:
+    """A Linear with Xavier-uniform weights and zero bias."""
+    layer = nn.Linear(c_in, c_out, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer

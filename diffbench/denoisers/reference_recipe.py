@@ -1,0 +1,77 @@
+"""What is to be known of a published network in order to read its weights: a `Recipe`, and helpers to write one."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Rules = list[tuple[str, str]]
+"""Regular expressions and replacements that, one after the other, turn our names into the reference's."""
+REQUIRED = object()
+"""Stands for the default of an argument that has none."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """One of our networks: what a config file needs in order to build it again."""
+
+    denoiser: str
+    """Its name in the registry."""
+    config: Any
+    shape: dict[str, Any]
+    """image_size, channels, num_classes, null_class, learn_sigma."""
+
+
+def _same_shape(_name: str, ours: Tensor, _arguments: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(ours.shape)
+
+
+def _same_order(_name: str, theirs: Tensor, _net: Any, _arguments: dict[str, Any]) -> Tensor:
+    return theirs
+
+
+def _no_buffers(_net: Any) -> dict[str, Tensor]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to read one source."""
+
+    build: type[nn.Module]
+    """Our class."""
+    defaults: dict[str, Any]
+    """The reference's constructor arguments."""
+    blueprint: Callable[[dict[str, Any]], Blueprint]
+    """From the complete arguments; raises ValueError for what ours cannot be."""
+    rules: Callable[[Any], Rules]
+    """Of our network."""
+    shape: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]] = _same_shape
+    """From our name and tensor: the shape in the reference."""
+    arrange: Callable[[str, Tensor, Any, dict[str, Any]], Tensor] = _same_order
+    """From our name and the reference's tensor: its values in our order."""
+    buffers: Callable[[Any], dict[str, Tensor]] = _no_buffers
+    """Of our network: constant buffers by the reference's keys."""
+    buffers_optional: bool = False
+    """Whether a state dict may lack the buffers."""
+
+
+def at(places: dict[str, str]) -> Rules:
+    """Rules that replace a module's path by another."""
+    return [(rf"^{re.escape(ours)}\.", f"{theirs}.") for ours, theirs in places.items()]
+
+
+def only(source: str, arguments: dict[str, Any], **allowed: Any) -> None:
+    """Raises ValueError for an argument with another value than the one that ours can be."""
+    for name, value in allowed.items():
+        if arguments[name] != value:
+            raise ValueError(f"{source}: {name}={arguments[name]!r} has no counterpart here, only {value!r}")
+
+
+def doubles(source: str, inside: int, out: int) -> bool:
+    """Whether the output has a learned variance; raises ValueError if its channels say neither yes nor no."""
+    if out not in (inside, 2 * inside):
+        raise ValueError(f"{source}: out_channels={out} is neither in_channels={inside} nor twice that")
+    return out == 2 * inside

@@ -1,0 +1,179 @@
+"""Time-dependent multi-head self-attention (TMSA) and the DiffiT block: one module for latents, images and U-Nets."""
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from diffbench.denoisers.layers import (
+    both_sides,
+    check_divides,
+    from_windows,
+    modulate,
+    relative_position_index,
+    to_windows,
+    xavier_,
+    zero_,
+)
+
+TimeIn = Literal["qkv", "qk", "qv", "kv", "q", "k", "v", "separate", "bias", "mlp", "adaln", "none"]
+"""How the time enters a block.
+
+qkv: queries, keys and values, the paper's TMSA (Eq. 3 to 5); or only the ones named. As the softmax removes what is
+    the same for every key, `k` alone leaves no time at all and `qv` equals `qkv`.
+separate: as a token of its own among the keys and values (Table 7). Did it attend to itself alone, that were `v`.
+bias: a time-dependent part of the relative-position bias (Table 6, F).
+mlp: added to the input of the MLP (Table 6, G).
+adaln: the norms' shift, scale and gate, as in DiT.
+none: not at all.
+"""
+
+
+class TMSA(nn.Module):
+    """Time-dependent multi-head self-attention (DiffiT §3.2, Eq. 3 to 6).
+
+    q, k and v are each a projection of the token plus one of the time token; a learned relative-position bias,
+    free of time, is added after the scaling by 1/sqrt(d).
+
+    Args:
+        dim: width of the tokens.
+        num_heads: heads; must divide the width of queries, keys and values.
+        window: side of the square window, or its height and width.
+        time_dim: width of the time token.
+        time_in: where the time enters; "mlp" and "adaln" are the block's business and the same as "none" here.
+        width: of queries, keys and values; by default `dim`.
+    """
+
+    bias_index: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int | tuple[int, int],
+        time_dim: int,
+        time_in: TimeIn = "qkv",
+        width: int | None = None,
+    ) -> None:
+        super().__init__()
+        width = width or dim
+        check_divides(num_heads, width, "denoiser.num_heads must divide each stage's width")
+        self.heads = num_heads
+        self.parts = time_in if set(time_in) <= set("qkv") else "kv" if time_in == "separate" else ""
+        self.separate = time_in == "separate"
+        height_tokens, width_tokens = both_sides(window)
+        rows = (2 * height_tokens - 1) * (2 * width_tokens - 1)
+        self.qkv = nn.Linear(dim, 3 * width)
+        self.qkv_time = nn.Linear(time_dim, len(self.parts) * width) if self.parts else None
+        self.proj = nn.Linear(width, dim)
+        self.bias = nn.Parameter(torch.empty(rows, num_heads))
+        self.bias_time = nn.Linear(time_dim, rows * num_heads) if time_in == "bias" else None
+        self.register_buffer("bias_index", relative_position_index(height_tokens, width_tokens), persistent=False)
+        xavier_(self)
+        nn.init.trunc_normal_(self.bias, std=0.02)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B * windows, N, dim) tokens, windows of a sample adjacent, and (B, time_dim) to (B * windows, N, dim)."""
+        qkv = self.qkv(x)
+        time = None if self.qkv_time is None else per_window(self.qkv_time(c), x)
+        if time is not None and not self.separate:
+            qkv = qkv + self._spread(time)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        bias = rearrange(self.bias[self.bias_index], "n m h -> 1 h n m")
+        if self.bias_time is not None:
+            table = self.bias_time(c).unflatten(1, self.bias.shape)[:, self.bias_index]
+            bias = bias + per_window(rearrange(table, "b n m h -> b h n m"), x)[:, 0]
+        if time is not None and self.separate:
+            time_k, time_v = rearrange(time, "b one (two h d) -> two b h one d", two=2, h=self.heads)
+            k, v, bias = torch.cat([time_k, k], dim=2), torch.cat([time_v, v], dim=2), pad(bias, (1, 0))
+        h = scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out: Tensor = self.proj(rearrange(h, "b h n d -> b n (h d)"))
+        return out
+
+    def _spread(self, time: Tensor) -> Tensor:
+        """The parts of q, k and v that hold time, zeros for the others."""
+        if self.parts == "qkv":
+            return time
+        there = dict(zip(self.parts, time.chunk(len(self.parts), dim=-1), strict=True))
+        zeros = torch.zeros_like(next(iter(there.values())))
+        return torch.cat([there.get(part, zeros) for part in "qkv"], dim=-1)
+
+
+class DiffiTBlock(nn.Module):
+    """Eq. 7 and 8: x + TMSA(LN(x), time), then x + MLP(LN(x)). Norms without affine, eps 1e-6, as released.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: heads.
+        window: side of the square window, or its height and width.
+        time_dim: width of the time token.
+        mlp_ratio: hidden width of the MLP over `dim`.
+        dropout: after attention and MLP.
+        time_in: how the time enters.
+        token_dim: width of queries, keys and values; by default `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int | tuple[int, int],
+        time_dim: int,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        time_in: TimeIn = "qkv",
+        token_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attention = TMSA(dim, num_heads, window, time_dim, time_in, token_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+        self.dropout = nn.Dropout(dropout)
+        xavier_(self.mlp)
+        self.mlp_time = nn.Linear(time_dim, dim) if time_in == "mlp" else None
+        self.modulation = nn.Sequential(nn.SiLU(), zero_(nn.Linear(time_dim, 6 * dim))) if time_in == "adaln" else None
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B * windows, N, dim) tokens, windows of a sample adjacent, and (B, time_dim) to the same shape."""
+        if self.modulation is not None:
+            shift1, scale1, gate1, shift2, scale2, gate2 = per_window(self.modulation(c), x).chunk(6, dim=-1)
+            x = x + gate1 * self.dropout(self.attention(modulate(self.norm1(x), shift1, scale1), c))
+            return x + gate2 * self.dropout(self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        x = x + self.dropout(self.attention(self.norm1(x), c))
+        h = self.norm2(x)
+        if self.mlp_time is not None:
+            h = h + per_window(self.mlp_time(c), x)
+        return x + self.dropout(self.mlp(h))
+
+
+class TimeAttention(nn.Module):
+    """TMSA over all pixels of an image in place of a U-Net's attention (DiffiT, Table 5).
+
+    Args:
+        norm: what comes first.
+        channels: width.
+        heads: must divide `channels`.
+        size: side of the image at this place.
+        time_dim: width of the activated embedding, which serves as the time token.
+        scale: of the projection's initial weights.
+    """
+
+    def __init__(self, norm: nn.Module, channels: int, heads: int, size: int, time_dim: int, scale: float) -> None:
+        super().__init__()
+        self.size, self.norm = size, norm
+        self.tmsa = TMSA(channels, heads, size, time_dim)
+        self.tmsa.proj.weight.data.mul_(scale)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, C, H, W) and the activated embedding (B, time_dim) to (B, C, H, W), without the residual."""
+        tokens = self.tmsa(to_windows(self.norm(x), self.size), c)
+        return from_windows(tokens, self.size, *x.shape[2:])
+
+
+def per_window(c: Tensor, tokens: Tensor) -> Tensor:
+    """(B, ...) of each sample to (B * windows, 1, ...), to go with (B * windows, N, D) tokens."""
+    return c.repeat_interleave(len(tokens) // len(c), dim=0)[:, None]

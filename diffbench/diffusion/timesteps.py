@@ -1,0 +1,90 @@
+"""How training times are spread: functions of u, uniform in (0, 1), and a sampler that follows the loss."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A float32 u can be rounded to 0 or 1, where the quantiles below are infinite.
+_LEAST = 2.0**-53
+
+
+def normal(u: Tensor, mean: float, std: float) -> Tensor:
+    """Quantiles u (B,) of a normal distribution, float64."""
+    return mean + std * torch.special.ndtri(u.double().clamp(_LEAST, 1 - _LEAST))
+
+
+def log_normal(u: Tensor, mean: float, std: float) -> Tensor:
+    """Quantiles of a distribution whose logarithm is normal: EDM's noise levels (Karras et al. 2022, Table 1)."""
+    return normal(u, mean, std).exp()
+
+
+def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
+    """Quantiles of a distribution on (0, 1) whose logit is normal (Esser et al. 2024, §3.1)."""
+    return normal(u, mean, std).sigmoid()
+
+
+def stratified(u: Tensor, index: Tensor, total: int) -> Tensor:
+    """u (B,) moved into stratum `index` of `total`, so that a batch covers (0, 1) evenly (Kingma et al. 2021, §I.1).
+
+    Args:
+        u: (B,) uniform in (0, 1).
+        index: (B,) the sample's place in the global batch, so that the layout of processes changes nothing.
+        total: samples of the global batch.
+    """
+    return (index + u.double()) / total
+
+
+class LossAware:
+    """Importance sampling of steps by the root mean square of their last losses (Nichol & Dhariwal 2021, §3.3).
+
+    Uniform until every step has a full history. What it draws depends on the past, so a run that uses it is not paired
+    with others; its history belongs into the checkpoint.
+
+    Args:
+        steps: T.
+        history: losses remembered of each step.
+        uniform: share of the draws that stay uniform, so that no step is forgotten.
+    """
+
+    def __init__(self, steps: int, history: int = 10, uniform: float = 0.001) -> None:
+        self.uniform = uniform
+        self.losses = torch.zeros(steps, history, dtype=torch.float64)
+        self.counts = torch.zeros(steps, dtype=torch.int64)
+
+    def probabilities(self) -> Tensor:
+        """(T,) float64, of each step."""
+        steps, history = self.losses.shape
+        if bool((self.counts < history).any()):
+            return torch.full((steps,), 1 / steps, dtype=torch.float64)
+        size = self.losses.square().mean(1).sqrt()
+        return (1 - self.uniform) * size / size.sum() + self.uniform / steps
+
+    def time(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps (B,) int64 for u (B,) uniform in (0, 1), and the weights (B,) that keep the mean loss unbiased."""
+        p = self.probabilities()
+        t = torch.searchsorted(p.cumsum(0), u.double().cpu(), right=True).clamp(max=len(p) - 1)
+        return t.to(u.device), (1 / (len(p) * p[t])).to(u.device)
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Remembers the unweighted losses (B,) of steps t (B,), of the global batch and in its order."""
+        for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
+            self.losses[step] = torch.cat([self.losses[step, 1:], torch.tensor([loss], dtype=torch.float64)])
+            self.counts[step] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The history, for the checkpoint."""
+        return {"losses": self.losses.clone(), "counts": self.counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a history up again.
+
+        Raises:
+            ValueError: if it is of another number of steps or another length.
+        """
+        if state["losses"].shape != self.losses.shape:
+            raise ValueError(
+                f"the loss history is of {tuple(state['losses'].shape)} steps and losses, "
+                f"this run's of {tuple(self.losses.shape)}"
+            )
+        self.losses, self.counts = state["losses"].clone(), state["counts"].clone()

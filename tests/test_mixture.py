@@ -1,0 +1,276 @@
+"""Processes and samplers on data whose exact denoiser is known: what no reference gives and yet must hold."""
+
+import itertools
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from mixture import Mixture
+from torch import Tensor
+
+from diffbench.diffusion import (
+    EDM,
+    PAIRS,
+    Churn,
+    DiscreteVP,
+    EDMConfig,
+    Flow,
+    FlowConfig,
+    Grid,
+    Predict,
+    Prediction,
+    Process,
+    VPConfig,
+    heun,
+)
+from diffbench.diffusion.pairs import ON_GRID, ON_PATH, ON_TABLES, check_pair
+
+MIXTURE = Mixture()
+# Steps of the discrete processes: 1024 intervals, which halve evenly.
+PROCESSES: dict[str, Process] = {
+    "vp": DiscreteVP(VPConfig(steps=1025)),
+    "vp cosine": DiscreteVP(VPConfig(steps=1025, schedule="cosine")),
+    "edm": EDM(EDMConfig()),
+    "flow": Flow(FlowConfig()),
+    "flow gvp": Flow(FlowConfig(path="gvp")),
+}
+RUNS = [(p, s) for p in PROCESSES for s in PAIRS[p.split()[0]]]
+NOISY: list[tuple[str, str, dict[str, Any]]] = [
+    *((p, "ddpm", {"variance": "fixed_small"}) for p in ("vp", "vp cosine")),
+    *((p, "ddim", {"eta": 1.0}) for p in ("vp", "vp cosine")),
+    ("edm", "heun", {"churn": Churn(20.0)}),
+    *((p, "euler_maruyama", {"last": last}) for p in ("flow", "flow gvp") for last in ("tweedie", "euler")),
+    ("flow", "euler_maruyama", {"diffusion": "constant", "strength": 0.3}),
+]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal float64."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def walk(process: Process, sampler: str, steps: int, noise: Tensor, predict: Predict, **options: Any) -> Tensor:
+    """A sampler's result; its noise is keyed by the step."""
+
+    def fresh(k: int) -> Tensor:
+        return drawn(*noise.shape, seed=100 + k)
+
+    if sampler in ON_TABLES:
+        assert isinstance(process, DiscreteVP)
+        return ON_TABLES[sampler](predict, noise, process.tables.respaced(steps), fresh, clip=False, **options)
+    if sampler in ON_PATH:
+        assert isinstance(process, Flow)
+        return ON_PATH[sampler](predict, noise, process.path, fresh, **options)
+    if sampler == "euler_maruyama":
+        assert isinstance(process, Flow)
+        grid = process.sde_grid(steps)
+    else:
+        grid = process.grid(steps)
+    return ON_GRID[sampler](predict, grid.start(noise), grid, fresh, **options)
+
+
+def moment_errors(name: str, sampler: str, **options: Any) -> tuple[float, float]:
+    """Largest error of the mean and of the covariance of 10,000 samples of 100 steps."""
+    process = PROCESSES[name]
+    noise = drawn(5_000, 1, 1, 2)
+    x = walk(process, sampler, 100, torch.cat([noise, -noise]), MIXTURE.denoiser(process), **options).flatten(1)
+    errors = x.mean(0) - MIXTURE.mean, x.T.cov() - MIXTURE.covariance
+    return float(errors[0].abs().max()), float(errors[1].abs().max())
+
+
+@pytest.mark.parametrize(("name", "sampler", "options"), [*((p, s, {}) for p, s in RUNS), *NOISY], ids=str)
+def test_the_mixtures_moments_come_out(name: str, sampler: str, options: dict[str, Any]) -> None:
+    mean, covariance = moment_errors(name, sampler, **options)
+    assert mean < 0.02
+    assert covariance < 0.03
+
+
+@cache
+def converged(name: str) -> Tensor:
+    """The samples of very many steps."""
+    process = PROCESSES[name]
+    steps = 1025 if name.startswith("vp") else 2048
+    return walk(process, "heun", steps, drawn(100, 1, 1, 2), MIXTURE.denoiser(process))
+
+
+@pytest.mark.parametrize(("name", "sampler"), [r for r in RUNS if r[1] not in ("ddpm", "euler_maruyama", "dopri5")])
+def test_the_order_of_convergence(name: str, sampler: str) -> None:
+    process, noise = PROCESSES[name], drawn(100, 1, 1, 2)
+    predict, extra = MIXTURE.denoiser(process), int(name.startswith("vp"))  # n intervals have n + 1 discrete steps
+    off = [walk(process, sampler, n + extra, noise, predict) - converged(name) for n in (64, 128, 256)]
+    errors = [d.square().mean().sqrt() for d in off]
+    want = 1 if sampler in ("euler", "ddim") else 2
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(want, abs=0.3)
+
+
+@cache
+def vp_samples() -> tuple[Grid, Tensor, Tensor]:
+    """The grid of a discrete process of many steps, states at its first point, and where the ODE leads them."""
+    process = DiscreteVP(VPConfig(steps=2000))
+    grid = process.grid(2000)
+    x = grid.start(drawn(100, 1, 1, 2))
+    return grid, x, heun(MIXTURE.denoiser(process), x, grid, torch.zeros_like)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("other", ["edm", "flow", "flow gvp"])
+def test_processes_agree_where_they_start_alike(other: str) -> None:
+    grid, x, want = vp_samples()
+    level = float(grid[0].sigma / grid[0].alpha)
+    process: Process = PROCESSES[other] if other != "edm" else EDM(EDMConfig(sigma_max=level))
+    theirs = process.grid(512)
+    if isinstance(process, Flow):
+        start = float(process.time_at(torch.tensor(-2 * math.log(level), dtype=torch.float64)))
+        theirs = Grid(process.path(torch.linspace(start, 1, 513, dtype=torch.float64)), open_end=False)
+    scaled = x / grid[0].alpha * theirs[0].alpha
+    assert float(theirs[0].sigma / theirs[0].alpha) == pytest.approx(level)
+    got = heun(MIXTURE.denoiser(process), scaled, theirs, torch.zeros_like)  # type: ignore[arg-type]
+    assert (got - want).square().mean().sqrt() < 1e-3
+
+
+@pytest.mark.parametrize(("name", "calls"), [("vp", 19), ("edm", 19), ("flow", 20)])
+def test_heun_asks_at_the_end_where_it_can(name: str, calls: int) -> None:
+    asked = []
+
+    def counted(x: Tensor, t: Tensor) -> Prediction:
+        asked.append(float(t[0]))
+        return MIXTURE.denoiser(PROCESSES[name])(x, t)
+
+    walk(PROCESSES[name], "heun", 10, drawn(2, 1, 1, 2), counted)
+    assert len(asked) == calls
+    assert asked[-1] == {"vp": 0.0, "edm": pytest.approx(0.002), "flow": 1.0}[name]
+
+
+@pytest.mark.parametrize("sampler", PAIRS["vp"])
+def test_samplers_start_where_no_signal_is_left(sampler: str) -> None:
+    process = DiscreteVP(VPConfig(prediction="v", zero_terminal_snr=True))
+    noise = drawn(4_000, 1, 1, 2)
+    x = walk(process, sampler, 100, noise, MIXTURE.denoiser(process)).flatten(1)
+    assert (x.mean(0) - MIXTURE.mean).abs().max() < 0.04
+    if sampler in ON_TABLES:
+        clipped = ON_TABLES[sampler](MIXTURE.denoiser(process), noise, process.tables.respaced(10), lambda k: noise)
+        assert bool(clipped.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["flow", "flow gvp"])
+def test_adaptive_steps_keep_their_tolerance_with_fewer_calls(name: str) -> None:
+    calls = []
+
+    def counted(x: Tensor, t: Tensor) -> Prediction:
+        calls.append(len(x))
+        return MIXTURE.denoiser(PROCESSES[name])(x, t)
+
+    errors = []
+    for tolerance in (1e-3, 1e-5, 1e-7):
+        calls.clear()
+        x = walk(PROCESSES[name], "dopri5", 0, drawn(100, 1, 1, 2), counted, rtol=tolerance, atol=tolerance)
+        errors.append(float((x - converged(name)).square().mean().sqrt()))
+        assert len(calls) < {1e-3: 100, 1e-5: 200, 1e-7: 400}[tolerance]
+    assert errors[0] < 1e-2
+    assert errors[1] < 1e-4
+    assert errors[2] < 1e-6
+
+
+def test_adaptive_steps_do_not_couple_samples() -> None:
+    process, noise = PROCESSES["flow"], drawn(6, 1, 1, 2)
+    noise[3] *= 100  # a stiff neighbour
+    predict = MIXTURE.denoiser(process)
+    together = walk(process, "dopri5", 0, noise, predict)
+    for i in range(6):
+        assert (walk(process, "dopri5", 0, noise[i : i + 1], predict) - together[i]).abs().max() < 1e-12
+
+
+def test_a_path_too_hard_for_its_limit_is_refused() -> None:
+    process = PROCESSES["flow"]
+    with pytest.raises(RuntimeError, match=r"reached 0\.\d+ of 1 in 3 steps; loosen rtol=1e-09, or raise the limit"):
+        walk(process, "dopri5", 0, drawn(2, 1, 1, 2), MIXTURE.denoiser(process), rtol=1e-9, limit=3)
+
+
+CONVERTED: dict[str, Any] = {
+    **{f"vp {p}": DiscreteVP(VPConfig(prediction=p)) for p in ("eps", "x0", "v")},  # type: ignore[arg-type]
+    **{f"cosine {p}": DiscreteVP(VPConfig(schedule="cosine", prediction=p)) for p in ("x0", "v")},  # type: ignore[arg-type]
+    **{k: PROCESSES[k] for k in ("edm", "flow", "flow gvp")},
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_perfect_output_gives_back_image_and_noise(name: str) -> None:
+    process = CONVERTED[name]
+    x0, eps = drawn(5, 3, 4, 4), drawn(5, 3, 4, 4, seed=1)
+    t = process.time(torch.tensor([0.001, 0.2, 0.5, 0.8, 0.97], dtype=torch.float64))
+    target = process.target(x0, t, eps)
+    back = process.convert(target, process.add_noise(x0, t, eps), t)
+    assert (back.x0 - x0).abs().max() < 1e-12
+    assert (back.eps - eps).abs().max() < 1e-12
+    assert torch.equal(process.losses(target, x0, t, eps), torch.zeros(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_log_snr_and_time_are_inverse_to_each_other(name: str) -> None:
+    process = CONVERTED[name]
+    levels = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    t = process.time_at(levels)
+    assert (process.log_snr(t) - levels).abs().max() < 1e-9
+    alpha, sigma = process.alpha_sigma(t, torch.empty(1, dtype=torch.float64))
+    assert (2 * (alpha / sigma).log() - levels).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONVERTED)
+def test_both_ends_of_time_are_finite(name: str, dtype: torch.dtype) -> None:
+    process = CONVERTED[name]
+    ends = process.grid(50)[0].time, process.grid(50)[49].time
+    extremes = process.time(torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64))
+    t = torch.cat([extremes, torch.stack(ends).to(extremes.dtype)])
+    if name.startswith("flow"):
+        t = torch.cat([t, torch.tensor([0.0, 1.0], dtype=torch.float64)])
+    x0, eps = (drawn(len(t), 1, 4, 4, seed=s).to(dtype) for s in (0, 1))
+    x_t = process.add_noise(x0, t, eps)
+    out = drawn(len(t), 1, 4, 4, seed=2).to(dtype).requires_grad_()
+    losses = process.losses(out, x0, t, eps)
+    losses.sum().backward()
+    seen, time = process.inputs(x_t, t)
+    prediction = process.convert(out.detach(), x_t, t)
+    assert out.grad is not None
+    for value in (x_t, losses, out.grad, seen, time, prediction.x0, prediction.eps):
+        assert value.dtype == dtype
+        assert bool(value.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "sampler"), RUNS)
+def test_samplers_stay_finite_and_in_their_type(name: str, sampler: str, dtype: torch.dtype) -> None:
+    process = PROCESSES[name]
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        seen, time = process.inputs(x, t)
+        return process.convert(torch.tanh(seen) * time.reshape(-1, 1, 1, 1).cos(), x, t)
+
+    noise = drawn(4, 1, 2, 2).to(dtype)
+    if sampler in ON_PATH:
+        x = ON_PATH[sampler](predict, noise, process.path, lambda k: noise, rtol=0.1, atol=0.1)  # type: ignore[attr-defined]
+        assert x.dtype == dtype and bool(x.isfinite().all())
+        return
+    grid = process.sde_grid(6) if sampler == "euler_maruyama" else process.grid(6)  # type: ignore[attr-defined]
+    if sampler in ON_TABLES:
+        x = ON_TABLES[sampler](predict, noise, process.tables.respaced(6), lambda k: noise)  # type: ignore[attr-defined]
+    else:
+        x = ON_GRID[sampler](predict, grid.start(noise), grid, lambda k: noise, clip=True)
+    assert x.dtype == dtype
+    assert bool(x.isfinite().all())
+
+
+def test_each_pair_is_either_listed_or_refused_with_a_sentence() -> None:
+    for process, samplers in PAIRS.items():
+        for sampler in (*ON_TABLES, *ON_GRID, *ON_PATH):
+            if sampler in samplers:
+                check_pair(process, sampler)
+                continue
+            with pytest.raises(ValueError, match=f"{sampler} does not suit the {process} process: .*; choose from"):
+                check_pair(process, sampler)
+    with pytest.raises(ValueError, match="sampler plms is unknown; choose from ddpm, ddim, euler"):
+        check_pair("vp", "plms")
+    with pytest.raises(ValueError, match="no process 've'; choose from vp, edm, flow"):
+        check_pair("ve", "ddim")
