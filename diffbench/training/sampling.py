@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffbench.core import keyed
 from diffbench.core.files import atomic
 from diffbench.core.pixels import to_uint8
-from diffbench.diffusion import DiscreteVP, Prediction, Tables, classifier_free, ddim, ddpm
+from diffbench.diffusion import DiscreteVP, Tables, classifier_free, ddim, ddpm, predictor
 from diffbench.diffusion.samplers import Predict
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
@@ -65,10 +65,7 @@ def generate(
     tables = process.tables.respaced(config.steps)
     training = denoiser.training
     denoiser.eval()
-
-    def predict(x: Tensor, t: Tensor, y: Tensor) -> Prediction:
-        t = t.to(x.device)
-        return process.convert(denoiser(x, t.to(x.dtype), y), x, t)
+    predict = predictor(process, denoiser)
 
     images = []
     for index in torch.arange(first, first + len(labels)).split(config.batch_size):

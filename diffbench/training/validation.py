@@ -13,7 +13,7 @@ from torch import nn
 from diffbench.core import keyed
 from diffbench.core.pixels import from_uint8
 from diffbench.data.sources import ImageSet
-from diffbench.diffusion.process import DiscreteVP
+from diffbench.diffusion import DiscreteVP, predictor
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.log import RunLog
@@ -31,7 +31,7 @@ def denoising_error(
     parameter = next(denoiser.parameters())
     training = denoiser.training
     denoiser.eval()
-    errors = {}
+    predict, errors = predictor(process, denoiser), {}
     for level in log_snr:
         total = torch.zeros((), dtype=torch.float64, device=parameter.device)
         for index in torch.arange(len(data)).split(batch_size):
@@ -41,7 +41,7 @@ def denoising_error(
             noise_key = keyed.key("validation", str(float(level)))
             eps = keyed.normal(noise_key, index.to(parameter.device), tuple(x0.shape[1:])).to(parameter.dtype)
             x_t = process.add_noise(x0, t, eps)
-            denoised = process.convert(denoiser(x_t, t.to(x0.dtype), y), x_t, t).x0
+            denoised = predict(x_t, t, y).x0
             total += (denoised - x0).double().square().sum()
         errors[level] = float(total) / data.images.numel()
     denoiser.train(training)
