@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": "trainer.max_images=900_000",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999",
-        "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true ema=0.999, or sample keys as steps=50",
+        "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
     }
     for name, example in values.items():
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")

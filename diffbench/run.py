@@ -1,6 +1,7 @@
 """One run of a denoiser: build its parts, train it, load it again, sample from it; and training of every kind."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,8 @@ class Run(Trained[RunConfig]):
     @classmethod
     def check(cls, config: RunConfig) -> None:
         parts.check(config)
+        if config.sample.weak_model is not None or config.sample.classifier is not None:
+            helpers(config.sample, config, tuple(parts.load_data(config)[0].images.shape[1:]))
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
@@ -99,30 +102,8 @@ class Run(Trained[RunConfig]):
         ]
 
     def helpers(self, settings: SampleConfig) -> "Helpers":
-        """The networks that guide besides the denoiser, as `weak_model` and `classifier` name them.
-
-        Raises:
-            UserError: if a folder holds no such run, or one that does not fit this.
-        """
-        from diffbench.training.guides import Helpers
-
-        weak = None
-        if settings.weak_model is not None and settings.guidance != 1:
-            other = load(settings.weak_model)
-            if (other.shape, other.config.process) != (self.shape, self.config.process):
-                raise UserError(
-                    f"sample.weak_model: {settings.weak_model} was trained on other shapes or under another process"
-                )
-            weak = other.denoiser
-        classifier = None
-        if settings.classifier is not None and settings.classifier_scale:
-            judge = classifier_run.load(settings.classifier)
-            if (judge.shape, judge.config.process) != (self.shape, self.config.process):
-                raise UserError(
-                    f"sample.classifier: {settings.classifier} was trained on other shapes or under another process"
-                )
-            classifier = judge.network
-        return Helpers(weak, classifier)
+        """The networks that guide besides the denoiser; see `helpers`."""
+        return helpers(settings, self.config, self.shape)
 
     def sample(
         self,
@@ -228,6 +209,40 @@ def load(folder: str | Path, ema: float | None = None) -> Run:
     run = Run(folder, config)
     run.use_average(run.ema if ema is None else ema)
     return run
+
+
+def helpers(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "Helpers":
+    """The networks that guide a denoiser of this config and shape, as `weak_model` and `classifier` name them.
+
+    Raises:
+        ValueError: if a folder holds no such run, or one that does not fit.
+    """
+    from diffbench.training.guides import Helpers
+
+    weak = judge = None
+    with naming_key("sample.weak_model"):
+        if settings.weak_model is not None and settings.guidance != 1:
+            other = load(settings.weak_model)
+            if (other.shape, other.config.process) != (shape, config.process):
+                raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
+            weak = other.denoiser
+    with naming_key("sample.classifier"):
+        if settings.classifier is not None and settings.classifier_scale:
+            found = classifier_run.load(settings.classifier)
+            noising = parts.build_process(config.process).noising()
+            if (found.shape, found.process.noising()) != (shape, noising):
+                raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
+            judge = found.network
+    return Helpers(weak, judge)
+
+
+@contextlib.contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """Puts a key before what a UserError says."""
+    try:
+        yield
+    except UserError as e:
+        raise ValueError(f"{key}: {e}") from None
 
 
 KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run, "classifier": classifier_run.ClassifierRun}
