@@ -22,7 +22,6 @@ LAYOUT = {
     "Which backbone is better": {
         "validation error": ["Multiline", ["val/error$"]],
         "distance to the data": ["Multiline", ["fd/.*"]],
-        "validation accuracy": ["Multiline", ["val/accuracy$"]],
     },
     "Where it is better": {"validation error by log-SNR": ["Multiline", ["val/error_log_snr_.*"]]},
     "How it trains": {
