@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from diffbench.denoisers.checks import check_divides, check_dropout, check_halves, check_positive, check_shape
 from diffbench.denoisers.layers import (
     ConditionEmbedding,
     GroupNorm,
     TimeFeatures,
-    check_divides,
-    check_shape,
+    both_sides,
     from_windows,
     to_windows,
     zero_,
@@ -56,50 +56,63 @@ class DiffiTConfig:
     fourier_scale: float = 16.0
     """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
 
+    def __post_init__(self) -> None:
+        numbers = ("channels", "blocks", "window", "num_heads", "mlp_ratio", "time_dim", "norm_groups", "token_dim")
+        check_positive(self, *numbers, "fourier_scale")
+        check_dropout(self.dropout)
+        for key, values in {"blocks": self.blocks, "window": self.windows}.items():
+            if len(values) != len(self.channels):
+                raise ValueError(
+                    f"denoiser.{key}: must have one entry for each of the {len(self.channels)} stages of"
+                    f" denoiser.channels, got {len(values)}"
+                )
+        for width in [self.token_dim] if self.token_dim else self.channels:
+            key = "token_dim" if self.token_dim else "channels"
+            check_divides("num_heads", self.num_heads, width, f"of denoiser.{key}")
+
+    @property
+    def windows(self) -> list[int]:
+        """The window of each stage."""
+        return self.window if isinstance(self.window, list) else [self.window] * len(self.channels)
+
 
 class DiffiT(nn.Module):
     """Denoiser of (B, C, H, W) images; see `forward`.
 
     Args:
         config: sizes.
-        image_size: height and width of the input.
+        image_size: side of the input, or its height and width.
         channels: C of the input.
         num_classes: classes 0..num_classes-1; 0 for none (as in the paper's image space).
         null_class: whether label `num_classes` means "no class".
         learn_sigma: whether the output carries C more channels for a learned variance.
 
     Raises:
-        ValueError: if stages or windows do not divide the image, or heads or norm groups a width, or if
-            `channels`, `blocks` and `window` differ in length.
+        ValueError: if stages or windows do not divide the image, or norm groups a width.
     """
 
     def __init__(
         self,
         config: DiffiTConfig,
-        image_size: int,
+        image_size: int | tuple[int, int],
         channels: int,
         num_classes: int = 0,
         null_class: bool = True,
         learn_sigma: bool = False,
     ) -> None:
         super().__init__()
-        self.channels, self.image_size = channels, image_size
+        self.channels, self.image_size = channels, both_sides(image_size)
         self.num_classes, self.null_class = num_classes, null_class
         self.resample, self.skip = config.resample, config.skip
         widths, depths = config.channels, config.blocks
         stages = len(widths)
-        windows = config.window if isinstance(config.window, list) else [config.window] * stages
-        for key, values in {"blocks": depths, "window": windows}.items():
-            if len(values) != stages:
-                raise ValueError(
-                    f"denoiser.channels has {stages} stages, denoiser.{key} has {len(values)}: they must agree"
-                )
-        check_divides(2 ** (stages - 1), image_size, f"{stages} stages halve the image too often")
-        sizes = [image_size >> i for i in range(stages)]
+        check_halves("channels", stages, self.image_size)
 
         def stage(c_in: int, i: int, half: str) -> Stage:
-            window = min(windows[i], sizes[i])
-            check_divides(window, sizes[i], f"denoiser.window must divide the side of stage {i + 1}")
+            sides = [side >> i for side in self.image_size]
+            window = min(config.windows[i], *sides)
+            for side in sides:
+                check_divides("window", window, side, f"a side of stage {i + 1}")
             c_ins = [c_in] + [widths[i]] * (depths[i] - 1)
             time_in: TimeIn = config.time_in if config.tmsa in ("both", half) else "none"
             return Stage([ResBlock(config, c, widths[i], window, time_in) for c in c_ins])
@@ -144,7 +157,7 @@ class DiffiT(nn.Module):
         Raises:
             ValueError: if the image has another size than the network.
         """
-        check_shape(x, self.channels, self.image_size, self.image_size)
+        check_shape(x, self.channels, *self.image_size)
         bilinear = self.resample == "bilinear"
         c = self.condition(t, y)
         h = self.tokenizer(x)
@@ -184,7 +197,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, config: DiffiTConfig, c_in: int, c_out: int, window: int, time_in: TimeIn) -> None:
         super().__init__()
-        check_divides(config.norm_groups, c_in, "denoiser.norm_groups must divide each width, skips included")
+        check_divides("norm_groups", config.norm_groups, c_in, "a stage's width or that with its skip")
         self.window = window
         self.norm = GroupNorm(config.norm_groups, c_in, eps=1e-5)
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)

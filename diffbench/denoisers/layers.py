@@ -35,7 +35,7 @@ class FourierFeatures(nn.Module):
     """Cosines and sines of the time at fixed random frequencies (Song et al. 2021; DiffiT, Table 8).
 
     Args:
-        dim: number of features.
+        dim: number of features, even.
         scale: standard deviation of the frequencies, in periods per unit of time.
     """
 
@@ -43,7 +43,6 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__()
-        check_divides(2, dim, "Fourier features come in pairs")
         self.register_buffer("frequencies", scale * torch.randn(dim // 2))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -181,6 +180,52 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def mlp(dim: int, ratio: float) -> nn.Sequential:
+    """The two layers after attention, `ratio` times as wide inside, with a GELU (tanh) between them.
+
+    Raises:
+        ValueError: if nothing is left of the width.
+    """
+    hidden = int(dim * ratio)
+    if hidden < 1:
+        raise ValueError(f"denoiser.mlp_ratio: {ratio} of a width of {dim} is less than one")
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+
+Direction = Literal["down", "up"]
+
+
+def resample(x: Tensor, direction: Direction | None) -> Tensor:
+    """Halves the resolution of (B, C, H, W) by the mean of 2x2 pixels, doubles it by nearest neighbour, or neither."""
+    if direction is None:
+        return x
+    return nn.functional.avg_pool2d(x, 2) if direction == "down" else nn.functional.interpolate(x, scale_factor=2.0)
+
+
+class PixelAttention(nn.Module):
+    """Self-attention over all pixels in a U-Net: norm, qkv, softmax(q k / sqrt d) v, projection; no residual.
+
+    Args:
+        heads: must divide the width.
+        norm: what comes first.
+        qkv: 1x1 convolution to three times the width.
+        proj: 1x1 convolution at the end.
+    """
+
+    def __init__(self, heads: int, norm: nn.Module, qkv: nn.Module, proj: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.norm, self.qkv, self.proj = heads, norm, qkv, proj
+
+    def forward(self, x: Tensor, _c: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape; the condition is not used."""
+        height = x.shape[2]
+        pattern = "b (three heads d) h w -> three b heads (h w) d"
+        q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
+        h = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(rearrange(h, "b heads (h w) d -> b (heads d) h w", h=height))
+        return out
+
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -199,30 +244,6 @@ def xavier_(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def check_divides(divisor: int, number: int, what: str) -> None:
-    """Raises ValueError naming both numbers unless `divisor` divides `number`."""
-    if divisor < 1 or number % divisor:
-        raise ValueError(f"{what}: {divisor} does not divide {number}")
-
-
 def both_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width of an image given as one side or as both."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
-
-
-def check_shape(x: Tensor, channels: int, height: int, width: int) -> None:
-    """Raises ValueError naming both shapes unless `x` is (B, channels, height, width)."""
-    if x.shape[1:] != (channels, height, width):
-        raise ValueError(f"this network takes images of {channels}x{height}x{width}, got {_times(x)}")
-
-
-def check_sides(x: Tensor, channels: int, divisor: int) -> None:
-    """Raises ValueError naming both unless `x` is (B, channels, H, W) and `divisor` divides H and W."""
-    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % divisor or x.shape[3] % divisor:
-        raise ValueError(
-            f"this network takes images of {channels} channels and sides divisible by {divisor}, got {_times(x)}"
-        )
-
-
-def _times(x: Tensor) -> str:
-    return "x".join(map(str, x.shape[1:]))
