@@ -1,11 +1,10 @@
-"""Attention over time, as Fig. 2 of DiffiT: where chosen tokens of a run look along sampling, side by side with others."""
+"""Attention over time, as Fig. 2 of DiffiT: where chosen tokens look along sampling, several runs side by side."""
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from diffbench.core import keyed
-from diffbench.core.errors import UserError, suggest
+from diffbench.core.errors import suggest
 from diffbench.core.files import atomic
 from diffbench.core.pixels import from_uint8
 from diffbench.denoisers.attention import AttentionMap, record_attention

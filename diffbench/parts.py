@@ -1,7 +1,5 @@
 """What a config describes: its data and its network, and a check of both before anything is trained or written."""
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,12 +53,9 @@ def check(config: RunConfig) -> None:
         ValueError: a line that begins with the key.
     """
     _check_device(config.trainer.accelerator)
-    for key, value in _numbers(dataclasses.asdict(config.denoiser)):
-        if key == "dropout" and not 0 <= value < 1:
-            raise ValueError(f"denoiser.dropout: must lie in [0, 1), got {value}")
-        if key != "dropout" and value <= 0:
-            raise ValueError(f"denoiser.{key}: must be positive, got {value}")
     train_set, _ = load_data(config)
+    if not len(train_set):
+        raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
     try:
         cost_of(config, train_set)
     except ValueError as e:
@@ -77,6 +72,10 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
     Raises:
         ValueError: if not.
     """
+    if not len(train_set):
+        raise ValueError(
+            f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
+        )
     found = len(balanced(train_set.labels, config.evaluate.count))
     if found < config.evaluate.count:
         rarest = int(train_set.labels.bincount(minlength=train_set.num_classes).min())
@@ -91,10 +90,3 @@ def _check_device(accelerator: str) -> None:
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):
         raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
-
-
-def _numbers(sizes: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for key, value in sizes.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                yield key, number

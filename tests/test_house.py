@@ -78,7 +78,7 @@ FLOORS = [
     {"weights"},
     {"trained"},
     {"run"},
-    {"scoring"},
+    {"scoring", "attention", "importing"},
     {"report"},
     {"cli"},
     {"__main__"},

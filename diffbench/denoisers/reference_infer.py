@@ -24,9 +24,9 @@ ANCHORS = {
 # Width -> heads of DiT (Table 1).
 _DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 # Base width, blocks a level, multipliers -> what the flags of ADM's releases say besides.
-_NEW = {"num_head_channels": 64, "use_new_attention_order": True}
-_OLD = {"num_head_channels": 64, "use_new_attention_order": False}
-_ADM = {
+_NEW: dict[str, Any] = {"num_head_channels": 64, "use_new_attention_order": True}
+_OLD: dict[str, Any] = {"num_head_channels": 64, "use_new_attention_order": False}
+_ADM: dict[tuple[int, int, tuple[float, ...]], dict[str, Any]] = {
     (192, 3, (1, 2, 3, 4)): {"image_size": 64, "dropout": 0.1, **_NEW},
     (256, 2, (1, 1, 2, 3, 4)): {"image_size": 128, "num_heads": 4, "use_new_attention_order": False},
     (256, 2, (1, 1, 2, 2, 4, 4)): {"image_size": 256, **_OLD},
