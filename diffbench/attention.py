@@ -105,6 +105,8 @@ def _reached(run: Run) -> tuple[float, float]:
 
 @torch.no_grad()
 def _of(run: Run, config: AttentionConfig, levels: list[float]) -> Attention:
+    if not len(run.held_out):
+        raise ValueError(f"data.name: {run.folder} has no images (data.name={run.config.data.name}) to be noised")
     if not 0 <= config.image < len(run.held_out):
         raise ValueError(f"image: {config.image} is none of the {len(run.held_out)} held-out images of {run.folder}")
     parameter = next(run.denoiser.parameters())
@@ -151,7 +153,7 @@ def draw(levels: Sequence[float], found: Sequence[Attention]) -> "Figure":
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
     lines = max(sum(len(m.places) for m in a.maps) for a in found) + 1
-    width, height = columns * (0.72 * len(levels) + 1.0), rows * (0.75 * lines + 0.7)
+    width, height = columns * (0.72 * len(levels) + 1.0), max(3.6, rows * (0.75 * lines + 0.7))
     figure = Figure(figsize=(width + 1.0, height), dpi=150, layout="constrained")
     halves = figure.add_gridspec(1, 2, width_ratios=[width, 1.0])
     panels = figure.add_subfigure(halves[0]).subfigures(rows, columns, squeeze=False).flatten()
@@ -160,7 +162,7 @@ def draw(levels: Sequence[float], found: Sequence[Attention]) -> "Figure":
         _panel(panel, levels, a, colours)
     bar = figure.colorbar(colours, cax=figure.add_subfigure(halves[1]).add_axes((0.1, 0.15, 0.12, 0.7)))
     bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["1/8", "1/4", "1/2", "even", "2x", "4x", "8x"], fontsize=8)
-    bar.set_label("attention of the framed token, in even shares\n(grey: outside its window)", fontsize=8)
+    bar.set_label("attention of the framed token over an even share\n(grey: outside its window)", fontsize=8)
     return figure
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             " torch.save(net.state_dict(), 'weights.pt'), in EDM's repository of"
             " net = pickle.load(open('network.pkl', 'rb'))['ema']"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError):
+    except PermissionError:
+        raise UserError(f"{path}: may not be read") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
         raise UserError(f"{path}: damaged, or no checkpoint") from None
     for name in NESTED if isinstance(state, Mapping) else ():
         inside = state.get(name)
@@ -109,7 +112,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _loaded(path: Path) -> Any:
     # DiT's training saves its arguments beside the weights: a Namespace holds values and runs nothing.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # on pickles that it then refuses
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # of torch before 1.6: no memory map

@@ -139,9 +139,7 @@ class Run(Trained[RunConfig]):
             ValueError: also if what the network denoises is no picture.
         """
         if self.raw:
-            raise ValueError(
-                f"{self.folder}: {self.shape[0]} channels make no picture; sample_tensor gives their values"
-            )
+            raise ValueError(f"{self.folder}: {self.shape[0]} channels make no picture; take sample_tensor")
         images = self.sample_tensor(n, labels, guidance, seed, **changes)
         arrays = images.permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(np.squeeze(a)) for a in arrays]

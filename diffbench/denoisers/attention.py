@@ -48,10 +48,10 @@ def record_attention(net: nn.Module, tokens: Sequence[tuple[int, int]]) -> Itera
     """
     recorder = _Recorder(tokens)
     with ExitStack() as stack:
-        stack.enter_context(_hook(net.register_forward_pre_hook(recorder.start)))
         for name, module in net.named_modules():
             stack.enter_context(_hook(module.register_forward_pre_hook(partial(recorder.enter, name))))
             stack.enter_context(_hook(module.register_forward_hook(recorder.leave, always_call=True)))
+        stack.enter_context(_hook(net.register_forward_pre_hook(recorder.start)))
         stack.enter_context(recorder)
         yield recorder.maps
 
