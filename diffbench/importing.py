@@ -85,7 +85,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else _loaded(path)
     except pickle.UnpicklingError as e:
-        if "weights_only" not in str(e) and "WeightsUnpickler" not in str(e):
+        with path.open("rb") as file:
+            pickled = file.read(1) == b"\x80"  # how a bare pickle begins
+        if not pickled and "GLOBAL" not in str(e):
             raise UserError(f"{path}: damaged, or no checkpoint") from None
         raise UserError(
             f"{path}: holds pickled code, which is never run; where it was made, export plain weights with"

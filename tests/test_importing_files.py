@@ -87,11 +87,13 @@ def test_files_that_are_not_read(tmp_path: Path, refused: Callable[..., str]) ->
     folder.mkdir()
     torch.save({"epoch": 3, "note": "none"}, tmp_path / "empty.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    assert refused("ddpmpp", pkl, out) == (
-        f"{pkl}: holds pickled code, which is never run; where it was made, export plain weights with"
-        " torch.save(net.state_dict(), 'weights.pt'), in EDM's repository of"
-        " net = pickle.load(open('network.pkl', 'rb'))['ema']"
-    )
+    torch.save({"ema": Network()}, tmp_path / "net.pt")
+    for code in (pkl, tmp_path / "net.pt"):
+        assert refused("ddpmpp", code, out) == (
+            f"{code}: holds pickled code, which is never run; where it was made, export plain weights with"
+            " torch.save(net.state_dict(), 'weights.pt'), in EDM's repository of"
+            " net = pickle.load(open('network.pkl', 'rb'))['ema']"
+        )
     for damaged in (cut, text, tmp_path / "text.safetensors"):
         assert refused("dit", damaged, out) == f"{damaged}: damaged, or no checkpoint"
     assert refused("dit", folder, out) == f"{folder}: is a folder, not a checkpoint"
