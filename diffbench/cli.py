@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": "trainer.max_images=900_000",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999",
-        "sample": "n=16 labels=3 guidance=2 seed=0 ema=0.999 out=digits.png, or keys of the sample section as steps=50",
+        "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
     }
     for name, example in values.items():
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")
@@ -87,11 +87,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from diffbench.report import facts, newest_scores, table
-    from diffbench.run import train
+    from diffbench.report import facts, newest_scores, table, trained_facts
+    from diffbench.run import Run, train
     from diffbench.scoring import evaluate
 
     run = train(arguments.config, arguments.overrides)
+    if not isinstance(run, Run):
+        print(f"\n{table([(run.folder.name, trained_facts(run))])}\n")
+        return
     from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
@@ -158,6 +161,10 @@ class _Draw:
     seed: int = 0
     out: str | None = None
     ema: float | None = None
+    strip: bool = False
+    """Besides, how the first four come about: x_t and the predicted image along the steps, as a PNG."""
+    gif: bool = False
+    """The same as an animation."""
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -188,15 +195,27 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"{COMMAND_LINE}: out: {run.shape[0]} channels make no picture; give out=NAME.npz for their raw values"
         )
-    with blaming([(COMMAND_LINE, values)]):
-        images = run.sample_tensor(draw.n, draw.labels, seed=draw.seed, **changes)
-    from diffbench.training.pictures import save_grid, save_npz  # imports Lightning: after the checks
+    if run.raw and (draw.strip or draw.gif):
+        raise UserError(f"{COMMAND_LINE}: {'strip' if draw.strip else 'gif'}: {run.shape[0]} channels make no picture")
+    from diffbench.training.pictures import save_grid, save_npz, save_png
+    from diffbench.training.strips import Steps
 
+    steps = Steps()
+    with blaming([(COMMAND_LINE, values)]):
+        images = run.sample_tensor(
+            draw.n, draw.labels, seed=draw.seed, callback=steps if draw.strip or draw.gif else None, **changes
+        )
     if path.suffix == ".npz":
         save_npz(images, path)
     else:
         save_grid(images, columns=min(10, len(images)), path=path)
     print(path)
+    if draw.strip:
+        save_png(steps.strip(), path.with_suffix(".strip.png"))
+        print(path.with_suffix(".strip.png"))
+    if draw.gif:
+        steps.save_gif(path.with_suffix(".gif"))
+        print(path.with_suffix(".gif"))
 
 
 def _attention(arguments: argparse.Namespace) -> None:

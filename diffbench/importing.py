@@ -103,12 +103,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(inside, Mapping) and any(isinstance(v, Tensor) for v in inside.values()):
             state = inside
             break
-    found = {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
+    named = dict(state) if isinstance(state, Mapping) else {}
+    found = {str(key): value for key, value in named.items() if isinstance(value, Tensor)}
     if not found:
-        holds = (
-            f"it holds {', '.join(map(str, list(state)[:5]))}" if isinstance(state, Mapping) else "it is no dictionary"
-        )
-        raise UserError(f"{path}: no state dict, neither itself nor under {', '.join(NESTED)}; {holds}")
+        holds = ", ".join(map(str, list(named)[:5])) or type(state).__name__
+        raise UserError(f"{path}: no state dict, neither itself nor under {', '.join(NESTED)}; it holds {holds}")
     return found
 
 

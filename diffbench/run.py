@@ -1,6 +1,7 @@
 """One run of a denoiser: build its parts, train it, load it again, sample from it; and training of every kind."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffbench import classifier as classifier_run
 from diffbench import parts, weights
 from diffbench.config import change, from_layers, read_layers
 from diffbench.config_kinds import RunConfig
@@ -22,9 +24,8 @@ from diffbench.trained import Trained
 from diffbench.training.settings import SampleConfig
 
 if TYPE_CHECKING:
-    from lightning import Callback
+    from lightning import Callback, LightningDataModule
 
-    from diffbench.data.module import ImageDataModule
     from diffbench.training.ema import EMA
     from diffbench.training.guides import Helpers
     from diffbench.training.log import RunLog
@@ -69,6 +70,8 @@ class Run(Trained[RunConfig]):
     @classmethod
     def check(cls, config: RunConfig) -> None:
         parts.check(config)
+        if config.sample.weak_model is not None or config.sample.classifier is not None:
+            helpers(config.sample, config, tuple(parts.load_data(config)[0].images.shape[1:]))
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
@@ -79,22 +82,19 @@ class Run(Trained[RunConfig]):
 
         c, t = self.config, self.config.trainer
         return DiffusionModule(
-            self.network, self.process, c.optimizer, c.seed, t.batch_size, t.label_dropout, self.null_label
+            self.network,
+            self.process,
+            c.optimizer,
+            c.seed,
+            t.batch_size,
+            label_dropout=t.label_dropout,
+            null_label=self.null_label,
+            time_sampling=t.time_sampling,
+            augment=t.augment,
         )
 
-    def data(self) -> "ImageDataModule":
-        from diffbench.data.module import ImageDataModule
-
-        c, t = self.config, self.config.trainer
-        return ImageDataModule(
-            train=self.train_set,
-            held_out=self.held_out,
-            seed=c.seed,
-            batch_size=t.batch_size,
-            accumulate=t.accumulate,
-            num_workers=c.data.num_workers,
-            only_first_batch=c.debug == "overfit",
-        )
+    def data(self) -> "LightningDataModule":
+        return parts.data_module(self.config, self.train_set, self.held_out)
 
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.sampling import SampleGrid
@@ -108,22 +108,8 @@ class Run(Trained[RunConfig]):
         ]
 
     def helpers(self, settings: SampleConfig) -> "Helpers":
-        """The networks that guide besides the denoiser, as `weak_model` and `classifier` name them.
-
-        Raises:
-            UserError: if a folder holds no such run, or one that does not fit this.
-        """
-        from diffbench.training.guides import Helpers
-
-        weak = None
-        if settings.weak_model is not None and settings.guidance != 1:
-            other = load(settings.weak_model)
-            if (other.shape, other.config.process) != (self.shape, self.config.process):
-                raise UserError(
-                    f"sample.weak_model: {settings.weak_model} was trained on other shapes or under another process"
-                )
-            weak = other.denoiser
-        return Helpers(weak)
+        """The networks that guide besides the denoiser; see `helpers`."""
+        return helpers(settings, self.config, self.shape)
 
     def sample(
         self,
@@ -150,6 +136,8 @@ class Run(Trained[RunConfig]):
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
         **changes: Any,
     ) -> Tensor:
         """Samples, (N, C, H, W) uint8; float32 as denoised where they are no pictures.
@@ -159,6 +147,8 @@ class Run(Trained[RunConfig]):
             labels: one class for all, or one for each; by default the classes in turn.
             guidance: weight of guidance; by default the config's.
             seed: sample i's noise follows from (seed, i).
+            progress: called with the number of images done after each batch.
+            callback: called after each step of each batch with (step, x, predicted x0).
             **changes: other keys of the `sample` section, such as steps="50" or sampler="ddim".
 
         Raises:
@@ -169,7 +159,7 @@ class Run(Trained[RunConfig]):
         if guidance is not None:
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
-        return self.generate(self._labels(n, labels), settings, seed)
+        return self.generate(self._labels(n, labels), settings, seed, progress=progress, callback=callback)
 
     def generate(
         self,
@@ -236,7 +226,41 @@ def load(folder: str | Path, ema: float | None = None) -> Run:
     return run
 
 
-KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run}
+def helpers(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "Helpers":
+    """The networks that guide a denoiser of this config and shape, as `weak_model` and `classifier` name them.
+
+    Raises:
+        ValueError: if a folder holds no such run, or one that does not fit.
+    """
+    from diffbench.training.guides import Helpers
+
+    weak = judge = None
+    with naming_key("sample.weak_model"):
+        if settings.weak_model is not None and settings.guidance != 1:
+            other = load(settings.weak_model)
+            if (other.shape, other.config.process) != (shape, config.process):
+                raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
+            weak = other.denoiser
+    with naming_key("sample.classifier"):
+        if settings.classifier is not None and settings.classifier_scale:
+            found = classifier_run.load(settings.classifier)
+            noising = parts.build_process(config.process).noising()
+            if (found.shape, found.process.noising()) != (shape, noising):
+                raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
+            judge = found.network
+    return Helpers(weak, judge)
+
+
+@contextlib.contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """Puts a key before what a UserError says."""
+    try:
+        yield
+    except UserError as e:
+        raise ValueError(f"{key}: {e}") from None
+
+
+KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run, "classifier": classifier_run.ClassifierRun}
 """The `kind` of a config -> what trains it."""
 
 

@@ -19,6 +19,7 @@ ABLATIONS: list[tuple[str, dict[str, Any]]] = [
     *(("diffit", {"tmsa": where}) for where in ("encoder", "decoder", "none")),
     *(("diffit", {"skip": kind}) for kind in ("concat", "add", "none")),
     ("diffit", {"resample": "bilinear"}),
+    ("diffit", {"augment_dim": 9}),
     ("diffit", {"window": 2}),
     ("diffit", {"window": [8, 2]}),
     ("diffit", {"time_dim": 8, "token_dim": 32}),
@@ -76,3 +77,11 @@ def test_time_and_class_are_tokens_where_asked(conditioning: str) -> None:
     assert (net(x, t, y) - net(x, t.flip(0), y)).abs().max() > 1e-4
     assert (net(x, t, y) - net(x, t, y.flip(0))).abs().max() > 1e-4
     assert small("dit", conditioning=conditioning, num_classes=0)(x, t).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "diffit"])
+def test_the_augmentation_label_enters_and_no_change_is_no_label(name: str) -> None:
+    net, (x, t, y) = small(name, augment_dim=9), inputs()
+    label = torch.zeros(len(x), 9)
+    assert torch.equal(net(x, t, y, augment=label), net(x, t, y))
+    assert (net(x, t, y, augment=label + 1) - net(x, t, y)).abs().amax(dim=(1, 2, 3)).min() > 1e-4

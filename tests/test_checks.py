@@ -134,10 +134,11 @@ def test_an_image_that_cannot_be_halved_is_refused_with_both(name: str) -> None:
         small(name, tmsa=True)(torch.zeros(2, CHANNELS, 16, 6), torch.zeros(2))
 
 
-def test_an_augmentation_label_of_another_width() -> None:
+@pytest.mark.parametrize("name", ["ddpmpp", "diffit"])
+def test_an_augmentation_label_of_another_width(name: str) -> None:
     x, t, y = inputs()
     for config, width in ((None, 0), (9, 9)):
-        net = small("ddpmpp", augment_dim=config)
+        net = small(name, augment_dim=config)
         with pytest.raises(ValueError, match=rf"^denoiser.augment_dim: is {width}, got an augmentation label of 4$"):
             net(x, t, y, augment=torch.zeros(len(x), 4))
 

@@ -23,6 +23,7 @@ from diffbench.denoisers.layers import (
     GroupNorm,
     PixelAttention,
     TimeFeatures,
+    augmented,
     labels_or_null,
     resample,
     timestep_embedding,
@@ -185,10 +186,7 @@ class Embedding(nn.Module):
             hot = one_hot(y, self.num_classes + 1)[:, :-1].to(h.dtype)
             h = h + self.label(hot * math.sqrt(self.num_classes))
         if augment is not None:
-            width = 0 if self.augment is None else self.augment.in_features
-            if self.augment is None or augment.shape[1] != width:
-                raise ValueError(f"denoiser.augment_dim: is {width}, got an augmentation label of {augment.shape[1]}")
-            h = h + self.augment(augment.to(h.dtype))
+            h = h + augmented(self.augment, augment, h.dtype)
         return silu(self.layer2(silu(self.layer1(h))))
 
 

@@ -55,10 +55,12 @@ class DiffiTConfig:
     """Features of the time under the MLP (Table 8)."""
     fourier_scale: float = 16.0
     """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
+    augment_dim: int | None = None
+    """Width of the augmentation label `augment=`; EDM's pipeline, which the paper follows (§I.1), has 9 entries."""
 
     def __post_init__(self) -> None:
         numbers = ("channels", "blocks", "window", "num_heads", "mlp_ratio", "time_dim", "norm_groups", "token_dim")
-        check_positive(self, *numbers, "fourier_scale")
+        check_positive(self, *numbers, "fourier_scale", "augment_dim")
         check_dropout(self.dropout)
         for key, values in {"blocks": self.blocks, "window": self.windows}.items():
             if len(values) != len(self.channels):
@@ -122,7 +124,13 @@ class DiffiT(nn.Module):
             return nn.ModuleList([nn.Linear(config.time_dim, c) for c in c_ins] if plain else [])
 
         self.condition = ConditionEmbedding(
-            config.time_dim, 256, num_classes, null_class, config.time_features, config.fourier_scale
+            config.time_dim,
+            256,
+            num_classes,
+            null_class,
+            config.time_features,
+            config.fourier_scale,
+            config.augment_dim,
         )
         self.tokenizer = nn.Conv2d(channels, widths[0], 3, padding=1)
         inputs = [widths[0], *widths[:-1]]
@@ -143,23 +151,24 @@ class DiffiT(nn.Module):
     def _resampler(self, width: int, stride: int) -> nn.Module:
         return nn.Conv2d(width, width, 3, stride=stride, padding=1) if self.resample == "conv" else nn.Identity()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Predicts from a noisy image.
 
         Args:
             x: (B, C, H, W) noisy input.
             t: (B,) time in the process's units.
             y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
+            augment: (B, augment_dim) what was done to the images; None for untouched images.
 
         Returns:
             (B, C, H, W), or (B, 2C, H, W) with a learned variance.
 
         Raises:
-            ValueError: if the image has another size than the network.
+            ValueError: if the image has another size than the network, or the augmentation label another width.
         """
         check_shape(x, self.channels, *self.image_size)
         bilinear = self.resample == "bilinear"
-        c = self.condition(t, y)
+        c = self.condition(t, y, augment)
         h = self.tokenizer(x)
         skips = []
         for i, blocks in enumerate(self.encoder):

@@ -86,6 +86,7 @@ class ConditionEmbedding(nn.Module):
         null_class: adds a row `num_classes` that means "no class".
         features: "sinusoidal", or "fourier" for random frequencies.
         fourier_scale: see `FourierFeatures`.
+        augment_dim: width of a label of what was done to the images, added to the features (EDM); None for none.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class ConditionEmbedding(nn.Module):
         null_class: bool,
         features: TimeFeatures = "sinusoidal",
         fourier_scale: float = 16.0,
+        augment_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.frequencies, self.num_classes, self.null_class = frequencies, num_classes, null_class
@@ -107,23 +109,41 @@ class ConditionEmbedding(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         self.fourier = FourierFeatures(frequencies, fourier_scale) if features == "fourier" else None
+        self.augment = nn.Linear(augment_dim, frequencies, bias=False) if augment_dim else None
+        if self.augment is not None:
+            nn.init.normal_(self.augment.weight, std=0.02)
 
-    def parts(self, t: Tensor, y: Tensor | None) -> list[Tensor]:
+    def parts(self, t: Tensor, y: Tensor | None, augment: Tensor | None = None) -> list[Tensor]:
         """(B,) times and (B,) labels (None: no class) to (B, dim) each; no label part without classes.
 
         Raises:
-            ValueError: if `y` is None and the network knows classes but no null class.
+            ValueError: if `y` is None and the network knows classes but no null class, or if it does not know
+                augmentation labels (B, augment_dim) of that width.
         """
         features = timestep_embedding(t, self.frequencies) if self.fourier is None else self.fourier(t)
-        time = self.time(features.to(next(self.time.parameters()).dtype))
+        features = features.to(next(self.time.parameters()).dtype)
+        time = self.time(features if augment is None else features + augmented(self.augment, augment, features.dtype))
         if self.label is None:
             return [time]
         return [time, self.label(labels_or_null(y, len(t), self.num_classes, self.null_class, t.device))]
 
-    def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, t: Tensor, y: Tensor | None, augment: Tensor | None = None) -> Tensor:
         """The sum of `parts`, (B, dim)."""
-        time, *label = self.parts(t, y)
+        time, *label = self.parts(t, y, augment)
         return time + label[0] if label else time
+
+
+def augmented(layer: nn.Linear | None, augment: Tensor, dtype: torch.dtype) -> Tensor:
+    """An augmentation label (B, augment_dim) through its layer, which knows its width.
+
+    Raises:
+        ValueError: if the network has no such layer, or one for another width.
+    """
+    if layer is None or augment.shape[1] != layer.in_features:
+        width = 0 if layer is None else layer.in_features
+        raise ValueError(f"denoiser.augment_dim: is {width}, got an augmentation label of {augment.shape[1]}")
+    out: Tensor = layer(augment.to(dtype))
+    return out
 
 
 def labels_or_null(y: Tensor | None, batch: int, num_classes: int, null_class: bool, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from diffbench.denoisers.checks import (
     check_occurs,
     check_positive,
     check_sides,
+    check_widths,
 )
 from diffbench.denoisers.layers import (
     ConditionEmbedding,
@@ -66,12 +67,7 @@ class UNetConfig:
         check_positive(self, *numbers, "num_heads_upsample", "fourier_scale")
         check_dropout(self.dropout)
         check_features(self.time_features, self.model_channels)
-        for factor in self.channel_mult:
-            if not float(self.model_channels * factor).is_integer():
-                raise ValueError(
-                    f"denoiser.channel_mult: {factor} times denoiser.model_channels={self.model_channels} is no whole"
-                    " width"
-                )
+        check_widths(self.model_channels, self.channel_mult)
 
 
 class UNet(nn.Module):
