@@ -19,7 +19,7 @@ VERBS = {
     "evaluate": "draw samples of a run and score them",
     "sample": "draw samples of a run into a PNG",
     "compare": "a table of several runs' results",
-    "attention": "draw where tokens of runs look along sampling, as a PNG and in TensorBoard",
+    "attention": "draw where a run's tokens look along sampling",
     "import": "turn a published checkpoint into a run folder",
 }
 
@@ -40,6 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Help(argparse.HelpFormatter):
+    """Help whose verbs stand beside their texts, however long: argparse forgets that they are indented."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action.choices, dict):
+            self._action_max_length += self._indent_increment
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line like all others."""
 
@@ -58,7 +67,7 @@ def _checked_verb(argv: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     from diffbench import __version__
 
-    parser = _Parser(prog="diffbench", description="Compare diffusion denoisers fairly.")
+    parser = _Parser(prog="diffbench", description="Compare diffusion denoisers fairly.", formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"diffbench {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
