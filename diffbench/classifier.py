@@ -43,7 +43,6 @@ class ClassifierRun(Trained[ClassifierRunConfig]):
         train_set, _ = parts.load_data(config)
         if train_set.num_classes < 2:
             raise ValueError(f"data.name: {config.data.name} has no classes to tell apart")
-        parts.check_sizes("classifier", config.classifier)
         with parts.naming("classifier"):
             _cost(config, tuple(train_set.images.shape[1:]), train_set.num_classes)
 

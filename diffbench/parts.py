@@ -1,7 +1,6 @@
 """What a config describes: its data and its network, and a check of both before anything is trained or written."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +74,9 @@ def check(config: RunConfig) -> None:
         ValueError: a line that begins with the key.
     """
     check_device(config.trainer.accelerator)
-    check_sizes("denoiser", config.denoiser)
     train_set, _ = load_data(config)
+    if not len(train_set):
+        raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
     with naming("denoiser"):
         cost_of(config, train_set)
     if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
@@ -93,6 +93,10 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
     Raises:
         ValueError: if not.
     """
+    if not len(train_set):
+        raise ValueError(
+            f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
+        )
     found = len(balanced(train_set.labels, config.evaluate.count))
     if found < config.evaluate.count:
         rarest = int(train_set.labels.bincount(minlength=train_set.num_classes).min())
@@ -100,19 +104,6 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
             f"evaluate.count: must be at most {rarest * train_set.num_classes}, as many real images of each class as"
             f" data.name={config.data.name} has, got {config.evaluate.count}"
         )
-
-
-def check_sizes(section: str, config: Any) -> None:
-    """Whether the sizes of a network are positive, and its dropout is a share.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    for key, value in _numbers(dataclasses.asdict(config)):
-        if key == "dropout" and not 0 <= value < 1:
-            raise ValueError(f"{section}.dropout: must lie in [0, 1), got {value}")
-        if key != "dropout" and value <= 0:
-            raise ValueError(f"{section}.{key}: must be positive, got {value}")
 
 
 @contextlib.contextmanager
@@ -133,10 +124,3 @@ def check_device(accelerator: str) -> None:
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):
         raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
-
-
-def _numbers(sizes: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for key, value in sizes.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                yield key, number

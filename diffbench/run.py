@@ -17,6 +17,7 @@ from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked
+from diffbench.core.pixels import to_uint8
 from diffbench.denoisers.cost import Cost
 from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, read_config
 from diffbench.trained import Trained
@@ -56,6 +57,11 @@ class Run(Trained[RunConfig]):
 
     def build(self) -> nn.Module:
         return parts.build_denoiser(self.config, self.train_set)
+
+    @property
+    def raw(self) -> bool:
+        """Whether what the network denoises is no picture: neither grey nor red, green and blue."""
+        return self.shape[0] not in (1, 3)
 
     @property
     def cost(self) -> Cost:
@@ -113,7 +119,13 @@ class Run(Trained[RunConfig]):
         seed: int = 0,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Images as Pillow pictures; see `sample_tensor`."""
+        """Images as Pillow pictures; see `sample_tensor`.
+
+        Raises:
+            ValueError: also if what the network denoises is no picture.
+        """
+        if self.raw:
+            raise ValueError(f"{self.folder}: {self.shape[0]} channels make no picture; take sample_tensor")
         images = self.sample_tensor(n, labels, guidance, seed, **changes)
         arrays = images.permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(np.squeeze(a)) for a in arrays]
@@ -128,7 +140,7 @@ class Run(Trained[RunConfig]):
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         **changes: Any,
     ) -> Tensor:
-        """Samples, (N, C, H, W) uint8.
+        """Samples, (N, C, H, W) uint8; float32 as denoised where they are no pictures.
 
         Args:
             n: how many; by default one for each label.
@@ -158,7 +170,7 @@ class Run(Trained[RunConfig]):
         progress: Callable[[int], None] | None = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """Pictures (N, C, H, W) uint8 of labels (N,); see `training.sampling.generate`."""
+        """Pictures (N, C, H, W) uint8 of labels (N,), or raw float32; see `training.sampling.generate`."""
         from diffbench.training.sampling import generate  # imports Lightning
 
         settings = settings or self.config.sample
@@ -172,6 +184,7 @@ class Run(Trained[RunConfig]):
             helpers=self.helpers(settings),
             seed=seed,
             first=first,
+            decode=torch.Tensor.float if self.raw else to_uint8,
             progress=progress,
             callback=callback,
         )
@@ -181,12 +194,14 @@ class Run(Trained[RunConfig]):
         if n is not None and n < 1:
             raise ValueError(f"n: must be at least 1, got {n}")
         if labels is None:
-            return torch.arange(16 if n is None else n) % classes
+            return torch.arange(16 if n is None else n) % max(classes, 1)
         y = torch.as_tensor(labels, dtype=torch.int64)
         if y.ndim == 0:
             y = y.repeat(1 if n is None else n)
         if not len(y) or (n is not None and len(y) != n):
             raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
+        if not classes:
+            raise ValueError("labels: this network knows no classes; leave them out")
         if not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
         return y

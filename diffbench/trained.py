@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffbench import weights
 from diffbench.config import flatten, to_dict, to_yaml
 from diffbench.config_kinds import BaseConfig
+from diffbench.core.errors import UserError
 from diffbench.denoisers.cost import Cost
 from diffbench.folder import update_length
 
@@ -84,9 +85,12 @@ class Trained(ABC, Generic[C]):
         """Loads the average of a decay into the network.
 
         Raises:
-            UserError: if the run keeps no such average, or has no weights yet.
+            UserError: if the run keeps no such average, has no weights yet, or those of another network.
         """
         averaged, self.images_seen = weights.read(self.folder, self.config, self.network, decay)
+        wrong = weights.mismatch(self.network.state_dict(), averaged)
+        if wrong:
+            raise UserError(f"{self.folder}: holds the weights of another network than its config.yaml says: {wrong}")
         self.network.load_state_dict(averaged, strict=True)
         self.network.eval()
         self.ema = decay

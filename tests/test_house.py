@@ -79,7 +79,7 @@ FLOORS = [
     {"trained"},
     {"classifier"},
     {"run"},
-    {"scoring"},
+    {"scoring", "attention", "importing"},
     {"report"},
     {"cli"},
     {"__main__"},

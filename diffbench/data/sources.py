@@ -62,6 +62,30 @@ def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
     return _digits(config.held_out)
 
 
+@dataclass
+class NoneConfig:
+    """The shape of images that are not here, as of an imported network; nothing trains or is scored on them."""
+
+    channels: int = 3
+    image_size: int = 32
+    """Pixels a side, or a latent's places."""
+    num_classes: int = 0
+    num_workers: int = 0
+    """As for other data; nothing is loaded."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"channels": 1, "image_size": 1, "num_classes": 0, "num_workers": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: must be at least {least}, got {getattr(self, name)}")
+
+
+def nothing(config: NoneConfig) -> tuple[ImageSet, ImageSet]:
+    """Two parts without images, which know their shape and classes."""
+    images = torch.empty(0, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
+    part = ImageSet(images, torch.empty(0, dtype=torch.int64), config.num_classes)
+    return part, part
+
+
 @dataclass(frozen=True)
 class Source:
     """A registered data set: its dataclass config and the function that reads its two parts."""
@@ -70,7 +94,7 @@ class Source:
     load: Callable[[Any], tuple[ImageSet, ImageSet]]
 
 
-SOURCES = {"digits": Source(DigitsConfig, digits)}
+SOURCES = {"digits": Source(DigitsConfig, digits), "none": Source(NoneConfig, nothing)}
 
 
 def balanced(labels: Tensor, count: int) -> Tensor:
