@@ -38,8 +38,9 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
-    with atomic(path) as file:
-        file.write(text.encode())
+    data = text.encode()
+    with room_for(path, len(data)), atomic(path) as file:
+        file.write(data)
 
 
 def sha256(path: Path) -> str:

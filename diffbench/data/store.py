@@ -36,18 +36,6 @@ class DamagedError(ValueError):
     """A store whose files are not what was written; the text names the file."""
 
 
-class OtherError(ValueError):
-    """A folder that holds, or is being filled with, something else than was asked for.
-
-    Attributes:
-        found: the identity of what is there.
-    """
-
-    def __init__(self, text: str, found: Any) -> None:
-        super().__init__(text)
-        self.found = found
-
-
 @dataclass(frozen=True)
 class Store:
     """An opened store: what it is, and its arrays, read-only memory maps of `rows` rows."""
@@ -77,7 +65,10 @@ def identity(folder: Path) -> Any:
     if is_complete(folder):
         return _read_manifest(folder / "manifest.json")["identity"]
     begun = folder / "plan.json"
-    return _identity(begun.read_text()) if begun.is_file() else None
+    try:
+        return json.loads(begun.read_text())["identity"] if begun.is_file() else None
+    except (ValueError, KeyError, TypeError):
+        raise DamagedError(f"{begun}: damaged: not the JSON that was written") from None
 
 
 def open_store(folder: Path) -> Store:
@@ -136,7 +127,7 @@ class Writer:
         done: chunks on the disk when the writer was made, by number, whichever writer wrote them.
 
     Raises:
-        OtherError: if the folder is being filled with something else.
+        ValueError: if the folder is being filled with something else.
     """
 
     def __init__(self, folder: Path, identity: Any, columns: Columns, part: int = 0) -> None:
@@ -150,8 +141,8 @@ class Writer:
         begun = folder / "plan.json"
         if not begun.exists():
             write_text(begun, _dumps(self.plan))
-        elif (found := begun.read_text()) != _dumps(self.plan):
-            raise OtherError(f"{begun}: another store is being filled here", _identity(found))
+        elif begun.read_text() != _dumps(self.plan):
+            raise ValueError(f"{begun}: another store is being filled here; choose another folder")
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._files = {name: os.open(self.path(name), flags, 0o644) for name in columns}
         self.done = self._written(check=True)
@@ -159,7 +150,7 @@ class Writer:
         log = self._log_path(part)
         lines = [line for line in _lines(log) if self.done.get(line["chunk"]) == line]
         write_text(log, "".join(_dumps(line) for line in lines))
-        self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._log = os.open(log, os.O_WRONLY | os.O_CLOEXEC)
 
     def path(self, name: str) -> Path:
         """The file of an array."""
@@ -175,15 +166,11 @@ class Writer:
         for name, file in self._files.items():
             array = np.ascontiguousarray(arrays[name], np.dtype(self.columns[name][0]))
             data, rows = _bytes(array), len(array)
-            with room_for(self.path(name), len(data)):
-                _write(file, data, start * _row_bytes(self.columns[name]))
-                os.fsync(file)
+            _write(self.path(name), file, data, start * _row_bytes(self.columns[name]))
             sums[name] = zlib.crc32(data)
         line = {"chunk": chunk, "start": start, "rows": rows, "crc32": sums, "facts": facts}
-        text = _dumps(line).encode()
-        with room_for(self._log_path(self.part), len(text)):
-            os.write(self._log, text)
-            os.fsync(self._log)
+        text = memoryview(_dumps(line).encode())
+        _write(self._log_path(self.part), self._log, text, os.fstat(self._log).st_size)
 
     def written(self) -> dict[int, dict[str, Any]]:
         """The chunks that lie on the disk now, by number, with start, rows and facts; not checked again."""
@@ -207,9 +194,8 @@ class Writer:
             os.fsync(file)
         manifest = self.plan | {"rows": rows, "facts": facts}
         manifest["chunks"] = [{k: line[k] for k in ("start", "rows", "crc32", "facts")} for line in chunks]
-        text = _dumps(manifest | {"crc32": zlib.crc32(_dumps(manifest).encode())})
-        with room_for(self.folder / "manifest.json", len(text)):
-            write_text(self.folder / "manifest.json", text)
+        sealed = manifest | {"crc32": zlib.crc32(_dumps(manifest).encode())}
+        write_text(self.folder / "manifest.json", _dumps(sealed))
         _clear(self.folder)
 
     def __enter__(self) -> "Writer":
@@ -235,16 +221,9 @@ class Writer:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what only an unfinished store has."""
-    for path in (*folder.glob("chunks-*.jsonl"), folder / "plan.json"):
+    """Removes what only an unfinished store has, and what killed commands left of files not yet renamed."""
+    for path in (*folder.glob("chunks-*.jsonl"), folder / "plan.json", *folder.glob(".*.tmp")):
         path.unlink(missing_ok=True)
-
-
-def _identity(plan: str) -> Any:
-    try:
-        return json.loads(plan)["identity"]
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _row_bytes(column: tuple[str, Any]) -> int:
@@ -269,10 +248,12 @@ def _lines(log: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _write(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(file, data, offset)
-        data, offset = data[done:], offset + done
+def _write(path: Path, file: int, data: memoryview, offset: int) -> None:
+    with room_for(path, len(data)):
+        while data:
+            done = os.pwrite(file, data, offset)
+            data, offset = data[done:], offset + done
+        os.fsync(file)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
