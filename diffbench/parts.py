@@ -20,8 +20,8 @@ def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def null_label(config: RunConfig, data: ImageSet) -> int | None:
-    """The label that means "no class", or None where labels are never dropped."""
-    return data.num_classes if config.trainer.label_dropout else None
+    """The label that means "no class", or None where labels are never dropped, or there are none."""
+    return data.num_classes if config.trainer.label_dropout and data.num_classes else None
 
 
 def build_process(config: Any) -> Process:
@@ -61,6 +61,11 @@ def check(config: RunConfig) -> None:
         if key != "dropout" and value <= 0:
             raise ValueError(f"denoiser.{key}: must be positive, got {value}")
     train_set, _ = load_data(config)
+    if not train_set.num_classes and config.sample.guidance != 1 and config.sample.weak_model is None:
+        raise ValueError(
+            f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
+            " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
+        )
     try:
         cost_of(config, train_set)
     except ValueError as e:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffbench import parts, weights
-from diffbench.config import change, from_layers, read_layers
+from diffbench.config import change, from_layers, read_layers, to_dict
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
@@ -73,7 +73,13 @@ class Run(Trained[RunConfig]):
 
         c, t = self.config, self.config.trainer
         return DiffusionModule(
-            self.network, self.process, c.optimizer, c.seed, t.batch_size, t.label_dropout, self.null_label
+            self.network,
+            self.process,
+            c.optimizer,
+            c.seed,
+            t.batch_size,
+            t.label_dropout if self.null_label is not None else 0.0,
+            self.null_label,
         )
 
     def data(self) -> "ImageDataModule":
@@ -88,6 +94,7 @@ class Run(Trained[RunConfig]):
             accumulate=t.accumulate,
             num_workers=c.data.num_workers,
             only_first_batch=c.debug == "overfit",
+            flip=getattr(c.data, "flip", False),
         )
 
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
@@ -191,12 +198,14 @@ class Run(Trained[RunConfig]):
         if n is not None and n < 1:
             raise ValueError(f"n: must be at least 1, got {n}")
         if labels is None:
-            return torch.arange(16 if n is None else n) % classes
+            return torch.arange(16 if n is None else n) % max(1, classes)
         y = torch.as_tensor(labels, dtype=torch.int64)
         if y.ndim == 0:
             y = y.repeat(1 if n is None else n)
         if not len(y) or (n is not None and len(y) != n):
             raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
+        if not classes:
+            raise ValueError("labels: this network was trained without classes; leave them out")
         if not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
         return y
@@ -216,7 +225,8 @@ def load(folder: str | Path, ema: float | None = None) -> Run:
     config = read_config(folder)
     if not isinstance(config, RunConfig):
         raise UserError(f"{folder}: a run of kind {config.kind}; choose a denoiser's")
-    run = Run(folder, config)
+    with blaming([(str(folder / "config.yaml"), to_dict(config))]):
+        run = Run(folder, config)
     run.use_average(run.ema if ema is None else ema)
     return run
 

@@ -2,9 +2,9 @@
 
     python tests/kill_points.py latents|images MOST FOLDER [IMAGES]
 
-Kills at MOST moments at most, spread evenly. Prints JSON: how many writes, flushes, renames and removals a whole filling
-has, how many kills were tried, and which left a cache that the same command did not bring to the bytes of an unbroken
-one.
+Kills at MOST moments at most, spread evenly. Prints JSON: how many writes, flushes, renames and removals a whole
+filling has, how many kills were tried, and which left a cache that the same command did not bring to the bytes of an
+unbroken one.
 """
 
 import hashlib

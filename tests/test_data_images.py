@@ -112,7 +112,9 @@ def test_columns_are_found_and_may_be_named(tmp_path: Path) -> None:
     table(tmp_path / "a.parquet", [0, 1, 2, 3], fine_label=[0, 1, 0, 1], number=[7, 7, 8, 9])
     assert load(tmp_path / "a.parquet", held_out=1)[0].classes == ("0", "1")
     assert load(tmp_path / "a.parquet", held_out=1, label_column="number")[0].classes == ("7", "8", "9")
-    with pytest.raises(ValueError, match=r"^data\.label_column: no column 'lable'; choose from img, fine_label, number"):
+    with pytest.raises(
+        ValueError, match=r"^data\.label_column: no column 'lable'; choose from img, fine_label, number"
+    ):
         load(tmp_path / "a.parquet", label_column="lable")
     with pytest.raises(ValueError, match=r"^data\.label_column: 'img' holds neither whole numbers nor names"):
         load(tmp_path / "a.parquet", label_column="img")
@@ -145,10 +147,10 @@ def test_the_second_time_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.
     assert len(list(cache_folder().glob("images/*"))) == 1
     assert first.digest is not None
     assert dataclasses.replace(first, digest=None).fingerprint() == first.fingerprint() == first.digest
-    moved = Path(root.rename(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    moved = root.rename(tmp_path / "elsewhere" / "flat")
     monkeypatch.setattr("diffbench.data.decoding.decode", None)
     assert load(moved)[0].fingerprint() == first.fingerprint()  # the same files at another place
-    monkeypatch.undo()
 
 
 def test_changed_files_are_decoded_anew(tmp_path: Path) -> None:
@@ -192,10 +194,8 @@ def test_tables_may_not_name_files_of_this_machine(tmp_path: Path) -> None:
     secret.write_bytes(png(pixels(0)))
     rows = [{"bytes": None, "path": str(secret)}, {"bytes": png(pixels(1)), "path": "a.png"}]
     pq.write_table(pa.table({"image": rows}), tmp_path / "t.parquet")
-    train, held_out = load(tmp_path / "t.parquet", held_out=1, skip_broken=True)[:1] * 2 if False else (None, None)
     with pytest.raises(ValueError, match=r"row 0 of split train .*names a file instead of holding its bytes"):
         load(tmp_path / "t.parquet", held_out=1)
-    assert train is held_out is None
 
 
 def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:

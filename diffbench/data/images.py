@@ -99,10 +99,11 @@ def _is_fetched(config: ImagesConfig) -> bool:
     assert config.path is not None
     if all(map(store.is_complete, _parts(_plain(config), locate(config.path)))):
         return True
-    from datasets import config as library
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     owner, name = config.path.split("/")
-    left = (library.HF_DATASETS_CACHE, f"{owner}___{name}"), (library.HF_HUB_CACHE, f"datasets--{owner}--{name}")
+    left = (HF_DATASETS_CACHE, f"{owner}___{name}"), (HF_HUB_CACHE, f"datasets--{owner}--{name}")
     return any(Path(folder, sub).is_dir() for folder, sub in left)
 
 
@@ -115,7 +116,8 @@ def _stamp(path: Path) -> str:
     """What changes when files come to a folder or go, so that one process need not list it twice."""
     if not path.is_dir():
         return ""
-    folders = [str(path), *(entry.path for entry in os.scandir(path) if entry.is_dir())]
+    with os.scandir(path) as listing:
+        folders = [str(path), *(entry.path for entry in listing if entry.is_dir())]
     return ",".join(str(os.stat(folder).st_mtime_ns) for folder in folders)
 
 

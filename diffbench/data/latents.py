@@ -16,7 +16,7 @@ from diffbench.core.files import locked
 from diffbench.core.pixels import from_uint8
 from diffbench.data import store
 from diffbench.data.progress import progress
-from diffbench.data.sets import ImageSet
+from diffbench.data.sets import ImageSet, rows
 
 Dtype = Literal["float16", "float32"]
 
@@ -77,10 +77,29 @@ class LatentSet:
         mean, log_variance, labels = (a.to(device) for a in (self.mean, self.log_variance, self.labels))
         return replace(self, mean=mean, log_variance=log_variance, labels=labels, flipped=flipped)
 
-    def draw(self, index: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents (B, c, h, w) float32 of the pictures `index` (B,) for standard normal `noise`."""
-        mean, log_variance = (a.index_select(0, index).float() for a in (self.mean, self.log_variance))
-        return (mean + (0.5 * log_variance).exp() * noise - self.shift) * self.scale
+    @property
+    def nbytes(self) -> int:
+        """Of the whole set."""
+        own = self.mean.nbytes + self.log_variance.nbytes + self.labels.nbytes
+        return own + (self.flipped.nbytes if self.flipped else 0)
+
+    def first(self, count: int) -> "LatentSet":
+        """Those of the first `count` pictures, or fewer where there are fewer."""
+        mean, log_variance, labels = (a[:count] for a in (self.mean, self.log_variance, self.labels))
+        flipped = self.flipped.first(count) if self.flipped else None
+        return replace(self, mean=mean, log_variance=log_variance, labels=labels, flipped=flipped, digest=None)
+
+    def gather(self, index: Tensor) -> dict[str, Tensor]:
+        """What a batch of the pictures `index` (B,) holds."""
+        batch = {"mean": rows(self.mean, index), "log_variance": rows(self.log_variance, index)}
+        if self.flipped:
+            batch["flipped_mean"] = rows(self.flipped.mean, index)
+            batch["flipped_log_variance"] = rows(self.flipped.log_variance, index)
+        return batch | {"label": rows(self.labels, index)}
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Latents as denoisers see them."""
+        return (z - self.shift) * self.scale
 
 
 def encode(
@@ -168,18 +187,18 @@ def _fill(job: _Job, folder: Path, identity: Any, dtype: Dtype, rank: int, world
         name: (kind.str, array.shape[1:]) for name, array in job.moments(0, 1, kind).items()
     }
     columns["labels"] = ("<i8", ())
-    rows = store.chunk_rows(columns)
-    starts = range(0, total, rows)
+    size = store.chunk_rows(columns)
+    starts = range(0, total, size)
     with store.Writer(folder, identity, columns, rank) as writer:
         mine = range(rank, len(starts), world)
         done = sum(writer.done[chunk]["rows"] for chunk in mine if chunk in writer.done)
-        share = sum(min(rows, total - starts[chunk]) for chunk in mine)
+        share = sum(min(size, total - starts[chunk]) for chunk in mine)
         if share:
             with progress("encoding" if world == 1 else f"encoding (rank {rank})", share, done) as advance:
                 for chunk in mine:
                     if chunk in writer.done:
                         continue
-                    first, last = starts[chunk], min(starts[chunk] + rows, total)
+                    first, last = starts[chunk], min(starts[chunk] + size, total)
                     labels = job.images.labels[first:last].numpy()
                     writer.add(chunk, first, job.moments(first, last, kind) | {"labels": labels})
                     advance(last - first)

@@ -96,7 +96,9 @@ def _walk(root: Path) -> tuple[list[str], list[str], int]:
     ignored = 0
     real, folders = root.resolve(), [root]
     while folders:
-        for entry in os.scandir(folders.pop()):
+        with os.scandir(folders.pop()) as listing:
+            entries = list(listing)
+        for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(real):

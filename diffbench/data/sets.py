@@ -1,7 +1,7 @@
 """What a picture data set is to the rest of the house."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,9 +36,29 @@ class ImageSet:
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def gather(self, index: Tensor) -> dict[str, Tensor]:
+        """What a batch of the pictures `index` (B,) holds."""
+        return {"image": rows(self.images, index), "label": rows(self.labels, index)}
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """The whole set on a device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole set."""
+        return self.images.nbytes + self.labels.nbytes
+
     def first(self, count: int) -> "ImageSet":
         """The first `count` images, or fewer where there are fewer."""
-        return ImageSet(self.images[:count], self.labels[:count], self.num_classes, self.name, self.classes)
+        return replace(self, images=self.images[:count], labels=self.labels[:count], digest=None)
+
+
+def rows(array: Tensor, index: Tensor) -> Tensor:
+    """array[index], as a copy of whole rows: by NumPy on the CPU, several times as fast as indexing by torch."""
+    if array.is_cpu:
+        return torch.from_numpy(array.numpy().take(index.numpy(), axis=0))
+    return array.index_select(0, index)
 
 
 def balanced(labels: Tensor, count: int) -> Tensor:

@@ -233,10 +233,10 @@ def _labels(data: dict[str, Any], name: str, column: str | None) -> tuple[list[s
         names = list(kind.names)
         known: dict[Any, int] = {i: i for i in range(len(names))}
     else:
-        values = {v for v in raw[name] if v is not None}
-        if not all(isinstance(v, int | str) for v in values) or len({type(v) for v in values}) > 1:
+        given = [v for v in raw[name] if v is not None]
+        if not all(isinstance(v, int | str) for v in given) or len({type(v) for v in given}) > 1:
             raise ValueError(f"data.label_column: {column!r} holds neither whole numbers nor names, so no classes")
-        known = {value: i for i, value in enumerate(sorted(values))}
+        known = {value: i for i, value in enumerate(sorted(set(given)))}
         names = [str(value) for value in known]
     return names, {s: np.array([known.get(v, -1) for v in values], np.int64) for s, values in raw.items()}
 
