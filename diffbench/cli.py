@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": "trainer.max_images=900_000",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999",
-        "sample": "n=16 labels=3 guidance=2 seed=0 ema=0.999 out=digits.png, or keys of the sample section as steps=50",
+        "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true ema=0.999, or sample keys as steps=50",
     }
     for name, example in values.items():
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")
@@ -77,17 +77,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from diffbench.report import facts, newest_scores, table
-    from diffbench.run import train
+    from diffbench.report import facts, newest_scores, table, trained_facts
+    from diffbench.run import Run, train
     from diffbench.scoring import evaluate
 
     run = train(arguments.config, arguments.overrides)
+    if not isinstance(run, Run):
+        print(f"\n{table([(run.folder.name, trained_facts(run))])}\n")
+        return
     from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not newest_scores(run):
         print("drawing and scoring samples", flush=True)
-        evaluate(run)
+        try:
+            evaluate(run)
+        except UserError as e:  # the run itself is complete
+            print(f"not scored: {e}", flush=True)
     if not picture.exists():
         save_grid(run.sample_tensor(100), columns=10, path=picture)
     print(f"\n{table([(run.folder.name, facts(run))])}\n")
@@ -148,6 +154,10 @@ class _Draw:
     seed: int = 0
     out: str | None = None
     ema: float | None = None
+    strip: bool = False
+    """Besides, how the first four come about: x_t and the predicted image along the steps, as a PNG."""
+    gif: bool = False
+    """The same as an animation."""
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -174,12 +184,22 @@ def _sample(arguments: argparse.Namespace) -> None:
     path = Path(draw.out or run.folder / "samples" / f"{'-'.join(['sample', *words])[:200]}.png")
     if draw.out and path.exists():
         raise UserError(f"{COMMAND_LINE}: out: {path} exists already; choose another name")
-    with blaming([(COMMAND_LINE, values)]):
-        images = run.sample_tensor(draw.n, draw.labels, seed=draw.seed, **changes)
-    from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
+    from diffbench.training.pictures import save_grid, save_png
+    from diffbench.training.strips import Steps
 
+    steps = Steps()
+    with blaming([(COMMAND_LINE, values)]):
+        images = run.sample_tensor(
+            draw.n, draw.labels, seed=draw.seed, callback=steps if draw.strip or draw.gif else None, **changes
+        )
     save_grid(images, columns=min(10, len(images)), path=path)
     print(path)
+    if draw.strip:
+        save_png(steps.strip(), path.with_suffix(".strip.png"))
+        print(path.with_suffix(".strip.png"))
+    if draw.gif:
+        steps.save_gif(path.with_suffix(".gif"))
+        print(path.with_suffix(".gif"))
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """What a config describes: its data and its network, and a check of both before anything is trained or written."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +13,10 @@ from diffbench.data.sources import SOURCES, ImageSet, balanced
 from diffbench.denoisers import build
 from diffbench.denoisers.cost import Cost, count
 from diffbench.diffusion import PROCESSES, Process
+from diffbench.training.settings import AUGMENT_WIDTH
+
+if TYPE_CHECKING:
+    from diffbench.data.module import ImageDataModule
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
@@ -43,6 +48,22 @@ def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
     )
 
 
+def data_module(config: BaseConfig, train_set: ImageSet, held_out: ImageSet) -> "ImageDataModule":
+    """The batches of a run."""
+    from diffbench.data.module import ImageDataModule
+
+    return ImageDataModule(
+        train=train_set,
+        held_out=held_out,
+        seed=config.seed,
+        batch_size=config.trainer.batch_size,
+        accumulate=config.trainer.accumulate,
+        num_workers=config.data.num_workers,
+        only_first_batch=config.debug == "overfit",
+        flip=getattr(config.data, "flip", False),
+    )
+
+
 def cost_of(config: RunConfig, data: ImageSet) -> Cost:
     """Parameters and multiply-accumulates of the config's network."""
     return count(lambda: build_denoiser(config, data), data.images.shape[1], data.images.shape[2])
@@ -54,25 +75,21 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: a line that begins with the key.
     """
-    _check_device(config.trainer.accelerator)
-    for key, value in _numbers(dataclasses.asdict(config.denoiser)):
-        if key == "dropout" and not 0 <= value < 1:
-            raise ValueError(f"denoiser.dropout: must lie in [0, 1), got {value}")
-        if key != "dropout" and value <= 0:
-            raise ValueError(f"denoiser.{key}: must be positive, got {value}")
+    check_device(config.trainer.accelerator)
+    check_sizes("denoiser", config.denoiser)
     train_set, _ = load_data(config)
     if not train_set.num_classes and config.sample.guidance != 1 and config.sample.weak_model is None:
         raise ValueError(
             f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
             " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
         )
-    try:
+    with naming("denoiser"):
         cost_of(config, train_set)
-    except ValueError as e:
-        # Naming the section too: the key may stand in a base, and what it does not fit on the command line.
-        raise ValueError(f"{e} (section denoiser)" if str(e).startswith("denoiser.") else f"denoiser: {e}") from None
-    except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
-        raise ValueError(f"denoiser: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
+    if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
+        raise ValueError(
+            f"trainer.augment: denoiser.name={config.denoiser.name} is not told what was done to an image, so that the"
+            f" changes would leak into samples; allowed: 0, or a network with denoiser.augment_dim={AUGMENT_WIDTH}"
+        )
     check_evaluation(config, train_set)
 
 
@@ -91,7 +108,33 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
         )
 
 
-def _check_device(accelerator: str) -> None:
+def check_sizes(section: str, config: Any) -> None:
+    """Whether the sizes of a network are positive, and its dropout is a share.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, value in _numbers(dataclasses.asdict(config)):
+        if key == "dropout" and not 0 <= value < 1:
+            raise ValueError(f"{section}.dropout: must lie in [0, 1), got {value}")
+        if key != "dropout" and value <= 0:
+            raise ValueError(f"{section}.{key}: must be positive, got {value}")
+
+
+@contextlib.contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Makes whatever a network of impossible sizes raises begin with its section."""
+    try:
+        yield
+    except ValueError as e:
+        # Naming the section too: the key may stand in a base, and what it does not fit on the command line.
+        named = str(e).startswith(f"{section}.")
+        raise ValueError(f"{e} (section {section})" if named else f"{section}: {e}") from None
+    except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
+        raise ValueError(f"{section}: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
+
+
+def check_device(accelerator: str) -> None:
     there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):

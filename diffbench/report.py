@@ -5,6 +5,7 @@ from typing import Any
 
 from diffbench.run import Run
 from diffbench.scoring import metrics, results
+from diffbench.trained import Trained
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -24,6 +25,8 @@ def facts(run: Run) -> dict[str, str]:
         "images/s": f"{images / seconds:,.0f}" if seconds else "-",
         "validation error": "-" if error is None else f"{error:.4f}",
     }
+    if run.config.trainer.time_sampling == "loss_aware":
+        row["pairing"] = "none: its times follow its losses"
     scored = newest_scores(run)
     for record in scored:
         guided = "" if record["guidance"] == 1 else f" (guidance {record['guidance']:g})"
@@ -37,6 +40,19 @@ def facts(run: Run) -> dict[str, str]:
         how = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored]
         row["sampler"] = ", ".join(dict.fromkeys(how))
     return row
+
+
+def trained_facts(run: Trained[Any]) -> dict[str, str]:
+    """What a table says of a run of another kind than a denoiser: size, length and its last validation numbers."""
+    lines = metrics(run.folder)
+    last: dict[str, Any] = next((m for m in reversed(lines) if any(k.startswith("val/") for k in m)), {})
+    return {
+        "parameters": f"{run.cost.parameters:,}",
+        "GMACs": f"{run.cost.gmacs:.4f}",
+        "images seen": f"{run.images_seen:,}",
+        "seconds": f"{_training_seconds(lines):,.0f}",
+        **{name.removeprefix("val/"): f"{value:.4f}" for name, value in last.items() if name.startswith("val/")},
+    }
 
 
 def newest_scores(run: Run) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffbench import classifier as classifier_run
 from diffbench import parts, weights
 from diffbench.config import change, from_layers, read_layers, to_dict
 from diffbench.config_kinds import RunConfig
@@ -21,9 +22,8 @@ from diffbench.trained import Trained
 from diffbench.training.settings import SampleConfig
 
 if TYPE_CHECKING:
-    from lightning import Callback
+    from lightning import Callback, LightningDataModule
 
-    from diffbench.data.module import ImageDataModule
     from diffbench.training.ema import EMA
     from diffbench.training.guides import Helpers
     from diffbench.training.log import RunLog
@@ -78,24 +78,14 @@ class Run(Trained[RunConfig]):
             c.optimizer,
             c.seed,
             t.batch_size,
-            t.label_dropout if self.null_label is not None else 0.0,
-            self.null_label,
+            label_dropout=t.label_dropout if self.null_label is not None else 0.0,
+            null_label=self.null_label,
+            time_sampling=t.time_sampling,
+            augment=t.augment,
         )
 
-    def data(self) -> "ImageDataModule":
-        from diffbench.data.module import ImageDataModule
-
-        c, t = self.config, self.config.trainer
-        return ImageDataModule(
-            train=self.train_set,
-            held_out=self.held_out,
-            seed=c.seed,
-            batch_size=t.batch_size,
-            accumulate=t.accumulate,
-            num_workers=c.data.num_workers,
-            only_first_batch=c.debug == "overfit",
-            flip=getattr(c.data, "flip", False),
-        )
+    def data(self) -> "LightningDataModule":
+        return parts.data_module(self.config, self.train_set, self.held_out)
 
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.sampling import SampleGrid
@@ -104,7 +94,7 @@ class Run(Trained[RunConfig]):
         c, t = self.config, self.config.trainer
         classes = self.train_set.num_classes
         return [
-            Validation(log, ema, self.held_out, c.validation.log_snr, t.validate_images),
+            Validation(log, ema, self.held_out.spread(c.validation.count), c.validation.log_snr, t.validate_images),
             SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample)),
         ]
 
@@ -124,7 +114,15 @@ class Run(Trained[RunConfig]):
                     f"sample.weak_model: {settings.weak_model} was trained on other shapes or under another process"
                 )
             weak = other.denoiser
-        return Helpers(weak)
+        classifier = None
+        if settings.classifier is not None and settings.classifier_scale:
+            judge = classifier_run.load(settings.classifier)
+            if (judge.shape, judge.config.process) != (self.shape, self.config.process):
+                raise UserError(
+                    f"sample.classifier: {settings.classifier} was trained on other shapes or under another process"
+                )
+            classifier = judge.network
+        return Helpers(weak, classifier)
 
     def sample(
         self,
@@ -145,6 +143,8 @@ class Run(Trained[RunConfig]):
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
         **changes: Any,
     ) -> Tensor:
         """Samples, (N, C, H, W) uint8.
@@ -154,6 +154,8 @@ class Run(Trained[RunConfig]):
             labels: one class for all, or one for each; by default the classes in turn.
             guidance: weight of guidance; by default the config's.
             seed: sample i's noise follows from (seed, i).
+            progress: called with the number of images done after each batch.
+            callback: called after each step of each batch with (step, x, predicted x0).
             **changes: other keys of the `sample` section, such as steps="50" or sampler="ddim".
 
         Raises:
@@ -164,7 +166,7 @@ class Run(Trained[RunConfig]):
         if guidance is not None:
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
-        return self.generate(self._labels(n, labels), settings, seed)
+        return self.generate(self._labels(n, labels), settings, seed, progress=progress, callback=callback)
 
     def generate(
         self,
@@ -231,7 +233,7 @@ def load(folder: str | Path, ema: float | None = None) -> Run:
     return run
 
 
-KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run}
+KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run, "classifier": classifier_run.ClassifierRun}
 """The `kind` of a config -> what trains it."""
 
 

@@ -77,6 +77,7 @@ FLOORS = [
     {"folder", "parts"},
     {"weights"},
     {"trained"},
+    {"classifier"},
     {"run"},
     {"scoring"},
     {"report"},

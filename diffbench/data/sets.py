@@ -53,6 +53,13 @@ class ImageSet:
         """The first `count` images, or fewer where there are fewer."""
         return replace(self, images=self.images[:count], labels=self.labels[:count], digest=None)
 
+    def spread(self, count: int) -> "ImageSet":
+        """At most `count` images, spread evenly over the classes."""
+        if count >= len(self):
+            return self
+        index = balanced(self.labels, count)
+        return replace(self, images=rows(self.images, index), labels=self.labels[index], digest=None)
+
 
 def rows(array: Tensor, index: Tensor) -> Tensor:
     """array[index], as a copy of whole rows: by NumPy on the CPU, several times as fast as indexing by torch."""
