@@ -4,7 +4,7 @@
 
 Kills at MOST moments at most, spread evenly. Prints JSON: how many writes, flushes, renames and removals a whole
 filling has, how many kills were tried, and which left a cache that the same command did not bring to the bytes of an
-unbroken one.
+unbroken one; and whether two commands at the same time make it together.
 """
 
 import hashlib
@@ -18,29 +18,13 @@ from typing import Any
 
 import datasets  # noqa: F401  once here rather than in each fork
 import torch
+from own_images import Encoder, squares
 
 from diffbench.data import store
 from diffbench.data.images import ImagesConfig, images
 from diffbench.data.latents import encode
-from diffbench.data.sets import ImageSet
 
 CALLS = ("pwrite", "fsync", "replace", "ftruncate", "unlink")
-
-
-class Encoder(torch.nn.Module):
-    """Stands in for an autoencoder: a fixed linear map of 4x4 patches."""
-
-    fingerprint = "f" * 64
-
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = torch.nn.functional.avg_pool2d(x, 4)
-        return mean, mean.abs() - 3
-
-
-def pictures(count: int = 50, size: int = 8, classes: int = 5) -> ImageSet:
-    """Pictures all different, the same each time."""
-    pixels = torch.arange(count * 3 * size * size) * 2654435761 % 251
-    return ImageSet(pixels.reshape(count, 3, size, size).byte(), torch.arange(count) % classes, classes, "squares")
 
 
 def killed_at(point: int) -> list[int]:
@@ -64,8 +48,8 @@ def killed_at(point: int) -> list[int]:
     return count
 
 
-def in_child(work: Callable[[], Any], point: int = 0) -> tuple[int, int]:
-    """Wait status of a fork that does the work, and the number of calls it counted."""
+def start(work: Callable[[], Any], point: int = 0) -> Callable[[], tuple[int, int]]:
+    """Forks a child that does the work; what is returned waits for its status and the number of calls it counted."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -77,9 +61,13 @@ def in_child(work: Callable[[], Any], point: int = 0) -> tuple[int, int]:
         finally:
             os._exit(0)
     os.close(writer)
-    status = os.waitpid(pid, 0)[1]
-    with os.fdopen(reader) as file:
-        return status, int(file.read() or 0)
+
+    def wait() -> tuple[int, int]:
+        status = os.waitpid(pid, 0)[1]
+        with os.fdopen(reader) as file:
+            return status, int(file.read() or 0)
+
+    return wait
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -94,22 +82,24 @@ def main(what: str, most: int, folder: Path, source: str = "") -> dict[str, Any]
 
     def work(place: Path) -> Callable[[], Any]:
         if what == "latents":
-            return lambda: encode(pictures(), Encoder(), place, batch_size=4)
+            return lambda: encode(squares(), Encoder(), place, batch_size=4)
         os.environ["DIFFBENCH_CACHE"] = str(place)
         config = ImagesConfig(path=source, image_size=8, held_out=5, skip_broken=True)
         return lambda: images(config)
 
-    _, calls = in_child(work(folder / "whole"))
+    _, calls = start(work(folder / "whole"))()
     whole = content(folder / "whole")
     points = sorted({1 + (calls - 1) * i // (most - 1) for i in range(most)})
     wrong = []
     for point in points:
         place = folder / f"killed-{point}"
-        status, _ = in_child(work(place), point)
-        again, _ = in_child(work(place))
+        status, _ = start(work(place), point)()
+        again, _ = start(work(place))()
         if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL) or again or content(place) != whole:
             wrong.append(point)
-    return {"files": len(whole), "calls": calls, "kills": len(points), "wrong": wrong}
+    both = [start(work(folder / "both")) for _ in range(2)]
+    alike = [wait()[0] for wait in both] == [0, 0] and content(folder / "both") == whole
+    return {"two at once": alike, "files": len(whole), "calls": calls, "kills": len(points), "wrong": wrong}
 
 
 if __name__ == "__main__":

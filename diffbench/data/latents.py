@@ -166,17 +166,17 @@ class _Job:
     flip: bool
 
     @torch.inference_mode()
-    def moments(self, first: int, last: int, dtype: np.dtype[Any]) -> dict[str, np.ndarray]:
+    def moments(self, first: int, last: int, dtype: Dtype) -> dict[str, np.ndarray]:
         """The arrays of pictures first to last - 1, but for the labels."""
         parts: dict[str, list[np.ndarray]] = {}
         for start in range(first, last, self.batch_size):
             x = from_uint8(self.images.images[start : min(start + self.batch_size, last)].to(self.device))
             for prefix, pictures in (("", x), ("flipped_", x.flip(-1))) if self.flip else (("", x),):
                 for name, array in zip(("mean", "log_variance"), self.autoencoder.encode(pictures), strict=True):
-                    kept = array.float().cpu().numpy().astype(dtype)
+                    kept = array.to(getattr(torch, dtype)).cpu().numpy()
                     if not np.isfinite(kept).all():
                         bad = start + int(np.flatnonzero(~np.isfinite(kept).all(axis=(1, 2, 3)))[0])
-                        raise ValueError(f"autoencoder: the {name} of picture {bad} is not finite in {dtype.name}")
+                        raise ValueError(f"autoencoder: the {name} of picture {bad} is not finite in {dtype}")
                     parts.setdefault(prefix + name, []).append(kept)
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
@@ -184,7 +184,7 @@ class _Job:
 def _fill(job: _Job, folder: Path, identity: Any, dtype: Dtype, rank: int, world: int, patience: float) -> None:
     kind, total = np.dtype(dtype).newbyteorder("<"), len(job.images)
     columns: dict[str, tuple[str, tuple[int, ...]]] = {
-        name: (kind.str, array.shape[1:]) for name, array in job.moments(0, 1, kind).items()
+        name: (kind.str, array.shape[1:]) for name, array in job.moments(0, 1, dtype).items()
     }
     columns["labels"] = ("<i8", ())
     size = store.chunk_rows(columns)
@@ -200,7 +200,7 @@ def _fill(job: _Job, folder: Path, identity: Any, dtype: Dtype, rank: int, world
                         continue
                     first, last = starts[chunk], min(starts[chunk] + size, total)
                     labels = job.images.labels[first:last].numpy()
-                    writer.add(chunk, first, job.moments(first, last, kind) | {"labels": labels})
+                    writer.add(chunk, first, job.moments(first, last, dtype) | {"labels": labels})
                     advance(last - first)
         for _ in _wait(folder, writer, len(starts), patience):
             time.sleep(0.2)

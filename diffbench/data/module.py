@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffbench.core import keyed
+from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
@@ -83,7 +84,8 @@ class PositionDataModule(L.LightningDataModule):
     """Training batches by position, and the held-out part: what image and latent data share.
 
     What training gets of a batch: x0 (B, C, H, W) float32, label (B,), position (B,), on its device.
-    Its state in a checkpoint is the number of samples seen, which is where a resumed run goes on.
+    Its state in a checkpoint is the number of samples seen, which is where a resumed run goes on, and the fingerprint
+    of the data.
 
     Args:
         train: the part to train on.
@@ -151,9 +153,16 @@ class PositionDataModule(L.LightningDataModule):
         return {"x0": self.x0(batch | {"position": position}, flipped), "label": batch["label"], "position": position}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples_seen": self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen}
+        seen = self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen
+        return {"samples_seen": seen, "data": self.train.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, now = state_dict["data"], self.train.fingerprint()
+        if before != now:
+            raise UserError(
+                f"data: the run began with other training data ({before}, now {now}); bring it back, or choose another"
+                " tag=NAME"
+            )
         self.samples_seen = state_dict["samples_seen"]
 
 
@@ -163,7 +172,8 @@ class ImageDataModule(PositionDataModule):
     def x0(self, batch: dict[str, Tensor], flipped: Tensor) -> Tensor:
         images = batch["image"]
         if self.flip:
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            chosen = -flipped.to(torch.uint8)[:, None, None, None]  # all bits, or none: four times as fast as where
+            images = images ^ ((images ^ images.flip(-1)) & chosen)
         return from_uint8(images)
 
 
