@@ -151,7 +151,7 @@ def _list(arguments: argparse.Namespace) -> None:
     for path in experiments():
         lines = Path(path).read_text().splitlines()
         purpose = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
-        print(f"  {path:<32} {purpose}")
+        print(f"  {path:<36} {purpose}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
