@@ -186,6 +186,22 @@ def test_non_finite_output_names_step_and_noise_level(process: str) -> None:
         generate(Broken(PROCESSES[process]), PROCESSES[process], config, torch.zeros(2).long(), (1, 4, 4))
 
 
+def test_batches_shrink_until_they_fit_and_the_images_stay() -> None:
+    process, sizes = PROCESSES["vp"], []
+
+    class Small(Towards):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            sizes.append(len(x))
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x, t, y)
+
+    labels = torch.arange(10)
+    draw: Callable[..., Tensor] = lambda net: generate(net, process, SampleConfig("ddim", "4"), labels, (1, 4, 4))  # noqa: E731
+    assert torch.equal(draw(Small(process)), draw(Towards(process)))
+    assert sizes[:3] == [10, 5, 3] and set(sizes[3:]) == {3, 1}
+
+
 def test_the_callback_sees_every_step_and_draws_strip_and_animation(tmp_path: Path) -> None:
     process, steps = PROCESSES["edm"], Steps(count=2)
     generate(Towards(process), process, SampleConfig("heun", "12"), torch.tensor([0, 9, 5]), (1, 4, 4), callback=steps)
