@@ -60,7 +60,7 @@ def test_every_pair_walks_to_the_image_that_the_network_finds(process: str, samp
     images = generate(Towards(PROCESSES[process]), PROCESSES[process], settings, labels, (1, 4, 4)).double()
     # Solvers in other coordinates than the noise level leave a share of the noise: a level or two of 255.
     assert (images.mean(dim=(1, 2, 3)) - torch.tensor([0, 77, 128, 230])).abs().max() < 5
-    assert images.std(dim=(1, 2, 3)).max() < 5
+    assert images.std(dim=(1, 2, 3)).max() < 8
 
 
 @pytest.mark.parametrize(("process", "sampler"), EVERY_PAIR)
