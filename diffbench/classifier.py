@@ -58,7 +58,9 @@ class ClassifierRun(Trained[ClassifierRunConfig]):
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.classifier import Accuracy
 
-        return [Accuracy(log, ema, self.held_out, self.config.validation.log_snr, self.config.trainer.validate_images)]
+        c = self.config
+        held_out = self.held_out.spread(c.validation.count)
+        return [Accuracy(log, ema, held_out, c.validation.log_snr, c.trainer.validate_images)]
 
 
 def _network(config: ClassifierRunConfig, shape: tuple[int, ...], classes: int) -> NoisyClassifier:

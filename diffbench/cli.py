@@ -109,7 +109,10 @@ def _train(arguments: argparse.Namespace) -> None:
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not newest_scores(run):
         print("drawing and scoring samples", flush=True)
-        evaluate(run)
+        try:
+            evaluate(run)
+        except UserError as e:  # the run itself is complete
+            print(f"not scored: {e}", flush=True)
     if not picture.exists():
         save_grid(run.sample_tensor(100), columns=10, path=picture)
     print(f"\n{table([(run.folder.name, facts(run))])}\n")
@@ -148,7 +151,7 @@ def _list(arguments: argparse.Namespace) -> None:
     for path in experiments():
         lines = Path(path).read_text().splitlines()
         purpose = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
-        print(f"  {path:<32} {purpose}")
+        print(f"  {path:<36} {purpose}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -24,8 +24,8 @@ def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def null_label(config: RunConfig, data: ImageSet) -> int | None:
-    """The label that means "no class", or None where labels are never dropped."""
-    return data.num_classes if config.trainer.label_dropout else None
+    """The label that means "no class", or None where labels are never dropped, or there are none."""
+    return data.num_classes if config.trainer.label_dropout and data.num_classes else None
 
 
 def build_process(config: Any) -> Process:
@@ -59,6 +59,7 @@ def data_module(config: BaseConfig, train_set: ImageSet, held_out: ImageSet) -> 
         accumulate=config.trainer.accumulate,
         num_workers=config.data.num_workers,
         only_first_batch=config.debug == "overfit",
+        flip=getattr(config.data, "flip", False),
     )
 
 
@@ -77,6 +78,11 @@ def check(config: RunConfig) -> None:
     train_set, _ = load_data(config)
     if not len(train_set):
         raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
+    if not train_set.num_classes and config.sample.guidance != 1 and config.sample.weak_model is None:
+        raise ValueError(
+            f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
+            " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
+        )
     with naming("denoiser"):
         cost_of(config, train_set)
     if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffbench import classifier as classifier_run
 from diffbench import parts, weights
-from diffbench.config import change, from_layers, read_layers
+from diffbench.config import change, from_layers, read_layers, to_dict
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
@@ -87,7 +87,7 @@ class Run(Trained[RunConfig]):
             c.optimizer,
             c.seed,
             t.batch_size,
-            label_dropout=t.label_dropout,
+            label_dropout=t.label_dropout if self.null_label is not None else 0.0,
             null_label=self.null_label,
             time_sampling=t.time_sampling,
             augment=t.augment,
@@ -103,7 +103,7 @@ class Run(Trained[RunConfig]):
         c, t = self.config, self.config.trainer
         classes = self.train_set.num_classes
         return [
-            Validation(log, ema, self.held_out, c.validation.log_snr, t.validate_images),
+            Validation(log, ema, self.held_out.spread(c.validation.count), c.validation.log_snr, t.validate_images),
             SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample)),
         ]
 
@@ -194,14 +194,14 @@ class Run(Trained[RunConfig]):
         if n is not None and n < 1:
             raise ValueError(f"n: must be at least 1, got {n}")
         if labels is None:
-            return torch.arange(16 if n is None else n) % max(classes, 1)
+            return torch.arange(16 if n is None else n) % max(1, classes)
         y = torch.as_tensor(labels, dtype=torch.int64)
         if y.ndim == 0:
             y = y.repeat(1 if n is None else n)
         if not len(y) or (n is not None and len(y) != n):
             raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
         if not classes:
-            raise ValueError("labels: this network knows no classes; leave them out")
+            raise ValueError("labels: this network was trained without classes; leave them out")
         if not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
         return y
@@ -221,7 +221,8 @@ def load(folder: str | Path, ema: float | None = None) -> Run:
     config = read_config(folder)
     if not isinstance(config, RunConfig):
         raise UserError(f"{folder}: a run of kind {config.kind}; choose a denoiser's")
-    run = Run(folder, config)
+    with blaming([(str(folder / "config.yaml"), to_dict(config))]):
+        run = Run(folder, config)
     run.use_average(run.ema if ema is None else ema)
     return run
 

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from diffbench.config import change
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import COMMAND_LINE, parse_overrides
 from diffbench.core.errors import UserError, suggest
-from diffbench.core.files import atomic
+from diffbench.core.files import atomic, cache_folder
 from diffbench.data.sources import ImageSet, balanced
 from diffbench.evaluation import digits_cnn
 from diffbench.evaluation.digits_cnn import DigitsCNN, train_digits_cnn
@@ -29,12 +28,6 @@ from diffbench.evaluation.metrics import coverage, frechet_distance, nearest_dis
 from diffbench.parts import check_evaluation
 from diffbench.run import Run
 from diffbench.training.settings import SampleConfig
-
-
-def cache_folder() -> Path:
-    """Where small networks trained on first use are kept: $DIFFBENCH_CACHE, or ~/.cache/diffbench."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DIFFBENCH_CACHE") or Path(home) / "diffbench")
 
 
 def load_digits_cnn(train_set: ImageSet) -> DigitsCNN:

@@ -1,31 +1,14 @@
 """Image data sets by name: uint8 images and labels, split once and for all into training and held-out parts."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images (N, C, H, W) uint8 and labels (N,) int64 in 0..num_classes-1."""
-
-    images: Tensor
-    labels: Tensor
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of a hash of all pixels and labels."""
-        digest = hashlib.sha256(self.images.numpy().tobytes())
-        digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()[:16]
+from diffbench.data.images import CIFAR10Config, ImagesConfig, cifar10, images
+from diffbench.data.sets import ImageSet, balanced
 
 
 @dataclass
@@ -51,10 +34,11 @@ def _digits(held_out: int) -> tuple[ImageSet, ImageSet]:
 
     bunch = load_digits()
     # Sixteen grey levels, spread over the bytes: 16 becomes 255.
-    images = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
+    pixels = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0)
-    return ImageSet(images[train], labels[train], 10), ImageSet(images[test], labels[test], 10)
+    parts = [ImageSet(pixels[part], labels[part], 10, "digits", tuple("0123456789")) for part in (train, test)]
+    return parts[0], parts[1]
 
 
 def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
@@ -94,12 +78,11 @@ class Source:
     load: Callable[[Any], tuple[ImageSet, ImageSet]]
 
 
-SOURCES = {"digits": Source(DigitsConfig, digits), "none": Source(NoneConfig, nothing)}
+SOURCES = {
+    "digits": Source(DigitsConfig, digits),
+    "images": Source(ImagesConfig, images),
+    "cifar10": Source(CIFAR10Config, cifar10),
+    "none": Source(NoneConfig, nothing),
+}
 
-
-def balanced(labels: Tensor, count: int) -> Tensor:
-    """Indices of the first `count` items spread evenly over the classes, class by class, in the set's order."""
-    classes = labels.unique()
-    each, extra = divmod(count, len(classes))
-    parts = [(labels == c).nonzero()[:, 0][: each + (i < extra)] for i, c in enumerate(classes)]
-    return torch.cat(parts)
+__all__ = ["SOURCES", "DigitsConfig", "ImageSet", "Source", "balanced", "digits"]
