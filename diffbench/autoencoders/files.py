@@ -58,7 +58,10 @@ def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencode
 
 
 def save(net: KLAutoencoder, folder: Path) -> None:
-    """Writes a folder that `load` and diffusers' `AutoencoderKL.from_pretrained` read; config.json comes last."""
+    """Writes a folder that `load` and diffusers' `AutoencoderKL.from_pretrained` read.
+
+    While it is being written config.json is not there, so that no weights meet another's scale.
+    """
     from safetensors.torch import save as to_bytes
 
     levels = len(net.config.block_out_channels)
@@ -71,6 +74,7 @@ def save(net: KLAutoencoder, folder: Path) -> None:
     }
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in net.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
     _replace(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
     _replace(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
 

@@ -4,6 +4,7 @@ Its state dict is that of diffusers' `AutoencoderKL` key by key, so that publish
 (`files.py` reads and writes that format). Widths, depths and switches bear the names of diffusers' config too.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +97,15 @@ class KLAutoencoder(nn.Module):
         """Latents (B, latent_channels, h, w), unscaled, to pictures (B, C, factor h, factor w), about [-1, 1]."""
         out: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
         return out
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of a hash of all weights, names included; scale and shift do not count."""
+        digest = hashlib.sha256()
+        for name, value in self.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().data.cast("B"))
+        return digest.hexdigest()[:16]
 
     def scaled(self, z: Tensor) -> Tensor:
         """Latents as denoisers see them."""
