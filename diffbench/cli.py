@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from diffbench.core.errors import UserError, suggest
 
@@ -79,20 +79,28 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> None:
     from diffbench.report import facts, newest_scores, table
     from diffbench.run import train
-    from diffbench.scoring import evaluate
 
     run = train(arguments.config, arguments.overrides)
     from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not newest_scores(run):
-        print("drawing and scoring samples", flush=True)
-        evaluate(run)
+        print(
+            "scoring reconstructions" if run.config.kind == "autoencoder" else "drawing and scoring samples", flush=True
+        )
+        _score(run)
     if not picture.exists():
-        save_grid(run.sample_tensor(100), columns=10, path=picture)
+        save_grid(run.pictures(100), columns=10, path=picture)
     print(f"\n{table([(run.folder.name, facts(run))])}\n")
     print(f"samples: {picture}")
     print(f"curves:  {_python()} -m tensorboard.main --logdir {run.config.runs_dir}")
+
+
+def _score(run: Any, overrides: Sequence[str] = ()) -> None:
+    """Appends a run's scores to its records, as its kind is scored."""
+    from diffbench import reconstructing, scoring
+
+    (reconstructing if run.config.kind == "autoencoder" else scoring).evaluate(run, overrides)
 
 
 def _python() -> str:
@@ -131,11 +139,10 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from diffbench.report import facts, table
-    from diffbench.run import load
-    from diffbench.scoring import evaluate
+    from diffbench.run import load_any
 
-    run = load(arguments.run)
-    evaluate(run, arguments.overrides)
+    run = load_any(arguments.run)
+    _score(run, arguments.overrides)
     print(table([(run.folder.name, facts(run))]))
 
 
@@ -184,6 +191,6 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from diffbench.report import facts, table
-    from diffbench.run import load
+    from diffbench.run import load_any
 
-    print(table([(folder.removeprefix("runs/").rstrip("/"), facts(load(folder))) for folder in arguments.runs]))
+    print(table([(folder.removeprefix("runs/").rstrip("/"), facts(load_any(folder))) for folder in arguments.runs]))

@@ -11,8 +11,11 @@ from diffbench.denoisers import DENOISERS
 from diffbench.diffusion import PROCESSES
 from diffbench.diffusion.pairs import ON_TABLES, PAIRS, check_pair
 from diffbench.training.settings import (
+    DenoiserTrainerConfig,
     EMAConfig,
     EvaluateConfig,
+    LossConfig,
+    NetworkConfig,
     OptimizerConfig,
     SampleConfig,
     TrainerConfig,
@@ -75,17 +78,22 @@ class RunConfig(BaseConfig):
     """A run folder whose EMA weights start this run (a warm start, apart from resuming)."""
     debug: Literal["none", "smoke", "overfit"] = "none"
     data: Any = None
+    autoencoder: str | None = None
+    """null: pixels. Else the denoiser works on the latents of an autoencoder: a run folder, a folder in diffusers'
+    format, a hub name, or an experiment's YAML, whose run is trained first where it is missing."""
     denoiser: Any = None
     process: Any = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: DenoiserTrainerConfig = field(default_factory=DenoiserTrainerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.autoencoder == "":
+            raise ValueError("autoencoder: must be a folder, a hub name, an experiment's YAML, or null; got ''")
         self._check_guidance()
         self._settle_sampler()
         try:
@@ -140,4 +148,23 @@ def keys_of(kind: type[BaseConfig]) -> list[str]:
     return [f.name for f in fields(kind)]  # type: ignore[arg-type]
 
 
-KINDS: dict[str, type[BaseConfig]] = {"denoiser": RunConfig}
+@dataclass
+class AutoencoderConfig(BaseConfig):
+    """An autoencoder's run."""
+
+    format: int = FORMAT
+    kind: Literal["autoencoder"] = "autoencoder"
+    seed: int = 0
+    tag: str | None = None
+    runs_dir: str = "runs"
+    debug: Literal["none", "smoke", "overfit"] = "none"
+    data: Any = None
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+KINDS: dict[str, type[BaseConfig]] = {"denoiser": RunConfig, "autoencoder": AutoencoderConfig}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffbench import spaces
 from diffbench.config_kinds import BaseConfig, RunConfig
 from diffbench.data.sources import SOURCES, ImageSet, balanced
 from diffbench.denoisers import build
@@ -30,8 +31,8 @@ def build_process(config: Any) -> Process:
 
 
 def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
-    """The config's network for images like those of `data`."""
-    channels, size, _ = data.images.shape[1:]
+    """The config's network for images like those of `data`, or for their latents."""
+    channels, size, _ = spaces.shape(config, data)
     return build(
         config.denoiser.name,
         config.denoiser,
@@ -45,7 +46,8 @@ def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
 
 def cost_of(config: RunConfig, data: ImageSet) -> Cost:
     """Parameters and multiply-accumulates of the config's network."""
-    return count(lambda: build_denoiser(config, data), data.images.shape[1], data.images.shape[2])
+    channels, size, _ = spaces.shape(config, data)
+    return count(lambda: build_denoiser(config, data), channels, size)
 
 
 def check(config: RunConfig) -> None:
@@ -54,13 +56,14 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: a line that begins with the key.
     """
-    _check_device(config.trainer.accelerator)
+    check_device(config.trainer.accelerator)
     for key, value in _numbers(dataclasses.asdict(config.denoiser)):
         if key == "dropout" and not 0 <= value < 1:
             raise ValueError(f"denoiser.dropout: must lie in [0, 1), got {value}")
         if key != "dropout" and value <= 0:
             raise ValueError(f"denoiser.{key}: must be positive, got {value}")
     train_set, _ = load_data(config)
+    spaces.shape(config, train_set)
     try:
         cost_of(config, train_set)
     except ValueError as e:
@@ -86,7 +89,8 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
         )
 
 
-def _check_device(accelerator: str) -> None:
+def check_device(accelerator: str) -> None:
+    """Raises ValueError, naming the key, where the machine lacks what `trainer.accelerator` asks for."""
     there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):

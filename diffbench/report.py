@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from diffbench.run import Run
+from diffbench.autoencoding import AutoencoderRun
 from diffbench.scoring import metrics, results
+from diffbench.trained import Trained
 
 
-def facts(run: Run) -> dict[str, str]:
-    """What a table says of a run: size, length, speed, validation error, and the newest scores of each guidance."""
+def facts(run: Trained[Any]) -> dict[str, str]:
+    """What a table says of a run: size, length, speed, validation error, and its newest scores."""
     lines = metrics(run.folder)
     error = next((m["val/error"] for m in reversed(lines) if "val/error" in m), None)
     rates = [m["perf/images_per_s"] for m in lines if "perf/images_per_s" in m]
@@ -22,13 +23,17 @@ def facts(run: Run) -> dict[str, str]:
         "images seen": f"{images:,}",
         "seconds": f"{seconds:,.0f}" if rates else "-",
         "images/s": f"{images / seconds:,.0f}" if seconds else "-",
-        "validation error": "-" if error is None else f"{error:.4f}",
     }
+    if isinstance(run, AutoencoderRun):
+        return row | _reconstruction(run)
+    row["validation error"] = "-" if error is None else f"{error:.4f}"
     scored = newest_scores(run)
     for record in scored:
         guided = "" if record["guidance"] == 1 else f" (guidance {record['guidance']:g})"
         for name, value in record.items():
-            if "@" in name and not name.startswith("nearest"):
+            if name.startswith("reconstruction_fd"):
+                row[f"floor: {name.removeprefix('reconstruction_')} of reconstructions"] = f"{value:.3f}"
+            elif "@" in name and not name.startswith("nearest"):
                 row[name + guided] = f"{100 * value:.1f}%" if name.startswith("label_accuracy") else f"{value:.3f}"
         nearest = next(v for k, v in record.items() if k.startswith("nearest_train@"))
         held_out = record["nearest_train_held_out"]
@@ -39,10 +44,29 @@ def facts(run: Run) -> dict[str, str]:
     return row
 
 
-def newest_scores(run: Run) -> list[dict[str, Any]]:
+def _reconstruction(run: AutoencoderRun) -> dict[str, str]:
+    """What an autoencoder's newest record says, PCA with as many numbers beside it."""
+    scored = newest_scores(run)
+    if not scored:
+        return {}
+    record = {name.split("@")[0]: value for name, value in scored[-1].items()}
+    count = next(name.split("@")[1] for name in scored[-1] if "@" in name)
+    numbers, pixels = record["numbers"], run.train_set.images[0].numel()
+    row = {"numbers a picture": f"{numbers:,} for {pixels:,}"}
+    for name, title, form in (("psnr", "PSNR", ".2f"), ("ssim", "SSIM", ".4f")):
+        row[f"{title}@{count} (PCA with as many numbers)"] = f"{record[name]:{form}} ({record[name + '_pca']:{form}})"
+    for name, value in record.items():
+        if name.startswith("reconstruction_fd"):
+            row[f"{name.removeprefix('reconstruction_')}@{count} of reconstructions"] = f"{value:.3f}"
+        if name.startswith("label_accuracy"):
+            row[f"{name}@{count} of reconstructions"] = f"{100 * value:.1f}%"
+    return row
+
+
+def newest_scores(run: Trained[Any]) -> list[dict[str, Any]]:
     """The newest record of each guidance weight for the weights that the run holds, unguided first."""
     held = [r for r in results(run.folder) if (r["images_seen"], r["ema"]) == (run.images_seen, run.ema)]
-    chosen = {r["guidance"]: r for r in held}
+    chosen = {r.get("guidance", 1.0): r for r in held}
     return [chosen[w] for w in sorted(chosen)]
 
 

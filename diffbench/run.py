@@ -1,6 +1,8 @@
 """One run of a denoiser: build its parts, train it, load it again, sample from it; and training of every kind."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,21 +11,27 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffbench import parts, weights
+from diffbench import parts, spaces, weights
+from diffbench.autoencoders import KLAutoencoder, files
+from diffbench.autoencoding import AutoencoderRun
 from diffbench.config import change, from_layers, read_layers
+from diffbench.config import load as config_of
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked
+from diffbench.core.pixels import to_uint8
+from diffbench.data.latents import encode
 from diffbench.denoisers.cost import Cost
 from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, read_config
 from diffbench.trained import Trained
+from diffbench.training.coding import decode
 from diffbench.training.settings import SampleConfig
 
 if TYPE_CHECKING:
     from lightning import Callback
 
-    from diffbench.data.module import ImageDataModule
+    from diffbench.data.module import PositionDataModule, Rows
     from diffbench.training.ema import EMA
     from diffbench.training.guides import Helpers
     from diffbench.training.log import RunLog
@@ -36,14 +44,14 @@ class Run(Trained[RunConfig]):
     Attributes:
         train_set: the training part of its data set.
         held_out: the other part.
-        shape: (C, H, W) of what the network denoises.
+        shape: (C, H, W) of what the network denoises: the data set's pictures, or their latents.
         process: what it was trained under.
         null_label: the label that means "no class", or None.
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.train_set, self.held_out = parts.load_data(config)
-        self.shape = tuple(self.train_set.images.shape[1:])
+        self.shape = spaces.shape(config, self.train_set)
         self.process = parts.build_process(config.process)
         self.null_label = parts.null_label(config, self.train_set)
         super().__init__(folder, config)
@@ -52,6 +60,15 @@ class Run(Trained[RunConfig]):
     def denoiser(self) -> nn.Module:
         """The network."""
         return self.network
+
+    @cached_property
+    def autoencoder(self) -> KLAutoencoder | None:
+        """What leads from pictures to latents and back, or None in pixel space."""
+        return None if self.config.autoencoder is None else spaces.load_autoencoder(self.config.autoencoder)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """What the network works on, (N, *shape), to pictures (N, C, H, W) uint8."""
+        return to_uint8(x) if self.autoencoder is None else decode(self.autoencoder, x)
 
     def build(self) -> nn.Module:
         return parts.build_denoiser(self.config, self.train_set)
@@ -65,6 +82,22 @@ class Run(Trained[RunConfig]):
         parts.check(config)
 
     @classmethod
+    def prepare(cls, config: RunConfig) -> RunConfig:
+        """Trains the autoencoder where the config names its experiment and the run is missing; names the run."""
+        source = config.autoencoder
+        if source is None or not spaces.is_experiment(source):
+            return config
+        overrides = [f"runs_dir={config.runs_dir}", *(["debug=smoke"] if config.debug == "smoke" else [])]
+        wanted = config_of(source, overrides)
+        folder = folder_for(Path(source), overrides, wanted)
+        if (folder / spaces.INSIDE / files.CONFIG).is_file():
+            check_same(folder, wanted)
+        else:
+            print(f"{folder}: not trained yet, and trained first, as autoencoder={source} says", flush=True)
+            train(source, overrides)
+        return dataclasses.replace(config, autoencoder=str(folder))
+
+    @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
         return weights.initial(config)
 
@@ -76,19 +109,30 @@ class Run(Trained[RunConfig]):
             self.network, self.process, c.optimizer, c.seed, t.batch_size, t.label_dropout, self.null_label
         )
 
-    def data(self) -> "ImageDataModule":
-        from diffbench.data.module import ImageDataModule
+    def data(self) -> "PositionDataModule[Any]":
+        from diffbench.data import latent_module, module
 
         c, t = self.config, self.config.trainer
-        return ImageDataModule(
-            train=self.train_set,
-            held_out=self.held_out,
+        kind: Any = module.ImageDataModule if self.autoencoder is None else latent_module.LatentDataModule
+        train, held_out = self.sets
+        made: PositionDataModule[Any] = kind(
+            train=train,
+            held_out=held_out,
             seed=c.seed,
             batch_size=t.batch_size,
             accumulate=t.accumulate,
             num_workers=c.data.num_workers,
             only_first_batch=c.debug == "overfit",
         )
+        return made
+
+    @cached_property
+    def sets(self) -> "tuple[Rows, Rows]":
+        """What training and validation read: the pictures, or their latents."""
+        if self.autoencoder is None:
+            return self.train_set, self.held_out
+        print(f"{self.folder}: encoding {len(self.train_set) + len(self.held_out):,} images", flush=True)
+        return encode(self.train_set, self.autoencoder), encode(self.held_out, self.autoencoder)
 
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.sampling import SampleGrid
@@ -97,9 +141,14 @@ class Run(Trained[RunConfig]):
         c, t = self.config, self.config.trainer
         classes = self.train_set.num_classes
         return [
-            Validation(log, ema, self.held_out, c.validation.log_snr, t.validate_images),
-            SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample)),
+            Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images),
+            SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample), self.decode),
         ]
+
+    @property
+    def kin(self) -> tuple[Any, ...]:
+        """What two denoisers must have in common to act on one noisy input."""
+        return self.shape, self.config.autoencoder, self.config.process
 
     def helpers(self, settings: SampleConfig) -> "Helpers":
         """The networks that guide besides the denoiser, as `weak_model` and `classifier` name them.
@@ -112,9 +161,10 @@ class Run(Trained[RunConfig]):
         weak = None
         if settings.weak_model is not None and settings.guidance != 1:
             other = load(settings.weak_model)
-            if (other.shape, other.config.process) != (self.shape, self.config.process):
+            if other.kin != self.kin:
                 raise UserError(
-                    f"sample.weak_model: {settings.weak_model} was trained on other shapes or under another process"
+                    f"sample.weak_model: {settings.weak_model} was trained on other shapes or latents, or under another"
+                    " process"
                 )
             weak = other.denoiser
         return Helpers(weak)
@@ -182,9 +232,14 @@ class Run(Trained[RunConfig]):
             helpers=self.helpers(settings),
             seed=seed,
             first=first,
+            decode=self.decode,
             progress=progress,
             callback=callback,
         )
+
+    def pictures(self, n: int) -> Tensor:
+        """Samples of the classes in turn."""
+        return self.sample_tensor(n)
 
     def _labels(self, n: int | None, labels: int | Sequence[int] | Tensor | None) -> Tensor:
         classes = self.train_set.num_classes
@@ -212,16 +267,22 @@ def load(folder: str | Path, ema: float | None = None) -> Run:
     Raises:
         UserError: if the folder holds no denoiser's run, no weights yet, or no such average.
     """
+    run = load_any(folder, ema)
+    if not isinstance(run, Run):
+        raise UserError(f"{folder}: a run of kind {run.config.kind}; choose a denoiser's")
+    return run
+
+
+def load_any(folder: str | Path, ema: float | None = None) -> Trained[Any]:
+    """A trained run of any kind; see `load`."""
     folder = Path(folder)
     config = read_config(folder)
-    if not isinstance(config, RunConfig):
-        raise UserError(f"{folder}: a run of kind {config.kind}; choose a denoiser's")
-    run = Run(folder, config)
+    run = KINDS[config.kind](folder, config)
     run.use_average(run.ema if ema is None else ema)
     return run
 
 
-KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run}
+KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run, "autoencoder": AutoencoderRun}
 """The `kind` of a config -> what trains it."""
 
 
@@ -243,6 +304,7 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         kind.check(config)
         check_place(folder)
         start = None if has_checkpoint(folder) else kind.start(config)
+    config = kind.prepare(config)
     with locked(folder):
         existed = check_same(folder, config)
         kind(folder, config).fit(existed, start)

@@ -64,6 +64,10 @@ class Trained(ABC, Generic[C]):
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         """What is measured and drawn in training."""
 
+    @abstractmethod
+    def pictures(self, n: int) -> Tensor:
+        """What the finished run shows: (n, C, H, W) uint8, in rows of ten."""
+
     @classmethod
     @abstractmethod
     def check(cls, config: Any) -> None:
@@ -72,6 +76,11 @@ class Trained(ABC, Generic[C]):
         Raises:
             ValueError: a line that begins with the key.
         """
+
+    @classmethod
+    def prepare(cls, config: C) -> C:
+        """Makes what a run builds on, once the config is checked; returns the config that names it."""
+        return config
 
     @classmethod
     def start(cls, config: Any) -> dict[str, Tensor] | None:

@@ -154,16 +154,10 @@ def test_diffusers_reads_what_we_write_and_we_read_what_it_writes(tmp_path: Path
     assert torch.allclose(mean, moments.mean, atol=1e-6) and torch.allclose(log_variance, moments.logvar, atol=1e-6)
     assert torch.allclose(kl(mean, log_variance), moments.kl(), rtol=1e-5)
 
-    theirs = diffusers.AutoencoderKL(
-        1,
-        2,
-        ("DownEncoderBlock2D",) * 3,
-        ("UpDecoderBlock2D",) * 3,
-        (4, 8, 12),
-        2,
-        latent_channels=3,
-        norm_num_groups=2,
-    ).eval()
+    blocks = (("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3, (4, 8, 12))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = diffusers.AutoencoderKL(1, 2, *blocks, 2, latent_channels=3, norm_num_groups=2).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = files.load(tmp_path / "theirs")
     assert ours.config == KLConfig(1, 2, 3, [4, 8, 12], norm_num_groups=2)
@@ -172,7 +166,7 @@ def test_diffusers_reads_what_we_write_and_we_read_what_it_writes(tmp_path: Path
         moments = theirs.encode(x).latent_dist
         decoded = theirs.decode(mean).sample
     assert torch.allclose(mean, moments.mean, atol=1e-6) and torch.allclose(log_variance, moments.logvar, atol=1e-6)
-    assert torch.allclose(ours.decode(mean), decoded, atol=1e-6)
+    assert torch.allclose(ours.decode(mean), decoded, atol=1e-5)
 
 
 def test_stable_diffusions_state_dict_is_diffusers_to_the_letter() -> None:

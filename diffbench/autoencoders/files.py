@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,7 @@ def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencode
         ValueError: in one line that begins with the source or its file: what is missing, unknown or does not fit, or
             how to fetch what could not be fetched.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _from_hub(str(source), say)
+    folder = find(source, say)
     config, weights = read_config(folder), _read_weights(folder)
     with torch.device("meta"):
         net = KLAutoencoder(config)
@@ -57,10 +55,16 @@ def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencode
     return net.eval().requires_grad_(False)
 
 
-def save(net: KLAutoencoder, folder: Path) -> None:
+def find(source: str | Path, say: Callable[[str], None] = print) -> Path:
+    """The folder of a source; see `load`."""
+    return Path(source) if Path(source).is_dir() else _from_hub(str(source), say)
+
+
+def save(net: KLAutoencoder, folder: Path, notes: Mapping[str, str] | None = None) -> None:
     """Writes a folder that `load` and diffusers' `AutoencoderKL.from_pretrained` read.
 
-    While it is being written config.json is not there, so that no weights meet another's scale.
+    While it is being written config.json is not there, so that no weights meet another's scale. `notes` go into the
+    weights' header; `read_notes` gives them back.
     """
     from safetensors.torch import save as to_bytes
 
@@ -75,8 +79,18 @@ def save(net: KLAutoencoder, folder: Path) -> None:
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in net.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    _replace(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
+    _replace(folder / WEIGHTS, to_bytes(tensors, {"format": "pt", **(notes or {})}))
     _replace(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_notes(folder: Path) -> dict[str, str]:
+    """The notes in a folder's weights; none where the folder is not complete."""
+    from safetensors import safe_open
+
+    if not (folder / CONFIG).is_file():
+        return {}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def read_config(folder: Path) -> KLConfig:

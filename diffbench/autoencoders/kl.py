@@ -57,6 +57,18 @@ class KLConfig:
         """How many times a side shrinks."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """The latents' (c, h, w) for pictures of (C, H, W).
+
+        Raises:
+            ValueError: for other channels, or sides that `factor` does not divide.
+        """
+        channels, *sides = shape
+        if channels != self.in_channels or len(sides) != 2 or any(side % self.factor for side in sides):
+            wanted = f"{self.in_channels} channels and sides divisible by {self.factor}"
+            raise ValueError(f"this autoencoder takes {wanted}, got {'x'.join(map(str, shape))}")
+        return self.latent_channels, sides[0] // self.factor, sides[1] // self.factor
+
 
 class KLAutoencoder(nn.Module):
     """Encoder and decoder; see `encode` and `decode`, which share the latents as the networks know them, unscaled.
@@ -83,10 +95,7 @@ class KLAutoencoder(nn.Module):
         Raises:
             ValueError: for other channels or sides.
         """
-        channels, factor = self.config.in_channels, self.config.factor
-        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
-            shape = "x".join(map(str, x.shape[1:]))
-            raise ValueError(f"this autoencoder takes {channels} channels and sides divisible by {factor}, got {shape}")
+        self.config.latent_shape(tuple(x.shape[1:]))
         moments = self.encoder(x)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
@@ -125,6 +134,15 @@ class KLAutoencoder(nn.Module):
 def sample(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     """A draw of the Gaussian, mean + deviation * noise, through which gradients flow (Kingma & Welling 2014)."""
     return torch.addcmul(mean, (0.5 * log_variance).exp(), noise)
+
+
+@torch.no_grad()
+def without_spread_(net: KLAutoencoder) -> None:
+    """Sets the log-variance to its least, -30, whatever the picture: a plain autoencoder."""
+    last = net.encoder.conv_out if net.quant_conv is None else net.quant_conv
+    assert last.bias is not None
+    last.weight[net.config.latent_channels :] = 0
+    last.bias[net.config.latent_channels :] = -30
 
 
 def kl(mean: Tensor, log_variance: Tensor) -> Tensor:

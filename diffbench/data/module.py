@@ -2,8 +2,8 @@
 anywhere and two backbones with one seed see the same images in the same order."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import lightning as L
 import torch
@@ -13,6 +13,37 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from diffbench.core import keyed
 from diffbench.core.pixels import from_uint8
 from diffbench.data.sources import ImageSet
+
+
+class Rows(Protocol):
+    """A data set that can be read by position: pictures or latents."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) classes."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """How many there are."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def first(self, count: int) -> Self:
+        """The first `count` items."""
+        ...
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """What a batch holds of the items `index` (B,), its `label` among it."""
+        ...
+
+    def clean(self, index: Tensor) -> Tensor:
+        """The items `index` (B,) as a denoiser is to restore them in validation, (B, C, H, W) float32."""
+        ...
+
+
+R = TypeVar("R", bound=Rows)
 
 
 class PositionSampler(Sampler[list[int]]):
@@ -46,7 +77,7 @@ class PositionSampler(Sampler[list[int]]):
 class PositionDataset(Dataset[dict[str, Tensor]]):
     """Fetches whole batches by position; the order of epoch e is a permutation keyed by (seed, "order", e)."""
 
-    def __init__(self, data: ImageSet, seed: int) -> None:
+    def __init__(self, data: Rows, seed: int) -> None:
         self.data, self.seed = data, seed
         self._orders: dict[int, Tensor] = {}
 
@@ -62,25 +93,24 @@ class PositionDataset(Dataset[dict[str, Tensor]]):
         return keyed.permutation(keyed.key(self.seed, "order", epoch), len(self.data))
 
     def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
-        """A batch: image (B, C, H, W) uint8, label (B,), position (B,)."""
+        """A batch: position (B,), and what the data set holds there."""
         position = torch.tensor(positions)
-        index = self.index(position)
-        return {"image": self.data.images[index], "label": self.data.labels[index], "position": position}
+        return {**self.data.rows(self.index(position)), "position": position}
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         return self.__getitems__([position])
 
 
 @dataclass
-class ImageDataModule(L.LightningDataModule):
+class PositionDataModule(L.LightningDataModule, Generic[R]):
     """Training batches by position, and the held-out part.
 
-    What training gets of a batch: x0 (B, C, H, W) float32 in [-1, 1], label (B,), position (B,), on its device.
+    What training gets of a batch: x0 (B, C, H, W) float32, label (B,), position (B,), on its device.
     Its state in a checkpoint is the number of samples seen, which is where a resumed run goes on.
     """
 
-    train: ImageSet
-    held_out: ImageSet
+    train: R
+    held_out: R
     seed: int
     batch_size: int
     accumulate: int = 1
@@ -92,8 +122,7 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         self.samples_seen = 0
         if self.only_first_batch:
-            first = self.train
-            self.train = replace(first, images=first.images[: self.batch_size], labels=first.labels[: self.batch_size])
+            self.train = self.train.first(self.batch_size)
         for name, part in (("training", self.train), ("held-out", self.held_out)):
             low, high = int(part.labels.min()), int(part.labels.max())
             if low < 0 or high >= part.num_classes:
@@ -110,15 +139,19 @@ class ImageDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Bytes travel to the device and become numbers there."""
-        return {"x0": from_uint8(batch["image"]), "label": batch["label"], "position": batch["position"]}
-
     def state_dict(self) -> dict[str, Any]:
         return {"samples_seen": self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples_seen = state_dict["samples_seen"]
+
+
+class ImageDataModule(PositionDataModule[ImageSet]):
+    """Batches of pictures: x0 in [-1, 1]."""
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Bytes travel to the device and become numbers there."""
+        return {"x0": from_uint8(batch["image"]), "label": batch["label"], "position": batch["position"]}
 
 
 def _as_is(batch: Any) -> Any:

@@ -2,12 +2,15 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
+
+from diffbench.core.pixels import from_uint8
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,18 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def first(self, count: int) -> "ImageSet":
+        """The first `count` images, or fewer where there are fewer."""
+        return replace(self, images=self.images[:count], labels=self.labels[:count])
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """What a batch holds of the images `index` (B,): image (B, C, H, W) uint8, label (B,)."""
+        return {"image": self.images[index], "label": self.labels[index]}
+
+    def clean(self, index: Tensor) -> Tensor:
+        """The images `index` (B,) as a denoiser is to restore them: (B, C, H, W) float32 in [-1, 1]."""
+        return from_uint8(self.images[index])
+
     def fingerprint(self) -> str:
         """The first 16 hexadecimal digits of a hash of all pixels and labels."""
         digest = hashlib.sha256(self.images.numpy().tobytes())
@@ -32,12 +47,16 @@ class ImageSet:
 class DigitsConfig:
     """scikit-learn's handwritten digits: 1,797 real 8x8 grey images in ten classes, inside the package."""
 
+    size: int = 8
+    """Side of the images; above 8 they are enlarged, bilinearly."""
     held_out: int = 360
     """Images kept from training for validation, spread evenly over the classes; 10 to 1,000."""
     num_workers: int = 0
     """Loader processes; 0 loads in the training process, the fastest for data in memory."""
 
     def __post_init__(self) -> None:
+        if not 8 <= self.size <= 512:
+            raise ValueError(f"data.size must lie in 8 to 512, got {self.size}")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
         if not 10 <= self.held_out <= 1000:
@@ -45,13 +64,14 @@ class DigitsConfig:
 
 
 @cache
-def _digits(held_out: int) -> tuple[ImageSet, ImageSet]:
+def _digits(held_out: int, size: int) -> tuple[ImageSet, ImageSet]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
     # Sixteen grey levels, spread over the bytes: 16 becomes 255.
     images = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
+    images = interpolate(images.float(), size=size, mode="bilinear").round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0)
     return ImageSet(images[train], labels[train], 10), ImageSet(images[test], labels[test], 10)
@@ -59,7 +79,7 @@ def _digits(held_out: int) -> tuple[ImageSet, ImageSet]:
 
 def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
     """The training and the held-out part."""
-    return _digits(config.held_out)
+    return _digits(config.held_out, config.size)
 
 
 @dataclass(frozen=True)
