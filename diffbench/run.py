@@ -19,7 +19,7 @@ from diffbench.config import load as config_of
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
-from diffbench.core.files import locked
+from diffbench.core.files import locked, write_text
 from diffbench.core.pixels import to_uint8
 from diffbench.data.latents import encode
 from diffbench.denoisers.cost import Cost
@@ -63,8 +63,21 @@ class Run(Trained[RunConfig]):
 
     @cached_property
     def autoencoder(self) -> KLAutoencoder | None:
-        """What leads from pictures to latents and back, or None in pixel space."""
-        return None if self.config.autoencoder is None else spaces.load_autoencoder(self.config.autoencoder)
+        """What leads from pictures to latents and back, or None in pixel space.
+
+        Raises:
+            UserError: if there is none, or the denoiser was trained on another's latents.
+        """
+        source, known = self.config.autoencoder, self.folder / "autoencoder.txt"
+        if source is None:
+            return None
+        net = spaces.load_autoencoder(source)
+        if known.is_file() and (before := known.read_text().strip()) != net.fingerprint:
+            raise UserError(
+                f"{self.folder}: trained on the latents of autoencoder {before}, but {source} holds {net.fingerprint}"
+                " now; bring that back, or choose another tag=NAME"
+            )
+        return net
 
     def decode(self, x: Tensor) -> Tensor:
         """What the network works on, (N, *shape), to pictures (N, C, H, W) uint8."""
@@ -72,6 +85,12 @@ class Run(Trained[RunConfig]):
 
     def build(self) -> nn.Module:
         return parts.build_denoiser(self.config, self.train_set)
+
+    def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
+        """Trains as every kind does; a run in latent space notes whose latents they are."""
+        if self.autoencoder is not None:
+            write_text(self.folder / "autoencoder.txt", f"{self.autoencoder.fingerprint}\n")
+        super().fit(existed, start)
 
     @property
     def cost(self) -> Cost:
