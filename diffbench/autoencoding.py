@@ -19,9 +19,8 @@ from diffbench.trained import Trained
 from diffbench.training.coding import side_by_side, spread
 
 if TYPE_CHECKING:
-    from lightning import Callback
+    from lightning import Callback, LightningDataModule
 
-    from diffbench.data.module import ImageDataModule
     from diffbench.training.autoencoder import AutoencoderModule, Features
     from diffbench.training.ema import EMA
     from diffbench.training.log import RunLog
@@ -80,19 +79,8 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
         judge = load_digits_cnn(self.train_set)
         return lambda x: judge.features(reduced((x + 1) * 127.5))
 
-    def data(self) -> "ImageDataModule":
-        from diffbench.data.module import ImageDataModule
-
-        c, t = self.config, self.config.trainer
-        return ImageDataModule(
-            train=self.train_set,
-            held_out=self.held_out,
-            seed=c.seed,
-            batch_size=t.batch_size,
-            accumulate=t.accumulate,
-            num_workers=c.data.num_workers,
-            only_first_batch=c.debug == "overfit",
-        )
+    def data(self) -> "LightningDataModule":
+        return parts.data_module(self.config, self.train_set, self.held_out)
 
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.autoencoder import Reconstructions

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": "trainer.max_images=900_000",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999",
-        "sample": "n=16 labels=3 guidance=2 seed=0 ema=0.999 out=digits.png, or keys of the sample section as steps=50",
+        "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
     }
     for name, example in values.items():
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")
@@ -81,13 +81,15 @@ def _train(arguments: argparse.Namespace) -> None:
     from diffbench.run import train
 
     run = train(arguments.config, arguments.overrides)
+    if run.config.kind == "classifier":
+        print(f"\n{table([(run.folder.name, facts(run))])}\n")
+        return
     from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not newest_scores(run):
-        print(
-            "scoring reconstructions" if run.config.kind == "autoencoder" else "drawing and scoring samples", flush=True
-        )
+        what = "reconstructions" if run.config.kind == "autoencoder" else "samples"
+        print(f"drawing and scoring {what}", flush=True)
         _score(run)
     if not picture.exists():
         save_grid(run.pictures(100), columns=10, path=picture)
@@ -100,7 +102,10 @@ def _score(run: Any, overrides: Sequence[str] = ()) -> None:
     """Appends a run's scores to its records, as its kind is scored."""
     from diffbench import reconstructing, scoring
 
-    (reconstructing if run.config.kind == "autoencoder" else scoring).evaluate(run, overrides)
+    kinds: dict[str, Any] = {"denoiser": scoring, "autoencoder": reconstructing}
+    if run.config.kind not in kinds:
+        raise UserError(f"{run.folder}: a run of kind {run.config.kind}; choose a denoiser's or an autoencoder's")
+    kinds[run.config.kind].evaluate(run, overrides)
 
 
 def _python() -> str:
@@ -155,6 +160,10 @@ class _Draw:
     seed: int = 0
     out: str | None = None
     ema: float | None = None
+    strip: bool = False
+    """Besides, how the first four come about: x_t and the predicted image along the steps, as a PNG."""
+    gif: bool = False
+    """The same as an animation."""
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -181,12 +190,22 @@ def _sample(arguments: argparse.Namespace) -> None:
     path = Path(draw.out or run.folder / "samples" / f"{'-'.join(['sample', *words])[:200]}.png")
     if draw.out and path.exists():
         raise UserError(f"{COMMAND_LINE}: out: {path} exists already; choose another name")
-    with blaming([(COMMAND_LINE, values)]):
-        images = run.sample_tensor(draw.n, draw.labels, seed=draw.seed, **changes)
-    from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
+    from diffbench.training.pictures import save_grid, save_png
+    from diffbench.training.strips import Steps
 
+    steps = Steps(decode=run.decode)
+    with blaming([(COMMAND_LINE, values)]):
+        images = run.sample_tensor(
+            draw.n, draw.labels, seed=draw.seed, callback=steps if draw.strip or draw.gif else None, **changes
+        )
     save_grid(images, columns=min(10, len(images)), path=path)
     print(path)
+    if draw.strip:
+        save_png(steps.strip(), path.with_suffix(".strip.png"))
+        print(path.with_suffix(".strip.png"))
+    if draw.gif:
+        steps.save_gif(path.with_suffix(".gif"))
+        print(path.with_suffix(".gif"))
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -1,18 +1,24 @@
 """What a config describes: its data and its network, and a check of both before anything is trained or written."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from diffbench import spaces
 from diffbench.config_kinds import BaseConfig, RunConfig
+from diffbench.data.latents import LatentSet
 from diffbench.data.sources import SOURCES, ImageSet, balanced
 from diffbench.denoisers import build
 from diffbench.denoisers.cost import Cost, count
 from diffbench.diffusion import PROCESSES, Process
+from diffbench.training.settings import AUGMENT_WIDTH
+
+if TYPE_CHECKING:
+    from diffbench.data.module import PositionDataModule
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
@@ -44,6 +50,23 @@ def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
     )
 
 
+def data_module(config: BaseConfig, train_set: Any, held_out: Any) -> "PositionDataModule[Any]":
+    """The batches of a run, of pictures or of latents as the two sets are."""
+    from diffbench.data.latent_module import LatentDataModule
+    from diffbench.data.module import ImageDataModule
+
+    kind: type[PositionDataModule[Any]] = LatentDataModule if isinstance(train_set, LatentSet) else ImageDataModule
+    return kind(
+        train=train_set,
+        held_out=held_out,
+        seed=config.seed,
+        batch_size=config.trainer.batch_size,
+        accumulate=config.trainer.accumulate,
+        num_workers=config.data.num_workers,
+        only_first_batch=config.debug == "overfit",
+    )
+
+
 def cost_of(config: RunConfig, data: ImageSet) -> Cost:
     """Parameters and multiply-accumulates of the config's network."""
     channels, size, _ = spaces.shape(config, data)
@@ -57,20 +80,16 @@ def check(config: RunConfig) -> None:
         ValueError: a line that begins with the key.
     """
     check_device(config.trainer.accelerator)
-    for key, value in _numbers(dataclasses.asdict(config.denoiser)):
-        if key == "dropout" and not 0 <= value < 1:
-            raise ValueError(f"denoiser.dropout: must lie in [0, 1), got {value}")
-        if key != "dropout" and value <= 0:
-            raise ValueError(f"denoiser.{key}: must be positive, got {value}")
+    check_sizes("denoiser", config.denoiser)
     train_set, _ = load_data(config)
     spaces.shape(config, train_set)
-    try:
+    with naming("denoiser"):
         cost_of(config, train_set)
-    except ValueError as e:
-        # Naming the section too: the key may stand in a base, and what it does not fit on the command line.
-        raise ValueError(f"{e} (section denoiser)" if str(e).startswith("denoiser.") else f"denoiser: {e}") from None
-    except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
-        raise ValueError(f"denoiser: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
+    if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
+        raise ValueError(
+            f"trainer.augment: denoiser.name={config.denoiser.name} is not told what was done to an image, so that the"
+            f" changes would leak into samples; allowed: 0, or a network with denoiser.augment_dim={AUGMENT_WIDTH}"
+        )
     check_evaluation(config, train_set)
 
 
@@ -87,6 +106,32 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
             f"evaluate.count: must be at most {rarest * train_set.num_classes}, as many real images of each class as"
             f" data.name={config.data.name} has, got {config.evaluate.count}"
         )
+
+
+def check_sizes(section: str, config: Any) -> None:
+    """Whether the sizes of a network are positive, and its dropout is a share.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, value in _numbers(dataclasses.asdict(config)):
+        if key == "dropout" and not 0 <= value < 1:
+            raise ValueError(f"{section}.dropout: must lie in [0, 1), got {value}")
+        if key != "dropout" and value <= 0:
+            raise ValueError(f"{section}.{key}: must be positive, got {value}")
+
+
+@contextlib.contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Makes whatever a network of impossible sizes raises begin with its section."""
+    try:
+        yield
+    except ValueError as e:
+        # Naming the section too: the key may stand in a base, and what it does not fit on the command line.
+        named = str(e).startswith(f"{section}.")
+        raise ValueError(f"{e} (section {section})" if named else f"{section}: {e}") from None
+    except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
+        raise ValueError(f"{section}: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
 
 
 def check_device(accelerator: str) -> None:

@@ -4,29 +4,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffbench.autoencoding import AutoencoderRun
+from diffbench.run import Run
 from diffbench.scoring import metrics, results
 from diffbench.trained import Trained
 
 
 def facts(run: Trained[Any]) -> dict[str, str]:
-    """What a table says of a run: size, length, speed, validation error, and its newest scores."""
-    lines = metrics(run.folder)
-    error = next((m["val/error"] for m in reversed(lines) if "val/error" in m), None)
-    rates = [m["perf/images_per_s"] for m in lines if "perf/images_per_s" in m]
-    images = run.images_seen
-    cost = run.cost
-    # The series holds images and images/s of each interval: their quotients sum to the seconds of training.
-    seconds = _training_seconds(lines)
-    row = {
-        "parameters": f"{cost.parameters:,}",
-        "GMACs": f"{cost.gmacs:.4f}",
-        "images seen": f"{images:,}",
-        "seconds": f"{seconds:,.0f}" if rates else "-",
-        "images/s": f"{images / seconds:,.0f}" if seconds else "-",
-    }
+    """What a table says of a run: size, length, speed, and what its kind is judged by."""
     if isinstance(run, AutoencoderRun):
-        return row | _reconstruction(run)
-    row["validation error"] = "-" if error is None else f"{error:.4f}"
+        return _common(run) | _reconstruction(run)
+    return _denoising(run) if isinstance(run, Run) else _common(run) | _validation(run)
+
+
+def _denoising(run: Run) -> dict[str, str]:
+    """Validation error, and the newest scores of each guidance."""
+    error = next((m["val/error"] for m in reversed(metrics(run.folder)) if "val/error" in m), None)
+    row = _common(run) | {"validation error": "-" if error is None else f"{error:.4f}"}
+    if run.config.trainer.time_sampling == "loss_aware":
+        row["pairing"] = "none: its times follow its losses"
     scored = newest_scores(run)
     for record in scored:
         guided = "" if record["guidance"] == 1 else f" (guidance {record['guidance']:g})"
@@ -61,6 +56,26 @@ def _reconstruction(run: AutoencoderRun) -> dict[str, str]:
         if name.startswith("label_accuracy"):
             row[f"{name}@{count} of reconstructions"] = f"{100 * value:.1f}%"
     return row
+
+
+def _common(run: Trained[Any]) -> dict[str, str]:
+    """Size, length and speed."""
+    images, cost = run.images_seen, run.cost
+    # The series holds images and images/s of each interval: their quotients sum to the seconds of training.
+    seconds = _training_seconds(metrics(run.folder))
+    return {
+        "parameters": f"{cost.parameters:,}",
+        "GMACs": f"{cost.gmacs:.4f}",
+        "images seen": f"{images:,}",
+        "seconds": f"{seconds:,.0f}" if seconds else "-",
+        "images/s": f"{images / seconds:,.0f}" if seconds else "-",
+    }
+
+
+def _validation(run: Trained[Any]) -> dict[str, str]:
+    """The last validation numbers."""
+    last: dict[str, Any] = next((m for m in reversed(metrics(run.folder)) if any(k.startswith("val/") for k in m)), {})
+    return {name.removeprefix("val/"): f"{v:.4f}" for name, v in last.items() if name.startswith("val/")}
 
 
 def newest_scores(run: Trained[Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """One run of a denoiser: build its parts, train it, load it again, sample from it; and training of every kind."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffbench import classifier as classifier_run
 from diffbench import parts, spaces, weights
 from diffbench.autoencoders import KLAutoencoder, files
 from diffbench.autoencoding import AutoencoderRun
@@ -29,9 +31,9 @@ from diffbench.training.coding import decode
 from diffbench.training.settings import SampleConfig
 
 if TYPE_CHECKING:
-    from lightning import Callback
+    from lightning import Callback, LightningDataModule
 
-    from diffbench.data.module import PositionDataModule, Rows
+    from diffbench.data.module import Rows
     from diffbench.training.ema import EMA
     from diffbench.training.guides import Helpers
     from diffbench.training.log import RunLog
@@ -99,6 +101,8 @@ class Run(Trained[RunConfig]):
     @classmethod
     def check(cls, config: RunConfig) -> None:
         parts.check(config)
+        if config.sample.weak_model is not None or config.sample.classifier is not None:
+            helpers(config.sample, config, spaces.shape(config, parts.load_data(config)[0]))
 
     @classmethod
     def prepare(cls, config: RunConfig) -> RunConfig:
@@ -125,25 +129,19 @@ class Run(Trained[RunConfig]):
 
         c, t = self.config, self.config.trainer
         return DiffusionModule(
-            self.network, self.process, c.optimizer, c.seed, t.batch_size, t.label_dropout, self.null_label
+            self.network,
+            self.process,
+            c.optimizer,
+            c.seed,
+            t.batch_size,
+            label_dropout=t.label_dropout,
+            null_label=self.null_label,
+            time_sampling=t.time_sampling,
+            augment=t.augment,
         )
 
-    def data(self) -> "PositionDataModule[Any]":
-        from diffbench.data import latent_module, module
-
-        c, t = self.config, self.config.trainer
-        kind: Any = module.ImageDataModule if self.autoencoder is None else latent_module.LatentDataModule
-        train, held_out = self.sets
-        made: PositionDataModule[Any] = kind(
-            train=train,
-            held_out=held_out,
-            seed=c.seed,
-            batch_size=t.batch_size,
-            accumulate=t.accumulate,
-            num_workers=c.data.num_workers,
-            only_first_batch=c.debug == "overfit",
-        )
-        return made
+    def data(self) -> "LightningDataModule":
+        return parts.data_module(self.config, *self.sets)
 
     @cached_property
     def sets(self) -> "tuple[Rows, Rows]":
@@ -164,29 +162,9 @@ class Run(Trained[RunConfig]):
             SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample), self.decode),
         ]
 
-    @property
-    def kin(self) -> tuple[Any, ...]:
-        """What two denoisers must have in common to act on one noisy input."""
-        return self.shape, self.config.autoencoder, self.config.process
-
     def helpers(self, settings: SampleConfig) -> "Helpers":
-        """The networks that guide besides the denoiser, as `weak_model` and `classifier` name them.
-
-        Raises:
-            UserError: if a folder holds no such run, or one that does not fit this.
-        """
-        from diffbench.training.guides import Helpers
-
-        weak = None
-        if settings.weak_model is not None and settings.guidance != 1:
-            other = load(settings.weak_model)
-            if other.kin != self.kin:
-                raise UserError(
-                    f"sample.weak_model: {settings.weak_model} was trained on other shapes or latents, or under another"
-                    " process"
-                )
-            weak = other.denoiser
-        return Helpers(weak)
+        """The networks that guide besides the denoiser; see `helpers`."""
+        return helpers(settings, self.config, self.shape)
 
     def sample(
         self,
@@ -207,6 +185,8 @@ class Run(Trained[RunConfig]):
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
         **changes: Any,
     ) -> Tensor:
         """Samples, (N, C, H, W) uint8.
@@ -216,6 +196,8 @@ class Run(Trained[RunConfig]):
             labels: one class for all, or one for each; by default the classes in turn.
             guidance: weight of guidance; by default the config's.
             seed: sample i's noise follows from (seed, i).
+            progress: called with the number of images done after each batch.
+            callback: called after each step of each batch with (step, x, predicted x0).
             **changes: other keys of the `sample` section, such as steps="50" or sampler="ddim".
 
         Raises:
@@ -226,7 +208,7 @@ class Run(Trained[RunConfig]):
         if guidance is not None:
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
-        return self.generate(self._labels(n, labels), settings, seed)
+        return self.generate(self._labels(n, labels), settings, seed, progress=progress, callback=callback)
 
     def generate(
         self,
@@ -301,7 +283,47 @@ def load_any(folder: str | Path, ema: float | None = None) -> Trained[Any]:
     return run
 
 
-KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run, "autoencoder": AutoencoderRun}
+def helpers(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "Helpers":
+    """The networks that guide a denoiser of this config and shape, as `weak_model` and `classifier` name them.
+
+    Raises:
+        ValueError: if a folder holds no such run, or one that does not fit.
+    """
+    from diffbench.training.guides import Helpers
+
+    weak = judge = None
+    with naming_key("sample.weak_model"):
+        if settings.weak_model is not None and settings.guidance != 1:
+            other = load(settings.weak_model)
+            if (other.shape, other.config.process) != (shape, config.process):
+                raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
+            if other.config.autoencoder != config.autoencoder and not spaces.is_experiment(config.autoencoder or ""):
+                raise UserError(f"{settings.weak_model} was trained on other latents: {other.config.autoencoder}")
+            weak = other.denoiser
+    with naming_key("sample.classifier"):
+        if settings.classifier is not None and settings.classifier_scale:
+            found = classifier_run.load(settings.classifier)
+            noising = parts.build_process(config.process).noising()
+            if (found.shape, found.process.noising()) != (shape, noising):
+                raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
+            judge = found.network
+    return Helpers(weak, judge)
+
+
+@contextlib.contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """Puts a key before what a UserError says."""
+    try:
+        yield
+    except UserError as e:
+        raise ValueError(f"{key}: {e}") from None
+
+
+KINDS: dict[str, type[Trained[Any]]] = {
+    "denoiser": Run,
+    "classifier": classifier_run.ClassifierRun,
+    "autoencoder": AutoencoderRun,
+}
 """The `kind` of a config -> what trains it."""
 
 

@@ -64,10 +64,6 @@ class Trained(ABC, Generic[C]):
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         """What is measured and drawn in training."""
 
-    @abstractmethod
-    def pictures(self, n: int) -> Tensor:
-        """What the finished run shows: (n, C, H, W) uint8, in rows of ten."""
-
     @classmethod
     @abstractmethod
     def check(cls, config: Any) -> None:

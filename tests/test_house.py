@@ -87,7 +87,7 @@ FLOORS = [
     {"parts"},
     {"weights"},
     {"trained"},
-    {"autoencoding"},
+    {"autoencoding", "classifier"},
     {"run"},
     {"scoring"},
     {"reconstructing"},

@@ -47,12 +47,12 @@ class ImageSet:
 class DigitsConfig:
     """scikit-learn's handwritten digits: 1,797 real 8x8 grey images in ten classes, inside the package."""
 
-    size: int = 8
-    """Side of the images; above 8 they are enlarged, bilinearly."""
     held_out: int = 360
     """Images kept from training for validation, spread evenly over the classes; 10 to 1,000."""
     num_workers: int = 0
     """Loader processes; 0 loads in the training process, the fastest for data in memory."""
+    size: int = 8
+    """Side of the images; above 8 they are enlarged, bilinearly."""
 
     def __post_init__(self) -> None:
         if not 8 <= self.size <= 512:

@@ -1,0 +1,79 @@
+"""A classifier of noisy images, for classifier guidance: the encoder half of the U-Net (Dhariwal & Nichol 2021, §4)."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from diffbench.denoisers.layers import ConditionEmbedding, GroupNorm, TimeFeatures, check_divides, check_sides
+from diffbench.denoisers.unet import ResBlock, Stage, UNetConfig
+
+
+@dataclass
+class ClassifierConfig:
+    """Sizes, under the names of the U-Net's."""
+
+    model_channels: int = 32
+    """Base width, multiplied by `channel_mult` at each level."""
+    channel_mult: list[float] = field(default_factory=lambda: [1, 2])
+    """One factor a level; the resolution halves between levels."""
+    num_res_blocks: int = 1
+    """Residual blocks a level."""
+    attention_resolutions: list[int] = field(default_factory=list)
+    """Resolutions (pixels a side) at which attention follows each residual block."""
+    num_heads: int = 4
+    dropout: float = 0.0
+    norm_groups: int = 8
+    """Groups of the group normalisation; must divide every level's width."""
+    time_features: TimeFeatures = "sinusoidal"
+
+
+class NoisyClassifier(nn.Module):
+    """Logits of noisy images (B, C, H, W); see `forward`.
+
+    Args:
+        config: sizes.
+        image_size: height and width of the input.
+        channels: C of the input.
+        num_classes: classes 0..num_classes-1.
+
+    Raises:
+        ValueError: if the levels do not divide the image, or heads or norm groups a level's width.
+    """
+
+    def __init__(self, config: ClassifierConfig, image_size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        widths = [int(config.model_channels * m) for m in config.channel_mult]
+        self.channels, self.divisor = channels, 2 ** (len(widths) - 1)
+        check_divides(
+            self.divisor, image_size, f"{len(widths)} levels of classifier.channel_mult halve the image too often"
+        )
+        emb = 4 * config.model_channels
+        self.condition = ConditionEmbedding(emb, config.model_channels, 0, False, config.time_features)
+        unet = UNetConfig(dropout=config.dropout, norm_groups=config.norm_groups)
+        width = widths[0]
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.encoder = nn.ModuleList()
+        for level, c in enumerate(widths):
+            size = image_size >> level
+            heads = config.num_heads if size in config.attention_resolutions else None
+            if level:
+                self.encoder.append(ResBlock(unet, width, width, emb, resample="down"))
+            for _ in range(config.num_res_blocks):
+                self.encoder.append(Stage(unet, width, c, emb, heads, size))
+                width = c
+        self.norm = GroupNorm(config.norm_groups, width, eps=1e-5)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Logits (B, num_classes) of a noisy image x (B, C, H, W), scaled as for a denoiser, at times t (B,).
+
+        Labels y are ignored: they are taken so that it is called as a denoiser is.
+        """
+        check_sides(x, self.channels, self.divisor)
+        c = nn.functional.silu(self.condition(t, None))
+        h = self.stem(x)
+        for layer in self.encoder:
+            h = layer(h, c)
+        pooled = nn.functional.silu(self.norm(h)).mean(dim=(2, 3))
+        out: Tensor = self.head(pooled)
+        return out
