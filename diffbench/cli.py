@@ -78,9 +78,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> None:
     from diffbench.report import facts, newest_scores, table
-    from diffbench.run import train
+    from diffbench.run import load_any, train
 
     run = train(arguments.config, arguments.overrides)
+    builds_on = getattr(run.config, "autoencoder", None)
+    if builds_on is not None and (Path(builds_on) / "config.yaml").is_file():
+        autoencoder = load_any(builds_on)
+        if not newest_scores(autoencoder):
+            _score(autoencoder)
     if run.config.kind == "classifier":
         print(f"\n{table([(run.folder.name, facts(run))])}\n")
         return
@@ -88,8 +93,6 @@ def _train(arguments: argparse.Namespace) -> None:
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not newest_scores(run):
-        what = "reconstructions" if run.config.kind == "autoencoder" else "samples"
-        print(f"drawing and scoring {what}", flush=True)
         _score(run)
     if not picture.exists():
         save_grid(run.pictures(100), columns=10, path=picture)
@@ -105,6 +108,8 @@ def _score(run: Any, overrides: Sequence[str] = ()) -> None:
     kinds: dict[str, Any] = {"denoiser": scoring, "autoencoder": reconstructing}
     if run.config.kind not in kinds:
         raise UserError(f"{run.folder}: a run of kind {run.config.kind}; choose a denoiser's or an autoencoder's")
+    what = "scoring reconstructions" if run.config.kind == "autoencoder" else "drawing and scoring samples"
+    print(f"{run.folder}: {what}", flush=True)
     kinds[run.config.kind].evaluate(run, overrides)
 
 
