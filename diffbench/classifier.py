@@ -43,7 +43,6 @@ class ClassifierRun(Trained[ClassifierRunConfig]):
         train_set, _ = parts.load_data(config)
         if train_set.num_classes < 2:
             raise ValueError(f"data.name: {config.data.name} has no classes to tell apart")
-        parts.check_sizes("classifier", config.classifier)
         with parts.naming("classifier"):
             _cost(config, tuple(train_set.images.shape[1:]), train_set.num_classes)
 
@@ -59,7 +58,9 @@ class ClassifierRun(Trained[ClassifierRunConfig]):
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.classifier import Accuracy
 
-        return [Accuracy(log, ema, self.held_out, self.config.validation.log_snr, self.config.trainer.validate_images)]
+        c = self.config
+        held_out = self.held_out.spread(c.validation.count)
+        return [Accuracy(log, ema, held_out, c.validation.log_snr, c.trainer.validate_images)]
 
 
 def _network(config: ClassifierRunConfig, shape: tuple[int, ...], classes: int) -> NoisyClassifier:

@@ -83,6 +83,8 @@ class RunConfig(BaseConfig):
     autoencoder: str | None = None
     """null: pixels. Else the denoiser works on the latents of an autoencoder: a run folder, a folder in diffusers'
     format, a hub name, or an experiment's YAML, whose run is trained first where it is missing."""
+    latent_dtype: Literal["float16", "float32"] = "float16"
+    """How the latents' means and log-variances are kept."""
     denoiser: Any = None
     process: Any = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -96,6 +98,8 @@ class RunConfig(BaseConfig):
         super().__post_init__()
         if self.autoencoder == "":
             raise ValueError("autoencoder: must be a folder, a hub name, an experiment's YAML, or null; got ''")
+        if self.autoencoder is None and self.latent_dtype != "float16":
+            raise ValueError("latent_dtype: belongs to autoencoder; without one leave it at float16")
         if self.autoencoder is not None and self.trainer.augment:
             raise ValueError("trainer.augment: changes pictures, not the latents of autoencoder; leave it at 0")
         self._check_guidance()

@@ -2,24 +2,16 @@
 
 import hashlib
 import inspect
-import os
-from pathlib import Path
 
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from diffbench.core.errors import UserError
-from diffbench.core.files import atomic
+from diffbench.core.files import atomic, cache_folder
 from diffbench.data.sources import ImageSet
 from diffbench.evaluation import digits_cnn
 from diffbench.evaluation.digits_cnn import DigitsCNN, train_digits_cnn
-
-
-def cache_folder() -> Path:
-    """Where small networks trained on first use are kept: $DIFFBENCH_CACHE, or ~/.cache/diffbench."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DIFFBENCH_CACHE") or Path(home) / "diffbench")
 
 
 def reduced(images: Tensor) -> Tensor:

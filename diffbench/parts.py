@@ -1,7 +1,6 @@
 """What a config describes: its data and its network, and a check of both before anything is trained or written."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,8 @@ def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def null_label(config: RunConfig, data: ImageSet) -> int | None:
-    """The label that means "no class", or None where labels are never dropped."""
-    return data.num_classes if config.trainer.label_dropout else None
+    """The label that means "no class", or None where labels are never dropped, or there are none."""
+    return data.num_classes if config.trainer.label_dropout and data.num_classes else None
 
 
 def build_process(config: Any) -> Process:
@@ -50,13 +49,13 @@ def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
     )
 
 
-def data_module(config: BaseConfig, train_set: Any, held_out: Any) -> "PositionDataModule[Any]":
+def data_module(
+    config: BaseConfig, train_set: ImageSet | LatentSet, held_out: ImageSet | LatentSet
+) -> "PositionDataModule":
     """The batches of a run, of pictures or of latents as the two sets are."""
-    from diffbench.data.latent_module import LatentDataModule
-    from diffbench.data.module import ImageDataModule
+    from diffbench.data.module import ImageDataModule, LatentDataModule
 
-    kind: type[PositionDataModule[Any]] = LatentDataModule if isinstance(train_set, LatentSet) else ImageDataModule
-    return kind(
+    return (LatentDataModule if isinstance(train_set, LatentSet) else ImageDataModule)(
         train=train_set,
         held_out=held_out,
         seed=config.seed,
@@ -64,6 +63,7 @@ def data_module(config: BaseConfig, train_set: Any, held_out: Any) -> "PositionD
         accumulate=config.trainer.accumulate,
         num_workers=config.data.num_workers,
         only_first_batch=config.debug == "overfit",
+        flip=getattr(config.data, "flip", False),
     )
 
 
@@ -80,8 +80,14 @@ def check(config: RunConfig) -> None:
         ValueError: a line that begins with the key.
     """
     check_device(config.trainer.accelerator)
-    check_sizes("denoiser", config.denoiser)
     train_set, _ = load_data(config)
+    if not len(train_set):
+        raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
+    if not train_set.num_classes and config.sample.guidance != 1 and config.sample.weak_model is None:
+        raise ValueError(
+            f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
+            " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
+        )
     spaces.shape(config, train_set)
     with naming("denoiser"):
         cost_of(config, train_set)
@@ -99,6 +105,10 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
     Raises:
         ValueError: if not.
     """
+    if not len(train_set):
+        raise ValueError(
+            f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
+        )
     found = len(balanced(train_set.labels, config.evaluate.count))
     if found < config.evaluate.count:
         rarest = int(train_set.labels.bincount(minlength=train_set.num_classes).min())
@@ -106,19 +116,6 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
             f"evaluate.count: must be at most {rarest * train_set.num_classes}, as many real images of each class as"
             f" data.name={config.data.name} has, got {config.evaluate.count}"
         )
-
-
-def check_sizes(section: str, config: Any) -> None:
-    """Whether the sizes of a network are positive, and its dropout is a share.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    for key, value in _numbers(dataclasses.asdict(config)):
-        if key == "dropout" and not 0 <= value < 1:
-            raise ValueError(f"{section}.dropout: must lie in [0, 1), got {value}")
-        if key != "dropout" and value <= 0:
-            raise ValueError(f"{section}.{key}: must be positive, got {value}")
 
 
 @contextlib.contextmanager
@@ -140,10 +137,3 @@ def check_device(accelerator: str) -> None:
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):
         raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
-
-
-def _numbers(sizes: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for key, value in sizes.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                yield key, number

@@ -16,14 +16,15 @@ from diffbench import classifier as classifier_run
 from diffbench import parts, spaces, weights
 from diffbench.autoencoders import KLAutoencoder, files
 from diffbench.autoencoding import AutoencoderRun
-from diffbench.config import change, from_layers, read_layers
+from diffbench.config import change, from_layers, read_layers, to_dict
 from diffbench.config import load as config_of
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.core.pixels import to_uint8
-from diffbench.data.latents import encode
+from diffbench.data.latents import LatentSet
+from diffbench.data.sets import ImageSet
 from diffbench.denoisers.cost import Cost
 from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, read_config
 from diffbench.trained import Trained
@@ -33,7 +34,6 @@ from diffbench.training.settings import SampleConfig
 if TYPE_CHECKING:
     from lightning import Callback, LightningDataModule
 
-    from diffbench.data.module import Rows
     from diffbench.training.ema import EMA
     from diffbench.training.guides import Helpers
     from diffbench.training.log import RunLog
@@ -82,7 +82,9 @@ class Run(Trained[RunConfig]):
         return net
 
     def decode(self, x: Tensor) -> Tensor:
-        """What the network works on, (N, *shape), to pictures (N, C, H, W) uint8."""
+        """What the network works on, (N, *shape), to pictures (N, C, H, W) uint8; float32 where it makes none."""
+        if self.raw:
+            return x.float()
         return to_uint8(x) if self.autoencoder is None else decode(self.autoencoder, x)
 
     def build(self) -> nn.Module:
@@ -93,6 +95,11 @@ class Run(Trained[RunConfig]):
         if self.autoencoder is not None:
             write_text(self.folder / "autoencoder.txt", f"{self.autoencoder.fingerprint}\n")
         super().fit(existed, start)
+
+    @property
+    def raw(self) -> bool:
+        """Whether what the network denoises neither is a picture, grey or red, green and blue, nor becomes one."""
+        return self.config.autoencoder is None and self.shape[0] not in (1, 3)
 
     @property
     def cost(self) -> Cost:
@@ -134,7 +141,7 @@ class Run(Trained[RunConfig]):
             c.optimizer,
             c.seed,
             t.batch_size,
-            label_dropout=t.label_dropout,
+            label_dropout=t.label_dropout if self.null_label is not None else 0.0,
             null_label=self.null_label,
             time_sampling=t.time_sampling,
             augment=t.augment,
@@ -144,12 +151,15 @@ class Run(Trained[RunConfig]):
         return parts.data_module(self.config, *self.sets)
 
     @cached_property
-    def sets(self) -> "tuple[Rows, Rows]":
-        """What training and validation read: the pictures, or their latents."""
+    def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
+        """What training and validation read: the pictures, or their latents, encoded where they are not yet."""
+        held_out = self.held_out.spread(self.config.validation.count)
         if self.autoencoder is None:
-            return self.train_set, self.held_out
-        print(f"{self.folder}: encoding {len(self.train_set) + len(self.held_out):,} images", flush=True)
-        return encode(self.train_set, self.autoencoder), encode(self.held_out, self.autoencoder)
+            return self.train_set, held_out
+        flip = getattr(self.config.data, "flip", False)
+        return spaces.encoded(self.config, self.train_set, self.autoencoder, flip), spaces.encoded(
+            self.config, held_out, self.autoencoder
+        )
 
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.sampling import SampleGrid
@@ -174,7 +184,13 @@ class Run(Trained[RunConfig]):
         seed: int = 0,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Images as Pillow pictures; see `sample_tensor`."""
+        """Images as Pillow pictures; see `sample_tensor`.
+
+        Raises:
+            ValueError: also if what the network denoises is no picture.
+        """
+        if self.raw:
+            raise ValueError(f"{self.folder}: {self.shape[0]} channels make no picture; take sample_tensor")
         images = self.sample_tensor(n, labels, guidance, seed, **changes)
         arrays = images.permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(np.squeeze(a)) for a in arrays]
@@ -189,7 +205,7 @@ class Run(Trained[RunConfig]):
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         **changes: Any,
     ) -> Tensor:
-        """Samples, (N, C, H, W) uint8.
+        """Samples, (N, C, H, W) uint8; float32 as denoised where they are no pictures.
 
         Args:
             n: how many; by default one for each label.
@@ -219,7 +235,7 @@ class Run(Trained[RunConfig]):
         progress: Callable[[int], None] | None = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """Pictures (N, C, H, W) uint8 of labels (N,); see `training.sampling.generate`."""
+        """Pictures (N, C, H, W) uint8 of labels (N,), or raw float32; see `training.sampling.generate`."""
         from diffbench.training.sampling import generate  # imports Lightning
 
         settings = settings or self.config.sample
@@ -247,12 +263,14 @@ class Run(Trained[RunConfig]):
         if n is not None and n < 1:
             raise ValueError(f"n: must be at least 1, got {n}")
         if labels is None:
-            return torch.arange(16 if n is None else n) % classes
+            return torch.arange(16 if n is None else n) % max(1, classes)
         y = torch.as_tensor(labels, dtype=torch.int64)
         if y.ndim == 0:
             y = y.repeat(1 if n is None else n)
         if not len(y) or (n is not None and len(y) != n):
             raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
+        if not classes:
+            raise ValueError("labels: this network was trained without classes; leave them out")
         if not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
         return y
@@ -278,7 +296,8 @@ def load_any(folder: str | Path, ema: float | None = None) -> Trained[Any]:
     """A trained run of any kind; see `load`."""
     folder = Path(folder)
     config = read_config(folder)
-    run = KINDS[config.kind](folder, config)
+    with blaming([(str(folder / "config.yaml"), to_dict(config))]):
+        run = KINDS[config.kind](folder, config)
     run.use_average(run.ema if ema is None else ema)
     return run
 
@@ -325,6 +344,27 @@ KINDS: dict[str, type[Trained[Any]]] = {
     "autoencoder": AutoencoderRun,
 }
 """The `kind` of a config -> what trains it."""
+
+
+def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Encodes the data of an experiment in latent space, so that training finds the latents; see `Run.sets`.
+
+    Raises:
+        UserError: for anything in the config that the user can mend.
+    """
+    stack = read_layers(path, overrides)
+    config = from_layers(stack)
+    with blaming(stack):
+        if not isinstance(config, RunConfig) or config.autoencoder is None:
+            raise ValueError(
+                "autoencoder: missing: nothing is encoded in pixel space; choose an experiment that has it"
+            )
+        Run.check(config)
+    run = Run(folder_for(Path(path), overrides, config), Run.prepare(config))
+    for part in run.sets:
+        assert isinstance(part, LatentSet)
+        numbers, size = part.mean[0].numel(), part.nbytes / 2**20
+        print(f"{len(part):,} latents of {part.name}, {numbers:,} numbers each, {size:,.1f} MiB")
 
 
 def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from diffbench.autoencoders import files
 from diffbench.autoencoding import AutoencoderRun
 from diffbench.cli import main
-from diffbench.data.latents import encode
+from diffbench.core.pixels import from_uint8
 from diffbench.run import load, load_any, train
 from diffbench.training.checkpoints import SaveState
 
@@ -92,7 +92,8 @@ def test_one_command_does_all_stages_and_says_so(trained: tuple[dict[str, str], 
         f"{runs / 'autoencoder-s0'}: not trained yet, and trained first, as autoencoder={where['autoencoder']} says",
         f"{runs / 'autoencoder-s0'}: finding the scale of the latents of 1,757 images",
         f"{runs / 'dit-s0'}: starting, ",
-        f"{runs / 'dit-s0'}: encoding 1,797 images",
+        f"encoding 1,757 images of digits by autoencoder {runs / 'autoencoder-s0'} into ",
+        "encoding 40 images of digits",
         f"{runs / 'autoencoder-s0'}: scoring reconstructions",
         f"{runs / 'dit-s0'}: drawing and scoring samples",
         "floor: fd/digits-cnn-area8@20 of reconstructions",
@@ -111,6 +112,19 @@ def test_a_second_command_trains_neither_again(
     out = capsys.readouterr().out
     assert "dit-s0: complete at 64 images" in out and "trained first" not in out and "encoding" not in out
     assert sorted(p.stat().st_mtime_ns for p in Path(where["runs"]).rglob("*.safetensors")) == before
+
+
+def test_encoding_alone_names_what_it_made(
+    trained: tuple[dict[str, str], str], runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    where, _ = trained
+    command = ["encode", where["dit"], f"autoencoder={runs[0]}"]
+    assert main([*command, "latent_dtype=float32"]) == 0
+    out = capsys.readouterr().out
+    assert "encoding 1,757 images" in out
+    assert "1,757 latents of digits, 64 numbers each, 0.9 MiB\n40 latents of digits, 64 numbers each, 0.0 MiB\n" in out
+    assert main(command) == 0  # in float16 they are there since the run was trained
+    assert capsys.readouterr().out.startswith("1,757 latents of digits, 64 numbers each, 0.4 MiB\n")
 
 
 def test_what_is_looked_at_is_decoded(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,10 +162,10 @@ def test_an_autoencoders_run_ends_with_its_scores_and_its_folder(runs: tuple[Pat
     net = run.trained
     weights = load_file(folder / "ema-0.9.safetensors")
     assert all(torch.equal(weights[k], v) for k, v in net.state_dict().items())
-    coded = encode(run.train_set, net)
-    drawn = coded.clean(torch.arange(1757))  # the spread of the posteriors adds to that of the means
-    wide = drawn.var() + coded.log_variance.exp().mean() * coded.scale**2
-    assert (drawn.mean().item(), wide.item()) == (pytest.approx(0, abs=1e-4), pytest.approx(1, rel=1e-3))
+    mean, log_variance = net.encode(from_uint8(run.train_set.images))
+    assert net.scaled(mean).mean().item() == pytest.approx(0, abs=1e-4)
+    spread = net.scaled(mean).var(correction=0) + log_variance.exp().mean() * net.config.scaling_factor**2
+    assert spread.item() == pytest.approx(1, rel=1e-3)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["images"] for m in lines if "val/psnr" in m] == [160, 320]
     with Image.open(folder / "samples" / "images-000000320.png") as grid:
@@ -247,10 +261,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     ],
 )
 def test_what_no_denoiser_can_work_on_is_found_first(
-    refused: Callable[..., str], tmp_path: Path, change: str, line: str
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, line: str
 ) -> None:
     where = experiments(tmp_path)
-    assert f": {line}" in refused("train", where["dit"], f"runs_dir={tmp_path / 'none'}", change)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert f": {line}" in refused("train", where["dit"], f"runs_dir={tmp_path / 'none'}", *change.split())
     assert not (tmp_path / "none").exists()
 
 

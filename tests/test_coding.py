@@ -7,10 +7,10 @@ from torch import Tensor
 from diffbench.autoencoders import KLAutoencoder, KLConfig, kl, sample, without_spread_
 from diffbench.core import keyed
 from diffbench.core.pixels import from_uint8, to_uint8
-from diffbench.data.latent_module import LatentDataModule
-from diffbench.data.latents import LatentSet, encode
-from diffbench.data.module import ImageDataModule, PositionDataset
-from diffbench.data.sources import DigitsConfig, ImageSet, digits
+from diffbench.data.latents import LatentSet
+from diffbench.data.module import ImageDataModule, LatentDataModule, PositionDataset
+from diffbench.data.sets import ImageSet
+from diffbench.data.sources import DigitsConfig, digits
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.training import coding
 from diffbench.training.autoencoder import AutoencoderModule
@@ -23,6 +23,13 @@ def tiny(scale: float = 1.0, shift: float = 0.0) -> KLAutoencoder:
         torch.manual_seed(0)
         net = KLAutoencoder(KLConfig(1, 1, 2, [4, 8], 1, 2, scaling_factor=scale, shift_factor=shift))
     return net.eval().requires_grad_(False)
+
+
+def encode(images: ImageSet, net: KLAutoencoder) -> LatentSet:
+    """The latents without a cache."""
+    mean, log_variance = net.encode(from_uint8(images.images))
+    scale, shift = net.config.scaling_factor, net.config.shift_factor
+    return LatentSet(mean, log_variance, images.labels, images.num_classes, scale, shift)
 
 
 def module(loss: LossConfig, features: bool = False) -> AutoencoderModule:
@@ -105,7 +112,7 @@ def test_the_scale_makes_drawn_latents_standard() -> None:
     scaled = encode(train, net)
     scaled = LatentSet(scaled.mean, scaled.log_variance, scaled.labels, 10, 1 / deviation, centre)
     data = latents(scaled, scaled)
-    drawn = torch.cat([hooked(data, data.train.rows(index), index)["x0"] for index in torch.arange(1437).split(300)])
+    drawn = torch.cat([hooked(data, data.train.gather(index), index)["x0"] for index in torch.arange(1437).split(300)])
     assert drawn.mean().item() == pytest.approx(0, abs=0.01)
     assert drawn.std().item() == pytest.approx(1, abs=0.01)
 
@@ -120,7 +127,7 @@ def hooked(data: LatentDataModule, rows: dict[str, Tensor], position: Tensor) ->
 
 def test_latents_come_in_the_order_of_their_pictures() -> None:
     net, (train, held_out) = tiny(2.0, 0.3), digits(DigitsConfig())
-    pictures = ImageDataModule(train, held_out, 5, batch_size=8)
+    pictures = ImageDataModule(train, held_out, 5, 8)
     coded = latents(encode(train, net), encode(held_out, net))
     for _, image_batch, latent_batch in zip(
         range(3), pictures.train_dataloader(), coded.train_dataloader(), strict=False
@@ -138,10 +145,10 @@ def test_latents_come_in_the_order_of_their_pictures() -> None:
 def test_each_epoch_draws_anew_and_no_draw_depends_on_the_batch() -> None:
     net, (train, _) = tiny(), digits(DigitsConfig())
     coded = encode(train.first(8), net)
-    data, rows = latents(coded, coded), coded.rows(torch.arange(8))
+    data, rows = latents(coded, coded), coded.gather(torch.arange(8))
     first, second = (hooked(data, rows, torch.arange(8) + start)["x0"] for start in (0, 8))
     assert not torch.equal(first, second)
-    half = hooked(data, coded.rows(torch.arange(4)), torch.arange(4))["x0"]
+    half = hooked(data, coded.gather(torch.arange(4)), torch.arange(4))["x0"]
     assert torch.equal(half, first[:4])
     other = hooked(latents(coded, coded, seed=6), rows, torch.arange(8))["x0"]
     assert not torch.equal(first, other)
@@ -150,10 +157,10 @@ def test_each_epoch_draws_anew_and_no_draw_depends_on_the_batch() -> None:
 def test_half_precision_moments_are_drawn_in_float32() -> None:
     coded = encode(digits(DigitsConfig())[0].first(8), tiny())
     half = LatentSet(coded.mean.half(), coded.log_variance.half(), coded.labels, 10)
-    drawn = hooked(latents(half, half), half.rows(torch.arange(8)), torch.arange(8))["x0"]
+    drawn = hooked(latents(half, half), half.gather(torch.arange(8)), torch.arange(8))["x0"]
     assert drawn.dtype == torch.float32
     assert torch.allclose(
-        drawn, hooked(latents(coded, coded), coded.rows(torch.arange(8)), torch.arange(8))["x0"], atol=0.01
+        drawn, hooked(latents(coded, coded), coded.gather(torch.arange(8)), torch.arange(8))["x0"], atol=0.01
     )
     assert half.clean(torch.arange(3)).dtype == torch.float32
 

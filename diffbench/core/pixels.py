@@ -11,4 +11,4 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def from_uint8(images: Tensor) -> Tensor:
     """0..255 to [-1, 1], float32."""
-    return images.float() / 127.5 - 1
+    return images.float().div_(127.5).sub_(1)

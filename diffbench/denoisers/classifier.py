@@ -4,7 +4,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from diffbench.denoisers.layers import ConditionEmbedding, GroupNorm, TimeFeatures, check_divides, check_sides
+from diffbench.denoisers.checks import (
+    check_divides,
+    check_dropout,
+    check_features,
+    check_halves,
+    check_occurs,
+    check_positive,
+    check_sides,
+    check_widths,
+)
+from diffbench.denoisers.layers import ConditionEmbedding, GroupNorm, TimeFeatures
 from diffbench.denoisers.unet import ResBlock, Stage, UNetConfig
 
 
@@ -26,6 +36,13 @@ class ClassifierConfig:
     """Groups of the group normalisation; must divide every level's width."""
     time_features: TimeFeatures = "sinusoidal"
 
+    def __post_init__(self) -> None:
+        numbers = ("model_channels", "channel_mult", "num_res_blocks", "num_heads", "norm_groups")
+        check_positive(self, *numbers, section="classifier")
+        check_dropout(self.dropout, "classifier")
+        check_features(self.time_features, self.model_channels, "classifier")
+        check_widths(self.model_channels, self.channel_mult, "classifier")
+
 
 class NoisyClassifier(nn.Module):
     """Logits of noisy images (B, C, H, W); see `forward`.
@@ -44,9 +61,8 @@ class NoisyClassifier(nn.Module):
         super().__init__()
         widths = [int(config.model_channels * m) for m in config.channel_mult]
         self.channels, self.divisor = channels, 2 ** (len(widths) - 1)
-        check_divides(
-            self.divisor, image_size, f"{len(widths)} levels of classifier.channel_mult halve the image too often"
-        )
+        check_halves("channel_mult", len(widths), (image_size,), "classifier")
+        check_occurs("attention_resolutions", config.attention_resolutions, image_size, len(widths), "classifier")
         emb = 4 * config.model_channels
         self.condition = ConditionEmbedding(emb, config.model_channels, 0, False, config.time_features)
         unet = UNetConfig(dropout=config.dropout, norm_groups=config.norm_groups)
@@ -56,8 +72,11 @@ class NoisyClassifier(nn.Module):
         for level, c in enumerate(widths):
             size = image_size >> level
             heads = config.num_heads if size in config.attention_resolutions else None
+            check_divides("norm_groups", config.norm_groups, c, "a level's width", "classifier")
+            if heads is not None:
+                check_divides("num_heads", heads, c, "a width with attention", "classifier")
             if level:
-                self.encoder.append(ResBlock(unet, width, width, emb, resample="down"))
+                self.encoder.append(ResBlock(unet, width, width, emb, direction="down"))
             for _ in range(config.num_res_blocks):
                 self.encoder.append(Stage(unet, width, c, emb, heads, size))
                 width = c

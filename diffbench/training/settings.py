@@ -180,8 +180,11 @@ class ValidationConfig:
 
     log_snr: list[float] = field(default_factory=lambda: [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
     """Noise levels, log(alpha^2 / sigma^2)."""
+    count: int = 2_000
+    """Held-out images to use, spread evenly over the classes; all where there are fewer."""
 
     def __post_init__(self) -> None:
+        _positive("validation", self, "count")
         if not self.log_snr:
             raise ValueError("validation.log_snr: must name at least one level")
 

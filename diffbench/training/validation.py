@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from diffbench.core import keyed
-from diffbench.data.module import Rows
+from diffbench.data.latents import LatentSet
+from diffbench.data.sets import ImageSet
 from diffbench.diffusion import Process, predictor
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
@@ -21,7 +22,7 @@ from diffbench.training.module import DiffusionModule
 
 @torch.no_grad()
 def denoising_error(
-    denoiser: nn.Module, process: Process, data: Rows, log_snr: Sequence[float], batch_size: int = 512
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = 512
 ) -> dict[float, float]:
     """Mean squared error per number of the denoised picture or latent, as the data set gives it, at each log-SNR.
 
@@ -56,7 +57,9 @@ def as_metrics(errors: dict[float, float]) -> dict[str, float]:
 class Validation(L.Callback):
     """Records the validation error of the averaged weights every `every` images and at the end."""
 
-    def __init__(self, run_log: RunLog, ema: EMA, data: Rows, log_snr: Sequence[float], every: int) -> None:
+    def __init__(
+        self, run_log: RunLog, ema: EMA, data: ImageSet | LatentSet, log_snr: Sequence[float], every: int
+    ) -> None:
         self.run_log, self.ema, self.data, self.log_snr, self.every = run_log, ema, data, log_snr, every
 
     def on_train_batch_end(
