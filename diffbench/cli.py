@@ -14,7 +14,7 @@ from diffbench.core.errors import UserError, suggest
 COMMAND_LINE = "command line"
 VERBS = {
     "train": "train an experiment; the same command resumes it",
-    "encode": "encode an experiment's pictures into latents, which `train` does too where they are missing",
+    "encode": "encode an experiment's data into latents ahead of training",
     "show": "print an experiment's resolved config; runs nothing",
     "list": "list backbones, presets and experiments",
     "evaluate": "draw samples of a run and score them",

@@ -121,8 +121,8 @@ def test_smoke_is_two_steps_and_yields_to_the_command_line() -> None:
 
 
 TOP = (
-    "format, kind, seed, tag, runs_dir, init_from, debug, data, autoencoder, denoiser, process, optimizer, ema,"
-    " trainer, validation, sample, evaluate"
+    "format, kind, seed, tag, runs_dir, init_from, debug, data, autoencoder, latent_dtype, denoiser, process,"
+    " optimizer, ema, trainer, validation, sample, evaluate"
 )
 REFUSED = {
     "sedd=1": f"sedd: unknown key; allowed: {TOP}; did you mean 'seed'?",
