@@ -1,8 +1,6 @@
 """Scores of a run's samples against real images, as records appended to results.jsonl."""
 
 import dataclasses
-import hashlib
-import inspect
 import json
 import platform
 import time
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffbench import __version__
@@ -20,35 +17,15 @@ from diffbench.config import change
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import COMMAND_LINE, parse_overrides
 from diffbench.core.errors import UserError, suggest
-from diffbench.core.files import atomic, cache_folder
 from diffbench.data.sources import ImageSet, balanced
-from diffbench.evaluation import digits_cnn
-from diffbench.evaluation.digits_cnn import DigitsCNN, train_digits_cnn
+from diffbench.evaluation.digits_cnn import DigitsCNN
 from diffbench.evaluation.metrics import coverage, frechet_distance, nearest_distance
+from diffbench.judge import judge_name, load_digits_cnn, reduced
 from diffbench.parts import check_evaluation
 from diffbench.run import Run
+from diffbench.trained import Trained
+from diffbench.training.coding import reconstruct
 from diffbench.training.settings import SampleConfig
-
-
-def load_digits_cnn(train_set: ImageSet) -> DigitsCNN:
-    """digits-cnn for a training set: from the cache, or trained in seconds and cached under a key of data and code.
-
-    Raises:
-        UserError: if the images are not (1, 8, 8) digits.
-    """
-    if tuple(train_set.images.shape[1:]) != (1, 8, 8) or train_set.num_classes != 10:
-        shape = tuple(train_set.images.shape[1:])
-        raise UserError(f"evaluate.extractor: digits-cnn scores 8x8 grey digits in ten classes, not {shape}")
-    code = hashlib.sha256(inspect.getsource(digits_cnn).encode()).hexdigest()[:8]
-    path = cache_folder() / f"digits-cnn-{train_set.fingerprint()}-{code}.safetensors"
-    if not path.exists():
-        print(f"training digits-cnn, the judge of the samples, once (kept in {path})", flush=True)
-        net = train_digits_cnn(train_set.images, train_set.labels)
-        with atomic(path) as file:
-            file.write(save(net.state_dict()))
-    net = DigitsCNN()
-    net.load_state_dict(load_file(path))
-    return net.eval().requires_grad_(False)
 
 
 def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -80,51 +57,74 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     settings = [config.sample.unguided()]
     if config.sample.guided:
         settings.append(config.sample)
+    floor = _floor(run, config.evaluate.count, judge)
     records = []
     for how in settings:
-        records.append(_score(run, config, judge, how))
-        with (run.folder / "results.jsonl").open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
+        records.append(_score(run, config, judge, how) | floor)
+        append(run.folder, records[-1])
     return records
 
 
-def _score(run: Run, config: RunConfig, judge: DigitsCNN, how: SampleConfig) -> dict[str, Any]:
-    count, name = config.evaluate.count, config.evaluate.extractor
-    labels = torch.arange(count) * run.train_set.num_classes // count
-    started = time.perf_counter()
-    samples = run.generate(labels, how, config.seed)
-    seconds = time.perf_counter() - started
+def append(folder: Path, record: dict[str, Any]) -> None:
+    """Adds a record to the run folder's results.jsonl."""
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def header(run: Trained[Any], data: ImageSet) -> dict[str, Any]:
+    """What a record says of when, what and with which versions."""
     return {
         "format": 1,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "images_seen": run.images_seen,
-        "guidance": how.guidance,
-        "sample": dataclasses.asdict(how) | {"seed": config.seed, "seconds": seconds},
         "ema": run.ema,
-        "data": run.train_set.fingerprint(),
+        "data": data.fingerprint(),
         "versions": {
             "diffbench": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        **scores(samples, labels, run.train_set, run.held_out, judge, name),
+    }
+
+
+def _floor(run: Run, count: int, judge: DigitsCNN) -> dict[str, Any]:
+    """The distance of the real images, once through the autoencoder, from themselves: what no denoiser can undercut."""
+    if run.autoencoder is None:
+        return {}
+    real = run.train_set.images[balanced(run.train_set.labels, count)]
+    restored, _ = reconstruct(run.autoencoder, real)
+    distance = frechet_distance(judge.features(reduced(restored)), judge.features(reduced(real)))
+    return {"autoencoder": run.autoencoder.fingerprint, f"reconstruction_fd/{judge_name(real)}@{count}": distance}
+
+
+def _score(run: Run, config: RunConfig, judge: DigitsCNN, how: SampleConfig) -> dict[str, Any]:
+    count = config.evaluate.count
+    labels = torch.arange(count) * run.train_set.num_classes // count
+    started = time.perf_counter()
+    samples = run.generate(labels, how, config.seed)
+    seconds = time.perf_counter() - started
+    return {
+        **header(run, run.train_set),
+        "guidance": how.guidance,
+        "sample": dataclasses.asdict(how) | {"seed": config.seed, "seconds": seconds},
+        **scores(samples, labels, run.train_set, run.held_out, judge),
     }
 
 
 def scores(
-    samples: Tensor, labels: Tensor, train_set: ImageSet, held_out: ImageSet, judge: DigitsCNN, name: str
+    samples: Tensor, labels: Tensor, train_set: ImageSet, held_out: ImageSet, judge: DigitsCNN
 ) -> dict[str, float]:
     """Metrics of samples (N, C, H, W) uint8 with labels (N,); names say extractor and count.
 
     Fréchet distance and coverage (k=5) compare with N real training images, spread evenly over the classes; the
     distance to the nearest training image stands beside the same for held-out images, so that copies show.
     """
-    n = len(samples)
+    n, name = len(samples), judge_name(samples)
     real = train_set.images[balanced(train_set.labels, n)]
-    features, reference = judge.features(samples), judge.features(real)
+    features, reference = judge.features(reduced(samples)), judge.features(reduced(real))
     return {
         f"fd/{name}@{n}": frechet_distance(features, reference),
-        f"label_accuracy/{name}@{n}": float((judge(samples).argmax(1) == labels).double().mean()),
+        f"label_accuracy/{name}@{n}": float((judge(reduced(samples)).argmax(1) == labels).double().mean()),
         f"coverage/{name}@{n}": coverage(features, reference, k=5),
         f"nearest_train@{n}": float(nearest_distance(samples, train_set.images).mean()),
         "nearest_train_held_out": float(nearest_distance(held_out.images, train_set.images).mean()),
