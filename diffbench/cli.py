@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside training, which ends by itself
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as e:  # what no check foresaw, still in one line
         if os.environ.get("DIFFBENCH_TRACEBACK"):
             raise
