@@ -82,7 +82,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from diffbench.scoring import evaluate
 
     run = train(arguments.config, arguments.overrides)
-    from diffbench.training.sampling import save_grid  # imports Lightning: after the checks
+    from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not newest_scores(run):
@@ -176,7 +176,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise UserError(f"{COMMAND_LINE}: out: {path} exists already; choose another name")
     with blaming([(COMMAND_LINE, values)]):
         images = run.sample_tensor(draw.n, draw.labels, seed=draw.seed, **changes)
-    from diffbench.training.sampling import save_grid  # imports Lightning: after the checks
+    from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     save_grid(images, columns=min(10, len(images)), path=path)
     print(path)

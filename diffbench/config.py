@@ -1,24 +1,22 @@
 """YAML with `base:` inheritance, plus key=value overrides, into plain dataclasses; every error names file and key.
 
-OmegaConf reads YAML and resolves ${...}; `schema` checks. What reaches the code is `RunConfig`, a tree of plain
-dataclasses. The sections `data` and `denoiser` choose their dataclass by `name`, from the registries of data
-sources and of denoisers.
+OmegaConf reads YAML and resolves ${...}; `schema` checks. What reaches the code is the dataclass of the config's
+`kind`, a tree of plain dataclasses; config_kinds.py holds them.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffbench import schema
+from diffbench.config_kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, keys_of
 from diffbench.config_layers import (
     COMMAND_LINE,
     SMOKE_MODE,
@@ -30,84 +28,11 @@ from diffbench.config_layers import (
     read_chain,
 )
 from diffbench.core.errors import suggest
-from diffbench.data.sources import SOURCES
 from diffbench.denoisers import DENOISERS
-from diffbench.diffusion.process import DiscreteVP, VPConfig
-from diffbench.diffusion.schedules import space_timesteps
-from diffbench.training.settings import (
-    EMAConfig,
-    EvaluateConfig,
-    OptimizerConfig,
-    SampleConfig,
-    TrainerConfig,
-    ValidationConfig,
-)
 
-FORMAT = 1
+C = TypeVar("C", bound=BaseConfig)
 
-
-@dataclass
-class RunConfig:
-    """One run. `data` and `denoiser` hold the dataclass of their `name`, with `name` as a field."""
-
-    format: int = FORMAT
-    kind: Literal["denoiser"] = "denoiser"
-    seed: int = 0
-    tag: str | None = None
-    """Added to the run folder's name; overrides of anything but the length add one by themselves."""
-    runs_dir: str = "runs"
-    init_from: str | None = None
-    """A run folder whose EMA weights start this run (a warm start, apart from resuming)."""
-    debug: Literal["none", "smoke", "overfit"] = "none"
-    """smoke: two steps of everything; overfit: learn one batch by heart."""
-    data: Any = None
-    denoiser: Any = None
-    process: VPConfig = field(default_factory=VPConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-    def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise ValueError(f"format: must be {FORMAT}, got {self.format}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: must lie in 0 to 2^63 - 1, got {self.seed}")
-        if self.tag is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tag):
-            raise ValueError(
-                f"tag: {self.tag!r} is no name; allowed: up to 100 letters, digits, '-', '_' and '.', no sign first"
-            )
-        if not self.runs_dir:
-            raise ValueError("runs_dir: must be a folder, got ''")
-        if self.sample.guidance != 1 and self.trainer.label_dropout == 0:
-            raise ValueError(
-                f"sample.guidance: {self.sample.guidance:g} needs a null class, and trainer.label_dropout=0 trains"
-                " none; allowed: sample.guidance=1, or trainer.label_dropout above 0"
-            )
-        self._check_against_process()
-
-    def _check_against_process(self) -> None:
-        total = self.process.steps
-        try:
-            space_timesteps(total, self.sample.steps)
-        except ValueError as e:
-            wanted = f"{self.sample.steps!r} does not fit process.steps={total}"
-            raise ValueError(f"sample.steps: {wanted}: {e}") from None
-        try:
-            DiscreteVP(self.process).time_at(torch.tensor(self.validation.log_snr, dtype=torch.float64))
-        except ValueError as e:
-            raise ValueError(f"validation.log_snr: {e}") from None
-
-
-# Section -> its registry of dataclasses, chosen by the section's `name`.
-REGISTRIES: dict[str, dict[str, type]] = {
-    "data": {name: source.config for name, source in SOURCES.items()},
-    "denoiser": {name: entry.config for name, entry in DENOISERS.items()},
-}
-
-SMOKE = {
+SMOKE: dict[str, dict[str, Any]] = {
     "trainer": {
         "max_images": 16,
         "batch_size": 8,
@@ -122,7 +47,7 @@ SMOKE = {
 }
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> BaseConfig:
     """Reads a YAML file, merges its bases and the overrides, checks everything.
 
     Args:
@@ -139,23 +64,27 @@ def read_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[Layer]:
     """What a config consists of: its farthest base first, the command line last."""
     stack = read_chain(Path(path))
     changes = parse_overrides(overrides)
-    debug = [values["debug"] for values in (*(v for _, v in stack), changes) if "debug" in values]
-    if debug and debug[-1] == "smoke":
-        stack.append((SMOKE_MODE, SMOKE))
+    said: dict[str, Any] = {}
+    for _, values in (*stack, (COMMAND_LINE, changes)):
+        said |= {key: values[key] for key in ("debug", "kind") if key in values}
+    if said.get("debug") == "smoke":
+        with blaming(stack):
+            known = keys_of(_root(said))
+        stack.append((SMOKE_MODE, {section: values for section, values in SMOKE.items() if section in known}))
     return [*stack, (COMMAND_LINE, changes)]
 
 
-def from_layers(stack: Sequence[Layer]) -> RunConfig:
-    """The checked config of layers, later ones on top."""
+def from_layers(stack: Sequence[Layer]) -> BaseConfig:
+    """The checked config of layers, later ones on top: the dataclass of its `kind`, a `RunConfig` for denoisers."""
     merged: dict[str, Any] = {}
     for _, values in stack:
         for section in REGISTRIES:
             before, now = merged.get(section), values.get(section)
             # The sizes of another network or data set do not carry over, nor do sizes below a preset.
             if isinstance(before, dict) and isinstance(now, dict):
-                same = now.get("name", before.get("name")) == before.get("name")
-                if not same or now.get("preset") is not None:
-                    merged[section] = {"name": before.get("name")}
+                name = before.get("name", DEFAULT_NAMES.get(section))
+                if now.get("name", name) != name or now.get("preset") is not None:
+                    merged[section] = {"name": name}
         merged = merge(merged, values)
     with blaming(stack):
         try:
@@ -163,28 +92,40 @@ def from_layers(stack: Sequence[Layer]) -> RunConfig:
         except OmegaConfBaseException as e:
             raise ValueError(f"{e.full_key or 'config'}: {one_line(e)}") from None
         assert isinstance(plain, dict)
-        kinds = {section: _chosen(plain, section) for section in REGISTRIES}
-        config = schema.build(RunConfig, plain, kinds=kinds)
-    assert isinstance(config, RunConfig)
+        root = _root(plain)
+        sections = [key for key in keys_of(root) if key in REGISTRIES]
+        config = schema.build(root, plain, kinds={section: _chosen(plain, section) for section in sections})
+    assert isinstance(config, BaseConfig)
     return config
 
 
-def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
+def _root(values: dict[Any, Any]) -> type[BaseConfig]:
+    """The dataclass of the config's kind."""
+    kind = values.get("kind", "denoiser")
+    if not isinstance(kind, str) or kind not in KINDS:
+        near = suggest(str(kind), KINDS)
+        raise ValueError(f"kind: unknown value {schema.shown(kind)}; choose from {', '.join(KINDS)}{near}")
+    return KINDS[kind]
+
+
+def from_dict(values: dict[str, Any], origin: str) -> BaseConfig:
     """The config of values already read; `origin` is named in errors."""
     return from_layers([(origin, values)])
 
 
-def change(config: RunConfig, changes: dict[str, Any], origin: str = COMMAND_LINE) -> RunConfig:
+def change(config: C, changes: dict[str, Any], origin: str = COMMAND_LINE) -> C:
     """A config with some values changed, checked again; `origin` of the changes is named in errors."""
-    return from_layers([("config", to_dict(config)), (origin, changes)])
+    changed = from_layers([("config", to_dict(config)), (origin, changes)])
+    assert isinstance(changed, type(config))
+    return changed
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: BaseConfig) -> dict[str, Any]:
     """Plain dictionaries, lists, numbers and strings: what config.yaml and checkpoints hold."""
-    return dataclasses.asdict(config)
+    return dataclasses.asdict(config)  # type: ignore[call-overload]
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: BaseConfig) -> str:
     """The resolved config as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
@@ -203,6 +144,8 @@ def _chosen(values: dict[Any, Any], section: str) -> type:
     """The dataclass of a section's `name`; fills in its preset."""
     registry, given = REGISTRIES[section], values.get(section)
     first = next(iter(registry))
+    if section in DEFAULT_NAMES and (given is None or isinstance(given, dict)):
+        given = values[section] = {"name": DEFAULT_NAMES[section]} | (given or {})
     if given is not None and not isinstance(given, dict):
         raise ValueError(
             f"{section}: must be a section with keys, got {schema.shown(given)}; write {section}.name={first}"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffbench.config import RunConfig, flatten, from_dict, load, to_dict, to_yaml
+from diffbench.config import flatten, from_dict, load, to_dict, to_yaml
+from diffbench.config_kinds import BaseConfig
 from diffbench.config_layers import parse_overrides, read_yaml
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
@@ -16,7 +17,7 @@ FREE = {"trainer.max_images", "data.num_workers", "runs_dir", "tag"}
 LONGEST_TAG = 100
 
 
-def folder_for(path: Path, overrides: Sequence[str], config: RunConfig) -> Path:
+def folder_for(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path:
     """runs/<experiment>/<yaml stem>[-<debug>][-<tag>]-s<seed>; overrides of all but the length make a tag themselves.
 
     The experiment is the name of the YAML's folder.
@@ -26,7 +27,7 @@ def folder_for(path: Path, overrides: Sequence[str], config: RunConfig) -> Path:
     return Path(config.runs_dir) / path.resolve().parent.name / "-".join(p for p in parts if p)
 
 
-def _automatic_tag(path: Path, overrides: Sequence[str], config: RunConfig) -> str:
+def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> str:
     given, now = flatten(parse_overrides(overrides)), flatten(to_dict(config))
     try:
         plain = flatten(to_dict(load(path, [f"debug={config.debug}"])))
@@ -80,7 +81,7 @@ def has_checkpoint(folder: Path) -> bool:
     return any(folder.glob("checkpoints/step-*.ckpt"))
 
 
-def check_same(folder: Path, config: RunConfig) -> bool:
+def check_same(folder: Path, config: BaseConfig) -> bool:
     """Whether the folder holds this run already; writes config.yaml into a new one.
 
     Raises:
@@ -104,7 +105,7 @@ def check_same(folder: Path, config: RunConfig) -> bool:
     return True
 
 
-def update_length(folder: Path, config: RunConfig) -> None:
+def update_length(folder: Path, config: BaseConfig) -> None:
     """Writes the config of a run that goes on, and says how its length changed."""
     before, now = read_config(folder).trainer.max_images, config.trainer.max_images
     if before != now:
@@ -112,7 +113,7 @@ def update_length(folder: Path, config: RunConfig) -> None:
     write_text(folder / "config.yaml", to_yaml(config))
 
 
-def read_config(folder: Path) -> RunConfig:
+def read_config(folder: Path) -> BaseConfig:
     """The config of a run folder.
 
     Raises:

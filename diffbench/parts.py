@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffbench.config import RunConfig
+from diffbench.config_kinds import BaseConfig, RunConfig
 from diffbench.data.sources import SOURCES, ImageSet, balanced
 from diffbench.denoisers import build
 from diffbench.denoisers.cost import Cost, count
+from diffbench.diffusion import PROCESSES, Process
 
 
-def load_data(config: RunConfig) -> tuple[ImageSet, ImageSet]:
+def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
     """The training and held-out parts of the config's data set."""
     return SOURCES[config.data.name].load(config.data)
 
@@ -21,6 +22,11 @@ def load_data(config: RunConfig) -> tuple[ImageSet, ImageSet]:
 def null_label(config: RunConfig, data: ImageSet) -> int | None:
     """The label that means "no class", or None where labels are never dropped."""
     return data.num_classes if config.trainer.label_dropout else None
+
+
+def build_process(config: Any) -> Process:
+    """The process of a section `process`."""
+    return PROCESSES[config.name].build(config)
 
 
 def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
@@ -33,7 +39,7 @@ def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
         channels=channels,
         num_classes=data.num_classes,
         null_class=null_label(config, data) is not None,
-        learn_sigma=config.process.variance == "learned_range",
+        learn_sigma=getattr(config.process, "variance", None) == "learned_range",
     )
 
 

@@ -1,66 +1,123 @@
-"""One run: build its parts, train it, load it again, sample from it."""
+"""One run of a denoiser: build its parts, train it, load it again, sample from it; and training of every kind."""
 
-import logging
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffbench import weights
-from diffbench.config import RunConfig, change, from_layers, read_layers, to_yaml
+from diffbench import parts, weights
+from diffbench.config import change, from_layers, read_layers
+from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
+from diffbench.core.errors import UserError
 from diffbench.core.files import locked
 from diffbench.denoisers.cost import Cost
-from diffbench.diffusion import DiscreteVP
-from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, read_config, update_length
-from diffbench.parts import build_denoiser, check, cost_of, load_data, null_label
+from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, read_config
+from diffbench.trained import Trained
+from diffbench.training.settings import SampleConfig
+
+if TYPE_CHECKING:
+    from lightning import Callback
+
+    from diffbench.data.module import ImageDataModule
+    from diffbench.training.ema import EMA
+    from diffbench.training.guides import Helpers
+    from diffbench.training.log import RunLog
+    from diffbench.training.module import DiffusionModule
 
 
-class Run:
-    """A run folder with its network.
+class Run(Trained[RunConfig]):
+    """A denoiser's run folder with its network.
 
     Attributes:
-        folder: where it lies.
-        config: its resolved config.
-        denoiser: the network, with averaged weights after `load`.
+        train_set: the training part of its data set.
+        held_out: the other part.
+        shape: (C, H, W) of what the network denoises.
         process: what it was trained under.
-        ema: decay of the average that the network holds after `load`.
-        images_seen: of the weights that were loaded.
+        null_label: the label that means "no class", or None.
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
-        self.folder, self.config = folder, config
-        self.train_set, self.held_out = load_data(config)
+        self.train_set, self.held_out = parts.load_data(config)
         self.shape = tuple(self.train_set.images.shape[1:])
-        self.process = DiscreteVP(config.process)
-        self.null_label = null_label(config, self.train_set)
-        torch.manual_seed(config.seed)
-        self.denoiser: nn.Module = build_denoiser(config, self.train_set)
-        if config.trainer.channels_last:
-            self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = config.ema.decays[0]
-        self.images_seen = 0
+        self.process = parts.build_process(config.process)
+        self.null_label = parts.null_label(config, self.train_set)
+        super().__init__(folder, config)
 
-    def use_average(self, decay: float) -> None:
-        """Loads the average of a decay into the network.
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network."""
+        return self.network
 
-        Raises:
-            UserError: if the run keeps no such average, or has no weights yet.
-        """
-        averaged, self.images_seen = weights.read(self.folder, self.config, self.denoiser, decay)
-        self.denoiser.load_state_dict(averaged, strict=True)
-        self.denoiser.eval()
-        self.ema = decay
+    def build(self) -> nn.Module:
+        return parts.build_denoiser(self.config, self.train_set)
 
     @property
     def cost(self) -> Cost:
-        """Parameters and multiply-accumulates of the network."""
-        return cost_of(self.config, self.train_set)
+        return parts.cost_of(self.config, self.train_set)
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        parts.check(config)
+
+    @classmethod
+    def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
+        return weights.initial(config)
+
+    def module(self) -> "DiffusionModule":
+        from diffbench.training.module import DiffusionModule
+
+        c, t = self.config, self.config.trainer
+        return DiffusionModule(
+            self.network, self.process, c.optimizer, c.seed, t.batch_size, t.label_dropout, self.null_label
+        )
+
+    def data(self) -> "ImageDataModule":
+        from diffbench.data.module import ImageDataModule
+
+        c, t = self.config, self.config.trainer
+        return ImageDataModule(
+            train=self.train_set,
+            held_out=self.held_out,
+            seed=c.seed,
+            batch_size=t.batch_size,
+            accumulate=t.accumulate,
+            num_workers=c.data.num_workers,
+            only_first_batch=c.debug == "overfit",
+        )
+
+    def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
+        from diffbench.training.sampling import SampleGrid
+        from diffbench.training.validation import Validation
+
+        c, t = self.config, self.config.trainer
+        classes = self.train_set.num_classes
+        return [
+            Validation(log, ema, self.held_out, c.validation.log_snr, t.validate_images),
+            SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample)),
+        ]
+
+    def helpers(self, settings: SampleConfig) -> "Helpers":
+        """The networks that guide besides the denoiser, as `weak_model` and `classifier` name them.
+
+        Raises:
+            UserError: if a folder holds no such run, or one that does not fit this.
+        """
+        from diffbench.training.guides import Helpers
+
+        weak = None
+        if settings.weak_model is not None and settings.guidance != 1:
+            other = load(settings.weak_model)
+            if (other.shape, other.config.process) != (self.shape, self.config.process):
+                raise UserError(
+                    f"sample.weak_model: {settings.weak_model} was trained on other shapes or under another process"
+                )
+            weak = other.denoiser
+        return Helpers(weak)
 
     def sample(
         self,
@@ -88,7 +145,7 @@ class Run:
         Args:
             n: how many; by default one for each label.
             labels: one class for all, or one for each; by default the classes in turn.
-            guidance: weight of classifier-free guidance; by default the config's.
+            guidance: weight of guidance; by default the config's.
             seed: sample i's noise follows from (seed, i).
             **changes: other keys of the `sample` section, such as steps="50" or sampler="ddim".
 
@@ -100,10 +157,34 @@ class Run:
         if guidance is not None:
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
-        y = self._labels(n, labels)
+        return self.generate(self._labels(n, labels), settings, seed)
+
+    def generate(
+        self,
+        labels: Tensor,
+        settings: SampleConfig | None = None,
+        seed: int = 0,
+        first: int = 0,
+        progress: Callable[[int], None] | None = None,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Pictures (N, C, H, W) uint8 of labels (N,); see `training.sampling.generate`."""
         from diffbench.training.sampling import generate  # imports Lightning
 
-        return generate(self.denoiser, self.process, settings, y, self.shape, null_label=self.null_label, seed=seed)
+        settings = settings or self.config.sample
+        return generate(
+            self.denoiser,
+            self.process,
+            settings,
+            labels,
+            self.shape,
+            null_label=self.null_label,
+            helpers=self.helpers(settings),
+            seed=seed,
+            first=first,
+            progress=progress,
+            callback=callback,
+        )
 
     def _labels(self, n: int | None, labels: int | Sequence[int] | Tensor | None) -> Tensor:
         classes = self.train_set.num_classes
@@ -122,23 +203,33 @@ class Run:
 
 
 def load(folder: str | Path, ema: float | None = None) -> Run:
-    """A trained run with its averaged weights, on the CPU, ready to sample.
+    """A trained denoiser with its averaged weights, on the CPU, ready to sample.
 
     Args:
         folder: the run folder.
         ema: decay of the average, one of `config.ema.decays`; by default the first.
 
     Raises:
-        UserError: if the folder holds no run, no weights yet, or no such average.
+        UserError: if the folder holds no denoiser's run, no weights yet, or no such average.
     """
     folder = Path(folder)
-    run = Run(folder, read_config(folder))
+    config = read_config(folder)
+    if not isinstance(config, RunConfig):
+        raise UserError(f"{folder}: a run of kind {config.kind}; choose a denoiser's")
+    run = Run(folder, config)
     run.use_average(run.ema if ema is None else ema)
     return run
 
 
-def train(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run}
+"""The `kind` of a config -> what trains it."""
+
+
+def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """Trains the experiment of a YAML, resumes it, or finds it complete; returns it with averaged weights.
+
+    Returns:
+        The `Run`, or what else the config's kind is.
 
     Raises:
         UserError: for anything in config or folder that the user can mend.
@@ -146,102 +237,15 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """
     stack = read_layers(path, overrides)
     config = from_layers(stack)
+    kind = KINDS[config.kind]
     folder = folder_for(Path(path), overrides, config)
     with blaming(stack):  # all that can be found before the folder is made, or Lightning imported
-        check(config)
+        kind.check(config)
         check_place(folder)
-        start = None if has_checkpoint(folder) else weights.initial(config)
+        start = None if has_checkpoint(folder) else kind.start(config)
     with locked(folder):
         existed = check_same(folder, config)
-        _fit(Run(folder, config), existed, start)
-        return load(folder)
-
-
-def _fit(run: Run, existed: bool, start: dict[str, Tensor] | None) -> None:
-    from diffbench.training.checkpoints import newest, step_of
-
-    settings = run.config.trainer
-    max_steps = -(-settings.max_images // settings.batch_size)
-    checkpoint = newest(run.folder / "checkpoints") if existed else None
-    done = step_of(checkpoint) if checkpoint else 0
-    images = done * settings.batch_size
-    if checkpoint and done >= max_steps:
-        print(f"{run.folder}: complete at {images:,} images")
-        if not weights.export_path(run.folder, run.config.ema.decays[0]).exists():
-            weights.export_from(checkpoint, run.folder, run.denoiser, images)
-        return
-    if existed:
-        update_length(run.folder, run.config)
-    if checkpoint is None and start is not None:
-        run.denoiser.load_state_dict(start, strict=True)
-        print(f"weights start from {run.config.init_from}")
-    state = f"resuming at {images:,} images" if checkpoint else "starting"
-    print(f"{run.folder}: {state}, {run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs")
-    for path in run.folder.glob("ema-*.safetensors"):
-        path.unlink()  # of the shorter run; written anew at the end
-    _train(run, max_steps, checkpoint)
-
-
-def _train(run: Run, max_steps: int, checkpoint: Path | None) -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    import lightning as L
-
-    from diffbench.data.module import ImageDataModule
-    from diffbench.training.checkpoints import AtomicCheckpointIO, SaveState
-    from diffbench.training.clock import Clock
-    from diffbench.training.ema import EMA
-    from diffbench.training.log import RunLog
-    from diffbench.training.module import DiffusionModule
-    from diffbench.training.sampling import SampleGrid
-    from diffbench.training.validation import Validation
-
-    c, t, folder = run.config, run.config.trainer, run.folder
-    data = ImageDataModule(
-        train=run.train_set,
-        held_out=run.held_out,
-        seed=c.seed,
-        batch_size=t.batch_size,
-        accumulate=t.accumulate,
-        num_workers=c.data.num_workers,
-        only_first_batch=c.debug == "overfit",
-    )
-    module = DiffusionModule(
-        run.denoiser, run.process, c.optimizer, c.seed, t.batch_size, t.label_dropout, run.null_label
-    )
-    clock, ema = Clock(), EMA(c.ema)
-    log = RunLog(folder, t.batch_size, t.log_images, clock, to_yaml(c))
-    save_state = SaveState(folder / "checkpoints", t.batch_size, t.checkpoint_images, clock)
-    # At a step's end they act in this order: the average, the log, scores of the average, the state of it all.
-    callbacks = [
-        ema,
-        log,
-        Validation(log, ema, run.held_out, c.validation.log_snr, t.validate_images),
-        SampleGrid(log, ema, c.sample, run.shape, run.train_set.num_classes, t.sample_images),
-        save_state,
-    ]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        trainer = L.Trainer(
-            accelerator=t.accelerator,
-            devices=1,
-            precision=t.precision,
-            deterministic=t.deterministic,
-            max_steps=max_steps,
-            max_epochs=-1,
-            accumulate_grad_batches=t.accumulate,
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=str(folder),
-        )
-        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
-    if save_state.signal:
-        print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
-        raise SystemExit(128 + save_state.signal)
-    for decay, average in ema.averages.items():
-        weights.export(folder, run.denoiser, decay, average, max_steps * t.batch_size)
+        kind(folder, config).fit(existed, start)
+        trained = kind(folder, config)
+        trained.use_average(trained.ema)
+        return trained

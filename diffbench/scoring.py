@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffbench import __version__
-from diffbench.config import RunConfig, change
+from diffbench.config import change
+from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import COMMAND_LINE, parse_overrides
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import atomic
@@ -27,6 +28,7 @@ from diffbench.evaluation.digits_cnn import DigitsCNN, train_digits_cnn
 from diffbench.evaluation.metrics import coverage, frechet_distance, nearest_distance
 from diffbench.parts import check_evaluation
 from diffbench.run import Run
+from diffbench.training.settings import SampleConfig
 
 
 def cache_folder() -> Path:
@@ -82,40 +84,29 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     except ValueError as e:
         raise UserError(f"{COMMAND_LINE if overrides else run.folder}: {e}") from None
     judge = load_digits_cnn(run.train_set)
-    weights = [1.0]
-    if config.sample.guidance != 1 and run.null_label is not None:
-        weights.append(config.sample.guidance)
+    settings = [config.sample.unguided()]
+    if config.sample.guided:
+        settings.append(config.sample)
     records = []
-    for weight in weights:
-        records.append(_score(run, config, judge, weight))
+    for how in settings:
+        records.append(_score(run, config, judge, how))
         with (run.folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(records[-1]) + "\n")
     return records
 
 
-def _score(run: Run, config: RunConfig, judge: DigitsCNN, weight: float) -> dict[str, Any]:
-    from diffbench.training.sampling import generate  # imports Lightning
-
+def _score(run: Run, config: RunConfig, judge: DigitsCNN, how: SampleConfig) -> dict[str, Any]:
     count, name = config.evaluate.count, config.evaluate.extractor
     labels = torch.arange(count) * run.train_set.num_classes // count
     started = time.perf_counter()
-    samples = generate(
-        run.denoiser,
-        run.process,
-        config.sample,
-        labels,
-        run.shape,
-        guidance=weight,
-        null_label=run.null_label,
-        seed=config.seed,
-    )
+    samples = run.generate(labels, how, config.seed)
     seconds = time.perf_counter() - started
     return {
         "format": 1,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "images_seen": run.images_seen,
-        "guidance": weight,
-        "sample": dataclasses.asdict(config.sample) | {"seed": config.seed, "seconds": seconds},
+        "guidance": how.guidance,
+        "sample": dataclasses.asdict(how) | {"seed": config.seed, "seconds": seconds},
         "ema": run.ema,
         "data": run.train_set.fingerprint(),
         "versions": {

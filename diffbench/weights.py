@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from diffbench.config import RunConfig
+from diffbench.config_kinds import BaseConfig, RunConfig
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic
 from diffbench.folder import read_config
@@ -20,7 +20,7 @@ def export_path(folder: Path, decay: float) -> Path:
     return folder / f"ema-{decay}.safetensors"
 
 
-def read(folder: Path, config: RunConfig, denoiser: nn.Module, decay: float) -> tuple[dict[str, Tensor], int]:
+def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> tuple[dict[str, Tensor], int]:
     """The average of a decay and the images it has seen: the export, or else the newest checkpoint's.
 
     Raises:
@@ -42,20 +42,20 @@ def read(folder: Path, config: RunConfig, denoiser: nn.Module, decay: float) -> 
     if checkpoint is None:
         raise UserError(f"{folder}: no weights yet; train the run first")
     average = _averages(checkpoint)[str(decay)]
-    return _with_average(denoiser, average), step_of(checkpoint) * config.trainer.batch_size
+    return _with_average(network, average), step_of(checkpoint) * config.trainer.batch_size
 
 
-def export(folder: Path, denoiser: nn.Module, decay: float, average: Sequence[Tensor], images: int) -> None:
+def export(folder: Path, network: nn.Module, decay: float, average: Sequence[Tensor], images: int) -> None:
     """Writes an average as safetensors."""
-    tensors = {k: v.cpu().contiguous() for k, v in _with_average(denoiser, average).items()}
+    tensors = {k: v.cpu().contiguous() for k, v in _with_average(network, average).items()}
     with atomic(export_path(folder, decay)) as file:
         file.write(save(tensors, {"images": str(images), "decay": str(decay)}))
 
 
-def export_from(checkpoint: Path, folder: Path, denoiser: nn.Module, images: int) -> None:
+def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int) -> None:
     """Writes all averages of a checkpoint as safetensors."""
     for decay, average in _averages(checkpoint).items():
-        export(folder, denoiser, float(decay), average, images)
+        export(folder, network, float(decay), average, images)
 
 
 def initial(config: RunConfig) -> dict[str, Tensor] | None:
@@ -69,6 +69,8 @@ def initial(config: RunConfig) -> dict[str, Tensor] | None:
     source = Path(config.init_from)
     try:
         other = read_config(source)
+        if not isinstance(other, RunConfig):
+            raise ValueError(f"init_from: {source} is a run of kind {other.kind}; choose a denoiser's")
         weights, _ = read(source, other, build_denoiser(other, load_data(other)[0]), other.ema.decays[0])
     except UserError as e:
         raise ValueError(f"init_from: {e}") from None
@@ -90,9 +92,9 @@ def _averages(checkpoint: Path) -> dict[str, list[Tensor]]:
     return averages
 
 
-def _with_average(denoiser: nn.Module, average: Sequence[Tensor]) -> dict[str, Tensor]:
-    names = [name for name, _ in denoiser.named_parameters()]
-    return dict(denoiser.state_dict()) | dict(zip(names, average, strict=True))
+def _with_average(network: nn.Module, average: Sequence[Tensor]) -> dict[str, Tensor]:
+    names = [name for name, _ in network.named_parameters()]
+    return dict(network.state_dict()) | dict(zip(names, average, strict=True))
 
 
 def _listed(decays: Sequence[float]) -> str:

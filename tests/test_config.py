@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from diffbench.config import REGISTRIES, SMOKE, RunConfig, flatten, from_dict, load, to_dict, to_yaml
+from diffbench.config import SMOKE, flatten, from_dict, load, to_dict, to_yaml
+from diffbench.config_kinds import REGISTRIES, RunConfig
 from diffbench.config_layers import experiments, parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.denoisers import DENOISERS

@@ -61,12 +61,12 @@ class Weights(L.Callback):
         self.seen: list[torch.Tensor] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self.seen.append(pl_module.denoiser.conv.weight.detach().clone())  # type: ignore[union-attr, operator]
+        self.seen.append(pl_module.network.conv.weight.detach().clone())  # type: ignore[union-attr, operator]
 
 
 def test_averages_follow_their_closed_form_for_several_decays() -> None:  # trap 7: one multi-tensor operation
     lm, ema, weights = module(), EMA(EMAConfig([0.5, 0.9], warmup=False)), Weights()
-    start = lm.denoiser.conv.weight.detach().clone()  # type: ignore[union-attr]
+    start = lm.network.conv.weight.detach().clone()  # type: ignore[union-attr]
     fit(ema, lm, 4, weights)
     for decay in (0.5, 0.9):
         expected = start.double()
@@ -81,7 +81,7 @@ def test_warm_up_moves_the_average_from_the_first_step() -> None:  # trap 4: no 
     assert [ema.decay_at(n, 0.9999) for n in (0, 1, 90)] == [1 / 10, 2 / 11, 91 / 100]
     assert ema.decay_at(10**6, 0.9999) == 0.9999
     lm, weights = module(), Weights()
-    start = lm.denoiser.conv.weight.detach().clone()  # type: ignore[union-attr]
+    start = lm.network.conv.weight.detach().clone()  # type: ignore[union-attr]
     fit(ema, lm, 1, weights)
     torch.testing.assert_close(ema.averages[0.9999][0], 0.1 * start + 0.9 * weights.seen[0])
 
@@ -96,10 +96,10 @@ def test_averages_live_on_the_training_device() -> None:  # trap 1: setup runs b
 def test_checkpoint_holds_raw_weights_and_averages(tmp_path: Path) -> None:  # traps 2 and 5
     lm, ema = module(), EMA(EMAConfig([0.9]))
     trainer = fit(ema, lm, 3)
-    raw = lm.denoiser.conv.weight.detach().clone()  # type: ignore[union-attr]
+    raw = lm.network.conv.weight.detach().clone()  # type: ignore[union-attr]
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert torch.equal(state["state_dict"]["denoiser.conv.weight"], raw)
+    assert torch.equal(state["state_dict"]["network.conv.weight"], raw)
     average = state["callbacks"]["EMA"]["averages"]["0.9"][0]
     assert torch.equal(average, ema.averages[0.9][0]) and not torch.equal(average, raw)
 
@@ -115,18 +115,18 @@ def test_checkpoint_holds_raw_weights_and_averages(tmp_path: Path) -> None:  # t
 def test_training_ends_with_the_raw_weights() -> None:  # trap 5: raw weights survive `fit`
     lm, ema, weights = module(), EMA(EMAConfig([0.9])), Weights()
     fit(ema, lm, 3, weights)
-    assert torch.equal(lm.denoiser.conv.weight, weights.seen[-1])  # type: ignore[union-attr]
+    assert torch.equal(lm.network.conv.weight, weights.seen[-1])  # type: ignore[union-attr]
 
 
 def test_applied_restores_the_raw_weights_after_an_exception() -> None:  # trap 3: never saved swapped
     lm, ema = module(), EMA(EMAConfig([0.5, 0.9], warmup=False))
     fit(ema, lm, 2)
-    raw = lm.denoiser.conv.weight.detach().clone()  # type: ignore[union-attr]
+    raw = lm.network.conv.weight.detach().clone()  # type: ignore[union-attr]
     for decay in (None, 0.9):
         with pytest.raises(KeyboardInterrupt), ema.applied(decay):
-            assert torch.equal(lm.denoiser.conv.weight, ema.averages[decay or 0.5][0])  # type: ignore[union-attr]
+            assert torch.equal(lm.network.conv.weight, ema.averages[decay or 0.5][0])  # type: ignore[union-attr]
             raise KeyboardInterrupt
-        assert torch.equal(lm.denoiser.conv.weight, raw)  # type: ignore[union-attr]
+        assert torch.equal(lm.network.conv.weight, raw)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"no average with decay 0\.7: choose from 0\.5, 0\.9"), ema.applied(0.7):
         pass
 
@@ -145,7 +145,7 @@ def test_a_failing_evaluation_leaves_raw_weights_in_the_saved_state(tmp_path: Pa
     with pytest.raises(RuntimeError, match="evaluation failed"):
         fit(ema, lm, 2, weights, Fails())
     state = torch.load(tmp_path / "failed.ckpt", weights_only=True)
-    assert torch.equal(state["state_dict"]["denoiser.conv.weight"], weights.seen[-1])
+    assert torch.equal(state["state_dict"]["network.conv.weight"], weights.seen[-1])
 
 
 def test_only_the_denoiser_is_averaged() -> None:  # trap 6: no copy of metrics or encoders, no averaged buffers

@@ -21,7 +21,8 @@ from diffbench.run import train
 from diffbench.training.checkpoints import AtomicCheckpointIO, SaveState, newest, verified
 from diffbench.training.clock import due
 from diffbench.training.module import DiffusionModule, lr_factor
-from diffbench.training.sampling import generate, grid
+from diffbench.training.pictures import grid
+from diffbench.training.sampling import generate
 from diffbench.training.settings import OptimizerConfig, SampleConfig
 from diffbench.training.validation import denoising_error
 
@@ -51,7 +52,8 @@ def module(name: str = "dit", seed: int = 0, **options: Any) -> DiffusionModule:
 def batches(seed: int, steps: int, batch_size: int = 64) -> list[dict[str, Tensor]]:
     data = PositionDataset(digits(DigitsConfig())[0], seed)
     positions = iter(PositionSampler(batch_size))
-    return [data.__getitems__(next(positions)) for _ in range(steps)]
+    loaded = [data.__getitems__(next(positions)) for _ in range(steps)]
+    return [{**batch, "x0": from_uint8(batch["image"])} for batch in loaded]
 
 
 def test_two_backbones_see_the_same_images_times_noise_and_dropped_labels() -> None:
@@ -133,8 +135,8 @@ def test_a_sample_does_not_depend_on_its_batch(name: str, sampler: Any) -> None:
     labels = torch.arange(30) % 10
 
     def draw(batch_size: int, first: int = 0) -> Tensor:
-        config = SampleConfig(sampler, "10", eta=0.5 if sampler == "ddim" else 0.0, batch_size=batch_size)
-        return generate(net, process, config, labels[first:], (1, 8, 8), guidance=2.0, null_label=10, first=first)
+        config = SampleConfig(sampler, "10", guidance=2.0, eta=0.5 if sampler == "ddim" else 0.0, batch_size=batch_size)
+        return generate(net, process, config, labels[first:], (1, 8, 8), null_label=10, first=first)
 
     whole = draw(30)
     assert whole.float().std() > 1
@@ -145,7 +147,7 @@ def test_a_sample_does_not_depend_on_its_batch(name: str, sampler: Any) -> None:
 def test_guidance_without_a_null_class_is_refused() -> None:
     process = DiscreteVP(VPConfig())
     with pytest.raises(ValueError, match=r"guidance 2\.0 needs a network with a null class"):
-        generate(small("dit"), process, SampleConfig(), torch.zeros(1).long(), (1, 8, 8), guidance=2.0)
+        generate(small("dit"), process, SampleConfig(guidance=2.0), torch.zeros(1).long(), (1, 8, 8))
 
 
 def test_grid_places_images_in_rows() -> None:

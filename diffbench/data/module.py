@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffbench.core import keyed
+from diffbench.core.pixels import from_uint8
 from diffbench.data.sources import ImageSet
 
 
@@ -74,6 +75,7 @@ class PositionDataset(Dataset[dict[str, Tensor]]):
 class ImageDataModule(L.LightningDataModule):
     """Training batches by position, and the held-out part.
 
+    What training gets of a batch: x0 (B, C, H, W) float32 in [-1, 1], label (B,), position (B,), on its device.
     Its state in a checkpoint is the number of samples seen, which is where a resumed run goes on.
     """
 
@@ -107,6 +109,10 @@ class ImageDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Bytes travel to the device and become numbers there."""
+        return {"x0": from_uint8(batch["image"]), "label": batch["label"], "position": batch["position"]}
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples_seen": self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen}

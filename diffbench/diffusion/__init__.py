@@ -1,5 +1,9 @@
 """Diffusion: processes, samplers, guidance, likelihood. Nothing here draws random numbers."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 from diffbench.diffusion.adaptive import dopri5
 from diffbench.diffusion.edm import EDM, EDMConfig
 from diffbench.diffusion.family import Grid, LabelledPredict, Point, Predict, Prediction, Process, predictor
@@ -13,9 +17,26 @@ from diffbench.diffusion.samplers import ddim, ddpm
 from diffbench.diffusion.schedules import Tables, space_timesteps
 from diffbench.diffusion.timesteps import LossAware, stratified
 
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered process: its dataclass config, its class, and one line for `diffbench list`."""
+
+    config: type
+    build: Callable[[Any], Process]
+    summary: str
+
+
+PROCESSES = {
+    "vp": Entry(VPConfig, DiscreteVP, "discrete variance-preserving diffusion (DDPM, ADM, DiT)"),
+    "edm": Entry(EDMConfig, EDM, "continuous noise levels with a preconditioned network (EDM)"),
+    "flow": Entry(FlowConfig, Flow, "flow matching, linear or trigonometric path (SiT)"),
+}
+
 __all__ = [
     "EDM",
     "PAIRS",
+    "PROCESSES",
     "Churn",
     "DiscreteVP",
     "EDMConfig",

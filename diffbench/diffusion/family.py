@@ -83,6 +83,8 @@ class Process(ABC):
     """A diffusion process. Times t are (B,) tensors in its own unit, images (B, C, H, W)."""
 
     name: ClassVar[str]
+    learn_sigma: bool = False
+    """Whether the network puts out a variance beside what it predicts, in as many channels again."""
 
     @abstractmethod
     def time(self, u: Tensor) -> Tensor:

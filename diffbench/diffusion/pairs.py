@@ -1,24 +1,33 @@
 """Which sampler suits which process."""
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from diffbench.diffusion.adaptive import dopri5
 from diffbench.diffusion.ode import dpm_solver, euler, euler_maruyama, heun
 from diffbench.diffusion.samplers import ddim, ddpm
 
-ON_TABLES = {"ddpm": ddpm, "ddim": ddim}
+ON_TABLES: dict[str, Callable[..., Tensor]] = {"ddpm": ddpm, "ddim": ddim}
 """Samplers that walk the respaced tables of a discrete process."""
 
-ON_GRID = {"euler": euler, "heun": heun, "dpm_solver": dpm_solver, "euler_maruyama": euler_maruyama}
+ON_GRID: dict[str, Callable[..., Tensor]] = {
+    "euler": euler,
+    "heun": heun,
+    "dpm_solver": dpm_solver,
+    "euler_maruyama": euler_maruyama,
+}
 """Samplers that walk a grid of points; `euler_maruyama` walks `sde_grid`."""
 
-ON_PATH = {"dopri5": dopri5}
+ON_PATH: dict[str, Callable[..., Tensor]] = {"dopri5": dopri5}
 """Samplers that choose their own points of a continuous path, and so take no number of steps."""
 
 PAIRS = {
     "vp": ("ddpm", "ddim", "euler", "heun", "dpm_solver"),
-    "edm": ("euler", "heun", "dpm_solver"),
+    "edm": ("heun", "euler", "dpm_solver"),
     "flow": ("euler", "heun", "dopri5", "euler_maruyama"),
 }
-"""Process -> the samplers that make sense for it."""
+"""Process -> the samplers that make sense for it, the usual one first."""
 
 _REASONS = {
     "ddpm": "it walks back the discrete steps of vp",

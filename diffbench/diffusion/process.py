@@ -72,7 +72,7 @@ class DiscreteVP(Process):
     name = "vp"
 
     def __init__(self, config: VPConfig) -> None:
-        self.config = config
+        self.config, self.learn_sigma = config, config.variance == "learned_range"
         given = config.schedule == "given"
         betas = torch.tensor(config.betas, dtype=torch.float64) if given else SCHEDULES[config.schedule](config.steps)
         self.tables = Tables.from_betas(zero_terminal_snr(betas) if config.zero_terminal_snr else betas)
@@ -173,7 +173,7 @@ class DiscreteVP(Process):
         return snr.clamp(max=gamma) / error
 
     def _split(self, out: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        learned = self.config.variance == "learned_range"
+        learned = self.learn_sigma
         if out.shape[1] != like.shape[1] * (1 + learned):
             raise ValueError(
                 f"process.variance={self.config.variance} needs a network of {like.shape[1] * (1 + learned)} output "

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the denoiser's weights, one or several in a run."""
+"""Exponential moving averages of a network's weights, one or several in a run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from diffbench.training.settings import EMAConfig
 
 
 class EMA(WeightAveraging):
-    """Lightning's weight averaging, narrowed to the denoiser and widened to several decays.
+    """Lightning's weight averaging, narrowed to the network and widened to several decays.
 
     Differences from the base class, each found necessary: the averages live on the training device; only the
-    denoiser's parameters are averaged, in one multi-tensor operation; the decay warms up; a checkpoint's
+    network's parameters are averaged, in one multi-tensor operation; the decay warms up; a checkpoint's
     `state_dict` stays the raw weights, with the averages in this callback's state, so that nothing trains on from
     averaged weights by accident; the module holds averaged weights only inside `applied()`, which undoes itself
     after an exception; and training ends with the raw weights still in place.
@@ -31,11 +31,11 @@ class EMA(WeightAveraging):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.attach(pl_module.denoiser, trainer.strategy.root_device)  # type: ignore[arg-type]
+            self.attach(pl_module.network, trainer.strategy.root_device)  # type: ignore[arg-type]
 
-    def attach(self, denoiser: nn.Module, device: torch.device | str = "cpu") -> None:
-        """Starts the averages at the denoiser's present weights."""
-        self._parameters = list(denoiser.parameters())
+    def attach(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
+        """Starts the averages at the network's present weights."""
+        self._parameters = list(network.parameters())
         self.averages = {d: [p.detach().to(device, copy=True) for p in self._parameters] for d in self.config.decays}
 
     def decay_at(self, update: int, decay: float) -> float:
@@ -58,7 +58,7 @@ class EMA(WeightAveraging):
 
     @contextlib.contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:
-        """The denoiser with averaged weights (the first decay's by default) while the block runs.
+        """The network with averaged weights (the first decay's by default) while the block runs.
 
         Raises:
             ValueError: if no average has that decay.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from diffbench.core.errors import UserError
 from diffbench.training.clock import Clock, at_step_end, due
-from diffbench.training.module import DiffusionModule
+from diffbench.training.module import Module
 
 
 class RunLog(L.Callback):
@@ -93,10 +93,10 @@ class RunLog(L.Callback):
         if self._bar is not None:
             self._bar.update(self.batch_size)
         if due(trainer.global_step, self.batch_size, self.every) or trainer.global_step == trainer.max_steps:
-            assert isinstance(pl_module, DiffusionModule)
+            assert isinstance(pl_module, Module)
             self._log_training(trainer, pl_module)
 
-    def _log_training(self, trainer: L.Trainer, module: DiffusionModule) -> None:
+    def _log_training(self, trainer: L.Trainer, module: Module) -> None:
         assert self._loss is not None
         loss = float(self._loss) / self._batches
         if not loss < float("inf"):

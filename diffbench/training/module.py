@@ -1,4 +1,4 @@
-"""The common LightningModule: any denoiser under any process, every random number keyed by (seed, position)."""
+"""The LightningModules: what every kind of training shares, and any denoiser under any process."""
 
 import math
 
@@ -10,69 +10,35 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffbench.core import keyed
-from diffbench.core.pixels import from_uint8
-from diffbench.diffusion.process import DiscreteVP
+from diffbench.diffusion import Process
 from diffbench.training.settings import OptimizerConfig
 
 
-class DiffusionModule(L.LightningModule):
-    """Trains `denoiser` on the process's loss.
+class Module(L.LightningModule):
+    """One network with its optimizer: what every kind of training shares. A kind adds its `training_step`.
 
     Args:
-        denoiser: network (x, t, y) -> output; its label `null_label` means "no class".
-        process: what is noised how, and the loss.
+        network: what is trained, averaged and exported.
         optimizer: settings.
         seed: of the run; with a sample's position it fixes all its random numbers.
         batch_size: images of an optimizer step, to measure the learning rate in images.
-        label_dropout: share of labels replaced by the null label.
-        null_label: the null class, or None where the network has none.
     """
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        process: DiscreteVP,
-        optimizer: OptimizerConfig,
-        seed: int,
-        batch_size: int,
-        label_dropout: float = 0.0,
-        null_label: int | None = None,
-    ) -> None:
+    def __init__(self, network: nn.Module, optimizer: OptimizerConfig, seed: int, batch_size: int) -> None:
         super().__init__()
-        if label_dropout and null_label is None:
-            raise ValueError("trainer.label_dropout needs a denoiser with a null class")
-        self.denoiser, self.process, self.settings = denoiser, process, optimizer
-        self.seed, self.batch_size = seed, batch_size
-        self.label_dropout, self.null_label = label_dropout, null_label
+        self.network, self.settings, self.seed, self.batch_size = network, optimizer, seed, batch_size
         self.grad_norm = torch.zeros(())
-        self._keys = {what: keyed.key(seed, what) for what in ("noise", "time", "label")}
 
-    def draw(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a batch trains on: images (B, C, H, W), times (B,), noise (B, C, H, W), labels (B,)."""
-        position, y = batch["position"], batch["label"]
-        x0 = from_uint8(batch["image"])
-        t = self.process.time(keyed.uniform(self._keys["time"], position))
-        eps = keyed.normal(self._keys["noise"], position, tuple(x0.shape[1:]))
-        if self.label_dropout:
-            dropped = keyed.uniform(self._keys["label"], position) < self.label_dropout
-            y = torch.where(dropped, self.null_label, y)  # type: ignore[arg-type]
-        dtype = next(self.denoiser.parameters()).dtype
-        return x0.to(dtype), t, eps.to(dtype), y
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The batch's mean loss."""
-        x0, t, eps, y = self.draw(batch)
-        # Network dropout is the only draw from the default generator: it follows from the first position.
-        torch.manual_seed(keyed.key(self.seed, "dropout", int(batch["position"][0])))
-        out = self.denoiser(self.process.add_noise(x0, t, eps), t.to(x0.dtype), y)
-        return self.process.losses(out, x0, t, eps).mean()
+    def seed_dropout(self, position: Tensor) -> None:
+        """Network dropout is the only draw from the default generator: it follows from the first position."""
+        torch.manual_seed(keyed.key(self.seed, "dropout", int(position[0])))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the learning rate as a function of images seen, stepped once an optimizer step."""
         s = self.settings
         kind = AdamW if s.name == "adamw" else Adam
         betas = (s.betas[0], s.betas[1])
-        optimizer = kind(self.denoiser.parameters(), lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=True)
+        optimizer = kind(self.network.parameters(), lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=True)
         schedule = LambdaLR(optimizer, lambda step: lr_factor(s, (step + 1) * self.batch_size))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -84,7 +50,61 @@ class DiffusionModule(L.LightningModule):
     ) -> None:
         """Keeps the gradient's norm for the log; clips where the settings say so."""
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
-        self.grad_norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), limit)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+
+
+class DiffusionModule(Module):
+    """Trains `denoiser` on the process's loss, every random number keyed by (seed, position).
+
+    Args:
+        denoiser: network (x, t, y) -> output; its label `null_label` means "no class".
+        process: what is noised how, and the loss.
+        optimizer: settings.
+        seed: of the run.
+        batch_size: images of an optimizer step.
+        label_dropout: share of labels replaced by the null label.
+        null_label: the null class, or None where the network has none.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        process: Process,
+        optimizer: OptimizerConfig,
+        seed: int,
+        batch_size: int,
+        label_dropout: float = 0.0,
+        null_label: int | None = None,
+    ) -> None:
+        super().__init__(denoiser, optimizer, seed, batch_size)
+        if label_dropout and null_label is None:
+            raise ValueError("trainer.label_dropout needs a denoiser with a null class")
+        self.process = process
+        self.label_dropout, self.null_label = label_dropout, null_label
+        self._keys = {what: keyed.key(seed, what) for what in ("noise", "time", "label")}
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network."""
+        return self.network
+
+    def draw(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a batch trains on: images (B, C, H, W), times (B,), noise (B, C, H, W), labels (B,)."""
+        x0, position, y = batch["x0"], batch["position"], batch["label"]
+        t = self.process.time(keyed.uniform(self._keys["time"], position))
+        eps = keyed.normal(self._keys["noise"], position, tuple(x0.shape[1:]))
+        if self.label_dropout:
+            dropped = keyed.uniform(self._keys["label"], position) < self.label_dropout
+            y = torch.where(dropped, self.null_label, y)  # type: ignore[arg-type]
+        dtype = next(self.network.parameters()).dtype
+        return x0.to(dtype), t, eps.to(dtype), y
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The batch's mean loss."""
+        x0, t, eps, y = self.draw(batch)
+        self.seed_dropout(batch["position"])
+        x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
+        return self.process.losses(self.network(x, time, y), x0, t, eps).mean()
 
 
 def lr_factor(settings: OptimizerConfig, images: int) -> float:

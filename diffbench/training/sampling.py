@@ -1,71 +1,72 @@
 """Samples from a trained denoiser: sample i's noise is a function of (seed, i), whatever the batch or device."""
 
+import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
 
 from diffbench.core import keyed
-from diffbench.core.files import atomic
 from diffbench.core.pixels import to_uint8
-from diffbench.diffusion import DiscreteVP, Tables, classifier_free, ddim, ddpm, predictor
-from diffbench.diffusion.samplers import Predict
+from diffbench.diffusion import Churn, Predict, Process, predictor
+from diffbench.diffusion.pairs import ON_GRID, ON_PATH, ON_TABLES, PAIRS
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
+from diffbench.training.guides import Helpers, guided
 from diffbench.training.log import RunLog
 from diffbench.training.module import DiffusionModule
+from diffbench.training.pictures import grid, save_grid
 from diffbench.training.settings import SampleConfig
+
+Noise = Callable[[int], Tensor]
+Callback = Callable[[int, Tensor, Tensor], None]
 
 
 @torch.no_grad()
 def generate(
     denoiser: nn.Module,
-    process: DiscreteVP,
+    process: Process,
     config: SampleConfig,
     labels: Tensor,
     shape: tuple[int, ...],
     *,
-    guidance: float | None = None,
     null_label: int | None = None,
+    helpers: Helpers = Helpers(),  # noqa: B008 (frozen)
     seed: int = 0,
     first: int = 0,
+    decode: Callable[[Tensor], Tensor] = to_uint8,
     progress: Callable[[int], None] | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Images of the given labels.
 
     Args:
         denoiser: network (x, t, y) -> output, on its device.
         process: the process that it was trained under.
-        config: sampler, steps and the rest.
+        config: sampler, steps, guidance and the rest.
         labels: (N,) classes.
-        shape: (C, H, W).
-        guidance: weight instead of `config.guidance`.
-        null_label: the network's null class, needed where the weight is not 1.
+        shape: (C, H, W) of what the denoiser works on.
+        null_label: the network's null class, needed for classifier-free guidance.
+        helpers: the networks that other guidance needs.
         seed: with a sample's number it fixes its noise.
         first: number of the first sample.
+        decode: what the denoiser works on, (B, C, H, W), to pictures (B, 1 or 3, H', W') uint8.
         progress: called with the number of images done after each batch.
+        callback: called after each step of each batch with (step, x, predicted x0).
 
     Returns:
-        (N, C, H, W) uint8 on the CPU.
+        (N, 1 or 3, H', W') uint8 on the CPU.
 
     Raises:
-        ValueError: where guidance is asked of a network without a null class, or a label is out of range.
-        RuntimeError: where the network put out non-finite values.
+        ValueError: where guidance is asked for that the network or the helpers do not allow.
+        RuntimeError: where the network put out non-finite values, naming step and noise level.
     """
-    weight = config.guidance if guidance is None else guidance
-    if weight != 1 and null_label is None:
-        raise ValueError(f"guidance {weight} needs a network with a null class; this one was trained without")
     parameter = next(denoiser.parameters())
-    tables = process.tables.respaced(config.steps)
     training = denoiser.training
     denoiser.eval()
-    predict = predictor(process, denoiser)
+    predict, helpers = predictor(process, denoiser), helpers.to(parameter.device)
 
     images = []
     for index in torch.arange(first, first + len(labels)).split(config.batch_size):
@@ -75,52 +76,62 @@ def generate(
         def noise(step: int, position: Tensor = position) -> Tensor:
             return keyed.normal(keyed.key(seed, "sample", step), position, shape).to(parameter.dtype)
 
-        guided = classifier_free(predict, y, null_label or 0, weight)
-        images.append(to_uint8(_walk(guided, noise, tables, config, process)).cpu())
+        ask = guided(predict, y, process, config, null_label, helpers)
+        x = walk(ask, noise, process, config, callback)
+        if not bool(x.isfinite().all()):
+            walk(_until_broken(ask, process, config), noise, process, config)
+            raise RuntimeError(f"the {config.sampler} sampler ended in non-finite values")
+        images.append(decode(x).cpu())
         if progress:
             progress(int(index[-1]) + 1 - first)
     denoiser.train(training)
     return torch.cat(images)
 
 
-def _walk(
-    predict: Predict, noise: Callable[[int], Tensor], tables: Tables, config: SampleConfig, process: DiscreteVP
+def walk(
+    predict: Predict, noise: Noise, process: Process, config: SampleConfig, callback: Callback | None = None
 ) -> Tensor:
-    start = noise(-1)
-    if config.sampler == "ddim":
-        x = ddim(predict, start, tables, noise, eta=config.eta, clip=config.clip)
-    else:
-        learned = process.config.variance == "learned_range"
-        variance = process.config.variance if learned else config.variance
-        x = ddpm(predict, start, tables, noise, variance=variance, clip=config.clip)
-    if not bool(x.isfinite().all()):
-        raise RuntimeError(f"the {config.sampler} sampler ended in non-finite values")
-    return x
+    """The way from noise to a sample (B, C, H, W) by the config's sampler; `noise(-1)` is the start."""
+    name, start = config.sampler or PAIRS[process.name][0], noise(-1)
+    clip = name in ON_TABLES if config.clip is None else config.clip
+    if name in ON_PATH:
+        path = process.path  # type: ignore[attr-defined]
+        return ON_PATH[name](predict, start, path, noise, rtol=config.rtol, atol=config.atol, callback=callback)
+    if name in ON_TABLES:
+        tables = process.tables.respaced(config.steps)  # type: ignore[attr-defined]
+        if name == "ddim":
+            return ON_TABLES[name](predict, start, tables, noise, eta=config.eta, clip=clip, callback=callback)
+        variance = "learned_range" if process.learn_sigma else config.variance
+        return ON_TABLES[name](predict, start, tables, noise, variance=variance, clip=clip, callback=callback)
+    options: dict[str, Any] = {}
+    points = process.grid(config.steps) if name != "euler_maruyama" else None
+    if points is None:
+        points = process.sde_grid(config.steps, config.sde_last_step)  # type: ignore[attr-defined]
+        options = {"diffusion": config.sde_diffusion, "strength": config.sde_strength, "last": config.sde_last}
+    elif name == "heun" and config.s_churn:
+        high = math.inf if config.s_max is None else config.s_max
+        options["churn"] = Churn(config.s_churn, config.s_min, high, config.s_noise)
+    return ON_GRID[name](predict, points.start(start), points, noise, clip=clip, callback=callback, **options)
 
 
-def grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
-    """Images (N, C, H, W) uint8, one or three channels, as rows of `columns` with a thin border.
+def _until_broken(predict: Predict, process: Process, config: SampleConfig) -> Predict:
+    """A predictor that names the step at which a prediction is not finite. Looking costs a synchronisation each time:
+    a failed batch alone is walked again so, to the same end."""
+    asked = 0
 
-    Returns:
-        (rows * H', columns * W', 3) uint8, each pixel enlarged to `scale` pixels a side.
-    """
-    rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-    rgb = rgb.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-    rgb = nn.functional.pad(rgb, (2, 2, 2, 2), value=128)
-    missing = -len(rgb) % columns
-    rgb = torch.cat([rgb, rgb.new_full((missing, *rgb.shape[1:]), 128)])
-    return rearrange(rgb, "(r k) c h w -> (r h) (k w) c", k=columns).numpy()
+    def watched(x: Tensor, t: Tensor) -> Any:
+        nonlocal asked
+        asked += 1
+        prediction = predict(x, t)
+        if not bool(prediction.x0.isfinite().all() & prediction.eps.isfinite().all()):
+            level = float((-0.5 * process.log_snr(t[:1])).exp())
+            raise RuntimeError(
+                f"the network's output is not finite at call {asked} of the {config.sampler} sampler, time"
+                f" {float(t[0]):g}, noise level sigma/alpha {level:.4g}"
+            )
+        return prediction
 
-
-def save_png(picture: np.ndarray, path: Path) -> None:
-    """Writes an (H, W, 3) uint8 picture atomically."""
-    with atomic(path) as file:
-        Image.fromarray(picture).save(file, format="PNG")
-
-
-def save_grid(images: Tensor, columns: int, path: Path) -> None:
-    """Writes images (N, C, H, W) uint8 as a PNG, small ones enlarged for the eye."""
-    save_png(grid(images, columns, scale=max(1, 40 // images.shape[-1])), path)
+    return watched
 
 
 def class_columns(num_classes: int, rows: int) -> Tensor:
@@ -140,9 +151,11 @@ class SampleGrid(L.Callback):
         shape: tuple[int, ...],
         num_classes: int,
         every: int,
+        helpers: Helpers = Helpers(),  # noqa: B008 (frozen)
+        decode: Callable[[Tensor], Tensor] = to_uint8,
     ) -> None:
         self.run_log, self.ema, self.config, self.shape, self.every = run_log, ema, config, shape, every
-        self.labels = class_columns(num_classes, rows=4)
+        self.labels, self.helpers, self.decode = class_columns(num_classes, rows=4), helpers, decode
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -158,6 +171,8 @@ class SampleGrid(L.Callback):
                 self.labels,
                 self.shape,
                 null_label=pl_module.null_label,
+                helpers=self.helpers,
+                decode=self.decode,
             )
         columns = len(self.labels) // 4
         save_grid(images, columns, self.run_log.folder / "samples" / f"images-{self.run_log.images:09d}.png")

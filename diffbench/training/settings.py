@@ -2,7 +2,7 @@
 so that a config is checked without waiting for it."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 
@@ -85,6 +85,11 @@ class TrainerConfig:
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"trainer.label_dropout: must lie in [0, 1), got {self.label_dropout}")
 
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps in all."""
+        return -(-self.max_images // self.batch_size)
+
 
 @dataclass
 class ValidationConfig:
@@ -98,33 +103,104 @@ class ValidationConfig:
             raise ValueError("validation.log_snr: must name at least one level")
 
 
+# Keys of one sampler alone: key, sampler, the value that does nothing with the others.
+_OWNED: tuple[tuple[str, str, Any], ...] = (
+    ("eta", "ddim", 0.0),
+    ("s_churn", "heun", 0.0),
+    ("sde_diffusion", "euler_maruyama", "sigma"),
+    ("sde_strength", "euler_maruyama", 1.0),
+    ("sde_last", "euler_maruyama", "mean"),
+    ("sde_last_step", "euler_maruyama", 0.04),
+    ("rtol", "dopri5", 1e-3),
+    ("atol", "dopri5", 1e-6),
+)
+
+
 @dataclass
 class SampleConfig:
     """How samples are drawn, in training and after it."""
 
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "euler_maruyama", "dopri5"] | None = None
+    """null takes the process's first: ddpm for vp, heun for edm, euler for flow."""
     steps: str = "250"
-    """Steps of the sampler: a number, ddimN, or a list of sections like 10,15,20."""
+    """Steps of the sampler: a number, and for vp also ddimN, or a list of sections like 10,15,20."""
     guidance: float = 1.0
     """Weight of classifier-free guidance where samples are guided; 1 is none."""
+    guidance_schedule: Literal["constant", "power_cosine"] = "constant"
+    """`power_cosine` raises the weight from 1 at the noisy end to `guidance` at the image (DiffiT)."""
+    guidance_power: float = 4.0
+    """The power of `power_cosine`."""
+    guidance_interval: list[float] | None = None
+    """Guidance for noise levels sigma / alpha in (low, high] alone (Kynkäänniemi et al. 2024)."""
+    guidance_channels: int | None = None
+    """How many channels are guided; null for all. The DiT and DiffiT releases guide three of four."""
+    weak_model: str | None = None
+    """Run folder of a weaker model to guide away from, instead of the null class: autoguidance (Karras et al. 2024)."""
+    classifier: str | None = None
+    """Run folder of a noise-aware classifier that guides besides (Dhariwal & Nichol 2021)."""
+    classifier_scale: float = 1.0
+    """Scale of the classifier's gradient; 1 is Bayes' rule, 0 none."""
     eta: float = 0.0
     """Noise of DDIM, 0 to 1; DDPM takes none."""
     variance: Literal["fixed_small", "fixed_large"] = "fixed_large"
     """Variance of DDPM's steps; a process with a learned variance uses that instead."""
-    clip: bool = True
-    """Clamp the predicted image to [-1, 1] at each step."""
+    s_churn: float = 0.0
+    """Heun on the edm process: noise added to each step and taken away by it, over all steps (EDM, Algorithm 2)."""
+    s_min: float = 0.0
+    """Least sigma at which noise is churned."""
+    s_max: float | None = None
+    """Largest sigma at which noise is churned; null for no bound."""
+    s_noise: float = 1.0
+    """Standard deviation of the churned noise."""
+    sde_diffusion: Literal["sigma", "constant"] = "sigma"
+    """Euler-Maruyama: how much noise the SDE of a flow adds over time."""
+    sde_strength: float = 1.0
+    """Euler-Maruyama: that noise times this; 0 is the ODE."""
+    sde_last: Literal["mean", "tweedie", "euler"] = "mean"
+    """Euler-Maruyama's last step: along the SDE's mean, to the predicted image, or along the velocity."""
+    sde_last_step: float = 0.04
+    """Size of Euler-Maruyama's last step, in the flow's time."""
+    rtol: float = 1e-3
+    """dopri5: relative error allowed in a step."""
+    atol: float = 1e-6
+    """dopri5: absolute error allowed in a step."""
+    clip: bool | None = None
+    """Clamp the predicted image to [-1, 1] at each step; null does so for ddpm and ddim."""
     batch_size: int = 500
 
     def __post_init__(self) -> None:
-        _positive("sample", self, "batch_size")
+        _positive("sample", self, "batch_size", "guidance_power", "rtol", "atol", "s_noise")
         if not re.fullmatch(r"ddim\d+|\d+( *, *\d+)*", self.steps):
             raise ValueError(f"sample.steps: must be like 250, ddim25 or 10,15,20, got {self.steps!r}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"sample.eta: must lie in 0 to 1, got {self.eta}")
-        if self.eta and self.sampler == "ddpm":
-            raise ValueError("sample.eta: belongs to sample.sampler=ddim; with ddpm leave it at 0")
-        if self.guidance < 0:
-            raise ValueError(f"sample.guidance: must be at least 0, got {self.guidance}")
+        for name, owner, idle in _OWNED:
+            if getattr(self, name) != idle and self.sampler not in (owner, None):
+                told = "null" if idle is None else f"{idle:g}" if isinstance(idle, float) else idle
+                raise ValueError(
+                    f"sample.{name}: belongs to sample.sampler={owner}; with {self.sampler} leave it at {told}"
+                )
+        for name in ("guidance", "classifier_scale", "s_churn", "s_min", "sde_strength"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"sample.{name}: must be at least 0, got {getattr(self, name)}")
+        ends = self.guidance_interval
+        if ends is not None and not (len(ends) == 2 and 0 <= ends[0] < ends[1]):
+            raise ValueError(f"sample.guidance_interval: must be two rising numbers of at least 0, got {ends}")
+        if self.guidance_channels is not None and self.guidance_channels < 1:
+            raise ValueError(f"sample.guidance_channels: must be at least 1 or null, got {self.guidance_channels}")
+        if self.s_max is not None and self.s_max <= self.s_min:
+            raise ValueError(f"sample.s_max: must exceed sample.s_min={self.s_min:g} or be null, got {self.s_max:g}")
+        if not 0 < self.sde_last_step < 1:
+            raise ValueError(f"sample.sde_last_step: must lie between 0 and 1, got {self.sde_last_step}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether samples differ from the plain conditional model's."""
+        return self.guidance != 1 or (self.classifier is not None and self.classifier_scale != 0)
+
+    def unguided(self) -> "SampleConfig":
+        """The same without guidance."""
+        return replace(self, guidance=1.0, weak_model=None, classifier=None)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import nn
 from diffbench.core import keyed
 from diffbench.core.pixels import from_uint8
 from diffbench.data.sources import ImageSet
-from diffbench.diffusion import DiscreteVP, predictor
+from diffbench.diffusion import Process, predictor
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.log import RunLog
@@ -22,7 +22,7 @@ from diffbench.training.module import DiffusionModule
 
 @torch.no_grad()
 def denoising_error(
-    denoiser: nn.Module, process: DiscreteVP, data: ImageSet, log_snr: Sequence[float], batch_size: int = 512
+    denoiser: nn.Module, process: Process, data: ImageSet, log_snr: Sequence[float], batch_size: int = 512
 ) -> dict[float, float]:
     """Mean squared error per pixel of the denoised image, pixels in [-1, 1], at each log(alpha^2 / sigma^2).
 

@@ -1,0 +1,123 @@
+"""What runs of every kind share: a folder, a config, one network, and how training begins, resumes and ends."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from diffbench import weights
+from diffbench.config import to_yaml
+from diffbench.config_kinds import BaseConfig
+from diffbench.denoisers.cost import Cost
+from diffbench.folder import update_length
+
+if TYPE_CHECKING:
+    from lightning import Callback, LightningDataModule
+
+    from diffbench.training.ema import EMA
+    from diffbench.training.log import RunLog
+    from diffbench.training.module import Module
+
+C = TypeVar("C", bound=BaseConfig)
+
+
+class Trained(ABC, Generic[C]):
+    """A run folder with its network. A kind says how it is built, what trains it, and what it shows meanwhile.
+
+    Attributes:
+        folder: where it lies.
+        config: its resolved config.
+        network: with averaged weights after `use_average`.
+        ema: decay of the average that the network holds then.
+        images_seen: of the weights that were loaded.
+    """
+
+    def __init__(self, folder: Path, config: C) -> None:
+        self.folder, self.config = folder, config
+        torch.manual_seed(config.seed)
+        self.network = self.build()
+        if config.trainer.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = config.ema.decays[0]
+        self.images_seen = 0
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The network, initialised from the default generator."""
+
+    @property
+    @abstractmethod
+    def cost(self) -> Cost:
+        """Parameters and multiply-accumulates of the network."""
+
+    @abstractmethod
+    def module(self) -> "Module":
+        """What is trained."""
+
+    @abstractmethod
+    def data(self) -> "LightningDataModule":
+        """The batches."""
+
+    @abstractmethod
+    def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
+        """What is measured and drawn in training."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: Any) -> None:
+        """Finds what would fail only once a run is under way: in seconds, before anything is written.
+
+        Raises:
+            ValueError: a line that begins with the key.
+        """
+
+    @classmethod
+    def start(cls, config: Any) -> dict[str, Tensor] | None:
+        """The weights that training starts from, or None for fresh ones."""
+        return None
+
+    def use_average(self, decay: float) -> None:
+        """Loads the average of a decay into the network.
+
+        Raises:
+            UserError: if the run keeps no such average, or has no weights yet.
+        """
+        averaged, self.images_seen = weights.read(self.folder, self.config, self.network, decay)
+        self.network.load_state_dict(averaged, strict=True)
+        self.network.eval()
+        self.ema = decay
+
+    def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
+        """Trains, resumes, or finds the run complete; exports its averages."""
+        from diffbench.training.checkpoints import newest, step_of
+
+        settings = self.config.trainer
+        checkpoint = newest(self.folder / "checkpoints") if existed else None
+        done = step_of(checkpoint) if checkpoint else 0
+        images = done * settings.batch_size
+        if checkpoint and done >= settings.max_steps:
+            print(f"{self.folder}: complete at {images:,} images")
+            if not weights.export_path(self.folder, self.config.ema.decays[0]).exists():
+                weights.export_from(checkpoint, self.folder, self.network, images)
+            return
+        if existed:
+            update_length(self.folder, self.config)
+        if checkpoint is None and start is not None:
+            self.network.load_state_dict(start, strict=True)
+            print(f"weights start from {getattr(self.config, 'init_from', None)}")
+        state = f"resuming at {images:,} images" if checkpoint else "starting"
+        print(f"{self.folder}: {state}, {self.cost.parameters:,} parameters, {self.cost.gmacs:.4f} GMACs")
+        for path in self.folder.glob("ema-*.safetensors"):
+            path.unlink()  # of the shorter run; written anew at the end
+        self._train(checkpoint)
+
+    def _train(self, checkpoint: Path | None) -> None:
+        from diffbench.training.fit import fit
+
+        c = self.config
+        text = to_yaml(c)
+        ema = fit(self.module(), self.data(), self.folder, c.trainer, c.ema, text, self.scores, checkpoint)
+        for decay, average in ema.averages.items():
+            weights.export(self.folder, self.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)

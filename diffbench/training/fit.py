@@ -1,0 +1,77 @@
+"""Lightning's trainer as every kind of run uses it."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+
+from diffbench.training.checkpoints import AtomicCheckpointIO, SaveState
+from diffbench.training.clock import Clock
+from diffbench.training.ema import EMA
+from diffbench.training.log import RunLog
+from diffbench.training.module import Module
+from diffbench.training.settings import EMAConfig, TrainerConfig
+
+Scores = Callable[[RunLog, EMA], list[L.Callback]]
+
+
+def fit(
+    module: Module,
+    data: L.LightningDataModule,
+    folder: Path,
+    settings: TrainerConfig,
+    ema: EMAConfig,
+    config_text: str,
+    scores: Scores,
+    checkpoint: Path | None = None,
+) -> EMA:
+    """Trains to `settings.max_images`, from a resume state where one is given.
+
+    Args:
+        module: what is trained.
+        data: its batches.
+        folder: the run folder.
+        settings: length, batch, cadence, device.
+        ema: which averages are kept.
+        config_text: the resolved config, for TensorBoard.
+        scores: makes the kind's own callbacks (validation, grids) from the log and the averages.
+        checkpoint: the state to resume from.
+
+    Returns:
+        The averages at the end.
+
+    Raises:
+        SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    clock, averages = Clock(), EMA(ema)
+    log = RunLog(folder, settings.batch_size, settings.log_images, clock, config_text)
+    save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        trainer = L.Trainer(
+            accelerator=settings.accelerator,
+            devices=1,
+            precision=settings.precision,
+            deterministic=settings.deterministic,
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=settings.accumulate,
+            # At a step's end they act in this order: the average, the log, scores of the average, the state of it all.
+            callbacks=[averages, log, *scores(log, averages), save_state],
+            plugins=[AtomicCheckpointIO()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=str(folder),
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+    if save_state.signal:
+        print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
+        raise SystemExit(128 + save_state.signal)
+    return averages
