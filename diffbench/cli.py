@@ -15,7 +15,8 @@ VERBS = {
     "train": "train an experiment; the same command resumes it",
     "show": "print an experiment's resolved config; runs nothing",
     "list": "list backbones, presets and experiments",
-    "evaluate": "draw samples of a run and score them",
+    "evaluate": "draw samples of a run and score them, or score anyone's pictures",
+    "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
     "compare": "a table of several runs' results",
 }
@@ -61,14 +62,21 @@ def _parser() -> argparse.ArgumentParser:
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
     for name in ("train", "show"):
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
-    for name in ("evaluate", "sample"):
-        parsers[name].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
+    parsers["sample"].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
+    parsers["evaluate"].add_argument(
+        "what", metavar="RUN", help="run folder; or a folder of pictures or an npz with arr_0, then --against as well"
+    )
+    parsers["evaluate"].add_argument(
+        "--against", metavar="REAL", help="what pictures compare with: a run, a folder, an npz, or built statistics"
+    )
+    parsers["reference"].add_argument("action", choices=("build", "inspect", "verify"))
+    parsers["reference"].add_argument("paths", nargs="*", metavar="PATH", help="run, folder, npz or statistics")
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
     parsers["compare"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     values = {
         "train": "trainer.max_images=900_000",
         "show": "denoiser.depth=2",
-        "evaluate": "sample.steps=50 ema=0.999",
+        "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
         "sample": "n=16 labels=3 guidance=2 seed=0 ema=0.999 out=digits.png, or keys of the sample section as steps=50",
     }
     for name, example in values.items():
@@ -130,13 +138,42 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    overrides = list(arguments.overrides)
+    if "--against" in overrides[:-1]:  # argparse leaves what follows the folder to the overrides
+        arguments.against = overrides.pop(overrides.index("--against") + 1)
+        overrides.remove("--against")
+    from diffbench.foreign import evaluate_pictures
+    from diffbench.records import values
+
+    if arguments.against is not None:
+        record = evaluate_pictures(Path(arguments.what), Path(arguments.against), overrides)
+        print("\n".join(f"{name:<40} {value:>12.6g}" for name, value in values(record).items()))
+        return
     from diffbench.report import facts, table
     from diffbench.run import load
     from diffbench.scoring import evaluate
 
-    run = load(arguments.run)
-    evaluate(run, arguments.overrides)
+    run = load(arguments.what)
+    evaluate(run, overrides)
     print(table([(run.folder.name, facts(run))]))
+
+
+def _reference(arguments: argparse.Namespace) -> int:
+    from diffbench.referencing import build, inspect, verify
+
+    overrides = [p for p in arguments.paths if "=" in p]
+    paths = [Path(p) for p in arguments.paths if "=" not in p]
+    if arguments.action == "build":
+        if len(paths) != 1:
+            raise UserError(f"{COMMAND_LINE}: build takes one run, folder or npz, got {len(paths)}")
+        print(build(paths[0], overrides))
+        return 0
+    if arguments.action == "inspect":
+        print(inspect(paths))
+        return 0
+    text, right = verify(paths, overrides)
+    print(text)
+    return 0 if right else 2
 
 
 @dataclass
@@ -183,7 +220,10 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from diffbench.report import facts, table
+    from diffbench.report import comparable_scores, facts, table
     from diffbench.run import load
 
-    print(table([(folder.removeprefix("runs/").rstrip("/"), facts(load(folder))) for folder in arguments.runs]))
+    runs = [load(folder) for folder in arguments.runs]
+    scored = comparable_scores(runs)
+    titles = [folder.removeprefix("runs/").rstrip("/") for folder in arguments.runs]
+    print(table([(title, facts(run, s)) for title, run, s in zip(titles, runs, scored, strict=True)]))

@@ -12,6 +12,7 @@ from diffbench.data.sources import SOURCES, ImageSet, balanced
 from diffbench.denoisers import build
 from diffbench.denoisers.cost import Cost, count
 from diffbench.diffusion import PROCESSES, Process
+from diffbench.references import check_extractor
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
@@ -72,18 +73,28 @@ def check(config: RunConfig) -> None:
 
 
 def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
-    """Whether as many real images as samples are there to compare with.
+    """Whether the extractor can be made here, and as many real images as samples are there to compare with.
 
     Raises:
         ValueError: if not.
     """
-    found = len(balanced(train_set.labels, config.evaluate.count))
-    if found < config.evaluate.count:
-        rarest = int(train_set.labels.bincount(minlength=train_set.num_classes).min())
-        raise ValueError(
-            f"evaluate.count: must be at most {rarest * train_set.num_classes}, as many real images of each class as"
-            f" data.name={config.data.name} has, got {config.evaluate.count}"
-        )
+    e = config.evaluate
+    check_extractor(e.extractor, e.weights, train_set)
+    for name, wanted in (("count", e.count), ("every_count", e.every_count if e.every_images else 0)):
+        found = len(balanced(train_set.labels, wanted))
+        if found < wanted and not (name == "count" and e.reference == "all"):
+            rarest = int(train_set.labels.bincount().min())
+            raise ValueError(
+                f"evaluate.{name}: must be at most {rarest * len(train_set.labels.unique())}, as many real images of"
+                f" each class as data.name={config.data.name} has, got {wanted}"
+            )
+
+
+def device_of(accelerator: str) -> torch.device:
+    """Where networks run outside of training: on a GPU where there is one, unless the config names something else."""
+    if accelerator == "mps":
+        return torch.device("mps")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _check_device(accelerator: str) -> None:

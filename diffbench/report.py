@@ -3,12 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffbench.core.errors import UserError
+from diffbench.records import difference, metrics, results, values
 from diffbench.run import Run
-from diffbench.scoring import metrics, results
+
+SHOWN = {"fd", "fid", "sfid", "fd_gap", "fid_gap", "fd_infinity", "fid_infinity", "kid", "label_accuracy", "precision"}
+SHOWN |= {"recall", "coverage"}
+"""What a table shows; the records hold more. Density and precision can rise for bad samples: neither stands alone."""
 
 
-def facts(run: Run) -> dict[str, str]:
-    """What a table says of a run: size, length, speed, validation error, and the newest scores of each guidance."""
+def facts(run: Run, scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
+    """What a table says of a run: size, length, speed, validation error, and scores.
+
+    Args:
+        run: a loaded run.
+        scored: its records; by default the newest of each guidance.
+    """
     lines = metrics(run.folder)
     error = next((m["val/error"] for m in reversed(lines) if "val/error" in m), None)
     rates = [m["perf/images_per_s"] for m in lines if "perf/images_per_s" in m]
@@ -24,26 +34,80 @@ def facts(run: Run) -> dict[str, str]:
         "images/s": f"{images / seconds:,.0f}" if seconds else "-",
         "validation error": "-" if error is None else f"{error:.4f}",
     }
-    scored = newest_scores(run)
+    scored = newest_scores(run) if scored is None else scored
     for record in scored:
-        guided = "" if record["guidance"] == 1 else f" (guidance {record['guidance']:g})"
-        for name, value in record.items():
-            if "@" in name and not name.startswith("nearest"):
-                row[name + guided] = f"{100 * value:.1f}%" if name.startswith("label_accuracy") else f"{value:.3f}"
-        nearest = next(v for k, v in record.items() if k.startswith("nearest_train@"))
-        held_out = record["nearest_train_held_out"]
-        row[f"nearest training image{guided}"] = f"{nearest:.3f} (held-out digits {held_out:.3f})"
+        row |= _scores(record)
     if scored:
         how = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored]
         row["sampler"] = ", ".join(dict.fromkeys(how))
     return row
 
 
+def _scores(record: dict[str, Any]) -> dict[str, str]:
+    """A record's values as a table shows them, the Fréchet and kernel distance beside what real images score."""
+    row, guided, floor = {}, guidance_of(record), record.get("floor") or {}
+    for name, value in values(record).items():
+        short = name.split("/")[0]
+        if short in SHOWN:
+            real = floor.get(short.replace("fid", "fd")) if short in ("fd", "fid", "kid") else None
+            beside = "" if real is None else f" (real {real:.3f})"
+            row[name + guided] = f"{100 * value:.1f}%" if short == "label_accuracy" else f"{value:.3f}{beside}"
+    nearest = next((v for k, v in record.items() if k.startswith("nearest_train@")), None)
+    if nearest is not None:
+        held_out = record["nearest_train_held_out"]
+        row[f"nearest training image{guided}"] = f"{nearest:.3f} (held-out {held_out:.3f})"
+    return row
+
+
+def guidance_of(record: dict[str, Any]) -> str:
+    """How a record's samples were guided, as a table says it: " (guidance 1.5)", or nothing."""
+    sample = record["sample"]
+    told = [] if record["guidance"] == 1 else [f"guidance {record['guidance']:g}"]
+    if sample.get("classifier") and sample.get("classifier_scale"):
+        told.append(f"classifier {sample['classifier_scale']:g}")
+    return f" ({', '.join(told)})" if told else ""
+
+
+def held_scores(run: Run) -> list[dict[str, Any]]:
+    """The records of the weights that the run holds, oldest first."""
+    held = (run.images_seen, run.ema, run.snapshot)
+    return [r for r in results(run.folder) if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
+
+
 def newest_scores(run: Run) -> list[dict[str, Any]]:
-    """The newest record of each guidance weight for the weights that the run holds, unguided first."""
-    held = [r for r in results(run.folder) if (r["images_seen"], r["ema"]) == (run.images_seen, run.ema)]
-    chosen = {r["guidance"]: r for r in held}
+    """The newest record of each guidance for the weights that the run holds, unguided first."""
+    chosen = {guidance_of(r): r for r in held_scores(run)}
     return [chosen[w] for w in sorted(chosen)]
+
+
+def comparable_scores(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
+    """For each run the newest records of each guidance that were measured alike in all runs.
+
+    Raises:
+        UserError: where runs have records of a guidance but none by the same protocol, saying how they differ.
+    """
+    held = [held_scores(run) for run in runs]
+    chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
+    for guided in sorted({guidance_of(r) for records in held for r in records}):
+        groups = [[r for r in reversed(records) if guidance_of(r) == guided] for records in held]
+        first = next(i for i, group in enumerate(groups) if group)
+        for candidate in groups[first]:
+            alike = [next((r for r in group if difference(candidate, r) is None), None) for group in groups]
+            if all(a is not None for a, group in zip(alike, groups, strict=True) if group):
+                break
+        else:
+            newest = groups[first][0]
+            other, told = next(
+                (i, d) for i, group in enumerate(groups) if group and (d := difference(newest, group[0]))
+            )
+            raise UserError(
+                f"{runs[first].folder} and {runs[other].folder}: measured differently{guided}: {told}; evaluate both"
+                " with the same keys to compare them"
+            )
+        for records, record in zip(chosen, alike, strict=True):
+            if record is not None:
+                records.append(record)
+    return chosen
 
 
 def table(rows: Sequence[tuple[str, dict[str, str]]]) -> str:

@@ -1,6 +1,7 @@
 """One run of a denoiser: build its parts, train it, load it again, sample from it; and training of every kind."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffbench import parts, weights
+from diffbench import judging, parts, weights
 from diffbench.config import change, from_layers, read_layers
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
@@ -98,7 +99,20 @@ class Run(Trained[RunConfig]):
         classes = self.train_set.num_classes
         return [
             Validation(log, ema, self.held_out, c.validation.log_snr, t.validate_images),
+            *self._distances(log, ema),
             SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample)),
+        ]
+
+    def _distances(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
+        c, e = self.config, self.config.evaluate
+        if e.every_images is None:
+            return []
+        from diffbench.training.distance import Distance
+
+        against = judging.in_training(e, self.train_set, parts.device_of(c.trainer.accelerator))
+        suite, classes = partial(against.suite, brief=True), self.train_set.num_classes
+        return [
+            Distance(log, ema, suite, c.sample.unguided(), self.shape, classes, e.every_images, c.seed, e.best),
         ]
 
     def helpers(self, settings: SampleConfig) -> "Helpers":

@@ -29,7 +29,9 @@ def data() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     features, real = torch.randn(N, 8, generator=generator), torch.randn(90, 8, generator=generator) + 0.3
     logits, labels = torch.randn(N, 4, generator=generator), torch.randint(0, 4, (N,), generator=generator)
-    subsets = [(torch.randperm(N, generator=generator)[:30], torch.randperm(90, generator=generator)[:30]) for _ in "ab"]
+    subsets = [
+        (torch.randperm(N, generator=generator)[:30], torch.randperm(90, generator=generator)[:30]) for _ in "ab"
+    ]
     return {"features": features, "real": real, "logits": logits, "labels": labels, "subsets": subsets}
 
 
@@ -59,9 +61,7 @@ def scores(share: Tensor) -> dict[str, Any]:
 
 def work(rank: int, folder: str) -> None:
     """One process."""
-    dist.init_process_group(
-        "gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     reduced: list[int] = []
     original = dist.all_reduce
 

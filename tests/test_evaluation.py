@@ -34,8 +34,8 @@ def features(count: int, width: int, seed: int) -> Tensor:
 
 def test_a_gaussian_is_mean_and_unbiased_covariance() -> None:
     x = features(50, 6, 0)
-    count, mean, cov = gaussian(x)
-    assert count == 50
+    n, mean, cov = gaussian(x)
+    assert n == 50
     assert mean.dtype == cov.dtype == torch.float64
     assert np.allclose(mean, x.double().numpy().mean(0), rtol=0, atol=1e-12)
     assert np.allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=0, atol=1e-12)

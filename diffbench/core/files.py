@@ -1,10 +1,12 @@
-"""Files that are never half written, and the lock of a run folder."""
+"""Files that are never half written, where caches lie, and locks of folders."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -36,8 +38,9 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
-    with atomic(path) as file:
-        file.write(text.encode())
+    data = text.encode()
+    with room_for(path, len(data)), atomic(path) as file:
+        file.write(data)
 
 
 def sha256(path: Path) -> str:
@@ -46,21 +49,60 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept (decoded images, latents, small networks).
+
+    It is $DIFFBENCH_CACHE, or diffbench in $XDG_CACHE_HOME or ~/.cache.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DIFFBENCH_CACHE") or Path(home) / "diffbench")
+
+
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder against a second command; the lock goes with the process, however it ends.
+def room_for(path: Path, needed: int) -> Iterator[None]:
+    """Turns a full disk, a quota or a limit on file sizes into one line.
 
     Raises:
-        UserError: if another process holds it, naming its pid.
+        UserError: naming the path and the bytes still needed.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{path}: no room for {needed:,} more bytes ({e.strerror}); make room, then the same command goes on"
+        ) from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[None]:
+    """Holds a folder against a second command; the lock goes with the process, however it ends.
+
+    Args:
+        folder: what to hold; made if missing.
+        wait: wait for the other command to end, and say so, instead of refusing.
+        name: of the lock's file.
+
+    Raises:
+        UserError: if another process holds it and `wait` is false, naming its pid.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            pid = file.read().strip() or "unknown"
-            raise UserError(f"{folder}: another command (pid {pid}) is working on this run") from None
+    told = False
+    with (folder / name).open("a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                pid = file.read().strip() or "unknown"
+                if not wait:
+                    raise UserError(f"{folder}: another command (pid {pid}) is working on this run") from None
+            if not told:
+                print(f"{folder}: waiting for another command (pid {pid}) to finish it", flush=True)
+                told = True
+            time.sleep(0.2)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class Gaussian(NamedTuple):
-    """A Gaussian fit of `count` feature vectors: mean (D,) and unbiased covariance (D, D), float64."""
+    """A Gaussian fit of n feature vectors: mean (D,) and unbiased covariance (D, D), float64."""
 
-    count: int
+    n: int
     mean: Tensor
     cov: Tensor
 

@@ -350,7 +350,7 @@ def spread(count: int, keep: int) -> Tensor:
 
 
 def _on(fit: Gaussian, like: Tensor) -> Gaussian:
-    return Gaussian(fit.count, fit.mean.to(like), fit.cov.to(like))
+    return Gaussian(fit.n, fit.mean.to(like), fit.cov.to(like))
 
 
 def _finite(features: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Reference:
 
     Attributes:
         fit: of their features.
-        rows: (M, D) float32 features of some or all of them, spread evenly.
+        rows: (M, D) float32 features of some or all of them, spread evenly; none where only the fit is known.
         spatial: fit of the spatial layer, where the extractor offers one.
     """
 
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     """Samples, their numbers and labels, and what the extractor says of them."""
 
     images: Tensor
-    index: Tensor
+    number: Tensor
     labels: Tensor | None
     features: Features
 
@@ -104,13 +104,15 @@ class Suite:
         self._fed: list[tuple[Sums, Callable[[Batch], tuple[Any, ...]]]] = []
         main, keep = references["fd"], min(count, KEPT)
         self._add(FrechetDistance({n: r.fit for n, r in references.items()}, count), lambda b: (b.features.pooled,))
-        self._add(KernelDistance(main.rows, count, keep, subsets), lambda b: (b.features.pooled, b.index))
+        if len(main.rows):
+            self._add(KernelDistance(main.rows, count, keep, subsets), lambda b: (b.features.pooled, b.number))
         if brief:
             return
-        self._add(PrecisionRecall(main.rows, count, keep), lambda b: (b.features.pooled, b.index))
-        self._add(DensityCoverage(main.rows, count, keep), lambda b: (b.features.pooled, b.index))
+        if len(main.rows):
+            self._add(PrecisionRecall(main.rows, count, keep), lambda b: (b.features.pooled, b.number))
+            self._add(DensityCoverage(main.rows, count, keep), lambda b: (b.features.pooled, b.number))
         if extractor.classes is not None:
-            self._add(InceptionScore(extractor.classes, count), lambda b: (b.features.logits, b.index))
+            self._add(InceptionScore(extractor.classes, count), lambda b: (b.features.logits, b.number))
         if extractor.judges_labels and labels:
             self._add(LabelAccuracy(count), lambda b: (b.features.logits, b.labels))
         if main.spatial is not None:
@@ -118,7 +120,7 @@ class Suite:
         if training is not None:
             self._add(NearestDistance(training, count), lambda b: (b.images,))
         if order is not None:
-            self._add(FrechetInfinity(main.fit, count, order), lambda b: (b.features.pooled, b.index))
+            self._add(FrechetInfinity(main.fit, count, order), lambda b: (b.features.pooled, b.number))
 
     def _add(self, metric: Sums, feed: Callable[[Batch], tuple[Any, ...]]) -> None:
         self._fed.append((metric.to(states_device(self.extractor.device)), feed))

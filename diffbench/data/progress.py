@@ -1,0 +1,43 @@
+"""How far a long pass over a data set is: a bar on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows images done, images/s and the time left.
+
+    Args:
+        what: word in front, as "decoding".
+        total: images in all.
+        done: images that lay there before.
+
+    Yields:
+        A function to call with the number of images done since the last call.
+    """
+    if sys.stdout.isatty():
+        with tqdm(total=total, initial=done, desc=what, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
+
+            def advance(count: int) -> None:
+                bar.update(count)
+
+            yield advance
+        return
+    first, started, told = done, time.perf_counter(), -1
+
+    def update(count: int) -> None:
+        nonlocal done, told
+        done += count
+        if 10 * done // total == told and done < total:  # a line for each tenth
+            return
+        told = 10 * done // total
+        rate = (done - first) / max(1e-9, time.perf_counter() - started)
+        left = (total - done) / rate if rate else 0.0
+        print(f"{what} {done:,} of {total:,} images  {rate:,.0f} images/s  ETA {left:.0f} s", flush=True)
+
+    yield update
