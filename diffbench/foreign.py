@@ -1,7 +1,8 @@
 """Anyone's pictures scored by the code that scores our own; and reference statistics as files."""
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from diffbench import judging, records, references, schema
 from diffbench.config_kinds import RunConfig
-from diffbench.config_layers import COMMAND_LINE, blaming, parse_overrides
+from diffbench.config_layers import COMMAND_LINE, parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.core.files import sha256
 from diffbench.data.sources import SOURCES, DigitsConfig, ImageSet
@@ -47,7 +48,7 @@ def settings_of(overrides: Sequence[str], against: Path | None) -> EvaluateConfi
     if against is not None and is_run(against):
         theirs = _config(against).evaluate
         base = {"extractor": theirs.extractor, "weights": theirs.weights, "reference": theirs.reference}
-    with blaming([(COMMAND_LINE, {"evaluate": values})]):
+    with _told():
         if not isinstance(values, dict):
             raise ValueError(f"evaluate: must be a section with keys, got {values!r}; write evaluate.extractor=NAME")
         if "extractor" not in base | values:
@@ -101,7 +102,7 @@ def extractor_for(settings: EvaluateConfig, shape: tuple[int, int, int], against
         run = against is not None and is_run(against)
         digits = run_images(against) if run and against else SOURCES["digits"].load(DigitsConfig())[0]
         asked = replace(references.request(digits, None), shape=shape)
-    with blaming([(COMMAND_LINE, {})]):
+    with _told():
         return build_extractor(settings.extractor, asked).to(device_of("auto"))
 
 
@@ -150,6 +151,15 @@ def of_pictures(extractor: Extractor, path: Path, keep: int = KEPT) -> tuple[Ref
     batches = partial(pictures.batches, references.BATCH)
     reference, key = references.cached(extractor, source, len(pictures), batches, keep)
     return reference, {"key": key, "count": len(pictures)}
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Blames the command line for what it asks."""
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(f"{COMMAND_LINE}: {e}") from None
 
 
 def run_images(run: Path) -> ImageSet:

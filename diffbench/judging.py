@@ -115,7 +115,7 @@ def of_run(
             compared["fd_train"] = references.of_part(extractor, alike, keep)[0]
     told = {"key": key, "split": main.split, "count": len(main)}
     judgement = Judgement(extractor, count, compared, told, training=train.images, infinity=config.infinity)
-    others = _others(train, held_out, count, len(main))
+    others = _others(main, held_out, count)
     if len(others) >= LEAST:
         judgement.floor = _cached(judgement, key, "floor", others, lambda: _floor(judgement, others))
     near = references.first(held_out, "held-out", count)
@@ -131,9 +131,9 @@ def in_training(config: EvaluateConfig, train: ImageSet, device: torch.device | 
     return Judgement(extractor, config.every_count, {"fd": reference}, {"key": key, "count": len(main)})
 
 
-def _others(train: ImageSet, held_out: ImageSet, count: int, used: int) -> Part:
+def _others(main: Part, held_out: ImageSet, count: int) -> Part:
     """Real images apart from the reference: of the training set where it has as many left, else the larger choice."""
-    left = references.others(train, "train", count, used)
+    left = references.others(main, count)
     test = references.first(held_out, "held-out", count)
     return left if len(left) >= min(count, len(test)) else test
 

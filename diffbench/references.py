@@ -94,13 +94,13 @@ def first(data: ImageSet, split: str, count: int) -> Part:
     return Part(data, split, balanced(data.labels, count), f"the first {count}, evenly over the classes")
 
 
-def others(data: ImageSet, split: str, count: int, without: int) -> Part:
-    """`count` images outside the first `without`, or as many as there are."""
-    left = torch.ones(len(data), dtype=torch.bool)
-    left[balanced(data.labels, without)] = False
+def others(part: Part, count: int) -> Part:
+    """`count` images of the same split outside a part, evenly over the classes, or as many as there are."""
+    left = torch.ones(len(part.data), dtype=torch.bool)
+    left[part.index] = False
     index = left.nonzero()[:, 0]
-    index = index[balanced(data.labels[index], count)] if len(index) else index
-    return Part(data, split, index, f"{count} outside the first {without}, evenly over the classes")
+    index = index[balanced(part.data.labels[index], count)] if len(index) else index
+    return Part(part.data, part.split, index, f"{count} outside {part.which}")
 
 
 def everything(data: ImageSet, split: str) -> Part:

@@ -130,11 +130,12 @@ def draw(run: Run, how: SampleConfig, shards: Shards, seed: int) -> dict[str, An
                 advance(now - done)
                 done = now
 
-            return run.generate(labels[first : first + count], how, seed, first, told)
+            images = run.generate(labels[first : first + count], how, seed, first, told)
+            if tally.nonfinite:
+                raise UserError(f"{run.folder}: {tally.nonfinite} values of the samples are no numbers")
+            return images
 
         shards.fill(one, advance)
-    if tally.nonfinite:
-        raise UserError(f"{shards.folder}: {tally.nonfinite} values of the samples are no numbers")
     return {
         "network_evaluations": evaluations,
         "seconds": time.perf_counter() - started,

@@ -7,8 +7,9 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from diffbench import references
 from diffbench.data.sources import DigitsConfig, digits
-from diffbench.evaluation.digits_cnn import train_digits_cnn
+from diffbench.evaluation.digits_cnn import DigitsCNN, train_digits_cnn
 from diffbench.evaluation.metrics import (
     Gaussian,
     coverage,
@@ -228,7 +229,8 @@ def test_nearest_distance_finds_each_copy() -> None:
 
 def test_digits_cnn_reads_held_out_digits() -> None:
     train, test = digits(DigitsConfig())
-    net = train_digits_cnn(train.images, train.labels)
+    net = references.judge("digits-cnn", None, train).network
+    assert isinstance(net, DigitsCNN)
     assert (net(test.images).argmax(1) == test.labels).double().mean() >= 0.97
     assert net.features(test.images[:3]).shape == (3, net.num_features)
     assert sum(p.numel() for p in net.parameters()) == 72_842
