@@ -15,7 +15,7 @@ VERBS = {
     "train": "train an experiment; the same command resumes it",
     "show": "print an experiment's resolved config; runs nothing",
     "list": "list backbones, presets and experiments",
-    "evaluate": "draw samples of a run and score them, or score anyone's pictures",
+    "evaluate": "score samples of a run, or pictures of anyone",
     "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
     "compare": "a table of several runs' results",
