@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,6 +20,8 @@ VERBS = {
     "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
     "compare": "a table of several runs' results",
+    "attention": "draw where a run's tokens look along sampling",
+    "import": "turn a published checkpoint into a run folder",
 }
 
 
@@ -36,6 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(e).split())} (DIFFBENCH_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+
+
+class _Help(argparse.HelpFormatter):
+    """Help whose verbs stand beside their texts, however long: argparse forgets that they are indented."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action.choices, dict):
+            self._action_max_length += self._indent_increment
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +68,7 @@ def _checked_verb(argv: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     from diffbench import __version__
 
-    parser = _Parser(prog="diffbench", description="Compare diffusion denoisers fairly.")
+    parser = _Parser(prog="diffbench", description="Compare diffusion denoisers fairly.", formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"diffbench {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
@@ -73,11 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     parsers["reference"].add_argument("paths", nargs="*", metavar="PATH", help="run, folder, npz or statistics")
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
     parsers["compare"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm or ddpmpp")
+    parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")
+    parsers["import"].add_argument("out", metavar="OUT", help="the new run folder")
+    parsers["attention"].add_argument(
+        "runs", nargs="+", metavar="RUN [key=value]", help="run folders, then keys as layers=[blocks.0] times=6"
+    )
     values = {
+        "import": "arguments.num_heads=16 sample.steps=50",
         "train": "trainer.max_images=900_000",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
-        "sample": "n=16 labels=3 guidance=2 seed=0 ema=0.999 out=digits.png, or keys of the sample section as steps=50",
+        "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
     }
     for name, example in values.items():
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")
@@ -85,17 +104,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from diffbench.report import facts, newest_scores, table
-    from diffbench.run import train
+    from diffbench.report import facts, newest_scores, table, trained_facts
+    from diffbench.run import Run, train
     from diffbench.scoring import evaluate
 
     run = train(arguments.config, arguments.overrides)
+    if not isinstance(run, Run):
+        print(f"\n{table([(run.folder.name, trained_facts(run))])}\n")
+        return
     from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not newest_scores(run):
         print("drawing and scoring samples", flush=True)
-        evaluate(run)
+        try:
+            evaluate(run)
+        except UserError as e:  # the run itself is complete
+            print(f"not scored: {e}", flush=True)
     if not picture.exists():
         save_grid(run.sample_tensor(100), columns=10, path=picture)
     print(f"\n{table([(run.folder.name, facts(run))])}\n")
@@ -134,7 +159,7 @@ def _list(arguments: argparse.Namespace) -> None:
     for path in experiments():
         lines = Path(path).read_text().splitlines()
         purpose = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
-        print(f"  {path:<32} {purpose}")
+        print(f"  {path:<36} {purpose}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -185,6 +210,10 @@ class _Draw:
     seed: int = 0
     out: str | None = None
     ema: float | None = None
+    strip: bool = False
+    """Besides, how the first four come about: x_t and the predicted image along the steps, as a PNG."""
+    gif: bool = False
+    """The same as an animation."""
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -211,12 +240,64 @@ def _sample(arguments: argparse.Namespace) -> None:
     path = Path(draw.out or run.folder / "samples" / f"{'-'.join(['sample', *words])[:200]}.png")
     if draw.out and path.exists():
         raise UserError(f"{COMMAND_LINE}: out: {path} exists already; choose another name")
-    with blaming([(COMMAND_LINE, values)]):
-        images = run.sample_tensor(draw.n, draw.labels, seed=draw.seed, **changes)
-    from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
+    if run.raw and path.suffix != ".npz":
+        raise UserError(
+            f"{COMMAND_LINE}: out: {run.shape[0]} channels make no picture; give out=NAME.npz for their raw values"
+        )
+    if run.raw and (draw.strip or draw.gif):
+        raise UserError(f"{COMMAND_LINE}: {'strip' if draw.strip else 'gif'}: {run.shape[0]} channels make no picture")
+    from diffbench.training.pictures import save_grid, save_npz, save_png
+    from diffbench.training.strips import Steps
 
-    save_grid(images, columns=min(10, len(images)), path=path)
+    steps = Steps()
+    with blaming([(COMMAND_LINE, values)]):
+        images = run.sample_tensor(
+            draw.n, draw.labels, seed=draw.seed, callback=steps if draw.strip or draw.gif else None, **changes
+        )
+    if path.suffix == ".npz":
+        save_npz(images, path)
+    else:
+        save_grid(images, columns=min(10, len(images)), path=path)
     print(path)
+    if draw.strip:
+        save_png(steps.strip(), path.with_suffix(".strip.png"))
+        print(path.with_suffix(".strip.png"))
+    if draw.gif:
+        steps.save_gif(path.with_suffix(".gif"))
+        print(path.with_suffix(".gif"))
+
+
+def _attention(arguments: argparse.Namespace) -> None:
+    from diffbench import schema
+    from diffbench.attention import AttentionConfig, attention, draw, save
+    from diffbench.config_layers import blaming, parse_overrides
+    from diffbench.run import load
+
+    folders = [word for word in arguments.runs if not re.match(r"[A-Za-z_]\w*=", word)]
+    values = parse_overrides([word for word in arguments.runs if word not in folders])
+    if not folders:
+        raise UserError(f"{COMMAND_LINE}: name a run folder, as runs/digits/diffit-s0; see diffbench attention --help")
+    with blaming([(COMMAND_LINE, values)]):
+        config = schema.build(AttentionConfig, values)
+        runs = [load(folder) for folder in folders]
+        path = Path(config.out or runs[0].folder / "samples" / f"attention-{runs[0].images_seen:09d}.png")
+        if config.out and path.exists():
+            raise ValueError(f"out: {path} exists already; choose another name")
+        levels, found = attention(runs, config)
+    save(draw(levels, found), path, runs)
+    print(path)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from diffbench.importing import import_reference
+
+    out = Path(arguments.out)
+    config = import_reference(arguments.source, Path(arguments.checkpoint), out, arguments.overrides)
+    d, p, s = config.data, config.process, config.sample
+    shape = f"{d.channels}x{d.image_size}x{d.image_size}, {d.num_classes} classes" if d.name == "none" else d.name
+    told = f" ({p.schedule} schedule, {p.variance} variance)" if p.name == "vp" else ""
+    print(f"{out}: {config.denoiser.name} for {shape}; process {p.name}{told}")
+    print(f"samples by {s.sampler} in {s.steps} steps, guidance {s.guidance:g}: {_python()} -m diffbench sample {out}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:

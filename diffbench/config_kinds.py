@@ -8,6 +8,7 @@ import torch
 
 from diffbench.data.sources import SOURCES
 from diffbench.denoisers import DENOISERS
+from diffbench.denoisers.classifier import ClassifierConfig
 from diffbench.diffusion import PROCESSES
 from diffbench.diffusion.pairs import ON_TABLES, PAIRS, check_pair
 from diffbench.training.settings import (
@@ -60,6 +61,7 @@ class BaseConfig:
             )
         if not self.runs_dir:
             raise ValueError("runs_dir: must be a folder, got ''")
+        self.ema = self.ema.in_steps(self.trainer.batch_size)
 
 
 @dataclass
@@ -87,13 +89,13 @@ class RunConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_guidance()
-        self._settle_sampler()
-        try:
-            PROCESSES[self.process.name].build(self.process).time_at(
-                torch.tensor(self.validation.log_snr, dtype=torch.float64)
+        if self.trainer.time_sampling == "loss_aware" and self.process.name != "vp":
+            raise ValueError(
+                f"trainer.time_sampling: loss_aware counts the steps of process.name=vp, not {self.process.name};"
+                " choose uniform or stratified"
             )
-        except ValueError as e:
-            raise ValueError(f"validation.log_snr: {e}") from None
+        self._settle_sampler()
+        check_levels(self.process, self.validation)
 
     def _check_guidance(self) -> None:
         s = self.sample
@@ -135,9 +137,45 @@ def _told(process: Any) -> str:
     return f"process.steps={process.steps}" if process.name == "vp" else f"process.name={process.name}"
 
 
+@dataclass
+class ClassifierRunConfig(BaseConfig):
+    """A run of a classifier of noisy images, for classifier guidance under the same process."""
+
+    format: int = FORMAT
+    kind: Literal["classifier"] = "classifier"
+    seed: int = 0
+    tag: str | None = None
+    runs_dir: str = "runs"
+    debug: Literal["none", "smoke", "overfit"] = "none"
+    data: Any = None
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    process: Any = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_levels(self.process, self.validation)
+
+
+def check_levels(process: Any, validation: ValidationConfig) -> None:
+    """Whether the process reaches the noise levels of validation.
+
+    Raises:
+        ValueError: if not.
+    """
+    levels = torch.tensor(validation.log_snr, dtype=torch.float64)
+    try:
+        PROCESSES[process.name].build(process).time_at(levels)
+    except ValueError as e:
+        raise ValueError(f"validation.log_snr: {e}") from None
+
+
 def keys_of(kind: type[BaseConfig]) -> list[str]:
     """The top-level keys of a kind."""
     return [f.name for f in fields(kind)]  # type: ignore[arg-type]
 
 
-KINDS: dict[str, type[BaseConfig]] = {"denoiser": RunConfig}
+KINDS: dict[str, type[BaseConfig]] = {"denoiser": RunConfig, "classifier": ClassifierRunConfig}

@@ -102,7 +102,7 @@ def blaming(stack: Sequence[Layer]) -> Iterator[None]:
         named = re.findall(r"[A-Za-z_][\w.]*", text.split("; ")[0])
         origins = [origin for origin, values in stack if any(_holds(values, key) for key in named)]
         files = [origin for origin, _ in stack if origin not in (SMOKE_MODE, COMMAND_LINE)]
-        raise UserError(f"{(origins or files)[-1]}: {text}") from None
+        raise UserError(f"{(origins or files or [COMMAND_LINE])[-1]}: {text}") from None
 
 
 def experiments(root: Path = Path("experiments")) -> list[str]:

@@ -47,11 +47,12 @@ def settings_of(overrides: Sequence[str], against: Path | None) -> EvaluateConfi
     base: dict[str, Any] = {}
     if against is not None and is_run(against):
         theirs = _config(against).evaluate
-        base = {"extractor": theirs.extractor, "weights": theirs.weights, "reference": theirs.reference}
+        extractor = references.named(theirs.extractor, run_images(against))
+        base = {"extractor": extractor, "weights": theirs.weights, "reference": theirs.reference}
     with _told():
         if not isinstance(values, dict):
             raise ValueError(f"evaluate: must be a section with keys, got {values!r}; write evaluate.extractor=NAME")
-        if "extractor" not in base | values:
+        if (base | values).get("extractor") is None:
             raise ValueError(f"evaluate.extractor: missing; choose from {', '.join(EXTRACTORS)}")
         found = schema.build(EvaluateConfig, base | values, "evaluate.")
     assert isinstance(found, EvaluateConfig)
@@ -98,6 +99,7 @@ def extractor_for(settings: EvaluateConfig, shape: tuple[int, int, int], against
         UserError: one line that begins with the key.
     """
     asked = Request(shape, settings.weights)
+    assert settings.extractor is not None
     if settings.extractor == "digits-cnn":
         run = against is not None and is_run(against)
         digits = run_images(against) if run and against else SOURCES["digits"].load(DigitsConfig())[0]

@@ -1,8 +1,8 @@
 """What a config describes: its data and its network, and a check of both before anything is trained or written."""
 
-import dataclasses
+import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,10 @@ from diffbench.denoisers import build
 from diffbench.denoisers.cost import Cost, count
 from diffbench.diffusion import PROCESSES, Process
 from diffbench.references import check_extractor
+from diffbench.training.settings import AUGMENT_WIDTH
+
+if TYPE_CHECKING:
+    from diffbench.data.module import ImageDataModule
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
@@ -21,8 +25,8 @@ def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def null_label(config: RunConfig, data: ImageSet) -> int | None:
-    """The label that means "no class", or None where labels are never dropped."""
-    return data.num_classes if config.trainer.label_dropout else None
+    """The label that means "no class", or None where labels are never dropped, or there are none."""
+    return data.num_classes if config.trainer.label_dropout and data.num_classes else None
 
 
 def build_process(config: Any) -> Process:
@@ -44,6 +48,22 @@ def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
     )
 
 
+def data_module(config: BaseConfig, train_set: ImageSet, held_out: ImageSet) -> "ImageDataModule":
+    """The batches of a run."""
+    from diffbench.data.module import ImageDataModule
+
+    return ImageDataModule(
+        train=train_set,
+        held_out=held_out,
+        seed=config.seed,
+        batch_size=config.trainer.batch_size,
+        accumulate=config.trainer.accumulate,
+        num_workers=config.data.num_workers,
+        only_first_batch=config.debug == "overfit",
+        flip=getattr(config.data, "flip", False),
+    )
+
+
 def cost_of(config: RunConfig, data: ImageSet) -> Cost:
     """Parameters and multiply-accumulates of the config's network."""
     return count(lambda: build_denoiser(config, data), data.images.shape[1], data.images.shape[2])
@@ -55,21 +75,32 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: a line that begins with the key.
     """
-    _check_device(config.trainer.accelerator)
-    for key, value in _numbers(dataclasses.asdict(config.denoiser)):
-        if key == "dropout" and not 0 <= value < 1:
-            raise ValueError(f"denoiser.dropout: must lie in [0, 1), got {value}")
-        if key != "dropout" and value <= 0:
-            raise ValueError(f"denoiser.{key}: must be positive, got {value}")
+    check_device(config.trainer.accelerator)
     train_set, _ = load_data(config)
-    try:
+    if not len(train_set):
+        raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
+    if not train_set.num_classes and config.sample.guidance != 1 and config.sample.weak_model is None:
+        raise ValueError(
+            f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
+            " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
+        )
+    with naming("denoiser"):
         cost_of(config, train_set)
-    except ValueError as e:
-        # Naming the section too: the key may stand in a base, and what it does not fit on the command line.
-        raise ValueError(f"{e} (section denoiser)" if str(e).startswith("denoiser.") else f"denoiser: {e}") from None
-    except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
-        raise ValueError(f"denoiser: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
-    check_evaluation(config, train_set)
+    if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
+        raise ValueError(
+            f"trainer.augment: denoiser.name={config.denoiser.name} is not told what was done to an image, so that the"
+            f" changes would leak into samples; allowed: 0, or a network with denoiser.augment_dim={AUGMENT_WIDTH}"
+        )
+    try:
+        check_evaluation(config, train_set)
+    except Missing as e:
+        if config.evaluate.extractor is not None or config.evaluate.every_images is not None:
+            raise
+        print(f"note: samples will not be scored: {e}")
+
+
+class Missing(ValueError):
+    """What a config does not ask for by name, and this machine lacks."""
 
 
 def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
@@ -78,8 +109,11 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
     Raises:
         ValueError: if not.
     """
+    if not len(train_set):
+        raise ValueError(
+            f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
+        )
     e = config.evaluate
-    check_extractor(e.extractor, e.weights, train_set)
     for name, wanted in (("count", e.count), ("every_count", e.every_count if e.every_images else 0)):
         found = len(balanced(train_set.labels, wanted))
         if found < wanted and not (name == "count" and e.reference == "all"):
@@ -88,6 +122,10 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
                 f"evaluate.{name}: must be at most {rarest * len(train_set.labels.unique())}, as many real images of"
                 f" each class as data.name={config.data.name} has, got {wanted}"
             )
+    try:
+        check_extractor(e.extractor, e.weights, train_set)
+    except ValueError as error:
+        raise Missing(str(error)) from None
 
 
 def device_of(accelerator: str) -> torch.device:
@@ -97,15 +135,21 @@ def device_of(accelerator: str) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _check_device(accelerator: str) -> None:
+@contextlib.contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Makes whatever a network of impossible sizes raises begin with its section."""
+    try:
+        yield
+    except ValueError as e:
+        # Naming the section too: the key may stand in a base, and what it does not fit on the command line.
+        named = str(e).startswith(f"{section}.")
+        raise ValueError(f"{e} (section {section})" if named else f"{section}: {e}") from None
+    except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
+        raise ValueError(f"{section}: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
+
+
+def check_device(accelerator: str) -> None:
     there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):
         raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
-
-
-def _numbers(sizes: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for key, value in sizes.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                yield key, number

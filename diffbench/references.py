@@ -15,6 +15,7 @@ from torch import Tensor
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, cache_folder, locked
 from diffbench.data.progress import progress
+from diffbench.data.sets import rows
 from diffbench.data.sources import ImageSet, balanced
 from diffbench.evaluation import Extractor, Request
 from diffbench.evaluation import extractor as build_extractor
@@ -39,18 +40,23 @@ def request(data: ImageSet, weights: str | None) -> Request:
     )
 
 
-def check_extractor(name: str, weights: str | None, data: ImageSet) -> None:
+def named(name: str | None, data: ImageSet) -> str:
+    """The extractor's name, or the one that suits the pictures where none is given."""
+    return name or ("digits-cnn" if data.name == "digits" else "efficientnet-lite0")
+
+
+def check_extractor(name: str | None, weights: str | None, data: ImageSet) -> None:
     """Whether an extractor can be made here, before anything else takes time.
 
     Raises:
         ValueError: one line that begins with the key.
     """
-    check(name, request(data, weights))
+    check(named(name, data), request(data, weights))
 
 
-def judge(name: str, weights: str | None, data: ImageSet, device: torch.device | str = "cpu") -> Extractor:
+def judge(name: str | None, weights: str | None, data: ImageSet, device: torch.device | str = "cpu") -> Extractor:
     """The extractor of a name for pictures like those of a data set, on a device."""
-    return build_extractor(name, request(data, weights)).to(device)
+    return build_extractor(named(name, data), request(data, weights)).to(device)
 
 
 def _cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -86,7 +92,7 @@ class Part:
     def batches(self, size: int = BATCH) -> Iterator[Tensor]:
         """The images, (B, C, H, W) uint8."""
         for index in self.index.split(size):
-            yield self.data.images[index]
+            yield rows(self.data.images, index)
 
 
 def first(data: ImageSet, split: str, count: int) -> Part:

@@ -6,6 +6,7 @@ from typing import Any
 from diffbench.core.errors import UserError
 from diffbench.records import difference, metrics, results, values
 from diffbench.run import Run
+from diffbench.trained import Trained
 
 SHOWN = {"fd", "fid", "sfid", "fd_gap", "fid_gap", "fd_infinity", "fid_infinity", "kid", "label_accuracy", "precision"}
 SHOWN |= {"recall", "coverage"}
@@ -34,6 +35,8 @@ def facts(run: Run, scored: Sequence[dict[str, Any]] | None = None) -> dict[str,
         "images/s": f"{images / seconds:,.0f}" if seconds else "-",
         "validation error": "-" if error is None else f"{error:.4f}",
     }
+    if run.config.trainer.time_sampling == "loss_aware":
+        row["pairing"] = "none: its times follow its losses"
     scored = newest_scores(run) if scored is None else scored
     for record in scored:
         row |= _scores(record)
@@ -72,6 +75,19 @@ def held_scores(run: Run) -> list[dict[str, Any]]:
     """The records of the weights that the run holds, oldest first."""
     held = (run.images_seen, run.ema, run.snapshot)
     return [r for r in results(run.folder) if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
+
+
+def trained_facts(run: Trained[Any]) -> dict[str, str]:
+    """What a table says of a run of another kind than a denoiser: size, length and its last validation numbers."""
+    lines = metrics(run.folder)
+    last: dict[str, Any] = next((m for m in reversed(lines) if any(k.startswith("val/") for k in m)), {})
+    return {
+        "parameters": f"{run.cost.parameters:,}",
+        "GMACs": f"{run.cost.gmacs:.4f}",
+        "images seen": f"{run.images_seen:,}",
+        "seconds": f"{_training_seconds(lines):,.0f}",
+        **{name.removeprefix("val/"): f"{value:.4f}" for name, value in last.items() if name.startswith("val/")},
+    }
 
 
 def newest_scores(run: Run) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """One run of a denoiser: build its parts, train it, load it again, sample from it; and training of every kind."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,21 +11,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffbench import classifier as classifier_run
 from diffbench import judging, parts, weights
-from diffbench.config import change, from_layers, read_layers
+from diffbench.config import change, from_layers, read_layers, to_dict
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked
+from diffbench.core.pixels import to_uint8
 from diffbench.denoisers.cost import Cost
 from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, read_config
 from diffbench.trained import Trained
 from diffbench.training.settings import SampleConfig
 
 if TYPE_CHECKING:
-    from lightning import Callback
+    from lightning import Callback, LightningDataModule
 
-    from diffbench.data.module import ImageDataModule
     from diffbench.training.ema import EMA
     from diffbench.training.guides import Helpers
     from diffbench.training.log import RunLog
@@ -58,12 +60,19 @@ class Run(Trained[RunConfig]):
         return parts.build_denoiser(self.config, self.train_set)
 
     @property
+    def raw(self) -> bool:
+        """Whether what the network denoises is no picture: neither grey nor red, green and blue."""
+        return self.shape[0] not in (1, 3)
+
+    @property
     def cost(self) -> Cost:
         return parts.cost_of(self.config, self.train_set)
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
         parts.check(config)
+        if config.sample.weak_model is not None or config.sample.classifier is not None:
+            helpers(config.sample, config, tuple(parts.load_data(config)[0].images.shape[1:]))
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
@@ -74,22 +83,19 @@ class Run(Trained[RunConfig]):
 
         c, t = self.config, self.config.trainer
         return DiffusionModule(
-            self.network, self.process, c.optimizer, c.seed, t.batch_size, t.label_dropout, self.null_label
+            self.network,
+            self.process,
+            c.optimizer,
+            c.seed,
+            t.batch_size,
+            label_dropout=t.label_dropout if self.null_label is not None else 0.0,
+            null_label=self.null_label,
+            time_sampling=t.time_sampling,
+            augment=t.augment,
         )
 
-    def data(self) -> "ImageDataModule":
-        from diffbench.data.module import ImageDataModule
-
-        c, t = self.config, self.config.trainer
-        return ImageDataModule(
-            train=self.train_set,
-            held_out=self.held_out,
-            seed=c.seed,
-            batch_size=t.batch_size,
-            accumulate=t.accumulate,
-            num_workers=c.data.num_workers,
-            only_first_batch=c.debug == "overfit",
-        )
+    def data(self) -> "LightningDataModule":
+        return parts.data_module(self.config, self.train_set, self.held_out)
 
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.sampling import SampleGrid
@@ -98,7 +104,7 @@ class Run(Trained[RunConfig]):
         c, t = self.config, self.config.trainer
         classes = self.train_set.num_classes
         return [
-            Validation(log, ema, self.held_out, c.validation.log_snr, t.validate_images),
+            Validation(log, ema, self.held_out.spread(c.validation.count), c.validation.log_snr, t.validate_images),
             *self._distances(log, ema),
             SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample)),
         ]
@@ -116,22 +122,8 @@ class Run(Trained[RunConfig]):
         ]
 
     def helpers(self, settings: SampleConfig) -> "Helpers":
-        """The networks that guide besides the denoiser, as `weak_model` and `classifier` name them.
-
-        Raises:
-            UserError: if a folder holds no such run, or one that does not fit this.
-        """
-        from diffbench.training.guides import Helpers
-
-        weak = None
-        if settings.weak_model is not None and settings.guidance != 1:
-            other = load(settings.weak_model)
-            if (other.shape, other.config.process) != (self.shape, self.config.process):
-                raise UserError(
-                    f"sample.weak_model: {settings.weak_model} was trained on other shapes or under another process"
-                )
-            weak = other.denoiser
-        return Helpers(weak)
+        """The networks that guide besides the denoiser; see `helpers`."""
+        return helpers(settings, self.config, self.shape)
 
     def sample(
         self,
@@ -141,7 +133,13 @@ class Run(Trained[RunConfig]):
         seed: int = 0,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Images as Pillow pictures; see `sample_tensor`."""
+        """Images as Pillow pictures; see `sample_tensor`.
+
+        Raises:
+            ValueError: also if what the network denoises is no picture.
+        """
+        if self.raw:
+            raise ValueError(f"{self.folder}: {self.shape[0]} channels make no picture; take sample_tensor")
         images = self.sample_tensor(n, labels, guidance, seed, **changes)
         arrays = images.permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(np.squeeze(a)) for a in arrays]
@@ -152,15 +150,19 @@ class Run(Trained[RunConfig]):
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
         **changes: Any,
     ) -> Tensor:
-        """Samples, (N, C, H, W) uint8.
+        """Samples, (N, C, H, W) uint8; float32 as denoised where they are no pictures.
 
         Args:
             n: how many; by default one for each label.
             labels: one class for all, or one for each; by default the classes in turn.
             guidance: weight of guidance; by default the config's.
             seed: sample i's noise follows from (seed, i).
+            progress: called with the number of images done after each batch.
+            callback: called after each step of each batch with (step, x, predicted x0).
             **changes: other keys of the `sample` section, such as steps="50" or sampler="ddim".
 
         Raises:
@@ -171,7 +173,7 @@ class Run(Trained[RunConfig]):
         if guidance is not None:
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
-        return self.generate(self._labels(n, labels), settings, seed)
+        return self.generate(self._labels(n, labels), settings, seed, progress=progress, callback=callback)
 
     def generate(
         self,
@@ -182,7 +184,7 @@ class Run(Trained[RunConfig]):
         progress: Callable[[int], None] | None = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """Pictures (N, C, H, W) uint8 of labels (N,); see `training.sampling.generate`."""
+        """Pictures (N, C, H, W) uint8 of labels (N,), or raw float32; see `training.sampling.generate`."""
         from diffbench.training.sampling import generate  # imports Lightning
 
         settings = settings or self.config.sample
@@ -196,6 +198,7 @@ class Run(Trained[RunConfig]):
             helpers=self.helpers(settings),
             seed=seed,
             first=first,
+            decode=torch.Tensor.float if self.raw else to_uint8,
             progress=progress,
             callback=callback,
         )
@@ -205,12 +208,14 @@ class Run(Trained[RunConfig]):
         if n is not None and n < 1:
             raise ValueError(f"n: must be at least 1, got {n}")
         if labels is None:
-            return torch.arange(16 if n is None else n) % classes
+            return torch.arange(16 if n is None else n) % max(1, classes)
         y = torch.as_tensor(labels, dtype=torch.int64)
         if y.ndim == 0:
             y = y.repeat(1 if n is None else n)
         if not len(y) or (n is not None and len(y) != n):
             raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
+        if not classes:
+            raise ValueError("labels: this network was trained without classes; leave them out")
         if not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
         return y
@@ -230,12 +235,47 @@ def load(folder: str | Path, ema: float | None = None) -> Run:
     config = read_config(folder)
     if not isinstance(config, RunConfig):
         raise UserError(f"{folder}: a run of kind {config.kind}; choose a denoiser's")
-    run = Run(folder, config)
+    with blaming([(str(folder / "config.yaml"), to_dict(config))]):
+        run = Run(folder, config)
     run.use_average(run.ema if ema is None else ema)
     return run
 
 
-KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run}
+def helpers(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "Helpers":
+    """The networks that guide a denoiser of this config and shape, as `weak_model` and `classifier` name them.
+
+    Raises:
+        ValueError: if a folder holds no such run, or one that does not fit.
+    """
+    from diffbench.training.guides import Helpers
+
+    weak = judge = None
+    with naming_key("sample.weak_model"):
+        if settings.weak_model is not None and settings.guidance != 1:
+            other = load(settings.weak_model)
+            if (other.shape, other.config.process) != (shape, config.process):
+                raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
+            weak = other.denoiser
+    with naming_key("sample.classifier"):
+        if settings.classifier is not None and settings.classifier_scale:
+            found = classifier_run.load(settings.classifier)
+            noising = parts.build_process(config.process).noising()
+            if (found.shape, found.process.noising()) != (shape, noising):
+                raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
+            judge = found.network
+    return Helpers(weak, judge)
+
+
+@contextlib.contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """Puts a key before what a UserError says."""
+    try:
+        yield
+    except UserError as e:
+        raise ValueError(f"{key}: {e}") from None
+
+
+KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run, "classifier": classifier_run.ClassifierRun}
 """The `kind` of a config -> what trains it."""
 
 

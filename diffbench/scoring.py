@@ -68,6 +68,11 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     device = device_of(config.trainer.accelerator)
     judgement = judging.of_run(config.evaluate, run.train_set, run.held_out, device)
     run.network.to(device)
+    if config.evaluate.count < 2 * judgement.extractor.dim:
+        print(
+            f"note: {config.evaluate.count:,} samples against {judgement.extractor.dim:,} features of"
+            f" {judgement.extractor.name}: most of a Fréchet distance is then bias; compare it at this count only"
+        )
     settings = [config.sample.unguided()]
     if config.sample.guided:
         settings.append(config.sample)
@@ -168,7 +173,7 @@ def _score(run: Run, config: RunConfig, how: SampleConfig, judgement: Judgement)
         "labels": "evenly over the classes" if run.train_set.num_classes else "none",
         "precision": str(next(run.network.parameters()).dtype).removeprefix("torch."),
         "data": run.train_set.fingerprint(),
-        "data_name": getattr(run.train_set, "name", config.data.name),
+        "data_name": run.train_set.name,
         **judgement.told(),
         "scoring_seconds": time.perf_counter() - started,
         **values,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from diffbench import weights
-from diffbench.config import to_yaml
+from diffbench.config import flatten, to_dict, to_yaml
 from diffbench.config_kinds import BaseConfig
+from diffbench.core.errors import UserError
 from diffbench.denoisers.cost import Cost
 from diffbench.folder import update_length
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from diffbench.training.ema import EMA
     from diffbench.training.log import RunLog
     from diffbench.training.module import Module
+
+HPARAMS = ("denoiser.name", "process.name", "sample.sampler", "optimizer.lr", "trainer.batch_size", "seed")
 
 C = TypeVar("C", bound=BaseConfig)
 
@@ -84,9 +87,12 @@ class Trained(ABC, Generic[C]):
         """Loads the average of a decay into the network.
 
         Raises:
-            UserError: if the run keeps no such average, or has no weights yet.
+            UserError: if the run keeps no such average, has no weights yet, or those of another network.
         """
         averaged, self.images_seen = weights.read(self.folder, self.config, self.network, decay)
+        wrong = weights.mismatch(self.network.state_dict(), averaged)
+        if wrong:
+            raise UserError(f"{self.folder}: holds the weights of another network than its config.yaml says: {wrong}")
         self.network.load_state_dict(averaged, strict=True)
         self.network.eval()
         self.ema, self.snapshot = decay, "last"
@@ -126,11 +132,18 @@ class Trained(ABC, Generic[C]):
             path.unlink()  # of the shorter run; written anew at the end
         self._train(checkpoint)
 
+    def hparams(self) -> dict[str, str | float]:
+        """The few facts by which TensorBoard's hparams tab sorts runs."""
+        known = flatten(to_dict(self.config))
+        chosen = {key: known[key] for key in HPARAMS if key in known}
+        return {**chosen, "parameters": self.cost.parameters, "GMACs": self.cost.gmacs}
+
     def _train(self, checkpoint: Path | None) -> None:
         from diffbench.training.fit import fit
 
-        c = self.config
-        text = to_yaml(c)
-        ema = fit(self.module(), self.data(), self.folder, c.trainer, c.ema, text, self.scores, checkpoint)
+        c, data = self.config, self.data()
+        ema = fit(
+            self.module(), data, self.folder, c.trainer, c.ema, to_yaml(c), self.scores, checkpoint, self.hparams()
+        )
         for decay, average in ema.averages.items():
             weights.export(self.folder, self.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)

@@ -1,6 +1,6 @@
 """Averaged weights of a run: read from its exports or its newest checkpoint, exported, and as another run's start."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -62,11 +62,18 @@ def read_best(folder: Path) -> tuple[dict[str, Tensor], int, float]:
         raise UserError(f"{path}: damaged ({e})") from None
 
 
-def export(folder: Path, network: nn.Module, decay: float, average: Sequence[Tensor], images: int) -> None:
-    """Writes an average as safetensors."""
-    tensors = {k: v.cpu().contiguous() for k, v in _with_average(network, average).items()}
+def export(
+    folder: Path,
+    network: nn.Module,
+    decay: float,
+    average: Sequence[Tensor],
+    images: int,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes an average as safetensors; `facts` go into its metadata."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in _with_average(network, average).items()}
     with atomic(export_path(folder, decay)) as file:
-        file.write(save(tensors, {"images": str(images), "decay": str(decay)}))
+        file.write(save(tensors, {"images": str(images), "decay": str(decay), **(facts or {})}))
 
 
 def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int) -> None:
@@ -93,14 +100,21 @@ def initial(config: RunConfig) -> dict[str, Tensor] | None:
         raise ValueError(f"init_from: {e}") from None
     with torch.device("meta"):
         ours = build_denoiser(config, load_data(config)[0])
-    wanted = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = [name for name in sorted(wanted | given) if wanted.get(name) != given.get(name)]
+    wrong = mismatch(ours.state_dict(), weights)
     if wrong:
-        name = wrong[0]
-        shapes = f"{given.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
-        raise ValueError(f"init_from: {source} holds another network: {name} is {shapes}, {len(wrong)} differ in all")
+        raise ValueError(f"init_from: {source} holds another network: {wrong}")
     return weights
+
+
+def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """The first name at which two state dicts differ, with both shapes, and how many do; nothing where none does."""
+    here = {name: tuple(value.shape) for name, value in wanted.items()}
+    there = {name: tuple(value.shape) for name, value in given.items()}
+    wrong = [name for name in sorted(here | there) if here.get(name) != there.get(name)]
+    if not wrong:
+        return ""
+    shapes = f"{there.get(wrong[0], 'absent')} there, {here.get(wrong[0], 'absent')} here"
+    return f"{wrong[0]} is {shapes}, {len(wrong)} differ in all"
 
 
 def _averages(checkpoint: Path) -> dict[str, list[Tensor]]:

@@ -109,8 +109,8 @@ def test_a_wrong_command_line(refused: Callable[..., str], argv: list[str], line
 
 
 FOUND_BEFORE_TRAINING = {
-    "denoiser.patch_size=3": "denoiser.patch_size must divide the image size: 3 does not divide 8",
-    "denoiser.num_heads=5": "denoiser.num_heads must divide denoiser.hidden_size: 5 does not divide",
+    "denoiser.patch_size=3": "denoiser.patch_size: 3 does not divide 8, a side of the image",
+    "denoiser.num_heads=5": "denoiser.num_heads: 5 does not divide denoiser.hidden_size=",
     "denoiser.hidden_size=0": "denoiser.hidden_size: must be positive, got 0",
     "denoiser.depth=-1": "denoiser.depth: must be positive, got -1",
     "denoiser.mlp_ratio=-1": "denoiser.mlp_ratio: must be positive, got -1.0",
@@ -149,7 +149,7 @@ def test_found_before_lightning_is_imported(tmp_path: Path) -> None:
 
 def test_sizes_in_a_base_are_blamed_on_who_changed_what_they_must_fit(refused: Callable[..., str]) -> None:
     line = refused("train", "experiments/digits/diffit.yaml", "denoiser.channels=[30,60]")
-    assert line.startswith("command line: denoiser.norm_groups must divide each width")
+    assert line.startswith("command line: denoiser.norm_groups: 8 does not divide 30")
 
 
 def test_a_file_where_runs_should_go(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from diffbench.core import keyed
+from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8, to_uint8
 from diffbench.data.module import ImageDataModule, PositionDataset, PositionSampler
 from diffbench.data.sources import DigitsConfig, ImageSet, balanced, digits
@@ -111,10 +112,17 @@ def test_a_batch_holds_image_label_and_position() -> None:
 def test_a_module_goes_on_where_its_state_says() -> None:
     whole = drawn(module(numbered(), accumulate=2), 12)
     again = module(numbered(), accumulate=2)
-    again.load_state_dict({"samples_seen": 12})
+    state = {"samples_seen": 12, "data": numbered().fingerprint()}
+    again.load_state_dict(state)
     for a, b in zip(whole[6:], drawn(again, 6), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "label", "position"))
-    assert again.state_dict() == {"samples_seen": 12}
+    assert again.state_dict() == state
+
+
+def test_a_module_refuses_the_state_of_other_data() -> None:
+    state = module(numbered(11)).state_dict()
+    with pytest.raises(UserError, match=r"^data: the run began with other training data \(\w{16}, now \w{16}\); bring"):
+        module(numbered()).load_state_dict(state)
 
 
 def test_overfitting_sees_the_first_batch_only() -> None:

@@ -85,8 +85,9 @@ FLOORS = [
     {"folder", "parts", "pictures", "shards"},
     {"weights"},
     {"trained"},
+    {"classifier"},
     {"run"},
-    {"scoring", "foreign"},
+    {"scoring", "foreign", "attention", "importing"},
     {"adm", "report"},
     {"referencing"},
     {"cli"},
@@ -122,6 +123,16 @@ def test_there_is_no_circle() -> None:
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
     assert set(order) == set(MODULES)
     assert order.index("diffbench.core.errors") < order.index("diffbench.config") < order.index("diffbench.cli")
+
+
+OPTIONAL = ["diffusers", "efficientnet_lite_pytorch", "hypothesis", "pytest", "torch_fidelity", "torchvision"]
+
+
+def test_every_module_imports_with_the_base_dependencies_only() -> None:
+    blocked = f"sys.modules.update(dict.fromkeys({OPTIONAL}))"  # None in sys.modules makes an import fail
+    modules = [m for m in MODULES if m != "diffbench.__main__"]
+    loaded = loaded_after(f"{blocked}\nimport importlib\n[importlib.import_module(m) for m in {modules}]")
+    assert set(modules) <= loaded
 
 
 HEAVY = {"torch", "lightning", "omegaconf", "sklearn", "tensorboard", "matplotlib"}

@@ -62,6 +62,20 @@ def test_outputs_equal_the_reference(name: str, dtype: torch.dtype) -> None:
         assert bool((error <= at_t0["atol"] + at_t0["rtol"] * case.tensors["out64.forward"][i].abs()).all())
 
 
+def test_the_table_of_parity() -> None:
+    """The largest differences from the references; `pytest tests/test_reference.py -k table -rP` prints them."""
+    print(f"{'case':<16} {'float32':>8} {'float64':>8} {'largest output':>15}")
+    for name in CASES:
+        errors = []
+        for dtype, prefix in ((torch.float32, "out."), (torch.float64, "out64.")):
+            net, case = network(name, dtype)
+            want = case.tensors[f"{prefix}forward"]
+            errors.append(float((net(*inputs(case, case.info["calls"][0], dtype)) - want).abs().max()))
+        print(f"{name:<16} {errors[0]:>8.1e} {errors[1]:>8.1e} {want.abs().max():>15.2f}")
+        assert errors[0] < 1e-5
+        assert errors[1] < (1e-7 if name.startswith("ddpmpp") else 1e-14)  # its reference embeds times in float32
+
+
 GUIDED = [(name, call["name"]) for name in CASES[:5] for call in load(name).info["calls"][1:]]
 
 

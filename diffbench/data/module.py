@@ -2,7 +2,6 @@
 anywhere and two backbones with one seed see the same images in the same order."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -11,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffbench.core import keyed
+from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
-from diffbench.data.sources import ImageSet
+from diffbench.data.latents import LatentSet
+from diffbench.data.sets import ImageSet
 
 
 class PositionSampler(Sampler[list[int]]):
@@ -44,10 +45,16 @@ class PositionSampler(Sampler[list[int]]):
 
 
 class PositionDataset(Dataset[dict[str, Tensor]]):
-    """Fetches whole batches by position; the order of epoch e is a permutation keyed by (seed, "order", e)."""
+    """Fetches whole batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
 
-    def __init__(self, data: ImageSet, seed: int) -> None:
-        self.data, self.seed = data, seed
+    Args:
+        data: what batches are made of.
+        seed: of the order.
+        only_index: whether batches hold just which pictures are meant, as where the set lies on the device already.
+    """
+
+    def __init__(self, data: ImageSet | LatentSet, seed: int, only_index: bool = False) -> None:
+        self.data, self.seed, self.only_index = data, seed, only_index
         self._orders: dict[int, Tensor] = {}
 
     def index(self, positions: Tensor) -> Tensor:
@@ -55,6 +62,8 @@ class PositionDataset(Dataset[dict[str, Tensor]]):
         epochs = positions // len(self.data)
         first, last = int(epochs.min()), int(epochs.max())
         self._orders = {e: self._orders[e] if e in self._orders else self._order(e) for e in range(first, last + 1)}
+        if first == last:
+            return self._orders[first][positions % len(self.data)]
         orders = torch.stack([self._orders[e] for e in range(first, last + 1)])
         return orders[epochs - first, positions % len(self.data)]
 
@@ -62,48 +71,70 @@ class PositionDataset(Dataset[dict[str, Tensor]]):
         return keyed.permutation(keyed.key(self.seed, "order", epoch), len(self.data))
 
     def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
-        """A batch: image (B, C, H, W) uint8, label (B,), position (B,)."""
+        """A batch: position (B,) and what the set gives, as image (B, C, H, W) uint8 and label (B,); or index (B,)."""
         position = torch.tensor(positions)
         index = self.index(position)
-        return {"image": self.data.images[index], "label": self.data.labels[index], "position": position}
+        return {"position": position, **({"index": index} if self.only_index else self.data.gather(index))}
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         return self.__getitems__([position])
 
 
-@dataclass
-class ImageDataModule(L.LightningDataModule):
-    """Training batches by position, and the held-out part.
+class PositionDataModule(L.LightningDataModule):
+    """Training batches by position, and the held-out part: what image and latent data share.
 
-    What training gets of a batch: x0 (B, C, H, W) float32 in [-1, 1], label (B,), position (B,), on its device.
-    Its state in a checkpoint is the number of samples seen, which is where a resumed run goes on.
+    What training gets of a batch: x0 (B, C, H, W) float32, label (B,), position (B,), on its device.
+    Its state in a checkpoint is the number of samples seen, which is where a resumed run goes on, and the fingerprint
+    of the data.
+
+    Args:
+        train: the part to train on.
+        held_out: the other.
+        seed: of the run; with a sample's position it fixes which picture it is and how it is drawn.
+        batch_size: images of an optimizer step.
+        accumulate: micro-batches in a step.
+        num_workers: loader processes.
+        only_first_batch: train on the first `batch_size` images only (debug=overfit).
+        flip: mirror half of the training images, drawn anew each epoch.
+        resident: keep the whole training part on the device; None: on a GPU with four times the room.
     """
 
-    train: ImageSet
-    held_out: ImageSet
-    seed: int
-    batch_size: int
-    accumulate: int = 1
-    num_workers: int = 0
-    only_first_batch: bool = False
-    """Train on the first `batch_size` images only (debug=overfit)."""
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        train: ImageSet | LatentSet,
+        held_out: ImageSet | LatentSet,
+        seed: int,
+        batch_size: int,
+        accumulate: int = 1,
+        num_workers: int = 0,
+        only_first_batch: bool = False,
+        flip: bool = False,
+        resident: bool | None = None,
+    ) -> None:
         super().__init__()
+        self.train = train.first(batch_size) if only_first_batch else train
+        self.held_out, self.seed, self.flip = held_out, seed, flip
+        self.batch_size, self.accumulate, self.num_workers = batch_size, accumulate, num_workers
+        self.resident = resident
         self.samples_seen = 0
-        if self.only_first_batch:
-            first = self.train
-            self.train = replace(first, images=first.images[: self.batch_size], labels=first.labels[: self.batch_size])
-        for name, part in (("training", self.train), ("held-out", self.held_out)):
-            low, high = int(part.labels.min()), int(part.labels.max())
-            if low < 0 or high >= part.num_classes:
-                raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{part.num_classes - 1}")
+        self._on_device: Any = None
+        for name, part in (("training", self.train), ("held-out", held_out)):
+            low, high, classes = int(part.labels.min()), int(part.labels.max()), max(1, part.num_classes)
+            if low < 0 or high >= classes:
+                raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{classes - 1}")
+
+    def x0(self, batch: dict[str, Tensor], flipped: Tensor) -> Tensor:
+        """What a batch on the device trains on, (B, C, H, W) float32; `flipped` (B,) says which to mirror."""
+        raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = PositionSampler(self.batch_size, self.accumulate, self.samples_seen, rank, world)
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        resident = _fits(self.train, device) if self.resident is None else self.resident
+        self._on_device = self.train.to(device) if resident else None
         return DataLoader(
-            PositionDataset(self.train, self.seed),
+            PositionDataset(self.train, self.seed, only_index=resident),
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.num_workers,
@@ -111,14 +142,59 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Bytes travel to the device and become numbers there."""
-        return {"x0": from_uint8(batch["image"]), "label": batch["label"], "position": batch["position"]}
+        """Bytes travel to the device, or lie there, and become numbers there."""
+        position = batch["position"]
+        if "index" in batch:
+            batch = self._on_device.gather(batch["index"])
+        if self.flip:
+            flipped = keyed.uniform(keyed.key(self.seed, "flip"), position) < 0.5
+        else:
+            flipped = torch.zeros_like(position, dtype=torch.bool)
+        return {"x0": self.x0(batch | {"position": position}, flipped), "label": batch["label"], "position": position}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples_seen": self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen}
+        seen = self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen
+        return {"samples_seen": seen, "data": self.train.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, now = state_dict["data"], self.train.fingerprint()
+        if before != now:
+            raise UserError(
+                f"data: the run began with other training data ({before}, now {now}); bring it back, or choose another"
+                " tag=NAME"
+            )
         self.samples_seen = state_dict["samples_seen"]
+
+
+class ImageDataModule(PositionDataModule):
+    """Images: x0 holds pixels in [-1, 1]."""
+
+    def x0(self, batch: dict[str, Tensor], flipped: Tensor) -> Tensor:
+        images = batch["image"]
+        if self.flip:
+            chosen = -flipped.to(torch.uint8)[:, None, None, None]  # all bits, or none: four times as fast as where
+            images = images ^ ((images ^ images.flip(-1)) & chosen)
+        return from_uint8(images)
+
+
+class LatentDataModule(PositionDataModule):
+    """Latents of images: x0 is drawn from each one's posterior, anew each epoch, and scaled to about unit variance."""
+
+    train: LatentSet
+
+    def x0(self, batch: dict[str, Tensor], flipped: Tensor) -> Tensor:
+        mean, log_variance = batch["mean"], batch["log_variance"]
+        if self.flip:
+            mirror = flipped[:, None, None, None]
+            mean = torch.where(mirror, batch["flipped_mean"], mean)
+            log_variance = torch.where(mirror, batch["flipped_log_variance"], log_variance)
+        noise = keyed.normal(keyed.key(self.seed, "posterior"), batch["position"], tuple(mean.shape[1:]))
+        return self.train.scaled(mean.float() + (0.5 * log_variance.float()).exp() * noise)
+
+
+def _fits(data: ImageSet | LatentSet, device: torch.device) -> bool:
+    """Whether a set may stay on a GPU: it must leave three quarters of what is free."""
+    return device.type == "cuda" and 4 * data.nbytes <= torch.cuda.mem_get_info(device)[0]
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,31 +1,14 @@
 """Image data sets by name: uint8 images and labels, split once and for all into training and held-out parts."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images (N, C, H, W) uint8 and labels (N,) int64 in 0..num_classes-1."""
-
-    images: Tensor
-    labels: Tensor
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of a hash of all pixels and labels."""
-        digest = hashlib.sha256(self.images.numpy().tobytes())
-        digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()[:16]
+from diffbench.data.images import CIFAR10Config, ImagesConfig, cifar10, images
+from diffbench.data.sets import ImageSet, balanced
 
 
 @dataclass
@@ -51,15 +34,40 @@ def _digits(held_out: int) -> tuple[ImageSet, ImageSet]:
 
     bunch = load_digits()
     # Sixteen grey levels, spread over the bytes: 16 becomes 255.
-    images = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
+    pixels = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0)
-    return ImageSet(images[train], labels[train], 10), ImageSet(images[test], labels[test], 10)
+    parts = [ImageSet(pixels[part], labels[part], 10, "digits", tuple("0123456789")) for part in (train, test)]
+    return parts[0], parts[1]
 
 
 def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
     """The training and the held-out part."""
     return _digits(config.held_out)
+
+
+@dataclass
+class NoneConfig:
+    """The shape of images that are not here, as of an imported network; nothing trains or is scored on them."""
+
+    channels: int = 3
+    image_size: int = 32
+    """Pixels a side, or a latent's places."""
+    num_classes: int = 0
+    num_workers: int = 0
+    """As for other data; nothing is loaded."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"channels": 1, "image_size": 1, "num_classes": 0, "num_workers": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: must be at least {least}, got {getattr(self, name)}")
+
+
+def nothing(config: NoneConfig) -> tuple[ImageSet, ImageSet]:
+    """Two parts without images, which know their shape and classes."""
+    images = torch.empty(0, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
+    part = ImageSet(images, torch.empty(0, dtype=torch.int64), config.num_classes)
+    return part, part
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,11 @@ class Source:
     load: Callable[[Any], tuple[ImageSet, ImageSet]]
 
 
-SOURCES = {"digits": Source(DigitsConfig, digits)}
+SOURCES = {
+    "digits": Source(DigitsConfig, digits),
+    "images": Source(ImagesConfig, images),
+    "cifar10": Source(CIFAR10Config, cifar10),
+    "none": Source(NoneConfig, nothing),
+}
 
-
-def balanced(labels: Tensor, count: int) -> Tensor:
-    """Indices of the first `count` items spread evenly over the classes, class by class, in the set's order."""
-    classes = labels.unique()
-    each, extra = divmod(count, len(classes))
-    parts = [(labels == c).nonzero()[:, 0][: each + (i < extra)] for i, c in enumerate(classes)]
-    return torch.cat(parts)
+__all__ = ["SOURCES", "DigitsConfig", "ImageSet", "Source", "balanced", "digits"]

@@ -2,19 +2,30 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, one_hot, scaled_dot_product_attention, silu
+from torch.nn.functional import one_hot, silu
 
+from diffbench.denoisers.checks import (
+    check_divides,
+    check_dropout,
+    check_features,
+    check_halves,
+    check_occurs,
+    check_positive,
+    check_sides,
+)
 from diffbench.denoisers.layers import (
+    Direction,
     FourierFeatures,
     GroupNorm,
+    PixelAttention,
     TimeFeatures,
-    check_divides,
-    check_sides,
+    augmented,
     labels_or_null,
+    resample,
     timestep_embedding,
 )
 from diffbench.denoisers.tmsa import TimeAttention
@@ -30,8 +41,9 @@ class DDPMppConfig:
     """One factor a level; the resolution halves between levels."""
     num_blocks: int = 4
     """Residual blocks a level in the encoder; the decoder has one more."""
-    attention_resolutions: list[int] = field(default_factory=lambda: [16])
-    """Resolutions (pixels a side) with attention; the first block of the decoder always has it."""
+    attention_resolutions: list[int] | None = None
+    """Resolutions (pixels a side) with attention; the first block of the decoder always has it. null: 16, where the
+    network has that."""
     dropout: float = 0.13
     """0.13 for CIFAR-10, 0.05 for FFHQ-64."""
     augment_dim: int | None = None
@@ -45,6 +57,12 @@ class DDPMppConfig:
     """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
     tmsa: bool = False
     """DiffiT's time-dependent attention in place of the attention (DiffiT, Table 5)."""
+
+    def __post_init__(self) -> None:
+        numbers = ("model_channels", "channel_mult", "num_blocks", "augment_dim", "embedding_mult", "num_heads")
+        check_positive(self, *numbers, "fourier_scale")
+        check_dropout(self.dropout)
+        check_features(self.time_features, self.model_channels)
 
 
 class DDPMpp(nn.Module):
@@ -76,13 +94,15 @@ class DDPMpp(nn.Module):
         self.num_classes, self.null_class = num_classes, null_class
         widths = [config.model_channels * m for m in config.channel_mult]
         levels = len(widths)
-        factor = 2 ** (levels - 1)
-        check_divides(factor, image_size, f"{levels} levels of denoiser.channel_mult halve the image too often")
-        self.divisor = image_size if config.tmsa else factor
+        check_halves("channel_mult", levels, (image_size,))
+        self.divisor = image_size if config.tmsa else 2 ** (levels - 1)
+        attended = [16] if config.attention_resolutions is None else config.attention_resolutions
+        if config.attention_resolutions is not None:
+            check_occurs("attention_resolutions", attended, image_size, levels)
         self.embedding = Embedding(config, num_classes)
         emb = config.embedding_mult * config.model_channels
 
-        def block(c_in: int, c_out: int, level: int, attention: bool = False, **where: bool) -> Block:
+        def block(c_in: int, c_out: int, level: int, attention: bool = False, **where: Any) -> Block:
             return Block(config, c_in, c_out, emb, image_size >> level if attention else None, **where)
 
         width = config.model_channels
@@ -90,9 +110,9 @@ class DDPMpp(nn.Module):
         self.encoder = nn.ModuleList()
         skips = [width]
         for level, c in enumerate(widths):
-            attention = image_size >> level in config.attention_resolutions
+            attention = image_size >> level in attended
             if level:
-                self.encoder.append(block(width, width, level, down=True))
+                self.encoder.append(block(width, width, level, direction="down"))
                 skips.append(width)
             for _ in range(config.num_blocks):
                 self.encoder.append(block(width, c, level, attention))
@@ -100,11 +120,11 @@ class DDPMpp(nn.Module):
                 skips.append(width)
         self.decoder = nn.ModuleList()
         for level, c in reversed(list(enumerate(widths))):
-            attention = image_size >> level in config.attention_resolutions
+            attention = image_size >> level in attended
             if level == levels - 1:
                 self.decoder.extend([block(width, width, level, attention=True), block(width, width, level)])
             else:
-                self.decoder.append(block(width, width, level, up=True))
+                self.decoder.append(block(width, width, level, direction="up"))
             for i in range(config.num_blocks + 1):
                 here = attention and i == config.num_blocks
                 self.decoder.append(block(width + skips.pop(), c, level, here, joins=True))
@@ -125,7 +145,8 @@ class DDPMpp(nn.Module):
             (B, C, H, W), or (B, 2C, H, W) with a learned variance.
 
         Raises:
-            ValueError: if the levels do not divide the image (any multiple will do), or labels are missing.
+            ValueError: if the levels do not divide the image (any multiple will do), labels are missing, or the
+                augmentation label has another width.
         """
         check_sides(x, self.channels, self.divisor)
         if self.num_classes:
@@ -164,8 +185,8 @@ class Embedding(nn.Module):
             # One column more than classes, then dropped: the null class is a row of zeros.
             hot = one_hot(y, self.num_classes + 1)[:, :-1].to(h.dtype)
             h = h + self.label(hot * math.sqrt(self.num_classes))
-        if self.augment is not None and augment is not None:
-            h = h + self.augment(augment.to(h.dtype))
+        if augment is not None:
+            h = h + augmented(self.augment, augment, h.dtype)
         return silu(self.layer2(silu(self.layer1(h))))
 
 
@@ -178,8 +199,7 @@ class Block(nn.Module):
         c_out: width of the output.
         emb: width of the embedding.
         size: side of the attended image; None for no attention.
-        down: halve the resolution first, by the mean of 2x2.
-        up: double the resolution first, by nearest neighbour.
+        direction: resamples first: "down" by the mean of 2x2, "up" by nearest neighbour.
         joins: whether the network concatenates a skip to the input.
     """
 
@@ -190,64 +210,47 @@ class Block(nn.Module):
         c_out: int,
         emb: int,
         size: int | None,
-        down: bool = False,
-        up: bool = False,
+        direction: Direction | None = None,
         joins: bool = False,
     ) -> None:
         super().__init__()
-        self.down, self.up, self.joins = down, up, joins
+        self.direction, self.joins = direction, joins
         self.norm1 = group_norm(c_in)
         self.conv1 = xavier_conv(c_in, c_out, 3)
         self.condition = xavier_linear(emb, c_out)
         self.norm2 = group_norm(c_out)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = xavier_conv(c_out, c_out, 3, scale=1e-5)
-        changes = c_in != c_out or down or up
+        changes = c_in != c_out or direction is not None
         self.skip = xavier_conv(c_in, c_out, 1) if changes else nn.Identity()
-        self.attention: Attention | TimeAttention | None = None
-        if size is not None and config.tmsa:
-            self.attention = TimeAttention(group_norm(c_out), c_out, config.num_heads, size, emb, scale=1e-5)
-        elif size is not None:
-            self.attention = Attention(c_out, config.num_heads)
+        self.attention: PixelAttention | TimeAttention | None = None
+        if size is None:
+            return
+        heads = config.num_heads
+        check_divides("num_heads", heads, c_out, "a width with attention")
+        if config.tmsa:
+            self.attention = TimeAttention(group_norm(c_out), c_out, heads, size, emb, scale=1e-5)
+        else:
+            qkv = xavier_conv(c_out, 3 * c_out, 1, scale=math.sqrt(0.2))
+            self.attention = PixelAttention(heads, group_norm(c_out), qkv, xavier_conv(c_out, c_out, 1, scale=1e-5))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, C_in, H, W) and the activated embedding (B, emb) to (B, C_out, H', W')."""
-        h = silu(self.norm1(x))
-        if self.down:
-            h, x = avg_pool2d(h, 2), avg_pool2d(x, 2)
-        elif self.up:
-            h, x = interpolate(h, scale_factor=2.0), interpolate(x, scale_factor=2.0)
+        h, x = resample(silu(self.norm1(x)), self.direction), resample(x, self.direction)
         h = self.conv1(h) + self.condition(c)[:, :, None, None]
         h = self.conv2(self.dropout(silu(self.norm2(h))))
         h = (self.skip(x) + h) * math.sqrt(0.5)
         return h if self.attention is None else (h + self.attention(h, c)) * math.sqrt(0.5)
 
 
-class Attention(nn.Module):
-    """Self-attention over all pixels: GN, qkv, softmax(q k / sqrt d) v, projection; the block adds the residual."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        check_divides(heads, channels, "denoiser.num_heads must divide the width where attention acts")
-        self.heads = heads
-        self.norm = group_norm(channels)
-        self.qkv = xavier_conv(channels, 3 * channels, 1, scale=math.sqrt(0.2))
-        self.proj = xavier_conv(channels, channels, 1, scale=1e-5)
-
-    def forward(self, x: Tensor, _c: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
-        height = x.shape[2]
-        pattern = "b (three heads d) h w -> three b heads (h w) d"
-        q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
-        h = scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(rearrange(h, "b heads (h w) d -> b (heads d) h w", h=height))
-        return out
-
-
 def group_norm(channels: int) -> GroupNorm:
     """32 groups, but at least four channels a group."""
     groups = min(32, channels // 4)
-    check_divides(groups, channels, "the groups of the group normalisation must divide each width, skips included")
+    if not groups or channels % groups:
+        raise ValueError(
+            f"denoiser.model_channels: {groups} norm groups, of at least four channels, do not divide {channels},"
+            " a level's width or that with its skip"
+        )
     return GroupNorm(groups, channels, eps=1e-6)
 
 

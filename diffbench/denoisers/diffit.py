@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from diffbench.denoisers.checks import check_divides, check_dropout, check_halves, check_positive, check_shape
 from diffbench.denoisers.layers import (
     ConditionEmbedding,
     GroupNorm,
     TimeFeatures,
-    check_divides,
-    check_shape,
+    both_sides,
     from_windows,
     to_windows,
     zero_,
@@ -55,6 +55,27 @@ class DiffiTConfig:
     """Features of the time under the MLP (Table 8)."""
     fourier_scale: float = 16.0
     """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
+    augment_dim: int | None = None
+    """Width of the augmentation label `augment=`; EDM's pipeline, which the paper follows (§I.1), has 9 entries."""
+
+    def __post_init__(self) -> None:
+        numbers = ("channels", "blocks", "window", "num_heads", "mlp_ratio", "time_dim", "norm_groups", "token_dim")
+        check_positive(self, *numbers, "fourier_scale", "augment_dim")
+        check_dropout(self.dropout)
+        for key, values in {"blocks": self.blocks, "window": self.windows}.items():
+            if len(values) != len(self.channels):
+                raise ValueError(
+                    f"denoiser.{key}: must have one entry for each of the {len(self.channels)} stages of"
+                    f" denoiser.channels, got {len(values)}"
+                )
+        for width in [self.token_dim] if self.token_dim else self.channels:
+            key = "token_dim" if self.token_dim else "channels"
+            check_divides("num_heads", self.num_heads, width, f"of denoiser.{key}")
+
+    @property
+    def windows(self) -> list[int]:
+        """The window of each stage."""
+        return self.window if isinstance(self.window, list) else [self.window] * len(self.channels)
 
 
 class DiffiT(nn.Module):
@@ -62,44 +83,38 @@ class DiffiT(nn.Module):
 
     Args:
         config: sizes.
-        image_size: height and width of the input.
+        image_size: side of the input, or its height and width.
         channels: C of the input.
         num_classes: classes 0..num_classes-1; 0 for none (as in the paper's image space).
         null_class: whether label `num_classes` means "no class".
         learn_sigma: whether the output carries C more channels for a learned variance.
 
     Raises:
-        ValueError: if stages or windows do not divide the image, or heads or norm groups a width, or if
-            `channels`, `blocks` and `window` differ in length.
+        ValueError: if stages or windows do not divide the image, or norm groups a width.
     """
 
     def __init__(
         self,
         config: DiffiTConfig,
-        image_size: int,
+        image_size: int | tuple[int, int],
         channels: int,
         num_classes: int = 0,
         null_class: bool = True,
         learn_sigma: bool = False,
     ) -> None:
         super().__init__()
-        self.channels, self.image_size = channels, image_size
+        self.channels, self.image_size = channels, both_sides(image_size)
         self.num_classes, self.null_class = num_classes, null_class
         self.resample, self.skip = config.resample, config.skip
         widths, depths = config.channels, config.blocks
         stages = len(widths)
-        windows = config.window if isinstance(config.window, list) else [config.window] * stages
-        for key, values in {"blocks": depths, "window": windows}.items():
-            if len(values) != stages:
-                raise ValueError(
-                    f"denoiser.channels has {stages} stages, denoiser.{key} has {len(values)}: they must agree"
-                )
-        check_divides(2 ** (stages - 1), image_size, f"{stages} stages halve the image too often")
-        sizes = [image_size >> i for i in range(stages)]
+        check_halves("channels", stages, self.image_size)
 
         def stage(c_in: int, i: int, half: str) -> Stage:
-            window = min(windows[i], sizes[i])
-            check_divides(window, sizes[i], f"denoiser.window must divide the side of stage {i + 1}")
+            sides = [side >> i for side in self.image_size]
+            window = min(config.windows[i], *sides)
+            for side in sides:
+                check_divides("window", window, side, f"a side of stage {i + 1}")
             c_ins = [c_in] + [widths[i]] * (depths[i] - 1)
             time_in: TimeIn = config.time_in if config.tmsa in ("both", half) else "none"
             return Stage([ResBlock(config, c, widths[i], window, time_in) for c in c_ins])
@@ -109,7 +124,13 @@ class DiffiT(nn.Module):
             return nn.ModuleList([nn.Linear(config.time_dim, c) for c in c_ins] if plain else [])
 
         self.condition = ConditionEmbedding(
-            config.time_dim, 256, num_classes, null_class, config.time_features, config.fourier_scale
+            config.time_dim,
+            256,
+            num_classes,
+            null_class,
+            config.time_features,
+            config.fourier_scale,
+            config.augment_dim,
         )
         self.tokenizer = nn.Conv2d(channels, widths[0], 3, padding=1)
         inputs = [widths[0], *widths[:-1]]
@@ -130,23 +151,24 @@ class DiffiT(nn.Module):
     def _resampler(self, width: int, stride: int) -> nn.Module:
         return nn.Conv2d(width, width, 3, stride=stride, padding=1) if self.resample == "conv" else nn.Identity()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Predicts from a noisy image.
 
         Args:
             x: (B, C, H, W) noisy input.
             t: (B,) time in the process's units.
             y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
+            augment: (B, augment_dim) what was done to the images; None for untouched images.
 
         Returns:
             (B, C, H, W), or (B, 2C, H, W) with a learned variance.
 
         Raises:
-            ValueError: if the image has another size than the network.
+            ValueError: if the image has another size than the network, or the augmentation label another width.
         """
-        check_shape(x, self.channels, self.image_size, self.image_size)
+        check_shape(x, self.channels, *self.image_size)
         bilinear = self.resample == "bilinear"
-        c = self.condition(t, y)
+        c = self.condition(t, y, augment)
         h = self.tokenizer(x)
         skips = []
         for i, blocks in enumerate(self.encoder):
@@ -184,7 +206,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, config: DiffiTConfig, c_in: int, c_out: int, window: int, time_in: TimeIn) -> None:
         super().__init__()
-        check_divides(config.norm_groups, c_in, "denoiser.norm_groups must divide each width, skips included")
+        check_divides("norm_groups", config.norm_groups, c_in, "a stage's width or that with its skip")
         self.window = window
         self.norm = GroupNorm(config.norm_groups, c_in, eps=1e-5)
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)

@@ -7,42 +7,20 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
-from diffbench.denoisers.layers import (
-    ConditionEmbedding,
-    both_sides,
-    check_divides,
-    check_shape,
-    modulate,
-    sincos_position_table,
-    xavier_,
-    zero_,
-)
+from diffbench.denoisers.layers import mlp, modulate, xavier_, zero_
+from diffbench.denoisers.patches import PatchConfig, PatchTransformer
 
 
 @dataclass
-class DiTConfig:
+class DiTConfig(PatchConfig):
     """Sizes of a DiT (Table 1 of the paper: S 12/384/6, B 12/768/12, L 24/1024/16, XL 28/1152/16)."""
 
-    patch_size: int = 2
-    """Side of the square patch that becomes one token; must divide the image's height and width."""
-    hidden_size: int = 384
-    """Width of the tokens; divisible by `num_heads` and by 4."""
-    depth: int = 12
-    """Number of blocks."""
-    num_heads: int = 6
-    mlp_ratio: float = 4.0
-    """Hidden width of the MLP over `hidden_size`."""
-    dropout: float = 0.0
-    """Dropout after attention and MLP; the paper uses none."""
     conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
     """How time and class enter a block (§3.2, Fig. 3)."""
-    gradient_checkpointing: bool = False
-    """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
 
 
-class DiT(nn.Module):
+class DiT(PatchTransformer):
     """Denoiser of (B, C, H, W) images or latents; see `forward`.
 
     Args:
@@ -54,7 +32,7 @@ class DiT(nn.Module):
         learn_sigma: whether the output carries C more channels for a learned variance.
 
     Raises:
-        ValueError: if the patch does not divide the image or the heads do not divide the width.
+        ValueError: if the patch does not divide the image.
     """
 
     def __init__(
@@ -66,38 +44,22 @@ class DiT(nn.Module):
         null_class: bool = True,
         learn_sigma: bool = False,
     ) -> None:
-        super().__init__()
-        p, d = config.patch_size, config.hidden_size
-        self.image_size = both_sides(image_size)
-        for side in self.image_size:
-            check_divides(p, side, "denoiser.patch_size must divide the image size")
-        check_divides(config.num_heads, d, "denoiser.num_heads must divide denoiser.hidden_size")
-        self.channels, self.num_classes, self.null_class = channels, num_classes, null_class
-        self.conditioning, self.gradient_checkpointing = config.conditioning, config.gradient_checkpointing
-        self.patch_size, self.grid = p, (self.image_size[0] // p, self.image_size[1] // p)
-        adaptive = config.conditioning.startswith("adaln")
-        out_channels = channels * (2 if learn_sigma else 1)
-
-        self.patch = nn.Conv2d(channels, d, kernel_size=p, stride=p)
-        self.register_buffer("position", sincos_position_table(d, *self.grid).float()[None])
-        self.condition = ConditionEmbedding(d, 256, num_classes, null_class)
-        self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
+        super().__init__(
+            config, image_size, channels, num_classes, null_class, learn_sigma, lambda _grid: DiTBlock(config)
+        )
+        d, adaptive = config.hidden_size, config.conditioning.startswith("adaln")
+        self.in_context = config.conditioning == "in-context"
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)) if adaptive else None
         self.final_norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
-        self.final = nn.Linear(d, p * p * out_channels)
-        self._initialise()
-
-    def _initialise(self) -> None:
+        self.final = nn.Linear(d, self.patch_values)
         xavier_(self.blocks)
         for block in self.blocks:
             assert isinstance(block, DiTBlock)
-            if self.conditioning == "adaln-zero" and block.modulation is not None:
+            if config.conditioning == "adaln-zero" and block.modulation is not None:
                 zero_(block.modulation)
-        zero_(self.patch)
-        nn.init.xavier_uniform_(self.patch.weight.view(self.patch.weight.shape[0], -1))
         if self.final_modulation is not None:
             zero_(self.final_modulation)
-        zero_(self.final)
+        self.initialise_ends()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predicts from a noisy image.
@@ -113,24 +75,18 @@ class DiT(nn.Module):
         Raises:
             ValueError: if the image has another size than the network.
         """
-        check_shape(x, self.channels, *self.image_size)
-        tokens = rearrange(self.patch(x), "b d h w -> b (h w) d") + self.position
+        tokens = self.tokens(x)
         adaptive = self.final_modulation is not None
         c = self.condition(t, y) if adaptive else torch.stack(self.condition.parts(t, y), dim=1)
-        extra = c.shape[1] if self.conditioning == "in-context" else 0
-        if extra:
-            tokens = torch.cat([c, tokens], dim=1)
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, c, use_reentrant=False)
-            else:
-                tokens = block(tokens, c)
-        tokens = self.final_norm(tokens[:, extra:])
+        if self.in_context:
+            tokens = self.through_blocks(torch.cat([c, tokens], dim=1), c)[:, c.shape[1] :]
+        else:
+            tokens = self.through_blocks(tokens, c)
+        tokens = self.final_norm(tokens)
         if self.final_modulation is not None:
             shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
             tokens = modulate(tokens, shift, scale)
-        p = self.patch_size
-        return rearrange(self.final(tokens), "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=p, q=p)
+        return self.image(self.final(tokens))
 
 
 class DiTBlock(nn.Module):
@@ -143,14 +99,13 @@ class DiTBlock(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         d = config.hidden_size
-        hidden = int(d * config.mlp_ratio)
         adaptive = config.conditioning.startswith("adaln")
         self.heads = config.num_heads
         self.norm1 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
         self.qkv = nn.Linear(d, 3 * d)
         self.proj = nn.Linear(d, d)
         self.norm2 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
-        self.mlp = nn.Sequential(nn.Linear(d, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, d))
+        self.mlp = mlp(d, config.mlp_ratio)
         parts = 6 if config.conditioning == "adaln-zero" else 4
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, parts * d)) if adaptive else None
         self.dropout = nn.Dropout(config.dropout)

@@ -35,7 +35,7 @@ class FourierFeatures(nn.Module):
     """Cosines and sines of the time at fixed random frequencies (Song et al. 2021; DiffiT, Table 8).
 
     Args:
-        dim: number of features.
+        dim: number of features, even.
         scale: standard deviation of the frequencies, in periods per unit of time.
     """
 
@@ -43,7 +43,6 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__()
-        check_divides(2, dim, "Fourier features come in pairs")
         self.register_buffer("frequencies", scale * torch.randn(dim // 2))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -87,6 +86,7 @@ class ConditionEmbedding(nn.Module):
         null_class: adds a row `num_classes` that means "no class".
         features: "sinusoidal", or "fourier" for random frequencies.
         fourier_scale: see `FourierFeatures`.
+        augment_dim: width of a label of what was done to the images, added to the features (EDM); None for none.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class ConditionEmbedding(nn.Module):
         null_class: bool,
         features: TimeFeatures = "sinusoidal",
         fourier_scale: float = 16.0,
+        augment_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.frequencies, self.num_classes, self.null_class = frequencies, num_classes, null_class
@@ -108,23 +109,41 @@ class ConditionEmbedding(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         self.fourier = FourierFeatures(frequencies, fourier_scale) if features == "fourier" else None
+        self.augment = nn.Linear(augment_dim, frequencies, bias=False) if augment_dim else None
+        if self.augment is not None:
+            nn.init.normal_(self.augment.weight, std=0.02)
 
-    def parts(self, t: Tensor, y: Tensor | None) -> list[Tensor]:
+    def parts(self, t: Tensor, y: Tensor | None, augment: Tensor | None = None) -> list[Tensor]:
         """(B,) times and (B,) labels (None: no class) to (B, dim) each; no label part without classes.
 
         Raises:
-            ValueError: if `y` is None and the network knows classes but no null class.
+            ValueError: if `y` is None and the network knows classes but no null class, or if it does not know
+                augmentation labels (B, augment_dim) of that width.
         """
         features = timestep_embedding(t, self.frequencies) if self.fourier is None else self.fourier(t)
-        time = self.time(features.to(next(self.time.parameters()).dtype))
+        features = features.to(next(self.time.parameters()).dtype)
+        time = self.time(features if augment is None else features + augmented(self.augment, augment, features.dtype))
         if self.label is None:
             return [time]
         return [time, self.label(labels_or_null(y, len(t), self.num_classes, self.null_class, t.device))]
 
-    def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, t: Tensor, y: Tensor | None, augment: Tensor | None = None) -> Tensor:
         """The sum of `parts`, (B, dim)."""
-        time, *label = self.parts(t, y)
+        time, *label = self.parts(t, y, augment)
         return time + label[0] if label else time
+
+
+def augmented(layer: nn.Linear | None, augment: Tensor, dtype: torch.dtype) -> Tensor:
+    """An augmentation label (B, augment_dim) through its layer, which knows its width.
+
+    Raises:
+        ValueError: if the network has no such layer, or one for another width.
+    """
+    if layer is None or augment.shape[1] != layer.in_features:
+        width = 0 if layer is None else layer.in_features
+        raise ValueError(f"denoiser.augment_dim: is {width}, got an augmentation label of {augment.shape[1]}")
+    out: Tensor = layer(augment.to(dtype))
+    return out
 
 
 def labels_or_null(y: Tensor | None, batch: int, num_classes: int, null_class: bool, device: torch.device) -> Tensor:
@@ -181,6 +200,52 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def mlp(dim: int, ratio: float) -> nn.Sequential:
+    """The two layers after attention, `ratio` times as wide inside, with a GELU (tanh) between them.
+
+    Raises:
+        ValueError: if nothing is left of the width.
+    """
+    hidden = int(dim * ratio)
+    if hidden < 1:
+        raise ValueError(f"denoiser.mlp_ratio: {ratio} of a width of {dim} is less than one")
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+
+Direction = Literal["down", "up"]
+
+
+def resample(x: Tensor, direction: Direction | None) -> Tensor:
+    """Halves the resolution of (B, C, H, W) by the mean of 2x2 pixels, doubles it by nearest neighbour, or neither."""
+    if direction is None:
+        return x
+    return nn.functional.avg_pool2d(x, 2) if direction == "down" else nn.functional.interpolate(x, scale_factor=2.0)
+
+
+class PixelAttention(nn.Module):
+    """Self-attention over all pixels in a U-Net: norm, qkv, softmax(q k / sqrt d) v, projection; no residual.
+
+    Args:
+        heads: must divide the width.
+        norm: what comes first.
+        qkv: 1x1 convolution to three times the width.
+        proj: 1x1 convolution at the end.
+    """
+
+    def __init__(self, heads: int, norm: nn.Module, qkv: nn.Module, proj: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.norm, self.qkv, self.proj = heads, norm, qkv, proj
+
+    def forward(self, x: Tensor, _c: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape; the condition is not used."""
+        height = x.shape[2]
+        pattern = "b (three heads d) h w -> three b heads (h w) d"
+        q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
+        h = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(rearrange(h, "b heads (h w) d -> b (heads d) h w", h=height))
+        return out
+
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -199,30 +264,6 @@ def xavier_(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def check_divides(divisor: int, number: int, what: str) -> None:
-    """Raises ValueError naming both numbers unless `divisor` divides `number`."""
-    if divisor < 1 or number % divisor:
-        raise ValueError(f"{what}: {divisor} does not divide {number}")
-
-
 def both_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width of an image given as one side or as both."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
-
-
-def check_shape(x: Tensor, channels: int, height: int, width: int) -> None:
-    """Raises ValueError naming both shapes unless `x` is (B, channels, height, width)."""
-    if x.shape[1:] != (channels, height, width):
-        raise ValueError(f"this network takes images of {channels}x{height}x{width}, got {_times(x)}")
-
-
-def check_sides(x: Tensor, channels: int, divisor: int) -> None:
-    """Raises ValueError naming both unless `x` is (B, channels, H, W) and `divisor` divides H and W."""
-    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % divisor or x.shape[3] % divisor:
-        raise ValueError(
-            f"this network takes images of {channels} channels and sides divisible by {divisor}, got {_times(x)}"
-        )
-
-
-def _times(x: Tensor) -> str:
-    return "x".join(map(str, x.shape[1:]))

@@ -47,6 +47,18 @@ def describe(source: str, arguments: Mapping[str, Any]) -> Blueprint:
     return RECIPES[_known(source)].blueprint(_complete(source, arguments))
 
 
+def reference_names(source: str, net: nn.Module) -> dict[str, str]:
+    """The reference's name of each weight of our network, and ours."""
+    rules = [(re.compile(pattern), replacement) for pattern, replacement in RECIPES[source].rules(net)]
+
+    def theirs(name: str) -> str:
+        for pattern, replacement in rules:
+            name = pattern.sub(replacement, name)
+        return name
+
+    return {theirs(name): name for name in net.state_dict()}
+
+
 def _known(source: str) -> str:
     if source not in RECIPES:
         raise ValueError(f"unknown source {source!r}; choose from {', '.join(RECIPES)}")
@@ -70,14 +82,7 @@ def _weights(
 ) -> dict[str, Tensor]:
     """A reference's state dict under our names and in our order; see `from_reference`."""
     recipe, ours = RECIPES[source], net.state_dict()
-    rules = [(re.compile(pattern), replacement) for pattern, replacement in recipe.rules(net)]
-
-    def theirs(name: str) -> str:
-        for pattern, replacement in rules:
-            name = pattern.sub(replacement, name)
-        return name
-
-    keys, constants = {theirs(name): name for name in ours}, recipe.buffers(net)
+    keys, constants = reference_names(source, net), recipe.buffers(net)
     required = set(keys) if recipe.buffers_optional else set(keys) | set(constants)
     _check_keys(source, required, set(constants), set(state_dict))
     for key, constant in constants.items():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from diffbench.denoisers.ddpmpp import Block, DDPMpp, DDPMppConfig
+from diffbench.denoisers.layers import PixelAttention
 from diffbench.denoisers.reference_recipe import REQUIRED, Blueprint, Recipe, Rules, at, doubles, only
-from diffbench.denoisers.unet import Attention, ResBlock, Stage, UNet, UNetConfig
+from diffbench.denoisers.unet import ResBlock, Stage, UNet, UNetConfig
 
 # ADM: ours keeps one list of layers where the reference nests them; legacy attention has the heads outermost.
 
@@ -49,12 +50,13 @@ _ADM_LEAVES = [
 def _adm_blueprint(arguments: dict[str, Any]) -> Blueprint:
     only("adm", arguments, dims=2)
     head_channels, heads_up = arguments["num_head_channels"], arguments["num_heads_upsample"]
+    side, factors = arguments["image_size"], [2**level for level in range(len(arguments["channel_mult"]))]
     config = UNetConfig(
         model_channels=arguments["model_channels"],
         channel_mult=list(arguments["channel_mult"]),
         num_res_blocks=arguments["num_res_blocks"],
         # Downsampling factors in the class, sides of the image here.
-        attention_resolutions=[arguments["image_size"] // factor for factor in arguments["attention_resolutions"]],
+        attention_resolutions=[side // factor for factor in factors if factor in arguments["attention_resolutions"]],
         num_heads=arguments["num_heads"],
         num_head_channels=None if head_channels == -1 else head_channels,
         dropout=arguments["dropout"],
@@ -64,7 +66,7 @@ def _adm_blueprint(arguments: dict[str, Any]) -> Blueprint:
         num_heads_upsample=None if heads_up == -1 else heads_up,
     )
     shape = {
-        "image_size": arguments["image_size"],
+        "image_size": side,
         "channels": arguments["in_channels"],
         "num_classes": arguments["num_classes"] or 0,
         "null_class": False,
@@ -114,7 +116,7 @@ def _adm_arrange(name: str, theirs: Tensor, net: UNet, arguments: dict[str, Any]
     if arguments["use_new_attention_order"] or ".qkv." not in name:
         return theirs
     attention = net.get_submodule(name.split(".qkv.")[0])
-    assert isinstance(attention, Attention)
+    assert isinstance(attention, PixelAttention)
     return theirs.unflatten(0, (attention.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
@@ -156,11 +158,12 @@ _SONG_LEAVES = [
 def _song_blueprint(arguments: dict[str, Any]) -> Blueprint:
     standard = {"encoder_type": "standard", "decoder_type": "standard", "resample_filter": [1, 1]}
     only("ddpmpp", arguments, embedding_type="positional", channel_mult_noise=1, **standard)
+    sides = [arguments["img_resolution"] >> level for level in range(len(arguments["channel_mult"]))]
     config = DDPMppConfig(
         model_channels=arguments["model_channels"],
         channel_mult=list(arguments["channel_mult"]),
         num_blocks=arguments["num_blocks"],
-        attention_resolutions=list(arguments["attn_resolutions"]),
+        attention_resolutions=[side for side in sides if side in arguments["attn_resolutions"]],
         dropout=arguments["dropout"],
         augment_dim=arguments["augment_dim"] or None,
         embedding_mult=arguments["channel_mult_emb"],
@@ -178,13 +181,13 @@ def _song_blueprint(arguments: dict[str, Any]) -> Blueprint:
 def _song_places(net: DDPMpp) -> dict[str, str]:
     """Our blocks in order, each with the name that its resolution and number give it."""
     side = net.image_size
-    places, number = {}, 0
+    places, name, number = {}, "", 0
     for half, blocks in {"enc": net.encoder, "dec": net.decoder}.items():
         for i, block in enumerate(blocks):
             assert isinstance(block, Block)
-            if block.down or block.up:
-                side = side // 2 if block.down else side * 2
-                name, number = "down" if block.down else "up", 0
+            if block.direction is not None:
+                side = side // 2 if block.direction == "down" else side * 2
+                name, number = block.direction, 0
             elif half == "dec" and not block.joins:
                 name, number = f"in{0 if i == 0 else 1}", 0
             else:

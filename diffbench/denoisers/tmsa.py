@@ -7,10 +7,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from diffbench.denoisers.checks import check_divides
 from diffbench.denoisers.layers import (
     both_sides,
-    check_divides,
     from_windows,
+    mlp,
     modulate,
     relative_position_index,
     to_windows,
@@ -59,7 +60,7 @@ class TMSA(nn.Module):
     ) -> None:
         super().__init__()
         width = width or dim
-        check_divides(num_heads, width, "denoiser.num_heads must divide each stage's width")
+        check_divides("num_heads", num_heads, width, "the width of queries, keys and values")
         self.heads = num_heads
         self.parts = time_in if set(time_in) <= set("qkv") else "kv" if time_in == "separate" else ""
         self.separate = time_in == "separate"
@@ -127,11 +128,10 @@ class DiffiTBlock(nn.Module):
         token_dim: int | None = None,
     ) -> None:
         super().__init__()
-        hidden = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attention = TMSA(dim, num_heads, window, time_dim, time_in, token_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+        self.mlp = mlp(dim, mlp_ratio)
         self.dropout = nn.Dropout(dropout)
         xavier_(self.mlp)
         self.mlp_time = nn.Linear(time_dim, dim) if time_in == "mlp" else None

@@ -3,16 +3,25 @@
 from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention
 
+from diffbench.denoisers.checks import (
+    check_divides,
+    check_dropout,
+    check_features,
+    check_halves,
+    check_occurs,
+    check_positive,
+    check_sides,
+    check_widths,
+)
 from diffbench.denoisers.layers import (
     ConditionEmbedding,
+    Direction,
     GroupNorm,
+    PixelAttention,
     TimeFeatures,
-    check_divides,
-    check_sides,
+    resample,
     zero_,
 )
 from diffbench.denoisers.tmsa import TimeAttention
@@ -28,8 +37,9 @@ class UNetConfig:
     """One factor a level; the resolution halves between levels."""
     num_res_blocks: int = 2
     """Residual blocks a level in the encoder; the decoder has one more."""
-    attention_resolutions: list[int] = field(default_factory=lambda: [16])
-    """Resolutions (pixels a side) at which attention follows each residual block; the middle always has it."""
+    attention_resolutions: list[int] | None = None
+    """Resolutions (pixels a side) at which attention follows each residual block; the middle always has it. null: 16,
+    where the network has that."""
     num_heads: int = 4
     """Attention heads; ignored where `num_head_channels` is set."""
     num_head_channels: int | None = None
@@ -51,6 +61,13 @@ class UNetConfig:
     """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
     tmsa: bool = False
     """DiffiT's time-dependent attention in place of the attention (DiffiT, Table 5)."""
+
+    def __post_init__(self) -> None:
+        numbers = ("model_channels", "channel_mult", "num_res_blocks", "num_heads", "num_head_channels", "norm_groups")
+        check_positive(self, *numbers, "num_heads_upsample", "fourier_scale")
+        check_dropout(self.dropout)
+        check_features(self.time_features, self.model_channels)
+        check_widths(self.model_channels, self.channel_mult)
 
 
 class UNet(nn.Module):
@@ -82,30 +99,32 @@ class UNet(nn.Module):
         self.num_classes, self.null_class = num_classes, null_class
         widths = [int(config.model_channels * m) for m in config.channel_mult]
         levels = len(widths)
-        factor = 2 ** (levels - 1)
-        check_divides(factor, image_size, f"{levels} levels of denoiser.channel_mult halve the image too often")
-        self.divisor = image_size if config.tmsa else factor
-        for width in widths:
-            check_divides(config.norm_groups, width, "denoiser.norm_groups must divide each level's width")
+        check_halves("channel_mult", levels, (image_size,))
+        self.divisor = image_size if config.tmsa else 2 ** (levels - 1)
+        attended = [16] if config.attention_resolutions is None else config.attention_resolutions
+        if config.attention_resolutions is not None:
+            check_occurs("attention_resolutions", attended, image_size, levels)
         emb = 4 * config.model_channels
         self.condition = ConditionEmbedding(
             emb, config.model_channels, num_classes, null_class, config.time_features, config.fourier_scale
         )
 
         def heads(width: int, decoder: bool = False) -> int:
-            per_head = config.num_head_channels
-            if per_head is None:
-                return (config.num_heads_upsample if decoder else None) or config.num_heads
-            check_divides(per_head, width, "denoiser.num_head_channels must divide the width where attention acts")
-            return width // per_head
+            where = "a width with attention"
+            if config.num_head_channels is not None:
+                check_divides("num_head_channels", config.num_head_channels, width, where)
+                return width // config.num_head_channels
+            key = "num_heads_upsample" if decoder and config.num_heads_upsample else "num_heads"
+            number: int = getattr(config, key)
+            check_divides(key, number, width, where)
+            return number
 
         def stage(c_in: int, c_out: int, size: int, decoder: bool = False) -> Stage:
-            there = size in config.attention_resolutions
-            return Stage(config, c_in, c_out, emb, heads(c_out, decoder) if there else None, size)
+            return Stage(config, c_in, c_out, emb, heads(c_out, decoder) if size in attended else None, size)
 
-        def resample(width: int, direction: str) -> nn.Module:
+        def between(width: int, direction: Direction) -> nn.Module:
             if config.resblock_updown:
-                return ResBlock(config, width, width, emb, resample=direction)
+                return ResBlock(config, width, width, emb, direction)
             return (Downsample if direction == "down" else Upsample)(width, config.conv_resample)
 
         width = widths[0]
@@ -118,12 +137,12 @@ class UNet(nn.Module):
                 width = c
                 skips.append(width)
             if level < levels - 1:
-                self.encoder.append(resample(width, "down"))
+                self.encoder.append(between(width, "down"))
                 skips.append(width)
         self.middle = nn.ModuleList(
             [
-                Stage(config, width, width, emb, heads(width), image_size // factor),
-                Stage(config, width, width, emb, None, image_size // factor),
+                Stage(config, width, width, emb, heads(width), image_size >> (levels - 1)),
+                Stage(config, width, width, emb, None, image_size >> (levels - 1)),
             ]
         )
         self.decoder = nn.ModuleList()
@@ -132,7 +151,7 @@ class UNet(nn.Module):
                 self.decoder.append(stage(width + skips.pop(), c, image_size >> level, decoder=True))
                 width = c
             if level:
-                self.decoder.append(resample(width, "up"))
+                self.decoder.append(between(width, "up"))
         self.out_norm = GroupNorm(config.norm_groups, width, eps=1e-5)
         self.out = zero_(nn.Conv2d(width, channels * (2 if learn_sigma else 1), 3, padding=1))
 
@@ -171,12 +190,15 @@ class Stage(nn.Module):
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, emb: int, heads: int | None, size: int) -> None:
         super().__init__()
         self.res = ResBlock(config, c_in, c_out, emb)
-        self.attention: Attention | TimeAttention | None = None
-        if heads is not None and config.tmsa:
-            norm = GroupNorm(config.norm_groups, c_out, eps=1e-5)
+        self.attention: PixelAttention | TimeAttention | None = None
+        if heads is None:
+            return
+        norm = GroupNorm(config.norm_groups, c_out, eps=1e-5)
+        if config.tmsa:
             self.attention = TimeAttention(norm, c_out, heads, size, emb, scale=0.0)
-        elif heads is not None:
-            self.attention = Attention(c_out, heads, config.norm_groups)
+        else:
+            qkv, proj = nn.Conv2d(c_out, 3 * c_out, 1), zero_(nn.Conv2d(c_out, c_out, 1))
+            self.attention = PixelAttention(heads, norm, qkv, proj)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, C_in, H, W) and the activated condition (B, emb) to (B, C_out, H, W)."""
@@ -187,14 +209,15 @@ class Stage(nn.Module):
 class ResBlock(nn.Module):
     """GN, SiLU, conv | condition | GN, SiLU, dropout, conv (zero at first) | skip (ADM).
 
-    `resample` "down" (2x2 mean) or "up" (nearest) acts on both branches before the first convolution.
+    Resampling, "down" (2x2 mean) or "up" (nearest), acts on both branches before the first convolution.
     """
 
-    def __init__(self, config: UNetConfig, c_in: int, c_out: int, emb: int, resample: str | None = None) -> None:
+    def __init__(self, config: UNetConfig, c_in: int, c_out: int, emb: int, direction: Direction | None = None) -> None:
         super().__init__()
-        self.resample, self.scale_shift = resample, config.use_scale_shift_norm
+        self.direction, self.scale_shift = direction, config.use_scale_shift_norm
         groups = config.norm_groups
-        check_divides(groups, c_in, "denoiser.norm_groups must divide each level's width, skips included")
+        for width in (c_in, c_out):
+            check_divides("norm_groups", groups, width, "a level's width or that with its skip")
         self.norm1 = GroupNorm(groups, c_in, eps=1e-5)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.condition = nn.Linear(emb, c_out * (2 if self.scale_shift else 1))
@@ -205,11 +228,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, C_in, H, W) and the activated condition (B, emb) to (B, C_out, H', W')."""
-        h = nn.functional.silu(self.norm1(x))
-        if self.resample == "down":
-            h, x = avg_pool2d(h, 2), avg_pool2d(x, 2)
-        elif self.resample == "up":
-            h, x = interpolate(h, scale_factor=2.0), interpolate(x, scale_factor=2.0)
+        h, x = resample(nn.functional.silu(self.norm1(x)), self.direction), resample(x, self.direction)
         h = self.conv1(h)
         condition = self.condition(c)[:, :, None, None]
         if self.scale_shift:
@@ -221,27 +240,6 @@ class ResBlock(nn.Module):
         return out
 
 
-class Attention(nn.Module):
-    """Self-attention over all pixels: GN, qkv, softmax(q k / sqrt d) v, projection (zero at first)."""
-
-    def __init__(self, channels: int, heads: int, groups: int) -> None:
-        super().__init__()
-        check_divides(heads, channels, "denoiser.num_heads must divide the width where attention acts")
-        self.heads = heads
-        self.norm = GroupNorm(groups, channels, eps=1e-5)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = zero_(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor, _c: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape, without the residual."""
-        height = x.shape[2]
-        pattern = "b (three heads d) h w -> three b heads (h w) d"
-        q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
-        h = scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(rearrange(h, "b heads (h w) d -> b (heads d) h w", h=height))
-        return out
-
-
 class Downsample(nn.Module):
     """Halves the resolution by a strided convolution, or by the mean of 2x2 pixels."""
 
@@ -250,7 +248,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if convolve else None
 
     def forward(self, x: Tensor, _c: Tensor) -> Tensor:
-        out: Tensor = avg_pool2d(x, 2) if self.conv is None else self.conv(x)
+        out: Tensor = resample(x, "down") if self.conv is None else self.conv(x)
         return out
 
 
@@ -262,5 +260,5 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else nn.Identity()
 
     def forward(self, x: Tensor, _c: Tensor) -> Tensor:
-        out: Tensor = self.conv(interpolate(x, scale_factor=2.0))
+        out: Tensor = self.conv(resample(x, "up"))
         return out

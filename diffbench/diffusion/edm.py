@@ -4,6 +4,7 @@ Its time is sigma itself. The denoised image is D(x; sigma) = c_skip x + c_out F
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ class EDM(Process):
 
     def __init__(self, config: EDMConfig) -> None:
         self.config = config
+
+    def noising(self) -> tuple[Any, ...]:
+        """Noise levels, and the scale of the network's input."""
+        return self.name, self.config.sigma_data
 
     def time(self, u: Tensor) -> Tensor:
         """Log-normal noise levels (B,) float64 for u (B,) uniform in (0, 1)."""

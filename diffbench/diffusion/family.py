@@ -8,7 +8,7 @@ and out of checkpoints. It draws no random numbers: callers pass u and eps.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,10 @@ class Process(ABC):
     name: ClassVar[str]
     learn_sigma: bool = False
     """Whether the network puts out a variance beside what it predicts, in as many channels again."""
+
+    @abstractmethod
+    def noising(self) -> tuple[Any, ...]:
+        """What noisy images and their times look like to a network: equal for processes that share a classifier."""
 
     @abstractmethod
     def time(self, u: Tensor) -> Tensor:

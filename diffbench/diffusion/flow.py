@@ -5,7 +5,7 @@ x_t = alpha_t x_0 + sigma_t eps where time runs from 0, all noise, to 1, the ima
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class Flow(Process):
 
     def __init__(self, config: FlowConfig) -> None:
         self.config = config
+
+    def noising(self) -> tuple[Any, ...]:
+        """The path."""
+        return self.name, self.config.path
 
     def time(self, u: Tensor) -> Tensor:
         """Training times (B,) float64 for u (B,) uniform in (0, 1)."""

@@ -5,7 +5,7 @@ x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 -
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,6 +79,10 @@ class DiscreteVP(Process):
         bar = self.tables.alphas_cumprod
         self._log_snr = (bar / (1 - bar)).log().clamp(min=NO_SIGNAL)
         self._on: dict[torch.device, tuple[Tensor, Tables]] = {torch.device("cpu"): (self._log_snr, self.tables)}
+
+    def noising(self) -> tuple[Any, ...]:
+        """The betas; what is predicted, and the loss, change nothing of it."""
+        return self.name, tuple(self.tables.betas.tolist())
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2) at times t (B,), float64; linear between steps."""

@@ -39,7 +39,12 @@ class EMA(WeightAveraging):
         self.averages = {d: [p.detach().to(device, copy=True) for p in self._parameters] for d in self.config.decays}
 
     def decay_at(self, update: int, decay: float) -> float:
-        """The decay of update number 0, 1, ...: min(decay, (1 + n) / (10 + n)) while warming up."""
+        """The decay of update number 0, 1, ...: min(decay, (1 + n) / (10 + n)) while warming up.
+
+        With a ramp it is at most that of a half-life of `ramp` times the updates so far (Karras et al. 2022).
+        """
+        if self.config.ramp is not None:
+            return min(decay, 0.5 ** (1 / max(self.config.ramp * update, 1e-8)))
         return min(decay, (1 + update) / (10 + update)) if self.config.warmup else decay
 
     def update(self) -> None:

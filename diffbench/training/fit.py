@@ -26,6 +26,7 @@ def fit(
     config_text: str,
     scores: Scores,
     checkpoint: Path | None = None,
+    hparams: dict[str, str | float] | None = None,
 ) -> EMA:
     """Trains to `settings.max_images`, from a resume state where one is given.
 
@@ -38,6 +39,7 @@ def fit(
         config_text: the resolved config, for TensorBoard.
         scores: makes the kind's own callbacks (validation, grids) from the log and the averages.
         checkpoint: the state to resume from.
+        hparams: what TensorBoard's hparams tab says of the run.
 
     Returns:
         The averages at the end.
@@ -47,7 +49,7 @@ def fit(
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     clock, averages = Clock(), EMA(ema)
-    log = RunLog(folder, settings.batch_size, settings.log_images, clock, config_text)
+    log = RunLog(folder, settings.batch_size, settings.log_images, clock, config_text, hparams)
     save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -10,11 +10,28 @@ from typing import Any
 import lightning as L
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from diffbench.core.errors import UserError
 from diffbench.training.clock import Clock, at_step_end, due
 from diffbench.training.module import Module
+
+# Charts that lay the chosen runs over each other, in TensorBoard's custom-scalars tab.
+LAYOUT = {
+    "Which backbone is better": {
+        "validation error": ["Multiline", ["val/error$"]],
+        "distance to the data": ["Multiline", ["fd/.*"]],
+    },
+    "Where it is better": {"validation error by log-SNR": ["Multiline", ["val/error_log_snr_.*"]]},
+    "How it trains": {
+        "training loss": ["Multiline", ["train/loss"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "images/s": ["Multiline", ["perf/images_per_s"]],
+    },
+}
+FINAL = ("val/error", "train/loss")
+"""Metrics of the hparams tab: their last values."""
 
 
 class RunLog(L.Callback):
@@ -28,9 +45,19 @@ class RunLog(L.Callback):
         every: images between lines of training loss.
         clock: measures images/s.
         config_text: the resolved config, shown in TensorBoard's text tab.
+        hparams: what TensorBoard's hparams tab says of the run.
     """
 
-    def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock, config_text: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        batch_size: int,
+        every: int,
+        clock: Clock,
+        config_text: str,
+        hparams: dict[str, str | float] | None = None,
+    ) -> None:
+        self.hparams = hparams or {}
         self.path, self.folder = folder / "metrics.jsonl", folder
         self.batch_size, self.every, self.clock, self.config_text = batch_size, every, clock, config_text
         self.images = 0
@@ -57,6 +84,9 @@ class RunLog(L.Callback):
         self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=30)
         if not self._resumed:
             self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
+            self._writer.add_custom_scalars(LAYOUT)
+            for summary in hparams(self.hparams, dict.fromkeys(FINAL, 0.0)):  # add_hparams would make a run of its own
+                self._writer._get_file_writer().add_summary(summary)
 
     def record(self, values: dict[str, float]) -> None:
         """Appends values at the present image count."""

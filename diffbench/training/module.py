@@ -1,6 +1,7 @@
 """The LightningModules: what every kind of training shares, and any denoiser under any process."""
 
 import math
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -10,7 +11,8 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffbench.core import keyed
-from diffbench.diffusion import Process
+from diffbench.diffusion import LossAware, Process, stratified
+from diffbench.training.augment import augment
 from diffbench.training.settings import OptimizerConfig
 
 
@@ -64,6 +66,8 @@ class DiffusionModule(Module):
         batch_size: images of an optimizer step.
         label_dropout: share of labels replaced by the null label.
         null_label: the null class, or None where the network has none.
+        time_sampling: "uniform", "stratified" over each batch, or "loss_aware" with its history in checkpoints.
+        augment: probability of each of EDM's changes, which the network is told of.
     """
 
     def __init__(
@@ -75,12 +79,16 @@ class DiffusionModule(Module):
         batch_size: int,
         label_dropout: float = 0.0,
         null_label: int | None = None,
+        time_sampling: Literal["uniform", "stratified", "loss_aware"] = "uniform",
+        augment: float = 0.0,
     ) -> None:
         super().__init__(denoiser, optimizer, seed, batch_size)
         if label_dropout and null_label is None:
             raise ValueError("trainer.label_dropout needs a denoiser with a null class")
         self.process = process
         self.label_dropout, self.null_label = label_dropout, null_label
+        self.time_sampling, self.augment = time_sampling, augment
+        self.history = LossAware(process.config.steps) if time_sampling == "loss_aware" else None  # type: ignore[attr-defined]
         self._keys = {what: keyed.key(seed, what) for what in ("noise", "time", "label")}
 
     @property
@@ -91,7 +99,7 @@ class DiffusionModule(Module):
     def draw(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a batch trains on: images (B, C, H, W), times (B,), noise (B, C, H, W), labels (B,)."""
         x0, position, y = batch["x0"], batch["position"], batch["label"]
-        t = self.process.time(keyed.uniform(self._keys["time"], position))
+        t = self.process.time(self._quantile(position))
         eps = keyed.normal(self._keys["noise"], position, tuple(x0.shape[1:]))
         if self.label_dropout:
             dropped = keyed.uniform(self._keys["label"], position) < self.label_dropout
@@ -99,12 +107,36 @@ class DiffusionModule(Module):
         dtype = next(self.network.parameters()).dtype
         return x0.to(dtype), t, eps.to(dtype), y
 
+    def _quantile(self, position: Tensor) -> Tensor:
+        u = keyed.uniform(self._keys["time"], position)
+        return stratified(u, position % self.batch_size, self.batch_size) if self.time_sampling == "stratified" else u
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The batch's mean loss."""
         x0, t, eps, y = self.draw(batch)
+        told: dict[str, Tensor] = {}
+        if self.augment:
+            x0, told["augment"] = augment(x0, batch["position"], self.seed, self.augment)
+        weight = None
+        if self.history is not None:
+            t, weight = self.history.time(keyed.uniform(self._keys["time"], batch["position"]))
         self.seed_dropout(batch["position"])
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
-        return self.process.losses(self.network(x, time, y), x0, t, eps).mean()
+        losses = self.process.losses(self.network(x, time, y, **told), x0, t, eps)
+        if self.history is None or weight is None:
+            return losses.mean()
+        self.history.update(t, losses.detach())
+        return (losses * weight.to(losses.dtype)).mean()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the history of a loss-aware run."""
+        if self.history is not None:
+            checkpoint["loss_history"] = self.history.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes it up again."""
+        if self.history is not None:
+            self.history.load_state_dict(checkpoint["loss_history"])
 
 
 def lr_factor(settings: OptimizerConfig, images: int) -> float:

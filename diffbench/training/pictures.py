@@ -34,3 +34,11 @@ def save_png(picture: np.ndarray, path: Path) -> None:
 def save_grid(images: Tensor, columns: int, path: Path) -> None:
     """Writes images (N, C, H, W) uint8 as a PNG, small ones enlarged for the eye."""
     save_png(grid(images, columns, scale=max(1, 40 // images.shape[-1])), path)
+
+
+def save_npz(samples: Tensor, path: Path) -> None:
+    """Writes samples (N, C, H, W) as `arr_0`: pictures (N, H, W, C) uint8, as ADM's evaluator reads them; others as
+    they are, float32."""
+    pictures = samples.dtype == torch.uint8
+    with atomic(path) as file:
+        np.savez(file, (samples.permute(0, 2, 3, 1) if pictures else samples).numpy())

@@ -19,6 +19,7 @@ from diffbench.training.log import RunLog
 from diffbench.training.module import DiffusionModule
 from diffbench.training.pictures import grid, save_grid
 from diffbench.training.settings import SampleConfig
+from diffbench.training.strips import Steps
 
 Noise = Callable[[int], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -163,6 +164,7 @@ class SampleGrid(L.Callback):
         if not at_step_end(trainer, batch_idx) or not due(trainer.global_step, self.run_log.batch_size, self.every):
             return
         assert isinstance(pl_module, DiffusionModule)
+        steps = Steps(decode=self.decode)
         with self.run_log.clock.paused(), self.ema.applied():
             images = generate(
                 pl_module.denoiser,
@@ -173,7 +175,9 @@ class SampleGrid(L.Callback):
                 null_label=pl_module.null_label,
                 helpers=self.helpers,
                 decode=self.decode,
+                callback=steps,
             )
         columns = len(self.labels) // 4
         save_grid(images, columns, self.run_log.folder / "samples" / f"images-{self.run_log.images:09d}.png")
         self.run_log.writer.add_image("samples/ema", grid(images, columns), self.run_log.images, dataformats="HWC")
+        self.run_log.writer.add_image("samples/steps", steps.strip(), self.run_log.images, dataformats="HWC")

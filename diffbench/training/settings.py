@@ -5,6 +5,9 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+AUGMENT_WIDTH = 9
+"""Entries of the label that tells a network what augmentation did to an image."""
+
 
 @dataclass
 class OptimizerConfig:
@@ -47,10 +50,31 @@ class EMAConfig:
 
     decays: list[float] = field(default_factory=lambda: [0.9999])
     """One average for each decay per optimizer step, in (0, 1)."""
+    half_life_images: list[int] | None = None
+    """The same as half-lives in images, in place of `decays` (EDM)."""
     warmup: bool = True
     """At update n the decay is at most (1 + n) / (10 + n)."""
+    ramp: float | None = None
+    """Instead: the half-life is at most this share of the images seen (EDM: 0.05)."""
+
+    def in_steps(self, batch_size: int) -> "EMAConfig":
+        """The same with `decays` filled in from the half-lives.
+
+        Raises:
+            ValueError: if other decays were given besides.
+        """
+        if self.half_life_images is None:
+            return self
+        decays = [round(0.5 ** (batch_size / n), 8) for n in self.half_life_images]
+        if self.decays not in (EMAConfig().decays, decays):
+            raise ValueError(f"ema.decays: {self.decays} stands beside ema.half_life_images; give one of the two")
+        return replace(self, decays=decays)
 
     def __post_init__(self) -> None:
+        if self.half_life_images is not None and (not self.half_life_images or min(self.half_life_images) < 1):
+            raise ValueError(f"ema.half_life_images: must be numbers of at least 1, got {self.half_life_images}")
+        if self.ramp is not None and not 0 < self.ramp <= 1:
+            raise ValueError(f"ema.ramp: must lie in (0, 1] or be null, got {self.ramp}")
         if not self.decays or not all(0 < d < 1 for d in self.decays) or len(set(self.decays)) < len(self.decays):
             raise ValueError(f"ema.decays: must be different numbers between 0 and 1, got {self.decays}")
 
@@ -67,6 +91,11 @@ class TrainerConfig:
     """Micro-batches that make up a step."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null class, for classifier-free guidance."""
+    time_sampling: Literal["uniform", "stratified", "loss_aware"] = "uniform"
+    """How training times are drawn over the process's own distribution: one by one, spread evenly over each batch, or
+    by the size of past losses (Nichol & Dhariwal 2021, §3.3), which unpairs the run from others."""
+    augment: float = 0.0
+    """Probability of each non-leaking change of EDM's augmentation; needs a network with an augmentation input."""
     log_images: int = 12_800
     validate_images: int = 128_000
     checkpoint_images: int = 128_000
@@ -82,6 +111,8 @@ class TrainerConfig:
         _positive("trainer", self, *names, *(f.name for f in fields(self) if f.name.endswith("_images")))
         if self.batch_size % self.accumulate:
             raise ValueError(f"trainer.accumulate: {self.accumulate} must divide trainer.batch_size={self.batch_size}")
+        if not 0 <= self.augment <= 1:
+            raise ValueError(f"trainer.augment: must lie in 0 to 1, got {self.augment}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"trainer.label_dropout: must lie in [0, 1), got {self.label_dropout}")
 
@@ -97,8 +128,11 @@ class ValidationConfig:
 
     log_snr: list[float] = field(default_factory=lambda: [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
     """Noise levels, log(alpha^2 / sigma^2)."""
+    count: int = 2_000
+    """Held-out images to use, spread evenly over the classes; all where there are fewer."""
 
     def __post_init__(self) -> None:
+        _positive("validation", self, "count")
         if not self.log_snr:
             raise ValueError("validation.log_snr: must name at least one level")
 
@@ -209,8 +243,9 @@ class EvaluateConfig:
 
     count: int = 500
     """Samples, spread evenly over the classes."""
-    extractor: str = "digits-cnn"
-    """digits-cnn, efficientnet-lite0, inception, or package.module:function of one's own."""
+    extractor: str | None = None
+    """digits-cnn, efficientnet-lite0, inception, or package.module:function of one's own; null takes digits-cnn for the
+    digits and efficientnet-lite0, where it is installed, for other pictures."""
     weights: str | None = None
     """File of weights, for an extractor that reads one (inception)."""
     reference: Literal["same", "all"] = "same"

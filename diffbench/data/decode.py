@@ -1,0 +1,91 @@
+"""One encoded image to pixels: converted, cropped to a square at its centre, resized."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is read. Some of Pillow's other formats start programs (EPS) or hold no pixels."""
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+
+
+class BrokenError(ValueError):
+    """An image that gives no pixels; the text says why."""
+
+
+def decode(encoded: bytes | str, size: int, channels: int) -> tuple[np.ndarray, str]:
+    """The pixels of an image.
+
+    Args:
+        encoded: the file's bytes, or its path.
+        size: side of the result.
+        channels: 3 for colour, 1 for grey; what the file has is converted (transparency is dropped, as ADM does).
+
+    Returns:
+        (channels, size, size) uint8, and the file's format.
+
+    Raises:
+        BrokenError: whatever the reason.
+    """
+    try:
+        source = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+        with Image.open(source, formats=FORMATS) as image:
+            _check_size(image.size)
+            kind = str(image.format)
+            upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
+            pixels = np.asarray(centre_crop(_converted(upright, channels), size))
+    except BrokenError:
+        raise
+    except Exception as e:  # decoders of a hostile file raise anything
+        text = " ".join(str(e).split()) or type(e).__name__
+        raise BrokenError("no image of a known format" if "cannot identify" in text else text) from None
+    return pixels.reshape(size, size, channels).transpose(2, 0, 1), kind
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The largest square at an image's centre, `size` pixels a side, in the way of ADM (Dhariwal & Nichol 2021).
+
+    Halved by box averaging while the shorter side is at least twice as long as needed, then brought to it by bicubic
+    resampling, then cropped. An image of the right size stays as it is.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if min(image.size) != size:
+        scale = size / min(image.size)
+        width, height = round(image.width * scale), round(image.height * scale)
+        _check_size((width, height))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Pillow's warnings about odd files off the terminal; not in threads, but around all of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_check_size` refuses these
+        yield
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clamp
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise BrokenError("pixels of more than 16 bits")
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise BrokenError("floating-point pixels, whose range is unknown")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # by way of its palette's transparency, which Pillow warns of otherwise
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and size[0] * size[1] > limit:
+        raise BrokenError(f"{size[0]}x{size[1]} pixels, more than the {limit:,} that Pillow takes for safe")

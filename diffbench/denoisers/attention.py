@@ -1,0 +1,156 @@
+"""Attention maps of any network whose attention is torch's `scaled_dot_product_attention`.
+
+Nothing in the networks knows of it: while a block runs, every call of that function is seen on its way to torch, and
+the rows of chosen tokens are computed once more from the same queries, keys and bias.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Where chosen tokens of one layer look, in one forward pass."""
+
+    layer: str
+    """Name of the module that attends, as in `named_modules`."""
+    weights: Tensor
+    """(B, heads, tokens, h, w) float32, attention to each place of the layer's grid; NaN outside a token's window."""
+    elsewhere: Tensor
+    """(B, heads, tokens, E) float32, attention to what is no place in the image: time and class as tokens."""
+    places: tuple[tuple[int, int], ...]
+    """Row and column of each chosen token in the layer's grid."""
+
+
+@contextmanager
+def record_attention(net: nn.Module, tokens: Sequence[tuple[int, int]]) -> Iterator[list[AttentionMap]]:
+    """Records the attention of every layer, one map for each layer of each forward pass inside the block.
+
+    `with record_attention(net, [(4, 4)]) as maps: net(x, t, y)` leaves a map a layer in `maps`, in the order in
+    which the layers act. Attention that does not go from image to image (DiT's cross-attention to time and class) has
+    no map. The windows of a sample are taken to be adjacent, row by row, and tokens row-major in their window.
+
+    Args:
+        net: a network (x, t, ...) -> output, not compiled.
+        tokens: pixels (row, column) of the input; each stands for the token that covers it.
+
+    Raises:
+        ValueError: in the forward pass, for a pixel outside the image.
+    """
+    recorder = _Recorder(tokens)
+    with ExitStack() as stack:
+        for name, module in net.named_modules():
+            stack.enter_context(_hook(module.register_forward_pre_hook(partial(recorder.enter, name))))
+            stack.enter_context(_hook(module.register_forward_hook(recorder.leave, always_call=True)))
+        stack.enter_context(_hook(net.register_forward_pre_hook(recorder.start)))
+        stack.enter_context(recorder)
+        yield recorder.maps
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every call of a torch function inside its block; hooks tell it which module calls."""
+
+    def __init__(self, tokens: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.maps: list[AttentionMap] = []
+        self.inside: list[str] = []
+        self.shape: Sequence[int] = ()
+
+    def start(self, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.shape = arguments[0].shape
+        for row, column in self.tokens:
+            if not (0 <= row < self.shape[2] and 0 <= column < self.shape[3]):
+                size = f"{self.shape[2]}x{self.shape[3]}"
+                raise ValueError(f"tokens: the pixel {row},{column} lies outside an image of {size}")
+
+    def enter(self, name: str, _module: nn.Module, _arguments: Any) -> None:
+        self.inside.append(name)
+
+    def leave(self, _module: nn.Module, _arguments: Any, _out: Any) -> None:
+        self.inside.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and self.inside:
+            found = attention_map(self.inside[-1], self.shape, self.tokens, *args, **kwargs)
+            self.maps.extend([] if found is None else [found])
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def attention_map(
+    layer: str,
+    shape: Sequence[int],
+    tokens: Sequence[tuple[int, int]],
+    query: Tensor,
+    key: Tensor,
+    _value: Tensor,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> AttentionMap | None:
+    """The map of one call of `scaled_dot_product_attention`, of which it takes the arguments.
+
+    Args:
+        layer: its name.
+        shape: (B, C, H, W) of the network's input.
+        tokens: pixels (row, column) of that input.
+        query: (B * windows, heads, N, d).
+        key: (B * windows, heads, M, d); what M has beyond the window's tokens stands before them.
+        attn_mask: bias, broadcast to (B * windows, heads, N, M).
+        scale: of the products, by default 1 / sqrt(d).
+
+    Returns:
+        None where the keys are no tokens of the image.
+    """
+    batch, (height, width) = shape[0], shape[2:]
+    windows, n = len(query) // batch, query.shape[2]
+    grid = _grid(height, width, windows * n)
+    image = math.prod(grid) // windows
+    if key.shape[2] < image:
+        return None
+    side = (math.isqrt(image), math.isqrt(image)) if windows > 1 else grid
+    across = grid[1] // side[1]
+    places = tuple((row * grid[0] // height, column * grid[1] // width) for row, column in tokens)
+    weights = query.new_full((batch, query.shape[1], len(tokens), *grid), math.nan, dtype=torch.float32)
+    extra = query.new_empty(batch, query.shape[1], len(tokens), key.shape[2] - image, dtype=torch.float32)
+    bias = None if attn_mask is None else attn_mask.expand(len(query), query.shape[1], n, key.shape[2])
+    for i, (row, column) in enumerate(places):
+        top, left = row // side[0], column // side[1]
+        window = torch.arange(batch, device=query.device) * windows + top * across + left
+        token = n - image + row % side[0] * side[1] + column % side[1]
+        logits = query[window, :, token, None].float() @ key[window].float().mT
+        logits = logits[:, :, 0] * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if bias is not None:
+            logits = logits + bias[window, :, token].float()
+        row_of = logits.softmax(-1)
+        extra[:, :, i] = row_of[..., : key.shape[2] - image]
+        rows, columns = slice(top * side[0], (top + 1) * side[0]), slice(left * side[1], (left + 1) * side[1])
+        weights[:, :, i, rows, columns] = row_of[..., key.shape[2] - image :].unflatten(-1, side)
+    return AttentionMap(layer, weights.cpu(), extra.cpu(), places)
+
+
+def _grid(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """The finest grid with the image's proportions that has no more places than there are tokens."""
+    common = math.gcd(height, width)
+    for factor in (f for f in range(1, common + 1) if common % f == 0):
+        if height // factor * (width // factor) <= tokens:
+            return height // factor, width // factor
+    return 1, 1
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

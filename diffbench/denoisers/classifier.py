@@ -1,0 +1,98 @@
+"""A classifier of noisy images, for classifier guidance: the encoder half of the U-Net (Dhariwal & Nichol 2021, §4)."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from diffbench.denoisers.checks import (
+    check_divides,
+    check_dropout,
+    check_features,
+    check_halves,
+    check_occurs,
+    check_positive,
+    check_sides,
+    check_widths,
+)
+from diffbench.denoisers.layers import ConditionEmbedding, GroupNorm, TimeFeatures
+from diffbench.denoisers.unet import ResBlock, Stage, UNetConfig
+
+
+@dataclass
+class ClassifierConfig:
+    """Sizes, under the names of the U-Net's."""
+
+    model_channels: int = 32
+    """Base width, multiplied by `channel_mult` at each level."""
+    channel_mult: list[float] = field(default_factory=lambda: [1, 2])
+    """One factor a level; the resolution halves between levels."""
+    num_res_blocks: int = 1
+    """Residual blocks a level."""
+    attention_resolutions: list[int] = field(default_factory=list)
+    """Resolutions (pixels a side) at which attention follows each residual block."""
+    num_heads: int = 4
+    dropout: float = 0.0
+    norm_groups: int = 8
+    """Groups of the group normalisation; must divide every level's width."""
+    time_features: TimeFeatures = "sinusoidal"
+
+    def __post_init__(self) -> None:
+        numbers = ("model_channels", "channel_mult", "num_res_blocks", "num_heads", "norm_groups")
+        check_positive(self, *numbers, section="classifier")
+        check_dropout(self.dropout, "classifier")
+        check_features(self.time_features, self.model_channels, "classifier")
+        check_widths(self.model_channels, self.channel_mult, "classifier")
+
+
+class NoisyClassifier(nn.Module):
+    """Logits of noisy images (B, C, H, W); see `forward`.
+
+    Args:
+        config: sizes.
+        image_size: height and width of the input.
+        channels: C of the input.
+        num_classes: classes 0..num_classes-1.
+
+    Raises:
+        ValueError: if the levels do not divide the image, or heads or norm groups a level's width.
+    """
+
+    def __init__(self, config: ClassifierConfig, image_size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        widths = [int(config.model_channels * m) for m in config.channel_mult]
+        self.channels, self.divisor = channels, 2 ** (len(widths) - 1)
+        check_halves("channel_mult", len(widths), (image_size,), "classifier")
+        check_occurs("attention_resolutions", config.attention_resolutions, image_size, len(widths), "classifier")
+        emb = 4 * config.model_channels
+        self.condition = ConditionEmbedding(emb, config.model_channels, 0, False, config.time_features)
+        unet = UNetConfig(dropout=config.dropout, norm_groups=config.norm_groups)
+        width = widths[0]
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.encoder = nn.ModuleList()
+        for level, c in enumerate(widths):
+            size = image_size >> level
+            heads = config.num_heads if size in config.attention_resolutions else None
+            check_divides("norm_groups", config.norm_groups, c, "a level's width", "classifier")
+            if heads is not None:
+                check_divides("num_heads", heads, c, "a width with attention", "classifier")
+            if level:
+                self.encoder.append(ResBlock(unet, width, width, emb, direction="down"))
+            for _ in range(config.num_res_blocks):
+                self.encoder.append(Stage(unet, width, c, emb, heads, size))
+                width = c
+        self.norm = GroupNorm(config.norm_groups, width, eps=1e-5)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Logits (B, num_classes) of a noisy image x (B, C, H, W), scaled as for a denoiser, at times t (B,).
+
+        Labels y are ignored: they are taken so that it is called as a denoiser is.
+        """
+        check_sides(x, self.channels, self.divisor)
+        c = nn.functional.silu(self.condition(t, None))
+        h = self.stem(x)
+        for layer in self.encoder:
+            h = layer(h, c)
+        pooled = nn.functional.silu(self.norm(h)).mean(dim=(2, 3))
+        out: Tensor = self.head(pooled)
+        return out

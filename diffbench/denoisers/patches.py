@@ -1,0 +1,113 @@
+"""What DiT and the latent DiffiT share: an image as patches that know their place, a condition, blocks, and back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffbench.denoisers.checks import check_divides, check_dropout, check_positive, check_shape
+from diffbench.denoisers.layers import ConditionEmbedding, both_sides, sincos_position_table, zero_
+
+
+@dataclass
+class PatchConfig:
+    """Sizes of a Vision Transformer (DiT, Table 1: S 12/384/6, B 12/768/12, L 24/1024/16, XL 28/1152/16)."""
+
+    patch_size: int = 2
+    """Side of the square patch that becomes one token; must divide the image's height and width."""
+    hidden_size: int = 384
+    """Width of the tokens; divisible by `num_heads` and by 4."""
+    depth: int = 12
+    """Number of blocks."""
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over `hidden_size`."""
+    dropout: float = 0.0
+    """Dropout after attention and MLP; the papers use none."""
+    gradient_checkpointing: bool = False
+    """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
+        check_dropout(self.dropout)
+        check_divides("num_heads", self.num_heads, self.hidden_size, "denoiser.hidden_size=")
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"denoiser.hidden_size: must be divisible by 4 for its table of positions, got {self.hidden_size}"
+            )
+
+
+class PatchTransformer(nn.Module):
+    """A transformer over the patches of (B, C, H, W) images or latents; subclasses add the last layers.
+
+    Args:
+        config: sizes.
+        image_size: side of the input, or its height and width.
+        channels: C of the input.
+        num_classes: classes 0..num_classes-1; 0 for none.
+        null_class: whether label `num_classes` means "no class".
+        learn_sigma: whether the output carries C more channels for a learned variance.
+        block: makes one block, given the height and width of the grid of tokens.
+
+    Raises:
+        ValueError: if the patch does not divide the image.
+    """
+
+    final: nn.Linear
+    """The last layer, from tokens to the `patch_values` of a patch."""
+
+    def __init__(
+        self,
+        config: PatchConfig,
+        image_size: int | tuple[int, int],
+        channels: int,
+        num_classes: int,
+        null_class: bool,
+        learn_sigma: bool,
+        block: Callable[[tuple[int, int]], nn.Module],
+    ) -> None:
+        super().__init__()
+        p, d = config.patch_size, config.hidden_size
+        self.image_size = height, width = both_sides(image_size)
+        for side in self.image_size:
+            check_divides("patch_size", p, side, "a side of the image")
+        self.channels, self.num_classes, self.null_class = channels, num_classes, null_class
+        self.gradient_checkpointing = config.gradient_checkpointing
+        self.patch_size, self.grid = p, (height // p, width // p)
+        self.patch_values = p * p * channels * (2 if learn_sigma else 1)
+        self.patch = nn.Conv2d(channels, d, kernel_size=p, stride=p)
+        self.register_buffer("position", sincos_position_table(d, *self.grid).float()[None])
+        self.condition = ConditionEmbedding(d, 256, num_classes, null_class)
+        self.blocks = nn.ModuleList([block(self.grid) for _ in range(config.depth)])
+
+    def initialise_ends(self) -> None:
+        """Gives the patch embedding its weights and makes the first output zero; the subclass has set `final`."""
+        zero_(self.patch)
+        nn.init.xavier_uniform_(self.patch.weight.flatten(1))
+        zero_(self.final)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to tokens (B, N, D) that know their place.
+
+        Raises:
+            ValueError: if the image has another size than the network.
+        """
+        check_shape(x, self.channels, *self.image_size)
+        return rearrange(self.patch(x), "b d h w -> b (h w) d") + self.position
+
+    def through_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """Tokens (B, N, D) and their condition through all blocks."""
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, c, use_reentrant=False)
+            else:
+                tokens = block(tokens, c)
+        return tokens
+
+    def image(self, patches: Tensor) -> Tensor:
+        """Patches (B, N, p * p * C) to (B, C, H, W); in a patch the channels change fastest."""
+        p = self.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=p, q=p)

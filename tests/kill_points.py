@@ -1,0 +1,106 @@
+"""Run as a process of its own: fills a cache, killed (SIGKILL) at each of its writes in turn, and again to the end.
+
+    python tests/kill_points.py latents|images MOST FOLDER [IMAGES]
+
+Kills at MOST moments at most, spread evenly. Prints JSON: how many writes, flushes, renames and removals a whole
+filling has, how many kills were tried, and which left a cache that the same command did not bring to the bytes of an
+unbroken one; and whether two commands at the same time make it together.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets  # noqa: F401  once here rather than in each fork
+import torch
+from own_images import Encoder, squares
+
+from diffbench.data import store
+from diffbench.data.images import ImagesConfig, images
+from diffbench.data.latents import encode
+
+CALLS = ("pwrite", "fsync", "replace", "ftruncate", "unlink")
+
+
+def killed_at(point: int) -> list[int]:
+    """Counts the calls from here on, and kills this process in the middle of number `point`."""
+    count = [0]
+
+    def hooked(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            count[0] += 1
+            if count[0] == point:
+                if name == "pwrite":  # torn: the first half reaches the file
+                    file, data, offset = arguments
+                    call(file, data[: len(data) // 2], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return run
+
+    for name in CALLS:
+        setattr(os, name, hooked(name, getattr(os, name)))
+    return count
+
+
+def start(work: Callable[[], Any], point: int = 0) -> Callable[[], tuple[int, int]]:
+    """Forks a child that does the work; what is returned waits for its status and the number of calls it counted."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        count = killed_at(point)
+        try:
+            work()
+            os.write(writer, str(count[0]).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+
+    def wait() -> tuple[int, int]:
+        status = os.waitpid(pid, 0)[1]
+        with os.fdopen(reader) as file:
+            return status, int(file.read() or 0)
+
+    return wait
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Names and hashes of all files but locks."""
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def main(what: str, most: int, folder: Path, source: str = "") -> dict[str, Any]:
+    torch.set_num_threads(1)
+    store.CHUNK_BYTES = 1000
+
+    def work(place: Path) -> Callable[[], Any]:
+        if what == "latents":
+            return lambda: encode(squares(), Encoder(), place, batch_size=4)
+        os.environ["DIFFBENCH_CACHE"] = str(place)
+        config = ImagesConfig(path=source, image_size=8, held_out=5, skip_broken=True)
+        return lambda: images(config)
+
+    _, calls = start(work(folder / "whole"))()
+    whole = content(folder / "whole")
+    points = sorted({1 + (calls - 1) * i // (most - 1) for i in range(most)})
+    wrong = []
+    for point in points:
+        place = folder / f"killed-{point}"
+        status, _ = start(work(place), point)()
+        again, _ = start(work(place))()
+        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL) or again or content(place) != whole:
+            wrong.append(point)
+    both = [start(work(folder / "both")) for _ in range(2)]
+    alike = [wait()[0] for wait in both] == [0, 0] and content(folder / "both") == whole
+    return {"two at once": alike, "files": len(whole), "calls": calls, "kills": len(points), "wrong": wrong}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])))

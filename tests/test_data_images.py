@@ -1,0 +1,175 @@
+"""Own images: folders, parquet files, splits, classes, and what is refused in one line."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import own_images
+import pytest
+import torch
+from own_images import folder, load, numbers, pixels, png, table
+from PIL import Image
+
+from diffbench.core.files import cache_folder
+from diffbench.data.images import CIFAR10Config, cifar10
+from diffbench.data.places import locate
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "cache"))
+
+
+def test_sub_folders_are_classes(tmp_path: Path) -> None:
+    train, held_out = load(folder(tmp_path / "pets", {"dog": 6, "cat": 5}), held_out=3)
+    assert train.classes == held_out.classes == ("cat", "dog")
+    assert (train.num_classes, train.name, len(train), len(held_out)) == (2, "pets", 8, 3)
+    assert train.images.shape == (8, 3, 8, 8) and train.images.dtype == torch.uint8
+    for part in (train, held_out):  # images 0 to 5 are dogs
+        assert [int(n < 6) for n in numbers(part)] == part.labels.tolist()
+    assert sorted(numbers(train) + numbers(held_out)) == list(range(11))
+    assert train.labels.dtype == torch.int64
+
+
+def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
+    train, held_out = load(folder(tmp_path / "flat", {"": 20}))
+    assert (len(train), len(held_out)) == (18, 2)  # a tenth
+    assert train.num_classes == 0 and train.classes == ()
+    assert set(train.labels.tolist()) == {0}
+    nested, _ = load(folder(tmp_path / "one", {"all": 20}))  # one folder is no class
+    assert nested.num_classes == 0
+    unused, _ = load(folder(tmp_path / "pets", {"dog": 10, "cat": 10}), labels=False)
+    assert unused.num_classes == 0
+
+
+def test_folders_named_like_splits_are_splits(tmp_path: Path) -> None:
+    root = folder(tmp_path / "a", {"train/dog": 4, "train/cat": 4, "val/dog": 1, "val/cat": 2})
+    train, held_out = load(root)
+    assert (len(train), len(held_out), train.classes) == (8, 3, ("cat", "dog"))
+    assert held_out.labels.tolist() == [0, 0, 1]
+    other, rest = load(root, split="validation", held_out=1)
+    assert (len(other), len(rest)) == (2, 1)
+    # A class may be named like a split.
+    train, _ = load(folder(tmp_path / "b", {"bus": 10, "train": 10}))
+    assert train.classes == ("bus", "train")
+
+
+def test_the_held_out_images_are_the_same_whatever_the_rest(tmp_path: Path) -> None:
+    root = folder(tmp_path / "flat", {"": 20})
+    first = numbers(load(root, held_out=5)[1])
+    assert len(set(first)) == 5 and first != [0, 1, 2, 3, 4]
+    assert sorted(first) == first  # in the order of the files
+    assert set(numbers(load(root, held_out=3)[1])) <= set(first)
+
+
+def test_parquet_files(tmp_path: Path) -> None:
+    table(tmp_path / "p" / "train-00000.parquet", [0, 1, 2], label=[2, 0, 1])
+    table(tmp_path / "p" / "train-00001.parquet", [3, 4], label=[1, 1])
+    table(tmp_path / "p" / "test.parquet", [5, 6], label=[0, 2])
+    train, held_out = load(tmp_path / "p")
+    assert numbers(train) == [0, 1, 2, 3, 4] and train.labels.tolist() == [2, 0, 1, 1, 1]
+    assert numbers(held_out) == [5, 6] and held_out.labels.tolist() == [0, 2]
+    assert train.classes == ("0", "1", "2")
+    some, _ = load(tmp_path / "p" / "train-*.parquet", held_out=1)
+    assert len(some) == 4
+    one, _ = load(tmp_path / "p" / "train-00000.parquet", held_out=1)
+    assert len(one) == 2 and one.name == "train-00000"
+
+
+def test_labels_may_be_names(tmp_path: Path) -> None:
+    table(tmp_path / "train.parquet", [0, 1, 2], label=["pear", "apple", "pear"])
+    table(tmp_path / "test.parquet", [3], label=["apple"])
+    train, held_out = load(tmp_path / "train.parquet", held_out=1)
+    both, test = load(f"{tmp_path}/t*.parquet")
+    assert both.classes == ("apple", "pear") and both.labels.tolist() == [1, 0, 1] and test.labels.tolist() == [0]
+    assert len(train) == 2 and len(held_out) == 1
+
+
+def test_a_test_split_without_labels_is_passed_over(tmp_path: Path) -> None:
+    table(tmp_path / "train.parquet", [0, 1, 2], label=[0, 1, 0])
+    table(tmp_path / "test.parquet", [3, 4], label=[-1, -1])
+    table(tmp_path / "validation.parquet", [5], label=[1])
+    _, held_out = load(tmp_path)
+    assert numbers(held_out) == [5]
+
+
+def test_columns_are_found_and_may_be_named(tmp_path: Path) -> None:
+    table(tmp_path / "a.parquet", [0, 1, 2, 3], fine_label=[0, 1, 0, 1], number=[7, 7, 8, 9])
+    assert load(tmp_path / "a.parquet", held_out=1)[0].classes == ("0", "1")
+    assert load(tmp_path / "a.parquet", held_out=1, label_column="number")[0].classes == ("7", "8", "9")
+    with pytest.raises(
+        ValueError, match=r"^data\.label_column: no column 'lable'; choose from img, fine_label, number"
+    ):
+        load(tmp_path / "a.parquet", label_column="lable")
+    with pytest.raises(ValueError, match=r"^data\.label_column: 'img' holds neither whole numbers nor names"):
+        load(tmp_path / "a.parquet", label_column="img")
+    with pytest.raises(ValueError, match=r"^data\.image_column: no column 'image'; choose from img"):
+        load(tmp_path / "a.parquet", image_column="image")
+    with pytest.raises(ValueError, match=r"^data\.split: no split 'tran'; choose from train; did you mean 'train'"):
+        load(tmp_path / "a.parquet", split="tran")
+
+
+def test_other_sizes_kinds_and_channels(tmp_path: Path) -> None:
+    root = tmp_path / "mixed"
+    root.mkdir()
+    Image.fromarray(own_images.pixels(0, 20, 30)).save(root / "a.jpg")
+    Image.fromarray(own_images.pixels(1, 5, 7, 1)).save(root / "b.PNG")
+    Image.fromarray(own_images.pixels(2, 8, 8, 4)).save(root / "c.webp")
+    Image.fromarray(own_images.pixels(3, 9, 9)).quantize(8).save(root / "d.gif")
+    (root / "notes.txt").write_text("no image")
+    train, held_out = load(root, held_out=1)
+    assert train.images.shape == (3, 3, 8, 8) and held_out.images.shape == (1, 3, 8, 8)
+    grey, _ = load(root, held_out=1, channels=1, image_size=16)
+    assert grey.images.shape == (3, 1, 16, 16)
+    assert locate(str(root)).ignored == 1
+
+
+def test_the_second_time_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path / "flat", {"": 12})
+    first, _ = load(root)
+    again, _ = load(root, num_workers=1, flip=True)  # neither changes a byte
+    assert torch.equal(first.images, again.images)
+    assert len(list(cache_folder().glob("images/*"))) == 1
+    assert first.digest is not None
+    assert dataclasses.replace(first, digest=None).fingerprint() == first.fingerprint() == first.digest
+    (tmp_path / "elsewhere").mkdir()
+    moved = root.rename(tmp_path / "elsewhere" / "flat")
+    monkeypatch.setattr("diffbench.data.decoding.decode", None)
+    assert load(moved)[0].fingerprint() == first.fingerprint()  # the same files at another place
+
+
+def test_changed_files_are_decoded_anew(tmp_path: Path) -> None:
+    root = folder(tmp_path / "flat", {"": 12})
+    before = load(root)[0].fingerprint()
+    (root / "new.png").write_bytes(png(pixels(99)))
+    assert load(root)[0].fingerprint() != before
+    assert len(list(tmp_path.glob("cache/images/*"))) == 2
+
+
+def test_a_jpeg_copy_is_never_called_cifar10(tmp_path: Path) -> None:
+    for name, kind in (("a", "PNG"), ("b", "JPEG")):
+        root = tmp_path / name / "cifar10"
+        root.mkdir(parents=True)
+        for i in range(4):
+            (root / f"{i}.img.png").write_bytes(png(pixels(i), kind))  # the suffix does not decide
+    assert cifar10(CIFAR10Config(path=str(tmp_path / "a" / "cifar10"), image_size=8))[0].name == "cifar10"
+    assert cifar10(CIFAR10Config(path=str(tmp_path / "b" / "cifar10"), image_size=8))[0].name == "cifar10-jpeg"
+
+
+def test_cifar10_without_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^data\.path: CIFAR-10 is not on this machine; allowed: uoft-cs/cifar10"):
+        cifar10(CIFAR10Config())
+    table(tmp_path / "data" / "cifar10" / "train.parquet", [0, 1], label=[0, 1])
+    table(tmp_path / "data" / "cifar10" / "test.parquet", [2], label=[1])
+    train, held_out = cifar10(CIFAR10Config(image_size=8))
+    assert (len(train), len(held_out), train.name) == (2, 1, "cifar10")
+
+
+def test_the_time_of_a_file_counts(tmp_path: Path) -> None:
+    root = folder(tmp_path / "flat", {"": 3})
+    key = locate(str(root)).key
+    assert locate(str(root)).key == key
+    os.utime(root / "000.png", ns=(time.time_ns(), time.time_ns()))
+    assert locate(str(root)).key != key

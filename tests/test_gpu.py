@@ -1,0 +1,85 @@
+"""What a GPU has to show; run by `make test-gpu`, at most ten minutes."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffbench.denoisers import DENOISERS
+from diffbench.run import load, train
+from diffbench.training.ema import EMA
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine"),
+]
+SHORT = ["trainer.max_images=6_400", "sample.steps='5'", "evaluate.count=20", "trainer.sample_images=3_200"]
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_short_training_in_bf16_with_averages_on_the_gpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: set[str] = set()
+    update = EMA.update
+
+    def spy(average: EMA) -> None:
+        update(average)
+        devices.update(t.device.type for tensors in average.averages.values() for t in tensors)
+
+    monkeypatch.setattr(EMA, "update", spy)
+    argv = [*SHORT, "trainer.precision=bf16-mixed", f"runs_dir={tmp_path}"]
+    run = train(f"experiments/digits/{name}.yaml", argv)
+    assert devices == {"cuda"}
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/loss"] for line in lines if "train/loss" in line][-1] < 0.9
+    assert run.sample_tensor(n=4).shape == (4, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_one_compiled_step(name: str) -> None:
+    config = DENOISERS[name].config
+    shape = {"image_size": 8, "channels": 1, "num_classes": 10, "null_class": True, "learn_sigma": False}
+    sizes = {
+        "unet": {"norm_groups": 8, "model_channels": 16},
+        "diffit": {"channels": [16, 32], "blocks": [1, 1], "norm_groups": 8},
+    }
+    torch.manual_seed(0)
+    net = DENOISERS[name].build(config(**sizes.get(name, {})), **shape).cuda()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x, t, y = torch.randn(8, 1, 8, 8).cuda(), torch.arange(8.0).cuda(), torch.arange(8).cuda()
+    plain = net(x, t, y)
+    compiled = torch.compile(net, fullgraph=True)(x, t, y)
+    assert torch.allclose(plain, compiled, atol=1e-3, rtol=1e-3)
+    compiled.square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters() if p.requires_grad)
+
+
+def test_killed_and_resumed_bit_for_bit(tmp_path: Path) -> None:
+    common = [*SHORT, "trainer.deterministic=true", "trainer.checkpoint_images=640", "denoiser.dropout=0.1"]
+    path = "experiments/digits/dit.yaml"
+    whole = train(path, [*common, f"runs_dir={tmp_path / 'whole'}"])
+    code = (
+        "import os, signal, sys\n"
+        "from diffbench.training.checkpoints import SaveState\n"
+        "step_end = SaveState.on_train_batch_end\n"
+        "def killed(self, trainer, *rest):\n"
+        "    step_end(self, trainer, *rest)\n"
+        "    if trainer.global_step == 37: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "SaveState.on_train_batch_end = killed\n"
+        "from diffbench.run import train\n"
+        "train(sys.argv[1], sys.argv[2:])\n"
+    )
+    argv = [*common, f"runs_dir={tmp_path / 'parts'}"]
+    assert subprocess.run([sys.executable, "-c", code, path, *argv]).returncode == -signal.SIGKILL
+    resumed = train(path, argv)
+    name = f"ema-{whole.ema}.safetensors"
+    ours, theirs = load_file(whole.folder / name), load_file(resumed.folder / name)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert load(resumed.folder).images_seen == 6_400
