@@ -15,7 +15,7 @@ from diffbench.core.files import atomic
 from diffbench.data.progress import progress
 from diffbench.evaluation import Extractor
 from diffbench.evaluation.metrics import frechet, gaussian, inception_score, neighbours
-from diffbench.evaluation.streaming import spread
+from diffbench.evaluation.rows import spread
 from diffbench.evaluation.suite import KEPT, Reference
 from diffbench.pictures import open_pictures, read_statistics, refuse_to_overwrite
 from diffbench.references import BATCH

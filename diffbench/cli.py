@@ -184,19 +184,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _reference(arguments: argparse.Namespace) -> int:
-    from diffbench.referencing import build, inspect, verify
+    from diffbench.referencing import run
 
-    overrides = [p for p in arguments.paths if "=" in p]
-    paths = [Path(p) for p in arguments.paths if "=" not in p]
-    if arguments.action == "build":
-        if len(paths) != 1:
-            raise UserError(f"{COMMAND_LINE}: build takes one run, folder or npz, got {len(paths)}")
-        print(build(paths[0], overrides))
-        return 0
-    if arguments.action == "inspect":
-        print(inspect(paths))
-        return 0
-    text, right = verify(paths, overrides)
+    text, right = run(arguments.action, arguments.paths)
     print(text)
     return 0 if right else 2
 

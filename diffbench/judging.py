@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from diffbench import references
 from diffbench.core import keyed
 from diffbench.core.files import locked, write_text
+from diffbench.data.progress import progress
 from diffbench.data.sources import ImageSet
 from diffbench.evaluation import Extractor
 from diffbench.evaluation.metrics import nearest_distance
@@ -21,6 +24,8 @@ from diffbench.training.settings import EvaluateConfig
 
 SUBSETS, SUBSET = 100, 1000
 """The kernel distance is a mean over so many subsets of so many images, as is common; of fewer images it takes all."""
+PATIENCE = 15
+"""Seconds that may pass without a sign of progress."""
 LEAST = 20
 """Real images without which a comparison is left out."""
 
@@ -70,7 +75,7 @@ class Judgement:
     def scores(self, batches: Iterable[Numbered]) -> dict[str, float]:
         """Name with extractor and count -> value, of all samples."""
         suite = self.suite()
-        for index, images, labels in batches:
+        for index, images, labels in watched("scored", batches, self.count):
             suite.update(images, index, labels)
         return self.named(suite.compute()) | self.extra
 
@@ -180,6 +185,20 @@ def subsets(samples: int, real: int) -> list[tuple[Tensor, Tensor]] | None:
 def order(what: str, count: int) -> Tensor:
     """A fixed permutation of `count` samples."""
     return keyed.permutation(keyed.key("order of samples", what), count)
+
+
+def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:
+    """The batches, with progress shown where the first one says that all will take longer than some seconds."""
+    started = time.perf_counter()
+    shown: AbstractContextManager[Callable[[int], None]] = nullcontext(lambda count: None)
+    advance: Callable[[int], None] | None = None
+    with ExitStack() as stack:
+        for batch in batches:
+            yield batch
+            if advance is None:
+                slow = (time.perf_counter() - started) * total / len(batch[0]) > PATIENCE
+                advance = stack.enter_context(progress(what, total) if slow else shown)
+            advance(len(batch[0]))
 
 
 def numbered(batches: Iterator[Tensor], labels: Tensor | None) -> Iterator[Numbered]:

@@ -16,6 +16,22 @@ from diffbench.foreign import extractor_for, is_run, of_pictures, run_images, se
 from diffbench.pictures import open_pictures, refuse_to_overwrite
 
 
+def run(action: str, arguments: Sequence[str]) -> tuple[str, bool]:
+    """One of the verb's actions on paths and key=value arguments: lines to print, and whether all is right.
+
+    Raises:
+        UserError: one line that says what does not fit.
+    """
+    overrides, paths = [a for a in arguments if "=" in a], [Path(a) for a in arguments if "=" not in a]
+    if action == "verify":
+        return verify(paths, overrides)
+    if action == "inspect":
+        return inspect(paths), True
+    if len(paths) != 1:
+        raise UserError(f"{COMMAND_LINE}: build takes one run, folder or npz, got {len(paths)}")
+    return build(paths[0], overrides), True
+
+
 def build(what: Path, overrides: Sequence[str]) -> str:
     """Makes and caches the statistics of pictures; `out=FILE` also writes them to a file.
 

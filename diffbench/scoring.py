@@ -19,7 +19,7 @@ from diffbench.core.errors import UserError, suggest
 from diffbench.data.progress import progress
 from diffbench.evaluation.extractors import state_hash
 from diffbench.evaluation.metrics import nearest
-from diffbench.evaluation.streaming import spread
+from diffbench.evaluation.rows import spread
 from diffbench.judging import Judgement
 from diffbench.parts import check_evaluation, device_of
 from diffbench.pictures import refuse_to_overwrite, write_npz
@@ -151,7 +151,7 @@ def draw(run: Run, how: SampleConfig, shards: Shards, seed: int) -> dict[str, An
 
 def _progress(what: str, total: int, estimate: float) -> AbstractContextManager[Callable[[int], None]]:
     """A bar or lines for what takes longer than a few seconds."""
-    return progress(what, total) if estimate > 15 else nullcontext(lambda count: None)
+    return progress(what, total) if estimate > judging.PATIENCE else nullcontext(lambda count: None)
 
 
 def _score(run: Run, config: RunConfig, how: SampleConfig, judgement: Judgement) -> dict[str, Any]:

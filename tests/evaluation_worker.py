@@ -11,15 +11,8 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from diffbench.evaluation.metrics import gaussian
-from diffbench.evaluation.streaming import (
-    DensityCoverage,
-    FrechetDistance,
-    InceptionScore,
-    KernelDistance,
-    LabelAccuracy,
-    PrecisionRecall,
-    Sums,
-)
+from diffbench.evaluation.rows import DensityCoverage, KernelDistance, PrecisionRecall
+from diffbench.evaluation.streaming import FrechetDistance, InceptionScore, LabelAccuracy, Sums
 
 N = 65  # odd: a padding sampler would make it 66
 

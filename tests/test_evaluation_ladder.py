@@ -82,3 +82,22 @@ def test_photographs_with_efficientnet() -> None:
     judge = extractor("efficientnet-lite0", Request((3, 32, 32)))
     assert metric_name("fd", judge, 260) == "fd/efficientnet-lite0-aa64@260"
     check(climbed(judge, images), float(judge(images).pooled.var(0).sum()))
+
+
+@pytest.mark.parametrize("size", [1, 7, 300])
+def test_a_suite_is_the_same_in_any_batch_and_order(size: int) -> None:
+    train, test = digits(DigitsConfig())
+    judge = references.judge("digits-cnn", None, train)
+    reference = statistics(judge, [train.images[:400]], 400, 300)
+
+    def scores(order: Tensor, size: int) -> dict[str, float]:
+        suite = Suite(judge, {"fd": reference}, 300, training=train.images)
+        for index in order.split(size):
+            suite.update(test.images[index], index, test.labels[index])
+        return suite.compute()
+
+    want = scores(torch.arange(300), 64)
+    found = scores(torch.randperm(300, generator=torch.Generator().manual_seed(0)), size)
+    assert found == pytest.approx(want, rel=1e-5)
+    counted = ("precision", "recall", "density", "coverage", "label_accuracy")
+    assert {name: found[name] for name in counted} == {name: want[name] for name in counted}

@@ -16,20 +16,16 @@ from diffbench.evaluation.metrics import (
     nearest_distance,
     neighbours,
 )
+from diffbench.evaluation.rows import DensityCoverage, FrechetInfinity, KernelDistance, PrecisionRecall, Rows, spread
 from diffbench.evaluation.streaming import (
-    DensityCoverage,
     FrechetDistance,
-    FrechetInfinity,
     InceptionScore,
-    KernelDistance,
     LabelAccuracy,
     Moments,
     NearestDistance,
-    PrecisionRecall,
-    Rows,
     Sums,
-    spread,
 )
+from diffbench.evaluation.suite import states_device
 
 N, D = 60, 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -185,6 +181,11 @@ def test_trap_8_a_reused_buffer_is_read_anew() -> None:
 def test_features_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"features must be \(B, 6\), got \(60, 5\)"):
         MAKE["fd"]().update(LOGITS)
+
+
+def test_trap_8_float64_sums_stay_off_a_device_that_has_none() -> None:
+    assert states_device(torch.device("mps")) == torch.device("cpu")
+    assert states_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_an_empty_batch_changes_nothing() -> None:

@@ -9,17 +9,13 @@ from torch import Tensor
 
 from diffbench.evaluation.extractors import Extractor, Features
 from diffbench.evaluation.metrics import Gaussian
+from diffbench.evaluation.rows import DensityCoverage, FrechetInfinity, KernelDistance, PrecisionRecall, Rows
 from diffbench.evaluation.streaming import (
-    DensityCoverage,
     FrechetDistance,
-    FrechetInfinity,
     InceptionScore,
-    KernelDistance,
     LabelAccuracy,
     Moments,
     NearestDistance,
-    PrecisionRecall,
-    Rows,
     Sums,
 )
 

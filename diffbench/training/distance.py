@@ -117,7 +117,7 @@ class Distance(L.Callback):
         suite.extractor.to(trainer.strategy.root_device)
         labels = torch.arange(suite.count) * self.num_classes // suite.count
         mine = torch.arange(suite.count).tensor_split(trainer.world_size)[trainer.global_rank]
-        for index in mine.split(self.config.batch_size):
+        for index in mine.split(self.config.batch_size) if len(mine) else ():
             images = generate(
                 module.denoiser,
                 module.process,
