@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from diffbench.core.errors import UserError, suggest
 
 COMMAND_LINE = "command line"
 VERBS = {
     "train": "train an experiment; the same command resumes it",
+    "encode": "encode an experiment's data into latents ahead of training",
     "show": "print an experiment's resolved config; runs nothing",
     "list": "list backbones, presets and experiments",
     "evaluate": "score samples of a run, or pictures of anyone",
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside training, which ends by itself
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as e:  # what no check foresaw, still in one line
         if os.environ.get("DIFFBENCH_TRACEBACK"):
             raise
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffbench {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
-    for name in ("train", "show"):
+    for name in ("train", "encode", "show"):
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
     parsers["sample"].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
     parsers["evaluate"].add_argument(
@@ -94,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     values = {
         "import": "arguments.num_heads=16 sample.steps=50",
         "train": "trainer.max_images=900_000",
+        "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
         "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
@@ -104,28 +109,49 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from diffbench.report import facts, newest_scores, table, trained_facts
-    from diffbench.run import Run, train
-    from diffbench.scoring import evaluate
+    from diffbench.report import facts, newest_scores, table
+    from diffbench.run import load_any, train
 
     run = train(arguments.config, arguments.overrides)
-    if not isinstance(run, Run):
-        print(f"\n{table([(run.folder.name, trained_facts(run))])}\n")
+    builds_on = getattr(run.config, "autoencoder", None)
+    if builds_on is not None and (Path(builds_on) / "config.yaml").is_file():
+        autoencoder = load_any(builds_on)
+        if not newest_scores(autoencoder):
+            _score(autoencoder)
+    if run.config.kind == "classifier":
+        print(f"\n{table([(run.folder.name, facts(run))])}\n")
         return
     from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not newest_scores(run):
-        print("drawing and scoring samples", flush=True)
         try:
-            evaluate(run)
+            _score(run)
         except UserError as e:  # the run itself is complete
             print(f"not scored: {e}", flush=True)
     if not picture.exists():
-        save_grid(run.sample_tensor(100), columns=10, path=picture)
+        save_grid(run.pictures(100), columns=10, path=picture)
     print(f"\n{table([(run.folder.name, facts(run))])}\n")
     print(f"samples: {picture}")
     print(f"curves:  {_python()} -m tensorboard.main --logdir {run.config.runs_dir}")
+
+
+def _score(run: Any, overrides: Sequence[str] = ()) -> None:
+    """Appends a run's scores to its records, as its kind is scored."""
+    from diffbench import reconstructing, scoring
+
+    kinds: dict[str, Any] = {"denoiser": scoring, "autoencoder": reconstructing}
+    if run.config.kind not in kinds:
+        raise UserError(f"{run.folder}: a run of kind {run.config.kind}; choose a denoiser's or an autoencoder's")
+    what = "scoring reconstructions" if run.config.kind == "autoencoder" else "drawing and scoring samples"
+    print(f"{run.folder}: {what}", flush=True)
+    kinds[run.config.kind].evaluate(run, overrides)
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from diffbench.run import encode
+
+    encode(arguments.config, arguments.overrides)
 
 
 def _python() -> str:
@@ -175,11 +201,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print("\n".join(f"{name:<40} {value:>12.6g}" for name, value in values(record).items()))
         return
     from diffbench.report import facts, table
-    from diffbench.run import load
-    from diffbench.scoring import evaluate
+    from diffbench.run import load_any
 
-    run = load(arguments.what)
-    evaluate(run, overrides)
+    run = load_any(arguments.what)
+    _score(run, overrides)
     print(table([(run.folder.name, facts(run))]))
 
 
@@ -239,7 +264,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     from diffbench.training.pictures import save_grid, save_npz, save_png
     from diffbench.training.strips import Steps
 
-    steps = Steps()
+    steps = Steps(decode=run.decode)
     with blaming([(COMMAND_LINE, values)]):
         images = run.sample_tensor(
             draw.n, draw.labels, seed=draw.seed, callback=steps if draw.strip or draw.gif else None, **changes
@@ -292,9 +317,9 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from diffbench.report import comparable_scores, facts, table
-    from diffbench.run import load
+    from diffbench.run import load_any
 
-    runs = [load(folder) for folder in arguments.runs]
+    runs = [load_any(folder) for folder in arguments.runs]
     scored = comparable_scores(runs)
     titles = [folder.removeprefix("runs/").rstrip("/") for folder in arguments.runs]
     print(table([(title, facts(run, s)) for title, run, s in zip(titles, runs, scored, strict=True)]))

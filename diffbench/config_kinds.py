@@ -12,8 +12,11 @@ from diffbench.denoisers.classifier import ClassifierConfig
 from diffbench.diffusion import PROCESSES
 from diffbench.diffusion.pairs import ON_TABLES, PAIRS, check_pair
 from diffbench.training.settings import (
+    DenoiserTrainerConfig,
     EMAConfig,
     EvaluateConfig,
+    LossConfig,
+    NetworkConfig,
     OptimizerConfig,
     SampleConfig,
     TrainerConfig,
@@ -77,17 +80,28 @@ class RunConfig(BaseConfig):
     """A run folder whose EMA weights start this run (a warm start, apart from resuming)."""
     debug: Literal["none", "smoke", "overfit"] = "none"
     data: Any = None
+    autoencoder: str | None = None
+    """null: pixels. Else the denoiser works on the latents of an autoencoder: a run folder, a folder in diffusers'
+    format, a hub name, or an experiment's YAML, whose run is trained first where it is missing."""
+    latent_dtype: Literal["float16", "float32"] = "float16"
+    """How the latents' means and log-variances are kept."""
     denoiser: Any = None
     process: Any = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: DenoiserTrainerConfig = field(default_factory=DenoiserTrainerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.autoencoder == "":
+            raise ValueError("autoencoder: must be a folder, a hub name, an experiment's YAML, or null; got ''")
+        if self.autoencoder is None and self.latent_dtype != "float16":
+            raise ValueError("latent_dtype: belongs to autoencoder; without one leave it at float16")
+        if self.autoencoder is not None and self.trainer.augment:
+            raise ValueError("trainer.augment: changes pictures, not the latents of autoencoder; leave it at 0")
         self._check_guidance()
         if self.trainer.time_sampling == "loss_aware" and self.process.name != "vp":
             raise ValueError(
@@ -178,4 +192,27 @@ def keys_of(kind: type[BaseConfig]) -> list[str]:
     return [f.name for f in fields(kind)]  # type: ignore[arg-type]
 
 
-KINDS: dict[str, type[BaseConfig]] = {"denoiser": RunConfig, "classifier": ClassifierRunConfig}
+@dataclass
+class AutoencoderConfig(BaseConfig):
+    """An autoencoder's run."""
+
+    format: int = FORMAT
+    kind: Literal["autoencoder"] = "autoencoder"
+    seed: int = 0
+    tag: str | None = None
+    runs_dir: str = "runs"
+    debug: Literal["none", "smoke", "overfit"] = "none"
+    data: Any = None
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+KINDS: dict[str, type[BaseConfig]] = {
+    "denoiser": RunConfig,
+    "classifier": ClassifierRunConfig,
+    "autoencoder": AutoencoderConfig,
+}

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from diffbench import spaces
 from diffbench.config_kinds import BaseConfig, RunConfig
+from diffbench.data.latents import LatentSet
 from diffbench.data.sources import SOURCES, ImageSet, balanced
 from diffbench.denoisers import build
 from diffbench.denoisers.cost import Cost, count
@@ -16,7 +18,7 @@ from diffbench.references import check_extractor
 from diffbench.training.settings import AUGMENT_WIDTH
 
 if TYPE_CHECKING:
-    from diffbench.data.module import ImageDataModule
+    from diffbench.data.module import PositionDataModule
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
@@ -35,8 +37,8 @@ def build_process(config: Any) -> Process:
 
 
 def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
-    """The config's network for images like those of `data`."""
-    channels, size, _ = data.images.shape[1:]
+    """The config's network for images like those of `data`, or for their latents."""
+    channels, size, _ = spaces.shape(config, data)
     return build(
         config.denoiser.name,
         config.denoiser,
@@ -48,11 +50,13 @@ def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
     )
 
 
-def data_module(config: BaseConfig, train_set: ImageSet, held_out: ImageSet) -> "ImageDataModule":
-    """The batches of a run."""
-    from diffbench.data.module import ImageDataModule
+def data_module(
+    config: BaseConfig, train_set: ImageSet | LatentSet, held_out: ImageSet | LatentSet
+) -> "PositionDataModule":
+    """The batches of a run, of pictures or of latents as the two sets are."""
+    from diffbench.data.module import ImageDataModule, LatentDataModule
 
-    return ImageDataModule(
+    return (LatentDataModule if isinstance(train_set, LatentSet) else ImageDataModule)(
         train=train_set,
         held_out=held_out,
         seed=config.seed,
@@ -66,7 +70,8 @@ def data_module(config: BaseConfig, train_set: ImageSet, held_out: ImageSet) -> 
 
 def cost_of(config: RunConfig, data: ImageSet) -> Cost:
     """Parameters and multiply-accumulates of the config's network."""
-    return count(lambda: build_denoiser(config, data), data.images.shape[1], data.images.shape[2])
+    channels, size, _ = spaces.shape(config, data)
+    return count(lambda: build_denoiser(config, data), channels, size)
 
 
 def check(config: RunConfig) -> None:
@@ -84,6 +89,7 @@ def check(config: RunConfig) -> None:
             f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
             " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
         )
+    spaces.shape(config, train_set)
     with naming("denoiser"):
         cost_of(config, train_set)
     if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
@@ -149,6 +155,7 @@ def naming(section: str) -> Iterator[None]:
 
 
 def check_device(accelerator: str) -> None:
+    """Raises ValueError, naming the key, where the machine lacks what `trainer.accelerator` asks for."""
     there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):

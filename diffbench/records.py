@@ -17,7 +17,7 @@ from diffbench.core.errors import UserError
 from diffbench.evaluation import Extractor
 
 FORMAT = 1
-PROTOCOL = ("format", "data", "sample", "guidance", "labels", "precision", "extractor", "reference")
+PROTOCOL = ("format", "data", "autoencoder", "sample", "guidance", "labels", "precision", "extractor", "reference")
 """Parts of a record that must agree before its values are compared with another's. Which weights were scored, by
 which seed, when and on what machine is no part of the protocol."""
 LOOSE = ("sample.seed", "sample.seconds", "sample.batch_size", "extractor.licence")

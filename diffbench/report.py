@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffbench.autoencoding import AutoencoderRun
 from diffbench.core.errors import UserError
 from diffbench.records import difference, metrics, results, values
 from diffbench.run import Run
@@ -13,31 +14,25 @@ SHOWN |= {"recall", "coverage"}
 """What a table shows; the records hold more. Density and precision can rise for bad samples: neither stands alone."""
 
 
-def facts(run: Run, scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
-    """What a table says of a run: size, length, speed, validation error, and scores.
+def facts(run: Trained[Any], scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
+    """What a table says of a run: size, length, speed, and what its kind is judged by.
 
     Args:
         run: a loaded run.
         scored: its records; by default the newest of each guidance.
     """
-    lines = metrics(run.folder)
-    error = next((m["val/error"] for m in reversed(lines) if "val/error" in m), None)
-    rates = [m["perf/images_per_s"] for m in lines if "perf/images_per_s" in m]
-    images = run.images_seen
-    cost = run.cost
-    # The series holds images and images/s of each interval: their quotients sum to the seconds of training.
-    seconds = _training_seconds(lines)
-    row = {
-        "parameters": f"{cost.parameters:,}",
-        "GMACs": f"{cost.gmacs:.4f}",
-        "images seen": f"{images:,}",
-        "seconds": f"{seconds:,.0f}" if rates else "-",
-        "images/s": f"{images / seconds:,.0f}" if seconds else "-",
-        "validation error": "-" if error is None else f"{error:.4f}",
-    }
+    scored = newest_scores(run) if scored is None else scored
+    if isinstance(run, AutoencoderRun):
+        return _common(run) | _reconstruction(run, scored)
+    return _denoising(run, scored) if isinstance(run, Run) else _common(run) | _validation(run)
+
+
+def _denoising(run: Run, scored: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Validation error, and the scores of each guidance."""
+    error = next((m["val/error"] for m in reversed(metrics(run.folder)) if "val/error" in m), None)
+    row = _common(run) | {"validation error": "-" if error is None else f"{error:.4f}"}
     if run.config.trainer.time_sampling == "loss_aware":
         row["pairing"] = "none: its times follow its losses"
-    scored = newest_scores(run) if scored is None else scored
     for record in scored:
         row |= _scores(record)
     if scored:
@@ -51,7 +46,9 @@ def _scores(record: dict[str, Any]) -> dict[str, str]:
     row, guided, floor = {}, guidance_of(record), record.get("floor") or {}
     for name, value in values(record).items():
         short = name.split("/")[0]
-        if short in SHOWN:
+        if short == "reconstruction_fd":
+            row[f"floor: {name.removeprefix('reconstruction_')} of reconstructions"] = f"{value:.3f}"
+        elif short in SHOWN:
             real = floor.get(short.replace("fid", "fd")) if short in ("fd", "fid", "kid") else None
             beside = "" if real is None else f" (real {real:.3f})"
             row[name + guided] = f"{100 * value:.1f}%" if short == "label_accuracy" else f"{value:.3f}{beside}"
@@ -62,50 +59,75 @@ def _scores(record: dict[str, Any]) -> dict[str, str]:
     return row
 
 
+def _reconstruction(run: AutoencoderRun, scored: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What an autoencoder's newest record says, PCA with as many numbers beside it."""
+    if not scored:
+        return {}
+    record = {name.split("@")[0]: value for name, value in scored[-1].items()}
+    count = next(name.split("@")[1] for name in scored[-1] if "@" in name)
+    numbers, pixels = record["numbers"], run.train_set.images[0].numel()
+    row = {"numbers a picture": f"{numbers:,} for {pixels:,}"}
+    for name, title, form in (("psnr", "PSNR", ".2f"), ("ssim", "SSIM", ".4f")):
+        row[f"{title}@{count} (PCA with as many numbers)"] = f"{record[name]:{form}} ({record[name + '_pca']:{form}})"
+    for name, value in record.items():
+        if name.startswith("reconstruction_fd"):
+            row[f"{name.removeprefix('reconstruction_')}@{count} of reconstructions"] = f"{value:.3f}"
+        if name.startswith("label_accuracy"):
+            row[f"{name}@{count} of reconstructions"] = f"{100 * value:.1f}%"
+    return row
+
+
+def _common(run: Trained[Any]) -> dict[str, str]:
+    """Size, length and speed."""
+    images, cost = run.images_seen, run.cost
+    # The series holds images and images/s of each interval: their quotients sum to the seconds of training.
+    seconds = _training_seconds(metrics(run.folder))
+    return {
+        "parameters": f"{cost.parameters:,}",
+        "GMACs": f"{cost.gmacs:.4f}",
+        "images seen": f"{images:,}",
+        "seconds": f"{seconds:,.0f}" if seconds else "-",
+        "images/s": f"{images / seconds:,.0f}" if seconds else "-",
+    }
+
+
+def _validation(run: Trained[Any]) -> dict[str, str]:
+    """The last validation numbers."""
+    last: dict[str, Any] = next((m for m in reversed(metrics(run.folder)) if any(k.startswith("val/") for k in m)), {})
+    return {name.removeprefix("val/"): f"{v:.4f}" for name, v in last.items() if name.startswith("val/")}
+
+
 def guidance_of(record: dict[str, Any]) -> str:
     """How a record's samples were guided, as a table says it: " (guidance 1.5)", or nothing."""
-    sample = record["sample"]
-    told = [] if record["guidance"] == 1 else [f"guidance {record['guidance']:g}"]
+    sample = record.get("sample") or {}
+    told = [] if record.get("guidance", 1) == 1 else [f"guidance {record['guidance']:g}"]
     if sample.get("classifier") and sample.get("classifier_scale"):
         told.append(f"classifier {sample['classifier_scale']:g}")
     return f" ({', '.join(told)})" if told else ""
 
 
-def held_scores(run: Run) -> list[dict[str, Any]]:
+def held_scores(run: Trained[Any]) -> list[dict[str, Any]]:
     """The records of the weights that the run holds, oldest first."""
     held = (run.images_seen, run.ema, run.snapshot)
     return [r for r in results(run.folder) if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
 
 
-def trained_facts(run: Trained[Any]) -> dict[str, str]:
-    """What a table says of a run of another kind than a denoiser: size, length and its last validation numbers."""
-    lines = metrics(run.folder)
-    last: dict[str, Any] = next((m for m in reversed(lines) if any(k.startswith("val/") for k in m)), {})
-    return {
-        "parameters": f"{run.cost.parameters:,}",
-        "GMACs": f"{run.cost.gmacs:.4f}",
-        "images seen": f"{run.images_seen:,}",
-        "seconds": f"{_training_seconds(lines):,.0f}",
-        **{name.removeprefix("val/"): f"{value:.4f}" for name, value in last.items() if name.startswith("val/")},
-    }
-
-
-def newest_scores(run: Run) -> list[dict[str, Any]]:
+def newest_scores(run: Trained[Any]) -> list[dict[str, Any]]:
     """The newest record of each guidance for the weights that the run holds, unguided first."""
     chosen = {guidance_of(r): r for r in held_scores(run)}
     return [chosen[w] for w in sorted(chosen)]
 
 
-def comparable_scores(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
-    """For each run the newest records of each guidance that were measured alike in all runs.
+def comparable_scores(runs: Sequence[Trained[Any]]) -> list[list[dict[str, Any]]]:
+    """For each run the newest records of each guidance that were measured alike in all runs of its kind.
 
     Raises:
         UserError: where runs have records of a guidance but none by the same protocol, saying how they differ.
     """
-    held = [held_scores(run) for run in runs]
+    held = [[(run.config.kind, guidance_of(r), r) for r in reversed(held_scores(run))] for run in runs]
     chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
-    for guided in sorted({guidance_of(r) for records in held for r in records}):
-        groups = [[r for r in reversed(records) if guidance_of(r) == guided] for records in held]
+    for what in sorted({(kind, guided) for records in held for kind, guided, _ in records}):
+        groups = [[r for kind, guided, r in records if (kind, guided) == what] for records in held]
         first = next(i for i, group in enumerate(groups) if group)
         for candidate in groups[first]:
             alike = [next((r for r in group if difference(candidate, r) is None), None) for group in groups]
@@ -117,7 +139,7 @@ def comparable_scores(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
                 (i, d) for i, group in enumerate(groups) if group and (d := difference(newest, group[0]))
             )
             raise UserError(
-                f"{runs[first].folder} and {runs[other].folder}: measured differently{guided}: {told}; evaluate both"
+                f"{runs[first].folder} and {runs[other].folder}: measured differently{what[1]}: {told}; evaluate both"
                 " with the same keys to compare them"
             )
         for records, record in zip(chosen, alike, strict=True):

@@ -1,8 +1,9 @@
 """One run of a denoiser: build its parts, train it, load it again, sample from it; and training of every kind."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffbench import classifier as classifier_run
-from diffbench import judging, parts, weights
+from diffbench import judging, parts, spaces, weights
+from diffbench.autoencoders import KLAutoencoder, files
+from diffbench.autoencoding import AutoencoderRun
 from diffbench.config import change, from_layers, read_layers, to_dict
+from diffbench.config import load as config_of
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
-from diffbench.core.files import locked
+from diffbench.core.files import locked, write_text
 from diffbench.core.pixels import to_uint8
+from diffbench.data.latents import LatentSet
+from diffbench.data.sets import ImageSet
 from diffbench.denoisers.cost import Cost
 from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, read_config
 from diffbench.trained import Trained
+from diffbench.training.coding import decode
 from diffbench.training.settings import SampleConfig
 
 if TYPE_CHECKING:
@@ -39,14 +46,14 @@ class Run(Trained[RunConfig]):
     Attributes:
         train_set: the training part of its data set.
         held_out: the other part.
-        shape: (C, H, W) of what the network denoises.
+        shape: (C, H, W) of what the network denoises: the data set's pictures, or their latents.
         process: what it was trained under.
         null_label: the label that means "no class", or None.
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.train_set, self.held_out = parts.load_data(config)
-        self.shape = tuple(self.train_set.images.shape[1:])
+        self.shape = spaces.shape(config, self.train_set)
         self.process = parts.build_process(config.process)
         self.null_label = parts.null_label(config, self.train_set)
         super().__init__(folder, config)
@@ -56,13 +63,43 @@ class Run(Trained[RunConfig]):
         """The network."""
         return self.network
 
+    @cached_property
+    def autoencoder(self) -> KLAutoencoder | None:
+        """What leads from pictures to latents and back, or None in pixel space.
+
+        Raises:
+            UserError: if there is none, or the denoiser was trained on another's latents.
+        """
+        source, known = self.config.autoencoder, self.folder / "autoencoder.txt"
+        if source is None:
+            return None
+        net = spaces.load_autoencoder(source)
+        if known.is_file() and (before := known.read_text().strip()) != net.fingerprint:
+            raise UserError(
+                f"{self.folder}: trained on the latents of autoencoder {before}, but {source} holds {net.fingerprint}"
+                " now; bring that back, or choose another tag=NAME"
+            )
+        return net
+
+    def decode(self, x: Tensor) -> Tensor:
+        """What the network works on, (N, *shape), to pictures (N, C, H, W) uint8; float32 where it makes none."""
+        if self.raw:
+            return x.float()
+        return to_uint8(x) if self.autoencoder is None else decode(self.autoencoder, x)
+
     def build(self) -> nn.Module:
         return parts.build_denoiser(self.config, self.train_set)
 
+    def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
+        """Trains as every kind does; a run in latent space notes whose latents they are."""
+        if self.autoencoder is not None:
+            write_text(self.folder / "autoencoder.txt", f"{self.autoencoder.fingerprint}\n")
+        super().fit(existed, start)
+
     @property
     def raw(self) -> bool:
-        """Whether what the network denoises is no picture: neither grey nor red, green and blue."""
-        return self.shape[0] not in (1, 3)
+        """Whether what the network denoises neither is a picture, grey or red, green and blue, nor becomes one."""
+        return self.config.autoencoder is None and self.shape[0] not in (1, 3)
 
     @property
     def cost(self) -> Cost:
@@ -72,7 +109,23 @@ class Run(Trained[RunConfig]):
     def check(cls, config: RunConfig) -> None:
         parts.check(config)
         if config.sample.weak_model is not None or config.sample.classifier is not None:
-            helpers(config.sample, config, tuple(parts.load_data(config)[0].images.shape[1:]))
+            helpers(config.sample, config, spaces.shape(config, parts.load_data(config)[0]))
+
+    @classmethod
+    def prepare(cls, config: RunConfig) -> RunConfig:
+        """Trains the autoencoder where the config names its experiment and the run is missing; names the run."""
+        source = config.autoencoder
+        if source is None or not spaces.is_experiment(source):
+            return config
+        overrides = [f"runs_dir={config.runs_dir}", *(["debug=smoke"] if config.debug == "smoke" else [])]
+        wanted = config_of(source, overrides)
+        folder = folder_for(Path(source), overrides, wanted)
+        if (folder / spaces.INSIDE / files.CONFIG).is_file():
+            check_same(folder, wanted)
+        else:
+            print(f"{folder}: not trained yet, and trained first, as autoencoder={source} says", flush=True)
+            train(source, overrides)
+        return dataclasses.replace(config, autoencoder=str(folder))
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
@@ -95,7 +148,18 @@ class Run(Trained[RunConfig]):
         )
 
     def data(self) -> "LightningDataModule":
-        return parts.data_module(self.config, self.train_set, self.held_out)
+        return parts.data_module(self.config, *self.sets)
+
+    @cached_property
+    def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
+        """What training and validation read: the pictures, or their latents, encoded where they are not yet."""
+        held_out = self.held_out.spread(self.config.validation.count)
+        if self.autoencoder is None:
+            return self.train_set, held_out
+        flip = getattr(self.config.data, "flip", False)
+        return spaces.encoded(self.config, self.train_set, self.autoencoder, flip), spaces.encoded(
+            self.config, held_out, self.autoencoder
+        )
 
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.sampling import SampleGrid
@@ -104,9 +168,9 @@ class Run(Trained[RunConfig]):
         c, t = self.config, self.config.trainer
         classes = self.train_set.num_classes
         return [
-            Validation(log, ema, self.held_out.spread(c.validation.count), c.validation.log_snr, t.validate_images),
+            Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images),
             *self._distances(log, ema),
-            SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample)),
+            SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample), self.decode),
         ]
 
     def _distances(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
@@ -117,9 +181,8 @@ class Run(Trained[RunConfig]):
 
         against = judging.in_training(e, self.train_set, parts.device_of(c.trainer.accelerator))
         suite, classes = partial(against.suite, brief=True), self.train_set.num_classes
-        return [
-            Distance(log, ema, suite, c.sample.unguided(), self.shape, classes, e.every_images, c.seed, e.best),
-        ]
+        how = c.sample.unguided()
+        return [Distance(log, ema, suite, how, self.shape, classes, e.every_images, c.seed, e.best, decode=self.decode)]
 
     def helpers(self, settings: SampleConfig) -> "Helpers":
         """The networks that guide besides the denoiser; see `helpers`."""
@@ -198,10 +261,14 @@ class Run(Trained[RunConfig]):
             helpers=self.helpers(settings),
             seed=seed,
             first=first,
-            decode=torch.Tensor.float if self.raw else to_uint8,
+            decode=self.decode,
             progress=progress,
             callback=callback,
         )
+
+    def pictures(self, n: int) -> Tensor:
+        """Samples of the classes in turn."""
+        return self.sample_tensor(n)
 
     def _labels(self, n: int | None, labels: int | Sequence[int] | Tensor | None) -> Tensor:
         classes = self.train_set.num_classes
@@ -231,12 +298,18 @@ def load(folder: str | Path, ema: float | None = None) -> Run:
     Raises:
         UserError: if the folder holds no denoiser's run, no weights yet, or no such average.
     """
+    run = load_any(folder, ema)
+    if not isinstance(run, Run):
+        raise UserError(f"{folder}: a run of kind {run.config.kind}; choose a denoiser's")
+    return run
+
+
+def load_any(folder: str | Path, ema: float | None = None) -> Trained[Any]:
+    """A trained run of any kind; see `load`."""
     folder = Path(folder)
     config = read_config(folder)
-    if not isinstance(config, RunConfig):
-        raise UserError(f"{folder}: a run of kind {config.kind}; choose a denoiser's")
     with blaming([(str(folder / "config.yaml"), to_dict(config))]):
-        run = Run(folder, config)
+        run = KINDS[config.kind](folder, config)
     run.use_average(run.ema if ema is None else ema)
     return run
 
@@ -255,6 +328,8 @@ def helpers(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -
             other = load(settings.weak_model)
             if (other.shape, other.config.process) != (shape, config.process):
                 raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
+            if other.config.autoencoder != config.autoencoder and not spaces.is_experiment(config.autoencoder or ""):
+                raise UserError(f"{settings.weak_model} was trained on other latents: {other.config.autoencoder}")
             weak = other.denoiser
     with naming_key("sample.classifier"):
         if settings.classifier is not None and settings.classifier_scale:
@@ -275,8 +350,33 @@ def naming_key(key: str) -> Iterator[None]:
         raise ValueError(f"{key}: {e}") from None
 
 
-KINDS: dict[str, type[Trained[Any]]] = {"denoiser": Run, "classifier": classifier_run.ClassifierRun}
+KINDS: dict[str, type[Trained[Any]]] = {
+    "denoiser": Run,
+    "classifier": classifier_run.ClassifierRun,
+    "autoencoder": AutoencoderRun,
+}
 """The `kind` of a config -> what trains it."""
+
+
+def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Encodes the data of an experiment in latent space, so that training finds the latents; see `Run.sets`.
+
+    Raises:
+        UserError: for anything in the config that the user can mend.
+    """
+    stack = read_layers(path, overrides)
+    config = from_layers(stack)
+    with blaming(stack):
+        if not isinstance(config, RunConfig) or config.autoencoder is None:
+            raise ValueError(
+                "autoencoder: missing: nothing is encoded in pixel space; choose an experiment that has it"
+            )
+        Run.check(config)
+    run = Run(folder_for(Path(path), overrides, config), Run.prepare(config))
+    for part in run.sets:
+        assert isinstance(part, LatentSet)
+        numbers, size = part.mean[0].numel(), part.nbytes / 2**20
+        print(f"{len(part):,} latents of {part.name}, {numbers:,} numbers each, {size:,.1f} MiB")
 
 
 def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:
@@ -297,6 +397,7 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         kind.check(config)
         check_place(folder)
         start = None if has_checkpoint(folder) else kind.start(config)
+    config = kind.prepare(config)
     with locked(folder):
         existed = check_same(folder, config)
         kind(folder, config).fit(existed, start)

@@ -17,14 +17,17 @@ from diffbench.config_layers import COMMAND_LINE, parse_overrides
 from diffbench.core import pixels
 from diffbench.core.errors import UserError, suggest
 from diffbench.data.progress import progress
+from diffbench.evaluation import Extractor
 from diffbench.evaluation.extractors import state_hash
-from diffbench.evaluation.metrics import nearest
+from diffbench.evaluation.metrics import frechet_distance, nearest
 from diffbench.evaluation.rows import spread
+from diffbench.evaluation.suite import metric_name
 from diffbench.judging import Judgement
 from diffbench.parts import check_evaluation, device_of
 from diffbench.pictures import refuse_to_overwrite, write_npz
 from diffbench.run import Run
 from diffbench.shards import Shards
+from diffbench.training.coding import reconstruct
 from diffbench.training.settings import SampleConfig
 
 ALLOWED = ("sample", "evaluate", "seed", "ema", "snapshot", "export")
@@ -78,7 +81,7 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
         settings.append(config.sample)
     found = []
     for how in settings:
-        found.append(_score(run, config, how, judgement))
+        found.append(_score(run, config, how, judgement) | _restored(run, config.evaluate.count, judgement.extractor))
         records.append(run.folder / "results.jsonl", found[-1])
     if export is not None:
         _export(run, config, settings[-1], Path(str(export)))
@@ -91,6 +94,7 @@ def samples_of(run: Run, config: RunConfig, how: SampleConfig) -> Shards:
     what = {
         "weights": state_hash(run.network),
         "helpers": [state_hash(n) for n in (helpers.weak_model, helpers.classifier) if n is not None],
+        "autoencoder": None if run.autoencoder is None else run.autoencoder.fingerprint,
         "process": dataclasses.asdict(config.process),
         "sample": {k: v for k, v in dataclasses.asdict(how).items() if k != "batch_size"},
         "seed": config.seed,
@@ -189,6 +193,19 @@ def _picture_neighbours(shards: Shards, training: Tensor) -> None:
         samples = torch.stack(list(shards.rows(spread(shards.count, shown))))
         beside = training[nearest(samples, training)[1]]
         save_grid(torch.cat([samples, beside]), columns=shown, path=path)
+
+
+def _restored(run: Run, count: int, extractor: Extractor) -> dict[str, Any]:
+    """The distance of the real images, once through the autoencoder, from themselves: what no denoiser can undercut."""
+    if run.autoencoder is None:
+        return {}
+    name = metric_name("reconstruction_fd", extractor, count)
+    before, after = [], []
+    for batch in references.first(run.train_set, "train", count).batches():
+        before.append(extractor(batch).pooled)
+        after.append(extractor(reconstruct(run.autoencoder, batch)[0]).pooled)
+    distance = frechet_distance(torch.cat(after), torch.cat(before))
+    return {"autoencoder": run.autoencoder.fingerprint, name: distance}
 
 
 def _export(run: Run, config: RunConfig, how: SampleConfig, path: Path) -> None:

@@ -79,6 +79,11 @@ class Trained(ABC, Generic[C]):
         """
 
     @classmethod
+    def prepare(cls, config: C) -> C:
+        """Makes what a run builds on, once the config is checked; returns the config that names it."""
+        return config
+
+    @classmethod
     def start(cls, config: Any) -> dict[str, Tensor] | None:
         """The weights that training starts from, or None for fresh ones."""
         return None

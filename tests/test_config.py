@@ -121,14 +121,14 @@ def test_smoke_is_two_steps_and_yields_to_the_command_line() -> None:
 
 
 TOP = (
-    "format, kind, seed, tag, runs_dir, init_from, debug, data, denoiser, process, optimizer, ema, trainer, validation,"
-    " sample, evaluate"
+    "format, kind, seed, tag, runs_dir, init_from, debug, data, autoencoder, latent_dtype, denoiser, process,"
+    " optimizer, ema, trainer, validation, sample, evaluate"
 )
 REFUSED = {
     "sedd=1": f"sedd: unknown key; allowed: {TOP}; did you mean 'seed'?",
     "procces.steps=3": f"procces: unknown key; allowed: {TOP}; did you mean 'process'?",
     "process.stpes=3": "process.stpes: unknown key; allowed: steps, schedule, prediction, ",
-    "data.nam=x": "data.nam: unknown key; allowed: held_out, num_workers, name; did you mean 'name'?",
+    "data.nam=x": "data.nam: unknown key; allowed: held_out, num_workers, size, name; did you mean 'name'?",
     "base=x.yaml": f"base: unknown key; allowed: {TOP}",
     "trainer.max_images=many": "trainer.max_images: must be a whole number, got 'many'",
     "trainer.max_images=1.5": "trainer.max_images: must be a whole number, got 1.5",

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import own_images
 import pytest
@@ -173,3 +174,45 @@ def test_the_time_of_a_file_counts(tmp_path: Path) -> None:
     assert locate(str(root)).key == key
     os.utime(root / "000.png", ns=(time.time_ns(), time.time_ns()))
     assert locate(str(root)).key != key
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[int]]) -> list[tuple[Any, ...]]:
+    """Stands in for the hub; the calls made to it."""
+    import datasets
+
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog", "emu"]))
+    calls: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, name: str | None = None) -> Any:
+        calls.append((path, name))
+        made = {}
+        for split, chosen in splits.items():
+            rows = {"img": [{"bytes": png(pixels(n)), "path": None} for n in chosen], "label": [n % 3 for n in chosen]}
+            made[split] = datasets.Dataset.from_dict(rows, features=features)
+        return datasets.DatasetDict(made)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_a_hub_name_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = hub(monkeypatch, {"train": [0, 1, 2, 3, 4], "test": [5, 6]})
+    train, held_out = load("someone/animals", subset="small")
+    assert (numbers(train), numbers(held_out)) == ([0, 1, 2, 3, 4], [5, 6])
+    assert train.labels.tolist() == [0, 1, 2, 0, 1]
+    assert (train.name, train.classes) == ("animals", ("cat", "dog", "emu"))
+    again, _ = load("someone/animals", subset="small", flip=True)
+    assert again.fingerprint() == train.fingerprint()
+    assert calls == [("someone/animals", "small")]
+
+
+def test_cifar10_is_fetched_only_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = hub(monkeypatch, {"train": [0, 1, 2], "test": [3]})
+    with pytest.raises(ValueError, match="CIFAR-10 is not on this machine"):
+        cifar10(CIFAR10Config(image_size=8))
+    assert not calls
+    train, _ = cifar10(CIFAR10Config(path="uoft-cs/cifar10", image_size=8))
+    again, _ = cifar10(CIFAR10Config(image_size=8))  # what was decoded then serves
+    assert (len(calls), again.name, again.fingerprint()) == (1, "cifar10", train.fingerprint())

@@ -96,6 +96,18 @@ def test_what_is_wrong_with_the_data_is_one_line_and_makes_no_run(
     assert main(command(root, "data.skip_broken=true")) == 0
 
 
+def test_a_stop_while_decoding_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    root = folder(tmp_path / "flat", {"": 40})
+    monkeypatch.setattr("diffbench.data.store.Writer.add", stop)
+    assert main(command(root)) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
 def test_a_run_whose_data_went_away_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "flat", {"": 40})
     assert main(command(root)) == 0

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffbench.run import train
+from diffbench.run import load, train
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -104,7 +104,7 @@ def test_killed_at_step_17_equals_unbroken(model: str, tmp_path: Path) -> None:
     assert series(whole) == series(run)
     assert scalars(whole) == scalars(run)
     assert a["callbacks"]["EMA"]["updates"] == 40
-    assert a["ImageDataModule"] == {"samples_seen": 320}
+    assert a["ImageDataModule"] == {"samples_seen": 320, "data": load(run).train_set.fingerprint()}
     for name in ("ema-0.9.safetensors", "ema-0.99.safetensors"):
         assert_equal(load_file(whole / name), load_file(run / name), name)
 

@@ -97,6 +97,10 @@ class LatentSet:
             batch["flipped_log_variance"] = rows(self.flipped.log_variance, index)
         return batch | {"label": rows(self.labels, index)}
 
+    def clean(self, index: Tensor) -> Tensor:
+        """What validation restores of the pictures `index` (B,): the scaled means (B, c, h, w) float32."""
+        return self.scaled(rows(self.mean, index).float())
+
     def scaled(self, z: Tensor) -> Tensor:
         """Latents as denoisers see them."""
         return (z - self.shift) * self.scale

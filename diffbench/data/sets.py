@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diffbench.core.pixels import from_uint8
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -39,6 +41,10 @@ class ImageSet:
     def gather(self, index: Tensor) -> dict[str, Tensor]:
         """What a batch of the pictures `index` (B,) holds."""
         return {"image": rows(self.images, index), "label": rows(self.labels, index)}
+
+    def clean(self, index: Tensor) -> Tensor:
+        """What validation restores of the pictures `index` (B,): (B, C, H, W) float32 in [-1, 1]."""
+        return from_uint8(rows(self.images, index))
 
     def to(self, device: torch.device) -> "ImageSet":
         """The whole set on a device."""

@@ -6,8 +6,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.functional import interpolate
 
 from diffbench.data.images import CIFAR10Config, ImagesConfig, cifar10, images
+from diffbench.data.nothing import NoneConfig, nothing
 from diffbench.data.sets import ImageSet, balanced
 
 
@@ -19,8 +21,12 @@ class DigitsConfig:
     """Images kept from training for validation, spread evenly over the classes; 10 to 1,000."""
     num_workers: int = 0
     """Loader processes; 0 loads in the training process, the fastest for data in memory."""
+    size: int = 8
+    """Side of the images; above 8 they are enlarged, bilinearly."""
 
     def __post_init__(self) -> None:
+        if not 8 <= self.size <= 512:
+            raise ValueError(f"data.size must lie in 8 to 512, got {self.size}")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
         if not 10 <= self.held_out <= 1000:
@@ -28,13 +34,14 @@ class DigitsConfig:
 
 
 @cache
-def _digits(held_out: int) -> tuple[ImageSet, ImageSet]:
+def _digits(held_out: int, size: int) -> tuple[ImageSet, ImageSet]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
     # Sixteen grey levels, spread over the bytes: 16 becomes 255.
     pixels = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
+    pixels = interpolate(pixels.float(), size=size, mode="bilinear").round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0)
     parts = [ImageSet(pixels[part], labels[part], 10, "digits", tuple("0123456789")) for part in (train, test)]
@@ -43,31 +50,7 @@ def _digits(held_out: int) -> tuple[ImageSet, ImageSet]:
 
 def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
     """The training and the held-out part."""
-    return _digits(config.held_out)
-
-
-@dataclass
-class NoneConfig:
-    """The shape of images that are not here, as of an imported network; nothing trains or is scored on them."""
-
-    channels: int = 3
-    image_size: int = 32
-    """Pixels a side, or a latent's places."""
-    num_classes: int = 0
-    num_workers: int = 0
-    """As for other data; nothing is loaded."""
-
-    def __post_init__(self) -> None:
-        for name, least in {"channels": 1, "image_size": 1, "num_classes": 0, "num_workers": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}: must be at least {least}, got {getattr(self, name)}")
-
-
-def nothing(config: NoneConfig) -> tuple[ImageSet, ImageSet]:
-    """Two parts without images, which know their shape and classes."""
-    images = torch.empty(0, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
-    part = ImageSet(images, torch.empty(0, dtype=torch.int64), config.num_classes)
-    return part, part
+    return _digits(config.held_out, config.size)
 
 
 @dataclass(frozen=True)

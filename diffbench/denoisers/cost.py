@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffbench.denoisers.layers import both_sides
@@ -29,9 +29,13 @@ def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[
 
     The meta device matters: on a CPU the counter sees no products inside fused attention.
     """
-    with torch.device("meta"), torch.no_grad():
-        net = make()
-        x = torch.empty(1, channels, *both_sides(image_size))
-        with FlopCounterMode(display=False) as counter:
-            net(x, torch.empty(1), torch.zeros(1, dtype=torch.int64))
+    with torch.device("meta"):
+        shape = (1, channels, *both_sides(image_size))
+        return measure(make(), torch.empty(shape), torch.empty(1), torch.zeros(1, dtype=torch.int64))
+
+
+def measure(net: nn.Module, *inputs: Tensor) -> Cost:
+    """The cost of a network on the meta device for inputs of batch 1."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(*inputs)
     return Cost(sum(v.numel() for v in net.state_dict().values()), counter.get_total_flops() // 2)

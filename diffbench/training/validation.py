@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from diffbench.core import keyed
-from diffbench.core.pixels import from_uint8
-from diffbench.data.sources import ImageSet
+from diffbench.data.latents import LatentSet
+from diffbench.data.sets import ImageSet
 from diffbench.diffusion import Process, predictor
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
@@ -22,9 +22,9 @@ from diffbench.training.module import DiffusionModule
 
 @torch.no_grad()
 def denoising_error(
-    denoiser: nn.Module, process: Process, data: ImageSet, log_snr: Sequence[float], batch_size: int = 512
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = 512
 ) -> dict[float, float]:
-    """Mean squared error per pixel of the denoised image, pixels in [-1, 1], at each log(alpha^2 / sigma^2).
+    """Mean squared error per number of the denoised picture or latent, as the data set gives it, at each log-SNR.
 
     The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels.
     """
@@ -35,7 +35,7 @@ def denoising_error(
     for level in log_snr:
         total = torch.zeros((), dtype=torch.float64, device=parameter.device)
         for index in torch.arange(len(data)).split(batch_size):
-            x0 = from_uint8(data.images[index].to(parameter.device)).to(parameter.dtype)
+            x0 = data.clean(index).to(parameter)
             y = data.labels[index].to(parameter.device)
             t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=parameter.device))
             noise_key = keyed.key("validation", str(float(level)))
@@ -43,7 +43,7 @@ def denoising_error(
             x_t = process.add_noise(x0, t, eps)
             denoised = predict(x_t, t, y).x0
             total += (denoised - x0).double().square().sum()
-        errors[level] = float(total) / data.images.numel()
+        errors[level] = float(total) / (len(data) * x0[0].numel())
     denoiser.train(training)
     return errors
 
@@ -57,7 +57,9 @@ def as_metrics(errors: dict[float, float]) -> dict[str, float]:
 class Validation(L.Callback):
     """Records the validation error of the averaged weights every `every` images and at the end."""
 
-    def __init__(self, run_log: RunLog, ema: EMA, data: ImageSet, log_snr: Sequence[float], every: int) -> None:
+    def __init__(
+        self, run_log: RunLog, ema: EMA, data: ImageSet | LatentSet, log_snr: Sequence[float], every: int
+    ) -> None:
         self.run_log, self.ema, self.data, self.log_snr, self.every = run_log, ema, data, log_snr, every
 
     def on_train_batch_end(

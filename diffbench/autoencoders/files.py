@@ -1,0 +1,181 @@
+"""Autoencoders in diffusers' format: a folder with config.json and safetensors, or a hub name."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffbench.autoencoders.kl import KLAutoencoder, KLConfig
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+# Old checkpoints name the parts of attention so, and keep them as 1x1 convolutions in places.
+LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# What a config.json may say besides KLConfig's fields: only this is what kl.py computes.
+ONLY = {"_class_name": "AutoencoderKL", "act_fn": "silu", "latents_mean": None, "latents_std": None}
+# What it may say without any bearing on the numbers.
+IGNORED = {"_diffusers_version", "_name_or_path", "sample_size", "force_upcast", "down_block_types", "up_block_types"}
+
+
+def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencoder:
+    """An autoencoder from a folder in diffusers' format, or from the hub.
+
+    Args:
+        source: the folder, or a hub name such as stabilityai/sd-vae-ft-ema; a folder of that name comes first. A name
+            is looked up in the hub's cache, and only what is not there is fetched.
+        say: told, in a line, before anything is fetched.
+
+    Returns:
+        The float32 network in eval mode, without gradients.
+
+    Raises:
+        ValueError: in one line that begins with the source or its file: what is missing, unknown or does not fit, or
+            how to fetch what could not be fetched.
+    """
+    folder = find(source, say)
+    config, weights = read_config(folder), _read_weights(folder)
+    with torch.device("meta"):
+        net = KLAutoencoder(config)
+    wanted, given = net.state_dict(), {_current(key): tensor for key, tensor in weights.items()}
+    for what, keys in {"missing": wanted.keys() - given.keys(), "unexpected": given.keys() - wanted.keys()}.items():
+        if keys:
+            raise ValueError(f"{folder / WEIGHTS}: {len(keys)} keys {what}: {', '.join(sorted(keys)[:4])}")
+    for key, like in wanted.items():
+        if given[key].numel() == like.numel() and given[key].ndim == 4:
+            given[key] = given[key].reshape(like.shape)
+        if given[key].shape != like.shape:
+            shapes = f"{list(given[key].shape)}, {CONFIG} makes {list(like.shape)}"
+            raise ValueError(f"{folder / WEIGHTS}: {key} has the shape {shapes}")
+    net.load_state_dict({key: given[key].float() for key in wanted}, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def find(source: str | Path, say: Callable[[str], None] = print) -> Path:
+    """The folder of a source; see `load`."""
+    return Path(source) if Path(source).is_dir() else _from_hub(str(source), say)
+
+
+def save(net: KLAutoencoder, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Writes a folder that `load` and diffusers' `AutoencoderKL.from_pretrained` read.
+
+    While it is being written config.json is not there, so that no weights meet another's scale. `notes` go into the
+    weights' header; `read_notes` gives them back.
+    """
+    from safetensors.torch import save as to_bytes
+
+    levels = len(net.config.block_out_channels)
+    values = {
+        "_class_name": ONLY["_class_name"],
+        **dataclasses.asdict(net.config),
+        "act_fn": ONLY["act_fn"],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in net.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    _replace(folder / WEIGHTS, to_bytes(tensors, {"format": "pt", **(notes or {})}))
+    _replace(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_notes(folder: Path) -> dict[str, str]:
+    """The notes in a folder's weights; none where the folder is not complete."""
+    from safetensors import safe_open
+
+    if not (folder / CONFIG).is_file():
+        return {}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def read_config(folder: Path) -> KLConfig:
+    """The sizes that a folder's config.json states; what it leaves out takes diffusers' defaults.
+
+    Raises:
+        ValueError: in one line, for a file that is missing, or that describes another network.
+    """
+    path = folder / CONFIG
+    try:
+        values: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"{path}: {getattr(e, 'strerror', None) or 'not valid JSON'}") from None
+    for key, only in ONLY.items():
+        if values.pop(key, only) != only:
+            raise ValueError(f"{path}: {key}: must be {json.dumps(only)}")
+    levels = len(values.get("block_out_channels", []))
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if values.get(key, [kind] * levels) != [kind] * levels:
+            raise ValueError(f"{path}: {key}: must name {kind} for each of the {levels} levels")
+    known = {f.name for f in dataclasses.fields(KLConfig)}
+    unknown = sorted(values.keys() - known - IGNORED)
+    if unknown:
+        raise ValueError(f"{path}: {unknown[0]}: unknown key; allowed: {', '.join(sorted(known | IGNORED))}")
+    # diffusers' own defaults describe a network of one level; only a file that says so means them.
+    chosen: dict[str, Any] = {"block_out_channels": [64], "layers_per_block": 1}
+    chosen |= {key: value for key, value in values.items() if key in known and value is not None}
+    try:
+        return KLConfig(**chosen)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def _current(key: str) -> str:
+    return re.sub(r"(attentions\.0)\.(\w+)\.", lambda m: f"{m[1]}.{LEGACY.get(m[2], m[2])}.", key)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        why = f"; {pickles[0]} is a pickle and stays closed: save it as safetensors" if pickles else ""
+        raise ValueError(f"{path}: no such file{why}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: not valid safetensors: {e}") from None
+
+
+def _from_hub(name: str, say: Callable[[str], None]) -> Path:
+    """The cached snapshot of a hub name, fetched where it is not there."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).parent.is_dir():
+        raise ValueError(
+            f"{name}: no such folder; give a folder with {CONFIG} and {WEIGHTS}, or a hub name such as"
+            " stabilityai/sd-vae-ft-ema"
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return _snapshot(hf_hub_download, name, local_files_only=True)
+    except LocalEntryNotFoundError:
+        pass
+    command = f"hf download {name} {CONFIG} {WEIGHTS}"
+    hint = f"with a network run `{command}`, or put both files into a folder and name that"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise ValueError(f"{name}: not cached, and HF_HUB_OFFLINE is set; {hint}")
+    say(f"fetching {name} from the hub, once (as `{command}` would)")
+    try:
+        return _snapshot(hf_hub_download, name, local_files_only=False)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise ValueError(f"{name}: not cached, and it could not be fetched ({reason}); {hint}") from None
+
+
+def _snapshot(download: Callable[..., str], name: str, local_files_only: bool) -> Path:
+    paths = [download(name, file, local_files_only=local_files_only) for file in (CONFIG, WEIGHTS)]
+    return Path(paths[0]).parent
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file that is never half there."""
+    staged = path.with_name(f".{path.name}.staged")
+    staged.write_bytes(data)
+    os.replace(staged, path)

@@ -1,0 +1,67 @@
+"""Scores of an autoencoder's reconstructions of held-out images, as records appended to results.jsonl."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffbench import records, references
+from diffbench.autoencoding import AutoencoderRun
+from diffbench.config import change
+from diffbench.config_layers import COMMAND_LINE, parse_overrides
+from diffbench.core.errors import UserError, suggest
+from diffbench.data.sources import balanced
+from diffbench.evaluation.metrics import frechet_distance
+from diffbench.evaluation.reconstruction import pca_reconstruction, psnr, ssim
+from diffbench.training.coding import reconstruct
+
+
+def evaluate(run: AutoencoderRun, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Scores the finished autoencoder, with averaged weights, on `evaluate.count` held-out images.
+
+    Args:
+        run: a finished run.
+        overrides: key=value for the section `evaluate`.
+
+    Returns:
+        The record, already appended to the run's results.jsonl: PSNR and SSIM, beside those of PCA with as many numbers
+        as a latent has, the Fréchet distance of the reconstructions from the same images, and how many the judge still
+        recognises.
+    """
+    changes = parse_overrides(overrides)
+    for key in changes:
+        if key != "evaluate":
+            raise UserError(
+                f"{COMMAND_LINE}: {key}: not for evaluate here; allowed: evaluate.KEY{suggest(key, ['evaluate'])}"
+            )
+    config = change(run.config, changes)
+    try:
+        run.check(config)
+        judge = references.judge(config.evaluate.extractor, config.evaluate.weights, run.train_set)
+    except ValueError as e:
+        raise UserError(f"{COMMAND_LINE}: {e}") from None
+    net = run.trained
+    chosen = balanced(run.held_out.labels, config.evaluate.count)
+    images, labels = run.held_out.images[chosen], run.held_out.labels[chosen]
+    c, h, w = net.config.latent_shape(tuple(images.shape[1:]))
+    restored, divergence = reconstruct(net, images)
+    by_pca = pca_reconstruction(run.train_set.images, images, c * h * w)
+    n, seen, real = len(images), judge(restored), judge(images)
+    record = {
+        **records.surroundings(judge, judge.device),
+        "images_seen": run.images_seen,
+        "ema": run.ema,
+        "data": run.train_set.fingerprint(),
+        "data_name": run.train_set.name,
+        "reference": {"split": "held-out", "count": n},
+        "autoencoder": net.fingerprint,
+        "numbers": c * h * w,
+        f"psnr@{n}": psnr(restored, images),
+        f"psnr_pca@{n}": psnr(by_pca, images),
+        f"ssim@{n}": ssim(restored, images),
+        f"ssim_pca@{n}": ssim(by_pca, images),
+        f"reconstruction_fd/{judge.name}@{n}": frechet_distance(seen.pooled, real.pooled),
+        f"kl_nats@{n}": float(divergence.double().mean()),
+    }
+    if judge.judges_labels and seen.logits is not None:
+        record[f"label_accuracy/{judge.name}@{n}"] = float((seen.logits.argmax(1) == labels).double().mean())
+    records.append(run.folder / "results.jsonl", record)
+    return record

@@ -1,0 +1,60 @@
+"""Pictures through an autoencoder and back, as many at a time as fit memory."""
+
+import torch
+from torch import Tensor
+
+from diffbench.autoencoders import KLAutoencoder, kl
+from diffbench.core.pixels import from_uint8, to_uint8
+
+PIXELS = 2**19
+"""Pixels that pass through an autoencoder at once: 512 pictures of 32x32, 8 of 256x256."""
+
+
+def at_once(height: int, width: int) -> int:
+    """How many pictures of that size pass at once."""
+    return max(1, PIXELS // (height * width))
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: KLAutoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures (N, C, H, W) uint8 restored from their latents' means, and the divergence (N,) of those in nats."""
+    parameter = next(autoencoder.parameters())
+    training = autoencoder.training
+    autoencoder.eval()
+    pictures, divergences = [], []
+    for part in images.split(at_once(*images.shape[2:])):
+        restored, mean, log_variance = autoencoder(from_uint8(part.to(parameter.device)).to(parameter.dtype))
+        pictures.append(to_uint8(restored).cpu())
+        divergences.append(kl(mean, log_variance).cpu())
+    autoencoder.train(training)
+    return torch.cat(pictures), torch.cat(divergences)
+
+
+def side_by_side(autoencoder: KLAutoencoder, images: Tensor, columns: int = 10) -> Tensor:
+    """Rows of pictures (N, C, H, W) uint8, each followed by the row of its reconstructions."""
+    restored, _ = reconstruct(autoencoder, images)
+    rows = zip(images.split(columns), restored.split(columns), strict=True)
+    return torch.cat([picture for row in rows for picture in row])
+
+
+@torch.no_grad()
+def decode(autoencoder: KLAutoencoder, latents: Tensor) -> Tensor:
+    """Latents (N, c, h, w) as denoisers see them to pictures (N, C, H, W) uint8, on the latents' device."""
+    dtype, factor = next(autoencoder.to(latents.device).parameters()).dtype, autoencoder.config.factor
+    parts = latents.to(dtype).split(at_once(latents.shape[2] * factor, latents.shape[3] * factor))
+    return torch.cat([to_uint8(autoencoder.decode(autoencoder.unscaled(part))) for part in parts])
+
+
+@torch.no_grad()
+def spread(autoencoder: KLAutoencoder, images: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of all latents drawn for pictures (N, C, H, W) uint8."""
+    parameter = next(autoencoder.parameters())
+    first, second, count = 0.0, 0.0, 0
+    for part in images.split(at_once(*images.shape[2:])):
+        moments = autoencoder.encode(from_uint8(part.to(parameter.device)).to(parameter.dtype))
+        mean, log_variance = (m.double() for m in moments)
+        first += float(mean.sum())
+        second += float((mean.square() + log_variance.exp()).sum())
+        count += mean.numel()
+    centre = first / count
+    return centre, (second / count - centre**2) ** 0.5
