@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,10 +13,11 @@ from diffbench.core.errors import UserError, suggest
 COMMAND_LINE = "command line"
 VERBS = {
     "train": "train an experiment; the same command resumes it",
-    "encode": "encode an experiment's pictures into latents, which `train` does too where they are missing",
+    "encode": "encode an experiment's data into latents ahead of training",
     "show": "print an experiment's resolved config; runs nothing",
     "list": "list backbones, presets and experiments",
-    "evaluate": "draw samples of a run and score them",
+    "evaluate": "score samples of a run, or pictures of anyone",
+    "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
     "compare": "a table of several runs' results",
     "attention": "draw where a run's tokens look along sampling",
@@ -77,8 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
     for name in ("train", "encode", "show"):
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
-    for name in ("evaluate", "sample"):
-        parsers[name].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
+    parsers["sample"].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
+    parsers["evaluate"].add_argument(
+        "what", metavar="RUN", help="run folder; or a folder of pictures or an npz with arr_0, then --against as well"
+    )
+    parsers["evaluate"].add_argument(
+        "--against", metavar="REAL", help="what pictures compare with: a run, a folder, an npz, or built statistics"
+    )
+    parsers["reference"].add_argument("action", choices=("build", "inspect", "verify"))
+    parsers["reference"].add_argument("paths", nargs="*", metavar="PATH", help="run, folder, npz or statistics")
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
     parsers["compare"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm or ddpmpp")
@@ -92,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": "trainer.max_images=900_000",
         "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
-        "evaluate": "sample.steps=50 ema=0.999",
+        "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
         "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
     }
     for name, example in values.items():
@@ -181,78 +188,38 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    overrides = list(arguments.overrides)
+    if "--against" in overrides[:-1]:  # argparse leaves what follows the folder to the overrides
+        arguments.against = overrides.pop(overrides.index("--against") + 1)
+        overrides.remove("--against")
+    from diffbench.foreign import evaluate_pictures
+    from diffbench.records import values
+
+    if arguments.against is not None:
+        record = evaluate_pictures(Path(arguments.what), Path(arguments.against), overrides)
+        print("\n".join(f"{name:<40} {value:>12.6g}" for name, value in values(record).items()))
+        return
     from diffbench.report import facts, table
     from diffbench.run import load_any
 
-    run = load_any(arguments.run)
-    _score(run, arguments.overrides)
+    run = load_any(arguments.what)
+    _score(run, overrides)
     print(table([(run.folder.name, facts(run))]))
 
 
-@dataclass
-class _Draw:
-    """What `sample` takes besides the keys of the sample section."""
+def _reference(arguments: argparse.Namespace) -> int:
+    from diffbench.referencing import run
 
-    n: int | None = None
-    labels: int | list[int] | None = None
-    seed: int = 0
-    out: str | None = None
-    ema: float | None = None
-    strip: bool = False
-    """Besides, how the first four come about: x_t and the predicted image along the steps, as a PNG."""
-    gif: bool = False
-    """The same as an animation."""
+    text, right = run(arguments.action, arguments.paths)
+    print(text)
+    return 0 if right else 2
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from diffbench import schema
-    from diffbench.config import change
-    from diffbench.config_layers import blaming, parse_overrides
-    from diffbench.run import load
+    from diffbench.drawing import draw
 
-    run = load(arguments.run)
-    values = parse_overrides(arguments.overrides)
-    section = values.pop("sample", {})  # steps=50 and sample.steps=50 are the same
-    values |= section if isinstance(section, dict) else {"sample": section}
-    known = [*(f.name for f in fields(_Draw)), *vars(run.config.sample)]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{COMMAND_LINE}: {key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
-    with blaming([(COMMAND_LINE, values)]):
-        draw = schema.build(_Draw, {k: v for k, v in values.items() if k in vars(_Draw())})
-    if draw.ema is not None:
-        run.use_average(draw.ema)
-    changes = {k: v for k, v in values.items() if k not in vars(draw)}
-    change(run.config, {"sample": changes})
-    words = [f"{run.images_seen:09d}", *(a.replace("/", "_") for a in arguments.overrides if not a.startswith("out="))]
-    path = Path(draw.out or run.folder / "samples" / f"{'-'.join(['sample', *words])[:200]}.png")
-    if draw.out and path.exists():
-        raise UserError(f"{COMMAND_LINE}: out: {path} exists already; choose another name")
-    if run.raw and path.suffix != ".npz":
-        raise UserError(
-            f"{COMMAND_LINE}: out: {run.shape[0]} channels make no picture; give out=NAME.npz for their raw values"
-        )
-    if run.raw and (draw.strip or draw.gif):
-        raise UserError(f"{COMMAND_LINE}: {'strip' if draw.strip else 'gif'}: {run.shape[0]} channels make no picture")
-    from diffbench.training.pictures import save_grid, save_npz, save_png
-    from diffbench.training.strips import Steps
-
-    steps = Steps(decode=run.decode)
-    with blaming([(COMMAND_LINE, values)]):
-        images = run.sample_tensor(
-            draw.n, draw.labels, seed=draw.seed, callback=steps if draw.strip or draw.gif else None, **changes
-        )
-    if path.suffix == ".npz":
-        save_npz(images, path)
-    else:
-        save_grid(images, columns=min(10, len(images)), path=path)
-    print(path)
-    if draw.strip:
-        save_png(steps.strip(), path.with_suffix(".strip.png"))
-        print(path.with_suffix(".strip.png"))
-    if draw.gif:
-        steps.save_gif(path.with_suffix(".gif"))
-        print(path.with_suffix(".gif"))
+    for path in draw(Path(arguments.run), arguments.overrides):
+        print(path)
 
 
 def _attention(arguments: argparse.Namespace) -> None:
@@ -289,7 +256,10 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from diffbench.report import facts, table
+    from diffbench.report import comparable_scores, facts, table
     from diffbench.run import load_any
 
-    print(table([(folder.removeprefix("runs/").rstrip("/"), facts(load_any(folder))) for folder in arguments.runs]))
+    runs = [load_any(folder) for folder in arguments.runs]
+    scored = comparable_scores(runs)
+    titles = [folder.removeprefix("runs/").rstrip("/") for folder in arguments.runs]
+    print(table([(title, facts(run, s)) for title, run, s in zip(titles, runs, scored, strict=True)]))

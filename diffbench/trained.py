@@ -1,6 +1,7 @@
 """What runs of every kind share: a folder, a config, one network, and how training begins, resumes and ends."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from diffbench import weights
 from diffbench.config import flatten, to_dict, to_yaml
 from diffbench.config_kinds import BaseConfig
+from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
 from diffbench.denoisers.cost import Cost
-from diffbench.folder import update_length
+from diffbench.folder import read_config, update_length
 
 if TYPE_CHECKING:
     from lightning import Callback, LightningDataModule
@@ -35,6 +37,7 @@ class Trained(ABC, Generic[C]):
         network: with averaged weights after `use_average`.
         ema: decay of the average that the network holds then.
         images_seen: of the weights that were loaded.
+        snapshot: "last", or "best" after `use_best`.
     """
 
     def __init__(self, folder: Path, config: C) -> None:
@@ -45,6 +48,7 @@ class Trained(ABC, Generic[C]):
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = config.ema.decays[0]
         self.images_seen = 0
+        self.snapshot = "last"
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -77,11 +81,6 @@ class Trained(ABC, Generic[C]):
         """
 
     @classmethod
-    def prepare(cls, config: C) -> C:
-        """Makes what a run builds on, once the config is checked; returns the config that names it."""
-        return config
-
-    @classmethod
     def start(cls, config: Any) -> dict[str, Tensor] | None:
         """The weights that training starts from, or None for fresh ones."""
         return None
@@ -98,7 +97,18 @@ class Trained(ABC, Generic[C]):
             raise UserError(f"{self.folder}: holds the weights of another network than its config.yaml says: {wrong}")
         self.network.load_state_dict(averaged, strict=True)
         self.network.eval()
-        self.ema = decay
+        self.ema, self.snapshot = decay, "last"
+
+    def use_best(self) -> None:
+        """Loads the averaged weights of the least distance in training into the network.
+
+        Raises:
+            UserError: if the run keeps none.
+        """
+        best, self.images_seen, self.ema = weights.read_best(self.folder)
+        self.network.load_state_dict(best, strict=True)
+        self.network.eval()
+        self.snapshot = "best"
 
     def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
         """Trains, resumes, or finds the run complete; exports its averages."""
@@ -139,3 +149,24 @@ class Trained(ABC, Generic[C]):
         )
         for decay, average in ema.averages.items():
             weights.export(self.folder, self.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)
+
+
+def open_run(folder: str | Path, kinds: Mapping[str, type[Trained[Any]]], ema: float | None = None) -> Trained[Any]:
+    """A trained run of one of these kinds with its averaged weights, on the CPU.
+
+    Args:
+        folder: the run folder.
+        kinds: the kinds that will do, by name.
+        ema: decay of the average, one of `config.ema.decays`; by default the first.
+
+    Raises:
+        UserError: if the folder holds no run of such a kind, no weights yet, or no such average.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if config.kind not in kinds:
+        raise UserError(f"{folder}: a run of kind {config.kind}; choose a {' or a '.join(kinds)}'s")
+    with blaming([(str(folder / "config.yaml"), to_dict(config))]):
+        run = kinds[config.kind](folder, config)
+    run.use_average(run.ema if ema is None else ema)
+    return run

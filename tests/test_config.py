@@ -121,8 +121,8 @@ def test_smoke_is_two_steps_and_yields_to_the_command_line() -> None:
 
 
 TOP = (
-    "format, kind, seed, tag, runs_dir, init_from, debug, data, autoencoder, denoiser, process, optimizer, ema,"
-    " trainer, validation, sample, evaluate"
+    "format, kind, seed, tag, runs_dir, init_from, debug, data, autoencoder, latent_dtype, denoiser, process,"
+    " optimizer, ema, trainer, validation, sample, evaluate"
 )
 REFUSED = {
     "sedd=1": f"sedd: unknown key; allowed: {TOP}; did you mean 'seed'?",
@@ -186,7 +186,11 @@ REFUSED = {
     "sample.steps=ddim999": "sample.steps: 'ddim999' does not fit process.steps=1000: no integer stride",
     "sample.eta=0.5": "sample.eta: belongs to sample.sampler=ddim; with ddpm leave it at 0",
     "sample.guidance=-1": "sample.guidance: must be at least 0, got -1.0",
-    "evaluate.extractor=inception": "evaluate.extractor: unknown value 'inception'; choose from digits-cnn",
+    "evaluate.reference=some": "evaluate.reference: unknown value 'some'; choose from same, all; did you mean 'same'?",
+    "evaluate.every_count=3": "evaluate.every_count: must be at least 20, got 3",
+    "evaluate.every_images=0": "evaluate.every_images: must be positive or null, got 0",
+    "evaluate.best=fd": "evaluate.best: needs distances in training; allowed: null, or set evaluate.every_images",
+    "evaluate.infinity=true": "evaluate.infinity: needs evaluate.count of at least 5000, got 500",
     "evaluate.count=5": "evaluate.count: must be at least 20, got 5",
     "foo": "'foo' is no override; write key=value, as trainer.max_images=200_000",
     "--seed=1": "'--seed=1' is no override; write key=value",

@@ -60,7 +60,7 @@ def test_every_pair_walks_to_the_image_that_the_network_finds(process: str, samp
     images = generate(Towards(PROCESSES[process]), PROCESSES[process], settings, labels, (1, 4, 4)).double()
     # Solvers in other coordinates than the noise level leave a share of the noise: a level or two of 255.
     assert (images.mean(dim=(1, 2, 3)) - torch.tensor([0, 77, 128, 230])).abs().max() < 5
-    assert images.std(dim=(1, 2, 3)).max() < 5
+    assert images.std(dim=(1, 2, 3)).max() < 8
 
 
 @pytest.mark.parametrize(("process", "sampler"), EVERY_PAIR)
@@ -184,6 +184,22 @@ def test_non_finite_output_names_step_and_noise_level(process: str) -> None:
     )
     with pytest.raises(RuntimeError, match=text):
         generate(Broken(PROCESSES[process]), PROCESSES[process], config, torch.zeros(2).long(), (1, 4, 4))
+
+
+def test_batches_shrink_until_they_fit_and_the_images_stay() -> None:
+    process, sizes = PROCESSES["vp"], []
+
+    class Small(Towards):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            sizes.append(len(x))
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x, t, y)
+
+    labels = torch.arange(10)
+    draw: Callable[..., Tensor] = lambda net: generate(net, process, SampleConfig("ddim", "4"), labels, (1, 4, 4))  # noqa: E731
+    assert torch.equal(draw(Small(process)), draw(Towards(process)))
+    assert sizes[:3] == [10, 5, 3] and set(sizes[3:]) == {3, 1}
 
 
 def test_the_callback_sees_every_step_and_draws_strip_and_animation(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def generate(
     progress: Callable[[int], None] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Images of the given labels.
+    """Images of the given labels, in batches of `config.batch_size`, or halves of it where a GPU's memory is too small.
 
     Args:
         denoiser: network (x, t, y) -> output, on its device.
@@ -69,12 +69,8 @@ def generate(
     denoiser.eval()
     predict, helpers = predictor(process, denoiser), helpers.to(parameter.device)
 
-    images = []
-    for index in torch.arange(first, first + len(labels)).split(config.batch_size):
-        position = index.to(parameter.device)
-        y = labels[index - first].to(parameter.device)
-
-        def noise(step: int, position: Tensor = position) -> Tensor:
+    def draw(position: Tensor, y: Tensor) -> Tensor:
+        def noise(step: int) -> Tensor:
             return keyed.normal(keyed.key(seed, "sample", step), position, shape).to(parameter.dtype)
 
         ask = guided(predict, y, process, config, null_label, helpers)
@@ -82,9 +78,23 @@ def generate(
         if not bool(x.isfinite().all()):
             walk(_until_broken(ask, process, config), noise, process, config)
             raise RuntimeError(f"the {config.sampler} sampler ended in non-finite values")
-        images.append(decode(x).cpu())
+        return decode(x).cpu()
+
+    images: list[Tensor] = []
+    done, size = 0, config.batch_size
+    while done < len(labels):
+        part = slice(done, min(done + size, len(labels)))
+        position = torch.arange(first + part.start, first + part.stop, device=parameter.device)
+        try:
+            images.append(draw(position, labels[part].to(parameter.device)))
+        except torch.OutOfMemoryError:  # smaller batches give the same images
+            if size == 1:
+                raise
+            size = (min(size, len(labels) - done) + 1) // 2
+            continue
+        done = part.stop
         if progress:
-            progress(int(index[-1]) + 1 - first)
+            progress(done)
     denoiser.train(training)
     return torch.cat(images)
 

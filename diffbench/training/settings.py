@@ -5,8 +5,6 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from diffbench.autoencoders import KLConfig
-
 AUGMENT_WIDTH = 9
 """Entries of the label that tells a network what augmentation did to an image."""
 
@@ -134,47 +132,6 @@ class DenoiserTrainerConfig(TrainerConfig):
 
 
 @dataclass
-class NetworkConfig:
-    """Sizes of an autoencoder that is trained here; its channels are the data's, its scale is found by training."""
-
-    latent_channels: int = 4
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    """Width of each level; n levels shrink a side 2^(n-1) times."""
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    """Groups of the group normalisation; must divide every width."""
-    mid_block_add_attention: bool = True
-    """Self-attention over all positions at the coarsest level."""
-
-    def __post_init__(self) -> None:
-        self.for_channels(1)
-
-    def for_channels(self, channels: int) -> KLConfig:
-        """The network for pictures of so many channels."""
-        try:
-            return KLConfig(channels, channels, scaling_factor=1.0, **vars(self))
-        except ValueError as e:
-            raise ValueError(f"network.{e}") from None
-
-
-@dataclass
-class LossConfig:
-    """Sums over a picture, as in latent diffusion: reconstruction + kl_weight * KL + perceptual_weight * perceptual."""
-
-    reconstruction: Literal["l1", "l2"] = "l1"
-    kl_weight: float = 1e-6
-    """0 makes a plain autoencoder, whose latents have no spread."""
-    perceptual: str | None = None
-    """An extractor whose features are compared too (their mean squared difference, times the pixels); null for none."""
-    perceptual_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("kl_weight", "perceptual_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name}: must be at least 0, got {getattr(self, name)}")
-
-
-@dataclass
 class ValidationConfig:
     """Squared error of the denoised image on held-out images with fixed noise."""
 
@@ -291,15 +248,36 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Scores of generated samples against real images."""
+    """Scores of generated samples against real images, after training and, where asked for, in it."""
 
     count: int = 500
-    """Samples, spread evenly over the classes, and as many real training images to compare with."""
-    extractor: Literal["digits-cnn"] = "digits-cnn"
+    """Samples, spread evenly over the classes."""
+    extractor: str | None = None
+    """digits-cnn, efficientnet-lite0, inception, or package.module:function of one's own; null takes digits-cnn for the
+    digits and efficientnet-lite0, where it is installed, for other pictures."""
+    weights: str | None = None
+    """File of weights, for an extractor that reads one (inception)."""
+    reference: Literal["same", "all"] = "same"
+    """Training images to compare with: as many as samples, evenly over the classes; or all of them."""
+    infinity: bool = False
+    """Also extrapolates the Fréchet distance to infinitely many samples; a diagnostic, from 5,000 samples on."""
+    every_images: int | None = None
+    """Images between distances in training, of averaged weights without guidance; null for none."""
+    every_count: int = 500
+    """Samples of a distance in training."""
+    best: Literal["fd", "kid"] | None = None
+    """Keeps the averaged weights of the least such distance in best.safetensors, scored again at the end."""
 
     def __post_init__(self) -> None:
-        if self.count < 20:
-            raise ValueError(f"evaluate.count: must be at least 20, got {self.count}")
+        for name in ("count", "every_count"):
+            if getattr(self, name) < 20:
+                raise ValueError(f"evaluate.{name}: must be at least 20, got {getattr(self, name)}")
+        if self.infinity and self.count < 5000:
+            raise ValueError(f"evaluate.infinity: needs evaluate.count of at least 5000, got {self.count}")
+        if self.every_images is not None and self.every_images <= 0:
+            raise ValueError(f"evaluate.every_images: must be positive or null, got {self.every_images}")
+        if self.best is not None and self.every_images is None:
+            raise ValueError("evaluate.best: needs distances in training; allowed: null, or set evaluate.every_images")
 
 
 def _positive(section: str, config: Any, *names: str) -> None:
