@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from diffbench import parts
+from diffbench import parts, references
 from diffbench.autoencoders import KLAutoencoder, files, without_spread_
 from diffbench.config_kinds import AutoencoderConfig
 from diffbench.core.errors import UserError, suggest
 from diffbench.data.sources import balanced
 from diffbench.denoisers.cost import Cost, measure
-from diffbench.judge import load_digits_cnn, reduced
+from diffbench.evaluation.digits_cnn import DigitsCNN
+from diffbench.evaluation.resize import area
 from diffbench.spaces import INSIDE
 from diffbench.trained import Trained
 from diffbench.training.coding import side_by_side, spread
@@ -76,8 +77,9 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
     def _features(self) -> "Features | None":
         if self.config.loss.perceptual is None:
             return None
-        judge = load_digits_cnn(self.train_set)
-        return lambda x: judge.features(reduced((x + 1) * 127.5))
+        judge = references.judge("digits-cnn", None, self.train_set).network
+        assert isinstance(judge, DigitsCNN)
+        return lambda x: judge.features(area((x + 1) * 127.5, 8))
 
     def data(self) -> "LightningDataModule":
         return parts.data_module(self.config, self.train_set, self.held_out)

@@ -17,7 +17,8 @@ VERBS = {
     "encode": "encode an experiment's data into latents ahead of training",
     "show": "print an experiment's resolved config; runs nothing",
     "list": "list backbones, presets and experiments",
-    "evaluate": "draw samples of a run and score them",
+    "evaluate": "score samples of a run, or pictures of anyone",
+    "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
     "compare": "a table of several runs' results",
     "attention": "draw where a run's tokens look along sampling",
@@ -77,8 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
     for name in ("train", "encode", "show"):
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
-    for name in ("evaluate", "sample"):
-        parsers[name].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
+    parsers["sample"].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
+    parsers["evaluate"].add_argument(
+        "what", metavar="RUN", help="run folder; or a folder of pictures or an npz with arr_0, then --against as well"
+    )
+    parsers["evaluate"].add_argument(
+        "--against", metavar="REAL", help="what pictures compare with: a run, a folder, an npz, or built statistics"
+    )
+    parsers["reference"].add_argument("action", choices=("build", "inspect", "verify"))
+    parsers["reference"].add_argument("paths", nargs="*", metavar="PATH", help="run, folder, npz or statistics")
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
     parsers["compare"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm or ddpmpp")
@@ -92,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": "trainer.max_images=900_000",
         "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
-        "evaluate": "sample.steps=50 ema=0.999",
+        "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
         "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
     }
     for name, example in values.items():
@@ -181,12 +189,31 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    overrides = list(arguments.overrides)
+    if "--against" in overrides[:-1]:  # argparse leaves what follows the folder to the overrides
+        arguments.against = overrides.pop(overrides.index("--against") + 1)
+        overrides.remove("--against")
+    from diffbench.foreign import evaluate_pictures
+    from diffbench.records import values
+
+    if arguments.against is not None:
+        record = evaluate_pictures(Path(arguments.what), Path(arguments.against), overrides)
+        print("\n".join(f"{name:<40} {value:>12.6g}" for name, value in values(record).items()))
+        return
     from diffbench.report import facts, table
     from diffbench.run import load_any
 
-    run = load_any(arguments.run)
-    _score(run, arguments.overrides)
+    run = load_any(arguments.what)
+    _score(run, overrides)
     print(table([(run.folder.name, facts(run))]))
+
+
+def _reference(arguments: argparse.Namespace) -> int:
+    from diffbench.referencing import run
+
+    text, right = run(arguments.action, arguments.paths)
+    print(text)
+    return 0 if right else 2
 
 
 @dataclass
@@ -289,7 +316,10 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from diffbench.report import facts, table
+    from diffbench.report import comparable_scores, facts, table
     from diffbench.run import load_any
 
-    print(table([(folder.removeprefix("runs/").rstrip("/"), facts(load_any(folder))) for folder in arguments.runs]))
+    runs = [load_any(folder) for folder in arguments.runs]
+    scored = comparable_scores(runs)
+    titles = [folder.removeprefix("runs/").rstrip("/") for folder in arguments.runs]
+    print(table([(title, facts(run, s)) for title, run, s in zip(titles, runs, scored, strict=True)]))

@@ -43,7 +43,7 @@ SMOKE: dict[str, dict[str, Any]] = {
     },
     "optimizer": {"ramp_images": 0, "decay_images": None},
     "sample": {"steps": "2"},
-    "evaluate": {"count": 20},
+    "evaluate": {"count": 20, "every_count": 20},
     "validation": {"count": 20},
 }
 

@@ -14,6 +14,7 @@ from diffbench.data.sources import SOURCES, ImageSet, balanced
 from diffbench.denoisers import build
 from diffbench.denoisers.cost import Cost, count
 from diffbench.diffusion import PROCESSES, Process
+from diffbench.references import check_extractor
 from diffbench.training.settings import AUGMENT_WIDTH
 
 if TYPE_CHECKING:
@@ -96,11 +97,20 @@ def check(config: RunConfig) -> None:
             f"trainer.augment: denoiser.name={config.denoiser.name} is not told what was done to an image, so that the"
             f" changes would leak into samples; allowed: 0, or a network with denoiser.augment_dim={AUGMENT_WIDTH}"
         )
-    check_evaluation(config, train_set)
+    try:
+        check_evaluation(config, train_set)
+    except Missing as e:
+        if config.evaluate.extractor is not None or config.evaluate.every_images is not None:
+            raise
+        print(f"note: samples will not be scored: {e}")
+
+
+class Missing(ValueError):
+    """What a config does not ask for by name, and this machine lacks."""
 
 
 def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
-    """Whether as many real images as samples are there to compare with.
+    """Whether the extractor can be made here, and as many real images as samples are there to compare with.
 
     Raises:
         ValueError: if not.
@@ -109,13 +119,26 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
         raise ValueError(
             f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
         )
-    found = len(balanced(train_set.labels, config.evaluate.count))
-    if found < config.evaluate.count:
-        rarest = int(train_set.labels.bincount(minlength=train_set.num_classes).min())
-        raise ValueError(
-            f"evaluate.count: must be at most {rarest * train_set.num_classes}, as many real images of each class as"
-            f" data.name={config.data.name} has, got {config.evaluate.count}"
-        )
+    e = config.evaluate
+    for name, wanted in (("count", e.count), ("every_count", e.every_count if e.every_images else 0)):
+        found = len(balanced(train_set.labels, wanted))
+        if found < wanted and not (name == "count" and e.reference == "all"):
+            rarest = int(train_set.labels.bincount().min())
+            raise ValueError(
+                f"evaluate.{name}: must be at most {rarest * len(train_set.labels.unique())}, as many real images of"
+                f" each class as data.name={config.data.name} has, got {wanted}"
+            )
+    try:
+        check_extractor(e.extractor, e.weights, train_set)
+    except ValueError as error:
+        raise Missing(str(error)) from None
+
+
+def device_of(accelerator: str) -> torch.device:
+    """Where networks run outside of training: on a GPU where there is one, unless the config names something else."""
+    if accelerator == "mps":
+        return torch.device("mps")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager

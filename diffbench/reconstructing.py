@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffbench import records, references
 from diffbench.autoencoding import AutoencoderRun
 from diffbench.config import change
 from diffbench.config_layers import COMMAND_LINE, parse_overrides
@@ -10,8 +11,6 @@ from diffbench.core.errors import UserError, suggest
 from diffbench.data.sources import balanced
 from diffbench.evaluation.metrics import frechet_distance
 from diffbench.evaluation.reconstruction import pca_reconstruction, psnr, ssim
-from diffbench.judge import judge_name, load_digits_cnn, reduced
-from diffbench.scoring import append, header
 from diffbench.training.coding import reconstruct
 
 
@@ -36,29 +35,33 @@ def evaluate(run: AutoencoderRun, overrides: Sequence[str] = ()) -> dict[str, An
     config = change(run.config, changes)
     try:
         run.check(config)
+        judge = references.judge(config.evaluate.extractor, config.evaluate.weights, run.train_set)
     except ValueError as e:
         raise UserError(f"{COMMAND_LINE}: {e}") from None
-    net, judge = run.trained, load_digits_cnn(run.train_set)
+    net = run.trained
     chosen = balanced(run.held_out.labels, config.evaluate.count)
     images, labels = run.held_out.images[chosen], run.held_out.labels[chosen]
     c, h, w = net.config.latent_shape(tuple(images.shape[1:]))
     restored, divergence = reconstruct(net, images)
     by_pca = pca_reconstruction(run.train_set.images, images, c * h * w)
-    n, name = len(images), judge_name(images)
-    recognised = judge(reduced(restored)).argmax(1) == labels
+    n, seen, real = len(images), judge(restored), judge(images)
     record = {
-        **header(run, run.train_set),
+        **records.surroundings(judge, judge.device),
+        "images_seen": run.images_seen,
+        "ema": run.ema,
+        "data": run.train_set.fingerprint(),
+        "data_name": run.train_set.name,
+        "reference": {"split": "held-out", "count": n},
         "autoencoder": net.fingerprint,
         "numbers": c * h * w,
         f"psnr@{n}": psnr(restored, images),
         f"psnr_pca@{n}": psnr(by_pca, images),
         f"ssim@{n}": ssim(restored, images),
         f"ssim_pca@{n}": ssim(by_pca, images),
-        f"reconstruction_fd/{name}@{n}": frechet_distance(
-            judge.features(reduced(restored)), judge.features(reduced(images))
-        ),
-        f"label_accuracy/{name}@{n}": float(recognised.double().mean()),
+        f"reconstruction_fd/{judge.name}@{n}": frechet_distance(seen.pooled, real.pooled),
         f"kl_nats@{n}": float(divergence.double().mean()),
     }
-    append(run.folder, record)
+    if judge.judges_labels and seen.logits is not None:
+        record[f"label_accuracy/{judge.name}@{n}"] = float((seen.logits.argmax(1) == labels).double().mean())
+    records.append(run.folder / "results.jsonl", record)
     return record

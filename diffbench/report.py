@@ -4,44 +4,63 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffbench.autoencoding import AutoencoderRun
+from diffbench.core.errors import UserError
+from diffbench.records import difference, metrics, results, values
 from diffbench.run import Run
-from diffbench.scoring import metrics, results
 from diffbench.trained import Trained
 
+SHOWN = {"fd", "fid", "sfid", "fd_gap", "fid_gap", "fd_infinity", "fid_infinity", "kid", "label_accuracy", "precision"}
+SHOWN |= {"recall", "coverage"}
+"""What a table shows; the records hold more. Density and precision can rise for bad samples: neither stands alone."""
 
-def facts(run: Trained[Any]) -> dict[str, str]:
-    """What a table says of a run: size, length, speed, and what its kind is judged by."""
+
+def facts(run: Trained[Any], scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
+    """What a table says of a run: size, length, speed, and what its kind is judged by.
+
+    Args:
+        run: a loaded run.
+        scored: its records; by default the newest of each guidance.
+    """
+    scored = newest_scores(run) if scored is None else scored
     if isinstance(run, AutoencoderRun):
-        return _common(run) | _reconstruction(run)
-    return _denoising(run) if isinstance(run, Run) else _common(run) | _validation(run)
+        return _common(run) | _reconstruction(run, scored)
+    return _denoising(run, scored) if isinstance(run, Run) else _common(run) | _validation(run)
 
 
-def _denoising(run: Run) -> dict[str, str]:
-    """Validation error, and the newest scores of each guidance."""
+def _denoising(run: Run, scored: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Validation error, and the scores of each guidance."""
     error = next((m["val/error"] for m in reversed(metrics(run.folder)) if "val/error" in m), None)
     row = _common(run) | {"validation error": "-" if error is None else f"{error:.4f}"}
     if run.config.trainer.time_sampling == "loss_aware":
         row["pairing"] = "none: its times follow its losses"
-    scored = newest_scores(run)
     for record in scored:
-        guided = "" if record["guidance"] == 1 else f" (guidance {record['guidance']:g})"
-        for name, value in record.items():
-            if name.startswith("reconstruction_fd"):
-                row[f"floor: {name.removeprefix('reconstruction_')} of reconstructions"] = f"{value:.3f}"
-            elif "@" in name and not name.startswith("nearest"):
-                row[name + guided] = f"{100 * value:.1f}%" if name.startswith("label_accuracy") else f"{value:.3f}"
-        nearest = next(v for k, v in record.items() if k.startswith("nearest_train@"))
-        held_out = record["nearest_train_held_out"]
-        row[f"nearest training image{guided}"] = f"{nearest:.3f} (held-out digits {held_out:.3f})"
+        row |= _scores(record)
     if scored:
         how = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored]
         row["sampler"] = ", ".join(dict.fromkeys(how))
     return row
 
 
-def _reconstruction(run: AutoencoderRun) -> dict[str, str]:
+def _scores(record: dict[str, Any]) -> dict[str, str]:
+    """A record's values as a table shows them, the Fréchet and kernel distance beside what real images score."""
+    row, guided, floor = {}, guidance_of(record), record.get("floor") or {}
+    for name, value in values(record).items():
+        short = name.split("/")[0]
+        if short == "reconstruction_fd":
+            row[f"floor: {name.removeprefix('reconstruction_')} of reconstructions"] = f"{value:.3f}"
+        elif short in SHOWN:
+            real = floor.get(short.replace("fid", "fd")) if short in ("fd", "fid", "kid") else None
+            beside = "" if real is None else f" (real {real:.3f})"
+            row[name + guided] = f"{100 * value:.1f}%" if short == "label_accuracy" else f"{value:.3f}{beside}"
+    nearest = next((v for k, v in record.items() if k.startswith("nearest_train@")), None)
+    if nearest is not None:
+        held_out = record["nearest_train_held_out"]
+        row[f"nearest training image{guided}"] = f"{nearest:.3f} (held-out {held_out:.3f})"
+    return row
+
+
+def _reconstruction(run: AutoencoderRun, scored: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What an autoencoder's newest record says, PCA with as many numbers beside it."""
-    scored = newest_scores(run)
     if not scored:
         return {}
     record = {name.split("@")[0]: value for name, value in scored[-1].items()}
@@ -78,11 +97,55 @@ def _validation(run: Trained[Any]) -> dict[str, str]:
     return {name.removeprefix("val/"): f"{v:.4f}" for name, v in last.items() if name.startswith("val/")}
 
 
+def guidance_of(record: dict[str, Any]) -> str:
+    """How a record's samples were guided, as a table says it: " (guidance 1.5)", or nothing."""
+    sample = record.get("sample") or {}
+    told = [] if record.get("guidance", 1) == 1 else [f"guidance {record['guidance']:g}"]
+    if sample.get("classifier") and sample.get("classifier_scale"):
+        told.append(f"classifier {sample['classifier_scale']:g}")
+    return f" ({', '.join(told)})" if told else ""
+
+
+def held_scores(run: Trained[Any]) -> list[dict[str, Any]]:
+    """The records of the weights that the run holds, oldest first."""
+    held = (run.images_seen, run.ema, run.snapshot)
+    return [r for r in results(run.folder) if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
+
+
 def newest_scores(run: Trained[Any]) -> list[dict[str, Any]]:
-    """The newest record of each guidance weight for the weights that the run holds, unguided first."""
-    held = [r for r in results(run.folder) if (r["images_seen"], r["ema"]) == (run.images_seen, run.ema)]
-    chosen = {r.get("guidance", 1.0): r for r in held}
+    """The newest record of each guidance for the weights that the run holds, unguided first."""
+    chosen = {guidance_of(r): r for r in held_scores(run)}
     return [chosen[w] for w in sorted(chosen)]
+
+
+def comparable_scores(runs: Sequence[Trained[Any]]) -> list[list[dict[str, Any]]]:
+    """For each run the newest records of each guidance that were measured alike in all runs of its kind.
+
+    Raises:
+        UserError: where runs have records of a guidance but none by the same protocol, saying how they differ.
+    """
+    held = [[(run.config.kind, guidance_of(r), r) for r in reversed(held_scores(run))] for run in runs]
+    chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
+    for what in sorted({(kind, guided) for records in held for kind, guided, _ in records}):
+        groups = [[r for kind, guided, r in records if (kind, guided) == what] for records in held]
+        first = next(i for i, group in enumerate(groups) if group)
+        for candidate in groups[first]:
+            alike = [next((r for r in group if difference(candidate, r) is None), None) for group in groups]
+            if all(a is not None for a, group in zip(alike, groups, strict=True) if group):
+                break
+        else:
+            newest = groups[first][0]
+            other, told = next(
+                (i, d) for i, group in enumerate(groups) if group and (d := difference(newest, group[0]))
+            )
+            raise UserError(
+                f"{runs[first].folder} and {runs[other].folder}: measured differently{what[1]}: {told}; evaluate both"
+                " with the same keys to compare them"
+            )
+        for records, record in zip(chosen, alike, strict=True):
+            if record is not None:
+                records.append(record)
+    return chosen
 
 
 def table(rows: Sequence[tuple[str, dict[str, str]]]) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffbench import classifier as classifier_run
-from diffbench import parts, spaces, weights
+from diffbench import judging, parts, spaces, weights
 from diffbench.autoencoders import KLAutoencoder, files
 from diffbench.autoencoding import AutoencoderRun
 from diffbench.config import change, from_layers, read_layers, to_dict
@@ -169,8 +169,20 @@ class Run(Trained[RunConfig]):
         classes = self.train_set.num_classes
         return [
             Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images),
+            *self._distances(log, ema),
             SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample), self.decode),
         ]
+
+    def _distances(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
+        c, e = self.config, self.config.evaluate
+        if e.every_images is None:
+            return []
+        from diffbench.training.distance import Distance
+
+        against = judging.in_training(e, self.train_set, parts.device_of(c.trainer.accelerator))
+        suite, classes = partial(against.suite, brief=True), self.train_set.num_classes
+        how = c.sample.unguided()
+        return [Distance(log, ema, suite, how, self.shape, classes, e.every_images, c.seed, e.best, decode=self.decode)]
 
     def helpers(self, settings: SampleConfig) -> "Helpers":
         """The networks that guide besides the denoiser; see `helpers`."""

@@ -1,151 +1,215 @@
-"""Scores of a run's samples against real images, as records appended to results.jsonl."""
+"""Scores of samples against real images: a run's own, or anyone's pictures, by the same code."""
 
 import dataclasses
-import json
-import platform
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffbench import __version__
+from diffbench import judging, records, references
 from diffbench.config import change
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import COMMAND_LINE, parse_overrides
+from diffbench.core import pixels
 from diffbench.core.errors import UserError, suggest
-from diffbench.data.sources import ImageSet, balanced
-from diffbench.evaluation.digits_cnn import DigitsCNN
-from diffbench.evaluation.metrics import coverage, frechet_distance, nearest_distance
-from diffbench.judge import judge_name, load_digits_cnn, reduced
-from diffbench.parts import check_evaluation
+from diffbench.data.progress import progress
+from diffbench.evaluation import Extractor
+from diffbench.evaluation.extractors import state_hash
+from diffbench.evaluation.metrics import frechet_distance, nearest
+from diffbench.evaluation.rows import spread
+from diffbench.evaluation.suite import metric_name
+from diffbench.judging import Judgement
+from diffbench.parts import check_evaluation, device_of
+from diffbench.pictures import refuse_to_overwrite, write_npz
 from diffbench.run import Run
-from diffbench.trained import Trained
+from diffbench.shards import Shards
 from diffbench.training.coding import reconstruct
 from diffbench.training.settings import SampleConfig
 
+ALLOWED = ("sample", "evaluate", "seed", "ema", "snapshot", "export")
+
 
 def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Draws `evaluate.count` samples without and, where the network can, with the config's guidance; scores both.
+    """Draws `evaluate.count` samples without and, where the config guides, with guidance; scores both.
+
+    Samples lie in the run folder's `evaluations`, in shards: a killed command goes on, and other distances of the same
+    samples draw none.
 
     Args:
         run: a loaded run.
-        overrides: key=value for the sections `sample` and `evaluate`, `seed`, and `ema` (the decay of the average).
+        overrides: key=value for the sections `sample` and `evaluate`; `seed`; `ema` (the decay of the average);
+            `snapshot` (last, or best for the weights of the least distance in training); `export` (an npz to write
+            the last drawn samples to, in a fixed shuffled order, as the ADM evaluator takes them).
 
     Returns:
-        One record a guidance weight, already appended to the run's results.jsonl.
+        One record for each, already appended to the run's results.jsonl.
     """
     changes = parse_overrides(overrides)
     for key in changes:
-        if key not in ("sample", "evaluate", "seed", "ema"):
-            near = suggest(key, ["sample", "evaluate", "seed", "ema"])
-            raise UserError(
-                f"{COMMAND_LINE}: {key}: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed, ema{near}"
-            )
-    decay = changes.pop("ema", run.ema)
+        if key not in ALLOWED:
+            allowed = "sample.KEY, evaluate.KEY, seed, ema, snapshot, export"
+            raise UserError(f"{COMMAND_LINE}: {key}: not for evaluate; allowed: {allowed}{suggest(key, ALLOWED)}")
+    decay, snapshot = changes.pop("ema", run.ema), changes.pop("snapshot", "last")
+    export = changes.pop("export", None)
     config = change(run.config, changes)
+    if snapshot not in ("last", "best"):
+        raise UserError(f"{COMMAND_LINE}: snapshot: must be last or best, got {snapshot!r}")
+    if export is not None:
+        refuse_to_overwrite(Path(str(export)))
     if decay != run.ema:
         run.use_average(decay)
     try:
         check_evaluation(config, run.train_set)
     except ValueError as e:
         raise UserError(f"{COMMAND_LINE if overrides else run.folder}: {e}") from None
-    judge = load_digits_cnn(run.train_set)
+    if snapshot == "best":
+        run.use_best()
+    device = device_of(config.trainer.accelerator)
+    judgement = judging.of_run(config.evaluate, run.train_set, run.held_out, device)
+    run.network.to(device)
+    if config.evaluate.count < 2 * judgement.extractor.dim:
+        print(
+            f"note: {config.evaluate.count:,} samples against {judgement.extractor.dim:,} features of"
+            f" {judgement.extractor.name}: most of a Fréchet distance is then bias; compare it at this count only"
+        )
     settings = [config.sample.unguided()]
     if config.sample.guided:
         settings.append(config.sample)
-    floor = _floor(run, config.evaluate.count, judge)
-    records = []
+    found = []
     for how in settings:
-        records.append(_score(run, config, judge, how) | floor)
-        append(run.folder, records[-1])
-    return records
+        found.append(_score(run, config, how, judgement) | _restored(run, config.evaluate.count, judgement.extractor))
+        records.append(run.folder / "results.jsonl", found[-1])
+    if export is not None:
+        _export(run, config, settings[-1], Path(str(export)))
+    return found
 
 
-def append(folder: Path, record: dict[str, Any]) -> None:
-    """Adds a record to the run folder's results.jsonl."""
-    with (folder / "results.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+def samples_of(run: Run, config: RunConfig, how: SampleConfig) -> Shards:
+    """The place of a run's samples; what they depend on names it."""
+    helpers = run.helpers(how)
+    what = {
+        "weights": state_hash(run.network),
+        "helpers": [state_hash(n) for n in (helpers.weak_model, helpers.classifier) if n is not None],
+        "autoencoder": None if run.autoencoder is None else run.autoencoder.fingerprint,
+        "process": dataclasses.asdict(config.process),
+        "sample": {k: v for k, v in dataclasses.asdict(how).items() if k != "batch_size"},
+        "seed": config.seed,
+        "labels": "evenly over the classes, class by class",
+        "count": config.evaluate.count,
+    }
+    channels, height, width = run.train_set.images.shape[1:]
+    return Shards(run.folder / "evaluations", what, config.evaluate.count, (channels, height, width))
 
 
-def header(run: Trained[Any], data: ImageSet) -> dict[str, Any]:
-    """What a record says of when, what and with which versions."""
+def labels_of(run: Run, count: int) -> Tensor:
+    """(N,) labels of a run's samples, evenly over the classes, class by class."""
+    return torch.arange(count) * run.train_set.num_classes // count
+
+
+def draw(run: Run, how: SampleConfig, shards: Shards, seed: int) -> dict[str, Any]:
+    """Draws the samples that are not there yet; says first what that will take.
+
+    Returns:
+        What a record says of it: network evaluations, seconds of this sitting, values clipped.
+    """
+    from diffbench.training.cost import network_evaluations, seconds_per_evaluation, span  # imports Lightning
+
+    evaluations = network_evaluations(run.process, how)
+    labels, started = labels_of(run, shards.count), time.perf_counter()
+    left = shards.count - shards.present()
+    estimate = 0.0
+    if left:
+        batch = min(how.batch_size, left)
+        estimate = left * evaluations * seconds_per_evaluation(run.network, run.process, run.shape, batch)
+        print(
+            f"{left:,} samples by {how.sampler}, {evaluations} network evaluations each: about {span(estimate)}",
+            flush=True,
+        )
+    with pixels.tally() as tally, _progress("samples", shards.count, estimate) as advance:
+
+        def one(first: int, count: int) -> Tensor:
+            done = 0
+
+            def told(now: int) -> None:
+                nonlocal done
+                advance(now - done)
+                done = now
+
+            images = run.generate(labels[first : first + count], how, seed, first, told)
+            if tally.nonfinite:
+                raise UserError(f"{run.folder}: {tally.nonfinite} values of the samples are no numbers")
+            return images
+
+        shards.fill(one, advance)
     return {
-        "format": 1,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "images_seen": run.images_seen,
-        "ema": run.ema,
-        "data": data.fingerprint(),
-        "versions": {
-            "diffbench": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "network_evaluations": evaluations,
+        "seconds": time.perf_counter() - started,
+        "drawn": left,
+        "clipped": tally.clipped / tally.values if tally.values else None,
     }
 
 
-def _floor(run: Run, count: int, judge: DigitsCNN) -> dict[str, Any]:
+def _progress(what: str, total: int, estimate: float) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar or lines for what takes longer than a few seconds."""
+    return progress(what, total) if estimate > judging.PATIENCE else nullcontext(lambda count: None)
+
+
+def _score(run: Run, config: RunConfig, how: SampleConfig, judgement: Judgement) -> dict[str, Any]:
+    shards = samples_of(run, config, how)
+    drawn = draw(run, how, shards, config.seed)
+    labels = labels_of(run, shards.count)
+    started = time.perf_counter()
+    batches = ((index, images, labels[index]) for index, images in shards.batches(references.BATCH))
+    values = judgement.scores(batches)
+    _picture_neighbours(shards, run.train_set.images)
+    return {
+        **records.surroundings(judgement.extractor, judgement.extractor.device),
+        "images_seen": run.images_seen,
+        "snapshot": run.snapshot,
+        "ema": run.ema,
+        "guidance": how.guidance,
+        "sample": dataclasses.asdict(how) | {"seed": config.seed, "seconds": drawn.pop("seconds")},
+        "drawing": drawn | {"folder": str(shards.folder.relative_to(run.folder))},
+        "labels": "evenly over the classes" if run.train_set.num_classes else "none",
+        "precision": str(next(run.network.parameters()).dtype).removeprefix("torch."),
+        "data": run.train_set.fingerprint(),
+        "data_name": run.train_set.name,
+        **judgement.told(),
+        "scoring_seconds": time.perf_counter() - started,
+        **values,
+    }
+
+
+def _picture_neighbours(shards: Shards, training: Tensor) -> None:
+    """nearest.png: sixteen samples above, the training image nearest to each below."""
+    from diffbench.training.pictures import save_grid
+
+    path, shown = shards.folder / "nearest.png", min(16, shards.count)
+    if not path.exists():
+        samples = torch.stack(list(shards.rows(spread(shards.count, shown))))
+        beside = training[nearest(samples, training)[1]]
+        save_grid(torch.cat([samples, beside]), columns=shown, path=path)
+
+
+def _restored(run: Run, count: int, extractor: Extractor) -> dict[str, Any]:
     """The distance of the real images, once through the autoencoder, from themselves: what no denoiser can undercut."""
     if run.autoencoder is None:
         return {}
-    real = run.train_set.images[balanced(run.train_set.labels, count)]
-    restored, _ = reconstruct(run.autoencoder, real)
-    distance = frechet_distance(judge.features(reduced(restored)), judge.features(reduced(real)))
-    return {"autoencoder": run.autoencoder.fingerprint, f"reconstruction_fd/{judge_name(real)}@{count}": distance}
+    name = metric_name("reconstruction_fd", extractor, count)
+    before, after = [], []
+    for batch in references.first(run.train_set, "train", count).batches():
+        before.append(extractor(batch).pooled)
+        after.append(extractor(reconstruct(run.autoencoder, batch)[0]).pooled)
+    distance = frechet_distance(torch.cat(after), torch.cat(before))
+    return {"autoencoder": run.autoencoder.fingerprint, name: distance}
 
 
-def _score(run: Run, config: RunConfig, judge: DigitsCNN, how: SampleConfig) -> dict[str, Any]:
-    count = config.evaluate.count
-    labels = torch.arange(count) * run.train_set.num_classes // count
-    started = time.perf_counter()
-    samples = run.generate(labels, how, config.seed)
-    seconds = time.perf_counter() - started
-    return {
-        **header(run, run.train_set),
-        "guidance": how.guidance,
-        "sample": dataclasses.asdict(how) | {"seed": config.seed, "seconds": seconds},
-        **scores(samples, labels, run.train_set, run.held_out, judge),
-    }
-
-
-def scores(
-    samples: Tensor, labels: Tensor, train_set: ImageSet, held_out: ImageSet, judge: DigitsCNN
-) -> dict[str, float]:
-    """Metrics of samples (N, C, H, W) uint8 with labels (N,); names say extractor and count.
-
-    Fréchet distance and coverage (k=5) compare with N real training images, spread evenly over the classes; the
-    distance to the nearest training image stands beside the same for held-out images, so that copies show.
-    """
-    n, name = len(samples), judge_name(samples)
-    real = train_set.images[balanced(train_set.labels, n)]
-    features, reference = judge.features(reduced(samples)), judge.features(reduced(real))
-    return {
-        f"fd/{name}@{n}": frechet_distance(features, reference),
-        f"label_accuracy/{name}@{n}": float((judge(reduced(samples)).argmax(1) == labels).double().mean()),
-        f"coverage/{name}@{n}": coverage(features, reference, k=5),
-        f"nearest_train@{n}": float(nearest_distance(samples, train_set.images).mean()),
-        "nearest_train_held_out": float(nearest_distance(held_out.images, train_set.images).mean()),
-    }
-
-
-def results(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run folder, oldest first."""
-    return _records(folder / "results.jsonl")
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return _records(folder / "metrics.jsonl")
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise UserError(f"{path}: line {number} is no JSON; remove that line") from None
-    return records
+def _export(run: Run, config: RunConfig, how: SampleConfig, path: Path) -> None:
+    shards = samples_of(run, config, how)
+    order = judging.order("export", shards.count)
+    write_npz(path, shards.count, shards.shape, shards.rows(order), labels_of(run, shards.count)[order])
+    print(f"{path}: {shards.count:,} samples as arr_0, shuffled in a fixed order, their labels as arr_1")

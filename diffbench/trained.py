@@ -35,6 +35,7 @@ class Trained(ABC, Generic[C]):
         network: with averaged weights after `use_average`.
         ema: decay of the average that the network holds then.
         images_seen: of the weights that were loaded.
+        snapshot: "last", or "best" after `use_best`.
     """
 
     def __init__(self, folder: Path, config: C) -> None:
@@ -45,6 +46,7 @@ class Trained(ABC, Generic[C]):
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = config.ema.decays[0]
         self.images_seen = 0
+        self.snapshot = "last"
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -98,7 +100,18 @@ class Trained(ABC, Generic[C]):
             raise UserError(f"{self.folder}: holds the weights of another network than its config.yaml says: {wrong}")
         self.network.load_state_dict(averaged, strict=True)
         self.network.eval()
-        self.ema = decay
+        self.ema, self.snapshot = decay, "last"
+
+    def use_best(self) -> None:
+        """Loads the averaged weights of the least distance in training into the network.
+
+        Raises:
+            UserError: if the run keeps none.
+        """
+        best, self.images_seen, self.ema = weights.read_best(self.folder)
+        self.network.load_state_dict(best, strict=True)
+        self.network.eval()
+        self.snapshot = "best"
 
     def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
         """Trains, resumes, or finds the run complete; exports its averages."""

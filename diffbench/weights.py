@@ -45,6 +45,23 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
     return _with_average(network, average), step_of(checkpoint) * config.trainer.batch_size
 
 
+def read_best(folder: Path) -> tuple[dict[str, Tensor], int, float]:
+    """The averaged weights of the least distance in training, the images they had seen, and the average's decay.
+
+    Raises:
+        UserError: if there are none, or they are damaged.
+    """
+    path = folder / "best.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder}: snapshot: best.safetensors is missing; train with evaluate.best=fd to keep one")
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+        return load_file(path), int(told["images"]), float(told["decay"])
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise UserError(f"{path}: damaged ({e})") from None
+
+
 def export(
     folder: Path,
     network: nn.Module,

@@ -270,16 +270,21 @@ def test_evaluate_appends_records_and_prints_them(smoke_run: Path, capsys: Captu
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("trainer.max_images=5", "trainer: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed, ema"),
+        ("trainer.max_images=5", "trainer: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed, ema, "),
         (
             "smaple.steps=3",
-            "smaple: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed, ema; did you mean 'sample'?",
+            "smaple: not for evaluate; allowed: sample.KEY, evaluate.KEY, seed, ema, snapshot, export; did you mean"
+            " 'sample'?",
         ),
         ("sample.stesp=3", "sample.stesp: unknown key; allowed: "),
         ("sample.steps=5000", "sample.steps: '5000' does not fit process.steps=1000"),
         ("evaluate.count=5", "evaluate.count: must be at least 20, got 5"),
         ("evaluate.count=1e6", "evaluate.count: must be at most "),
-        ("evaluate.extractor=x", "evaluate.extractor: unknown value 'x'; choose from digits-cnn"),
+        (
+            "evaluate.extractor=x",
+            "evaluate.extractor: unknown extractor 'x'; choose from digits-cnn, efficientnet-lite0,",
+        ),
+        ("snapshot=first", "snapshot: must be last or best, got 'first'"),
         ("sample", "'sample' is no override; write key=value"),
     ],
 )

@@ -1,7 +1,13 @@
 """digits-cnn: a small classifier of 8x8 digits, the judge and the feature extractor of the digits experiments."""
 
+import hashlib
+import inspect
+
 import torch
 from torch import Tensor, nn
+
+from diffbench.evaluation.extractors import Extractor, Features, Request, state_hash
+from diffbench.evaluation.resize import area
 
 
 class DigitsCNN(nn.Module):
@@ -27,18 +33,18 @@ class DigitsCNN(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 1, 8, 8) uint8 to (B, 64) float32."""
+        """(B, 1, 8, 8), 0 to 255, to (B, 64) float32."""
         out: Tensor = self.body(images.float() / 127.5 - 1)
         return out
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 1, 8, 8) uint8 to (B, 10) logits."""
+        """(B, 1, 8, 8), 0 to 255, to (B, 10) logits."""
         out: Tensor = self.head(self.features(images))
         return out
 
 
 def train_digits_cnn(images: Tensor, labels: Tensor, epochs: int = 60, batch: int = 64) -> DigitsCNN:
-    """Trains the network on (N, 1, 8, 8) uint8 digits; the same result each time on one machine.
+    """Trains the network on (N, 1, 8, 8) digits, 0 to 255; the same result each time on one machine.
 
     Adam, cosine decay, label smoothing 0.05, shifts by up to one pixel. The global generator is left as it was.
     """
@@ -59,3 +65,47 @@ def train_digits_cnn(images: Tensor, labels: Tensor, epochs: int = 60, batch: in
                 optimizer.step()
                 schedule.step()
     return net.eval().requires_grad_(False)
+
+
+def build(request: Request) -> Extractor:
+    """The extractor; trained in seconds on first use. Larger digits are reduced to 8x8, and its name says so."""
+    assert request.training is not None
+    name = "digits-cnn" if request.shape[1:] == (8, 8) else "digits-cnn-area8"
+    code = hashlib.sha256((inspect.getsource(DigitsCNN) + inspect.getsource(train_digits_cnn)).encode()).hexdigest()[:8]
+    read = request.training
+
+    def train() -> dict[str, Tensor]:
+        images, labels = read()
+        return train_digits_cnn(area(images, 8), labels).state_dict()
+
+    net = DigitsCNN()
+    net.load_state_dict(request.cached(f"{name}-{request.training_id}-{code}", train))
+    net.eval().requires_grad_(False)
+
+    def run(images: Tensor) -> Features:
+        pooled = net.features(images)
+        return Features(pooled, net.head(pooled))
+
+    return Extractor(
+        name=name,
+        network=net,
+        run=run,
+        dim=net.num_features,
+        weights=state_hash(net),
+        licence="trained here",
+        channels=1,
+        prepare=lambda images: area(images, 8),
+        classes=10,
+        judges_labels=True,
+    )
+
+
+def check(request: Request) -> None:
+    """Whether the pictures are digits.
+
+    Raises:
+        ValueError: if they cannot be.
+    """
+    channels, height, width = request.shape
+    if request.training is None or channels != 1 or height != width or height < 8:
+        raise ValueError(f"digits-cnn scores square grey digits in ten classes, 8x8 or larger, not {request.shape}")

@@ -291,15 +291,36 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Scores of generated samples against real images."""
+    """Scores of generated samples against real images, after training and, where asked for, in it."""
 
     count: int = 500
-    """Samples, spread evenly over the classes, and as many real training images to compare with."""
-    extractor: Literal["digits-cnn"] = "digits-cnn"
+    """Samples, spread evenly over the classes."""
+    extractor: str | None = None
+    """digits-cnn, efficientnet-lite0, inception, or package.module:function of one's own; null takes digits-cnn for the
+    digits and efficientnet-lite0, where it is installed, for other pictures."""
+    weights: str | None = None
+    """File of weights, for an extractor that reads one (inception)."""
+    reference: Literal["same", "all"] = "same"
+    """Training images to compare with: as many as samples, evenly over the classes; or all of them."""
+    infinity: bool = False
+    """Also extrapolates the Fréchet distance to infinitely many samples; a diagnostic, from 5,000 samples on."""
+    every_images: int | None = None
+    """Images between distances in training, of averaged weights without guidance; null for none."""
+    every_count: int = 500
+    """Samples of a distance in training."""
+    best: Literal["fd", "kid"] | None = None
+    """Keeps the averaged weights of the least such distance in best.safetensors, scored again at the end."""
 
     def __post_init__(self) -> None:
-        if self.count < 20:
-            raise ValueError(f"evaluate.count: must be at least 20, got {self.count}")
+        for name in ("count", "every_count"):
+            if getattr(self, name) < 20:
+                raise ValueError(f"evaluate.{name}: must be at least 20, got {getattr(self, name)}")
+        if self.infinity and self.count < 5000:
+            raise ValueError(f"evaluate.infinity: needs evaluate.count of at least 5000, got {self.count}")
+        if self.every_images is not None and self.every_images <= 0:
+            raise ValueError(f"evaluate.every_images: must be positive or null, got {self.every_images}")
+        if self.best is not None and self.every_images is None:
+            raise ValueError("evaluate.best: needs distances in training; allowed: null, or set evaluate.every_images")
 
 
 def _positive(section: str, config: Any, *names: str) -> None:

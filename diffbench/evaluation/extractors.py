@@ -1,0 +1,221 @@
+"""Feature extractors by name. They take uint8 pictures of any size and always give the same features for them.
+
+An `Extractor` is no nn.Module, so no training module can adopt its network: none of its weights enters a checkpoint,
+an average or a parameter count, and nobody puts it into training mode. A new one is `register`ed, or named in the
+config as `package.module:function`.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+VERSION = 1
+"""Raised when any extractor's features change, so that cached statistics are made anew."""
+
+
+class Features(NamedTuple):
+    """What a network says of B pictures: features (B, D), perhaps logits (B, K) and a spatial layer (B, S)."""
+
+    pooled: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
+
+
+@dataclass
+class Request:
+    """What an extractor may ask of its surroundings.
+
+    Attributes:
+        shape: (C, H, W) of the pictures to come.
+        weights: a file that the user named, or None.
+        training: reads labelled training pictures (N, C, H, W) uint8 and labels (N,); None where there are none.
+        training_id: a fingerprint of those.
+        cached: (name, make) -> state dict, made once under that name; by default made anew each time.
+    """
+
+    shape: tuple[int, int, int]
+    weights: str | None = None
+    training: Callable[[], tuple[Tensor, Tensor]] | None = None
+    training_id: str = ""
+    cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = field(
+        default=lambda name, make: make()
+    )
+
+
+@dataclass(eq=False)
+class Extractor:
+    """A network held outside every other module.
+
+    Attributes:
+        name: stands in every metric's name; says how pictures are resized where they are.
+        network: put into evaluation mode at each call.
+        run: prepared pictures (B, channels, h, w) -> Features.
+        dim: length of a feature vector.
+        weights: sha256 of the weights.
+        licence: of the weights.
+        channels: 1 or 3; grey pictures are repeated where a network reads 3.
+        prepare: uint8 pictures to what `run` takes.
+        classes: of the logits, None where there are none.
+        spatial: length of the spatial layer, None where there is none.
+        judges_labels: whether its classes are the data set's own.
+        published: whether a distance of its features may be called FID.
+    """
+
+    name: str
+    network: nn.Module
+    run: Callable[[Tensor], Features]
+    dim: int
+    weights: str
+    licence: str
+    channels: int = 3
+    prepare: Callable[[Tensor], Tensor] = Tensor.float
+    classes: int | None = None
+    spatial: int | None = None
+    judges_labels: bool = False
+    published: bool = False
+    device: torch.device = field(default=torch.device("cpu"), init=False)
+
+    def to(self, device: torch.device | str) -> "Extractor":
+        """Moves the network; returns the extractor."""
+        self.device = torch.device(device)
+        self.network.to(self.device)
+        return self
+
+    def __call__(self, images: Tensor) -> Features:
+        """Features of pictures (B, C, H, W) uint8, in float32 whatever surrounds the call.
+
+        Raises:
+            ValueError: if the pictures are no bytes, or have another number of channels.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"{self.name} takes uint8 pictures (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
+        if images.shape[1] not in (1, self.channels):
+            raise ValueError(f"{self.name} takes {self.channels} channels, got {images.shape[1]}")
+        self.network.eval()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), full_precision():
+            images = images.to(self.device).expand(-1, self.channels, -1, -1)
+            return self.run(self.prepare(images))
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Products and convolutions of float32 in float32, whatever the surroundings allow themselves."""
+    before = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(enabled=True, benchmark=False, deterministic=cudnn.deterministic, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered extractor: how to make it, and a check of what it needs, cheap enough to come before all else."""
+
+    build: Callable[[Request], Extractor]
+    check: Callable[[Request], None]
+
+
+EXTRACTORS: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    build: Callable[[Request], Extractor | nn.Module],
+    check: Callable[[Request], None] = lambda request: None,
+) -> None:
+    """Makes an extractor known under a name.
+
+    Args:
+        name: what `evaluate.extractor` calls it.
+        build: Request -> Extractor; or a plain nn.Module that maps uint8 pictures (B, C, H, W) of the data's size to
+            features (B, D).
+        check: raises ValueError, one line that says what to install or where to put which file.
+    """
+
+    def built(request: Request) -> Extractor:
+        made = build(request)
+        return made if isinstance(made, Extractor) else plain(name, made, request.shape)
+
+    EXTRACTORS[name] = Entry(built, check)
+
+
+def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extractor:
+    """An extractor of any network that maps uint8 pictures (B, C, H, W) to features (B, D)."""
+    network.eval().requires_grad_(False)
+    with torch.no_grad():
+        dim = network(torch.zeros(2, *shape, dtype=torch.uint8)).shape[1]
+    return Extractor(
+        name=name.replace(":", "."),
+        network=network,
+        run=lambda images: Features(network(images).float()),
+        dim=dim,
+        weights=state_hash(network),
+        licence="not stated",
+        channels=shape[0],
+        prepare=lambda images: images,
+    )
+
+
+def check(name: str, request: Request) -> None:
+    """Whether an extractor can be made here; takes no time.
+
+    Raises:
+        ValueError: one line that begins with the key.
+    """
+    try:
+        _entry(name).check(request)
+    except ValueError as e:
+        raise ValueError(f"evaluate.extractor: {e}") from None
+
+
+def extractor(name: str, request: Request) -> Extractor:
+    """The extractor of a name.
+
+    Raises:
+        ValueError: if it is unknown, or lacks something; one line that begins with the key.
+    """
+    check(name, request)
+    return _entry(name).build(request)
+
+
+def _entry(name: str) -> Entry:
+    if name in EXTRACTORS:
+        return EXTRACTORS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, list(EXTRACTORS), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(EXTRACTORS)
+        raise ValueError(f"unknown extractor {name!r}; choose from {known}, or write package.module:function{hint}")
+    try:
+        build: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"{name} cannot be imported ({e})") from None
+    register(name, build)
+    return EXTRACTORS[name]
+
+
+def state_hash(network: nn.Module) -> str:
+    """sha256 of a network's weights and buffers, names included."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

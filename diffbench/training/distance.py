@@ -1,0 +1,173 @@
+"""Distances to real images in training: what averaged weights draw is scored at a fixed number of samples."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from diffbench.core import keyed
+from diffbench.core.files import atomic
+from diffbench.core.pixels import to_uint8
+from diffbench.evaluation.suite import Suite, metric_name
+from diffbench.training.clock import at_step_end, due
+from diffbench.training.cost import network_evaluations, seconds_per_evaluation, span, timed
+from diffbench.training.ema import EMA
+from diffbench.training.guides import Helpers
+from diffbench.training.log import RunLog
+from diffbench.training.module import DiffusionModule
+from diffbench.training.sampling import generate
+from diffbench.training.settings import SampleConfig
+
+
+class Distance(L.Callback):
+    """Fréchet and kernel distance of the averaged weights, every `every` images and at the end.
+
+    The same noise and labels each time, drawn for nothing else. With `best`, the weights of the least distance stay in
+    best.safetensors; the choice was made on those samples, so at the end they are scored again on fresh noise.
+
+    Args:
+        run_log: where values go, and whose clock stands still meanwhile.
+        ema: the averages; the first is scored.
+        suite: makes the metrics, empty. They live here, outside the module: no weight of an extractor enters a
+            checkpoint, an average or a count of parameters.
+        config: how samples are drawn.
+        shape: (C, H, W) of what the denoiser works on.
+        num_classes: labels are spread evenly over them.
+        every: images between distances.
+        seed: of the run; with a sample's number it fixes its noise.
+        best: "fd" or "kid", whose least value marks the best weights; None keeps none.
+        helpers: the networks that guidance needs.
+        decode: what the denoiser works on to pictures.
+    """
+
+    def __init__(
+        self,
+        run_log: RunLog,
+        ema: EMA,
+        suite: Callable[[], Suite],
+        config: SampleConfig,
+        shape: tuple[int, ...],
+        num_classes: int,
+        every: int,
+        seed: int,
+        best: str | None = None,
+        helpers: Helpers = Helpers(),  # noqa: B008 (frozen)
+        decode: Callable[[Tensor], Tensor] = to_uint8,
+    ) -> None:
+        self.run_log, self.ema, self.suite, self.config, self.shape = run_log, ema, suite, config, shape
+        self.num_classes, self.every, self.seed, self.best_by = num_classes, every, seed, best
+        self.helpers, self.decode = helpers, decode
+        self.best: dict[str, float] = {}
+        """Of the best weights: images, and value of the metric on the samples that chose them."""
+
+    @property
+    def path(self) -> Path:
+        """Where the best weights stay."""
+        return self.run_log.folder / "best.safetensors"
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        suite = self.suite()
+        suite.extractor.to(trainer.strategy.root_device)
+        with self.run_log.clock.paused():
+            each = self._cost(pl_module, suite)
+        left = trainer.max_steps * self.run_log.batch_size - self.run_log.images
+        times = max(1, left // self.every)
+        self.run_log.say(
+            f"distances with {suite.extractor.name}: {suite.count:,} samples every {self.every:,} images, about"
+            f" {span(each)} each, {times} times"
+        )
+
+    def _cost(self, module: DiffusionModule, suite: Suite) -> float:
+        once = seconds_per_evaluation(module.denoiser, module.process, self.shape, self.config.batch_size)
+        drawing = once * network_evaluations(module.process, self.config)
+        shown = self.decode(torch.zeros(8, *self.shape, device=suite.extractor.device))
+        looking = timed(lambda: suite.extractor(shown), suite.extractor.device) / len(shown)
+        return suite.count * (drawing + looking)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not at_step_end(trainer, batch_idx):
+            return
+        last = trainer.global_step == trainer.max_steps
+        if not (last or due(trainer.global_step, self.run_log.batch_size, self.every)):
+            return
+        assert isinstance(pl_module, DiffusionModule)
+        with self.run_log.clock.paused():
+            with self.ema.applied():
+                values = self.measure(trainer, pl_module, "distance")
+                self._keep_if_best(trainer, pl_module, values)
+            if last and self.best:
+                with self._best_weights(pl_module):
+                    again = self.measure(trainer, pl_module, "fresh distance")
+                values |= {f"best/{name}": value for name, value in again.items()}
+                values["best/images"] = self.best["images"]
+        self.run_log.record(values)
+
+    def measure(self, trainer: L.Trainer, module: DiffusionModule, what: str) -> dict[str, float]:
+        """Name -> distance of what the module's present weights draw; each process draws and scores its share."""
+        suite = self.suite()
+        suite.extractor.to(trainer.strategy.root_device)
+        labels = torch.arange(suite.count) * self.num_classes // suite.count
+        mine = torch.arange(suite.count).tensor_split(trainer.world_size)[trainer.global_rank]
+        for index in mine.split(self.config.batch_size) if len(mine) else ():
+            images = generate(
+                module.denoiser,
+                module.process,
+                self.config,
+                labels[index],
+                self.shape,
+                null_label=module.null_label,
+                helpers=self.helpers,
+                seed=keyed.key(self.seed, what),
+                first=int(index[0]),
+                decode=self.decode,
+            )
+            suite.update(images, index)
+        return {metric_name(name, suite.extractor, suite.count): value for name, value in suite.compute().items()}
+
+    def _keep_if_best(self, trainer: L.Trainer, module: DiffusionModule, values: dict[str, float]) -> None:
+        if self.best_by is None:
+            return
+        name = next(n for n in values if n.split("/")[0] in {"fd": ("fd", "fid"), "kid": ("kid",)}[self.best_by])
+        if values[name] >= self.best.get("value", float("inf")):
+            return
+        self.best = {"images": self.run_log.images, "value": values[name]}
+        if trainer.is_global_zero:
+            told = {k: str(v) for k, v in self.best.items()} | {"metric": name}
+            told["decay"] = str(self.ema.config.decays[0])
+            tensors = {k: v.detach().cpu().contiguous() for k, v in module.denoiser.state_dict().items()}
+            with atomic(self.path) as file:
+                file.write(save(tensors, told))
+
+    @contextmanager
+    def _best_weights(self, module: DiffusionModule) -> Iterator[None]:
+        """The module with the best weights while the block runs, undone on exceptions too."""
+        before = {k: v.detach().clone() for k, v in module.denoiser.state_dict().items()}
+        try:
+            module.denoiser.load_state_dict(load_file(self.path), strict=True)
+            yield
+        finally:
+            module.denoiser.load_state_dict(before, strict=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": dict(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = dict(state_dict["best"])
+        if self.best and self._on_disk() != self.best["images"]:
+            # The file was written after this state: training will come by there again, and must not pass it over.
+            self.best = {}
+
+    def _on_disk(self) -> float | None:
+        if not self.path.is_file():
+            return None
+        with safe_open(self.path, "pt") as file:
+            return float((file.metadata() or {}).get("images", -1))
