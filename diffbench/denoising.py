@@ -134,10 +134,9 @@ class Run(Trained[RunConfig]):
         held_out = self.held_out.spread(self.config.validation.count)
         if self.autoencoder is None:
             return self.train_set, held_out
-        flip = getattr(self.config.data, "flip", False)
-        return spaces.encoded(self.config, self.train_set, self.autoencoder, flip), spaces.encoded(
-            self.config, held_out, self.autoencoder
-        )
+        c, net, device = self.config, self.autoencoder, parts.device_of(self.config.trainer.accelerator)
+        flip = getattr(c.data, "flip", False)
+        return spaces.encoded(c, self.train_set, net, device, flip), spaces.encoded(c, held_out, net, device)
 
     def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
         from diffbench.training.sampling import SampleGrid
