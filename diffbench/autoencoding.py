@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from diffbench import parts, references
 from diffbench.autoencoders import KLAutoencoder, files, without_spread_
 from diffbench.config_kinds import AutoencoderConfig
-from diffbench.core.errors import UserError, suggest
+from diffbench.core.errors import UserError
 from diffbench.data.sources import balanced
 from diffbench.denoisers.cost import Cost, measure
-from diffbench.evaluation.digits_cnn import DigitsCNN
-from diffbench.evaluation.resize import area
 from diffbench.spaces import INSIDE
 from diffbench.trained import Trained
 from diffbench.training.coding import side_by_side, spread
@@ -58,9 +56,11 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
             config.network.for_channels(shape[0]).latent_shape(shape)
         except ValueError as e:
             raise ValueError(f"network.block_out_channels: {e}") from None
-        if config.loss.perceptual not in (None, "digits-cnn"):
-            near = suggest(str(config.loss.perceptual), ["digits-cnn"])
-            raise ValueError(f"loss.perceptual: unknown extractor {config.loss.perceptual!r}; choose digits-cnn{near}")
+        if config.loss.perceptual is not None:
+            try:
+                references.check_extractor(config.loss.perceptual, None, train_set)
+            except ValueError as e:
+                raise ValueError(str(e).replace("evaluate.extractor", "loss.perceptual", 1)) from None
         if len(balanced(held_out.labels, config.evaluate.count)) < config.evaluate.count:
             rarest = int(held_out.labels.bincount(minlength=held_out.num_classes).min())
             raise ValueError(
@@ -77,9 +77,14 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
     def _features(self) -> "Features | None":
         if self.config.loss.perceptual is None:
             return None
-        judge = references.judge("digits-cnn", None, self.train_set).network
-        assert isinstance(judge, DigitsCNN)
-        return lambda x: judge.features(area((x + 1) * 127.5, 8))
+        judge = references.judge(self.config.loss.perceptual, None, self.train_set)
+
+        def features(x: Tensor) -> Tensor:
+            if judge.device != x.device:
+                judge.to(x.device)
+            return judge.run(judge.prepare(((x + 1) * 127.5).expand(-1, judge.channels, -1, -1))).pooled
+
+        return features
 
     def data(self) -> "LightningDataModule":
         return parts.data_module(self.config, self.train_set, self.held_out)

@@ -24,12 +24,13 @@ LOOSE = ("sample.seed", "sample.seconds", "sample.batch_size", "extractor.licenc
 """Parts of those that need not agree."""
 
 
-def surroundings(extractor: Extractor, device: torch.device) -> dict[str, Any]:
+def surroundings(extractor: Extractor | None, device: torch.device) -> dict[str, Any]:
     """What a record says of code, machine and extractor."""
+    looking = extractor and {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence}
     return {
         "format": FORMAT,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "extractor": {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence},
+        "extractor": looking,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} {platform.machine()}",

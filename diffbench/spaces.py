@@ -19,8 +19,10 @@ INSIDE = "autoencoder"
 """Where a run folder holds its trained autoencoder, in diffusers' format."""
 
 
-def encoded(config: RunConfig, data: ImageSet, autoencoder: KLAutoencoder, flip: bool = False) -> LatentSet:
-    """The latents of a data set under the config's autoencoder: from the cache, or encoded into it.
+def encoded(
+    config: RunConfig, data: ImageSet, autoencoder: KLAutoencoder, device: torch.device, flip: bool = False
+) -> LatentSet:
+    """The latents of a data set under the config's autoencoder: from the cache, or encoded into it on a device.
 
     Raises:
         UserError: if the disk is full, or the cache holds something else.
@@ -33,16 +35,13 @@ def encoded(config: RunConfig, data: ImageSet, autoencoder: KLAutoencoder, flip:
             f"encoding {len(data):,} images of {data.name} by autoencoder {config.autoencoder} into {folder}",
             flush=True,
         )
-    there = torch.device(
-        "cuda" if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu") else "cpu"
-    )
     return encode(
         data,
-        autoencoder.to(there),
+        autoencoder.to(device),
         folder,
         dtype=config.latent_dtype,
         batch_size=at_once(*data.images.shape[2:]),
-        device=there,
+        device=device,
         flip=flip,
         scale=autoencoder.config.scaling_factor,
         shift=autoencoder.config.shift_factor,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from diffbench.cli import main
 from diffbench.config import load
@@ -35,6 +36,39 @@ def test_every_recipe_trains_and_samples(path: str, tmp_path: Path, capsys: Capt
     assert (run / "samples" / "final-000000016.png").exists()
     assert main(["sample", str(run), "n=3", "steps=3", f"out={tmp_path / 'x.png'}", "strip=true", "gif=true"]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in ("x.png", "x.strip.png", "x.gif")]
+
+
+LARGE = {
+    "dit": ["denoiser.hidden_size=32", "denoiser.num_heads=2", "denoiser.depth=1"],
+    "ddpmpp": ["denoiser.model_channels=16", "denoiser.num_blocks=1"],
+    "diffit": ["denoiser.channels=[16,16,16]", "denoiser.blocks=[1,1,1]", "denoiser.norm_groups=8"],
+    "unet": ["denoiser.model_channels=16", "denoiser.num_res_blocks=1", "denoiser.norm_groups=8"],
+}
+LARGE |= {"sit": LARGE["dit"], "adm": [*LARGE["unet"], "denoiser.num_head_channels=8"]}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 colour images of 32x32 in four classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = torch.randint(0, 256, (40, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for i, image in enumerate(noise.numpy()):
+        path = folder / f"class{i % 4}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("path", sorted(str(p) for p in Path("experiments").glob("cifar10*/[!_]*.yaml")))
+def test_every_large_recipe_takes_steps_and_samples_at_a_reduced_size(
+    path: str, pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    config = load(path)
+    assert config.trainer.max_images >= 25_600_000
+    small = [*LARGE[Path(path).stem], "trainer.precision=32-true", f"data.path={pictures}", f"runs_dir={tmp_path}"]
+    assert main(["train", path, "debug=smoke", *small]) == 0, capsys.readouterr().err
+    (run,) = tmp_path.glob("cifar10*/*")
+    assert main(["sample", str(run), "n=2", "steps=3", f"out={tmp_path / 'x.png'}"]) == 0
 
 
 def test_recipes_state_what_the_papers_do() -> None:
