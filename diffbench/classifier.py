@@ -7,11 +7,9 @@ from torch import nn
 
 from diffbench import parts
 from diffbench.config_kinds import ClassifierRunConfig
-from diffbench.core.errors import UserError
 from diffbench.denoisers.classifier import NoisyClassifier
 from diffbench.denoisers.cost import Cost, count
-from diffbench.folder import read_config
-from diffbench.trained import Trained
+from diffbench.trained import Trained, open_run
 
 if TYPE_CHECKING:
     from lightning import Callback, LightningDataModule
@@ -77,10 +75,6 @@ def load(folder: str | Path) -> ClassifierRun:
     Raises:
         UserError: if the folder holds no classifier's run, or no weights yet.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    if not isinstance(config, ClassifierRunConfig):
-        raise UserError(f"{folder}: a run of kind {config.kind}; choose a classifier's")
-    run = ClassifierRun(folder, config)
-    run.use_average(run.ema)
+    run = open_run(folder, {"classifier": ClassifierRun})
+    assert isinstance(run, ClassifierRun)
     return run

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -216,70 +215,11 @@ def _reference(arguments: argparse.Namespace) -> int:
     return 0 if right else 2
 
 
-@dataclass
-class _Draw:
-    """What `sample` takes besides the keys of the sample section."""
-
-    n: int | None = None
-    labels: int | list[int] | None = None
-    seed: int = 0
-    out: str | None = None
-    ema: float | None = None
-    strip: bool = False
-    """Besides, how the first four come about: x_t and the predicted image along the steps, as a PNG."""
-    gif: bool = False
-    """The same as an animation."""
-
-
 def _sample(arguments: argparse.Namespace) -> None:
-    from diffbench import schema
-    from diffbench.config import change
-    from diffbench.config_layers import blaming, parse_overrides
-    from diffbench.run import load
+    from diffbench.drawing import draw
 
-    run = load(arguments.run)
-    values = parse_overrides(arguments.overrides)
-    section = values.pop("sample", {})  # steps=50 and sample.steps=50 are the same
-    values |= section if isinstance(section, dict) else {"sample": section}
-    known = [*(f.name for f in fields(_Draw)), *vars(run.config.sample)]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{COMMAND_LINE}: {key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
-    with blaming([(COMMAND_LINE, values)]):
-        draw = schema.build(_Draw, {k: v for k, v in values.items() if k in vars(_Draw())})
-    if draw.ema is not None:
-        run.use_average(draw.ema)
-    changes = {k: v for k, v in values.items() if k not in vars(draw)}
-    change(run.config, {"sample": changes})
-    words = [f"{run.images_seen:09d}", *(a.replace("/", "_") for a in arguments.overrides if not a.startswith("out="))]
-    path = Path(draw.out or run.folder / "samples" / f"{'-'.join(['sample', *words])[:200]}.png")
-    if draw.out and path.exists():
-        raise UserError(f"{COMMAND_LINE}: out: {path} exists already; choose another name")
-    if run.raw and path.suffix != ".npz":
-        raise UserError(
-            f"{COMMAND_LINE}: out: {run.shape[0]} channels make no picture; give out=NAME.npz for their raw values"
-        )
-    if run.raw and (draw.strip or draw.gif):
-        raise UserError(f"{COMMAND_LINE}: {'strip' if draw.strip else 'gif'}: {run.shape[0]} channels make no picture")
-    from diffbench.training.pictures import save_grid, save_npz, save_png
-    from diffbench.training.strips import Steps
-
-    steps = Steps(decode=run.decode)
-    with blaming([(COMMAND_LINE, values)]):
-        images = run.sample_tensor(
-            draw.n, draw.labels, seed=draw.seed, callback=steps if draw.strip or draw.gif else None, **changes
-        )
-    if path.suffix == ".npz":
-        save_npz(images, path)
-    else:
-        save_grid(images, columns=min(10, len(images)), path=path)
-    print(path)
-    if draw.strip:
-        save_png(steps.strip(), path.with_suffix(".strip.png"))
-        print(path.with_suffix(".strip.png"))
-    if draw.gif:
-        steps.save_gif(path.with_suffix(".gif"))
-        print(path.with_suffix(".gif"))
+    for path in draw(Path(arguments.run), arguments.overrides):
+        print(path)
 
 
 def _attention(arguments: argparse.Namespace) -> None:

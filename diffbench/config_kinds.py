@@ -11,12 +11,11 @@ from diffbench.denoisers import DENOISERS
 from diffbench.denoisers.classifier import ClassifierConfig
 from diffbench.diffusion import PROCESSES
 from diffbench.diffusion.pairs import ON_TABLES, PAIRS, check_pair
+from diffbench.training.autoencoder_settings import LossConfig, NetworkConfig
 from diffbench.training.settings import (
     DenoiserTrainerConfig,
     EMAConfig,
     EvaluateConfig,
-    LossConfig,
-    NetworkConfig,
     OptimizerConfig,
     SampleConfig,
     TrainerConfig,

@@ -49,6 +49,7 @@ def read_chain(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
         beside = (p for p in folder.glob("*.yaml") if p.resolve() not in chain and (chain or p.name[0] != "_"))
         near = sorted(map(str, beside)) or experiments()
         named_so = [n for n in near if Path(n).stem == path.stem]
+        named_so.sort(key=lambda n: (Path(n).parent != folder, len(n)))
         hint = f"; did you mean {named_so[0]!r}?" if named_so else suggest(str(path), near)
         raise UserError(f"{where}: {wrong}; choose from {', '.join(near) or 'files that exist'}{hint}")
     values = read_yaml(path)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,15 +190,17 @@ def order(what: str, count: int) -> Tensor:
 def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:
     """The batches, with progress shown where the first one says that all will take longer than some seconds."""
     started = time.perf_counter()
-    shown: AbstractContextManager[Callable[[int], None]] = nullcontext(lambda count: None)
-    advance: Callable[[int], None] | None = None
+    advance: Callable[[int], Any] | None = None
     with ExitStack() as stack:
         for batch in batches:
             yield batch
-            if advance is None:
-                slow = (time.perf_counter() - started) * total / len(batch[0]) > PATIENCE
-                advance = stack.enter_context(progress(what, total) if slow else shown)
-            advance(len(batch[0]))
+            done = len(batch[0])
+            if advance is not None:
+                advance(done)
+            elif (time.perf_counter() - started) * total / done > PATIENCE:
+                advance = stack.enter_context(progress(what, total, done))
+            else:
+                advance = int  # takes the count and does nothing with it
 
 
 def numbered(batches: Iterator[Tensor], labels: Tensor | None) -> Iterator[Numbered]:

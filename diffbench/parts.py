@@ -1,11 +1,11 @@
 """What a config describes: its data and its network, and a check of both before anything is trained or written."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffbench import spaces
 from diffbench.config_kinds import BaseConfig, RunConfig
@@ -160,3 +160,25 @@ def check_device(accelerator: str) -> None:
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):
         raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
+
+
+def labels_for(n: int | None, labels: int | Sequence[int] | Tensor | None, classes: int) -> Tensor:
+    """Labels (N,) of samples: those given, one for all, or by default the classes in turn.
+
+    Raises:
+        ValueError: if one is out of range, or the counts disagree.
+    """
+    if n is not None and n < 1:
+        raise ValueError(f"n: must be at least 1, got {n}")
+    if labels is None:
+        return torch.arange(16 if n is None else n) % max(1, classes)
+    y = torch.as_tensor(labels, dtype=torch.int64)
+    if y.ndim == 0:
+        y = y.repeat(1 if n is None else n)
+    if not len(y) or (n is not None and len(y) != n):
+        raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
+    if not classes:
+        raise ValueError("labels: this network was trained without classes; leave them out")
+    if not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
+    return y

@@ -1,6 +1,7 @@
 """What runs of every kind share: a folder, a config, one network, and how training begins, resumes and ends."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from diffbench import weights
 from diffbench.config import flatten, to_dict, to_yaml
 from diffbench.config_kinds import BaseConfig
+from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
 from diffbench.denoisers.cost import Cost
-from diffbench.folder import update_length
+from diffbench.folder import read_config, update_length
 
 if TYPE_CHECKING:
     from lightning import Callback, LightningDataModule
@@ -77,11 +79,6 @@ class Trained(ABC, Generic[C]):
         Raises:
             ValueError: a line that begins with the key.
         """
-
-    @classmethod
-    def prepare(cls, config: C) -> C:
-        """Makes what a run builds on, once the config is checked; returns the config that names it."""
-        return config
 
     @classmethod
     def start(cls, config: Any) -> dict[str, Tensor] | None:
@@ -152,3 +149,24 @@ class Trained(ABC, Generic[C]):
         )
         for decay, average in ema.averages.items():
             weights.export(self.folder, self.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)
+
+
+def open_run(folder: str | Path, kinds: Mapping[str, type[Trained[Any]]], ema: float | None = None) -> Trained[Any]:
+    """A trained run of one of these kinds with its averaged weights, on the CPU.
+
+    Args:
+        folder: the run folder.
+        kinds: the kinds that will do, by name.
+        ema: decay of the average, one of `config.ema.decays`; by default the first.
+
+    Raises:
+        UserError: if the folder holds no run of such a kind, no weights yet, or no such average.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if config.kind not in kinds:
+        raise UserError(f"{folder}: a run of kind {config.kind}; choose a {' or a '.join(kinds)}'s")
+    with blaming([(str(folder / "config.yaml"), to_dict(config))]):
+        run = kinds[config.kind](folder, config)
+    run.use_average(run.ema if ema is None else ema)
+    return run

@@ -14,7 +14,8 @@ from diffbench.data.sources import DigitsConfig, digits
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.training import coding
 from diffbench.training.autoencoder import AutoencoderModule
-from diffbench.training.settings import LossConfig, NetworkConfig, OptimizerConfig
+from diffbench.training.autoencoder_settings import LossConfig, NetworkConfig
+from diffbench.training.settings import OptimizerConfig
 from diffbench.training.validation import denoising_error
 
 

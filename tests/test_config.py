@@ -255,14 +255,15 @@ def test_missing_and_cyclic_bases(tmp_path: Path) -> None:
 
 
 def test_a_missing_experiment_suggests_the_nearest() -> None:
-    there = ", ".join(experiments())
     for wrong, said in (
         ("experiments/digits/dti.yaml", "no such file"),
         ("experiments/digits/dit", "no such file"),
         ("dit", "no such file"),
         ("experiments/digits", "is a folder, not a YAML file"),
     ):
-        assert refusal(wrong) == f"{wrong}: {said}; choose from {there}; did you mean '{DIT}'?"
+        near = [path for path in experiments() if path.startswith("experiments/digits/")]
+        choices = ", ".join(near if wrong.startswith("experiments/digits") else experiments())
+        assert refusal(wrong) == f"{wrong}: {said}; choose from {choices}; did you mean '{DIT}'?"
 
 
 def test_defaults_that_do_not_fit_blame_the_file(tmp_path: Path) -> None:

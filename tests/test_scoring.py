@@ -1,7 +1,9 @@
 """Evaluation of a run: what a record holds, that samples are drawn once, comparisons across protocols, export."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +213,19 @@ def test_old_records_are_kept_and_new_ones_stand_after_them(smoke_run: Path) -> 
     after = (smoke_run / "results.jsonl").read_text()
     assert after.startswith(before) and len(after.splitlines()) == len(before.splitlines()) + 2
     assert [json.loads(line)["format"] for line in after.splitlines()] == [1] * 4
+
+
+@pytest.mark.parametrize(("patience", "told"), [(1e9, []), (-1.0, [(30, 10), 10, 10])])
+def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patience: float, told: list[Any]) -> None:
+    shown: list[Any] = []
+
+    @contextlib.contextmanager
+    def progress(what: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+        shown.append((total, done))
+        yield shown.append
+
+    monkeypatch.setattr(judging, "progress", progress)
+    monkeypatch.setattr(judging, "PATIENCE", patience)
+    batches = list(judging.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
+    assert [len(b[0]) for b in judging.watched("scored", batches, 30)] == [10, 10, 10]
+    assert shown == told

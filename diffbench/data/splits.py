@@ -1,5 +1,6 @@
 """The rows of a place through the Hugging Face `datasets` library: which train, which are held out, of what class."""
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ def _open(place: Place, subset: str | None) -> tuple[dict[str, Any], dict[str, i
     if place.kind == "parquet":
         paths = {split: [os.path.join(place.root, f) for f in files] for split, files in place.files.items()}
         totals = {split: sum(map(_parquet_rows, files)) for split, files in paths.items()}
-        return dict(datasets.load_dataset("parquet", data_files=paths, streaming=True)), totals
+        names = {split: [glob.escape(path) for path in files] for split, files in paths.items()}  # it reads patterns
+        return dict(datasets.load_dataset("parquet", data_files=names, streaming=True)), totals
     try:
         data = dict(datasets.load_dataset(place.root, name=subset))
     except Exception as e:  # offline, no such name, a bad answer: the library raises many kinds

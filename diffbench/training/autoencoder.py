@@ -11,13 +11,14 @@ from diffbench.autoencoders import KLAutoencoder, kl
 from diffbench.core import keyed
 from diffbench.data.sources import ImageSet
 from diffbench.evaluation.reconstruction import psnr, ssim
+from diffbench.training.autoencoder_settings import LossConfig
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.coding import reconstruct, side_by_side
 from diffbench.training.ema import EMA
 from diffbench.training.log import RunLog
 from diffbench.training.module import Module
 from diffbench.training.pictures import grid, save_grid
-from diffbench.training.settings import LossConfig, OptimizerConfig
+from diffbench.training.settings import OptimizerConfig
 
 Features = Callable[[Tensor], Tensor]
 """Pictures (B, C, H, W) in [-1, 1] to features (B, D), through which gradients flow."""
