@@ -199,13 +199,14 @@ def _restored(run: Run, count: int, extractor: Extractor) -> dict[str, Any]:
     """The distance of the real images, once through the autoencoder, from themselves: what no denoiser can undercut."""
     if run.autoencoder is None:
         return {}
+    autoencoder = run.autoencoder.to(extractor.device)
     name = metric_name("reconstruction_fd", extractor, count)
     before, after = [], []
     for batch in references.first(run.train_set, "train", count).batches():
         before.append(extractor(batch).pooled)
-        after.append(extractor(reconstruct(run.autoencoder, batch)[0]).pooled)
+        after.append(extractor(reconstruct(autoencoder, batch)[0]).pooled)
     distance = frechet_distance(torch.cat(after), torch.cat(before))
-    return {"autoencoder": run.autoencoder.fingerprint, name: distance}
+    return {"autoencoder": autoencoder.fingerprint, name: distance}
 
 
 def _export(run: Run, config: RunConfig, how: SampleConfig, path: Path) -> None:
