@@ -48,6 +48,8 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     Returns:
         One record for each, already appended to the run's results.jsonl.
     """
+    from diffbench.training.log import show_scores  # imports Lightning
+
     changes = parse_overrides(overrides)
     for key in changes:
         if key not in ALLOWED:
@@ -83,6 +85,8 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     for how in settings:
         found.append(_score(run, config, how, judgement) | _restored(run, config.evaluate.count, judgement.extractor))
         records.append(run.folder / "results.jsonl", found[-1])
+        shown = {name: value for name, value in records.values(found[-1]).items() if "@" in name}
+        show_scores(run.folder, run.images_seen, shown, "guided/" if how.guided else "")
     if export is not None:
         _export(run, config, settings[-1], Path(str(export)))
     return found

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffbench import judging, records, references, scoring
 from diffbench.cli import main
@@ -229,3 +230,12 @@ def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patie
     batches = list(judging.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
     assert [len(b[0]) for b in judging.watched("scored", batches, 30)] == [10, 10, 10]
     assert shown == told
+
+
+def test_scores_stand_in_tensorboard_too(smoke_run: Path) -> None:
+    run = load(smoke_run)
+    record = scoring.evaluate(run, ["evaluate.count=20", "sample.guidance=1", "sample.steps=2"])[0]
+    events = EventAccumulator(str(smoke_run)).Reload()
+    name = "coverage/digits-cnn@20"
+    assert events.Scalars(name)[-1].step == run.images_seen == 16
+    assert events.Scalars(name)[-1].value == pytest.approx(record[name])
