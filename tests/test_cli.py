@@ -318,7 +318,7 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
         ("guidance=-1", "sample.guidance: must be at least 0, got -1.0"),
         ("steps=abc", "sample.steps: must be like 250, ddim25 or 10,15,20, got 'abc'"),
         ("eta=0.5", "sample.eta: belongs to sample.sampler=ddim"),
-        ("stesp=3", "stesp: unknown key; allowed: n, labels, seed, out, ema, strip, gif, sampler, "),
+        ("stesp=3", "stesp: unknown key; allowed: n, labels, seed, out, ema, strip, gif, raw, sampler, "),
         ("trainer.max_images=3", "trainer: unknown key; allowed: n, labels, "),
         ("foo", "'foo' is no override; write key=value"),
     ],

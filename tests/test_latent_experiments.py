@@ -101,7 +101,7 @@ def test_imagenet_experiments_take_steps_at_a_reduced_size(name: str, reduced: l
 def test_an_imported_denoiser_with_an_autoencoder_makes_pictures(reduced: list[str], tmp_path: Path) -> None:
     (autoencoder,) = (word for word in reduced if word.startswith("autoencoder="))
     out = tmp_path / "dit"
-    assert main(["import", "dit", str(saved(tmp_path, "dit_a")), str(out), autoencoder, *words("dit", "dit_a")]) == 0
+    assert main(["import", "dit", str(saved(tmp_path, "dit_a")), str(out), *words("dit", "dit_a"), autoencoder]) == 0
     run = load(out)
     assert (run.shape, run.raw) == ((4, 8, 8), False)
     (picture,) = run.sample(n=1, steps="2")
