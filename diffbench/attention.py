@@ -31,7 +31,7 @@ class AttentionConfig:
     layers: list[str] | None = None
     """Names of layers; null: the first, the middle and the last of each run."""
     tokens: list[list[int]] | None = None
-    """Pixels [row, column] whose tokens are shown; null: the image's centre."""
+    """Pixels [row, column] whose tokens are shown, places of a latent in latent space; null: the centre."""
     times: int | list[float] = 8
     """Log-SNRs along sampling, noisiest first; or how many, evenly spread over what all runs pass through."""
     image: int = 0
@@ -65,7 +65,7 @@ class Attention:
 
 
 def attention(runs: Sequence[Run], config: AttentionConfig) -> tuple[list[float], list[Attention]]:
-    """The attention maps of runs on one noised image.
+    """The attention maps of runs on one noised image, or its latent.
 
     The image is a held-out one of each run's data, with its label; its noise is keyed by its number, the same at all
     levels and for all runs.
@@ -116,6 +116,8 @@ def _of(run: Run, config: AttentionConfig, levels: list[float]) -> Attention:
         raise ValueError(f"times: {e}") from None
     index = torch.tensor([config.image])
     x0 = from_uint8(run.held_out.images[index])
+    if run.autoencoder is not None:
+        x0 = run.autoencoder.scaled(run.autoencoder.encode(x0)[0])
     eps = keyed.normal(keyed.key("attention"), index, tuple(x0.shape[1:]))
     x0, eps = (v.to(parameter).expand(len(t), -1, -1, -1) for v in (x0, eps))
     label = run.held_out.labels[index].to(parameter.device).expand(len(t))

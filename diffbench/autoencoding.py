@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from diffbench.training.log import RunLog
 
 
+VALIDATED = 1000
+"""Held-out images that are restored in training; evaluation takes `evaluate.count`."""
+
+
 class AutoencoderRun(Trained[AutoencoderConfig]):
     """An autoencoder's run folder with its network.
 
@@ -93,7 +97,7 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
         from diffbench.training.autoencoder import Reconstructions
 
         t = self.config.trainer
-        return [Reconstructions(log, ema, self.held_out, t.validate_images, t.sample_images)]
+        return [Reconstructions(log, ema, self.held_out.spread(VALIDATED), t.validate_images, t.sample_images)]
 
     def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
         """Trains as every kind does, then writes the averaged network with its scale into `<folder>/autoencoder`."""

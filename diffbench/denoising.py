@@ -229,6 +229,7 @@ class Run(Trained[RunConfig]):
         from diffbench.training.sampling import generate  # imports Lightning
 
         settings = settings or self.config.sample
+        _ = self.autoencoder  # missed now rather than after hours of sampling
         return generate(
             self.denoiser,
             self.process,

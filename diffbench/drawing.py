@@ -1,7 +1,7 @@
 """Samples of a run as pictures: what `diffbench sample` takes and writes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from diffbench import schema
@@ -24,6 +24,8 @@ class DrawConfig:
     """Besides, how the first four come about: x_t and the predicted image along the steps, as a PNG."""
     gif: bool = False
     """The same as an animation."""
+    raw: bool = False
+    """What the network denoises as it is, without the autoencoder; needs out=NAME.npz."""
 
 
 def draw(folder: Path, overrides: Sequence[str]) -> Iterator[Path]:
@@ -50,6 +52,10 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[Path]:
     path = Path(asked.out or run.folder / "samples" / f"{'-'.join(['sample', *words])[:200]}.png")
     if asked.out and path.exists():
         raise UserError(f"{COMMAND_LINE}: out: {path} exists already; choose another name")
+    if asked.raw and run.config.autoencoder is None and not run.raw:
+        raise UserError(f"{COMMAND_LINE}: raw: this network denoises pictures; leave it at false")
+    if asked.raw:
+        run.config = replace(run.config, autoencoder=None)
     if run.raw and path.suffix != ".npz":
         raise UserError(
             f"{COMMAND_LINE}: out: {run.shape[0]} channels make no picture; give out=NAME.npz for their raw values"

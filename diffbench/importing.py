@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffbench import weights
 from diffbench.config import from_layers, to_yaml
 from diffbench.config_kinds import RunConfig
-from diffbench.config_layers import COMMAND_LINE, parse_overrides
+from diffbench.config_layers import COMMAND_LINE, blaming, parse_overrides
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import sha256, write_text
 from diffbench.denoisers import from_reference
@@ -28,6 +28,8 @@ from diffbench.denoisers.reference_infer import infer, unwrapped
 from diffbench.denoisers.reference_recipe import Blueprint
 from diffbench.parts import build_denoiser, load_data
 
+AUTOENCODER = "stabilityai/sd-vae-ft-ema"
+"""What the latents of DiT, SiT and DiffiT are decoded with."""
 NESTED = ("ema", "model", "state_dict")
 """Where a checkpoint keeps weights among other things, the best first."""
 
@@ -67,9 +69,11 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
         net = from_reference(source, arguments, state)
     except ValueError as e:
         raise UserError(f"{checkpoint}: {e}") from None
-    config = from_layers([(f"import {source}", as_config(source, plan)), (COMMAND_LINE, changes)])
+    stack = [(f"import {source}", as_config(source, plan)), (COMMAND_LINE, changes)]
+    config = from_layers(stack)
     assert isinstance(config, RunConfig)
-    _check_fits(config, net, checkpoint)
+    with blaming(stack):
+        _check_fits(config, net, checkpoint)
     _write(out, config, net, {"source": source, "checkpoint": checkpoint.name, "sha256": sha256(checkpoint)})
     return config
 
@@ -143,6 +147,7 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
     elif size == 64:
         process["schedule"] = "cosine"  # ADM's at 64x64
     return {
+        "autoencoder": AUTOENCODER if source in ("dit", "sit", "diffit") and channels == 4 else None,
         "data": {
             "name": "none",
             "channels": channels,

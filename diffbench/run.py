@@ -9,7 +9,6 @@ from diffbench import classifier, spaces
 from diffbench.autoencoders import files
 from diffbench.autoencoding import AutoencoderRun
 from diffbench.config import from_layers, read_layers
-from diffbench.config import load as config_of
 from diffbench.config_kinds import BaseConfig, RunConfig
 from diffbench.config_layers import blaming
 from diffbench.core.files import locked
@@ -88,8 +87,7 @@ def with_autoencoder(config: C) -> C:
     if not isinstance(config, RunConfig) or not spaces.is_experiment(config.autoencoder or ""):
         return config
     source = str(config.autoencoder)
-    overrides = [f"runs_dir={config.runs_dir}", *(["debug=smoke"] if config.debug == "smoke" else [])]
-    wanted = config_of(source, overrides)
+    wanted, overrides = spaces.experiment(config)
     folder = folder_for(Path(source), overrides, wanted)
     if (folder / spaces.INSIDE / files.CONFIG).is_file():
         check_same(folder, wanted)

@@ -48,6 +48,8 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     Returns:
         One record for each, already appended to the run's results.jsonl.
     """
+    from diffbench.training.log import show_scores  # imports Lightning
+
     changes = parse_overrides(overrides)
     for key in changes:
         if key not in ALLOWED:
@@ -83,6 +85,8 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     for how in settings:
         found.append(_score(run, config, how, judgement) | _restored(run, config.evaluate.count, judgement.extractor))
         records.append(run.folder / "results.jsonl", found[-1])
+        shown = {name: value for name, value in records.values(found[-1]).items() if "@" in name}
+        show_scores(run.folder, run.images_seen, shown, "guided/" if how.guided else "")
     if export is not None:
         _export(run, config, settings[-1], Path(str(export)))
     return found
@@ -199,13 +203,14 @@ def _restored(run: Run, count: int, extractor: Extractor) -> dict[str, Any]:
     """The distance of the real images, once through the autoencoder, from themselves: what no denoiser can undercut."""
     if run.autoencoder is None:
         return {}
+    autoencoder = run.autoencoder.to(extractor.device)
     name = metric_name("reconstruction_fd", extractor, count)
     before, after = [], []
     for batch in references.first(run.train_set, "train", count).batches():
         before.append(extractor(batch).pooled)
-        after.append(extractor(reconstruct(run.autoencoder, batch)[0]).pooled)
+        after.append(extractor(reconstruct(autoencoder, batch)[0]).pooled)
     distance = frechet_distance(torch.cat(after), torch.cat(before))
-    return {"autoencoder": run.autoencoder.fingerprint, name: distance}
+    return {"autoencoder": autoencoder.fingerprint, name: distance}
 
 
 def _export(run: Run, config: RunConfig, how: SampleConfig, path: Path) -> None:

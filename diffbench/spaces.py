@@ -53,6 +53,26 @@ def is_experiment(source: str) -> bool:
     return source.endswith((".yaml", ".yml"))
 
 
+def experiment(config: RunConfig) -> tuple[AutoencoderConfig, list[str]]:
+    """The config of the experiment that `autoencoder` names, and the overrides that it shares with this one.
+
+    Raises:
+        ValueError: if it is no autoencoder's.
+    """
+    source, path = str(config.autoencoder), getattr(config.data, "path", None)
+    overrides = [f"runs_dir={config.runs_dir}", *(["debug=smoke"] if config.debug == "smoke" else [])]
+    try:
+        found = load(source, overrides)
+        if path is not None and found.data.name == config.data.name:  # one place of the pictures serves both
+            overrides.append(f"data.path={path}")
+            found = load(source, overrides)
+    except UserError as e:
+        raise ValueError(str(e)) from None
+    if not isinstance(found, AutoencoderConfig):
+        raise ValueError(f"{source}: its kind is {found.kind}; choose a YAML of kind autoencoder")
+    return found, overrides
+
+
 def shape(config: RunConfig, data: ImageSet) -> tuple[int, int, int]:
     """(C, H, W) of what the config's denoiser works on, for pictures like those of `data`.
 
@@ -63,7 +83,7 @@ def shape(config: RunConfig, data: ImageSet) -> tuple[int, int, int]:
     if config.autoencoder is None or config.data.name == "none":  # which has the shape of what is denoised
         return channels, height, width
     try:
-        return _sizes(config.autoencoder).latent_shape((channels, height, width))
+        return _sizes(config).latent_shape((channels, height, width))
     except ValueError as e:
         raise ValueError(f"autoencoder: {e}") from None
 
@@ -80,17 +100,13 @@ def load_autoencoder(source: str) -> KLAutoencoder:
         raise UserError(f"autoencoder: {e}") from None
 
 
-def _sizes(source: str) -> KLConfig:
+def _sizes(config: RunConfig) -> KLConfig:
+    source = str(config.autoencoder)
     if not is_experiment(source):
         return files.read_config(files.find(_place(source)))
-    try:
-        config = load(source)
-    except UserError as e:
-        raise ValueError(str(e)) from None
-    if not isinstance(config, AutoencoderConfig):
-        raise ValueError(f"{source}: its kind is {config.kind}; choose a YAML of kind autoencoder")
-    train_set, _ = SOURCES[config.data.name].load(config.data)
-    return config.network.for_channels(train_set.images.shape[1])
+    found, _ = experiment(config)
+    train_set, _ = SOURCES[found.data.name].load(found.data)
+    return found.network.for_channels(train_set.images.shape[1])
 
 
 def _place(source: str) -> str | Path:

@@ -10,8 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import diffbench
 from diffbench.attention import AttentionConfig, attention, draw, noise_levels
+from diffbench.autoencoders import KLAutoencoder, KLConfig, files
 from diffbench.cli import main
-from diffbench.run import Run
+from diffbench.run import Run, train
 
 Capture = pytest.CaptureFixture[str]
 
@@ -110,3 +111,18 @@ def test_a_command_without_a_run_or_over_a_file(finished: Path, tmp_path: Path, 
     assert main(["attention", str(finished), f"out={there}"]) == 2
     assert capsys.readouterr().err == f"error: command line: out: {there} exists already; choose another name\n"
     assert there.read_bytes() == b"mine"
+
+
+def test_latents_attend_too(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        files.save(KLAutoencoder(KLConfig(1, 1, 4, [4, 4], 1, 2)), tmp_path / "autoencoder")
+    words = ["debug=smoke", f"autoencoder={tmp_path / 'autoencoder'}", f"runs_dir={tmp_path}"]
+    latent = train("experiments/digits/dit.yaml", words)
+    levels, (found,) = attention([latent], AttentionConfig(times=[-2.0, 9.0], image=3, tokens=[[2, 0]]))
+    assert found.noisy.shape == (2, 4, 4, 4)
+    assert found.maps[0].weights.shape == (2, 4, 1, 2, 2)
+    mean, _ = latent.autoencoder.encode(latent.held_out.images[3:4].float() / 127.5 - 1)
+    clean = latent.autoencoder.scaled(mean)[0]
+    assert (found.noisy[1] - clean).abs().max() < 0.1 < (found.noisy[0] - clean).abs().max()
+    draw(levels, [found])

@@ -241,52 +241,6 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        ("autoencoder=nowhere", "autoencoder: nowhere: no such folder; give a folder with config.json"),
-        ("autoencoder=''", "autoencoder: must be a folder, a hub name, an experiment's YAML, or null"),
-        (
-            "autoencoder=experiments/digits/dit.yaml",
-            "autoencoder: experiments/digits/dit.yaml: its kind is",
-        ),
-        (
-            "autoencoder=experiments/digits/nothing.yaml",
-            "autoencoder: experiments/digits/nothing.yaml: no",
-        ),
-        (
-            "data.size=9",
-            "autoencoder: this autoencoder takes 1 channels and sides divisible by 2, got 1x9x9",
-        ),
-    ],
-)
-def test_what_no_denoiser_can_work_on_is_found_first(
-    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, line: str
-) -> None:
-    where = experiments(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert f": {line}" in refused("train", where["dit"], f"runs_dir={tmp_path / 'none'}", *change.split())
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        ("network.norm_num_groups=3", "network.block_out_channels: norm_num_groups=3 must divide"),
-        ("data.size=9", "network.block_out_channels: this autoencoder takes 1 channels and sides divisible by 2"),
-        ("loss.perceptual=lpips", "command line: loss.perceptual: unknown extractor 'lpips'; choose digits-cnn"),
-        ("evaluate.count=50", "command line: evaluate.count: must be at most 40, as many held-out images"),
-        ("trainer.label_dropout=0.1", "command line: trainer.label_dropout: unknown key"),
-    ],
-)
-def test_what_no_autoencoder_can_do_is_found_first(
-    refused: Callable[..., str], tmp_path: Path, change: str, line: str
-) -> None:
-    where = experiments(tmp_path)
-    assert line in refused("train", where["autoencoder"], f"runs_dir={tmp_path / 'none'}", change)
-    assert not (tmp_path / "none").exists()
-
-
 def test_an_untrained_run_is_no_autoencoder(
     refused: Callable[..., str], runs: tuple[Path, Path], tmp_path: Path
 ) -> None:

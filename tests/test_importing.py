@@ -1,5 +1,6 @@
 """`diffbench import`: published checkpoints become run folders, equal to the last bit, that sample as released."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from test_reference import arguments, weights
 from test_reference_infer import UNSAID, shapes_of
 
 import diffbench
+from diffbench.autoencoders import KLAutoencoder, KLConfig, files
 from diffbench.cli import main
 from diffbench.config_kinds import RunConfig
 from diffbench.core.files import sha256
@@ -30,9 +32,9 @@ def unsaid(source: str) -> tuple[str, ...]:
 
 
 def words(source: str, name: str) -> list[str]:
-    """The arguments that the weights of a case do not say, as the command line takes them."""
+    """The arguments that the weights of a case do not say, as the command line takes them; latents stay latents."""
     made = arguments(load(name))
-    return [f"arguments.{key}={made[key]}" for key in unsaid(source) if made[key] != -1]
+    return ["autoencoder=null", *(f"arguments.{key}={made[key]}" for key in unsaid(source) if made[key] != -1)]
 
 
 def saved(tmp_path: Path, name: str) -> Path:
@@ -131,21 +133,38 @@ def test_guidance_of_imported_adm_is_refused_with_a_sentence(tmp_path: Path, cap
     assert main(["sample", str(tmp_path / "adm"), "n=1", "steps=2"]) == 0
 
 
-def test_latents_are_written_as_they_are_and_make_no_picture(tmp_path: Path, capsys: Capture) -> None:
+def test_latents_are_decoded_or_written_as_they_are(tmp_path: Path, capsys: Capture) -> None:
     path, out, file = saved(tmp_path, "dit_a"), tmp_path / "dit", tmp_path / "samples.npz"
     assert main(["import", "dit", str(path), str(out), "arguments.num_heads=3"]) == 0
+    run = diffbench.load(out)
+    assert run.config.autoencoder == "stabilityai/sd-vae-ft-ema"
     capsys.readouterr()
-    assert main(["sample", str(out), "n=2", "steps=2"]) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffbench.training.sampling.generate", None)  # nothing is drawn before it is found missing
+        assert main(["sample", str(out), "n=2", "steps=2"]) == 2
+    assert capsys.readouterr().err.startswith("error: autoencoder: stabilityai/sd-vae-ft-ema: not cached")
+    assert main(["sample", str(out), "n=2", "steps=2", "raw=true"]) == 2
     assert capsys.readouterr().err == (
         "error: command line: out: 4 channels make no picture; give out=NAME.npz for their raw values\n"
     )
-    assert main(["sample", str(out), "n=2", "steps=2", f"out={file}"]) == 0
+    assert main(["sample", str(out), "n=2", "steps=2", "raw=true", f"out={file}"]) == 0
     values = np.load(file)["arr_0"]
-    run = diffbench.load(out)
     assert values.dtype == np.float32 and values.shape == (2, 4, 8, 8)
+    run.config = replace(run.config, autoencoder=None)
     assert np.array_equal(values, run.sample_tensor(n=2, steps="2").numpy())
     with pytest.raises(ValueError, match="4 channels make no picture; take sample_tensor"):
         run.sample(n=1, steps="2")
+
+
+def test_an_autoencoder_makes_pictures_of_imported_latents(tmp_path: Path, capsys: Capture) -> None:
+    path, out = saved(tmp_path, "dit_a"), tmp_path / "dit"
+    with torch.random.fork_rng(devices=[]):
+        files.save(KLAutoencoder(KLConfig(3, 3, 4, [4, 4], 1, 2)), tmp_path / "autoencoder")
+    words = ["arguments.num_heads=3", f"autoencoder={tmp_path / 'autoencoder'}"]
+    assert main(["import", "dit", str(path), str(out), *words]) == 0
+    assert main(["sample", str(out), "n=2", "steps=2", f"out={tmp_path / 'p.npz'}"]) == 0
+    pictures = np.load(tmp_path / "p.npz")["arr_0"]
+    assert pictures.dtype == np.uint8 and pictures.shape == (2, 16, 16, 3)
 
 
 def digits_checkpoint(tmp_path: Path) -> Path:
@@ -165,6 +184,9 @@ def test_an_imported_run_is_scored_on_the_data_it_names(tmp_path: Path, capsys: 
     assert main(["sample", str(out), "n=2", f"out={tmp_path / 'p.npz'}"]) == 0
     pictures = np.load(tmp_path / "p.npz")["arr_0"]
     assert pictures.dtype == np.uint8 and pictures.shape == (2, 8, 8, 1)
+    capsys.readouterr()
+    assert main(["sample", str(out), "n=2", "raw=true"]) == 2
+    assert capsys.readouterr().err == "error: command line: raw: this network denoises pictures; leave it at false\n"
 
 
 def test_without_images_nothing_is_scored_or_trained(tmp_path: Path, capsys: Capture) -> None:

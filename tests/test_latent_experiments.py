@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_importing import saved, words
 
 from diffbench.autoencoders import KLAutoencoder, KLConfig, files
+from diffbench.cli import main
 from diffbench.config import load as load_config
 from diffbench.config_kinds import AutoencoderConfig, RunConfig
 from diffbench.denoisers import build
@@ -94,6 +96,19 @@ def test_imagenet_experiments_take_steps_at_a_reduced_size(name: str, reduced: l
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["images"] for m in lines if "train/loss" in m] == [8, 16]
     assert load(run.folder).sample_tensor(2, guidance=2.0).shape == (2, 3, 16, 16)
+
+
+def test_an_imported_denoiser_with_an_autoencoder_makes_pictures(reduced: list[str], tmp_path: Path) -> None:
+    (autoencoder,) = (word for word in reduced if word.startswith("autoencoder="))
+    out = tmp_path / "dit"
+    assert main(["import", "dit", str(saved(tmp_path, "dit_a")), str(out), autoencoder, *words("dit", "dit_a")]) == 0
+    run = load(out)
+    assert (run.shape, run.raw) == ((4, 8, 8), False)
+    (picture,) = run.sample(n=1, steps="2")
+    assert (picture.size, picture.mode) == ((16, 16), "RGB")
+    assert main(["sample", str(out), "n=2", "steps=2", f"out={tmp_path / 'two.png'}"]) == 0
+    with Image.open(tmp_path / "two.png") as grid:
+        assert grid.size == (2 * 36, 36)
 
 
 def test_the_cifar10_autoencoder_is_what_its_denoisers_name() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffbench import judging, records, references, scoring
 from diffbench.cli import main
@@ -258,3 +259,12 @@ def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
     judgement.by_class = False
     plain = judgement.scores([(numbers, images, None)])["inception_score/logits@6000"]
     assert plain == pytest.approx(inception_score(logits.split(5000))) and plain < found - 0.5
+
+
+def test_scores_stand_in_tensorboard_too(smoke_run: Path) -> None:
+    run = load(smoke_run)
+    record = scoring.evaluate(run, ["evaluate.count=20", "sample.guidance=1", "sample.steps=2"])[0]
+    events = EventAccumulator(str(smoke_run)).Reload()
+    name = "coverage/digits-cnn@20"
+    assert events.Scalars(name)[-1].step == run.images_seen == 16
+    assert events.Scalars(name)[-1].value == pytest.approx(record[name])

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ LAYOUT = {
 }
 FINAL = ("val/error", "train/loss")
 """Metrics of the hparams tab: their last values."""
+
+
+def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: str = "") -> None:
+    """Scalars of a trained run's scores at the images that its weights have seen, in TensorBoard."""
+    with _new_writer(folder) as writer:
+        for name, value in scores.items():
+            writer.add_scalar(prefix + name, value, images)
+
+
+def _new_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    # TensorBoard reads event files in the order of their names, which begin with the second they were made in.
+    while any(f".tfevents.{int(time.time())}." in p.name for p in folder.glob("events.*")):
+        time.sleep(0.05)
+    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
 
 
 class RunLog(L.Callback):
@@ -77,11 +92,7 @@ class RunLog(L.Callback):
 
     def _open_writer(self) -> None:
         """A new event file, which drops the points of earlier files past the images resumed at."""
-        # TensorBoard reads event files in the order of their names, which begin with the second they were made in.
-        while any(f".tfevents.{int(time.time())}." in p.name for p in self.folder.glob("events.*")):
-            time.sleep(0.05)
-        purge = self.images + 1 if self._resumed else 0
-        self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=30)
+        self._writer = _new_writer(self.folder, purge_step=self.images + 1 if self._resumed else 0)
         if not self._resumed:
             self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
             self._writer.add_custom_scalars(LAYOUT)
