@@ -46,6 +46,8 @@ class Judgement:
         training: images to which copies would lie close, or None.
         labels: whether samples have labels that the extractor can judge.
         infinity: whether the Fréchet distance is extrapolated too.
+        by_class: whether samples are numbered class by class, as a run's own are: the Inception score's chunks are then
+            taken of them as `export` shuffles them.
     """
 
     extractor: Extractor
@@ -56,6 +58,7 @@ class Judgement:
     training: Tensor | None = None
     labels: bool = True
     infinity: bool = False
+    by_class: bool = True
     extra: dict[str, float] = field(default_factory=dict)
 
     def suite(self, brief: bool = False, count: int | None = None) -> Suite:
@@ -70,6 +73,7 @@ class Judgement:
             labels=self.labels,
             training=self.training,
             order=order("fd_infinity", count) if self.infinity else None,
+            places=order("export", count).argsort() if self.by_class else None,
         )
 
     def scores(self, batches: Iterable[Numbered]) -> dict[str, float]:

@@ -17,14 +17,17 @@ from diffbench import judging, records, references, scoring
 from diffbench.cli import main
 from diffbench.core import keyed
 from diffbench.data.sources import balanced
+from diffbench.evaluation import Extractor, Features
 from diffbench.evaluation.metrics import (
     coverage,
     frechet_distance,
+    gaussian,
     inception_score,
     kernel_distance,
     nearest_distance,
     neighbours,
 )
+from diffbench.evaluation.suite import Reference
 from diffbench.run import Run, load
 from diffbench.shards import Shards
 
@@ -230,6 +233,32 @@ def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patie
     batches = list(judging.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
     assert [len(b[0]) for b in judging.watched("scored", batches, 30)] == [10, 10, 10]
     assert shown == told
+
+
+def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
+    """Class by class, a chunk would hold few classes and score next to nothing."""
+    count, generator = 6000, torch.Generator().manual_seed(0)
+    classes = torch.arange(count) * 10 // count
+    logits = 4 * torch.nn.functional.one_hot(classes, 10) + torch.randn(count, 10, generator=generator)
+    judge = Extractor(
+        "logits",
+        torch.nn.Identity(),
+        lambda x: Features(x[:, 0, :2, 0], logits[x[:, 1, 0, 0].long() * 256 + x[:, 2, 0, 0].long()]),
+        dim=2,
+        weights="",
+        licence="",
+        classes=10,
+    )
+    numbers = torch.arange(count)
+    images = torch.randint(0, 256, (count, 3, 2, 2), generator=generator).to(torch.uint8)
+    images[:, 1], images[:, 2] = (numbers // 256)[:, None, None], (numbers % 256)[:, None, None]
+    judgement = judging.Judgement(judge, count, {"fd": Reference(gaussian(torch.randn(9, 2)), torch.zeros(0, 2))}, {})
+    found = judgement.scores([(numbers, images, None)])["inception_score/logits@6000"]
+    order = judging.order("export", count)
+    assert found == pytest.approx(inception_score(logits[order].split(5000)))
+    judgement.by_class = False
+    plain = judgement.scores([(numbers, images, None)])["inception_score/logits@6000"]
+    assert plain == pytest.approx(inception_score(logits.split(5000))) and plain < found - 0.5
 
 
 def test_scores_stand_in_tensorboard_too(smoke_run: Path) -> None:

@@ -82,6 +82,8 @@ class Suite:
         labels: whether samples come with the labels that they were made for.
         training: (N, C, H, W) uint8 images to which copies would lie close.
         order: permutation of the samples for the extrapolation to infinitely many; None leaves it out.
+        places: (count,) where each sample stands in the file whose consecutive chunks the Inception score takes; None
+            for the order of their numbers.
     """
 
     def __init__(
@@ -95,7 +97,9 @@ class Suite:
         labels: bool = True,
         training: Tensor | None = None,
         order: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> None:
+        at = torch.arange(count) if places is None else places
         self.extractor, self.count = extractor, count
         self._fed: list[tuple[Sums, Callable[[Batch], tuple[Any, ...]]]] = []
         main, keep = references["fd"], min(count, KEPT)
@@ -108,7 +112,7 @@ class Suite:
             self._add(PrecisionRecall(main.rows, count, keep), lambda b: (b.features.pooled, b.number))
             self._add(DensityCoverage(main.rows, count, keep), lambda b: (b.features.pooled, b.number))
         if extractor.classes is not None:
-            self._add(InceptionScore(extractor.classes, count), lambda b: (b.features.logits, b.number))
+            self._add(InceptionScore(extractor.classes, count), lambda b: (b.features.logits, at[b.number.cpu()]))
         if extractor.judges_labels and labels:
             self._add(LabelAccuracy(count), lambda b: (b.features.logits, b.labels))
         if main.spatial is not None:
