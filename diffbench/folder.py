@@ -13,7 +13,9 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 
 # What may change between two sittings of one run: its length, and what leaves every number as it is.
-FREE = {"trainer.max_images", "data.num_workers", "runs_dir", "tag"}
+# Other devices sum in another order: every number stays as it is but for rounding.
+DEVICES = {"trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.timeout_s"}
+FREE = {"trainer.max_images", "data.num_workers", "runs_dir", "tag"} | DEVICES
 LONGEST_TAG = 100
 
 

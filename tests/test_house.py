@@ -93,7 +93,7 @@ FLOORS = [
     {"run"},
     {"scoring", "foreign", "attention", "importing", "drawing"},
     {"reconstructing", "adm"},
-    {"report", "referencing"},
+    {"report", "referencing", "worker"},
     {"cli"},
     {"__main__"},
 ]

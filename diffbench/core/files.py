@@ -76,8 +76,10 @@ def room_for(path: Path, needed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[None]:
+def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[int]:
     """Holds a folder against a second command; the lock goes with the process, however it ends.
+
+    It gives the open file's descriptor: a process that inherits it holds the lock too.
 
     Args:
         folder: what to hold; made if missing.
@@ -106,4 +108,4 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[No
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        yield file.fileno()

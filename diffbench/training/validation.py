@@ -14,6 +14,7 @@ from diffbench.core import keyed
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.diffusion import Process, predictor
+from diffbench.training import together
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.log import RunLog
@@ -26,15 +27,17 @@ def denoising_error(
 ) -> dict[float, float]:
     """Mean squared error per number of the denoised picture or latent, as the data set gives it, at each log-SNR.
 
-    The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels.
+    The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels. Of several
+    ranks each takes a share of the images, and all get the result.
     """
     parameter = next(denoiser.parameters())
     training = denoiser.training
     denoiser.eval()
-    predict, errors = predictor(process, denoiser), {}
+    predict, errors, mine = predictor(process, denoiser), {}, together.share(len(data))
+    numbers = data.clean(torch.arange(1))[0].numel()
     for level in log_snr:
         total = torch.zeros((), dtype=torch.float64, device=parameter.device)
-        for index in torch.arange(len(data)).split(batch_size):
+        for index in mine.split(batch_size) if len(mine) else ():
             x0 = data.clean(index).to(parameter)
             y = data.labels[index].to(parameter.device)
             t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=parameter.device))
@@ -43,7 +46,7 @@ def denoising_error(
             x_t = process.add_noise(x0, t, eps)
             denoised = predict(x_t, t, y).x0
             total += (denoised - x0).double().square().sum()
-        errors[level] = float(total) / (len(data) * x0[0].numel())
+        errors[level] = float(together.total(total)) / (len(data) * numbers)
     denoiser.train(training)
     return errors
 
