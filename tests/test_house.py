@@ -94,6 +94,7 @@ FLOORS = [
     {"scoring", "foreign", "attention", "importing", "drawing"},
     {"reconstructing", "adm"},
     {"report", "referencing"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 ]
