@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         nargs="+",
         metavar="RUN [key=value]",
-        help="run folders, then keys as out=FOLDER primary=fd baseline=dit",
+        help="run folders, or a study's YAML or folder, then keys as out=FOLDER primary=fd baseline=dit",
     )
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm or ddpmpp")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")
