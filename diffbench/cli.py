@@ -5,9 +5,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffbench import launching
 from diffbench.core.errors import UserError, suggest
 
 COMMAND_LINE = "command line"
@@ -24,12 +26,19 @@ VERBS = {
     "import": "turn a published checkpoint into a run folder",
 }
 
+LAUNCHED = ("train", "encode", "evaluate")
+"""What `launcher=slurm` can hand over."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code: 0, or 2 after one line that says what to mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        launcher, argv = launching.split(argv)
         arguments = _parser().parse_args(_checked_verb(argv))
+        arguments.launcher = launcher
+        if launcher.name == "slurm":
+            return _launch(arguments, argv)
         return int(globals()[f"_{arguments.verb}"](arguments) or 0)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -96,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     values = {
         "import": "arguments.num_heads=16 sample.steps=50",
-        "train": "trainer.max_images=900_000",
+        "train": "trainer.max_images=900_000, or launcher=slurm launcher.time=90",
         "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
@@ -105,6 +114,23 @@ def _parser() -> argparse.ArgumentParser:
     for name, example in values.items():
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")
     return parser
+
+
+def _launch(arguments: argparse.Namespace, words: list[str]) -> int:
+    """Hands the command to SLURM in place of running it."""
+    if arguments.verb not in LAUNCHED:
+        raise UserError(f"{COMMAND_LINE}: launcher=slurm belongs to {', '.join(LAUNCHED)}, not to {arguments.verb}")
+    name, folder = arguments.verb, launching.FOLDER
+    if arguments.verb != "evaluate":  # what is wrong with a config shows here, not in the queue
+        from diffbench.config import load
+        from diffbench.folder import folder_for
+
+        config = load(arguments.config, arguments.overrides)
+        name = folder_for(Path(arguments.config), arguments.overrides, config).name
+        folder = f"{config.runs_dir}/slurm"
+    launcher = replace(arguments.launcher, folder=arguments.launcher.folder or folder)
+    print(launching.told(launching.submit([words], launcher, name), launcher.folder))
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> None:

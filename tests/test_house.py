@@ -80,7 +80,7 @@ FLOORS = [
     {"core"},
     set(WINGS),
     {"data", "schema", "config_layers"},
-    {"training"},
+    {"training", "launching"},
     {"config_kinds"},
     {"config"},
     {"folder", "records", "references", "spaces"},
@@ -129,7 +129,15 @@ def test_there_is_no_circle() -> None:
     assert order.index("diffbench.core.errors") < order.index("diffbench.config") < order.index("diffbench.cli")
 
 
-OPTIONAL = ["diffusers", "efficientnet_lite_pytorch", "hypothesis", "pytest", "torch_fidelity", "torchvision"]
+OPTIONAL = [
+    "diffusers",
+    "efficientnet_lite_pytorch",
+    "hypothesis",
+    "pytest",
+    "submitit",
+    "torch_fidelity",
+    "torchvision",
+]
 
 
 def test_every_module_imports_with_the_base_dependencies_only() -> None:
