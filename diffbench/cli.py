@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,13 +20,11 @@ VERBS = {
     "evaluate": "score samples of a run, or pictures of anyone",
     "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
-    "compare": "a table of several runs' results",
+    "study": "run a study: every variant with every seed; the same command resumes it",
+    "compare": "a table and a report of several runs, or of a study",
     "attention": "draw where a run's tokens look along sampling",
     "import": "turn a published checkpoint into a run folder",
 }
-
-LAUNCHED = ("train", "encode", "evaluate")
-"""What `launcher=slurm` can hand over."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         launcher, argv = launching.split(argv)
         arguments = _parser().parse_args(_checked_verb(argv))
         arguments.launcher = launcher
-        if launcher.name == "slurm":
-            return _launch(arguments, argv)
+        if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its cells itself
+            print(launching.launch(argv, launcher))
+            return 0
         return int(globals()[f"_{arguments.verb}"](arguments) or 0)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -84,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffbench {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
+    parsers["study"].add_argument("study", metavar="STUDY", help="YAML, as experiments/studies/backbones.yaml")
     for name in ("train", "encode", "show"):
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
     parsers["sample"].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
@@ -106,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     values = {
         "import": "arguments.num_heads=16 sample.steps=50",
         "train": "trainer.max_images=900_000, or launcher=slurm launcher.time=90",
+        "study": "--dry-run seeds=[0,1] stop.images=20_000 jobs=2",
         "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
@@ -114,23 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     for name, example in values.items():
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")
     return parser
-
-
-def _launch(arguments: argparse.Namespace, words: list[str]) -> int:
-    """Hands the command to SLURM in place of running it."""
-    if arguments.verb not in LAUNCHED:
-        raise UserError(f"{COMMAND_LINE}: launcher=slurm belongs to {', '.join(LAUNCHED)}, not to {arguments.verb}")
-    name, folder = arguments.verb, launching.FOLDER
-    if arguments.verb != "evaluate":  # what is wrong with a config shows here, not in the queue
-        from diffbench.config import load
-        from diffbench.folder import folder_for
-
-        config = load(arguments.config, arguments.overrides)
-        name = folder_for(Path(arguments.config), arguments.overrides, config).name
-        folder = f"{config.runs_dir}/slurm"
-    launcher = replace(arguments.launcher, folder=arguments.launcher.folder or folder)
-    print(launching.told(launching.submit([words], launcher, name), launcher.folder))
-    return 0
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -246,6 +229,28 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     for path in draw(Path(arguments.run), arguments.overrides):
         print(path)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from diffbench.config_layers import read_yaml
+    from diffbench.studies.cells import KIND, run_cell
+
+    path, overrides = Path(arguments.study), [o for o in arguments.overrides if o != "--dry-run"]
+    if path.is_file() and read_yaml(path).get("kind") == KIND:
+        run_cell(path)
+        return 0
+    from diffbench.studies.run import run_study
+
+    dry_run = "--dry-run" in arguments.overrides
+    folder = run_study(path, overrides, dry_run)
+    if dry_run:
+        return 0
+    from diffbench.studies.collect import comparison_of_study
+    from diffbench.studies.report import write
+
+    comparison = comparison_of_study(folder)
+    print(f"\n{write(comparison, folder)}\n\nreport: {folder / 'report.html'}")
+    return int(any(r.status != "complete" for r in comparison.results))
 
 
 def _attention(arguments: argparse.Namespace) -> None:

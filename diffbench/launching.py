@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,8 @@ from diffbench.core.errors import UserError
 if TYPE_CHECKING:
     import submitit
 
+LAUNCHED = ("train", "encode", "evaluate")
+"""Commands that can be handed over as they are; a study hands over its cells."""
 FOLDER = "runs/slurm"
 COMMANDS = "commands.jsonl"
 """In the launcher's folder: one line per job, with its id and its command."""
@@ -117,6 +119,30 @@ def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
         if idle:
             raise ValueError(f"launcher.{idle[0]}: belongs to launcher=slurm, not {launcher.name}")
     return launcher, others
+
+
+def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
+    """Hands one command to SLURM; returns where it is to be seen.
+
+    Args:
+        words: what follows `diffbench`, without the launcher's words.
+        launcher: what it gets.
+
+    Raises:
+        UserError: for what `submit` refuses, and for what is wrong with the config, which the queue need not find out.
+    """
+    from diffbench.config import load
+    from diffbench.config_layers import COMMAND_LINE
+    from diffbench.folder import folder_for
+
+    verb, name, folder = words[0], words[0], FOLDER
+    if verb not in LAUNCHED:
+        raise UserError(f"{COMMAND_LINE}: launcher=slurm belongs to {', '.join(LAUNCHED)} and study, not to {verb}")
+    if verb != "evaluate":
+        config = load(words[1], words[2:])
+        name, folder = folder_for(Path(words[1]), words[2:], config).name, f"{config.runs_dir}/slurm"
+    launcher = replace(launcher, folder=launcher.folder or folder)
+    return told(submit([words], launcher, name), launcher.folder or folder)
 
 
 def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: str = "diffbench") -> list[str]:

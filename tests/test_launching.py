@@ -185,7 +185,7 @@ def test_faults_before_the_queue_are_one_line(
     missing = "sbatch, srun, squeue, not found here; submit from a node of the cluster"
     assert refused() == f"error: launcher: slurm needs {missing}\n"
     assert main(["compare", "runs/x", *SLURM]) == 2
-    told_verbs = "launcher=slurm belongs to train, encode, evaluate, not to compare"
+    told_verbs = "launcher=slurm belongs to train, encode, evaluate and study, not to compare"
     assert capsys.readouterr().err == f"error: command line: {told_verbs}\n"
 
 
