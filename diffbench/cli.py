@@ -239,11 +239,12 @@ def _study(arguments: argparse.Namespace) -> int:
     if path.is_file() and read_yaml(path).get("kind") == KIND:
         run_cell(path)
         return 0
-    from diffbench.studies.run import run_study
+    from diffbench.studies.run import run_study, slurm_folder
 
     dry_run = "--dry-run" in arguments.overrides
-    folder = run_study(path, overrides, dry_run)
-    if dry_run:
+    launcher = arguments.launcher
+    folder = run_study(path, overrides, dry_run, launcher)
+    if dry_run or (launcher.name == "slurm" and launching.queued(slurm_folder(folder, launcher))):
         return 0
     from diffbench.studies.collect import comparison_of_study
     from diffbench.studies.report import write

@@ -239,3 +239,36 @@ def test_a_checkpoint_has_the_command_save_and_returns_it(
     assert out.read_text() == "True\nsaved\n"
     assert (again.function.words, again.function.patience) == (("train", DIT), patience)
     assert again.function is not command and again.args == ()
+
+
+STUDY = """
+kind: study
+experiment: experiments/digits/dit.yaml
+set: {debug: smoke, denoiser: {hidden_size: 32}}
+axes: {denoiser.depth: [1, 2]}
+seeds: [0, 1]
+stop: {images: 16}
+"""
+
+
+def test_a_study_hands_over_its_cells(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "depth.yaml"
+    path.write_text(STUDY)
+    words = ["study", str(path), f"runs_dir={tmp_path / 'runs'}"]
+    folder = tmp_path / "runs" / "studies" / "depth"
+    assert main([*words, *SLURM, "launcher.parallel=3", "--dry-run"]) == 0
+    assert not (folder / "slurm").exists()
+    (cluster / "queue").write_text("8_0\n8_1\n8_2\n8_3\n")
+    for _ in range(2):  # the second time they are in the queue already
+        assert main([*words, *SLURM, "launcher.parallel=3"]) == 0
+        assert told([f"8_{i}" for i in range(4)], folder / "slurm") in capsys.readouterr().out
+    script = (folder / "slurm" / "8_submission.sh").read_text()
+    assert "#SBATCH --array=0-3%3\n" in script and "#SBATCH --job-name=depth\n" in script
+    handed = queued(folder / "slurm")
+    assert sorted(handed.values()) == ["8_0", "8_1", "8_2", "8_3"]
+    assert {Path(words[1]) for words in handed} == set((folder / "cells").glob("*.yaml"))
+    assert {words[0] for words in handed} == {"study"}
+    assert not (tmp_path / "runs" / "digits").exists()
+    assert main([*words, *SLURM, "stop.seconds=5"]) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {path}: stop.seconds: is measured on this machine, not SLURM's; choose images or flops\n"
