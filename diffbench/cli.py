@@ -95,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     parsers["reference"].add_argument("action", choices=("build", "inspect", "verify"))
     parsers["reference"].add_argument("paths", nargs="*", metavar="PATH", help="run, folder, npz or statistics")
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
-    parsers["compare"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parsers["compare"].add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN [key=value]",
+        help="run folders, then keys as out=FOLDER primary=fd baseline=dit",
+    )
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm or ddpmpp")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")
     parsers["import"].add_argument("out", metavar="OUT", help="the new run folder")
@@ -288,10 +293,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from diffbench.report import comparable_scores, facts, table
-    from diffbench.run import load_any
+    from diffbench.studies.comparing import compare
 
-    runs = [load_any(folder) for folder in arguments.runs]
-    scored = comparable_scores(runs)
-    titles = [folder.removeprefix("runs/").rstrip("/") for folder in arguments.runs]
-    print(table([(title, facts(run, s)) for title, run, s in zip(titles, runs, scored, strict=True)]))
+    for text in compare(arguments.runs):
+        print(text, flush=True)

@@ -92,7 +92,7 @@ FLOORS = [
     {"denoising"},
     {"run"},
     {"scoring", "foreign", "attention", "importing", "drawing"},
-    {"reconstructing", "adm"},
+    {"reconstructing", "adm", "seen"},
     {"report", "referencing"},
     {"studies"},
     {"cli"},
