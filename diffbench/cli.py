@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffbench import launching
 from diffbench.core.errors import UserError, suggest
 
 COMMAND_LINE = "command line"
@@ -30,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code: 0, or 2 after one line that says what to mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        launcher, argv = launching.split(argv)
         arguments = _parser().parse_args(_checked_verb(argv))
+        arguments.launcher = launcher
+        if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its cells itself
+            print(launching.launch(argv, launcher))
+            return 0
         return int(globals()[f"_{arguments.verb}"](arguments) or 0)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -103,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     values = {
         "import": "arguments.num_heads=16 sample.steps=50",
-        "train": "trainer.max_images=900_000",
+        "train": "trainer.max_images=900_000, or launcher=slurm launcher.time=90",
         "study": "--dry-run seeds=[0,1] stop.images=20_000 jobs=2",
         "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
@@ -238,11 +244,12 @@ def _study(arguments: argparse.Namespace) -> int:
     if path.is_file() and read_yaml(path).get("kind") == KIND:
         run_cell(path)
         return 0
-    from diffbench.studies.run import run_study
+    from diffbench.studies.run import run_study, slurm_folder
 
     dry_run = "--dry-run" in arguments.overrides
-    folder = run_study(path, overrides, dry_run)
-    if dry_run:
+    launcher = arguments.launcher
+    folder = run_study(path, overrides, dry_run, launcher)
+    if dry_run or (launcher.name == "slurm" and launching.queued(slurm_folder(folder, launcher))):
         return 0
     from diffbench.studies.collect import comparison_of_study
     from diffbench.studies.report import write

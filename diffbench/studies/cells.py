@@ -47,12 +47,21 @@ def write_cell(folder: Path, cell: Cell, order: int) -> Path:
 
 
 def run_cell(path: Path) -> None:
-    """Trains a cell's run where it is not trained, and makes the evaluations that are missing.
+    """Trains a cell's run where it is not trained, and makes the evaluations that are missing; notes a failure.
 
     Raises:
         UserError: for what the user can mend.
         SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
     """
+    path.with_suffix(".json").unlink(missing_ok=True)
+    try:
+        _train_and_evaluate(path)
+    except Exception as e:
+        ended(path, 2, " ".join(str(e).split())[:300])
+        raise
+
+
+def _train_and_evaluate(path: Path) -> None:
     from diffbench.run import train_in
     from diffbench.scoring import evaluate_as
     from diffbench.studies.measures import save_validation

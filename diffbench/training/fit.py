@@ -54,6 +54,7 @@ def fit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a cluster's login node is fine
         trainer = L.Trainer(
             accelerator=settings.accelerator,
             devices=1,
