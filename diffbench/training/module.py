@@ -33,7 +33,10 @@ class Module(L.LightningModule):
 
     def seed_dropout(self, position: Tensor) -> None:
         """Network dropout is the only draw from the default generator: it follows from the first position."""
-        torch.manual_seed(keyed.key(self.seed, "dropout", int(position[0])))
+        seed = keyed.key(self.seed, "dropout", int(position[0]))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace for each kind of device
+        if not position.is_cpu:
+            torch.get_device_module(position.device).manual_seed(seed)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the learning rate as a function of images seen, stepped once an optimizer step."""
