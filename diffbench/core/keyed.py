@@ -34,9 +34,9 @@ def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, Any, Any,
         c0, c2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         high0, high1 = c0 >> 32, c2 >> 32
         for high, other, k in ((high1, c1, k0), (high0, c3, k1)):
-            high &= _MASK  # noqa: PLW2901 (in place; int64 shifts its sign in)
-            high ^= other  # noqa: PLW2901
-            high ^= k  # noqa: PLW2901
+            high &= _MASK
+            high ^= other
+            high ^= k
         c0 &= _MASK
         c2 &= _MASK
         c0, c1, c2, c3 = high1, c2, high0, c0
