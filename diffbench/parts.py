@@ -1,6 +1,8 @@
 """What a config describes: its data and its network, and a check of both before anything is trained or written."""
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,7 @@ def data_module(
         num_workers=config.data.num_workers,
         only_first_batch=config.debug == "overfit",
         flip=getattr(config.data, "flip", False),
+        resident=config.trainer.resident,
     )
 
 
@@ -82,6 +85,7 @@ def check(config: RunConfig) -> None:
         ValueError: a line that begins with the key.
     """
     check_device(config.trainer)
+    check_compiler(config.trainer.compile)
     train_set, _ = load_data(config)
     if not len(train_set):
         raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
@@ -179,6 +183,13 @@ def check_device(trainer: TrainerConfig) -> None:
         raise ValueError(
             "trainer.num_nodes: processes on several machines are started by torchrun or srun; see the README"
         )
+
+
+def check_compiler(how: str) -> None:
+    """Raises ValueError, naming the key, where `trainer.compile` finds no C++ compiler: $CXX, or g++."""
+    name = os.environ.get("CXX", "g++")
+    if how != "none" and shutil.which(name) is None:
+        raise ValueError(f"trainer.compile: {how} needs a C++ compiler, and there is no {name}; allowed: none")
 
 
 def labels_for(n: int | None, labels: int | Sequence[int] | Tensor | None, classes: int) -> Tensor:

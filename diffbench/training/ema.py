@@ -35,7 +35,7 @@ class EMA(WeightAveraging):
         """Of the weights; with `buffers`, what else belongs to the network's state."""
         self.buffers: dict[str, Tensor] = {}
         self._network = nn.Module()
-        self._parameters: list[nn.Parameter] = []
+        self._parameters: list[Tensor] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(trainer.strategy, ModelParallelStrategy):  # see on_fit_start
@@ -63,11 +63,17 @@ class EMA(WeightAveraging):
             return min(decay, 0.5 ** (1 / max(self.config.ramp * update, 1e-8)))
         return min(decay, (1 + update) / (10 + update)) if self.config.warmup else decay
 
+    @torch.no_grad()
     def update(self) -> None:
         """Moves every average towards the present weights."""
-        current = [local(p) for p in self._parameters]
+        current = [local(p) for p in self._parameters] if sharded(self._network) else self._parameters
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(average, current, 1 - self.decay_at(self.updates, decay))
+            share = 1 - self.decay_at(self.updates, decay)
+            if self.config.foreach:
+                torch._foreach_lerp_(average, current, share)
+                continue
+            for mean, parameter in zip(average, current, strict=True):
+                mean.lerp_(parameter, share)
         self.updates += 1
 
     def on_train_batch_end(

@@ -3,12 +3,12 @@
 One unit for every process and prediction, so that it compares between them and shows where a backbone is better.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffbench.core import keyed
 from diffbench.data.latents import LatentSet
@@ -21,7 +21,6 @@ from diffbench.training.log import RunLog
 from diffbench.training.module import DiffusionModule
 
 
-@torch.no_grad()
 def denoising_error(
     denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = 512
 ) -> dict[float, float]:
@@ -30,25 +29,54 @@ def denoising_error(
     The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels. Of several
     ranks each takes a share of the images, and all get the result.
     """
+    errors, mine = {}, together.share(len(data)).split(batch_size)
+    for level in log_snr:
+        sums = torch.zeros(2, dtype=torch.float64, device=next(denoiser.parameters()).device)
+        for squares in _squares(denoiser, process, data, level, mine):
+            sums += torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
+        total, numbers = together.total(sums).tolist()
+        errors[level] = total / numbers if numbers else float("nan")
+    return errors
+
+
+def image_errors(
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = 512
+) -> Tensor:
+    """The same for each image alone: (levels, N) float64 on the CPU, whose means over images are `denoising_error`.
+
+    Two denoisers' errors are paired: image i has the same noise at a level for all.
+    """
+    every = torch.arange(len(data)).split(batch_size)
+    rows = [
+        torch.cat([s.flatten(1).mean(1).cpu() for s in _squares(denoiser, process, data, level, every)])
+        for level in log_snr
+    ]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def _squares(
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, level: float, batches: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Squared errors at one noise level of batches of images (B,): (B, ...) float64 on the denoiser's device."""
     parameter = next(denoiser.parameters())
+    predict = predictor(process, denoiser)
+    noise_key = keyed.key("validation", str(float(level)))
     training = denoiser.training
     denoiser.eval()
-    predict, errors, mine = predictor(process, denoiser), {}, together.share(len(data))
-    numbers = data.clean(torch.arange(1))[0].numel()
-    for level in log_snr:
-        total = torch.zeros((), dtype=torch.float64, device=parameter.device)
-        for index in mine.split(batch_size) if len(mine) else ():
+    try:
+        for index in batches:
+            if not len(index):
+                continue
             x0 = data.clean(index).to(parameter)
             y = data.labels[index].to(parameter.device)
             t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=parameter.device))
-            noise_key = keyed.key("validation", str(float(level)))
             eps = keyed.normal(noise_key, index.to(parameter.device), tuple(x0.shape[1:])).to(parameter.dtype)
             x_t = process.add_noise(x0, t, eps)
             denoised = predict(x_t, t, y).x0
-            total += (denoised - x0).double().square().sum()
-        errors[level] = float(together.total(total)) / (len(data) * numbers)
-    denoiser.train(training)
-    return errors
+            yield (denoised - x0).double().square()
+    finally:
+        denoiser.train(training)
 
 
 def as_metrics(errors: dict[float, float]) -> dict[str, float]:
