@@ -20,7 +20,7 @@ VERBS = {
     "evaluate": "score samples of a run, or pictures of anyone",
     "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
-    "study": "run a study: every variant with every seed; the same command resumes it",
+    "study": "train every variant of a study with every seed",
     "compare": "a table and a report of several runs, or of a study",
     "attention": "draw where a run's tokens look along sampling",
     "import": "turn a published checkpoint into a run folder",
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         nargs="+",
         metavar="RUN [key=value]",
-        help="run folders, then keys as out=FOLDER primary=fd baseline=dit",
+        help="run folders, or a study's YAML or folder, then keys as out=FOLDER primary=fd baseline=dit",
     )
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm or ddpmpp")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")

@@ -91,6 +91,15 @@ def test_the_same_command_skips_what_is_complete(
     assert "1 of 2 cells are complete already" in capfd.readouterr().out
 
 
+def test_compare_takes_a_study_by_its_yaml_or_folder(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = done.parent / "runs" / "studies" / "tiny"
+    told = []
+    for what in (done, folder):
+        assert main(["compare", str(what), "primary=fd"]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and "absurd" in told[0] and str(folder / "report.html") in told[0]
+
+
 def test_a_new_seed_adds_cells_and_keeps_the_study(done: Path) -> None:
     study = folder_of_study(done, ["seeds=[0,1]", "jobs=1"], _loaded(done))
     assert study.name == "tiny"

@@ -24,6 +24,11 @@ Rows = list[dict[str, str]]
 def shown(c: Conclusion) -> list[str]:
     """The metrics of tables: the primary one, then those worth a column, by full name."""
     names = dict.fromkeys(name for found in c.summaries.values() for name in found)
+    if (
+        len(c.variants) > 1
+        and len({e.result.folder for e in c.entries if e.result.seed == c.entries[0].result.seed}) == 1
+    ):
+        names.pop("val/error", None)  # of one network, sampled differently
     told = [n for n in names if short(n) in SHOWN | {"val/error", "fd_held_out", "nearest_train"} and n != c.metric]
     return [n for n in names if n == c.metric] + told
 
@@ -59,7 +64,7 @@ def floors(c: Conclusion) -> dict[str, str]:
 
 def verdict_of(x: Contest) -> str:
     """Of a pair, in words."""
-    words = {"tie": "tie", "undecided": "not decided"}
+    words = {"tie": "tie (under 1.3%)" if x.paired.found else "tie", "undecided": "not decided"}
     return words.get(x.verdict) or f"{x.winner} is better"
 
 
@@ -210,7 +215,7 @@ def for_terminal(c: Conclusion) -> str:
         told += ["", f"{c.metric}, paired by seed ({better(c.metric)}; intervals and p by Holm over {len(c.contests)})"]
         told.append(lines(pairs(c, chosen[: 2 * PAIRS_SHOWN])))
         if len(chosen[: 2 * PAIRS_SHOWN]) < len(c.contests):
-            told.append(f"the other pairs of {len(c.contests)} stand in the report")
+            told.append(f"all {len(c.contests)} pairs stand in the report")
     if absent := missing(c):
         told += ["", "not counted", lines(absent[: 2 * PAIRS_SHOWN])]
     return "\n".join(told + [f"note: {note}" for note in [*c.comparison.notes, *c.notes]])
