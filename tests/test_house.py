@@ -91,7 +91,7 @@ FLOORS = [
     {"autoencoding", "classifier"},
     {"denoising"},
     {"run"},
-    {"scoring", "foreign", "attention", "importing", "drawing"},
+    {"scoring", "foreign", "attention", "importing", "drawing", "replaying"},
     {"reconstructing", "adm"},
     {"report", "referencing"},
     {"cli"},

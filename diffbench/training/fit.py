@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from diffbench.training.checkpoints import AtomicCheckpointIO, SaveState
 from diffbench.training.clock import Clock
 from diffbench.training.ema import EMA
+from diffbench.training.guard import Guard
 from diffbench.training.log import RunLog
 from diffbench.training.module import Module
 from diffbench.training.settings import EMAConfig, TrainerConfig
@@ -50,6 +53,7 @@ def fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     clock, averages = Clock(), EMA(ema)
     log = RunLog(folder, settings.batch_size, settings.log_images, clock, config_text, hparams)
+    guard = Guard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
     save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -57,14 +61,14 @@ def fit(
         trainer = L.Trainer(
             accelerator=settings.accelerator,
             devices=1,
-            precision=settings.precision,
+            precision=None if settings.precision == "16-mixed" else settings.precision,
             deterministic=settings.deterministic,
             max_steps=settings.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=settings.accumulate,
-            # At a step's end they act in this order: the average, the log, scores of the average, the state of it all.
-            callbacks=[averages, log, *scores(log, averages), save_state],
-            plugins=[AtomicCheckpointIO()],
+            # At a step's end they act in this order: was it taken, the average, the log, scores, the state of it all.
+            callbacks=[guard, averages, log, *scores(log, averages), save_state],
+            plugins=[AtomicCheckpointIO(), *_scaled(settings)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -77,3 +81,11 @@ def fit(
         print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
         raise SystemExit(128 + save_state.signal)
     return averages
+
+
+def _scaled(settings: TrainerConfig) -> list[MixedPrecision]:
+    """Lightning's fp16 with scaled gradients, on a CPU too, where it would take bf16 instead."""
+    if settings.precision != "16-mixed":
+        return []
+    gpu = torch.accelerator.current_accelerator() if settings.accelerator != "cpu" else None
+    return [MixedPrecision("16-mixed", gpu.type if gpu else "cpu")]

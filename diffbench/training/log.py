@@ -1,6 +1,7 @@
 """What a run says: metrics.jsonl (the truth, float64), TensorBoard, and the terminal. The x axis is images seen."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ LAYOUT = {
     "How it trains": {
         "training loss": ["Multiline", ["train/loss"]],
         "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "skipped steps": ["Multiline", ["train/skipped_steps"]],
         "images/s": ["Multiline", ["perf/images_per_s"]],
     },
 }
@@ -76,8 +78,7 @@ class RunLog(L.Callback):
         self.path, self.folder = folder / "metrics.jsonl", folder
         self.batch_size, self.every, self.clock, self.config_text = batch_size, every, clock, config_text
         self.images = 0
-        self._loss: torch.Tensor | None = None
-        self._batches = 0
+        self._loss: torch.Tensor | None = None  # sum and number of the finite losses since the last line
         self._seconds, self._logged_images = 0.0, 0
         self._writer: SummaryWriter | None = None
         self._resumed = False
@@ -125,9 +126,10 @@ class RunLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-        self._loss = loss.double() if self._loss is None else self._loss + loss
-        self._batches += 1
+        loss = (outputs["loss"].detach() * trainer.accumulate_grad_batches).double()
+        finite = loss.isfinite()  # a step that is skipped must not hide the others
+        counted = torch.stack([torch.where(finite, loss, 0.0), finite.double()])
+        self._loss = counted if self._loss is None else self._loss + counted
         if not at_step_end(trainer, batch_idx):
             return
         self.images = trainer.global_step * self.batch_size
@@ -139,18 +141,17 @@ class RunLog(L.Callback):
 
     def _log_training(self, trainer: L.Trainer, module: Module) -> None:
         assert self._loss is not None
-        loss = float(self._loss) / self._batches
-        if not loss < float("inf"):
-            raise UserError(f"optimizer.lr: the training loss is {loss} at {self.images:,} images; lower the rate")
-        self._loss, self._batches = None, 0
+        total, count = self._loss.tolist()
+        loss, self._loss = total / count if count else math.nan, None
         rate = (self.images - self._logged_images) / max(1e-9, self.clock.seconds - self._seconds)
         self._logged_images, self._seconds = self.images, self.clock.seconds
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         values = {"train/loss": loss, "train/grad_norm": float(module.grad_norm), "train/lr": lr}
+        values["train/skipped_steps"] = module.skipped_steps
         values["perf/images_per_s"] = rate
         if torch.cuda.is_available():
             values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self.record(values)
+        self.record({name: value for name, value in values.items() if math.isfinite(value)})
         left = trainer.max_steps * self.batch_size - self.images
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}")
@@ -169,11 +170,13 @@ class RunLog(L.Callback):
             size = self.path.stat().st_size
         if self._writer is not None:
             self._writer.flush()
-        return {"bytes": size, "loss": self._loss, "batches": self._batches, "seconds": self.clock.seconds}
+        return {"bytes": size, "loss": self._loss, "seconds": self.clock.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = True
-        self._loss, self._batches = state_dict["loss"], state_dict["batches"]
+        self._loss = state_dict["loss"]
+        if self._loss is not None and not self._loss.ndim:  # of a state written before steps could be skipped
+            self._loss = torch.stack([self._loss, torch.full_like(self._loss, state_dict["batches"])])
         self.clock.before = state_dict["seconds"]
         if not self.path.exists() or self.path.stat().st_size < state_dict["bytes"]:
             raise UserError(f"{self.path}: shorter than at the checkpoint ({state_dict['bytes']} bytes): restore it")

@@ -94,13 +94,16 @@ class TrainerConfig:
     checkpoint_images: int = 128_000
     sample_images: int = 256_000
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    """Of the products: 16-mixed scales the gradients, and skips steps while it looks for the scale."""
+    max_skipped: int = 10
+    """Steps in a row that are skipped, because a loss or gradient is no finite number, until training stops."""
     deterministic: bool = False
     channels_last: bool = True
     """Keeps convolutions in channels-last order: about a tenth faster, the same to rounding."""
 
     def __post_init__(self) -> None:
-        names = ("max_images", "batch_size", "accumulate")
+        names = ("max_images", "batch_size", "accumulate", "max_skipped")
         _positive("trainer", self, *names, *(f.name for f in fields(self) if f.name.endswith("_images")))
         if self.batch_size % self.accumulate:
             raise ValueError(f"trainer.accumulate: {self.accumulate} must divide trainer.batch_size={self.batch_size}")
