@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffbench.core.errors import UserError
-from diffbench.core.files import atomic, locked, sha256, write_text
+from diffbench.core.files import atomic, locked, sha256, sweep, write_text
 
 SIZE = 1000
 """Samples of a shard."""
@@ -79,6 +79,7 @@ class Shards:
             UserError: if the disk has no room for them.
         """
         with locked(self.folder, wait=True):
+            sweep(self.folder)
             done = self._whole()
             skipped(sum(self._size(start) for start in done))
             missing = [start for start in self.starts if start not in done]

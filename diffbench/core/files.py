@@ -36,6 +36,13 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def sweep(folder: Path) -> None:
+    """Removes what killed commands left below a folder of files that were not renamed yet. Its lock must be held."""
+    for pattern in (".*.tmp", ".*.staged"):
+        for path in folder.rglob(pattern):
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
     data = text.encode()
