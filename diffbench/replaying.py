@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffbench import sealed
 from diffbench.core.errors import UserError
 from diffbench.folder import read_config
 from diffbench.parts import device_of
@@ -32,12 +31,10 @@ def replay(path: Path) -> dict[str, Any]:
         UserError: if the file is damaged, or lies in no run folder.
     """
     config = read_config(path.parent)
-    try:
-        tensors = load_file(path)
-        with safe_open(path, "pt") as file:
-            parts = int(file.metadata()["micro_batches"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path}: holds no batch ({e})") from None
+    tensors, told = sealed.read(path)
+    if "micro_batches" not in told:
+        raise UserError(f"{path}: holds no batch; name a nonfinite-*.safetensors of a run folder")
+    parts = int(told["micro_batches"])
     module, device = KINDS[config.kind](path.parent, config).module(), device_of(config.trainer.accelerator)
     module.to(device, torch.float64 if config.trainer.precision == "64-true" else None)
     weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
@@ -52,6 +49,7 @@ def replay(path: Path) -> dict[str, Any]:
         context: AbstractContextManager[Any] = torch.autocast(device.type, dtype) if dtype else nullcontext()
         with context:
             loss = module.training_step(batch, i)
+        assert isinstance(loss, Tensor)
         (loss / parts).backward()
         losses.append(float(loss.detach()))
     norm = nn.utils.get_total_norm([p.grad for p in module.network.parameters() if p.grad is not None])

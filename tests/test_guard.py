@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffbench import sealed
 from diffbench.core.errors import UserError
 from diffbench.replaying import replay
 from diffbench.run import train
@@ -100,21 +100,16 @@ def test_a_row_of_them_ends_training_and_can_be_seen_again(tmp_path: Path, monke
     assert saved["x0"].shape == (8, 1, 8, 8) and saved["label"].shape == (8,)
     low, high = saved["time"].min(), saved["time"].max()
     assert f"times {low:g} to {high:g}, log-SNR " in text
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {
-            "step": str(step),
-            "images": str(8 * step),
-            "seed": "0",
-            "micro_batches": "2",
-        }
+    told = {"step": str(step), "images": str(8 * step), "seed": "0", "micro_batches": "2"}
+    assert sealed.read(path)[1] == told
     found = replay(path)
     assert len(found["losses"]) == 2 and not all(map(torch.isfinite, torch.tensor(found["losses"])))
     assert found["first"] is None  # the squares overflow, no output does
     saved["network.blocks.0.mlp.0.bias"][3] = torch.nan
-    save_file(saved, path, {"micro_batches": "2"})
+    sealed.write(path, saved, {"micro_batches": "2"})
     assert replay(path)["first"] == "blocks.0.mlp.0"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: holds no batch \("):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: damaged \("):
         replay(path)
 
 

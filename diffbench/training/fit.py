@@ -13,7 +13,7 @@ from diffbench.training.checkpoints import AtomicCheckpointIO, SaveState
 from diffbench.training.clock import Clock
 from diffbench.training.ema import EMA
 from diffbench.training.guard import Guard
-from diffbench.training.log import RunLog
+from diffbench.training.log import RunLog, naming_events
 from diffbench.training.module import Module
 from diffbench.training.settings import EMAConfig, TrainerConfig
 
@@ -76,7 +76,8 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=str(folder),
         )
-        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+        with naming_events(folder):  # all other files are named where they are written
+            trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
     if save_state.signal:
         print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
         raise SystemExit(128 + save_state.signal)

@@ -5,13 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from diffbench import sealed
 from diffbench.core.errors import UserError
-from diffbench.core.files import atomic, room_for
 from diffbench.training.clock import at_step_end, due
 
 
@@ -120,7 +119,7 @@ class Guard(L.Callback):
         (step, parts, outcome, module), self._open = self._open, None
         self.skipped += outcome.skipped
         self.row = self.row + outcome.blamed if outcome.skipped else 0
-        module.skipped_steps = self.skipped
+        module.skipped_steps = self.skipped  # type: ignore[assignment]
         if self.row >= self.most:
             raise UserError(self._stop(step, parts, module))
 
@@ -130,11 +129,8 @@ class Guard(L.Callback):
         path = self.folder / f"nonfinite-{images:09d}{f'-rank{rank}' if rank else ''}.safetensors"
         batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         weights = {f"network.{name}": tensor for name, tensor in module.network.state_dict().items()}
-        tensors = {name: t.detach().cpu().contiguous() for name, t in {**batch, **weights}.items()}
         told = {"step": step, "images": images, "seed": module.seed, "micro_batches": len(parts)}
-        data = save(tensors, {name: str(value) for name, value in told.items()})
-        with room_for(path, len(data)), atomic(path) as file:
-            file.write(data)
+        sealed.write(path, batch | weights, {name: str(value) for name, value in told.items()})
         levels = ""
         if "time" in batch:
             t = batch["time"].double()

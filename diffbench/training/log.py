@@ -1,11 +1,13 @@
 """What a run says: metrics.jsonl (the truth, float64), TensorBoard, and the terminal. The x axis is images seen."""
 
+import contextlib
 import json
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from diffbench.core.errors import UserError
+from diffbench.core.files import FULL, room_for
 from diffbench.training.clock import Clock, at_step_end, due
 from diffbench.training.module import Module
 
@@ -39,9 +42,30 @@ FINAL = ("val/error", "train/loss")
 
 def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: str = "") -> None:
     """Scalars of a trained run's scores at the images that its weights have seen, in TensorBoard."""
-    with _new_writer(folder) as writer:
+    with naming_events(folder), _new_writer(folder) as writer:
         for name, value in scores.items():
             writer.add_scalar(prefix + name, value, images)
+
+
+@contextlib.contextmanager
+def naming_events(folder: Path) -> Iterator[None]:
+    """A full disk under TensorBoard's events is one line too: the thread that writes them keeps its traceback.
+
+    Raises:
+        UserError: naming the events.
+    """
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not (isinstance(told.exc_value, OSError) and told.exc_value.errno in FULL):
+            before(told)
+
+    threading.excepthook = hook
+    try:
+        with room_for(folder / "events.out.tfevents"):
+            yield
+    finally:
+        threading.excepthook = before
 
 
 def _new_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
@@ -102,8 +126,9 @@ class RunLog(L.Callback):
 
     def record(self, values: dict[str, float]) -> None:
         """Appends values at the present image count."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"images": self.images, **values}) + "\n")
+        line = json.dumps({"images": self.images, **values}) + "\n"
+        with room_for(self.path, len(line)), self.path.open("a") as file:
+            file.write(line)
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, self.images)
 
@@ -182,9 +207,13 @@ class RunLog(L.Callback):
             raise UserError(f"{self.path}: shorter than at the checkpoint ({state_dict['bytes']} bytes): restore it")
         os.truncate(self.path, state_dict["bytes"])
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.writer.flush()
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.clock.stop()
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # a full disk was told of when it was found
+                self._writer.close()
