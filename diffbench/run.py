@@ -10,14 +10,14 @@ from diffbench.autoencoders import files
 from diffbench.autoencoding import AutoencoderRun
 from diffbench.config import from_layers, read_layers
 from diffbench.config_kinds import BaseConfig, RunConfig
-from diffbench.config_layers import blaming
+from diffbench.config_layers import Layer, blaming
 from diffbench.core.files import locked
 from diffbench.data.latents import LatentSet
 from diffbench.denoising import Run, load
 from diffbench.folder import check_place, check_same, folder_for, has_checkpoint
 from diffbench.trained import Trained, open_run
 
-__all__ = ["KINDS", "Run", "encode", "load", "load_any", "train"]
+__all__ = ["KINDS", "Run", "encode", "load", "load_any", "train", "train_in"]
 
 C = TypeVar("C", bound=BaseConfig)
 
@@ -67,8 +67,18 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """
     stack = read_layers(path, overrides)
     config = from_layers(stack)
+    return train_in(folder_for(Path(path), overrides, config), config, stack)
+
+
+def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = ()) -> Any:
+    """Trains a config in a run folder, resumes it, or finds it complete; see `train`.
+
+    Args:
+        folder: the run folder.
+        config: what is trained.
+        stack: the layers that the config consists of, named in errors.
+    """
     kind = KINDS[config.kind]
-    folder = folder_for(Path(path), overrides, config)
     with blaming(stack):  # all that can be found before the folder is made, or Lightning imported
         kind.check(config)
         check_place(folder)

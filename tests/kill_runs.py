@@ -64,7 +64,7 @@ def unnumbered(name: Any) -> str:
     name = Path(name).name
     if "tfevents" in name:
         return "events"
-    return re.sub(r"\d+", "#", re.sub(r"\.[^.]*\.tmp$", "", name)).lstrip(".")
+    return re.sub(r"[0-9a-f]{16}|\d+", "#", re.sub(r"\.[^.]*\.tmp$", "", name)).lstrip(".")
 
 
 class Killer:
@@ -242,6 +242,7 @@ def chosen(counts: Counter[str], most: int) -> list[Point]:
         return every
     ends = [p for p in every if p[1] == 1] + [p for p in every if p[1] == counts[p[0]] > 1]
     rest = [p for p in every if p not in ends]
+    random.Random(0).shuffle(ends)
     more = max(0, most - len(ends))
     return [*ends, *(rest[len(rest) * i // more] for i in range(min(more, len(rest))))][:most]
 

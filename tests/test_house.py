@@ -92,8 +92,9 @@ FLOORS = [
     {"denoising"},
     {"run"},
     {"scoring", "foreign", "attention", "importing", "drawing", "replaying"},
-    {"reconstructing", "adm"},
+    {"reconstructing", "adm", "seen"},
     {"report", "referencing"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 ]
