@@ -113,14 +113,14 @@ if sys.orig_argv[1:4] == ["-m", "diffbench", "train"]:
 def test_a_run_that_meets_its_time_limit_goes_on(
     node: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A limit of 120 s, of which SLURM warns after 80 to 110 s: by then the run waits at step 17 for the warning."""
+    """A limit of 180 s, of which SLURM warns after 140 to 170 s: by then the run waits at step 17 for the warning."""
     words = [DIT, *TINY, *CASES["dit"], "data.held_out=360"]  # of `finished`, whose judge serves here too
     words += ["trainer.checkpoint_images=320"]  # no state on disk but that of the warning
     train(words[0], [*words[1:], f"runs_dir={tmp_path / 'unbroken'}"])
     (tmp_path / "sitecustomize.py").write_text(LINGER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     broken = ["train", *words, f"runs_dir={tmp_path / 'broken'}"]
-    launcher = LauncherConfig(name="slurm", time="2", lead=10, cpus=1, folder=str(tmp_path / "jobs"))
+    launcher = LauncherConfig(name="slurm", time="3", lead=10, cpus=1, folder=str(tmp_path / "jobs"))
     (job,) = submit([broken], launcher)
     facts = ended(job, node, 500)
     log = (tmp_path / "jobs" / f"{job}_0_log.out").read_text()
