@@ -94,6 +94,7 @@ FLOORS = [
     {"scoring", "foreign", "attention", "importing", "drawing"},
     {"reconstructing", "adm"},
     {"report", "referencing"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]
