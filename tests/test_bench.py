@@ -203,8 +203,8 @@ def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> Non
         (["out=tests/golden/figures.json"], "out: "),
         (["variants=[fast]"], "variants: must be as 'plain: trainer.channels_last=false', got 'fast'"),
         (
-            ["variants=['x: bench.compile=all']", *TINY],
-            "variants: bench.compile=all is unknown; choose from none, whole",
+            ["variants=['x: bench.attention=all']", *TINY],
+            "variants: bench.attention=all is unknown; choose from bench.attention=cudnn|efficient|flash|math",
         ),
         (["other=torch"], "other: must be package.module:function, got 'torch'"),
         (["baseline=none.json"], "baseline: none.json: No such file or directory; name a JSON that it wrote"),

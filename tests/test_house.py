@@ -84,7 +84,7 @@ FLOORS = [
     {"config_kinds"},
     {"config"},
     {"folder", "records", "references", "spaces"},
-    {"judging"},
+    {"judging", "launching"},
     {"parts", "pictures", "shards"},
     {"weights"},
     {"trained"},
@@ -92,8 +92,9 @@ FLOORS = [
     {"denoising"},
     {"run"},
     {"scoring", "foreign", "attention", "importing", "drawing"},
-    {"reconstructing", "adm"},
+    {"reconstructing", "adm", "seen"},
     {"report", "referencing"},
+    {"studies"},
     {"bench"},
     {"cli"},
     {"__main__"},
@@ -130,7 +131,15 @@ def test_there_is_no_circle() -> None:
     assert order.index("diffbench.core.errors") < order.index("diffbench.config") < order.index("diffbench.cli")
 
 
-OPTIONAL = ["diffusers", "efficientnet_lite_pytorch", "hypothesis", "pytest", "torch_fidelity", "torchvision"]
+OPTIONAL = [
+    "diffusers",
+    "efficientnet_lite_pytorch",
+    "hypothesis",
+    "pytest",
+    "submitit",
+    "torch_fidelity",
+    "torchvision",
+]
 
 
 def test_every_module_imports_with_the_base_dependencies_only() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffbench.bench.settings import BenchConfig
-from diffbench.config import flatten, from_dict, from_layers, read_layers, to_dict
+from diffbench.config import from_dict, from_layers, read_layers, to_dict
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import COMMAND_LINE, merge, parse_overrides
 from diffbench.core.errors import UserError, suggest
@@ -31,11 +31,11 @@ ATTENTION = {"cpu": ("flash", "math"), "cuda": ("flash", "efficient", "cudnn", "
 """Backends of scaled_dot_product_attention that a device has; the first that can takes a call by default."""
 
 KEYS = {
+    "short time": "trainer.short_time=true",
     "optimizer in parts": "optimizer.fused=false",
     "average one by one": "ema.foreach=false",
-    "short time": "trainer.short_time=true",
 }
-"""Variants by one key of an experiment, for the networks that have it and mean something else by default."""
+"""Variants by one key, in the full form; on a GPU, where each holds its weights, the first alone."""
 
 CONVOLUTIONAL = ("unet", "ddpmpp", "diffit")
 
@@ -51,14 +51,10 @@ TINY: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a network: an experiment's keys, and two of our own."""
+    """A way to run a network: an experiment's keys, and one of our own."""
 
     name: str = "default"
     overrides: tuple[str, ...] = ()
-    compile: str = "none"
-    """none, whole, or blocks: each block by itself, which compiles once for all of them."""
-    backend: str = "inductor"
-    """Of torch.compile."""
     attention: str | None = None
     """Of `ATTENTION`; None leaves the choice to torch."""
 
@@ -67,15 +63,16 @@ def variant(name: str, words: str) -> Variant:
     """A variant of key=value words.
 
     Raises:
-        UserError: for a value of bench.compile or bench.attention that there is not.
+        UserError: for a value of bench.attention that there is not.
     """
     own = [word for word in words.split() if word.startswith("bench.")]
+    known = {*ATTENTION["cpu"], *ATTENTION["cuda"]}
     asked = parse_overrides(own).get("bench", {})
     for key, value in asked.items():
-        known = {"compile": ("none", "whole", "blocks"), "attention": tuple({*ATTENTION["cpu"], *ATTENTION["cuda"]})}
-        if str(value) not in known.get(key, ()):
-            allowed = ", ".join(known.get(key, known))
-            raise UserError(f"variants: bench.{key}={value} is unknown; choose from {allowed}")
+        if key != "attention" or value not in known:
+            raise UserError(
+                f"variants: bench.{key}={value} is unknown; choose from bench.attention={'|'.join(sorted(known))}"
+            )
     return Variant(name, tuple(word for word in words.split() if word not in own), **asked)
 
 
@@ -94,27 +91,22 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     if "variants" not in config.chosen_parts or model not in (config.models or varied):
         return [default]
     found = [variant(*(part.strip() for part in said.split(":", 1))) for said in config.variants or ()]
-    backend = "eager" if config.tiny else "inductor"  # the latter takes minutes, however small the network
+    whole, blocks = (Variant(n, (f"trainer.compile={n.split()[1]}",)) for n in ("compiled model", "compiled block"))
     if denoiser in CONVOLUTIONAL:
         table = [Variant("channels-first", ("trainer.channels_last=false",))]
-        table += [Variant("compiled", compile="whole", backend=backend)] if long else []
+        table += [blocks, whole] if config.full else [whole] if config.gpu else []
     else:
         backends = ATTENTION[device] if long else ("math",)
         table = [Variant(f"attention {name}", attention=name) for name in backends]
-        table += [Variant("compiled blocks", compile="blocks", backend=backend)] if long else []
-        table += [Variant("compiled", compile="whole", backend=backend)] if config.full else []
-    if long or model == "DiT-S/2":
-        other = "32-true" if precision(config, device) == "bf16-mixed" else "bf16-mixed"
+        table += [blocks, whole] if config.full else [blocks] if config.gpu else []
+    other = "32-true" if precision(config, device) == "bf16-mixed" else "bf16-mixed"
+    if config.full or model == "DiT-S/2" or (denoiser in CONVOLUTIONAL and config.gpu):
         table.append(Variant("fp32" if other == "32-true" else "bf16", (f"trainer.precision={other}",)))
-    known = flatten(to_dict(base)) if long else {}
+    if device == "cuda" and denoiser in CONVOLUTIONAL:
+        table.append(Variant("tf32", ("trainer.precision=32-true", "trainer.tf32=true")))
     for name, word in KEYS.items():
-        key, _, value = word.partition("=")
-        if (
-            key in known
-            and known[key] != (value == "true")
-            and not (key.endswith("_time") and denoiser[:6] != "diffit")
-        ):
-            table.append(Variant(name, (word,)))
+        if config.full or (config.gpu and name == "short time"):
+            table += [Variant(name, (word,))] if name != "short time" or denoiser.startswith("diffit") else []
     return [default, *found, *table]
 
 

@@ -64,10 +64,13 @@ def _network(config: BenchConfig, model: str, device: torch.device, copies: floa
     subjects: list[Subject] = []
     for variant in cases.variants(config, model, base, device.type):
         changed = cases.run_config(config, model, device.type, (batch, *variant.overrides))
-        shared = subjects and variant.compile != "blocks" and not _makes_another(base, variant)
-        subject = Subject(changed, variant, device, like=subjects[0] if shared else None)
-        late = variant.compile == "whole" and time.monotonic() > deadline - COMPILING
-        failed = "no time to compile" if late else _try(subject)
+        if changed.trainer.compile == "model" and time.monotonic() > deadline - COMPILING:
+            yield name | {"variant": variant.name, "skipped": "no time to compile"}
+            continue
+        like = subjects[0] if subjects and not _makes_another(base, variant) else None
+        # A compiler of code takes minutes, however small the network.
+        subject = Subject(changed, variant, device, like=like, backend="eager" if config.tiny else "inductor")
+        failed = _try(subject)
         if failed:
             yield name | {"variant": variant.name, "skipped": failed}
         else:
@@ -80,7 +83,7 @@ def _network(config: BenchConfig, model: str, device: torch.device, copies: floa
     # The short form has time for the training steps of variants alone.
     brief = not (config.full or config.gpu or config.models)
     works = {s.variant.name: s.works(("train",) if brief and s is not subjects[0] else KINDS) for s in subjects}
-    used = {s.config.trainer.precision for s in subjects}
+    used = {s.products for s in subjects}
     peaks = {p: peaks.get(p) or Peak(p, device, config.tiny) for p in used}
     ceilings = {p: peak.works() for p, peak in peaks.items()}
     everything = [w for kind in works.values() for w in kind.values()]
@@ -88,8 +91,7 @@ def _network(config: BenchConfig, model: str, device: torch.device, copies: floa
     in_turns(everything, device, config.rounds, once=config.tiny)
     cost = parts.cost_of(base, subjects[0].run.train_set)
     for subject in subjects:
-        precision = subject.config.trainer.precision
-        peak = peaks[precision].of(ceilings[precision])
+        peak = peaks[subject.products].of(ceilings[subject.products])
         for kind, work in works[subject.variant.name].items():
             row = name | {"variant": subject.variant.name, "work": kind}
             row |= _figures(subject, work, kind, cost.macs, peak)

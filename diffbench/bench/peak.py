@@ -7,8 +7,9 @@ from torch import Tensor
 
 from diffbench.bench.clock import Work, in_turns, seconds
 from diffbench.bench.figures import spread
+from diffbench.training.speed import float32_products
 
-DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "64-true": torch.float64}
+DTYPES = {"32-true": torch.float32, "tf32": torch.float32, "bf16-mixed": torch.bfloat16, "64-true": torch.float64}
 
 SIZES: dict[str, list[tuple[int, int, int]]] = {
     "cpu": [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 384, 1536), (4096, 1152, 1152)],
@@ -24,7 +25,7 @@ class Peak:
     """The best matrix product of several sizes, to be measured in turns with what is held against it.
 
     Args:
-        precision: of the products, as `trainer.precision`.
+        precision: of the products, as `trainer.precision`, or tf32.
         device: where.
         tiny: small sizes.
     """
@@ -53,7 +54,12 @@ class Peak:
         rows, inner, columns = size
         a, b = self._random(rows, inner), self._random(inner, columns)
         out = torch.empty(rows, columns, dtype=a.dtype, device=self.device)
-        return Work("x".join(map(str, size)), lambda: torch.mm(a, b, out=out))
+
+        def product() -> None:
+            with float32_products(self.precision == "tf32"):
+                torch.mm(a, b, out=out)
+
+        return Work("x".join(map(str, size)), product)
 
     def _random(self, *shape: int) -> Tensor:
         # Zeros would be multiplied faster than what networks hold.

@@ -65,8 +65,9 @@ def data(config: BenchConfig, device: torch.device) -> Iterator[Row]:
 def _loading(module: PositionDataModule, device: torch.device) -> Callable[[], Any]:
     batches = iter(module.train_dataloader())
 
-    def one() -> dict[str, Tensor]:
-        on = {name: t.to(device, non_blocking=True) for name, t in next(batches).items()}
+    def one() -> dict[str, Any]:
+        batch = next(batches)
+        on = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         return module.on_after_batch_transfer(on, 0)
 
     return one

@@ -37,8 +37,7 @@ class BenchConfig:
     repeats: int | None = None
     """Rounds in which everything is measured once; null: 3 in the short form, else 5."""
     variants: list[str] | None = None
-    """Besides the known ones, as 'name: key=value key=value'; the keys are an experiment's, or bench.compile and
-    bench.attention."""
+    """Besides the known ones, as 'name: key=value key=value'; the keys are an experiment's, or bench.attention."""
     other: str | None = None
     """package.module:function, called with (model's name, its config) for another implementation of the same network,
     (x, t, y) -> output, or None where it has none; measured in turns with ours."""

@@ -1,7 +1,7 @@
 """A network under measurement, with everything that a training step has."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,14 @@ from diffbench.bench.cases import Variant
 from diffbench.bench.clock import Work
 from diffbench.config_kinds import RunConfig
 from diffbench.core import keyed
+from diffbench.denoisers.tmsa import frozen_weights
 from diffbench.denoising import Run
 from diffbench.diffusion import predictor
 from diffbench.training.cost import network_evaluations
 from diffbench.training.ema import EMA
 from diffbench.training.guides import guided
 from diffbench.training.sampling import walk
+from diffbench.training.speed import compile_network, float32_products
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -41,6 +43,7 @@ class Subject:
         device: where.
         network: another implementation, in place of the run's.
         like: another variant of the same network, whose weights, optimizer and average serve this one too.
+        backend: of torch.compile.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Subject:
         device: torch.device,
         network: nn.Module | None = None,
         like: "Subject | None" = None,
+        backend: str = "inductor",
     ) -> None:
         self.config, self.variant, self.device = config, variant, device
         self.run: Run = Run(Path("bench"), config) if like is None else like.run
@@ -57,7 +61,7 @@ class Subject:
             self.run.network = network
         self.network = self.run.network.to(device)
         self.module = self.run.module()
-        self.called: Callable[..., Tensor] = compiled(self.network, variant)
+        compile_network(self.network, config.trainer.compile, backend)
         made: Any = like.optimizer if like else self.module.configure_optimizers()["optimizer"]
         self.optimizer: torch.optim.Optimizer = made
         if like is not None:
@@ -82,6 +86,7 @@ class Subject:
     def mode(self) -> Iterator[None]:
         """Autocast and attention as the run has them."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(float32_products(self.config.trainer.tf32))
             if self.config.trainer.precision == "bf16-mixed":
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
             if self.variant.attention is not None:
@@ -92,17 +97,18 @@ class Subject:
     def forward(self) -> None:
         """One forward pass."""
         with self.mode():
-            self.called(*self.process.inputs(self.x0, self._time()), self.y)
+            self.network(*self.process.inputs(self.x0, self._time()), self.y)
 
     def bare(self) -> None:
         """A training step as one writes it by hand: no average, no log, no data, noise from one generator."""
         eps = torch.randn(self.x0.shape, generator=self.generator, device=self.device, dtype=self.x0.dtype)
         t = self._time()
         self.optimizer.zero_grad(set_to_none=True)
-        with self.mode():
-            x, time = self.process.inputs(self.process.add_noise(self.x0, t, eps), t)
-            loss = self.process.losses(self.called(x, time, self.y), self.x0, t, eps).mean()
-        loss.backward()
+        with float32_products(self.config.trainer.tf32):
+            with self.mode():
+                x, time = self.process.inputs(self.process.add_noise(self.x0, t, eps), t)
+                loss = self.process.losses(self.network(x, time, self.y), self.x0, t, eps).mean()
+            loss.backward()
         self.optimizer.step()
 
     def train(self) -> None:
@@ -113,15 +119,20 @@ class Subject:
     @torch.no_grad()
     def sample(self) -> None:
         """`steps` steps of the sampler, without guidance."""
-        predict = predictor(self.process, self.called)
+        predict = predictor(self.process, self.network)
         settings = replace(self.config.sample, steps=str(self.steps)).unguided()
         key = keyed.key("bench", "sample")
 
         def noise(step: int) -> Tensor:
             return keyed.normal(key, self.position + len(self.position) * (step + 1), self.run.shape).to(self.x0)
 
-        with self.mode():
+        with self.mode(), frozen_weights(self.network):
             walk(guided(predict, self.y, self.process, settings), noise, self.process, settings)
+
+    @property
+    def products(self) -> str:
+        """What products are computed in: `trainer.precision`, or tf32."""
+        return "tf32" if self.config.trainer.tf32 else self.config.trainer.precision
 
     @property
     def steps(self) -> int:
@@ -160,13 +171,3 @@ class Subject:
     def _time(self) -> Tensor:
         u = torch.rand(len(self.x0), generator=self.generator, device=self.device, dtype=torch.float64)
         return self.process.time(u)
-
-
-def compiled(network: nn.Module, variant: Variant) -> Callable[..., Tensor]:
-    """A network to be called: as it is, compiled whole, or each of its blocks by itself, in place."""
-    if variant.compile == "whole":
-        return torch.compile(network, backend=variant.backend)
-    if variant.compile == "blocks":
-        for block in network.blocks:  # type: ignore[union-attr]
-            block.compile(backend=variant.backend)
-    return network

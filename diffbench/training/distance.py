@@ -14,9 +14,10 @@ from torch import Tensor
 from diffbench.core import keyed
 from diffbench.core.files import atomic
 from diffbench.core.pixels import to_uint8
+from diffbench.data.progress import span
 from diffbench.evaluation.suite import Suite, metric_name
 from diffbench.training.clock import at_step_end, due
-from diffbench.training.cost import network_evaluations, seconds_per_evaluation, span, timed
+from diffbench.training.cost import network_evaluations, seconds_per_evaluation, timed
 from diffbench.training.ema import EMA
 from diffbench.training.guides import Helpers
 from diffbench.training.log import RunLog

@@ -27,7 +27,7 @@ class EMA(WeightAveraging):
         self.config = config
         self.updates = 0
         self.averages: dict[float, list[Tensor]] = {}
-        self._parameters: list[nn.Parameter] = []
+        self._parameters: list[Tensor] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -47,11 +47,16 @@ class EMA(WeightAveraging):
             return min(decay, 0.5 ** (1 / max(self.config.ramp * update, 1e-8)))
         return min(decay, (1 + update) / (10 + update)) if self.config.warmup else decay
 
+    @torch.no_grad()
     def update(self) -> None:
         """Moves every average towards the present weights."""
-        current = [p.detach() for p in self._parameters]
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(average, current, 1 - self.decay_at(self.updates, decay))
+            share = 1 - self.decay_at(self.updates, decay)
+            if self.config.foreach:
+                torch._foreach_lerp_(average, self._parameters, share)
+                continue
+            for mean, parameter in zip(average, self._parameters, strict=True):
+                mean.lerp_(parameter, share)
         self.updates += 1
 
     def on_train_batch_end(
