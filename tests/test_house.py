@@ -95,6 +95,7 @@ FLOORS = [
     {"reconstructing", "adm", "seen"},
     {"report", "referencing"},
     {"studies"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]
