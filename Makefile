@@ -56,9 +56,9 @@ evaluate: $(STAMP)  ## draw and score samples of RUN
 sample: $(STAMP)  ## draw samples of RUN into a PNG, as ARGS="labels=3 n=16 guidance=2"
 	@$(DIFFBENCH) sample $(RUN) $(ARGS)
 
-compare: $(STAMP)  ## a table of RUNS (by default all runs on DATA)
+compare: $(STAMP)  ## a table and a report of RUNS (by default all runs on DATA)
 	@test -n '$(RUNS)' || { echo "error: no runs under runs/$(DATA): train one first" >&2; exit 2; }
-	@$(DIFFBENCH) compare $(RUNS)
+	@$(DIFFBENCH) compare $(RUNS) $(ARGS)
 
 tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006
 	@$(BIN)/python -m tensorboard.main --logdir runs --samples_per_plugin images=200

@@ -64,7 +64,7 @@ def compare(words: Sequence[str]) -> Iterator[str]:
     out = _out(asked.out, runs)
     try:
         comparison = _comparison(runs, scored, asked)
-        text = write(comparison, out)
+        text = write(comparison, out, runs)
     except UserError as e:
         if len(runs) > MOST_COLUMNS or values:
             raise
