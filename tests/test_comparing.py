@@ -12,7 +12,9 @@ from diffbench.core.errors import UserError
 from diffbench.denoisers.cost import Cost
 from diffbench.run import load
 from diffbench.studies.comparing import comparison_of
-from diffbench.studies.results import Comparison
+from diffbench.studies.entries import Entry
+from diffbench.studies.pictures import attention_maps
+from diffbench.studies.results import Comparison, Result
 
 Capture = pytest.CaptureFixture[str]
 
@@ -115,6 +117,17 @@ def test_a_run_seen_is_the_run_loaded(finished: Path) -> None:
     assert (looked.images_seen, looked.ema, looked.cost) == (loaded.images_seen, loaded.ema, loaded.cost)
     assert looked.results == loaded.results != []
     assert seen.seen(looked) is looked
+
+
+def test_attention_is_drawn_once_for_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    found = {"dit": [Entry(Result("dit", 0, "complete", finished), seen.look(finished))]}
+    path = tmp_path / "attention.png"
+    picture = attention_maps(found, path)
+    assert picture is not None and picture.path == path and path.read_bytes()[:4] == b"\x89PNG"
+    path.write_bytes(b"kept")
+    assert attention_maps(found, path) == picture and path.read_bytes() == b"kept"
+    made = make_run(tmp_path / "made")  # whose weights are none
+    assert attention_maps({"a": [Entry(Result("a", 0, "complete", made), seen.look(made))]}, path) is None
 
 
 def test_many_runs_build_no_network_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

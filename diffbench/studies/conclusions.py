@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from diffbench.core.errors import UserError
+from diffbench.seen import Seen
 from diffbench.studies import statistics
 from diffbench.studies.entries import Entry, common_data, entries, resolved
 from diffbench.studies.results import Comparison
@@ -80,13 +81,13 @@ class Conclusion:
         return {e.result.seed: e.values[name] for e in self.variants[variant] if e.complete and name in e.values}
 
 
-def conclude(comparison: Comparison) -> Conclusion:
-    """Reads every result once and draws the conclusion.
+def conclude(comparison: Comparison, known: Sequence[Seen] = ()) -> Conclusion:
+    """Reads every result once and draws the conclusion; run folders that are `known` are not read again.
 
     Raises:
         UserError: if values were measured differently, or the baseline is no variant.
     """
-    found = entries(comparison)
+    found = entries(comparison, known)
     metric = resolved(found, comparison.primary) or comparison.primary
     variants: dict[str, list[Entry]] = {}
     for entry in found:

@@ -206,7 +206,12 @@ def for_terminal(c: Conclusion) -> str:
         text = table([(row.pop("variant"), row) for row in rows])
     else:
         few = ["variant", "seeds", *shown(c)[:5]]
+        best = [*c.ranked()[: 2 * PAIRS_SHOWN], "real images"]
+        if len(rows) > 2 * len(best):
+            rows = [row for row in rows if row["variant"] in best]
         text = lines([{k: v for k, v in row.items() if k in few} for row in rows])
+        if len(rows) < len(c.variants):
+            text += f"\nthe best of {len(c.variants):,} variants; the report has all"
     told += ["", text]
     if c.contests:
         chosen = c.contests
