@@ -6,6 +6,7 @@ SEEDS ?= $(SEED)
 ARGS ?=
 PYTHON ?= python3
 DEVICE ?= cpu
+STUDY ?= backbones
 RUN ?= runs/$(DATA)/$(MODEL)-s$(SEED)
 RUNS ?= $(sort $(patsubst %/checkpoints/,%,$(dir $(wildcard runs/$(DATA)/*/checkpoints/*.ckpt))))
 
@@ -16,11 +17,11 @@ DOCKER_GPUS := $(if $(filter cuda,$(DEVICE)),--gpus all)
 DIFFBENCH := $(BIN)/python -m diffbench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate sample compare tensorboard test test-all test-gpu docker-build docker-train lint types format clean
+.PHONY: help setup train ablation evaluate sample compare tensorboard test test-all test-gpu docker-build docker-train lint types format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@printf '\nVariables (now): MODEL=%s DATA=%s SEED=%s SEEDS=%s ARGS="%s" PYTHON=%s RUN=%s\n' '$(MODEL)' '$(DATA)' '$(SEED)' '$(SEEDS)' '$(ARGS)' '$(PYTHON)' '$(RUN)'
+	@printf '\nVariables (now): MODEL=%s DATA=%s SEED=%s SEEDS=%s ARGS="%s" PYTHON=%s STUDY=%s RUN=%s\n' '$(MODEL)' '$(DATA)' '$(SEED)' '$(SEEDS)' '$(ARGS)' '$(PYTHON)' '$(STUDY)' '$(RUN)'
 	@printf 'Example: make train MODEL=diffit SEED=1 ARGS="denoiser.window=2"\n'
 
 setup: $(STAMP)  ## make .venv and install (done by itself where needed)
@@ -41,6 +42,13 @@ train: check-config $(STAMP)  ## train MODEL on DATA with SEED (or each of SEEDS
 	@set -e; for seed in $(subst $(comma), ,$(SEEDS)); do $(DIFFBENCH) train $(CONFIG) seed=$$seed $(ARGS); done
 
 comma := ,
+
+.PHONY: check-study
+check-study:
+	@test -f 'experiments/studies/$(STUDY).yaml' || { echo "error: no experiments/studies/$(STUDY).yaml; STUDY names one of:" >&2; ls experiments/studies/[!_]*.yaml | sed -E 's|.*/(.*)\.yaml|  \1|' >&2; exit 2; }
+
+ablation: check-study $(STAMP)  ## every variant of STUDY with every seed, and the report; again: resume
+	@$(DIFFBENCH) study experiments/studies/$(STUDY).yaml $(ARGS)
 
 evaluate: $(STAMP)  ## draw and score samples of RUN
 	@$(DIFFBENCH) evaluate $(RUN) $(ARGS)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffbench import launching
 from diffbench.core.errors import UserError, suggest
 
 COMMAND_LINE = "command line"
@@ -19,7 +20,8 @@ VERBS = {
     "evaluate": "score samples of a run, or pictures of anyone",
     "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
-    "compare": "a table of several runs' results",
+    "study": "train every variant of a study with every seed",
+    "compare": "a table and a report of several runs, or of a study",
     "attention": "draw where a run's tokens look along sampling",
     "import": "turn a published checkpoint into a run folder",
 }
@@ -29,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code: 0, or 2 after one line that says what to mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        launcher, argv = launching.split(argv)
         arguments = _parser().parse_args(_checked_verb(argv))
+        arguments.launcher = launcher
+        if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its cells itself
+            print(launching.launch(argv, launcher))
+            return 0
         return int(globals()[f"_{arguments.verb}"](arguments) or 0)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -75,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffbench {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
+    parsers["study"].add_argument("study", metavar="STUDY", help="YAML, as experiments/studies/backbones.yaml")
     for name in ("train", "encode", "show"):
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
     parsers["sample"].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
@@ -87,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     parsers["reference"].add_argument("action", choices=("build", "inspect", "verify"))
     parsers["reference"].add_argument("paths", nargs="*", metavar="PATH", help="run, folder, npz or statistics")
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
-    parsers["compare"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parsers["compare"].add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN [key=value]",
+        help="run folders, or a study's YAML or folder, then keys as out=FOLDER primary=fd baseline=dit",
+    )
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm or ddpmpp")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")
     parsers["import"].add_argument("out", metavar="OUT", help="the new run folder")
@@ -96,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     values = {
         "import": "arguments.num_heads=16 sample.steps=50",
-        "train": "trainer.max_images=900_000",
+        "train": "trainer.max_images=900_000, or launcher=slurm launcher.time=90",
+        "study": "--dry-run seeds=[0,1] stop.images=20_000 jobs=2",
         "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
@@ -123,7 +137,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
-    if not newest_scores(run):
+    wanted = 1 + (run.config.kind == "denoiser" and run.config.sample.guided)
+    if len(newest_scores(run)) < wanted:  # a kill may have come between the two
         try:
             _score(run)
         except UserError as e:  # the run itself is complete
@@ -222,6 +237,29 @@ def _sample(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def _study(arguments: argparse.Namespace) -> int:
+    from diffbench.config_layers import read_yaml
+    from diffbench.studies.cells import KIND, run_cell
+
+    path, overrides = Path(arguments.study), [o for o in arguments.overrides if o != "--dry-run"]
+    if path.is_file() and read_yaml(path).get("kind") == KIND:
+        run_cell(path)
+        return 0
+    from diffbench.studies.run import run_study, slurm_folder
+
+    dry_run = "--dry-run" in arguments.overrides
+    launcher = arguments.launcher
+    folder = run_study(path, overrides, dry_run, launcher)
+    if dry_run or (launcher.name == "slurm" and launching.queued(slurm_folder(folder, launcher))):
+        return 0
+    from diffbench.studies.collect import comparison_of_study
+    from diffbench.studies.report import write
+
+    comparison = comparison_of_study(folder)
+    print(f"\n{write(comparison, folder)}\n\nreport: {folder / 'report.html'}")
+    return int(any(r.status != "complete" for r in comparison.results))
+
+
 def _attention(arguments: argparse.Namespace) -> None:
     from diffbench import schema
     from diffbench.attention import AttentionConfig, attention, draw, save
@@ -256,10 +294,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from diffbench.report import comparable_scores, facts, table
-    from diffbench.run import load_any
+    from diffbench.studies.comparing import compare
 
-    runs = [load_any(folder) for folder in arguments.runs]
-    scored = comparable_scores(runs)
-    titles = [folder.removeprefix("runs/").rstrip("/") for folder in arguments.runs]
-    print(table([(title, facts(run, s)) for title, run, s in zip(titles, runs, scored, strict=True)]))
+    for text in compare(arguments.runs):
+        print(text, flush=True)

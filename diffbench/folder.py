@@ -15,6 +15,7 @@ from diffbench.core.files import write_text
 # What may change between two sittings of one run: its length, and what leaves every number as it is.
 FREE = {
     "trainer.max_images",
+    "trainer.max_skipped",
     "trainer.resident",
     "trainer.async_checkpoints",
     "ema.foreach",

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from diffbench.autoencoding import AutoencoderRun
+from diffbench.config import from_dict
 from diffbench.core.errors import UserError
-from diffbench.records import difference, metrics, results, values
-from diffbench.run import Run
+from diffbench.parts import load_data
+from diffbench.records import difference, values
+from diffbench.seen import Seen, seen
 from diffbench.trained import Trained
 
 SHOWN = {"fd", "fid", "sfid", "fd_gap", "fid_gap", "fd_infinity", "fid_infinity", "kid", "label_accuracy", "precision"}
@@ -14,24 +15,25 @@ SHOWN |= {"recall", "coverage"}
 """What a table shows; the records hold more. Density and precision can rise for bad samples: neither stands alone."""
 
 
-def facts(run: Trained[Any], scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
+def facts(run: Trained[Any] | Seen, scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
     """What a table says of a run: size, length, speed, and what its kind is judged by.
 
     Args:
-        run: a loaded run.
+        run: a run, loaded or seen.
         scored: its records; by default the newest of each guidance.
     """
+    run = seen(run)
     scored = newest_scores(run) if scored is None else scored
-    if isinstance(run, AutoencoderRun):
+    if run.kind == "autoencoder":
         return _common(run) | _reconstruction(run, scored)
-    return _denoising(run, scored) if isinstance(run, Run) else _common(run) | _validation(run)
+    return _denoising(run, scored) if run.kind == "denoiser" else _common(run) | _validation(run)
 
 
-def _denoising(run: Run, scored: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _denoising(run: Seen, scored: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Validation error, and the scores of each guidance."""
-    error = next((m["val/error"] for m in reversed(metrics(run.folder)) if "val/error" in m), None)
+    error = run.last("val/error")
     row = _common(run) | {"validation error": "-" if error is None else f"{error:.4f}"}
-    if run.config.trainer.time_sampling == "loss_aware":
+    if run.flat.get("trainer.time_sampling") == "loss_aware":
         row["pairing"] = "none: its times follow its losses"
     for record in scored:
         row |= _scores(record)
@@ -59,13 +61,14 @@ def _scores(record: dict[str, Any]) -> dict[str, str]:
     return row
 
 
-def _reconstruction(run: AutoencoderRun, scored: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _reconstruction(run: Seen, scored: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What an autoencoder's newest record says, PCA with as many numbers beside it."""
     if not scored:
         return {}
     record = {name.split("@")[0]: value for name, value in scored[-1].items()}
     count = next(name.split("@")[1] for name in scored[-1] if "@" in name)
-    numbers, pixels = record["numbers"], run.train_set.images[0].numel()
+    train_set, _ = load_data(from_dict(run.values, str(run.folder)))
+    numbers, pixels = record["numbers"], train_set.images[0].numel()
     row = {"numbers a picture": f"{numbers:,} for {pixels:,}"}
     for name, title, form in (("psnr", "PSNR", ".2f"), ("ssim", "SSIM", ".4f")):
         row[f"{title}@{count} (PCA with as many numbers)"] = f"{record[name]:{form}} ({record[name + '_pca']:{form}})"
@@ -77,11 +80,9 @@ def _reconstruction(run: AutoencoderRun, scored: Sequence[dict[str, Any]]) -> di
     return row
 
 
-def _common(run: Trained[Any]) -> dict[str, str]:
+def _common(run: Seen) -> dict[str, str]:
     """Size, length and speed."""
-    images, cost = run.images_seen, run.cost
-    # The series holds images and images/s of each interval: their quotients sum to the seconds of training.
-    seconds = _training_seconds(metrics(run.folder))
+    images, cost, seconds = run.images_seen, run.cost, run.seconds
     return {
         "parameters": f"{cost.parameters:,}",
         "GMACs": f"{cost.gmacs:.4f}",
@@ -91,9 +92,9 @@ def _common(run: Trained[Any]) -> dict[str, str]:
     }
 
 
-def _validation(run: Trained[Any]) -> dict[str, str]:
+def _validation(run: Seen) -> dict[str, str]:
     """The last validation numbers."""
-    last: dict[str, Any] = next((m for m in reversed(metrics(run.folder)) if any(k.startswith("val/") for k in m)), {})
+    last: dict[str, Any] = next((m for m in reversed(run.metrics) if any(k.startswith("val/") for k in m)), {})
     return {name.removeprefix("val/"): f"{v:.4f}" for name, v in last.items() if name.startswith("val/")}
 
 
@@ -106,25 +107,26 @@ def guidance_of(record: dict[str, Any]) -> str:
     return f" ({', '.join(told)})" if told else ""
 
 
-def held_scores(run: Trained[Any]) -> list[dict[str, Any]]:
+def held_scores(run: Trained[Any] | Seen) -> list[dict[str, Any]]:
     """The records of the weights that the run holds, oldest first."""
+    run = seen(run)
     held = (run.images_seen, run.ema, run.snapshot)
-    return [r for r in results(run.folder) if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
+    return [r for r in run.results if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
 
 
-def newest_scores(run: Trained[Any]) -> list[dict[str, Any]]:
+def newest_scores(run: Trained[Any] | Seen) -> list[dict[str, Any]]:
     """The newest record of each guidance for the weights that the run holds, unguided first."""
     chosen = {guidance_of(r): r for r in held_scores(run)}
     return [chosen[w] for w in sorted(chosen)]
 
 
-def comparable_scores(runs: Sequence[Trained[Any]]) -> list[list[dict[str, Any]]]:
+def comparable_scores(runs: Sequence[Seen]) -> list[list[dict[str, Any]]]:
     """For each run the newest records of each guidance that were measured alike in all runs of its kind.
 
     Raises:
         UserError: where runs have records of a guidance but none by the same protocol, saying how they differ.
     """
-    held = [[(run.config.kind, guidance_of(r), r) for r in reversed(held_scores(run))] for run in runs]
+    held = [[(run.kind, guidance_of(r), r) for r in reversed(held_scores(run))] for run in runs]
     chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
     for what in sorted({(kind, guided) for records in held for kind, guided, _ in records}):
         groups = [[r for kind, guided, r in records if (kind, guided) == what] for records in held]
@@ -160,12 +162,3 @@ def table(rows: Sequence[tuple[str, dict[str, str]]]) -> str:
         for line in cells
     ]
     return "\n".join([text[0].rstrip(), rule, *(t.rstrip() for t in text[1:])])
-
-
-def _training_seconds(lines: Sequence[dict[str, Any]]) -> float:
-    total, before = 0.0, 0
-    for m in lines:
-        if "perf/images_per_s" in m:
-            total += (m["images"] - before) / m["perf/images_per_s"]
-            before = m["images"]
-    return total

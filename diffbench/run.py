@@ -10,14 +10,14 @@ from diffbench.autoencoders import files
 from diffbench.autoencoding import AutoencoderRun
 from diffbench.config import from_layers, read_layers
 from diffbench.config_kinds import BaseConfig, RunConfig
-from diffbench.config_layers import blaming
+from diffbench.config_layers import Layer, blaming
 from diffbench.core.files import locked
 from diffbench.data.latents import LatentSet
 from diffbench.denoising import Run, load
 from diffbench.folder import check_place, check_same, folder_for, has_checkpoint
 from diffbench.trained import Trained, open_run
 
-__all__ = ["KINDS", "Run", "encode", "load", "load_any", "train"]
+__all__ = ["KINDS", "Run", "encode", "load", "load_any", "train", "train_in"]
 
 C = TypeVar("C", bound=BaseConfig)
 
@@ -67,8 +67,18 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """
     stack = read_layers(path, overrides)
     config = from_layers(stack)
+    return train_in(folder_for(Path(path), overrides, config), config, stack)
+
+
+def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = ()) -> Any:
+    """Trains a config in a run folder, resumes it, or finds it complete; see `train`.
+
+    Args:
+        folder: the run folder.
+        config: what is trained.
+        stack: the layers that the config consists of, named in errors.
+    """
     kind = KINDS[config.kind]
-    folder = folder_for(Path(path), overrides, config)
     with blaming(stack):  # all that can be found before the folder is made, or Lightning imported
         kind.check(config)
         check_place(folder)
@@ -86,12 +96,25 @@ def with_autoencoder(config: C) -> C:
     """The config with the autoencoder's run in place of its experiment, which is trained first where it is missing."""
     if not isinstance(config, RunConfig) or not spaces.is_experiment(config.autoencoder or ""):
         return config
+    folder, wanted, words = _autoencoder(config)
+    if autoencoder_missing(config):
+        print(f"{folder}: not trained yet, and trained first, as autoencoder={words[0]} says", flush=True)
+        train(words[0], words[1:])
+    else:
+        check_same(folder, wanted)
+    return dataclasses.replace(config, autoencoder=str(folder))
+
+
+def autoencoder_missing(config: RunConfig) -> list[str]:
+    """The words that `train` the experiment of a config's autoencoder, or none where that is done."""
+    if not spaces.is_experiment(config.autoencoder or ""):
+        return []
+    folder, _, words = _autoencoder(config)
+    return [] if (folder / spaces.INSIDE / files.CONFIG).is_file() else words
+
+
+def _autoencoder(config: RunConfig) -> tuple[Path, BaseConfig, list[str]]:
+    """The folder of the autoencoder's run that a config's experiment means, its config, and the words for `train`."""
     source = str(config.autoencoder)
     wanted, overrides = spaces.experiment(config)
-    folder = folder_for(Path(source), overrides, wanted)
-    if (folder / spaces.INSIDE / files.CONFIG).is_file():
-        check_same(folder, wanted)
-    else:
-        print(f"{folder}: not trained yet, and trained first, as autoencoder={source} says", flush=True)
-        train(source, overrides)
-    return dataclasses.replace(config, autoencoder=str(folder))
+    return folder_for(Path(source), overrides, wanted), wanted, [source, *overrides]

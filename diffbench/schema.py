@@ -82,6 +82,11 @@ def _convert(kind: Any, value: Any) -> Any:
     elif origin is list:
         if isinstance(value, list):
             return [_convert(arguments[0], v) for v in value]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {str(k): _convert(arguments[1], v) for k, v in value.items()}
+    elif kind is Any:
+        return value
     elif kind is type(None):
         if value is None:
             return None
@@ -108,5 +113,7 @@ def _wanted(kind: Any) -> str:
         return " or ".join(_wanted(a) for a in arguments)
     if get_origin(kind) is list:
         return f"a list of {_wanted(arguments[0]).split(' ', 1)[1]}s, as [1, 2]"
+    if get_origin(kind) is dict:
+        return "a section with keys of its own"
     words = {int: "a whole number", float: "a finite number", str: "text (in quotes where YAML reads it otherwise)"}
     return words.get(kind, "true or false" if kind is bool else "null")

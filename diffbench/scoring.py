@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import COMMAND_LINE, parse_overrides
 from diffbench.core import pixels
 from diffbench.core.errors import UserError, suggest
-from diffbench.data.progress import progress
+from diffbench.data.progress import progress, span
 from diffbench.evaluation import Extractor
 from diffbench.evaluation.extractors import state_hash
 from diffbench.evaluation.metrics import frechet_distance, nearest
@@ -48,8 +48,6 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     Returns:
         One record for each, already appended to the run's results.jsonl.
     """
-    from diffbench.training.log import show_scores  # imports Lightning
-
     changes = parse_overrides(overrides)
     for key in changes:
         if key not in ALLOWED:
@@ -64,12 +62,53 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
         refuse_to_overwrite(Path(str(export)))
     if decay != run.ema:
         run.use_average(decay)
+    if snapshot == "best":
+        run.use_best()
+    judgement = _judgement(run, config, COMMAND_LINE if overrides else str(run.folder))
+    settings = [config.sample.unguided()]
+    if config.sample.guided:
+        settings.append(config.sample)
+    found = [_record(run, config, how, judgement) for how in settings]
+    if export is not None:
+        _export(run, config, settings[-1], Path(str(export)))
+    return found
+
+
+def evaluate_as(run: Run, config: RunConfig, told: Callable[[], dict[str, float]] = dict) -> dict[str, Any]:
+    """The record of a run's samples just as `config.sample` and `config.evaluate` say, made unless it is there.
+
+    Args:
+        run: with the weights that are scored.
+        config: how they are sampled and evaluated.
+        told: what a new record says besides.
+
+    Raises:
+        UserError: if the extractor or real images are missing.
+    """
+    before = reversed(records.results(run.folder))
+    known = next((r for r in before if scores_as(r, config, run.ema, run.snapshot)), None)
+    return known or _record(run, config, config.sample, _judgement(run, config, str(run.folder)), told())
+
+
+def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot: str = "last") -> bool:
+    """Whether a record scores an average of the run's whole length, sampled and looked at as the config says."""
+    images = config.trainer.max_steps * config.trainer.batch_size
+    held = (record["images_seen"], record["ema"], record.get("snapshot", "last"))
+    sampled = {k: v for k, v in record["sample"].items() if k not in ("seconds", "batch_size")}
+    wanted = {k: v for k, v in dataclasses.asdict(config.sample).items() if k != "batch_size"} | {"seed": config.seed}
+    e, extractor = config.evaluate, (record.get("extractor") or {}).get("name", "")
+    counted = any(name.endswith(f"@{e.count}") for name in records.values(record))
+    asked = e.extractor is None or extractor.startswith(e.extractor)
+    asked &= (record["reference"]["count"] == e.count) == (e.reference == "same")
+    return held == (images, ema, snapshot) and sampled == wanted and counted and asked
+
+
+def _judgement(run: Run, config: RunConfig, origin: str) -> Judgement:
+    """What scores the run's samples; `origin` of the config is named in errors."""
     try:
         check_evaluation(config, run.train_set)
     except ValueError as e:
-        raise UserError(f"{COMMAND_LINE if overrides else run.folder}: {e}") from None
-    if snapshot == "best":
-        run.use_best()
+        raise UserError(f"{origin}: {e}") from None
     device = device_of(config.trainer.accelerator)
     judgement = judging.of_run(config.evaluate, run.train_set, run.held_out, device)
     run.network.to(device)
@@ -78,17 +117,19 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
             f"note: {config.evaluate.count:,} samples against {judgement.extractor.dim:,} features of"
             f" {judgement.extractor.name}: most of a Fréchet distance is then bias; compare it at this count only"
         )
-    settings = [config.sample.unguided()]
-    if config.sample.guided:
-        settings.append(config.sample)
-    found = []
-    for how in settings:
-        found.append(_score(run, config, how, judgement) | _restored(run, config.evaluate.count, judgement.extractor))
-        records.append(run.folder / "results.jsonl", found[-1])
-        shown = {name: value for name, value in records.values(found[-1]).items() if "@" in name}
-        show_scores(run.folder, run.images_seen, shown, "guided/" if how.guided else "")
-    if export is not None:
-        _export(run, config, settings[-1], Path(str(export)))
+    return judgement
+
+
+def _record(
+    run: Run, config: RunConfig, how: SampleConfig, judgement: Judgement, told: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Draws and scores samples; the record is appended to results.jsonl and shown in TensorBoard."""
+    from diffbench.training.log import show_scores  # imports Lightning
+
+    found = _score(run, config, how, judgement) | _restored(run, config.evaluate.count, judgement.extractor)
+    found |= told or {}
+    records.append(run.folder / "results.jsonl", found)
+    show_scores(run.folder, run.images_seen, records.values(found), "guided/" if how.guided else "")
     return found
 
 
@@ -120,7 +161,7 @@ def draw(run: Run, how: SampleConfig, shards: Shards, seed: int) -> dict[str, An
     Returns:
         What a record says of it: network evaluations, seconds of this sitting, values clipped.
     """
-    from diffbench.training.cost import network_evaluations, seconds_per_evaluation, span  # imports Lightning
+    from diffbench.training.cost import network_evaluations, seconds_per_evaluation  # imports Lightning
 
     evaluations = network_evaluations(run.process, how)
     labels, started = labels_of(run, shards.count), time.perf_counter()

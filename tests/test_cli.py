@@ -99,7 +99,7 @@ def test_show_prints_the_resolved_config_and_writes_nothing(tmp_path: Path, caps
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "--config", DIT], "unrecognized arguments: --config; see diffbench --help"),
         (["list", "all"], "unrecognized arguments: all; see diffbench --help"),
-        (["compare"], "the following arguments are required: RUN; see diffbench compare --help"),
+        (["compare"], "the following arguments are required: RUN [key=value]; see diffbench compare --help"),
         (["show", DIT, "-x"], "'-x' is no override; write key=value, as trainer.max_images=200_000"),
         (["show", DIT, "seed"], "'seed' is no override; write key=value, as trainer.max_images=200_000"),
     ],
@@ -372,7 +372,7 @@ def test_what_is_no_run(refused: Callable[..., str], smoke_run: Path, tmp_path: 
 
 def test_a_damaged_record_is_named(refused: Callable[..., str], smoke_run: Path) -> None:
     with (smoke_run / "results.jsonl").open("a") as file:
-        file.write('{"half": ')
+        file.write('{"half": \n')
     assert refused("compare", smoke_run) == f"{smoke_run}/results.jsonl: line 3 is no JSON; remove that line"
 
 

@@ -41,3 +41,10 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
         print(f"{what} {done:,} of {total:,} images  {rate:,.0f} images/s  ETA {left:.0f} s", flush=True)
 
     yield update
+
+
+def span(seconds: float) -> str:
+    """Seconds for people: 0.4 s, 12 s, 3.5 min, 7.2 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 9.5 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

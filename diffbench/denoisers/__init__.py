@@ -23,6 +23,10 @@ class Entry:
     summary: str
     presets: dict[str, Any] = field(default_factory=dict)
     """Published sizes by name, for `denoiser.preset`; `presets.sizes` counts them."""
+    width: str = ""
+    """The key that widens the network, a number or a list that grows in proportion; by it studies match sizes."""
+    depth: str = ""
+    """The key that deepens it."""
 
 
 def _configs(table: dict[str, presets.Preset]) -> dict[str, Any]:
@@ -30,21 +34,41 @@ def _configs(table: dict[str, presets.Preset]) -> dict[str, Any]:
 
 
 DENOISERS = {
-    "unet": Entry(UNetConfig, UNet, "U-Net with residual blocks and attention (ADM)", _configs(presets.ADM)),
-    "dit": Entry(DiTConfig, DiT, "Vision Transformer with adaLN-Zero (DiT)", _configs(presets.DIT)),
+    "unet": Entry(
+        UNetConfig,
+        UNet,
+        "U-Net with residual blocks and attention (ADM)",
+        _configs(presets.ADM),
+        "model_channels",
+        "num_res_blocks",
+    ),
+    "dit": Entry(
+        DiTConfig, DiT, "Vision Transformer with adaLN-Zero (DiT)", _configs(presets.DIT), "hidden_size", "depth"
+    ),
     "diffit": Entry(
         DiffiTConfig,
         DiffiT,
         "U-shaped transformer with time-dependent self-attention (DiffiT)",
         _configs(presets.DIFFIT),
+        "channels",
+        "blocks",
     ),
     "diffit-latent": Entry(
         DiffiTLatentConfig,
         DiffiTLatent,
         "Vision Transformer with time-dependent self-attention (DiffiT for latents)",
         _configs(presets.DIFFIT_LATENT),
+        "hidden_size",
+        "depth",
     ),
-    "ddpmpp": Entry(DDPMppConfig, DDPMpp, "U-Net as EDM trains it (DDPM++)", _configs(presets.DDPMPP)),
+    "ddpmpp": Entry(
+        DDPMppConfig,
+        DDPMpp,
+        "U-Net as EDM trains it (DDPM++)",
+        _configs(presets.DDPMPP),
+        "model_channels",
+        "num_blocks",
+    ),
 }
 
 

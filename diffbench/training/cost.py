@@ -62,12 +62,3 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - started)
     return min(taken[1:])
-
-
-def span(seconds: float) -> str:
-    """Seconds for people: 0.4 s, 12 s, 3.5 min, 7.2 h."""
-    if seconds < 9.5:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

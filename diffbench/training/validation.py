@@ -3,12 +3,12 @@
 One unit for every process and prediction, so that it compares between them and shows where a backbone is better.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffbench.core import keyed
 from diffbench.data.latents import LatentSet
@@ -20,7 +20,6 @@ from diffbench.training.log import RunLog
 from diffbench.training.module import DiffusionModule
 
 
-@torch.no_grad()
 def denoising_error(
     denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = 512
 ) -> dict[float, float]:
@@ -28,24 +27,51 @@ def denoising_error(
 
     The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels.
     """
+    errors = {}
+    for level in log_snr:
+        total, numbers = None, 0
+        for squares in _squares(denoiser, process, data, level, batch_size):
+            total = squares.sum() if total is None else total + squares.sum()
+            numbers += squares.numel()
+        errors[level] = float("nan") if total is None else float(total) / numbers
+    return errors
+
+
+def image_errors(
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = 512
+) -> Tensor:
+    """The same for each image alone: (levels, N) float64 on the CPU, whose means over images are `denoising_error`.
+
+    Two denoisers' errors are paired: image i has the same noise at a level for all.
+    """
+    rows = [
+        torch.cat([s.flatten(1).mean(1).cpu() for s in _squares(denoiser, process, data, level, batch_size)])
+        for level in log_snr
+    ]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def _squares(
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, level: float, batch_size: int
+) -> Iterator[Tensor]:
+    """Squared errors at one noise level, batch by batch: (B, ...) float64 on the denoiser's device."""
     parameter = next(denoiser.parameters())
+    predict = predictor(process, denoiser)
+    noise_key = keyed.key("validation", str(float(level)))
     training = denoiser.training
     denoiser.eval()
-    predict, errors = predictor(process, denoiser), {}
-    for level in log_snr:
-        total = torch.zeros((), dtype=torch.float64, device=parameter.device)
+    try:
         for index in torch.arange(len(data)).split(batch_size):
             x0 = data.clean(index).to(parameter)
             y = data.labels[index].to(parameter.device)
             t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=parameter.device))
-            noise_key = keyed.key("validation", str(float(level)))
             eps = keyed.normal(noise_key, index.to(parameter.device), tuple(x0.shape[1:])).to(parameter.dtype)
             x_t = process.add_noise(x0, t, eps)
             denoised = predict(x_t, t, y).x0
-            total += (denoised - x0).double().square().sum()
-        errors[level] = float(total) / (len(data) * x0[0].numel())
-    denoiser.train(training)
-    return errors
+            yield (denoised - x0).double().square()
+    finally:
+        denoiser.train(training)
 
 
 def as_metrics(errors: dict[float, float]) -> dict[str, float]:

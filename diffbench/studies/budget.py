@@ -1,0 +1,96 @@
+"""What a study will take: rates measured on this machine before anything is trained."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from diffbench.config import to_dict
+from diffbench.config_kinds import RunConfig
+from diffbench.core.files import write_text
+from diffbench.denoising import Run
+from diffbench.parts import device_of
+from diffbench.studies.config import AVERAGE
+from diffbench.studies.plan import Group, evaluated
+
+WARM, LEAST_STEPS, LEAST_SECONDS = 3, 10, 2.0
+FORWARDS = 3
+"""What a training image costs, in forward passes."""
+
+
+class Probe:
+    """Measures how fast configs train and sample here, each once; training rates are kept in a file, so that a study
+    stopped by seconds ends at the same image whenever it goes on.
+
+    Args:
+        path: of the file.
+        jobs: runs at a time, which share the cores.
+    """
+
+    def __init__(self, path: Path, jobs: int) -> None:
+        self.path, self.jobs = path, jobs
+        self.rates: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self._forward: dict[str, float] = {}
+
+    def training_rate(self, config: RunConfig) -> float:
+        """Images a second of training steps: forward, backward, optimizer; without data, logs and validation."""
+        name = _name(config)
+        if name not in self.rates:
+            self.rates[name] = _training_rate(config)
+            write_text(self.path, json.dumps(self.rates) + "\n")
+        return self.rates[name]
+
+    def seconds(self, group: Group) -> float:
+        """About how long one seed of a group trains and samples, `jobs` of them at a time."""
+        from diffbench.training.cost import network_evaluations, seconds_per_evaluation  # imports Lightning
+
+        c, name = group.config, _name(group.config)
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+        try:
+            if name not in self._forward:
+                run = Run(Path("probe"), c)
+                network = run.network.to(device_of(c.trainer.accelerator))
+                self._forward[name] = seconds_per_evaluation(network, run.process, run.shape, c.trainer.batch_size)
+            forward = self._forward[name]
+        finally:
+            torch.set_num_threads(before)
+        run_forwards = FORWARDS * c.trainer.max_steps * c.trainer.batch_size
+        for changes in group.evaluations.values():
+            how = evaluated(c, {k: v for k, v in changes.items() if k != AVERAGE}, "study")
+            process = Run(Path("probe"), c).process
+            run_forwards += how.evaluate.count * network_evaluations(process, how.sample)
+        return run_forwards * forward
+
+
+def _name(config: RunConfig) -> str:
+    values = to_dict(config)
+    kept = {key: values[key] for key in ("data", "denoiser", "process", "autoencoder")}
+    kept["batch"] = [config.trainer.batch_size, config.trainer.accumulate, config.trainer.precision]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _training_rate(config: RunConfig) -> float:
+    from lightning.fabric.utilities import move_data_to_device
+
+    device = device_of(config.trainer.accelerator)
+    run = Run(Path("probe"), config)
+    module, data = run.module().to(device), run.data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    batch = data.on_after_batch_transfer(move_data_to_device(batch, device), 0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6)
+    size, steps, started = len(batch["position"]), -WARM, time.perf_counter()
+    while steps < LEAST_STEPS or time.perf_counter() - started < LEAST_SECONDS:
+        if steps == 0:
+            started = time.perf_counter()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return size * steps / (time.perf_counter() - started)

@@ -1,0 +1,234 @@
+"""What a study's YAML holds: a base experiment, the axes that vary it, and how the variants are kept comparable."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from diffbench import schema
+from diffbench.config_kinds import FORMAT
+from diffbench.config_layers import COMMAND_LINE, blaming, merge, parse_overrides, read_chain
+from diffbench.core.errors import suggest
+
+AVERAGE = "average"
+"""Key of a variant: the decay of the average that it evaluates, one of ema.decays."""
+EVALUATED = ("sample", "evaluate", AVERAGE)
+"""What changes no weights: axes over it reuse the trained runs."""
+EXPERIMENT = "experiment"
+"""Key of a variant: the YAML that it varies in place of the study's."""
+
+
+@dataclass
+class StopConfig:
+    """When training ends: exactly one of these, alike for all variants."""
+
+    images: int | None = None
+    """Images seen."""
+    flops: float | None = None
+    """Training FLOPs: 2 a multiply-accumulate, 3 forward passes an image."""
+    seconds: float | None = None
+    """Seconds of training, turned into images by each variant's rate, which the plan measures."""
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"stop: must hold one of images, flops and seconds, got {', '.join(given) or 'none'}")
+        name, value = next(iter(given.items()))
+        if value <= 0:
+            raise ValueError(f"stop.{name}: must be positive, got {value:g}")
+
+
+@dataclass
+class MatchConfig:
+    """What is made alike by sizing the networks."""
+
+    by: Literal["none", "parameters", "gmacs"] = "none"
+    to: str | float | None = None
+    """A number (parameters, or GMACs), or a variant, whose own size is the target."""
+    change: Literal["width", "depth"] = "width"
+    """What of a network is changed for it; `denoisers.Entry` knows the keys."""
+
+    def __post_init__(self) -> None:
+        if (self.by == "none") != (self.to is None):
+            raise ValueError(f"match.to: must be a variant or a number where match.by={self.by} is not none, else null")
+
+
+@dataclass
+class TuneConfig:
+    """A grid that is tried alike for each value of an axis, and chosen from by validation error."""
+
+    axis: str | None = None
+    """Whose values are tuned, each by itself; null takes the first axis."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Keys and the values to try, as optimizer.lr: [1e-3, 2e-3]; all combinations are."""
+    seed: int = 1000
+    """Of the tuning runs; none that is reported."""
+    share: float = 1.0
+    """Length of a tuning run as a share of a reported one."""
+
+    def __post_init__(self) -> None:
+        for key, values in self.grid.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"tune.grid.{key}: must be a list of values to try, got {schema.shown(values)}")
+        if not self.grid:
+            raise ValueError("tune.grid: must name keys and the values to try, as optimizer.lr: [1e-3, 2e-3]")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"tune.share: must lie in (0, 1], got {self.share:g}")
+
+
+@dataclass
+class StudyConfig:
+    """A study: every combination of its axes, with every seed."""
+
+    format: int = FORMAT
+    kind: Literal["study"] = "study"
+    title: str = ""
+    question: str = ""
+    """What the report answers, in a sentence or two."""
+    experiment: str = ""
+    """YAML of the experiment that is varied, relative to the working folder."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Keys that all variants have besides."""
+    axes: dict[str, Any] = field(default_factory=dict)
+    """A config key with a list of values, or any name with variants: name -> the keys it sets, `experiment` among them.
+    Axes over `sample` and `evaluate` alone reuse the trained runs."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    stop: StopConfig = field(default_factory=lambda: StopConfig(images=100_000))
+    match: MatchConfig = field(default_factory=MatchConfig)
+    tune: TuneConfig | None = None
+    primary: str = "val/error"
+    """The metric that decides: val/error, or a score as fd, kid, label_accuracy."""
+    baseline: str | None = None
+    """The variant that all others are compared with; null compares all pairs."""
+    like_for_like: bool = True
+    """False where variants differ in more than the question: the report then says so in its title."""
+    jobs: int = 1
+    """Runs at a time on this machine, which share its cores."""
+    runs_dir: str = "runs"
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format: must be {FORMAT}, got {self.format}")
+        if not self.experiment:
+            raise ValueError("experiment: missing; name the YAML of an experiment, as experiments/digits/dit.yaml")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds: must be different whole numbers of at least 0, got {self.seeds}")
+        if self.jobs < 1:
+            raise ValueError(f"jobs: must be at least 1, got {self.jobs}")
+        if self.jobs > 1 and self.stop.seconds is not None:
+            raise ValueError(f"jobs: {self.jobs} runs at a time would share what stop.seconds measures; leave it at 1")
+        if self.tune is not None:
+            if self.tune.seed in self.seeds:
+                raise ValueError(f"tune.seed: {self.tune.seed} is reported (seeds={self.seeds}); choose another")
+            if self.tune.axis is None:
+                self.tune.axis = next(iter(self.axes), None)
+            if self.tune.axis not in self.axes:
+                raise ValueError(f"tune.axis: must be one of the axes {', '.join(self.axes)}, got {self.tune.axis}")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        names = [v.name for v in variants(self)]
+        if len(set(names)) < len(names):
+            double = next(n for n in names if names.count(n) > 1)
+            raise ValueError(f"axes: two variants are called {double!r}; name them apart")
+        for key, name in (("baseline", self.baseline), ("match.to", self.match.to)):
+            if isinstance(name, str) and name not in names:
+                raise ValueError(f"{key}: no variant {name!r}; choose from {', '.join(names)}{suggest(name, names)}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A combination of the axes' values.
+
+    Attributes:
+        name: as tables have it.
+        trained: what it changes of training, nested keys; `experiment` replaces the study's.
+        sampled: what it changes of sampling and evaluation.
+        at: axis -> the label of its value.
+    """
+
+    name: str
+    trained: dict[str, Any]
+    sampled: dict[str, Any]
+    at: dict[str, str]
+
+
+def variants(study: StudyConfig) -> list[Variant]:
+    """Every combination of the axes' values, the last axis fastest.
+
+    Raises:
+        ValueError: if an axis is no list of values and no section of variants.
+    """
+    found = []
+    for chosen in itertools.product(*(_values(axis, given) for axis, given in study.axes.items())):
+        changes: dict[str, Any] = {}
+        for _, keys in chosen:
+            changes = merge(changes, keys)
+        sampled = {section: changes.pop(section) for section in EVALUATED if section in changes}
+        labels = [label for label, _ in chosen]
+        found.append(
+            Variant(", ".join(labels) or "as it is", changes, sampled, dict(zip(study.axes, labels, strict=True)))
+        )
+    return found
+
+
+def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The labels of an axis' values and what each changes."""
+    if isinstance(given, list) and given:
+        leaf = axis.rsplit(".", 1)[-1]
+        return [(f"{leaf}={_shown(value)}", nested({axis: value})) for value in given]
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f"axes.{axis}: must be a list of values or a section of variants, got {schema.shown(given)}")
+    for label, keys in given.items():
+        if keys is not None and not isinstance(keys, dict):
+            raise ValueError(f"axes.{axis}.{label}: must be a section of keys, or empty, got {schema.shown(keys)}")
+        if not re.fullmatch(r"[\w.+:()=/ -]{1,60}", str(label)):
+            raise ValueError(f"axes.{axis}: {label!r} is no name; allowed: up to 60 letters, digits and ._+:()=/- ")
+    return [(str(label), nested(keys or {})) for label, keys in given.items()]
+
+
+def _shown(value: Any) -> str:
+    return (
+        f"{value:g}"
+        if isinstance(value, float)
+        else ",".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
+
+
+def nested(keys: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} and {"a": {"b": 1}} alike to {"a": {"b": 1}}; later keys win."""
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        inner = nested(value) if isinstance(value, dict) else value
+        for part in reversed(str(key).split(".")):
+            inner = {part: inner}
+        tree = merge(tree, inner)
+    return tree
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Reads a study's YAML with its bases and overrides.
+
+    Raises:
+        UserError: one line that names file and key.
+    """
+    stack = [*read_chain(Path(path)), (COMMAND_LINE, parse_overrides(overrides))]
+    merged: dict[str, Any] = {}
+    for _, values in stack:
+        stop = values.get("stop")
+        if isinstance(stop, dict):  # another budget takes the place of the base's, it does not stand beside it
+            merged.pop("stop", None)
+        merged = merge(merged, values)
+    with blaming(stack):
+        if merged.get("kind") != "study":
+            raise ValueError(f"kind: must be study, got {schema.shown(merged.get('kind'))}")
+        hints = {"stop": StopConfig, "match": MatchConfig}
+        if merged.get("tune") is not None:
+            hints["tune"] = TuneConfig
+        study = schema.build(StudyConfig, merged, kinds=hints)
+    assert isinstance(study, StudyConfig)
+    return study

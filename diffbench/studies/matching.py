@@ -1,0 +1,99 @@
+"""Networks sized alike: the width or depth at which a backbone's parameters or multiply-accumulates meet a target."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from diffbench import parts
+from diffbench.config import change
+from diffbench.config_kinds import RunConfig
+from diffbench.core.errors import UserError
+from diffbench.data.sets import ImageSet
+from diffbench.denoisers import DENOISERS
+
+LARGEST = 4
+"""How many times its own size a network may become."""
+
+
+def size_of(config: RunConfig, data: ImageSet, by: Literal["parameters", "gmacs"]) -> float:
+    """Parameters, or multiply-accumulates in 1e9."""
+    cost = parts.cost_of(config, data)
+    return float(cost.parameters) if by == "parameters" else cost.gmacs
+
+
+def sized(
+    config: RunConfig,
+    data: ImageSet,
+    by: Literal["parameters", "gmacs"],
+    target: float,
+    what: Literal["width", "depth"],
+) -> RunConfig:
+    """The config with the width or depth whose size comes nearest to the target.
+
+    Widths that the network refuses (heads or groups that do not divide them) are passed over; a list of widths grows in
+    proportion to its first.
+
+    Raises:
+        UserError: if the backbone does not say which key that is, or no size fits.
+    """
+    name = config.denoiser.name
+    key = getattr(DENOISERS[name], what)
+    if not key:
+        raise UserError(f"match.change: denoiser.name={name} has no key for its {what}; choose match.by=none")
+    given = getattr(config.denoiser, key)
+    now = given[0] if isinstance(given, list) else given
+
+    def at(n: int) -> tuple[float, RunConfig] | None:
+        """Size and config at n, or None where the network refuses it."""
+        try:
+            candidate = change(config, {"denoiser": {key: _scaled(given, n)}})
+            return size_of(candidate, data, by), candidate
+        except (UserError, ValueError, RuntimeError, ArithmeticError):
+            return None
+
+    share = target / size_of(config, data, by)
+    guess = max(1, min(LARGEST * now, round(now * (share**0.5 if what == "width" else share))))
+    below = _first(at, range(guess, 0, -1), lambda size: size <= target)
+    above = _first(at, range(guess + 1, LARGEST * now + 1), lambda size: size >= target)
+    fits = [*below, *above]
+    if not fits:
+        raise UserError(f"match: denoiser.{key}: no value from 1 to {LARGEST * now} makes a {name} of {target:g} {by}")
+    return min(fits, key=lambda entry: abs(entry[0] - target))[1]
+
+
+def _first(
+    at: Callable[[int], tuple[float, RunConfig] | None], numbers: range, passed: Callable[[float], bool]
+) -> list[tuple[float, RunConfig]]:
+    """What the network allows along some numbers, up to the first size past the target."""
+    found = []
+    for n in numbers:
+        entry = at(n)
+        if entry is not None:
+            found.append(entry)
+            if passed(entry[0]):
+                break
+    return found
+
+
+def residual(config: RunConfig, data: ImageSet, by: Literal["parameters", "gmacs"], target: float) -> float:
+    """How much larger the network is than the target, as a share of it."""
+    return size_of(config, data, by) / target - 1
+
+
+def _scaled(given: Any, n: int) -> Any:
+    """A width n, or a list of widths that begins with n and keeps its proportions.
+
+    Raises:
+        ValueError: if they do not come out whole.
+    """
+    if not isinstance(given, list):
+        return n
+    if any(value * n % given[0] for value in given):
+        raise ValueError("not whole")
+    return [value * n // given[0] for value in given]
+
+
+def told(config: RunConfig, what: Literal["width", "depth"]) -> str:
+    """The key and value that matching settles, as "hidden_size=64"."""
+    key = getattr(DENOISERS[config.denoiser.name], what)
+    return f"{key}={dataclasses.asdict(config.denoiser)[key]}"

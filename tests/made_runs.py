@@ -1,0 +1,137 @@
+"""Run folders as training and evaluation would leave them, made in milliseconds: what reports and `compare` read."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
+
+from diffbench.config import load, to_yaml
+from diffbench.studies.results import Result
+
+LEVELS = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
+PROFILE = np.array([0.42, 0.26, 0.13, 0.055, 0.021, 0.0085, 0.0034])
+"""Validation error of a trained network at these levels."""
+
+
+def make_run(
+    folder: Path,
+    experiment: str = "dit",
+    seed: int = 0,
+    error: float = 0.1,
+    overrides: Sequence[str] = (),
+    tilt: float = 0.0,
+    images: int = 98_304,
+    rate: float = 2400.0,
+    image_errors: bool = True,
+) -> Path:
+    """A trained run whose validation error ends at `error`; `tilt` moves it between the noise levels."""
+    folder.mkdir(parents=True)
+    config = load(f"experiments/digits/{experiment}.yaml", [f"seed={seed}", f"trainer.max_images={images}", *overrides])
+    (folder / "config.yaml").write_text(to_yaml(config))
+    noise = np.random.default_rng(seed)
+    profile = PROFILE * np.exp(tilt * np.linspace(-1, 1, len(LEVELS)))
+    profile *= error / profile.mean()
+    lines: list[dict[str, Any]] = []
+    for i in range(1, 13):
+        seen = images * i // 12
+        rest = 1 + 2.2 * np.exp(-4 * i / 12) - 2.2 * np.exp(-4)
+        values = profile * rest
+        speed = rate * float(noise.uniform(0.97, 1.03))
+        lines.append({"images": seen, "train/loss": error * rest, "train/lr": 1e-3, "perf/images_per_s": speed})
+        told = {f"val/error_log_snr_{level:g}": float(v) for level, v in zip(LEVELS, values, strict=True)}
+        lines.append({"images": seen, "val/error": float(values.mean()), **told})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_tensors({"x": torch.zeros(1)}, folder / f"ema-{config.ema.decays[0]}.safetensors", {"images": str(images)})
+    if image_errors:
+        each = np.random.default_rng(7).gamma(4, 0.25, (len(LEVELS), 60))  # the same images for all
+        each = profile[:, None] * each / each.mean(1, keepdims=True)
+        save_file(
+            {"error": each.astype(np.float32), "log_snr": np.array(LEVELS)},
+            folder / "validation.safetensors",
+            {"images": str(images)},
+        )
+    return folder
+
+
+def record(fd: float, seed: int = 0, images: int = 98_304, **changes: Any) -> dict[str, Any]:
+    """An evaluation's record; `changes` reach into its sections, as steps="10" or guidance=1.5."""
+    sample = {"sampler": "ddpm", "steps": "50", "guidance": 1.0, "clip": True, "seed": seed, "seconds": 3.0}
+    made: dict[str, Any] = {
+        "format": 1,
+        "time": "2026-01-01T00:00:00+00:00",
+        "extractor": {"name": "digits-cnn", "weights": "0123456789abcdef", "licence": "trained here"},
+        "device": "cpu x86_64",
+        "versions": {"diffbench": "0.1.0", "torch": "2.13.0"},
+        "commit": "0" * 40,
+        "images_seen": images,
+        "snapshot": "last",
+        "ema": 0.999,
+        "guidance": 1.0,
+        "sample": sample,
+        "drawing": {"network_evaluations": 50, "drawn": 500, "clipped": 0.0},
+        "labels": "evenly over the classes",
+        "precision": "float32",
+        "data": "f1e2d3c4b5a6",
+        "data_name": "digits",
+        "reference": {"key": "abc", "split": "train", "count": 500},
+        "floor": {
+            "count": 360,
+            "images": "held-out: first",
+            "fd": 0.181,
+            "kid": 0.0004,
+            "recall": 0.93,
+            "coverage": 0.95,
+        },
+        "nearest_train_held_out": 1.07,
+        "fd/digits-cnn@500": fd,
+        "kid/digits-cnn@500": fd / 40,
+        "label_accuracy/digits-cnn@500": 1 - fd / 30,
+        "precision/digits-cnn@500": 0.96 - fd / 20,
+        "recall/digits-cnn@500": 0.95 - fd / 25,
+        "coverage/digits-cnn@500": 0.99 - fd / 60,
+        "nearest_train@500": 1.0 + fd / 20,
+    }
+    for key, value in changes.items():
+        if key in ("steps", "sampler", "guidance"):
+            sample[key] = value
+        if key == "steps":
+            made["drawing"]["network_evaluations"] = int(value)
+        if key not in ("steps", "sampler"):
+            made[key] = value
+    return made
+
+
+def save_record(folder: Path, made: dict[str, Any]) -> None:
+    """Appends a record to a run's results."""
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps(made) + "\n")
+
+
+def save_samples(folder: Path, made: dict[str, Any], images: torch.Tensor) -> None:
+    """Puts samples (N, C, H, W) uint8 where a record says that they lie."""
+    place = folder / "evaluations" / "made"
+    place.mkdir(parents=True, exist_ok=True)
+    save_tensors({"images": images}, place / "samples-00000000.safetensors")
+    (place / "manifest.json").write_text(json.dumps({"count": len(images), "shards": {"0": "-"}}))
+    made["drawing"]["folder"] = "evaluations/made"
+
+
+def backbones(runs: Path, seeds: int = 5, errors: dict[str, float] | None = None) -> list[Result]:
+    """Three backbones by seeds: diffit far the best, dit and unet close together, unless told otherwise."""
+    found = []
+    means = errors or {"unet": 0.1088, "dit": 0.1079, "diffit": 0.1012}
+    for place, (name, mean) in enumerate(means.items()):
+        for seed in range(seeds):
+            shared, own = (np.random.default_rng([seed, n]).normal() for n in (99, place))
+            error = mean * (1 + 0.008 * shared + 0.007 * own)
+            tilt = {"unet": 0.07, "dit": -0.05, "diffit": 0.0}.get(name, 0.0)
+            folder = make_run(runs / f"{name}-s{seed}", name, seed, error, tilt=tilt, rate=2400 - 150 * place)
+            made = record(max(0.2, 0.5 + 20 * (error - 0.1)), seed)
+            save_record(folder, made)
+            found.append(Result(name, seed, "complete", folder, made))
+    return found
