@@ -93,7 +93,7 @@ FLOORS = [
     {"run"},
     {"scoring", "foreign", "attention", "importing", "drawing", "replaying"},
     {"reconstructing", "adm", "seen"},
-    {"report", "referencing"},
+    {"report", "referencing", "worker"},
     {"studies"},
     {"bench"},
     {"cli"},
