@@ -226,7 +226,8 @@ class RunLog(L.Callback):
         os.truncate(self.path, state_dict["bytes"])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.writer.flush()
+        if self._writer is not None:
+            self._writer.flush()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.clock.stop()
