@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffbench import launching
 from diffbench.core.errors import UserError, suggest
 
 COMMAND_LINE = "command line"
@@ -19,10 +20,11 @@ VERBS = {
     "evaluate": "score samples of a run, or pictures of anyone",
     "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
-    "study": "run a study: every variant with every seed; the same command resumes it",
+    "study": "train every variant of a study with every seed",
     "compare": "a table and a report of several runs, or of a study",
     "attention": "draw where a run's tokens look along sampling",
     "import": "turn a published checkpoint into a run folder",
+    "bench": "measure speed and memory here, beside the machine's limits",
 }
 
 
@@ -30,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code: 0, or 2 after one line that says what to mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        launcher, argv = launching.split(argv)
         arguments = _parser().parse_args(_checked_verb(argv))
+        arguments.launcher = launcher
+        if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its cells itself
+            print(launching.launch(argv, launcher))
+            return 0
         return int(globals()[f"_{arguments.verb}"](arguments) or 0)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -93,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         nargs="+",
         metavar="RUN [key=value]",
-        help="run folders, then keys as out=FOLDER primary=fd baseline=dit",
+        help="run folders, or a study's YAML or folder, then keys as out=FOLDER primary=fd baseline=dit",
     )
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm or ddpmpp")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")
@@ -103,11 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     values = {
         "import": "arguments.num_heads=16 sample.steps=50",
-        "train": "trainer.max_images=900_000",
+        "train": "trainer.max_images=900_000, or launcher=slurm launcher.time=90",
         "study": "--dry-run seeds=[0,1] stop.images=20_000 jobs=2",
         "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
+        "bench": "models=[DiT-S/2] full=true gpu=true tiny=true baseline=old.json out=bench.json force=true",
         "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
     }
     for name, example in values.items():
@@ -131,7 +139,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
-    if not newest_scores(run):
+    wanted = 1 + (run.config.kind == "denoiser" and run.config.sample.guided)
+    if len(newest_scores(run)) < wanted:  # a kill may have come between the two
         try:
             _score(run)
         except UserError as e:  # the run itself is complete
@@ -238,11 +247,12 @@ def _study(arguments: argparse.Namespace) -> int:
     if path.is_file() and read_yaml(path).get("kind") == KIND:
         run_cell(path)
         return 0
-    from diffbench.studies.run import run_study
+    from diffbench.studies.run import run_study, slurm_folder
 
     dry_run = "--dry-run" in arguments.overrides
-    folder = run_study(path, overrides, dry_run)
-    if dry_run:
+    launcher = arguments.launcher
+    folder = run_study(path, overrides, dry_run, launcher)
+    if dry_run or (launcher.name == "slurm" and launching.queued(slurm_folder(folder, launcher))):
         return 0
     from diffbench.studies.collect import comparison_of_study
     from diffbench.studies.report import write
@@ -283,6 +293,12 @@ def _import(arguments: argparse.Namespace) -> None:
     told = f" ({p.schedule} schedule, {p.variance} variance)" if p.name == "vp" else ""
     print(f"{out}: {config.denoiser.name} for {shape}; process {p.name}{told}")
     print(f"samples by {s.sampler} in {s.steps} steps, guidance {s.guidance:g}: {_python()} -m diffbench sample {out}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from diffbench.bench.bench import bench
+
+    bench(arguments.overrides)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

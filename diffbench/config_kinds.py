@@ -20,6 +20,7 @@ from diffbench.training.settings import (
     SampleConfig,
     TrainerConfig,
     ValidationConfig,
+    precision_here,
 )
 
 FORMAT = 1
@@ -64,6 +65,8 @@ class BaseConfig:
         if not self.runs_dir:
             raise ValueError("runs_dir: must be a folder, got ''")
         self.ema = self.ema.in_steps(self.trainer.batch_size)
+        precision = precision_here(self.trainer, low=self.kind == "denoiser")
+        self.trainer = replace(self.trainer, precision=precision)
 
 
 @dataclass

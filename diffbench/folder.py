@@ -13,7 +13,16 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 
 # What may change between two sittings of one run: its length, and what leaves every number as it is.
-FREE = {"trainer.max_images", "data.num_workers", "runs_dir", "tag"}
+FREE = {
+    "trainer.max_images",
+    "trainer.max_skipped",
+    "trainer.resident",
+    "trainer.async_checkpoints",
+    "ema.foreach",
+    "data.num_workers",
+    "runs_dir",
+    "tag",
+}
 LONGEST_TAG = 100
 
 

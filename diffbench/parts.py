@@ -1,6 +1,8 @@
 """What a config describes: its data and its network, and a check of both before anything is trained or written."""
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +67,7 @@ def data_module(
         num_workers=config.data.num_workers,
         only_first_batch=config.debug == "overfit",
         flip=getattr(config.data, "flip", False),
+        resident=config.trainer.resident,
     )
 
 
@@ -81,6 +84,7 @@ def check(config: RunConfig) -> None:
         ValueError: a line that begins with the key.
     """
     check_device(config.trainer.accelerator)
+    check_compiler(config.trainer.compile)
     train_set, _ = load_data(config)
     if not len(train_set):
         raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
@@ -160,6 +164,13 @@ def check_device(accelerator: str) -> None:
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):
         raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
+
+
+def check_compiler(how: str) -> None:
+    """Raises ValueError, naming the key, where `trainer.compile` finds no C++ compiler: $CXX, or g++."""
+    name = os.environ.get("CXX", "g++")
+    if how != "none" and shutil.which(name) is None:
+        raise ValueError(f"trainer.compile: {how} needs a C++ compiler, and there is no {name}; allowed: none")
 
 
 def labels_for(n: int | None, labels: int | Sequence[int] | Tensor | None, classes: int) -> Tensor:

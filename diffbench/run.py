@@ -96,12 +96,25 @@ def with_autoencoder(config: C) -> C:
     """The config with the autoencoder's run in place of its experiment, which is trained first where it is missing."""
     if not isinstance(config, RunConfig) or not spaces.is_experiment(config.autoencoder or ""):
         return config
+    folder, wanted, words = _autoencoder(config)
+    if autoencoder_missing(config):
+        print(f"{folder}: not trained yet, and trained first, as autoencoder={words[0]} says", flush=True)
+        train(words[0], words[1:])
+    else:
+        check_same(folder, wanted)
+    return dataclasses.replace(config, autoencoder=str(folder))
+
+
+def autoencoder_missing(config: RunConfig) -> list[str]:
+    """The words that `train` the experiment of a config's autoencoder, or none where that is done."""
+    if not spaces.is_experiment(config.autoencoder or ""):
+        return []
+    folder, _, words = _autoencoder(config)
+    return [] if (folder / spaces.INSIDE / files.CONFIG).is_file() else words
+
+
+def _autoencoder(config: RunConfig) -> tuple[Path, BaseConfig, list[str]]:
+    """The folder of the autoencoder's run that a config's experiment means, its config, and the words for `train`."""
     source = str(config.autoencoder)
     wanted, overrides = spaces.experiment(config)
-    folder = folder_for(Path(source), overrides, wanted)
-    if (folder / spaces.INSIDE / files.CONFIG).is_file():
-        check_same(folder, wanted)
-    else:
-        print(f"{folder}: not trained yet, and trained first, as autoencoder={source} says", flush=True)
-        train(source, overrides)
-    return dataclasses.replace(config, autoencoder=str(folder))
+    return folder_for(Path(source), overrides, wanted), wanted, [source, *overrides]

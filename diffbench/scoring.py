@@ -74,15 +74,20 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     return found
 
 
-def evaluate_as(run: Run, config: RunConfig) -> dict[str, Any]:
+def evaluate_as(run: Run, config: RunConfig, told: Callable[[], dict[str, float]] = dict) -> dict[str, Any]:
     """The record of a run's samples just as `config.sample` and `config.evaluate` say, made unless it is there.
+
+    Args:
+        run: with the weights that are scored.
+        config: how they are sampled and evaluated.
+        told: what a new record says besides.
 
     Raises:
         UserError: if the extractor or real images are missing.
     """
     before = reversed(records.results(run.folder))
     known = next((r for r in before if scores_as(r, config, run.ema, run.snapshot)), None)
-    return known or _record(run, config, config.sample, _judgement(run, config, str(run.folder)))
+    return known or _record(run, config, config.sample, _judgement(run, config, str(run.folder)), told())
 
 
 def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot: str = "last") -> bool:
@@ -115,11 +120,14 @@ def _judgement(run: Run, config: RunConfig, origin: str) -> Judgement:
     return judgement
 
 
-def _record(run: Run, config: RunConfig, how: SampleConfig, judgement: Judgement) -> dict[str, Any]:
+def _record(
+    run: Run, config: RunConfig, how: SampleConfig, judgement: Judgement, told: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Draws and scores samples; the record is appended to results.jsonl and shown in TensorBoard."""
     from diffbench.training.log import show_scores  # imports Lightning
 
     found = _score(run, config, how, judgement) | _restored(run, config.evaluate.count, judgement.extractor)
+    found |= told or {}
     records.append(run.folder / "results.jsonl", found)
     show_scores(run.folder, run.images_seen, records.values(found), "guided/" if how.guided else "")
     return found

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffbench.core.errors import UserError
-from diffbench.core.files import atomic, locked, sha256, write_text
+from diffbench.core.files import locked, sha256, sweep, write_bytes, write_text
 
 SIZE = 1000
 """Samples of a shard."""
@@ -79,6 +79,7 @@ class Shards:
             UserError: if the disk has no room for them.
         """
         with locked(self.folder, wait=True):
+            sweep(self.folder)
             done = self._whole()
             skipped(sum(self._size(start) for start in done))
             missing = [start for start in self.starts if start not in done]
@@ -86,8 +87,7 @@ class Shards:
             for start in missing:
                 images = draw(start, self._size(start))
                 assert images.dtype == torch.uint8 and images.shape == (self._size(start), *self.shape)
-                with atomic(self.path(start)) as file:
-                    file.write(save({"images": images.contiguous()}))
+                write_bytes(self.path(start), save({"images": images.contiguous()}))
                 done[start] = sha256(self.path(start))
                 told = {"what": self.what, "count": self.count, "shards": {str(s): done[s] for s in sorted(done)}}
                 write_text(self.manifest, json.dumps(told, indent=1) + "\n")

@@ -13,7 +13,9 @@ from diffbench.config import flatten, to_dict, to_yaml
 from diffbench.config_kinds import BaseConfig
 from diffbench.config_layers import blaming
 from diffbench.core.errors import UserError
+from diffbench.core.files import sweep
 from diffbench.denoisers.cost import Cost
+from diffbench.denoisers.tmsa import shorten
 from diffbench.folder import read_config, update_length
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Trained(ABC, Generic[C]):
         self.network = self.build()
         if config.trainer.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        shorten(self.network, config.trainer.short_time)
         self.ema = config.ema.decays[0]
         self.images_seen = 0
         self.snapshot = "last"
@@ -115,6 +118,7 @@ class Trained(ABC, Generic[C]):
         from diffbench.training.checkpoints import newest, step_of
 
         settings = self.config.trainer
+        sweep(self.folder)
         checkpoint = newest(self.folder / "checkpoints") if existed else None
         done = step_of(checkpoint) if checkpoint else 0
         images = done * settings.batch_size
@@ -129,7 +133,8 @@ class Trained(ABC, Generic[C]):
             self.network.load_state_dict(start, strict=True)
             print(f"weights start from {getattr(self.config, 'init_from', None)}")
         state = f"resuming at {images:,} images" if checkpoint else "starting"
-        print(f"{self.folder}: {state}, {self.cost.parameters:,} parameters, {self.cost.gmacs:.4f} GMACs")
+        cost = f"{self.cost.parameters:,} parameters, {self.cost.gmacs:.4f} GMACs"
+        print(f"{self.folder}: {state}, {cost}, {settings.precision}")
         for path in self.folder.glob("ema-*.safetensors"):
             path.unlink()  # of the shorter run; written anew at the end
         self._train(checkpoint)

@@ -79,22 +79,23 @@ def test_the_core_needs_nothing_but_torch() -> None:
 FLOORS = [
     {"core"},
     set(WINGS),
-    {"data", "schema", "config_layers"},
+    {"data", "schema", "config_layers", "sealed"},
     {"training"},
     {"config_kinds"},
     {"config"},
     {"folder", "records", "references", "spaces"},
-    {"judging"},
+    {"judging", "launching"},
     {"parts", "pictures", "shards"},
     {"weights"},
     {"trained"},
     {"autoencoding", "classifier"},
     {"denoising"},
     {"run"},
-    {"scoring", "foreign", "attention", "importing", "drawing"},
+    {"scoring", "foreign", "attention", "importing", "drawing", "replaying"},
     {"reconstructing", "adm", "seen"},
     {"report", "referencing"},
     {"studies"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]
@@ -130,7 +131,15 @@ def test_there_is_no_circle() -> None:
     assert order.index("diffbench.core.errors") < order.index("diffbench.config") < order.index("diffbench.cli")
 
 
-OPTIONAL = ["diffusers", "efficientnet_lite_pytorch", "hypothesis", "pytest", "torch_fidelity", "torchvision"]
+OPTIONAL = [
+    "diffusers",
+    "efficientnet_lite_pytorch",
+    "hypothesis",
+    "pytest",
+    "submitit",
+    "torch_fidelity",
+    "torchvision",
+]
 
 
 def test_every_module_imports_with_the_base_dependencies_only() -> None:

@@ -44,7 +44,7 @@ class PositionSampler(Sampler[list[int]]):
             first += self.micro * self.world
 
 
-class PositionDataset(Dataset[dict[str, Tensor]]):
+class PositionDataset(Dataset[dict[str, Any]]):
     """Fetches whole batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
 
     Args:
@@ -70,13 +70,15 @@ class PositionDataset(Dataset[dict[str, Tensor]]):
     def _order(self, epoch: int) -> Tensor:
         return keyed.permutation(keyed.key(self.seed, "order", epoch), len(self.data))
 
-    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
-        """A batch: position (B,) and what the set gives, as image (B, C, H, W) uint8 and label (B,); or index (B,)."""
+    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
+        """A batch: position (B,), the first as a number, and what the set gives, as image (B, C, H, W) uint8 and label
+        (B,); or index (B,)."""
         position = torch.tensor(positions)
         index = self.index(position)
-        return {"position": position, **({"index": index} if self.only_index else self.data.gather(index))}
+        what = {"index": index} if self.only_index else self.data.gather(index)
+        return {"position": position, "first": positions[0], **what}
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
+    def __getitem__(self, position: int) -> dict[str, Any]:
         return self.__getitems__([position])
 
 
@@ -127,7 +129,7 @@ class PositionDataModule(L.LightningDataModule):
         """What a batch on the device trains on, (B, C, H, W) float32; `flipped` (B,) says which to mirror."""
         raise NotImplementedError
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = PositionSampler(self.batch_size, self.accumulate, self.samples_seen, rank, world)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -141,16 +143,17 @@ class PositionDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Bytes travel to the device, or lie there, and become numbers there."""
-        position = batch["position"]
+        position, first = batch["position"], {k: batch[k] for k in ("first",) if k in batch}
         if "index" in batch:
             batch = self._on_device.gather(batch["index"])
         if self.flip:
             flipped = keyed.uniform(keyed.key(self.seed, "flip"), position) < 0.5
         else:
             flipped = torch.zeros_like(position, dtype=torch.bool)
-        return {"x0": self.x0(batch | {"position": position}, flipped), "label": batch["label"], "position": position}
+        x0 = self.x0(batch | {"position": position}, flipped)
+        return {"x0": x0, "label": batch["label"], "position": position, **first}
 
     def state_dict(self) -> dict[str, Any]:
         seen = self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen

@@ -1,5 +1,7 @@
 """Time-dependent multi-head self-attention (TMSA) and the DiffiT block: one module for latents, images and U-Nets."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -48,6 +50,10 @@ class TMSA(nn.Module):
     """
 
     bias_index: Tensor
+    short: bool = False
+    """Whether the time enters by the shorter form, equal to rounding; see `shorten`."""
+    kept: Tensor | None = None
+    """The gathered bias inside `frozen_weights`, once it was needed."""
 
     def __init__(
         self,
@@ -59,6 +65,7 @@ class TMSA(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
+        self.keeps_bias = False
         width = width or dim
         check_divides("num_heads", num_heads, width, "the width of queries, keys and values")
         self.heads = num_heads
@@ -79,19 +86,35 @@ class TMSA(nn.Module):
         """(B * windows, N, dim) tokens, windows of a sample adjacent, and (B, time_dim) to (B * windows, N, dim)."""
         qkv = self.qkv(x)
         time = None if self.qkv_time is None else per_window(self.qkv_time(c), x)
-        if time is not None and not self.separate:
+        added: dict[str, Tensor] = {}
+        if time is not None and self.short and self.parts != "k" and not self.separate:  # k alone: nothing is left
+            added = dict(zip(self.parts, time.chunk(len(self.parts), dim=-1), strict=True))
+        elif time is not None and not self.separate:
             qkv = qkv + self._spread(time)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        bias = rearrange(self.bias[self.bias_index], "n m h -> 1 h n m")
+        if "q" in added:
+            q, k, v = qkv.chunk(3, dim=-1)
+            q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q + added["q"], k, v))
+        else:
+            q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        bias = self.relative_bias()
         if self.bias_time is not None:
             table = self.bias_time(c).unflatten(1, self.bias.shape)[:, self.bias_index]
             bias = bias + per_window(rearrange(table, "b n m h -> b h n m"), x)[:, 0]
         if time is not None and self.separate:
             time_k, time_v = rearrange(time, "b one (two h d) -> two b h one d", two=2, h=self.heads)
             k, v, bias = torch.cat([time_k, k], dim=2), torch.cat([time_v, v], dim=2), pad(bias, (1, 0))
-        h = scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        out: Tensor = self.proj(rearrange(h, "b h n d -> b n (h d)"))
+        h = rearrange(scaled_dot_product_attention(q, k, v, attn_mask=bias), "b h n d -> b n (h d)")
+        out: Tensor = self.proj(h + added["v"] if "v" in added else h)
         return out
+
+    def relative_bias(self) -> Tensor:
+        """The bias (1, heads, N, N) of each pair of tokens, contiguous, as attention kernels want it."""
+        if self.kept is not None:
+            return self.kept
+        bias = rearrange(self.bias[self.bias_index], "n m h -> 1 h n m").contiguous()
+        if self.keeps_bias and not torch.compiler.is_compiling():
+            self.kept = bias
+        return bias
 
     def _spread(self, time: Tensor) -> Tensor:
         """The parts of q, k and v that hold time, zeros for the others."""
@@ -172,6 +195,34 @@ class TimeAttention(nn.Module):
         """(B, C, H, W) and the activated embedding (B, time_dim) to (B, C, H, W), without the residual."""
         tokens = self.tmsa(to_windows(self.norm(x), self.size), c)
         return from_windows(tokens, self.size, *x.shape[2:])
+
+
+def shorten(net: nn.Module, short: bool = True) -> None:
+    """Chooses for every TMSA of a network between the paper's form and a shorter one of the same value and weights.
+
+    The softmax removes what the time adds to every key alike, and as its weights sum to 1, what the time adds to the
+    values may as well be added to their mean: q_i + q_t, k_j and v_j attend, and v_t joins the result. The weights of
+    k_t then get a gradient of zero, where the full form gives them rounding noise.
+    """
+    for module in net.modules():
+        if isinstance(module, TMSA):
+            module.short = short
+
+
+@contextmanager
+def frozen_weights(net: nn.Module) -> Iterator[None]:
+    """Promises that the weights stay as they are inside the block, so that each bias is gathered once in it.
+
+    What is kept goes with the block, also after an exception: nothing can be stale outside of it.
+    """
+    attentions = [module for module in net.modules() if isinstance(module, TMSA)]
+    try:
+        for module in attentions:
+            module.keeps_bias = True
+        yield
+    finally:
+        for module in attentions:
+            module.keeps_bias, module.kept = False, None
 
 
 def per_window(c: Tensor, tokens: Tensor) -> Tensor:

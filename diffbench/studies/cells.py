@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import read_yaml
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
+from diffbench.denoising import Run
 from diffbench.folder import read_config
 from diffbench.studies.config import AVERAGE
 from diffbench.studies.plan import Cell, evaluated
@@ -45,12 +47,21 @@ def write_cell(folder: Path, cell: Cell, order: int) -> Path:
 
 
 def run_cell(path: Path) -> None:
-    """Trains a cell's run where it is not trained, and makes the evaluations that are missing.
+    """Trains a cell's run where it is not trained, and makes the evaluations that are missing; notes a failure.
 
     Raises:
         UserError: for what the user can mend.
         SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
     """
+    path.with_suffix(".json").unlink(missing_ok=True)
+    try:
+        _train_and_evaluate(path)
+    except Exception as e:
+        ended(path, 2, " ".join(str(e).split())[:300])
+        raise
+
+
+def _train_and_evaluate(path: Path) -> None:
     from diffbench.run import train_in
     from diffbench.scoring import evaluate_as
     from diffbench.studies.measures import save_validation
@@ -65,8 +76,17 @@ def run_cell(path: Path) -> None:
         for variant, changes in cell["evaluations"].items():
             started = time.perf_counter()
             run.use_average(changes.get(AVERAGE, config.ema.decays[0]))
-            evaluate_as(run, evaluated(config, changes, str(path)))
+            evaluate_as(
+                run, evaluated(config, changes, str(path)), partial(_errors, run) if AVERAGE in changes else dict
+            )
             print(f"{variant}: scored in {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _errors(run: Run) -> dict[str, float]:
+    """The validation error of the average that the run holds; metrics.jsonl has that of the first one."""
+    from diffbench.training.validation import as_metrics, denoising_error
+
+    return as_metrics(denoising_error(run.network, run.process, run.sets[1], run.config.validation.log_snr))
 
 
 def is_trained(folder: Path, config: RunConfig) -> bool:

@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from diffbench.config_layers import COMMAND_LINE, blaming, parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.report import comparable_scores, facts, guidance_of, table
 from diffbench.seen import Seen, look
+from diffbench.studies.collect import comparison_of_study, is_study
+from diffbench.studies.config import load_study
 from diffbench.studies.results import Comparison, Result
 from diffbench.studies.tables import OWN
 from diffbench.studies.wording import counted, listed, title
@@ -40,7 +42,7 @@ class CompareConfig:
 
 
 def compare(words: Sequence[str]) -> Iterator[str]:
-    """Compares runs, given as folders and then key=value; yields texts for the terminal as they come about.
+    """Compares runs, or a study, given first, then key=value; yields texts for the terminal as they come about.
 
     Raises:
         UserError: naming a folder that holds no run, records that were measured differently, or a wrong key.
@@ -51,6 +53,10 @@ def compare(words: Sequence[str]) -> Iterator[str]:
         asked = schema.build(CompareConfig, values)
     if not folders:
         raise UserError(f"{COMMAND_LINE}: name run folders, as runs/digits/dit-s0; see diffbench compare --help")
+    study = _study(folders[0])
+    if study is not None:
+        yield _report(_asked(comparison_of_study(study), asked), Path(asked.out) if asked.out else study)
+        return
     runs = [look(folder) for folder in folders]
     scored = comparable_scores(runs)
     if len(runs) <= MOST_COLUMNS:
@@ -59,18 +65,39 @@ def compare(words: Sequence[str]) -> Iterator[str]:
     apart = {run.folder.resolve() for run in runs if run.kind == "denoiser"}
     if len(apart) < 2 and asked.out is None:
         return
-    from diffbench.studies.report import write
-
-    out = _out(asked.out, runs)
     try:
-        comparison = _comparison(runs, scored, asked)
-        text = write(comparison, out, runs)
+        yield _report(_comparison(runs, scored, asked), _out(asked.out, runs), runs)
     except UserError as e:
         if len(runs) > MOST_COLUMNS or values:
             raise
         yield f"\nno report: {e}"
-        return
-    yield f"\n{text}\n\nreport: {out / 'report.html'}"
+
+
+def _report(comparison: Comparison, out: Path, known: Sequence[Seen] = ()) -> str:
+    from diffbench.studies.report import write
+
+    return f"\n{write(comparison, out, known)}\n\nreport: {out / 'report.html'}"
+
+
+def _study(path: Path) -> Path | None:
+    """The folder of a study, given as that or as its YAML; None for a run folder.
+
+    Raises:
+        UserError: for a YAML that is no study's.
+    """
+    if path.is_file():
+        from diffbench.studies.run import folder_of_study
+
+        study = load_study(path)
+        return folder_of_study(path, [], study)
+    return path if is_study(path) else None
+
+
+def _asked(comparison: Comparison, asked: CompareConfig) -> Comparison:
+    """The comparison with what was asked for in place of what the study says."""
+    return replace(
+        comparison, primary=asked.primary or comparison.primary, baseline=asked.baseline or comparison.baseline
+    )
 
 
 def comparison_of(runs: Sequence[Path]) -> Comparison:

@@ -16,16 +16,19 @@ from typing import Any
 import yaml
 
 from diffbench.config_layers import parse_overrides
+from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.data.progress import span
+from diffbench.launching import LauncherConfig, submit, told
 from diffbench.studies import cells as cell_files
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig, load_study
 from diffbench.studies.notes import notes_of, plan_text
 from diffbench.studies.plan import Cell, Group, cells, groups, tuning_cells
 
-UNNAMED = ("jobs", "runs_dir", "seeds", "launcher")
+UNNAMED = ("jobs", "runs_dir", "seeds")
 """Overrides that make no other study."""
+HERE = LauncherConfig()
 
 
 def folder_of_study(path: Path, overrides: Sequence[str], study: StudyConfig) -> Path:
@@ -35,7 +38,9 @@ def folder_of_study(path: Path, overrides: Sequence[str], study: StudyConfig) ->
     return Path(study.runs_dir) / "studies" / (f"{path.stem}-{tag}" if tag else path.stem)
 
 
-def run_study(path: str | Path, overrides: Sequence[str] = (), dry_run: bool = False) -> Path:
+def run_study(
+    path: str | Path, overrides: Sequence[str] = (), dry_run: bool = False, launcher: LauncherConfig = HERE
+) -> Path:
     """Plans a study, says what it will cost, and runs what is missing of it; returns its folder.
 
     Complete cells are skipped, failed ones tried again; one that fails does not stop the others.
@@ -44,6 +49,8 @@ def run_study(path: str | Path, overrides: Sequence[str] = (), dry_run: bool = F
         path: the study's YAML.
         overrides: key=value for its keys.
         dry_run: stop after the plan.
+        launcher: hands the cells to SLURM in place of running them; they and their results are the same. The same
+            command again hands over what is neither complete nor in the queue, after tuning the cells themselves.
 
     Raises:
         UserError: one line that names file and key.
@@ -51,6 +58,8 @@ def run_study(path: str | Path, overrides: Sequence[str] = (), dry_run: bool = F
     """
     path = Path(path)
     study = load_study(path, overrides)
+    if launcher.name == "slurm" and study.stop.seconds is not None:
+        raise UserError(f"{path}: stop.seconds: is measured on this machine, not SLURM's; choose images or flops")
     folder = folder_of_study(path, overrides, study)
     with locked(folder):
         probe = Probe(folder / "rates.json", study.jobs)
@@ -61,9 +70,10 @@ def run_study(path: str | Path, overrides: Sequence[str] = (), dry_run: bool = F
         if dry_run:
             return folder
         write_text(folder / "study.yaml", yaml.safe_dump(dataclasses.asdict(study), sort_keys=False))
-        _autoencoders(found)
+        _autoencoders(found, launcher)
         if not chosen_all:
-            _run(folder, tuning, study.jobs)
+            if not _run(folder, tuning, study.jobs, launcher):
+                return folder
             tuned, _ = _tuned(folder, tuning)
             for label, values in tuned.items():
                 print(f"tuning chose {', '.join(f'{k}={v}' for k, v in values.items())} for {label}", flush=True)
@@ -71,7 +81,7 @@ def run_study(path: str | Path, overrides: Sequence[str] = (), dry_run: bool = F
         made = cells(study, found)
         write_text(folder / "notes.json", json.dumps(notes_of(study, found, tuning, tuned), ensure_ascii=False) + "\n")
         _forget(folder, [*tuning, *made])
-        _run(folder, made, study.jobs)
+        _run(folder, made, study.jobs, launcher)
     return folder
 
 
@@ -89,11 +99,17 @@ def _tuned(folder: Path, tuning: Iterable[Cell]) -> tuple[dict[str, dict[str, An
     return {label: values for label, (_, values) in best.items()}, complete
 
 
-def _autoencoders(found: Iterable[Group]) -> None:
-    """Trains the autoencoders that experiments name before any cell, which would train them side by side."""
-    from diffbench.run import with_autoencoder
+def _autoencoders(found: Iterable[Group], launcher: LauncherConfig) -> None:
+    """Trains the autoencoders that experiments name before any cell, which would train them side by side.
+
+    Raises:
+        UserError: if one is missing and this machine is not to train it.
+    """
+    from diffbench.run import autoencoder_missing, with_autoencoder
 
     for config in {repr(g.config.data): g.config for g in found if g.config.autoencoder is not None}.values():
+        if launcher.name == "slurm" and (command := autoencoder_missing(config)):
+            raise UserError(f"{command[0]}: not trained yet; first: diffbench train {' '.join(command)} launcher=slurm")
         with_autoencoder(config)
 
 
@@ -105,14 +121,22 @@ def _forget(folder: Path, plan: Iterable[Cell]) -> None:
             path.unlink()
 
 
-def _run(folder: Path, plan: Sequence[Cell], jobs: int) -> None:
-    """Runs the cells that are not complete, `jobs` at a time, each in a process of its own with its own log."""
+def _run(folder: Path, plan: Sequence[Cell], jobs: int, launcher: LauncherConfig) -> bool:
+    """Runs the cells that are not complete, `jobs` at a time, each in a process of its own with its own log.
+
+    Returns:
+        Whether all have had their turn: not those that SLURM was given, or has already.
+    """
     paths = [cell_files.write_cell(folder, cell, order) for order, cell in enumerate(plan)]
     names = {path: cell.name for path, cell in zip(paths, plan, strict=True)}
     waiting = deque(path for path in paths if not cell_files.is_complete(path))
     skipped = len(paths) - len(waiting)
     if skipped:
         print(f"{skipped} of {len(paths)} cells are complete already", flush=True)
+    if launcher.name == "slurm":
+        if waiting:
+            _hand_over(folder, list(waiting), launcher)
+        return not waiting
     total, started, done = len(waiting), time.monotonic(), 0
     running: dict[subprocess.Popen[bytes], tuple[Path, float]] = {}
     previous = signal.signal(signal.SIGTERM, _stop)
@@ -137,6 +161,21 @@ def _run(folder: Path, plan: Sequence[Cell], jobs: int) -> None:
         for process in running:
             process.wait()
         signal.signal(signal.SIGTERM, previous)
+    return True
+
+
+def _hand_over(folder: Path, paths: Sequence[Path], launcher: LauncherConfig) -> None:
+    """Gives cells to SLURM as an array; those that wait or run there stay as they are."""
+    launcher = dataclasses.replace(launcher, folder=str(slurm_folder(folder, launcher)))
+    jobs = submit([["study", str(path)] for path in paths], launcher, folder.name)
+    print(
+        f"{told(jobs, str(launcher.folder))}\nthen: the same command again, or diffbench compare {folder}", flush=True
+    )
+
+
+def slurm_folder(folder: Path, launcher: LauncherConfig) -> Path:
+    """Where the scripts and logs of a study's jobs lie."""
+    return Path(launcher.folder or folder / "slurm")
 
 
 def _start(path: Path, jobs: int) -> "subprocess.Popen[bytes]":

@@ -3,13 +3,16 @@
 import contextlib
 import os
 import signal
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch.utils._pytree import tree_map_only
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256, write_text
@@ -17,15 +20,53 @@ from diffbench.training.clock import Clock, at_step_end, due
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, renames; a checksum file (as `sha256sum -c` reads it) precedes the state."""
+    """Writes beside the target, syncs, renames; a checksum file (as `sha256sum -c` reads it) precedes the state.
+
+    Args:
+        background: write a copy of the state from a thread, while training goes on. The next save waits for it, and so
+            does `join`, which must be called at the end; both raise what went wrong in the thread.
+        keep: how many states stay in the folder, the newest; None for all.
+    """
+
+    def __init__(self, background: bool = False, keep: int | None = None) -> None:
+        super().__init__()
+        self.background, self.keep = background, keep
+        self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
+        self.join()
+        if not self.background:
+            self._write(checkpoint, Path(path))
+            return
+        copied = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint)
+        writing: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                self._write(copied, Path(path))
+                writing.set_result(None)
+            except BaseException as e:
+                writing.set_exception(e)
+
+        self._writing = writing
+
+        Thread(target=work, name="checkpoint").start()  # no daemon: the process does not end before it
+
+    def join(self) -> None:
+        """Waits until what was saved is written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
         staged = target.with_name(f".{target.name}.staged")
-        with atomic(staged) as file:
+        with atomic(staged, _size(checkpoint), called=target) as file:
             torch.save(checkpoint, file)
         write_text(_checksum(target), f"{sha256(staged)}  {target.name}\n")
         os.replace(staged, target)
+        for path in all_steps(target.parent)[: -self.keep] if self.keep else []:
+            path.unlink()
+            _checksum(path).unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
@@ -67,6 +108,15 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
+def _size(state: Any) -> int:
+    """Bytes of the tensors in a state, about what its file takes."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict | list | tuple):
+        return sum(map(_size, state.values() if isinstance(state, dict) else state))
+    return 0
+
+
 def _checksum(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
@@ -81,17 +131,10 @@ class SaveState(L.Callback):
         batch_size: images of a step.
         every: images between saves.
         clock: paused while saving.
-        keep: how many states stay.
     """
 
-    def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock, keep: int = 2) -> None:
-        self.folder, self.batch_size, self.every, self.clock, self.keep = (
-            folder,
-            batch_size,
-            every,
-            clock,
-            keep,
-        )
+    def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock) -> None:
+        self.folder, self.batch_size, self.every, self.clock = folder, batch_size, every, clock
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -116,11 +159,8 @@ class SaveState(L.Callback):
             trainer.should_stop = True
 
     def save(self, trainer: L.Trainer) -> None:
-        """Writes the state of the present step and removes the oldest beyond `keep`."""
+        """Writes the state of the present step."""
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
-        for path in all_steps(self.folder)[: -self.keep]:
-            path.unlink()
-            _checksum(path).unlink(missing_ok=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_handlers()

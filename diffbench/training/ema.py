@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
+from diffbench.training.guard import Outcome
 from diffbench.training.settings import EMAConfig
 
 
@@ -27,7 +28,8 @@ class EMA(WeightAveraging):
         self.config = config
         self.updates = 0
         self.averages: dict[float, list[Tensor]] = {}
-        self._parameters: list[nn.Parameter] = []
+        self._parameters: list[Tensor] = []
+        self._outcome: Outcome | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -47,19 +49,37 @@ class EMA(WeightAveraging):
             return min(decay, 0.5 ** (1 / max(self.config.ramp * update, 1e-8)))
         return min(decay, (1 + update) / (10 + update)) if self.config.warmup else decay
 
+    @torch.no_grad()
     def update(self) -> None:
         """Moves every average towards the present weights."""
-        current = [p.detach() for p in self._parameters]
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(average, current, 1 - self.decay_at(self.updates, decay))
+            share = 1 - self.decay_at(self.updates, decay)
+            if self.config.foreach:
+                torch._foreach_lerp_(average, self._parameters, share)
+                continue
+            for mean, parameter in zip(average, self._parameters, strict=True):
+                mean.lerp_(parameter, share)
         self.updates += 1
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step > self._latest_update_step:
-            self.update()
+            self._outcome = pl_module.outcome  # type: ignore[assignment]
             self._latest_update_step = trainer.global_step
+            if self._outcome is not None and self._outcome.on_host:
+                self.catch_up()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Takes the last step into the averages, unless it was skipped; a GPU's answer is awaited a step later."""
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None and not outcome.skipped:
+            self.update()
 
     @contextlib.contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:
@@ -71,6 +91,7 @@ class EMA(WeightAveraging):
         decay = self.config.decays[0] if decay is None else decay
         if decay not in self.averages:
             raise ValueError(f"no average with decay {decay}: choose from {', '.join(map(str, self.averages))}")
+        self.catch_up()
         raw = [p.data for p in self._parameters]
         try:
             for parameter, average in zip(self._parameters, self.averages[decay], strict=True):
@@ -81,6 +102,7 @@ class EMA(WeightAveraging):
                 parameter.data = data
 
     def state_dict(self) -> dict[str, Any]:
+        self.catch_up()
         return {
             "updates": self.updates,
             "latest_update_step": self._latest_update_step,
@@ -99,7 +121,8 @@ class EMA(WeightAveraging):
         """Nothing: averages follow optimizer steps only."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: the raw weights stay."""
+        """Takes the last step in; the raw weights stay."""
+        self.catch_up()
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing: who scores averaged weights says so with `applied()`."""

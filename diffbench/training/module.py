@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffbench.core import keyed
 from diffbench.diffusion import LossAware, Process, stratified
 from diffbench.training.augment import augment
+from diffbench.training.guard import Outcome, decide, scaler_of
 from diffbench.training.settings import OptimizerConfig
 
 
@@ -30,17 +31,27 @@ class Module(L.LightningModule):
         super().__init__()
         self.network, self.settings, self.seed, self.batch_size = network, optimizer, seed, batch_size
         self.grad_norm = torch.zeros(())
+        self.outcome: Outcome | None = None
+        self.skipped_steps = 0
+        self.times: Tensor | None = None
+        self._finite: Tensor | None = None
 
-    def seed_dropout(self, position: Tensor) -> None:
+    def seed_dropout(self, batch: dict[str, Any]) -> None:
         """Network dropout is the only draw from the default generator: it follows from the first position."""
-        torch.manual_seed(keyed.key(self.seed, "dropout", int(position[0])))
+        position = batch["position"]
+        # A batch that says it as a number saves a wait for the device.
+        first = batch["first"] if "first" in batch else int(position[0])
+        seed = keyed.key(self.seed, "dropout", first)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace for each kind of device
+        if not position.is_cpu:
+            torch.get_device_module(position.device).manual_seed(seed)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the learning rate as a function of images seen, stepped once an optimizer step."""
         s = self.settings
         kind = AdamW if s.name == "adamw" else Adam
         betas = (s.betas[0], s.betas[1])
-        optimizer = kind(self.network.parameters(), lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=True)
+        optimizer = kind(self.network.parameters(), lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=s.fused)
         schedule = LambdaLR(optimizer, lambda step: lr_factor(s, (step + 1) * self.batch_size))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -50,9 +61,20 @@ class Module(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Keeps the gradient's norm for the log; clips where the settings say so."""
+        """Keeps the gradient's norm for the log; clips where the settings say so; skips what is not finite."""
+        scaler = scaler_of(self.trainer)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
-        self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        weights = [p for group in optimizer.param_groups for p in group["params"]]  # faster than a walk of the network
+        self.grad_norm = nn.utils.clip_grad_norm_(weights, limit)
+        assert self._finite is not None
+        self.outcome, self._finite = decide(self.trainer, optimizer, self._finite, self.grad_norm), None
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Notes, on the device, whether all losses of the step are finite."""
+        finite = loss.detach().isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
 
 
 class DiffusionModule(Module):
@@ -120,7 +142,8 @@ class DiffusionModule(Module):
         weight = None
         if self.history is not None:
             t, weight = self.history.time(keyed.uniform(self._keys["time"], batch["position"]))
-        self.seed_dropout(batch["position"])
+        self.seed_dropout(batch)
+        self.times = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
         losses = self.process.losses(self.network(x, time, y, **told), x0, t, eps)
         if self.history is None or weight is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffbench.core import keyed
 from diffbench.core.pixels import to_uint8
+from diffbench.denoisers.tmsa import frozen_weights
 from diffbench.diffusion import Churn, Predict, Process, predictor
 from diffbench.diffusion.pairs import ON_GRID, ON_PATH, ON_TABLES, PAIRS
 from diffbench.training.clock import at_step_end, due
@@ -19,6 +20,7 @@ from diffbench.training.log import RunLog
 from diffbench.training.module import DiffusionModule
 from diffbench.training.pictures import grid, save_grid
 from diffbench.training.settings import SampleConfig
+from diffbench.training.speed import Graphed, Network, in_bfloat16
 from diffbench.training.strips import Steps
 
 Noise = Callable[[int], Tensor]
@@ -67,7 +69,7 @@ def generate(
     parameter = next(denoiser.parameters())
     training = denoiser.training
     denoiser.eval()
-    predict, helpers = predictor(process, denoiser), helpers.to(parameter.device)
+    predict, helpers = predictor(process, _fast(denoiser, config, parameter.device)), helpers.to(parameter.device)
 
     def draw(position: Tensor, y: Tensor) -> Tensor:
         def noise(step: int) -> Tensor:
@@ -82,21 +84,33 @@ def generate(
 
     images: list[Tensor] = []
     done, size = 0, config.batch_size
-    while done < len(labels):
-        part = slice(done, min(done + size, len(labels)))
-        position = torch.arange(first + part.start, first + part.stop, device=parameter.device)
-        try:
-            images.append(draw(position, labels[part].to(parameter.device)))
-        except torch.OutOfMemoryError:  # smaller batches give the same images
-            if size == 1:
-                raise
-            size = (min(size, len(labels) - done) + 1) // 2
-            continue
-        done = part.stop
-        if progress:
-            progress(done)
+    with frozen_weights(denoiser):
+        while done < len(labels):
+            part = slice(done, min(done + size, len(labels)))
+            position = torch.arange(first + part.start, first + part.stop, device=parameter.device)
+            try:
+                images.append(draw(position, labels[part].to(parameter.device)))
+            except torch.OutOfMemoryError:  # smaller batches give the same images
+                if size == 1:
+                    raise
+                size = (min(size, len(labels) - done) + 1) // 2
+                continue
+            done = part.stop
+            if progress:
+                progress(done)
     denoiser.train(training)
     return torch.cat(images)
+
+
+def _fast(denoiser: nn.Module, config: SampleConfig, device: torch.device) -> Network:
+    """The network as the config's keys of speed have it."""
+    network: Network = in_bfloat16(denoiser, device) if config.precision == "bf16-mixed" else denoiser
+    if not config.cuda_graphs:
+        return network
+    if device.type != "cuda":
+        print(f"note: sample.cuda_graphs: off, the network is on {device.type}")
+        return network
+    return Graphed(network)
 
 
 def walk(

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import torch
+
 AUGMENT_WIDTH = 9
 """Entries of the label that tells a network what augmentation did to an image."""
 
@@ -25,6 +27,8 @@ class OptimizerConfig:
     """The rate after the decay, as a share of `lr`."""
     clip_norm: float | None = None
     """Largest norm of the gradient; null for no clipping."""
+    fused: bool = True
+    """One pass over the weights a step; false: operation by operation, the same to rounding."""
 
     def __post_init__(self) -> None:
         _positive("optimizer", self, "lr")
@@ -56,6 +60,8 @@ class EMAConfig:
     """At update n the decay is at most (1 + n) / (10 + n)."""
     ramp: float | None = None
     """Instead: the half-life is at most this share of the images seen (EDM: 0.05)."""
+    foreach: bool = True
+    """All weights in one operation; false: one by one, the same bits."""
 
     def in_steps(self, batch_size: int) -> "EMAConfig":
         """The same with `decays` filled in from the half-lives.
@@ -94,13 +100,29 @@ class TrainerConfig:
     checkpoint_images: int = 128_000
     sample_images: int = 256_000
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
+    """auto: bf16-mixed for a denoiser on a CUDA GPU that knows bfloat16, else 32-true; config.yaml holds which.
+    16-mixed scales the gradients, and skips steps while it looks for the scale."""
+    tf32: bool = False
+    """Products and convolutions of float32 on a CUDA GPU with 10 bits of mantissa; false: all 23, also where PyTorch
+    would not."""
+    max_skipped: int = 10
+    """Steps in a row that are skipped, because a loss or gradient is no finite number, until training stops."""
     deterministic: bool = False
     channels_last: bool = True
     """Keeps convolutions in channels-last order: about a tenth faster, the same to rounding."""
+    compile: Literal["none", "block", "model"] = "none"
+    """Compiles the network, or each of its blocks (less waiting): the same to rounding. Needs a C++ compiler."""
+    short_time: bool = False
+    """DiffiT's time without its part in the keys, which has no effect, and added to values after attention: the same
+    to rounding and a little faster."""
+    resident: bool | None = None
+    """Keeps the whole training part on the device; null: on a GPU with four times the room."""
+    async_checkpoints: bool | None = None
+    """Writes resume states while training goes on, from a copy in memory; null: on a GPU."""
 
     def __post_init__(self) -> None:
-        names = ("max_images", "batch_size", "accumulate")
+        names = ("max_images", "batch_size", "accumulate", "max_skipped")
         _positive("trainer", self, *names, *(f.name for f in fields(self) if f.name.endswith("_images")))
         if self.batch_size % self.accumulate:
             raise ValueError(f"trainer.accumulate: {self.accumulate} must divide trainer.batch_size={self.batch_size}")
@@ -109,6 +131,14 @@ class TrainerConfig:
     def max_steps(self) -> int:
         """Optimizer steps in all."""
         return -(-self.max_images // self.batch_size)
+
+
+def precision_here(settings: TrainerConfig, low: bool) -> Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]:
+    """What `trainer.precision` means on this machine; `low`, whether auto may take bfloat16."""
+    if settings.precision != "auto":
+        return settings.precision
+    there = low and settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    return "bf16-mixed" if there and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 @dataclass
@@ -209,6 +239,10 @@ class SampleConfig:
     """dopri5: absolute error allowed in a step."""
     clip: bool | None = None
     """Clamp the predicted image to [-1, 1] at each step; null does so for ddpm and ddim."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """bf16-mixed: the network's products in bfloat16."""
+    cuda_graphs: bool = False
+    """On a CUDA GPU, records the network's kernels once for each batch shape and replays them."""
     batch_size: int = 500
 
     def __post_init__(self) -> None:

@@ -1,0 +1,94 @@
+"""What a study's YAML may say, and what its axes mean."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diffbench.core.errors import UserError
+from diffbench.studies.config import load_study, nested, variants
+
+PLAIN = {"kind": "study", "experiment": "experiments/digits/dit.yaml", "axes": {"denoiser.depth": [2, 3]}}
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(PLAIN | changes, sort_keys=False))
+    return path
+
+
+def test_axes_combine_with_the_last_one_fastest(tmp_path: Path) -> None:
+    axes = {"net": {"small": {"denoiser.depth": 1}, "large": None}, "sample.steps": ["5", "10"]}
+    found = variants(load_study(written(tmp_path, axes=axes)))
+    names = ["small, steps=5", "small, steps=10", "large, steps=5", "large, steps=10"]
+    assert [v.name for v in found] == names
+    assert [v.trained for v in found] == [{"denoiser": {"depth": 1}}] * 2 + [{}] * 2
+    assert [v.sampled for v in found] == [{"sample": {"steps": s}} for s in ("5", "10", "5", "10")]
+    assert found[0].at == {"net": "small", "sample.steps": "steps=5"}
+
+
+def test_dotted_and_nested_keys_are_the_same() -> None:
+    assert nested({"a.b": 1, "a": {"c": 2}, "d": {"e.f": 3}}) == {"a": {"b": 1, "c": 2}, "d": {"e": {"f": 3}}}
+
+
+def test_a_later_budget_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    study = load_study(written(tmp_path, stop={"images": 100}), ["stop.flops=1e9", "seeds=[7]"])
+    assert (study.stop.images, study.stop.flops, study.seeds) == (None, 1e9, [7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kind": "denoiser"}, "kind: must be study, got 'denoiser'"),
+        ({"axis": {}}, "axis: unknown key; allowed: "),
+        ({"experiment": ""}, "experiment: missing; name the YAML of an experiment, as experiments/digits/dit.yaml"),
+        (
+            {"axes": {"denoiser.depth": 3}},
+            "axes.denoiser.depth: must be a list of values or a section of variants, got 3",
+        ),
+        ({"axes": {"net": {"a": 3}}}, "axes.net.a: must be a section of keys, or empty, got 3"),
+        (
+            {"axes": {"net": {"a<b>": None}}},
+            "axes.net: 'a<b>' is no name; allowed: up to 60 letters, digits and ._+:()=/-",
+        ),
+        ({"axes": {"denoiser.depth": [2, 2]}}, "axes: two variants are called 'depth=2'; name them apart"),
+        ({"stop": {"images": 5, "flops": 1.0}}, "stop: must hold one of images, flops and seconds, got images, flops"),
+        ({"stop": {"seconds": -1}}, "stop.seconds: must be positive, got -1"),
+        (
+            {"stop": {"seconds": 5}, "jobs": 2},
+            "jobs: 2 runs at a time would share what stop.seconds measures; leave it at 1",
+        ),
+        ({"seeds": [1, 1]}, "seeds: must be different whole numbers of at least 0, got [1, 1]"),
+        (
+            {"match": {"by": "gmacs"}},
+            "match.to: must be a variant or a number where match.by=gmacs is not none, else null",
+        ),
+        (
+            {"match": {"by": "gmacs", "to": "depth=4"}},
+            "match.to: no variant 'depth=4'; choose from depth=2, depth=3; did you mean 'depth=3'?",
+        ),
+        (
+            {"baseline": "depth3"},
+            "baseline: no variant 'depth3'; choose from depth=2, depth=3; did you mean 'depth=3'?",
+        ),
+        ({"tune": {"grid": {}}}, "tune.grid: must name keys and the values to try, as optimizer.lr: [1e-3, 2e-3]"),
+        (
+            {"tune": {"grid": {"optimizer.lr": 1e-3}}},
+            "tune.grid.optimizer.lr: must be a list of values to try, got 0.001",
+        ),
+        (
+            {"tune": {"grid": {"optimizer.lr": [1e-3]}, "seed": 2}, "seeds": [1, 2]},
+            "tune.seed: 2 is reported (seeds=[1, 2]); choose another",
+        ),
+        (
+            {"tune": {"grid": {"optimizer.lr": [1e-3]}, "axis": "net"}},
+            "tune.axis: must be one of the axes denoiser.depth, got net",
+        ),
+    ],
+)
+def test_what_a_study_may_not_say(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    path = written(tmp_path, **changes)
+    with pytest.raises(UserError) as e:
+        load_study(path)
+    assert str(e.value).startswith(f"{path}: {said}")
