@@ -86,7 +86,7 @@ def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture)
     report = tmp_path / "reports" / "digits-dit-unet" / "report.html"
     assert out.endswith(f"report: {report}\n") and report.is_file()
     assert out.splitlines()[0].split() == folders  # run by run first
-    assert "WINNER. dit (" in out and "Which of these runs has the better validation error?" in out
+    assert "WINNER BY VALIDATION ERROR. dit (" in out and "Which of these runs has the better validation error?" in out
     chosen = tmp_path / "mine"
     assert main(["compare", *folders, f"out={chosen}", "baseline=dit"]) == 0
     assert "Against dit (" in capsys.readouterr().out and (chosen / "report.csv").is_file()

@@ -73,10 +73,10 @@ def compare(words: Sequence[str]) -> Iterator[str]:
         yield f"\nno report: {e}"
 
 
-def _report(comparison: Comparison, out: Path, runs: Sequence[Seen] = ()) -> str:
+def _report(comparison: Comparison, out: Path, known: Sequence[Seen] = ()) -> str:
     from diffbench.studies.report import write
 
-    return f"\n{write(comparison, out, runs)}\n\nreport: {out / 'report.html'}"
+    return f"\n{write(comparison, out, known)}\n\nreport: {out / 'report.html'}"
 
 
 def _study(path: Path) -> Path | None:
