@@ -274,7 +274,6 @@ def main(what: str, how: str, most: int, folder: Path) -> dict[str, Any]:
     def watch(killer: Killer) -> None:
         killer.watch_files() if how == "writes" else killer.watch_network(sum(map(ord, str(killer.point))))
 
-    assert start(work(folder / "first"), lambda _: None, Killer(None, folder))[0] == 0  # fills the caches
     status, counts = start(work(folder / "whole"), watch, Killer(None, folder))
     assert status == 0, "the unbroken run failed"
     whole = outcome(run_of(folder / "whole"))
