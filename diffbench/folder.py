@@ -17,6 +17,7 @@ from diffbench.core.files import write_text
 DEVICES = {"trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.timeout_s"}
 FREE = {
     "trainer.max_images",
+    "trainer.max_skipped",
     "trainer.resident",
     "trainer.async_checkpoints",
     "ema.foreach",

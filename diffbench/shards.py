@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffbench.core.errors import UserError
-from diffbench.core.files import atomic, locked, sha256, write_text
+from diffbench.core.files import locked, sha256, sweep, write_bytes, write_text
 
 SIZE = 1000
 """Samples of a shard."""
@@ -88,6 +88,8 @@ class Shards:
             UserError: if the disk has no room for them.
         """
         with locked(self.folder, wait=True, name=".lock" if world == 1 else f".lock-{rank}"):
+            if world == 1:
+                sweep(self.folder)
             done = self._whole()
             skipped(sum(self._size(start) for start in done))
             missing = [start for start in self.starts[rank::world] if start not in done]
@@ -95,8 +97,7 @@ class Shards:
             for start in missing:
                 images = draw(start, self._size(start))
                 assert images.dtype == torch.uint8 and images.shape == (self._size(start), *self.shape)
-                with atomic(self.path(start)) as file:
-                    file.write(save({"images": images.contiguous()}))
+                write_bytes(self.path(start), save({"images": images.contiguous()}))
                 done[start] = sha256(self.path(start))
                 self._note(done, world)
 

@@ -15,6 +15,7 @@ from diffbench.config_kinds import BaseConfig
 from diffbench.config_layers import blaming
 from diffbench.core import ranks
 from diffbench.core.errors import UserError
+from diffbench.core.files import sweep
 from diffbench.denoisers.cost import Cost
 from diffbench.denoisers.tmsa import shorten
 from diffbench.folder import read_config, update_length
@@ -128,6 +129,7 @@ class Trained(ABC, Generic[C]):
         from diffbench.training.checkpoints import newest, step_of
 
         settings = self.config.trainer
+        sweep(self.folder)
         checkpoint = newest(self.folder / "checkpoints") if existed else None
         done = step_of(checkpoint) if checkpoint else 0
         images = done * settings.batch_size

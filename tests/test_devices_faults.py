@@ -151,7 +151,12 @@ def test_the_command_line_under_every_launcher(launcher: str, tmp_path: Path) ->
         tasks = []
         for rank in "01":
             told = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0", "SLURM_NTASKS": "2"}
-            told |= {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29413"}
+            told |= {
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_NTASKS_PER_NODE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29413",
+            }
             pipe = subprocess.PIPE
             tasks.append(subprocess.Popen(here, env=os.environ | told, stdout=pipe, stderr=pipe, text=True))
         said = [task.communicate(timeout=900) for task in tasks]

@@ -79,7 +79,7 @@ def test_the_core_needs_nothing_but_torch() -> None:
 FLOORS = [
     {"core"},
     set(WINGS),
-    {"data", "schema", "config_layers"},
+    {"data", "schema", "config_layers", "sealed"},
     {"training"},
     {"config_kinds"},
     {"config"},
@@ -91,10 +91,11 @@ FLOORS = [
     {"autoencoding", "classifier"},
     {"denoising"},
     {"run"},
-    {"scoring", "foreign", "attention", "importing", "drawing"},
+    {"scoring", "foreign", "attention", "importing", "drawing", "replaying"},
     {"reconstructing", "adm", "seen"},
     {"report", "referencing", "worker"},
     {"studies"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

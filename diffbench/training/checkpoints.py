@@ -62,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
         staged = target.with_name(f".{target.name}.staged")
-        with atomic(staged) as file:
+        with atomic(staged, _size(checkpoint), called=target) as file:
             torch.save(checkpoint, file)
         write_text(_checksum(target), f"{sha256(staged)}  {target.name}\n")
         os.replace(staged, target)
@@ -108,6 +108,15 @@ def all_steps(folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The optimizer step in a checkpoint's name."""
     return int(path.stem.removeprefix("step-"))
+
+
+def _size(state: Any) -> int:
+    """Bytes of the tensors in a state, about what its file takes."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict | list | tuple):
+        return sum(map(_size, state.values() if isinstance(state, dict) else state))
+    return 0
 
 
 def _checksum(path: Path) -> Path:

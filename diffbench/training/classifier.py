@@ -36,6 +36,7 @@ class ClassifierModule(Module):
         t = self.process.time(keyed.uniform(self._keys["time"], position))
         eps = keyed.normal(self._keys["noise"], position, tuple(x0.shape[1:])).to(x0.dtype)
         self.seed_dropout(batch)
+        self.times = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
         return cross_entropy(self.network(x, time), batch["label"])
 

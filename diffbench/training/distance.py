@@ -7,12 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
+from diffbench import sealed
 from diffbench.core import keyed
-from diffbench.core.files import atomic
+from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
 from diffbench.data.progress import span
 from diffbench.evaluation.suite import Suite, metric_name
@@ -147,22 +146,20 @@ class Distance(L.Callback):
         average = dict(zip(self.ema.names, self.ema.whole(decay), strict=True))
         if trainer.is_global_zero:
             told = {k: str(v) for k, v in self.best.items()} | {"metric": name, "decay": str(decay)}
-            tensors = {k: v.detach().cpu().contiguous() for k, v in (self.ema.buffers | average).items()}
-            with atomic(self.path) as file:
-                file.write(save(tensors, told))
+            sealed.write(self.path, self.ema.buffers | average, told)
 
     @contextmanager
     def _best_weights(self, module: DiffusionModule) -> Iterator[None]:
         """The module with the best weights while the block runs, undone on exceptions too."""
         together.wait()  # for the file
         if sharded(module.denoiser):
-            best, weights = load_file(self.path), dict(module.denoiser.named_parameters())
+            best, weights = sealed.read(self.path)[0], dict(module.denoiser.named_parameters())
             with gathered(module.denoiser, list(weights.values()), [part_of(best[n], w) for n, w in weights.items()]):
                 yield
             return
         before = {k: v.detach().clone() for k, v in module.denoiser.state_dict().items()}
         try:
-            module.denoiser.load_state_dict(load_file(self.path), strict=True)
+            module.denoiser.load_state_dict(sealed.read(self.path)[0], strict=True)
             yield
         finally:
             module.denoiser.load_state_dict(before, strict=True)
@@ -179,5 +176,8 @@ class Distance(L.Callback):
     def _on_disk(self) -> float | None:
         if not self.path.is_file():
             return None
-        with safe_open(self.path, "pt") as file:
-            return float((file.metadata() or {}).get("images", -1))
+        try:
+            return float(sealed.read(self.path)[1].get("images", -1))
+        except UserError as e:
+            print(f"warning: {e}: the best weights are looked for anew from here on")
+            return None

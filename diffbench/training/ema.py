@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from diffbench.training import together
+from diffbench.training.guard import Outcome
 from diffbench.training.settings import EMAConfig
 from diffbench.training.sharding import assembled, gathered, local, part_of, sharded
 
@@ -36,6 +37,7 @@ class EMA(WeightAveraging):
         self.buffers: dict[str, Tensor] = {}
         self._network = nn.Module()
         self._parameters: list[Tensor] = []
+        self._outcome: Outcome | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(trainer.strategy, ModelParallelStrategy):  # see on_fit_start
@@ -80,8 +82,21 @@ class EMA(WeightAveraging):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step > self._latest_update_step:
-            self.update()
+            self._outcome = pl_module.outcome  # type: ignore[assignment]
             self._latest_update_step = trainer.global_step
+            if self._outcome is not None and self._outcome.on_host:
+                self.catch_up()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Takes the last step into the averages, unless it was skipped; a GPU's answer is awaited a step later."""
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None and not outcome.skipped:
+            self.update()
 
     @contextlib.contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:
@@ -93,6 +108,7 @@ class EMA(WeightAveraging):
         decay = self.config.decays[0] if decay is None else decay
         if decay not in self.averages:
             raise ValueError(f"no average with decay {decay}: choose from {', '.join(map(str, self.averages))}")
+        self.catch_up()
         if sharded(self._network):
             with gathered(self._network, self._parameters, self.averages[decay]):
                 yield
@@ -108,6 +124,7 @@ class EMA(WeightAveraging):
 
     def whole(self, decay: float) -> list[Tensor]:
         """The average of a decay, weight by weight; all ranks must ask, and the first one gets it."""
+        self.catch_up()
         if not sharded(self._network):
             return list(self.averages[decay])
         found = []
@@ -117,6 +134,7 @@ class EMA(WeightAveraging):
         return found
 
     def state_dict(self) -> dict[str, Any]:
+        self.catch_up()
         return {
             "updates": self.updates,
             "latest_update_step": self._latest_update_step,
@@ -137,7 +155,8 @@ class EMA(WeightAveraging):
         """Nothing: averages follow optimizer steps only."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: the raw weights stay."""
+        """Takes the last step in; the raw weights stay."""
+        self.catch_up()
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing: who scores averaged weights says so with `applied()`."""

@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from diffbench.core import ranks
@@ -21,7 +22,8 @@ from diffbench.core.errors import LostError
 from diffbench.training.checkpoints import AtomicCheckpointIO, SaveState
 from diffbench.training.clock import Clock
 from diffbench.training.ema import EMA
-from diffbench.training.log import RunLog
+from diffbench.training.guard import Guard
+from diffbench.training.log import RunLog, naming_events
 from diffbench.training.module import DiffusionModule, Module
 from diffbench.training.settings import EMAConfig, TrainerConfig, precision_here
 from diffbench.training.speed import compile_network, float32_products
@@ -66,9 +68,11 @@ def fit(
         module.double()  # Lightning would only after a state was read into it, and into the averages
     clock, averages = Clock(), EMA(ema)
     log = RunLog(folder, settings.batch_size, settings.log_images, clock, config_text, hparams)
+    guard = Guard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
     on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
     compile_network(module.network, settings.compile)
+    precision = precision_here(settings, low=isinstance(module, DiffusionModule))
     save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock)
     with warnings.catch_warnings(), float32_products(settings.tf32):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -80,14 +84,14 @@ def fit(
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_strategy(settings),
-            precision=precision_here(settings, low=isinstance(module, DiffusionModule)),
+            precision=None if precision == "16-mixed" else precision,
             deterministic=settings.deterministic,
             max_steps=settings.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=settings.accumulate,
-            # At a step's end they act in this order: the average, the log, scores of the average, the state of it all.
-            callbacks=[averages, log, *scores(log, averages), save_state],
-            plugins=[states, _environment()],
+            # At a step's end they act in this order: was it taken, the average, the log, scores, the state of it all.
+            callbacks=[guard, averages, log, *scores(log, averages), save_state],
+            plugins=[states, _environment(), *_scaled(settings)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -100,7 +104,10 @@ def fit(
             trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+            with naming_events(folder):  # all other files are named where they are written
+                trainer.fit(
+                    module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+                )
         except RuntimeError as e:
             if settings.processes == 1 or not _lost(e):
                 raise
@@ -112,6 +119,14 @@ def fit(
         print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
         raise SystemExit(128 + save_state.signal)
     return averages
+
+
+def _scaled(settings: TrainerConfig) -> list[MixedPrecision]:
+    """Lightning's fp16 with scaled gradients, on a CPU too, where it would take bf16 instead."""
+    if settings.precision != "16-mixed":
+        return []
+    gpu = torch.accelerator.current_accelerator() if settings.accelerator != "cpu" else None
+    return [MixedPrecision("16-mixed", gpu.type if gpu else "cpu")]
 
 
 def _strategy(settings: TrainerConfig) -> Strategy | str:

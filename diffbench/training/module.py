@@ -16,6 +16,7 @@ from diffbench.diffusion import LossAware, Process, stratified
 from diffbench.training import together
 from diffbench.training.augment import augment
 from diffbench.training.clock import at_step_end
+from diffbench.training.guard import Outcome, decide, scaler_of
 from diffbench.training.settings import OptimizerConfig
 from diffbench.training.sharding import shard, whole
 
@@ -34,6 +35,10 @@ class Module(L.LightningModule):
         super().__init__()
         self.network, self.settings, self.seed, self.batch_size = network, optimizer, seed, batch_size
         self.grad_norm = torch.zeros(())
+        self.outcome: Outcome | None = None
+        self.skipped_steps = 0
+        self.times: Tensor | None = None
+        self._finite: Tensor | None = None
 
     def configure_model(self) -> None:
         """Shares the network out between the ranks, where trainer.strategy says so."""
@@ -65,10 +70,20 @@ class Module(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Keeps the gradient's norm for the log; clips where the settings say so."""
+        """Keeps the gradient's norm for the log; clips where the settings say so; skips what is not finite."""
+        scaler = scaler_of(self.trainer)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
         weights = [p for group in optimizer.param_groups for p in group["params"]]  # faster than a walk of the network
         self.grad_norm = whole(nn.utils.clip_grad_norm_(weights, limit))
+        assert self._finite is not None
+        self.outcome, self._finite = decide(self.trainer, optimizer, self._finite, self.grad_norm), None
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Notes, on the device, whether all losses of the step are finite."""
+        finite = loss.detach().isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
 
 
 class DiffusionModule(Module):
@@ -138,6 +153,7 @@ class DiffusionModule(Module):
         if self.history is not None:
             t, weight = self.history.time(keyed.uniform(self._keys["time"], batch["position"]))
         self.seed_dropout(batch)
+        self.times = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
         losses = self.process.losses(self.network(x, time, y, **told), x0, t, eps)
         if self.history is None or weight is None:

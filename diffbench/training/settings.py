@@ -109,11 +109,14 @@ class TrainerConfig:
     the averages and the optimizer's state."""
     timeout_s: int = 1800
     """Seconds that a process waits for the others before it gives up."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "64-true"] = "auto"
-    """auto: bf16-mixed for a denoiser on a CUDA GPU that knows bfloat16, else 32-true; config.yaml holds which."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
+    """auto: bf16-mixed for a denoiser on a CUDA GPU that knows bfloat16, else 32-true; config.yaml holds which.
+    16-mixed scales the gradients, and skips steps while it looks for the scale."""
     tf32: bool = False
     """Products and convolutions of float32 on a CUDA GPU with 10 bits of mantissa; false: all 23, also where PyTorch
     would not."""
+    max_skipped: int = 10
+    """Steps in a row that are skipped, because a loss or gradient is no finite number, until training stops."""
     deterministic: bool = False
     channels_last: bool = True
     """Keeps convolutions in channels-last order: about a tenth faster, the same to rounding."""
@@ -128,7 +131,7 @@ class TrainerConfig:
     """Writes resume states while training goes on, from a copy in memory; null: on a GPU."""
 
     def __post_init__(self) -> None:
-        names = ("max_images", "batch_size", "accumulate", "devices", "num_nodes", "timeout_s")
+        names = ("max_images", "batch_size", "accumulate", "max_skipped", "devices", "num_nodes", "timeout_s")
         _positive("trainer", self, *names, *(f.name for f in fields(self) if f.name.endswith("_images")))
         if self.batch_size % self.accumulate:
             raise ValueError(f"trainer.accumulate: {self.accumulate} must divide trainer.batch_size={self.batch_size}")
@@ -164,7 +167,7 @@ class TrainerConfig:
         return -(-self.max_images // self.batch_size)
 
 
-def precision_here(settings: TrainerConfig, low: bool) -> Literal["32-true", "bf16-mixed", "64-true"]:
+def precision_here(settings: TrainerConfig, low: bool) -> Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]:
     """What `trainer.precision` means on this machine; `low`, whether auto may take bfloat16."""
     if settings.precision != "auto":
         return settings.precision
