@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from diffbench import sealed
 from diffbench.core.errors import UserError
 from diffbench.training.clock import at_step_end, due
+from diffbench.training.sharding import whole
 
 
 class Outcome:
@@ -132,7 +133,7 @@ class Guard(L.Callback):
         path = self.folder / f"nonfinite-{images:09d}{f'-rank{rank}' if rank else ''}.safetensors"
         names = [name for name, value in parts[0].items() if isinstance(value, Tensor)]
         batch = {name: torch.cat([part[name] for part in parts]) for name in names}
-        weights = {f"network.{name}": tensor for name, tensor in module.network.state_dict().items()}
+        weights = {f"network.{name}": whole(tensor) for name, tensor in module.network.state_dict().items()}
         told = {"step": step, "images": images, "seed": module.seed, "micro_batches": len(parts)}
         sealed.write(path, batch | weights, {name: str(value) for name, value in told.items()})
         levels = ""
