@@ -56,6 +56,7 @@ def test_what_intervals_cover_counts_overlaps_once() -> None:
     kernels = [(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.0)]
     assert figures.covered(kernels) == 4.0
     assert idle(kernels) == pytest.approx(2 / 6)
+    assert idle(kernels, after=0.5) == pytest.approx(2 / 3)
     assert (idle([]), figures.covered([])) == (1.0, 0.0)
 
 
