@@ -74,7 +74,7 @@ def test_works_take_turns_in_both_orders() -> None:
     called: list[str] = []
     works = [Work(name, lambda name=name: called.append(name)) for name in "ab"]  # type: ignore[misc]
     in_turns(works, CPU, rounds=3, once=True)
-    assert "".join(called) == "aabb" + "ab" + "ba" + "ab"  # twice to warm up
+    assert "".join(called) == "abab" + "ab" + "ba" + "ab"  # twice to warm up
     assert [len(work.times) for work in works] == [3, 3]
     assert all(t > 0 for work in works for t in work.times)
 
