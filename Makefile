@@ -57,9 +57,9 @@ evaluate: $(STAMP)  ## draw and score samples of RUN
 sample: $(STAMP)  ## draw samples of RUN into a PNG, as ARGS="labels=3 n=16 guidance=2"
 	@$(DIFFBENCH) sample $(RUN) $(ARGS)
 
-compare: $(STAMP)  ## a table of RUNS (by default all runs on DATA)
+compare: $(STAMP)  ## a table and a report of RUNS (by default all runs on DATA)
 	@test -n '$(RUNS)' || { echo "error: no runs under runs/$(DATA): train one first" >&2; exit 2; }
-	@$(DIFFBENCH) compare $(RUNS)
+	@$(DIFFBENCH) compare $(RUNS) $(ARGS)
 
 bench: $(STAMP)  ## speed here in three minutes, against BASELINE=old.json; all of it: ARGS=full=true
 	@$(DIFFBENCH) bench $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)

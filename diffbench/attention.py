@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffbench.core import keyed
 from diffbench.core.errors import suggest
-from diffbench.core.files import atomic
+from diffbench.core.files import write_bytes
 from diffbench.core.pixels import from_uint8
 from diffbench.denoisers.attention import AttentionMap, record_attention
 from diffbench.run import Run
@@ -211,8 +211,7 @@ def save(figure: "Figure", path: Path, runs: Sequence[Run]) -> None:
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    with atomic(path) as file:
-        file.write(buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
     pixels = np.asarray(Image.open(buffer).convert("RGB"))
     for run in runs:
         with SummaryWriter(str(run.folder / "attention")) as writer:

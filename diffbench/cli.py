@@ -139,7 +139,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from diffbench.training.pictures import save_grid  # imports Lightning: after the checks
 
     picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
-    if not newest_scores(run):
+    wanted = 1 + (run.config.kind == "denoiser" and run.config.sample.guided)
+    if len(newest_scores(run)) < wanted:  # a kill may have come between the two
         try:
             _score(run)
         except UserError as e:  # the run itself is complete

@@ -1,6 +1,7 @@
 """Records of evaluations: what is written down with every value, and when two may stand in one table."""
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 
 from diffbench import __version__
 from diffbench.core.errors import UserError
+from diffbench.core.files import room_for
 from diffbench.evaluation import Extractor
 
 FORMAT = 1
@@ -60,10 +62,23 @@ def commit() -> str | None:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds a record to a file of records; what stands there stays."""
+    """Adds a record to a file of records; what stands there stays, but for a last line that a kill has torn."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    data = (json.dumps(record) + "\n").encode()
+    with room_for(path, len(data)), path.open("ab+") as file:
+        file.seek(0)
+        before = file.read()
+        whole = len(before) if before.endswith(b"\n") else before.rfind(b"\n") + 1
+        if whole < len(before):
+            print(f"warning: {path}: its last line was torn as a command was killed, and is dropped", flush=True)
+            file.truncate(whole)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(whole)
+            raise
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -77,16 +92,20 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; none where there is no file.
+    """The records of a file; none where there is no file. A last line that a kill has torn is none.
 
     Raises:
-        UserError: naming a line that is no JSON.
+        UserError: naming another line that is no JSON.
     """
     found = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            print(f"warning: {path}: line {number} was torn as a command was killed, and is passed over", flush=True)
+            continue
         try:
             found.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             raise UserError(f"{path}: line {number} is no JSON; remove that line") from None
     return found
 

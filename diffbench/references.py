@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from diffbench import sealed
 from diffbench.core.errors import UserError
-from diffbench.core.files import atomic, cache_folder, locked
+from diffbench.core.files import cache_folder, locked, write_bytes
 from diffbench.data.progress import progress
 from diffbench.data.sets import rows
 from diffbench.data.sources import ImageSet, balanced
@@ -65,9 +66,8 @@ def _cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
         with locked(path.parent, wait=True, name=f".{name}.lock"):
             if not path.exists():
                 print(f"training {name.rsplit('-', 2)[0]}, the judge of the samples, once (kept in {path})", flush=True)
-                with atomic(path) as file:
-                    file.write(save(make()))
-    return load_file(path)
+                sealed.write(path, make())
+    return sealed.read(path)[0]
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,7 @@ def write(path: Path, key: dict[str, Any], reference: Reference) -> None:
     if reference.spatial is not None:
         tensors |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with atomic(path) as file:
-        file.write(save(tensors, {"key": json.dumps(key), "sha256": _content(key, tensors)}))
+    write_bytes(path, save(tensors, {"key": json.dumps(key), "sha256": _content(key, tensors)}))
 
 
 def read(path: Path) -> tuple[dict[str, Any], Reference]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffbench import adm, references
 from diffbench.config_layers import COMMAND_LINE
 from diffbench.core.errors import UserError
-from diffbench.core.files import atomic
+from diffbench.core.files import write_bytes
 from diffbench.evaluation import Extractor
 from diffbench.evaluation.suite import Reference
 from diffbench.foreign import extractor_for, is_run, of_pictures, run_images, settings_of
@@ -78,8 +78,7 @@ def _write(out: Path, cached: Path, extractor: Extractor, reference: Reference, 
     if out.suffix == ".npz":
         adm.write_reference(out, extractor, reference, images)
     else:
-        with atomic(out) as file:
-            file.write(cached.read_bytes())
+        write_bytes(out, cached.read_bytes())
 
 
 def described(path: Path) -> str:

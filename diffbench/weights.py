@@ -4,13 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from diffbench import sealed
 from diffbench.config_kinds import BaseConfig, RunConfig
 from diffbench.core.errors import UserError
-from diffbench.core.files import atomic
 from diffbench.folder import read_config
 from diffbench.parts import build_denoiser, load_data
 
@@ -31,11 +29,10 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
     path = export_path(folder, decay)
     if path.is_file():
         try:
-            with safe_open(path, "pt") as file:
-                images = int((file.metadata() or {}).get("images", 0))
-            return load_file(path), images
-        except SafetensorError as e:
-            raise UserError(f"{path}: damaged ({e}); remove it to use the newest checkpoint") from None
+            tensors, told = sealed.read(path)
+        except UserError as e:
+            raise UserError(f"{e} to use the newest checkpoint") from None
+        return tensors, int(told.get("images", 0))
     from diffbench.training.checkpoints import newest, step_of
 
     checkpoint = newest(folder / "checkpoints")
@@ -54,11 +51,10 @@ def read_best(folder: Path) -> tuple[dict[str, Tensor], int, float]:
     path = folder / "best.safetensors"
     if not path.is_file():
         raise UserError(f"{folder}: snapshot: best.safetensors is missing; train with evaluate.best=fd to keep one")
+    best, told = sealed.read(path)
     try:
-        with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
-        return load_file(path), int(told["images"]), float(told["decay"])
-    except (SafetensorError, KeyError, ValueError) as e:
+        return best, int(told["images"]), float(told["decay"])
+    except (KeyError, ValueError) as e:
         raise UserError(f"{path}: damaged ({e})") from None
 
 
@@ -71,9 +67,8 @@ def export(
     facts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes an average as safetensors; `facts` go into its metadata."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in _with_average(network, average).items()}
-    with atomic(export_path(folder, decay)) as file:
-        file.write(save(tensors, {"images": str(images), "decay": str(decay), **(facts or {})}))
+    told = {"images": str(images), "decay": str(decay), **(facts or {})}
+    sealed.write(export_path(folder, decay), _with_average(network, average), told)
 
 
 def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int) -> None:

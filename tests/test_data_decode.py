@@ -108,8 +108,8 @@ PNG = encoded(noise(64, 64, 3))
         (b"", "no image of a known format"),
         (b"no image", "no image of a known format"),
         (JPEG[: len(JPEG) // 2], "truncated"),
-        (PNG[: len(PNG) // 2], "truncated"),
-        (PNG[:100] + bytes([PNG[100] ^ 4]) + PNG[101:], "broken data stream"),
+        (PNG[: len(PNG) // 2], "Truncated"),
+        (PNG[:100] + bytes([PNG[100] ^ 4]) + PNG[101:], "bad header checksum"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),  # would start a program
         (encoded(np.ones((4, 4), np.float32), "TIFF"), "floating-point"),
     ],

@@ -72,3 +72,15 @@ def test_python_lines(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pictures_exist() -> None:
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_study_of_the_readme_is_one(tmp_path: Path) -> None:
+    from diffbench.studies.config import load_study
+    from diffbench.studies.plan import groups
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    path = tmp_path / "study.yaml"
+    path.write_text(block)
+    found = groups(load_study(path), path, {}, lambda config: 1.0)
+    assert [g.name for g in found] == ["window=2", "window=4", "window=8"]
+    assert all(g.residual is not None for g in found)

@@ -11,6 +11,7 @@ from diffbench.config import change, load
 from diffbench.config_kinds import RunConfig
 from diffbench.core.errors import UserError
 from diffbench.denoising import Run
+from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, load_study, variants
 from diffbench.studies.matching import residual, size_of, sized
 from diffbench.studies.plan import FLOPS, cells, evaluated, groups, tuning_cells
@@ -41,6 +42,16 @@ def test_seconds_become_images_by_the_measured_rate() -> None:
     rates = {2: 640.0, 4: 320.0, 8: 64.0}
     found = groups(study, path, {}, lambda config: rates[config.denoiser.window])
     assert [g.config.trainer.max_images for g in found] == [7680, 3840, 768]
+
+
+def test_a_rate_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffbench.studies.budget.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("diffbench.studies.budget.LEAST_STEPS", 1)
+    config = load("experiments/digits/dit.yaml")
+    assert isinstance(config, RunConfig)
+    rate = Probe(tmp_path / "rates.json", 1).training_rate(config)
+    assert rate > 0
+    assert Probe(tmp_path / "rates.json", 1).training_rate(config) == rate
 
 
 @pytest.mark.parametrize("name", ["unet", "dit", "diffit", "diffit-latent", "ddpmpp"])
@@ -90,14 +101,14 @@ def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -
     study, path = planned("backbones")
     made = tuning_cells(study, path, lambda config: 1.0)
     assert [(c.label, c.config.optimizer.lr) for c in made] == [
-        (label, lr) for label in ("unet", "dit", "diffit") for lr in (1e-3, 2e-3, 4e-3)
+        (label, lr) for label in ("unet", "dit", "diffit") for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)
     ]
     assert {c.seed for c in made} == {1000} and not {c.seed for c in made} & set(study.seeds)
     reported = {c.folder for c in cells(study, groups(study, path, {}, lambda config: 1.0))}
     assert not reported & {c.folder for c in made}
     half = {
         c.config.trainer.max_images / g.config.trainer.max_images
-        for c, g in zip(made[::3], groups(study, path, {}, lambda config: 1.0), strict=True)
+        for c, g in zip(made[::4], groups(study, path, {}, lambda config: 1.0), strict=True)
     }
     assert all(abs(share - 0.5) < 0.01 for share in half)
 

@@ -52,6 +52,8 @@ def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencode
             shapes = f"{list(given[key].shape)}, {CONFIG} makes {list(like.shape)}"
             raise ValueError(f"{folder / WEIGHTS}: {key} has the shape {shapes}")
     net.load_state_dict({key: given[key].float() for key in wanted}, assign=True)
+    if read_notes(folder).get("fingerprint", net.fingerprint) != net.fingerprint:  # ours say; others do not
+        raise ValueError(f"{folder / WEIGHTS}: damaged: not the weights that were written")
     return net.eval().requires_grad_(False)
 
 
@@ -79,7 +81,7 @@ def save(net: KLAutoencoder, folder: Path, notes: Mapping[str, str] | None = Non
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in net.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    _replace(folder / WEIGHTS, to_bytes(tensors, {"format": "pt", **(notes or {})}))
+    _replace(folder / WEIGHTS, to_bytes(tensors, {"format": "pt", "fingerprint": net.fingerprint, **(notes or {})}))
     _replace(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
 
 

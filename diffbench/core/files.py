@@ -13,10 +13,22 @@ from typing import BinaryIO
 
 from diffbench.core.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a quota, a limit on the size of files."""
+
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete or not at all: written beside it, synced, renamed."""
+def atomic(path: Path, needed: int | None = None, called: Path | None = None) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` complete or not at all: written beside it, synced, renamed.
+
+    Args:
+        path: its name in the end.
+        needed: its size, where that is known.
+        called: its name in an error, where another is better known.
+
+    Raises:
+        UserError: if the disk is full, naming the file and the bytes needed, or those that there was room for.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -26,9 +38,14 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as e:
+        size = os.path.getsize(name)
         Path(name).unlink(missing_ok=True)
-        raise
+        full = _full(e)
+        if full is None:
+            raise
+        told = f"more than {size:,} bytes" if needed is None else f"{needed:,} more bytes"
+        raise _no_room(called or path, told, full) from None
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -36,10 +53,21 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def sweep(folder: Path) -> None:
+    """Removes what killed commands left below a folder of files that were not renamed yet. Its lock must be held."""
+    for pattern in (".*.tmp", ".*.staged"):
+        for path in folder.rglob(pattern):
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
-    data = text.encode()
-    with room_for(path, len(data)), atomic(path) as file:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a file atomically."""
+    with atomic(path, len(data)) as file:
         file.write(data)
 
 
@@ -59,7 +87,7 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def room_for(path: Path, needed: int) -> Iterator[None]:
+def room_for(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turns a full disk, a quota or a limit on file sizes into one line.
 
     Raises:
@@ -67,17 +95,31 @@ def room_for(path: Path, needed: int) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as e:
+        full = _full(e)
+        if full is None:
             raise
-        raise UserError(
-            f"{path}: no room for {needed:,} more bytes ({e.strerror}); make room, then the same command goes on"
-        ) from None
+        raise _no_room(path, "more bytes" if needed is None else f"{needed:,} more bytes", full) from None
+
+
+def _full(error: BaseException | None) -> OSError | None:
+    """The full disk behind an error: who closes a file after one often fails once more, in other words."""
+    while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and error.errno in FULL:
+            return error
+        error = error.__context__
+    return None
+
+
+def _no_room(path: Path, told: str, error: OSError) -> UserError:
+    return UserError(f"{path}: no room for {told} ({error.strerror}); make room, then the same command goes on")
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[None]:
+def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[int]:
     """Holds a folder against a second command; the lock goes with the process, however it ends.
+
+    It gives the open file's descriptor: a process that inherits it holds the lock too.
 
     Args:
         folder: what to hold; made if missing.
@@ -106,4 +148,4 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[No
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        yield file.fileno()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -32,8 +33,11 @@ def decode(encoded: bytes | str, size: int, channels: int) -> tuple[np.ndarray, 
         BrokenError: whatever the reason.
     """
     try:
-        source = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
-        with Image.open(source, formats=FORMATS) as image:
+        data = encoded if isinstance(encoded, bytes) else Path(encoded).read_bytes()
+        if data.startswith(b"\x89PNG"):
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                image.verify()  # the checksums, which reading pixels passes over
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size)
             kind = str(image.format)
             upright = ImageOps.exif_transpose(image) if "exif" in image.info else image

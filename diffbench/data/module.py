@@ -44,7 +44,7 @@ class PositionSampler(Sampler[list[int]]):
             first += self.micro * self.world
 
 
-class PositionDataset(Dataset[dict[str, Any]]):
+class PositionDataset(Dataset[dict[str, Tensor]]):
     """Fetches whole batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
 
     Args:
@@ -70,15 +70,13 @@ class PositionDataset(Dataset[dict[str, Any]]):
     def _order(self, epoch: int) -> Tensor:
         return keyed.permutation(keyed.key(self.seed, "order", epoch), len(self.data))
 
-    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """A batch: position (B,), the first as a number, and what the set gives, as image (B, C, H, W) uint8 and label
-        (B,); or index (B,)."""
+    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
+        """A batch: position (B,) and what the set gives, as image (B, C, H, W) uint8 and label (B,); or index (B,)."""
         position = torch.tensor(positions)
         index = self.index(position)
-        what = {"index": index} if self.only_index else self.data.gather(index)
-        return {"position": position, "first": positions[0], **what}
+        return {"position": position, **({"index": index} if self.only_index else self.data.gather(index))}
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
         return self.__getitems__([position])
 
 
@@ -120,6 +118,7 @@ class PositionDataModule(L.LightningDataModule):
         self.resident = resident
         self.samples_seen = 0
         self._on_device: Any = None
+        self._elsewhere = False
         for name, part in (("training", self.train), ("held-out", held_out)):
             low, high, classes = int(part.labels.min()), int(part.labels.max()), max(1, part.num_classes)
             if low < 0 or high >= classes:
@@ -129,12 +128,13 @@ class PositionDataModule(L.LightningDataModule):
         """What a batch on the device trains on, (B, C, H, W) float32; `flipped` (B,) says which to mirror."""
         raise NotImplementedError
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = PositionSampler(self.batch_size, self.accumulate, self.samples_seen, rank, world)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         resident = _fits(self.train, device) if self.resident is None else self.resident
         self._on_device = self.train.to(device) if resident else None
+        self._elsewhere = device.type != "cpu"
         return DataLoader(
             PositionDataset(self.train, self.seed, only_index=resident),
             batch_sampler=sampler,
@@ -142,6 +142,10 @@ class PositionDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Adds the first position as a number, where reading it later would mean to wait for another device."""
+        return batch | {"first": int(batch["position"][0])} if self._elsewhere else batch
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Bytes travel to the device, or lie there, and become numbers there."""

@@ -1,5 +1,6 @@
 """How training times are spread: functions of u, uniform in (0, 1), and a sampler that follows the loss."""
 
+import math
 from typing import Any
 
 import torch
@@ -67,8 +68,10 @@ class LossAware:
         return t.to(u.device), (1 / (len(p) * p[t])).to(u.device)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remembers the unweighted losses (B,) of steps t (B,), of the global batch and in its order."""
+        """Remembers the unweighted losses (B,) of steps t (B,), of the global batch and in its order; no NaN."""
         for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
+            if not math.isfinite(loss):
+                continue
             self.losses[step] = torch.cat([self.losses[step, 1:], torch.tensor([loss], dtype=torch.float64)])
             self.counts[step] += 1
 

@@ -74,12 +74,14 @@ def _name(config: RunConfig) -> str:
 
 
 def _training_rate(config: RunConfig) -> float:
+    from lightning.fabric.utilities import move_data_to_device
+
     device = device_of(config.trainer.accelerator)
     run = Run(Path("probe"), config)
     module, data = run.module().to(device), run.data()
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    batch = data.on_after_batch_transfer({k: v.to(device) for k, v in batch.items()}, 0)
+    batch = data.on_after_batch_transfer(move_data_to_device(batch, device), 0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6)
     size, steps, started = len(batch["position"]), -WARM, time.perf_counter()
     while steps < LEAST_STEPS or time.perf_counter() - started < LEAST_SECONDS:

@@ -1,7 +1,7 @@
 """What a report knows of each result: its run folder and its values, and whether they may stand side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ class Entry:
 
     result: Result
     seen: Seen | None
+    errors_of: dict[Path, ImageErrors | None] = field(default_factory=dict, repr=False)
+    """Folder -> its validation errors; one for all entries."""
 
     @property
     def complete(self) -> bool:
@@ -60,8 +62,12 @@ class Entry:
     @cached_property
     def image_errors(self) -> ImageErrors | None:
         """Validation errors of single images, of the weights that the run holds now."""
-        found = read_validation(self.seen.folder) if self.seen else None
-        return found if found is not None and self.seen and found.images == self.seen.images_seen else None
+        if self.seen is None:
+            return None
+        if self.seen.folder not in self.errors_of:
+            self.errors_of[self.seen.folder] = read_validation(self.seen.folder)
+        found = self.errors_of[self.seen.folder]
+        return found if found is not None and found.images == self.seen.images_seen else None
 
 
 def flops(cost: Cost, images: int) -> float:
@@ -69,18 +75,19 @@ def flops(cost: Cost, images: int) -> float:
     return 2.0 * cost.macs * 3 * images
 
 
-def entries(comparison: Comparison) -> list[Entry]:
-    """All results of a comparison, each folder looked at once.
+def entries(comparison: Comparison, known: Sequence[Seen] = ()) -> list[Entry]:
+    """All results of a comparison, each folder looked at once, and not again where it is `known`.
 
     Raises:
         UserError: if records were measured differently, saying how.
     """
-    looked: dict[Path, Seen | None] = {}
+    looked: dict[Path, Seen | None] = {run.folder: run for run in known}
+    errors: dict[Path, ImageErrors | None] = {}
     found = []
     for result in comparison.results:
         if result.folder not in looked:
             looked[result.folder] = begun(result.folder)
-        found.append(Entry(result, looked[result.folder]))
+        found.append(Entry(result, looked[result.folder], errors))
     _check_primary(comparison.primary)
     _check_records(found)
     return found

@@ -8,6 +8,7 @@ import numpy as np
 
 from diffbench.studies.conclusions import Conclusion, Contest
 from diffbench.studies.drawing import (
+    COLOURS,
     FAINT,
     INK,
     MOST_LINES,
@@ -42,11 +43,12 @@ def draw(c: Conclusion, folder: Path) -> list[Picture]:
     style = styles(list(colours))
     found = [answer(c, style, folder / "answer.png")] if c.ranked() else []
     more = "" if len(networks) == len(trained(c)) else f" The best {len(networks)} of {len(trained(c))} are drawn."
-    for name in dict.fromkeys((c.metric, "val/error")):
-        file = f"budget-{short(name).replace('/', '-')}.png"
-        found += _some(budgets(c, networks, style, name, folder / file, more))
-    found += _some(noise_levels(c, networks, style, folder / "noise-levels.png", more))
     found += [swept(c, sweep, folder / f"{sweep.key}.png") for sweep in sweeps(c)]
+    if len(networks) > 1 or len(c.variants) == 1:  # else variants differ in sampling alone
+        for name in dict.fromkeys((c.metric, "val/error")):
+            file = f"budget-{short(name).replace('/', '-')}.png"
+            found += _some(budgets(c, networks, style, name, folder / file, more))
+        found += _some(noise_levels(c, networks, style, folder / "noise-levels.png", more))
     found += _some(sample_grid(c, folder / "samples.png"))
     found += _some(attention_maps(networks, folder / "attention.png"))
     return found
@@ -75,10 +77,11 @@ def answer(c: Conclusion, style: dict[str, Style], path: Path) -> Picture:
     shown = ranked[:MOST_ROWS]
     shown = shown if base in shown else [*shown[:-1], base]
     against = {(x.second if x.first == base else x.first): x for x in c.contests if base in (x.first, x.second)}
-    drawn = figure(9.6, 1.35 + 0.42 * len(shown))
+    many = len(shown) > len(COLOURS)
+    drawn = figure(9.6, 1.35 + (0.32 if many else 0.45) * len(shown))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=[1.25, 1])
     for row, name in enumerate(shown):
-        look, found = style[name], c.summaries[name][c.metric]
+        look, found = Style(COLOURS[0], "-", "o") if many else style[name], c.summaries[name][c.metric]
         values = list(c.by_seed(name, c.metric).values())
         if found.half is not None:
             left.errorbar(found.mean, row, xerr=found.half, color=look.colour, capsize=4, linewidth=2.2, zorder=2)
@@ -94,7 +97,7 @@ def answer(c: Conclusion, style: dict[str, Style], path: Path) -> Picture:
     left.set_ylim(len(shown) - 0.4, -0.75)
     tidy(left, f"{title(c.metric)} ({better(c.metric)})", "")
     right.axvline(0, color=INK, linewidth=1)
-    tidy(right, f"difference from {base}, paired by seed", "")
+    tidy(right, f"difference from {base if len(base) < 24 else f'{base[:22]}…'}, by seed", "")
     right.tick_params(left=False)
     right.spines["left"].set_visible(False)
     if not against:
@@ -201,11 +204,12 @@ def noise_levels(
         tidy(panels[1], where, f"error against {against} (%)")
     handles = panels[0].get_legend_handles_labels()
     drawn.legend(*handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    right = "" if alone else f" Right: in percent of {against}, paired by seed; below zero is better."
     caption = (
-        "Validation error at each noise level on the same held-out images with the same noise. Right: in percent of"
-        f" {against}, paired by seed; below zero is better. Bands are 95% intervals over seeds.{more}"
+        f"Validation error at each noise level, on the same held-out images with the same noise.{right} Bands are 95%"
+        f" intervals over seeds.{more}"
     )
-    return save(drawn, path, "Where in the process it is better", caption)
+    return save(drawn, path, "Validation error by noise level" if alone else "Where it is better", caption)
 
 
 def _reference(rows: Sequence[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
@@ -248,7 +252,7 @@ def swept(c: Conclusion, sweep: Sweep, path: Path) -> Picture:
     }
     more = "" if len(chosen) == len(sweep.lines) else f" {len(chosen)} of {len(sweep.lines)} lines are drawn."
     caption = (
-        f"Scores of samples from the same trained runs. Bands are 95% intervals over seeds; dotted: real images.{more}"
+        f"Scores of samples of the same trained runs. Bands are 95% intervals over seeds; dotted: real images.{more}"
     )
     return save(drawn, path, headings[sweep.key], caption)
 

@@ -9,7 +9,7 @@ from diffbench.records import values as recorded
 from diffbench.report import SHOWN, table
 from diffbench.studies.conclusions import Conclusion, Contest, interval
 from diffbench.studies.entries import Entry
-from diffbench.studies.wording import better, number, short, spread
+from diffbench.studies.wording import better, number, short, spread, title
 
 WIDEST = 6
 """Variants beyond which the terminal's table turns round."""
@@ -24,6 +24,11 @@ Rows = list[dict[str, str]]
 def shown(c: Conclusion) -> list[str]:
     """The metrics of tables: the primary one, then those worth a column, by full name."""
     names = dict.fromkeys(name for found in c.summaries.values() for name in found)
+    if (
+        len(c.variants) > 1
+        and len({e.result.folder for e in c.entries if e.result.seed == c.entries[0].result.seed}) == 1
+    ):
+        names.pop("val/error", None)  # of one network, sampled differently
     told = [n for n in names if short(n) in SHOWN | {"val/error", "fd_held_out", "nearest_train"} and n != c.metric]
     return [n for n in names if n == c.metric] + told
 
@@ -59,7 +64,7 @@ def floors(c: Conclusion) -> dict[str, str]:
 
 def verdict_of(x: Contest) -> str:
     """Of a pair, in words."""
-    words = {"tie": "tie", "undecided": "not decided"}
+    words = {"tie": "tie (under 1.3%)" if x.paired.found else "tie", "undecided": "not decided"}
     return words.get(x.verdict) or f"{x.winner} is better"
 
 
@@ -190,8 +195,8 @@ def lines(rows: Rows) -> str:
 
 def for_terminal(c: Conclusion) -> str:
     """Answer, variants, pairs and what is missing, as text."""
-    heads = {"winner": "WINNER", "tie": "TIE", "partly": "PARTLY DECIDED", "not decided": "NOT DECIDED"}
-    told = [c.comparison.title, c.comparison.question, "", f"{heads[c.outcome]}. {c.answer}"]
+    head = {"winner": f"WINNER BY {title(c.metric).upper()}", "disputed": "MEASURES DISAGREE"}
+    told = [c.comparison.title, c.comparison.question, "", f"{head.get(c.outcome, c.outcome.upper())}. {c.answer}"]
     if not c.comparison.like_for_like:
         told.append("Not like for like: the variants differ in more than the question.")
     rows, cost = quality(c), {row["variant"]: row for row in costs(c)}
@@ -201,7 +206,12 @@ def for_terminal(c: Conclusion) -> str:
         text = table([(row.pop("variant"), row) for row in rows])
     else:
         few = ["variant", "seeds", *shown(c)[:5]]
+        best = [*c.ranked()[: 2 * PAIRS_SHOWN], "real images"]
+        if len(rows) > 2 * len(best):
+            rows = [row for row in rows if row["variant"] in best]
         text = lines([{k: v for k, v in row.items() if k in few} for row in rows])
+        if len(rows) < len(c.variants):
+            text += f"\nthe best of {len(c.variants):,} variants; the report has all"
     told += ["", text]
     if c.contests:
         chosen = c.contests
@@ -210,7 +220,7 @@ def for_terminal(c: Conclusion) -> str:
         told += ["", f"{c.metric}, paired by seed ({better(c.metric)}; intervals and p by Holm over {len(c.contests)})"]
         told.append(lines(pairs(c, chosen[: 2 * PAIRS_SHOWN])))
         if len(chosen[: 2 * PAIRS_SHOWN]) < len(c.contests):
-            told.append(f"the other pairs of {len(c.contests)} stand in the report")
+            told.append(f"all {len(c.contests)} pairs stand in the report")
     if absent := missing(c):
         told += ["", "not counted", lines(absent[: 2 * PAIRS_SHOWN])]
     return "\n".join(told + [f"note: {note}" for note in [*c.comparison.notes, *c.notes]])

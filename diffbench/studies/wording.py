@@ -57,6 +57,7 @@ def number(value: float, name: str = "", scale: float | None = None) -> str:
     value, scale = value * factor, None if scale is None else scale * factor
     if not math.isfinite(value):
         return "-"
+    scale = None if scale is None or scale <= 1e-9 * abs(value) else scale
     # Two digits of an uncertainty that begins with 1, 2 or 3, one from 4 on.
     size = scale / (10 if float(f"{scale:e}"[:3]) < 4 else 1) if scale else abs(value) / 1000
     decimals = min(8, max(0, -math.floor(math.log10(size)))) if size else 1 if percent else 4
@@ -68,7 +69,9 @@ def spread(found: Summary, name: str) -> str:
     if found.half is None:
         return number(found.mean, name)
     unit = "%" if short(name) == "label_accuracy" else ""
-    parts = [number(v, name, found.half or None).removesuffix("%") for v in (found.mean, found.half)]
+    if found.half <= 1e-9 * abs(found.mean):
+        return f"{number(found.mean, name).removesuffix('%')} ± 0{unit}"
+    parts = [number(v, name, found.half).removesuffix("%") for v in (found.mean, found.half)]
     return f"{' ± '.join(parts)}{unit}"
 
 
@@ -78,8 +81,10 @@ def percent(share: float) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """a, b and c."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+    """a, b and c; apart by semicolons where names have commas; of more than eight the first six."""
+    names = names if len(names) <= 8 else [*names[:6], f"{len(names) - 6} more"]
+    between = "; " if any("," in name for name in names) else ", "
+    return names[0] if len(names) == 1 else f"{between.join(names[:-1])} and {names[-1]}" if names else ""
 
 
 def counted(n: int, what: str) -> str:

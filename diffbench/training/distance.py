@@ -7,15 +7,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
+from diffbench import sealed
 from diffbench.core import keyed
-from diffbench.core.files import atomic
+from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
 from diffbench.data.progress import span
 from diffbench.evaluation.suite import Suite, metric_name
+from diffbench.training import together
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.cost import network_evaluations, seconds_per_evaluation, timed
 from diffbench.training.ema import EMA
@@ -24,6 +24,7 @@ from diffbench.training.log import RunLog
 from diffbench.training.module import DiffusionModule
 from diffbench.training.sampling import generate
 from diffbench.training.settings import SampleConfig
+from diffbench.training.sharding import gathered, part_of, sharded
 
 
 class Distance(L.Callback):
@@ -141,19 +142,24 @@ class Distance(L.Callback):
         if values[name] >= self.best.get("value", float("inf")):
             return
         self.best = {"images": self.run_log.images, "value": values[name]}
+        decay = self.ema.config.decays[0]
+        average = dict(zip(self.ema.names, self.ema.whole(decay), strict=True))
         if trainer.is_global_zero:
-            told = {k: str(v) for k, v in self.best.items()} | {"metric": name}
-            told["decay"] = str(self.ema.config.decays[0])
-            tensors = {k: v.detach().cpu().contiguous() for k, v in module.denoiser.state_dict().items()}
-            with atomic(self.path) as file:
-                file.write(save(tensors, told))
+            told = {k: str(v) for k, v in self.best.items()} | {"metric": name, "decay": str(decay)}
+            sealed.write(self.path, self.ema.buffers | average, told)
 
     @contextmanager
     def _best_weights(self, module: DiffusionModule) -> Iterator[None]:
         """The module with the best weights while the block runs, undone on exceptions too."""
+        together.wait()  # for the file
+        if sharded(module.denoiser):
+            best, weights = sealed.read(self.path)[0], dict(module.denoiser.named_parameters())
+            with gathered(module.denoiser, list(weights.values()), [part_of(best[n], w) for n, w in weights.items()]):
+                yield
+            return
         before = {k: v.detach().clone() for k, v in module.denoiser.state_dict().items()}
         try:
-            module.denoiser.load_state_dict(load_file(self.path), strict=True)
+            module.denoiser.load_state_dict(sealed.read(self.path)[0], strict=True)
             yield
         finally:
             module.denoiser.load_state_dict(before, strict=True)
@@ -170,5 +176,8 @@ class Distance(L.Callback):
     def _on_disk(self) -> float | None:
         if not self.path.is_file():
             return None
-        with safe_open(self.path, "pt") as file:
-            return float((file.metadata() or {}).get("images", -1))
+        try:
+            return float(sealed.read(self.path)[1].get("images", -1))
+        except UserError as e:
+            print(f"warning: {e}: the best weights are looked for anew from here on")
+            return None

@@ -1,10 +1,13 @@
 """What a run says: metrics.jsonl (the truth, float64), TensorBoard, and the terminal. The x axis is images seen."""
 
+import contextlib
 import json
+import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from diffbench.core.errors import UserError
+from diffbench.core.files import FULL, room_for
+from diffbench.training import together
 from diffbench.training.clock import Clock, at_step_end, due
 from diffbench.training.module import Module
 
@@ -28,6 +33,7 @@ LAYOUT = {
     "How it trains": {
         "training loss": ["Multiline", ["train/loss"]],
         "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "skipped steps": ["Multiline", ["train/skipped_steps"]],
         "images/s": ["Multiline", ["perf/images_per_s"]],
     },
 }
@@ -37,9 +43,30 @@ FINAL = ("val/error", "train/loss")
 
 def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: str = "") -> None:
     """Scalars of a trained run's scores at the images that its weights have seen, in TensorBoard."""
-    with _new_writer(folder) as writer:
+    with naming_events(folder), _new_writer(folder) as writer:
         for name, value in scores.items():
             writer.add_scalar(prefix + name, value, images)
+
+
+@contextlib.contextmanager
+def naming_events(folder: Path) -> Iterator[None]:
+    """A full disk under TensorBoard's events is one line too: the thread that writes them keeps its traceback.
+
+    Raises:
+        UserError: naming the events.
+    """
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not (isinstance(told.exc_value, OSError) and told.exc_value.errno in FULL):
+            before(told)
+
+    threading.excepthook = hook
+    try:
+        with room_for(folder / "events.out.tfevents"):
+            yield
+    finally:
+        threading.excepthook = before
 
 
 def _new_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
@@ -53,6 +80,7 @@ class RunLog(L.Callback):
     """Writes every logged number once; after a resume the series go on as if nothing had happened.
 
     A checkpoint stores how long metrics.jsonl was; resuming cuts it there, and TensorBoard drops what came later.
+    Of several ranks the first writes, what all of them saw.
 
     Args:
         folder: the run folder.
@@ -76,8 +104,7 @@ class RunLog(L.Callback):
         self.path, self.folder = folder / "metrics.jsonl", folder
         self.batch_size, self.every, self.clock, self.config_text = batch_size, every, clock, config_text
         self.images = 0
-        self._loss: torch.Tensor | None = None
-        self._batches = 0
+        self._loss: torch.Tensor | None = None  # sum and number of the finite losses since the last line
         self._seconds, self._logged_images = 0.0, 0
         self._writer: SummaryWriter | None = None
         self._resumed = False
@@ -101,33 +128,42 @@ class RunLog(L.Callback):
 
     def record(self, values: dict[str, float]) -> None:
         """Appends values at the present image count."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"images": self.images, **values}) + "\n")
+        if together.rank():
+            return
+        line = json.dumps({"images": self.images, **values}) + "\n"
+        with room_for(self.path, len(line)), self.path.open("a") as file:
+            file.write(line)
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, self.images)
 
     def say(self, text: str) -> None:
         """A line on the terminal, above the bar where there is one."""
+        if together.rank():
+            return
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images = trainer.global_step * self.batch_size
         self._logged_images, self._seconds = self.images, self.clock.seconds
+        if together.rank() == 0:
+            self._begin(trainer.max_steps * self.batch_size)
+        self.clock.start()
+
+    def _begin(self, total: int) -> None:
         if self.path.exists() and not self._resumed:
             self.path.unlink()  # left by a sitting that ended before its first checkpoint
         self._open_writer()
         if sys.stdout.isatty():
-            total = trainer.max_steps * self.batch_size
             self._bar = tqdm(total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True)
-        self.clock.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-        self._loss = loss.double() if self._loss is None else self._loss + loss
-        self._batches += 1
+        loss = (outputs["loss"].detach() * trainer.accumulate_grad_batches).double()
+        finite = loss.isfinite()  # a step that is skipped must not hide the others
+        counted = torch.stack([torch.where(finite, loss, 0.0), finite.double()])
+        self._loss = counted if self._loss is None else self._loss + counted
         if not at_step_end(trainer, batch_idx):
             return
         self.images = trainer.global_step * self.batch_size
@@ -138,19 +174,19 @@ class RunLog(L.Callback):
             self._log_training(trainer, pl_module)
 
     def _log_training(self, trainer: L.Trainer, module: Module) -> None:
+        self._share_loss()
         assert self._loss is not None
-        loss = float(self._loss) / self._batches
-        if not loss < float("inf"):
-            raise UserError(f"optimizer.lr: the training loss is {loss} at {self.images:,} images; lower the rate")
-        self._loss, self._batches = None, 0
+        total, count = self._loss.tolist()
+        loss, self._loss = total / count if count else math.nan, None
         rate = (self.images - self._logged_images) / max(1e-9, self.clock.seconds - self._seconds)
         self._logged_images, self._seconds = self.images, self.clock.seconds
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         values = {"train/loss": loss, "train/grad_norm": float(module.grad_norm), "train/lr": lr}
+        values["train/skipped_steps"] = module.skipped_steps
         values["perf/images_per_s"] = rate
         if torch.cuda.is_available():
             values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self.record(values)
+        self.record({name: value for name, value in values.items() if math.isfinite(value)})
         left = trainer.max_steps * self.batch_size - self.images
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}")
@@ -161,27 +197,42 @@ class RunLog(L.Callback):
             eta = left / rate if rate else 0.0
             self.say(f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s")
 
+    def _share_loss(self) -> None:
+        """Makes the sum of losses since the last line the mean over the ranks, on each of them."""
+        if self._loss is not None and together.size() > 1:
+            self._loss = together.total(self._loss) / together.size()
+
     def state_dict(self) -> dict[str, Any]:
+        self._share_loss()
         size = 0
-        if self.path.exists():
+        if together.rank() == 0 and self.path.exists():
             with self.path.open("rb+") as file:
                 os.fsync(file.fileno())
             size = self.path.stat().st_size
         if self._writer is not None:
             self._writer.flush()
-        return {"bytes": size, "loss": self._loss, "batches": self._batches, "seconds": self.clock.seconds}
+        return {"bytes": size, "loss": self._loss, "seconds": self.clock.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = True
-        self._loss, self._batches = state_dict["loss"], state_dict["batches"]
+        self._loss = state_dict["loss"]
+        if self._loss is not None and not self._loss.ndim:  # of a state written before steps could be skipped
+            self._loss = torch.stack([self._loss, torch.full_like(self._loss, state_dict["batches"])])
         self.clock.before = state_dict["seconds"]
+        if together.rank():
+            return
         if not self.path.exists() or self.path.stat().st_size < state_dict["bytes"]:
             raise UserError(f"{self.path}: shorter than at the checkpoint ({state_dict['bytes']} bytes): restore it")
         os.truncate(self.path, state_dict["bytes"])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._writer is not None:
+            self._writer.flush()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.clock.stop()
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # a full disk was told of when it was found
+                self._writer.close()

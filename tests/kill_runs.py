@@ -1,0 +1,303 @@
+"""Run as a process of its own: a tiny run, killed (SIGKILL) again and again, each time ended by the same command.
+
+    python tests/kill_runs.py train|score writes|moments MOST FOLDER
+
+`train` trains with validation, distances and checkpoints; `score` draws shards of samples and appends records.
+`writes` kills in the middle of writes and before flushes, renames, cuts and removals: the first and last of each kind
+on each kind of file, then others spread evenly, MOST in all (0 for every single one). `moments` kills MOST times a
+moment after a pass through the network, spread over training, validation and distances. Prints JSON: what was tried,
+and what did not end as an unbroken run ends, to the bit.
+"""
+
+import builtins
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning  # noqa: F401  imports are paid once, not in each fork
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffbench import records, references, scoring, shards
+from diffbench.core.files import cache_folder
+from diffbench.data.sources import DigitsConfig, digits
+from diffbench.denoisers.dit import DiT
+from diffbench.run import load, train
+from diffbench.training import distance, fit, validation  # noqa: F401
+
+RUN = [
+    "trainer.batch_size=8",
+    "trainer.max_images=96",  # 12 steps
+    "trainer.log_images=24",
+    "trainer.validate_images=40",
+    "trainer.checkpoint_images=32",
+    "trainer.sample_images=48",
+    "evaluate.every_images=40",
+    "evaluate.every_count=20",
+    "evaluate.count=20",
+    "evaluate.best=fd",
+    "ema.decays=[0.9]",
+    "data.held_out=40",
+    "sample.steps='2'",
+    "denoiser.hidden_size=16",
+    "denoiser.depth=1",
+    "denoiser.num_heads=2",
+    "denoiser.dropout=0.1",
+]
+Point = tuple[str, int]
+"""A kind of call on a kind of file, or a phase; and which of them in order."""
+
+
+def unnumbered(name: Any) -> str:
+    """A file's name without what differs from one to the next."""
+    name = os.readlink(f"/proc/self/fd/{name}") if isinstance(name, int) else os.fspath(name)
+    name = Path(name).name
+    if "tfevents" in name:
+        return "events"
+    return re.sub(r"[0-9a-f]{16}|\d+", "#", re.sub(r"\.[^.]*\.tmp$", "", name)).lstrip(".")
+
+
+class Killer:
+    """Counts calls of each kind, and kills this process at one of them."""
+
+    def __init__(self, point: Point | None, folder: Path) -> None:
+        self.point, self.folder, self.counts = point, str(folder), Counter[str]()
+
+    def at(self, kind: str, name: Any, torn: Callable[[], Any] = lambda: None) -> None:
+        what = f"{kind} {unnumbered(name)}"
+        self.counts[what] += 1
+        if self.point == (what, self.counts[what]):
+            torn()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch_files(self) -> None:
+        """From here on every write below the folder counts; one that is hit leaves half its bytes behind."""
+        really = io.open
+
+        def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            found = really(file, mode, *arguments, **options)
+            where = os.readlink(f"/proc/self/fd/{found.fileno()}")
+            return Watched(found, self) if set(mode) & set("wa+x") and where.startswith(self.folder) else found
+
+        builtins.open = io.open = opened  # type: ignore[assignment]
+        for kind in ("fsync", "replace", "truncate", "unlink"):
+            setattr(os, kind, self._hooked(kind, getattr(os, kind)))
+
+    def _hooked(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            name = arguments[1] if kind == "replace" else arguments[0]
+            where = os.readlink(f"/proc/self/fd/{name}") if isinstance(name, int) else os.fspath(name)
+            if where.startswith(self.folder):
+                self.at(kind, name)
+            return call(*arguments, **options)
+
+        return run
+
+    def watch_network(self, seed: int) -> None:
+        """From here on passes count by what they are for; the process ends up to 20 ms after the one that is hit."""
+        phase, really = ["training"], DiT.forward
+
+        def forward(net: DiT, *arguments: Any, **options: Any) -> Any:
+            self.counts[phase[-1]] += 1
+            if self.point == (phase[-1], self.counts[phase[-1]]):
+                delay = random.Random(seed).random() * 0.02
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return really(net, *arguments, **options)
+
+        def within(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any, **options: Any) -> Any:
+                phase.append(name)
+                try:
+                    return call(*arguments, **options)
+                finally:
+                    phase.pop()
+
+            return run
+
+        DiT.forward = forward  # type: ignore[method-assign]
+        validation.denoising_error = within("validation", validation.denoising_error)
+        distance.Distance.measure = within("distance", distance.Distance.measure)  # type: ignore[method-assign]
+
+
+class Watched:
+    """A file whose writes and flushes count."""
+
+    def __init__(self, file: Any, killer: Killer) -> None:
+        self.__dict__.update(file=file, killer=killer)
+
+    def write(self, data: Any) -> Any:
+        def torn() -> None:
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+
+        self.killer.at("write", self.file.fileno(), torn)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.killer.at("flush", self.file.fileno())
+        self.file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "Watched":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __iter__(self) -> Any:
+        return iter(self.file)
+
+
+def start(work: Callable[[], Any], watch: Callable[[Killer], None], killer: Killer) -> tuple[int, Counter[str]]:
+    """Forks a child that does the work; its wait status, and the calls it counted."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            watch(killer)
+            work()
+            os.write(writer, json.dumps(killer.counts).encode())
+            code = 0
+        except BaseException as e:
+            os.write(2, f"{killer.point}: {type(e).__name__}: {e}\n".encode())
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        told = file.read()
+    return os.waitpid(pid, 0)[1], Counter(json.loads(told or "{}"))
+
+
+def digest(value: Any) -> str:
+    """A hash of tensors and plain values, nested."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return [str(value.dtype), list(value.shape), hashlib.sha256(value.numpy().tobytes()).hexdigest()]
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return hashlib.sha256(json.dumps(plain(value)).encode()).hexdigest()[:12]
+
+
+def outcome(run: Path) -> dict[str, str]:
+    """All that must be the same at the end: hashes of states, weights, pictures and series, and no file left over."""
+    (state,) = [torch.load(path, weights_only=True) for path in sorted(run.glob("checkpoints/step-12.ckpt"))]
+    parts = {p: state[p] for p in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ImageDataModule")}
+    parts |= {name: state["callbacks"][name] for name in ("EMA", "Guard", "Distance")}
+    parts["metrics"] = [{k: v for k, v in line.items() if k[:5] != "perf/"} for line in records.metrics(run)]
+    scalars = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tags = sorted(t for t in scalars.Tags()["scalars"] if t[:5] != "perf/")
+    parts["scalars"] = {tag: [(e.step, e.value) for e in scalars.Scalars(tag)] for tag in tags}
+    for path in sorted(run.rglob("*.safetensors")):
+        parts[str(path.relative_to(run))] = load_file(path)
+    for path in sorted(run.rglob("*.png")):
+        parts[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if (run / "results.jsonl").exists():  # scored again, a guidance may show a point twice
+        parts["scalars"] = {tag: sorted(set(points)) for tag, points in parts["scalars"].items()}
+    newest = {record["guidance"]: records.values(record) for record in records.results(run)}
+    parts["records"] = [newest[guidance] for guidance in sorted(newest)]
+    parts["left over"] = sorted(p.name for p in run.rglob(".*") if p.name != ".lock")
+    return {name: digest(value) for name, value in parts.items()}
+
+
+def works(what: str, folder: Path) -> tuple[Callable[[Path], Callable[[], Any]], Callable[[Path], Path]]:
+    """What a command does at a place, and which run folder it makes there."""
+    begun = folder / "begun"
+
+    def cached(place: Path) -> None:  # a cache of its own, with the judge that takes seconds to train
+        known = cache_folder()
+        os.environ["DIFFBENCH_CACHE"] = str(place / "cache")
+        (place / "cache").mkdir(parents=True, exist_ok=True)
+        for path in known.glob("digits-cnn-*.safetensors"):
+            shutil.copy(path, place / "cache")
+
+    def trains(place: Path) -> Callable[[], Any]:
+        def work() -> None:
+            cached(place)
+            train("experiments/digits/dit.yaml", [*RUN, "tag=run", f"runs_dir={place}"])
+
+        return work
+
+    def scores(place: Path) -> Callable[[], Any]:
+        def work() -> None:
+            shards.SIZE = 7
+            if not place.exists():
+                shutil.copytree(begun, place)
+            cached(place)
+            run = load(place / "digits" / "dit-run-s0")
+            scoring.evaluate(run, ["sample.guidance=1.5"])
+
+        return work
+
+    judge = partial(references.judge, None, None, digits(DigitsConfig())[0])
+    assert start(judge, lambda _: None, Killer(None, folder))[0] == 0
+    if what == "score" and not begun.exists():
+        assert start(trains(begun), lambda _: None, Killer(None, begun))[0] == 0
+    return (scores if what == "score" else trains), lambda place: place / "digits" / "dit-run-s0"
+
+
+def chosen(counts: Counter[str], most: int) -> list[Point]:
+    """The first and last call of each kind, then others evenly."""
+    every = [(what, i) for what in sorted(counts) for i in range(1, counts[what] + 1)]
+    if not most:
+        return every
+    ends = [p for p in every if p[1] == 1] + [p for p in every if p[1] == counts[p[0]] > 1]
+    rest = [p for p in every if p not in ends]
+    random.Random(0).shuffle(ends)
+    more = max(0, most - len(ends))
+    return [*ends, *(rest[len(rest) * i // more] for i in range(min(more, len(rest))))][:most]
+
+
+def main(what: str, how: str, most: int, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    work, run_of = works(what, folder)
+
+    def watch(killer: Killer) -> None:
+        killer.watch_files() if how == "writes" else killer.watch_network(sum(map(ord, str(killer.point))))
+
+    status, counts = start(work(folder / "whole"), watch, Killer(None, folder))
+    assert status == 0, "the unbroken run failed"
+    whole = outcome(run_of(folder / "whole"))
+    if how == "moments":
+        phases = sorted(counts)
+        tried = [random.Random(i) for i in range(most)]
+        points = [(phases[i % len(phases)], r.randint(1, counts[phases[i % len(phases)]])) for i, r in enumerate(tried)]
+    else:
+        points = chosen(counts, most)
+    wrong, unkilled = {}, []
+    for number, point in enumerate(points):
+        place = folder / f"killed-{number}"
+        status, _ = start(work(place), watch, Killer(point, folder))
+        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+            unkilled.append(point)
+        again, _ = start(work(place), lambda _: None, Killer(None, folder))
+        now = {} if again else outcome(run_of(place))
+        if now != whole:
+            wrong[str(point)] = sorted(k for k in whole | now if whole.get(k) != now.get(k)) if now else "no end"
+        else:
+            shutil.rmtree(place)
+    kinds = dict(Counter(what for what, _ in points))
+    return {"calls": sum(counts.values()), "kills": len(points), "unkilled": unkilled, "wrong": wrong, "kinds": kinds}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]).resolve())))
