@@ -7,6 +7,7 @@ ARGS ?=
 PYTHON ?= python3
 DEVICE ?= cpu
 STUDY ?= backbones
+BASELINE ?=
 RUN ?= runs/$(DATA)/$(MODEL)-s$(SEED)
 RUNS ?= $(sort $(patsubst %/checkpoints/,%,$(dir $(wildcard runs/$(DATA)/*/checkpoints/*.ckpt))))
 
@@ -17,7 +18,7 @@ DOCKER_GPUS := $(if $(filter cuda,$(DEVICE)),--gpus all)
 DIFFBENCH := $(BIN)/python -m diffbench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train ablation evaluate sample compare tensorboard test test-all test-gpu docker-build docker-train lint types format clean
+.PHONY: help setup train ablation evaluate sample compare bench bench-gpu tensorboard test test-all test-gpu docker-build docker-train lint types format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,9 +57,15 @@ evaluate: $(STAMP)  ## draw and score samples of RUN
 sample: $(STAMP)  ## draw samples of RUN into a PNG, as ARGS="labels=3 n=16 guidance=2"
 	@$(DIFFBENCH) sample $(RUN) $(ARGS)
 
-compare: $(STAMP)  ## a table of RUNS (by default all runs on DATA)
+compare: $(STAMP)  ## a table and a report of RUNS (by default all runs on DATA)
 	@test -n '$(RUNS)' || { echo "error: no runs under runs/$(DATA): train one first" >&2; exit 2; }
-	@$(DIFFBENCH) compare $(RUNS)
+	@$(DIFFBENCH) compare $(RUNS) $(ARGS)
+
+bench: $(STAMP)  ## speed here in three minutes, against BASELINE=old.json; all of it: ARGS=full=true
+	@$(DIFFBENCH) bench $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
+
+bench-gpu: $(STAMP)  ## speed of published sizes on one large GPU, in ten minutes
+	@$(DIFFBENCH) bench gpu=true device=gpu $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
 
 tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006
 	@$(BIN)/python -m tensorboard.main --logdir runs --samples_per_plugin images=200

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffbench import parts, references
 from diffbench.autoencoders import KLAutoencoder, files, without_spread_
 from diffbench.config_kinds import AutoencoderConfig
+from diffbench.core import ranks
 from diffbench.core.errors import UserError
 from diffbench.data.sources import balanced
 from diffbench.denoisers.cost import Cost, measure
@@ -53,7 +54,7 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
 
     @classmethod
     def check(cls, config: AutoencoderConfig) -> None:
-        parts.check_device(config.trainer.accelerator)
+        parts.check_device(config.trainer)
         train_set, held_out = parts.load_data(config)
         shape = tuple(train_set.images.shape[1:])
         try:
@@ -102,6 +103,8 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
     def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
         """Trains as every kind does, then writes the averaged network with its scale into `<folder>/autoencoder`."""
         super().fit(existed, start)
+        if not ranks.leads():
+            return
         self.use_average(self.ema)
         place, notes = self.folder / INSIDE, {"images": str(self.images_seen), "ema": str(self.ema)}
         if files.read_notes(place).items() >= notes.items():

@@ -37,7 +37,7 @@ class ClassifierRun(Trained[ClassifierRunConfig]):
 
     @classmethod
     def check(cls, config: ClassifierRunConfig) -> None:
-        parts.check_device(config.trainer.accelerator)
+        parts.check_device(config.trainer)
         train_set, _ = parts.load_data(config)
         if train_set.num_classes < 2:
             raise ValueError(f"data.name: {config.data.name} has no classes to tell apart")

@@ -24,6 +24,7 @@ VERBS = {
     "compare": "a table and a report of several runs, or of a study",
     "attention": "draw where a run's tokens look along sampling",
     "import": "turn a published checkpoint into a run folder",
+    "bench": "measure speed and memory here, beside the machine's limits",
 }
 
 
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
+        "bench": "models=[DiT-S/2] full=true gpu=true tiny=true baseline=old.json out=bench.json force=true",
         "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
     }
     for name, example in values.items():
@@ -291,6 +293,12 @@ def _import(arguments: argparse.Namespace) -> None:
     told = f" ({p.schedule} schedule, {p.variance} variance)" if p.name == "vp" else ""
     print(f"{out}: {config.denoiser.name} for {shape}; process {p.name}{told}")
     print(f"samples by {s.sampler} in {s.steps} steps, guidance {s.guidance:g}: {_python()} -m diffbench sample {out}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from diffbench.bench.bench import bench
+
+    bench(arguments.overrides)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from diffbench import judging, parts, spaces, weights
 from diffbench.autoencoders import KLAutoencoder
 from diffbench.config import change
 from diffbench.config_kinds import RunConfig
+from diffbench.core import ranks
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.core.pixels import to_uint8
@@ -88,7 +89,7 @@ class Run(Trained[RunConfig]):
 
     def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
         """Trains as every kind does; a run in latent space notes whose latents they are."""
-        if self.autoencoder is not None:
+        if self.autoencoder is not None and ranks.leads():
             write_text(self.folder / "autoencoder.txt", f"{self.autoencoder.fingerprint}\n")
         super().fit(existed, start)
 

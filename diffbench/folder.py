@@ -13,6 +13,8 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 
 # What may change between two sittings of one run: its length, and what leaves every number as it is.
+# Other devices sum in another order: every number stays as it is but for rounding.
+DEVICES = {"trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.timeout_s"}
 FREE = {
     "trainer.max_images",
     "trainer.max_skipped",
@@ -22,7 +24,7 @@ FREE = {
     "data.num_workers",
     "runs_dir",
     "tag",
-}
+} | DEVICES
 LONGEST_TAG = 100
 
 

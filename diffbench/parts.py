@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from diffbench import spaces
 from diffbench.config_kinds import BaseConfig, RunConfig
+from diffbench.core import ranks
 from diffbench.data.latents import LatentSet
 from diffbench.data.sources import SOURCES, ImageSet, balanced
 from diffbench.denoisers import build
 from diffbench.denoisers.cost import Cost, count
 from diffbench.diffusion import PROCESSES, Process
 from diffbench.references import check_extractor
-from diffbench.training.settings import AUGMENT_WIDTH
+from diffbench.training.settings import AUGMENT_WIDTH, TrainerConfig
 
 if TYPE_CHECKING:
     from diffbench.data.module import PositionDataModule
@@ -83,7 +84,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: a line that begins with the key.
     """
-    check_device(config.trainer.accelerator)
+    check_device(config.trainer)
     check_compiler(config.trainer.compile)
     train_set, _ = load_data(config)
     if not len(train_set):
@@ -142,7 +143,9 @@ def device_of(accelerator: str) -> torch.device:
     """Where networks run outside of training: on a GPU where there is one, unless the config names something else."""
     if accelerator == "mps":
         return torch.device("mps")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local()) if ranks.place()[1] > 1 else torch.device("cuda")
 
 
 @contextlib.contextmanager
@@ -158,12 +161,28 @@ def naming(section: str) -> Iterator[None]:
         raise ValueError(f"{section}: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
 
 
-def check_device(accelerator: str) -> None:
-    """Raises ValueError, naming the key, where the machine lacks what `trainer.accelerator` asks for."""
+def check_device(trainer: TrainerConfig) -> None:
+    """Raises ValueError, naming the key, where the machine or who started us lacks what `trainer` asks for."""
+    accelerator, (_, world) = trainer.accelerator, ranks.place()
     there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):
         raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
+    device = device_of("mps" if accelerator == "auto" and there["mps"] else accelerator)
+    found = torch.cuda.device_count() if device.type == "cuda" else 1 if device.type == "mps" else trainer.devices
+    if trainer.devices > found:
+        raise ValueError(
+            f"trainer.devices: must be at most {found}, as many as this machine has, got {trainer.devices}"
+        )
+    asked = f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}"
+    if world != 1 and world != trainer.processes:
+        raise ValueError(
+            f"trainer.devices: torchrun or srun started {world} processes, and {asked} are {trainer.processes}"
+        )
+    if world == 1 and trainer.num_nodes > 1:
+        raise ValueError(
+            "trainer.num_nodes: processes on several machines are started by torchrun or srun; see the README"
+        )
 
 
 def check_compiler(how: str) -> None:

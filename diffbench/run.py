@@ -1,6 +1,9 @@
 """Runs of every kind: trained, resumed, loaded."""
 
+import contextlib
 import dataclasses
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +14,10 @@ from diffbench.autoencoding import AutoencoderRun
 from diffbench.config import from_layers, read_layers
 from diffbench.config_kinds import BaseConfig, RunConfig
 from diffbench.config_layers import Layer, blaming
+from diffbench.core import ranks
+from diffbench.core.errors import UserError
 from diffbench.core.files import locked
+from diffbench.core.launch import launch
 from diffbench.data.latents import LatentSet
 from diffbench.denoising import Run, load
 from diffbench.folder import check_place, check_same, folder_for, has_checkpoint
@@ -48,6 +54,11 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
                 "autoencoder: missing: nothing is encoded in pixel space; choose an experiment that has it"
             )
         Run.check(config)
+    if config.trainer.processes > 1 and ranks.place()[1] == 1:
+        with_autoencoder(config)
+        command = [sys.executable, "-m", "diffbench.worker", "encode", str(path), *overrides]
+        if code := launch(command, config.trainer.processes):
+            raise SystemExit(code)
     run = Run(folder_for(Path(path), overrides, config), with_autoencoder(config))
     for part in run.sets:
         assert isinstance(part, LatentSet)
@@ -63,7 +74,8 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
     Raises:
         UserError: for anything in config or folder that the user can mend.
-        SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
+        SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved; the code of a process that failed, where
+            several train; 0 in all but the first of those that torchrun or srun started.
     """
     stack = read_layers(path, overrides)
     config = from_layers(stack)
@@ -84,9 +96,15 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = ()) -> A
         check_place(folder)
         start = None if has_checkpoint(folder) else kind.start(config)
     config = with_autoencoder(config)
-    with locked(folder):
+    if ranks.place()[0] > 0:  # the first process does what is done once
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            kind(folder, config).fit(True, start)
+        raise SystemExit(0)
+    with locked(folder) as held:
         existed = check_same(folder, config)
-        kind(folder, config).fit(existed, start)
+        run = kind(folder, config)
+        run.lock = held
+        run.fit(existed, start)
         trained = kind(folder, config)
         trained.use_average(trained.ema)
         return trained
@@ -98,6 +116,10 @@ def with_autoencoder(config: C) -> C:
         return config
     folder, wanted, words = _autoencoder(config)
     if autoencoder_missing(config):
+        if ranks.place()[1] > 1:
+            raise UserError(
+                f"autoencoder: {words[0]} is not trained yet; train it first, then start these processes again"
+            )
         print(f"{folder}: not trained yet, and trained first, as autoencoder={words[0]} says", flush=True)
         train(words[0], words[1:])
     else:

@@ -1,6 +1,8 @@
 """Scores of samples against real images: a run's own, or anyone's pictures, by the same code."""
 
 import dataclasses
+import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +16,9 @@ from diffbench import judging, records, references
 from diffbench.config import change
 from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import COMMAND_LINE, parse_overrides
-from diffbench.core import pixels
+from diffbench.core import pixels, ranks
 from diffbench.core.errors import UserError, suggest
+from diffbench.core.launch import launch
 from diffbench.data.progress import progress, span
 from diffbench.evaluation import Extractor
 from diffbench.evaluation.extractors import state_hash
@@ -26,7 +29,7 @@ from diffbench.judging import Judgement
 from diffbench.parts import check_evaluation, device_of
 from diffbench.pictures import refuse_to_overwrite, write_npz
 from diffbench.run import Run
-from diffbench.shards import Shards
+from diffbench.shards import SIZE, Shards
 from diffbench.training.coding import reconstruct
 from diffbench.training.settings import SampleConfig
 
@@ -155,8 +158,11 @@ def labels_of(run: Run, count: int) -> Tensor:
     return torch.arange(count) * run.train_set.num_classes // count
 
 
-def draw(run: Run, how: SampleConfig, shards: Shards, seed: int) -> dict[str, Any]:
+def draw(run: Run, how: SampleConfig, shards: Shards, seed: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """Draws the samples that are not there yet; says first what that will take.
+
+    Several processes, as many as `trainer.devices` of the run and as this machine has devices, draw shards of their
+    own. They are started from here; `rank` and `world` are for them alone.
 
     Returns:
         What a record says of it: network evaluations, seconds of this sitting, values clipped.
@@ -165,8 +171,17 @@ def draw(run: Run, how: SampleConfig, shards: Shards, seed: int) -> dict[str, An
 
     evaluations = network_evaluations(run.process, how)
     labels, started = labels_of(run, shards.count), time.perf_counter()
-    left = shards.count - shards.present()
+    missing = left = shards.count - shards.present()
     estimate = 0.0
+    helpers = min(run.config.trainer.devices, torch.cuda.device_count() or run.config.trainer.devices)
+    if left > SIZE and helpers > 1 and ranks.place()[1] == 1:
+        told = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": shards.count}
+        told |= {"sample": dataclasses.asdict(how)}
+        command = [sys.executable, "-m", "diffbench.worker", "draw", str(run.folder), json.dumps(told)]
+        print(f"{left:,} samples in {helpers} processes", flush=True)
+        if code := launch(command, helpers):
+            raise SystemExit(code)
+        left = shards.count - shards.present()
     if left:
         batch = min(how.batch_size, left)
         estimate = left * evaluations * seconds_per_evaluation(run.network, run.process, run.shape, batch)
@@ -189,11 +204,11 @@ def draw(run: Run, how: SampleConfig, shards: Shards, seed: int) -> dict[str, An
                 raise UserError(f"{run.folder}: {tally.nonfinite} values of the samples are no numbers")
             return images
 
-        shards.fill(one, advance)
+        shards.fill(one, advance, rank, world)
     return {
         "network_evaluations": evaluations,
         "seconds": time.perf_counter() - started,
-        "drawn": left,
+        "drawn": missing,
         "clipped": tally.clipped / tally.values if tally.values else None,
     }
 

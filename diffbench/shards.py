@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +69,44 @@ class Shards:
         """The file of the shard that begins with sample number `start`."""
         return self.folder / f"samples-{start:08d}.safetensors"
 
-    def fill(self, draw: Callable[[int, int], Tensor], skipped: Callable[[int], None] = lambda count: None) -> None:
+    def fill(
+        self,
+        draw: Callable[[int, int], Tensor],
+        skipped: Callable[[int], None] = lambda count: None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         """Draws the shards that are missing.
 
         Args:
             draw: (first, count) -> (count, C, H, W) uint8 samples number `first` and on.
             skipped: told how many samples lie there already.
+            rank: of this process; each draws shards of its own.
+            world: processes at work.
 
         Raises:
             UserError: if the disk has no room for them.
         """
-        with locked(self.folder, wait=True):
-            sweep(self.folder)
+        with locked(self.folder, wait=True, name=".lock" if world == 1 else f".lock-{rank}"):
+            if world == 1:
+                sweep(self.folder)
             done = self._whole()
             skipped(sum(self._size(start) for start in done))
-            missing = [start for start in self.starts if start not in done]
+            missing = [start for start in self.starts[rank::world] if start not in done]
             self._check_room(sum(self._size(start) for start in missing))
             for start in missing:
                 images = draw(start, self._size(start))
                 assert images.dtype == torch.uint8 and images.shape == (self._size(start), *self.shape)
                 write_bytes(self.path(start), save({"images": images.contiguous()}))
                 done[start] = sha256(self.path(start))
-                told = {"what": self.what, "count": self.count, "shards": {str(s): done[s] for s in sorted(done)}}
-                write_text(self.manifest, json.dumps(told, indent=1) + "\n")
+                self._note(done, world)
+
+    def _note(self, done: dict[int, str], world: int) -> None:
+        """Lists shards in the manifest, beside those that other processes have listed meanwhile."""
+        with locked(self.folder, wait=True, name=".lock-manifest") if world > 1 else nullcontext():
+            done = (self.listed() if world > 1 else {}) | done
+            told = {"what": self.what, "count": self.count, "shards": {str(s): done[s] for s in sorted(done)}}
+            write_text(self.manifest, json.dumps(told, indent=1) + "\n")
 
     def _size(self, start: int) -> int:
         return min(SIZE, self.count - start)

@@ -7,6 +7,7 @@ import torch
 from diffbench.autoencoders import KLAutoencoder, KLConfig, files
 from diffbench.config import load
 from diffbench.config_kinds import AutoencoderConfig, RunConfig
+from diffbench.core import ranks
 from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.data.latents import LatentSet, encode
@@ -24,6 +25,8 @@ def encoded(
 ) -> LatentSet:
     """The latents of a data set under the config's autoencoder: from the cache, or encoded into it on a device.
 
+    The ranks of a job encode shares of it.
+
     Raises:
         UserError: if the disk is full, or the cache holds something else.
     """
@@ -35,6 +38,7 @@ def encoded(
             f"encoding {len(data):,} images of {data.name} by autoencoder {config.autoencoder} into {folder}",
             flush=True,
         )
+    rank, world = ranks.place()
     return encode(
         data,
         autoencoder.to(device),
@@ -45,6 +49,8 @@ def encoded(
         flip=flip,
         scale=autoencoder.config.scaling_factor,
         shift=autoencoder.config.shift_factor,
+        rank=rank,
+        world=world,
     )
 
 

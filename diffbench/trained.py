@@ -1,5 +1,6 @@
 """What runs of every kind share: a folder, a config, one network, and how training begins, resumes and ends."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffbench import weights
 from diffbench.config import flatten, to_dict, to_yaml
 from diffbench.config_kinds import BaseConfig
 from diffbench.config_layers import blaming
+from diffbench.core import ranks
 from diffbench.core.errors import UserError
 from diffbench.core.files import sweep
 from diffbench.denoisers.cost import Cost
@@ -39,7 +41,10 @@ class Trained(ABC, Generic[C]):
         ema: decay of the average that the network holds then.
         images_seen: of the weights that were loaded.
         snapshot: "last", or "best" after `use_best`.
+        lock: open file that holds the folder, for the processes that train it.
     """
+
+    lock: int | None = None
 
     def __init__(self, folder: Path, config: C) -> None:
         self.folder, self.config = folder, config
@@ -112,7 +117,13 @@ class Trained(ABC, Generic[C]):
         self.snapshot = "best"
 
     def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
-        """Trains, resumes, or finds the run complete; exports its averages."""
+        """Trains, resumes, or finds the run complete; exports its averages.
+
+        Several processes are started from here, unless torchrun or srun has started them: then each calls this.
+
+        Raises:
+            SystemExit: if one of them failed, which has told why.
+        """
         from diffbench.training.checkpoints import newest, step_of
 
         settings = self.config.trainer
@@ -122,20 +133,31 @@ class Trained(ABC, Generic[C]):
         images = done * settings.batch_size
         if checkpoint and done >= settings.max_steps:
             print(f"{self.folder}: complete at {images:,} images")
-            if not weights.export_path(self.folder, self.config.ema.decays[0]).exists():
+            if ranks.leads() and not weights.export_path(self.folder, self.config.ema.decays[0]).exists():
                 weights.export_from(checkpoint, self.folder, self.network, images)
             return
-        if existed:
+        if existed and ranks.leads():
             update_length(self.folder, self.config)
         if checkpoint is None and start is not None:
-            self.network.load_state_dict(start, strict=True)
             print(f"weights start from {getattr(self.config, 'init_from', None)}")
         state = f"resuming at {images:,} images" if checkpoint else "starting"
         cost = f"{self.cost.parameters:,} parameters, {self.cost.gmacs:.4f} GMACs"
         print(f"{self.folder}: {state}, {cost}, {settings.precision}")
-        for path in self.folder.glob("ema-*.safetensors"):
+        for path in self.folder.glob("ema-*.safetensors") if ranks.leads() else ():
             path.unlink()  # of the shorter run; written anew at the end
-        self._train(checkpoint)
+        if settings.processes > 1 and ranks.place()[1] == 1:
+            self._launch(checkpoint)
+        else:
+            self.train_here(checkpoint, start)
+
+    def _launch(self, checkpoint: Path | None) -> None:
+        from diffbench.core.launch import launch
+
+        command = [sys.executable, "-m", "diffbench.worker", "train", str(self.folder)]
+        command += [str(checkpoint)] if checkpoint else []
+        code = launch(command, self.config.trainer.processes, keep=[] if self.lock is None else [self.lock])
+        if code:
+            raise SystemExit(code)
 
     def hparams(self) -> dict[str, str | float]:
         """The few facts by which TensorBoard's hparams tab sorts runs."""
@@ -143,15 +165,22 @@ class Trained(ABC, Generic[C]):
         chosen = {key: known[key] for key in HPARAMS if key in known}
         return {**chosen, "parameters": self.cost.parameters, "GMACs": self.cost.gmacs}
 
-    def _train(self, checkpoint: Path | None) -> None:
+    def train_here(self, checkpoint: Path | None, start: dict[str, Tensor] | None) -> None:
+        """Trains in this process, with the others of its job if there are any; the first one exports the averages."""
+        from diffbench.training import together
         from diffbench.training.fit import fit
 
+        if checkpoint is None and start is not None:
+            self.network.load_state_dict(start, strict=True)
         c, data = self.config, self.data()
         ema = fit(
             self.module(), data, self.folder, c.trainer, c.ema, to_yaml(c), self.scores, checkpoint, self.hparams()
         )
-        for decay, average in ema.averages.items():
-            weights.export(self.folder, self.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)
+        for decay in ema.averages:
+            average = ema.whole(decay)
+            if together.rank() == 0:
+                weights.export(self.folder, self.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)
+        together.part()
 
 
 def open_run(folder: str | Path, kinds: Mapping[str, type[Trained[Any]]], ema: float | None = None) -> Trained[Any]:

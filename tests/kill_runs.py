@@ -22,6 +22,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffbench import records, scoring, shards
+from diffbench import records, references, scoring, shards
+from diffbench.core.files import cache_folder
+from diffbench.data.sources import DigitsConfig, digits
 from diffbench.denoisers.dit import DiT
 from diffbench.run import load, train
 from diffbench.training import distance, fit, validation  # noqa: F401
@@ -95,7 +98,10 @@ class Killer:
 
     def _hooked(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
-            self.at(kind, arguments[1] if kind == "replace" else arguments[0])
+            name = arguments[1] if kind == "replace" else arguments[0]
+            where = os.readlink(f"/proc/self/fd/{name}") if isinstance(name, int) else os.fspath(name)
+            if where.startswith(self.folder):
+                self.at(kind, name)
             return call(*arguments, **options)
 
         return run
@@ -217,19 +223,33 @@ def works(what: str, folder: Path) -> tuple[Callable[[Path], Callable[[], Any]],
     """What a command does at a place, and which run folder it makes there."""
     begun = folder / "begun"
 
+    def cached(place: Path) -> None:  # a cache of its own, with the judge that takes seconds to train
+        known = cache_folder()
+        os.environ["DIFFBENCH_CACHE"] = str(place / "cache")
+        (place / "cache").mkdir(parents=True, exist_ok=True)
+        for path in known.glob("digits-cnn-*.safetensors"):
+            shutil.copy(path, place / "cache")
+
     def trains(place: Path) -> Callable[[], Any]:
-        return lambda: train("experiments/digits/dit.yaml", [*RUN, "tag=run", f"runs_dir={place}"])
+        def work() -> None:
+            cached(place)
+            train("experiments/digits/dit.yaml", [*RUN, "tag=run", f"runs_dir={place}"])
+
+        return work
 
     def scores(place: Path) -> Callable[[], Any]:
         def work() -> None:
             shards.SIZE = 7
             if not place.exists():
                 shutil.copytree(begun, place)
+            cached(place)
             run = load(place / "digits" / "dit-run-s0")
             scoring.evaluate(run, ["sample.guidance=1.5"])
 
         return work
 
+    judge = partial(references.judge, None, None, digits(DigitsConfig())[0])
+    assert start(judge, lambda _: None, Killer(None, folder))[0] == 0
     if what == "score" and not begun.exists():
         assert start(trains(begun), lambda _: None, Killer(None, begun))[0] == 0
     return (scores if what == "score" else trains), lambda place: place / "digits" / "dit-run-s0"
@@ -254,7 +274,6 @@ def main(what: str, how: str, most: int, folder: Path) -> dict[str, Any]:
     def watch(killer: Killer) -> None:
         killer.watch_files() if how == "writes" else killer.watch_network(sum(map(ord, str(killer.point))))
 
-    assert start(work(folder / "first"), lambda _: None, Killer(None, folder))[0] == 0  # fills the caches
     status, counts = start(work(folder / "whole"), watch, Killer(None, folder))
     assert status == 0, "the unbroken run failed"
     whole = outcome(run_of(folder / "whole"))

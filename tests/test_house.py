@@ -93,8 +93,9 @@ FLOORS = [
     {"run"},
     {"scoring", "foreign", "attention", "importing", "drawing", "replaying"},
     {"reconstructing", "adm", "seen"},
-    {"report", "referencing"},
+    {"report", "referencing", "worker"},
     {"studies"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

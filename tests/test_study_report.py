@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
     means = {v: float(np.mean(x)) for v, x in values.items()}
     half = summary(values["diffit"]).half
     assert c.outcome == "winner" and c.ranked()[0] == "diffit"
-    assert f"WINNER. diffit ({means['diffit']:.4f} ± {half:.4f}) has the lowest validation error, better than" in text
+    mean = f"diffit ({means['diffit']:.4f} ± {half:.4f})"
+    assert f"WINNER BY VALIDATION ERROR. {mean} has the lowest validation error, better than" in text
     assert "note: Tuned alike." in text
     page = (tmp_path / "out" / "report.html").read_text()
     assert "A winner" in page and c.answer in page and "Tuned alike." in page
@@ -49,6 +51,22 @@ def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
     assert float(rows[0]["training_flops"]) == 6 * int(rows[0]["macs"]) * 98_304
     assert {r["config.denoiser.name"] for r in rows} == {"unet", "dit", "diffit"}
     assert "config.seed" not in rows[0] and "config.data.name" not in rows[0]  # the same in all
+
+
+def test_a_winner_whom_other_measures_contradict_is_no_winner(tmp_path: Path) -> None:
+    fd = "fd/digits-cnn@500"
+    plain = backbones(tmp_path)
+    made = [
+        replace(r, record={**(r.record or {}), fd: (1.0 if r.variant == "unet" else 2.0) + 0.01 * r.seed})
+        for r in plain
+    ]
+    c = conclude(asked(made))
+    assert c.outcome == "disputed" and c.ranked()[0] == "diffit"
+    told = "Other measures disagree: by Fréchet distance unet (1.020 ± 0.020) is better than diffit (2.020 ± 0.020)."
+    assert c.answer.endswith(told)
+    assert for_terminal(c).split("\n")[3].startswith("MEASURES DISAGREE. diffit (")
+    close = [replace(r, record={**(r.record or {}), fd: 1.0 if r.variant == "unet" else 1.01}) for r in plain]
+    assert conclude(asked(close)).outcome == "winner"  # gaps under 1.3% decide nothing
 
 
 def test_pairs_are_tested_by_seed_and_by_image(tmp_path: Path) -> None:

@@ -12,3 +12,7 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     """ "; did you mean 'x'?" for the choice nearest to `word`, or nothing where none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class LostError(UserError):
+    """Another process of this job has ended, or answers no more; it knows why."""

@@ -116,8 +116,10 @@ def _no_room(path: Path, told: str, error: OSError) -> UserError:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[None]:
+def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[int]:
     """Holds a folder against a second command; the lock goes with the process, however it ends.
+
+    It gives the open file's descriptor: a process that inherits it holds the lock too.
 
     Args:
         folder: what to hold; made if missing.
@@ -146,4 +148,4 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[No
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        yield file.fileno()

@@ -66,17 +66,17 @@ def compare(words: Sequence[str]) -> Iterator[str]:
     if len(apart) < 2 and asked.out is None:
         return
     try:
-        yield _report(_comparison(runs, scored, asked), _out(asked.out, runs))
+        yield _report(_comparison(runs, scored, asked), _out(asked.out, runs), runs)
     except UserError as e:
         if len(runs) > MOST_COLUMNS or values:
             raise
         yield f"\nno report: {e}"
 
 
-def _report(comparison: Comparison, out: Path) -> str:
+def _report(comparison: Comparison, out: Path, known: Sequence[Seen] = ()) -> str:
     from diffbench.studies.report import write
 
-    return f"\n{write(comparison, out)}\n\nreport: {out / 'report.html'}"
+    return f"\n{write(comparison, out, known)}\n\nreport: {out / 'report.html'}"
 
 
 def _study(path: Path) -> Path | None:

@@ -8,14 +8,17 @@ from typing import Literal
 import numpy as np
 
 from diffbench.core.errors import UserError
+from diffbench.seen import Seen
 from diffbench.studies import statistics
 from diffbench.studies.entries import Entry, common_data, entries, resolved
 from diffbench.studies.results import Comparison
 from diffbench.studies.statistics import FRECHET_TIE, LEAST, Paired, Summary, Verdict
-from diffbench.studies.wording import is_frechet, listed, lower_is_better, number, percent, spread, title
+from diffbench.studies.wording import is_frechet, listed, lower_is_better, number, percent, short, spread, title
 
 MOST_IN_PAIRS = 16
 """Variants beyond which not every pair is tested: a baseline is named then."""
+WATCHED = ("val/error", "fd", "fid", "kid", "label_accuracy", "coverage")
+"""Measures that may disagree with the primary one."""
 MOST_RESAMPLED = 12
 """Pairs whose interval over images is checked by the bootstrap."""
 
@@ -63,7 +66,7 @@ class Conclusion:
     variants: dict[str, list[Entry]]
     summaries: dict[str, dict[str, Summary]]
     contests: list[Contest] = field(default_factory=list)
-    outcome: Literal["winner", "tie", "partly", "not decided"] = "not decided"
+    outcome: Literal["winner", "disputed", "tie", "partly", "not decided"] = "not decided"
     answer: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -78,13 +81,13 @@ class Conclusion:
         return {e.result.seed: e.values[name] for e in self.variants[variant] if e.complete and name in e.values}
 
 
-def conclude(comparison: Comparison) -> Conclusion:
-    """Reads every result once and draws the conclusion.
+def conclude(comparison: Comparison, known: Sequence[Seen] = ()) -> Conclusion:
+    """Reads every result once and draws the conclusion; run folders that are `known` are not read again.
 
     Raises:
         UserError: if values were measured differently, or the baseline is no variant.
     """
-    found = entries(comparison)
+    found = entries(comparison, known)
     metric = resolved(found, comparison.primary) or comparison.primary
     variants: dict[str, list[Entry]] = {}
     for entry in found:
@@ -96,6 +99,10 @@ def conclude(comparison: Comparison) -> Conclusion:
         raise UserError(f"baseline: {comparison.baseline} is no variant; choose from {', '.join(variants)}")
     c.contests = _contests(c)
     _answer(c)
+    disputed = _disputed(c)
+    if disputed:
+        c.answer += f" Other measures disagree: {'; '.join(disputed)}."
+        c.outcome = "disputed" if c.outcome == "winner" else c.outcome
     return c
 
 
@@ -231,6 +238,26 @@ def _answer_baseline(c: Conclusion, means: dict[str, str], base: str) -> None:
     found = groups["better"] or groups["worse"]
     c.outcome = "not decided" if not (found or groups["tie"]) else "partly" if found else "tie"
     c.answer = f"Against {means.get(base, base)} by {title(c.metric)}: {'; '.join(told)}."
+
+
+def _disputed(c: Conclusion) -> list[str]:
+    """By which other measures some variant is better than the best by the primary one, by a paired interval of 95%."""
+    ranked = c.ranked()
+    watched = {n: short(n) for v in c.variants for n in c.summaries[v] if short(n) in WATCHED and n != c.metric}
+    told = []
+    for name in watched if ranked else ():
+        sign = 1 if lower_is_better(name) else -1
+        having = [v for v in c.variants if name in c.summaries[v]]
+        other = min(having, key=lambda v: sign * c.summaries[v][name].mean)
+        if other == ranked[0] or ranked[0] not in having:
+            continue
+        differences = statistics.differences(c.by_seed(other, name), c.by_seed(ranked[0], name))
+        (paired,) = statistics.paired({(other, ranked[0]): differences}).values()
+        smaller = c.summaries[other][name].mean if is_frechet(name) else None
+        if statistics.verdict(paired, lower_is_better(name), smaller) == "first":
+            means = [spread(c.summaries[v][name], name) for v in (other, ranked[0])]
+            told.append(f"by {title(name)} {other} ({means[0]}) is better than {ranked[0]} ({means[1]})")
+    return told
 
 
 def gap(x: Contest, name: str) -> str:

@@ -75,13 +75,13 @@ def flops(cost: Cost, images: int) -> float:
     return 2.0 * cost.macs * 3 * images
 
 
-def entries(comparison: Comparison) -> list[Entry]:
-    """All results of a comparison, each folder looked at once.
+def entries(comparison: Comparison, known: Sequence[Seen] = ()) -> list[Entry]:
+    """All results of a comparison, each folder looked at once, and not again where it is `known`.
 
     Raises:
         UserError: if records were measured differently, saying how.
     """
-    looked: dict[Path, Seen | None] = {}
+    looked: dict[Path, Seen | None] = {run.folder: run for run in known}
     errors: dict[Path, ImageErrors | None] = {}
     found = []
     for result in comparison.results:

@@ -13,7 +13,13 @@ from diffbench.studies.wording import better, counted, listed, short, title
 
 MOST_OPEN = 15
 """Rows beyond which a table is folded away."""
-VERDICTS = {"winner": "A winner", "tie": "A tie", "partly": "Partly decided", "not decided": "Not decided"}
+VERDICTS = {
+    "winner": "A winner",
+    "disputed": "Measures disagree",
+    "tie": "A tie",
+    "partly": "Partly decided",
+    "not decided": "Not decided",
+}
 
 
 def render(c: Conclusion, pictures: Sequence[Picture]) -> str:
@@ -115,7 +121,7 @@ def _quality(c: Conclusion) -> str:
         f"Mean over complete seeds ± half of the 95% interval of the mean, none below three seeds. The primary metric,"
         f" {title(c.metric)}, stands first ({better(c.metric)})."
     )
-    best = c.ranked()[:1] if c.outcome == "winner" else []
+    best = c.ranked()[:1] if c.outcome in ("winner", "disputed") else []
     if len(c.variants) > WIDEST:
         return _note(told) + _table(rows, heads, best)
     turned = [{"metric": n} | {row["variant"]: row.get(n, "") for row in rows} for n in names if n != "variant"]

@@ -17,12 +17,12 @@ h2 { margin: 0 0 10px; font-size: 20px; }
 .answer { border-top: 5px solid var(--soft); }
 .answer.winner { border-top-color: #009e73; }
 .answer.partly { border-top-color: #0072b2; }
-.answer.tie { border-top-color: #e69f00; }
+.answer.tie, .answer.disputed { border-top-color: #e69f00; }
 .pill { display: inline-block; padding: 3px 12px; border-radius: 999px; background: var(--soft); color: #fff;
   font-size: 13px; font-weight: 600; }
 .winner .pill { background: #00785a; }
 .partly .pill { background: #0072b2; }
-.tie .pill { background: #a86f00; }
+.tie .pill, .disputed .pill { background: #a86f00; }
 .verdict { margin: 10px 0 14px; font-size: 21px; line-height: 1.4; overflow-wrap: anywhere; }
 figure { margin: 0; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }

@@ -1,18 +1,25 @@
 """A comparison's report: text for the terminal, one HTML page that opens offline, a CSV, and plots."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffbench.core.files import write_text
+from diffbench.seen import Seen
 from diffbench.studies import page, tables
 from diffbench.studies.conclusions import conclude
 from diffbench.studies.figures import draw
 from diffbench.studies.results import Comparison
 
 
-def write(comparison: Comparison, folder: Path) -> str:
+def write(comparison: Comparison, folder: Path, known: Sequence[Seen] = ()) -> str:
     """Writes report.html, report.csv and plots/*.png into a folder; earlier ones of the same names are replaced.
 
     Works on a study that is not finished, and on runs without evaluations.
+
+    Args:
+        comparison: what is compared.
+        folder: where the report goes.
+        known: run folders that were read already.
 
     Returns:
         The same in short, for the terminal.
@@ -20,7 +27,7 @@ def write(comparison: Comparison, folder: Path) -> str:
     Raises:
         UserError: if results were measured differently, or a file is damaged.
     """
-    conclusion = conclude(comparison)
+    conclusion = conclude(comparison, known)
     pictures = draw(conclusion, folder / "plots")
     write_text(folder / "report.csv", tables.as_csv(conclusion))
     write_text(folder / "report.html", page.render(conclusion, pictures))

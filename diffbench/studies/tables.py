@@ -9,7 +9,7 @@ from diffbench.records import values as recorded
 from diffbench.report import SHOWN, table
 from diffbench.studies.conclusions import Conclusion, Contest, interval
 from diffbench.studies.entries import Entry
-from diffbench.studies.wording import better, number, short, spread
+from diffbench.studies.wording import better, number, short, spread, title
 
 WIDEST = 6
 """Variants beyond which the terminal's table turns round."""
@@ -195,8 +195,8 @@ def lines(rows: Rows) -> str:
 
 def for_terminal(c: Conclusion) -> str:
     """Answer, variants, pairs and what is missing, as text."""
-    heads = {"winner": "WINNER", "tie": "TIE", "partly": "PARTLY DECIDED", "not decided": "NOT DECIDED"}
-    told = [c.comparison.title, c.comparison.question, "", f"{heads[c.outcome]}. {c.answer}"]
+    head = {"winner": f"WINNER BY {title(c.metric).upper()}", "disputed": "MEASURES DISAGREE"}
+    told = [c.comparison.title, c.comparison.question, "", f"{head.get(c.outcome, c.outcome.upper())}. {c.answer}"]
     if not c.comparison.like_for_like:
         told.append("Not like for like: the variants differ in more than the question.")
     rows, cost = quality(c), {row["variant"]: row for row in costs(c)}
@@ -206,7 +206,12 @@ def for_terminal(c: Conclusion) -> str:
         text = table([(row.pop("variant"), row) for row in rows])
     else:
         few = ["variant", "seeds", *shown(c)[:5]]
+        best = [*c.ranked()[: 2 * PAIRS_SHOWN], "real images"]
+        if len(rows) > 2 * len(best):
+            rows = [row for row in rows if row["variant"] in best]
         text = lines([{k: v for k, v in row.items() if k in few} for row in rows])
+        if len(rows) < len(c.variants):
+            text += f"\nthe best of {len(c.variants):,} variants; the report has all"
     told += ["", text]
     if c.contests:
         chosen = c.contests

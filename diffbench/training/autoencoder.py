@@ -11,6 +11,7 @@ from diffbench.autoencoders import KLAutoencoder, kl
 from diffbench.core import keyed
 from diffbench.data.sources import ImageSet
 from diffbench.evaluation.reconstruction import psnr, ssim
+from diffbench.training import together
 from diffbench.training.autoencoder_settings import LossConfig
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.coding import reconstruct, side_by_side
@@ -90,11 +91,14 @@ class Reconstructions(L.Callback):
                     act(pl_module.network)
 
     def _measure(self, autoencoder: KLAutoencoder) -> None:
-        restored, divergence = reconstruct(autoencoder, self.images)
+        mine = together.share(len(self.images))  # of several ranks; each has some, or this is no large set
+        restored, divergence = map(together.rows, reconstruct(autoencoder, self.images[mine]))
         scores = {"val/psnr": psnr(restored, self.images), "val/ssim": ssim(restored, self.images)}
         self.run_log.record(scores | {"val/kl": float(divergence.double().mean())})
 
     def _draw(self, autoencoder: KLAutoencoder) -> None:
         pairs = side_by_side(autoencoder, self.images[:40])
+        if together.rank():
+            return
         save_grid(pairs, 10, self.run_log.folder / "samples" / f"images-{self.run_log.images:09d}.png")
         self.run_log.writer.add_image("samples/ema", grid(pairs, 10), self.run_log.images, dataformats="HWC")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256, write_text
+from diffbench.training import together
 from diffbench.training.clock import Clock, at_step_end, due
 
 
@@ -124,6 +126,8 @@ def _checksum(path: Path) -> Path:
 class SaveState(L.Callback):
     """Saves every `every` images, at the last step, and at the next step's end after SIGTERM or SIGINT.
 
+    Several ranks look together whether one of them got a signal, about once a second, and stop at the same step.
+
     Must stand last among the callbacks, so that a state holds what the others did at its step.
 
     Args:
@@ -136,9 +140,14 @@ class SaveState(L.Callback):
     def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock) -> None:
         self.folder, self.batch_size, self.every, self.clock = folder, batch_size, every, clock
         self.signal: int | None = None
+        self._looked, self._look_at = (0, 0.0), 0  # step and time of the last look, step of the next
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if together.largest([step, -step]) != [step, -step]:
+            raise UserError(f"{self.folder}: the processes see different checkpoints; is the folder the same for all?")
+        self._looked, self._look_at = (step, time.monotonic()), step
         with contextlib.suppress(ValueError):  # signals reach the main thread only
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._on_signal)
@@ -152,11 +161,23 @@ class SaveState(L.Callback):
         if not at_step_end(trainer, batch_idx):
             return
         last = trainer.global_step == trainer.max_steps
-        if last or self.signal or due(trainer.global_step, self.batch_size, self.every):
+        asked = self._asked(trainer.global_step)
+        if last or asked or due(trainer.global_step, self.batch_size, self.every):
             with self.clock.paused():
                 self.save(trainer)
-        if self.signal:
+        if asked:
             trainer.should_stop = True
+
+    def _asked(self, step: int) -> bool:
+        """Whether to stop; the same on all ranks."""
+        if together.size() > 1:
+            if step < self._look_at:
+                return False
+            now, (before, since) = time.monotonic(), self._looked
+            number, pace = together.largest([self.signal or 0, (now - since) / max(1, step - before)])
+            self.signal = int(number) or None
+            self._looked, self._look_at = (step, now), step + min(1000, max(1, int(1 / max(pace, 1e-3))))
+        return self.signal is not None
 
     def save(self, trainer: L.Trainer) -> None:
         """Writes the state of the present step."""

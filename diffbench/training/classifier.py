@@ -12,6 +12,7 @@ from diffbench.core import keyed
 from diffbench.core.pixels import from_uint8
 from diffbench.data.sources import ImageSet
 from diffbench.diffusion import Process
+from diffbench.training import together
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.log import RunLog
@@ -44,21 +45,24 @@ class ClassifierModule(Module):
 def accuracy(
     classifier: nn.Module, process: Process, data: ImageSet, log_snr: Sequence[float], batch_size: int = 512
 ) -> dict[float, float]:
-    """Share of held-out images that are read right, at each log(alpha^2 / sigma^2); noise keyed by (level, image)."""
+    """Share of held-out images that are read right, at each log(alpha^2 / sigma^2); noise keyed by (level, image).
+
+    Of several ranks each takes a share of the images, and all get the result.
+    """
     parameter = next(classifier.parameters())
     training = classifier.training
     classifier.eval()
-    shares = {}
+    shares, mine = {}, together.share(len(data))
     for level in log_snr:
-        right = 0
-        for index in torch.arange(len(data)).split(batch_size):
+        right = torch.zeros((), dtype=torch.int64)
+        for index in mine.split(batch_size) if len(mine) else ():
             x0 = from_uint8(data.images[index].to(parameter.device)).to(parameter.dtype)
             t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=parameter.device))
             noise_key = keyed.key("validation", str(float(level)))
             eps = keyed.normal(noise_key, index.to(parameter.device), tuple(x0.shape[1:])).to(parameter.dtype)
             x, time = process.inputs(process.add_noise(x0, t, eps), t)
-            right += int((classifier(x, time).argmax(-1).cpu() == data.labels[index]).sum())
-        shares[level] = right / len(data)
+            right += (classifier(x, time).argmax(-1).cpu() == data.labels[index]).sum()
+        shares[level] = int(together.total(right)) / len(data)
     classifier.train(training)
     return shares
 

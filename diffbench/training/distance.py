@@ -15,6 +15,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
 from diffbench.data.progress import span
 from diffbench.evaluation.suite import Suite, metric_name
+from diffbench.training import together
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.cost import network_evaluations, seconds_per_evaluation, timed
 from diffbench.training.ema import EMA
@@ -23,6 +24,7 @@ from diffbench.training.log import RunLog
 from diffbench.training.module import DiffusionModule
 from diffbench.training.sampling import generate
 from diffbench.training.settings import SampleConfig
+from diffbench.training.sharding import gathered, part_of, sharded
 
 
 class Distance(L.Callback):
@@ -140,14 +142,21 @@ class Distance(L.Callback):
         if values[name] >= self.best.get("value", float("inf")):
             return
         self.best = {"images": self.run_log.images, "value": values[name]}
+        decay = self.ema.config.decays[0]
+        average = dict(zip(self.ema.names, self.ema.whole(decay), strict=True))
         if trainer.is_global_zero:
-            told = {k: str(v) for k, v in self.best.items()} | {"metric": name}
-            told["decay"] = str(self.ema.config.decays[0])
-            sealed.write(self.path, module.denoiser.state_dict(), told)
+            told = {k: str(v) for k, v in self.best.items()} | {"metric": name, "decay": str(decay)}
+            sealed.write(self.path, self.ema.buffers | average, told)
 
     @contextmanager
     def _best_weights(self, module: DiffusionModule) -> Iterator[None]:
         """The module with the best weights while the block runs, undone on exceptions too."""
+        together.wait()  # for the file
+        if sharded(module.denoiser):
+            best, weights = sealed.read(self.path)[0], dict(module.denoiser.named_parameters())
+            with gathered(module.denoiser, list(weights.values()), [part_of(best[n], w) for n, w in weights.items()]):
+                yield
+            return
         before = {k: v.detach().clone() for k, v in module.denoiser.state_dict().items()}
         try:
             module.denoiser.load_state_dict(sealed.read(self.path)[0], strict=True)

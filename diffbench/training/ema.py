@@ -7,10 +7,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from diffbench.training import together
 from diffbench.training.guard import Outcome
 from diffbench.training.settings import EMAConfig
+from diffbench.training.sharding import assembled, gathered, local, part_of, sharded
 
 
 class EMA(WeightAveraging):
@@ -20,7 +23,8 @@ class EMA(WeightAveraging):
     network's parameters are averaged, in one multi-tensor operation; the decay warms up; a checkpoint's
     `state_dict` stays the raw weights, with the averages in this callback's state, so that nothing trains on from
     averaged weights by accident; the module holds averaged weights only inside `applied()`, which undoes itself
-    after an exception; and training ends with the raw weights still in place.
+    after an exception; and training ends with the raw weights still in place. Of a network that is shared out between
+    ranks (FSDP), each averages the parts that it holds; states and exports hold them whole.
     """
 
     def __init__(self, config: EMAConfig) -> None:
@@ -28,17 +32,29 @@ class EMA(WeightAveraging):
         self.config = config
         self.updates = 0
         self.averages: dict[float, list[Tensor]] = {}
+        self.names: list[str] = []
+        """Of the weights; with `buffers`, what else belongs to the network's state."""
+        self.buffers: dict[str, Tensor] = {}
+        self._network = nn.Module()
         self._parameters: list[Tensor] = []
         self._outcome: Outcome | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and not isinstance(trainer.strategy, ModelParallelStrategy):  # see on_fit_start
             self.attach(pl_module.network, trainer.strategy.root_device)  # type: ignore[arg-type]
 
     def attach(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
         """Starts the averages at the network's present weights."""
-        self._parameters = list(network.parameters())
-        self.averages = {d: [p.detach().to(device, copy=True) for p in self._parameters] for d in self.config.decays}
+        self._network, self._parameters = network, list(network.parameters())
+        self.names = [name for name, _ in network.named_parameters()]
+        self.buffers = {name: value for name, value in network.state_dict().items() if name not in self.names}
+        self.averages = {d: [local(p).to(device, copy=True) for p in self._parameters] for d in self.config.decays}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes this rank's parts of a network that is shared out by now."""
+        network: nn.Module = pl_module.network  # type: ignore[assignment]
+        if sharded(network):
+            self.attach(network, trainer.strategy.root_device)
 
     def decay_at(self, update: int, decay: float) -> float:
         """The decay of update number 0, 1, ...: min(decay, (1 + n) / (10 + n)) while warming up.
@@ -52,12 +68,13 @@ class EMA(WeightAveraging):
     @torch.no_grad()
     def update(self) -> None:
         """Moves every average towards the present weights."""
+        current = [local(p) for p in self._parameters] if sharded(self._network) else self._parameters
         for decay, average in self.averages.items():
             share = 1 - self.decay_at(self.updates, decay)
             if self.config.foreach:
-                torch._foreach_lerp_(average, self._parameters, share)
+                torch._foreach_lerp_(average, current, share)
                 continue
-            for mean, parameter in zip(average, self._parameters, strict=True):
+            for mean, parameter in zip(average, current, strict=True):
                 mean.lerp_(parameter, share)
         self.updates += 1
 
@@ -92,6 +109,10 @@ class EMA(WeightAveraging):
         if decay not in self.averages:
             raise ValueError(f"no average with decay {decay}: choose from {', '.join(map(str, self.averages))}")
         self.catch_up()
+        if sharded(self._network):
+            with gathered(self._network, self._parameters, self.averages[decay]):
+                yield
+            return
         raw = [p.data for p in self._parameters]
         try:
             for parameter, average in zip(self._parameters, self.averages[decay], strict=True):
@@ -101,20 +122,33 @@ class EMA(WeightAveraging):
             for parameter, data in zip(self._parameters, raw, strict=True):
                 parameter.data = data
 
+    def whole(self, decay: float) -> list[Tensor]:
+        """The average of a decay, weight by weight; all ranks must ask, and the first one gets it."""
+        self.catch_up()
+        if not sharded(self._network):
+            return list(self.averages[decay])
+        found = []
+        for part, parameter in zip(self.averages[decay], self._parameters, strict=True):
+            value = assembled(part, parameter)
+            found.append(value.cpu() if together.rank() == 0 else value.new_empty(0))
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         self.catch_up()
         return {
             "updates": self.updates,
             "latest_update_step": self._latest_update_step,
-            "averages": {str(decay): list(average) for decay, average in self.averages.items()},
+            "averages": {str(decay): self.whole(decay) for decay in self.averages},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = state_dict["updates"]
         self._latest_update_step = state_dict["latest_update_step"]
         for decay, average in self.averages.items():
-            for target, source in zip(average, state_dict["averages"][str(decay)], strict=True):
-                target.copy_(source)
+            saved = state_dict["averages"][str(decay)]
+            if sharded(self._network):
+                saved = [part_of(s, p) for s, p in zip(saved, self._parameters, strict=True)]
+            average[:] = [s.to(a.device, copy=True) for s, a in zip(saved, average, strict=True)]
 
     # The base class would swap, save and copy an averaged copy of the whole module here.
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import FULL, room_for
+from diffbench.training import together
 from diffbench.training.clock import Clock, at_step_end, due
 from diffbench.training.module import Module
 
@@ -79,6 +80,7 @@ class RunLog(L.Callback):
     """Writes every logged number once; after a resume the series go on as if nothing had happened.
 
     A checkpoint stores how long metrics.jsonl was; resuming cuts it there, and TensorBoard drops what came later.
+    Of several ranks the first writes, what all of them saw.
 
     Args:
         folder: the run folder.
@@ -126,6 +128,8 @@ class RunLog(L.Callback):
 
     def record(self, values: dict[str, float]) -> None:
         """Appends values at the present image count."""
+        if together.rank():
+            return
         line = json.dumps({"images": self.images, **values}) + "\n"
         with room_for(self.path, len(line)), self.path.open("a") as file:
             file.write(line)
@@ -134,19 +138,24 @@ class RunLog(L.Callback):
 
     def say(self, text: str) -> None:
         """A line on the terminal, above the bar where there is one."""
+        if together.rank():
+            return
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images = trainer.global_step * self.batch_size
         self._logged_images, self._seconds = self.images, self.clock.seconds
+        if together.rank() == 0:
+            self._begin(trainer.max_steps * self.batch_size)
+        self.clock.start()
+
+    def _begin(self, total: int) -> None:
         if self.path.exists() and not self._resumed:
             self.path.unlink()  # left by a sitting that ended before its first checkpoint
         self._open_writer()
         if sys.stdout.isatty():
-            total = trainer.max_steps * self.batch_size
             self._bar = tqdm(total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True)
-        self.clock.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -165,6 +174,7 @@ class RunLog(L.Callback):
             self._log_training(trainer, pl_module)
 
     def _log_training(self, trainer: L.Trainer, module: Module) -> None:
+        self._share_loss()
         assert self._loss is not None
         total, count = self._loss.tolist()
         loss, self._loss = total / count if count else math.nan, None
@@ -187,9 +197,15 @@ class RunLog(L.Callback):
             eta = left / rate if rate else 0.0
             self.say(f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s")
 
+    def _share_loss(self) -> None:
+        """Makes the sum of losses since the last line the mean over the ranks, on each of them."""
+        if self._loss is not None and together.size() > 1:
+            self._loss = together.total(self._loss) / together.size()
+
     def state_dict(self) -> dict[str, Any]:
+        self._share_loss()
         size = 0
-        if self.path.exists():
+        if together.rank() == 0 and self.path.exists():
             with self.path.open("rb+") as file:
                 os.fsync(file.fileno())
             size = self.path.stat().st_size
@@ -203,12 +219,15 @@ class RunLog(L.Callback):
         if self._loss is not None and not self._loss.ndim:  # of a state written before steps could be skipped
             self._loss = torch.stack([self._loss, torch.full_like(self._loss, state_dict["batches"])])
         self.clock.before = state_dict["seconds"]
+        if together.rank():
+            return
         if not self.path.exists() or self.path.stat().st_size < state_dict["bytes"]:
             raise UserError(f"{self.path}: shorter than at the checkpoint ({state_dict['bytes']} bytes): restore it")
         os.truncate(self.path, state_dict["bytes"])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.writer.flush()
+        if self._writer is not None:
+            self._writer.flush()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.clock.stop()

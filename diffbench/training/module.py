@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -12,9 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from diffbench.core import keyed
 from diffbench.diffusion import LossAware, Process, stratified
+from diffbench.training import together
 from diffbench.training.augment import augment
+from diffbench.training.clock import at_step_end
 from diffbench.training.guard import Outcome, decide, scaler_of
 from diffbench.training.settings import OptimizerConfig
+from diffbench.training.sharding import shard, whole
 
 
 class Module(L.LightningModule):
@@ -35,6 +39,11 @@ class Module(L.LightningModule):
         self.skipped_steps = 0
         self.times: Tensor | None = None
         self._finite: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Shares the network out between the ranks, where trainer.strategy says so."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.network, self.trainer.strategy.device_mesh["data_parallel"])
 
     def seed_dropout(self, batch: dict[str, Any]) -> None:
         """Network dropout is the only draw from the default generator: it follows from the first position."""
@@ -67,7 +76,7 @@ class Module(L.LightningModule):
             scaler.unscale_(optimizer)
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
         weights = [p for group in optimizer.param_groups for p in group["params"]]  # faster than a walk of the network
-        self.grad_norm = nn.utils.clip_grad_norm_(weights, limit)
+        self.grad_norm = whole(nn.utils.clip_grad_norm_(weights, limit))
         assert self._finite is not None
         self.outcome, self._finite = decide(self.trainer, optimizer, self._finite, self.grad_norm), None
 
@@ -111,6 +120,7 @@ class DiffusionModule(Module):
         self.label_dropout, self.null_label = label_dropout, null_label
         self.time_sampling, self.augment = time_sampling, augment
         self.history = LossAware(process.config.steps) if time_sampling == "loss_aware" else None  # type: ignore[attr-defined]
+        self._seen: list[tuple[int, float]] = []
         self._keys = {what: keyed.key(seed, what) for what in ("noise", "time", "label")}
 
     @property
@@ -148,8 +158,17 @@ class DiffusionModule(Module):
         losses = self.process.losses(self.network(x, time, y, **told), x0, t, eps)
         if self.history is None or weight is None:
             return losses.mean()
-        self.history.update(t, losses.detach())
+        self._remember(t, losses.detach().double(), batch_idx)
         return (losses * weight.to(losses.dtype)).mean()
+
+    def _remember(self, t: Tensor, losses: Tensor, batch_idx: int) -> None:
+        """Takes a step's losses into the history once it has all of them, in the order of the global batch."""
+        assert self.history is not None
+        self._seen += zip(together.rows(t).tolist(), together.rows(losses).tolist(), strict=True)
+        if self._trainer is None or at_step_end(self._trainer, batch_idx):
+            steps, values = zip(*self._seen, strict=True)
+            self.history.update(torch.tensor(steps), torch.tensor(values, dtype=torch.float64))
+            self._seen = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the history of a loss-aware run."""

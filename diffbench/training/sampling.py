@@ -13,6 +13,7 @@ from diffbench.core.pixels import to_uint8
 from diffbench.denoisers.tmsa import frozen_weights
 from diffbench.diffusion import Churn, Predict, Process, predictor
 from diffbench.diffusion.pairs import ON_GRID, ON_PATH, ON_TABLES, PAIRS
+from diffbench.training import together
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.guides import Helpers, guided
@@ -100,6 +101,16 @@ def generate(
                 progress(done)
     denoiser.train(training)
     return torch.cat(images)
+
+
+def generate_together(
+    denoiser: nn.Module, process: Process, config: SampleConfig, labels: Tensor, shape: tuple[int, ...], **options: Any
+) -> Tensor:
+    """The images of `generate`, of which each rank draws a share; all get all of them."""
+    if len(labels) < together.size():  # a share of nothing has no shape
+        return generate(denoiser, process, config, labels, shape, **options)
+    mine = together.share(len(labels))
+    return together.rows(generate(denoiser, process, config, labels[mine], shape, first=int(mine[0]), **options))
 
 
 def _fast(denoiser: nn.Module, config: SampleConfig, device: torch.device) -> Network:
@@ -190,7 +201,7 @@ class SampleGrid(L.Callback):
         assert isinstance(pl_module, DiffusionModule)
         steps = Steps(decode=self.decode)
         with self.run_log.clock.paused(), self.ema.applied():
-            images = generate(
+            images = generate_together(
                 pl_module.denoiser,
                 pl_module.process,
                 self.config,
@@ -201,6 +212,8 @@ class SampleGrid(L.Callback):
                 decode=self.decode,
                 callback=steps,
             )
+        if together.rank():
+            return
         columns = len(self.labels) // 4
         save_grid(images, columns, self.run_log.folder / "samples" / f"images-{self.run_log.images:09d}.png")
         self.run_log.writer.add_image("samples/ema", grid(images, columns), self.run_log.images, dataformats="HWC")

@@ -100,6 +100,15 @@ class TrainerConfig:
     checkpoint_images: int = 128_000
     sample_images: int = 256_000
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: int = 1
+    """Processes on each machine, each with a device of its own; they share a step's images."""
+    num_nodes: int = 1
+    """Machines; on several of them torchrun or srun starts the command."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes share the network: ddp (auto): each holds it whole; fsdp: each holds a part of the weights,
+    the averages and the optimizer's state."""
+    timeout_s: int = 1800
+    """Seconds that a process waits for the others before it gives up."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
     """auto: bf16-mixed for a denoiser on a CUDA GPU that knows bfloat16, else 32-true; config.yaml holds which.
     16-mixed scales the gradients, and skips steps while it looks for the scale."""
@@ -117,10 +126,35 @@ class TrainerConfig:
     """Writes resume states while training goes on, from a copy in memory; null: on a GPU."""
 
     def __post_init__(self) -> None:
-        names = ("max_images", "batch_size", "accumulate", "max_skipped")
+        names = ("max_images", "batch_size", "accumulate", "max_skipped", "devices", "num_nodes", "timeout_s")
         _positive("trainer", self, *names, *(f.name for f in fields(self) if f.name.endswith("_images")))
         if self.batch_size % self.accumulate:
             raise ValueError(f"trainer.accumulate: {self.accumulate} must divide trainer.batch_size={self.batch_size}")
+        if self.batch_size % (self.accumulate * self.processes):
+            raise ValueError(
+                f"trainer.batch_size: {self.batch_size} must be a multiple of trainer.devices={self.devices} x"
+                f" trainer.num_nodes={self.num_nodes} x trainer.accumulate={self.accumulate}"
+            )
+        if self.strategy != "auto" and self.processes == 1:
+            raise ValueError(
+                f"trainer.strategy: {self.strategy} shares work between processes, and here is one; allowed: auto, or"
+                " trainer.devices above 1"
+            )
+        if self.strategy == "fsdp" and self.compile != "none":
+            raise ValueError(
+                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: none, or"
+                " trainer.strategy=ddp"
+            )
+        if self.strategy == "fsdp" and self.precision not in ("auto", "32-true", "bf16-mixed"):
+            raise ValueError(
+                f"trainer.precision: {self.precision} does not go with trainer.strategy=fsdp; allowed: 32-true,"
+                " bf16-mixed"
+            )
+
+    @property
+    def processes(self) -> int:
+        """Processes in all."""
+        return self.devices * self.num_nodes
 
     @property
     def max_steps(self) -> int:

@@ -14,6 +14,7 @@ from diffbench.core import keyed
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.diffusion import Process, predictor
+from diffbench.training import together
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.log import RunLog
@@ -25,15 +26,16 @@ def denoising_error(
 ) -> dict[float, float]:
     """Mean squared error per number of the denoised picture or latent, as the data set gives it, at each log-SNR.
 
-    The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels.
+    The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels. Of several
+    ranks each takes a share of the images, and all get the result.
     """
-    errors = {}
+    errors, mine = {}, together.share(len(data)).split(batch_size)
     for level in log_snr:
-        total, numbers = None, 0
-        for squares in _squares(denoiser, process, data, level, batch_size):
-            total = squares.sum() if total is None else total + squares.sum()
-            numbers += squares.numel()
-        errors[level] = float("nan") if total is None else float(total) / numbers
+        sums = torch.zeros(2, dtype=torch.float64, device=next(denoiser.parameters()).device)
+        for squares in _squares(denoiser, process, data, level, mine):
+            sums += torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
+        total, numbers = together.total(sums).tolist()
+        errors[level] = total / numbers if numbers else float("nan")
     return errors
 
 
@@ -44,8 +46,9 @@ def image_errors(
 
     Two denoisers' errors are paired: image i has the same noise at a level for all.
     """
+    every = torch.arange(len(data)).split(batch_size)
     rows = [
-        torch.cat([s.flatten(1).mean(1).cpu() for s in _squares(denoiser, process, data, level, batch_size)])
+        torch.cat([s.flatten(1).mean(1).cpu() for s in _squares(denoiser, process, data, level, every)])
         for level in log_snr
     ]
     return torch.stack(rows)
@@ -53,16 +56,18 @@ def image_errors(
 
 @torch.no_grad()
 def _squares(
-    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, level: float, batch_size: int
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, level: float, batches: Sequence[Tensor]
 ) -> Iterator[Tensor]:
-    """Squared errors at one noise level, batch by batch: (B, ...) float64 on the denoiser's device."""
+    """Squared errors at one noise level of batches of images (B,): (B, ...) float64 on the denoiser's device."""
     parameter = next(denoiser.parameters())
     predict = predictor(process, denoiser)
     noise_key = keyed.key("validation", str(float(level)))
     training = denoiser.training
     denoiser.eval()
     try:
-        for index in torch.arange(len(data)).split(batch_size):
+        for index in batches:
+            if not len(index):
+                continue
             x0 = data.clean(index).to(parameter)
             y = data.labels[index].to(parameter.device)
             t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=parameter.device))

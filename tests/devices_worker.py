@@ -1,0 +1,33 @@
+"""A rank of a job under test: it trains as `diffbench.worker` does, but for what befalls it at a step."""
+
+import functools
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from diffbench import worker
+from diffbench.core import ranks
+from diffbench.training.checkpoints import SaveState
+
+
+def befallen(what: str, rank: int, step: int) -> Callable[..., int]:
+    """A worker of which rank `rank`, at step `step`, meets an error (`raise`), SIGKILL (`kill`), or sends the launcher
+    SIGTERM (`signal`)."""
+    return functools.partial(_main, what, rank, step)
+
+
+def _main(what: str, rank: int, step: int, *arguments: str) -> int:
+    step_end = SaveState.on_train_batch_end
+
+    def befalls(self: SaveState, trainer: Any, *rest: Any) -> None:
+        if ranks.place()[0] == rank and trainer.global_step == step:
+            if what == "raise":
+                raise RuntimeError(f"rank {rank} meets its end")
+            os.kill(
+                os.getpid() if what == "kill" else os.getppid(), signal.SIGKILL if what == "kill" else signal.SIGTERM
+            )
+        step_end(self, trainer, *rest)
+
+    SaveState.on_train_batch_end = befalls  # type: ignore[method-assign]
+    return worker.main(*arguments)

@@ -1,0 +1,50 @@
+"""A network shared out between processes (FSDP) trains, saves, resumes and exports as one that is held whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_devices import STEP, series, shapes, state, trained
+
+
+def assert_equal_averages(run: Path, other: Path) -> None:
+    for name in ("ema-0.9.safetensors", "ema-0.99.safetensors"):
+        mine, theirs = load_file(run / name), load_file(other / name)
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            torch.testing.assert_close(theirs[key], value, rtol=0, atol=2e-3)  # of weights that moved by 0.05
+
+
+def passed_on(folder: Path, model: str, *given: str) -> tuple[Path, Path]:
+    """Runs of 40 steps: one alone; and one alone, then shared out from step 10 to 30, then alone again."""
+    more = ["trainer.precision=32-true", "optimizer.lr=0.002", *given]
+    alone = trained(folder / "alone", 40, *more, model=model)
+    trained(folder / "shared", 10, *more, model=model)
+    run = trained(folder / "shared", 30, *more, "trainer.devices=2", "trainer.strategy=fsdp", model=model)
+    whole = load_file(run / "ema-0.9.safetensors")
+    saved = state(run, 30)
+    names = [name.removeprefix("network.") for name in saved["state_dict"]]
+    assert sorted(whole) == sorted(names)
+    averages = saved["callbacks"]["EMA"]["averages"]["0.9"]
+    assert [a.shape for a in averages] == [a.shape for a in state(alone, 40)["callbacks"]["EMA"]["averages"]["0.9"]]
+    trained(folder / "shared", 40, *more, model=model)
+    return alone, run
+
+
+def test_a_run_passes_from_one_process_to_shards_and_back(tmp_path: Path) -> None:
+    alone, run = passed_on(tmp_path, "dit", "optimizer.clip_norm=1")
+    a, b = series(alone), series(run)
+    for name in ("train/loss", "train/grad_norm", "val/error"):
+        assert {at: b[name][at] for at in a[name]} == pytest.approx(a[name], rel=1e-4), name
+    assert b["best/fd/digits-cnn@21"][40 * STEP] == pytest.approx(a["best/fd/digits-cnn@21"][40 * STEP], rel=1e-2)
+    assert shapes(state(alone, 40)) == shapes(state(run, 40))
+    assert_equal_averages(alone, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["unet", "diffit"])
+def test_other_networks_pass_too(model: str, tmp_path: Path) -> None:
+    alone, run = passed_on(tmp_path, model)
+    assert series(run)["train/loss"] == pytest.approx(series(alone)["train/loss"], rel=1e-3)
+    assert_equal_averages(alone, run)
