@@ -7,6 +7,7 @@ ARGS ?=
 PYTHON ?= python3
 DEVICE ?= cpu
 STUDY ?= backbones
+HOST ?= localhost
 RUN ?= runs/$(DATA)/$(MODEL)-s$(SEED)
 RUNS ?= $(sort $(patsubst %/checkpoints/,%,$(dir $(wildcard runs/$(DATA)/*/checkpoints/*.ckpt))))
 
@@ -60,8 +61,8 @@ compare: $(STAMP)  ## a table of RUNS (by default all runs on DATA)
 	@test -n '$(RUNS)' || { echo "error: no runs under runs/$(DATA): train one first" >&2; exit 2; }
 	@$(DIFFBENCH) compare $(RUNS)
 
-tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006
-	@$(BIN)/python -m tensorboard.main --logdir runs --samples_per_plugin images=200
+tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006; HOST=0.0.0.0 lets other machines in
+	@$(BIN)/python -m tensorboard.main --host $(HOST) --logdir runs --samples_per_plugin images=200
 
 test: $(STAMP)  ## the tests, without the slow ones
 	@$(BIN)/python -m pytest

@@ -14,7 +14,7 @@ from diffbench.config_layers import Layer, blaming
 from diffbench.core.files import locked
 from diffbench.data.latents import LatentSet
 from diffbench.denoising import Run, load
-from diffbench.folder import check_place, check_same, folder_for, has_checkpoint
+from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, refuse_links
 from diffbench.trained import Trained, open_run
 
 __all__ = ["KINDS", "Run", "encode", "load", "load_any", "train", "train_in"]
@@ -84,6 +84,7 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = ()) -> A
         check_place(folder)
         start = None if has_checkpoint(folder) else kind.start(config)
     config = with_autoencoder(config)
+    refuse_links(folder)
     with locked(folder):
         existed = check_same(folder, config)
         kind(folder, config).fit(existed, start)
