@@ -147,6 +147,7 @@ def _comparison(runs: Sequence[Seen], scored: Sequence[list[dict[str, Any]]], as
         baseline=asked.baseline,
         like_for_like=not besides,
         notes=notes,
+        looked={run.folder: run for run in denoisers},
     )
 
 

@@ -81,7 +81,7 @@ def entries(comparison: Comparison) -> list[Entry]:
     Raises:
         UserError: if records were measured differently, saying how.
     """
-    looked: dict[Path, Seen | None] = {}
+    looked: dict[Path, Seen | None] = dict(comparison.looked)
     errors: dict[Path, ImageErrors | None] = {}
     found = []
     for result in comparison.results:

@@ -1,8 +1,11 @@
 """What a comparison consists of: runs by variant and seed, and the question that they answer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from diffbench.seen import Seen
 
 Status = Literal["complete", "unfinished", "failed", "not begun"]
 
@@ -41,6 +44,7 @@ class Comparison:
         baseline: the variant that all others are compared with; None for all pairs.
         like_for_like: False where variants differ in more than the question, which the title then says.
         notes: what a reader must know: budgets, residuals of matching, costs of tuning, failures.
+        looked: folder -> what is known of its run, of those that were looked at already.
     """
 
     title: str
@@ -50,3 +54,4 @@ class Comparison:
     baseline: str | None = None
     like_for_like: bool = True
     notes: list[str] = field(default_factory=list)
+    looked: Mapping[Path, Seen] = field(default_factory=dict, repr=False)
