@@ -22,6 +22,7 @@ from diffbench.core.pixels import to_uint8
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.cost import Cost
+from diffbench.denoisers.tmsa import shorten
 from diffbench.trained import Trained, open_run
 from diffbench.training.coding import decode
 from diffbench.training.settings import SampleConfig
@@ -52,6 +53,7 @@ class Run(Trained[RunConfig]):
         self.process = parts.build_process(config.process)
         self.null_label = parts.null_label(config, self.train_set)
         super().__init__(folder, config)
+        shorten(self.network, config.trainer.short_time)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -112,8 +114,10 @@ class Run(Trained[RunConfig]):
 
     def module(self) -> "DiffusionModule":
         from diffbench.training.module import DiffusionModule
+        from diffbench.training.speed import compile_network
 
         c, t = self.config, self.config.trainer
+        compile_network(self.network, t.compile)
         return DiffusionModule(
             self.network,
             self.process,

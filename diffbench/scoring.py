@@ -97,8 +97,8 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     """Whether a record scores an average of the run's whole length, sampled and looked at as the config says."""
     images = config.trainer.max_steps * config.trainer.batch_size
     held = (record["images_seen"], record["ema"], record.get("snapshot", "last"))
-    sampled = {k: v for k, v in record["sample"].items() if k not in ("seconds", "batch_size")}
-    wanted = {k: v for k, v in dataclasses.asdict(config.sample).items() if k != "batch_size"} | {"seed": config.seed}
+    wanted = config.sample.numbers() | {"seed": config.seed}
+    sampled = {k: record["sample"].get(k) for k in wanted}
     e, extractor = config.evaluate, (record.get("extractor") or {}).get("name", "")
     counted = any(name.endswith(f"@{e.count}") for name in records.values(record))
     asked = e.extractor is None or extractor.startswith(e.extractor)
@@ -144,7 +144,7 @@ def samples_of(run: Run, config: RunConfig, how: SampleConfig) -> Shards:
         "helpers": [state_hash(n) for n in (helpers.weak_model, helpers.classifier) if n is not None],
         "autoencoder": None if run.autoencoder is None else run.autoencoder.fingerprint,
         "process": dataclasses.asdict(config.process),
-        "sample": {k: v for k, v in dataclasses.asdict(how).items() if k != "batch_size"},
+        "sample": how.numbers(),
         "seed": config.seed,
         "labels": "evenly over the classes, class by class",
         "count": config.evaluate.count,
@@ -232,7 +232,7 @@ def _score(run: Run, config: RunConfig, how: SampleConfig, judgement: Judgement)
         "snapshot": run.snapshot,
         "ema": run.ema,
         "guidance": how.guidance,
-        "sample": dataclasses.asdict(how) | {"seed": config.seed, "seconds": drawn.pop("seconds")},
+        "sample": how.numbers() | {"batch_size": how.batch_size, "seed": config.seed, "seconds": drawn.pop("seconds")},
         "drawing": drawn | {"folder": str(shards.folder.relative_to(run.folder))},
         "labels": "evenly over the classes" if run.train_set.num_classes else "none",
         "precision": str(next(run.network.parameters()).dtype).removeprefix("torch."),

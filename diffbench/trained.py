@@ -17,7 +17,6 @@ from diffbench.core import ranks
 from diffbench.core.errors import UserError
 from diffbench.core.files import sweep
 from diffbench.denoisers.cost import Cost
-from diffbench.denoisers.tmsa import shorten
 from diffbench.folder import read_config, update_length
 
 if TYPE_CHECKING:
@@ -53,7 +52,6 @@ class Trained(ABC, Generic[C]):
         self.network = self.build()
         if config.trainer.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        shorten(self.network, config.trainer.short_time)
         self.ema = config.ema.decays[0]
         self.images_seen = 0
         self.snapshot = "last"

@@ -56,6 +56,7 @@ def test_what_intervals_cover_counts_overlaps_once() -> None:
     kernels = [(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.0)]
     assert figures.covered(kernels) == 4.0
     assert idle(kernels) == pytest.approx(2 / 6)
+    assert idle(kernels, after=0.5) == pytest.approx(2 / 3)
     assert (idle([]), figures.covered([])) == (1.0, 0.0)
 
 
@@ -73,7 +74,7 @@ def test_works_take_turns_in_both_orders() -> None:
     called: list[str] = []
     works = [Work(name, lambda name=name: called.append(name)) for name in "ab"]  # type: ignore[misc]
     in_turns(works, CPU, rounds=3, once=True)
-    assert "".join(called) == "aabb" + "ab" + "ba" + "ab"  # twice to warm up
+    assert "".join(called) == "abab" + "ab" + "ba" + "ab"  # twice to warm up
     assert [len(work.times) for work in works] == [3, 3]
     assert all(t > 0 for work in works for t in work.times)
 

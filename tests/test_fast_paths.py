@@ -182,6 +182,8 @@ def test_sampling_in_bfloat16_and_without_a_gpu_to_record(capsys: pytest.Capture
         config = SampleConfig(sampler="ddim", steps="4", **changes)
         return generate(net, process, config, labels, (3, 8, 8), decode=lambda x: x)
 
+    assert "precision" not in SampleConfig(cuda_graphs=True).numbers()  # as before there was the key
+    assert SampleConfig(precision="bf16-mixed").numbers()["precision"] == "bf16-mixed"
     want, low = sample(), sample(precision="bf16-mixed")
     assert low.dtype == torch.float32
     assert 0 < (low - want).norm() < 0.03 * want.norm()

@@ -87,7 +87,12 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     """
     denoiser, long = base.denoiser.name, config.full or config.gpu
     default = Variant()
-    varied = ("DiT-S/2", "ADM-S/32", *(SHORT if config.full else ()), *(LARGE if device == "cuda" else ()))
+    varied = (
+        "DiT-S/2",
+        "ADM-S/32",
+        *(SHORT if config.full else ()),
+        *(LARGE if config.gpu or device == "cuda" else ()),
+    )
     if "variants" not in config.chosen_parts or model not in (config.models or varied):
         return [default]
     found = [variant(*(part.strip() for part in said.split(":", 1))) for said in config.variants or ()]

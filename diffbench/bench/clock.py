@@ -65,13 +65,14 @@ def in_turns(works: Sequence[Work], device: torch.device, rounds: int, once: boo
         rounds: measurements of each.
         once: call each once in a measurement, however short it is.
     """
-    calls = {}
     for work in works:
         work.prepare()
         started = time.perf_counter()
         work.call()
         synchronize(device)
         work.first = time.perf_counter() - started
+    calls = {}
+    for work in works:  # again, once all have run: what compiled in one state may compile for another too
         work.prepare()
         with peak_memory(device) as peak:
             work.call()

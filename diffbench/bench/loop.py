@@ -28,8 +28,8 @@ from diffbench.training.fit import fit
 
 PAIRS = 5
 """Blocks of steps of each loop, in turns."""
-TRACED = 4
-"""Steps under the profiler, on a GPU."""
+TRACED = 8
+"""Steps under the profiler, on a GPU; the first quarter fills its queue."""
 BLOCKS = {"cpu": {"experiments/digits/dit.yaml": 100, "DiT-S/2": 1}, "cuda": {"DiT-XL/2": 10, "DiT-S/2": 50}}
 """Network -> steps of a block."""
 
@@ -147,11 +147,9 @@ class Alternating(L.Callback):
         self._stack.close()
         synchronize(self.device)
         self._profile.stop()
-        kernels = [
-            (e.time_range.start, e.time_range.end) for e in self._profile.events() if e.device_type.name == "CUDA"
-        ]
+        found = [e for e in self._profile.events() if e.device_type.name == "CUDA"]
         self.trace = {
-            "idle_share": idle(kernels),
+            "idle_share": idle([(e.time_range.start, e.time_range.end) for e in found], after=0.25),
             "synchronizations_per_step": len([w for w in self._warned if "synchroniz" in str(w.message)]) / TRACED,
         }
 
@@ -174,9 +172,15 @@ class Alternating(L.Callback):
         }
 
 
-def idle(kernels: list[tuple[float, float]]) -> float:
-    """The share of the time between the first kernel's start and the last one's end in which none ran."""
+def idle(kernels: list[tuple[float, float]], after: float = 0.0) -> float:
+    """The share of time in which no kernel ran, until the last one's end.
+
+    Args:
+        kernels: start and end of each.
+        after: the first part of the time from the first start to the last end that is left out.
+    """
     if not kernels:
         return 1.0
-    span = max(end for _, end in kernels) - min(start for start, _ in kernels)
-    return 1 - share(covered(kernels), span)
+    first, last = min(start for start, _ in kernels), max(end for _, end in kernels)
+    begin = first + after * (last - first)
+    return 1 - share(covered((max(start, begin), end) for start, end in kernels if end > begin), last - begin)

@@ -59,6 +59,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 def free_bytes(device: torch.device) -> int:
     """Memory that networks may still take."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

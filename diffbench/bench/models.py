@@ -3,6 +3,7 @@
 import gc
 import importlib
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from diffbench import parts
 from diffbench.bench import cases
 from diffbench.bench.cases import Variant
-from diffbench.bench.clock import Work, in_turns
+from diffbench.bench.clock import Work, in_turns, synchronize
 from diffbench.bench.figures import PASSES, flops, ratio, share, spread
 from diffbench.bench.machine import free_bytes
 from diffbench.bench.peak import Peak, copy_rate
@@ -78,6 +79,9 @@ def _network(config: BenchConfig, model: str, device: torch.device, copies: floa
     other = _other(config, model, base)
     if other is not None:
         subjects.append(Subject(base, Variant("other"), device, other))
+        failed = _try(subjects[-1])
+        if failed:
+            raise UserError(f"other: {config.other} does not train as {model}: {failed}")
     if not subjects:
         return
     # The short form has time for the training steps of variants alone.
@@ -95,7 +99,8 @@ def _network(config: BenchConfig, model: str, device: torch.device, copies: floa
         for kind, work in works[subject.variant.name].items():
             row = name | {"variant": subject.variant.name, "work": kind}
             row |= _figures(subject, work, kind, cost.macs, peak)
-            row |= {"parameters": cost.parameters, "gmacs": cost.gmacs, "first_s": work.first}
+            row |= {"parameters": cost.parameters, "gmacs": cost.gmacs}
+            row["first_s"] = subject.first if kind == "train" else work.first
             if subject is not subjects[0]:
                 row["ratio"] = vars(ratio(work.times, works[subjects[0].variant.name][kind].times))
             elif kind == "train":
@@ -170,8 +175,13 @@ def _makes_another(base: RunConfig, variant: Variant) -> bool:
 def _try(subject: Subject) -> str:
     """Whether a variant runs here at all: why it does not, or nothing."""
     try:
-        subject.network.train()
-        subject.train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # why a kernel does not take a call
+            subject.ready()
+            started = time.perf_counter()
+            subject.train()
+            synchronize(subject.device)
+            subject.first = time.perf_counter() - started
         return ""
     except torch.OutOfMemoryError:
         return "out of memory"

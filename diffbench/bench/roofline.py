@@ -24,6 +24,8 @@ class Roofline:
     products: float = 0.0
     flops: int = 0
     bytes: int = 0
+    """Read and written."""
+    written: int = 0
 
 
 class _Counter(TorchDispatchMode):
@@ -45,6 +47,7 @@ class _Counter(TorchDispatchMode):
         self.found.products += taken if count else 0.0
         self.found.flops += count
         self.found.bytes += moved
+        self.found.written += sum(written)
         return out
 
 
@@ -75,4 +78,4 @@ def roofline(step: Callable[[], Any], product_rate: float, copy_rate: float) -> 
 def written(forward: Callable[[], Any]) -> int:
     """Bytes that all operators of a forward pass put out: about what a training step keeps for its backward pass."""
     with torch.no_grad():
-        return roofline(forward, 1.0, 1.0).bytes // 2
+        return roofline(forward, 1.0, 1.0).written

@@ -66,6 +66,8 @@ class Subject:
         self.optimizer: torch.optim.Optimizer = made
         if like is not None:
             self.ema = like.ema
+        self.first = 0.0
+        """Seconds of the very first training step, compilation included."""
         self.generator = torch.Generator(device).manual_seed(0)
         batch = config.trainer.batch_size
         self.position = torch.arange(batch, device=device)

@@ -26,7 +26,7 @@ from diffbench.training.guard import Guard
 from diffbench.training.log import RunLog, naming_events
 from diffbench.training.module import DiffusionModule, Module
 from diffbench.training.settings import EMAConfig, TrainerConfig, precision_here
-from diffbench.training.speed import compile_network, float32_products
+from diffbench.training.speed import float32_products
 
 Scores = Callable[[RunLog, EMA], list[L.Callback]]
 
@@ -71,7 +71,6 @@ def fit(
     guard = Guard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
     on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
-    compile_network(module.network, settings.compile)
     precision = precision_here(settings, low=isinstance(module, DiffusionModule))
     save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock)
     with warnings.catch_warnings(), float32_products(settings.tf32):

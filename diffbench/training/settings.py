@@ -120,11 +120,6 @@ class TrainerConfig:
     deterministic: bool = False
     channels_last: bool = True
     """Keeps convolutions in channels-last order: about a tenth faster, the same to rounding."""
-    compile: Literal["none", "block", "model"] = "none"
-    """Compiles the network, or each of its blocks (less waiting): the same to rounding. Needs a C++ compiler."""
-    short_time: bool = False
-    """DiffiT's time without its part in the keys, which has no effect, and added to values after attention: the same
-    to rounding and a little faster."""
     resident: bool | None = None
     """Keeps the whole training part on the device; null: on a GPU with four times the room."""
     async_checkpoints: bool | None = None
@@ -144,11 +139,6 @@ class TrainerConfig:
             raise ValueError(
                 f"trainer.strategy: {self.strategy} shares work between processes, and here is one; allowed: auto, or"
                 " trainer.devices above 1"
-            )
-        if self.strategy == "fsdp" and self.compile != "none":
-            raise ValueError(
-                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: none, or"
-                " trainer.strategy=ddp"
             )
         if self.strategy == "fsdp" and self.precision not in ("auto", "32-true", "bf16-mixed"):
             raise ValueError(
@@ -186,9 +176,19 @@ class DenoiserTrainerConfig(TrainerConfig):
     by the size of past losses (Nichol & Dhariwal 2021, §3.3), which unpairs the run from others."""
     augment: float = 0.0
     """Probability of each non-leaking change of EDM's augmentation; needs a network with an augmentation input."""
+    compile: Literal["none", "block", "model"] = "none"
+    """Compiles the network, or each of its blocks (less waiting): the same to rounding. Needs a C++ compiler."""
+    short_time: bool = False
+    """DiffiT's time without its part in the keys, which has no effect, and added to values after attention: the same
+    to rounding, and less to add."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.strategy == "fsdp" and self.compile != "none":
+            raise ValueError(
+                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: none, or"
+                " trainer.strategy=ddp"
+            )
         if not 0 <= self.augment <= 1:
             raise ValueError(f"trainer.augment: must lie in 0 to 1, got {self.augment}")
         if not 0 <= self.label_dropout < 1:
@@ -308,6 +308,12 @@ class SampleConfig:
     def guided(self) -> bool:
         """Whether samples differ from the plain conditional model's."""
         return self.guidance != 1 or (self.classifier is not None and self.classifier_scale != 0)
+
+    def numbers(self) -> dict[str, Any]:
+        """The keys on which samples depend: the others say how fast they come. A precision that is whole is not named,
+        as by records older than the key."""
+        idle = {"batch_size", "cuda_graphs"} | ({"precision"} if self.precision == "32-true" else set())
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
 
     def unguided(self) -> "SampleConfig":
         """The same without guidance."""
