@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import pytest
+import torch
 
 from diffbench import worker
 from diffbench.core import launch
@@ -76,12 +77,21 @@ def _child(main: Callable[..., int], arguments: Sequence[str], env: dict[str, st
 
 @contextlib.contextmanager
 def forked(main: Callable[..., int] = worker.main) -> Iterator[None]:
-    """While it lasts, `launch` forks ranks that run `main` on what follows the module's name in the command."""
+    """While it lasts, `launch` forks ranks that run `main` on what follows the module's name in the command.
+
+    All with one thread: a fork waits forever for the threads of OpenMP that its parent had; and ranks that compute with
+    other threads than a process alone would not be compared to the bit.
+    """
 
     def start(command: Sequence[str], rank: int, count: int, port: int, said: IO[bytes], keep: Sequence[int]) -> Any:
         env = launch.environment(rank, count, port)
         return Fork(main, command[3:], env, said if rank else None)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_start", start)
-        yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "_start", start)
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -148,7 +148,8 @@ class EMA(WeightAveraging):
             saved = state_dict["averages"][str(decay)]
             if sharded(self._network):
                 saved = [part_of(s, p) for s, p in zip(saved, self._parameters, strict=True)]
-            average[:] = [s.to(a.device, copy=True) for s, a in zip(saved, average, strict=True)]
+            for target, source in zip(average, saved, strict=True):
+                target.copy_(source)
 
     # The base class would swap, save and copy an averaged copy of the whole module here.
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -26,6 +26,7 @@ from diffbench.training.guard import Guard
 from diffbench.training.log import RunLog, naming_events
 from diffbench.training.module import DiffusionModule, Module
 from diffbench.training.settings import EMAConfig, TrainerConfig, precision_here
+from diffbench.training.sharding import restore
 from diffbench.training.speed import float32_products
 
 Scores = Callable[[RunLog, EMA], list[L.Callback]]
@@ -141,7 +142,10 @@ class _Sharded(ModelParallelStrategy):
     """FSDP2, which also runs on CPUs; resume states are those of one process."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return super().load_checkpoint(checkpoint_path, weights_only=True)
+        state: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        assert self.model is not None
+        restore(self.model, self.optimizers, state)
+        return state
 
 
 def _environment() -> ClusterEnvironment:

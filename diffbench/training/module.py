@@ -18,7 +18,7 @@ from diffbench.training.augment import augment
 from diffbench.training.clock import at_step_end
 from diffbench.training.guard import Outcome, decide, scaler_of
 from diffbench.training.settings import OptimizerConfig
-from diffbench.training.sharding import shard, whole
+from diffbench.training.sharding import in_order, shard, whole
 
 
 class Module(L.LightningModule):
@@ -44,6 +44,11 @@ class Module(L.LightningModule):
         """Shares the network out between the ranks, where trainer.strategy says so."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard(self.network, self.trainer.strategy.device_mesh["data_parallel"])
+
+    def on_train_start(self) -> None:
+        """Sees that a state that was resumed from fits this layout of weights."""
+        for optimizer in self.trainer.optimizers:
+            in_order(optimizer)
 
     def seed_dropout(self, batch: dict[str, Any]) -> None:
         """Network dropout is the only draw from the default generator: it follows from the first position."""
