@@ -144,7 +144,7 @@ REFUSED = {
     "trainer.accelerator=tpu": (
         "trainer.accelerator: unknown value 'tpu'; choose from auto, cpu, gpu, mps; did you mean 'gpu'?"
     ),
-    "trainer.precision=16": "trainer.precision: unknown value 16; choose from auto, 32-true, bf16-mixed, 16-mixed, 64-true",
+    "trainer.precision=16": "trainer.precision: unknown value 16; choose from auto, 32-true, bf16-mixed, 16-mixed,",
     "trainer=5": "trainer: must be a section with keys, got 5; allowed: max_images, ",
     "trainer=null": "trainer: must be a section with keys, got null; allowed: max_images, ",
     "optimizer=[1]": "optimizer: must be a section with keys, got [1]; allowed: name, ",

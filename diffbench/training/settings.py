@@ -140,11 +140,6 @@ class TrainerConfig:
                 f"trainer.strategy: {self.strategy} shares work between processes, and here is one; allowed: auto, or"
                 " trainer.devices above 1"
             )
-        if self.strategy == "fsdp" and self.compile != "none":
-            raise ValueError(
-                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: none, or"
-                " trainer.strategy=ddp"
-            )
         if self.strategy == "fsdp" and self.precision not in ("auto", "32-true", "bf16-mixed"):
             raise ValueError(
                 f"trainer.precision: {self.precision} does not go with trainer.strategy=fsdp; allowed: 32-true,"
@@ -193,6 +188,11 @@ class DenoiserTrainerConfig(TrainerConfig):
             raise ValueError(f"trainer.augment: must lie in 0 to 1, got {self.augment}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"trainer.label_dropout: must lie in [0, 1), got {self.label_dropout}")
+        if self.strategy == "fsdp" and self.compile != "none":
+            raise ValueError(
+                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: none, or"
+                " trainer.strategy=ddp"
+            )
 
 
 @dataclass
