@@ -8,6 +8,7 @@ PYTHON ?= python3
 DEVICE ?= cpu
 STUDY ?= backbones
 BASELINE ?=
+HOST ?= localhost
 RUN ?= runs/$(DATA)/$(MODEL)-s$(SEED)
 RUNS ?= $(sort $(patsubst %/checkpoints/,%,$(dir $(wildcard runs/$(DATA)/*/checkpoints/*.ckpt))))
 
@@ -67,8 +68,8 @@ bench: $(STAMP)  ## speed here in three minutes, against BASELINE=old.json; all 
 bench-gpu: $(STAMP)  ## speed of published sizes on one large GPU, in ten minutes
 	@$(DIFFBENCH) bench gpu=true device=gpu $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
 
-tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006
-	@$(BIN)/python -m tensorboard.main --logdir runs --samples_per_plugin images=200
+tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006; HOST=0.0.0.0 lets other machines in
+	@$(BIN)/python -m tensorboard.main --host $(HOST) --logdir runs --samples_per_plugin images=200
 
 test: $(STAMP)  ## the tests, without the slow ones
 	@$(BIN)/python -m pytest

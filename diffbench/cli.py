@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as e:  # what no check foresaw, still in one line
         if os.environ.get("DIFFBENCH_TRACEBACK"):
             raise
+        if isinstance(e, OSError) and e.filename is not None and e.strerror:  # as of a name too long, or no rights
+            print(f"error: {str(e.filename)[:300]}: {e.strerror}", file=sys.stderr)
+            return 2
         print(f"error: {' '.join(str(e).split())} (DIFFBENCH_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 

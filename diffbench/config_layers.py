@@ -29,6 +29,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: not text in UTF-8") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as e:
         raise UserError(f"{path}: not valid YAML: {one_line(e)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except OSError as e:
         values = e.strerror
     if not isinstance(values, dict):
@@ -77,6 +79,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             )
         try:
             tree = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+        except RecursionError:
+            raise UserError(f"{COMMAND_LINE}: {key}: not valid YAML: nested too deeply") from None
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as e:
             raise UserError(f"{COMMAND_LINE}: {key}: not valid YAML: {one_line(e)}") from None
         assert isinstance(tree, dict)

@@ -87,6 +87,20 @@ def check_place(folder: Path) -> None:
         raise ValueError(f"runs_dir: {there} may not be written to; choose another runs_dir")
 
 
+def refuse_links(folder: Path) -> None:
+    """Whether everything below a run folder lies in it: a folder from elsewhere could name any file of this machine.
+
+    Raises:
+        UserError: naming a link that leads out of it.
+    """
+    real = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and os.path.commonpath([real, os.path.realpath(path)]) != real:
+                raise UserError(f"{path}: is a link that leaves the run folder; put the file itself there")
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether the run has begun."""
     return any(folder.glob("checkpoints/step-*.ckpt"))
@@ -135,4 +149,5 @@ def read_config(folder: Path) -> BaseConfig:
         near = sorted(str(p.parent) for p in (*folder.parent.glob("*/config.yaml"), *folder.glob("*/config.yaml")))
         choices = f"; choose from {', '.join(near)}" if near else "; train one first"
         raise UserError(f"{folder}: no run here (config.yaml is missing){choices}")
+    refuse_links(folder)
     return from_dict(read_yaml(saved), str(saved))

@@ -1,18 +1,21 @@
 """Anyone's pictures, from a folder or an npz file, read batch by batch; and our own written for others' evaluators."""
 
 import hashlib
+import math
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256
+from diffbench.data.decode import FORMATS, check_size, quiet
 from diffbench.evaluation.metrics import Gaussian
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
@@ -70,12 +73,15 @@ class Folder:
 
 def _read(path: Path) -> Tensor:
     try:
-        with Image.open(path) as picture:
+        with quiet(), Image.open(path, formats=FORMATS) as picture:
+            check_size(picture.size)
             if picture.mode.startswith(("I", "F")):
                 raise UserError(f"{path}: more than eight bits a channel ({picture.mode}); convert it first")
             pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
-    except (UnidentifiedImageError, OSError) as e:
-        raise UserError(f"{path}: no picture ({e})") from None
+    except UserError:
+        raise
+    except Exception as e:  # decoders of a hostile file raise anything
+        raise UserError(f"{path}: no picture ({' '.join(str(e).split())})") from None
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
@@ -89,15 +95,23 @@ class Npz:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._open() as file:
-            dims, fortran, dtype = _header(file)
+            try:
+                dims, fortran, dtype = _header(file)
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+                raise UserError(f"{path}: arr_0 is damaged, or no array") from None
         if len(dims) != 4 or dtype != np.uint8 or fortran or dims[3] not in (1, 3):
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), got {dtype} {dims}")
+        with zipfile.ZipFile(path) as archive:
+            held = archive.getinfo("arr_0.npy").file_size
+        if min(dims) < 1 or math.prod(dims) > held:
+            raise UserError(f"{path}: arr_0 says {dims} and holds {held:,} bytes")
+        check_size((dims[2], dims[1]))
         self._count = dims[0]
         self.shape = (dims[3], dims[1], dims[2])
+        labels = _arrays(path, ("arr_1",)).get("arr_1")
         self.labels: Tensor | None = None
-        with np.load(self.path, allow_pickle=False) as arrays:
-            if "arr_1" in arrays and arrays["arr_1"].shape == (dims[0],):
-                self.labels = torch.from_numpy(arrays["arr_1"].astype(np.int64))
+        if labels is not None and labels.shape == (dims[0],) and labels.dtype.kind in "iuf":
+            self.labels = torch.from_numpy(labels.astype(np.int64))
 
     def __len__(self) -> int:
         return self._count
@@ -115,13 +129,28 @@ class Npz:
             _header(file)
             for start in range(0, len(self), size):
                 count = min(size, len(self) - start)
-                data = file.read(count * height * width * channels)
+                wanted = count * height * width * channels
+                try:
+                    data = file.read(wanted)
+                except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
+                    raise UserError(f"{self.path}: arr_0 is damaged ({e})") from None
+                if len(data) != wanted:
+                    raise UserError(f"{self.path}: arr_0 is damaged (it ends too early)")
                 pixels = np.frombuffer(bytearray(data), np.uint8).reshape(count, height, width, channels)
                 yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def identity(self) -> str:
         """A hash of the file."""
         return sha256(self.path)
+
+
+def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that an npz file holds; objects, which would be code, are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in names if name in arrays}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{path}: damaged, or holds objects in place of numbers ({' '.join(str(e).split())})") from None
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -185,10 +214,15 @@ def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None] | None:
     """
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        if "mu" not in arrays:
-            return None
-        found = {k: torch.from_numpy(arrays[k]).double() for k in ("mu", "sigma", "mu_s", "sigma_s") if k in arrays}
+    arrays = _arrays(path, ("mu", "sigma", "mu_s", "sigma_s"))
+    if "mu" not in arrays:
+        return None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iuf" or array.ndim != (1 if name.startswith("mu") else 2):
+            raise UserError(f"{path}: {name} must be numbers (D) or (D, D), got {array.dtype} {array.shape}")
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
+    found = {name: torch.from_numpy(array.astype(np.float64)) for name, array in arrays.items()}
     fits: list[Gaussian | None] = []
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mean in found) != (cov in found):

@@ -64,6 +64,8 @@ def commit() -> str | None:
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Adds a record to a file of records; what stands there stays, but for a last line that a kill has torn."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, and records are added to files alone; remove it")
     data = (json.dumps(record) + "\n").encode()
     with room_for(path, len(data)), path.open("ab+") as file:
         file.seek(0)

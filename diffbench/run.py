@@ -20,7 +20,7 @@ from diffbench.core.files import locked
 from diffbench.core.launch import launch
 from diffbench.data.latents import LatentSet
 from diffbench.denoising import Run, load
-from diffbench.folder import check_place, check_same, folder_for, has_checkpoint
+from diffbench.folder import check_place, check_same, folder_for, has_checkpoint, refuse_links
 from diffbench.trained import Trained, open_run
 
 __all__ = ["KINDS", "Run", "encode", "load", "load_any", "train", "train_in"]
@@ -96,6 +96,7 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = ()) -> A
         check_place(folder)
         start = None if has_checkpoint(folder) else kind.start(config)
     config = with_autoencoder(config)
+    refuse_links(folder)
     if ranks.place()[0] > 0:  # the first process does what is done once
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             kind(folder, config).fit(True, start)

@@ -97,7 +97,7 @@ def _convert(kind: Any, value: Any) -> Any:
         return int(value)
     elif kind is float and isinstance(value, int | float) and math.isfinite(value):
         return float(value)
-    elif kind is str and isinstance(value, str | int | float):
+    elif kind is str and isinstance(value, str | int | float) and "\0" not in str(value):
         return str(int(value) if isinstance(value, float) and _whole(value) else value)
     raise _Mismatch
 

@@ -97,8 +97,8 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     """Whether a record scores an average of the run's whole length, sampled and looked at as the config says."""
     images = config.trainer.max_steps * config.trainer.batch_size
     held = (record["images_seen"], record["ema"], record.get("snapshot", "last"))
-    sampled = {k: v for k, v in record["sample"].items() if k not in ("seconds", "batch_size")}
     wanted = config.sample.numbers() | {"seed": config.seed}
+    sampled = {k: record["sample"].get(k) for k in wanted}
     e, extractor = config.evaluate, (record.get("extractor") or {}).get("name", "")
     counted = any(name.endswith(f"@{e.count}") for name in records.values(record))
     asked = e.extractor is None or extractor.startswith(e.extractor)

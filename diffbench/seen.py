@@ -15,11 +15,11 @@ from diffbench.config import flatten, from_dict, to_dict
 from diffbench.config_kinds import RunConfig
 from diffbench.core.errors import UserError
 from diffbench.denoisers.cost import Cost
-from diffbench.folder import read_config
+from diffbench.folder import read_config, refuse_links
 from diffbench.parts import cost_of, load_data
 from diffbench.run import KINDS
 from diffbench.trained import Trained
-from diffbench.weights import export_path
+from diffbench.weights import export_path, images_told
 
 _costs: dict[str, Cost] = {}
 _configs: dict[str, Any] = {}
@@ -123,17 +123,18 @@ def begun(folder: str | Path) -> Seen | None:
     saved = folder / "config.yaml"
     if not saved.is_file():
         return None
+    refuse_links(folder)
     values = _quickly(saved) or to_dict(read_config(folder))
     found = Seen(folder, values, 0, values["ema"]["decays"][0])
     export = export_path(folder, found.ema)
     if export.is_file():
         try:
             with safe_open(export, "np") as file:
-                found.images_seen = int((file.metadata() or {}).get("images", 0))
+                found.images_seen = images_told(export, file.metadata() or {})
         except SafetensorError as e:
             raise UserError(f"{export}: damaged ({e}); remove it to use the newest checkpoint") from None
     else:
-        steps = [int(p.stem.removeprefix("step-")) for p in folder.glob("checkpoints/step-*.ckpt")]
+        steps = [int(n) for p in folder.glob("checkpoints/step-*.ckpt") if (n := p.stem[5:]).isdecimal()]
         found.images_seen = max(steps, default=0) * int(values["trainer"]["batch_size"])
     return found
 
@@ -149,7 +150,7 @@ def _quickly(path: Path) -> dict[str, Any] | None:
         values = _configs[rest]
         whole = values["kind"] in KINDS and values["ema"]["decays"] and values["trainer"]["batch_size"]
         return {**values, "seed": seed} if whole and seed is not None else None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffbench import sealed
 from diffbench.config_kinds import BaseConfig, RunConfig
 from diffbench.core.errors import UserError
+from diffbench.core.states import read_state
 from diffbench.folder import read_config
 from diffbench.parts import build_denoiser, load_data
 
@@ -32,14 +33,28 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
             tensors, told = sealed.read(path)
         except UserError as e:
             raise UserError(f"{e} to use the newest checkpoint") from None
-        return tensors, int(told.get("images", 0))
+        return tensors, images_told(path, told)
     from diffbench.training.checkpoints import newest, step_of
 
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{folder}: no weights yet; train the run first")
-    average = _averages(checkpoint)[str(decay)]
+    average = _averages(checkpoint).get(str(decay), [])
+    if [tuple(a.shape) for a in average] != [tuple(p.shape) for p in network.parameters()]:
+        raise UserError(f"{checkpoint}: holds another network's averages than {folder / 'config.yaml'} says; remove it")
     return _with_average(network, average), step_of(checkpoint) * config.trainer.batch_size
+
+
+def images_told(path: Path, told: Mapping[str, str]) -> int:
+    """The images that an export's metadata says its weights have seen.
+
+    Raises:
+        UserError: if it says something else.
+    """
+    said = told.get("images", "0")
+    if not said.isdecimal():
+        raise UserError(f"{path}: damaged (images={said!r}); remove it to use the newest checkpoint")
+    return int(said)
 
 
 def read_best(folder: Path) -> tuple[dict[str, Tensor], int, float]:
@@ -113,9 +128,11 @@ def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
 
 
 def _averages(checkpoint: Path) -> dict[str, list[Tensor]]:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    averages: dict[str, list[Tensor]] = state["callbacks"]["EMA"]["averages"]
-    return averages
+    try:
+        averages: dict[str, list[Tensor]] = read_state(checkpoint)["callbacks"]["EMA"]["averages"]
+        return {str(decay): list(average) for decay, average in averages.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{checkpoint}: holds no averages of training; remove it") from None
 
 
 def _with_average(network: nn.Module, average: Sequence[Tensor]) -> dict[str, Tensor]:

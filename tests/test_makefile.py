@@ -70,6 +70,11 @@ def test_compare_without_runs_says_so() -> None:
     assert done.stderr.splitlines()[0] == "error: no runs under runs/nothing: train one first"
 
 
+def test_tensorboard_listens_to_this_machine_alone_unless_asked() -> None:
+    assert "-m tensorboard.main --host localhost --logdir runs" in make("-n", "tensorboard").stdout
+    assert "-m tensorboard.main --host 0.0.0.0 --logdir runs" in make("-n", "tensorboard", "HOST=0.0.0.0").stdout
+
+
 def test_an_old_python_is_refused(tmp_path: Path) -> None:
     old = tmp_path / "python"
     old.write_text("#!/bin/sh\nexit 1\n")

@@ -79,6 +79,9 @@ def _network(config: BenchConfig, model: str, device: torch.device, copies: floa
     other = _other(config, model, base)
     if other is not None:
         subjects.append(Subject(base, Variant("other"), device, other))
+        failed = _try(subjects[-1])
+        if failed:
+            raise UserError(f"other: {config.other} does not train as {model}: {failed}")
     if not subjects:
         return
     # The short form has time for the training steps of variants alone.

@@ -131,7 +131,11 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[in
     """
     folder.mkdir(parents=True, exist_ok=True)
     told = False
-    with (folder / name).open("a+") as file:
+    try:
+        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as e:
+        raise UserError(f"{folder / name}: no lock can be held here ({e.strerror}); remove it") from None
+    with os.fdopen(handle, "a+") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

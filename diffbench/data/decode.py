@@ -38,7 +38,7 @@ def decode(encoded: bytes | str, size: int, channels: int) -> tuple[np.ndarray, 
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 image.verify()  # the checksums, which reading pixels passes over
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.size)
+            check_size(image.size)
             kind = str(image.format)
             upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
             pixels = np.asarray(centre_crop(_converted(upright, channels), size))
@@ -61,7 +61,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     if min(image.size) != size:
         scale = size / min(image.size)
         width, height = round(image.width * scale), round(image.height * scale)
-        _check_size((width, height))
+        check_size((width, height))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -72,7 +72,7 @@ def quiet() -> Iterator[None]:
     """Keeps Pillow's warnings about odd files off the terminal; not in threads, but around all of them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_check_size` refuses these
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` refuses these
         yield
 
 
@@ -89,7 +89,12 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def _check_size(size: tuple[int, int]) -> None:
+def check_size(size: tuple[int, int]) -> None:
+    """Whether an image of (width, height) is safe to decode.
+
+    Raises:
+        BrokenError: if it has more pixels than Pillow takes for safe.
+    """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and size[0] * size[1] > limit:
         raise BrokenError(f"{size[0]}x{size[1]} pixels, more than the {limit:,} that Pillow takes for safe")

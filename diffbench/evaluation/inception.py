@@ -7,6 +7,7 @@ a learned scale, and pictures are resized as TensorFlow 1 does.
 
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,10 @@ def build(request: Request) -> Extractor:
         return Extractor(network=script, run=lambda x: Features(script(x, return_features=True)), **common)
     network = Inception()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on pickles that it then refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state, strict=True)
     except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, KeyError, EOFError, OSError) as e:
         told = " ".join(str(e).split())[:200]
         raise ValueError(f"evaluate.weights: {path} holds no state dict of the FID network ({told})") from None

@@ -14,7 +14,6 @@ from diffbench.config_layers import COMMAND_LINE, blaming, parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.report import comparable_scores, facts, guidance_of, table
 from diffbench.seen import Seen, look
-from diffbench.studies.collect import comparison_of_study, is_study
 from diffbench.studies.config import load_study
 from diffbench.studies.results import Comparison, Result
 from diffbench.studies.tables import OWN
@@ -55,6 +54,8 @@ def compare(words: Sequence[str]) -> Iterator[str]:
         raise UserError(f"{COMMAND_LINE}: name run folders, as runs/digits/dit-s0; see diffbench compare --help")
     study = _study(folders[0])
     if study is not None:
+        from diffbench.studies.collect import comparison_of_study  # imports Lightning
+
         yield _report(_asked(comparison_of_study(study), asked), Path(asked.out) if asked.out else study)
         return
     runs = [look(folder) for folder in folders]
@@ -90,7 +91,7 @@ def _study(path: Path) -> Path | None:
 
         study = load_study(path)
         return folder_of_study(path, [], study)
-    return path if is_study(path) else None
+    return path if (path / "study.yaml").is_file() else None
 
 
 def _asked(comparison: Comparison, asked: CompareConfig) -> Comparison:
@@ -215,7 +216,8 @@ def _out(given: str | None, runs: Sequence[Seen]) -> Path:
             raise UserError(f"{COMMAND_LINE}: out: {out} exists already and holds no report; choose another name")
         return out
     root = Path(str(runs[0].values.get("runs_dir", "runs")))
-    root = root if root.is_dir() or not root.is_absolute() else Path("runs")  # as of a run from another machine
+    if root.resolve() not in runs[0].folder.resolve().parents:  # as of a run from another machine
+        root = Path("runs")
     words = dict.fromkeys([run.folder.resolve().parent.name for run in runs])
     words |= dict.fromkeys(re.sub(r"-s\d+$", "", run.folder.name) for run in runs)
     name = "-".join(words)

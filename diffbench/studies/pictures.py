@@ -65,7 +65,10 @@ def _seed(entry: Entry) -> int:
 def _place(entry: Entry) -> Path | None:
     """The folder of a result's samples, where its record names one."""
     named = ((entry.result.record or {}).get("drawing") or {}).get("folder")
-    return None if named is None else entry.result.folder / str(named)
+    if named is None:
+        return None
+    place = entry.result.folder / str(named)
+    return place if place.resolve().is_relative_to(entry.result.folder.resolve()) else None  # a record may say anything
 
 
 def _samples(entry: Entry) -> Tensor | None:

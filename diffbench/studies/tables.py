@@ -195,7 +195,11 @@ def lines(rows: Rows) -> str:
 
 def for_terminal(c: Conclusion) -> str:
     """Answer, variants, pairs and what is missing, as text."""
-    head = {"winner": f"WINNER BY {title(c.metric).upper()}", "disputed": "MEASURES DISAGREE"}
+    head = {
+        "winner": f"WINNER BY {title(c.metric).upper()}",
+        "disputed": "MEASURES DISAGREE",
+        "partly": "PARTLY DECIDED",
+    }
     told = [c.comparison.title, c.comparison.question, "", f"{head.get(c.outcome, c.outcome.upper())}. {c.answer}"]
     if not c.comparison.like_for_like:
         told.append("Not like for like: the variants differ in more than the question.")

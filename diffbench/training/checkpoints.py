@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256, write_text
+from diffbench.core.states import read_state
 from diffbench.training import together
 from diffbench.training.clock import Clock, at_step_end, due
 
@@ -73,7 +74,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        state = read_state(path, map_location)
+        missing = [key for key in ("state_dict", "optimizer_states", "callbacks", "loops") if key not in state]
+        if missing:
+            raise UserError(f"{path}: holds no state of training ({missing[0]} is missing); remove it")
         return state
 
 
@@ -102,7 +106,7 @@ def verified(path: Path) -> bool:
 
 def all_steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
-    return sorted(folder.glob("step-*.ckpt"), key=lambda p: int(p.stem.removeprefix("step-")))
+    return sorted((p for p in folder.glob("step-*.ckpt") if p.stem[5:].isdecimal()), key=step_of)
 
 
 def step_of(path: Path) -> int:

@@ -184,6 +184,11 @@ class DenoiserTrainerConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.strategy == "fsdp" and self.compile != "none":
+            raise ValueError(
+                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: none, or"
+                " trainer.strategy=ddp"
+            )
         if not 0 <= self.augment <= 1:
             raise ValueError(f"trainer.augment: must lie in 0 to 1, got {self.augment}")
         if not 0 <= self.label_dropout < 1:
