@@ -193,11 +193,6 @@ class DenoiserTrainerConfig(TrainerConfig):
             raise ValueError(f"trainer.augment: must lie in 0 to 1, got {self.augment}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"trainer.label_dropout: must lie in [0, 1), got {self.label_dropout}")
-        if self.strategy == "fsdp" and self.compile != "none":
-            raise ValueError(
-                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: none, or"
-                " trainer.strategy=ddp"
-            )
 
 
 @dataclass
