@@ -126,8 +126,11 @@ def test_a_run_ends_with_the_same_weights_to_rounding(change: str, plain: dict[s
     assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
 
 
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffit-latent", "unet", "ddpmpp")]
+
+
 @pytest.mark.parametrize("how", ["block", "model"])
-@pytest.mark.parametrize("name", ["dit", "diffit", "diffit-latent", "unet", "ddpmpp"])
+@pytest.mark.parametrize("name", ["dit", "diffit", *OTHERS])
 def test_compiled_in_place_with_the_same_names_and_values(name: str, how: Any) -> None:
     net, (x, t, y) = small(name), inputs()
     want, names = net(x, t, y), list(net.state_dict())
