@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return int(globals()[f"_{arguments.verb}"](arguments) or 0)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return _told(str(e))
     except KeyboardInterrupt:  # outside training, which ends by itself
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -49,10 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("DIFFBENCH_TRACEBACK"):
             raise
         if isinstance(e, OSError) and e.filename is not None and e.strerror:  # as of a name too long, or no rights
-            print(f"error: {str(e.filename)[:300]}: {e.strerror}", file=sys.stderr)
-            return 2
-        print(f"error: {' '.join(str(e).split())} (DIFFBENCH_TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
+            return _told(f"{str(e.filename)[:300]}: {e.strerror}")
+        return _told(f"{' '.join(str(e).split())} (DIFFBENCH_TRACEBACK=1 shows where)")
+
+
+def _told(text: str) -> int:
+    """Prints an error as one line, whatever characters a user gave; returns the exit code."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    print(f"error: {shown}", file=sys.stderr)
+    return 2
 
 
 class _Help(argparse.HelpFormatter):

@@ -159,9 +159,6 @@ class Watched:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def __iter__(self) -> Any:
-        return iter(self.file)
-
 
 def start(work: Callable[[], Any], watch: Callable[[Killer], None], killer: Killer) -> tuple[int, Counter[str]]:
     """Forks a child that does the work; its wait status, and the calls it counted."""

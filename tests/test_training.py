@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffbench.core import keyed
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
+from diffbench.core.states import read_state
 from diffbench.data.module import PositionDataset, PositionSampler
 from diffbench.data.sources import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS, build
@@ -167,7 +168,7 @@ def test_the_newest_intact_state_is_taken(tmp_path: Path, capsys: pytest.Capture
     assert newest(tmp_path) is None
     old, new = save(tmp_path, 9), save(tmp_path, 10)
     assert newest(tmp_path) == new and verified(old)
-    assert AtomicCheckpointIO().load_checkpoint(new)["w"].tolist() == list(range(10))
+    assert read_state(new)["w"].tolist() == list(range(10))
     data = bytearray(new.read_bytes())
     data[len(data) // 2] ^= 1
     new.write_bytes(bytes(data))

@@ -164,7 +164,8 @@ def image_errors(found: Sequence[Entry]) -> dict[int, np.ndarray]:
     """Seed -> (levels, images) validation errors of complete results; results of one run hold the same array."""
     kept: dict[int, np.ndarray] = {}
     for entry in found:
-        if entry.complete and entry.seen is not None and (errors := entry.image_errors) is not None:
+        errors = entry.image_errors if entry.complete and entry.seen is not None else None
+        if errors is not None and np.isfinite(errors.error).all():
             kept[entry.result.seed] = errors.error
     return kept
 
@@ -241,22 +242,22 @@ def _answer_baseline(c: Conclusion, means: dict[str, str], base: str) -> None:
 
 
 def _disputed(c: Conclusion) -> list[str]:
-    """By which other measures some variant is better than the best by the primary one, by a paired interval of 95%."""
+    """By which other measures some variant is better than the best by the primary one, Holm's correction over them."""
     ranked = c.ranked()
     watched = {n: short(n) for v in c.variants for n in c.summaries[v] if short(n) in WATCHED and n != c.metric}
-    told = []
+    rivals: dict[tuple[str, str], list[float]] = {}
     for name in watched if ranked else ():
         sign = 1 if lower_is_better(name) else -1
         having = [v for v in c.variants if name in c.summaries[v]]
-        other = min(having, key=lambda v: sign * c.summaries[v][name].mean)
-        if other == ranked[0] or ranked[0] not in having:
-            continue
-        differences = statistics.differences(c.by_seed(other, name), c.by_seed(ranked[0], name))
-        (paired,) = statistics.paired({(other, ranked[0]): differences}).values()
-        smaller = c.summaries[other][name].mean if is_frechet(name) else None
+        rival = min(having, key=lambda v: sign * c.summaries[v][name].mean)
+        if rival != ranked[0] and ranked[0] in having:
+            rivals[rival, name] = statistics.differences(c.by_seed(rival, name), c.by_seed(ranked[0], name))
+    told = []
+    for (rival, name), paired in statistics.paired(rivals).items():
+        smaller = c.summaries[rival][name].mean if is_frechet(name) else None
         if statistics.verdict(paired, lower_is_better(name), smaller) == "first":
-            means = [spread(c.summaries[v][name], name) for v in (other, ranked[0])]
-            told.append(f"by {title(name)} {other} ({means[0]}) is better than {ranked[0]} ({means[1]})")
+            means = [spread(c.summaries[v][name], name) for v in (rival, ranked[0])]
+            told.append(f"by {title(name)} {rival} ({means[0]}) is better than {ranked[0]} ({means[1]})")
     return told
 
 

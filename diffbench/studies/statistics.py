@@ -96,6 +96,7 @@ def paired(differences: Mapping[K, Sequence[float]]) -> dict[K, Paired]:
     weaken while a study fills up.
     """
     arrays = {key: np.asarray(values, dtype=np.float64) for key, values in differences.items()}
+    arrays = {key: x if np.isfinite(x).all() else x[:0] for key, x in arrays.items()}  # of runs that went astray
     p = {key: _p(x) for key, x in arrays.items() if len(x) >= LEAST}
     alphas, adjusted = holm(p, len(arrays))
     found = {}
