@@ -1,0 +1,105 @@
+"""Whatever lies in a folder of pictures or a file of weights: success, or one line that names it; nothing half made."""
+
+import io
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from test_fuzz import LONG, SHORT, ends_well
+
+from diffbench.core.errors import UserError
+from diffbench.data.images import ImagesConfig, images
+
+
+def any_pictures(files: dict[str, bytes], channels: int, skip: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(folder) / "pictures"
+        pictures.mkdir()
+        for name, content in files.items():
+            (pictures / name).write_bytes(content)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DIFFBENCH_CACHE", f"{folder}/cache")
+            try:
+                sets = images(ImagesConfig(str(pictures), 8, channels, skip_broken=skip))
+            except (UserError, ValueError) as e:
+                assert str(e).startswith("data.") and len(str(e).splitlines()) == 1
+            else:
+                assert all(len(part) and part.images.shape[1:] == (channels, 8, 8) for part in sets)
+        ends_well("evaluate", str(pictures), "--against", str(pictures), "evaluate.extractor=digits-cnn")
+
+
+def any_state(state: dict[str, torch.Tensor], source: str, safe: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("w.safetensors" if safe else "w.pt")
+        if safe:
+            save_file(state, path)
+        else:
+            torch.save(state, path)
+        out = Path(folder) / "out"
+        code = ends_well("import", source, str(path), str(out), "arguments.num_heads=3")
+        assert out.exists() == (code == 0)
+
+
+def picture(mode: str, size: tuple[int, int], kind: str) -> bytes:
+    data = io.BytesIO()
+    Image.new(mode, size).save(data, kind)
+    return data.getvalue()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def claimed(width: int, height: int) -> bytes:
+    """A PNG that says it has these sides, and has no pixels."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+sides = st.tuples(st.integers(1, 40), st.integers(1, 40))
+whole = st.builds(picture, st.sampled_from(["1", "L", "P", "RGB"]), sides, st.sampled_from(["PNG", "GIF", "TIFF"]))
+odd = st.builds(picture, st.sampled_from(["RGBA", "LA", "I;16"]), sides, st.just("PNG"))
+cut = st.tuples(whole | odd, st.integers(0, 60)).map(lambda t: t[0][: t[1]])
+sized = st.builds(claimed, st.integers(0, 2**31), st.integers(0, 2**31))
+names = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=20)
+pictures = st.dictionaries(
+    names.map(lambda n: n.lstrip(".") + "x.png"), st.one_of(whole, odd, cut, sized, st.binary()), max_size=5
+)
+tensors = st.builds(
+    lambda shape, kind: torch.zeros(shape, dtype=kind),
+    st.lists(st.integers(0, 6), max_size=4),
+    st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool]),
+)
+PARTS = ["x_embedder.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "final_layer.linear.weight", "y_embedder"]
+PARTS += ["input_blocks.0.0.weight", "model.map_layer0.weight", "t_embedder.mlp.0.weight", "blocks.1.mlp.fc1.bias"]
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+states = st.dictionaries(st.sampled_from(PARTS) | text, tensors, max_size=6)
+
+CASES: dict[str, Any] = {
+    "pictures": (any_pictures, {"files": pictures, "channels": st.sampled_from([1, 3]), "skip": st.booleans()}),
+    "states": (
+        any_state,
+        {"state": states, "source": st.sampled_from(["dit", "sit", "adm", "ddpmpp"]), "safe": st.booleans()},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_thirty_files(what: str) -> None:
+    body, given_as = CASES[what]
+    SHORT(given(**given_as)(body))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", CASES)
+def test_a_thousand_files(what: str) -> None:
+    body, given_as = CASES[what]
+    LONG(given(**given_as)(body))()
