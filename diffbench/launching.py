@@ -26,6 +26,8 @@ from diffbench.core.errors import UserError
 if TYPE_CHECKING:
     import submitit
 
+    from diffbench.training.settings import TrainerConfig
+
 LAUNCHED = ("train", "encode", "evaluate")
 """Commands that can be handed over as they are; a study hands over its cells."""
 FOLDER = "runs/slurm"
@@ -49,9 +51,11 @@ class LauncherConfig:
     """Per process."""
     memory: str | None = None
     """Per node, as 16G."""
-    nodes: int = 1
-    tasks: int = 1
-    """Processes per node, as many as the run uses devices there."""
+    nodes: int | None = None
+    """null: as many as trainer.num_nodes."""
+    tasks: int | None = None
+    """Processes per node; null: trainer.devices on each of several nodes; on one node a single one, which starts the
+    others itself and has `cpus` for each."""
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
@@ -69,7 +73,7 @@ class LauncherConfig:
     def __post_init__(self) -> None:
         least = {"gpus": 0, "requeues": 0, "cpus": 1, "nodes": 1, "tasks": 1, "lead": 1, "parallel": 1}
         for key, low in least.items():
-            if getattr(self, key) < low:
+            if (getattr(self, key) or 0) < low and getattr(self, key) is not None:
                 raise ValueError(f"launcher.{key}: must be at least {low}, got {getattr(self, key)}")
         for key in ("partition", "account", "qos", "constraint"):
             value = getattr(self, key)
@@ -141,8 +145,26 @@ def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
     if verb != "evaluate":
         config = load(words[1], words[2:])
         name, folder = folder_for(Path(words[1]), words[2:], config).name, f"{config.runs_dir}/slurm"
+        launcher = sized(launcher, config.trainer)
     launcher = replace(launcher, folder=launcher.folder or folder)
     return told(submit([words], launcher, name), launcher.folder or folder)
+
+
+def sized(launcher: LauncherConfig, trainer: "TrainerConfig") -> LauncherConfig:
+    """With the nodes, tasks and cpus that a run's processes need, where the launcher's words leave them open.
+
+    Raises:
+        UserError: where they ask for other numbers than the run.
+    """
+    nodes = launcher.nodes or trainer.num_nodes
+    tasks = launcher.tasks or (trainer.devices if nodes > 1 else 1)
+    if nodes * tasks > 1 and (nodes, tasks) != (trainer.num_nodes, trainer.devices):
+        raise UserError(
+            f"launcher: launcher.nodes={nodes} x launcher.tasks={tasks} are not the processes of trainer.num_nodes="
+            f"{trainer.num_nodes} x trainer.devices={trainer.devices}; leave them out, or make them equal"
+        )
+    alone = tasks == 1 and nodes == 1
+    return replace(launcher, nodes=nodes, tasks=tasks, cpus=launcher.cpus * (trainer.devices if alone else 1))
 
 
 def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: str = "diffbench") -> list[str]:
@@ -273,8 +295,8 @@ def _executor(launcher: LauncherConfig, name: str) -> "submitit.SlurmExecutor":
     executor.update_parameters(
         job_name=name,
         time=launcher.minutes,
-        nodes=launcher.nodes,
-        ntasks_per_node=launcher.tasks,
+        nodes=launcher.nodes or 1,
+        ntasks_per_node=launcher.tasks or 1,
         cpus_per_task=launcher.cpus,
         srun_args=[f"--cpus-per-task={launcher.cpus}"],  # since SLURM 22.05 a step does not take it from its job
         array_parallelism=launcher.parallel,

@@ -14,7 +14,7 @@ from diffbench.cli import main
 from diffbench.config import load
 from diffbench.core.errors import UserError
 from diffbench.folder import folder_for
-from diffbench.launching import Command, LauncherConfig, queued, split, submit, told
+from diffbench.launching import Command, LauncherConfig, queued, sized, split, submit, told
 
 DIT = "experiments/digits/dit.yaml"
 SLURM = ["launcher=slurm", "launcher.time=30", "launcher.partition=debug"]
@@ -93,8 +93,9 @@ def test_refusals(words: str) -> None:
 
 def test_the_script_asks_for_what_was_asked(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["launcher.gpus=4", "launcher.cpus=6", "launcher.memory=64G", "launcher.setup=[module load cuda]"]
-    others = ["launcher.nodes=2", "launcher.tasks=4", "launcher.account=lab", "launcher.qos=high", "launcher.lead=120"]
-    words = ["train", DIT, "seed=5", f"runs_dir={tmp_path / 'runs'}"]
+    others = ["launcher.account=lab", "launcher.qos=high", "launcher.lead=120"]
+    processes = ["trainer.num_nodes=2", "trainer.devices=4"]
+    words = ["train", DIT, "seed=5", f"runs_dir={tmp_path / 'runs'}", *processes]
     assert main([*words, *SLURM, *more, *others, "launcher.constraint=h200"]) == 0
     folder = tmp_path / "runs" / "slurm"
     assert capsys.readouterr().out == told(["8"], folder) + "\n"
@@ -122,6 +123,29 @@ def test_the_script_asks_for_what_was_asked(cluster: Path, tmp_path: Path, capsy
     (line,) = [line for line in script if line.startswith("srun ")]
     assert "--cpus-per-task=6" in line and sys.executable in line and "submitit.core._submit" in line
     assert list((tmp_path / "runs").iterdir()) == [folder]  # the run's own folder is the job's affair
+
+
+@pytest.mark.parametrize(
+    ("words", "run", "sizes"),
+    [
+        ([], [], (1, 1, 2)),
+        (["launcher.cpus=3"], ["trainer.devices=4"], (1, 1, 12)),  # one task, which starts its ranks itself
+        (["launcher.tasks=4"], ["trainer.devices=4"], (1, 4, 2)),
+        (["launcher.nodes=2"], ["trainer.devices=4", "trainer.num_nodes=2"], (2, 4, 2)),
+    ],
+)
+def test_a_job_is_as_large_as_the_run(words: list[str], run: list[str], sizes: tuple[int, int, int]) -> None:
+    found = sized(split([*SLURM, *words])[0], load(DIT, run).trainer)
+    assert (found.nodes, found.tasks, found.cpus) == sizes
+
+
+def test_a_job_of_another_size_than_the_run_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        sized(split([*SLURM, "launcher.nodes=2"])[0], load(DIT, ["trainer.devices=4"]).trainer)
+    assert str(caught.value) == (
+        "launcher: launcher.nodes=2 x launcher.tasks=4 are not the processes of trainer.num_nodes=1 x"
+        " trainer.devices=4; leave them out, or make them equal"
+    )
 
 
 def test_the_words_leave_the_run_as_it_is(cluster: Path, tmp_path: Path) -> None:
