@@ -112,6 +112,8 @@ def _wanted(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_wanted(a) for a in arguments)
     if get_origin(kind) is list:
+        if arguments[0] is str:
+            return "a list of texts (in quotes where YAML reads them otherwise), as [a, 'b: c']"
         return f"a list of {_wanted(arguments[0]).split(' ', 1)[1]}s, as [1, 2]"
     if get_origin(kind) is dict:
         return "a section with keys of its own"

@@ -99,7 +99,7 @@ def test_normal_is_contiguous_float32_of_the_shape_asked_for() -> None:
 def test_uniform_stays_inside_the_open_interval(
     monkeypatch: pytest.MonkeyPatch, word: int, low: float, high: float
 ) -> None:
-    monkeypatch.setattr(keyed, "words", lambda *_: torch.full((1, 2), word))
+    monkeypatch.setattr(keyed, "philox", lambda *_: [torch.full((1, 1), word).numpy().view("uint64")] * 4)
     assert low < keyed.uniform(0, torch.arange(1)).item() < high
 
 
@@ -134,6 +134,15 @@ def test_normal_numbers_are_normal(across: str) -> None:
     assert abs(kurtosis - 3) < error * math.sqrt(24)
     for level, share in ((0.0, 0.5), (1.0, 0.158655), (2.0, 0.022750), (3.0, 0.001350)):
         assert abs((x > level).double().mean().item() - share) < error * math.sqrt(share * (1 - share))
+
+
+def test_uniforms_are_those_of_their_keys() -> None:
+    keys, positions = (keyed.key(0, "time"), 2**64 - 1, 0), torch.tensor([0, 5, 2**33 + 1, 2**62])
+    rows = keyed.uniforms(keys, positions)
+    assert rows.shape == (3, 4) and rows.dtype == torch.float64
+    for key, row in zip(keys, rows, strict=True):
+        w = keyed.words(key, positions, 2)
+        assert torch.equal(row, ((w[:, 0] >> 6 << 26 | w[:, 1] >> 6).double() + 0.5) * 2.0**-52)
 
 
 def test_uniform_numbers_are_uniform() -> None:

@@ -6,6 +6,7 @@ same bits on any device, in any batch size and on any number of processes, and t
 
 import hashlib
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, Any, Any, Any]:
+def philox(counter: tuple[Any, Any, Any, Any], key: int | tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Four 32-bit words for each 128-bit counter, both as four arrays that broadcast, holding values below 2^32.
 
-    Either int64 tensors on any device, or NumPy's uint64, which on a CPU takes a quarter of the time.
+    Either int64 tensors on any device, or NumPy's uint64, which on a CPU takes a quarter of the time. Several keys are
+    given as their lower and upper halves, two arrays that broadcast with the counters.
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = key & _MASK, key >> 32
+    k0, k1 = (key & _MASK, key >> 32) if isinstance(key, int) else key
     for _ in range(10):
         c0, c2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         high0, high1 = c0 >> 32, c2 >> 32
@@ -64,8 +66,29 @@ def words(key: int, positions: Tensor, count: int) -> Tensor:
 
 def uniform(key: int, positions: Tensor) -> Tensor:
     """(B,) float64 uniform in the open interval (0, 1)."""
-    w = words(key, positions, 2)
-    return ((w[:, 0] >> 6 << 26 | w[:, 1] >> 6).double() + 0.5) * 2.0**-52
+    return uniforms((key,), positions)[0]
+
+
+def uniforms(keys: tuple[int, ...], positions: Tensor) -> Tensor:
+    """(K, B) float64, each row `uniform` of its key: together they take the time of one."""
+    low, high = positions & _MASK, positions >> 32 & _MASK
+    halves = _halves(keys, positions.device)
+    if positions.is_cpu:
+        low, high, halves = _unsigned(low), _unsigned(high), tuple(map(_unsigned, halves))
+    block = low * 0 + halves[0] * 0
+    first, second = philox((block, block, low, high), halves)[:2]
+    drawn = first >> 6 << 26 | second >> 6
+    return ((torch.from_numpy(drawn.view("int64")) if positions.is_cpu else drawn).double() + 0.5) * 2.0**-52
+
+
+@lru_cache(maxsize=64)
+def _halves(keys: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    lower, upper = ([[half] for half in part] for part in ((k & _MASK for k in keys), (k >> 32 for k in keys)))
+    return torch.tensor(lower, device=device), torch.tensor(upper, device=device)
+
+
+def _unsigned(values: Tensor) -> Any:
+    return values.numpy().view("uint64")
 
 
 def normal(key: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -59,13 +59,12 @@ class PositionDataset(Dataset[dict[str, Tensor]]):
 
     def index(self, positions: Tensor) -> Tensor:
         """Image numbers (B,) at positions (B,), which count all samples seen since the start."""
-        epochs = positions // len(self.data)
-        first, last = int(epochs.min()), int(epochs.max())
+        first, last = (int(end) // len(self.data) for end in positions.aminmax())
         self._orders = {e: self._orders[e] if e in self._orders else self._order(e) for e in range(first, last + 1)}
         if first == last:
             return self._orders[first][positions % len(self.data)]
         orders = torch.stack([self._orders[e] for e in range(first, last + 1)])
-        return orders[epochs - first, positions % len(self.data)]
+        return orders[positions // len(self.data) - first, positions % len(self.data)]
 
     def _order(self, epoch: int) -> Tensor:
         return keyed.permutation(keyed.key(self.seed, "order", epoch), len(self.data))
@@ -142,6 +141,10 @@ class PositionDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """To the device; where the batch lies there already, without a look at its parts."""
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) if self._elsewhere else batch
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Adds the first position as a number, where reading it later would mean to wait for another device."""

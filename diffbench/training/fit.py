@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from diffbench.core import ranks
@@ -93,6 +95,7 @@ def fit(
             callbacks=[guard, averages, log, *scores(log, averages), save_state],
             plugins=[states, _environment(), *_scaled(settings)],
             logger=False,
+            profiler=_Unprofiled(),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -119,6 +122,16 @@ def fit(
         print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
         raise SystemExit(128 + save_state.signal)
     return averages
+
+
+class _Unprofiled(PassThroughProfiler):
+    """Lightning asks its profiler some fifty times a step, for each hook of each callback; this one answers at once."""
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+        return _NOTHING
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def _scaled(settings: TrainerConfig) -> list[MixedPrecision]:

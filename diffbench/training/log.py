@@ -104,7 +104,9 @@ class RunLog(L.Callback):
         self.path, self.folder = folder / "metrics.jsonl", folder
         self.batch_size, self.every, self.clock, self.config_text = batch_size, every, clock, config_text
         self.images = 0
+        self._losses: list[torch.Tensor] = []  # not yet counted: a look at each would cost as much as a small layer
         self._loss: torch.Tensor | None = None  # sum and number of the finite losses since the last line
+        self._accumulate = 1
         self._seconds, self._logged_images = 0.0, 0
         self._writer: SummaryWriter | None = None
         self._resumed = False
@@ -160,10 +162,8 @@ class RunLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = (outputs["loss"].detach() * trainer.accumulate_grad_batches).double()
-        finite = loss.isfinite()  # a step that is skipped must not hide the others
-        counted = torch.stack([torch.where(finite, loss, 0.0), finite.double()])
-        self._loss = counted if self._loss is None else self._loss + counted
+        self._losses.append(outputs["loss"].detach())
+        self._accumulate = trainer.accumulate_grad_batches
         if not at_step_end(trainer, batch_idx):
             return
         self.images = trainer.global_step * self.batch_size
@@ -198,7 +198,16 @@ class RunLog(L.Callback):
             self.say(f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s")
 
     def _share_loss(self) -> None:
-        """Makes the sum of losses since the last line the mean over the ranks, on each of them."""
+        """Counts the losses since the last line, one after the other; of several ranks the mean, on each of them."""
+        if self._losses:
+            total, count = (0.0, 0.0) if self._loss is None else self._loss.tolist()
+            for loss in (torch.stack(self._losses) * self._accumulate).double().tolist():
+                if math.isfinite(loss):  # a step that is skipped must not hide the others
+                    total, count = total + loss, count + 1
+            self._losses, self._loss = (
+                [],
+                torch.tensor([total, count], dtype=torch.float64, device=self._losses[0].device),
+            )
         if self._loss is not None and together.size() > 1:
             self._loss = together.total(self._loss) / together.size()
 

@@ -79,9 +79,11 @@ class Module(L.LightningModule):
         scaler = scaler_of(self.trainer)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
         weights = [p for group in optimizer.param_groups for p in group["params"]]  # faster than a walk of the network
-        self.grad_norm = whole(nn.utils.clip_grad_norm_(weights, limit))
+        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(weights, self.settings.clip_norm, norm)
+        self.grad_norm = whole(norm)
         assert self._finite is not None
         self.outcome, self._finite = decide(self.trainer, optimizer, self._finite, self.grad_norm), None
 
@@ -136,17 +138,14 @@ class DiffusionModule(Module):
     def draw(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a batch trains on: images (B, C, H, W), times (B,), noise (B, C, H, W), labels (B,)."""
         x0, position, y = batch["x0"], batch["position"], batch["label"]
-        t = self.process.time(self._quantile(position))
+        u, drop = keyed.uniforms((self._keys["time"], self._keys["label"]), position)
+        if self.time_sampling == "stratified":
+            u = stratified(u, position % self.batch_size, self.batch_size)
         eps = keyed.normal(self._keys["noise"], position, tuple(x0.shape[1:]))
         if self.label_dropout:
-            dropped = keyed.uniform(self._keys["label"], position) < self.label_dropout
-            y = torch.where(dropped, self.null_label, y)  # type: ignore[arg-type]
+            y = torch.where(drop < self.label_dropout, self.null_label, y)  # type: ignore[arg-type]
         dtype = next(self.network.parameters()).dtype
-        return x0.to(dtype), t, eps.to(dtype), y
-
-    def _quantile(self, position: Tensor) -> Tensor:
-        u = keyed.uniform(self._keys["time"], position)
-        return stratified(u, position % self.batch_size, self.batch_size) if self.time_sampling == "stratified" else u
+        return x0.to(dtype), self.process.time(u), eps.to(dtype), y
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The batch's mean loss."""
