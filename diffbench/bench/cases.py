@@ -90,6 +90,7 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     varied = (
         "DiT-S/2",
         "ADM-S/32",
+        DIGITS[0],
         *(SHORT if config.full else ()),
         *(LARGE if config.gpu or device == "cuda" else ()),
     )
@@ -101,7 +102,7 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
         table = [Variant("channels-first", ("trainer.channels_last=false",))]
         table += [blocks, whole] if config.full else [whole] if config.gpu else []
     else:
-        backends = ATTENTION[device] if long else ("math",)
+        backends = ATTENTION[device] if long else ("math",) if model != "DiT-S/2" else ()
         table = [Variant(f"attention {name}", attention=name) for name in backends]
         table += [blocks, whole] if config.full else [blocks] if config.gpu else []
     other = "32-true" if precision(config, device) == "bf16-mixed" else "bf16-mixed"

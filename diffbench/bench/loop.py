@@ -30,7 +30,7 @@ PAIRS = 5
 """Blocks of steps of each loop, in turns."""
 TRACED = 8
 """Steps under the profiler, on a GPU; the first quarter fills its queue."""
-BLOCKS = {"cpu": {"experiments/digits/dit.yaml": 100, "DiT-S/2": 1}, "cuda": {"DiT-XL/2": 10, "DiT-S/2": 50}}
+BLOCKS = {"cpu": {"experiments/digits/dit.yaml": 50, "DiT-S/2": 1}, "cuda": {"DiT-XL/2": 10, "DiT-S/2": 50}}
 """Network -> steps of a block."""
 
 Row = dict[str, Any]
@@ -46,7 +46,7 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
         if time.monotonic() > deadline:
             yield {"part": "loop", "name": model, "skipped": "the time is up"}
             continue
-        steps = 2 if config.tiny else 10 if config.full and steps < 10 else steps
+        steps = 2 if config.tiny else 4 * steps if config.full else steps
         yield {"part": "loop", "name": model} | compare(run_config(config, model, device.type), device, steps)
 
 

@@ -1,7 +1,7 @@
 """The position-indexed loader: which image comes when is a function of (seed, position), so any run can start
 anywhere and two backbones with one seed see the same images in the same order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -50,33 +50,56 @@ class PositionDataset(Dataset[dict[str, Tensor]]):
     Args:
         data: what batches are made of.
         seed: of the order.
+        flip: whether batches say which pictures are to be mirrored, half of them, drawn anew each epoch.
         only_index: whether batches hold just which pictures are meant, as where the set lies on the device already.
     """
 
-    def __init__(self, data: ImageSet | LatentSet, seed: int, only_index: bool = False) -> None:
-        self.data, self.seed, self.only_index = data, seed, only_index
+    def __init__(self, data: ImageSet | LatentSet, seed: int, flip: bool = False, only_index: bool = False) -> None:
+        self.data, self.seed, self.flip, self.only_index = data, seed, flip, only_index
         self._orders: dict[int, Tensor] = {}
+        self._flips: dict[int, Tensor] = {}
+        self._flip_key = keyed.key(seed, "flip")
 
     def index(self, positions: Tensor) -> Tensor:
         """Image numbers (B,) at positions (B,), which count all samples seen since the start."""
-        first, last = (int(end) // len(self.data) for end in positions.aminmax())
-        self._orders = {e: self._orders[e] if e in self._orders else self._order(e) for e in range(first, last + 1)}
-        if first == last:
-            return self._orders[first][positions % len(self.data)]
-        orders = torch.stack([self._orders[e] for e in range(first, last + 1)])
-        return orders[positions // len(self.data) - first, positions % len(self.data)]
+        return _at(positions, len(self.data), self._orders, self._order)
+
+    def flipped(self, positions: Tensor) -> Tensor:
+        """Whether the pictures at positions (B,) are mirrored, (B,) bool."""
+        return _at(positions, FLIPS, self._flips, self._flip)
 
     def _order(self, epoch: int) -> Tensor:
         return keyed.permutation(keyed.key(self.seed, "order", epoch), len(self.data))
+
+    def _flip(self, block: int) -> Tensor:
+        return keyed.uniform(self._flip_key, torch.arange(block * FLIPS, (block + 1) * FLIPS)) < 0.5
 
     def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
         """A batch: position (B,) and what the set gives, as image (B, C, H, W) uint8 and label (B,); or index (B,)."""
         position = torch.tensor(positions)
         index = self.index(position)
-        return {"position": position, **({"index": index} if self.only_index else self.data.gather(index))}
+        batch = {"position": position, **({"index": index} if self.only_index else self.data.gather(index))}
+        return batch | {"flipped": self.flipped(position)} if self.flip else batch
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         return self.__getitems__([position])
+
+
+FLIPS = 4096
+"""Positions whose flips are drawn at once: in the time of one batch's."""
+
+
+def _at(positions: Tensor, size: int, rows: dict[int, Tensor], make: Callable[[int], Tensor]) -> Tensor:
+    """What rows of `size` each, laid one after the other, hold at positions (B,); keeps those in `rows` that it met."""
+    first, last = (int(end) // size for end in positions.aminmax())
+    for row in [row for row in rows if not first <= row <= last]:
+        del rows[row]
+    for row in range(first, last + 1):
+        if row not in rows:
+            rows[row] = make(row)
+    if first == last:
+        return rows[first][positions % size]
+    return torch.stack([rows[row] for row in range(first, last + 1)])[positions // size - first, positions % size]
 
 
 class PositionDataModule(L.LightningDataModule):
@@ -123,8 +146,8 @@ class PositionDataModule(L.LightningDataModule):
             if low < 0 or high >= classes:
                 raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{classes - 1}")
 
-    def x0(self, batch: dict[str, Tensor], flipped: Tensor) -> Tensor:
-        """What a batch on the device trains on, (B, C, H, W) float32; `flipped` (B,) says which to mirror."""
+    def x0(self, batch: dict[str, Tensor]) -> Tensor:
+        """What a batch on the device trains on, (B, C, H, W) float32; its `flipped` (B,) says which to mirror."""
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -135,7 +158,7 @@ class PositionDataModule(L.LightningDataModule):
         self._on_device = self.train.to(device) if resident else None
         self._elsewhere = device.type != "cpu"
         return DataLoader(
-            PositionDataset(self.train, self.seed, only_index=resident),
+            PositionDataset(self.train, self.seed, self.flip, only_index=resident),
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.num_workers,
@@ -152,15 +175,10 @@ class PositionDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Bytes travel to the device, or lie there, and become numbers there."""
-        position, first = batch["position"], {k: batch[k] for k in ("first",) if k in batch}
         if "index" in batch:
-            batch = self._on_device.gather(batch["index"])
-        if self.flip:
-            flipped = keyed.uniform(keyed.key(self.seed, "flip"), position) < 0.5
-        else:
-            flipped = torch.zeros_like(position, dtype=torch.bool)
-        x0 = self.x0(batch | {"position": position}, flipped)
-        return {"x0": x0, "label": batch["label"], "position": position, **first}
+            batch = batch | self._on_device.gather(batch["index"])
+        kept: dict[str, Any] = {name: batch[name] for name in ("label", "position", "first") if name in batch}
+        return {"x0": self.x0(batch), **kept}
 
     def state_dict(self) -> dict[str, Any]:
         seen = self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen
@@ -179,10 +197,12 @@ class PositionDataModule(L.LightningDataModule):
 class ImageDataModule(PositionDataModule):
     """Images: x0 holds pixels in [-1, 1]."""
 
-    def x0(self, batch: dict[str, Tensor], flipped: Tensor) -> Tensor:
+    def x0(self, batch: dict[str, Tensor]) -> Tensor:
         images = batch["image"]
         if self.flip:
-            chosen = -flipped.to(torch.uint8)[:, None, None, None]  # all bits, or none: four times as fast as where
+            chosen = -batch["flipped"].to(torch.uint8)[
+                :, None, None, None
+            ]  # all bits, or none: four times as fast as where
             images = images ^ ((images ^ images.flip(-1)) & chosen)
         return from_uint8(images)
 
@@ -192,10 +212,10 @@ class LatentDataModule(PositionDataModule):
 
     train: LatentSet
 
-    def x0(self, batch: dict[str, Tensor], flipped: Tensor) -> Tensor:
+    def x0(self, batch: dict[str, Tensor]) -> Tensor:
         mean, log_variance = batch["mean"], batch["log_variance"]
         if self.flip:
-            mirror = flipped[:, None, None, None]
+            mirror = batch["flipped"][:, None, None, None]
             mean = torch.where(mirror, batch["flipped_mean"], mean)
             log_variance = torch.where(mirror, batch["flipped_log_variance"], log_variance)
         noise = keyed.normal(keyed.key(self.seed, "posterior"), batch["position"], tuple(mean.shape[1:]))
