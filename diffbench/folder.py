@@ -20,6 +20,7 @@ FREE = {
     "trainer.max_skipped",
     "trainer.resident",
     "trainer.async_checkpoints",
+    "trainer.keep_memory",
     "ema.foreach",
     "data.num_workers",
     "runs_dir",

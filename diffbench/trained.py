@@ -18,6 +18,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import sweep
 from diffbench.denoisers.cost import Cost
 from diffbench.folder import read_config, update_length
+from diffbench.training.speed import keep_memory
 
 if TYPE_CHECKING:
     from lightning import Callback, LightningDataModule
@@ -48,6 +49,8 @@ class Trained(ABC, Generic[C]):
 
     def __init__(self, folder: Path, config: C) -> None:
         self.folder, self.config = folder, config
+        if config.trainer.keep_memory:
+            keep_memory()
         torch.manual_seed(config.seed)
         self.network = self.build()
         if config.trainer.channels_last:

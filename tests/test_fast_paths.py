@@ -20,6 +20,7 @@ from diffbench.config import load as load_config
 from diffbench.core.errors import UserError
 from diffbench.core.states import read_state
 from diffbench.denoisers.tmsa import TMSA, frozen_weights, shorten
+from diffbench.denoising import Run
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.parts import check_compiler, data_module, load_data
 from diffbench.run import train
@@ -110,7 +111,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "change", ["ema.foreach=false", "trainer.resident=true", "trainer.async_checkpoints=true", "trainer.tf32=true"]
+    "change",
+    ["ema.foreach=false", "trainer.keep_memory=false", "trainer.resident=true", "trainer.async_checkpoints=true"]
+    + ["trainer.tf32=true"],
 )
 def test_a_run_ends_with_the_same_bits(change: str, plain: dict[str, Any], tmp_path: Path) -> None:
     other = trained(tmp_path, change)
@@ -163,6 +166,42 @@ def test_auto_means_bfloat16_on_a_gpu_for_denoisers(monkeypatch: pytest.MonkeyPa
     assert precision_here(TrainerConfig(precision="64-true"), low=True) == "64-true"
     assert load_config(DIT).trainer.precision == "bf16-mixed"
     assert load_config("experiments/digits/classifier.yaml").trainer.precision == "32-true"
+
+
+FAULTS = """
+import resource, sys, torch
+from diffbench.training.speed import keep_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    for _ in range(3):
+        kept = [torch.ones(2**20) for _ in range(20)]
+
+if sys.argv[1] == "true":
+    keep_memory()
+step()
+before = faults()
+step()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_freed_memory_is_used_again() -> None:
+    """80 MiB, three times: that is 61,440 pages of 4 KiB."""
+    command = [sys.executable, "-c", FAULTS]
+    counts = {on: int(subprocess.check_output([*command, on])) for on in ("true", "false")}
+    assert counts["true"] < 3_000 < 15_000 < counts["false"], counts
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_is_kept_where_the_config_says_so(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr("diffbench.trained.keep_memory", lambda: calls.append(None))
+    Run(Path("none"), load_config("experiments/digits/dit.yaml", [f"trainer.keep_memory={keep}".lower()]))
+    assert len(calls) == keep
 
 
 def test_the_mantissa_of_float32_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

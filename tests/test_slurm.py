@@ -74,6 +74,23 @@ def test_a_run_goes_through_the_queue(
     assert f"samples: {run}/samples/final-" in log
 
 
+def test_the_tasks_of_a_job_are_the_ranks_of_a_run(
+    node: dict[str, str], finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", DIT, "debug=smoke", "trainer.devices=2", f"runs_dir={tmp_path}"]
+    asked = ["tasks=2", "cpus=1", "time=5", "setup=['export OMP_NUM_THREADS=1']"]
+    assert main([*words, "launcher=slurm", *(f"launcher.{word}" for word in asked)]) == 0
+    ((_, job),) = queued(tmp_path / "slurm").items()
+    facts = ended(job, node, 500)
+    logs = {rank: (tmp_path / "slurm" / f"{job}_{rank}_log.out").read_text() for rank in range(2)}
+    assert (facts["JobState"], facts["NumTasks"]) == ("COMPLETED", "2"), logs
+    run = only(tmp_path)
+    assert f"samples: {run}/samples/final-" in logs[0] and "samples:" not in logs[1]
+    one, two = ({key: value for line in series(r) for key, value in line.items()} for r in (finished, run))
+    for name in ("train/loss", "val/error"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3)
+
+
 def test_a_command_that_fails_stops_no_other(node: dict[str, str], tmp_path: Path) -> None:
     launcher = LauncherConfig(name="slurm", time="5", cpus=1, parallel=1, folder=str(tmp_path))
     commands = [["show", DIT], ["show", DIT, "denoiser.depht=2"], ["show", DIT, "seed=3"]]

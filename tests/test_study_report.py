@@ -186,6 +186,25 @@ def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
     assert "val/error" not in quality(c)[0]
 
 
+def test_variants_that_share_runs_may_be_measured_differently(tmp_path: Path) -> None:
+    results = []
+    for seed in range(3):
+        folder = make_run(tmp_path / f"dit-s{seed}", "dit", seed)
+        few = record(0.8, seed)
+        few = {name.replace("@500", "@250"): value for name, value in few.items()}
+        results.append(Result("count=500", seed, "complete", folder, record(0.4, seed)))
+        results.append(Result("count=250", seed, "complete", folder, few))
+    c = conclude(asked(results, primary="fd/digits-cnn@250"))
+    assert c.ranked() == ["count=250"]
+    many, fewer, real = quality(c)
+    assert "fd/digits-cnn@250" not in many and "fd/digits-cnn@500" not in fewer
+    assert {"fd/digits-cnn@250", "fd/digits-cnn@500"} < real.keys()
+    assert few["extractor"] is not None
+    results[1].record["extractor"]["weights"] = "others"  # type: ignore[index]  # under the same name
+    with pytest.raises(UserError, match=r"extractor\.weights is others in one and \w+ in the other"):
+        conclude(asked(results))
+
+
 def test_mixed_protocols_are_refused(tmp_path: Path) -> None:
     results = backbones(tmp_path, seeds=1)
     assert results[0].record is not None

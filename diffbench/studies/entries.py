@@ -99,15 +99,20 @@ def _check_primary(primary: str) -> None:
 
 
 def _check_records(found: Sequence[Entry]) -> None:
-    """Refuses what was measured differently: all of it within a variant, all but what is asked between them."""
+    """Refuses what was measured differently: all of it within a variant, all but what is asked between them.
+
+    Variants of the same runs may be measured by other extractors or counts: their values have other names.
+    """
     seeds: dict[str, Entry] = {}
-    sampling = _sampling_is_asked(found)
-    first: Entry | None = None
+    shared = _runs_are_shared(found)
+    sampling = shared or _sampling_is_asked(found)
+    firsts: dict[frozenset[str], Entry] = {}
     for entry in found:
         if entry.result.record is None:
             continue
         alike = seeds.setdefault(entry.result.variant, entry)
-        first = first or entry
+        measured = frozenset(name.rpartition("/")[2] for name in values(entry.result.record)) if shared else frozenset()
+        first = firsts.setdefault(measured, entry)
         for other, loose in ((alike, False), (first, sampling)):
             one, two = (_record(e, loose) for e in (other, entry))
             if (told := difference(one, two)) is not None:
@@ -122,11 +127,13 @@ def _record(entry: Entry, loose: bool) -> dict[str, Any]:
     return {**record, "sample": None, "guidance": None} if loose else record
 
 
-def _sampling_is_asked(found: Sequence[Entry]) -> bool:
-    """Whether variants are meant to be sampled differently: they share runs, or their configs say so."""
+def _runs_are_shared(found: Sequence[Entry]) -> bool:
     variants: dict[Path, str] = {}
-    if any(variants.setdefault(e.result.folder, e.result.variant) != e.result.variant for e in found):
-        return True
+    return any(variants.setdefault(e.result.folder, e.result.variant) != e.result.variant for e in found)
+
+
+def _sampling_is_asked(found: Sequence[Entry]) -> bool:
+    """Whether variants are meant to be sampled differently, as their configs say."""
     keys = ("process.name", "sample.sampler", "sample.steps", "sample.clip", "sample.guidance")
     return len({tuple(e.seen.flat.get(key) for key in keys) for e in found if e.seen}) > 1
 

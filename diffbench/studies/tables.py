@@ -49,16 +49,17 @@ def quality(c: Conclusion) -> Rows:
 
 def floors(c: Conclusion) -> dict[str, str]:
     """What as many real images score, by the metrics' full names."""
-    record = next((e.result.record for e in c.entries if e.result.record and e.result.record.get("floor")), None)
-    if record is None:
-        return {}
-    floor, found = record["floor"], {}
+    found: dict[str, str] = {}
+    records = [e.result.record for e in c.entries if e.result.record and e.result.record.get("floor")]
     for name in shown(c):
+        record = next((r for r in records if name in recorded(r)), None)
         key = short(name).replace("fid", "fd")
+        if record is None:
+            continue
         if key == "nearest_train" and "nearest_train_held_out" in record:
             found[name] = number(record["nearest_train_held_out"], name)
-        elif name in recorded(record) and isinstance(floor.get(key), int | float):
-            found[name] = number(floor[key], name)
+        elif isinstance(record["floor"].get(key), int | float):
+            found[name] = number(record["floor"][key], name)
     return found
 
 

@@ -1,6 +1,8 @@
-"""Faster ways to the same numbers, each behind a key: compilation, the mantissa of float32 products, CUDA graphs."""
+"""Faster ways to the same numbers, each behind a key: compilation, kept memory, float32's mantissa, CUDA graphs."""
 
 import contextlib
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -30,6 +32,18 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
     members = [member for found in lists for member in found if not isinstance(member, nn.ModuleList)]
     return [m for m in members if next(m.children(), None) is not None]
+
+
+def keep_memory() -> None:
+    """Has this process keep what it frees, in blocks of up to 32 MiB, instead of giving it back in each step.
+
+    A page that comes back must be cleared by the kernel first: on two CPU cores that is a twentieth to a seventh of a
+    training step's time, and the most that is in use stays the same. With another C library than glibc, nothing.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 * 2**20)
 
 
 @contextlib.contextmanager
