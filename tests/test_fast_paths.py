@@ -112,8 +112,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "change",
-    ["ema.foreach=false", "trainer.keep_memory=false", "trainer.resident=true", "trainer.async_checkpoints=true"]
-    + ["trainer.tf32=true"],
+    [
+        "ema.foreach=false",
+        "trainer.keep_memory=false",
+        "trainer.resident=true",
+        "trainer.async_checkpoints=true",
+        "trainer.tf32=true",
+    ],
 )
 def test_a_run_ends_with_the_same_bits(change: str, plain: dict[str, Any], tmp_path: Path) -> None:
     other = trained(tmp_path, change)
