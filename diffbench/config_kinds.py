@@ -12,16 +12,8 @@ from diffbench.denoisers.classifier import ClassifierConfig
 from diffbench.diffusion import PROCESSES
 from diffbench.diffusion.pairs import ON_TABLES, PAIRS, check_pair
 from diffbench.training.autoencoder_settings import LossConfig, NetworkConfig
-from diffbench.training.settings import (
-    DenoiserTrainerConfig,
-    EMAConfig,
-    EvaluateConfig,
-    OptimizerConfig,
-    SampleConfig,
-    TrainerConfig,
-    ValidationConfig,
-    precision_here,
-)
+from diffbench.training.score_settings import EvaluateConfig, SampleConfig, ValidationConfig
+from diffbench.training.settings import DenoiserTrainerConfig, EMAConfig, OptimizerConfig, TrainerConfig, precision_here
 
 FORMAT = 1
 

@@ -25,7 +25,7 @@ from diffbench.denoisers.cost import Cost
 from diffbench.denoisers.tmsa import shorten
 from diffbench.trained import Trained, open_run
 from diffbench.training.coding import decode
-from diffbench.training.settings import SampleConfig
+from diffbench.training.score_settings import SampleConfig
 
 if TYPE_CHECKING:
     from lightning import Callback, LightningDataModule

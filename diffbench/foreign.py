@@ -23,7 +23,7 @@ from diffbench.folder import read_config
 from diffbench.judging import Judgement
 from diffbench.parts import device_of, load_data
 from diffbench.pictures import Pictures, holds_pictures, open_pictures, read_statistics
-from diffbench.training.settings import EvaluateConfig
+from diffbench.training.score_settings import EvaluateConfig
 
 
 def is_run(path: Path) -> bool:

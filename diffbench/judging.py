@@ -20,7 +20,7 @@ from diffbench.evaluation import Extractor
 from diffbench.evaluation.metrics import nearest_distance
 from diffbench.evaluation.suite import KEPT, Reference, Suite, metric_name
 from diffbench.references import BATCH, Part
-from diffbench.training.settings import EvaluateConfig
+from diffbench.training.score_settings import EvaluateConfig
 
 SUBSETS, SUBSET = 100, 1000
 """The kernel distance is a mean over so many subsets of so many images, as is common; of fewer images it takes all."""

@@ -31,7 +31,7 @@ from diffbench.pictures import refuse_to_overwrite, write_npz
 from diffbench.run import Run
 from diffbench.shards import SIZE, Shards
 from diffbench.training.coding import reconstruct
-from diffbench.training.settings import SampleConfig
+from diffbench.training.score_settings import SampleConfig
 
 ALLOWED = ("sample", "evaluate", "seed", "ema", "snapshot", "export")
 

@@ -15,7 +15,7 @@ from diffbench.core.launch import LOST, end_with_parent
 from diffbench.folder import read_config
 from diffbench.parts import device_of
 from diffbench.run import KINDS, encode, load
-from diffbench.training.settings import SampleConfig
+from diffbench.training.score_settings import SampleConfig
 
 
 def train(folder: str, checkpoint: str | None = None) -> None:

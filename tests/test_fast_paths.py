@@ -27,7 +27,8 @@ from diffbench.run import train
 from diffbench.training.checkpoints import AtomicCheckpointIO, all_steps
 from diffbench.training.module import DiffusionModule
 from diffbench.training.sampling import generate
-from diffbench.training.settings import OptimizerConfig, SampleConfig, TrainerConfig, precision_here
+from diffbench.training.score_settings import SampleConfig
+from diffbench.training.settings import OptimizerConfig, TrainerConfig, precision_here
 from diffbench.training.speed import blocks, compile_network, float32_products
 
 DIT = "experiments/digits/dit.yaml"

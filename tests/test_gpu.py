@@ -20,7 +20,7 @@ from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.run import load, train
 from diffbench.training.ema import EMA
 from diffbench.training.sampling import generate
-from diffbench.training.settings import EvaluateConfig, SampleConfig
+from diffbench.training.score_settings import EvaluateConfig, SampleConfig
 from diffbench.training.speed import Graphed
 
 pytestmark = [

@@ -16,7 +16,7 @@ from diffbench.diffusion import EDM, DiscreteVP, EDMConfig, Flow, FlowConfig, Pr
 from diffbench.diffusion.pairs import PAIRS
 from diffbench.training.guides import Helpers, gradient_of, guided
 from diffbench.training.sampling import generate
-from diffbench.training.settings import SampleConfig
+from diffbench.training.score_settings import SampleConfig
 from diffbench.training.strips import Steps
 
 PROCESSES: dict[str, Process] = {

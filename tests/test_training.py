@@ -24,7 +24,8 @@ from diffbench.training.clock import due
 from diffbench.training.module import DiffusionModule, lr_factor
 from diffbench.training.pictures import grid
 from diffbench.training.sampling import generate
-from diffbench.training.settings import OptimizerConfig, SampleConfig
+from diffbench.training.score_settings import SampleConfig
+from diffbench.training.settings import OptimizerConfig
 from diffbench.training.validation import denoising_error
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from diffbench.bench.settings import BenchConfig
 from diffbench.bench.subject import Subject
 from diffbench.training.cost import network_evaluations
 from diffbench.training.sampling import generate
-from diffbench.training.settings import SampleConfig
+from diffbench.training.score_settings import SampleConfig
 
 GUIDANCE = 1.5
 PLAN = {"cpu": ("DiT-S/2", 8, 10), "cuda": ("DiT-XL/2", 256, 250), "tiny": ("DiT-S/2", 4, 2)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffbench.diffusion import Prediction, Process
 from diffbench.training.guides import guided
 from diffbench.training.sampling import walk
-from diffbench.training.settings import SampleConfig
+from diffbench.training.score_settings import SampleConfig
 
 PROBE = 64
 """Samples whose time is taken."""

@@ -23,7 +23,7 @@ from diffbench.training.guides import Helpers
 from diffbench.training.log import RunLog
 from diffbench.training.module import DiffusionModule
 from diffbench.training.sampling import generate
-from diffbench.training.settings import SampleConfig
+from diffbench.training.score_settings import SampleConfig
 from diffbench.training.sharding import gathered, part_of, sharded
 
 

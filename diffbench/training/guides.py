@@ -18,7 +18,7 @@ from diffbench.diffusion import (
 )
 from diffbench.diffusion.family import LabelledPredict
 from diffbench.diffusion.guidance import Weight
-from diffbench.training.settings import SampleConfig
+from diffbench.training.score_settings import SampleConfig
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from diffbench.training.guides import Helpers, guided
 from diffbench.training.log import RunLog
 from diffbench.training.module import DiffusionModule
 from diffbench.training.pictures import grid, save_grid
-from diffbench.training.settings import SampleConfig
+from diffbench.training.score_settings import SampleConfig
 from diffbench.training.speed import Graphed, Network, in_bfloat16
 from diffbench.training.strips import Steps
 
