@@ -139,6 +139,18 @@ def test_more_processes_and_other_networks_in_single_precision(model: str, proce
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_reduced_precision_in_two_processes(precision: str, tmp_path: Path) -> None:
+    """Scale, skipped steps and losses are those of one process; products have 8 or 11 bits."""
+    more = [f"trainer.precision={precision}", "trainer.accumulate=2"]
+    alone, run = trained(tmp_path / "alone", 30, *more), trained(tmp_path / "two", 30, *more, "trainer.devices=2")
+    a, b = series(alone), series(run)
+    assert b["train/skipped_steps"] == a["train/skipped_steps"]
+    assert b["train/loss"] == pytest.approx(a["train/loss"], rel=0.02)
+    assert b["val/error"] == pytest.approx(a["val/error"], rel=0.02)
+
+
+@pytest.mark.slow
 def test_losses_lead_two_processes_to_the_same_times(tmp_path: Path) -> None:
     more = ["trainer.time_sampling=loss_aware", "process.steps=8", "trainer.accumulate=2"]
     more += ["validation.log_snr=[-6,-2,2]"]  # what eight steps reach

@@ -167,3 +167,11 @@ def test_weights_of_another_source_are_told() -> None:
         infer("diffit", dit, {})
     with pytest.raises(ValueError, match=r"^dit: no pos_embed among 31 names$"):
         infer("dit", {key: value for key, value in dit.items() if key != "pos_embed"}, {})
+
+
+def test_a_weight_of_another_shape_is_named() -> None:
+    state = {"x_embedder.proj.weight": torch.zeros(8, 3, 2, 2), "pos_embed": torch.zeros(4)}
+    with pytest.raises(ValueError, match=r"^dit: pos_embed has shape \(4,\), as in no such network$"):
+        infer("dit", state, {})
+    with pytest.raises(ValueError, match=r"^ddpmpp: map_layer0.weight has shape \(4,\), as in no such network$"):
+        infer("ddpmpp", {"map_layer0.weight": torch.zeros(4)}, {})

@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-Shapes = dict[str, tuple[int, ...]]
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """Shapes of weights by name, which knows what it was asked for last."""
+
+    asked: str = ""
+
+    def __getitem__(self, key: str) -> tuple[int, ...]:
+        self.asked = key
+        return super().__getitem__(key)
+
 
 ANCHORS = {
     "dit": "x_embedder.proj.weight",
@@ -64,11 +73,13 @@ def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any
         ValueError: if the weights do not say an argument that is not given, naming it, or say another value; or if
             they lack what every network of the source has.
     """
-    shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
+    shapes = Shapes({key: tuple(value.shape) for key, value in state_dict.items()})
     try:
         found = _SOURCES[source](shapes, dict(given))
     except KeyError as e:
         raise ValueError(f"{source}: no {e.args[0]} among {len(shapes)} names") from None
+    except (IndexError, ZeroDivisionError):
+        raise ValueError(f"{source}: {shapes.asked} has shape {shapes[shapes.asked]}, as in no such network") from None
     for name, value in given.items():
         said = found.get(name, value)
         if (list(said) if isinstance(said, tuple) else said) != (list(value) if isinstance(value, tuple) else value):
@@ -78,7 +89,7 @@ def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any
 
 def _transformer(source: str) -> Callable[[Shapes, dict[str, Any]], dict[str, Any]]:
     def arguments(shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
-        hidden, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        hidden, channels, patch = (shapes["x_embedder.proj.weight"][i] for i in range(3))
         tokens = shapes["pos_embed"][1]
         if math.isqrt(tokens) ** 2 != tokens:
             raise ValueError(f"{source}: pos_embed has {tokens} tokens, which make no square")
@@ -120,7 +131,7 @@ def _adm(shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
     model = shapes["time_embed.0.weight"][1]
     ups = [key for key in shapes if re.match(r"output_blocks\.\d+\.[12]\.(conv\.weight|in_layers\.0\.weight)", key)]
     downs = [key for key in shapes if re.match(r"input_blocks\.\d+\.0\.op\.weight", key)]
-    inputs = {int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks.")}
+    inputs = {int(m[1]) for key in shapes if (m := re.match(r"input_blocks\.(\d+)\.", key))}
     outputs = _count(shapes, r"output_blocks\.(\d+)\.")
     absent = [i for i in range(max(inputs)) if i not in inputs]  # resampling without weights
     # A level of the decoder ends with the first upsampler; one of the encoder, with what has no weights.
@@ -157,7 +168,7 @@ def _adm(shapes: Shapes, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _song(shapes: Shapes, _given: dict[str, Any]) -> dict[str, Any]:
-    emb, noise = shapes["map_layer0.weight"]
+    emb, noise = (shapes["map_layer0.weight"][i] for i in range(2))
     sides = sorted({int(m[1]) for key in shapes if (m := re.match(r"enc\.(\d+)x\1_block", key))}, reverse=True)
     if not sides:
         raise KeyError("enc.32x32_block0")
