@@ -314,6 +314,4 @@ def test_a_compiled_run_ends_with_the_same_weights(plain: dict[str, Any], tmp_pa
     torch.compiler.reset()
     a, b = plain["state_dict"], trained(tmp_path, "trainer.compile=block")["state_dict"]
     assert a.keys() == b.keys()
-    apart = torch.cat([(a[key] - b[key]).flatten().abs() for key in a])
-    # A gradient that is rounding noise, as before adaLN's zeros, is a whole step to Adam.
-    assert apart.median() < 1e-6 and (apart > 1e-4).double().mean() < 0.01, apart.sort().values[-20:]
+    assert all((a[key] - b[key]).abs().max() < 1e-4 for key in a)

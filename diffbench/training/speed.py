@@ -20,7 +20,9 @@ def compile_network(network: nn.Module, how: Literal["none", "block", "model"], 
     if how == "none":
         return
     import torch._dynamo  # seconds
+    import torch._inductor.config
 
+    torch._inductor.config.fallback_random = True  # dropout as it falls uncompiled
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 64)  # a U-Net has as many kinds of blocks
     for module in [network] if how == "model" else blocks(network):
