@@ -17,7 +17,6 @@ from diffbench.data.sources import SOURCES, ImageSet, balanced
 from diffbench.denoisers import build
 from diffbench.denoisers.cost import Cost, count
 from diffbench.diffusion import PROCESSES, Process
-from diffbench.references import check_extractor
 from diffbench.training.settings import AUGMENT_WIDTH, TrainerConfig
 
 if TYPE_CHECKING:
@@ -134,6 +133,8 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
                 f" each class as data.name={config.data.name} has, got {wanted}"
             )
     try:
+        from diffbench.references import check_extractor  # seconds, which tables and reports need not wait
+
         check_extractor(e.extractor, e.weights, train_set)
     except ValueError as error:
         raise Missing(str(error)) from None
