@@ -39,8 +39,8 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 def keep_memory() -> None:
     """Has this process keep what it frees, in blocks of up to 32 MiB, instead of giving it back in each step.
 
-    A page that comes back must be cleared by the kernel first: on two CPU cores that is a twentieth to a seventh of a
-    training step's time, and the most that is in use stays the same. With another C library than glibc, nothing.
+    A page that comes back must be cleared by the kernel first: on two CPU cores that is up to a seventh of a training
+    step's time, and the most that is in use stays the same. With another C library than glibc, nothing.
     """
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
