@@ -73,8 +73,9 @@ class LauncherConfig:
     def __post_init__(self) -> None:
         least = {"gpus": 0, "requeues": 0, "cpus": 1, "nodes": 1, "tasks": 1, "lead": 1, "parallel": 1}
         for key, low in least.items():
-            if (getattr(self, key) or 0) < low and getattr(self, key) is not None:
-                raise ValueError(f"launcher.{key}: must be at least {low}, got {getattr(self, key)}")
+            value = getattr(self, key)
+            if value is not None and value < low:
+                raise ValueError(f"launcher.{key}: must be at least {low}, got {value}")
         for key in ("partition", "account", "qos", "constraint"):
             value = getattr(self, key)
             if value is not None and not re.fullmatch(r"[^\s-]\S*", value):

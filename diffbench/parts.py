@@ -132,9 +132,9 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
                 f"evaluate.{name}: must be at most {rarest * len(train_set.labels.unique())}, as many real images of"
                 f" each class as data.name={config.data.name} has, got {wanted}"
             )
-    try:
-        from diffbench.references import check_extractor  # seconds, which tables and reports need not wait
+    from diffbench.references import check_extractor  # seconds, which tables and reports need not wait
 
+    try:
         check_extractor(e.extractor, e.weights, train_set)
     except ValueError as error:
         raise Missing(str(error)) from None

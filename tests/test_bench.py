@@ -174,7 +174,9 @@ def test_every_variant_is_a_config(form: BenchConfig, device: str) -> None:
                 assert cases.run_config(form, model, device, variant.overrides) != base
             found.setdefault(model, []).append(variant.name)
     assert all(names[0] == "default" and len(set(names)) == len(names) for names in found.values())
-    assert len(found["DiT-S/2"]) > 1
+    brief = not (form.full or form.gpu)  # in which attention is shown at the small size
+    assert len(found["DiT-S/2"]) > (1 if brief else 2)
+    assert any(name.startswith("attention ") for name in found[cases.DIGITS[0]])
     large = form.gpu or device == "cuda"
     assert len(found["DiT-XL/2"]) > 1 if large else len(found["DiT-XL/2"]) == 1
 

@@ -54,6 +54,12 @@ SHORT = settings(max_examples=15, deadline=None, derandomize=True, database=None
 LONG = settings(max_examples=520, deadline=None, derandomize=False, database=None, suppress_health_check=QUIET)
 
 
+def try_all(case: tuple[Any, dict[str, Any]], how: settings) -> None:
+    """Calls a case's function with what its strategies give."""
+    body, given_as = case
+    how(given(**given_as)(body))()
+
+
 def any_override(words: list[str]) -> None:
     ends_well("show", DIT, *words)
 
@@ -101,12 +107,10 @@ CASES: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_sixty_inputs(what: str) -> None:
-    body, given_as = CASES[what]
-    SHORT(given(**given_as)(body))()
+    try_all(CASES[what], SHORT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", CASES)
 def test_two_thousand_inputs(what: str) -> None:
-    body, given_as = CASES[what]
-    LONG(given(**given_as)(body))()
+    try_all(CASES[what], LONG)

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from test_fuzz import LONG, SHORT, ends_well
+from test_fuzz import LONG, SHORT, ends_well, text, try_all
 
 from diffbench.core.errors import UserError
 from diffbench.data.images import ImagesConfig, images
@@ -80,7 +79,6 @@ tensors = st.builds(
 )
 PARTS = ["x_embedder.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "final_layer.linear.weight", "y_embedder"]
 PARTS += ["input_blocks.0.0.weight", "model.map_layer0.weight", "t_embedder.mlp.0.weight", "blocks.1.mlp.fc1.bias"]
-text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 states = st.dictionaries(st.sampled_from(PARTS) | text, tensors, max_size=6)
 
 CASES: dict[str, Any] = {
@@ -94,12 +92,10 @@ CASES: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_thirty_files(what: str) -> None:
-    body, given_as = CASES[what]
-    SHORT(given(**given_as)(body))()
+    try_all(CASES[what], SHORT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", CASES)
 def test_a_thousand_files(what: str) -> None:
-    body, given_as = CASES[what]
-    LONG(given(**given_as)(body))()
+    try_all(CASES[what], LONG)

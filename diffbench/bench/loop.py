@@ -46,7 +46,7 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
         if time.monotonic() > deadline:
             yield {"part": "loop", "name": model, "skipped": "the time is up"}
             continue
-        steps = 2 if config.tiny else 4 * steps if config.full else steps
+        steps = 2 if config.tiny else 10 if config.full and steps < 10 else steps
         yield {"part": "loop", "name": model} | compare(run_config(config, model, device.type), device, steps)
 
 

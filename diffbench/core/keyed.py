@@ -55,7 +55,7 @@ def words(key: int, positions: Tensor, count: int) -> Tensor:
         drawn = torch.stack(torch.broadcast_tensors(*philox((blocks, blocks * 0, low, high), key)), dim=-1)
         return drawn.flatten(1)[:, :count]
     drawn = torch.empty(len(positions), blocks.shape[1], 4, dtype=torch.int64)
-    block, position, out = blocks.numpy().view("uint64"), positions.numpy().view("uint64")[:, None], drawn.numpy()
+    block, position, out = _unsigned(blocks), _unsigned(positions)[:, None], drawn.numpy()
     rows = max(1, _CACHED // blocks.shape[1])
     for start in range(0, len(positions), rows):
         part = position[start : start + rows]

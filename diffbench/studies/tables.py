@@ -53,9 +53,9 @@ def floors(c: Conclusion) -> dict[str, str]:
     records = [e.result.record for e in c.entries if e.result.record and e.result.record.get("floor")]
     for name in shown(c):
         record = next((r for r in records if name in recorded(r)), None)
-        key = short(name).replace("fid", "fd")
         if record is None:
             continue
+        key = short(name).replace("fid", "fd")
         if key == "nearest_train" and "nearest_train_held_out" in record:
             found[name] = number(record["nearest_train_held_out"], name)
         elif isinstance(record["floor"].get(key), int | float):

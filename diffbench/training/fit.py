@@ -128,10 +128,7 @@ class _Unprofiled(PassThroughProfiler):
     """Lightning asks its profiler some fifty times a step, for each hook of each callback; this one answers at once."""
 
     def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
-        return _NOTHING
-
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
+        return nullcontext()
 
 
 def _scaled(settings: TrainerConfig) -> list[MixedPrecision]:

@@ -106,7 +106,6 @@ class RunLog(L.Callback):
         self.images = 0
         self._losses: list[torch.Tensor] = []  # not yet counted: a look at each would cost as much as a small layer
         self._loss: torch.Tensor | None = None  # sum and number of the finite losses since the last line
-        self._accumulate = 1
         self._seconds, self._logged_images = 0.0, 0
         self._writer: SummaryWriter | None = None
         self._resumed = False
@@ -162,8 +161,7 @@ class RunLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._losses.append(outputs["loss"].detach())
-        self._accumulate = trainer.accumulate_grad_batches
+        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if not at_step_end(trainer, batch_idx):
             return
         self.images = trainer.global_step * self.batch_size
@@ -200,14 +198,12 @@ class RunLog(L.Callback):
     def _share_loss(self) -> None:
         """Counts the losses since the last line, one after the other; of several ranks the mean, on each of them."""
         if self._losses:
+            losses, self._losses = torch.stack(self._losses).double(), []
             total, count = (0.0, 0.0) if self._loss is None else self._loss.tolist()
-            for loss in (torch.stack(self._losses) * self._accumulate).double().tolist():
+            for loss in losses.tolist():
                 if math.isfinite(loss):  # a step that is skipped must not hide the others
                     total, count = total + loss, count + 1
-            self._losses, self._loss = (
-                [],
-                torch.tensor([total, count], dtype=torch.float64, device=self._losses[0].device),
-            )
+            self._loss = losses.new_tensor([total, count])
         if self._loss is not None and together.size() > 1:
             self._loss = together.total(self._loss) / together.size()
 

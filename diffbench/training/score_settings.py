@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from diffbench.training.settings import positive
+from diffbench.denoisers.checks import check_positive
 
 
 @dataclass
@@ -17,7 +17,7 @@ class ValidationConfig:
     """Held-out images to use, spread evenly over the classes; all where there are fewer."""
 
     def __post_init__(self) -> None:
-        positive("validation", self, "count")
+        check_positive(self, "count", section="validation")
         if not self.log_snr:
             raise ValueError("validation.log_snr: must name at least one level")
 
@@ -92,7 +92,7 @@ class SampleConfig:
     batch_size: int = 500
 
     def __post_init__(self) -> None:
-        positive("sample", self, "batch_size", "guidance_power", "rtol", "atol", "s_noise")
+        check_positive(self, "batch_size", "guidance_power", "rtol", "atol", "s_noise", section="sample")
         if not re.fullmatch(r"ddim\d+|\d+( *, *\d+)*", self.steps):
             raise ValueError(f"sample.steps: must be like 250, ddim25 or 10,15,20, got {self.steps!r}")
         if not 0 <= self.eta <= 1:

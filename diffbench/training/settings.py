@@ -2,9 +2,11 @@
 without waiting for it."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+
+from diffbench.denoisers.checks import check_positive
 
 AUGMENT_WIDTH = 9
 """Entries of the label that tells a network what augmentation did to an image."""
@@ -30,7 +32,7 @@ class OptimizerConfig:
     """One pass over the weights a step; false: operation by operation, the same to rounding."""
 
     def __post_init__(self) -> None:
-        positive("optimizer", self, "lr")
+        check_positive(self, "lr", section="optimizer")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optimizer.betas: must be two numbers in [0, 1), got {self.betas}")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -127,8 +129,9 @@ class TrainerConfig:
     """Writes resume states while training goes on, from a copy in memory; null: on a GPU."""
 
     def __post_init__(self) -> None:
-        names = ("max_images", "batch_size", "accumulate", "max_skipped", "devices", "num_nodes", "timeout_s")
-        positive("trainer", self, *names, *(f.name for f in fields(self) if f.name.endswith("_images")))
+        names = ["max_images", "batch_size", "accumulate", "max_skipped", "devices", "num_nodes", "timeout_s"]
+        names += [f.name for f in fields(self) if f.name.endswith("_images")]
+        check_positive(self, *names, section="trainer")
         if self.batch_size % self.accumulate:
             raise ValueError(f"trainer.accumulate: {self.accumulate} must divide trainer.batch_size={self.batch_size}")
         if self.batch_size % (self.accumulate * self.processes):
@@ -194,9 +197,3 @@ class DenoiserTrainerConfig(TrainerConfig):
             raise ValueError(f"trainer.augment: must lie in 0 to 1, got {self.augment}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"trainer.label_dropout: must lie in [0, 1), got {self.label_dropout}")
-
-
-def positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{section}.{name}: must be positive, got {getattr(config, name)}")
