@@ -1,12 +1,12 @@
 """Run as a process of its own: a tiny run, killed (SIGKILL) again and again, each time ended by the same command.
 
-    python tests/kill_runs.py train|score writes|moments MOST FOLDER
+    python tests/kill_runs.py train|score writes|moments MOST FOLDER [I/N]
 
 `train` trains with validation, distances and checkpoints; `score` draws shards of samples and appends records.
 `writes` kills in the middle of writes and before flushes, renames, cuts and removals: the first and last of each kind
 on each kind of file, then others spread evenly, MOST in all (0 for every single one). `moments` kills MOST times a
 moment after a pass through the network, spread over training, validation and distances. Prints JSON: what was tried,
-and what did not end as an unbroken run ends, to the bit.
+and what did not end as an unbroken run ends, to the bit. With I/N, only the I-th of every N kills.
 """
 
 import builtins
@@ -22,7 +22,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffbench import records, references, scoring, shards
-from diffbench.core.files import cache_folder
-from diffbench.data.sources import DigitsConfig, digits
+from diffbench import records, scoring, shards
 from diffbench.denoisers.dit import DiT
 from diffbench.run import load, train
 from diffbench.training import distance, fit, validation  # noqa: F401
@@ -220,16 +217,9 @@ def works(what: str, folder: Path) -> tuple[Callable[[Path], Callable[[], Any]],
     """What a command does at a place, and which run folder it makes there."""
     begun = folder / "begun"
 
-    def cached(place: Path) -> None:  # a cache of its own, with the judge that takes seconds to train
-        known = cache_folder()
-        os.environ["DIFFBENCH_CACHE"] = str(place / "cache")
-        (place / "cache").mkdir(parents=True, exist_ok=True)
-        for path in known.glob("digits-cnn-*.safetensors"):
-            shutil.copy(path, place / "cache")
-
     def trains(place: Path) -> Callable[[], Any]:
         def work() -> None:
-            cached(place)
+            os.environ["DIFFBENCH_CACHE"] = str(place / "cache")
             train("experiments/digits/dit.yaml", [*RUN, "tag=run", f"runs_dir={place}"])
 
         return work
@@ -237,16 +227,14 @@ def works(what: str, folder: Path) -> tuple[Callable[[Path], Callable[[], Any]],
     def scores(place: Path) -> Callable[[], Any]:
         def work() -> None:
             shards.SIZE = 7
-            if not place.exists():
-                shutil.copytree(begun, place)
-            cached(place)
+            if not (place / "digits").exists():
+                shutil.copytree(begun / "digits", place / "digits")
+            os.environ["DIFFBENCH_CACHE"] = str(place / "cache")
             run = load(place / "digits" / "dit-run-s0")
             scoring.evaluate(run, ["sample.guidance=1.5"])
 
         return work
 
-    judge = partial(references.judge, None, None, digits(DigitsConfig())[0])
-    assert start(judge, lambda _: None, Killer(None, folder))[0] == 0
     if what == "score" and not begun.exists():
         assert start(trains(begun), lambda _: None, Killer(None, begun))[0] == 0
     return (scores if what == "score" else trains), lambda place: place / "digits" / "dit-run-s0"
@@ -264,7 +252,14 @@ def chosen(counts: Counter[str], most: int) -> list[Point]:
     return [*ends, *(rest[len(rest) * i // more] for i in range(min(more, len(rest))))][:most]
 
 
-def main(what: str, how: str, most: int, folder: Path) -> dict[str, Any]:
+def hand_judge(old: Path, new: Path) -> None:
+    """Gives a cache the judge of another, which takes seconds to train."""
+    new.mkdir(parents=True)
+    for path in old.glob("digits-cnn-*.safetensors"):
+        shutil.copy(path, new)
+
+
+def main(what: str, how: str, most: int, folder: Path, share: str = "1/1") -> dict[str, Any]:
     torch.set_num_threads(1)
     work, run_of = works(what, folder)
 
@@ -280,9 +275,13 @@ def main(what: str, how: str, most: int, folder: Path) -> dict[str, Any]:
         points = [(phases[i % len(phases)], r.randint(1, counts[phases[i % len(phases)]])) for i, r in enumerate(tried)]
     else:
         points = chosen(counts, most)
+    first, of = map(int, share.split("/"))
+    points = points[first - 1 :: of]
     wrong, unkilled = {}, []
     for number, point in enumerate(points):
         place = folder / f"killed-{number}"
+        if "digits-cnn" not in point[0]:
+            hand_judge(folder / "whole" / "cache", place / "cache")
         status, _ = start(work(place), watch, Killer(point, folder))
         if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
             unkilled.append(point)
@@ -297,4 +296,4 @@ def main(what: str, how: str, most: int, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]).resolve())))
+    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]).resolve(), *sys.argv[5:])))
