@@ -66,7 +66,7 @@ def test_layouts_that_do_not_fit_are_refused(arguments: tuple[int, ...], text: s
 
 
 def test_every_image_comes_once_an_epoch() -> None:
-    index = PositionDataset(numbered(), seed=0).index(torch.arange(50)).reshape(5, 10)
+    index = PositionDataset(numbered(), seed=0).index(0, 50).reshape(5, 10)
     assert torch.equal(index.sort(dim=1).values, torch.arange(10).expand(5, 10))
     assert len({tuple(epoch) for epoch in index.tolist()}) == 5
     for epoch in range(5):
@@ -75,32 +75,37 @@ def test_every_image_comes_once_an_epoch() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 25])
 def test_the_order_does_not_depend_on_the_batch(batch_size: int) -> None:
-    whole = PositionDataset(numbered(), seed=3).index(torch.arange(100))
+    whole = PositionDataset(numbered(), seed=3).index(0, 100)
     dataset = PositionDataset(numbered(), seed=3)  # 7 straddles epochs, 25 spans several
-    parts = [dataset.index(torch.tensor(positions)) for positions in islice(PositionSampler(batch_size), 4)]
+    parts = [dataset.index(positions[0], batch_size) for positions in islice(PositionSampler(batch_size), 4)]
     assert torch.equal(torch.cat(parts), whole[: 4 * batch_size])
 
 
 def test_any_position_can_be_asked_for_at_any_time() -> None:
     dataset = PositionDataset(numbered(), seed=0)
-    whole = dataset.index(torch.arange(60))
-    for positions in ([59, 0], [31], [5, 4, 3], [9, 10], [10**9], [59, 0]):
-        position = torch.tensor(positions)
-        fresh = PositionDataset(numbered(), seed=0).index(position)
-        assert torch.equal(dataset.index(position), fresh)
-        if max(positions) < 60:
-            assert torch.equal(fresh, whole[position])
+    whole = dataset.index(0, 60)
+    for first, count in ((59, 1), (0, 3), (31, 1), (9, 2), (10**9, 4), (38, 22), (0, 60)):
+        fresh = PositionDataset(numbered(), seed=0).index(first, count)
+        assert torch.equal(dataset.index(first, count), fresh)
+        if first < 60:
+            assert torch.equal(fresh, whole[first : first + count])
+
+
+@pytest.mark.parametrize("positions", [[3, 2], [0, 2], [0, 2, 1, 3], [5, 5]])
+def test_a_batch_of_scattered_positions_is_refused(positions: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"positions of a batch must be consecutive, not \["):
+        PositionDataset(numbered(), seed=0).__getitems__(positions)
 
 
 def test_seeds_order_differently() -> None:
-    orders = [PositionDataset(numbered(), seed).index(torch.arange(10)).tolist() for seed in (0, 1, 2**32)]
+    orders = [PositionDataset(numbered(), seed).index(0, 10).tolist() for seed in (0, 1, 2**32)]
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
 def test_a_batch_holds_image_label_and_position() -> None:
     data = numbered()
     batch = drawn(module(data), 3)[2]  # positions 8 to 11, over the end of the first epoch
-    index = PositionDataset(data, 0).index(torch.arange(8, 12))
+    index = PositionDataset(data, 0).index(8, 4)
     assert batch["position"].tolist() == [8, 9, 10, 11]
     assert torch.equal(batch["image"], data.images[index])
     assert torch.equal(batch["label"], data.labels[index])

@@ -249,17 +249,13 @@ def test_dropout_is_seeded_by_the_first_position() -> None:
     assert torch.equal(*states)
 
 
-def test_a_batch_for_another_device_says_its_first_position_as_a_number() -> None:
+def test_a_batch_says_its_first_position_as_a_number() -> None:
     config = load_config(DIT, ["trainer.resident=true"])
     module = data_module(config, *load_data(config))
     assert module.resident is True
     batch = next(iter(module.train_dataloader()))
-    assert set(batch) == {"position", "index"}
-    assert module.on_before_batch_transfer(batch, 0) is batch
-    module._elsewhere = True  # as on a GPU
-    sent = module.on_before_batch_transfer(batch, 0)
-    assert sent["first"] == 0
-    assert set(module.on_after_batch_transfer(sent, 0)) == {"x0", "label", "position", "first"}
+    assert set(batch) == {"first", "position", "index"} and batch["first"] == 0
+    assert set(module.on_after_batch_transfer(batch, 0)) == {"x0", "label", "position", "first"}
 
 
 def test_a_state_written_in_the_background_is_that_of_its_moment(

@@ -155,12 +155,13 @@ def test_the_decision_stays_on_the_device() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=True)
     strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
     trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=None)
-    yes, no = torch.tensor(True), torch.tensor(False)
-    for finite, norm, skipped in ((yes, 1.0, False), (no, 1.0, True), (yes, torch.inf, True), (yes, torch.nan, True)):
-        given = torch.tensor(norm)
+    inf, nan = torch.inf, torch.nan
+    cases = ((2.0, 1.0, False), (nan, 1.0, True), (2.0, inf, True), (2.0, nan, True), (-inf, inf, True))
+    for loss, norm, skipped in cases:
+        given = torch.tensor(loss), torch.tensor(norm)
         with Calls() as calls:
-            outcome = decide(trainer, optimizer, finite, given)
-        assert "aten.stack.default" in calls.names
+            outcome = decide(trainer, optimizer, *given)
+        assert "aten.bitwise_not.default" in calls.names
         assert "aten._local_scalar_dense.default" not in calls.names  # what waits for a GPU
         assert isinstance(outcome, Outcome) and outcome.skipped is outcome.blamed is skipped
         assert float(optimizer.found_inf) == skipped  # type: ignore[attr-defined]

@@ -1,7 +1,9 @@
 """The position-indexed loader: which image comes when is a function of (seed, position), so any run can start
 anywhere and two backbones with one seed see the same images in the same order."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import lightning as L
@@ -14,9 +16,6 @@ from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
-
-FLIPS = 4096
-"""Positions whose flips are drawn at once: in the time of one batch's."""
 
 
 class PositionSampler(Sampler[list[int]]):
@@ -47,7 +46,7 @@ class PositionSampler(Sampler[list[int]]):
             first += self.micro * self.world
 
 
-class PositionDataset(Dataset[dict[str, Tensor]]):
+class PositionDataset(Dataset[dict[str, Any]]):
     """Fetches whole batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
 
     Args:
@@ -59,39 +58,44 @@ class PositionDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(self, data: ImageSet | LatentSet, seed: int, flip: bool = False, only_index: bool = False) -> None:
         self.data, self.seed, self.flip, self.only_index = data, seed, flip, only_index
-        self._orders: dict[int, Tensor] = {}
-        self._flips: dict[int, Tensor] = {}
-        self._flip_key = keyed.key(seed, "flip")
+        self._orders = keyed.Rows(len(data), self._order)
+        self._flips = keyed.Ahead(self._flip, 1)
 
-    def index(self, positions: Tensor) -> Tensor:
-        """Image numbers (B,) at positions (B,), which count all samples seen since the start."""
-        return _at(positions, len(self.data), self._orders, self._order)
-
-    def flipped(self, positions: Tensor) -> Tensor:
-        """Whether the pictures at positions (B,) are mirrored, (B,) bool."""
-        return _at(positions, FLIPS, self._flips, self._flip)
+    def index(self, first: int, count: int) -> Tensor:
+        """Image numbers (count,) from the position `first` on; positions count all samples seen since the start."""
+        return self._orders.at(first, count)
 
     def _order(self, epoch: int) -> Tensor:
         return keyed.permutation(keyed.key(self.seed, "order", epoch), len(self.data))
 
-    def _flip(self, block: int) -> Tensor:
-        return keyed.uniform(self._flip_key, torch.arange(block * FLIPS, (block + 1) * FLIPS)) < 0.5
+    def _flip(self, positions: Tensor) -> Tensor:
+        return keyed.uniform(keyed.key(self.seed, "flip"), positions) < 0.5
 
-    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
-        """A batch: position (B,) and what the set gives, as image (B, C, H, W) uint8 and label (B,); or index (B,)."""
-        position = torch.tensor(positions)
-        index = self.index(position)
-        batch = {"position": position, **({"index": index} if self.only_index else self.data.gather(index))}
-        return batch | {"flipped": self.flipped(position)} if self.flip else batch
+    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
+        """A batch of consecutive positions: `first`, position (B,), and what the set gives of its pictures.
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        That is image (B, C, H, W) uint8 and label (B,), or mean, log-variance and label; or index (B,) alone.
+
+        Raises:
+            ValueError: if the positions are not consecutive.
+        """
+        first, count = positions[0], len(positions)
+        if positions != list(range(first, first + count)):
+            raise ValueError(f"positions of a batch must be consecutive, not {positions}")
+        position, index = torch.arange(first, first + count), self.index(first, count)
+        batch = {"first": first, "position": position}
+        batch |= {"index": index} if self.only_index else self.data.gather(index)
+        return batch | {"flipped": self._flips(position, first)} if self.flip else batch
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
         return self.__getitems__([position])
 
 
 class PositionDataModule(L.LightningDataModule):
     """Training batches by position, and the held-out part: what image and latent data share.
 
-    What training gets of a batch: x0 (B, C, H, W) float32, label (B,), position (B,), on its device.
+    What training gets of a batch: x0 (B, C, H, W) float32, label (B,), position (B,), on its device, and `first`, the
+    first position as a number, since to read it on a GPU would be to wait for it.
     Its state in a checkpoint is the number of samples seen, which is where a resumed run goes on, and the fingerprint
     of the data.
 
@@ -132,11 +136,11 @@ class PositionDataModule(L.LightningDataModule):
             if low < 0 or high >= classes:
                 raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{classes - 1}")
 
-    def x0(self, batch: dict[str, Tensor]) -> Tensor:
+    def x0(self, batch: dict[str, Any]) -> Tensor:
         """What a batch on the device trains on, (B, C, H, W) float32; its `flipped` (B,) says which to mirror."""
         raise NotImplementedError
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = PositionSampler(self.batch_size, self.accumulate, self.samples_seen, rank, world)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -154,10 +158,6 @@ class PositionDataModule(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """To the device; where the batch lies there already, without a look at its parts."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if self._elsewhere else batch
-
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Adds the first position as a number, where reading it later would mean to wait for another device."""
-        return batch | {"first": int(batch["position"][0])} if self._elsewhere else batch
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Bytes travel to the device, or lie there, and become numbers there."""
@@ -183,7 +183,7 @@ class PositionDataModule(L.LightningDataModule):
 class ImageDataModule(PositionDataModule):
     """Images: x0 holds pixels in [-1, 1]."""
 
-    def x0(self, batch: dict[str, Tensor]) -> Tensor:
+    def x0(self, batch: dict[str, Any]) -> Tensor:
         images = batch["image"]
         if self.flip:
             # All bits or none: four times as fast as where.
@@ -197,27 +197,19 @@ class LatentDataModule(PositionDataModule):
 
     train: LatentSet
 
-    def x0(self, batch: dict[str, Tensor]) -> Tensor:
+    @cached_property
+    def _noise(self) -> keyed.Ahead:
+        shape = tuple(self.train.mean.shape[1:])
+        return keyed.Ahead(partial(keyed.normal, keyed.key(self.seed, "posterior"), shape=shape), math.prod(shape))
+
+    def x0(self, batch: dict[str, Any]) -> Tensor:
         mean, log_variance = batch["mean"], batch["log_variance"]
         if self.flip:
             mirror = batch["flipped"][:, None, None, None]
             mean = torch.where(mirror, batch["flipped_mean"], mean)
             log_variance = torch.where(mirror, batch["flipped_log_variance"], log_variance)
-        noise = keyed.normal(keyed.key(self.seed, "posterior"), batch["position"], tuple(mean.shape[1:]))
+        noise = self._noise(batch["position"], batch.get("first"))
         return self.train.scaled(mean.float() + (0.5 * log_variance.float()).exp() * noise)
-
-
-def _at(positions: Tensor, size: int, rows: dict[int, Tensor], make: Callable[[int], Tensor]) -> Tensor:
-    """What rows of `size` each, laid one after the other, hold at positions (B,); keeps those in `rows` that it met."""
-    first, last = (int(end) // size for end in positions.aminmax())
-    for row in [row for row in rows if not first <= row <= last]:
-        del rows[row]
-    for row in range(first, last + 1):
-        if row not in rows:
-            rows[row] = make(row)
-    if first == last:
-        return rows[first][positions % size]
-    return torch.stack([rows[row] for row in range(first, last + 1)])[positions // size - first, positions % size]
 
 
 def _fits(data: ImageSet | LatentSet, device: torch.device) -> bool:

@@ -19,13 +19,14 @@ class Outcome:
     """Whether an optimizer step was taken. The device knows at once; the host asks a step later, and waits for nothing.
 
     Args:
-        flags: on the device: whether the step was skipped, and whether that speaks against the run.
+        skipped: on the device: whether weights and optimizer stay as they were.
+        blamed: whether that speaks against the run; the same where it is not given.
     """
 
-    def __init__(self, flags: Tensor) -> None:
-        self.on_host = not flags.is_cuda
-        self._flags = flags.to("cpu", non_blocking=True)  # into pinned memory
-        self._event = torch.cuda.Event() if flags.is_cuda else None
+    def __init__(self, skipped: Tensor, blamed: Tensor | None = None) -> None:
+        self.on_host = not skipped.is_cuda
+        self._flags = [flag.to("cpu", non_blocking=True) for flag in (skipped, blamed) if flag is not None]  # pinned
+        self._event = torch.cuda.Event() if skipped.is_cuda else None
         if self._event is not None:
             self._event.record()
 
@@ -43,33 +44,34 @@ class Outcome:
     @property
     def blamed(self) -> bool:
         """Whether it counts against the run: not while the scale of fp16 gradients is still being found."""
-        return self._read(1)
+        return self._read(-1)
 
 
-def decide(trainer: L.Trainer, optimizer: Optimizer, finite: Tensor, norm: Tensor) -> Outcome:
+def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> Outcome:
     """Has the optimizer leave weights and state alone if a loss or the gradient is not finite, by itself where fused.
 
     Args:
         trainer: whose ranks decide together.
         optimizer: about to step.
-        finite: whether all losses of the step were.
+        loss: the sum of the step's losses.
         norm: of the gradient, unscaled.
     """
-    flags = torch.stack([~(finite & norm.isfinite()), ~finite]).float()
-    flags = trainer.strategy.reduce(flags, reduce_op="max")
-    skipped, blamed = flags.unbind()
-    scaler = scaler_of(trainer)
+
+    def anywhere_infinite(value: Tensor) -> Tensor:
+        return trainer.strategy.reduce((~value.isfinite()).float(), reduce_op="max")
+
+    skipped, scaler = anywhere_infinite(loss + norm), scaler_of(trainer)
     if scaler is None:
         if optimizer.param_groups[0]["fused"]:
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
         elif skipped:  # a wait for the device; what has no gradient takes no step
             optimizer.zero_grad(set_to_none=True)
-        return Outcome(torch.stack([skipped, skipped]))
+        return Outcome(skipped)
     for found in scaler._found_inf_per_device(optimizer).values():
         found.copy_(skipped)
     scale = scaler._get_scale_async()
     assert scale is not None
-    return Outcome(torch.stack([skipped, torch.maximum(blamed, skipped * (scale < 1))]))
+    return Outcome(skipped, torch.maximum(anywhere_infinite(loss), skipped * (scale < 1)))
 
 
 def scaler_of(trainer: L.Trainer) -> GradScaler | None:

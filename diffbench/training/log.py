@@ -161,7 +161,7 @@ class RunLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
         if not at_step_end(trainer, batch_idx):
             return
         self.images = trainer.global_step * self.batch_size

@@ -1,6 +1,7 @@
 """The LightningModules: what every kind of training shares, and any denoiser under any process."""
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -38,7 +39,7 @@ class Module(L.LightningModule):
         self.outcome: Outcome | None = None
         self.skipped_steps = 0
         self.times: Tensor | None = None
-        self._finite: Tensor | None = None
+        self._loss: Tensor | None = None
 
     def configure_model(self) -> None:
         """Shares the network out between the ranks, where trainer.strategy says so."""
@@ -53,7 +54,6 @@ class Module(L.LightningModule):
     def seed_dropout(self, batch: dict[str, Any]) -> None:
         """Network dropout is the only draw from the default generator: it follows from the first position."""
         position = batch["position"]
-        # A batch that says it as a number saves a wait for the device.
         first = batch["first"] if "first" in batch else int(position[0])
         seed = keyed.key(self.seed, "dropout", first)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace for each kind of device
@@ -80,17 +80,19 @@ class Module(L.LightningModule):
         if scaler is not None:
             scaler.unscale_(optimizer)
         weights = [p for group in optimizer.param_groups for p in group["params"]]  # faster than a walk of the network
-        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        # What nn.utils.get_total_norm computes, without its sorting of tensors by device.
+        norm = torch.linalg.vector_norm(
+            torch.stack(torch._foreach_norm([p.grad for p in weights if p.grad is not None]))
+        )
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(weights, self.settings.clip_norm, norm)
         self.grad_norm = whole(norm)
-        assert self._finite is not None
-        self.outcome, self._finite = decide(self.trainer, optimizer, self._finite, self.grad_norm), None
+        assert self._loss is not None
+        self.outcome, self._loss = decide(self.trainer, optimizer, self._loss, self.grad_norm), None
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Notes, on the device, whether all losses of the step are finite."""
-        finite = loss.detach().isfinite()
-        self._finite = finite if self._finite is None else self._finite & finite
+        """Sums the step's losses, on the device: no finite number if one of them is none."""
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
 
 class DiffusionModule(Module):
@@ -129,25 +131,33 @@ class DiffusionModule(Module):
         self.history = LossAware(process.config.steps) if time_sampling == "loss_aware" else None  # type: ignore[attr-defined]
         self._seen: list[tuple[int, float]] = []
         self._keys = {what: keyed.key(seed, what) for what in ("noise", "time", "label")}
+        self._uniforms = keyed.Ahead(self._draw_uniforms, 2)
+        self._noise: keyed.Ahead | None = None  # until the pictures' shape is known
 
     @property
     def denoiser(self) -> nn.Module:
         """The network."""
         return self.network
 
-    def draw(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a batch trains on: images (B, C, H, W), times (B,), noise (B, C, H, W), labels (B,)."""
         x0, position, y = batch["x0"], batch["position"], batch["label"]
-        u, drop = keyed.uniforms((self._keys["time"], self._keys["label"]), position)
+        u, drop = self._uniforms(position, _start(batch)).unbind(1)
         if self.time_sampling == "stratified":
             u = stratified(u, position % self.batch_size, self.batch_size)
-        eps = keyed.normal(self._keys["noise"], position, tuple(x0.shape[1:]))
+        if self._noise is None:
+            normal = partial(keyed.normal, self._keys["noise"], shape=tuple(x0.shape[1:]))
+            self._noise = keyed.Ahead(normal, x0[0].numel())
+        eps = self._noise(position, _start(batch))
         if self.label_dropout:
             y = torch.where(drop < self.label_dropout, self.null_label, y)  # type: ignore[arg-type]
         dtype = next(self.network.parameters()).dtype
         return x0.to(dtype), self.process.time(u), eps.to(dtype), y
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def _draw_uniforms(self, position: Tensor) -> Tensor:
+        return keyed.uniforms((self._keys["time"], self._keys["label"]), position).T
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The batch's mean loss."""
         x0, t, eps, y = self.draw(batch)
         told: dict[str, Tensor] = {}
@@ -155,7 +165,7 @@ class DiffusionModule(Module):
             x0, told["augment"] = augment(x0, batch["position"], self.seed, self.augment)
         weight = None
         if self.history is not None:
-            t, weight = self.history.time(keyed.uniform(self._keys["time"], batch["position"]))
+            t, weight = self.history.time(self._uniforms(batch["position"], _start(batch))[:, 0])
         self.seed_dropout(batch)
         self.times = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
@@ -183,6 +193,11 @@ class DiffusionModule(Module):
         """Takes it up again."""
         if self.history is not None:
             self.history.load_state_dict(checkpoint["loss_history"])
+
+
+def _start(batch: dict[str, Any]) -> int | None:
+    """Where a batch's positions begin, if the next batch's follow on them: other ranks draw for their own."""
+    return batch.get("first") if together.size() == 1 else None
 
 
 def lr_factor(settings: OptimizerConfig, images: int) -> float:
