@@ -22,7 +22,7 @@ from diffbench.core.pixels import to_uint8
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.cost import Cost
-from diffbench.denoisers.tmsa import shorten
+from diffbench.denoisers.tmsa import choose_forms
 from diffbench.trained import Trained, open_run
 from diffbench.training.coding import decode
 from diffbench.training.score_settings import SampleConfig
@@ -53,7 +53,7 @@ class Run(Trained[RunConfig]):
         self.process = parts.build_process(config.process)
         self.null_label = parts.null_label(config, self.train_set)
         super().__init__(folder, config)
-        shorten(self.network, config.trainer.short_time)
+        choose_forms(self.network, config.trainer.short_time, config.trainer.attention_in_parts)
 
     @property
     def denoiser(self) -> nn.Module:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from diffbench.config import load as load_config
 from diffbench.core.errors import UserError
 from diffbench.core.states import read_state
-from diffbench.denoisers.tmsa import TMSA, frozen_weights, shorten
+from diffbench.denoisers import tmsa
+from diffbench.denoisers.tmsa import TMSA, choose_forms, frozen_weights
 from diffbench.denoising import Run
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.parts import check_compiler, data_module, load_data
@@ -51,28 +52,53 @@ def gradients(net: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tens
 def test_the_short_form_of_time_is_the_full_one(name: str, changes: dict[str, Any]) -> None:
     net, (x, t, y) = small(name, **changes).double().requires_grad_(True), inputs()
     want, full = net(x.double(), t, y), gradients(net, x.double(), t, y)
-    shorten(net)
+    choose_forms(net, short=True)
     assert (net(x.double(), t, y) - want).abs().max() < 1e-12
     short = gradients(net, x.double(), t, y)
     assert all((short[key] - full[key]).abs().max() < 1e-12 for key in full)
     for key, module in net.named_modules():
         if isinstance(module, TMSA) and module.parts == "qkv":
             assert not short[f"{key}.qkv_time.weight"].chunk(3)[1].any()  # of the keys: exactly nothing
-    shorten(net, False)
+    choose_forms(net)
     assert torch.equal(net(x.double(), t, y), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("path", ["short", "frozen"])
+@pytest.mark.parametrize("path", ["short", "parts", "frozen"])
 @pytest.mark.parametrize("name", ["diffit_a", "diffit_b", "diffit_c"])
 def test_the_published_outputs_hold_on_every_path(name: str, path: str, dtype: torch.dtype) -> None:
     net, case = golden_network(name, dtype)
     x, t, y = golden_inputs(case, case.info["calls"][0], dtype)
-    shorten(net, path == "short")
-    with frozen_weights(net if path == "frozen" else nn.Identity()), torch.no_grad():
+    choose_forms(net, path == "short", path == "parts")
+    net.requires_grad_(path == "parts")
+    with frozen_weights(net if path == "frozen" else nn.Identity()), torch.set_grad_enabled(path == "parts"):
         net(x, t, y)
         out = net(x, t, y)
-    case.check("forward", out)
+    case.check("forward", out.detach())
+
+
+@pytest.mark.parametrize(("name", "changes"), [*WITH_TMSA, ("diffit-latent", {"time_in": "bias"})], ids=str)
+@pytest.mark.parametrize("part", [1, 3000, 1 << 19])
+def test_attention_in_parts_is_the_whole_one(
+    name: str, changes: dict[str, Any], part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tmsa, "PART", part)
+    net, (x, t, y) = small(name, **changes).double().requires_grad_(True), inputs()
+    want, whole = net(x.double(), t, y), gradients(net, x.double(), t, y)
+    choose_forms(net, in_parts=True)
+    parts: list[int] = []
+    really = tmsa.attend_in_parts
+    monkeypatch.setattr(tmsa, "attend_in_parts", lambda *a: parts.append(len(a[0])) or really(*a))
+    assert (net(x.double(), t, y) - want).abs().max() < 1e-12
+    found = gradients(net, x.double(), t, y)
+    assert parts and found.keys() == whole.keys()
+    assert all((found[key] - whole[key]).abs().max() < 1e-12 for key in whole)
+    tried = len(parts)
+    with torch.no_grad():
+        net(x.double(), t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        net.float()(x, t, y)
+    assert len(parts) == tried  # a fused kernel does it where it can
 
 
 @pytest.mark.parametrize("name", ["diffit", "diffit-latent"])
@@ -311,3 +337,10 @@ def test_a_compiled_run_ends_with_the_same_weights(plain: dict[str, Any], tmp_pa
     a, b = plain["state_dict"], trained(tmp_path, "trainer.compile=block")["state_dict"]
     assert a.keys() == b.keys()
     assert all((a[key] - b[key]).abs().max() < 1e-4 for key in a)
+
+
+@pytest.mark.parametrize(("short", "parts"), [(False, True), (True, False)])
+def test_keys_choose_the_forms_of_attention(short: bool, parts: bool) -> None:
+    keys = [f"trainer.short_time={str(short).lower()}", f"trainer.attention_in_parts={str(parts).lower()}"]
+    run = Run(Path("run"), load_config("experiments/digits/diffit.yaml", keys))
+    assert {(m.short, m.in_parts) for m in run.network.modules() if isinstance(m, TMSA)} == {(short, parts)}

