@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ VERBS = {
     "train": "train an experiment; the same command resumes it",
     "encode": "encode an experiment's data into latents ahead of training",
     "show": "print an experiment's resolved config; runs nothing",
-    "list": "list backbones, presets and experiments",
+    "list": "list backbones, presets and experiments; or the runs in folders",
     "evaluate": "score samples of a run, or pictures of anyone",
     "reference": "statistics of real images: build, inspect, verify",
     "sample": "draw samples of a run into a PNG",
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(globals()[f"_{arguments.verb}"](arguments) or 0)
     except UserError as e:
         return _told(str(e))
+    except BrokenPipeError:  # whoever read, as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:  # outside training, which ends by itself
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -102,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parsers["reference"].add_argument("action", choices=("build", "inspect", "verify"))
     parsers["reference"].add_argument("paths", nargs="*", metavar="PATH", help="run, folder, npz or statistics")
+    parsers["list"].add_argument("folders", nargs="*", metavar="FOLDER", help="list the runs in it or below, as runs")
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
     parsers["compare"].add_argument(
         "runs",
@@ -190,25 +195,11 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from diffbench.config_layers import experiments
-    from diffbench.denoisers import DENOISERS
-    from diffbench.denoisers.presets import sizes
+    from diffbench.listing import catalogue, runs
 
-    if not arguments.models:
-        print("backbones (denoiser.name)")
-        for name, entry in DENOISERS.items():
-            print(f"  {name:<14} {entry.summary}")
-        print()
-    print("presets (denoiser.preset), each counted at its own input; GMACs are what papers call Gflops")
-    for name, source, cost in sizes():
-        print(f"  {name:<24} {cost.parameters:>12,} parameters  {cost.gmacs:>7.2f} GMACs  ({source})", flush=True)
-    if arguments.models:
-        return
-    print("\nexperiments")
-    for path in experiments():
-        lines = Path(path).read_text().splitlines()
-        purpose = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
-        print(f"  {path:<36} {purpose}")
+    folders = [Path(folder) for folder in arguments.folders]
+    for line in runs(folders) if folders else catalogue(only_models=arguments.models):
+        print(line, flush=True)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -98,7 +98,7 @@ def test_show_prints_the_resolved_config_and_writes_nothing(tmp_path: Path, caps
         (["--foo"], f"unknown command '--foo'; choose from {', '.join(VERBS)}"),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", "--config", DIT], "unrecognized arguments: --config; see diffbench --help"),
-        (["list", "all"], "unrecognized arguments: all; see diffbench --help"),
+        (["list", "--all"], "unrecognized arguments: --all; see diffbench --help"),
         (["compare"], "the following arguments are required: RUN [key=value]; see diffbench compare --help"),
         (["show", DIT, "-x"], "'-x' is no override; write key=value, as trainer.max_images=200_000"),
         (["show", DIT, "seed"], "'seed' is no override; write key=value, as trainer.max_images=200_000"),
