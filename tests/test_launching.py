@@ -1,5 +1,6 @@
 """The launcher's words, what they refuse, and the script that goes to sbatch; no cluster needed."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -296,3 +297,44 @@ def test_a_study_hands_over_its_cells(cluster: Path, tmp_path: Path, capsys: pyt
     assert main([*words, *SLURM, "stop.seconds=5"]) == 2
     err = capsys.readouterr().err
     assert err == f"error: {path}: stop.seconds: is measured on this machine, not SLURM's; choose images or flops\n"
+
+
+def test_cells_ask_for_what_their_processes_need(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = tmp_path / "devices.yaml", tmp_path / "runs" / "studies" / "devices"
+    path.write_text(STUDY.replace("denoiser.depth: [1, 2]", "trainer.devices: [1, 4]"))
+    words = ["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, "launcher.cpus=3"]
+    (cluster / "queue").write_text("8_0\n8_1\n9_0\n9_1\n")
+    assert main(words) == 0
+    assert told(["8_0", "8_1", "9_0", "9_1"], folder / "slurm") in capsys.readouterr().out
+    for job, devices in ((8, 1), (9, 4)):
+        script = (folder / "slurm" / f"{job}_submission.sh").read_text()
+        assert f"#SBATCH --cpus-per-task={3 * devices}\n" in script and "#SBATCH --nodes=1\n" in script
+        assert "#SBATCH --ntasks-per-node=1\n" in script and "#SBATCH --array=0-1%" in script
+        given = [json.loads(line) for line in (folder / "slurm" / "commands.jsonl").read_text().splitlines()]
+        mine = [Path(line["command"][1]).read_text() for line in given if line["job"].startswith(f"{job}_")]
+        assert len(mine) == 2 and all(f"devices: {devices}\n" in text for text in mine)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["set.trainer.num_nodes=2"], "trainer.num_nodes: 2 is too many, a cell trains on one machine; allowed: 1"),
+        (
+            ["launcher.nodes=2"],
+            "launcher.nodes: a cell is one process, which starts those of trainer.devices; allowed: 1",
+        ),
+        (
+            ["launcher.tasks=4"],
+            "launcher.tasks: a cell is one process, which starts those of trainer.devices; allowed: 1",
+        ),
+    ],
+)
+def test_cells_on_several_machines_are_refused(
+    words: list[str], said: str, cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "depth.yaml"
+    path.write_text(STUDY)
+    assert main(["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, *words]) == 2
+    assert capsys.readouterr().err.strip().removeprefix("error: ").removeprefix(f"{path}: ") == said

@@ -19,7 +19,7 @@ from diffbench.config_layers import parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.data.progress import span
-from diffbench.launching import LauncherConfig, submit, told
+from diffbench.launching import LauncherConfig, sized, submit, told
 from diffbench.studies import cells as cell_files
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig, load_study
@@ -66,6 +66,7 @@ def run_study(
         tuning = tuning_cells(study, path, probe.training_rate)
         tuned, chosen_all = _tuned(folder, tuning)
         found = groups(study, path, tuned, probe.training_rate)
+        _on_one_machine(path, found, launcher)
         print(plan_text(study, folder, found, tuning, probe), flush=True)
         if dry_run:
             return folder
@@ -83,6 +84,20 @@ def run_study(
         _forget(folder, [*tuning, *made])
         _run(folder, made, study.jobs, launcher)
     return folder
+
+
+def _on_one_machine(path: Path, found: Iterable[Group], launcher: LauncherConfig) -> None:
+    """A cell is one command, which starts the processes of its run itself.
+
+    Raises:
+        UserError: if a cell's run, or the launcher, asks for more machines or commands.
+    """
+    most = max(group.config.trainer.num_nodes for group in found)
+    if most > 1:
+        raise UserError(f"{path}: trainer.num_nodes: {most} is too many, a cell trains on one machine; allowed: 1")
+    for key in ("nodes", "tasks"):
+        if (getattr(launcher, key) or 1) > 1:
+            raise UserError(f"launcher.{key}: a cell is one process, which starts those of trainer.devices; allowed: 1")
 
 
 def _tuned(folder: Path, tuning: Iterable[Cell]) -> tuple[dict[str, dict[str, Any]], bool]:
@@ -135,7 +150,8 @@ def _run(folder: Path, plan: Sequence[Cell], jobs: int, launcher: LauncherConfig
         print(f"{skipped} of {len(paths)} cells are complete already", flush=True)
     if launcher.name == "slurm":
         if waiting:
-            _hand_over(folder, list(waiting), launcher)
+            trainers = {path: cell.config.trainer for path, cell in zip(paths, plan, strict=True)}
+            _hand_over(folder, [(path, sized(launcher, trainers[path])) for path in waiting])
         return not waiting
     total, started, done = len(waiting), time.monotonic(), 0
     running: dict[subprocess.Popen[bytes], tuple[Path, float]] = {}
@@ -164,13 +180,14 @@ def _run(folder: Path, plan: Sequence[Cell], jobs: int, launcher: LauncherConfig
     return True
 
 
-def _hand_over(folder: Path, paths: Sequence[Path], launcher: LauncherConfig) -> None:
-    """Gives cells to SLURM as an array; those that wait or run there stay as they are."""
-    launcher = dataclasses.replace(launcher, folder=str(slurm_folder(folder, launcher)))
-    jobs = submit([["study", str(path)] for path in paths], launcher, folder.name)
-    print(
-        f"{told(jobs, str(launcher.folder))}\nthen: the same command again, or diffbench compare {folder}", flush=True
-    )
+def _hand_over(folder: Path, asked: Sequence[tuple[Path, LauncherConfig]]) -> None:
+    """Gives cells to SLURM, those that ask for the same as an array; those that wait or run there stay as they are."""
+    logs, jobs = slurm_folder(folder, asked[0][1]), []
+    for cpus in dict.fromkeys(launcher.cpus for _, launcher in asked):
+        alike = [(path, launcher) for path, launcher in asked if launcher.cpus == cpus]
+        launcher = dataclasses.replace(alike[0][1], folder=str(logs))
+        jobs += submit([["study", str(path)] for path, _ in alike], launcher, folder.name)
+    print(f"{told(jobs, logs)}\nthen: the same command again, or diffbench compare {folder}", flush=True)
 
 
 def slurm_folder(folder: Path, launcher: LauncherConfig) -> Path:
