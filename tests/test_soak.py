@@ -11,9 +11,9 @@ import pytest
 from diffbench.cli import main
 
 MINUTES = float(os.environ.get("DIFFBENCH_SOAK_MINUTES", "20"))
-WARM = 5
-"""Rounds before anything is compared: imports, caches and pools fill in them."""
-MOST_GROWTH = 0.5
+WARM = 30
+"""Rounds before anything is compared: imports, caches and the allocator's pools fill in them."""
+MOST_GROWTH = 0.1
 """MiB a round, of the line through the resident memory of all rounds after the first ones."""
 
 
