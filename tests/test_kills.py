@@ -38,7 +38,7 @@ def test_killed_twice_in_its_writes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("what", "how", "most"), [("train", "writes", 60), ("score", "writes", 30), ("train", "moments", 20)]
+    ("what", "how", "most"), [("train", "writes", 200), ("score", "writes", 60), ("train", "moments", 20)]
 )
 def test_killed_again_and_again(what: str, how: str, most: int, tmp_path: Path) -> None:
     report = killed(what, how, most, tmp_path)
