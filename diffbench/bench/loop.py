@@ -27,11 +27,15 @@ from diffbench.data.sets import ImageSet
 from diffbench.training.fit import fit
 
 PAIRS = 5
-"""Blocks of steps of each loop, in turns."""
+"""What is compared: steps of each loop."""
+TURN = 10
+"""Steps after which the loops take turns, so that a pair's halves meet the same machine."""
+WARM = 4
+"""Steps at least, before any is timed: until then memory grows."""
 TRACED = 8
 """Steps under the profiler, on a GPU; the first quarter fills its queue."""
-BLOCKS = {"cpu": {"experiments/digits/dit.yaml": 50, "DiT-S/2": 1}, "cuda": {"DiT-XL/2": 10, "DiT-S/2": 50}}
-"""Network -> steps of a block."""
+STEPS = {"cpu": {"experiments/digits/dit.yaml": 50, "DiT-S/2": 1}, "cuda": {"DiT-XL/2": 10, "DiT-S/2": 50}}
+"""Network -> steps of each half of a pair."""
 
 Row = dict[str, Any]
 
@@ -41,8 +45,8 @@ class Enough(Exception):
 
 
 def measure(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
-    """A row for each network of `BLOCKS`."""
-    for model, steps in BLOCKS[device.type].items():
+    """A row for each network of `STEPS`."""
+    for model, steps in STEPS[device.type].items():
         if time.monotonic() > deadline:
             yield {"part": "loop", "name": model, "skipped": "the time is up"}
             continue
@@ -51,20 +55,20 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
 
 
 def compare(config: RunConfig, device: torch.device, steps: int) -> Row:
-    """One network trained by Lightning in blocks of steps, between which its twin is trained by a bare loop.
+    """One network trained by Lightning and, in turns, its twin by a bare loop.
 
-    Lightning's side draws its batches and keyed noise, keeps the average and logs once a block. All five pairs come
+    Lightning's side draws its batches and keyed noise, keeps the average and logs once a pair. All five pairs come
     from one fit, so that both sides meet the same machine.
     """
     batch = config.trainer.batch_size
-    steps_in_all = (2 * (PAIRS + 1) * steps + TRACED + 8) * batch
+    steps_in_all = (2 * (PAIRS + 1) * steps + WARM + TRACED + 8) * batch
     trainer = replace(config.trainer, max_images=steps_in_all, log_images=steps * batch, checkpoint_images=10**12)
     config = replace(config, trainer=trainer)
     twin, trained = Subject(config, Variant(), device), Subject(config, Variant(), torch.device("cpu"))
     twin.network.train()
     data = synthetic(config, 50 * batch)
     module = parts.data_module(config, data, data)
-    stamps = Alternating(twin, steps, device)
+    stamps = Alternating(twin, steps, device, turns=max(1, steps // TURN))
     quiet = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, contextlib.suppress(Enough):
         fit(trained.module, module, Path(folder), trainer, config.ema, to_yaml(config), lambda log, ema: [stamps])
@@ -83,16 +87,17 @@ def synthetic(config: RunConfig, count: int) -> ImageSet | LatentSet:
 
 
 class Alternating(L.Callback):
-    """Stops after every block of Lightning's steps, times as many bare steps, and goes on.
+    """Stops after some of Lightning's steps, times as many bare steps, and goes on.
 
     Args:
         twin: what the bare loop trains.
-        steps: of a block.
+        steps: of each half of a pair.
         device: where both are.
+        turns: that a pair takes; must divide `steps`.
     """
 
-    def __init__(self, twin: Subject, steps: int, device: torch.device) -> None:
-        self.twin, self.steps, self.device = twin, steps, device
+    def __init__(self, twin: Subject, steps: int, device: torch.device, turns: int = 1) -> None:
+        self.twin, self.steps, self.turns, self.device = twin, steps // turns, turns, device
         self.ours: list[float] = []
         self.bare: list[float] = []
         self.waits: list[float] = []
@@ -111,13 +116,15 @@ class Alternating(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = batch_idx + 1
-        if done <= (PAIRS + 1) * self.steps and done % self.steps == 0:
+        warm = max(self.steps, WARM)
+        end = warm + PAIRS * self.turns * self.steps
+        if warm <= done <= end and (done - warm) % self.steps == 0:
             self._turn()
-        if done == (PAIRS + 1) * self.steps:
+        if done == end:
             if self.device.type != "cuda":
                 raise Enough
             self._start_trace()
-        if done == (PAIRS + 1) * self.steps + TRACED:
+        if done == end + TRACED:
             self._end_trace()
             raise Enough
         self._ended = time.perf_counter()
@@ -125,10 +132,10 @@ class Alternating(L.Callback):
     def _turn(self) -> None:
         synchronize(self.device)
         now = time.perf_counter()
-        if self._began:  # the first block warmed up
+        if self._began:
             self.ours.append((now - self._began) / self.steps)
         started = time.perf_counter()
-        for _ in range(self.steps):
+        for _ in range(self.steps if self._began else max(self.steps, WARM // 2)):
             self.twin.bare()
         synchronize(self.device)
         if self._began:
@@ -155,8 +162,9 @@ class Alternating(L.Callback):
 
     def figures(self, batch: int) -> Row:
         """What the pairs say, in ms a step."""
-        ours, bare = spread(self.ours), spread(self.bare)
-        more = differences(self.ours, self.bare).scaled(1e3)
+        pairs = [torch.tensor(side).reshape(-1, self.turns).mean(1).tolist() for side in (self.ours, self.bare)]
+        ours, bare = map(spread, pairs)
+        more = differences(*pairs).scaled(1e3)
         return {
             "batch": batch,
             "work": "lightning step",
@@ -166,7 +174,7 @@ class Alternating(L.Callback):
             "overhead_low": more.low,
             "overhead_high": more.high,
             "pairs": more.n,
-            "steps": self.steps,
+            "steps": self.steps * self.turns,
             "data_wait_share": share(sum(self.waits) / len(self.waits), ours.median) if self.waits else None,
             **self.trace,
         }
