@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its cells itself
             print(launching.launch(argv, launcher))
             return 0
-        return int(globals()[f"_{arguments.verb}"](arguments) or 0)
+        code = int(globals()[f"_{arguments.verb}"](arguments) or 0)
+        sys.stdout.flush()
+        return code
     except UserError as e:
         return _told(str(e))
     except BrokenPipeError:  # whoever read, as head, has seen enough

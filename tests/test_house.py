@@ -94,7 +94,7 @@ FLOORS = [
     {"scoring", "foreign", "attention", "importing", "drawing", "replaying"},
     {"reconstructing", "adm", "seen"},
     {"report", "referencing", "worker"},
-    {"studies"},
+    {"listing", "studies"},
     {"bench"},
     {"cli"},
     {"__main__"},

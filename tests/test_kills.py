@@ -18,9 +18,9 @@ from diffbench.run import train
 DIT = "experiments/digits/dit.yaml"
 
 
-def killed(what: str, how: str, most: int, folder: Path) -> dict[str, Any]:
+def killed(what: str, how: str, most: int, folder: Path, share: str = "1/1") -> dict[str, Any]:
     """The report of a series of kills."""
-    command = [sys.executable, "tests/kill_runs.py", what, how, str(most), str(folder)]
+    command = [sys.executable, "tests/kill_runs.py", what, how, str(most), str(folder), share]
     paths = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -31,7 +31,7 @@ def killed(what: str, how: str, most: int, folder: Path) -> dict[str, Any]:
 
 
 def test_killed_twice_in_its_writes(tmp_path: Path) -> None:
-    report = killed("train", "writes", 2, tmp_path)
+    report = killed("train", "writes", 4, tmp_path, "2/2")
     assert (report["kills"], report["unkilled"], report["wrong"]) == (2, [], {})
 
 

@@ -61,7 +61,7 @@ def test_the_work_grows_with_the_number_of_runs(
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
-    command = [sys.executable, "-m", "diffbench", "list", "--models"]
+    command = [sys.executable, "-m", "diffbench", "show", "experiments/digits/dit.yaml"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
