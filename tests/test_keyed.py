@@ -229,3 +229,11 @@ def test_draws_ahead_have_the_same_bits(shape: tuple[int, ...]) -> None:
         assert torch.equal(ahead(positions), draw(positions))
     row = (1 << 16) // math.prod(shape)
     assert set(asked) == ({24} if row < 48 else {24, row})  # large draws are not made ahead
+
+
+def test_nothing_is_drawn_ahead_between_the_batches_of_other_ranks() -> None:
+    asked: list[int] = []
+    ahead = keyed.Ahead(lambda positions: asked.append(len(positions)) or positions, 64)
+    for first in range(0, 4096, 128):  # the first of two ranks
+        assert torch.equal(ahead(torch.arange(first, first + 64), first), torch.arange(first, first + 64))
+    assert asked == [64] * 32

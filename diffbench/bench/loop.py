@@ -68,7 +68,7 @@ def compare(config: RunConfig, device: torch.device, steps: int) -> Row:
     twin.network.train()
     data = synthetic(config, 50 * batch)
     module = parts.data_module(config, data, data)
-    stamps = Alternating(twin, steps, device, turns=max(1, steps // TURN))
+    stamps = Alternating(twin, steps, device)
     quiet = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, contextlib.suppress(Enough):
         fit(trained.module, module, Path(folder), trainer, config.ema, to_yaml(config), lambda log, ema: [stamps])
@@ -93,11 +93,11 @@ class Alternating(L.Callback):
         twin: what the bare loop trains.
         steps: of each half of a pair.
         device: where both are.
-        turns: that a pair takes; must divide `steps`.
     """
 
-    def __init__(self, twin: Subject, steps: int, device: torch.device, turns: int = 1) -> None:
-        self.twin, self.steps, self.turns, self.device = twin, steps // turns, turns, device
+    def __init__(self, twin: Subject, steps: int, device: torch.device) -> None:
+        self.turns = max(1, steps // TURN)
+        self.twin, self.steps, self.device = twin, steps // self.turns, device
         self.ours: list[float] = []
         self.bare: list[float] = []
         self.waits: list[float] = []

@@ -135,6 +135,8 @@ class Rows:
 class Ahead:
     """Numbers drawn for several batches at once, where a batch is so small that a draw's calls cost more than it.
 
+    Only where a batch begins at the end of the last one: between those of one rank of several lie the others'.
+
     Args:
         draw: positions (B,) -> numbers (B, ...), each a function of its position alone.
         numbers: that it draws for a position.
@@ -143,12 +145,16 @@ class Ahead:
     def __init__(self, draw: Callable[[Tensor], Tensor], numbers: int) -> None:
         self.draw, self.numbers = draw, numbers
         self._rows: Rows | None = None
+        self._end: int | None = None
 
     def __call__(self, positions: Tensor, first: int | None = None) -> Tensor:
         """(B, ...) at positions (B,); `first` says that they are consecutive and where they begin."""
         device = positions.device
         size = (_AHEAD if positions.is_cpu else _AHEAD_GPU) // self.numbers
         if first is None or size < 2 * len(positions):
+            return self.draw(positions)
+        follows, self._end = first == self._end, first + len(positions)
+        if not follows:
             return self.draw(positions)
         if self._rows is None:
             self._rows = Rows(size, lambda row: self.draw(torch.arange(row * size, (row + 1) * size, device=device)))

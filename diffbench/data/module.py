@@ -17,6 +17,9 @@ from diffbench.core.pixels import from_uint8
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 
+FLIPS = 4096
+"""Positions whose flips are drawn at once: in the time of one batch's."""
+
 
 class PositionSampler(Sampler[list[int]]):
     """Endless micro-batches of positions, starting anywhere.
@@ -59,7 +62,7 @@ class PositionDataset(Dataset[dict[str, Any]]):
     def __init__(self, data: ImageSet | LatentSet, seed: int, flip: bool = False, only_index: bool = False) -> None:
         self.data, self.seed, self.flip, self.only_index = data, seed, flip, only_index
         self._orders = keyed.Rows(len(data), self._order)
-        self._flips = keyed.Ahead(self._flip, 1)
+        self._flips = keyed.Rows(FLIPS, self._flip)
 
     def index(self, first: int, count: int) -> Tensor:
         """Image numbers (count,) from the position `first` on; positions count all samples seen since the start."""
@@ -68,8 +71,8 @@ class PositionDataset(Dataset[dict[str, Any]]):
     def _order(self, epoch: int) -> Tensor:
         return keyed.permutation(keyed.key(self.seed, "order", epoch), len(self.data))
 
-    def _flip(self, positions: Tensor) -> Tensor:
-        return keyed.uniform(keyed.key(self.seed, "flip"), positions) < 0.5
+    def _flip(self, row: int) -> Tensor:
+        return keyed.uniform(keyed.key(self.seed, "flip"), torch.arange(row * FLIPS, (row + 1) * FLIPS)) < 0.5
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         """A batch of consecutive positions: `first`, position (B,), and what the set gives of its pictures.
@@ -85,7 +88,7 @@ class PositionDataset(Dataset[dict[str, Any]]):
         position, index = torch.arange(first, first + count), self.index(first, count)
         batch = {"first": first, "position": position}
         batch |= {"index": index} if self.only_index else self.data.gather(index)
-        return batch | {"flipped": self._flips(position, first)} if self.flip else batch
+        return batch | {"flipped": self._flips.at(first, count)} if self.flip else batch
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return self.__getitems__([position])

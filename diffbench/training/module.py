@@ -142,13 +142,13 @@ class DiffusionModule(Module):
     def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a batch trains on: images (B, C, H, W), times (B,), noise (B, C, H, W), labels (B,)."""
         x0, position, y = batch["x0"], batch["position"], batch["label"]
-        u, drop = self._uniforms(position, _start(batch)).unbind(1)
+        u, drop = self._uniforms(position, batch.get("first")).unbind(1)
         if self.time_sampling == "stratified":
             u = stratified(u, position % self.batch_size, self.batch_size)
         if self._noise is None:
             normal = partial(keyed.normal, self._keys["noise"], shape=tuple(x0.shape[1:]))
             self._noise = keyed.Ahead(normal, x0[0].numel())
-        eps = self._noise(position, _start(batch))
+        eps = self._noise(position, batch.get("first"))
         if self.label_dropout:
             y = torch.where(drop < self.label_dropout, self.null_label, y)  # type: ignore[arg-type]
         dtype = next(self.network.parameters()).dtype
@@ -165,7 +165,7 @@ class DiffusionModule(Module):
             x0, told["augment"] = augment(x0, batch["position"], self.seed, self.augment)
         weight = None
         if self.history is not None:
-            t, weight = self.history.time(self._uniforms(batch["position"], _start(batch))[:, 0])
+            t, weight = self.history.time(keyed.uniform(self._keys["time"], batch["position"]))
         self.seed_dropout(batch)
         self.times = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
@@ -193,11 +193,6 @@ class DiffusionModule(Module):
         """Takes it up again."""
         if self.history is not None:
             self.history.load_state_dict(checkpoint["loss_history"])
-
-
-def _start(batch: dict[str, Any]) -> int | None:
-    """Where a batch's positions begin, if the next batch's follow on them: other ranks draw for their own."""
-    return batch.get("first") if together.size() == 1 else None
 
 
 def lr_factor(settings: OptimizerConfig, images: int) -> float:
