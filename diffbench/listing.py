@@ -10,7 +10,7 @@ from diffbench.core.errors import UserError
 from diffbench.denoisers import DENOISERS
 from diffbench.denoisers.presets import sizes
 from diffbench.records import values
-from diffbench.report import newest_scores
+from diffbench.report import aligned, newest_scores
 from diffbench.seen import Seen, begun
 
 COLUMNS = ("run", "images", "of", "validation error", "newest score", "last change")
@@ -60,16 +60,7 @@ def runs(tops: Sequence[Path]) -> list[str]:
     folders = list(dict.fromkeys(folder for top in tops for folder in run_folders(top)))
     if not folders:
         raise UserError(f"{', '.join(map(str, tops))}: no run folder here or below (none has a config.yaml)")
-    rows = [COLUMNS, *map(_row, folders)]
-    widths = [max(len(row[column]) for row in rows if len(row) == len(COLUMNS)) for column in range(len(COLUMNS))]
-    right = (1, 2, 3)
-    return [
-        "  ".join(
-            text.rjust(width) if column in right else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=False))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned([COLUMNS, *map(_row, folders)], left={0, 4, 5})
 
 
 def _row(folder: Path) -> tuple[str, ...]:

@@ -155,10 +155,26 @@ def table(rows: Sequence[tuple[str, dict[str, str]]]) -> str:
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     cells = [["", *(title for title, _ in rows)]]
     cells += [[name, *(row.get(name, "-") for _, row in rows)] for name in names]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    text = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
+    return "\n".join(ruled(cells))
+
+
+def ruled(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows in columns, the first of them a headline over a rule."""
+    head, *rest = aligned(rows, left={0})
+    return [head, "-" * max(map(len, (head, *rest))), *rest]
+
+
+def aligned(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
+    """Rows in columns as wide as their widest cell; a row may end early, and its last cell is then wider than any.
+
+    Args:
+        rows: the first of them has every column.
+        left: columns that begin where the others end.
+    """
+    full = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]
+    cells = [
+        [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
+        for row in rows
     ]
-    return "\n".join([text[0].rstrip(), rule, *(t.rstrip() for t in text[1:])])
+    return ["  ".join(row).rstrip() for row in cells]

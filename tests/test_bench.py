@@ -181,6 +181,22 @@ def test_every_variant_is_a_config(form: BenchConfig, device: str) -> None:
     assert len(found["DiT-XL/2"]) > 1 if large else len(found["DiT-XL/2"]) == 1
 
 
+def test_a_backend_of_ones_own_is_not_passed_by_attention_in_parts() -> None:
+    def found(model: str, device: str, words: str) -> cases.Variant:
+        form = BenchConfig(models=[model], variants=[f"mine: {words}"])
+        return cases.variants(form, model, cases.run_config(form, model, device), device)[1]
+
+    whole = "trainer.attention_in_parts=false"
+    assert found("DiffiT-S/2", "cpu", "bench.attention=math") == cases.Variant("mine", (whole,), "math")
+    assert found("DiffiT-S/2", "cpu", "trainer.tf32=true").overrides == ("trainer.tf32=true",)
+    assert found(cases.DIGITS[1], "cpu", "bench.attention=flash ema.foreach=false").overrides == (
+        whole,
+        "ema.foreach=false",
+    )
+    assert found("DiffiT-S/2", "cuda", "bench.attention=math").overrides == ()
+    assert found("DiT-S/2", "cpu", "bench.attention=math").overrides == ()
+
+
 def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = cases.run_config(BenchConfig(), "DiT-S/2", "cpu")
     weights = 33e6 * models.PER_PARAMETER

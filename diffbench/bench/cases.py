@@ -1,6 +1,6 @@
 """The networks that are measured, at which batch, and in which variants."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     if "variants" not in config.chosen_parts or model not in (config.models or varied):
         return [default]
     found = [variant(*(part.strip() for part in said.split(":", 1))) for said in config.variants or ()]
+    at_once = (WHOLE,) if device == "cpu" and denoiser.startswith("diffit") else ()  # in parts no backend attends
+    found = [replace(v, overrides=at_once + v.overrides) if v.attention else v for v in found]
     whole, blocks = (Variant(n, (f"trainer.compile={n.split()[1]}",)) for n in ("compiled model", "compiled block"))
     if denoiser in CONVOLUTIONAL:
         table = [Variant("channels-first", ("trainer.channels_last=false",))]
@@ -106,7 +108,6 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
         # In the short form the attention of the small one stands for that of the large one.
         brief = not long and config.models is None and model == "DiT-S/2"
         backends = () if brief else ATTENTION[device] if long else ("math",)
-        at_once = (WHOLE,) if device == "cpu" and denoiser == "diffit-latent" else ()
         table = [Variant(f"attention {name}", at_once, name) for name in backends]
         table += [blocks, whole] if config.full else [blocks] if config.gpu else []
     other = "32-true" if precision(config, device) == "bf16-mixed" else "bf16-mixed"

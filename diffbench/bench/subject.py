@@ -102,7 +102,10 @@ class Subject:
             self.network(*self.process.inputs(self.x0, self._time()), self.y)
 
     def bare(self) -> None:
-        """A training step as one writes it by hand: no average, no log, no data, noise from one generator."""
+        """A training step as one writes it by hand: no average, no log, no data, noise from one generator.
+
+        Gradients are clipped where the run's are.
+        """
         eps = torch.randn(self.x0.shape, generator=self.generator, device=self.device, dtype=self.x0.dtype)
         t = self._time()
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,6 +114,8 @@ class Subject:
                 x, time = self.process.inputs(self.process.add_noise(self.x0, t, eps), t)
                 loss = self.process.losses(self.network(x, time, self.y), self.x0, t, eps).mean()
             loss.backward()
+        if self.config.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
 
     def train(self) -> None:

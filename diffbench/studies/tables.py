@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffbench.records import values as recorded
-from diffbench.report import SHOWN, table
+from diffbench.report import SHOWN, ruled, table
 from diffbench.studies.conclusions import Conclusion, Contest, interval
 from diffbench.studies.entries import Entry
 from diffbench.studies.wording import better, number, short, spread, title
@@ -185,13 +185,7 @@ def as_csv(c: Conclusion) -> str:
 def lines(rows: Rows) -> str:
     """Rows as text, one a line, under their heads."""
     heads = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [heads, *([row.get(h, "-") for h in heads] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
-    text = [
-        "  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    ]
-    return "\n".join([text[0].rstrip(), "-" * (sum(widths) + 2 * len(widths) - 2), *(t.rstrip() for t in text[1:])])
+    return "\n".join(ruled([heads, *([row.get(h, "-") for h in heads] for row in rows)]))
 
 
 def for_terminal(c: Conclusion) -> str:

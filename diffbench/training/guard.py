@@ -48,7 +48,7 @@ class Outcome:
 
 
 def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> Outcome:
-    """Has the optimizer leave weights and state alone if a loss or the gradient is not finite, by itself where fused.
+    """Has the optimizer leave weights and state alone if a loss or the gradient is not finite; on a GPU without a wait.
 
     Args:
         trainer: whose ranks decide together.
@@ -62,9 +62,9 @@ def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor)
 
     skipped, scaler = anywhere_infinite(loss + norm), scaler_of(trainer)
     if scaler is None:
-        if optimizer.param_groups[0]["fused"]:
+        if optimizer.param_groups[0]["fused"] and not skipped.is_cpu:
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        elif skipped:  # a wait for the device; what has no gradient takes no step
+        elif skipped:  # what has no gradient takes no step
             optimizer.zero_grad(set_to_none=True)
         return Outcome(skipped)
     for found in scaler._found_inf_per_device(optimizer).values():

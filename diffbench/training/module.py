@@ -41,6 +41,13 @@ class Module(L.LightningModule):
         self.times: Tensor | None = None
         self._loss: Tensor | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute: at once where Lightning names the hook that runs, some fifty times a step."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def configure_model(self) -> None:
         """Shares the network out between the ranks, where trainer.strategy says so."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -79,16 +86,24 @@ class Module(L.LightningModule):
         scaler = scaler_of(self.trainer)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        weights = [p for group in optimizer.param_groups for p in group["params"]]  # faster than a walk of the network
+        weights = optimizer.param_groups[0]["params"]
         # What nn.utils.get_total_norm computes, without its sorting of tensors by device.
         norm = torch.linalg.vector_norm(
             torch.stack(torch._foreach_norm([p.grad for p in weights if p.grad is not None]))
         )
-        if self.settings.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(weights, self.settings.clip_norm, norm)
-        self.grad_norm = whole(norm)
+        self.grad_norm, most = whole(norm), self.settings.clip_norm
+        if most is not None and not (self.grad_norm.is_cpu and float(self.grad_norm) <= most - 1e-6):  # no product by 1
+            nn.utils.clip_grads_with_norm_(weights, most, norm)
         assert self._loss is not None
         self.outcome, self._loss = decide(self.trainer, optimizer, self._loss, self.grad_norm), None
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, and lets the gradients go: a forward pass has their memory, and they are still in the caches."""
+        super().optimizer_step(*args, **kwargs)
+        self.trainer.optimizers[0].zero_grad(set_to_none=True)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing, see above."""
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Sums the step's losses, on the device: no finite number if one of them is none."""
