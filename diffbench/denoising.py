@@ -22,6 +22,7 @@ from diffbench.core.pixels import to_uint8
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.cost import Cost
+from diffbench.denoisers.linear import by_onednn
 from diffbench.denoisers.tmsa import choose_forms
 from diffbench.trained import Trained, open_run
 from diffbench.training.coding import decode
@@ -54,6 +55,7 @@ class Run(Trained[RunConfig]):
         self.null_label = parts.null_label(config, self.train_set)
         super().__init__(folder, config)
         choose_forms(self.network, config.trainer.short_time, config.trainer.attention_in_parts)
+        by_onednn(self.network, config.trainer.linear_by_onednn)
 
     @property
     def denoiser(self) -> nn.Module:

@@ -1,0 +1,49 @@
+"""Linear layers by oneDNN, where PyTorch's own way leaves half of a CPU's speed unused."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+LEAST = 1 << 25
+"""Multiply-accumulates of a product from which it pays: below it, calls cost more."""
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class PixelLinear(nn.Linear):
+    """A linear layer that computes as a convolution of one row of pixels, each a token.
+
+    Products of float32 go to MKL, which gives AVX-512 to Intel's processors alone and AVX2 to others; convolutions go
+    to oneDNN, which gives it to all. The same to rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if not self._pays(x):
+            return super().forward(x)
+        pixels = rearrange(x.reshape(1, 1, -1, self.in_features), "b h w c -> b c h w")
+        out = nn.functional.conv2d(pixels, self.weight[:, :, None, None], self.bias)
+        return rearrange(out, "b c h w -> b h w c").reshape(*x.shape[:-1], self.out_features)
+
+    def _pays(self, x: Tensor) -> bool:
+        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return plain and x.numel() * self.out_features >= LEAST
+
+
+def by_onednn(network: nn.Module, wanted: bool = True) -> None:
+    """Has a network's linear layers compute by oneDNN where that is wanted and pays; their weights stay as they are."""
+    if wanted and mkl_holds_back():
+        for module in network.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = PixelLinear
+
+
+@cache
+def mkl_holds_back() -> bool:
+    """Whether PyTorch multiplies by MKL on a processor with AVX-512 that is not Intel's; asked on Linux alone."""
+    backends = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not backends or torch.backends.cpu.get_cpu_capability() != "AVX512" or not CPUINFO.is_file():
+        return False
+    return "GenuineIntel" not in CPUINFO.read_text()
