@@ -12,9 +12,11 @@ from torch import nn
 from diffbench import parts
 from diffbench.bench import bench as benchmark
 from diffbench.bench import cases, drawn, machine, models, pieces, settings, show
+from diffbench.bench.peak import WAYS
 from diffbench.bench.settings import PARTS, BenchConfig
 from diffbench.cli import main
 from diffbench.core.errors import UserError
+from diffbench.denoisers.linear import mkl_holds_back
 from diffbench.denoisers.presets import PRESETS
 
 CPU = torch.device("cpu")
@@ -63,7 +65,8 @@ def test_every_part_gives_positive_numbers(report: dict[str, Any]) -> None:
 
 def test_steps_of_a_network_and_its_variants(report: dict[str, Any]) -> None:
     rows = [row for row in report["rows"] if row["part"] == "models" and row["name"] == "DiT-S/2"]
-    names = ["default", "no channels-last", "attention math", "bf16", "other"]
+    by_mkl = ["linear by MKL"] if mkl_holds_back() else []
+    names = ["default", "no channels-last", "attention math", "bf16", *by_mkl, "other"]
     assert [(row["variant"], row["work"]) for row in rows] == [
         (name, work) for name in names for work in ("forward", "train", "sample")
     ]
@@ -73,6 +76,8 @@ def test_steps_of_a_network_and_its_variants(report: dict[str, Any]) -> None:
         passes = {"forward": 1, "train": 3, "sample": 1}[row["work"]]
         assert row["flops_per_s"] == pytest.approx(2 * cost.macs * passes * 4 / row["ms"] * 1e3)
         assert row["share"] == pytest.approx(row["flops_per_s"] / row["peak"]["flops_per_s"])
+        assert row["mm_share"] == pytest.approx(row["flops_per_s"] / row["peak"]["mm_flops_per_s"])
+        assert row["peak"]["flops_per_s"] >= row["peak"]["mm_flops_per_s"] and row["peak"]["way"] in WAYS
         assert row["peak"]["precision"] == ("bf16-mixed" if row["variant"] == "bf16" else "32-true")
         assert (row["batch"], row["parameters"]) == (4, cost.parameters)
         assert ("ratio" in row) == (row["variant"] != "default")
@@ -179,6 +184,18 @@ def test_every_variant_is_a_config(form: BenchConfig, device: str) -> None:
     assert any(name.startswith("attention ") for name in found[cases.DIGITS[0]])
     large = form.gpu or device == "cuda"
     assert len(found["DiT-XL/2"]) > 1 if large else len(found["DiT-XL/2"]) == 1
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_linear_layers_by_mkl_are_a_variant_where_they_are_slower(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "mkl_holds_back", lambda: held)
+
+    def there(model: str, device: str, form: BenchConfig) -> bool:
+        found = cases.variants(form, model, cases.run_config(form, model, device), device)
+        return "linear by MKL" in [variant.name for variant in found]
+
+    assert there("DiT-S/2", "cpu", BenchConfig()) is there("DiffiT-S/2", "cpu", BenchConfig(full=True)) is held
+    assert not there("DiT-S/2", "cuda", BenchConfig()) and not there("ADM-S/32", "cpu", BenchConfig(full=True))
 
 
 def test_a_backend_of_ones_own_is_not_passed_by_attention_in_parts() -> None:

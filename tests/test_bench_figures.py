@@ -134,7 +134,9 @@ def test_a_line_says_why_something_was_skipped_and_what_grew() -> None:
     )
     slopes = {"part": "growth", "name": "DiT", "variant": "depth", "time_slope": 1.0, "memory_slope": None}
     assert show.line(slopes).endswith("time ~ size^1.00, memory ~ size^-")
-    assert "120 GFLOP/s  60.0%" in show.line(ROW | {"ms": 1.0, "flops_per_s": 1.2e11, "share": 0.6})
+    speed = ROW | {"ms": 1.0, "flops_per_s": 1.2e11, "share": 0.6}
+    assert show.line(speed | {"mm_share": 0.6}).endswith("120 GFLOP/s  60.0%")
+    assert show.line(speed | {"mm_share": 1.2}).endswith("120 GFLOP/s  60.0% (120% of mm)")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "rows": []}', '{"format": 1, "rows": 3}'])

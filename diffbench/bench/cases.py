@@ -10,6 +10,7 @@ from diffbench.config_kinds import RunConfig
 from diffbench.config_layers import COMMAND_LINE, merge, parse_overrides
 from diffbench.core.errors import UserError, suggest
 from diffbench.denoisers import DENOISERS
+from diffbench.denoisers.linear import mkl_holds_back
 from diffbench.denoisers.presets import PRESETS
 
 _LATENT = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
@@ -32,6 +33,7 @@ ATTENTION = {"cpu": ("flash", "math"), "cuda": ("flash", "efficient", "cudnn", "
 
 SHORT_TIME = {"short time": "trainer.short_time=true"}
 WHOLE = "trainer.attention_in_parts=false"
+BY_MKL = "trainer.linear_by_onednn=false"
 KEYS = {
     "optimizer in parts": "optimizer.fused=false",
     "average one by one": "ema.foreach=false",
@@ -113,6 +115,8 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     other = "32-true" if precision(config, device) == "bf16-mixed" else "bf16-mixed"
     if config.full or model == "DiT-S/2" or (denoiser in CONVOLUTIONAL and config.gpu):
         table.append(Variant("fp32" if other == "32-true" else "bf16", (f"trainer.precision={other}",)))
+    if device == "cpu" and denoiser not in CONVOLUTIONAL and (config.full or model == "DiT-S/2") and mkl_holds_back():
+        table.append(Variant("linear by MKL", (BY_MKL,)))
     if device == "cuda" and denoiser in CONVOLUTIONAL:
         table.append(Variant("tf32", ("trainer.precision=32-true", "trainer.tf32=true")))
     keys = dict(SHORT_TIME) if denoiser.startswith("diffit") and long else {}

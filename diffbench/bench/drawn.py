@@ -67,6 +67,7 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
             "flops_per_s": achieved,
             "peak": found,
             "share": share(achieved, found["flops_per_s"]),
+            "mm_share": share(achieved, found["mm_flops_per_s"]),
         }
 
 

@@ -126,6 +126,7 @@ def _figures(subject: Subject, work: Work, kind: str, macs: int, peak: dict[str,
         "flops_per_s": achieved,
         "peak": peak,
         "share": share(achieved, peak["flops_per_s"]),
+        "mm_share": share(achieved, peak["mm_flops_per_s"]),
     }
 
 

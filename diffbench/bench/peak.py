@@ -1,8 +1,9 @@
 """The two ceilings of a machine: matrix products, and copies through memory."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from diffbench.bench.clock import Work, in_turns, seconds
@@ -17,12 +18,17 @@ SIZES: dict[str, list[tuple[int, int, int]]] = {
     "tiny": [(128, 128, 128), (256, 128, 128)],
 }
 """(rows, inner, columns) of products: square ones, and tall ones as tokens times weights are."""
+Way = Literal["mm", "convolution"]
+WAYS: tuple[Way, ...] = ("mm", "convolution")
 COPIED = {"cpu": 2**28, "cuda": 2**32, "tiny": 2**20}
 """Bytes of the tensor that is copied, several times a cache."""
 
 
 class Peak:
     """The best matrix product of several sizes, to be measured in turns with what is held against it.
+
+    On a CPU a product of float32 may be faster as a convolution of one pixel, see `denoisers.linear`: it is measured
+    both ways.
 
     Args:
         precision: of the products, as `trainer.precision`, or tf32.
@@ -32,42 +38,54 @@ class Peak:
 
     def __init__(self, precision: str, device: torch.device, tiny: bool = False) -> None:
         self.precision, self.device = precision, device
-        self.sizes = SIZES["tiny" if tiny else device.type]
-        best = in_turns([self._work(size) for size in self.sizes], device, 2, once=tiny)
-        rates = {size: self._rate(size, min(work.times)) for size, work in zip(self.sizes, best, strict=True)}
-        self.sizes = sorted(self.sizes, key=lambda size: -rates[size])[:2]
+        sizes = SIZES["tiny" if tiny else device.type]
+        ways: tuple[Way, ...] = WAYS if device.type == "cpu" and precision == "32-true" else WAYS[:1]
+        self.products = [(way, size) for way in ways for size in sizes]
+        best = in_turns(self.works(), device, 2, once=tiny)
+        rates = {p: _rate(p[1], min(work.times)) for p, work in zip(self.products, best, strict=True)}
+        order = sorted(self.products, key=lambda product: -rates[product])
+        self.products = [product for way in ways for product in [p for p in order if p[0] == way][:2]]
         self.best = max(rates.values())
 
     def works(self) -> list[Work]:
-        """Products of the two best sizes."""
-        return [self._work(size) for size in self.sizes]
+        """Products of the two best sizes, each way."""
+        return [self._work(*product) for product in self.products]
 
     def of(self, works: list[Work]) -> dict[str, Any]:
-        """The rate in FLOP/s of the better size by its median time, and what it was."""
-        rates = [
-            (self._rate(size, spread(work.times).median), size) for size, work in zip(self.sizes, works, strict=True)
-        ]
-        rate, size = max(rates)
-        return {"precision": self.precision, "flops_per_s": rate, "size": list(size)}
+        """The rate in FLOP/s of the fastest product by its median time, and what it was; torch.mm's beside it."""
+        rates = {p: _rate(p[1], spread(work.times).median) for p, work in zip(self.products, works, strict=True)}
+        way, size = max(rates, key=lambda product: rates[product])
+        return {
+            "precision": self.precision,
+            "flops_per_s": rates[way, size],
+            "size": list(size),
+            "way": way,
+            "mm_flops_per_s": max(rate for product, rate in rates.items() if product[0] == "mm"),
+        }
 
-    def _work(self, size: tuple[int, int, int]) -> Work:
+    def _work(self, way: Way, size: tuple[int, int, int]) -> Work:
         rows, inner, columns = size
         a, b = self._random(rows, inner), self._random(inner, columns)
         out = torch.empty(rows, columns, dtype=a.dtype, device=self.device)
+        pixels, weight = rearrange(a[None, None], "b h w c -> b c h w"), b.t().contiguous()[:, :, None, None]
 
         def product() -> None:
-            with float32_products(self.precision == "tf32"):
-                torch.mm(a, b, out=out)
+            with torch.no_grad(), float32_products(self.precision == "tf32"):
+                if way == "mm":
+                    torch.mm(a, b, out=out)
+                else:
+                    torch.nn.functional.conv2d(pixels, weight)
 
-        return Work("x".join(map(str, size)), product)
+        return Work(f"{way} {rows}x{inner}x{columns}", product)
 
     def _random(self, *shape: int) -> Tensor:
         # Zeros would be multiplied faster than what networks hold.
         generator = torch.Generator(self.device).manual_seed(0)
         return torch.randn(*shape, generator=generator, device=self.device).to(DTYPES[self.precision])
 
-    def _rate(self, size: tuple[int, int, int], taken: float) -> float:
-        return 2.0 * size[0] * size[1] * size[2] / taken
+
+def _rate(size: tuple[int, int, int], taken: float) -> float:
+    return 2.0 * size[0] * size[1] * size[2] / taken
 
 
 def copy_rate(device: torch.device, tiny: bool = False) -> float:

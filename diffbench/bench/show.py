@@ -60,6 +60,8 @@ def line(row: Row, change: float | None = None) -> str:
         said.append(f"{row['images_per_s']:10,.1f} img/s")
     if "share" in row:
         said.append(f"{row['flops_per_s'] / 1e9:9,.0f} GFLOP/s {100 * row['share']:5.1f}%")
+        if row.get("mm_share", row["share"]) != row["share"]:
+            said.append(f"({100 * row['mm_share']:.0f}% of mm)")
     if "memory_bytes" in row:
         said.append(f"{row['memory_bytes'] / 2**20:8,.1f} MiB")
     if "compiled" in row.get("variant", "") and "first_s" in row:
