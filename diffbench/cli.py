@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(_checked_verb(argv))
         arguments.launcher = launcher
         if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its cells itself
-            print(launching.launch(argv, launcher))
+            print(launching.launch(argv, launcher), flush=True)
             return 0
         code = int(globals()[f"_{arguments.verb}"](arguments) or 0)
         sys.stdout.flush()

@@ -155,7 +155,7 @@ class DiffusionModule(Module):
         return self.network
 
     def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a batch trains on: images (B, C, H, W), times (B,), noise (B, C, H, W), labels (B,)."""
+        """What a batch trains on: images (B, C, H, W), uniform numbers (B,), noise (B, C, H, W), labels (B,)."""
         x0, position, y = batch["x0"], batch["position"], batch["label"]
         u, drop = self._uniforms(position, batch.get("first")).unbind(1)
         if self.time_sampling == "stratified":
@@ -167,20 +167,18 @@ class DiffusionModule(Module):
         if self.label_dropout:
             y = torch.where(drop < self.label_dropout, self.null_label, y)  # type: ignore[arg-type]
         dtype = next(self.network.parameters()).dtype
-        return x0.to(dtype), self.process.time(u), eps.to(dtype), y
+        return x0.to(dtype), u, eps.to(dtype), y
 
     def _draw_uniforms(self, position: Tensor) -> Tensor:
         return keyed.uniforms((self._keys["time"], self._keys["label"]), position).T
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The batch's mean loss."""
-        x0, t, eps, y = self.draw(batch)
+        x0, u, eps, y = self.draw(batch)
         told: dict[str, Tensor] = {}
         if self.augment:
             x0, told["augment"] = augment(x0, batch["position"], self.seed, self.augment)
-        weight = None
-        if self.history is not None:
-            t, weight = self.history.time(keyed.uniform(self._keys["time"], batch["position"]))
+        t, weight = (self.process.time(u), None) if self.history is None else self.history.time(u)
         self.seed_dropout(batch)
         self.times = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
