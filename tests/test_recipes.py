@@ -140,7 +140,8 @@ def test_stratified_times_cover_the_steps_in_every_batch() -> None:
     stratified = module(time_sampling="stratified")
     for positions, _ in zip(PositionSampler(64, start=128), range(3), strict=False):
         batch = data.__getitems__(positions)
-        t = stratified.draw({**batch, "x0": from_uint8(batch["image"])})[1]
+        u = stratified.draw({**batch, "x0": from_uint8(batch["image"])})[1]
+        t = stratified.process.time(u)
         edges = torch.arange(65) * 1000 / 64
         assert (t.sort().values >= edges[:-1].floor()).all() and (t.sort().values <= edges[1:]).all()
 
