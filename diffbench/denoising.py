@@ -55,7 +55,8 @@ class Run(Trained[RunConfig]):
         self.null_label = parts.null_label(config, self.train_set)
         super().__init__(folder, config)
         choose_forms(self.network, config.trainer.short_time, config.trainer.attention_in_parts)
-        by_onednn(self.network, config.trainer.linear_by_onednn)
+        if config.trainer.linear_by_onednn:
+            by_onednn(self.network)
 
     @property
     def denoiser(self) -> nn.Module:

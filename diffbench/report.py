@@ -165,11 +165,11 @@ def ruled(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
-    """Rows in columns as wide as their widest cell; a row may end early, and its last cell is then wider than any.
+    """Rows in columns as wide as their widest cell. A row may end early; such rows widen no column.
 
     Args:
         rows: the first of them has every column.
-        left: columns that begin where the others end.
+        left: columns set to the left; the others are set to the right.
     """
     full = [row for row in rows if len(row) == len(rows[0])]
     widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]

@@ -24,6 +24,7 @@ DIT = "experiments/digits/dit.yaml"
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes that linear layers convolve; none is too small, and this processor is one to do it on."""
     monkeypatch.setattr(linear, "LEAST", 1)
+    monkeypatch.setattr(linear, "ROWS", 1)
     monkeypatch.setattr(linear, "mkl_holds_back", lambda: True)
     shapes: list[tuple[int, ...]] = []
     convolve = nn.functional.conv2d
@@ -37,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(4, 64, 96), (64, 96), (96,), (2, 3, 5, 96), (0, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 64, 96), (64, 96), (2, 3, 8, 96), (96,), (2, 3, 5, 96), (0, 96)], ids=str)
 def test_outputs_and_gradients(shape: tuple[int, ...], bias: bool, calls: list[tuple[int, ...]]) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(96, 160, bias=bias)
@@ -53,7 +54,8 @@ def test_outputs_and_gradients(shape: tuple[int, ...], bias: bool, calls: list[t
         out = module(given)
         out.backward(push.to(dtype))
         told += [out.detach(), given.grad, *(p.grad for p in module.parameters())]
-    assert calls == ([(1, 96, 1, x.numel() // 96)] if x.numel() else [])
+    rows = x.numel() // 96
+    assert calls == ([] if rows % 16 or not rows else [(16, 96, 1, rows // 16)])
     for a, b in zip(found, wanted, strict=True):
         assert a.shape == b.shape and a.is_contiguous()
         assert not b.numel() or (a - b).abs().max() < 1e-6 * max(1, b.abs().max())
@@ -61,9 +63,25 @@ def test_outputs_and_gradients(shape: tuple[int, ...], bias: bool, calls: list[t
 
 def test_tokens_in_any_order_of_memory(calls: list[tuple[int, ...]]) -> None:
     layer = PixelLinear(24, 40)
-    x = torch.randn(3, 24, 7).transpose(1, 2)
+    x = torch.randn(3, 24, 32).transpose(1, 2)
     assert (layer(x) - nn.functional.linear(x, layer.weight, layer.bias)).abs().max() < 1e-6
-    assert calls == [(1, 24, 1, 21)]
+    assert calls == [(16, 24, 1, 6)]
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="MKL is not there, whose work oneDNN takes")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("sizes", [(2048, 384, 1536), (256, 384, 384), (32, 96, 160)], ids=str)
+def test_onednn_computes_it_on_any_number_of_threads(sizes: tuple[int, int, int], threads: int) -> None:
+    rows, inner, outer = sizes
+    pixels = torch.empty(linear.PICTURES, inner, 1, rows // linear.PICTURES)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weight, none = torch.empty(outer, inner, 1, 1), ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        chosen = torch._C._select_conv_backend(pixels, weight, None, *none)  # type: ignore[attr-defined]
+    finally:
+        torch.set_num_threads(before)
+    assert chosen.name == "Mkldnn"
 
 
 def test_what_stays_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +91,15 @@ def test_what_stays_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     def same(layer: nn.Linear, x: Tensor) -> None:
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
-    same(layer, torch.randn(63, 512))  # of 64 rows there would be 2^25 products
-    same(layer.double(), torch.randn(64, 512).double())
+    same(layer, torch.randn(240, 512))  # few rows
+    same(layer, torch.randn(257, 512))  # no multiple of 16
+    same(PixelLinear(256, 256), torch.randn(496, 256))  # of 512 rows there would be 2^25 products
+    same(layer.double(), torch.randn(256, 512).double())
     with torch.autocast("cpu", torch.bfloat16):
-        same(layer.float(), torch.randn(64, 512))
-    with pytest.raises(TypeError):
-        layer(torch.randn(64, 512))
+        same(layer.float(), torch.randn(256, 512))
+    for taken in (layer, PixelLinear(256, 256)):
+        with pytest.raises(TypeError):
+            taken(torch.randn(512, taken.in_features))
 
 
 @pytest.mark.parametrize("name", ["dit", "diffit-latent", "diffit", "unet", "ddpmpp"])

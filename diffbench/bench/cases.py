@@ -100,7 +100,7 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     if "variants" not in config.chosen_parts or model not in (config.models or varied):
         return [default]
     found = [variant(*(part.strip() for part in said.split(":", 1))) for said in config.variants or ()]
-    at_once = (WHOLE,) if device == "cpu" and denoiser.startswith("diffit") else ()  # in parts no backend attends
+    at_once = (WHOLE,) if device == "cpu" and denoiser.startswith("diffit") else ()  # in parts no backend is used
     found = [replace(v, overrides=at_once + v.overrides) if v.attention else v for v in found]
     whole, blocks = (Variant(n, (f"trainer.compile={n.split()[1]}",)) for n in ("compiled model", "compiled block"))
     if denoiser in CONVOLUTIONAL:
@@ -115,7 +115,8 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     other = "32-true" if precision(config, device) == "bf16-mixed" else "bf16-mixed"
     if config.full or model == "DiT-S/2" or (denoiser in CONVOLUTIONAL and config.gpu):
         table.append(Variant("fp32" if other == "32-true" else "bf16", (f"trainer.precision={other}",)))
-    if device == "cpu" and denoiser not in CONVOLUTIONAL and (config.full or model == "DiT-S/2") and mkl_holds_back():
+    plain = device == "cpu" and precision(config, device) == "32-true" and mkl_holds_back()
+    if plain and denoiser not in CONVOLUTIONAL and (config.full or model == "DiT-S/2"):
         table.append(Variant("linear by MKL", (BY_MKL,)))
     if device == "cuda" and denoiser in CONVOLUTIONAL:
         table.append(Variant("tf32", ("trainer.precision=32-true", "trainer.tf32=true")))

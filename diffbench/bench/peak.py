@@ -1,5 +1,6 @@
 """The two ceilings of a machine: matrix products, and copies through memory."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from diffbench.bench.clock import Work, in_turns, seconds
 from diffbench.bench.figures import spread
+from diffbench.denoisers.linear import PICTURES
 from diffbench.training.speed import float32_products
 
 DTYPES = {"32-true": torch.float32, "tf32": torch.float32, "bf16-mixed": torch.bfloat16, "64-true": torch.float64}
@@ -27,8 +29,7 @@ COPIED = {"cpu": 2**28, "cuda": 2**32, "tiny": 2**20}
 class Peak:
     """The best matrix product of several sizes, to be measured in turns with what is held against it.
 
-    On a CPU a product of float32 may be faster as a convolution of one pixel, see `denoisers.linear`: it is measured
-    both ways.
+    On a CPU a product of float32 may be faster as a 1x1 convolution, see `denoisers.linear`: it is measured both ways.
 
     Args:
         precision: of the products, as `trainer.precision`, or tf32.
@@ -44,7 +45,7 @@ class Peak:
         best = in_turns(self.works(), device, 2, once=tiny)
         rates = {p: _rate(p[1], min(work.times)) for p, work in zip(self.products, best, strict=True)}
         order = sorted(self.products, key=lambda product: -rates[product])
-        self.products = [product for way in ways for product in [p for p in order if p[0] == way][:2]]
+        self.products = [p for way in ways for p in [q for q in order if q[0] == way][:2]]
         self.best = max(rates.values())
 
     def works(self) -> list[Work]:
@@ -66,15 +67,15 @@ class Peak:
     def _work(self, way: Way, size: tuple[int, int, int]) -> Work:
         rows, inner, columns = size
         a, b = self._random(rows, inner), self._random(inner, columns)
-        out = torch.empty(rows, columns, dtype=a.dtype, device=self.device)
-        pixels, weight = rearrange(a[None, None], "b h w c -> b c h w"), b.t().contiguous()[:, :, None, None]
+        if way == "mm":
+            call = partial(torch.mm, a, b, out=torch.empty(rows, columns, dtype=a.dtype, device=self.device))
+        else:
+            pixels = rearrange(a.reshape(PICTURES, 1, -1, inner), "b h w c -> b c h w")
+            call = partial(torch.nn.functional.conv2d, pixels, b.t().contiguous()[:, :, None, None])
 
         def product() -> None:
-            with torch.no_grad(), float32_products(self.precision == "tf32"):
-                if way == "mm":
-                    torch.mm(a, b, out=out)
-                else:
-                    torch.nn.functional.conv2d(pixels, weight)
+            with float32_products(self.precision == "tf32"):
+                call()
 
         return Work(f"{way} {rows}x{inner}x{columns}", product)
 

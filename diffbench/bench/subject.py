@@ -102,10 +102,8 @@ class Subject:
             self.network(*self.process.inputs(self.x0, self._time()), self.y)
 
     def bare(self) -> None:
-        """A training step as one writes it by hand: no average, no log, no data, noise from one generator.
-
-        Gradients are clipped where the run's are.
-        """
+        """A training step as one writes it by hand: clipped as the run's, noise from one generator; no average, no log,
+        no data."""
         eps = torch.randn(self.x0.shape, generator=self.generator, device=self.device, dtype=self.x0.dtype)
         t = self._time()
         self.optimizer.zero_grad(set_to_none=True)

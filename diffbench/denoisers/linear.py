@@ -9,32 +9,38 @@ from torch import Tensor, nn
 
 LEAST = 1 << 25
 """Multiply-accumulates of a product from which it pays: below it, calls cost more."""
+ROWS = 256
+"""Rows of a product from which it pays: with fewer, weights are what takes time to read."""
+PICTURES = 16
+"""PyTorch gives a 1x1 convolution of fewer pictures to MKL too, on one thread always, on several by size."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
 class PixelLinear(nn.Linear):
-    """A linear layer that computes as a convolution of one row of pixels, each a token.
+    """A linear layer that computes as a 1x1 convolution of pictures one pixel high, whose pixels are the tokens.
 
-    Products of float32 go to MKL, which gives AVX-512 to Intel's processors alone and AVX2 to others; convolutions go
-    to oneDNN, which gives it to all. The same to rounding.
+    Products of float32 go to MKL, of which PyTorch's (2024.2) gives AVX-512 to Intel's processors and AVX2 to others;
+    convolutions go to oneDNN, which gives it to all. The same to rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         if not self._pays(x):
             return super().forward(x)
-        pixels = rearrange(x.reshape(1, 1, -1, self.in_features), "b h w c -> b c h w")
+        pixels = rearrange(x.reshape(PICTURES, 1, -1, self.in_features), "b h w c -> b c h w")
         out = nn.functional.conv2d(pixels, self.weight[:, :, None, None], self.bias)
         return rearrange(out, "b c h w -> b h w c").reshape(*x.shape[:-1], self.out_features)
 
     def _pays(self, x: Tensor) -> bool:
-        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return plain and x.numel() * self.out_features >= LEAST
+        if not x.is_cpu or not x.dtype == self.weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        rows = x.numel() // self.in_features
+        return rows >= ROWS and rows % PICTURES == 0 and x.numel() * self.out_features >= LEAST
 
 
-def by_onednn(network: nn.Module, wanted: bool = True) -> None:
-    """Has a network's linear layers compute by oneDNN where that is wanted and pays; their weights stay as they are."""
-    if wanted and mkl_holds_back():
+def by_onednn(network: nn.Module) -> None:
+    """Has a network's linear layers compute by oneDNN where that pays; their weights stay as they are."""
+    if mkl_holds_back():
         for module in network.modules():
             if type(module) is nn.Linear:
                 module.__class__ = PixelLinear

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no finite number: skipped on the device, counted, and in a long row the end."""
+"""Steps whose loss or gradient is no finite number: skipped, counted, and in a long row the end."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ class Outcome:
 
 
 def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> Outcome:
-    """Has the optimizer leave weights and state alone if a loss or the gradient is not finite; on a GPU without a wait.
+    """Has the optimizer leave weights and state alone if a loss or the gradient is not finite.
+
+    A fused optimizer is told on the device, and nothing waits for it; any other gets no gradients.
 
     Args:
         trainer: whose ranks decide together.
@@ -64,7 +66,7 @@ def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor)
     if scaler is None:
         if optimizer.param_groups[0]["fused"] and not skipped.is_cpu:
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        elif skipped:  # what has no gradient takes no step
+        elif skipped:  # off the CPU, a wait for the device
             optimizer.zero_grad(set_to_none=True)
         return Outcome(skipped)
     for found in scaler._found_inf_per_device(optimizer).values():

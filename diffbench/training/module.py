@@ -42,7 +42,7 @@ class Module(L.LightningModule):
         self._loss: Tensor | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute: at once where Lightning names the hook that runs, some fifty times a step."""
+        """Sets an attribute; without nn.Module's checks where Lightning notes the running hook, 40 times a step."""
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:
@@ -92,7 +92,8 @@ class Module(L.LightningModule):
             torch.stack(torch._foreach_norm([p.grad for p in weights if p.grad is not None]))
         )
         self.grad_norm, most = whole(norm), self.settings.clip_norm
-        if most is not None and not (self.grad_norm.is_cpu and float(self.grad_norm) <= most - 1e-6):  # no product by 1
+        # On a CPU no product by one: there the norm is known, and 1e-6 is what clipping adds to it.
+        if most is not None and not (self.grad_norm.is_cpu and float(self.grad_norm) <= most - 1e-6):
             nn.utils.clip_grads_with_norm_(weights, most, norm)
         assert self._loss is not None
         self.outcome, self._loss = decide(self.trainer, optimizer, self._loss, self.grad_norm), None
@@ -101,9 +102,6 @@ class Module(L.LightningModule):
         """Steps, and lets the gradients go: a forward pass has their memory, and they are still in the caches."""
         super().optimizer_step(*args, **kwargs)
         self.trainer.optimizers[0].zero_grad(set_to_none=True)
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Nothing, see above."""
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Sums the step's losses, on the device: no finite number if one of them is none."""

@@ -189,8 +189,8 @@ class DenoiserTrainerConfig(TrainerConfig):
     """DiffiT's attention on a CPU for a part of the batch at a time, which caches hold: training steps 2 to 5% shorter,
     the same to rounding."""
     linear_by_onednn: bool = True
-    """Large linear layers of float32 by oneDNN on a CPU with AVX-512 to which MKL gives AVX2 alone (AMD's): training
-    steps of DiT-S/2 1.6 times as fast, the same to rounding."""
+    """Large linear layers of float32 by oneDNN on a CPU with AVX-512 that is not Intel's, as MKL uses no more than AVX2
+    there: training steps of DiT-S/2 1.6 times as fast on two cores of an AMD EPYC, the same to rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
