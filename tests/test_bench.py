@@ -233,7 +233,7 @@ def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> Non
         (["modells=[x]"], "modells: unknown key; allowed: models, parts, full"),
         (["models=[DiT-S/3]"], "models: unknown network 'DiT-S/3'; choose from DiffiT-S/2, ADM-S/32, DiT-S/2"),
         (["models=[]"], "models: must hold at least one, or be null, got []"),
-        (["parts=[loops]"], "parts: unknown value 'loops'; choose from models, variants, loop"),
+        (["parts=[loops]"], "parts: unknown value 'loops'; choose from loop, models, variants"),
         (["full=true", "gpu=true"], "gpu: has a length of its own; leave out full"),
         (["repeats=0"], "repeats: must be positive, got 0"),
         (["out=x.txt"], "out: must end in .json, got 'x.txt'"),
@@ -272,7 +272,7 @@ def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_settings_with_and_without_their_section() -> None:
     assert settings.read(["bench.full=true"]) == settings.read(["full=true"]) == BenchConfig(full=True)
-    assert BenchConfig().chosen_parts == ("models", "variants", "loop", "pieces")
+    assert BenchConfig().chosen_parts == ("loop", "models", "variants", "pieces")
     assert BenchConfig(full=True).chosen_parts == PARTS
     assert "growth" not in BenchConfig(gpu=True).chosen_parts
     assert (BenchConfig().budget, BenchConfig(gpu=True).budget, BenchConfig(seconds=9).budget) == (170, 540, 9)

@@ -63,8 +63,8 @@ def _rows(config: BenchConfig, device: torch.device, began: float) -> Iterator[R
     from diffbench.bench import drawn, growth, loop, models, pieces
 
     measures: dict[str, Callable[..., Iterator[Row]]] = {
+        "loop": loop.measure,  # first: in a fresh process, as a training is
         "models": models.measure,
-        "loop": loop.measure,
         "pieces": pieces.measure,
         "growth": growth.measure,
         "sampling": drawn.measure,

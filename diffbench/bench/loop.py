@@ -34,7 +34,7 @@ WARM = 4
 """Steps at least, before any is timed: until then memory grows."""
 TRACED = 8
 """Steps under the profiler, on a GPU; the first quarter fills its queue."""
-STEPS = {"cpu": {"experiments/digits/dit.yaml": 50, "DiT-S/2": 1}, "cuda": {"DiT-XL/2": 10, "DiT-S/2": 50}}
+STEPS = {"cpu": {"experiments/digits/dit.yaml": 100, "DiT-S/2": 1}, "cuda": {"DiT-XL/2": 10, "DiT-S/2": 50}}
 """Network -> steps of each half of a pair."""
 
 Row = dict[str, Any]

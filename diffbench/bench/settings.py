@@ -8,9 +8,9 @@ from diffbench import schema
 from diffbench.config_layers import COMMAND_LINE, blaming, parse_overrides
 from diffbench.core.errors import suggest
 
-PARTS = ("models", "variants", "loop", "pieces", "growth", "sampling")
-"""models: forward, training and sampling steps of each network; variants: of some, side by side with the default;
-loop: Lightning against a bare loop; pieces: data, latents, averages, distances, imports, the first step; growth: time
+PARTS = ("loop", "models", "variants", "pieces", "growth", "sampling")
+"""loop: Lightning against a bare loop; models: forward, training and sampling steps of each network; variants: of some,
+side by side with the default; pieces: data, latents, averages, distances, imports, the first step; growth: time
 and memory against sizes; sampling: many images by the whole sampler."""
 
 
