@@ -75,7 +75,8 @@ def _rows(config: BenchConfig, device: torch.device, began: float) -> Iterator[R
         if part not in asked:
             continue
         try:
-            yield from measures[part](config, device, began + config.budget * (MODELS if part == "models" else 1))
+            ends = time.monotonic() + MODELS * config.budget if part == "models" else began + config.budget
+            yield from measures[part](config, device, ends)
         except torch.OutOfMemoryError:
             yield {"part": part, "name": part, "skipped": "out of memory"}
 

@@ -54,9 +54,10 @@ class Module(L.LightningModule):
             shard(self.network, self.trainer.strategy.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:
-        """Sees that a state that was resumed from fits this layout of weights."""
+        """Sees that a state that was resumed from fits this layout of weights, and that no gradient is left over."""
         for optimizer in self.trainer.optimizers:
             in_order(optimizer)
+            optimizer.zero_grad(set_to_none=True)
 
     def seed_dropout(self, batch: dict[str, Any]) -> None:
         """Network dropout is the only draw from the default generator: it follows from the first position."""
@@ -102,6 +103,9 @@ class Module(L.LightningModule):
         """Steps, and lets the gradients go: a forward pass has their memory, and they are still in the caches."""
         super().optimizer_step(*args, **kwargs)
         self.trainer.optimizers[0].zero_grad(set_to_none=True)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing: there are no gradients before a step's first backward pass."""
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Sums the step's losses, on the device: no finite number if one of them is none."""
