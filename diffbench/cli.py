@@ -36,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         launcher, argv = launching.split(argv)
         arguments = _parser().parse_args(_checked_verb(argv))
         arguments.launcher = launcher
+        code = 0
         if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its cells itself
-            print(launching.launch(argv, launcher), flush=True)
-            return 0
-        code = int(globals()[f"_{arguments.verb}"](arguments) or 0)
+            print(launching.launch(argv, launcher))
+        else:
+            code = int(globals()[f"_{arguments.verb}"](arguments) or 0)
         sys.stdout.flush()
         return code
     except UserError as e:

@@ -155,13 +155,13 @@ def table(rows: Sequence[tuple[str, dict[str, str]]]) -> str:
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     cells = [["", *(title for title, _ in rows)]]
     cells += [[name, *(row.get(name, "-") for _, row in rows)] for name in names]
-    return "\n".join(ruled(cells))
+    return ruled(cells)
 
 
-def ruled(rows: Sequence[Sequence[str]]) -> list[str]:
+def ruled(rows: Sequence[Sequence[str]]) -> str:
     """Rows in columns, the first of them a headline over a rule."""
     head, *rest = aligned(rows, left={0})
-    return [head, "-" * max(map(len, (head, *rest))), *rest]
+    return "\n".join([head, "-" * max(map(len, (head, *rest))), *rest])
 
 
 def aligned(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:

@@ -138,11 +138,16 @@ def test_fp16_ends_where_no_scale_helps(tmp_path: Path, monkeypatch: pytest.Monk
         train(DIT, [*argv, f"runs_dir={tmp_path}"])  # 2**16 is halved 17 times to be below 1
 
 
-def test_the_decision() -> None:
-    weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.AdamW([weight], fused=True)
+def deciding(device: str) -> tuple[Any, torch.optim.Optimizer, torch.nn.Parameter]:
+    """What decides, a fused optimizer, and its one weight."""
+    weight = torch.nn.Parameter(torch.zeros(2, device=device))
     strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
-    trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=None)
+    trainer = SimpleNamespace(strategy=strategy, precision_plugin=None)
+    return trainer, torch.optim.AdamW([weight], fused=True), weight
+
+
+def test_the_decision() -> None:
+    trainer, optimizer, weight = deciding("cpu")
     inf, nan = torch.inf, torch.nan
     cases = ((2.0, 1.0, False), (nan, 1.0, True), (2.0, inf, True), (2.0, nan, True), (-inf, inf, True))
     for loss, norm, skipped in cases:
@@ -155,10 +160,7 @@ def test_the_decision() -> None:
 def test_off_the_cpu_the_optimizer_is_told_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has no value, as on the meta device, cannot be waited for."""
     monkeypatch.setattr("diffbench.training.guard.Outcome", lambda skipped: skipped)
-    weight = torch.nn.Parameter(torch.zeros(2, device="meta"))
-    optimizer = torch.optim.AdamW([weight], fused=True)
-    strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
-    trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=None)
+    trainer, optimizer, weight = deciding("meta")
     weight.grad = torch.ones_like(weight)
     outcome: Any = decide(trainer, optimizer, torch.ones((), device="meta"), torch.ones((), device="meta"))
     assert optimizer.found_inf is outcome and outcome.is_meta and weight.grad is not None  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch
 from diffbench import parts
 from diffbench.bench.cases import Variant, run_config
 from diffbench.bench.clock import in_turns, synchronize
-from diffbench.bench.figures import flops, share
+from diffbench.bench.figures import against, flops
 from diffbench.bench.peak import Peak
 from diffbench.bench.settings import BenchConfig
 from diffbench.bench.subject import Subject
@@ -57,18 +57,18 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
         in_turns(ceilings, device, 2, once=config.tiny)
         found, evaluations = peak.of(ceilings), network_evaluations(subject.process, settings)
         achieved = flops(parts.cost_of(base, subject.run.train_set).macs, count, evaluations) / seconds
-        yield row | {
-            "steps": taken,
-            "guidance": GUIDANCE,
-            "evaluations": evaluations,
-            "seconds": seconds,
-            "ms": seconds / taken * 1e3,
-            "images_per_s": count / seconds,
-            "flops_per_s": achieved,
-            "peak": found,
-            "share": share(achieved, found["flops_per_s"]),
-            "mm_share": share(achieved, found["mm_flops_per_s"]),
-        }
+        yield (
+            row
+            | {
+                "steps": taken,
+                "guidance": GUIDANCE,
+                "evaluations": evaluations,
+                "seconds": seconds,
+                "ms": seconds / taken * 1e3,
+                "images_per_s": count / seconds,
+            }
+            | against(achieved, found)
+        )
 
 
 def draw(subject: Subject, settings: SampleConfig) -> float:

@@ -51,6 +51,16 @@ def flops(macs: float, batch: int, passes: float) -> float:
     return 2.0 * macs * batch * passes
 
 
+def against(achieved: float, peak: dict[str, Any]) -> dict[str, Any]:
+    """FLOP/s beside a peak of `bench.peak`: as a share of the fastest product, and of torch.mm's."""
+    return {
+        "flops_per_s": achieved,
+        "peak": peak,
+        "share": share(achieved, peak["flops_per_s"]),
+        "mm_share": share(achieved, peak["mm_flops_per_s"]),
+    }
+
+
 def share(achieved: float, peak: float) -> float:
     """What part of a peak was reached.
 

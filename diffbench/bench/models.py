@@ -14,7 +14,7 @@ from diffbench import parts
 from diffbench.bench import cases
 from diffbench.bench.cases import Variant
 from diffbench.bench.clock import Work, in_turns, synchronize
-from diffbench.bench.figures import PASSES, flops, ratio, share, spread
+from diffbench.bench.figures import PASSES, against, flops, ratio, share, spread
 from diffbench.bench.machine import free_bytes
 from diffbench.bench.peak import Peak, copy_rate
 from diffbench.bench.roofline import roofline, written
@@ -123,11 +123,7 @@ def _figures(subject: Subject, work: Work, kind: str, macs: int, peak: dict[str,
         "images_per_s": batch / taken.median,
         "memory_bytes": work.memory,
         "state_bytes": subject.state_bytes(kind == "train"),
-        "flops_per_s": achieved,
-        "peak": peak,
-        "share": share(achieved, peak["flops_per_s"]),
-        "mm_share": share(achieved, peak["mm_flops_per_s"]),
-    }
+    } | against(achieved, peak)
 
 
 def _floors(subject: Subject, row: Row, peak: float, copies: float) -> Row:

@@ -4,12 +4,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from diffbench.bench.clock import Work, in_turns, seconds
 from diffbench.bench.figures import spread
-from diffbench.denoisers.linear import PICTURES
+from diffbench.denoisers.linear import convolved
 from diffbench.training.speed import float32_products
 
 DTYPES = {"32-true": torch.float32, "tf32": torch.float32, "bf16-mixed": torch.bfloat16, "64-true": torch.float64}
@@ -44,8 +43,7 @@ class Peak:
         self.products = [(way, size) for way in ways for size in sizes]
         best = in_turns(self.works(), device, 2, once=tiny)
         rates = {p: _rate(p[1], min(work.times)) for p, work in zip(self.products, best, strict=True)}
-        order = sorted(self.products, key=lambda product: -rates[product])
-        self.products = [p for way in ways for p in [q for q in order if q[0] == way][:2]]
+        self.products = [(way, size) for way in ways for size in sorted(sizes, key=lambda size: -rates[way, size])[:2]]
         self.best = max(rates.values())
 
     def works(self) -> list[Work]:
@@ -70,8 +68,7 @@ class Peak:
         if way == "mm":
             call = partial(torch.mm, a, b, out=torch.empty(rows, columns, dtype=a.dtype, device=self.device))
         else:
-            pixels = rearrange(a.reshape(PICTURES, 1, -1, inner), "b h w c -> b c h w")
-            call = partial(torch.nn.functional.conv2d, pixels, b.t().contiguous()[:, :, None, None])
+            call = partial(convolved, a, b.t().contiguous())
 
         def product() -> None:
             with float32_products(self.precision == "tf32"):

@@ -27,15 +27,20 @@ class PixelLinear(nn.Linear):
         """(..., in_features) to (..., out_features)."""
         if not self._pays(x):
             return super().forward(x)
-        pixels = rearrange(x.reshape(PICTURES, 1, -1, self.in_features), "b h w c -> b c h w")
-        out = nn.functional.conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return rearrange(out, "b c h w -> b h w c").reshape(*x.shape[:-1], self.out_features)
+        return convolved(x, self.weight, self.bias)
 
     def _pays(self, x: Tensor) -> bool:
         if not x.is_cpu or not x.dtype == self.weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
         rows = x.numel() // self.in_features
         return rows >= ROWS and rows % PICTURES == 0 and x.numel() * self.out_features >= LEAST
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What nn.functional.linear gives for a multiple of `PICTURES` rows: (..., C) and (D, C) to (..., D)."""
+    pixels = rearrange(x.reshape(PICTURES, 1, -1, x.shape[-1]), "b h w c -> b c h w")
+    out = nn.functional.conv2d(pixels, weight[:, :, None, None], bias)
+    return rearrange(out, "b c h w -> b h w c").reshape(*x.shape[:-1], len(weight))
 
 
 def by_onednn(network: nn.Module) -> None:

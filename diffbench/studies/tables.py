@@ -185,7 +185,7 @@ def as_csv(c: Conclusion) -> str:
 def lines(rows: Rows) -> str:
     """Rows as text, one a line, under their heads."""
     heads = list(dict.fromkeys(name for row in rows for name in row))
-    return "\n".join(ruled([heads, *([row.get(h, "-") for h in heads] for row in rows)]))
+    return ruled([heads, *([row.get(h, "-") for h in heads] for row in rows)])
 
 
 def for_terminal(c: Conclusion) -> str:
