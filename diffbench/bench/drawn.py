@@ -57,18 +57,15 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
         in_turns(ceilings, device, 2, once=config.tiny)
         found, evaluations = peak.of(ceilings), network_evaluations(subject.process, settings)
         achieved = flops(parts.cost_of(base, subject.run.train_set).macs, count, evaluations) / seconds
-        yield (
-            row
-            | {
-                "steps": taken,
-                "guidance": GUIDANCE,
-                "evaluations": evaluations,
-                "seconds": seconds,
-                "ms": seconds / taken * 1e3,
-                "images_per_s": count / seconds,
-            }
-            | against(achieved, found)
-        )
+        row |= {
+            "steps": taken,
+            "guidance": GUIDANCE,
+            "evaluations": evaluations,
+            "seconds": seconds,
+            "ms": seconds / taken * 1e3,
+            "images_per_s": count / seconds,
+        }
+        yield row | against(achieved, found)
 
 
 def draw(subject: Subject, settings: SampleConfig) -> float:
