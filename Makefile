@@ -63,10 +63,10 @@ compare: $(STAMP)  ## a table and a report of RUNS (by default all runs on DATA)
 	@$(DIFFBENCH) compare $(RUNS) $(ARGS)
 
 bench: $(STAMP)  ## speed here in three minutes, against BASELINE=old.json; all of it: ARGS=full=true
-	@$(DIFFBENCH) bench $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
+	@$(BIN)/python -m benchmarks $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
 
 bench-gpu: $(STAMP)  ## speed of published sizes on one large GPU, in ten minutes
-	@$(DIFFBENCH) bench gpu=true device=gpu $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
+	@$(BIN)/python -m benchmarks gpu=true device=gpu $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
 
 tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006; HOST=0.0.0.0 lets other machines in
 	@$(BIN)/python -m tensorboard.main --host $(HOST) --logdir runs --samples_per_plugin images=200
@@ -99,4 +99,4 @@ format: $(STAMP)  ## ruff: mend style and formatting
 
 clean:  ## remove .venv and caches; never runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build diffbench.egg-info
-	find diffbench tests -name __pycache__ -type d -exec rm -rf {} +
+	find diffbench benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

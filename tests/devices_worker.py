@@ -1,4 +1,4 @@
-"""A rank of a job under test: it trains as `diffbench.worker` does, but for what befalls it at a step."""
+"""A rank of a job under test: it trains as `diffbench.runs.worker` does, but for what befalls it at a step."""
 
 import functools
 import os
@@ -6,9 +6,9 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from diffbench import worker
 from diffbench.core import ranks
-from diffbench.training.checkpoints import SaveState
+from diffbench.runs import worker
+from diffbench.training.checkpoint import SaveState
 
 
 def befallen(what: str, rank: int, step: int) -> Callable[..., int]:

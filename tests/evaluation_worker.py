@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from diffbench.evaluation.metrics import gaussian
-from diffbench.evaluation.rows import DensityCoverage, KernelDistance, PrecisionRecall
-from diffbench.evaluation.streaming import FrechetDistance, InceptionScore, LabelAccuracy, Sums
+from diffbench.metrics.functional import gaussian
+from diffbench.metrics.rows import DensityCoverage, KernelDistance, PrecisionRecall
+from diffbench.metrics.streaming import FrechetDistance, InceptionScore, LabelAccuracy, Sums
 
 N = 65  # odd: a padding sampler would make it 66
 

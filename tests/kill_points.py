@@ -20,7 +20,7 @@ import datasets  # noqa: F401  once here rather than in each fork
 import torch
 from own_images import Encoder, squares
 
-from diffbench.data import store
+from diffbench.core import store
 from diffbench.data.images import ImagesConfig, images
 from diffbench.data.latents import encode
 

@@ -30,10 +30,11 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffbench import records, scoring, shards
 from diffbench.denoisers.dit import DiT
-from diffbench.run import load, train
-from diffbench.training import distance, fit, validation  # noqa: F401
+from diffbench.evaluation import records, shards
+from diffbench.runs import evaluate
+from diffbench.runs.lifecycle import load, train
+from diffbench.training import distance, trainer, validation  # noqa: F401
 
 RUN = [
     "trainer.batch_size=8",
@@ -231,7 +232,7 @@ def works(what: str, folder: Path) -> tuple[Callable[[Path], Callable[[], Any]],
                 shutil.copytree(begun / "digits", place / "digits")
             os.environ["DIFFBENCH_CACHE"] = str(place / "cache")
             run = load(place / "digits" / "dit-run-s0")
-            scoring.evaluate(run, ["sample.guidance=1.5"])
+            evaluate.evaluate(run, ["sample.guidance=1.5"])
 
         return work
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
-from diffbench.config import load, to_yaml
-from diffbench.studies.results import Result
+from diffbench.config.load import load, to_yaml
+from diffbench.reports.results import Result
 
 LEVELS = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
 PROFILE = np.array([0.42, 0.26, 0.13, 0.055, 0.021, 0.0085, 0.0034])

@@ -6,15 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffbench.denoisers import (
-    DENOISERS,
-    DDPMppConfig,
-    DiffiTConfig,
-    DiffiTLatentConfig,
-    DiTConfig,
-    UNetConfig,
-    build,
-)
+from diffbench.denoisers import DENOISERS, DDPMppConfig, DiffiTConfig, DiffiTLatentConfig, DiTConfig, UNetConfig, build
 
 SMALL = {
     "unet": UNetConfig(8, [1, 2], 1, [4], num_heads=2, norm_groups=4),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffbench.config_layers import experiments
+from diffbench.config.layers import experiments
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffbench.cli import main
-from diffbench.run import train
+from diffbench.runs.lifecycle import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from diffbench.core import store
 from diffbench.core.errors import UserError
-from diffbench.data import store
+from diffbench.core.progress import progress
 from diffbench.data.decode import BrokenError, decode, quiet
-from diffbench.data.progress import progress
 from diffbench.data.splits import Part
 
 NAMED = 1000

@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from diffbench.core import store
 from diffbench.core.files import cache_folder, locked
-from diffbench.data import store
 from diffbench.data.places import Place, locate
 from diffbench.data.sets import ImageSet
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffbench.core import store
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked
 from diffbench.core.pixels import from_uint8
-from diffbench.data import store
-from diffbench.data.progress import progress
+from diffbench.core.progress import progress
 from diffbench.data.sets import ImageSet, rows
 
 Dtype = Literal["float16", "float32"]

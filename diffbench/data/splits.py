@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from diffbench.core import keyed
+from diffbench.core import rng
 from diffbench.core.errors import suggest
 from diffbench.data.places import Place, classes_of
 
@@ -102,12 +102,12 @@ def read(
         count = min(max(1, total // 10), LARGEST_HELD_OUT) if held_out is None else held_out
         if count >= total:
             raise ValueError(f"data.held_out: {count:,} of {total:,} images leave none to train on")
-        order = keyed.permutation(keyed.key("held-out"), total).numpy()  # the same for every seed of a run
+        order = rng.permutation(rng.key("held-out"), total).numpy()  # the same for every seed of a run
         return part(name, np.sort(order[count:])), part(name, np.sort(order[:count])), names
     count = totals[test] if held_out is None else held_out
     if count > totals[test]:
         raise ValueError(f"data.held_out: split {test} has {totals[test]:,} images, fewer than {count:,}")
-    order = keyed.permutation(keyed.key("held-out"), totals[test]).numpy()
+    order = rng.permutation(rng.key("held-out"), totals[test]).numpy()
     return part(name, np.arange(total)), part(test, np.sort(order[:count])), names
 
 

@@ -10,7 +10,7 @@ from diffbench.denoisers.ddpmpp import DDPMpp, DDPMppConfig
 from diffbench.denoisers.diffit import DiffiT, DiffiTConfig
 from diffbench.denoisers.diffit_latent import DiffiTLatent, DiffiTLatentConfig
 from diffbench.denoisers.dit import DiT, DiTConfig
-from diffbench.denoisers.reference import from_reference
+from diffbench.denoisers.pretrained.convert import from_reference
 from diffbench.denoisers.unet import UNet, UNetConfig
 
 

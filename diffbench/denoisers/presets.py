@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from diffbench.denoisers.cost import Cost, count
 from diffbench.denoisers.ddpmpp import DDPMpp, DDPMppConfig
 from diffbench.denoisers.diffit import DiffiT, DiffiTConfig
 from diffbench.denoisers.diffit_latent import DiffiTLatent, DiffiTLatentConfig
 from diffbench.denoisers.dit import DiT, DiTConfig
+from diffbench.denoisers.flops import Cost, count
 from diffbench.denoisers.unet import UNet, UNetConfig
 
 

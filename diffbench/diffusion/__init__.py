@@ -6,16 +6,16 @@ from typing import Any
 
 from diffbench.diffusion.adaptive import dopri5
 from diffbench.diffusion.edm import EDM, EDMConfig
-from diffbench.diffusion.family import Grid, LabelledPredict, Point, Predict, Prediction, Process, predictor
 from diffbench.diffusion.flow import Flow, FlowConfig
 from diffbench.diffusion.guidance import autoguidance, classifier_free, classifier_guidance, interval, power_cosine
 from diffbench.diffusion.likelihood import exact_log_likelihood, variational_bound
 from diffbench.diffusion.ode import Churn, dpm_solver, euler, euler_maruyama, heun
 from diffbench.diffusion.pairs import PAIRS, check_pair
-from diffbench.diffusion.process import DiscreteVP, VPConfig
+from diffbench.diffusion.process import Grid, LabelledPredict, Point, Predict, Prediction, Process, predictor
 from diffbench.diffusion.samplers import ddim, ddpm
 from diffbench.diffusion.schedules import Tables, space_timesteps
 from diffbench.diffusion.timesteps import LossAware, stratified
+from diffbench.diffusion.vp import DiscreteVP, VPConfig
 
 
 @dataclass(frozen=True)

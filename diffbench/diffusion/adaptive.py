@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.family import Point, Predict, per_sample
 from diffbench.diffusion.ode import Callback, Noise
+from diffbench.diffusion.process import Point, Predict, per_sample
 
 # Dormand & Prince 1980: the stages' times, the weights of the rates before each, and the difference of the weights of
 # order 5 from those of order 4. The last stage is the next step's first.

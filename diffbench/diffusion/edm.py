@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.family import Grid, Point, Prediction, Process, mean_square, per_sample, whole
+from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample, whole
 from diffbench.diffusion.timesteps import log_normal
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.family import Grid, Point, Prediction, Process, mean_square, per_sample, whole
+from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample, whole
 from diffbench.diffusion.timesteps import logit_normal
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.family import LabelledPredict, Predict, Prediction, Process, per_sample
+from diffbench.diffusion.process import LabelledPredict, Predict, Prediction, Process, per_sample
 
 Weight = float | Callable[[Tensor], Tensor]
 

@@ -7,14 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.family import Grid, Point, Predict, mean_square
-from diffbench.diffusion.reverse import (
-    Variance,
-    bound_term,
-    learned_log_variance,
-    log_variances,
-    prior_term,
-)
+from diffbench.diffusion.process import Grid, Point, Predict, mean_square
+from diffbench.diffusion.reverse import Variance, bound_term, learned_log_variance, log_variances, prior_term
 from diffbench.diffusion.schedules import Tables, at
 
 

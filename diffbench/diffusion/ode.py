@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from diffbench.diffusion.family import Grid, Point, Predict, Prediction
+from diffbench.diffusion.process import Grid, Point, Predict, Prediction
 
 Noise = Callable[[int], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]

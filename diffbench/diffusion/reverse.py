@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.family import Prediction
+from diffbench.diffusion.process import Prediction
 from diffbench.diffusion.schedules import Tables, at
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from diffbench.diffusion.family import Predict as Predict
-from diffbench.diffusion.family import Prediction
+from diffbench.diffusion.process import Predict as Predict
+from diffbench.diffusion.process import Prediction
 from diffbench.diffusion.reverse import Variance, learned_log_variance, log_variances, posterior_mean
 from diffbench.diffusion.schedules import Tables
 

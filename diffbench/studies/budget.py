@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from diffbench.config import to_dict
-from diffbench.config_kinds import RunConfig
+from diffbench.config.kinds import RunConfig
+from diffbench.config.load import to_dict
 from diffbench.core.files import write_text
-from diffbench.denoising import Run
-from diffbench.parts import device_of
+from diffbench.runs.build import device_of
+from diffbench.runs.denoiser import Run
 from diffbench.studies.config import AVERAGE
 from diffbench.studies.plan import Group, evaluated
 
@@ -45,7 +45,7 @@ class Probe:
 
     def seconds(self, group: Group) -> float:
         """About how long one seed of a group trains and samples, `jobs` of them at a time."""
-        from diffbench.training.cost import network_evaluations, seconds_per_evaluation  # imports Lightning
+        from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation  # imports Lightning
 
         c, name = group.config, _name(group.config)
         before = torch.get_num_threads()

@@ -9,18 +9,19 @@ from typing import Any
 
 import yaml
 
-from diffbench import records, weights
-from diffbench.config import from_dict, to_dict
-from diffbench.config_kinds import RunConfig
-from diffbench.config_layers import read_yaml
+from diffbench.config.kinds import RunConfig
+from diffbench.config.layers import read_yaml
+from diffbench.config.load import from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
-from diffbench.denoising import Run
-from diffbench.folder import read_config
+from diffbench.evaluation import records
+from diffbench.reports.results import Result, Status
+from diffbench.runs import weights
+from diffbench.runs.denoiser import Run
+from diffbench.runs.folder import read_config
 from diffbench.studies.config import AVERAGE
 from diffbench.studies.plan import Cell, evaluated
-from diffbench.studies.results import Result, Status
-from diffbench.training.checkpoints import newest, step_of
+from diffbench.training.checkpoint import newest, step_of
 
 KIND = "cell"
 
@@ -62,9 +63,9 @@ def run_cell(path: Path) -> None:
 
 
 def _train_and_evaluate(path: Path) -> None:
-    from diffbench.run import train_in
-    from diffbench.scoring import evaluate_as
-    from diffbench.studies.measures import save_validation
+    from diffbench.reports.measures import save_validation
+    from diffbench.runs.evaluate import evaluate_as
+    from diffbench.runs.lifecycle import train_in
 
     cell = read_yaml(path)
     config = from_dict(cell["config"], str(path))
@@ -115,7 +116,7 @@ def results_of(path: Path) -> list[Result]:
 
 def answers(record: Mapping[str, Any], config: RunConfig, changes: Mapping[str, Any]) -> bool:
     """Whether a record is the evaluation that a variant asks for."""
-    from diffbench.scoring import scores_as
+    from diffbench.runs.evaluate import scores_as
 
     wanted = evaluated(config, dict(changes), "study")
     return scores_as(record, wanted, changes.get(AVERAGE, config.ema.decays[0]))

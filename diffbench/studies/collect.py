@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from diffbench.config_layers import read_yaml
+from diffbench.config.layers import read_yaml
 from diffbench.core.errors import UserError
+from diffbench.reports.results import Comparison
 from diffbench.studies.cells import results_of
-from diffbench.studies.results import Comparison
 
 
 def is_study(folder: Path) -> bool:

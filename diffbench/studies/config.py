@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from diffbench import schema
-from diffbench.config_kinds import FORMAT
-from diffbench.config_layers import COMMAND_LINE, blaming, merge, parse_overrides, read_chain
+from diffbench.config import schema
+from diffbench.config.kinds import FORMAT
+from diffbench.config.layers import COMMAND_LINE, blaming, merge, parse_overrides, read_chain
 from diffbench.core.errors import suggest
 
 AVERAGE = "average"

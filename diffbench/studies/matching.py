@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from diffbench import parts
-from diffbench.config import change
-from diffbench.config_kinds import RunConfig
+from diffbench.config.kinds import RunConfig
+from diffbench.config.load import change
 from diffbench.core.errors import UserError
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import DENOISERS
+from diffbench.runs import build
 
 LARGEST = 4
 """How many times its own size a network may become."""
@@ -17,7 +17,7 @@ LARGEST = 4
 
 def size_of(config: RunConfig, data: ImageSet, by: Literal["parameters", "gmacs"]) -> float:
     """Parameters, or multiply-accumulates in 1e9."""
-    cost = parts.cost_of(config, data)
+    cost = build.cost_of(config, data)
     return float(cost.parameters) if by == "parameters" else cost.gmacs
 
 

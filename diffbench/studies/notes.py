@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffbench.data.progress import span
-from diffbench.report import table
+from diffbench.core.progress import span
+from diffbench.reports.runs import table
 from diffbench.studies.budget import Probe
 from diffbench.studies.cells import is_trained
 from diffbench.studies.config import StudyConfig

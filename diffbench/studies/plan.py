@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffbench import parts
-from diffbench.config import from_layers, read_layers, to_dict
-from diffbench.config_kinds import RunConfig
-from diffbench.config_layers import merge
+from diffbench.config.kinds import RunConfig
+from diffbench.config.layers import merge
+from diffbench.config.load import from_layers, read_layers, to_dict
 from diffbench.core.errors import UserError
-from diffbench.denoisers.cost import Cost
-from diffbench.folder import FREE
+from diffbench.denoisers.flops import Cost
+from diffbench.runs import build
+from diffbench.runs.folder import FREE
 from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, nested, variants
 from diffbench.studies.matching import residual, size_of, sized, told
 
@@ -114,12 +114,12 @@ def _group(
     first = same[0]
     chosen = tuned.get(first.at[study.tune.axis], {}) if study.tune and study.tune.axis else {}
     config = _config(study, path, first, chosen)
-    data, _ = parts.load_data(config)
+    data, _ = build.load_data(config)
     over, settled = None, ""
     if target is not None and study.match.by != "none":
         config = sized(config, data, study.match.by, target, study.match.change)
         over, settled = residual(config, data, study.match.by, target), told(config, study.match.change)
-    cost = parts.cost_of(config, data)
+    cost = build.cost_of(config, data)
     images = study.stop.images
     if study.stop.flops is not None:
         images = round(study.stop.flops / (FLOPS * cost.macs))
@@ -171,7 +171,7 @@ def _target(study: StudyConfig, path: Path, trained: list[Variant]) -> float | N
         return study.match.to
     variant = next((v for v in variants(study) if v.name == study.match.to), trained[0])
     config = _config(study, path, variant, {})
-    return size_of(config, parts.load_data(config)[0], study.match.by)
+    return size_of(config, build.load_data(config)[0], study.match.by)
 
 
 def stopped(config: RunConfig, images: int, given: dict[str, Any]) -> RunConfig:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from diffbench.core import keyed
+from diffbench.core import rng
 
 SCALE_STD, STRETCH_STD, SHIFT_STD = 0.2, 0.2, 0.125
 """Standard deviations: of the two scalings in octaves, of the shift in images."""
@@ -34,10 +34,10 @@ def augment(x0: Tensor, position: Tensor, seed: int, probability: float) -> tupl
     """
 
     def uniform(what: str) -> Tensor:
-        return keyed.uniform(keyed.key(seed, "augment", what), position)
+        return rng.uniform(rng.key(seed, "augment", what), position)
 
     def normal(what: str) -> Tensor:
-        return keyed.normal(keyed.key(seed, "augment", what), position, (1,))[:, 0].double()
+        return rng.normal(rng.key(seed, "augment", what), position, (1,))[:, 0].double()
 
     def chosen(what: str) -> Tensor:
         return (uniform(f"whether {what}") < probability).double()

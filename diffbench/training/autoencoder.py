@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder, kl
-from diffbench.core import keyed
-from diffbench.data.sources import ImageSet
-from diffbench.evaluation.reconstruction import psnr, ssim
-from diffbench.training import together
-from diffbench.training.autoencoder_settings import LossConfig
+from diffbench.config.autoencoder_sections import LossConfig
+from diffbench.config.sections import OptimizerConfig
+from diffbench.core import collectives as together
+from diffbench.core import rng
+from diffbench.data.coding import reconstruct, side_by_side
+from diffbench.data.registry import ImageSet
+from diffbench.metrics.reconstruction import psnr, ssim
+from diffbench.sampling.images import grid, save_grid
 from diffbench.training.clock import at_step_end, due
-from diffbench.training.coding import reconstruct, side_by_side
 from diffbench.training.ema import EMA
-from diffbench.training.log import RunLog
+from diffbench.training.logger import RunLog
 from diffbench.training.module import Module
-from diffbench.training.pictures import grid, save_grid
-from diffbench.training.settings import OptimizerConfig
 
 Features = Callable[[Tensor], Tensor]
 """Pictures (B, C, H, W) in [-1, 1] to features (B, D), through which gradients flow."""
@@ -59,7 +59,7 @@ class AutoencoderModule(Module):
         noise = None
         if self.loss.kl_weight:  # a plain autoencoder decodes the mean
             shape = self.network.config.latent_shape(tuple(x.shape[1:]))
-            noise = keyed.normal(keyed.key(self.seed, "posterior"), batch["position"], shape).to(x.dtype)
+            noise = rng.normal(rng.key(self.seed, "posterior"), batch["position"], shape).to(x.dtype)
         restored, mean, log_variance = self.network(x, noise)
         difference = restored - x
         total = (difference.abs() if self.loss.reconstruction == "l1" else difference.square()).mean()

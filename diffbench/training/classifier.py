@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from diffbench.core import keyed
+from diffbench.config.sections import OptimizerConfig
+from diffbench.core import collectives as together
+from diffbench.core import rng
 from diffbench.core.pixels import from_uint8
-from diffbench.data.sources import ImageSet
+from diffbench.data.registry import ImageSet
 from diffbench.diffusion import Process
-from diffbench.training import together
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
-from diffbench.training.log import RunLog
+from diffbench.training.logger import RunLog
 from diffbench.training.module import Module
-from diffbench.training.settings import OptimizerConfig
 
 
 class ClassifierModule(Module):
@@ -28,13 +28,13 @@ class ClassifierModule(Module):
     ) -> None:
         super().__init__(classifier, optimizer, seed, batch_size)
         self.process = process
-        self._keys = {what: keyed.key(seed, what) for what in ("noise", "time")}
+        self._keys = {what: rng.key(seed, what) for what in ("noise", "time")}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The batch's mean cross entropy."""
         x0, position = batch["x0"], batch["position"]
-        t = self.process.time(keyed.uniform(self._keys["time"], position))
-        eps = keyed.normal(self._keys["noise"], position, tuple(x0.shape[1:])).to(x0.dtype)
+        t = self.process.time(rng.uniform(self._keys["time"], position))
+        eps = rng.normal(self._keys["noise"], position, tuple(x0.shape[1:])).to(x0.dtype)
         self.seed_dropout(batch)
         self.times = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
@@ -58,8 +58,8 @@ def accuracy(
         for index in mine.split(batch_size) if len(mine) else ():
             x0 = from_uint8(data.images[index].to(parameter.device)).to(parameter.dtype)
             t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=parameter.device))
-            noise_key = keyed.key("validation", str(float(level)))
-            eps = keyed.normal(noise_key, index.to(parameter.device), tuple(x0.shape[1:])).to(parameter.dtype)
+            noise_key = rng.key("validation", str(float(level)))
+            eps = rng.normal(noise_key, index.to(parameter.device), tuple(x0.shape[1:])).to(parameter.dtype)
             x, time = process.inputs(process.add_noise(x0, t, eps), t)
             right += (classifier(x, time).argmax(-1).cpu() == data.labels[index]).sum()
         shares[level] = int(together.total(right)) / len(data)

@@ -9,22 +9,21 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from diffbench import sealed
-from diffbench.core import keyed
+from diffbench.config.sample_sections import SampleConfig
+from diffbench.core import collectives as together
+from diffbench.core import rng, tensors
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
-from diffbench.data.progress import span
-from diffbench.evaluation.suite import Suite, metric_name
-from diffbench.training import together
+from diffbench.core.progress import span
+from diffbench.metrics.suite import Suite, metric_name
+from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation, timed
+from diffbench.sampling.guided import Helpers
+from diffbench.sampling.sampler import generate
 from diffbench.training.clock import at_step_end, due
-from diffbench.training.cost import network_evaluations, seconds_per_evaluation, timed
 from diffbench.training.ema import EMA
-from diffbench.training.guides import Helpers
-from diffbench.training.log import RunLog
+from diffbench.training.fsdp import gathered, part_of, sharded
+from diffbench.training.logger import RunLog
 from diffbench.training.module import DiffusionModule
-from diffbench.training.sampling import generate
-from diffbench.training.score_settings import SampleConfig
-from diffbench.training.sharding import gathered, part_of, sharded
 
 
 class Distance(L.Callback):
@@ -128,7 +127,7 @@ class Distance(L.Callback):
                 self.shape,
                 null_label=module.null_label,
                 helpers=self.helpers,
-                seed=keyed.key(self.seed, what),
+                seed=rng.key(self.seed, what),
                 first=int(index[0]),
                 decode=self.decode,
             )
@@ -146,20 +145,20 @@ class Distance(L.Callback):
         average = dict(zip(self.ema.names, self.ema.whole(decay), strict=True))
         if trainer.is_global_zero:
             told = {k: str(v) for k, v in self.best.items()} | {"metric": name, "decay": str(decay)}
-            sealed.write(self.path, self.ema.buffers | average, told)
+            tensors.write(self.path, self.ema.buffers | average, told)
 
     @contextmanager
     def _best_weights(self, module: DiffusionModule) -> Iterator[None]:
         """The module with the best weights while the block runs, undone on exceptions too."""
         together.wait()  # for the file
         if sharded(module.denoiser):
-            best, weights = sealed.read(self.path)[0], dict(module.denoiser.named_parameters())
+            best, weights = tensors.read(self.path)[0], dict(module.denoiser.named_parameters())
             with gathered(module.denoiser, list(weights.values()), [part_of(best[n], w) for n, w in weights.items()]):
                 yield
             return
         before = {k: v.detach().clone() for k, v in module.denoiser.state_dict().items()}
         try:
-            module.denoiser.load_state_dict(sealed.read(self.path)[0], strict=True)
+            module.denoiser.load_state_dict(tensors.read(self.path)[0], strict=True)
             yield
         finally:
             module.denoiser.load_state_dict(before, strict=True)
@@ -177,7 +176,7 @@ class Distance(L.Callback):
         if not self.path.is_file():
             return None
         try:
-            return float(sealed.read(self.path)[1].get("images", -1))
+            return float(tensors.read(self.path)[1].get("images", -1))
         except UserError as e:
             print(f"warning: {e}: the best weights are looked for anew from here on")
             return None

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from diffbench.training import together
-from diffbench.training.guard import Outcome
-from diffbench.training.settings import EMAConfig
-from diffbench.training.sharding import assembled, gathered, local, part_of, sharded
+from diffbench.config.sections import EMAConfig
+from diffbench.core import collectives as together
+from diffbench.training.fsdp import assembled, gathered, local, part_of, sharded
+from diffbench.training.nan_guard import Outcome
 
 
 class EMA(WeightAveraging):

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffbench.core import keyed
+from diffbench.config.sections import OptimizerConfig
+from diffbench.core import collectives as together
+from diffbench.core import rng
 from diffbench.diffusion import LossAware, Process, stratified
-from diffbench.training import together
 from diffbench.training.augment import augment
 from diffbench.training.clock import at_step_end
-from diffbench.training.guard import Outcome, decide, scaler_of
-from diffbench.training.settings import OptimizerConfig
-from diffbench.training.sharding import in_order, shard, whole
+from diffbench.training.fsdp import in_order, shard, whole
+from diffbench.training.nan_guard import Outcome, decide, scaler_of
 
 
 class Module(L.LightningModule):
@@ -63,7 +63,7 @@ class Module(L.LightningModule):
         """Network dropout is the only draw from the default generator: it follows from the first position."""
         position = batch["position"]
         first = batch["first"] if "first" in batch else int(position[0])
-        seed = keyed.key(self.seed, "dropout", first)
+        seed = rng.key(self.seed, "dropout", first)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace for each kind of device
         if not position.is_cpu:
             torch.get_device_module(position.device).manual_seed(seed)
@@ -147,9 +147,9 @@ class DiffusionModule(Module):
         self.time_sampling, self.augment = time_sampling, augment
         self.history = LossAware(process.config.steps) if time_sampling == "loss_aware" else None  # type: ignore[attr-defined]
         self._seen: list[tuple[int, float]] = []
-        self._keys = {what: keyed.key(seed, what) for what in ("noise", "time", "label")}
-        self._uniforms = keyed.Ahead(self._draw_uniforms, 2)
-        self._noise: keyed.Ahead | None = None  # until the pictures' shape is known
+        self._keys = {what: rng.key(seed, what) for what in ("noise", "time", "label")}
+        self._uniforms = rng.Ahead(self._draw_uniforms, 2)
+        self._noise: rng.Ahead | None = None  # until the pictures' shape is known
 
     @property
     def denoiser(self) -> nn.Module:
@@ -163,8 +163,8 @@ class DiffusionModule(Module):
         if self.time_sampling == "stratified":
             u = stratified(u, position % self.batch_size, self.batch_size)
         if self._noise is None:
-            normal = partial(keyed.normal, self._keys["noise"], shape=tuple(x0.shape[1:]))
-            self._noise = keyed.Ahead(normal, x0[0].numel())
+            normal = partial(rng.normal, self._keys["noise"], shape=tuple(x0.shape[1:]))
+            self._noise = rng.Ahead(normal, x0[0].numel())
         eps = self._noise(position, batch.get("first"))
         if self.label_dropout:
             y = torch.where(drop < self.label_dropout, self.null_label, y)  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ class DiffusionModule(Module):
         return x0.to(dtype), u, eps.to(dtype), y
 
     def _draw_uniforms(self, position: Tensor) -> Tensor:
-        return keyed.uniforms((self._keys["time"], self._keys["label"]), position).T
+        return rng.uniforms((self._keys["time"], self._keys["label"]), position).T
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The batch's mean loss."""

@@ -3,13 +3,11 @@
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+from torch import nn
 
 
 def compile_network(network: nn.Module, how: Literal["none", "block", "model"], backend: str = "inductor") -> None:
@@ -62,63 +60,3 @@ def float32_products(tf32: bool) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def in_bfloat16(network: Network, device: torch.device) -> Network:
-    """A network whose products are bfloat16's and whose output has the input's type."""
-
-    def low(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return network(x, t, y).to(x.dtype)
-
-    return low
-
-
-class Graphed:
-    """A network (x, t, y) -> output without gradients, as CUDA graphs: one for each shape of the input.
-
-    A graph replays the kernels of one call on the same memory, without the time that a CPU needs to start them. The
-    weights must stay where they are. Where recording fails, it says so once and calls the network as it is.
-
-    Args:
-        network: free of randomness and of waits for the device.
-        warmup: calls before recording, in which libraries choose their kernels.
-    """
-
-    def __init__(self, network: Network, warmup: int = 3) -> None:
-        self.network, self.warmup = network, warmup
-        self.failed = False
-        self._recorded: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if self.failed:
-            return self.network(x, t, y)
-        inputs = (x, t, y)
-        key = tuple((a.shape, a.dtype) for a in inputs)
-        if key not in self._recorded:
-            try:
-                self._recorded[key] = self._record(inputs)
-            except torch.OutOfMemoryError:
-                raise  # smaller batches may do
-            except RuntimeError as e:
-                self.failed = True
-                print(f"note: sample.cuda_graphs: off, the network cannot be recorded ({str(e).splitlines()[0]})")
-                return self.network(x, t, y)
-        graph, places, out = self._recorded[key]
-        for place, value in zip(places, inputs, strict=True):
-            place.copy_(value)
-        graph.replay()
-        return out.clone()
-
-    def _record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
-        places = tuple(a.clone() for a in inputs)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(self.warmup):
-                self.network(*places)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self.network(*places)
-        return graph, places, out

@@ -10,14 +10,14 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from diffbench.core import keyed
+from diffbench.core import collectives as together
+from diffbench.core import rng
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.diffusion import Process, predictor
-from diffbench.training import together
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
-from diffbench.training.log import RunLog
+from diffbench.training.logger import RunLog
 from diffbench.training.module import DiffusionModule
 
 
@@ -61,7 +61,7 @@ def _squares(
     """Squared errors at one noise level of batches of images (B,): (B, ...) float64 on the denoiser's device."""
     parameter = next(denoiser.parameters())
     predict = predictor(process, denoiser)
-    noise_key = keyed.key("validation", str(float(level)))
+    noise_key = rng.key("validation", str(float(level)))
     training = denoiser.training
     denoiser.eval()
     try:
@@ -71,7 +71,7 @@ def _squares(
             x0 = data.clean(index).to(parameter)
             y = data.labels[index].to(parameter.device)
             t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=parameter.device))
-            eps = keyed.normal(noise_key, index.to(parameter.device), tuple(x0.shape[1:])).to(parameter.dtype)
+            eps = rng.normal(noise_key, index.to(parameter.device), tuple(x0.shape[1:])).to(parameter.dtype)
             x_t = process.add_noise(x0, t, eps)
             denoised = predict(x_t, t, y).x0
             yield (denoised - x0).double().square()

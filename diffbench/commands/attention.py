@@ -1,0 +1,28 @@
+"""`diffbench attention`: draw where a run's tokens look along sampling."""
+
+import argparse
+import re
+from pathlib import Path
+
+from diffbench.config import schema
+from diffbench.config.layers import COMMAND_LINE, blaming, parse_overrides
+from diffbench.core.errors import UserError
+from diffbench.reports.attention import AttentionConfig, attention, draw, save
+from diffbench.runs.lifecycle import load
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draws the attention of `arguments.runs`."""
+    folders = [word for word in arguments.runs if not re.match(r"[A-Za-z_]\w*=", word)]
+    values = parse_overrides([word for word in arguments.runs if word not in folders])
+    if not folders:
+        raise UserError(f"{COMMAND_LINE}: name a run folder, as runs/digits/diffit-s0; see diffbench attention --help")
+    with blaming([(COMMAND_LINE, values)]):
+        config = schema.build(AttentionConfig, values)
+        runs = [load(folder) for folder in folders]
+        path = Path(config.out or runs[0].folder / "samples" / f"attention-{runs[0].images_seen:09d}.png")
+        if config.out and path.exists():
+            raise ValueError(f"out: {path} exists already; choose another name")
+        levels, found = attention(runs, config)
+    save(draw(levels, found), path, runs)
+    print(path)

@@ -1,0 +1,38 @@
+"""`diffbench evaluate`: score samples of a run, or anyone's images."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffbench.core.errors import UserError
+from diffbench.evaluation.records import values
+from diffbench.reports.runs import facts, table
+from diffbench.runs import evaluate, reconstructing
+from diffbench.runs.foreign import evaluate_pictures
+from diffbench.runs.lifecycle import load_any
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Scores the run or the images of `arguments.what`."""
+    overrides = list(arguments.overrides)
+    if "--against" in overrides[:-1]:  # argparse leaves what follows the folder to the overrides
+        arguments.against = overrides.pop(overrides.index("--against") + 1)
+        overrides.remove("--against")
+    if arguments.against is not None:
+        record = evaluate_pictures(Path(arguments.what), Path(arguments.against), overrides)
+        print("\n".join(f"{name:<40} {value:>12.6g}" for name, value in values(record).items()))
+        return
+    run = load_any(arguments.what)
+    score(run, overrides)
+    print(table([(run.folder.name, facts(run))]))
+
+
+def score(run: Any, overrides: Sequence[str] = ()) -> None:
+    """Appends a run's scores to its records, as its kind is scored."""
+    kinds: dict[str, Any] = {"denoiser": evaluate, "autoencoder": reconstructing}
+    if run.config.kind not in kinds:
+        raise UserError(f"{run.folder}: a run of kind {run.config.kind}; choose a denoiser's or an autoencoder's")
+    what = "scoring reconstructions" if run.config.kind == "autoencoder" else "drawing and scoring samples"
+    print(f"{run.folder}: {what}", flush=True)
+    kinds[run.config.kind].evaluate(run, overrides)

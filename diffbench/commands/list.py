@@ -1,0 +1,96 @@
+"""What there is: backbones, presets and experiments, or the runs in folders. What `diffbench list` prints."""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from diffbench.config.layers import experiments
+from diffbench.core.errors import UserError
+from diffbench.denoisers import DENOISERS
+from diffbench.denoisers.presets import sizes
+from diffbench.evaluation.records import values
+from diffbench.reports.runs import aligned, newest_scores
+from diffbench.runs.seen import Seen, begun
+
+COLUMNS = ("run", "images", "of", "validation error", "newest score", "last change")
+SCORES = ("fd/", "fid/", "psnr@")
+"""What the newest score is, the first that a run has."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints what there is, or the runs in `arguments.folders`."""
+    folders = [Path(folder) for folder in arguments.folders]
+    for line in runs(folders) if folders else catalogue(only_models=arguments.models):
+        print(line, flush=True)
+
+
+def catalogue(only_models: bool = False) -> Iterator[str]:
+    """Lines on backbones, presets and experiments, or on the presets alone."""
+    if not only_models:
+        yield "backbones (denoiser.name)"
+        yield from (f"  {name:<14} {entry.summary}" for name, entry in DENOISERS.items())
+        yield ""
+    yield "presets (denoiser.preset), each counted at its own input; GMACs are what papers call Gflops"
+    for name, source, cost in sizes():
+        yield f"  {name:<24} {cost.parameters:>12,} parameters  {cost.gmacs:>7.2f} GMACs  ({source})"
+    if only_models:
+        return
+    yield "\nexperiments"
+    for path in experiments():
+        lines = Path(path).read_text().splitlines()
+        purpose = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
+        yield f"  {path:<36} {purpose}"
+
+
+def run_folders(top: Path) -> Iterator[Path]:
+    """The run folders below a folder, in the order of their names; it may be one itself.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    if not top.is_dir():
+        raise UserError(f"{top}: no such folder; name one that holds runs, as runs")
+    for folder, below, files in os.walk(top):
+        below.sort()
+        if "config.yaml" in files:
+            below.clear()
+            yield Path(folder)
+
+
+def runs(tops: Sequence[Path]) -> list[str]:
+    """A line for each run below the folders, under a headline; what cannot be read is said in its line.
+
+    Raises:
+        UserError: if there is no run.
+    """
+    folders = list(dict.fromkeys(folder for top in tops for folder in run_folders(top)))
+    if not folders:
+        raise UserError(f"{', '.join(map(str, tops))}: no run folder here or below (none has a config.yaml)")
+    return aligned([COLUMNS, *map(_row, folders)], left={0, 4, 5})
+
+
+def _row(folder: Path) -> tuple[str, ...]:
+    try:
+        run = begun(folder)
+        assert run is not None
+        return (str(folder), *_facts(run))
+    except (UserError, ValueError, OSError) as e:
+        return str(folder), "-", "-", "-", " ".join(str(e).split()).removeprefix(f"{folder}: ")
+
+
+def _facts(run: Seen) -> tuple[str, ...]:
+    trainer, error = run.values["trainer"], run.last("val/error")
+    batch = int(trainer["batch_size"])
+    steps = -(-int(trainer["max_images"]) // batch)
+    scored = [(n, v) for record in newest_scores(run) for n, v in values(record).items()]
+    newest = next((f"{n} {v:.4g}" for prefix in SCORES for n, v in scored if n.startswith(prefix)), "-")
+    changed = max(p.stat().st_mtime for p in (*run.folder.glob("*.jsonl"), run.folder / "config.yaml"))
+    return (
+        f"{run.images_seen:,}",
+        f"{steps * batch:,}",
+        "-" if error is None else f"{error:.4f}",
+        newest,
+        f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}",
+    )

@@ -1,0 +1,29 @@
+"""`diffbench study`: train every variant of a study with every seed, and write its report."""
+
+import argparse
+from pathlib import Path
+
+from diffbench.config.layers import read_yaml
+from diffbench.runs import slurm
+from diffbench.studies.cells import KIND, run_cell
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the study, or the cell of one, of `arguments.study`."""
+    path, overrides = Path(arguments.study), [o for o in arguments.overrides if o != "--dry-run"]
+    if path.is_file() and read_yaml(path).get("kind") == KIND:
+        run_cell(path)
+        return 0
+    from diffbench.studies.runner import run_study, slurm_folder
+
+    dry_run = "--dry-run" in arguments.overrides
+    launcher = arguments.launcher
+    folder = run_study(path, overrides, dry_run, launcher)
+    if dry_run or (launcher.name == "slurm" and slurm.queued(slurm_folder(folder, launcher))):
+        return 0
+    from diffbench.reports.report import write
+    from diffbench.studies.collect import comparison_of_study
+
+    comparison = comparison_of_study(folder)
+    print(f"\n{write(comparison, folder)}\n\nreport: {folder / 'report.html'}")
+    return int(any(r.status != "complete" for r in comparison.results))

@@ -1,0 +1,43 @@
+"""`diffbench train`: train an experiment, score it, and draw a grid; the same command resumes it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from diffbench.commands.evaluate import score
+from diffbench.core.errors import UserError
+from diffbench.reports.runs import facts, newest_scores, table
+from diffbench.runs.lifecycle import load_any, train
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains the experiment of `arguments.config`."""
+    run = train(arguments.config, arguments.overrides)
+    builds_on = getattr(run.config, "autoencoder", None)
+    if builds_on is not None and (Path(builds_on) / "config.yaml").is_file():
+        autoencoder = load_any(builds_on)
+        if not newest_scores(autoencoder):
+            score(autoencoder)
+    if run.config.kind == "classifier":
+        print(f"\n{table([(run.folder.name, facts(run))])}\n")
+        return
+    from diffbench.sampling.images import save_grid
+
+    picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
+    wanted = 1 + (run.config.kind == "denoiser" and run.config.sample.guided)
+    if len(newest_scores(run)) < wanted:  # a kill may have come between the two
+        try:
+            score(run)
+        except UserError as e:  # the run itself is complete
+            print(f"not scored: {e}", flush=True)
+    if not picture.exists():
+        save_grid(run.pictures(100), columns=10, path=picture)
+    print(f"\n{table([(run.folder.name, facts(run))])}\n")
+    print(f"samples: {picture}")
+    print(f"curves:  {python()} -m tensorboard.main --logdir {run.config.runs_dir}")
+
+
+def python() -> str:
+    """The interpreter as one would type it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"

@@ -1,0 +1,212 @@
+"""What a run can be: a root dataclass for each `kind`, and the registries from which its sections choose by `name`."""
+
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from diffbench.config.autoencoder_sections import LossConfig, NetworkConfig
+from diffbench.config.sample_sections import EvaluateConfig, SampleConfig, ValidationConfig
+from diffbench.config.sections import DenoiserTrainerConfig, EMAConfig, OptimizerConfig, TrainerConfig, precision_here
+from diffbench.data.registry import SOURCES
+from diffbench.denoisers import DENOISERS
+from diffbench.denoisers.classifier import ClassifierConfig
+from diffbench.diffusion import PROCESSES
+from diffbench.diffusion.pairs import ON_TABLES, PAIRS, check_pair
+
+FORMAT = 1
+
+# Section -> its registry of dataclasses, chosen by the section's `name`.
+REGISTRIES: dict[str, dict[str, type]] = {
+    "data": {name: source.config for name, source in SOURCES.items()},
+    "denoiser": {name: entry.config for name, entry in DENOISERS.items()},
+    "process": {name: entry.config for name, entry in PROCESSES.items()},
+}
+
+DEFAULT_NAMES = {"process": "vp"}
+"""What a section without a `name` means; other sections must have one."""
+
+
+class BaseConfig:
+    """What the config of every kind of run holds; each kind lists its keys itself, in the order of config.yaml."""
+
+    format: int
+    kind: str
+    seed: int
+    tag: str | None
+    """Added to the run folder's name; overrides of anything but the length add one by themselves."""
+    runs_dir: str
+    debug: Literal["none", "smoke", "overfit"]
+    """smoke: two steps of everything; overfit: learn one batch by heart."""
+    data: Any
+    """The dataclass of the section's `name`, with `name` as a field."""
+    optimizer: OptimizerConfig
+    ema: EMAConfig
+    trainer: TrainerConfig
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format: must be {FORMAT}, got {self.format}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: must lie in 0 to 2^63 - 1, got {self.seed}")
+        if self.tag is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tag):
+            raise ValueError(
+                f"tag: {self.tag!r} is no name; allowed: up to 100 letters, digits, '-', '_' and '.', no sign first"
+            )
+        if not self.runs_dir:
+            raise ValueError("runs_dir: must be a folder, got ''")
+        self.ema = self.ema.in_steps(self.trainer.batch_size)
+        precision = precision_here(self.trainer, low=self.kind == "denoiser")
+        self.trainer = replace(self.trainer, precision=precision)
+
+
+@dataclass
+class RunConfig(BaseConfig):
+    """A denoiser's run. `denoiser` and `process` hold the dataclass of their `name`, with `name` as a field."""
+
+    format: int = FORMAT
+    kind: Literal["denoiser"] = "denoiser"
+    seed: int = 0
+    tag: str | None = None
+    runs_dir: str = "runs"
+    init_from: str | None = None
+    """A run folder whose EMA weights start this run (a warm start, apart from resuming)."""
+    debug: Literal["none", "smoke", "overfit"] = "none"
+    data: Any = None
+    autoencoder: str | None = None
+    """null: pixels. Else the denoiser works on the latents of an autoencoder: a run folder, a folder in diffusers'
+    format, a hub name, or an experiment's YAML, whose run is trained first where it is missing."""
+    latent_dtype: Literal["float16", "float32"] = "float16"
+    """How the latents' means and log-variances are kept."""
+    denoiser: Any = None
+    process: Any = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    trainer: DenoiserTrainerConfig = field(default_factory=DenoiserTrainerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.autoencoder == "":
+            raise ValueError("autoencoder: must be a folder, a hub name, an experiment's YAML, or null; got ''")
+        if self.autoencoder is None and self.latent_dtype != "float16":
+            raise ValueError("latent_dtype: belongs to autoencoder; without one leave it at float16")
+        if self.autoencoder is not None and self.trainer.augment:
+            raise ValueError("trainer.augment: changes pictures, not the latents of autoencoder; leave it at 0")
+        self._check_guidance()
+        if self.trainer.time_sampling == "loss_aware" and self.process.name != "vp":
+            raise ValueError(
+                f"trainer.time_sampling: loss_aware counts the steps of process.name=vp, not {self.process.name};"
+                " choose uniform or stratified"
+            )
+        self._settle_sampler()
+        check_levels(self.process, self.validation)
+
+    def _check_guidance(self) -> None:
+        s = self.sample
+        if s.guidance != 1 and s.weak_model is None and self.trainer.label_dropout == 0:
+            raise ValueError(
+                f"sample.guidance: {s.guidance:g} needs a null class, and trainer.label_dropout=0 trains none;"
+                " allowed: sample.guidance=1, trainer.label_dropout above 0, sample.weak_model=RUN,"
+                " or sample.classifier=RUN with sample.guidance=1"
+            )
+        if s.guidance_schedule == "power_cosine" and self.process.name != "vp":
+            raise ValueError(
+                f"sample.guidance_schedule: power_cosine follows the steps of process.name=vp, not"
+                f" {self.process.name}; choose constant"
+            )
+
+    def _settle_sampler(self) -> None:
+        """Fills in the sampler that suits the process, and refuses one that does not, or steps that do not fit."""
+        s, name = self.sample, self.process.name
+        sampler = s.sampler or PAIRS[name][0]
+        try:
+            check_pair(name, sampler)
+        except ValueError as e:
+            raise ValueError(f"sample.sampler: {e}") from None
+        if s.s_churn and name != "edm":
+            raise ValueError(f"sample.s_churn: belongs to process.name=edm, not {name}; leave it at 0")
+        clip = sampler in ON_TABLES if s.clip is None else s.clip
+        self.sample = replace(s, sampler=sampler, clip=clip)  # type: ignore[arg-type]
+        process = PROCESSES[name].build(self.process)
+        try:
+            if sampler == "euler_maruyama":
+                process.sde_grid(s.steps, s.sde_last_step)  # type: ignore[attr-defined]
+            else:
+                process.grid(s.steps)
+        except ValueError as e:
+            raise ValueError(f"sample.steps: {s.steps!r} does not fit {_told(self.process)}: {e}") from None
+
+
+def _told(process: Any) -> str:
+    return f"process.steps={process.steps}" if process.name == "vp" else f"process.name={process.name}"
+
+
+@dataclass
+class ClassifierRunConfig(BaseConfig):
+    """A run of a classifier of noisy images, for classifier guidance under the same process."""
+
+    format: int = FORMAT
+    kind: Literal["classifier"] = "classifier"
+    seed: int = 0
+    tag: str | None = None
+    runs_dir: str = "runs"
+    debug: Literal["none", "smoke", "overfit"] = "none"
+    data: Any = None
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    process: Any = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_levels(self.process, self.validation)
+
+
+def check_levels(process: Any, validation: ValidationConfig) -> None:
+    """Whether the process reaches the noise levels of validation.
+
+    Raises:
+        ValueError: if not.
+    """
+    levels = torch.tensor(validation.log_snr, dtype=torch.float64)
+    try:
+        PROCESSES[process.name].build(process).time_at(levels)
+    except ValueError as e:
+        raise ValueError(f"validation.log_snr: {e}") from None
+
+
+def keys_of(kind: type[BaseConfig]) -> list[str]:
+    """The top-level keys of a kind."""
+    return [f.name for f in fields(kind)]  # type: ignore[arg-type]
+
+
+@dataclass
+class AutoencoderConfig(BaseConfig):
+    """An autoencoder's run."""
+
+    format: int = FORMAT
+    kind: Literal["autoencoder"] = "autoencoder"
+    seed: int = 0
+    tag: str | None = None
+    runs_dir: str = "runs"
+    debug: Literal["none", "smoke", "overfit"] = "none"
+    data: Any = None
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+KINDS: dict[str, type[BaseConfig]] = {
+    "denoiser": RunConfig,
+    "classifier": ClassifierRunConfig,
+    "autoencoder": AutoencoderConfig,
+}

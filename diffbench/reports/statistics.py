@@ -1,0 +1,198 @@
+"""What a comparison may conclude: intervals over seeds, paired differences under Holm's correction, ties, and the
+smallest difference that would have been found.
+
+Never a minimum over seeds, and no bootstrap of a Fréchet distance: duplicates among resampled images bias it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from scipy import special  # scipy.stats takes several times as long to import
+
+from diffbench.core import rng
+
+ALPHA = 0.05
+"""Chance of any false difference in a comparison."""
+POWER = 0.8
+"""Chance of finding a difference as large as `Paired.detectable`."""
+LEAST = 3
+"""Values without which there is no interval."""
+FRECHET_TIE = 0.013
+"""Gaps of Fréchet distances below this share of the smaller one decide nothing: training anew moves them as much
+(Dufour et al. 2026)."""
+
+Array = np.ndarray
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Values of one variant over seeds.
+
+    Attributes:
+        n: how many.
+        mean: of them.
+        sd: sample standard deviation; None of a single value.
+        half: half the width of the 95% t interval of the mean; None of fewer than three values.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+    half: float | None
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean, standard deviation and interval of at least one value."""
+    x = np.asarray(values, dtype=np.float64)
+    sd = float(x.std(ddof=1)) if len(x) > 1 else None
+    half = None if sd is None or len(x) < LEAST else _quantile(ALPHA, len(x)) * sd / len(x) ** 0.5
+    return Summary(len(x), float(x.mean()), sd, half)
+
+
+def _quantile(alpha: float, n: int) -> float:
+    """Two-sided quantile of t for n values."""
+    return float(-special.stdtrit(n - 1, alpha / 2))
+
+
+Verdict = Literal["first", "second", "tie", "undecided"]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences of two variants, first minus second, of whatever both have: seeds, or images.
+
+    Attributes:
+        n: pairs of values.
+        mean: difference.
+        interval: of the mean, at `confidence`; None of fewer than three pairs.
+        confidence: at Holm's step: the interval leaves zero out exactly where the difference is found.
+        p: of no difference, two-sided, before the correction.
+        adjusted: the same after it: found where this is at most 0.05.
+        detectable: the smallest true difference found with 80% power, given how much these differences scatter.
+    """
+
+    n: int
+    mean: float
+    interval: tuple[float, float] | None = None
+    confidence: float | None = None
+    p: float | None = None
+    adjusted: float | None = None
+    detectable: float | None = None
+
+    @property
+    def found(self) -> bool:
+        """Whether the correction leaves the difference standing."""
+        return self.adjusted is not None and self.adjusted <= ALPHA
+
+
+def paired(differences: Mapping[K, Sequence[float]]) -> dict[K, Paired]:
+    """All pairs of a comparison under Holm's step-down correction.
+
+    A pair of fewer than three differences is not tested, yet counts in the correction, so that conclusions do not
+    weaken while a study fills up.
+    """
+    arrays = {key: np.asarray(values, dtype=np.float64) for key, values in differences.items()}
+    arrays = {key: x if np.isfinite(x).all() else x[:0] for key, x in arrays.items()}  # of runs that went astray
+    p = {key: _p(x) for key, x in arrays.items() if len(x) >= LEAST}
+    alphas, adjusted = holm(p, len(arrays))
+    found = {}
+    for key, x in arrays.items():
+        mean = float(x.mean()) if len(x) else float("nan")
+        if key not in p:
+            found[key] = Paired(len(x), mean)
+            continue
+        alpha, n, sd = alphas[key], len(x), float(x.std(ddof=1))
+        half = _quantile(alpha, n) * sd / n**0.5
+        interval = (mean - half, mean + half)
+        found[key] = Paired(n, mean, interval, 1 - alpha, p[key], adjusted[key], detectable(sd, n, alpha))
+    return found
+
+
+def holm(p: Mapping[K, float], count: int | None = None) -> tuple[dict[K, float], dict[K, float]]:
+    """Holm's step-down correction (Holm 1979) at `ALPHA`.
+
+    Args:
+        p: the p-values.
+        count: tests in all, where some have no p-value.
+
+    Returns:
+        The level that each test was held against (of those not reached, the level at which the steps stopped), and the
+        adjusted p-values.
+    """
+    count = len(p) if count is None else count
+    levels, adjusted = {}, {}
+    largest, level, stopped = 0.0, ALPHA, False
+    for step, key in enumerate(sorted(p, key=lambda k: p[k])):
+        if not stopped:
+            level = ALPHA / (count - step)
+            stopped = p[key] > level
+        levels[key] = level
+        largest = max(largest, min(1.0, (count - step) * p[key]))
+        adjusted[key] = largest
+    return levels, adjusted
+
+
+def _p(x: Array) -> float:
+    """Two-sided p-value of a zero mean by the t test."""
+    sd, mean = float(x.std(ddof=1)), float(x.mean())
+    if sd == 0:
+        return float(mean == 0)
+    return float(2 * special.stdtr(len(x) - 1, -abs(mean) / (sd / len(x) ** 0.5)))
+
+
+def detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) -> float:
+    """The true mean difference that a two-sided t test of n differences of spread `sd` finds with this power."""
+    # The shift of the noncentral t; that a difference is found the wrong way round has no chance worth counting then.
+    shift = special.nctdtrinc(n - 1, 1 - power, _quantile(alpha, n))
+    return float(shift) * sd / n**0.5
+
+
+def verdict(pair: Paired, lower_is_better: bool, smaller: float | None = None) -> Verdict:
+    """Which variant is better.
+
+    Args:
+        pair: their differences.
+        lower_is_better: of the metric.
+        smaller: of Fréchet distances the smaller mean: a gap within 1.3% of it is a tie, whatever the interval says.
+    """
+    if pair.interval is None:
+        return "undecided"
+    if not pair.found or (smaller is not None and abs(pair.mean) < FRECHET_TIE * smaller):
+        return "tie"
+    return "first" if (pair.mean < 0) == lower_is_better else "second"
+
+
+def differences(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
+    """First minus second for the seeds that both have, in their order."""
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+
+def by_image(first: Mapping[int, Array], second: Mapping[int, Array]) -> Array:
+    """Differences (levels, images) of errors on the same images and noise, averaged over the seeds that both have.
+
+    Args:
+        first: seed -> errors (levels, images).
+        second: the same of the other variant.
+    """
+    shared = sorted(first.keys() & second.keys())
+    return np.mean([first[s].astype(np.float64) - second[s] for s in shared], axis=0)
+
+
+def bootstrap(values: Sequence[float] | Array, what: str, resamples: int = 2000) -> tuple[float, float]:
+    """A 95% percentile interval of the mean of independent values, as errors of images; the same each time.
+
+    Not for a Fréchet distance.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    key = rng.key("bootstrap", what, len(x))
+    means = []
+    for rows in torch.arange(resamples).split(max(1, 1_000_000 // len(x))):
+        positions = torch.arange(int(rows[0]) * len(x), (int(rows[-1]) + 1) * len(x))
+        drawn = (rng.uniform(key, positions) * len(x)).long().numpy()
+        means.append(x[drawn].reshape(len(rows), len(x)).mean(1))
+    low, high = np.quantile(np.concatenate(means), [ALPHA / 2, 1 - ALPHA / 2])
+    return float(low), float(high)

@@ -1,0 +1,154 @@
+"""The run folder: its name, and whether the config inside agrees with the command."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffbench.config.kinds import BaseConfig
+from diffbench.config.layers import parse_overrides, read_yaml
+from diffbench.config.load import flatten, from_dict, load, to_dict, to_yaml
+from diffbench.core.errors import UserError
+from diffbench.core.files import write_text
+
+# What may change between two sittings of one run: its length, and what leaves every number as it is.
+# Other devices sum in another order: every number stays as it is but for rounding.
+DEVICES = {"trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.timeout_s"}
+FREE = {
+    "trainer.max_images",
+    "trainer.max_skipped",
+    "trainer.resident",
+    "trainer.async_checkpoints",
+    "trainer.keep_memory",
+    "ema.foreach",
+    "data.num_workers",
+    "runs_dir",
+    "tag",
+} | DEVICES
+LONGEST_TAG = 100
+
+
+def folder_for(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path:
+    """runs/<experiment>/<yaml stem>[-<debug>][-<tag>]-s<seed>; overrides of all but the length make a tag themselves.
+
+    The experiment is the name of the YAML's folder.
+    """
+    debug = "" if config.debug == "none" else config.debug
+    parts = [path.stem, debug, config.tag or _automatic_tag(path, overrides, config), f"s{config.seed}"]
+    return Path(config.runs_dir) / path.resolve().parent.name / "-".join(p for p in parts if p)
+
+
+def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> str:
+    given, now = flatten(parse_overrides(overrides)), flatten(to_dict(config))
+    try:
+        plain = flatten(to_dict(load(path, [f"debug={config.debug}"])))
+    except UserError:  # the overrides mend a file that would not do without them
+        plain = {}
+    chosen = [k for k in given if k.endswith((".name", ".preset")) and plain.get(k) != given[k]]
+    sections = {k.split(".")[0] for k in chosen}  # in them nothing is as the file has it
+    words = []
+    for key in [*sorted(chosen), *(k for k in now if k in given and k not in chosen)]:
+        value = now.get(key, given[key])
+        same = key in plain and plain[key] == value and key.split(".")[0] not in sections
+        if key not in FREE | {"seed", "debug"} and not same and (key in now or value is not None):
+            words.append(f"{_leaf(key, now)}_{_text(value)}")
+    return _short("-".join(words))
+
+
+def _leaf(key: str, known: dict[str, Any]) -> str:
+    """A key without its section where that is enough to tell it."""
+    leaf = key.rsplit(".", 1)[-1]
+    return leaf if sum(k.rsplit(".", 1)[-1] == leaf for k in known) < 2 else key
+
+
+def _text(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(c if c.isalnum() or c in ".,+-" else "_" for c in text)
+
+
+def _short(tag: str) -> str:
+    """The tag, or its start and a hash of it all where it is too long for a file name."""
+    if len(tag.encode()) <= LONGEST_TAG:
+        return tag
+    digest = hashlib.sha256(tag.encode()).hexdigest()[:8]
+    return f"{tag.encode()[: LONGEST_TAG - 9].decode(errors='ignore')}+{digest}"
+
+
+def check_place(folder: Path) -> None:
+    """Whether a run can be written here.
+
+    Raises:
+        ValueError: if something that is no folder stands in the way, or it may not be written to.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise ValueError(f"runs_dir: {there} is a file, not a folder; choose another runs_dir")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"runs_dir: {there} may not be written to; choose another runs_dir")
+
+
+def refuse_links(folder: Path) -> None:
+    """Whether everything below a run folder lies in it: a folder from elsewhere could name any file of this machine.
+
+    Raises:
+        UserError: naming a link that leads out of it.
+    """
+    real = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and os.path.commonpath([real, os.path.realpath(path)]) != real:
+                raise UserError(f"{path}: is a link that leaves the run folder; put the file itself there")
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run has begun."""
+    return any(folder.glob("checkpoints/step-*.ckpt"))
+
+
+def check_same(folder: Path, config: BaseConfig) -> bool:
+    """Whether the folder holds this run already; writes config.yaml into a new one.
+
+    Raises:
+        UserError: if it holds a run that differs in more than its length, naming the keys, or other files.
+    """
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        if others:
+            raise UserError(f"{folder}: holds {others[0]} but no config.yaml; move the folder away")
+        write_text(saved, to_yaml(config))
+        return False
+    before, now = flatten(to_dict(read_config(folder))), flatten(to_dict(config))
+    changed = [k for k in sorted(before | now) if k not in FREE and before.get(k) != now.get(k)]
+    if changed:
+        told = ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in changed[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise UserError(
+            f"{saved}: this run was made with {told}{more}; choose another tag=NAME, or move the folder away"
+        )
+    return True
+
+
+def update_length(folder: Path, config: BaseConfig) -> None:
+    """Writes the config of a run that goes on, and says how its length changed."""
+    before, now = read_config(folder).trainer.max_images, config.trainer.max_images
+    if before != now:
+        print(f"length: {before:,} images before, {now:,} now")
+    write_text(folder / "config.yaml", to_yaml(config))
+
+
+def read_config(folder: Path) -> BaseConfig:
+    """The config of a run folder.
+
+    Raises:
+        UserError: if the folder holds no run.
+    """
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        near = sorted(str(p.parent) for p in (*folder.parent.glob("*/config.yaml"), *folder.glob("*/config.yaml")))
+        choices = f"; choose from {', '.join(near)}" if near else "; train one first"
+        raise UserError(f"{folder}: no run here (config.yaml is missing){choices}")
+    refuse_links(folder)
+    return from_dict(read_yaml(saved), str(saved))

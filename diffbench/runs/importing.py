@@ -1,0 +1,183 @@
+"""A published checkpoint as a run folder: its weights under our names, and a config that samples as its release."""
+
+import argparse
+import dataclasses
+import os
+import pickle
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffbench.config.kinds import RunConfig
+from diffbench.config.layers import COMMAND_LINE, blaming, parse_overrides
+from diffbench.config.load import from_layers, to_yaml
+from diffbench.core.errors import UserError, suggest
+from diffbench.core.files import sha256, write_text
+from diffbench.denoisers import from_reference
+from diffbench.denoisers.pretrained.convert import RECIPES, describe
+from diffbench.denoisers.pretrained.infer import infer, unwrapped
+from diffbench.denoisers.pretrained.recipe import Blueprint
+from diffbench.runs import weights
+from diffbench.runs.build import build_denoiser, load_data
+
+AUTOENCODER = "stabilityai/sd-vae-ft-ema"
+"""What the latents of DiT, SiT and DiffiT are decoded with."""
+NESTED = ("ema", "model", "state_dict")
+"""Where a checkpoint keeps weights among other things, the best first."""
+
+
+def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Writes a run folder that `sample` and `evaluate` take as a trained run's.
+
+    Args:
+        source: "dit", "sit", "diffit", "adm" or "ddpmpp".
+        checkpoint: a state dict, or a dictionary with one under "ema", "model" or "state_dict"; a file of torch or
+            safetensors.
+        out: the run folder, which must not exist.
+        overrides: `arguments.NAME=value` for what the weights do not say of the reference's constructor, and keys of
+            the config.
+
+    Returns:
+        The run's config.
+
+    Raises:
+        UserError: if the folder exists, the file cannot be read without running code, or the weights, the arguments
+            and the config do not fit together.
+    """
+    if source not in RECIPES:
+        known = ", ".join(RECIPES)
+        raise UserError(f"{COMMAND_LINE}: unknown source {source!r}; choose from {known}{suggest(source, RECIPES)}")
+    if os.path.lexists(out):
+        raise UserError(f"{out}: exists already; choose another folder")
+    changes = parse_overrides(overrides)
+    given = changes.pop("arguments", {})
+    if not isinstance(given, dict):
+        raise UserError(f"{COMMAND_LINE}: arguments: must be given by name, as arguments.num_heads=16")
+    state = read_weights(checkpoint)
+    try:
+        state = unwrapped(source, state)
+        arguments = infer(source, state, given)
+        plan = describe(source, arguments)
+        net = from_reference(source, arguments, state)
+    except ValueError as e:
+        raise UserError(f"{checkpoint}: {e}") from None
+    stack = [(f"import {source}", as_config(source, plan)), (COMMAND_LINE, changes)]
+    config = from_layers(stack)
+    assert isinstance(config, RunConfig)
+    with blaming(stack):
+        _check_fits(config, net, checkpoint)
+    _write(out, config, net, {"source": source, "checkpoint": checkpoint.name, "sha256": sha256(checkpoint)})
+    return config
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name; nothing in the file is run.
+
+    Raises:
+        UserError: if there is no such file, it is damaged, holds code, or no state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else _loaded(path)
+    except pickle.UnpicklingError as e:
+        with path.open("rb") as file:
+            pickled = file.read(1) == b"\x80"  # how a bare pickle begins
+        if not pickled and "GLOBAL" not in str(e):
+            raise UserError(f"{path}: damaged, or no checkpoint") from None
+        raise UserError(
+            f"{path}: holds pickled code, which is never run; where it was made, export plain weights with"
+            " torch.save(net.state_dict(), 'weights.pt'), in EDM's repository of"
+            " net = pickle.load(open('network.pkl', 'rb'))['ema']"
+        ) from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
+        raise UserError(f"{path}: damaged, or no checkpoint") from None
+    for name in NESTED if isinstance(state, Mapping) else ():
+        inside = state.get(name)
+        if isinstance(inside, Mapping) and any(isinstance(v, Tensor) for v in inside.values()):
+            state = inside
+            break
+    named = dict(state) if isinstance(state, Mapping) else {}
+    found = {str(key): value for key, value in named.items() if isinstance(value, Tensor)}
+    if not found:
+        holds = ", ".join(map(str, list(named)[:5])) or type(state).__name__
+        raise UserError(f"{path}: no state dict, neither itself nor under {', '.join(NESTED)}; it holds {holds}")
+    return found
+
+
+def _loaded(path: Path) -> Any:
+    # DiT's training saves its arguments beside the weights: a Namespace holds values and runs nothing.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # on pickles that it then refuses
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # of torch before 1.6: no memory map
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
+    """The config of a published network: the process that it was trained under, sampled as its release samples."""
+    size, channels = plan.shape["image_size"], plan.shape["channels"]
+    null = plan.shape["null_class"] and plan.shape["num_classes"] > 0
+    process: dict[str, Any] = {"name": "vp", "steps": 1000, "schedule": "linear", "prediction": "eps"}
+    if plan.shape["learn_sigma"]:
+        process |= {"variance": "learned_range", "loss": "hybrid"}
+    # What works in latents guides three of the four channels, as DiT's release did.
+    latent = {"guidance": 4.0 if null else 1.0, "guidance_channels": 3, "clip": False}
+    sample: dict[str, Any] = {"sampler": "ddpm", "steps": "250"}
+    if source == "dit":
+        sample |= latent
+    elif source == "diffit":
+        weight = {"guidance": 4.4, "guidance_schedule": "power_cosine"} if size <= 32 else {"guidance": 1.49}
+        sample |= latent | (weight if null else {})
+    elif source == "sit":
+        process, sample = {"name": "flow"}, latent | {"sampler": "euler_maruyama", "steps": "250"}
+    elif source == "ddpmpp":
+        process, sample = {"name": "edm"}, {"sampler": "heun", "steps": "18" if size <= 32 else "40"}
+    elif size == 64:
+        process["schedule"] = "cosine"  # ADM's at 64x64
+    return {
+        "autoencoder": AUTOENCODER if source in ("dit", "sit", "diffit") and channels == 4 else None,
+        "data": {
+            "name": "none",
+            "channels": channels,
+            "image_size": size,
+            "num_classes": plan.shape["num_classes"],
+        },
+        "denoiser": {"name": plan.denoiser, **dataclasses.asdict(plan.config)},
+        "process": process,
+        "trainer": {"label_dropout": 0.1 if null else 0.0},
+        "sample": sample,
+    }
+
+
+def _check_fits(config: RunConfig, net: nn.Module, checkpoint: Path) -> None:
+    """Whether the network that the config builds takes the weights: the command line may have changed it."""
+    with torch.device("meta"):
+        ours = build_denoiser(config, load_data(config)[0])
+    wrong = weights.mismatch(ours.state_dict(), net.state_dict())
+    if wrong:
+        raise UserError(f"{COMMAND_LINE}: the config asks for another network than {checkpoint} holds: {wrong}")
+
+
+def _write(out: Path, config: RunConfig, net: nn.Module, facts: dict[str, str]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        staged.chmod(0o755)
+        write_text(staged / "config.yaml", to_yaml(config))
+        weights.export(staged, net, config.ema.decays[0], list(net.parameters()), images=0, facts=facts)
+        staged.rename(out)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise

@@ -1,0 +1,144 @@
+"""Averaged weights of a run: read from its exports or its newest checkpoint, exported, and as another run's start."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffbench.config.kinds import BaseConfig, RunConfig
+from diffbench.core import tensors as sealed
+from diffbench.core.errors import UserError
+from diffbench.core.states import read_state
+from diffbench.runs.build import build_denoiser, load_data
+from diffbench.runs.folder import read_config
+
+
+def export_path(folder: Path, decay: float) -> Path:
+    """Where the average of a decay is exported."""
+    return folder / f"ema-{decay}.safetensors"
+
+
+def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> tuple[dict[str, Tensor], int]:
+    """The average of a decay and the images it has seen: the export, or else the newest checkpoint's.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    if decay not in config.ema.decays:
+        raise UserError(f"{folder}: ema: no average has decay {decay}; choose from {_listed(config.ema.decays)}")
+    path = export_path(folder, decay)
+    if path.is_file():
+        try:
+            tensors, told = sealed.read(path)
+        except UserError as e:
+            raise UserError(f"{e} to use the newest checkpoint") from None
+        return tensors, images_told(path, told)
+    from diffbench.training.checkpoint import newest, step_of
+
+    checkpoint = newest(folder / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{folder}: no weights yet; train the run first")
+    average = _averages(checkpoint).get(str(decay), [])
+    if [tuple(a.shape) for a in average] != [tuple(p.shape) for p in network.parameters()]:
+        raise UserError(f"{checkpoint}: holds another network's averages than {folder / 'config.yaml'} says; remove it")
+    return _with_average(network, average), step_of(checkpoint) * config.trainer.batch_size
+
+
+def images_told(path: Path, told: Mapping[str, str]) -> int:
+    """The images that an export's metadata says its weights have seen.
+
+    Raises:
+        UserError: if it says something else.
+    """
+    said = told.get("images", "0")
+    if not said.isdecimal():
+        raise UserError(f"{path}: damaged (images={said!r}); remove it to use the newest checkpoint")
+    return int(said)
+
+
+def read_best(folder: Path) -> tuple[dict[str, Tensor], int, float]:
+    """The averaged weights of the least distance in training, the images they had seen, and the average's decay.
+
+    Raises:
+        UserError: if there are none, or they are damaged.
+    """
+    path = folder / "best.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder}: snapshot: best.safetensors is missing; train with evaluate.best=fd to keep one")
+    best, told = sealed.read(path)
+    try:
+        return best, int(told["images"]), float(told["decay"])
+    except (KeyError, ValueError) as e:
+        raise UserError(f"{path}: damaged ({e})") from None
+
+
+def export(
+    folder: Path,
+    network: nn.Module,
+    decay: float,
+    average: Sequence[Tensor],
+    images: int,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes an average as safetensors; `facts` go into its metadata."""
+    told = {"images": str(images), "decay": str(decay), **(facts or {})}
+    sealed.write(export_path(folder, decay), _with_average(network, average), told)
+
+
+def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int) -> None:
+    """Writes all averages of a checkpoint as safetensors."""
+    for decay, average in _averages(checkpoint).items():
+        export(folder, network, float(decay), average, images)
+
+
+def initial(config: RunConfig) -> dict[str, Tensor] | None:
+    """The weights of `init_from`, or None where the config names no run.
+
+    Raises:
+        ValueError: if they do not fit the config's network, or there are none.
+    """
+    if config.init_from is None:
+        return None
+    source = Path(config.init_from)
+    try:
+        other = read_config(source)
+        if not isinstance(other, RunConfig):
+            raise ValueError(f"init_from: {source} is a run of kind {other.kind}; choose a denoiser's")
+        weights, _ = read(source, other, build_denoiser(other, load_data(other)[0]), other.ema.decays[0])
+    except UserError as e:
+        raise ValueError(f"init_from: {e}") from None
+    with torch.device("meta"):
+        ours = build_denoiser(config, load_data(config)[0])
+    wrong = mismatch(ours.state_dict(), weights)
+    if wrong:
+        raise ValueError(f"init_from: {source} holds another network: {wrong}")
+    return weights
+
+
+def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """The first name at which two state dicts differ, with both shapes, and how many do; nothing where none does."""
+    here = {name: tuple(value.shape) for name, value in wanted.items()}
+    there = {name: tuple(value.shape) for name, value in given.items()}
+    wrong = [name for name in sorted(here | there) if here.get(name) != there.get(name)]
+    if not wrong:
+        return ""
+    shapes = f"{there.get(wrong[0], 'absent')} there, {here.get(wrong[0], 'absent')} here"
+    return f"{wrong[0]} is {shapes}, {len(wrong)} differ in all"
+
+
+def _averages(checkpoint: Path) -> dict[str, list[Tensor]]:
+    try:
+        averages: dict[str, list[Tensor]] = read_state(checkpoint)["callbacks"]["EMA"]["averages"]
+        return {str(decay): list(average) for decay, average in averages.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{checkpoint}: holds no averages of training; remove it") from None
+
+
+def _with_average(network: nn.Module, average: Sequence[Tensor]) -> dict[str, Tensor]:
+    names = [name for name, _ in network.named_parameters()]
+    return dict(network.state_dict()) | dict(zip(names, average, strict=True))
+
+
+def _listed(decays: Sequence[float]) -> str:
+    return ", ".join(map(str, decays))

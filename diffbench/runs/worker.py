@@ -1,0 +1,64 @@
+"""One rank of a job that our own launcher (`core.launch`) started: `python -m diffbench.runs.worker WHAT ...`.
+
+The launcher has checked the config, holds the run folder, and says what happens.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from diffbench.config.load import change
+from diffbench.config.sample_sections import SampleConfig
+from diffbench.core import ranks
+from diffbench.core.errors import LostError, UserError
+from diffbench.core.launcher import LOST, end_with_parent
+from diffbench.runs import evaluate
+from diffbench.runs.build import device_of
+from diffbench.runs.folder import read_config
+from diffbench.runs.lifecycle import KINDS, encode, load
+
+
+def train(folder: str, checkpoint: str | None = None) -> None:
+    """Trains the run of a folder with the other ranks, from a checkpoint where one is named."""
+    config = read_config(Path(folder))
+    kind = KINDS[config.kind]
+    start = None if checkpoint else kind.start(config)
+    kind(Path(folder), config).train_here(Path(checkpoint) if checkpoint else None, start)
+
+
+def draw(folder: str, told: str) -> None:
+    """Draws this rank's shards of the samples that are `told` of; see `scoring.draw`."""
+    wanted = json.loads(told)
+    run = load(folder, wanted["ema"])
+    if wanted["snapshot"] == "best":
+        run.use_best()
+    config = change(run.config, {"seed": wanted["seed"], "evaluate": {"count": wanted["count"]}})
+    run.network.to(device_of(config.trainer.accelerator))
+    how = SampleConfig(**wanted["sample"])
+    evaluate.draw(run, how, evaluate.samples_of(run, config, how), config.seed, *ranks.place())
+
+
+def main(what: str, *arguments: str) -> int:
+    """Does this rank's part; returns the exit code."""
+    end_with_parent()
+    try:
+        if what == "train":
+            train(*arguments)
+        elif what == "encode":
+            encode(arguments[0], arguments[1:])
+        else:
+            draw(*arguments)
+    except LostError as e:
+        if ranks.place()[0]:  # what rank 0 says is seen at once, before the error of the rank that it lost
+            print(f"error: {e}", file=sys.stderr)
+        return LOST
+    except KeyboardInterrupt:  # before training listens
+        return 130
+    except (UserError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,64 @@
+"""What drawing samples will cost, told before it begins."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffbench.config.sample_sections import SampleConfig
+from diffbench.diffusion import Prediction, Process
+from diffbench.sampling.guided import guided
+from diffbench.sampling.sampler import walk
+
+PROBE = 64
+"""Samples whose time is taken."""
+
+
+@torch.no_grad()
+def network_evaluations(process: Process, config: SampleConfig) -> int:
+    """How often a network is evaluated for one sample, found by walking the sampler without one.
+
+    Guidance away from the null class or a weaker model counts twice where its weight is not 1; a classifier's gradient
+    is not counted. An adaptive sampler takes at least as many.
+    """
+    count = 0
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Prediction:
+        nonlocal count
+        count += len(x)
+        return Prediction(torch.zeros_like(x), x, torch.zeros_like(x))
+
+    config = replace(config, weak_model=None, classifier=None)
+    ask = guided(predict, torch.zeros(1, dtype=torch.int64), process, config, null_label=0)
+    walk(ask, lambda step: torch.ones(1, 1, 1, 1, dtype=torch.float64), process, config)
+    return count
+
+
+@torch.no_grad()
+def seconds_per_evaluation(denoiser: nn.Module, process: Process, shape: tuple[int, ...], batch: int) -> float:
+    """Seconds of one evaluation of the denoiser for one sample, in batches of `batch` (64 at most)."""
+    parameter = next(denoiser.parameters())
+    batch = min(batch, PROBE)
+    x = torch.zeros(batch, *shape, device=parameter.device, dtype=parameter.dtype)
+    t = process.time(torch.full((batch,), 0.5, dtype=torch.float64, device=x.device)).to(x)
+    y = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    training = denoiser.training
+    denoiser.eval()
+    seconds = timed(lambda: denoiser(x, t, y), x.device)
+    denoiser.train(training)
+    return seconds / batch
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of some work, the better of two times after one to warm up."""
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])

@@ -1,0 +1,92 @@
+"""Guidance as the config asks for it: which weight when, away from what, and towards which classifier's gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffbench.config.sample_sections import SampleConfig
+from diffbench.diffusion import (
+    Predict,
+    Process,
+    autoguidance,
+    classifier_free,
+    classifier_guidance,
+    interval,
+    power_cosine,
+    predictor,
+)
+from diffbench.diffusion.guidance import Weight
+from diffbench.diffusion.process import LabelledPredict
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """The networks that guide besides the denoiser, each on its device and in eval mode."""
+
+    weak_model: nn.Module | None = None
+    """(x, t, y) -> output under the same process: what autoguidance leads away from."""
+    classifier: nn.Module | None = None
+    """(x, t) -> logits (B, num_classes) of noisy images, scaled as the process scales them."""
+
+    def to(self, device: torch.device) -> "Helpers":
+        """The same, on a device."""
+        for network in (self.weak_model, self.classifier):
+            if network is not None:
+                network.to(device)
+        return self
+
+
+def guided(
+    predict: LabelledPredict,
+    y: Tensor,
+    process: Process,
+    config: SampleConfig,
+    null_label: int | None = None,
+    helpers: Helpers = Helpers(),
+) -> Predict:
+    """The predictor of images of labels y (B,), guided as the config says.
+
+    Raises:
+        ValueError: where guidance needs a null class, a weaker model or a classifier that is not there.
+    """
+    if config.guidance == 1:
+        plain: Predict = lambda x, t: predict(x, t, y)  # noqa: E731
+    elif config.weak_model is not None:
+        if helpers.weak_model is None:
+            raise ValueError(f"sample.weak_model: {config.weak_model} was not loaded")
+        weak = predictor(process, helpers.weak_model)
+        plain = autoguidance(predict, weak, y, _weight(process, config), config.guidance_channels)
+    elif null_label is None:
+        raise ValueError(f"guidance {config.guidance} needs a network with a null class; this one was trained without")
+    else:
+        plain = classifier_free(predict, y, null_label, _weight(process, config), config.guidance_channels)
+    if config.classifier is None or config.classifier_scale == 0:
+        return plain
+    if helpers.classifier is None:
+        raise ValueError(f"sample.classifier: {config.classifier} was not loaded")
+    return classifier_guidance(plain, gradient_of(helpers.classifier, process, y), process, config.classifier_scale)
+
+
+def gradient_of(classifier: nn.Module, process: Process, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, t) -> gradient of log p(y | x_t) in x_t, (B, C, H, W), of a classifier (x, t) -> logits."""
+
+    def gradient(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            scaled, time = process.inputs(x, t.to(x.device))
+            log_p = classifier(scaled, time).log_softmax(-1)
+            (towards,) = torch.autograd.grad(log_p.gather(-1, y[:, None]).sum(), x)
+        return towards
+
+    return gradient
+
+
+def _weight(process: Process, config: SampleConfig) -> Weight:
+    weight: Weight = config.guidance
+    if config.guidance_schedule == "power_cosine":
+        weight = power_cosine(config.guidance, config.guidance_power, process.config.steps)  # type: ignore[attr-defined]
+    if config.guidance_interval is not None:
+        weight = interval(process, weight, *config.guidance_interval)
+    return weight

@@ -1,0 +1,200 @@
+"""Resume states: written whole or not at all, verified before use, two kept; saved at the end and on a signal."""
+
+import contextlib
+import os
+import signal
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch.utils._pytree import tree_map_only
+
+from diffbench.core import collectives as together
+from diffbench.core.errors import UserError
+from diffbench.core.files import atomic, sha256, write_text
+from diffbench.core.states import read_state
+from diffbench.training.clock import Clock, at_step_end, due
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, renames; a checksum file (as `sha256sum -c` reads it) precedes the state.
+
+    Args:
+        background: write a copy of the state from a thread, while training goes on. The next save waits for it, and so
+            does `join`, which must be called at the end; both raise what went wrong in the thread.
+        keep: how many states stay in the folder, the newest; None for all.
+    """
+
+    def __init__(self, background: bool = False, keep: int | None = None) -> None:
+        super().__init__()
+        self.background, self.keep = background, keep
+        self._writing: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.join()
+        if not self.background:
+            self._write(checkpoint, Path(path))
+            return
+        copied = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint)
+        writing: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                self._write(copied, Path(path))
+                writing.set_result(None)
+            except BaseException as e:
+                writing.set_exception(e)
+
+        self._writing = writing
+
+        Thread(target=work, name="checkpoint").start()  # no daemon: the process does not end before it
+
+    def join(self) -> None:
+        """Waits until what was saved is written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
+        staged = target.with_name(f".{target.name}.staged")
+        with atomic(staged, _size(checkpoint), called=target) as file:
+            torch.save(checkpoint, file)
+        write_text(_checksum(target), f"{sha256(staged)}  {target.name}\n")
+        os.replace(staged, target)
+        for path in all_steps(target.parent)[: -self.keep] if self.keep else []:
+            path.unlink()
+            _checksum(path).unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        state = read_state(path, map_location)
+        missing = [key for key in ("state_dict", "optimizer_states", "callbacks", "loops") if key not in state]
+        if missing:
+            raise UserError(f"{path}: holds no state of training ({missing[0]} is missing); remove it")
+        return state
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose checksum holds, or None where the folder has none.
+
+    Raises:
+        UserError: if there are checkpoints but every one is damaged.
+    """
+    found = all_steps(folder)
+    for path in reversed(found):
+        if verified(path):
+            return path
+        print(f"warning: {path} is damaged (its checksum differs): trying the one before")
+    if found:
+        raise UserError(f"{folder}: no checkpoint is intact; move the folder away to start again")
+    return None
+
+
+def verified(path: Path) -> bool:
+    """Whether a checkpoint's bytes agree with its checksum file."""
+    with contextlib.suppress(OSError):
+        return _checksum(path).read_text().split()[:1] == [sha256(path)]
+    return False
+
+
+def all_steps(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    return sorted((p for p in folder.glob("step-*.ckpt") if p.stem[5:].isdecimal()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def _size(state: Any) -> int:
+    """Bytes of the tensors in a state, about what its file takes."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict | list | tuple):
+        return sum(map(_size, state.values() if isinstance(state, dict) else state))
+    return 0
+
+
+def _checksum(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+class SaveState(L.Callback):
+    """Saves every `every` images, at the last step, and at the next step's end after SIGTERM or SIGINT.
+
+    Several ranks look together whether one of them got a signal, about once a second, and stop at the same step.
+
+    Must stand last among the callbacks, so that a state holds what the others did at its step.
+
+    Args:
+        folder: where step-N.ckpt go.
+        batch_size: images of a step.
+        every: images between saves.
+        clock: paused while saving.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock) -> None:
+        self.folder, self.batch_size, self.every, self.clock = folder, batch_size, every, clock
+        self.signal: int | None = None
+        self._looked, self._look_at = (0, 0.0), 0  # step and time of the last look, step of the next
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if together.largest([step, -step]) != [step, -step]:
+            raise UserError(f"{self.folder}: the processes see different checkpoints; is the folder the same for all?")
+        self._looked, self._look_at = (step, time.monotonic()), step
+        with contextlib.suppress(ValueError):  # signals reach the main thread only
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not at_step_end(trainer, batch_idx):
+            return
+        last = trainer.global_step == trainer.max_steps
+        asked = self._asked(trainer.global_step)
+        if last or asked or due(trainer.global_step, self.batch_size, self.every):
+            with self.clock.paused():
+                self.save(trainer)
+        if asked:
+            trainer.should_stop = True
+
+    def _asked(self, step: int) -> bool:
+        """Whether to stop; the same on all ranks."""
+        if together.size() > 1:
+            if step < self._look_at:
+                return False
+            now, (before, since) = time.monotonic(), self._looked
+            number, pace = together.largest([self.signal or 0, (now - since) / max(1, step - before)])
+            self.signal = int(number) or None
+            self._looked, self._look_at = (step, now), step + min(1000, max(1, int(1 / max(pace, 1e-3))))
+        return self.signal is not None
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Writes the state of the present step."""
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore_handlers()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        """Puts back what was there, before Lightning takes away its own handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

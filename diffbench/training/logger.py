@@ -1,0 +1,243 @@
+"""What a run says: metrics.jsonl (the truth, float64), TensorBoard, and the terminal. The x axis is images seen."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from diffbench.core import collectives as together
+from diffbench.core.errors import UserError
+from diffbench.core.files import FULL, room_for
+from diffbench.training.clock import Clock, at_step_end, due
+from diffbench.training.module import Module
+
+# Charts that lay the chosen runs over each other, in TensorBoard's custom-scalars tab.
+LAYOUT = {
+    "Which backbone is better": {
+        "validation error": ["Multiline", ["val/error$"]],
+        "distance to the data": ["Multiline", ["fd/.*"]],
+    },
+    "Where it is better": {"validation error by log-SNR": ["Multiline", ["val/error_log_snr_.*"]]},
+    "How it trains": {
+        "training loss": ["Multiline", ["train/loss"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "skipped steps": ["Multiline", ["train/skipped_steps"]],
+        "images/s": ["Multiline", ["perf/images_per_s"]],
+    },
+}
+FINAL = ("val/error", "train/loss")
+"""Metrics of the hparams tab: their last values."""
+
+
+def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: str = "") -> None:
+    """Scalars of a trained run's scores at the images that its weights have seen, in TensorBoard."""
+    with naming_events(folder), _new_writer(folder) as writer:
+        for name, value in scores.items():
+            writer.add_scalar(prefix + name, value, images)
+
+
+@contextlib.contextmanager
+def naming_events(folder: Path) -> Iterator[None]:
+    """A full disk under TensorBoard's events is one line too: the thread that writes them keeps its traceback.
+
+    Raises:
+        UserError: naming the events.
+    """
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not (isinstance(told.exc_value, OSError) and told.exc_value.errno in FULL):
+            before(told)
+
+    threading.excepthook = hook
+    try:
+        with room_for(folder / "events.out.tfevents"):
+            yield
+    finally:
+        threading.excepthook = before
+
+
+def _new_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    # TensorBoard reads event files in the order of their names, which begin with the second they were made in.
+    while any(f".tfevents.{int(time.time())}." in p.name for p in folder.glob("events.*")):
+        time.sleep(0.05)
+    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
+
+
+class RunLog(L.Callback):
+    """Writes every logged number once; after a resume the series go on as if nothing had happened.
+
+    A checkpoint stores how long metrics.jsonl was; resuming cuts it there, and TensorBoard drops what came later.
+    Of several ranks the first writes, what all of them saw.
+
+    Args:
+        folder: the run folder.
+        batch_size: images of a step.
+        every: images between lines of training loss.
+        clock: measures images/s.
+        config_text: the resolved config, shown in TensorBoard's text tab.
+        hparams: what TensorBoard's hparams tab says of the run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        batch_size: int,
+        every: int,
+        clock: Clock,
+        config_text: str,
+        hparams: dict[str, str | float] | None = None,
+    ) -> None:
+        self.hparams = hparams or {}
+        self.path, self.folder = folder / "metrics.jsonl", folder
+        self.batch_size, self.every, self.clock, self.config_text = batch_size, every, clock, config_text
+        self.images = 0
+        self._losses: list[torch.Tensor] = []  # not yet counted: a look at each would cost as much as a small layer
+        self._loss: torch.Tensor | None = None  # sum and number of the finite losses since the last line
+        self._seconds, self._logged_images = 0.0, 0
+        self._writer: SummaryWriter | None = None
+        self._resumed = False
+        self._bar: tqdm[Any] | None = None
+        self._last = ""
+
+    @property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard's writer, there while training runs."""
+        assert self._writer is not None
+        return self._writer
+
+    def _open_writer(self) -> None:
+        """A new event file, which drops the points of earlier files past the images resumed at."""
+        self._writer = _new_writer(self.folder, purge_step=self.images + 1 if self._resumed else 0)
+        if not self._resumed:
+            self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
+            self._writer.add_custom_scalars(LAYOUT)
+            for summary in hparams(self.hparams, dict.fromkeys(FINAL, 0.0)):  # add_hparams would make a run of its own
+                self._writer._get_file_writer().add_summary(summary)
+
+    def record(self, values: dict[str, float]) -> None:
+        """Appends values at the present image count."""
+        if together.rank():
+            return
+        line = json.dumps({"images": self.images, **values}) + "\n"
+        with room_for(self.path, len(line)), self.path.open("a") as file:
+            file.write(line)
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, self.images)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal, above the bar where there is one."""
+        if together.rank():
+            return
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.images = trainer.global_step * self.batch_size
+        self._logged_images, self._seconds = self.images, self.clock.seconds
+        if together.rank() == 0:
+            self._begin(trainer.max_steps * self.batch_size)
+        self.clock.start()
+
+    def _begin(self, total: int) -> None:
+        if self.path.exists() and not self._resumed:
+            self.path.unlink()  # left by a sitting that ended before its first checkpoint
+        self._open_writer()
+        if sys.stdout.isatty():
+            self._bar = tqdm(total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
+        if not at_step_end(trainer, batch_idx):
+            return
+        self.images = trainer.global_step * self.batch_size
+        if self._bar is not None:
+            self._bar.update(self.batch_size)
+        if due(trainer.global_step, self.batch_size, self.every) or trainer.global_step == trainer.max_steps:
+            assert isinstance(pl_module, Module)
+            self._log_training(trainer, pl_module)
+
+    def _log_training(self, trainer: L.Trainer, module: Module) -> None:
+        self._share_loss()
+        assert self._loss is not None
+        total, count = self._loss.tolist()
+        loss, self._loss = total / count if count else math.nan, None
+        rate = (self.images - self._logged_images) / max(1e-9, self.clock.seconds - self._seconds)
+        self._logged_images, self._seconds = self.images, self.clock.seconds
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        values = {"train/loss": loss, "train/grad_norm": float(module.grad_norm), "train/lr": lr}
+        values["train/skipped_steps"] = module.skipped_steps
+        values["perf/images_per_s"] = rate
+        if torch.cuda.is_available():
+            values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.record({name: value for name, value in values.items() if math.isfinite(value)})
+        left = trainer.max_steps * self.batch_size - self.images
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}")
+            return
+        percent = 100 * self.images // (trainer.max_steps * self.batch_size)
+        if f"{percent // 5}" != self._last or not left:  # a line for each twentieth
+            self._last = f"{percent // 5}"
+            eta = left / rate if rate else 0.0
+            self.say(f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s")
+
+    def _share_loss(self) -> None:
+        """Counts the losses since the last line, one after the other; of several ranks the mean, on each of them."""
+        if self._losses:
+            losses, self._losses = torch.stack(self._losses).double(), []
+            total, count = (0.0, 0.0) if self._loss is None else self._loss.tolist()
+            for loss in losses.tolist():
+                if math.isfinite(loss):  # a step that is skipped must not hide the others
+                    total, count = total + loss, count + 1
+            self._loss = losses.new_tensor([total, count])
+        if self._loss is not None and together.size() > 1:
+            self._loss = together.total(self._loss) / together.size()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._share_loss()
+        size = 0
+        if together.rank() == 0 and self.path.exists():
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+            size = self.path.stat().st_size
+        if self._writer is not None:
+            self._writer.flush()
+        return {"bytes": size, "loss": self._loss, "seconds": self.clock.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = True
+        self._loss = state_dict["loss"]
+        if self._loss is not None and not self._loss.ndim:  # of a state written before steps could be skipped
+            self._loss = torch.stack([self._loss, torch.full_like(self._loss, state_dict["batches"])])
+        self.clock.before = state_dict["seconds"]
+        if together.rank():
+            return
+        if not self.path.exists() or self.path.stat().st_size < state_dict["bytes"]:
+            raise UserError(f"{self.path}: shorter than at the checkpoint ({state_dict['bytes']} bytes): restore it")
+        os.truncate(self.path, state_dict["bytes"])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.clock.stop()
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            with contextlib.suppress(OSError):  # a full disk was told of when it was found
+                self._writer.close()

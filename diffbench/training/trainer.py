@@ -1,0 +1,173 @@
+"""Lightning's trainer as every kind of run uses it."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+from diffbench.config.sections import EMAConfig, TrainerConfig, precision_here
+from diffbench.core import ranks
+from diffbench.core.errors import LostError
+from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState
+from diffbench.training.clock import Clock
+from diffbench.training.ema import EMA
+from diffbench.training.fsdp import restore
+from diffbench.training.logger import RunLog, naming_events
+from diffbench.training.module import DiffusionModule, Module
+from diffbench.training.nan_guard import Guard
+from diffbench.training.speed import float32_products
+
+Scores = Callable[[RunLog, EMA], list[L.Callback]]
+
+
+def fit(
+    module: Module,
+    data: L.LightningDataModule,
+    folder: Path,
+    settings: TrainerConfig,
+    ema: EMAConfig,
+    config_text: str,
+    scores: Scores,
+    checkpoint: Path | None = None,
+    hparams: dict[str, str | float] | None = None,
+) -> EMA:
+    """Trains to `settings.max_images`, from a resume state where one is given.
+
+    Args:
+        module: what is trained.
+        data: its batches.
+        folder: the run folder.
+        settings: length, batch, cadence, device.
+        ema: which averages are kept.
+        config_text: the resolved config, for TensorBoard.
+        scores: makes the kind's own callbacks (validation, grids) from the log and the averages.
+        checkpoint: the state to resume from.
+        hparams: what TensorBoard's hparams tab says of the run.
+
+    Returns:
+        The averages at the end.
+
+    Raises:
+        SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
+        LostError: if another process of the job has ended.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if settings.precision == "64-true":
+        module.double()  # Lightning would only after a state was read into it, and into the averages
+    clock, averages = Clock(), EMA(ema)
+    log = RunLog(folder, settings.batch_size, settings.log_images, clock, config_text, hparams)
+    guard = Guard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
+    on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
+    precision = precision_here(settings, low=isinstance(module, DiffusionModule))
+    save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock)
+    with warnings.catch_warnings(), float32_products(settings.tf32):
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is newer than torch 2.11
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a cluster's login node is fine
+        trainer = L.Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.num_nodes,
+            strategy=_strategy(settings),
+            precision=None if precision == "16-mixed" else precision,
+            deterministic=settings.deterministic,
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=settings.accumulate,
+            # At a step's end they act in this order: was it taken, the average, the log, scores, the state of it all.
+            callbacks=[guard, averages, log, *scores(log, averages), save_state],
+            plugins=[states, _environment(), *_scaled(settings)],
+            logger=False,
+            profiler=_Unprofiled(),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=str(folder),
+        )
+        if settings.processes > 1:
+            # SaveState listens for signals. Lightning would ask after every micro-batch, waiting for the device.
+            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        try:
+            with naming_events(folder):  # all other files are named where they are written
+                trainer.fit(
+                    module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+                )
+        except RuntimeError as e:
+            if settings.processes == 1 or not _lost(e):
+                raise
+            told = " ".join(str(e).split())
+            raise LostError(f"{folder}: another process of this job has ended, or answers no more ({told})") from None
+        finally:
+            states.join()
+    if save_state.signal:  # the same on all ranks
+        print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
+        raise SystemExit(128 + save_state.signal)
+    return averages
+
+
+class _Unprofiled(PassThroughProfiler):
+    """Lightning asks its profiler some fifty times a step, for each hook of each callback; this one answers at once."""
+
+    nothing = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+        return self.nothing
+
+
+def _scaled(settings: TrainerConfig) -> list[MixedPrecision]:
+    """Lightning's fp16 with scaled gradients, on a CPU too, where it would take bf16 instead."""
+    if settings.precision != "16-mixed":
+        return []
+    gpu = torch.accelerator.current_accelerator() if settings.accelerator != "cpu" else None
+    return [MixedPrecision("16-mixed", gpu.type if gpu else "cpu")]
+
+
+def _strategy(settings: TrainerConfig) -> Strategy | str:
+    if settings.processes == 1:
+        return "auto"
+    timeout = timedelta(seconds=settings.timeout_s)
+    if settings.strategy == "fsdp":
+        return _Sharded(settings.processes, 1, save_distributed_checkpoint=False, timeout=timeout)
+    return DDPStrategy(timeout=timeout, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class _Sharded(ModelParallelStrategy):
+    """FSDP2, which also runs on CPUs; resume states are those of one process."""
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        assert self.model is not None
+        restore(self.model, self.optimizers, state)
+        return state
+
+
+def _environment() -> ClusterEnvironment:
+    """Who started the ranks, as `ranks.place` reads it. Nothing is requeued from here: SIGTERM saves the state."""
+    if ranks.by_srun():
+        return SLURMEnvironment(auto_requeue=False)
+    return TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether an error says that another rank no longer answers."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or any(word in text for word in ("gloo", "NCCL", "c10d"))

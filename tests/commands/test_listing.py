@@ -1,0 +1,69 @@
+"""`diffbench list FOLDER`: a line for each run below, whatever state it is in."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made_runs import make_run
+
+from diffbench.cli import main
+from diffbench.runs import seen
+
+
+def listed(capsys: pytest.CaptureFixture[str], *folders: Path) -> list[list[str]]:
+    """The columns of each line."""
+    assert main(["list", *map(str, folders)]) == 0
+    return [[part for part in line.split("  ") if part] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_each_run_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = make_run(tmp_path / "digits" / "dit-s0", error=0.1)
+    record = {"images_seen": 98_304, "ema": 0.999, "guidance": 1.0, "fd/digits-cnn@500": 0.83, "precision@500": 0.9}
+    record["ema"] = float(next(done.glob("ema-*.safetensors")).stem[4:])
+    (done / "results.jsonl").write_text(json.dumps(record) + "\n")
+    stopped = make_run(tmp_path / "digits" / "unet-s1", "unet", seed=1, error=0.2)
+    next(stopped.glob("ema-*.safetensors")).unlink()
+    (stopped / "checkpoints").mkdir()
+    (stopped / "checkpoints" / "step-100.ckpt").touch()
+    broken = make_run(tmp_path / "other" / "dit-s2")
+    next(broken.glob("ema-*.safetensors")).write_bytes(b"no tensors")
+    for path in (*done.iterdir(), *stopped.iterdir()):
+        os.utime(path, (0, 0))
+    head, *rows = listed(capsys, tmp_path, tmp_path / "digits")
+    assert [part.strip() for part in head] == [
+        "run", "images", "of", "validation error", "newest score", "last change",
+    ]  # fmt: skip
+    assert [part.strip() for part in rows[0]][:5] == [str(done), "98,304", "98,304", "0.1000", "fd/digits-cnn@500 0.83"]
+    assert rows[0][5].strip().startswith("1970-01-01")
+    assert [part.strip() for part in rows[1]][:5] == [str(stopped), "6,400", "98,304", "0.2000", "-"]
+    assert rows[2][0].strip() == str(broken)
+    assert rows[2][-1].strip().startswith(f"{next(broken.glob('ema-*'))}: damaged (")
+    assert len(rows) == 3  # each once, though it lies below two of the folders
+
+
+def test_where_there_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: no run folder here or below (none has a config.yaml)\n"
+    assert main(["list", str(tmp_path / "runz")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'runz'}: no such folder; name one that holds runs, as runs\n"
+
+
+def test_the_work_grows_with_the_number_of_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(4):
+        make_run(tmp_path / f"dit-s{seed}", seed=seed)
+    monkeypatch.setattr(seen, "cost_of", lambda *_: pytest.fail("a network was built"))
+    assert len(listed(capsys, tmp_path)) == 5
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
+    command = [sys.executable, "-m", "diffbench", "show", "experiments/digits/dit.yaml"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

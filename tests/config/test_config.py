@@ -1,0 +1,284 @@
+"""Configs: inheritance, overrides, registries, presets; every mistake is one line that names file and key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diffbench.config.kinds import REGISTRIES, RunConfig
+from diffbench.config.layers import experiments, parse_overrides
+from diffbench.config.load import SMOKE, flatten, from_dict, load, to_dict, to_yaml
+from diffbench.core.errors import UserError
+from diffbench.denoisers import DENOISERS
+from diffbench.studies.config import load_study
+
+ROOT = Path(__file__).parents[2]
+DIT = "experiments/digits/dit.yaml"
+UNET = "experiments/digits/unet.yaml"
+BASE = "data: {name: digits}\ndenoiser: {name: dit, hidden_size: 32, depth: 2, num_heads: 4}\n"
+
+
+def refusal(path: str | Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def written(folder: Path, **files: str | bytes) -> Path:
+    """Writes files NAME.yaml; returns the first."""
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "experiments").glob("**/*.yaml")))
+def test_every_experiment_loads_and_survives_saving(path: str) -> None:
+    if Path(path).name.startswith("_"):
+        assert yaml.safe_load(Path(path).read_text())  # a base alone is no experiment
+        return
+    if "studies" in path:  # test_studies_plan.py takes a step of each of their variants
+        assert load_study(path).kind == "study"
+        return
+    config = load(path)
+    again = from_dict(yaml.safe_load(to_yaml(config)), "saved")
+    assert again == config
+    assert to_yaml(again) == to_yaml(config)
+    assert path in experiments()
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_every_denoiser_has_an_experiment_and_replaces_another(name: str) -> None:
+    assert load(f"experiments/digits/{name}.yaml").denoiser.name == name
+    config = load(DIT, [f"denoiser.name={name}"])
+    assert isinstance(config.denoiser, DENOISERS[name].config)
+    if name != "dit":  # the sizes of dit do not carry over
+        assert to_dict(config)["denoiser"] == {**vars(DENOISERS[name].config()), "name": name}
+
+
+def test_bases_hold_what_children_leave_out(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    written(tmp_path, root=BASE + "seed: 1\noptimizer: {lr: 0.5, betas: [0.1, 0.2]}\n")
+    written(tmp_path, middle="base: root.yaml\noptimizer: {betas: [0.3, 0.4]}\nseed: 2\n")
+    config = load(written(tmp_path / "sub", leaf="base: ../middle.yaml\nseed: 3\n"), ["seed=4"])
+    assert (config.seed, config.optimizer.lr, config.optimizer.betas) == (4, 0.5, [0.3, 0.4])
+    assert config.denoiser.hidden_size == 32
+
+
+def test_a_base_with_another_denoiser_gives_none_of_its_sizes(tmp_path: Path) -> None:
+    written(tmp_path, root=BASE)
+    config = load(written(tmp_path, leaf="base: root.yaml\ndenoiser: {name: unet, norm_groups: 4}\n"))
+    assert (config.denoiser.name, config.denoiser.norm_groups, config.denoiser.num_heads) == ("unet", 4, 4)
+    assert not hasattr(config.denoiser, "hidden_size")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("trainer.max_images=2e5", 200_000),
+        ("trainer.max_images=200_000", 200_000),
+        ("optimizer.lr=1e-4", 1e-4),
+        ("optimizer.lr=1", 1.0),
+        ("optimizer.clip_norm=null", None),
+        ("optimizer.clip_norm=", None),
+        ("ema.decays=[0.9,0.99]", [0.9, 0.99]),
+        ("ema.warmup=false", False),
+        ("sample.steps=50", "50"),
+        ("sample.steps=1e2", "100"),
+        ("sample.steps=ddim50", "ddim50"),
+        ("sample.steps=10,15,20", "10,15,20"),
+        ("tag=3", "3"),
+        ("tag='on'", "on"),
+        ("tag=a-b_c.d", "a-b_c.d"),
+        ("init_from=runs/a=b", "runs/a=b"),
+        ("seed=${process.steps}", 1000),
+    ],
+)
+def test_overrides_are_read_as_the_type_of_their_key(argument: str, value: Any) -> None:
+    now = flatten(to_dict(load(DIT, [argument])))[argument.split("=")[0]]
+    assert now == value
+    assert type(now) is type(value)
+
+
+def test_later_overrides_win() -> None:
+    assert load(DIT, ["seed=1", "seed=2"]).seed == 2
+    assert parse_overrides(["a.b=1", "a.c=2"]) == {"a": {"b": 1, "c": 2}}
+
+
+def test_presets_replace_sizes_and_yield_to_keys_beside_them(tmp_path: Path) -> None:
+    config = load(DIT, ["denoiser.preset=DiT-S/2", "denoiser.depth=3"])
+    assert (config.denoiser.hidden_size, config.denoiser.num_heads, config.denoiser.depth) == (384, 6, 3)
+    assert "preset" not in to_yaml(config)
+    root = "data: {name: digits}\ndenoiser: {name: dit, preset: DiT-B/4}\n"
+    assert load(written(tmp_path, root=root), ["denoiser.depth=1"]).denoiser.hidden_size == 768
+    assert load(DIT, ["denoiser.preset="]) == load(DIT)
+
+
+def test_smoke_is_two_steps_and_yields_to_the_command_line() -> None:
+    config = load(DIT, ["debug=smoke"])
+    assert config.trainer.max_images == 2 * config.trainer.batch_size
+    assert load(DIT, ["debug=smoke", "trainer.max_images=24"]).trainer.max_images == 24
+    known = flatten(to_dict(config))
+    assert set(flatten(SMOKE)) <= set(known)
+
+
+TOP = (
+    "format, kind, seed, tag, runs_dir, init_from, debug, data, autoencoder, latent_dtype, denoiser, process,"
+    " optimizer, ema, trainer, validation, sample, evaluate"
+)
+REFUSED = {
+    "sedd=1": f"sedd: unknown key; allowed: {TOP}; did you mean 'seed'?",
+    "procces.steps=3": f"procces: unknown key; allowed: {TOP}; did you mean 'process'?",
+    "process.stpes=3": "process.stpes: unknown key; allowed: steps, schedule, prediction, ",
+    "data.nam=x": "data.nam: unknown key; allowed: held_out, num_workers, size, name; did you mean 'name'?",
+    "base=x.yaml": f"base: unknown key; allowed: {TOP}",
+    "trainer.max_images=many": "trainer.max_images: must be a whole number, got 'many'",
+    "trainer.max_images=1.5": "trainer.max_images: must be a whole number, got 1.5",
+    "trainer.max_images=true": "trainer.max_images: must be a whole number, got true",
+    "trainer.max_images=": "trainer.max_images: must be a whole number, got null",
+    "trainer.max_images=[1,2]": "trainer.max_images: must be a whole number, got [1, 2]",
+    "trainer.max_images=.inf": "trainer.max_images: must be a whole number, got inf",
+    "trainer.max_images.x=1": "trainer.max_images: must be a whole number, got {'x': 1}",
+    "trainer.max_images=0": "trainer.max_images: must be positive, got 0",
+    "trainer.accumulate=7": "trainer.accumulate: 7 must divide trainer.batch_size=",
+    "trainer.label_dropout=1": "trainer.label_dropout: must lie in [0, 1), got 1.0",
+    "trainer.label_dropout=0": "needs a null class, and trainer.label_dropout=0 trains none; allowed: ",
+    "trainer.accelerator=tpu": (
+        "trainer.accelerator: unknown value 'tpu'; choose from auto, cpu, gpu, mps; did you mean 'gpu'?"
+    ),
+    "trainer.precision=16": (
+        "trainer.precision: unknown value 16; choose from auto, 32-true, bf16-mixed, 16-mixed, 64-true"
+    ),
+    "trainer=5": "trainer: must be a section with keys, got 5; allowed: max_images, ",
+    "trainer=null": "trainer: must be a section with keys, got null; allowed: max_images, ",
+    "optimizer=[1]": "optimizer: must be a section with keys, got [1]; allowed: name, ",
+    "denoiser=dit": "denoiser: must be a section with keys, got 'dit'; write denoiser.name=",
+    "denoiser.name=ditt": f"unknown name 'ditt'; choose from {', '.join(DENOISERS)}; did you mean 'dit'?",
+    "denoiser.name=[dit]": "denoiser.name: unknown name ['dit']; choose from ",
+    "denoiser.name=": f"denoiser.name: missing; choose from {', '.join(DENOISERS)}",
+    "data.name=cifar": f"data.name: unknown name 'cifar'; choose from {', '.join(REGISTRIES['data'])}",
+    "denoiser.preset=DiT-S/3": "denoiser.preset: unknown preset 'DiT-S/3'; choose from DiT-S/2, ",
+    "denoiser.channels=[8]": "denoiser.channels: unknown key; allowed: patch_size, ",
+    "denoiser.depth.0=1": "denoiser.depth: must be a whole number, got {'0': 1}",
+    "seed=-1": "seed: must lie in 0 to 2^63 - 1, got -1",
+    "seed=x": "seed: must be a whole number, got 'x'",
+    "seed=[1": "seed: not valid YAML: did not find expected",
+    "seed=${nope}": "seed: Interpolation key 'nope' not found",
+    "tag=a/b": "tag: 'a/b' is no name; allowed: up to 100 letters, digits, '-', '_' and '.'",
+    "tag=..": "tag: '..' is no name; allowed: ",
+    "tag=on": "tag: must be text (in quotes where YAML reads it otherwise) or null, got true",
+    "runs_dir=": "runs_dir: must be text (in quotes where YAML reads it otherwise), got null",
+    "format=2": "format: must be 1, got 2",
+    "debug=smok": "debug: unknown value 'smok'; choose from none, smoke, overfit; did you mean 'smoke'?",
+    "optimizer.lr=.nan": "optimizer.lr: must be a finite number, got nan",
+    "optimizer.lr=0": "optimizer.lr: must be positive, got 0.0",
+    "optimizer.weight_decay=-1": "optimizer.weight_decay: must be at least 0, got -1.0",
+    "optimizer.final_lr=2": "optimizer.final_lr: must lie in 0 to 1, got 2.0",
+    "optimizer.betas=0.9": "optimizer.betas: must be a list of finite numbers, as [1, 2], got 0.9",
+    "optimizer.betas=[a,b]": "optimizer.betas: must be a list of finite numbers, as [1, 2], got ['a', 'b']",
+    "optimizer.betas.0=0.5": "optimizer.betas: must be a list of finite numbers, as [1, 2], got {'0': 0.5}",
+    "optimizer.betas=[0.9]": "optimizer.betas: must be two numbers in [0, 1), got [0.9]",
+    "optimizer.ramp_images=1e9": "must exceed optimizer.ramp_images=1000000000; allowed: null for a constant rate",
+    "ema.decays=[0.9,0.9]": "ema.decays: must be different numbers between 0 and 1, got [0.9, 0.9]",
+    "ema.warmup=maybe": "ema.warmup: must be true or false, got 'maybe'",
+    "process.steps=1": "process.steps",
+    "process.steps=50": "does not fit process.steps=50: cannot keep ",
+    "validation.log_snr=[100]": "validation.log_snr: log-SNR must lie in ",
+    "validation.log_snr=[]": "validation.log_snr: must name at least one level",
+    "sample.steps=abc": "sample.steps: must be like 250, ddim25 or 10,15,20, got 'abc'",
+    "sample.steps=2000": "sample.steps: '2000' does not fit process.steps=1000: cannot keep 2000 of 1000 steps",
+    "sample.steps=ddim999": "sample.steps: 'ddim999' does not fit process.steps=1000: no integer stride",
+    "sample.eta=0.5": "sample.eta: belongs to sample.sampler=ddim; with ddpm leave it at 0",
+    "sample.guidance=-1": "sample.guidance: must be at least 0, got -1.0",
+    "evaluate.reference=some": "evaluate.reference: unknown value 'some'; choose from same, all; did you mean 'same'?",
+    "evaluate.every_count=3": "evaluate.every_count: must be at least 20, got 3",
+    "evaluate.every_images=0": "evaluate.every_images: must be positive or null, got 0",
+    "evaluate.best=fd": "evaluate.best: needs distances in training; allowed: null, or set evaluate.every_images",
+    "evaluate.infinity=true": "evaluate.infinity: needs evaluate.count of at least 5000, got 500",
+    "evaluate.count=5": "evaluate.count: must be at least 20, got 5",
+    "foo": "'foo' is no override; write key=value, as trainer.max_images=200_000",
+    "--seed=1": "'--seed=1' is no override; write key=value",
+    "-x": "'-x' is no override; write key=value",
+    "=5": "'=5' is no override; write key=value",
+    "a..b=1": "'a..b=1' is no override; write key=value",
+    "optimizer.betas[0]=1": "a list is given whole, as ema.decays=[0.99,0.999]",
+}
+
+
+@pytest.mark.parametrize("argument", REFUSED)
+def test_a_wrong_argument_is_named(argument: str) -> None:
+    text = refusal(DIT, argument)
+    assert text.startswith("command line: ")
+    assert REFUSED[argument] in text
+
+
+def test_a_preset_of_another_network_is_refused() -> None:
+    text = refusal(UNET, "denoiser.preset=DiT-S/2")
+    assert text.startswith("command line: denoiser.preset: unknown preset 'DiT-S/2'; choose from ADM-")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (BASE + "trainr: {}\n", f"trainr: unknown key; allowed: {TOP}; did you mean 'trainer'?"),
+        (BASE + "trainer:\n", "trainer: must be a section with keys, got null; allowed: max_images"),
+        (BASE + "trainer.max_images: 5\n", f"trainer.max_images: unknown key; allowed: {TOP}"),
+        (BASE + "5: 1\n", f"5: unknown key; allowed: {TOP}"),
+        (BASE + "seed: 1\nseed: 2\n", "not valid YAML: found duplicate key seed (line 4, column 1)"),
+        (BASE + "seed: [1\n", "not valid YAML: did not find expected ',' or ']' (line 4, column 1)"),
+        (BASE + "trainer:\n\tbatch_size: 1\n", "not valid YAML: found character that cannot start any token (line 4"),
+        (BASE + "seed: !!python/object/apply:os.system [ls]\n", "not valid YAML: could not determine a constructor"),
+        (b"\x00\xff\xfe", "not valid YAML: not text in UTF-8"),
+        (b"tag: \xe9", "not valid YAML: not text in UTF-8"),
+        ("- 1\n", "must hold keys with values, as seed: 1"),
+        ("5", "must hold keys with values, as seed: 1"),
+        ("", "data.name: missing; choose from digits"),
+        ("data: {name: digits}\n", "denoiser.name: missing; choose from"),
+        ("base: [a.yaml]\n", "base: must be the path of one YAML file, relative to this one, got ['a.yaml']"),
+        ("base: 3\n", "base: must be the path of one YAML file, relative to this one, got 3"),
+        ("base: bad.yaml\n", "base: the chain bad.yaml -> bad.yaml returns to itself"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, content: str | bytes, expected: str) -> None:
+    path = written(tmp_path, bad=content)
+    assert refusal(path).startswith(f"{path}: {expected}")
+
+
+def test_a_base_is_named_where_the_fault_is_its_own(tmp_path: Path) -> None:
+    leaf = written(tmp_path, leaf="base: root.yaml\n", root=BASE + "optimizer: {lr: -1}\n")
+    assert refusal(leaf) == f"{tmp_path / 'root.yaml'}: optimizer.lr: must be positive, got -1.0"
+    assert refusal(leaf, "optimizer.lr=-2") == "command line: optimizer.lr: must be positive, got -2.0"
+
+
+def test_missing_and_cyclic_bases(tmp_path: Path) -> None:
+    leaf = written(tmp_path, leaf="base: rot.yaml\n", root=BASE)
+    root, rot = tmp_path / "root.yaml", tmp_path / "rot.yaml"
+    assert refusal(leaf) == f"{leaf}: base: {rot}: no such file; choose from {root}; did you mean '{root}'?"
+    a = written(tmp_path, a="base: b.yaml\n", b="base: a.yaml\n")
+    assert refusal(a) == f"{tmp_path / 'b.yaml'}: base: the chain a.yaml -> b.yaml -> a.yaml returns to itself"
+
+
+def test_a_missing_experiment_suggests_the_nearest() -> None:
+    for wrong, said in (
+        ("experiments/digits/dti.yaml", "no such file"),
+        ("experiments/digits/dit", "no such file"),
+        ("dit", "no such file"),
+        ("experiments/digits", "is a folder, not a YAML file"),
+    ):
+        near = [path for path in experiments() if path.startswith("experiments/digits/")]
+        choices = ", ".join(near if wrong.startswith("experiments/digits") else experiments())
+        assert refusal(wrong) == f"{wrong}: {said}; choose from {choices}; did you mean '{DIT}'?"
+
+
+def test_defaults_that_do_not_fit_blame_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, bad=BASE + "process: {steps: 100}\n")  # the default of sample.steps is 250
+    assert refusal(path).startswith(f"{path}: sample.steps: '250' does not fit process.steps=100")
+
+
+def test_sections_are_plain_dataclasses() -> None:
+    config = load(DIT)
+    assert isinstance(config, RunConfig)
+    assert type(config.ema.decays) is list
+    assert type(to_dict(config)["denoiser"]) is dict

@@ -1,0 +1,171 @@
+"""Own images that are broken, hostile, damaged on disk or missing: one line each, or mended."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from own_images import folder, load, numbers, pixels, png, table
+
+from diffbench.core import store
+from diffbench.data.images import ImagesConfig
+from diffbench.data.places import locate
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "cache"))
+
+
+def test_broken_images_are_named_counted_and_skipped_only_where_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path / "pets", {"cat": 6, "dog": 6})
+    (root / "cat" / "002.png").write_bytes(b"nonsense")
+    (root / "dog" / "004.png").write_bytes(png(pixels(10))[:99])
+    with pytest.raises(ValueError, match=r"^data\.path: .*cat/002\.png: broken image \(no image of a known format\);"):
+        load(root, held_out=2)
+    capsys.readouterr()
+    train, held_out = load(root, held_out=2, skip_broken=True)
+    said = capsys.readouterr().out
+    assert len(train) + len(held_out) == 10
+    assert "warning: 2 broken images left out: " in said and "002.png" in said and "004.png" in said
+    assert [int(n >= 6) for n in numbers(train)] == train.labels.tolist()  # labels stay with their images
+    with pytest.raises(ValueError, match=r"broken image"):  # the cache does not hide them
+        load(root, held_out=2)
+
+
+def test_nothing_but_broken_images(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "b.png").write_bytes(b"y")
+    with pytest.raises(ValueError, match=r"^data\.path: every one of 1 images is broken"):
+        load(tmp_path, skip_broken=True)
+
+
+def test_tables_may_not_name_files_of_this_machine(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(pixels(0)))
+    rows = [{"bytes": None, "path": str(secret)}, {"bytes": png(pixels(1)), "path": "a.png"}]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"row 0 of split train .*names a file instead of holding its bytes"):
+        load(tmp_path / "t.parquet", held_out=1)
+
+
+def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(png(pixels(0)))
+    root = folder(tmp_path / "in", {"": 4})
+    (root / "inside.png").symlink_to(root / "000.png")
+    assert sum(map(len, load(root))) == 5
+    (root / "x.png").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"^data\.path: .*x\.png is a link that leaves"):
+        load(root)
+    (root / "x.png").unlink()
+    (root / "up").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"^data\.path: .*up is a link that leaves"):
+        load(root)
+
+
+def test_a_pipe_named_like_an_image_is_no_image(tmp_path: Path) -> None:
+    root = folder(tmp_path / "in", {"": 4})
+    os.mkfifo(root / "x.png")
+    (root / ".hidden.png").write_bytes(b"")
+    place = locate(str(root))
+    assert (len(place.files["train"]), place.ignored) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda p: "", r"^data\.path: missing; allowed: a folder of images"),
+        (lambda p: str(p / "none"), r"^data\.path: no file or folder .*none; allowed: a folder"),
+        (lambda p: str(p), r"^data\.path: no image in .* \(0 other files\); allowed: \.bmp"),
+        (lambda p: str(p / "*.parquet"), r"^data\.path: no \.parquet file matches"),
+        (lambda p: str(folder(p / "f", {"": 1})), r"^data\.held_out: 1 of 1 images leave none to train on"),
+        (lambda p: f"{folder(p / 'f', {'': 1})}/000.png", r"^data\.path: .*000\.png is a file; allowed: a folder"),
+        (lambda p: str(_text(p / "a.parquet")), r"^data\.path: .*a\.parquet: no readable parquet file"),
+        (lambda p: str(table(p / "a.parquet", [0]).with_name("b.parquet")), r"^data\.path: no file or folder"),
+        (lambda p: "someone/thing", r"^data\.path: someone/thing is no file or folder here, nor a hub name that can"),
+    ],
+)
+def test_what_is_not_there_is_one_line(make: Any, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=text) as caught:
+        load(make(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def _text(path: Path) -> Path:
+    path.write_text("no table")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"channels": 2}, r"data\.channels: must be 1 \(grey\) or 3 \(colour\), got 2"),
+        ({"image_size": 0}, r"data\.image_size: must be at least 1, got 0"),
+        ({"held_out": 0}, r"data\.held_out: must be at least 1, got 0"),
+        ({"num_workers": -1}, r"data\.num_workers: must be at least 0, got -1"),
+    ],
+)
+def test_settings_out_of_range(options: dict[str, int], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ImagesConfig(**options)  # type: ignore[arg-type]
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data[: len(data) // 2] if how == "cut" else b"" if how == "empty" else data)
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "empty", "gone"])
+@pytest.mark.parametrize("name", ["train/images.bin", "held-out/labels.bin", "train/manifest.json"])
+def test_damage_is_named_and_mended(name: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffbench.data.images import _images
+
+    root = folder(tmp_path / "pets", {"cat": 6, "dog": 6})
+    before = [p.digest for p in load(root)]
+    (kept,) = tmp_path.glob("cache/images/*")
+    whole = {p: p.read_bytes() for p in kept.rglob("*.*") if p.name != ".lock"}
+    damage(kept / name, how) if how != "gone" else (kept / name).unlink()
+    capsys.readouterr()
+    _images.cache_clear()
+    after = load(root)
+    assert [p.digest for p in after] == before
+    assert [dataclasses.replace(p, digest=None).fingerprint() for p in after] == before
+    assert {p: p.read_bytes() for p in kept.rglob("*.*") if p.name != ".lock"} == whole
+    if not (how == "gone" and name.endswith(".json")):  # then it is as if it had not been finished
+        assert f"warning: {kept / name}: damaged" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    import resource
+
+    root = folder(tmp_path / "flat", {"": 100})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        with pytest.raises(Exception, match=r"images\.bin: no room for 17,280 more bytes") as caught:
+            load(root)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert len(load(root)[0]) == 90
+
+
+def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path / "pets", {"cat": 15, "dog": 15})
+    (root / "cat" / "004.png").write_bytes(b"x")
+    whole, _ = load(root, skip_broken=True)
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(store, "CHUNK_BYTES", 600)
+    parts, _ = load(root, skip_broken=True)
+    assert parts.fingerprint() == whole.fingerprint()
+    assert np.array_equal(parts.images, whole.images)

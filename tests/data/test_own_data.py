@@ -1,0 +1,126 @@
+"""Own images through the command line: with classes and without, and what is refused before anything is written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from own_images import folder, table
+
+from diffbench import load
+from diffbench.cli import main
+from diffbench.config.load import load as load_config
+from diffbench.runs.lifecycle import Run, train
+
+SMALL = [
+    "data.image_size=16",
+    "denoiser.hidden_size=16",
+    "denoiser.depth=1",
+    "denoiser.num_heads=2",
+    "trainer.precision=32-true",
+    "debug=smoke",
+    "tag=t",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "cache"))
+
+
+def command(path: Path, *overrides: str) -> list[str]:
+    runs = f"runs_dir={path.parent / 'runs'}"
+    return ["train", "experiments/cifar10/dit.yaml", f"data.path={path}", *SMALL, runs, *overrides]
+
+
+def run_folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "cifar10" / "dit-smoke-t-s0"
+
+
+def test_a_folder_with_classes_trains_resumes_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "pets", {"cat": 20, "dog": 20}, height=20, width=24)
+    assert main(command(root)) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "decoding train 36 of 36 images" in said.out and "validation error" in said.out
+    assert main(command(root, "trainer.max_images=24")) == 0
+    assert "decoding" not in (said := capsys.readouterr().out) and "resuming at 16 images" in said
+    run = load(run_folder(tmp_path))
+    assert run.shape == (3, 16, 16) and run.null_label == 2
+    assert run.train_set.classes == ("cat", "dog")
+    assert run.sample_tensor(2, labels=1, guidance=2.0).shape == (2, 3, 16, 16)
+
+
+def test_a_folder_without_classes_trains_and_refuses_guidance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path / "flat", {"": 40}, height=16, width=16)
+    assert main(command(root, "sample.guidance=1.5")) == 2
+    assert "command line: sample.guidance: 1.5 needs classes, and these images have none" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert main(command(root)) == 0
+    run = load(run_folder(tmp_path))
+    assert (run.train_set.num_classes, run.null_label) == (0, None)
+    assert run.sample_tensor(3).shape == (3, 3, 16, 16)
+    with pytest.raises(ValueError, match="guidance"):
+        run.sample_tensor(3, guidance=2.0)
+    with pytest.raises(ValueError, match="labels: this network was trained without classes; leave them out"):
+        run.sample_tensor(3, labels=0)
+    # Label dropout has nothing to drop, and the network nothing to be told.
+    assert run.module().label_dropout == 0
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1.0, 2.0])
+    assert torch.equal(run.denoiser(x, t, torch.tensor([0, 0])), run.denoiser(x, t, None))
+
+
+def test_parquet_files_train(tmp_path: Path) -> None:
+    table(tmp_path / "p" / "train.parquet", list(range(30)), label=[i % 3 for i in range(30)])
+    table(tmp_path / "p" / "test.parquet", list(range(30, 36)), label=[i % 3 for i in range(6)])
+    run = train("experiments/cifar10/dit.yaml", command(tmp_path / "p")[2:])
+    assert isinstance(run, Run)
+    assert (len(run.train_set), len(run.held_out), run.train_set.num_classes) == (30, 6, 3)
+
+
+def test_what_is_wrong_with_the_data_is_one_line_and_makes_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path / "pets", {"cat": 20, "dog": 20})
+    (root / "dog" / "007.png").write_bytes(b"broken")
+    assert main(command(root)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: command line: data.path: ") and said.count("\n") == 1
+    assert "dog/007.png: broken image (no image of a known format)" in said
+    assert main(command(tmp_path / "none")) == 2
+    assert "data.path: no file or folder" in capsys.readouterr().err
+    assert main(command(root, "data.channels=2")) == 2
+    assert "command line: data.channels: must be 1 (grey) or 3 (colour), got 2" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert main(command(root, "data.skip_broken=true")) == 0
+
+
+def test_a_stop_while_decoding_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    root = folder(tmp_path / "flat", {"": 40})
+    monkeypatch.setattr("diffbench.core.store.Writer.add", stop)
+    assert main(command(root)) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
+def test_a_run_whose_data_went_away_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "flat", {"": 40})
+    assert main(command(root)) == 0
+    root.rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main(["sample", str(run_folder(tmp_path)), "n=2"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {run_folder(tmp_path)}/config.yaml: data.path: no file or folder {root}")
+
+
+@pytest.mark.parametrize("name", ["unet", "dit", "diffit"])
+def test_the_cifar10_experiments_share_all_but_the_network(name: str) -> None:
+    config = load_config(f"experiments/cifar10/{name}.yaml")
+    base = load_config("experiments/cifar10/dit.yaml")
+    assert config.data == base.data and config.trainer == base.trainer and config.optimizer == base.optimizer
+    assert (config.data.name, config.data.image_size, config.data.flip, config.data.path) == ("cifar10", 32, True, None)

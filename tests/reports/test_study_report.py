@@ -1,0 +1,241 @@
+"""Reports of comparisons: answers, tables, CSV and page, on run folders made without training."""
+
+import csv
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_runs import LEVELS, backbones, make_run, record, save_record, save_samples
+
+from diffbench.core.errors import UserError
+from diffbench.reports.conclusions import conclude
+from diffbench.reports.html import render
+from diffbench.reports.report import write
+from diffbench.reports.results import Comparison, Result
+from diffbench.reports.statistics import by_image, paired, summary
+from diffbench.reports.tables import as_csv, costs, floors, for_terminal, pairs, quality
+
+
+def asked(results: list[Result], **changes: object) -> Comparison:
+    return Comparison("Backbones", "Which one?", results, **changes)  # type: ignore[arg-type]
+
+
+def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
+    results = backbones(tmp_path / "runs")
+    for result in results:
+        assert result.record is not None
+        save_samples(result.folder, result.record, torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8))
+    text = write(asked(results, notes=["Tuned alike."]), tmp_path / "out")
+    c = conclude(asked(results))
+    values = {v: [e.values["val/error"] for e in found] for v, found in c.variants.items()}
+    means = {v: float(np.mean(x)) for v, x in values.items()}
+    half = summary(values["diffit"]).half
+    assert c.outcome == "winner" and c.ranked()[0] == "diffit"
+    mean = f"diffit ({means['diffit']:.4f} ± {half:.4f})"
+    assert f"WINNER BY VALIDATION ERROR. {mean} has the lowest validation error, better than" in text
+    assert "note: Tuned alike." in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "A winner" in page and c.answer in page and "Tuned alike." in page
+    assert not re.search(r"(src|href)=\"(?!data:image/png;base64,)", page)  # opens offline
+    assert page.count("<img ") == 4
+    plots = sorted(p.name for p in (tmp_path / "out" / "plots").glob("*.png"))
+    assert plots == ["answer.png", "budget-val-error.png", "noise-levels.png", "samples.png"]
+    rows = list(csv.DictReader((tmp_path / "out" / "report.csv").read_text().splitlines()))
+    assert [(r["variant"], r["seed"]) for r in rows] == [(r.variant, str(r.seed)) for r in results]
+    assert [float(r["val/error"]) for r in rows[:5]] == values["unet"]
+    assert float(rows[0]["fd/digits-cnn@500"]) == results[0].record["fd/digits-cnn@500"]  # type: ignore[index]
+    assert float(rows[0]["training_flops"]) == 6 * int(rows[0]["macs"]) * 98_304
+    assert {r["config.denoiser.name"] for r in rows} == {"unet", "dit", "diffit"}
+    assert "config.seed" not in rows[0] and "config.data.name" not in rows[0]  # the same in all
+
+
+def test_a_winner_whom_other_measures_contradict_is_no_winner(tmp_path: Path) -> None:
+    fd = "fd/digits-cnn@500"
+    plain = backbones(tmp_path)
+    made = [
+        replace(r, record={**(r.record or {}), fd: (1.0 if r.variant == "unet" else 2.0) + 0.01 * r.seed})
+        for r in plain
+    ]
+    c = conclude(asked(made))
+    assert c.outcome == "disputed" and c.ranked()[0] == "diffit"
+    told = "Other measures disagree: by Fréchet distance unet (1.020 ± 0.020) is better than diffit (2.020 ± 0.020)."
+    assert c.answer.endswith(told)
+    assert for_terminal(c).split("\n")[3].startswith("MEASURES DISAGREE. diffit (")
+    close = [replace(r, record={**(r.record or {}), fd: 1.0 if r.variant == "unet" else 1.01}) for r in plain]
+    assert conclude(asked(close)).outcome == "winner"  # gaps under 1.3% decide nothing
+
+
+def test_pairs_are_tested_by_seed_and_by_image(tmp_path: Path) -> None:
+    results = backbones(tmp_path)
+    c = conclude(asked(results))
+    one, two = (c.by_seed(v, "val/error") for v in ("unet", "diffit"))
+    rows = {(a, b): [c.by_seed(a, "val/error")[s] - c.by_seed(b, "val/error")[s] for s in range(5)]
+            for a, b in (("unet", "dit"), ("unet", "diffit"), ("dit", "diffit"))}  # fmt: skip
+    expected = paired(rows)
+    for contest in c.contests:
+        assert contest.paired == expected[contest.first, contest.second]
+    (contest,) = (x for x in c.contests if (x.first, x.second) == ("unet", "diffit"))
+    assert contest.paired.mean == pytest.approx(np.mean([one[s] - two[s] for s in range(5)]))
+    errors = [
+        {e.result.seed: e.image_errors.error for e in c.variants[v] if e.image_errors} for v in ("unet", "diffit")
+    ]
+    assert contest.by_image is not None and contest.by_image.n == 60
+    assert contest.by_image.mean == pytest.approx(by_image(*errors).mean())
+    assert contest.resampled is not None and contest.by_image.interval is not None
+    assert contest.resampled == pytest.approx(contest.by_image.interval, rel=0.25)
+
+
+def test_equal_variants_tie_and_close_frechet_distances_too(tmp_path: Path) -> None:
+    results = backbones(tmp_path, errors={"unet": 0.1, "dit": 0.1002})
+    assert conclude(asked(results)).outcome == "tie"
+    close = []
+    for result in results:
+        fd = 0.500 if result.variant == "unet" else 0.505
+        close.append(Result(result.variant, result.seed, "complete", result.folder, record(fd + 1e-4 * result.seed)))
+    c = conclude(asked(close, primary="fd"))
+    (contest,) = c.contests
+    assert contest.paired.found and contest.verdict == "tie"  # 1% apart
+    assert contest.detectable == pytest.approx(0.013 * 0.5002)
+    assert c.outcome == "tie" and "gaps under 1.3% decide nothing" in c.answer
+    assert pairs(c)[0]["verdict"] == "tie (under 1.3%)"
+    assert c.metric == "fd/digits-cnn@500" and floors(c)["fd/digits-cnn@500"] == "0.1810"
+
+
+def test_fewer_than_three_seeds_decide_nothing(tmp_path: Path) -> None:
+    c = conclude(asked(backbones(tmp_path, seeds=2)))
+    assert c.outcome == "not decided"
+    assert c.answer.endswith("Not decided against unet and dit: fewer than 3 shared seeds.")
+    text = for_terminal(c)
+    assert "NOT DECIDED" in text and "none: 2 shared seeds" in text and "±" not in text
+
+
+def test_against_a_baseline(tmp_path: Path) -> None:
+    results = backbones(tmp_path)
+    c = conclude(asked(results, baseline="dit"))
+    assert [(x.first, x.second) for x in c.contests] == [("unet", "dit"), ("diffit", "dit")]
+    assert re.match(r"Against dit \(0\.1\d+ ± 0\.\d+\) by validation error: better: diffit \(by 0\.00\d+\)", c.answer)
+    with pytest.raises(UserError, match="baseline: vit is no variant; choose from unet, dit, diffit"):
+        conclude(asked(results, baseline="vit"))
+
+
+def test_an_unfinished_study_with_failures(tmp_path: Path) -> None:
+    results = backbones(tmp_path / "runs")
+    results[0] = Result("unet", 0, "failed", results[0].folder, None, "killed by signal 9")
+    results[6] = Result("dit", 1, "not begun", tmp_path / "nowhere")
+    results += [Result("edm", seed, "not begun", tmp_path / f"edm-{seed}") for seed in range(5)]
+    c = conclude(asked(results))
+    text, page = for_terminal(c), render(c, [])
+    assert "killed by signal 9" in text and "killed by signal 9" in page
+    assert "7 not complete" in page
+    assert [row["seeds"] for row in quality(c)[:4]] == ["4 of 5", "4 of 5", "5", "0 of 5"]
+    assert {(x.first, x.second): x.paired.n for x in c.contests}["unet", "dit"] == 3
+    assert "Not decided against edm: fewer than 3 shared seeds" in c.answer
+    rows = list(csv.DictReader(as_csv(c).splitlines()))
+    assert (rows[6]["status"], rows[6]["val/error"]) == ("not begun", "")
+
+
+def test_nothing_measured_yet(tmp_path: Path) -> None:
+    results = [Result(v, 0, "not begun", tmp_path / v) for v in ("a", "b")]
+    text = write(asked(results, primary="fd"), tmp_path / "out")
+    assert "NOT DECIDED. Not decided: no result has Fréchet distance yet." in text
+    assert "none are scored yet" in (tmp_path / "out" / "report.html").read_text()
+
+
+class Tags(HTMLParser):
+    """The tags that a browser would make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.add(tag)
+
+
+def test_names_of_users_are_text_to_browsers_and_plots(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>$x_{$&\"'"
+    results = backbones(tmp_path / "runs", seeds=3, errors={"unet": 0.11, "dit": 0.1})
+    results = [Result(evil if r.variant == "dit" else "a", r.seed, r.status, r.folder, r.record) for r in results]
+    results.append(Result("a", 9, "failed", tmp_path / "x", None, "<b>why</b>"))
+    write(Comparison(evil, evil, results, notes=[evil]), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.seen & {"script", "b"} and {"table", "img"} <= tags.seen
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
+    results = []
+    for seed in range(3):
+        folder = make_run(tmp_path / f"dit-s{seed}", "dit", seed)
+        for steps in (5, 10, 20):
+            made = record(0.4 + 2 / steps + 0.001 * seed, seed, steps=str(steps))
+            results.append(Result(f"dit, steps={steps}", seed, "complete", folder, made))
+    results.sort(key=lambda r: (int(r.variant.split("=")[1]), r.seed))
+    write(asked(results, primary="fd"), tmp_path / "out")
+    assert (tmp_path / "out" / "plots" / "steps.png").is_file()
+    c = conclude(asked(results, primary="fd"))
+    assert c.ranked() == ["dit, steps=20", "dit, steps=10", "dit, steps=5"]
+    assert all(x.by_image is None for x in c.contests)  # the same networks
+    assert [row["network evaluations a sample"] for row in costs(c)] == ["5", "10", "20"]
+    assert "val/error" not in quality(c)[0]
+
+
+def test_variants_that_share_runs_may_be_measured_differently(tmp_path: Path) -> None:
+    results = []
+    for seed in range(3):
+        folder = make_run(tmp_path / f"dit-s{seed}", "dit", seed)
+        few = record(0.8, seed)
+        few = {name.replace("@500", "@250"): value for name, value in few.items()}
+        results.append(Result("count=500", seed, "complete", folder, record(0.4, seed)))
+        results.append(Result("count=250", seed, "complete", folder, few))
+    c = conclude(asked(results, primary="fd/digits-cnn@250"))
+    assert c.ranked() == ["count=250"]
+    many, fewer, real = quality(c)
+    assert "fd/digits-cnn@250" not in many and "fd/digits-cnn@500" not in fewer
+    assert {"fd/digits-cnn@250", "fd/digits-cnn@500"} < real.keys()
+    assert few["extractor"] is not None
+    results[1].record["extractor"]["weights"] = "others"  # type: ignore[index]  # under the same name
+    with pytest.raises(UserError, match=r"extractor\.weights is others in one and \w+ in the other"):
+        conclude(asked(results))
+
+
+def test_mixed_protocols_are_refused(tmp_path: Path) -> None:
+    results = backbones(tmp_path, seeds=1)
+    assert results[0].record is not None
+    results[0].record["reference"]["count"] = 1000
+    with pytest.raises(UserError, match=r"measured differently: reference\.count is 1000 in one and 500 in the other"):
+        conclude(asked(results))
+    results[0].record["reference"]["count"] = 500
+    results[0].record["sample"]["steps"] = "10"  # which nobody asks for: all runs are apart and configured alike
+    with pytest.raises(UserError, match=r"sample\.steps is 10 in one and 50 in the other"):
+        conclude(asked(results))
+
+
+def test_other_held_out_images_have_no_common_validation_error(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "a", "dit")
+    other = make_run(tmp_path / "b", "dit", overrides=["validation.count=100"])
+    results = [Result(f.name, 0, "complete", f) for f in (one, other)]
+    with pytest.raises(UserError, match=r"validation\.count is 2000 in one and 100 in the other"):
+        conclude(asked(results))
+    with pytest.raises(UserError, match="primary: nearest_train ranks nobody; choose from val/error, fd,"):
+        conclude(asked(results, primary="nearest_train"))
+
+
+def test_recipes_are_marked_as_not_like_for_like(tmp_path: Path) -> None:
+    c = conclude(asked(backbones(tmp_path, seeds=1), like_for_like=False))
+    assert "Not like for like." in render(c, []) and "Not like for like" in for_terminal(c)
+
+
+def test_the_made_runs_are_what_they_claim(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", "dit", error=0.12)
+    save_record(folder, record(0.5))
+    c = conclude(asked([Result("a", 0, "complete", folder)]))
+    values = c.entries[0].values
+    assert values["val/error"] == pytest.approx(0.12)
+    assert np.mean([values[f"val/error_log_snr_{level:g}"] for level in LEVELS]) == pytest.approx(0.12)

@@ -1,0 +1,41 @@
+"""Many run folders at once: the work of `compare` grows with their number, and no faster."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from made_runs import make_run
+
+from diffbench.cli import main
+from diffbench.evaluation import records
+from diffbench.runs import seen
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_each_folder_is_read_once_and_one_network_is_built(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / "runs" / "dit-s0")]
+    config = (runs[0] / "config.yaml").read_text()
+    for seed in range(1, count):
+        runs.append(Path(shutil.copytree(runs[0], tmp_path / "runs" / f"dit-s{seed}")))
+        (runs[-1] / "config.yaml").write_text(config.replace("seed: 0\n", f"seed: {seed}\n", 1))
+    done: Counter[str] = Counter()
+
+    def counted(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*words: object) -> object:
+            done[name] += 1
+            return real(*words)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((seen, "_quickly"), (seen, "cost_of"), (records, "read"), (seen, "from_dict")):
+        counted(module, name)
+    monkeypatch.setattr(seen, "_costs", {})
+    assert main(["compare", *map(str, runs), f"out={tmp_path / 'report'}"]) == 0
+    assert f"1 variant, {count:,} seeds" in (tmp_path / "report" / "report.html").read_text()
+    # Each config, metrics and results once; one network for all, and its config checked.
+    assert done == {"_quickly": count, "read": 2 * count, "cost_of": 1, "from_dict": 1}

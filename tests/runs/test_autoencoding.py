@@ -1,0 +1,263 @@
+"""Runs in latent space: the autoencoder's own, and the three stages of a denoiser's."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffbench.autoencoders import io as files
+from diffbench.cli import main
+from diffbench.core.pixels import from_uint8
+from diffbench.runs.autoencoder import AutoencoderRun
+from diffbench.runs.lifecycle import load, load_any, train
+from diffbench.training.checkpoint import SaveState
+
+ROOT = Path(__file__).parents[2]
+AUTOENCODER = """
+kind: autoencoder
+data: {name: digits, size: 16, held_out: 40}
+network: {latent_channels: 1, block_out_channels: [4, 8], layers_per_block: 1, norm_num_groups: 2}
+loss: {reconstruction: l2, perceptual: digits-cnn, perceptual_weight: 0.01}
+optimizer: {lr: 3e-3}
+ema: {decays: [0.9]}
+trainer: {max_images: 320, batch_size: 16, log_images: 64, validate_images: 160, checkpoint_images: 80,
+  sample_images: 160}
+evaluate: {count: 40}
+"""
+DENOISER = """
+kind: denoiser
+data: {name: digits, size: 16, held_out: 40}
+autoencoder: PATH
+denoiser: {name: dit, patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}
+ema: {decays: [0.9]}
+trainer: {max_images: 64, batch_size: 16, log_images: 32, validate_images: 64, checkpoint_images: 64, sample_images: 64}
+sample: {steps: "3", guidance: 1.5, clip: false}
+evaluate: {count: 20}
+"""
+
+
+def experiments(folder: Path) -> dict[str, str]:
+    """The two YAMLs, and where runs go."""
+    place = folder / "latent"
+    place.mkdir()
+    (place / "autoencoder.yaml").write_text(AUTOENCODER)
+    (place / "dit.yaml").write_text(DENOISER.replace("PATH", str(place / "autoencoder.yaml")))
+    return {
+        "autoencoder": str(place / "autoencoder.yaml"),
+        "dit": str(place / "dit.yaml"),
+        "runs": str(folder / "runs"),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], str]:
+    """A denoiser and its autoencoder, trained by one command; what the command printed."""
+    import contextlib
+    import io
+
+    where, out = experiments(tmp_path_factory.mktemp("latent")), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["train", where["dit"], f"runs_dir={where['runs']}"]) == 0
+    return where, out.getvalue()
+
+
+@pytest.fixture
+def runs(trained: tuple[dict[str, str], str], tmp_path: Path) -> tuple[Path, Path]:
+    """Folders of an autoencoder and of a denoiser, to work on: both lie where the denoiser looks for the former."""
+    where, _ = trained
+    runs = Path(where["runs"]) / "latent"
+    for run in (runs / "autoencoder-s0", runs / "dit-s0"):
+        shutil.copytree(run, tmp_path / run.name)
+    yaml = tmp_path / "dit-s0" / "config.yaml"
+    yaml.write_text(yaml.read_text().replace(str(runs / "autoencoder-s0"), str(tmp_path / "autoencoder-s0")))
+    return tmp_path / "autoencoder-s0", tmp_path / "dit-s0"
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_one_command_does_all_stages_and_says_so(trained: tuple[dict[str, str], str]) -> None:
+    where, out = trained
+    runs = Path(where["runs"]) / "latent"
+    stages = (
+        f"{runs / 'autoencoder-s0'}: not trained yet, and trained first, as autoencoder={where['autoencoder']} says",
+        f"{runs / 'autoencoder-s0'}: finding the scale of the latents of 1,757 images",
+        f"{runs / 'dit-s0'}: starting, ",
+        f"encoding 1,757 images of digits by autoencoder {runs / 'autoencoder-s0'} into ",
+        "encoding 40 images of digits",
+        f"{runs / 'autoencoder-s0'}: scoring reconstructions",
+        f"{runs / 'dit-s0'}: drawing and scoring samples",
+        "floor: fd/digits-cnn-area8@20 of reconstructions",
+    )
+    at = [out.index(line) for line in stages]
+    assert at == sorted(at)
+    assert f"autoencoder: {runs / 'autoencoder-s0'}\n" in (runs / "dit-s0" / "config.yaml").read_text()
+
+
+def test_a_second_command_trains_neither_again(
+    trained: tuple[dict[str, str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    where, _ = trained
+    before = sorted(p.stat().st_mtime_ns for p in Path(where["runs"]).rglob("*.safetensors"))
+    assert main(["train", where["dit"], f"runs_dir={where['runs']}"]) == 0
+    out = capsys.readouterr().out
+    assert "dit-s0: complete at 64 images" in out and "trained first" not in out and "encoding" not in out
+    assert sorted(p.stat().st_mtime_ns for p in Path(where["runs"]).rglob("*.safetensors")) == before
+
+
+def test_encoding_alone_names_what_it_made(
+    trained: tuple[dict[str, str], str], runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    where, _ = trained
+    command = ["encode", where["dit"], f"autoencoder={runs[0]}"]
+    assert main([*command, "latent_dtype=float32"]) == 0
+    out = capsys.readouterr().out
+    assert "encoding 1,757 images" in out
+    assert "1,757 latents of digits, 64 numbers each, 0.9 MiB\n40 latents of digits, 64 numbers each, 0.0 MiB\n" in out
+    assert main(command) == 0  # in float16 they are there since the run was trained
+    assert capsys.readouterr().out.startswith("1,757 latents of digits, 64 numbers each, 0.4 MiB\n")
+
+
+def test_what_is_looked_at_is_decoded(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = runs
+    run = load(folder)
+    assert run.shape == (1, 8, 8)
+    pictures = run.sample_tensor(4, steps="2")
+    assert pictures.shape == (4, 1, 16, 16) and pictures.dtype == torch.uint8
+    side = 16 * 2 + 4  # enlarged twice, with a border
+    for name in ("images-000000064.png", "final-000000064.png"):
+        with Image.open(folder / "samples" / name) as grid:
+            assert grid.width == 10 * side
+    assert main(["sample", str(folder), "n=4", "strip=true", "steps='3'"]) == 0
+    picture, strip = capsys.readouterr().out.split()
+    with Image.open(picture) as grid, Image.open(strip) as steps:
+        assert grid.size == (4 * side, side) and steps.height == 4 * 2 * side
+
+
+def test_scores_name_the_autoencoder_and_its_floor(runs: tuple[Path, Path]) -> None:
+    autoencoder, denoiser = runs
+    for record in records(denoiser):
+        assert record["autoencoder"] == files.load(autoencoder / "autoencoder").fingerprint
+        assert record["reconstruction_fd/digits-cnn-area8@20"] > 0
+    original = load(denoiser).train_set  # statistics of reality come from the pictures themselves
+    assert records(denoiser)[0]["data"] == original.fingerprint()
+
+
+def test_an_autoencoders_run_ends_with_its_scores_and_its_folder(runs: tuple[Path, Path]) -> None:
+    folder, _ = runs
+    (record,) = records(folder)
+    assert record["numbers"] == 64
+    assert {"psnr@40", "psnr_pca@40", "ssim@40", "ssim_pca@40", "reconstruction_fd/digits-cnn-area8@40"} < record.keys()
+    run = load_any(folder)
+    assert isinstance(run, AutoencoderRun)
+    net = run.trained
+    weights = load_file(folder / "ema-0.9.safetensors")
+    assert all(torch.equal(weights[k], v) for k, v in net.state_dict().items())
+    mean, log_variance = net.encode(from_uint8(run.train_set.images))
+    assert net.scaled(mean).mean().item() == pytest.approx(0, abs=1e-4)
+    spread = net.scaled(mean).var(correction=0) + log_variance.exp().mean() * net.config.scaling_factor**2
+    assert spread.item() == pytest.approx(1, rel=1e-3)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["images"] for m in lines if "val/psnr" in m] == [160, 320]
+    with Image.open(folder / "samples" / "images-000000320.png") as grid:
+        assert grid.size == (10 * 36, 8 * 36)
+
+
+def test_evaluate_and_compare_take_any_kind(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    autoencoder, denoiser = runs
+    assert main(["evaluate", str(autoencoder), "evaluate.count=20"]) == 0
+    assert "PSNR@20 (PCA with as many numbers)" in capsys.readouterr().out
+    assert len(records(autoencoder)) == 2
+    assert main(["compare", str(autoencoder), str(denoiser)]) == 0
+    assert "64 for 256" in capsys.readouterr().out
+
+
+def test_an_interrupted_autoencoder_ends_like_an_unbroken_one(
+    trained: tuple[dict[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, _ = trained
+    step_end = SaveState.on_train_batch_end
+
+    def sends(self: SaveState, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step_end(self, trainer, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(SaveState, "on_train_batch_end", sends)
+        train(where["autoencoder"], [f"runs_dir={tmp_path}"])
+    folder = tmp_path / "latent" / "autoencoder-s0"
+    assert not (folder / "autoencoder").exists()
+    train(where["autoencoder"], [f"runs_dir={tmp_path}"])
+    whole = Path(where["runs"]) / "latent" / "autoencoder-s0"
+    ours, theirs = files.load(folder / "autoencoder"), files.load(whole / "autoencoder")
+    assert (ours.config, ours.fingerprint) == (theirs.config, theirs.fingerprint)
+    assert files.read_notes(folder / "autoencoder") == files.read_notes(whole / "autoencoder")
+    series = [
+        [
+            {k: v for k, v in json.loads(line).items() if "perf" not in k}
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in (folder, whole)
+    ]
+    assert series[0] == series[1]
+
+
+def test_a_longer_autoencoder_writes_its_folder_anew_and_its_denoisers_notice(
+    runs: tuple[Path, Path], trained: tuple[dict[str, str], str], tmp_path: Path
+) -> None:
+    where, _ = trained
+    (tmp_path / "latent").mkdir()
+    folder = shutil.copytree(runs[0], tmp_path / "latent" / "autoencoder-s0")
+    before = files.load(folder / "autoencoder").fingerprint
+    train(where["autoencoder"], [f"runs_dir={tmp_path}", "trainer.max_images=336"])
+    after = files.load(folder / "autoencoder").fingerprint
+    assert after != before
+    shutil.copytree(folder / "autoencoder", runs[0] / "autoencoder", dirs_exist_ok=True)
+    with pytest.raises(Exception, match=f"trained on the latents of autoencoder {before}, but .* holds {after} now"):
+        load(runs[1]).sample_tensor(1)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must end with exit code 2 and one line; returns the line."""
+
+    def run(*argv: str | Path) -> str:
+        capsys.readouterr()
+        assert main([str(a) for a in argv]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+def test_an_untrained_run_is_no_autoencoder(
+    refused: Callable[..., str], runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.rmtree(runs[0] / "autoencoder")
+    where = experiments(tmp_path)
+    line = refused("train", where["dit"], f"autoencoder={runs[0]}", f"runs_dir={tmp_path / 'none'}")
+    assert "this run holds no trained autoencoder; choose a finished run of kind autoencoder" in line
+    assert "no such file" in refused("evaluate", runs[0]) or "no such folder" in refused("evaluate", runs[0])
+
+
+def test_another_autoencoder_in_its_place_is_refused(
+    refused: Callable[..., str], trained: tuple[dict[str, str], str], tmp_path: Path
+) -> None:
+    where, _ = trained
+    shutil.copytree(Path(where["runs"]), tmp_path / "runs")
+    moved = experiments(tmp_path)
+    yaml = Path(moved["autoencoder"])
+    yaml.write_text(yaml.read_text().replace("lr: 3e-3", "lr: 1e-3"))
+    line = refused("train", moved["dit"], f"runs_dir={tmp_path / 'runs'}")
+    assert "this run was made with optimizer.lr=0.003 (now 0.001)" in line

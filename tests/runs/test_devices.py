@@ -1,0 +1,201 @@
+"""One, two and four processes train alike: losses, averages, scores, pictures; and take up each other's runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import forked
+from safetensors.torch import load_file
+
+from diffbench.config.load import load as load_config
+from diffbench.core.errors import UserError
+from diffbench.runs.lifecycle import train
+
+ROOT = Path(__file__).parents[2]
+DIT = str(ROOT / "experiments" / "digits" / "dit.yaml")
+TINY = [
+    "trainer.batch_size=16",
+    "trainer.log_images=16",  # every step
+    "trainer.validate_images=160",
+    "trainer.checkpoint_images=160",
+    "trainer.sample_images=160",
+    "trainer.precision=64-true",
+    "optimizer.lr=0.01",
+    "optimizer.ramp_images=320",
+    "ema.decays=[0.9,0.99]",
+    "data.held_out=41",  # does not divide
+    "sample.steps='2'",
+    "sample.guidance=1",
+    "sample.batch_size=16",
+    "evaluate.every_images=320",
+    "evaluate.every_count=21",
+    "evaluate.best=fd",
+    "tag=t",
+]
+SMALL = {
+    "dit": ["denoiser.hidden_size=32", "denoiser.depth=2"],
+    "unet": ["denoiser.model_channels=8"],
+    "diffit": ["denoiser.channels=[8,16]", "denoiser.time_dim=16"],
+}
+STEP = 16
+
+
+def trained(folder: Path, steps: int, *more: str, model: str = "dit") -> Path:
+    """The folder of a run that has trained so many steps."""
+    config = str(ROOT / "experiments" / "digits" / f"{model}.yaml")
+    given = [*TINY, *SMALL[model], f"runs_dir={folder}", f"trainer.max_images={steps * STEP}", *more]
+    with forked():
+        return Path(train(config, given).folder)
+
+
+def series(run: Path) -> dict[str, dict[int, float]]:
+    """Metric -> images -> value, but for speeds."""
+    found: dict[str, dict[int, float]] = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        for name, value in line.items():
+            if name != "images" and not name.startswith("perf/"):
+                assert line["images"] not in found.setdefault(name, {}), name  # written once
+                found[name][line["images"]] = value
+    return found
+
+
+def state(run: Path, step: int) -> Any:
+    return torch.load(run / "checkpoints" / f"step-{step}.ckpt", weights_only=True)
+
+
+def shapes(part: Any) -> Any:
+    """A state's structure: names, types and shapes."""
+    if isinstance(part, torch.Tensor):
+        return tuple(part.shape), part.dtype
+    if isinstance(part, dict):
+        return {name: shapes(value) for name, value in part.items()}
+    return [shapes(value) for value in part] if isinstance(part, list | tuple) else type(part)
+
+
+def assert_alike(run: Path, other: Path, rel: float, distances: float) -> None:
+    """Equal series, averages and pictures; distances are float32 networks' and may differ more."""
+    a, b = series(run), series(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert b[name] == pytest.approx(a[name], rel=distances if name.split("/")[-2] in ("fd", "kid") else rel), name
+    for name in ("ema-0.9.safetensors", "ema-0.99.safetensors"):
+        mine, theirs = load_file(run / name), load_file(other / name)
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            torch.testing.assert_close(theirs[key], value, rtol=100 * rel, atol=100 * rel)
+    for picture in sorted((run / "samples").iterdir()):
+        assert picture.read_bytes() == (other / "samples" / picture.name).read_bytes(), picture.name
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 steps in one process, and that in two sittings, of 20 and 40."""
+    folder = tmp_path_factory.mktemp("one")
+    trained(folder, 20)
+    return trained(folder, 60)
+
+
+def test_two_processes_equal_one_and_their_run_goes_on_in_one(one: Path, tmp_path: Path) -> None:
+    run = trained(tmp_path, 50, "trainer.devices=2")
+    wanted = {name: {at: v for at, v in values.items() if at <= 50 * STEP} for name, values in series(one).items()}
+    found = series(run)
+    assert len(found["train/loss"]) == 50
+    assert found["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-9)
+    assert found["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=1e-9)
+    assert set(wanted) - set(found) == set() and len([name for name in found if name.startswith("val/")]) == 8
+    assert "devices: 2" in (run / "config.yaml").read_text()
+    trained(tmp_path, 60)
+    assert "devices: 1" in (run / "config.yaml").read_text()
+    a, b = series(one), series(run)
+    assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-9)
+    for name in ("ema-0.9.safetensors", "ema-0.99.safetensors"):
+        mine, theirs = load_file(one / name), load_file(run / name)
+        for key, value in mine.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-7, atol=1e-7)
+
+
+def test_two_processes_take_up_the_run_of_one(one: Path, tmp_path: Path) -> None:
+    trained(tmp_path, 20)
+    run = trained(tmp_path, 60, "trainer.devices=2")
+    assert_alike(one, run, 1e-9, 1e-4)
+    assert shapes(state(one, 60)) == shapes(state(run, 60))
+    first, second = (load_file(r / "best.safetensors") for r in (one, run))
+    assert first.keys() == second.keys()
+    assert len(list(run.glob("events.*"))) == 2  # a sitting each, written by the first process alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "processes"), [("dit", 4), ("unet", 2), ("diffit", 2)])
+def test_more_processes_and_other_networks_in_single_precision(model: str, processes: int, tmp_path: Path) -> None:
+    more = ["trainer.precision=32-true", "trainer.accumulate=2", "trainer.time_sampling=stratified"]
+    alone = trained(tmp_path / "alone", 50, *more, model=model)
+    run = trained(tmp_path / "more", 50, *more, f"trainer.devices={processes}", model=model)
+    a, b = series(alone)["train/loss"], series(run)["train/loss"]
+    assert len(a) == 50 and b == pytest.approx(a, rel=1e-4)
+    a, b = series(alone)["val/error"], series(run)["val/error"]
+    assert b == pytest.approx(a, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_reduced_precision_in_two_processes(precision: str, tmp_path: Path) -> None:
+    """Scale, skipped steps and losses are those of one process; products have 8 or 11 bits."""
+    more = [f"trainer.precision={precision}", "trainer.accumulate=2"]
+    alone, run = trained(tmp_path / "alone", 30, *more), trained(tmp_path / "two", 30, *more, "trainer.devices=2")
+    a, b = series(alone), series(run)
+    assert b["train/skipped_steps"] == a["train/skipped_steps"]
+    assert b["train/loss"] == pytest.approx(a["train/loss"], rel=0.02)
+    assert b["val/error"] == pytest.approx(a["val/error"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_losses_lead_two_processes_to_the_same_times(tmp_path: Path) -> None:
+    more = ["trainer.time_sampling=loss_aware", "process.steps=8", "trainer.accumulate=2"]
+    more += ["validation.log_snr=[-6,-2,2]"]  # what eight steps reach
+    alone, run = trained(tmp_path / "alone", 50, *more), trained(tmp_path / "two", 50, *more, "trainer.devices=2")
+    assert series(run)["train/loss"] == pytest.approx(series(alone)["train/loss"], rel=1e-9)
+    histories = [state(r, 50)["loss_history"] for r in (alone, run)]
+    assert torch.equal(histories[0]["counts"], histories[1]["counts"]) and int(histories[0]["counts"].min()) >= 10
+    torch.testing.assert_close(histories[0]["losses"], histories[1]["losses"], rtol=1e-9, atol=0)
+
+
+REFUSED = {
+    "trainer.devices=3": "trainer.batch_size: 64 must be a multiple of trainer.devices=3 x trainer.num_nodes=1 x"
+    " trainer.accumulate=1",
+    "trainer.devices=2 trainer.accumulate=64": "trainer.batch_size: 64 must be a multiple of trainer.devices=2 x",
+    "trainer.devices=0": "trainer.devices: must be positive, got 0",
+    "trainer.devices=2 trainer.strategy=fsdp trainer.precision=64-true": "trainer.precision: 64-true does not go with"
+    " trainer.strategy=fsdp; allowed: 32-true, bf16-mixed",
+    "trainer.devices=2 trainer.strategy=fsdp trainer.compile=block": "trainer.compile: block does not go with",
+    "trainer.strategy=fsdp": "trainer.strategy: fsdp shares work between processes, and here is one; allowed: auto, or"
+    " trainer.devices above 1",
+}
+
+
+@pytest.mark.parametrize("given", REFUSED)
+def test_what_does_not_fit_is_refused_by_name(given: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(DIT, given.split())
+    assert REFUSED[given] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_machines_that_nobody_started_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer\.num_nodes: processes on several machines are started by torchrun"):
+        train(DIT, ["trainer.num_nodes=2", f"runs_dir={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("by", ["torchrun", "srun"])
+def test_another_number_than_was_started_is_refused(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"torchrun": ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE")}.get(
+        by, ("SLURM_LOCALID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    )
+    for name, value in zip(names, "004", strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        train(DIT, ["trainer.devices=2", f"runs_dir={tmp_path}"])
+    assert "torchrun or srun started 4 processes, and trainer.devices=2 x trainer.num_nodes=1 are 2" in str(
+        caught.value
+    )

@@ -1,0 +1,168 @@
+"""No rank waits forever: one that falls brings the job down with its error; a signal saves once and ends all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from devices_worker import befallen
+from forked import forked
+
+from diffbench.core import ranks
+from diffbench.core.files import locked
+from diffbench.core.launcher import launch
+from diffbench.runs.lifecycle import train
+
+ROOT = Path(__file__).parents[2]
+DIT = str(ROOT / "experiments" / "digits" / "dit.yaml")
+TINY = [
+    "trainer.devices=2",
+    "trainer.batch_size=16",
+    "trainer.max_images=1600",
+    "trainer.log_images=80",
+    "trainer.checkpoint_images=80",
+    "trainer.validate_images=1600",
+    "trainer.sample_images=1600",
+    "data.held_out=40",
+    "denoiser.hidden_size=32",
+    "denoiser.depth=1",
+    "sample.steps='2'",
+    "tag=t",
+]
+SAYS = """
+import os, sys, time
+what, rank = sys.argv[1], int(os.environ["RANK"])
+if rank == 1:
+    if what == "code":
+        print("rank 1 says why", file=sys.stderr)
+        sys.exit(7)
+    if what == "kill":
+        os.kill(os.getpid(), 9)
+if what == "both":
+    print("error: the same", file=sys.stderr)
+    sys.exit(2)
+if what == "lost" and rank == 0:
+    sys.exit(75)
+time.sleep(0 if what == "well" else 600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "told"),
+    [
+        ("well", 0, ""),
+        ("code", 7, "rank 1 says why\nerror: rank 1 of 3 ended with exit code 7; the other ranks were stopped\n"),
+        ("kill", 137, "error: rank 1 of 3 was ended by SIGKILL; the other ranks were stopped\n"),
+    ],
+)
+def test_a_rank_that_falls_ends_the_others(what: str, code: int, told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    assert launch([sys.executable, "-c", SAYS, what], 3) == code
+    assert capfd.readouterr().err == told
+    assert time.monotonic() - started < 50
+
+
+def test_an_error_of_all_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch([sys.executable, "-c", SAYS, "both"], 2) == 2
+    assert capfd.readouterr().err == "error: the same\n"
+
+
+def test_a_rank_that_only_lost_another_is_not_to_blame(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffbench.core.launcher.STOPPING", 1.0)
+    assert launch([sys.executable, "-c", SAYS, "lost"], 2) == 75
+    told = "error: rank 0 of 2 heard no more of the others; the other ranks were stopped\n"
+    assert capfd.readouterr().err == told
+
+
+def test_ranks_hold_the_lock_and_end_with_their_launcher(tmp_path: Path) -> None:
+    rank = (
+        "import time; from pathlib import Path; from diffbench.core.launcher import end_with_parent; end_with_parent();"
+        f" Path({str(tmp_path)!r}, 'up').touch(); time.sleep(600)"
+    )
+    launcher = (
+        "import sys; from pathlib import Path; from diffbench.core.files import locked;"
+        f" from diffbench.core.launcher import launch\nwith locked(Path({str(tmp_path)!r})) as held:"
+        f" launch([sys.executable, '-c', {rank!r}], 2, [held])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", launcher])
+    while not (tmp_path / "up").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with locked(tmp_path, wait=True):  # free once the last rank has gone
+        pass
+
+
+def test_places_are_those_of_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks.place() == (0, 1) and ranks.leads() and ranks.local() == 0
+    for name, value in {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.place() == (5, 8) and ranks.local() == 1 and ranks.by_srun()
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.place() == (0, 2) and not ranks.by_srun() and ranks.leads()
+    monkeypatch.setenv("RANK", "1")
+    assert not ranks.leads()
+
+
+@pytest.mark.parametrize(("what", "code", "told"), [("raise", 1, "rank 1 meets its end"), ("kill", 137, "SIGKILL")])
+def test_training_ends_with_a_rank(
+    what: str, code: int, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with forked(befallen(what, 1, 7)), pytest.raises(SystemExit) as end:
+        train(DIT, [*TINY, f"runs_dir={tmp_path}"])
+    assert end.value.code == code
+    error = capfd.readouterr().err
+    assert told in error and "gloo" not in error and "rank 1 of 2" in error.splitlines()[-1]
+    (run,) = (tmp_path / "digits").iterdir()
+    assert [p.name for p in (run / "checkpoints").glob("*.ckpt")] == ["step-5.ckpt"]
+
+
+def test_a_signal_saves_once_and_the_run_goes_on_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with forked(befallen("signal", 1, 7)), pytest.raises(SystemExit) as end:
+        train(DIT, [*TINY, f"runs_dir={tmp_path}"])
+    assert end.value.code == 128 + signal.SIGTERM
+    out, error = capfd.readouterr()
+    assert out.count("stopped by signal 15") == 1 and "state saved" in out and "error" not in error
+    (run,) = (tmp_path / "digits").iterdir()
+    saved = sorted(int(p.stem[5:]) for p in (run / "checkpoints").glob("*.ckpt"))
+    assert 7 <= saved[-1] < 100
+    longer = f"trainer.max_images={16 * (saved[-1] + 2)}"
+    assert train(DIT, [*TINY, longer, "trainer.devices=1", f"runs_dir={tmp_path}"]).images_seen == 16 * (saved[-1] + 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "ours", "srun"])
+def test_the_command_line_under_every_launcher(launcher: str, tmp_path: Path) -> None:
+    command = ["diffbench", "train", DIT, *TINY, "trainer.max_images=160", f"runs_dir={tmp_path}", "evaluate.count=20"]
+    here = [sys.executable, "-m", *command]
+    if launcher == "torchrun":
+        here[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    if launcher != "srun":
+        done = subprocess.run(here, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        out = done.stdout
+    else:  # what srun tells its tasks
+        tasks = []
+        for rank in "01":
+            told = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0", "SLURM_NTASKS": "2"}
+            told |= {
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_NTASKS_PER_NODE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29413",
+            }
+            pipe = subprocess.PIPE
+            tasks.append(subprocess.Popen(here, env=os.environ | told, stdout=pipe, stderr=pipe, text=True))
+        said = [task.communicate(timeout=900) for task in tasks]
+        assert [task.returncode for task in tasks] == [0, 0], said
+        out = said[0][0]
+        assert said[1][0] == ""
+    assert out.count("starting") == 1 and out.count("samples:") == 1
+    (run,) = (tmp_path / "digits").iterdir()
+    assert len(list(run.glob("events.*"))) == 3  # training and two scores

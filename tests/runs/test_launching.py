@@ -1,0 +1,340 @@
+"""The launcher's words, what they refuse, and the script that goes to sbatch; no cluster needed."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffbench.cli import main
+from diffbench.config.load import load
+from diffbench.core.errors import UserError
+from diffbench.runs import slurm
+from diffbench.runs.folder import folder_for
+from diffbench.runs.slurm import Command, LauncherConfig, queued, sized, split, submit, told
+
+DIT = "experiments/digits/dit.yaml"
+SLURM = ["launcher=slurm", "launcher.time=30", "launcher.partition=debug"]
+FAKE = {
+    "sbatch": 'n=$(($(cat {0}/count) + 1)); echo $n > {0}/count; echo "Submitted batch job $n"',
+    "srun": "exit 9",
+    "squeue": "cat {0}/queue",
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of programs that answer as SLURM's: job numbers from 8, and an empty queue."""
+    pytest.importorskip("submitit")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "count").write_text("7")
+    (folder / "queue").write_text("")
+    for name, line in FAKE.items():
+        program = folder / name
+        program.write_text(f"#!/bin/sh\n{line.format(shlex.quote(str(folder)))}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_the_words_are_split_off() -> None:
+    words = ["train", DIT, "launcher.time=1:30:00", "seed=3", "launcher=slurm", "launcher.gpus=2", "tag=launcher=x"]
+    launcher, others = split([*words, "launcher.setup=[module load cuda, 'a; b']", "launcher.memory=16G"])
+    assert others == ["train", DIT, "seed=3", "tag=launcher=x"]
+    assert launcher == LauncherConfig(
+        name="slurm", time="1:30:00", gpus=2, memory="16G", setup=["module load cuda", "a; b"]
+    )
+    assert launcher.minutes == 90
+    assert split(["list"]) == (LauncherConfig(), ["list"])
+    assert split(["train", DIT, "launcher=local"]) == (LauncherConfig(), ["train", DIT])
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"), [("1", 1), ("90", 90), ("0:00:01", 1), ("30:00:30", 1801), ("2-01:00:00", 2940)]
+)
+def test_a_limit_in_minutes(text: str, minutes: int) -> None:
+    assert split(["launcher=slurm", f"launcher.time={text}", "launcher.lead=5"])[0].minutes == minutes
+
+
+REFUSED = {
+    "launcher=slrum": "launcher.name: unknown value 'slrum'; choose from local, slurm; did you mean 'slurm'?",
+    "launcher.partition=debug": "launcher.partition: belongs to launcher=slurm, not local",
+    "launcher=local launcher.gpus=1": "launcher.gpus: belongs to launcher=slurm, not local",
+    "launcher=slurm launcher.partitoin=x": (
+        "launcher.partitoin: unknown key; allowed: name, partition, time, gpus, cpus, memory, nodes, tasks, account,"
+        " qos, constraint, setup, lead, requeues, parallel, folder; did you mean 'partition'?"
+    ),
+    "launcher=slurm launcher.time=1:30": (
+        "launcher.time: '1:30' is no limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a minute or more"
+    ),
+    "launcher=slurm launcher.time=0": (
+        "launcher.time: '0' is no limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a minute or more"
+    ),
+    "launcher=slurm launcher.time=1": "launcher.lead: 90 seconds must be less than launcher.time=1",
+    "launcher=slurm launcher.gpus=-1": "launcher.gpus: must be at least 0, got -1",
+    "launcher=slurm launcher.nodes=0": "launcher.nodes: must be at least 1, got 0",
+    "launcher=slurm launcher.cpus=two": "launcher.cpus: must be a whole number, got 'two'",
+    "launcher=slurm launcher.memory=16": "launcher.memory: '16' is no size; write a number and a unit, as 16G or 800M",
+    "launcher=slurm launcher.partition='a b'": "launcher.partition: 'a b' is no name; allowed: one word",
+    "launcher=slurm launcher.qos=--wrap=x": "launcher.qos: '--wrap=x' is no name; allowed: one word",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refusals(words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        split(["train", DIT, *(word.strip("'") for word in shlex.split(words))])
+    assert str(caught.value) == f"command line: {REFUSED[words]}"
+
+
+def test_the_script_asks_for_what_was_asked(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["launcher.gpus=4", "launcher.cpus=6", "launcher.memory=64G", "launcher.setup=[module load cuda]"]
+    others = ["launcher.account=lab", "launcher.qos=high", "launcher.lead=120"]
+    processes = ["trainer.num_nodes=2", "trainer.devices=4"]
+    words = ["train", DIT, "seed=5", f"runs_dir={tmp_path / 'runs'}", *processes]
+    assert main([*words, *SLURM, *more, *others, "launcher.constraint=h200"]) == 0
+    folder = tmp_path / "runs" / "slurm"
+    assert capsys.readouterr().out == told(["8"], folder) + "\n"
+    script = (folder / "8_submission.sh").read_text().splitlines()
+    wanted = {
+        "account=lab",
+        "constraint=h200",
+        "cpus-per-task=6",
+        "gpus-per-node=4",
+        "job-name=dit-s5",
+        "mem=64G",
+        "nodes=2",
+        "ntasks-per-node=4",
+        "open-mode=append",
+        f"output={folder}/%j_0_log.out",
+        "partition=debug",
+        "qos=high",
+        "requeue",
+        "signal=USR2@120",
+        "time=30",
+    }
+    asked = {line.removeprefix("#SBATCH --") for line in script if line.startswith("#SBATCH")}
+    assert asked - {"wckey=submitit"} == wanted
+    assert script.index("module load cuda") < next(i for i, line in enumerate(script) if line.startswith("srun "))
+    (line,) = [line for line in script if line.startswith("srun ")]
+    assert "--cpus-per-task=6" in line and sys.executable in line and "submitit.core._submit" in line
+    assert list((tmp_path / "runs").iterdir()) == [folder]  # the run's own folder is the job's affair
+
+
+@pytest.mark.parametrize(
+    ("words", "run", "sizes"),
+    [
+        ([], [], (1, 1, 2)),
+        (["launcher.cpus=3"], ["trainer.devices=4"], (1, 1, 12)),  # one task, which starts its ranks itself
+        (["launcher.tasks=4"], ["trainer.devices=4"], (1, 4, 2)),
+        (["launcher.nodes=2"], ["trainer.devices=4", "trainer.num_nodes=2"], (2, 4, 2)),
+    ],
+)
+def test_a_job_is_as_large_as_the_run(words: list[str], run: list[str], sizes: tuple[int, int, int]) -> None:
+    found = sized(split([*SLURM, *words])[0], load(DIT, run).trainer)
+    assert (found.nodes, found.tasks, found.cpus) == sizes
+
+
+def test_a_job_of_another_size_than_the_run_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        sized(split([*SLURM, "launcher.nodes=2"])[0], load(DIT, ["trainer.devices=4"]).trainer)
+    assert str(caught.value) == (
+        "launcher: launcher.nodes=2 x launcher.tasks=4 are not the processes of trainer.num_nodes=1 x"
+        " trainer.devices=4; leave them out, or make them equal"
+    )
+
+
+def test_the_words_leave_the_run_as_it_is(cluster: Path, tmp_path: Path) -> None:
+    words = ["train", DIT, "denoiser.depth=2", f"runs_dir={tmp_path}"]
+    assert main([words[0], words[1], *SLURM, *words[2:]]) == 0
+    (cluster / "queue").write_text("8\n")
+    assert queued(tmp_path / "slurm") == {tuple(words): "8"}
+    overrides = split([*words, *SLURM])[1][2:]
+    config = load(DIT, overrides)
+    assert folder_for(Path(DIT), overrides, config) == folder_for(Path(DIT), words[2:], load(DIT, words[2:]))
+
+
+def test_an_array_hands_over_what_is_not_in_the_queue(cluster: Path, tmp_path: Path) -> None:
+    launcher = LauncherConfig(name="slurm", time="30", parallel=2, folder=str(tmp_path / "jobs"))
+    commands = [["train", DIT, f"seed={i}"] for i in range(4)]
+    assert queued(tmp_path / "jobs") == {}
+    assert submit(commands[:3], launcher, "study") == ["8_0", "8_1", "8_2"]
+    script = (tmp_path / "jobs" / "8_submission.sh").read_text()
+    assert "#SBATCH --array=0-2%2\n" in script and "#SBATCH --job-name=study\n" in script
+    (cluster / "queue").write_text("8_0\n8_2\n11\n")
+    assert queued(tmp_path / "jobs") == {tuple(commands[0]): "8_0", tuple(commands[2]): "8_2"}
+    assert submit(commands, launcher, "study") == ["8_0", "9_0", "8_2", "9_1"]
+    (cluster / "queue").write_text("8_0\n8_2\n9_0\n9_1\n")
+    assert submit([*commands, commands[0]], launcher) == ["8_0", "9_0", "8_2", "9_1", "8_0"]
+    assert (cluster / "count").read_text() == "9\n"  # nothing was left to hand over
+
+
+def test_how_to_look() -> None:
+    assert told(["12"], "runs/slurm").splitlines() == [
+        "job 12 is in SLURM's queue",
+        "log:  runs/slurm/12_0_log.out",
+        "look: squeue --jobs 12",
+        "end:  scancel 12   (saves the state)",
+    ]
+    assert told(["12_0", "12_1", "13_0"], "jobs").splitlines() == [
+        "3 jobs are in SLURM's queue",
+        "log:  jobs/12_*_log.out",
+        "log:  jobs/13_*_log.out",
+        "look: squeue --jobs 12,13",
+        "end:  scancel 12 13   (saves the state)",
+    ]
+
+
+def test_faults_before_the_queue_are_one_line(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", DIT, f"runs_dir={tmp_path / 'runs'}", *SLURM]
+
+    def refused(*more: str) -> str:
+        assert main([*words, *more]) == 2
+        return capsys.readouterr().err
+
+    assert refused("denoiser.depht=2").startswith("error: command line: denoiser.depht: unknown key")
+    assert not (tmp_path / "runs").exists()
+    (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: debug' >&2\nexit 1\n")
+    assert refused() == "error: launcher: invalid partition specified: debug\n"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "submitit", None)
+        assert refused() == "error: launcher: slurm needs submitit; pip install 'diffbench[slurm]'\n"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = "sbatch, srun, squeue, not found here; submit from a node of the cluster"
+    assert refused() == f"error: launcher: slurm needs {missing}\n"
+    assert main(["compare", "runs/x", *SLURM]) == 2
+    told_verbs = "launcher=slurm belongs to train, encode, evaluate and study, not to compare"
+    assert capsys.readouterr().err == f"error: command line: {told_verbs}\n"
+
+
+def test_a_queue_that_does_not_answer(cluster: Path, tmp_path: Path) -> None:
+    launcher = LauncherConfig(name="slurm", folder=str(tmp_path))
+    submit([["list"]], launcher)
+    (cluster / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: no controller' >&2\nexit 1\n")
+    with pytest.raises(UserError) as caught:
+        submit([["list"]], launcher)
+    assert str(caught.value) == "launcher: slurm_load_jobs error: no controller"
+
+
+def test_a_task_ends_as_its_command_does(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("submitit")
+    Command(["--version"], patience=1)()
+    assert capfd.readouterr().out.startswith("diffbench ")
+    with pytest.raises(SystemExit) as caught:
+        Command(["trian"], patience=1)()
+    assert caught.value.code == 2
+
+
+CHILD = """
+import signal, sys, time
+def save(*_):
+    print("saved", flush=True)
+    if "stubborn" not in sys.argv:
+        sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print(signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN, flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize(("how", "patience", "code"), [("docile", 30, 143), ("stubborn", 3, None)])
+def test_a_checkpoint_has_the_command_save_and_returns_it(
+    how: str, patience: float, code: int | None, tmp_path: Path
+) -> None:
+    pytest.importorskip("submitit")
+    command = Command(["train", DIT], patience)
+    out = tmp_path / "out"
+    with out.open("w") as file:
+        child = subprocess.Popen([sys.executable, "-c", CHILD, how], stdout=file, preexec_fn=slurm._deaf())
+    while not out.read_text():
+        time.sleep(0.01)
+    command._pid = child.pid
+    again = command.checkpoint()
+    assert child.poll() == code
+    child.kill()
+    child.wait()
+    assert out.read_text() == "True\nsaved\n"
+    assert (again.function.words, again.function.patience) == (("train", DIT), patience)
+    assert again.function is not command and again.args == ()
+
+
+STUDY = """
+kind: study
+experiment: experiments/digits/dit.yaml
+set: {debug: smoke, denoiser: {hidden_size: 32}}
+axes: {denoiser.depth: [1, 2]}
+seeds: [0, 1]
+stop: {images: 16}
+"""
+
+
+def test_a_study_hands_over_its_cells(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "depth.yaml"
+    path.write_text(STUDY)
+    words = ["study", str(path), f"runs_dir={tmp_path / 'runs'}"]
+    folder = tmp_path / "runs" / "studies" / "depth"
+    assert main([*words, *SLURM, "launcher.parallel=3", "--dry-run"]) == 0
+    assert not (folder / "slurm").exists()
+    (cluster / "queue").write_text("8_0\n8_1\n8_2\n8_3\n")
+    for _ in range(2):  # the second time they are in the queue already
+        assert main([*words, *SLURM, "launcher.parallel=3"]) == 0
+        assert told([f"8_{i}" for i in range(4)], folder / "slurm") in capsys.readouterr().out
+    script = (folder / "slurm" / "8_submission.sh").read_text()
+    assert "#SBATCH --array=0-3%3\n" in script and "#SBATCH --job-name=depth\n" in script
+    handed = queued(folder / "slurm")
+    assert sorted(handed.values()) == ["8_0", "8_1", "8_2", "8_3"]
+    assert {Path(words[1]) for words in handed} == set((folder / "cells").glob("*.yaml"))
+    assert {words[0] for words in handed} == {"study"}
+    assert not (tmp_path / "runs" / "digits").exists()
+    assert main([*words, *SLURM, "stop.seconds=5"]) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {path}: stop.seconds: is measured on this machine, not SLURM's; choose images or flops\n"
+
+
+def test_cells_ask_for_what_their_processes_need(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = tmp_path / "devices.yaml", tmp_path / "runs" / "studies" / "devices"
+    path.write_text(STUDY.replace("denoiser.depth: [1, 2]", "trainer.devices: [1, 4]"))
+    words = ["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, "launcher.cpus=3"]
+    (cluster / "queue").write_text("8_0\n8_1\n9_0\n9_1\n")
+    assert main(words) == 0
+    assert told(["8_0", "8_1", "9_0", "9_1"], folder / "slurm") in capsys.readouterr().out
+    for job, devices in ((8, 1), (9, 4)):
+        script = (folder / "slurm" / f"{job}_submission.sh").read_text()
+        assert f"#SBATCH --cpus-per-task={3 * devices}\n" in script and "#SBATCH --nodes=1\n" in script
+        assert "#SBATCH --ntasks-per-node=1\n" in script and "#SBATCH --array=0-1%" in script
+        given = [json.loads(line) for line in (folder / "slurm" / "commands.jsonl").read_text().splitlines()]
+        mine = [Path(line["command"][1]).read_text() for line in given if line["job"].startswith(f"{job}_")]
+        assert len(mine) == 2 and all(f"devices: {devices}\n" in text for text in mine)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["set.trainer.num_nodes=2"], "trainer.num_nodes: 2 is too many, a cell trains on one machine; allowed: 1"),
+        (
+            ["launcher.nodes=2"],
+            "launcher.nodes: a cell is one process, which starts those of trainer.devices; allowed: 1",
+        ),
+        (
+            ["launcher.tasks=4"],
+            "launcher.tasks: a cell is one process, which starts those of trainer.devices; allowed: 1",
+        ),
+    ],
+)
+def test_cells_on_several_machines_are_refused(
+    words: list[str], said: str, cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "depth.yaml"
+    path.write_text(STUDY)
+    assert main(["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, *words]) == 2
+    assert capsys.readouterr().err.strip().removeprefix("error: ").removeprefix(f"{path}: ") == said

@@ -1,0 +1,272 @@
+"""Evaluation of a run: what a record holds, that samples are drawn once, comparisons across protocols, export."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffbench.cli import main
+from diffbench.core import rng
+from diffbench.data.registry import balanced
+from diffbench.evaluation import judging, records
+from diffbench.evaluation import reference as references
+from diffbench.evaluation.shards import Shards
+from diffbench.metrics import Extractor, Features
+from diffbench.metrics.functional import (
+    coverage,
+    frechet_distance,
+    gaussian,
+    inception_score,
+    kernel_distance,
+    nearest_distance,
+    neighbours,
+)
+from diffbench.metrics.suite import Reference
+from diffbench.runs import evaluate
+from diffbench.runs.lifecycle import Run, load
+
+Capture = pytest.CaptureFixture[str]
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    return records.results(folder)[-1]
+
+
+def test_a_record_holds_values_and_all_that_they_depend_on(smoke_run: Path) -> None:
+    run = load(smoke_run)
+    (record, guided) = evaluate.evaluate(run, ["evaluate.count=40", "seed=3"])
+    assert records.results(smoke_run)[-2:] == [record, guided]
+    assert (record["guidance"], guided["guidance"]) == (1.0, 1.5)
+    assert record["sample"]["seed"] == 3 and record["sample"]["sampler"] == "ddpm"
+    assert record["drawing"]["network_evaluations"] == 2 and guided["drawing"]["network_evaluations"] == 4
+    assert (record["images_seen"], record["ema"], record["snapshot"]) == (16, 0.999, "last")
+    assert (record["data"], record["data_name"], record["precision"]) == (
+        run.train_set.fingerprint(),
+        "digits",
+        "float32",
+    )
+    assert record["reference"] == {"key": record["reference"]["key"], "split": "train", "count": 40}
+    assert record["floor"]["count"] == 40 and record["floor"]["images"].startswith("train: 40 outside the first 40")
+    assert {"time", "versions", "device", "commit", "extractor", "scoring_seconds"} <= record.keys()
+    assert record["drawing"]["clipped"] == 0.0  # ddpm clamps the predicted image
+
+
+def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
+    run = load(smoke_run)
+    (record, _) = evaluate.evaluate(run, ["evaluate.count=60"])
+    (path,) = (smoke_run / record["drawing"]["folder"]).glob("samples-*.safetensors")
+    shards = Shards(path.parent.parent, {}, 60, (1, 8, 8))
+    shards.folder = path.parent
+    ((_, samples),) = shards.batches(100)
+    labels = torch.arange(60) * 10 // 60
+    assert torch.equal(samples, run.generate(labels, run.config.sample.unguided(), 0))
+    judge = references.judge("digits-cnn", None, run.train_set)
+    real = run.train_set.images[balanced(run.train_set.labels, 60)]
+    (x, logits, _), reference = judge(samples), judge(real).pooled
+    test = judge(run.held_out.images[balanced(run.held_out.labels, 60)]).pooled
+    assert logits is not None
+    want = {
+        "fd/digits-cnn@60": frechet_distance(x, reference),
+        "fd_held_out/digits-cnn@60": frechet_distance(x, test),
+        "fd_gap/digits-cnn@60": frechet_distance(x, test) - frechet_distance(x, reference),
+        "kid/digits-cnn@60": float(kernel_distance(x, reference)),
+        "precision/digits-cnn@60": neighbours(x, reference, 3).precision,
+        "recall/digits-cnn@60": neighbours(x, reference, 3).recall,
+        "density/digits-cnn@60": neighbours(x, reference, 5).density,
+        "coverage/digits-cnn@60": coverage(x, reference, 5),
+        "inception_score/digits-cnn@60": inception_score([logits]),
+        "label_accuracy/digits-cnn@60": float((logits.argmax(1) == labels).double().mean()),
+        "nearest_train@60": float(nearest_distance(samples, run.train_set.images).mean()),
+    }
+    assert records.values(record) == pytest.approx(want, rel=1e-6)
+    near = run.held_out.images[balanced(run.held_out.labels, 60)]
+    assert record["nearest_train_held_out"] == pytest.approx(nearest_distance(near, run.train_set.images).mean().item())
+    others = references.others(references.first(run.train_set, "train", 60), 60)
+    beside = judge(run.train_set.images[others.index]).pooled
+    assert record["floor"]["fd"] == pytest.approx(frechet_distance(beside, reference))
+
+
+def test_held_out_images_are_compared_in_equal_number(smoke_run: Path) -> None:
+    run = load(smoke_run)
+    (record, _) = evaluate.evaluate(run, ["evaluate.count=400"])  # more than the 360 held-out digits
+    judgement = judging.of_run(run.config.evaluate, run.train_set, run.held_out)
+    assert judgement.references.keys() == {"fd", "fd_held_out"}  # of the smoke run's 20 there are enough
+    features = references.judge("digits-cnn", None, run.train_set)
+    ((_, samples),) = evaluate.samples_of(
+        run, evaluate.change(run.config, {"evaluate": {"count": 400}}), run.config.sample.unguided()
+    ).batches(400)
+    x, test = features(samples).pooled, features(run.held_out.images).pooled
+    alike = features(run.train_set.images[balanced(run.train_set.labels, 360)]).pooled
+    assert record["fd_gap/digits-cnn@400"] == pytest.approx(
+        frechet_distance(x, test) - frechet_distance(x, alike), rel=1e-5
+    )
+
+
+def test_samples_are_drawn_once(smoke_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = evaluate.evaluate(load(smoke_run), ["evaluate.count=30"])
+    assert "30 samples by ddpm, 2 network evaluations each: about " in capsys.readouterr().out
+
+    def drawn_again(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Run, "generate", drawn_again)
+    after = evaluate.evaluate(load(smoke_run), ["evaluate.count=30"])
+    assert "samples by" not in capsys.readouterr().out
+    assert [records.values(r) for r in before] == [records.values(r) for r in after]
+    assert after[0]["drawing"]["drawn"] == 0
+    with pytest.raises(AssertionError):
+        evaluate.evaluate(load(smoke_run), ["evaluate.count=30", "seed=1"])
+
+
+def test_all_training_images_may_be_the_reference(smoke_run: Path) -> None:
+    (record, _) = evaluate.evaluate(load(smoke_run), ["evaluate.count=40", "evaluate.reference=all"])
+    assert record["reference"]["count"] == 1437
+    assert record["floor"]["images"].startswith("held-out: ")  # no training image is left
+    assert set(records.values(record)) == set(records.values(newest(smoke_run)))
+
+
+def test_the_nearest_neighbours_are_pictured(smoke_run: Path) -> None:
+    (record, _) = evaluate.evaluate(load(smoke_run), ["evaluate.count=20"])
+    with Image.open(smoke_run / record["drawing"]["folder"] / "nearest.png") as picture:
+        cell = 8 * 5 + 4
+        assert picture.size == (16 * cell, 2 * cell)
+
+
+def test_export_is_what_the_adm_evaluator_reads(smoke_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "samples.npz"
+    assert main(["evaluate", str(smoke_run), "evaluate.count=50", f"export={out}"]) == 0
+    with np.load(out, allow_pickle=False) as arrays:
+        pictures, labels = arrays["arr_0"], arrays["arr_1"]
+    assert pictures.shape == (50, 8, 8, 1) and pictures.dtype == np.uint8
+    run = load(smoke_run)
+    order = rng.permutation(rng.key("order of samples", "export"), 50)
+    want = run.generate(torch.arange(50) * 10 // 50, run.config.sample)  # the guided ones were drawn last
+    assert np.array_equal(pictures[:, :, :, 0], want[order][:, 0].numpy())
+    assert np.array_equal(labels, (torch.arange(50) * 10 // 50)[order].numpy())
+    assert len(set(labels[:10].tolist())) > 3  # no run of one class
+    capsys.readouterr()
+    assert main(["evaluate", str(smoke_run), f"export={out}"]) == 2
+    assert capsys.readouterr().err == f"error: {out}: exists already; choose another name\n"
+
+
+def test_values_that_are_no_numbers_end_in_one_line(
+    smoke_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from diffbench.core.pixels import to_uint8
+
+    def broken(self: Run, labels: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return to_uint8(torch.full((len(labels), 1, 8, 8), float("nan")))
+
+    lines = len(records.results(smoke_run))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "generate", broken)
+        assert main(["evaluate", str(smoke_run), "evaluate.count=21"]) == 2
+    assert capsys.readouterr().err == f"error: {smoke_run}: 1344 values of the samples are no numbers\n"
+    assert len(records.results(smoke_run)) == lines
+    assert main(["evaluate", str(smoke_run), "evaluate.count=21"]) == 0  # nothing of it was kept
+    assert newest(smoke_run)["drawing"]["drawn"] == 21
+
+
+def test_an_extractor_that_lacks_something_stops_training_before_it_begins(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DIFFBENCH_INCEPTION", raising=False)
+    argv = ["train", "experiments/digits/dit.yaml", "evaluate.extractor=inception", f"runs_dir={tmp_path / 'runs'}"]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: command line: evaluate.extractor: inception needs a file of weights; set evaluate.w")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_compare_refuses_to_mix_protocols(smoke_run: Path, capsys: Capture) -> None:
+    other = Path(shutil.copytree(smoke_run, smoke_run.with_name("dit-other-s0")))
+    assert main(["evaluate", str(other), "evaluate.count=30"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(smoke_run), str(other)]) == 0  # both still hold records of 20 samples
+    out = capsys.readouterr().out
+    assert "fd/digits-cnn@20" in out and "fd/digits-cnn@30" not in out
+    lines = (other / "results.jsonl").read_text().splitlines()
+    (other / "results.jsonl").write_text("\n".join(lines[2:]) + "\n")
+    assert main(["compare", str(smoke_run), str(other)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {smoke_run} and {other}: measured differently: reference.count is 20 in one and 30 in the other;"
+        " evaluate both with the same keys to compare them\n"
+    )
+    (other / "results.jsonl").unlink()
+    assert main(["compare", str(smoke_run), str(other)]) == 0  # nothing to mix
+
+
+def test_records_of_another_sampler_are_not_mixed(smoke_run: Path, capsys: Capture) -> None:
+    other = Path(shutil.copytree(smoke_run, smoke_run.with_name("dit-other-s0")))
+    (other / "results.jsonl").unlink()
+    assert main(["evaluate", str(other), "sample.sampler=ddim"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(smoke_run), str(other)]) == 2
+    assert "sample.sampler is ddpm in one and ddim in the other" in capsys.readouterr().err
+
+
+def test_old_records_are_kept_and_new_ones_stand_after_them(smoke_run: Path) -> None:
+    before = (smoke_run / "results.jsonl").read_text()
+    evaluate.evaluate(load(smoke_run), ["evaluate.count=20"])
+    after = (smoke_run / "results.jsonl").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == len(before.splitlines()) + 2
+    assert [json.loads(line)["format"] for line in after.splitlines()] == [1] * 4
+
+
+@pytest.mark.parametrize(("patience", "told"), [(1e9, []), (-1.0, [(30, 10), 10, 10])])
+def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patience: float, told: list[Any]) -> None:
+    shown: list[Any] = []
+
+    @contextlib.contextmanager
+    def progress(what: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+        shown.append((total, done))
+        yield shown.append
+
+    monkeypatch.setattr(judging, "progress", progress)
+    monkeypatch.setattr(judging, "PATIENCE", patience)
+    batches = list(judging.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
+    assert [len(b[0]) for b in judging.watched("scored", batches, 30)] == [10, 10, 10]
+    assert shown == told
+
+
+def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
+    """Class by class, a chunk would hold few classes and score next to nothing."""
+    count, generator = 6000, torch.Generator().manual_seed(0)
+    classes = torch.arange(count) * 10 // count
+    logits = 4 * torch.nn.functional.one_hot(classes, 10) + torch.randn(count, 10, generator=generator)
+    judge = Extractor(
+        "logits",
+        torch.nn.Identity(),
+        lambda x: Features(x[:, 0, :2, 0], logits[x[:, 1, 0, 0].long() * 256 + x[:, 2, 0, 0].long()]),
+        dim=2,
+        weights="",
+        licence="",
+        classes=10,
+    )
+    numbers = torch.arange(count)
+    images = torch.randint(0, 256, (count, 3, 2, 2), generator=generator).to(torch.uint8)
+    images[:, 1], images[:, 2] = (numbers // 256)[:, None, None], (numbers % 256)[:, None, None]
+    judgement = judging.Judgement(judge, count, {"fd": Reference(gaussian(torch.randn(9, 2)), torch.zeros(0, 2))}, {})
+    found = judgement.scores([(numbers, images, None)])["inception_score/logits@6000"]
+    order = judging.order("export", count)
+    assert found == pytest.approx(inception_score(logits[order].split(5000)))
+    judgement.by_class = False
+    plain = judgement.scores([(numbers, images, None)])["inception_score/logits@6000"]
+    assert plain == pytest.approx(inception_score(logits.split(5000))) and plain < found - 0.5
+
+
+def test_scores_stand_in_tensorboard_too(smoke_run: Path) -> None:
+    run = load(smoke_run)
+    record = evaluate.evaluate(run, ["evaluate.count=20", "sample.guidance=1", "sample.steps=2"])[0]
+    events = EventAccumulator(str(smoke_run)).Reload()
+    name = "coverage/digits-cnn@20"
+    assert events.Scalars(name)[-1].step == run.images_seen == 16
+    assert events.Scalars(name)[-1].value == pytest.approx(record[name])

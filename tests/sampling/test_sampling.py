@@ -1,0 +1,228 @@
+"""Sampling as a run does it: every sampler under every process, guidance by config, strips, non-finite output."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffbench.config.sample_sections import SampleConfig
+from diffbench.denoisers.classifier import ClassifierConfig, NoisyClassifier
+from diffbench.diffusion import EDM, DiscreteVP, EDMConfig, Flow, FlowConfig, Process, VPConfig
+from diffbench.diffusion.pairs import PAIRS
+from diffbench.sampling.guided import Helpers, gradient_of, guided
+from diffbench.sampling.sampler import generate
+from diffbench.sampling.trajectory import Steps
+
+PROCESSES: dict[str, Process] = {
+    "vp": DiscreteVP(VPConfig(1000, "cosine")),
+    "edm": EDM(EDMConfig()),
+    "flow": Flow(FlowConfig()),
+}
+EVERY_PAIR = [(process, sampler) for process, samplers in PAIRS.items() for sampler in samplers]
+
+
+class Towards(nn.Module):
+    """A denoiser that always finds one grey level, whatever the process: its label's, -1 + y / 5; null is 0."""
+
+    def __init__(self, process: Process, shift: float = 0.0) -> None:
+        super().__init__()
+        self.process, self.shift = process, nn.Parameter(torch.tensor(shift, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        grey = (torch.where(y == 10, 5.0, y) / 5 - 1 + self.shift).to(x.dtype)[:, None, None, None]
+        if isinstance(self.process, EDM):  # x and t are as scaled for the network
+            sigma = (4 * t).exp()[:, None, None, None]
+            data = self.process.config.sigma_data
+            total = (sigma**2 + data**2).sqrt()
+            x = x * total
+            return (grey - (data / total) ** 2 * x) / (sigma * data / total)
+        alpha, sigma = self.process.alpha_sigma(t.long() if isinstance(self.process, DiscreteVP) else t, x)
+        if isinstance(self.process, Flow):
+            return (grey - x) / sigma.clamp(min=1e-9)  # the velocity x0 - eps where alpha = 1 - sigma
+        return (x - alpha * grey) / sigma
+
+
+def greys(process: Process, config: SampleConfig, labels: Tensor, **options: Any) -> Tensor:
+    images = generate(Towards(process), process, config, labels, (1, 4, 4), null_label=10, **options)
+    assert (images == images[:, :1, :1, :1]).all()
+    return images[:, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("process", "sampler"), EVERY_PAIR)
+def test_every_pair_walks_to_the_image_that_the_network_finds(process: str, sampler: Any) -> None:
+    labels, settings = torch.tensor([0, 3, 5, 9]), SampleConfig(sampler, "100")
+    images = generate(Towards(PROCESSES[process]), PROCESSES[process], settings, labels, (1, 4, 4)).double()
+    # Solvers in other coordinates than the noise level leave a share of the noise: a level or two of 255.
+    assert (images.mean(dim=(1, 2, 3)) - torch.tensor([0, 77, 128, 230])).abs().max() < 5
+    assert images.std(dim=(1, 2, 3)).max() < 8
+
+
+@pytest.mark.parametrize(("process", "sampler"), EVERY_PAIR)
+def test_a_sample_follows_from_seed_and_number_alone(process: str, sampler: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 3, padding=1)).double()
+    labels = torch.zeros(12).long()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return self.net(x)
+
+    config = SampleConfig(sampler, "6", batch_size=12)
+
+    def draw(size: int, first: int = 0, seed: int = 0) -> Tensor:
+        settings = replace(config, batch_size=size)
+        return generate(Net(), PROCESSES[process], settings, labels[first:], (1, 8, 8), first=first, seed=seed)
+
+    whole = draw(12)
+    assert len({image.numpy().tobytes() for image in whole}) == 12
+    for other in (draw(5), torch.cat([whole[:7], draw(12, first=7)])):
+        assert (other == whole).double().mean() >= 0.999
+    assert not torch.equal(draw(12, seed=1), whole)
+
+
+def test_guidance_extrapolates_the_predicted_image() -> None:
+    # Label 7 is grey 0.4, null 0: guided by 1.5 it is 0.6, 204 of 255; away from 0.4 - 0.2 it is 0.5.
+    process, labels = PROCESSES["vp"], torch.tensor([7])
+    plain = SampleConfig("ddim", "10")
+    assert greys(process, plain, labels).item() == 179
+    assert greys(process, replace(plain, guidance=1.5), labels).item() == 204
+    helpers = Helpers(Towards(process, shift=-0.2))
+    assert greys(process, replace(plain, guidance=1.5, weak_model="x"), labels, helpers=helpers).item() == 191
+
+
+def test_guidance_inside_an_interval_and_by_power_cosine() -> None:
+    process, labels = PROCESSES["vp"], torch.tensor([7])
+    config = SampleConfig("ddim", "10", guidance=1.5)
+    never = replace(config, guidance_interval=[1e5, 1e6])
+    assert greys(process, never, labels).item() == 179
+    assert greys(process, replace(config, guidance_interval=[0.0, 1e9]), labels).item() == 204
+    # The last step, at time 0, decides, and there the power-cosine weight is whole.
+    assert greys(process, replace(config, guidance_schedule="power_cosine"), labels).item() == 204
+
+
+class Linear(nn.Module):
+    """log p(y=1) rises with the image's sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        total = self.weight * x.sum(dim=(1, 2, 3))
+        return torch.stack([torch.zeros_like(total), total], dim=1)
+
+
+def test_the_gradient_of_a_classifier_is_that_of_its_log_probability() -> None:
+    process = PROCESSES["vp"]
+    x, t = torch.full((2, 1, 2, 2), 0.1, dtype=torch.float64), torch.tensor([10, 10])
+    found = gradient_of(Linear(), process, torch.tensor([1, 0]))(x, t)
+    p = torch.sigmoid(torch.tensor(0.4, dtype=torch.float64))
+    assert torch.allclose(found[0], 1 - p) and torch.allclose(found[1], -p)
+    # EDM's network sees x / sqrt(sigma^2 + data^2): the chain rule through that scale.
+    edm = PROCESSES["edm"]
+    sigma = torch.tensor([2.0, 2.0], dtype=torch.float64)
+    scale = 1 / (4 + 0.25) ** 0.5
+    q = torch.sigmoid(0.4 * torch.tensor(scale, dtype=torch.float64))
+    assert torch.allclose(gradient_of(Linear(), edm, torch.tensor([1, 0]))(x, sigma)[0], scale * (1 - q))
+
+
+def test_a_classifier_moves_samples_towards_its_class() -> None:
+    class Gaussian(Towards):
+        """The exact denoiser where every pixel is normal with standard deviation 0.3."""
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            alpha, sigma = self.process.alpha_sigma(t.long(), x)
+            return x * sigma / (alpha**2 * 0.09 + sigma**2)
+
+    process = PROCESSES["vp"]
+    config = SampleConfig("ddpm", "50", classifier="x", classifier_scale=0.5)
+    net, labels = Gaussian(process), torch.ones(4).long()
+    draw: Callable[..., Tensor] = lambda c, h: generate(net, process, c, labels, (1, 4, 4), helpers=h).float()  # noqa: E731
+    assert draw(config, Helpers(classifier=Linear())).mean() > draw(config.unguided(), Helpers()).mean() + 3
+    assert torch.equal(draw(replace(config, classifier_scale=0.0), Helpers()), draw(config.unguided(), Helpers()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"guidance": 2.0}, "guidance 2.0 needs a network with a null class"),
+        ({"guidance": 2.0, "weak_model": "runs/w"}, "sample.weak_model: runs/w was not loaded"),
+        ({"classifier": "runs/c"}, "sample.classifier: runs/c was not loaded"),
+    ],
+)
+def test_guidance_without_its_network_is_refused(changes: dict[str, Any], text: str) -> None:
+    process = PROCESSES["vp"]
+    with pytest.raises(ValueError, match=text):
+        guided(lambda x, t, y: None, torch.zeros(1), process, SampleConfig(**changes))  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_non_finite_output_names_step_and_noise_level(process: str) -> None:
+    calls = {"vp": 10, "edm": 9, "flow": 10}[process]  # of one walk; the failed one is walked again to find the step
+
+    class Broken(Towards):
+        calls = 0
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            out = super().forward(x, t, y)
+            return out * float("nan") if self.calls in (3, 3 + calls) else out
+
+    config = SampleConfig("ddim", "10") if process == "vp" else SampleConfig("heun", "5")
+    text = (
+        r"not finite at call 3 of the \w+ sampler, time [\d.e-]+, noise level sigma/alpha [\d.e+]+|ended in non-finite"
+    )
+    with pytest.raises(RuntimeError, match=text):
+        generate(Broken(PROCESSES[process]), PROCESSES[process], config, torch.zeros(2).long(), (1, 4, 4))
+
+
+def test_batches_shrink_until_they_fit_and_the_images_stay() -> None:
+    process, sizes = PROCESSES["vp"], []
+
+    class Small(Towards):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            sizes.append(len(x))
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x, t, y)
+
+    labels = torch.arange(10)
+    draw: Callable[..., Tensor] = lambda net: generate(net, process, SampleConfig("ddim", "4"), labels, (1, 4, 4))  # noqa: E731
+    assert torch.equal(draw(Small(process)), draw(Towards(process)))
+    assert sizes[:3] == [10, 5, 3] and set(sizes[3:]) == {3, 1}
+
+
+def test_the_callback_sees_every_step_and_draws_strip_and_animation(tmp_path: Path) -> None:
+    process, steps = PROCESSES["edm"], Steps(count=2)
+    generate(Towards(process), process, SampleConfig("heun", "12"), torch.tensor([0, 9, 5]), (1, 4, 4), callback=steps)
+    assert len(steps.noisy) == len(steps.predicted) == 12
+    strip = steps.strip(columns=4)
+    # Two samples, two rows each, four columns of 40 pixels and a border of 2 on each side.
+    assert strip.shape == (4 * 44, 4 * 44, 3)
+    cell = strip[44 + 20 :: 88, 20 + 3 * 44, 0]
+    assert cell.tolist() == [0, 230]  # the predicted images of labels 0 and 9 at the last step
+    steps.save_gif(tmp_path / "steps.gif")
+    with Image.open(tmp_path / "steps.gif") as gif:
+        assert gif.n_frames == 12  # type: ignore[attr-defined]
+        gif.seek(11)
+        last = np.asarray(gif.convert("L"))
+    assert last.shape == (2 * 68, 2 * 68)
+    assert abs(int(last[34, 68 + 34]) - 0) <= 3 and abs(int(last[68 + 34, 68 + 34]) - 230) <= 3
+
+
+def test_the_classifier_reads_any_multiple_of_its_divisor() -> None:
+    net = NoisyClassifier(ClassifierConfig(16, [1, 2], attention_resolutions=[4], norm_groups=4), 8, 1, 10)
+    for side in (8, 16):
+        assert net(torch.zeros(3, 1, side, side), torch.zeros(3)).shape == (3, 10)
+    with pytest.raises(ValueError, match="divisible by 2, got 1x9x9"):
+        net(torch.zeros(3, 1, 9, 9), torch.zeros(3))

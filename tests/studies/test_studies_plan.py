@@ -1,0 +1,150 @@
+"""What a study plans: budgets, sizes, shared runs; every shipped study resolves and takes one step."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffbench.config.kinds import RunConfig
+from diffbench.config.load import change, load
+from diffbench.core.errors import UserError
+from diffbench.runs import build
+from diffbench.runs.denoiser import Run
+from diffbench.studies.budget import Probe
+from diffbench.studies.config import StopConfig, StudyConfig, load_study, variants
+from diffbench.studies.matching import residual, size_of, sized
+from diffbench.studies.plan import FLOPS, cells, evaluated, groups, tuning_cells
+
+STUDIES = sorted(p for p in Path("experiments/studies").glob("*.yaml") if p.name[0] != "_")
+DIGITS = [p for p in STUDIES if "cifar" not in p.name]
+
+
+def planned(name: str, **changes: object) -> tuple[StudyConfig, Path]:
+    path = Path(f"experiments/studies/{name}.yaml")
+    return replace(load_study(path), **changes), path  # type: ignore[arg-type]
+
+
+def test_equal_flops_mean_equal_products_over_all_images() -> None:
+    study, path = planned("backbones")
+    found = groups(study, path, {}, lambda config: 1.0)
+    assert [g.name for g in found] == ["unet", "dit", "diffit"]
+    for group in found:
+        images = group.config.trainer.max_steps * group.config.trainer.batch_size
+        assert group.flops == FLOPS * group.cost.macs * images
+        assert abs(group.flops - 1.3e12) <= FLOPS * group.cost.macs * (group.config.trainer.batch_size / 2 + 1)
+        assert group.config.optimizer.decay_images == images  # the schedule ends with the run
+        assert group.residual is not None and abs(group.residual) < 0.1
+
+
+def test_seconds_become_images_by_the_measured_rate() -> None:
+    study, path = planned("window", stop=StopConfig(seconds=12.0), jobs=1)
+    rates = {2: 640.0, 4: 320.0, 8: 64.0}
+    found = groups(study, path, {}, lambda config: rates[config.denoiser.window])
+    assert [g.config.trainer.max_images for g in found] == [7680, 3840, 768]
+
+
+def test_a_rate_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffbench.studies.budget.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("diffbench.studies.budget.LEAST_STEPS", 1)
+    config = load("experiments/digits/dit.yaml")
+    assert isinstance(config, RunConfig)
+    rate = Probe(tmp_path / "rates.json", 1).training_rate(config)
+    assert rate > 0
+    assert Probe(tmp_path / "rates.json", 1).training_rate(config) == rate
+
+
+@pytest.mark.parametrize("name", ["unet", "dit", "diffit", "diffit-latent", "ddpmpp"])
+@pytest.mark.parametrize("by", ["parameters", "gmacs"])
+def test_the_width_nearest_to_the_target_is_found(name: str, by: str) -> None:
+    config = load(f"experiments/digits/{name}.yaml")
+    assert isinstance(config, RunConfig)
+    data, _ = build.load_data(config)
+    target = 1.5 * size_of(config, data, by)  # type: ignore[arg-type]
+    found = sized(config, data, by, target, "width")  # type: ignore[arg-type]
+    sizes = []
+    key = {"unet": "model_channels", "ddpmpp": "model_channels", "diffit": "channels"}.get(name, "hidden_size")
+    for width in range(4, 104, 4):
+        wanted = [width, 2 * width] if key == "channels" else width
+        try:
+            sizes.append(size_of(change(config, {"denoiser": {key: wanted}}), data, by))  # type: ignore[arg-type]
+        except (UserError, ValueError):
+            continue
+    best = min(abs(size / target - 1) for size in sizes)
+    assert abs(residual(found, data, by, target)) == pytest.approx(best)  # type: ignore[arg-type]
+
+
+def test_depth_can_be_matched_too() -> None:
+    config = load("experiments/digits/dit.yaml")
+    assert isinstance(config, RunConfig)
+    data, _ = build.load_data(config)
+    target = size_of(change(config, {"denoiser": {"depth": 9}}), data, "parameters")
+    assert sized(config, data, "parameters", target, "depth").denoiser.depth == 9
+
+
+def test_studies_share_their_baseline_runs() -> None:
+    shared = {}
+    for name in ("dit-blocks", "patch-size", "guidance", "steps", "ema", "prediction"):
+        study, path = planned(name)
+        shared[name] = {cell.folder for cell in cells(study, groups(study, path, {}, lambda config: 1.0))}
+    assert set.intersection(*shared.values()) == shared["guidance"]
+    assert len(shared["guidance"]) == 5  # one run a seed, and twelve evaluations of each
+    study, path = planned("time-token")
+    window, other = planned("window")
+    both = [
+        {c.folder for c in cells(s, groups(s, p, {}, lambda config: 1.0))} for s, p in ((study, path), (window, other))
+    ]
+    assert len(both[0] & both[1]) == 5
+
+
+def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -> None:
+    study, path = planned("backbones")
+    made = tuning_cells(study, path, lambda config: 1.0)
+    assert [(c.label, c.config.optimizer.lr) for c in made] == [
+        (label, lr) for label in ("unet", "dit", "diffit") for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)
+    ]
+    assert {c.seed for c in made} == {1000} and not {c.seed for c in made} & set(study.seeds)
+    reported = {c.folder for c in cells(study, groups(study, path, {}, lambda config: 1.0))}
+    assert not reported & {c.folder for c in made}
+    half = {
+        c.config.trainer.max_images / g.config.trainer.max_images
+        for c, g in zip(made[::4], groups(study, path, {}, lambda config: 1.0), strict=True)
+    }
+    assert all(abs(share - 0.5) < 0.01 for share in half)
+
+
+def test_what_tuning_chose_reaches_every_seed() -> None:
+    study, path = planned("backbones")
+    found = groups(study, path, {"dit": {"optimizer.lr": 4e-3}}, lambda config: 1.0)
+    assert {g.name: g.config.optimizer.lr for g in found} == {"unet": 2e-3, "dit": 4e-3, "diffit": 2e-3}
+
+
+def test_an_average_that_no_run_keeps_is_refused() -> None:
+    study, path = planned("ema", axes={"average": [0.123]})
+    with pytest.raises(UserError, match=r"ema.yaml: average: 0.123 is none of ema.decays=\[0.999, 0.9, "):
+        groups(study, path, {}, lambda config: 1.0)
+
+
+@pytest.mark.parametrize("path", DIGITS, ids=lambda p: p.stem)
+def test_every_variant_of_a_shipped_study_takes_one_step(path: Path) -> None:
+    study = load_study(path)
+    found = groups(study, path, {}, lambda config: 1.0)
+    assert sum(len(g.evaluations) for g in found) == len(variants(study))
+    assert len(study.seeds) == 5 and study.question and study.title
+    for group in found:
+        for changes in group.evaluations.values():
+            assert isinstance(evaluated(group.config, changes, "study"), RunConfig)
+        run = Run(Path("unused"), group.config)
+        module = run.module()
+        images, labels = run.train_set.images[:4], run.train_set.labels[:4]
+        batch = {"x0": images / 127.5 - 1, "label": labels, "position": torch.arange(4)}
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in run.network.parameters())
+
+
+def test_cells_of_one_config_have_one_folder_whatever_their_order(tmp_path: Path) -> None:
+    study, path = planned("window", runs_dir=str(tmp_path))
+    made = cells(study, groups(study, path, {}, lambda config: 1.0))
+    assert len({c.folder for c in made}) == len(made) == 15
+    assert {c.folder.name[-3:] for c in made} == {f"-s{seed}" for seed in range(5)}

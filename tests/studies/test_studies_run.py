@@ -1,0 +1,151 @@
+"""Studies as commands: every cell in a process of its own, failures beside the rest, the same command resumes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diffbench.cli import main
+from diffbench.evaluation import records
+from diffbench.studies.cells import failure, is_complete
+from diffbench.studies.collect import comparison_of_study
+from diffbench.studies.runner import folder_of_study, run_study
+
+TINY = {
+    "kind": "study",
+    "experiment": "experiments/digits/dit.yaml",
+    "title": "Tiny",
+    "question": "Does it run?",
+    "set": {
+        "denoiser": {"depth": 1, "hidden_size": 32},
+        "trainer.batch_size": 8,
+        "sample": {"steps": "2", "guidance": 1.0},
+        "evaluate.count": 20,
+        "validation.count": 20,
+    },
+    "seeds": [0],
+    "jobs": 2,
+    "stop": {"images": 32},
+}
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"runs_dir": str(tmp_path / "runs")} | changes, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of two networks, one of which cannot be trained, sampled in two ways."""
+    tmp_path = tmp_path_factory.mktemp("study")
+    axes = {
+        "rate": {"sound": {"optimizer.lr": 1e-3}, "absurd": {"optimizer.lr": 1e30, "trainer.max_skipped": 1}},
+        "sample.steps": ["2", "3"],
+    }
+    path = written(tmp_path, axes=axes)
+    assert main(["study", str(path)]) == 1  # not all of it is complete
+    return path
+
+
+def test_a_failed_cell_stands_in_the_table_and_stops_no_other(done: Path) -> None:
+    folder = done.parent / "runs" / "studies" / "tiny"
+    found = comparison_of_study(folder)
+    said = {r.variant: r.status for r in found.results}
+    assert said == {
+        "sound, steps=2": "complete",
+        "sound, steps=3": "complete",
+        "absurd, steps=2": "failed",
+        "absurd, steps=3": "failed",
+    }
+    whys = {r.why for r in found.results if r.status == "failed"}
+    assert len(whys) == 1 and next(iter(whys)).startswith("exit code 2: error: ")
+    steps = [r.record["sample"]["steps"] for r in found.results if r.record]
+    assert steps == ["2", "3"]
+    assert len({r.folder for r in found.results}) == 2  # both ways of sampling share a run
+    page = (folder / "report.html").read_text()
+    assert "Tiny" in page and "absurd" in page
+    assert (folder / "report.csv").read_text().count("sound") == 2
+
+
+def test_the_same_command_skips_what_is_complete(
+    done: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = done.parent / "runs" / "studies" / "tiny"
+    before = {p: p.stat().st_mtime_ns for p in (done.parent / "runs" / "cells").rglob("*.safetensors")}
+    started: list[Path] = []
+
+    class Ended:
+        returncode = 2
+
+        def poll(self) -> int:
+            return 2
+
+    def start(path: Path, jobs: int) -> Ended:
+        started.append(path)
+        return Ended()
+
+    monkeypatch.setattr("diffbench.studies.runner._start", start)
+    assert run_study(done) == folder
+    assert [p.stem for p in started] == ["absurd_s0"]
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert "1 of 2 cells are complete already" in capfd.readouterr().out
+
+
+def test_compare_takes_a_study_by_its_yaml_or_folder(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = done.parent / "runs" / "studies" / "tiny"
+    told = []
+    for what in (done, folder):
+        assert main(["compare", str(what), "primary=fd"]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and "absurd" in told[0] and str(folder / "report.html") in told[0]
+
+
+def test_a_new_seed_adds_cells_and_keeps_the_study(done: Path) -> None:
+    study = folder_of_study(done, ["seeds=[0,1]", "jobs=1"], _loaded(done))
+    assert study.name == "tiny"
+    assert folder_of_study(done, ["stop.images=64"], _loaded(done)).name == "tiny-stop.images=64"
+
+
+def _loaded(path: Path) -> Any:
+    from diffbench.studies.config import load_study
+
+    return load_study(path)
+
+
+def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, axes={"denoiser.depth": [1, 2]}, match={"by": "parameters", "to": "depth=1"})
+    assert main(["study", str(path), "--dry-run", "seeds=[3,4]"]) == 0
+    out = capsys.readouterr().out
+    assert "2 networks x 2 seeds = 4 runs, 4 evaluations" in out
+    assert "off parameters" in out and "hidden_size=" in out
+    assert not list(tmp_path.glob("runs/cells/*"))
+
+
+def test_tuning_chooses_by_validation_error_and_the_report_says_so(tmp_path: Path) -> None:
+    tune = {"grid": {"optimizer.lr": [1e-5, 3e-3]}, "share": 0.5}
+    path = written(tmp_path, axes={"net": {"dit": {}}}, tune=tune, stop={"images": 320})
+    assert main(["study", str(path)]) == 0
+    folder = tmp_path / "runs" / "studies" / "tiny"
+    errors = {}
+    for cell in sorted((folder / "cells").glob("tuning*.yaml")):
+        values = yaml.safe_load(cell.read_text())
+        lines = [m["val/error"] for m in records.metrics(Path(values["folder"])) if "val/error" in m]
+        errors[values["tuning"]["optimizer.lr"]] = lines[-1]
+        assert values["seed"] == 1000 and values["config"]["trainer"]["max_images"] == 160
+    best = min(errors, key=lambda lr: errors[lr])
+    reported = yaml.safe_load((folder / "cells" / "dit_s0.yaml").read_text())
+    assert reported["config"]["optimizer"]["lr"] == best == 3e-3
+    notes = json.loads((folder / "notes.json").read_text())
+    assert any(f"Chosen: dit optimizer.lr={best}" in note and "100% of the training FLOPs" in note for note in notes)
+    assert is_complete(folder / "cells" / "dit_s0.yaml") and not failure(folder / "cells" / "dit_s0.yaml")
+    assert [r.seed for r in comparison_of_study(folder).results] == [0]
+
+
+def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "experiments/digits/dit.yaml"]) == 2
+    assert "kind: must be study, got 'denoiser'" in capsys.readouterr().err
+    assert main(["study", str(written(tmp_path, experiment="experiments/digits/classifier.yaml", set={}))]) == 2
+    assert "experiment: experiments/digits/classifier.yaml is no denoiser's" in capsys.readouterr().err

