@@ -10,10 +10,11 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
 from diffbench.core.errors import UserError
+from diffbench.evaluation import images
 from diffbench.metrics import Extractor, Features
 from diffbench.metrics.extractors.base import state_hash
 from diffbench.metrics.suite import statistics
-from diffbench.runs import adm, images
+from diffbench.runs import adm
 
 IMAGES = torch.randint(0, 256, (90, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 SAMPLES, REAL = IMAGES[:50], (IMAGES[50:].float() * 0.7).to(torch.uint8)
