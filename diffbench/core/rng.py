@@ -6,7 +6,6 @@ same bits on any device, in any batch size and on any number of processes, and t
 
 import hashlib
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +16,6 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _CACHED = 1 << 14  # counters at a time on a CPU: what its caches hold
-_AHEAD, _AHEAD_GPU = 1 << 16, 1 << 20  # numbers drawn at once, if a batch needs fewer than half of them
 
 
 def key(*parts: int | str) -> int:
@@ -109,53 +107,3 @@ def permutation(key: int, n: int) -> Tensor:
     # In small parts, sorted by NumPy: the threads that torch would start wait for each other on a busy machine.
     w = torch.cat([words(key, part, 2) for part in torch.arange(n).split(1 << 14)])
     return torch.from_numpy((w[:, 0] << 31 | w[:, 1] >> 1).numpy().argsort(kind="stable"))
-
-
-class Rows:
-    """What consecutive positions hold, made in rows of `size` positions each and kept while they are met.
-
-    Args:
-        size: positions of a row; the first row begins at position 0.
-        make: the number of a row -> what its positions hold, (size, ...).
-    """
-
-    def __init__(self, size: int, make: Callable[[int], Tensor]) -> None:
-        self.size, self.make = size, make
-        self._rows: dict[int, Tensor] = {}
-
-    def at(self, first: int, count: int) -> Tensor:
-        """(count, ...) of the positions from `first` on; a part of a row, not a copy, where it lies in one."""
-        end, size = first + count, self.size
-        met = range(first // size, (end - 1) // size + 1)
-        self._rows = {row: self._rows[row] if row in self._rows else self.make(row) for row in met}
-        parts = [held[max(0, first - row * size) : end - row * size] for row, held in self._rows.items()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class Ahead:
-    """Numbers drawn for several batches at once, where a batch is so small that a draw's calls cost more than it.
-
-    Only where a batch begins at the end of the last one: between those of one rank of several lie the others'.
-
-    Args:
-        draw: positions (B,) -> numbers (B, ...), each a function of its position alone.
-        numbers: that it draws for a position.
-    """
-
-    def __init__(self, draw: Callable[[Tensor], Tensor], numbers: int) -> None:
-        self.draw, self.numbers = draw, numbers
-        self._rows: Rows | None = None
-        self._end: int | None = None
-
-    def __call__(self, positions: Tensor, first: int | None = None) -> Tensor:
-        """(B, ...) at positions (B,); `first` says that they are consecutive and where they begin."""
-        device = positions.device
-        size = (_AHEAD if positions.is_cpu else _AHEAD_GPU) // self.numbers
-        if first is None or size < 2 * len(positions):
-            return self.draw(positions)
-        follows, self._end = first == self._end, first + len(positions)
-        if not follows:
-            return self.draw(positions)
-        if self._rows is None:
-            self._rows = Rows(size, lambda row: self.draw(torch.arange(row * size, (row + 1) * size, device=device)))
-        return self._rows.at(first, len(positions))

@@ -1,9 +1,8 @@
 """The position-indexed loader: which image comes when is a function of (seed, position), so any run can start
 anywhere and two backbones with one seed see the same images in the same order."""
 
-import math
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import lru_cache
 from typing import Any
 
 import lightning as L
@@ -16,9 +15,6 @@ from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
-
-FLIPS = 4096
-"""Positions whose flips are drawn at once: in the time of one batch's."""
 
 
 class PositionSampler(Sampler[list[int]]):
@@ -61,18 +57,14 @@ class PositionDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, data: ImageSet | LatentSet, seed: int, flip: bool = False, only_index: bool = False) -> None:
         self.data, self.seed, self.flip, self.only_index = data, seed, flip, only_index
-        self._orders = rng.Rows(len(data), self._order)
-        self._flips = rng.Rows(FLIPS, self._flip)
 
     def index(self, first: int, count: int) -> Tensor:
         """Image numbers (count,) from the position `first` on; positions count all samples seen since the start."""
-        return self._orders.at(first, count)
-
-    def _order(self, epoch: int) -> Tensor:
-        return rng.permutation(rng.key(self.seed, "order", epoch), len(self.data))
-
-    def _flip(self, row: int) -> Tensor:
-        return rng.uniform(rng.key(self.seed, "flip"), torch.arange(row * FLIPS, (row + 1) * FLIPS)) < 0.5
+        size, end = len(self.data), first + count
+        epochs = range(first // size, (end - 1) // size + 1)
+        orders = [_order(self.seed, epoch, size) for epoch in epochs]
+        start = first - epochs[0] * size
+        return (orders[0] if len(orders) == 1 else torch.cat(orders))[start : start + count]
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         """A batch of consecutive positions: `first`, position (B,), and what the set gives of its pictures.
@@ -88,10 +80,18 @@ class PositionDataset(Dataset[dict[str, Any]]):
         position, index = torch.arange(first, first + count), self.index(first, count)
         batch = {"first": first, "position": position}
         batch |= {"index": index} if self.only_index else self.data.gather(index)
-        return batch | {"flipped": self._flips.at(first, count)} if self.flip else batch
+        if self.flip:
+            batch["flipped"] = rng.uniform(rng.key(self.seed, "flip"), position) < 0.5
+        return batch
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return self.__getitems__([position])
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, count: int) -> Tensor:
+    """The order of an epoch's images: the number of the image at each of `count` positions."""
+    return rng.permutation(rng.key(seed, "order", epoch), count)
 
 
 class PositionDataModule(L.LightningDataModule):
@@ -133,7 +133,6 @@ class PositionDataModule(L.LightningDataModule):
         self.resident = resident
         self.samples_seen = 0
         self._on_device: Any = None
-        self._elsewhere = False
         for name, part in (("training", self.train), ("held-out", held_out)):
             low, high, classes = int(part.labels.min()), int(part.labels.max()), max(1, part.num_classes)
             if low < 0 or high >= classes:
@@ -149,7 +148,6 @@ class PositionDataModule(L.LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         resident = _fits(self.train, device) if self.resident is None else self.resident
         self._on_device = self.train.to(device) if resident else None
-        self._elsewhere = device.type != "cpu"
         return DataLoader(
             PositionDataset(self.train, self.seed, self.flip, only_index=resident),
             batch_sampler=sampler,
@@ -157,10 +155,6 @@ class PositionDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """To the device; where the batch lies there already, without a look at its parts."""
-        return super().transfer_batch_to_device(batch, device, dataloader_idx) if self._elsewhere else batch
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Bytes travel to the device, or lie there, and become numbers there."""
@@ -200,18 +194,13 @@ class LatentDataModule(PositionDataModule):
 
     train: LatentSet
 
-    @cached_property
-    def _noise(self) -> rng.Ahead:
-        shape = tuple(self.train.mean.shape[1:])
-        return rng.Ahead(partial(rng.normal, rng.key(self.seed, "posterior"), shape=shape), math.prod(shape))
-
     def x0(self, batch: dict[str, Any]) -> Tensor:
         mean, log_variance = batch["mean"], batch["log_variance"]
         if self.flip:
             mirror = batch["flipped"][:, None, None, None]
             mean = torch.where(mirror, batch["flipped_mean"], mean)
             log_variance = torch.where(mirror, batch["flipped_log_variance"], log_variance)
-        noise = self._noise(batch["position"], batch.get("first"))
+        noise = rng.normal(rng.key(self.seed, "posterior"), batch["position"], tuple(mean.shape[1:]))
         return self.train.scaled(mean.float() + (0.5 * log_variance.float()).exp() * noise)
 
 

@@ -1,7 +1,6 @@
 """The LightningModules: what every kind of training shares, and any denoiser under any process."""
 
 import math
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -148,8 +147,6 @@ class DiffusionModule(Module):
         self.history = LossAware(process.config.steps) if time_sampling == "loss_aware" else None  # type: ignore[attr-defined]
         self._seen: list[tuple[int, float]] = []
         self._keys = {what: rng.key(seed, what) for what in ("noise", "time", "label")}
-        self._uniforms = rng.Ahead(self._draw_uniforms, 2)
-        self._noise: rng.Ahead | None = None  # until the pictures' shape is known
 
     @property
     def denoiser(self) -> nn.Module:
@@ -159,20 +156,14 @@ class DiffusionModule(Module):
     def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a batch trains on: images (B, C, H, W), uniform numbers (B,), noise (B, C, H, W), labels (B,)."""
         x0, position, y = batch["x0"], batch["position"], batch["label"]
-        u, drop = self._uniforms(position, batch.get("first")).unbind(1)
+        u, drop = rng.uniforms((self._keys["time"], self._keys["label"]), position)
         if self.time_sampling == "stratified":
             u = stratified(u, position % self.batch_size, self.batch_size)
-        if self._noise is None:
-            normal = partial(rng.normal, self._keys["noise"], shape=tuple(x0.shape[1:]))
-            self._noise = rng.Ahead(normal, x0[0].numel())
-        eps = self._noise(position, batch.get("first"))
+        eps = rng.normal(self._keys["noise"], position, tuple(x0.shape[1:]))
         if self.label_dropout:
             y = torch.where(drop < self.label_dropout, self.null_label, y)  # type: ignore[arg-type]
         dtype = next(self.network.parameters()).dtype
         return x0.to(dtype), u, eps.to(dtype), y
-
-    def _draw_uniforms(self, position: Tensor) -> Tensor:
-        return rng.uniforms((self._keys["time"], self._keys["label"]), position).T
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The batch's mean loss."""

@@ -1,7 +1,6 @@
 """Keyed randomness: the published vectors, independence of batch and past, and the distributions."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -198,42 +197,3 @@ def test_the_global_generator_is_left_alone() -> None:
     rng.uniform(0, torch.arange(9))
     rng.permutation(0, 9)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_rows_are_made_once_and_give_any_stretch() -> None:
-    made = []
-
-    def make(row: int) -> Tensor:
-        made.append(row)
-        return torch.arange(row * 10, (row + 1) * 10)
-
-    rows = rng.Rows(10, make)
-    for first, count in ((0, 4), (4, 6), (8, 4), (12, 8), (15, 25), (100, 1), (3, 2)):
-        assert rows.at(first, count).tolist() == list(range(first, first + count))
-    assert made == [0, 1, 2, 3, 10, 0]
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (4, 3, 3), (3, 32, 32)])
-def test_draws_ahead_have_the_same_bits(shape: tuple[int, ...]) -> None:
-    draw = partial(rng.normal, 5, shape=shape)
-    asked: list[int] = []
-
-    def noting(positions: Tensor) -> Tensor:
-        asked.append(len(positions))
-        return draw(positions)
-
-    ahead = rng.Ahead(noting, math.prod(shape))
-    for first in (0, 24, 48, 1000, 2**31 - 7, 2**40):
-        positions = torch.arange(first, first + 24)
-        assert torch.equal(ahead(positions, first), draw(positions))
-        assert torch.equal(ahead(positions), draw(positions))
-    row = (1 << 16) // math.prod(shape)
-    assert set(asked) == ({24} if row < 48 else {24, row})  # large draws are not made ahead
-
-
-def test_nothing_is_drawn_ahead_between_the_batches_of_other_ranks() -> None:
-    asked: list[int] = []
-    ahead = rng.Ahead(lambda positions: asked.append(len(positions)) or positions, 64)
-    for first in range(0, 4096, 128):  # the first of two ranks
-        assert torch.equal(ahead(torch.arange(first, first + 64), first), torch.arange(first, first + 64))
-    assert asked == [64] * 32
