@@ -1,0 +1,110 @@
+"""One row for each metric: what tables, conclusions, plots and TensorBoard need to know of it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_DISTANCES = (
+    "Fréchet and kernel distances compare the features of generated and real images. They depend on the number of"
+    " samples and on the extractor, both of which stand in their names; what as many real images score is the floor."
+)
+_SHARES = "Precision tells how real samples look, recall and coverage how much of the real variety they reach."
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What readers of results need to know of a metric.
+
+    Attributes:
+        name: under which values are recorded, without extractor and count: "fd" of "fd/digits-cnn@500".
+        title: the name in words.
+        direction: which values are better; None for a metric that ranks nothing.
+        shown: whether tables have a row or column for it; the records hold every metric.
+        percent: whether a value in 0 to 1 is written as a percentage.
+        digits: decimals where no uncertainty is known.
+        computed: the name that the metric's class gives the value, where the published Inception protocol renames it.
+        watched: whether a conclusion says so where this metric contradicts the primary one.
+        swept: whether plots over a sampling key draw it.
+        tie: relative gap under which two values are a tie, since training anew moves them by as much.
+        floor: whether tables put the value of as many real images beside it.
+        note: what the report's glossary says of it.
+    """
+
+    name: str
+    title: str
+    direction: Literal["lower", "higher"] | None = "lower"
+    shown: bool = True
+    percent: bool = False
+    digits: int = 3
+    computed: str = ""
+    watched: bool = False
+    swept: bool = False
+    tie: float = 0.0
+    floor: bool = False
+    note: str = ""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether small values are better; a metric that ranks nothing counts as an error does."""
+        return self.direction != "higher"
+
+    @property
+    def is_validation(self) -> bool:
+        """Whether training logs the metric, rather than an evaluation of samples."""
+        return self.name.startswith("val/")
+
+    def better(self) -> str:
+        """ "lower is better" or "higher is better"; empty for a metric that ranks nothing."""
+        return f"{self.direction} is better" if self.direction else ""
+
+    def text(self, value: float) -> str:
+        """A value as tables show it: 93.1% or 12.345."""
+        return f"{100 * value:.1f}%" if self.percent else f"{value:.{self.digits}f}"
+
+
+_FRECHET: dict[str, Any] = {"tie": 0.013, "note": _DISTANCES}
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "val/error",
+            "validation error",
+            digits=4,
+            watched=True,
+            note="Validation error is the mean squared error of the denoised image on held-out images at fixed noise"
+            " levels: one unit for every process and prediction.",
+        ),
+        Metric("fd", "Fréchet distance", watched=True, swept=True, floor=True, **_FRECHET),
+        Metric("fid", "FID", computed="fd", watched=True, swept=True, floor=True, **_FRECHET),
+        Metric("sfid", "spatial FID", computed="fd_spatial", **_FRECHET),
+        Metric("fd_held_out", "Fréchet distance to held-out images", **_FRECHET),
+        Metric("fid_held_out", "FID to held-out images", computed="fd_held_out", **_FRECHET),
+        Metric("fd_gap", "gap of the Fréchet distances to held-out and training images", None, **_FRECHET),
+        Metric("fid_gap", "gap of the FIDs to held-out and training images", None, computed="fd_gap", **_FRECHET),
+        Metric("fd_infinity", "Fréchet distance at infinitely many samples", **_FRECHET),
+        Metric("fid_infinity", "FID at infinitely many samples", computed="fd_infinity", **_FRECHET),
+        Metric("label_accuracy", "label accuracy", "higher", percent=True, watched=True, swept=True),
+        Metric("kid", "kernel distance (KID)", watched=True, floor=True, note=_DISTANCES),
+        Metric("kid_sd", "spread of the kernel distance over subsets", None, shown=False),
+        Metric("inception_score", "Inception score", "higher", shown=False),
+        Metric("precision", "precision", "higher", note=_SHARES),
+        Metric("recall", "recall", "higher", swept=True, note=_SHARES),
+        Metric("density", "density", "higher", shown=False),  # rises for bad samples
+        Metric("coverage", "coverage", "higher", watched=True, swept=True, note=_SHARES),
+        Metric("nearest_train", "distance to the nearest training image", None, floor=True),
+        Metric("reconstruction_fd", "Fréchet distance of reconstructions", **_FRECHET),
+        Metric("reconstruction_fid", "FID of reconstructions", computed="reconstruction_fd", **_FRECHET),
+        Metric("psnr", "PSNR of reconstructions", "higher", digits=2),
+        Metric("ssim", "SSIM of reconstructions", "higher", digits=4),
+    )
+}
+"""Name without extractor and count -> row, in the order in which tables show them."""
+
+
+def metric_of(name: str) -> Metric:
+    """The row of a metric by its full or short name: "fd/digits-cnn@500", "psnr@200", "val/error".
+
+    A name without a row gets one of its own that is not shown and ranks nothing.
+    """
+    short = name if name.startswith("val/") else name.split("/")[0].split("@")[0]
+    return METRICS.get(short) or Metric(short, short.replace("_", " "), None, shown=False)
