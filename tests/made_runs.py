@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
 from diffbench.config.load import load, to_yaml
+from diffbench.core import tensors
 from diffbench.reports.results import Result
 
 LEVELS = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
@@ -46,7 +47,7 @@ def make_run(
         told = {f"val/error_log_snr_{level:g}": float(v) for level, v in zip(LEVELS, values, strict=True)}
         lines.append({"images": seen, "val/error": float(values.mean()), **told})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save_tensors({"x": torch.zeros(1)}, folder / f"ema-{config.ema.decays[0]}.safetensors", {"images": str(images)})
+    tensors.write(folder / f"ema-{config.ema.decays[0]}.safetensors", {"x": torch.zeros(1)}, {"images": str(images)})
     if image_errors:
         each = np.random.default_rng(7).gamma(4, 0.25, (len(LEVELS), 60))  # the same images for all
         each = profile[:, None] * each / each.mean(1, keepdims=True)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -153,3 +153,20 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[in
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield file.fileno()
+
+
+def cached(path: Path, make: Callable[[], None]) -> Path:
+    """Have `make` write a file if it is missing, and return its path; other processes wait for the one that makes it.
+
+    Args:
+        path: the file. If it is there, nothing is locked or made.
+        make: called without arguments; writes the file atomically.
+
+    Raises:
+        UserError: if the folder cannot be locked.
+    """
+    if not path.exists():
+        with locked(path.parent, wait=True, name=f".{path.name}.lock"):
+            if not path.exists():
+                make()
+    return path

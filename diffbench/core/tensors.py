@@ -1,9 +1,12 @@
-"""Safetensors files that carry a hash of what they hold: written whole or not at all, and never read damaged."""
+"""Tensor files: safetensors with a hash of their content, which no damaged file passes; and states saved by torch."""
 
 import hashlib
 import json
+import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,39 +16,57 @@ from torch import Tensor
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_bytes
 
-SEAL = "content_sha256"
+HASH = "content_sha256"
+"""The metadata's key for the hash."""
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str] | None = None) -> None:
-    """Writes tensors, and `told` with a hash of both into the metadata.
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors, metadata and a hash of both, atomically.
 
     Raises:
         UserError: if the disk is full.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(plain, {**(told or {}), SEAL: _hash(plain, told or {})}))
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stated = dict(metadata or {})
+    write_bytes(path, save(on_cpu, stated | {HASH: _hash(on_cpu, stated)}))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file; one from before there were hashes is taken as it is.
+    """Read the tensors and the metadata of a file that `write` wrote.
 
     Raises:
         UserError: naming the file, if it is not what was written.
     """
     try:
         with safe_open(path, "pt") as file:
-            told = dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path}: damaged ({e}); remove it") from None
-    stated = told.pop(SEAL, None)
-    if stated is not None and stated != _hash(tensors, told):
+    if metadata.pop(HASH, None) != _hash(tensors, metadata):
         raise UserError(f"{path}: damaged (its hash differs); remove it")
-    return tensors, told
+    return tensors, metadata
 
 
-def _hash(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:
-    hashed = hashlib.sha256(json.dumps(dict(told), sort_keys=True).encode())
+def read_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a dictionary that training saved with torch.save; code in the file is never run.
+
+    Raises:
+        UserError: naming the file, if it is damaged or holds anything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch warns of pickles that it then refuses
+            state: Any = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError):
+        raise UserError(f"{path}: damaged, or holds pickled code, which is never run; remove it") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a training state; remove it")
+    return state
+
+
+def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    hashed = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         hashed.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         hashed.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)

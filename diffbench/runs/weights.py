@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from diffbench.config.kinds import BaseConfig, RunConfig
 from diffbench.core import tensors as sealed
 from diffbench.core.errors import UserError
-from diffbench.core.states import read_state
+from diffbench.core.tensors import read_state
 from diffbench.runs.build import build_denoiser, load_data
 from diffbench.runs.folder import read_config
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from diffbench.core import collectives as together
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256, write_text
-from diffbench.core.states import read_state
+from diffbench.core.tensors import read_state
 from diffbench.training.clock import Clock, at_step_end, due
 
 

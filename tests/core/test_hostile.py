@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffbench.cli import main
 from diffbench.commands.compare import _out as report_folder
+from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, sha256
 from diffbench.evaluation import records
@@ -74,7 +75,7 @@ def test_every_place_that_loads_is_a_safe_one() -> None:
     yamls = [(module, call) for module, name, call in calls() if name.startswith("yaml.") and "load" in name]
     assert yamls and all("SafeLoader" in ast.unparse(call) for _, call in yamls)
     # The published Inception archive is TorchScript, whose code knows tensors alone; none but that file is opened so.
-    assert [module for module, name, _ in calls() if name == "torch.jit.load"] == ["evaluation/inception.py"]
+    assert [module for module, name, _ in calls() if name == "torch.jit.load"] == ["metrics/extractors/inception.py"]
     running = {"eval", "exec", "compile", "os.system", "pickle.load", "pickle.loads", "joblib.load", "os.popen"}
     assert [(module, name) for module, name, _ in calls() if name in running] == []
     shells = [module for module, _, call in calls() if constant(call, "shell") is True]
@@ -117,13 +118,11 @@ def test_a_checkpoint_of_something_else(state: object, smoke_run: Path, refused:
 
 
 def test_weights_that_are_a_pickle_or_lie_about_themselves(smoke_run: Path, tmp_path: Path, refused: Refused) -> None:
-    from safetensors.torch import save_file
-
     (export,) = smoke_run.glob("ema-*.safetensors")
     export.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     assert refused("sample", smoke_run).startswith(f"{export}: damaged (")
     assert refused("compare", smoke_run).startswith(f"{export}: damaged (")
-    save_file({"x": torch.zeros(1)}, export, {"images": "many"})
+    tensors.write(export, {"x": torch.zeros(1)}, {"images": "many"})
     for verb in ("sample", "compare"):
         assert refused(verb, smoke_run) == f"{export}: damaged (images='many'); remove it to use the newest checkpoint"
 

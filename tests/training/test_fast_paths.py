@@ -20,7 +20,7 @@ from diffbench.config.load import load as load_config
 from diffbench.config.sample_sections import SampleConfig
 from diffbench.config.sections import OptimizerConfig, TrainerConfig, precision_here
 from diffbench.core.errors import UserError
-from diffbench.core.states import read_state
+from diffbench.core.tensors import read_state
 from diffbench.denoisers import tmsa
 from diffbench.denoisers.tmsa import TMSA, choose_forms, frozen_weights
 from diffbench.diffusion import DiscreteVP, VPConfig

@@ -15,7 +15,7 @@ from diffbench.config.sections import OptimizerConfig
 from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
-from diffbench.core.states import read_state
+from diffbench.core.tensors import read_state
 from diffbench.data.datamodule import PositionDataset, PositionSampler
 from diffbench.data.registry import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS, build
