@@ -1,6 +1,6 @@
 """The networks that are measured, at which batch, and in which variants."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,6 @@ LARGE = {"DiT-XL/2": 128, "DiffiT-XL/2": 128, "DDPM++-CIFAR10-cond": 512, "Diffi
 ATTENTION = {"cpu": ("flash", "math"), "cuda": ("flash", "efficient", "cudnn", "math")}
 """Backends of scaled_dot_product_attention that a device has; the first that can takes a call by default."""
 
-SHORT_TIME = {"short time": "trainer.short_time=true"}
-WHOLE = "trainer.attention_in_parts=false"
-BY_MKL = "trainer.linear_by_onednn=false"
-KEYS = {
-    "optimizer in parts": "optimizer.fused=false",
-    "average one by one": "ema.foreach=false",
-}
-"""Variants by one key, in the full form; on a GPU, where each holds its weights, a DiffiT's short time alone."""
-
 CONVOLUTIONAL = ("unet", "ddpmpp", "diffit")
 
 TINY: dict[str, dict[str, Any]] = {
@@ -59,7 +50,9 @@ class Variant:
     name: str = "default"
     overrides: tuple[str, ...] = ()
     attention: str | None = None
-    """Of `ATTENTION`; None leaves the choice to torch."""
+    """Of `ATTENTION`, for the whole batch at once; "whole" leaves the backend to torch, None parts and backend."""
+    linear_by_mkl: bool = False
+    """Whether linear layers stay with MKL where oneDNN is faster."""
 
 
 def variant(name: str, words: str) -> Variant:
@@ -69,7 +62,7 @@ def variant(name: str, words: str) -> Variant:
         UserError: for a value of bench.attention that there is not.
     """
     own = [word for word in words.split() if word.startswith("bench.")]
-    known = {*ATTENTION["cpu"], *ATTENTION["cuda"]}
+    known = {*ATTENTION["cpu"], *ATTENTION["cuda"], "whole"}
     asked = parse_overrides(own).get("bench", {})
     for key, value in asked.items():
         if key != "attention" or value not in known:
@@ -100,8 +93,6 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     if "variants" not in config.chosen_parts or model not in (config.models or varied):
         return [default]
     found = [variant(*(part.strip() for part in said.split(":", 1))) for said in config.variants or ()]
-    at_once = (WHOLE,) if device == "cpu" and denoiser.startswith("diffit") else ()  # in parts no backend is used
-    found = [replace(v, overrides=at_once + v.overrides) if v.attention else v for v in found]
     whole, blocks = (Variant(n, (f"trainer.compile={n.split()[1]}",)) for n in ("compiled model", "compiled block"))
     if denoiser in CONVOLUTIONAL:
         table = [Variant("channels-first", ("trainer.channels_last=false",))]
@@ -110,20 +101,18 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
         # In the short form the attention of the small one stands for that of the large one.
         brief = not long and config.models is None and model == "DiT-S/2"
         backends = () if brief else ATTENTION[device] if long else ("math",)
-        table = [Variant(f"attention {name}", at_once, name) for name in backends]
+        table = [Variant(f"attention {name}", (), name) for name in backends]
         table += [blocks, whole] if config.full else [blocks] if config.gpu else []
     other = "32-true" if precision(config, device) == "bf16-mixed" else "bf16-mixed"
     if config.full or model == "DiT-S/2" or (denoiser in CONVOLUTIONAL and config.gpu):
         table.append(Variant("fp32" if other == "32-true" else "bf16", (f"trainer.precision={other}",)))
     plain = device == "cpu" and precision(config, device) == "32-true" and mkl_holds_back()
     if plain and denoiser not in CONVOLUTIONAL and (config.full or model == "DiT-S/2"):
-        table.append(Variant("linear by MKL", (BY_MKL,)))
+        table.append(Variant("linear by MKL", linear_by_mkl=True))
     if device == "cuda" and denoiser in CONVOLUTIONAL:
         table.append(Variant("tf32", ("trainer.precision=32-true", "trainer.tf32=true")))
-    keys = dict(SHORT_TIME) if denoiser.startswith("diffit") and long else {}
-    if config.full:
-        keys |= KEYS | ({"attention whole": WHOLE} if denoiser == "diffit" else {})
-    table += [Variant(name, (word,)) for name, word in keys.items()]
+    if config.full and denoiser == "diffit":
+        table.append(Variant("attention whole", (), "whole"))
     return [default, *found, *table]
 
 

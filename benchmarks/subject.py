@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,9 @@ class Subject:
         backend: str = "inductor",
     ) -> None:
         self.config, self.variant, self.device = config, variant, device
-        self.run: Run = Run(Path("bench"), config) if like is None else like.run
+        held_back = patch("diffbench.denoisers.linear.mkl_holds_back", lambda: False)
+        with held_back if variant.linear_by_mkl else contextlib.nullcontext():
+            self.run: Run = Run(Path("bench"), config) if like is None else like.run
         if network is not None:
             self.run.network = network
         self.network = self.run.network.to(device)
@@ -92,6 +95,8 @@ class Subject:
             if self.config.trainer.precision == "bf16-mixed":
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
             if self.variant.attention is not None:
+                stack.enter_context(patch("diffbench.denoisers.tmsa.pays_in_parts", lambda bias: False))
+            if self.variant.attention in BACKENDS:
                 stack.enter_context(sdpa_kernel(BACKENDS[self.variant.attention]))
             yield
 
@@ -112,8 +117,8 @@ class Subject:
                 x, time = self.process.inputs(self.process.add_noise(self.x0, t, eps), t)
                 loss = self.process.losses(self.network(x, time, self.y), self.x0, t, eps).mean()
             loss.backward()
-        if self.config.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
+        if self.config.optimizer.grad_clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.grad_clip_norm)
         self.optimizer.step()
 
     def train(self) -> None:

@@ -41,7 +41,7 @@ SMOKE: dict[str, dict[str, Any]] = {
         "checkpoint_images": 8,
         "sample_images": 16,
     },
-    "optimizer": {"ramp_images": 0, "decay_images": None},
+    "optimizer": {"warmup_images": 0, "decay_images": None},
     "sample": {"steps": "2"},
     "evaluate": {"count": 20, "every_count": 20},
     "validation": {"count": 20},

@@ -20,31 +20,29 @@ class OptimizerConfig:
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
-    ramp_images: int = 0
+    warmup_images: int = 0
     """Images over which the rate rises linearly from zero."""
     decay_images: int | None = None
     """Images at which a cosine decay, begun after the ramp, ends; null keeps the rate constant."""
     final_lr: float = 0.01
     """The rate after the decay, as a share of `lr`."""
-    clip_norm: float | None = None
+    grad_clip_norm: float | None = None
     """Largest norm of the gradient; null for no clipping."""
-    fused: bool = True
-    """One pass over the weights a step; false: operation by operation, the same to rounding."""
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", section="optimizer")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optimizer.betas: must be two numbers in [0, 1), got {self.betas}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"optimizer.clip_norm: must be positive or null, got {self.clip_norm}")
-        for name in ("ramp_images", "weight_decay"):
+        if self.grad_clip_norm is not None and self.grad_clip_norm <= 0:
+            raise ValueError(f"optimizer.grad_clip_norm: must be positive or null, got {self.grad_clip_norm}")
+        for name in ("warmup_images", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name}: must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"optimizer.final_lr: must lie in 0 to 1, got {self.final_lr}")
-        if self.decay_images is not None and self.decay_images <= self.ramp_images:
+        if self.decay_images is not None and self.decay_images <= self.warmup_images:
             raise ValueError(
-                f"optimizer.decay_images: {self.decay_images} must exceed optimizer.ramp_images={self.ramp_images};"
+                f"optimizer.decay_images: {self.decay_images} must exceed optimizer.warmup_images={self.warmup_images};"
                 " allowed: null for a constant rate"
             )
 
@@ -61,8 +59,6 @@ class EMAConfig:
     """At update n the decay is at most (1 + n) / (10 + n)."""
     ramp: float | None = None
     """Instead: the half-life is at most this share of the images seen (EDM: 0.05)."""
-    foreach: bool = True
-    """All weights in one operation; false: one by one, the same bits."""
 
     def in_steps(self, batch_size: int) -> "EMAConfig":
         """The same with `decays` filled in from the half-lives.
@@ -94,7 +90,7 @@ class TrainerConfig:
     """Images to see in all; a longer run extends a finished one."""
     batch_size: int = 128
     """Images of one optimizer step, over all devices."""
-    accumulate: int = 1
+    accumulate_grad_batches: int = 1
     """Micro-batches that make up a step."""
     log_images: int = 12_800
     validate_images: int = 128_000
@@ -121,23 +117,25 @@ class TrainerConfig:
     deterministic: bool = False
     channels_last: bool = True
     """Keeps convolutions in channels-last order: about a tenth faster, the same to rounding."""
-    keep_memory: bool = True
-    """Keeps freed memory in the process, on Linux: up to a seventh faster on a CPU, the same numbers."""
-    resident: bool | None = None
+    data_on_device: bool | None = None
     """Keeps the whole training part on the device; null: on a GPU with four times the room."""
     async_checkpoints: bool | None = None
     """Writes resume states while training goes on, from a copy in memory; null: on a GPU."""
 
     def __post_init__(self) -> None:
-        names = ["max_images", "batch_size", "accumulate", "max_skipped", "devices", "num_nodes", "timeout_s"]
+        names = ["max_images", "batch_size", "accumulate_grad_batches", "max_skipped"]
+        names += ["devices", "num_nodes", "timeout_s"]
         names += [f.name for f in fields(self) if f.name.endswith("_images")]
         check_positive(self, *names, section="trainer")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"trainer.accumulate: {self.accumulate} must divide trainer.batch_size={self.batch_size}")
-        if self.batch_size % (self.accumulate * self.processes):
+        parts = self.accumulate_grad_batches
+        if self.batch_size % parts:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches: {parts} must divide trainer.batch_size={self.batch_size}"
+            )
+        if self.batch_size % (parts * self.processes):
             raise ValueError(
                 f"trainer.batch_size: {self.batch_size} must be a multiple of trainer.devices={self.devices} x"
-                f" trainer.num_nodes={self.num_nodes} x trainer.accumulate={self.accumulate}"
+                f" trainer.num_nodes={self.num_nodes} x trainer.accumulate_grad_batches={parts}"
             )
         if self.strategy != "auto" and self.processes == 1:
             raise ValueError(
@@ -182,15 +180,6 @@ class DenoiserTrainerConfig(TrainerConfig):
     """Probability of each non-leaking change of EDM's augmentation; needs a network with an augmentation input."""
     compile: Literal["none", "block", "model"] = "none"
     """Compiles the network, or each of its blocks (less waiting): the same to rounding. Needs a C++ compiler."""
-    short_time: bool = False
-    """DiffiT's time without its part in the keys, which has no effect, and added to values after attention: the same
-    to rounding, and less to add."""
-    attention_in_parts: bool = True
-    """DiffiT's attention on a CPU for a part of the batch at a time, which caches hold: training steps 2 to 5% shorter,
-    the same to rounding."""
-    linear_by_onednn: bool = True
-    """Large linear layers of float32 by oneDNN on a CPU with AVX-512 that is not Intel's, as MKL uses no more than AVX2
-    there: training steps of DiT-S/2 1.6 times as fast on two cores of an AMD EPYC, the same to rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

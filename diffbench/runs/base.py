@@ -49,8 +49,7 @@ class Trained(ABC, Generic[C]):
 
     def __init__(self, folder: Path, config: C) -> None:
         self.folder, self.config = folder, config
-        if config.trainer.keep_memory:
-            keep_memory()
+        keep_memory()
         torch.manual_seed(config.seed)
         self.network = self.build()
         if config.trainer.channels_last:

@@ -63,11 +63,11 @@ def data_module(
         held_out=held_out,
         seed=config.seed,
         batch_size=config.trainer.batch_size,
-        accumulate=config.trainer.accumulate,
+        accumulate=config.trainer.accumulate_grad_batches,
         num_workers=config.data.num_workers,
         only_first_batch=config.debug == "overfit",
         flip=getattr(config.data, "flip", False),
-        resident=config.trainer.resident,
+        resident=config.trainer.data_on_device,
     )
 
 

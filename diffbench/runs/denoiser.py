@@ -56,9 +56,8 @@ class Run(Trained[RunConfig]):
         self.process = parts.build_process(config.process)
         self.null_label = parts.null_label(config, self.train_set)
         super().__init__(folder, config)
-        choose_forms(self.network, config.trainer.short_time, config.trainer.attention_in_parts)
-        if config.trainer.linear_by_onednn:
-            by_onednn(self.network)
+        choose_forms(self.network, in_parts=True)
+        by_onednn(self.network)
 
     @property
     def denoiser(self) -> nn.Module:

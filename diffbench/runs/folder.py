@@ -18,10 +18,8 @@ DEVICES = {"trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.
 FREE = {
     "trainer.max_images",
     "trainer.max_skipped",
-    "trainer.resident",
+    "trainer.data_on_device",
     "trainer.async_checkpoints",
-    "trainer.keep_memory",
-    "ema.foreach",
     "data.num_workers",
     "runs_dir",
     "tag",

@@ -69,7 +69,7 @@ class Probe:
 def _name(config: RunConfig) -> str:
     values = to_dict(config)
     kept = {key: values[key] for key in ("data", "denoiser", "process", "autoencoder")}
-    kept["batch"] = [config.trainer.batch_size, config.trainer.accumulate, config.trainer.precision]
+    kept["batch"] = [config.trainer.batch_size, config.trainer.accumulate_grad_batches, config.trainer.precision]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -184,11 +184,11 @@ def stopped(config: RunConfig, images: int, given: dict[str, Any]) -> RunConfig:
         k: max(t.batch_size, images // n) for k, n in every.items() if k not in given.get("trainer", {})
     }
     decay = images if o.decay_images is not None else None
-    ramp = min(o.ramp_images, images // 10)
+    ramp = min(o.warmup_images, images // 10)
     return replace(
         config,
         trainer=replace(t, max_images=images, **cadence),
-        optimizer=replace(o, decay_images=decay, ramp_images=ramp),
+        optimizer=replace(o, decay_images=decay, warmup_images=ramp),
     )
 
 

@@ -71,11 +71,7 @@ class EMA(WeightAveraging):
         current = [local(p) for p in self._parameters] if sharded(self._network) else self._parameters
         for decay, average in self.averages.items():
             share = 1 - self.decay_at(self.updates, decay)
-            if self.config.foreach:
-                torch._foreach_lerp_(average, current, share)
-                continue
-            for mean, parameter in zip(average, current, strict=True):
-                mean.lerp_(parameter, share)
+            torch._foreach_lerp_(average, current, share)
         self.updates += 1
 
     def on_train_batch_end(

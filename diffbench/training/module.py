@@ -72,7 +72,7 @@ class Module(L.LightningModule):
         s = self.settings
         kind = AdamW if s.name == "adamw" else Adam
         betas = (s.betas[0], s.betas[1])
-        optimizer = kind(self.network.parameters(), lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=s.fused)
+        optimizer = kind(self.network.parameters(), lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=True)
         schedule = LambdaLR(optimizer, lambda step: lr_factor(s, (step + 1) * self.batch_size))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -91,7 +91,7 @@ class Module(L.LightningModule):
         norm = torch.linalg.vector_norm(
             torch.stack(torch._foreach_norm([p.grad for p in weights if p.grad is not None]))
         )
-        self.grad_norm, most = whole(norm), self.settings.clip_norm
+        self.grad_norm, most = whole(norm), self.settings.grad_clip_norm
         # On a CPU no product by one: there the norm is known, and 1e-6 is what clipping adds to it.
         if most is not None and not (self.grad_norm.is_cpu and float(self.grad_norm) <= most - 1e-6):
             nn.utils.clip_grads_with_norm_(weights, most, norm)
@@ -203,7 +203,7 @@ class DiffusionModule(Module):
 
 def lr_factor(settings: OptimizerConfig, images: int) -> float:
     """Share of the full learning rate once `images` are seen: linear ramp, then constant or a cosine decay."""
-    ramp, end = settings.ramp_images, settings.decay_images
+    ramp, end = settings.warmup_images, settings.decay_images
     rise = min(1.0, images / ramp) if ramp else 1.0
     if end is None:
         return rise

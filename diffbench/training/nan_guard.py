@@ -147,7 +147,8 @@ class Guard(L.Callback):
             levels = f", times {t.min():.4g} to {t.max():.4g}, log-SNR {snr.min():.2f} to {snr.max():.2f}"
         return (
             f"{self.folder}: loss or gradient of {self.row} steps in a row was no finite number, last at step {step:,}"
-            f" ({images:,} images{levels}); lower optimizer.lr, set optimizer.clip_norm or another trainer.precision;"
+            f" ({images:,} images{levels}); lower optimizer.lr, set optimizer.grad_clip_norm or another"
+            " trainer.precision;"
             f" batch and weights are in {path}: python -m diffbench.runs.replaying {path}"
         )
 

@@ -90,7 +90,7 @@ def fit(
             deterministic=settings.deterministic,
             max_steps=settings.max_steps,
             max_epochs=-1,
-            accumulate_grad_batches=settings.accumulate,
+            accumulate_grad_batches=settings.accumulate_grad_batches,
             # At a step's end they act in this order: was it taken, the average, the log, scores, the state of it all.
             callbacks=[guard, averages, log, *scores(log, averages), save_state],
             plugins=[states, _environment(), *_scaled(settings)],

@@ -198,20 +198,16 @@ def test_linear_layers_by_mkl_are_a_variant_where_they_are_slower(held: bool, mo
     assert not there("DiT-S/2", "cuda", BenchConfig()) and not there("ADM-S/32", "cpu", BenchConfig(full=True))
 
 
-def test_a_backend_of_ones_own_is_not_passed_by_attention_in_parts() -> None:
+def test_a_backend_of_ones_own_is_a_variant() -> None:
     def found(model: str, device: str, words: str) -> cases.Variant:
         form = BenchConfig(models=[model], variants=[f"mine: {words}"])
         return cases.variants(form, model, cases.run_config(form, model, device), device)[1]
 
-    whole = "trainer.attention_in_parts=false"
-    assert found("DiffiT-S/2", "cpu", "bench.attention=math") == cases.Variant("mine", (whole,), "math")
+    assert found("DiffiT-S/2", "cpu", "bench.attention=math") == cases.Variant("mine", (), "math")
     assert found("DiffiT-S/2", "cpu", "trainer.tf32=true").overrides == ("trainer.tf32=true",)
-    assert found(cases.DIGITS[1], "cpu", "bench.attention=flash ema.foreach=false").overrides == (
-        whole,
-        "ema.foreach=false",
+    assert found(cases.DIGITS[1], "cpu", "bench.attention=flash trainer.tf32=true") == cases.Variant(
+        "mine", ("trainer.tf32=true",), "flash"
     )
-    assert found("DiffiT-S/2", "cuda", "bench.attention=math").overrides == ()
-    assert found("DiT-S/2", "cpu", "bench.attention=math").overrides == ()
 
 
 def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +237,7 @@ def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> Non
         (["variants=[fast]"], "variants: must be as 'plain: trainer.channels_last=false', got 'fast'"),
         (
             ["variants=['x: bench.attention=all']", *TINY],
-            "variants: bench.attention=all is unknown; choose from bench.attention=cudnn|efficient|flash|math",
+            "variants: bench.attention=all is unknown; choose from bench.attention=cudnn|efficient|flash|math|whole",
         ),
         (["other=torch"], "other: must be package.module:function, got 'torch'"),
         (["baseline=none.json"], "baseline: none.json: No such file or directory; name a JSON that it wrote"),

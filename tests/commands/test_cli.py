@@ -246,7 +246,12 @@ def test_init_from_another_network_or_an_untrained_run(
 
 
 def test_overfit_learns_its_batch(tmp_path: Path) -> None:
-    settings = ["trainer.batch_size=16", "trainer.max_images=6400", "trainer.log_images=160", "optimizer.ramp_images=0"]
+    settings = [
+        "trainer.batch_size=16",
+        "trainer.max_images=6400",
+        "trainer.log_images=160",
+        "optimizer.warmup_images=0",
+    ]
     run = diffbench.train(DIT, ["debug=overfit", *settings, *SMALL, "tag=x", f"runs_dir={tmp_path}"])
     assert run.folder == tmp_path / "digits" / "dit-overfit-x-s0"
     losses = [json.loads(line).get("train/loss") for line in (run.folder / "metrics.jsonl").read_text().splitlines()]

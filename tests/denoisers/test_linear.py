@@ -147,15 +147,18 @@ def test_whom_mkl_holds_back(
         mkl_holds_back.cache_clear()
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_the_key(wanted: bool, calls: list[tuple[int, ...]]) -> None:
-    run = Run(Path("run"), load_config(DIT, [f"trainer.linear_by_onednn={str(wanted).lower()}"]))
-    assert {type(m) for m in run.network.modules() if isinstance(m, nn.Linear)} == {
-        PixelLinear if wanted else nn.Linear
-    }
+@pytest.mark.parametrize("held", [True, False])
+def test_a_run_uses_onednn_where_mkl_holds_back(
+    held: bool, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "mkl_holds_back", lambda: held)
+    run = Run(Path("run"), load_config(DIT))
+    assert {type(m) for m in run.network.modules() if isinstance(m, nn.Linear)} == {PixelLinear if held else nn.Linear}
 
 
-def test_a_run_ends_with_the_same_weights_and_goes_on_bit_for_bit(tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
+def test_a_run_ends_with_the_same_weights_and_goes_on_bit_for_bit(
+    tmp_path: Path, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def state(folder: str, *changes: str) -> dict[str, Any]:
         words = [*TINY, *CASES["dit"], "sample.steps='2'", f"runs_dir={tmp_path / folder}", *changes]
         train(DIT, [*words, "trainer.max_images=40"])
@@ -166,7 +169,9 @@ def test_a_run_ends_with_the_same_weights_and_goes_on_bit_for_bit(tmp_path: Path
     words = [*TINY, *CASES["dit"], "sample.steps='2'", f"runs_dir={tmp_path / 'twice'}", "trainer.max_images=16"]
     once, _ = state("once"), train(DIT, words)
     assert calls
-    twice, plain = state("twice"), state("plain", "trainer.linear_by_onednn=false")
+    twice = state("twice")
+    monkeypatch.setattr(linear, "mkl_holds_back", lambda: False)
+    plain = state("plain")
     for part in ("state_dict", "optimizer_states"):
         assert_equal(once[part], twice[part], part)
     assert all((value - plain["state_dict"][key]).abs().max() < 1e-5 for key, value in once["state_dict"].items())

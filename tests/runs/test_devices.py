@@ -23,7 +23,7 @@ TINY = [
     "trainer.sample_images=160",
     "trainer.precision=64-true",
     "optimizer.lr=0.01",
-    "optimizer.ramp_images=320",
+    "optimizer.warmup_images=320",
     "ema.decays=[0.9,0.99]",
     "data.held_out=41",  # does not divide
     "sample.steps='2'",
@@ -129,7 +129,7 @@ def test_two_processes_take_up_the_run_of_one(one: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "processes"), [("dit", 4), ("unet", 2), ("diffit", 2)])
 def test_more_processes_and_other_networks_in_single_precision(model: str, processes: int, tmp_path: Path) -> None:
-    more = ["trainer.precision=32-true", "trainer.accumulate=2", "trainer.time_sampling=stratified"]
+    more = ["trainer.precision=32-true", "trainer.accumulate_grad_batches=2", "trainer.time_sampling=stratified"]
     alone = trained(tmp_path / "alone", 50, *more, model=model)
     run = trained(tmp_path / "more", 50, *more, f"trainer.devices={processes}", model=model)
     a, b = series(alone)["train/loss"], series(run)["train/loss"]
@@ -142,7 +142,7 @@ def test_more_processes_and_other_networks_in_single_precision(model: str, proce
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_reduced_precision_in_two_processes(precision: str, tmp_path: Path) -> None:
     """Scale, skipped steps and losses are those of one process; products have 8 or 11 bits."""
-    more = [f"trainer.precision={precision}", "trainer.accumulate=2"]
+    more = [f"trainer.precision={precision}", "trainer.accumulate_grad_batches=2"]
     alone, run = trained(tmp_path / "alone", 30, *more), trained(tmp_path / "two", 30, *more, "trainer.devices=2")
     a, b = series(alone), series(run)
     assert b["train/skipped_steps"] == a["train/skipped_steps"]
@@ -152,7 +152,7 @@ def test_reduced_precision_in_two_processes(precision: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_losses_lead_two_processes_to_the_same_times(tmp_path: Path) -> None:
-    more = ["trainer.time_sampling=loss_aware", "process.steps=8", "trainer.accumulate=2"]
+    more = ["trainer.time_sampling=loss_aware", "process.steps=8", "trainer.accumulate_grad_batches=2"]
     more += ["validation.log_snr=[-6,-2,2]"]  # what eight steps reach
     alone, run = trained(tmp_path / "alone", 50, *more), trained(tmp_path / "two", 50, *more, "trainer.devices=2")
     assert series(run)["train/loss"] == pytest.approx(series(alone)["train/loss"], rel=1e-9)
@@ -163,8 +163,9 @@ def test_losses_lead_two_processes_to_the_same_times(tmp_path: Path) -> None:
 
 REFUSED = {
     "trainer.devices=3": "trainer.batch_size: 64 must be a multiple of trainer.devices=3 x trainer.num_nodes=1 x"
-    " trainer.accumulate=1",
-    "trainer.devices=2 trainer.accumulate=64": "trainer.batch_size: 64 must be a multiple of trainer.devices=2 x",
+    " trainer.accumulate_grad_batches=1",
+    "trainer.devices=2 trainer.accumulate_grad_batches=64": "trainer.batch_size: 64 must be a multiple of"
+    " trainer.devices=2 x",
     "trainer.devices=0": "trainer.devices: must be positive, got 0",
     "trainer.devices=2 trainer.strategy=fsdp trainer.precision=64-true": "trainer.precision: 64-true does not go with"
     " trainer.strategy=fsdp; allowed: 32-true, bf16-mixed",

@@ -56,7 +56,7 @@ def test_imagenet_recipes_are_the_papers() -> None:
     dit, diffit = config("dit-xl-2"), config("diffit-xl-2")
     for c in (dit, diffit):
         o, t, s = c.optimizer, c.trainer, c.sample
-        assert (o.name, o.betas, o.weight_decay, o.ramp_images, o.decay_images, o.clip_norm) == (
+        assert (o.name, o.betas, o.weight_decay, o.warmup_images, o.decay_images, o.grad_clip_norm) == (
             "adamw", [0.9, 0.999], 0.0, 0, None, None,
         )  # fmt: skip
         assert (c.process.steps, c.process.schedule, c.process.loss) == (1000, "linear", "hybrid")

@@ -77,8 +77,8 @@ def test_recipes_state_what_the_papers_do() -> None:
     recipe = {Path(path).stem: load(path) for path in RECIPES}
     dit, sit, adm = recipe["dit"], recipe["sit"], recipe["adm"]
     assert (dit.process.schedule, dit.process.variance, dit.process.loss) == ("linear", "learned_range", "hybrid")
-    assert (dit.optimizer.name, dit.optimizer.weight_decay, dit.optimizer.clip_norm) == ("adamw", 0.0, None)
-    assert (dit.optimizer.decay_images, dit.optimizer.ramp_images, dit.ema.warmup) == (None, 0, False)
+    assert (dit.optimizer.name, dit.optimizer.weight_decay, dit.optimizer.grad_clip_norm) == ("adamw", 0.0, None)
+    assert (dit.optimizer.decay_images, dit.optimizer.warmup_images, dit.ema.warmup) == (None, 0, False)
     assert (sit.process.name, sit.process.path, sit.sample.sampler) == ("flow", "linear", "euler_maruyama")
     assert (adm.process.schedule, adm.denoiser.resblock_updown, adm.trainer.label_dropout) == ("cosine", True, 0.0)
     for name in ("ddpmpp", "diffit"):
@@ -160,7 +160,7 @@ def test_ema_half_lives_and_their_ramp() -> None:
 def test_a_loss_aware_run_resumes_exactly_and_is_marked_unpaired(tmp_path: Path, capsys: Capture) -> None:
     small = [*TINY, "process.steps=25", "process.schedule=linear", "sample.steps='5'", "validation.log_snr=[0]"]
     small += ["trainer.time_sampling=loss_aware", "trainer.batch_size=8", "trainer.checkpoint_images=400"]
-    small += ["optimizer.ramp_images=0", "optimizer.decay_images=null", "trainer.sample_images=1e9"]
+    small += ["optimizer.warmup_images=0", "optimizer.decay_images=null", "trainer.sample_images=1e9"]
     whole = train(DIT, [*small, "trainer.max_images=800", f"runs_dir={tmp_path / 'whole'}"])
     train(DIT, [*small, "trainer.max_images=400", f"runs_dir={tmp_path / 'parts'}"])
     parts = train(DIT, [*small, "trainer.max_images=800", f"runs_dir={tmp_path / 'parts'}"])

@@ -21,7 +21,7 @@ TINY = [
     "trainer.validate_images=64",
     "trainer.checkpoint_images=40",  # every 5 steps, out of step with the log
     "trainer.sample_images=160",
-    "optimizer.ramp_images=100",
+    "optimizer.warmup_images=100",
     "optimizer.decay_images=320",
     "ema.decays=[0.9,0.99]",
     "data.held_out=40",
@@ -29,8 +29,13 @@ TINY = [
 ]
 CASES = {
     "dit": ["denoiser.hidden_size=32", "denoiser.depth=2", "denoiser.dropout=0.1"],
-    "unet": ["denoiser.model_channels=8", "denoiser.dropout=0.1", "trainer.accumulate=2", "data.num_workers=2"],
-    "diffit": ["denoiser.channels=[8,16]", "denoiser.time_dim=16", "trainer.accumulate=2"],
+    "unet": [
+        "denoiser.model_channels=8",
+        "denoiser.dropout=0.1",
+        "trainer.accumulate_grad_batches=2",
+        "data.num_workers=2",
+    ],
+    "diffit": ["denoiser.channels=[8,16]", "denoiser.time_dim=16", "trainer.accumulate_grad_batches=2"],
 }
 KILL = """
 import os, signal, sys

@@ -159,7 +159,7 @@ def test_a_gpu_trains_in_bfloat16_by_itself(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in run.network.parameters())
 
 
-@pytest.mark.parametrize("changes", [["trainer.tf32=true"], ["trainer.short_time=true"], ["trainer.compile=block"]])
+@pytest.mark.parametrize("changes", [["trainer.tf32=true"], ["trainer.compile=block"]])
 def test_fast_training_ends_near_the_exact_one(changes: list[str], tmp_path: Path) -> None:
     common = [*SHORT, "trainer.max_images=640", "trainer.precision=32-true", f"runs_dir={tmp_path}"]
     ends = [train("experiments/digits/diffit-latent.yaml", [*common, *more]) for more in ([], changes)]

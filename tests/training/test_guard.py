@@ -85,7 +85,13 @@ def test_a_step_is_skipped_with_everything_as_it_was(
 
 
 def test_a_row_of_them_ends_training_and_can_be_seen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = [*TINY, f"runs_dir={tmp_path}", "trainer.max_skipped=3", "trainer.accumulate=2", "optimizer.lr=1e38"]
+    argv = [
+        *TINY,
+        f"runs_dir={tmp_path}",
+        "trainer.max_skipped=3",
+        "trainer.accumulate_grad_batches=2",
+        "optimizer.lr=1e38",
+    ]
     with pytest.raises(UserError) as caught:
         train(DIT, argv)
     (folder,) = (tmp_path / "digits").iterdir()

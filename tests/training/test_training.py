@@ -90,9 +90,9 @@ def test_label_dropout_needs_a_null_class() -> None:
 
 
 def test_learning_rate_follows_images() -> None:
-    constant = OptimizerConfig(ramp_images=1000)
+    constant = OptimizerConfig(warmup_images=1000)
     assert [lr_factor(constant, n) for n in (100, 1000, 10**9)] == [0.1, 1.0, 1.0]
-    decayed = OptimizerConfig(ramp_images=1000, decay_images=3000, final_lr=0.1)
+    decayed = OptimizerConfig(warmup_images=1000, decay_images=3000, final_lr=0.1)
     assert [lr_factor(decayed, n) for n in (500, 1000, 3000, 9000)] == pytest.approx([0.5, 1.0, 0.1, 0.1])
     assert lr_factor(decayed, 2000) == pytest.approx(0.1 + 0.9 * 0.5)
 
