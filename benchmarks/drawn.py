@@ -16,7 +16,7 @@ from benchmarks.subject import Subject
 from diffbench.config.sample_sections import SampleConfig
 from diffbench.runs import build
 from diffbench.sampling.cost import network_evaluations
-from diffbench.sampling.sampler import generate
+from diffbench.sampling.sampler import Sampler
 
 GUIDANCE = 1.5
 PLAN = {"cpu": ("DiT-S/2", 8, 10), "cuda": ("DiT-XL/2", 256, 250), "tiny": ("DiT-S/2", 4, 2)}
@@ -71,9 +71,9 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
 def draw(subject: Subject, settings: SampleConfig) -> float:
     """Seconds of drawing `settings.batch_size` samples at once, latents as they are: nothing decodes them."""
     labels = torch.arange(settings.batch_size) % max(1, subject.config.data.num_classes)
-    null, shape = subject.run.null_label, subject.run.shape
+    sampler = Sampler(subject.network, subject.process, subject.run.shape, subject.run.null_label, raw=True)
     synchronize(subject.device)
     started = time.perf_counter()
-    generate(subject.network, subject.process, settings, labels, shape, null_label=null, decode=torch.Tensor.float)
+    sampler(labels, settings)
     synchronize(subject.device)
     return time.perf_counter() - started

@@ -13,10 +13,9 @@ from benchmarks.figures import slope, spread
 from benchmarks.settings import BenchConfig
 from benchmarks.subject import Subject
 from diffbench.core import rng
-from diffbench.core.pixels import to_uint8
 from diffbench.metrics.functional import frechet
 from diffbench.metrics.streaming import Moments
-from diffbench.sampling.sampler import generate
+from diffbench.sampling.sampler import Sampler
 
 Row = dict[str, Any]
 
@@ -90,8 +89,8 @@ def _sampling(config: BenchConfig, device: torch.device, count: int) -> Work:
     subject = Subject(digits, Variant(), device)
     settings = replace(digits.sample.unguided(), steps="5", batch_size=64)
     labels = torch.zeros(count, dtype=torch.int64)
-    shape = subject.run.shape
-    return Work("samples", lambda: generate(subject.network, subject.process, settings, labels, shape, decode=to_uint8))
+    sampler = Sampler(subject.network, subject.process, subject.run.shape)
+    return Work("samples", lambda: sampler(labels, settings))
 
 
 def _distance(config: BenchConfig, device: torch.device, count: int) -> Work:

@@ -16,12 +16,11 @@ from benchmarks.cases import Variant
 from benchmarks.clock import Work
 from diffbench.config.kinds import RunConfig
 from diffbench.core import rng
-from diffbench.denoisers.tmsa import frozen_weights
 from diffbench.diffusion import predictor
 from diffbench.runs.denoiser import Run
 from diffbench.sampling.cost import network_evaluations
 from diffbench.sampling.guided import guided
-from diffbench.sampling.sampler import walk
+from diffbench.sampling.sampler import inference, run_sampler
 from diffbench.training.ema import EMA
 from diffbench.training.speed import compile_network, float32_products
 
@@ -136,8 +135,8 @@ class Subject:
         def noise(step: int) -> Tensor:
             return rng.normal(key, self.position + len(self.position) * (step + 1), self.run.shape).to(self.x0)
 
-        with self.mode(), frozen_weights(self.network):
-            walk(guided(predict, self.y, self.process, settings), noise, self.process, settings)
+        with self.mode(), inference(self.network):
+            run_sampler(guided(predict, self.y, self.process, settings), noise, self.process, settings)
 
     @property
     def products(self) -> str:

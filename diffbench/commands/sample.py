@@ -70,9 +70,9 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[Path]:
     if run.raw and (asked.strip or asked.gif):
         raise UserError(f"{COMMAND_LINE}: {'strip' if asked.strip else 'gif'}: {run.shape[0]} channels make no picture")
     from diffbench.sampling.images import save_grid, save_npz, save_png
-    from diffbench.sampling.trajectory import Steps
+    from diffbench.sampling.trajectory import Trajectory
 
-    steps = Steps(decode=run.decode)
+    steps = Trajectory(run.sampler(run.config.sample.unguided()).images)
     with blaming([(COMMAND_LINE, values)]):
         images = run.sample_tensor(
             asked.n, asked.labels, seed=asked.seed, callback=steps if asked.strip or asked.gif else None, **changes

@@ -39,10 +39,10 @@ def side_by_side(autoencoder: KLAutoencoder, images: Tensor, columns: int = 10) 
 
 @torch.no_grad()
 def decode(autoencoder: KLAutoencoder, latents: Tensor) -> Tensor:
-    """Latents (N, c, h, w) as denoisers see them to pictures (N, C, H, W) uint8, on the latents' device."""
+    """Latents (N, c, h, w) as denoisers see them to pixels (N, C, H, W) in about [-1, 1], on the latents' device."""
     dtype, factor = next(autoencoder.to(latents.device).parameters()).dtype, autoencoder.config.factor
     parts = latents.to(dtype).split(at_once(latents.shape[2] * factor, latents.shape[3] * factor))
-    return torch.cat([to_uint8(autoencoder.decode(autoencoder.unscaled(part))) for part in parts])
+    return torch.cat([autoencoder.decode(autoencoder.unscaled(part)) for part in parts])
 
 
 @torch.no_grad()

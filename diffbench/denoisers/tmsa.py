@@ -1,7 +1,7 @@
 """Time-dependent multi-head self-attention (TMSA) and the DiffiT block: one module for latents, images and U-Nets."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -118,6 +118,15 @@ class TMSA(nn.Module):
         if self.keeps_bias and not torch.compiler.is_compiling():
             self.kept = bias
         return bias
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Gather the bias only once inside the block, in which the weights must stay as they are."""
+        self.keeps_bias = True
+        try:
+            yield
+        finally:
+            self.keeps_bias, self.kept = False, None
 
     def _pairs(self, table: Tensor) -> Tensor:
         """Of (B, heads, rows) that of each pair of tokens, (B, heads, N, N), in an eighth of table[index]'s time."""
@@ -255,14 +264,11 @@ def frozen_weights(net: nn.Module) -> Iterator[None]:
 
     What is kept goes with the block, also after an exception: nothing can be stale outside of it.
     """
-    attentions = [module for module in net.modules() if isinstance(module, TMSA)]
-    try:
-        for module in attentions:
-            module.keeps_bias = True
+    with ExitStack() as stack:
+        for module in net.modules():
+            if isinstance(module, TMSA):
+                stack.enter_context(module.inference())
         yield
-    finally:
-        for module in attentions:
-            module.keeps_bias, module.kept = False, None
 
 
 def per_window(c: Tensor, tokens: Tensor) -> Tensor:

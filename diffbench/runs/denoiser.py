@@ -17,7 +17,6 @@ from diffbench.config.sample_sections import SampleConfig
 from diffbench.core import ranks
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
-from diffbench.core.pixels import to_uint8
 from diffbench.data.coding import decode
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
@@ -33,7 +32,8 @@ from diffbench.runs.base import Trained, open_run
 if TYPE_CHECKING:
     from lightning import Callback, LightningDataModule
 
-    from diffbench.sampling.guided import Helpers
+    from diffbench.sampling.guided import GuidanceModels
+    from diffbench.sampling.sampler import Sampler
     from diffbench.training.ema import EMA
     from diffbench.training.logger import RunLog
     from diffbench.training.module import DiffusionModule
@@ -82,12 +82,6 @@ class Run(Trained[RunConfig]):
             )
         return net
 
-    def decode(self, x: Tensor) -> Tensor:
-        """What the network works on, (N, *shape), to pictures (N, C, H, W) uint8; float32 where it makes none."""
-        if self.raw:
-            return x.float()
-        return to_uint8(x) if self.autoencoder is None else decode(self.autoencoder, x)
-
     def build(self) -> nn.Module:
         return parts.build_denoiser(self.config, self.train_set)
 
@@ -110,7 +104,7 @@ class Run(Trained[RunConfig]):
     def check(cls, config: RunConfig) -> None:
         parts.check(config)
         if config.sample.weak_model is not None or config.sample.classifier is not None:
-            helpers(config.sample, config, spaces.shape(config, parts.load_data(config)[0]))
+            guidance_models(config.sample, config, spaces.shape(config, parts.load_data(config)[0]))
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
@@ -156,7 +150,7 @@ class Run(Trained[RunConfig]):
         return [
             Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images),
             *self._distances(log, ema),
-            SampleGrid(log, ema, c.sample, self.shape, classes, t.sample_images, self.helpers(c.sample), self.decode),
+            SampleGrid(log, ema, self.sampler(c.sample), c.sample, classes, t.sample_images),
         ]
 
     def _distances(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
@@ -168,11 +162,27 @@ class Run(Trained[RunConfig]):
         against = judging.in_training(e, self.train_set, parts.device_of(c.trainer.accelerator))
         suite, classes = partial(against.suite, brief=True), self.train_set.num_classes
         how = c.sample.unguided()
-        return [Distance(log, ema, suite, how, self.shape, classes, e.every_images, c.seed, e.best, decode=self.decode)]
+        return [Distance(log, ema, suite, self.sampler(how), how, classes, e.every_images, c.seed, e.best)]
 
-    def helpers(self, settings: SampleConfig) -> "Helpers":
-        """The networks that guide besides the denoiser; see `helpers`."""
-        return helpers(settings, self.config, self.shape)
+    def guidance_models(self, settings: SampleConfig) -> "GuidanceModels":
+        """The networks that guide besides the denoiser; see `guidance_models`."""
+        return guidance_models(settings, self.config, self.shape)
+
+    def sampler(self, settings: SampleConfig) -> "Sampler":
+        """What draws images from the network, guided as the settings say."""
+        from diffbench.sampling.sampler import Sampler
+
+        autoencoder = self.autoencoder  # missed now rather than after hours of sampling
+        return Sampler(
+            self.denoiser,
+            self.process,
+            self.shape,
+            self.null_label,
+            self.guidance_models(settings),
+            decode=None if autoencoder is None else partial(decode, autoencoder),
+            raw=self.raw,
+            name=str(self.folder),
+        )
 
     def sample(
         self,
@@ -234,25 +244,10 @@ class Run(Trained[RunConfig]):
         progress: Callable[[int], None] | None = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """Pictures (N, C, H, W) uint8 of labels (N,), or raw float32; see `training.sampling.generate`."""
-        from diffbench.sampling.sampler import generate  # imports Lightning
-
+        """Images (N, C, H, W) uint8 of labels (N,), or raw float32; see `Sampler`."""
         settings = settings or self.config.sample
-        _ = self.autoencoder  # missed now rather than after hours of sampling
-        return generate(
-            self.denoiser,
-            self.process,
-            settings,
-            labels,
-            self.shape,
-            null_label=self.null_label,
-            helpers=self.helpers(settings),
-            seed=seed,
-            first=first,
-            decode=self.decode,
-            progress=progress,
-            callback=callback,
-        )
+        sampler = self.sampler(settings)
+        return sampler(labels, settings, seed=seed, first=first, progress=progress, callback=callback)
 
     def pictures(self, n: int) -> Tensor:
         """Samples of the classes in turn."""
@@ -274,13 +269,13 @@ def load(folder: str | Path, ema: float | None = None) -> Run:
     return run
 
 
-def helpers(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "Helpers":
+def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "GuidanceModels":
     """The networks that guide a denoiser of this config and shape, as `weak_model` and `classifier` name them.
 
     Raises:
         ValueError: if a folder holds no such run, or one that does not fit.
     """
-    from diffbench.sampling.guided import Helpers
+    from diffbench.sampling.guided import GuidanceModels
 
     weak = judge = None
     with naming_key("sample.weak_model"):
@@ -298,7 +293,7 @@ def helpers(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -
             if (found.shape, found.process.noising()) != (shape, noising):
                 raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
             judge = found.network
-    return Helpers(weak, judge)
+    return GuidanceModels(weak, judge)
 
 
 @contextlib.contextmanager

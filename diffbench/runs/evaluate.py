@@ -16,7 +16,7 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import COMMAND_LINE, parse_overrides
 from diffbench.config.load import change
 from diffbench.config.sample_sections import SampleConfig
-from diffbench.core import pixels, ranks
+from diffbench.core import ranks
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.launcher import launch
 from diffbench.core.progress import progress, span
@@ -138,10 +138,10 @@ def _record(
 
 def samples_of(run: Run, config: RunConfig, how: SampleConfig) -> Shards:
     """The place of a run's samples; what they depend on names it."""
-    helpers = run.helpers(how)
+    models = run.guidance_models(how)
     what = {
         "weights": state_hash(run.network),
-        "helpers": [state_hash(n) for n in (helpers.weak_model, helpers.classifier) if n is not None],
+        "helpers": [state_hash(n) for n in (models.weak_model, models.classifier) if n is not None],
         "autoencoder": None if run.autoencoder is None else run.autoencoder.fingerprint,
         "process": dataclasses.asdict(config.process),
         "sample": how.numbers(),
@@ -169,7 +169,7 @@ def draw(run: Run, how: SampleConfig, shards: Shards, seed: int, rank: int = 0, 
     """
     from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation  # imports Lightning
 
-    evaluations = network_evaluations(run.process, how)
+    sampler, evaluations = run.sampler(how), network_evaluations(run.process, how)
     labels, started = labels_of(run, shards.count), time.perf_counter()
     missing = left = shards.count - shards.present()
     estimate = 0.0
@@ -184,12 +184,12 @@ def draw(run: Run, how: SampleConfig, shards: Shards, seed: int, rank: int = 0, 
         left = shards.count - shards.present()
     if left:
         batch = min(how.batch_size, left)
-        estimate = left * evaluations * seconds_per_evaluation(run.network, run.process, run.shape, batch)
+        estimate = left * evaluations * seconds_per_evaluation(sampler, batch)
         print(
             f"{left:,} samples by {how.sampler}, {evaluations} network evaluations each: about {span(estimate)}",
             flush=True,
         )
-    with pixels.tally() as tally, _progress("samples", shards.count, estimate) as advance:
+    with _progress("samples", shards.count, estimate) as advance:
 
         def one(first: int, count: int) -> Tensor:
             done = 0
@@ -199,17 +199,14 @@ def draw(run: Run, how: SampleConfig, shards: Shards, seed: int, rank: int = 0, 
                 advance(now - done)
                 done = now
 
-            images = run.generate(labels[first : first + count], how, seed, first, told)
-            if tally.nonfinite:
-                raise UserError(f"{run.folder}: {tally.nonfinite} values of the samples are no numbers")
-            return images
+            return sampler(labels[first : first + count], how, seed=seed, first=first, progress=told)
 
         shards.fill(one, advance, rank, world)
     return {
         "network_evaluations": evaluations,
         "seconds": time.perf_counter() - started,
         "drawn": missing,
-        "clipped": tally.clipped / tally.values if tally.values else None,
+        "clipped": sampler.clipped / sampler.values if sampler.values else None,
     }
 
 

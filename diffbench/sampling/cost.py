@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffbench.config.sample_sections import SampleConfig
 from diffbench.diffusion import Prediction, Process
 from diffbench.sampling.guided import guided
-from diffbench.sampling.sampler import walk
+from diffbench.sampling.sampler import Sampler, inference, run_sampler
 
 PROBE = 64
 """Samples whose time is taken."""
@@ -19,7 +19,7 @@ PROBE = 64
 
 @torch.no_grad()
 def network_evaluations(process: Process, config: SampleConfig) -> int:
-    """How often a network is evaluated for one sample, found by walking the sampler without one.
+    """How often a network is evaluated for one sample, found by running the sampler without one.
 
     Guidance away from the null class or a weaker model counts twice where its weight is not 1; a classifier's gradient
     is not counted. An adaptive sampler takes at least as many.
@@ -33,23 +33,20 @@ def network_evaluations(process: Process, config: SampleConfig) -> int:
 
     config = replace(config, weak_model=None, classifier=None)
     ask = guided(predict, torch.zeros(1, dtype=torch.int64), process, config, null_label=0)
-    walk(ask, lambda step: torch.ones(1, 1, 1, 1, dtype=torch.float64), process, config)
+    run_sampler(ask, lambda step: torch.ones(1, 1, 1, 1, dtype=torch.float64), process, config)
     return count
 
 
 @torch.no_grad()
-def seconds_per_evaluation(denoiser: nn.Module, process: Process, shape: tuple[int, ...], batch: int) -> float:
+def seconds_per_evaluation(sampler: Sampler, batch: int) -> float:
     """Seconds of one evaluation of the denoiser for one sample, in batches of `batch` (64 at most)."""
-    parameter = next(denoiser.parameters())
+    parameter = next(sampler.denoiser.parameters())
     batch = min(batch, PROBE)
-    x = torch.zeros(batch, *shape, device=parameter.device, dtype=parameter.dtype)
-    t = process.time(torch.full((batch,), 0.5, dtype=torch.float64, device=x.device)).to(x)
+    x = torch.zeros(batch, *sampler.shape, device=parameter.device, dtype=parameter.dtype)
+    t = sampler.process.time(torch.full((batch,), 0.5, dtype=torch.float64, device=x.device)).to(x)
     y = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    training = denoiser.training
-    denoiser.eval()
-    seconds = timed(lambda: denoiser(x, t, y), x.device)
-    denoiser.train(training)
-    return seconds / batch
+    with inference(sampler.denoiser):
+        return timed(lambda: sampler.denoiser(x, t, y), x.device) / batch
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:

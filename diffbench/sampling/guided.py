@@ -22,16 +22,16 @@ from diffbench.diffusion.process import LabelledPredict
 
 
 @dataclass(frozen=True)
-class Helpers:
-    """The networks that guide besides the denoiser, each on its device and in eval mode."""
+class GuidanceModels:
+    """The networks that guide besides the denoiser, in eval mode."""
 
     weak_model: nn.Module | None = None
     """(x, t, y) -> output under the same process: what autoguidance leads away from."""
     classifier: nn.Module | None = None
     """(x, t) -> logits (B, num_classes) of noisy images, scaled as the process scales them."""
 
-    def to(self, device: torch.device) -> "Helpers":
-        """The same, on a device."""
+    def to(self, device: torch.device) -> "GuidanceModels":
+        """Move them to a device."""
         for network in (self.weak_model, self.classifier):
             if network is not None:
                 network.to(device)
@@ -44,7 +44,7 @@ def guided(
     process: Process,
     config: SampleConfig,
     null_label: int | None = None,
-    helpers: Helpers = Helpers(),
+    models: GuidanceModels = GuidanceModels(),
 ) -> Predict:
     """The predictor of images of labels y (B,), guided as the config says.
 
@@ -54,9 +54,9 @@ def guided(
     if config.guidance == 1:
         plain: Predict = lambda x, t: predict(x, t, y)  # noqa: E731
     elif config.weak_model is not None:
-        if helpers.weak_model is None:
+        if models.weak_model is None:
             raise ValueError(f"sample.weak_model: {config.weak_model} was not loaded")
-        weak = predictor(process, helpers.weak_model)
+        weak = predictor(process, models.weak_model)
         plain = autoguidance(predict, weak, y, _weight(process, config), config.guidance_channels)
     elif null_label is None:
         raise ValueError(f"guidance {config.guidance} needs a network with a null class; this one was trained without")
@@ -64,9 +64,9 @@ def guided(
         plain = classifier_free(predict, y, null_label, _weight(process, config), config.guidance_channels)
     if config.classifier is None or config.classifier_scale == 0:
         return plain
-    if helpers.classifier is None:
+    if models.classifier is None:
         raise ValueError(f"sample.classifier: {config.classifier} was not loaded")
-    return classifier_guidance(plain, gradient_of(helpers.classifier, process, y), process, config.classifier_scale)
+    return classifier_guidance(plain, gradient_of(models.classifier, process, y), process, config.classifier_scale)
 
 
 def gradient_of(classifier: nn.Module, process: Process, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

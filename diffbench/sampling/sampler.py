@@ -1,7 +1,9 @@
-"""Samples from a trained denoiser: sample i's noise is a function of (seed, i), whatever the batch or device."""
+"""Images from a trained denoiser: sample i's noise is a function of (seed, i), whatever the batch or device."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,117 +12,181 @@ from torch import Tensor, nn
 from diffbench.config.sample_sections import SampleConfig
 from diffbench.core import collectives as together
 from diffbench.core import rng
+from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
-from diffbench.denoisers.tmsa import frozen_weights
 from diffbench.diffusion import Churn, Predict, Process, predictor
 from diffbench.diffusion.pairs import ON_GRID, ON_PATH, ON_TABLES, PAIRS
 from diffbench.sampling.fast import Graphed, Network, in_bfloat16
-from diffbench.sampling.guided import Helpers, guided
+from diffbench.sampling.guided import GuidanceModels, guided
 
 Noise = Callable[[int], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
-@torch.no_grad()
-def generate(
-    denoiser: nn.Module,
-    process: Process,
-    config: SampleConfig,
-    labels: Tensor,
-    shape: tuple[int, ...],
-    *,
-    null_label: int | None = None,
-    helpers: Helpers = Helpers(),  # noqa: B008 (frozen)
-    seed: int = 0,
-    first: int = 0,
-    decode: Callable[[Tensor], Tensor] = to_uint8,
-    progress: Callable[[int], None] | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
-    """Images of the given labels, in batches of `config.batch_size`, or halves of it where a GPU's memory is too small.
+@dataclass(eq=False)
+class Sampler:
+    """Draws images from a denoiser.
 
-    Args:
+    Attributes:
         denoiser: network (x, t, y) -> output, on its device.
         process: the process that it was trained under.
-        config: sampler, steps, guidance and the rest.
-        labels: (N,) classes.
-        shape: (C, H, W) of what the denoiser works on.
-        null_label: the network's null class, needed for classifier-free guidance.
-        helpers: the networks that other guidance needs.
-        seed: with a sample's number it fixes its noise.
-        first: number of the first sample.
-        decode: what the denoiser works on, (B, C, H, W), to pictures (B, 1 or 3, H', W') uint8.
-        progress: called with the number of images done after each batch.
-        callback: called after each step of each batch with (step, x, predicted x0).
-
-    Returns:
-        (N, 1 or 3, H', W') uint8 on the CPU.
-
-    Raises:
-        ValueError: where guidance is asked for that the network or the helpers do not allow.
-        RuntimeError: where the network put out non-finite values, naming step and noise level.
+        shape: (C, H, W) of what it denoises.
+        null_label: its null class, needed for classifier-free guidance; None without one.
+        guidance_models: the networks that other guidance needs.
+        decode: what it denoises (B, C, H, W) to pixels (B, 1 or 3, H', W') in [-1, 1], such as an autoencoder's
+            decoder; None where these are pixels already.
+        raw: whether samples are given as they are denoised, as float32 rather than as images.
+        name: what errors call it, such as the run folder.
+        values: pixels drawn so far, of every channel.
+        clipped: those that lay outside [-1, 1] by more than one of 255 levels.
     """
-    parameter = next(denoiser.parameters())
-    training = denoiser.training
-    denoiser.eval()
-    predict, helpers = predictor(process, _fast(denoiser, config, parameter.device)), helpers.to(parameter.device)
 
-    def draw(position: Tensor, y: Tensor) -> Tensor:
-        def noise(step: int) -> Tensor:
-            return rng.normal(rng.key(seed, "sample", step), position, shape).to(parameter.dtype)
+    denoiser: nn.Module
+    process: Process
+    shape: tuple[int, ...]
+    null_label: int | None = None
+    guidance_models: GuidanceModels = GuidanceModels()  # noqa: RUF009 (frozen)
+    decode: Callable[[Tensor], Tensor] | None = None
+    raw: bool = False
+    name: str = "denoiser"
+    values: int = field(default=0, init=False)
+    clipped: int = field(default=0, init=False)
 
-        ask = guided(predict, y, process, config, null_label, helpers)
-        x = walk(ask, noise, process, config, callback)
-        if not bool(x.isfinite().all()):
-            walk(_until_broken(ask, process, config), noise, process, config)
-            raise RuntimeError(f"the {config.sampler} sampler ended in non-finite values")
-        return decode(x).cpu()
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: Tensor,
+        config: SampleConfig,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        progress: Callable[[int], None] | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Draws an image of each label, in batches of `config.batch_size`, halved where a GPU's memory is too small.
 
-    images: list[Tensor] = []
-    done, size = 0, config.batch_size
-    with frozen_weights(denoiser):
-        while done < len(labels):
-            part = slice(done, min(done + size, len(labels)))
-            position = torch.arange(first + part.start, first + part.stop, device=parameter.device)
-            try:
-                images.append(draw(position, labels[part].to(parameter.device)))
-            except torch.OutOfMemoryError:  # smaller batches give the same images
-                if size == 1:
-                    raise
-                size = (min(size, len(labels) - done) + 1) // 2
-                continue
-            done = part.stop
-            if progress:
-                progress(done)
-    denoiser.train(training)
-    return torch.cat(images)
+        Args:
+            labels: (N,) classes.
+            config: sampler, steps, guidance and the rest.
+            seed: with a sample's number it fixes its noise.
+            first: number of the first sample.
+            progress: called with the number of images done after each batch.
+            callback: called after each step of each batch with (step, x, predicted x0).
+
+        Returns:
+            (N, 1 or 3, H', W') uint8 on the CPU; (N, C, H, W) float32 if `raw`.
+
+        Raises:
+            ValueError: where guidance is asked for that the network or the guidance models do not allow.
+            UserError: where the network put out values that are not finite, naming step and noise level.
+        """
+        parameter = next(self.denoiser.parameters())
+        device = parameter.device
+        predict, models = predictor(self.process, self._network(config, device)), self.guidance_models.to(device)
+
+        def draw(position: Tensor, y: Tensor) -> Tensor:
+            def noise(step: int) -> Tensor:
+                return rng.normal(rng.key(seed, "sample", step), position, self.shape).to(parameter.dtype)
+
+            guided_predict = guided(predict, y, self.process, config, self.null_label, models)
+            x = run_sampler(guided_predict, noise, self.process, config, callback)
+            if not bool(x.isfinite().all()):
+                run_sampler(self._until_broken(guided_predict, config), noise, self.process, config)
+                raise UserError(f"{self.name}: the {config.sampler} sampler ended in values that are not finite")
+            if self.raw:
+                return x.float().cpu()
+            pixels = self.pixels(x)
+            if broken := int((~pixels.isfinite()).sum()):
+                raise UserError(f"{self.name}: {broken} values of the samples are not finite")
+            self.values += pixels.numel()
+            self.clipped += int((pixels.abs() > 1 + 1 / 255).sum())
+            return to_uint8(pixels).cpu()
+
+        images: list[Tensor] = []
+        done, size = 0, config.batch_size
+        with inference(self.denoiser):
+            while done < len(labels):
+                part = slice(done, min(done + size, len(labels)))
+                position = torch.arange(first + part.start, first + part.stop, device=device)
+                try:
+                    images.append(draw(position, labels[part].to(device)))
+                except torch.OutOfMemoryError:  # smaller batches give the same images
+                    if size == 1:
+                        raise
+                    size = (min(size, len(labels) - done) + 1) // 2
+                    continue
+                done = part.stop
+                if progress:
+                    progress(done)
+        return torch.cat(images)
+
+    def on_all_ranks(self, labels: Tensor, config: SampleConfig, *, callback: Callback | None = None) -> Tensor:
+        """Draws the same images, of which each rank draws a part; all ranks get all of them."""
+        if len(labels) < together.size():  # a part of nothing has no shape
+            return self(labels, config, callback=callback)
+        mine = together.share(len(labels))
+        return together.rows(self(labels[mine], config, first=int(mine[0]), callback=callback))
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """What the denoiser works on, (B, C, H, W), as pixels (B, 1 or 3, H', W') in about [-1, 1]."""
+        return x if self.decode is None else self.decode(x)
+
+    def images(self, x: Tensor) -> Tensor:
+        """The same as images uint8."""
+        return to_uint8(self.pixels(x))
+
+    def _network(self, config: SampleConfig, device: torch.device) -> Network:
+        """The denoiser in the precision that the config asks for, as CUDA graphs if it asks for them."""
+        network: Network = in_bfloat16(self.denoiser, device) if config.precision == "bf16-mixed" else self.denoiser
+        if not config.cuda_graphs:
+            return network
+        if device.type != "cuda":
+            print(f"note: sample.cuda_graphs: off, the network is on {device.type}")
+            return network
+        return Graphed(network)
+
+    def _until_broken(self, predict: Predict, config: SampleConfig) -> Predict:
+        """A predictor that names the step at which a prediction is not finite.
+
+        Looking synchronises each time, so only a batch that has failed is drawn again with it.
+        """
+        asked = 0
+
+        def watched(x: Tensor, t: Tensor) -> Any:
+            nonlocal asked
+            asked += 1
+            prediction = predict(x, t)
+            if not bool(prediction.x0.isfinite().all() & prediction.eps.isfinite().all()):
+                level = float((-0.5 * self.process.log_snr(t[:1])).exp())
+                raise UserError(
+                    f"{self.name}: the network's output is not finite at call {asked} of the {config.sampler} sampler,"
+                    f" time {float(t[0]):g}, noise level sigma/alpha {level:.4g}"
+                )
+            return prediction
+
+        return watched
 
 
-def generate_together(
-    denoiser: nn.Module, process: Process, config: SampleConfig, labels: Tensor, shape: tuple[int, ...], **options: Any
-) -> Tensor:
-    """The images of `generate`, of which each rank draws a share; all get all of them."""
-    if len(labels) < together.size():  # a share of nothing has no shape
-        return generate(denoiser, process, config, labels, shape, **options)
-    mine = together.share(len(labels))
-    return together.rows(generate(denoiser, process, config, labels[mine], shape, first=int(mine[0]), **options))
+@contextlib.contextmanager
+def inference(network: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode, and promise that its weights stay as they are inside the block.
+
+    A module that can compute something once then offers a context manager `inference()`, which is entered here.
+    """
+    training = network.training
+    with contextlib.ExitStack() as stack:
+        for module in network.modules():
+            offered: Any = getattr(module, "inference", contextlib.nullcontext)
+            stack.enter_context(offered())
+        network.eval()
+        yield
+    network.train(training)
 
 
-def _fast(denoiser: nn.Module, config: SampleConfig, device: torch.device) -> Network:
-    """The network as the config's keys of speed have it."""
-    network: Network = in_bfloat16(denoiser, device) if config.precision == "bf16-mixed" else denoiser
-    if not config.cuda_graphs:
-        return network
-    if device.type != "cuda":
-        print(f"note: sample.cuda_graphs: off, the network is on {device.type}")
-        return network
-    return Graphed(network)
-
-
-def walk(
+def run_sampler(
     predict: Predict, noise: Noise, process: Process, config: SampleConfig, callback: Callback | None = None
 ) -> Tensor:
-    """The way from noise to a sample (B, C, H, W) by the config's sampler; `noise(-1)` is the start."""
+    """Take noise to a sample (B, C, H, W) by the config's sampler; `noise(-1)` is the start."""
     name, start = config.sampler or PAIRS[process.name][0], noise(-1)
     clip = name in ON_TABLES if config.clip is None else config.clip
     if name in ON_PATH:
@@ -141,23 +207,3 @@ def walk(
         high = math.inf if config.s_max is None else config.s_max
         options["churn"] = Churn(config.s_churn, config.s_min, high, config.s_noise)
     return ON_GRID[name](predict, points.start(start), points, noise, clip=clip, callback=callback, **options)
-
-
-def _until_broken(predict: Predict, process: Process, config: SampleConfig) -> Predict:
-    """A predictor that names the step at which a prediction is not finite. Looking costs a synchronisation each time:
-    a failed batch alone is walked again so, to the same end."""
-    asked = 0
-
-    def watched(x: Tensor, t: Tensor) -> Any:
-        nonlocal asked
-        asked += 1
-        prediction = predict(x, t)
-        if not bool(prediction.x0.isfinite().all() & prediction.eps.isfinite().all()):
-            level = float((-0.5 * process.log_snr(t[:1])).exp())
-            raise RuntimeError(
-                f"the network's output is not finite at call {asked} of the {config.sampler} sampler, time"
-                f" {float(t[0]):g}, noise level sigma/alpha {level:.4g}"
-            )
-        return prediction
-
-    return watched

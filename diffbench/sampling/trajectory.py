@@ -14,16 +14,16 @@ from diffbench.core.pixels import to_uint8
 from diffbench.sampling.images import grid
 
 
-class Steps:
+class Trajectory:
     """A sampler's callback that keeps what it is shown of the first few samples.
 
     Args:
+        images: what the denoiser works on to images uint8, `Sampler.images`.
         count: how many samples are kept, of the first batch.
-        decode: what the denoiser works on to pictures uint8.
     """
 
-    def __init__(self, count: int = 4, decode: Callable[[Tensor], Tensor] = to_uint8) -> None:
-        self.count, self.decode = count, decode
+    def __init__(self, images: Callable[[Tensor], Tensor] = to_uint8, count: int = 4) -> None:
+        self.images, self.count = images, count
         self.noisy: list[Tensor] = []
         self.predicted: list[Tensor] = []
 
@@ -48,7 +48,7 @@ class Steps:
     def _pictures(self, frames: int) -> Tensor:
         """Evenly chosen steps, x_t and the predicted image: (step, 2, n, C, H, W) uint8 on the CPU."""
         chosen = np.unique(np.linspace(0, len(self.noisy) - 1, frames).round().astype(int))
-        pairs = [torch.stack([self.decode(self.noisy[i]), self.decode(self.predicted[i])]) for i in chosen]
+        pairs = [torch.stack([self.images(self.noisy[i]), self.images(self.predicted[i])]) for i in chosen]
         return torch.stack(pairs).cpu()
 
     def save_gif(self, path: Path, seconds: float = 4.0, most: int = 60) -> None:

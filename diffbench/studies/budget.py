@@ -45,7 +45,8 @@ class Probe:
 
     def seconds(self, group: Group) -> float:
         """About how long one seed of a group trains and samples, `jobs` of them at a time."""
-        from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation  # imports Lightning
+        from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
+        from diffbench.sampling.sampler import Sampler
 
         c, name = group.config, _name(group.config)
         before = torch.get_num_threads()
@@ -54,7 +55,9 @@ class Probe:
             if name not in self._forward:
                 run = Run(Path("probe"), c)
                 network = run.network.to(device_of(c.trainer.accelerator))
-                self._forward[name] = seconds_per_evaluation(network, run.process, run.shape, c.trainer.batch_size)
+                self._forward[name] = seconds_per_evaluation(
+                    Sampler(network, run.process, run.shape), c.trainer.batch_size
+                )
             forward = self._forward[name]
         finally:
             torch.set_num_threads(before)

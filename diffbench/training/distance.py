@@ -7,18 +7,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from diffbench.config.sample_sections import SampleConfig
 from diffbench.core import collectives as together
 from diffbench.core import rng, tensors
 from diffbench.core.errors import UserError
-from diffbench.core.pixels import to_uint8
 from diffbench.core.progress import span
 from diffbench.metrics.suite import Suite, metric_name
 from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation, timed
-from diffbench.sampling.guided import Helpers
-from diffbench.sampling.sampler import generate
+from diffbench.sampling.sampler import Sampler
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.fsdp import gathered, part_of, sharded
@@ -37,14 +34,12 @@ class Distance(L.Callback):
         ema: the averages; the first is scored.
         suite: makes the metrics, empty. They live here, outside the module: no weight of an extractor enters a
             checkpoint, an average or a count of parameters.
-        config: how samples are drawn.
-        shape: (C, H, W) of what the denoiser works on.
+        sampler: draws from the network that is trained.
+        config: how it does.
         num_classes: labels are spread evenly over them.
         every: images between distances.
         seed: of the run; with a sample's number it fixes its noise.
         best: "fd" or "kid", whose least value marks the best weights; None keeps none.
-        helpers: the networks that guidance needs.
-        decode: what the denoiser works on to pictures.
     """
 
     def __init__(
@@ -52,18 +47,15 @@ class Distance(L.Callback):
         run_log: RunLog,
         ema: EMA,
         suite: Callable[[], Suite],
+        sampler: Sampler,
         config: SampleConfig,
-        shape: tuple[int, ...],
         num_classes: int,
         every: int,
         seed: int,
         best: str | None = None,
-        helpers: Helpers = Helpers(),  # noqa: B008 (frozen)
-        decode: Callable[[Tensor], Tensor] = to_uint8,
     ) -> None:
-        self.run_log, self.ema, self.suite, self.config, self.shape = run_log, ema, suite, config, shape
+        self.run_log, self.ema, self.suite, self.sampler, self.config = run_log, ema, suite, sampler, config
         self.num_classes, self.every, self.seed, self.best_by = num_classes, every, seed, best
-        self.helpers, self.decode = helpers, decode
         self.best: dict[str, float] = {}
         """Of the best weights: images, and value of the metric on the samples that chose them."""
 
@@ -77,7 +69,7 @@ class Distance(L.Callback):
         suite = self.suite()
         suite.extractor.to(trainer.strategy.root_device)
         with self.run_log.clock.paused():
-            each = self._cost(pl_module, suite)
+            each = self._cost(suite)
         left = trainer.max_steps * self.run_log.batch_size - self.run_log.images
         times = max(1, left // self.every)
         self.run_log.say(
@@ -85,10 +77,10 @@ class Distance(L.Callback):
             f" {span(each)} each, {times} times"
         )
 
-    def _cost(self, module: DiffusionModule, suite: Suite) -> float:
-        once = seconds_per_evaluation(module.denoiser, module.process, self.shape, self.config.batch_size)
-        drawing = once * network_evaluations(module.process, self.config)
-        shown = self.decode(torch.zeros(8, *self.shape, device=suite.extractor.device))
+    def _cost(self, suite: Suite) -> float:
+        once = seconds_per_evaluation(self.sampler, self.config.batch_size)
+        drawing = once * network_evaluations(self.sampler.process, self.config)
+        shown = self.sampler.images(torch.zeros(8, *self.sampler.shape, device=suite.extractor.device))
         looking = timed(lambda: suite.extractor(shown), suite.extractor.device) / len(shown)
         return suite.count * (drawing + looking)
 
@@ -103,34 +95,24 @@ class Distance(L.Callback):
         assert isinstance(pl_module, DiffusionModule)
         with self.run_log.clock.paused():
             with self.ema.applied():
-                values = self.measure(trainer, pl_module, "distance")
+                values = self.measure(trainer, "distance")
                 self._keep_if_best(trainer, pl_module, values)
             if last and self.best:
                 with self._best_weights(pl_module):
-                    again = self.measure(trainer, pl_module, "fresh distance")
+                    again = self.measure(trainer, "fresh distance")
                 values |= {f"best/{name}": value for name, value in again.items()}
                 values["best/images"] = self.best["images"]
         self.run_log.record(values)
 
-    def measure(self, trainer: L.Trainer, module: DiffusionModule, what: str) -> dict[str, float]:
-        """Name -> distance of what the module's present weights draw; each process draws and scores its share."""
+    def measure(self, trainer: L.Trainer, what: str) -> dict[str, float]:
+        """Name -> distance of what the present weights draw; each process draws and scores its share."""
         suite = self.suite()
         suite.extractor.to(trainer.strategy.root_device)
         labels = torch.arange(suite.count) * self.num_classes // suite.count
         mine = torch.arange(suite.count).tensor_split(trainer.world_size)[trainer.global_rank]
         for index in mine.split(self.config.batch_size) if len(mine) else ():
-            images = generate(
-                module.denoiser,
-                module.process,
-                self.config,
-                labels[index],
-                self.shape,
-                null_label=module.null_label,
-                helpers=self.helpers,
-                seed=rng.key(self.seed, what),
-                first=int(index[0]),
-                decode=self.decode,
-            )
+            seed = rng.key(self.seed, what)
+            images = self.sampler(labels[index], self.config, seed=seed, first=int(index[0]))
             suite.update(images, index)
         return {metric_name(name, suite.extractor, suite.count): value for name, value in suite.compute().items()}
 

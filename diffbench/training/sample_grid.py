@@ -1,6 +1,5 @@
 """A grid of samples at intervals in training."""
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -9,15 +8,12 @@ from torch import Tensor
 
 from diffbench.config.sample_sections import SampleConfig
 from diffbench.core import collectives as together
-from diffbench.core.pixels import to_uint8
-from diffbench.sampling.guided import Helpers
 from diffbench.sampling.images import grid, save_grid
-from diffbench.sampling.sampler import generate_together
-from diffbench.sampling.trajectory import Steps
+from diffbench.sampling.sampler import Sampler
+from diffbench.sampling.trajectory import Trajectory
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.logger import RunLog
-from diffbench.training.module import DiffusionModule
 
 
 def class_columns(num_classes: int, rows: int) -> Tensor:
@@ -33,38 +29,25 @@ class SampleGrid(L.Callback):
         self,
         run_log: RunLog,
         ema: EMA,
+        sampler: Sampler,
         config: SampleConfig,
-        shape: tuple[int, ...],
         num_classes: int,
         every: int,
-        helpers: Helpers = Helpers(),  # noqa: B008 (frozen)
-        decode: Callable[[Tensor], Tensor] = to_uint8,
     ) -> None:
-        self.run_log, self.ema, self.config, self.shape, self.every = run_log, ema, config, shape, every
-        self.labels, self.helpers, self.decode = class_columns(num_classes, rows=4), helpers, decode
+        self.run_log, self.ema, self.sampler, self.config, self.every = run_log, ema, sampler, config, every
+        self.labels = class_columns(num_classes, rows=4)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not at_step_end(trainer, batch_idx) or not due(trainer.global_step, self.run_log.batch_size, self.every):
             return
-        assert isinstance(pl_module, DiffusionModule)
-        steps = Steps(decode=self.decode)
+        trajectory = Trajectory(self.sampler.images)
         with self.run_log.clock.paused(), self.ema.applied():
-            images = generate_together(
-                pl_module.denoiser,
-                pl_module.process,
-                self.config,
-                self.labels,
-                self.shape,
-                null_label=pl_module.null_label,
-                helpers=self.helpers,
-                decode=self.decode,
-                callback=steps,
-            )
+            images = self.sampler.on_all_ranks(self.labels, self.config, callback=trajectory)
         if together.rank():
             return
         columns = len(self.labels) // 4
         save_grid(images, columns, self.run_log.folder / "samples" / f"images-{self.run_log.images:09d}.png")
         self.run_log.writer.add_image("samples/ema", grid(images, columns), self.run_log.images, dataformats="HWC")
-        self.run_log.writer.add_image("samples/steps", steps.strip(), self.run_log.images, dataformats="HWC")
+        self.run_log.writer.add_image("samples/steps", trajectory.strip(), self.run_log.images, dataformats="HWC")

@@ -97,12 +97,12 @@ def test_pictures_pass_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     mean, log_variance = net.encode(from_uint8(images))
     assert torch.equal(restored, to_uint8(net.decode(mean)))
     assert torch.allclose(divergence, kl(mean, log_variance))
-    assert torch.equal(coding.decode(net, net.scaled(mean)), restored)
+    assert torch.equal(to_uint8(coding.decode(net, net.scaled(mean))), restored)
     assert coding.at_once(256, 256) == 8
     monkeypatch.setattr(coding, "PIXELS", 7 * 64)
     assert coding.at_once(8, 8) == 7 and coding.at_once(512, 512) == 1
     assert torch.equal(coding.reconstruct(net, images)[0], restored)
-    assert torch.equal(coding.decode(net, net.scaled(mean)), restored)
+    assert torch.equal(to_uint8(coding.decode(net, net.scaled(mean))), restored)
     pairs = coding.side_by_side(net, images[:4], columns=2)
     assert torch.equal(pairs, torch.cat([images[:2], restored[:2], images[2:4], restored[2:4]]))
 

@@ -31,7 +31,8 @@ from diffbench.metrics.functional import (
 )
 from diffbench.metrics.suite import Reference
 from diffbench.runs import evaluate
-from diffbench.runs.lifecycle import Run, load
+from diffbench.runs.lifecycle import load
+from diffbench.sampling.sampler import Sampler
 
 Capture = pytest.CaptureFixture[str]
 
@@ -117,7 +118,7 @@ def test_samples_are_drawn_once(smoke_run: Path, capsys: Capture, monkeypatch: p
     def drawn_again(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(Run, "generate", drawn_again)
+    monkeypatch.setattr(Sampler, "__call__", drawn_again)
     after = evaluate.evaluate(load(smoke_run), ["evaluate.count=30"])
     assert "samples by" not in capsys.readouterr().out
     assert [records.values(r) for r in before] == [records.values(r) for r in after]
@@ -160,16 +161,14 @@ def test_export_is_what_the_adm_evaluator_reads(smoke_run: Path, tmp_path: Path,
 def test_values_that_are_no_numbers_end_in_one_line(
     smoke_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from diffbench.core.pixels import to_uint8
-
-    def broken(self: Run, labels: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        return to_uint8(torch.full((len(labels), 1, 8, 8), float("nan")))
+    def broken(self: Sampler, x: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(x, float("nan"))
 
     lines = len(records.results(smoke_run))
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "generate", broken)
+        patch.setattr(Sampler, "pixels", broken)
         assert main(["evaluate", str(smoke_run), "evaluate.count=21"]) == 2
-    assert capsys.readouterr().err == f"error: {smoke_run}: 1344 values of the samples are no numbers\n"
+    assert capsys.readouterr().err == f"error: {smoke_run}: 1344 values of the samples are not finite\n"
     assert len(records.results(smoke_run)) == lines
     assert main(["evaluate", str(smoke_run), "evaluate.count=21"]) == 0  # nothing of it was kept
     assert newest(smoke_run)["drawing"]["drawn"] == 21

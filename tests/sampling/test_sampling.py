@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffbench.config.sample_sections import SampleConfig
+from diffbench.core.errors import UserError
 from diffbench.denoisers.classifier import ClassifierConfig, NoisyClassifier
 from diffbench.diffusion import EDM, DiscreteVP, EDMConfig, Flow, FlowConfig, Process, VPConfig
 from diffbench.diffusion.pairs import PAIRS
-from diffbench.sampling.guided import Helpers, gradient_of, guided
-from diffbench.sampling.sampler import generate
-from diffbench.sampling.trajectory import Steps
+from diffbench.sampling.guided import GuidanceModels, gradient_of, guided
+from diffbench.sampling.sampler import Sampler
+from diffbench.sampling.trajectory import Trajectory
 
 PROCESSES: dict[str, Process] = {
     "vp": DiscreteVP(VPConfig(1000, "cosine")),
@@ -49,7 +50,7 @@ class Towards(nn.Module):
 
 
 def greys(process: Process, config: SampleConfig, labels: Tensor, **options: Any) -> Tensor:
-    images = generate(Towards(process), process, config, labels, (1, 4, 4), null_label=10, **options)
+    images = Sampler(Towards(process), process, (1, 4, 4), null_label=10, **options)(labels, config)
     assert (images == images[:, :1, :1, :1]).all()
     return images[:, 0, 0, 0]
 
@@ -57,7 +58,7 @@ def greys(process: Process, config: SampleConfig, labels: Tensor, **options: Any
 @pytest.mark.parametrize(("process", "sampler"), EVERY_PAIR)
 def test_every_pair_walks_to_the_image_that_the_network_finds(process: str, sampler: Any) -> None:
     labels, settings = torch.tensor([0, 3, 5, 9]), SampleConfig(sampler, "100")
-    images = generate(Towards(PROCESSES[process]), PROCESSES[process], settings, labels, (1, 4, 4)).double()
+    images = Sampler(Towards(PROCESSES[process]), PROCESSES[process], (1, 4, 4))(labels, settings).double()
     # Solvers in other coordinates than the noise level leave a share of the noise: a level or two of 255.
     assert (images.mean(dim=(1, 2, 3)) - torch.tensor([0, 77, 128, 230])).abs().max() < 5
     assert images.std(dim=(1, 2, 3)).max() < 8
@@ -80,8 +81,8 @@ def test_a_sample_follows_from_seed_and_number_alone(process: str, sampler: Any)
     config = SampleConfig(sampler, "6", batch_size=12)
 
     def draw(size: int, first: int = 0, seed: int = 0) -> Tensor:
-        settings = replace(config, batch_size=size)
-        return generate(Net(), PROCESSES[process], settings, labels[first:], (1, 8, 8), first=first, seed=seed)
+        sampler = Sampler(Net(), PROCESSES[process], (1, 8, 8))
+        return sampler(labels[first:], replace(config, batch_size=size), first=first, seed=seed)
 
     whole = draw(12)
     assert len({image.numpy().tobytes() for image in whole}) == 12
@@ -96,8 +97,8 @@ def test_guidance_extrapolates_the_predicted_image() -> None:
     plain = SampleConfig("ddim", "10")
     assert greys(process, plain, labels).item() == 179
     assert greys(process, replace(plain, guidance=1.5), labels).item() == 204
-    helpers = Helpers(Towards(process, shift=-0.2))
-    assert greys(process, replace(plain, guidance=1.5, weak_model="x"), labels, helpers=helpers).item() == 191
+    models = GuidanceModels(Towards(process, shift=-0.2))
+    assert greys(process, replace(plain, guidance=1.5, weak_model="x"), labels, guidance_models=models).item() == 191
 
 
 def test_guidance_inside_an_interval_and_by_power_cosine() -> None:
@@ -147,9 +148,13 @@ def test_a_classifier_moves_samples_towards_its_class() -> None:
     process = PROCESSES["vp"]
     config = SampleConfig("ddpm", "50", classifier="x", classifier_scale=0.5)
     net, labels = Gaussian(process), torch.ones(4).long()
-    draw: Callable[..., Tensor] = lambda c, h: generate(net, process, c, labels, (1, 4, 4), helpers=h).float()  # noqa: E731
-    assert draw(config, Helpers(classifier=Linear())).mean() > draw(config.unguided(), Helpers()).mean() + 3
-    assert torch.equal(draw(replace(config, classifier_scale=0.0), Helpers()), draw(config.unguided(), Helpers()))
+    draw: Callable[..., Tensor] = lambda c, m: Sampler(net, process, (1, 4, 4), guidance_models=m)(labels, c).float()  # noqa: E731
+    assert (
+        draw(config, GuidanceModels(classifier=Linear())).mean() > draw(config.unguided(), GuidanceModels()).mean() + 3
+    )
+    assert torch.equal(
+        draw(replace(config, classifier_scale=0.0), GuidanceModels()), draw(config.unguided(), GuidanceModels())
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,11 +184,21 @@ def test_non_finite_output_names_step_and_noise_level(process: str) -> None:
             return out * float("nan") if self.calls in (3, 3 + calls) else out
 
     config = SampleConfig("ddim", "10") if process == "vp" else SampleConfig("heun", "5")
-    text = (
-        r"not finite at call 3 of the \w+ sampler, time [\d.e-]+, noise level sigma/alpha [\d.e+]+|ended in non-finite"
-    )
-    with pytest.raises(RuntimeError, match=text):
-        generate(Broken(PROCESSES[process]), PROCESSES[process], config, torch.zeros(2).long(), (1, 4, 4))
+    text = r"not finite at call 3 of the \w+ sampler, time [\d.e-]+, noise level sigma/alpha [\d.e+]+|ended in values"
+    with pytest.raises(UserError, match=text):
+        Sampler(Broken(PROCESSES[process]), PROCESSES[process], (1, 4, 4))(torch.zeros(2).long(), config)
+
+
+def test_pixels_beyond_the_range_are_counted_and_those_that_are_not_finite_refused() -> None:
+    process, config, labels = PROCESSES["vp"], SampleConfig("ddim", "10", clip=False), torch.zeros(2).long()
+    pixels = torch.tensor([-1.5, -1.002, 0.0, 1.002, 1.5, 2.0]).expand(2, 1, 1, 6)  # an error of a level is not counted
+    sampler = Sampler(Towards(process), process, (1, 4, 4), decode=lambda x: pixels, name="runs/a")
+    assert sampler(labels, config)[0, 0, 0].tolist() == [0, 0, 128, 255, 255, 255]
+    assert (sampler.values, sampler.clipped) == (12, 6)
+    sampler.decode = lambda x: torch.tensor([float("nan"), float("inf"), 0.0]).expand(2, 1, 1, 3)
+    with pytest.raises(UserError, match=r"^runs/a: 4 values of the samples are not finite$"):
+        sampler(labels, config)
+    assert (sampler.values, sampler.clipped) == (12, 6)
 
 
 def test_batches_shrink_until_they_fit_and_the_images_stay() -> None:
@@ -197,21 +212,22 @@ def test_batches_shrink_until_they_fit_and_the_images_stay() -> None:
             return super().forward(x, t, y)
 
     labels = torch.arange(10)
-    draw: Callable[..., Tensor] = lambda net: generate(net, process, SampleConfig("ddim", "4"), labels, (1, 4, 4))  # noqa: E731
+    draw: Callable[..., Tensor] = lambda net: Sampler(net, process, (1, 4, 4))(labels, SampleConfig("ddim", "4"))  # noqa: E731
     assert torch.equal(draw(Small(process)), draw(Towards(process)))
     assert sizes[:3] == [10, 5, 3] and set(sizes[3:]) == {3, 1}
 
 
 def test_the_callback_sees_every_step_and_draws_strip_and_animation(tmp_path: Path) -> None:
-    process, steps = PROCESSES["edm"], Steps(count=2)
-    generate(Towards(process), process, SampleConfig("heun", "12"), torch.tensor([0, 9, 5]), (1, 4, 4), callback=steps)
-    assert len(steps.noisy) == len(steps.predicted) == 12
-    strip = steps.strip(columns=4)
+    process, trajectory = PROCESSES["edm"], Trajectory(count=2)
+    sampler = Sampler(Towards(process), process, (1, 4, 4))
+    sampler(torch.tensor([0, 9, 5]), SampleConfig("heun", "12"), callback=trajectory)
+    assert len(trajectory.noisy) == len(trajectory.predicted) == 12
+    strip = trajectory.strip(columns=4)
     # Two samples, two rows each, four columns of 40 pixels and a border of 2 on each side.
     assert strip.shape == (4 * 44, 4 * 44, 3)
     cell = strip[44 + 20 :: 88, 20 + 3 * 44, 0]
     assert cell.tolist() == [0, 230]  # the predicted images of labels 0 and 9 at the last step
-    steps.save_gif(tmp_path / "steps.gif")
+    trajectory.save_gif(tmp_path / "steps.gif")
     with Image.open(tmp_path / "steps.gif") as gif:
         assert gif.n_frames == 12  # type: ignore[attr-defined]
         gif.seek(11)

@@ -13,6 +13,7 @@ from diffbench.cli import main
 from diffbench.core import rng
 from diffbench.evaluation import judging
 from diffbench.runs.lifecycle import Run, load, train
+from diffbench.sampling.sampler import Sampler
 from diffbench.training import distance
 from diffbench.training.checkpoint import SaveState
 from diffbench.training.distance import Distance
@@ -136,20 +137,20 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, A
     """What stands when samples of a distance are drawn, for the first time; then the drawing fails."""
     seen: list[dict[str, Any]] = []
 
-    def generate(denoiser: Any, *args: Any, **kwargs: Any) -> None:
+    def draw(sampler: Sampler, *args: Any, **kwargs: Any) -> None:
         (callback,) = callbacks
         seen.append(
             {
-                "weights": [p.detach().clone() for p in denoiser.parameters()],
+                "weights": [p.detach().clone() for p in sampler.denoiser.parameters()],
                 "average": [a.clone() for a in callback.ema.averages[0.5]],
                 "running": callback.run_log.clock._started is not None,
-                "denoiser": denoiser,
+                "denoiser": sampler.denoiser,
             }
         )
         raise Stop
 
     callbacks: list[Distance] = []
-    monkeypatch.setattr(distance, "generate", generate)
+    monkeypatch.setattr(Sampler, "__call__", draw)
     monkeypatch.setattr(Distance, "on_train_start", lambda self, *_: callbacks.append(self))
     before: list[list[torch.Tensor]] = []
     update = distance.EMA.update

@@ -27,7 +27,7 @@ from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.runs.build import check_compiler, data_module, load_data
 from diffbench.runs.denoiser import Run
 from diffbench.runs.lifecycle import train
-from diffbench.sampling.sampler import generate
+from diffbench.sampling.sampler import Sampler
 from diffbench.training.checkpoint import AtomicCheckpointIO, all_steps
 from diffbench.training.module import DiffusionModule
 from diffbench.training.speed import blocks, compile_network, float32_products
@@ -108,7 +108,7 @@ def test_a_bias_kept_while_sampling_is_never_stale(name: str) -> None:
 
     def sample(network: nn.Module) -> Tensor:
         config = SampleConfig(sampler="ddim", steps="2", batch_size=2)
-        return generate(network, process, config, labels, (3, 8, 8), decode=lambda x: x)
+        return Sampler(network, process, (3, 8, 8), raw=True)(labels, config)
 
     first = sample(net)
     for p in net.parameters():
@@ -246,7 +246,7 @@ def test_sampling_in_bfloat16_and_without_a_gpu_to_record(capsys: pytest.Capture
 
     def sample(**changes: Any) -> Tensor:
         config = SampleConfig(sampler="ddim", steps="4", **changes)
-        return generate(net, process, config, labels, (3, 8, 8), decode=lambda x: x)
+        return Sampler(net, process, (3, 8, 8), raw=True)(labels, config)
 
     assert "precision" not in SampleConfig(cuda_graphs=True).numbers()  # as before there was the key
     assert SampleConfig(precision="bf16-mixed").numbers()["precision"] == "bf16-mixed"

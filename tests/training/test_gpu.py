@@ -20,7 +20,7 @@ from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.evaluation import judging, reference
 from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.fast import Graphed
-from diffbench.sampling.sampler import generate
+from diffbench.sampling.sampler import Sampler
 from diffbench.training.ema import EMA
 
 pytestmark = [
@@ -135,7 +135,7 @@ def test_recorded_sampling_equals_plain_sampling(name: str, capsys: pytest.Captu
     def sample(**changes: Any) -> Tensor:
         config = SampleConfig(sampler="ddpm", steps="8", guidance=2.0, batch_size=3, **changes)
         labels = torch.arange(7) % CLASSES  # two whole batches and a shorter one
-        return generate(net, process, config, labels, (3, 8, 8), null_label=CLASSES, decode=lambda x: x)
+        return Sampler(net, process, (3, 8, 8), CLASSES, raw=True)(labels, config)
 
     for precision in ("32-true", "bf16-mixed"):
         want, recorded = sample(precision=precision), sample(precision=precision, cuda_graphs=True)

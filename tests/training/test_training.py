@@ -22,7 +22,7 @@ from diffbench.denoisers import DENOISERS, build
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.runs.lifecycle import train
 from diffbench.sampling.images import grid
-from diffbench.sampling.sampler import generate
+from diffbench.sampling.sampler import Sampler
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState, newest, verified
 from diffbench.training.clock import due
 from diffbench.training.module import DiffusionModule, lr_factor
@@ -138,7 +138,7 @@ def test_a_sample_does_not_depend_on_its_batch(name: str, sampler: Any) -> None:
 
     def draw(batch_size: int, first: int = 0) -> Tensor:
         config = SampleConfig(sampler, "10", guidance=2.0, eta=0.5 if sampler == "ddim" else 0.0, batch_size=batch_size)
-        return generate(net, process, config, labels[first:], (1, 8, 8), null_label=10, first=first)
+        return Sampler(net, process, (1, 8, 8), null_label=10)(labels[first:], config, first=first)
 
     whole = draw(30)
     assert whole.float().std() > 1
@@ -149,7 +149,7 @@ def test_a_sample_does_not_depend_on_its_batch(name: str, sampler: Any) -> None:
 def test_guidance_without_a_null_class_is_refused() -> None:
     process = DiscreteVP(VPConfig())
     with pytest.raises(ValueError, match=r"guidance 2\.0 needs a network with a null class"):
-        generate(small("dit"), process, SampleConfig(guidance=2.0), torch.zeros(1).long(), (1, 8, 8))
+        Sampler(small("dit"), process, (1, 8, 8))(torch.zeros(1).long(), SampleConfig(guidance=2.0))
 
 
 def test_grid_places_images_in_rows() -> None:
