@@ -166,7 +166,7 @@ def kept_bytes(config: RunConfig) -> int:
 def _makes_another(base: RunConfig, variant: Variant) -> bool:
     """Whether a variant's keys change the network itself, or how its weights lie in memory."""
     same = {"trainer.precision=32-true", "trainer.precision=bf16-mixed"}
-    return base.trainer.precision == "64-true" or variant.linear_by_mkl or bool({*variant.overrides} - same)
+    return base.trainer.precision == "64-true" or bool({*variant.overrides} - same)
 
 
 def _try(subject: Subject) -> str:

@@ -56,9 +56,7 @@ class Subject:
         backend: str = "inductor",
     ) -> None:
         self.config, self.variant, self.device = config, variant, device
-        held_back = patch("diffbench.denoisers.linear.mkl_holds_back", lambda: False)
-        with held_back if variant.linear_by_mkl else contextlib.nullcontext():
-            self.run: Run = Run(Path("bench"), config) if like is None else like.run
+        self.run: Run = Run(Path("bench"), config) if like is None else like.run
         if network is not None:
             self.run.network = network
         self.network = self.run.network.to(device)
@@ -93,6 +91,8 @@ class Subject:
             stack.enter_context(float32_products(self.config.trainer.tf32))
             if self.config.trainer.precision == "bf16-mixed":
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            if self.variant.linear_by_mkl:
+                stack.enter_context(patch("diffbench.denoisers.linear.BY_ONEDNN", False))
             if self.variant.attention is not None:
                 stack.enter_context(patch("diffbench.denoisers.tmsa.pays_in_parts", lambda bias: False))
             if self.variant.attention in BACKENDS:

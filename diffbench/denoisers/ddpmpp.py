@@ -28,6 +28,7 @@ from diffbench.denoisers.layers import (
     resample,
     timestep_embedding,
 )
+from diffbench.denoisers.linear import Linear
 from diffbench.denoisers.tmsa import TimeAttention
 
 
@@ -264,7 +265,7 @@ def xavier_conv(c_in: int, c_out: int, kernel: int, scale: float = 1.0) -> nn.Co
 
 def xavier_linear(c_in: int, c_out: int, bias: bool = True) -> nn.Linear:
     """A Linear with Xavier-uniform weights and zero bias."""
-    layer = nn.Linear(c_in, c_out, bias=bias)
+    layer = Linear(c_in, c_out, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)

@@ -21,6 +21,7 @@ from diffbench.denoisers.layers import (
     to_windows,
     zero_,
 )
+from diffbench.denoisers.linear import Linear
 from diffbench.denoisers.tmsa import DiffiTBlock, TimeIn
 
 
@@ -121,7 +122,7 @@ class DiffiT(nn.Module):
 
         def stage_times(c_ins: list[int], half: str) -> nn.ModuleList:
             plain = config.tmsa not in ("both", half)
-            return nn.ModuleList([nn.Linear(config.time_dim, c) for c in c_ins] if plain else [])
+            return nn.ModuleList([Linear(config.time_dim, c) for c in c_ins] if plain else [])
 
         self.condition = ConditionEmbedding(
             config.time_dim,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from diffbench.denoisers.linear import Linear
 from diffbench.denoisers.patches import PatchConfig, PatchTransformer
 from diffbench.denoisers.tmsa import DiffiTBlock, TimeIn
 
@@ -54,7 +55,7 @@ class DiffiTLatent(PatchTransformer):
         super().__init__(config, image_size, channels, num_classes, null_class, learn_sigma, block)
         self.final_norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.final_activation = nn.SiLU() if config.head_silu else nn.Identity()
-        self.final = nn.Linear(d, self.patch_values)
+        self.final = Linear(d, self.patch_values)
         self.initialise_ends()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffbench.denoisers.layers import mlp, modulate, xavier_, zero_
+from diffbench.denoisers.linear import Linear
 from diffbench.denoisers.patches import PatchConfig, PatchTransformer
 
 
@@ -49,9 +50,9 @@ class DiT(PatchTransformer):
         )
         d, adaptive = config.hidden_size, config.conditioning.startswith("adaln")
         self.in_context = config.conditioning == "in-context"
-        self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)) if adaptive else None
+        self.final_modulation = nn.Sequential(nn.SiLU(), Linear(d, 2 * d)) if adaptive else None
         self.final_norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
-        self.final = nn.Linear(d, self.patch_values)
+        self.final = Linear(d, self.patch_values)
         xavier_(self.blocks)
         for block in self.blocks:
             assert isinstance(block, DiTBlock)
@@ -102,12 +103,12 @@ class DiTBlock(nn.Module):
         adaptive = config.conditioning.startswith("adaln")
         self.heads = config.num_heads
         self.norm1 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
-        self.qkv = nn.Linear(d, 3 * d)
-        self.proj = nn.Linear(d, d)
+        self.qkv = Linear(d, 3 * d)
+        self.proj = Linear(d, d)
         self.norm2 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
         self.mlp = mlp(d, config.mlp_ratio)
         parts = 6 if config.conditioning == "adaln-zero" else 4
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, parts * d)) if adaptive else None
+        self.modulation = nn.Sequential(nn.SiLU(), Linear(d, parts * d)) if adaptive else None
         self.dropout = nn.Dropout(config.dropout)
         self.cross = CrossAttention(d, config.num_heads) if config.conditioning == "cross-attention" else None
 
@@ -140,9 +141,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, N, D) tokens and (B, M, D) condition to (B, N, D)."""

@@ -7,6 +7,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffbench.denoisers.linear import Linear
+
 
 def timestep_embedding(
     t: Tensor, dim: int, max_period: float = 10_000.0, endpoint: bool = False, sines_first: bool = False
@@ -101,7 +103,7 @@ class ConditionEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.frequencies, self.num_classes, self.null_class = frequencies, num_classes, null_class
-        self.time = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time = nn.Sequential(Linear(frequencies, dim), nn.SiLU(), Linear(dim, dim))
         self.label = nn.Embedding(num_classes + null_class, dim) if num_classes else None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -109,7 +111,7 @@ class ConditionEmbedding(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         self.fourier = FourierFeatures(frequencies, fourier_scale) if features == "fourier" else None
-        self.augment = nn.Linear(augment_dim, frequencies, bias=False) if augment_dim else None
+        self.augment = Linear(augment_dim, frequencies, bias=False) if augment_dim else None
         if self.augment is not None:
             nn.init.normal_(self.augment.weight, std=0.02)
 
@@ -209,7 +211,7 @@ def mlp(dim: int, ratio: float) -> nn.Sequential:
     hidden = int(dim * ratio)
     if hidden < 1:
         raise ValueError(f"denoiser.mlp_ratio: {ratio} of a width of {dim} is less than one")
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+    return nn.Sequential(Linear(dim, hidden), nn.GELU(approximate="tanh"), Linear(hidden, dim))
 
 
 Direction = Literal["down", "up"]

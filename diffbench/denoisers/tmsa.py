@@ -1,7 +1,5 @@
 """Time-dependent multi-head self-attention (TMSA) and the DiffiT block: one module for latents, images and U-Nets."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -20,6 +18,7 @@ from diffbench.denoisers.layers import (
     xavier_,
     zero_,
 )
+from diffbench.denoisers.linear import Linear
 
 TimeIn = Literal["qkv", "qk", "qv", "kv", "q", "k", "v", "separate", "bias", "mlp", "adaln", "none"]
 """How the time enters a block.
@@ -50,12 +49,6 @@ class TMSA(nn.Module):
     """
 
     bias_index: Tensor
-    short: bool = False
-    """Whether the time enters by the shorter form, equal to rounding; see `choose_forms`."""
-    in_parts: bool = False
-    """Whether a batch attends in parts where that is faster, equal to rounding; see `choose_forms`."""
-    kept: Tensor | None = None
-    """The gathered bias inside `frozen_weights`, once it was needed."""
 
     def __init__(
         self,
@@ -67,7 +60,6 @@ class TMSA(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
-        self.keeps_bias = False
         width = width or dim
         check_divides("num_heads", num_heads, width, "the width of queries, keys and values")
         self.heads = num_heads
@@ -75,11 +67,11 @@ class TMSA(nn.Module):
         self.separate = time_in == "separate"
         height_tokens, width_tokens = both_sides(window)
         rows = (2 * height_tokens - 1) * (2 * width_tokens - 1)
-        self.qkv = nn.Linear(dim, 3 * width)
-        self.qkv_time = nn.Linear(time_dim, len(self.parts) * width) if self.parts else None
-        self.proj = nn.Linear(width, dim)
+        self.qkv = Linear(dim, 3 * width)
+        self.qkv_time = Linear(time_dim, len(self.parts) * width) if self.parts else None
+        self.proj = Linear(width, dim)
         self.bias = nn.Parameter(torch.empty(rows, num_heads))
-        self.bias_time = nn.Linear(time_dim, rows * num_heads) if time_in == "bias" else None
+        self.bias_time = Linear(time_dim, rows * num_heads) if time_in == "bias" else None
         self.register_buffer("bias_index", relative_position_index(height_tokens, width_tokens), persistent=False)
         xavier_(self)
         nn.init.trunc_normal_(self.bias, std=0.02)
@@ -88,48 +80,22 @@ class TMSA(nn.Module):
         """(B * windows, N, dim) tokens, windows of a sample adjacent, and (B, time_dim) to (B * windows, N, dim)."""
         qkv = self.qkv(x)
         time = None if self.qkv_time is None else per_window(self.qkv_time(c), x)
-        added: dict[str, Tensor] = {}
-        if time is not None and self.short and self.parts != "k" and not self.separate:  # k alone: nothing is left
-            added = dict(zip(self.parts, time.chunk(len(self.parts), dim=-1), strict=True))
-        elif time is not None and not self.separate:
+        if time is not None and not self.separate:
             qkv = qkv + self._spread(time)
-        if "q" in added:
-            q, k, v = qkv.chunk(3, dim=-1)
-            q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q + added["q"], k, v))
-        else:
-            q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        bias = self.relative_bias()
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        bias = self._pairs(self.bias.t()[None])
         if self.bias_time is not None:
             table = rearrange(self.bias_time(c), "b (rows h) -> b h rows", h=self.heads)
             bias = bias + per_window(self._pairs(table), x)[:, 0]
         if time is not None and self.separate:
             time_k, time_v = rearrange(time, "b one (two h d) -> two b h one d", two=2, h=self.heads)
             k, v, bias = torch.cat([time_k, k], dim=2), torch.cat([time_v, v], dim=2), pad(bias, (1, 0))
-        attend = attend_in_parts if self.in_parts and pays_in_parts(bias) else scaled_dot_product_attention
-        h = rearrange(attend(q, k, v, bias), "b h n d -> b n (h d)")
-        out: Tensor = self.proj(h + added["v"] if "v" in added else h)
+        attend = attend_in_parts if pays_in_parts(bias) else scaled_dot_product_attention
+        out: Tensor = self.proj(rearrange(attend(q, k, v, bias), "b h n d -> b n (h d)"))
         return out
 
-    def relative_bias(self) -> Tensor:
-        """The bias (1, heads, N, N) of each pair of tokens, contiguous, as attention kernels want it."""
-        if self.kept is not None:
-            return self.kept
-        bias = self._pairs(self.bias.t()[None])
-        if self.keeps_bias and not torch.compiler.is_compiling():
-            self.kept = bias
-        return bias
-
-    @contextmanager
-    def inference(self) -> Iterator[None]:
-        """Gather the bias only once inside the block, in which the weights must stay as they are."""
-        self.keeps_bias = True
-        try:
-            yield
-        finally:
-            self.keeps_bias, self.kept = False, None
-
     def _pairs(self, table: Tensor) -> Tensor:
-        """Of (B, heads, rows) that of each pair of tokens, (B, heads, N, N), in an eighth of table[index]'s time."""
+        """A bias table (B, heads, rows) for each pair of tokens, (B, heads, N, N); faster than table[index]."""
         pairs = self.bias_index.flatten().expand(*table.shape[:2], -1)
         return table.gather(2, pairs).unflatten(2, self.bias_index.shape)
 
@@ -174,8 +140,8 @@ class DiffiTBlock(nn.Module):
         self.mlp = mlp(dim, mlp_ratio)
         self.dropout = nn.Dropout(dropout)
         xavier_(self.mlp)
-        self.mlp_time = nn.Linear(time_dim, dim) if time_in == "mlp" else None
-        self.modulation = nn.Sequential(nn.SiLU(), zero_(nn.Linear(time_dim, 6 * dim))) if time_in == "adaln" else None
+        self.mlp_time = Linear(time_dim, dim) if time_in == "mlp" else None
+        self.modulation = nn.Sequential(nn.SiLU(), zero_(Linear(time_dim, 6 * dim))) if time_in == "adaln" else None
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B * windows, N, dim) tokens, windows of a sample adjacent, and (B, time_dim) to the same shape."""
@@ -214,21 +180,6 @@ class TimeAttention(nn.Module):
         return from_windows(tokens, self.size, *x.shape[2:])
 
 
-def choose_forms(net: nn.Module, short: bool = False, in_parts: bool = False) -> None:
-    """Chooses for every TMSA of a network between forms of the same value, to rounding, and the same weights.
-
-    Args:
-        net: the network.
-        short: The softmax removes what the time adds to every key alike, and as its weights sum to 1, what the time
-            adds to the values may as well be added to their mean: q_i + q_t, k_j and v_j attend, and v_t joins the
-            result. The weights of k_t then get a gradient of zero, where the full form gives them rounding noise.
-        in_parts: see `attend_in_parts`.
-    """
-    for module in net.modules():
-        if isinstance(module, TMSA):
-            module.short, module.in_parts = short, in_parts
-
-
 PART = 1 << 19
 """Attention weights at a time, about what a CPU's caches hold."""
 
@@ -256,19 +207,6 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     biases = bias.split(size) if len(bias) > 1 else [bias] * len(parts[0])
     found = [(q @ k).add_(b).softmax(-1) @ v for q, k, v, b in zip(*parts, biases, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
-
-
-@contextmanager
-def frozen_weights(net: nn.Module) -> Iterator[None]:
-    """Promises that the weights stay as they are inside the block, so that each bias is gathered once in it.
-
-    What is kept goes with the block, also after an exception: nothing can be stale outside of it.
-    """
-    with ExitStack() as stack:
-        for module in net.modules():
-            if isinstance(module, TMSA):
-                stack.enter_context(module.inference())
-        yield
 
 
 def per_window(c: Tensor, tokens: Tensor) -> Tensor:

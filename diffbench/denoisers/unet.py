@@ -24,6 +24,7 @@ from diffbench.denoisers.layers import (
     resample,
     zero_,
 )
+from diffbench.denoisers.linear import Linear
 from diffbench.denoisers.tmsa import TimeAttention
 
 
@@ -220,7 +221,7 @@ class ResBlock(nn.Module):
             check_divides("norm_groups", groups, width, "a level's width or that with its skip")
         self.norm1 = GroupNorm(groups, c_in, eps=1e-5)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.condition = nn.Linear(emb, c_out * (2 if self.scale_shift else 1))
+        self.condition = Linear(emb, c_out * (2 if self.scale_shift else 1))
         self.norm2 = GroupNorm(groups, c_out, eps=1e-5)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zero_(nn.Conv2d(c_out, c_out, 3, padding=1))

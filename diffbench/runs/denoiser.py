@@ -21,8 +21,6 @@ from diffbench.data.coding import decode
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
-from diffbench.denoisers.linear import by_onednn
-from diffbench.denoisers.tmsa import choose_forms
 from diffbench.evaluation import judging
 from diffbench.runs import build as parts
 from diffbench.runs import classifier as classifier_run
@@ -56,8 +54,6 @@ class Run(Trained[RunConfig]):
         self.process = parts.build_process(config.process)
         self.null_label = parts.null_label(config, self.train_set)
         super().__init__(folder, config)
-        choose_forms(self.network, in_parts=True)
-        by_onednn(self.network)
 
     @property
     def denoiser(self) -> nn.Module:

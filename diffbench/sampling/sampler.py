@@ -169,17 +169,10 @@ class Sampler:
 
 @contextlib.contextmanager
 def inference(network: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode, and promise that its weights stay as they are inside the block.
-
-    A module that can compute something once then offers a context manager `inference()`, which is entered here.
-    """
+    """Put a network in eval mode."""
     training = network.training
-    with contextlib.ExitStack() as stack:
-        for module in network.modules():
-            offered: Any = getattr(module, "inference", contextlib.nullcontext)
-            stack.enter_context(offered())
-        network.eval()
-        yield
+    network.eval()
+    yield
     network.train(training)
 
 

@@ -11,10 +11,8 @@ from test_reference import network as golden_network
 from test_resume import CASES, TINY, assert_equal
 from torch import Tensor, nn
 
-from diffbench.config.load import load as load_config
 from diffbench.denoisers import linear
-from diffbench.denoisers.linear import PixelLinear, by_onednn, mkl_holds_back
-from diffbench.runs.denoiser import Run
+from diffbench.denoisers.linear import Linear, mkl_holds_back
 from diffbench.runs.lifecycle import train
 
 DIT = "experiments/digits/dit.yaml"
@@ -25,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes that linear layers convolve; none is too small, and this processor is one to do it on."""
     monkeypatch.setattr(linear, "LEAST", 1)
     monkeypatch.setattr(linear, "ROWS", 1)
-    monkeypatch.setattr(linear, "mkl_holds_back", lambda: True)
+    monkeypatch.setattr(linear, "BY_ONEDNN", True)
     shapes: list[tuple[int, ...]] = []
     convolve = nn.functional.conv2d
 
@@ -41,15 +39,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("shape", [(4, 64, 96), (64, 96), (2, 3, 8, 96), (96,), (2, 3, 5, 96), (0, 96)], ids=str)
 def test_outputs_and_gradients(shape: tuple[int, ...], bias: bool, calls: list[tuple[int, ...]]) -> None:
     generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(96, 160, bias=bias)
+    layer = Linear(96, 160, bias=bias)
     exact = nn.Linear(96, 160, bias=bias, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
-    by_onednn(net := nn.Sequential(layer))
-    assert type(net[0]) is PixelLinear and list(net.state_dict()) == ["0.weight", "0.bias"][: 1 + bias]
+    assert list(layer.state_dict()) == ["weight", "bias"][: 1 + bias]
     x = torch.randn(*shape, generator=generator)
     push = torch.randn(*shape[:-1], 160, generator=generator)
     found, wanted = [], []
-    for module, told, dtype in ((net, found, torch.float32), (exact, wanted, torch.float64)):
+    for module, told, dtype in ((layer, found, torch.float32), (exact, wanted, torch.float64)):
         given = x.detach().to(dtype).requires_grad_()
         out = module(given)
         out.backward(push.to(dtype))
@@ -62,7 +59,7 @@ def test_outputs_and_gradients(shape: tuple[int, ...], bias: bool, calls: list[t
 
 
 def test_tokens_in_any_order_of_memory(calls: list[tuple[int, ...]]) -> None:
-    layer = PixelLinear(24, 40)
+    layer = Linear(24, 40)
     x = torch.randn(3, 24, 32).transpose(1, 2)
     assert (layer(x) - nn.functional.linear(x, layer.weight, layer.bias)).abs().max() < 1e-6
     assert calls == [(16, 24, 1, 6)]
@@ -73,7 +70,7 @@ def test_tokens_in_any_order_of_memory(calls: list[tuple[int, ...]]) -> None:
 @pytest.mark.parametrize("sizes", [(2048, 384, 1536), (256, 384, 384), (32, 96, 160)], ids=str)
 def test_onednn_computes_it_on_any_number_of_threads(sizes: tuple[int, int, int], threads: int) -> None:
     rows, inner, outer = sizes
-    pixels = torch.empty(linear.PICTURES, inner, 1, rows // linear.PICTURES)
+    pixels = torch.empty(linear.BATCH, inner, 1, rows // linear.BATCH)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -85,31 +82,34 @@ def test_onednn_computes_it_on_any_number_of_threads(sizes: tuple[int, int, int]
 
 
 def test_what_stays_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BY_ONEDNN", True)
     monkeypatch.setattr(linear.nn.functional, "conv2d", None)  # which to call would fail
-    layer = PixelLinear(512, 1024)
+    layer = Linear(512, 1024)
 
     def same(layer: nn.Linear, x: Tensor) -> None:
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
     same(layer, torch.randn(240, 512))  # few rows
     same(layer, torch.randn(257, 512))  # no multiple of 16
-    same(PixelLinear(256, 256), torch.randn(496, 256))  # of 512 rows there would be 2^25 products
+    same(Linear(256, 256), torch.randn(496, 256))  # of 512 rows there would be 2^25 products
     same(layer.double(), torch.randn(256, 512).double())
     with torch.autocast("cpu", torch.bfloat16):
         same(layer.float(), torch.randn(256, 512))
-    for taken in (layer, PixelLinear(256, 256)):
+    for taken in (layer, Linear(256, 256)):
         with pytest.raises(TypeError):
             taken(torch.randn(512, taken.in_features))
 
 
 @pytest.mark.parametrize("name", ["dit", "diffit-latent", "diffit", "unet", "ddpmpp"])
-def test_every_backbone(name: str, calls: list[tuple[int, ...]]) -> None:
+def test_every_backbone(name: str, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     net, (x, t, y) = small(name).requires_grad_(True), inputs()
-    want = net(x, t, y)
-    want.square().mean().backward()
+    assert not any(type(module) is nn.Linear for module in net.modules())
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "BY_ONEDNN", False)
+        want = net(x, t, y)
+        want.square().mean().backward()
     gradients = [p.grad for p in net.parameters()]
     net.zero_grad()
-    by_onednn(net)
     out = net(x, t, y)
     out.square().mean().backward()
     assert calls and (out - want).abs().max() < 1e-5
@@ -121,7 +121,6 @@ def test_every_backbone(name: str, calls: list[tuple[int, ...]]) -> None:
 @pytest.mark.parametrize("name", ["dit_a", "diffit_a", "diffit_b", "diffit_c"])
 def test_the_published_outputs_hold(name: str, calls: list[tuple[int, ...]]) -> None:
     net, case = golden_network(name, torch.float32)
-    by_onednn(net)
     case.check("forward", net(*golden_inputs(case, case.info["calls"][0], torch.float32)).detach())
     assert calls
 
@@ -137,23 +136,9 @@ def test_whom_mkl_holds_back(
     monkeypatch.setattr(linear, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    mkl_holds_back.cache_clear()
-    try:
-        assert mkl_holds_back() is held
-        monkeypatch.setattr(linear, "CPUINFO", tmp_path / "none")
-        mkl_holds_back.cache_clear()
-        assert not mkl_holds_back()
-    finally:
-        mkl_holds_back.cache_clear()
-
-
-@pytest.mark.parametrize("held", [True, False])
-def test_a_run_uses_onednn_where_mkl_holds_back(
-    held: bool, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "mkl_holds_back", lambda: held)
-    run = Run(Path("run"), load_config(DIT))
-    assert {type(m) for m in run.network.modules() if isinstance(m, nn.Linear)} == {PixelLinear if held else nn.Linear}
+    assert mkl_holds_back() is held
+    monkeypatch.setattr(linear, "CPUINFO", tmp_path / "none")
+    assert not mkl_holds_back()
 
 
 def test_a_run_ends_with_the_same_weights_and_goes_on_bit_for_bit(
@@ -170,7 +155,7 @@ def test_a_run_ends_with_the_same_weights_and_goes_on_bit_for_bit(
     once, _ = state("once"), train(DIT, words)
     assert calls
     twice = state("twice")
-    monkeypatch.setattr(linear, "mkl_holds_back", lambda: False)
+    monkeypatch.setattr(linear, "BY_ONEDNN", False)
     plain = state("plain")
     for part in ("state_dict", "optimizer_states"):
         assert_equal(once[part], twice[part], part)
