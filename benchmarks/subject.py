@@ -17,7 +17,7 @@ from benchmarks.clock import Work
 from diffbench.config.kinds import RunConfig
 from diffbench.core import rng
 from diffbench.diffusion import predictor
-from diffbench.runs.denoiser import Run
+from diffbench.runs.denoiser import DenoiserRun
 from diffbench.sampling.cost import network_evaluations
 from diffbench.sampling.guided import guided
 from diffbench.sampling.sampler import inference, run_sampler
@@ -56,7 +56,7 @@ class Subject:
         backend: str = "inductor",
     ) -> None:
         self.config, self.variant, self.device = config, variant, device
-        self.run: Run = Run(Path("bench"), config) if like is None else like.run
+        self.run: DenoiserRun = DenoiserRun(Path("bench"), config) if like is None else like.run
         if network is not None:
             self.run.network = network
         self.network = self.run.network.to(device)

@@ -102,12 +102,7 @@ def test_no_import_runs_upwards(room: str) -> None:
 def test_a_library_stays_in_its_room(library: str, places: set[str]) -> None:
     allowed = {module for place in places for module in inside(place)}
     users = {m for m in MODULES if library in {name.split(".")[0] for name in imports(m)}}
-    assert users <= allowed | UNFINISHED
-
-
-UNFINISHED = {f"diffbench.{m}" for m in ("runs.autoencoder", "runs.base", "runs.classifier", "runs.denoiser")}
-UNFINISHED |= {"diffbench.studies.budget"}
-"""They name types of Lightning; each leaves this list when it does no longer."""
+    assert users <= allowed
 
 
 def test_only_the_entry_imports_the_command_line() -> None:

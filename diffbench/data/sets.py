@@ -30,6 +30,12 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
     def fingerprint(self) -> str:
         """The first 16 hexadecimal digits of a hash of all pixels and labels."""
         if self.digest is not None:

@@ -16,7 +16,7 @@ from diffbench.core.errors import suggest
 from diffbench.core.files import write_bytes
 from diffbench.core.pixels import from_uint8
 from diffbench.denoisers.attention_maps import AttentionMap, record_attention
-from diffbench.runs.lifecycle import Run
+from diffbench.runs.denoiser import DenoiserRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ class AttentionConfig:
 class Attention:
     """What one run attends to at several noise levels."""
 
-    run: Run
+    run: DenoiserRun
     times: Tensor
     """(T,) times of the run's process."""
     noisy: Tensor
@@ -64,7 +64,7 @@ class Attention:
     """The chosen layers; samples are the times."""
 
 
-def attention(runs: Sequence[Run], config: AttentionConfig) -> tuple[list[float], list[Attention]]:
+def attention(runs: Sequence[DenoiserRun], config: AttentionConfig) -> tuple[list[float], list[Attention]]:
     """The attention maps of runs on one noised image, or its latent.
 
     The image is a held-out one of each run's data, with its label; its noise is keyed by its number, the same at all
@@ -86,7 +86,7 @@ def attention(runs: Sequence[Run], config: AttentionConfig) -> tuple[list[float]
     return levels, [replace(a, maps=_chosen(a.maps, config.layers)) for a in found]
 
 
-def noise_levels(runs: Sequence[Run], times: int | list[float]) -> list[float]:
+def noise_levels(runs: Sequence[DenoiserRun], times: int | list[float]) -> list[float]:
     """Log-SNRs from noise to image: those given, or so many evenly spread in -10..10 where all runs pass through."""
     if isinstance(times, list):
         return sorted(times)
@@ -95,7 +95,7 @@ def noise_levels(runs: Sequence[Run], times: int | list[float]) -> list[float]:
     return torch.linspace(low, high, times, dtype=torch.float64).tolist()
 
 
-def _reached(run: Run) -> tuple[float, float]:
+def _reached(run: DenoiserRun) -> tuple[float, float]:
     """The least and the largest log-SNR that a run samples through, within -10 and 10."""
     points = run.process.grid(run.config.sample.steps).points
     log_snr = 2 * (points.alpha.log() - points.sigma.log())
@@ -104,7 +104,7 @@ def _reached(run: Run) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _of(run: Run, config: AttentionConfig, levels: list[float]) -> Attention:
+def _of(run: DenoiserRun, config: AttentionConfig, levels: list[float]) -> Attention:
     if not len(run.held_out):
         raise ValueError(f"data.name: {run.folder} has no images (data.name={run.config.data.name}) to be noised")
     if not 0 <= config.image < len(run.held_out):
@@ -204,7 +204,7 @@ def _picture(x: Tensor) -> np.ndarray:
     return (rearrange(rgb.float(), "c h w -> h w c") / rgb.abs().max() / 2 + 0.5).numpy()
 
 
-def save(figure: "Figure", path: Path, runs: Sequence[Run]) -> None:
+def save(figure: "Figure", path: Path, runs: Sequence[DenoiserRun]) -> None:
     """Writes the figure as a PNG and into each run's TensorBoard, in a folder `attention` beside its curves."""
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter

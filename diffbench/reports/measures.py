@@ -12,7 +12,7 @@ from safetensors.torch import save
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic
 from diffbench.runs.build import device_of
-from diffbench.runs.lifecycle import Run
+from diffbench.runs.denoiser import DenoiserRun
 
 VALIDATION = "validation.safetensors"
 
@@ -32,7 +32,7 @@ class ImageErrors:
     error: np.ndarray
 
 
-def save_validation(run: Run) -> Path:
+def save_validation(run: DenoiserRun) -> Path:
     """Writes the validation error of every held-out image at every noise level; leaves a file of the same weights.
 
     Args:

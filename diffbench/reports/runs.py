@@ -6,7 +6,6 @@ from typing import Any
 from diffbench.config.load import from_dict
 from diffbench.core.errors import UserError
 from diffbench.evaluation.records import difference, values
-from diffbench.runs.base import Trained
 from diffbench.runs.build import load_data
 from diffbench.runs.seen import Seen, seen
 
@@ -15,7 +14,7 @@ SHOWN |= {"recall", "coverage"}
 """What a table shows; the records hold more. Density and precision can rise for bad samples: neither stands alone."""
 
 
-def facts(run: Trained[Any] | Seen, scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
+def facts(run: Seen, scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
     """What a table says of a run: size, length, speed, and what its kind is judged by.
 
     Args:
@@ -107,14 +106,14 @@ def guidance_of(record: dict[str, Any]) -> str:
     return f" ({', '.join(told)})" if told else ""
 
 
-def held_scores(run: Trained[Any] | Seen) -> list[dict[str, Any]]:
+def held_scores(run: Seen) -> list[dict[str, Any]]:
     """The records of the weights that the run holds, oldest first."""
     run = seen(run)
     held = (run.images_seen, run.ema, run.snapshot)
     return [r for r in run.results if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
 
 
-def newest_scores(run: Trained[Any] | Seen) -> list[dict[str, Any]]:
+def newest_scores(run: Seen) -> list[dict[str, Any]]:
     """The newest record of each guidance for the weights that the run holds, unguided first."""
     chosen = {guidance_of(r): r for r in held_scores(run)}
     return [chosen[w] for w in sorted(chosen)]

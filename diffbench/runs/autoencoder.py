@@ -1,28 +1,24 @@
 """One run of an autoencoder: its parts, its training, and the folder in diffusers' format that it ends with."""
 
 import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from diffbench.autoencoders import KLAutoencoder, without_spread_
-from diffbench.autoencoders import io as files
+from diffbench.autoencoders import KLAutoencoder, io, without_spread_
 from diffbench.config.kinds import AutoencoderConfig
-from diffbench.core import ranks
 from diffbench.core.errors import UserError
 from diffbench.data.coding import side_by_side, spread
 from diffbench.data.registry import balanced
 from diffbench.denoisers.flops import Cost, measure
 from diffbench.evaluation import reference
-from diffbench.runs import build as parts
-from diffbench.runs.base import Trained
-from diffbench.runs.spaces import INSIDE
+from diffbench.runs import build, checks
+from diffbench.runs.base import Run
+from diffbench.runs.build import INSIDE
 
 if TYPE_CHECKING:
-    from lightning import Callback, LightningDataModule
-
+    from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.autoencoder import AutoencoderModule, Features
     from diffbench.training.ema import EMA
     from diffbench.training.logger import RunLog
@@ -32,32 +28,22 @@ VALIDATED = 1000
 """Held-out images that are restored in training; evaluation takes `evaluate.count`."""
 
 
-class AutoencoderRun(Trained[AutoencoderConfig]):
-    """An autoencoder's run folder with its network.
+class AutoencoderRun(Run[AutoencoderConfig]):
+    """An autoencoder's run."""
 
-    Attributes:
-        train_set: the training part of its data set.
-        held_out: the other part.
-    """
-
-    network: KLAutoencoder
-
-    def __init__(self, folder: Path, config: AutoencoderConfig) -> None:
-        self.train_set, self.held_out = parts.load_data(config)
-        super().__init__(folder, config)
+    kind = "autoencoder"
 
     def build(self) -> nn.Module:
-        return KLAutoencoder(self.config.network.for_channels(self.train_set.images.shape[1]))
+        return KLAutoencoder(self.config.network.for_channels(self.facts.shape[0]))
 
-    @property
-    def cost(self) -> Cost:
+    def count(self) -> Cost:
         with torch.device("meta"):
-            return measure(self.build(), torch.empty(1, *self.train_set.images.shape[1:]))
+            return measure(self.build(), torch.empty(1, *self.facts.shape))
 
     @classmethod
     def check(cls, config: AutoencoderConfig) -> None:
-        parts.check_device(config.trainer)
-        train_set, held_out = parts.load_data(config)
+        checks.check_device(config.trainer)
+        train_set, held_out = build.load_data(config)
         shape = tuple(train_set.images.shape[1:])
         try:
             config.network.for_channels(shape[0]).latent_shape(shape)
@@ -78,8 +64,9 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
     def module(self) -> "AutoencoderModule":
         from diffbench.training.autoencoder import AutoencoderModule
 
-        c = self.config
-        return AutoencoderModule(self.network, c.loss, c.optimizer, c.seed, c.trainer.batch_size, self._features())
+        c, net = self.config, self.network
+        assert isinstance(net, KLAutoencoder)
+        return AutoencoderModule(net, c.loss, c.optimizer, c.seed, c.trainer.batch_size, self._features())
 
     def _features(self) -> "Features | None":
         if self.config.loss.perceptual is None:
@@ -93,31 +80,29 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
 
         return features
 
-    def data(self) -> "LightningDataModule":
-        return parts.data_module(self.config, self.train_set, self.held_out)
+    def data_module(self) -> "PositionDataModule":
+        return build.data_module(self.config, self.train_set, self.held_out)
 
-    def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
+    def callbacks(self, log: "RunLog", ema: "EMA") -> "list[Any]":
         from diffbench.training.autoencoder import Reconstructions
 
         t = self.config.trainer
         return [Reconstructions(log, ema, self.held_out.spread(VALIDATED), t.validate_images, t.sample_images)]
 
-    def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
-        """Trains as every kind does, then writes the averaged network with its scale into `<folder>/autoencoder`."""
-        super().fit(existed, start)
-        if not ranks.leads():
-            return
-        self.use_average(self.ema)
+    def finish(self) -> None:
+        """Writes the averaged network with its scale into `<folder>/autoencoder`."""
+        self.use_average()
         place, notes = self.folder / INSIDE, {"images": str(self.images_seen), "ema": str(self.ema)}
-        if files.read_notes(place).items() >= notes.items():
+        if io.read_notes(place).items() >= notes.items():
             return
         net = self.network
+        assert isinstance(net, KLAutoencoder)
         if self.config.loss.kl_weight == 0:
             without_spread_(net)
         print(f"{self.folder}: finding the scale of the latents of {len(self.train_set):,} images", flush=True)
         centre, deviation = spread(net, self.train_set.images)
         net.config = dataclasses.replace(net.config, scaling_factor=1 / deviation, shift_factor=centre)
-        files.save(net, place, notes)
+        io.save(net, place, notes)
 
     def pictures(self, n: int) -> Tensor:
         """Rows of held-out images, each followed by the row of their reconstructions."""
@@ -131,6 +116,6 @@ class AutoencoderRun(Trained[AutoencoderConfig]):
             UserError: if it is not trained to the end.
         """
         try:
-            return files.load(self.folder / INSIDE)
+            return io.load(self.folder / INSIDE)
         except ValueError as e:
             raise UserError(str(e)) from None

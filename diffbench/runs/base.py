@@ -1,88 +1,241 @@
-"""What runs of every kind share: a folder, a config, one network, and how training begins, resumes and ends."""
+"""A run on disk, of any kind: its config, its logs and scores, its network, and how its training begins and ends."""
 
-import sys
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from diffbench.config.kinds import BaseConfig
 from diffbench.config.layers import blaming
-from diffbench.config.load import flatten, to_dict, to_yaml
-from diffbench.core import ranks
+from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
-from diffbench.core.files import sweep
+from diffbench.data.facts import DataFacts
+from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
+from diffbench.evaluation import records
 from diffbench.runs import weights
-from diffbench.runs.folder import read_config, update_length
+from diffbench.runs.build import load_data
+from diffbench.runs.folder import SAVED, read_values
 from diffbench.training.speed import keep_memory
 
 if TYPE_CHECKING:
-    from lightning import Callback, LightningDataModule
-
+    from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.ema import EMA
     from diffbench.training.logger import RunLog
     from diffbench.training.module import Module
 
+DATA_FACTS = "data.json"
+"""What the folder says of the run's data set."""
 HPARAMS = ("denoiser.name", "process.name", "sample.sampler", "optimizer.lr", "trainer.batch_size", "seed")
+NO_SIZE = ("seed", "tag", "runs_dir", "debug", "optimizer", "ema", "trainer", "validation", "sample", "evaluate")
+"""Sections that leave the network's size as it is."""
 
 C = TypeVar("C", bound=BaseConfig)
+R = TypeVar("R", bound="Run[Any]")
+
+_costs: dict[str, Cost] = {}
 
 
-class Trained(ABC, Generic[C]):
-    """A run folder with its network. A kind says how it is built, what trains it, and what it shows meanwhile.
+class Run(ABC, Generic[C]):
+    """A run folder. To look at it builds no network and reads no images: each comes when it is first asked for.
+
+    A kind says how its network is built, what trains it, and what is measured meanwhile.
+
+    Args:
+        folder: where it lies.
+        config: its resolved config; by default the folder's.
+        values: the same as plain values, where they have been read already.
 
     Attributes:
-        folder: where it lies.
-        config: its resolved config.
-        network: with averaged weights after `use_average`.
-        ema: decay of the average that the network holds then.
-        images_seen: of the weights that were loaded.
+        kind: denoiser, classifier or autoencoder, as the config says.
+        ema: decay of the average that `network` holds after `use_average`, and by which records are chosen.
         snapshot: "last", or "best" after `use_best`.
-        lock: open file that holds the folder, for the processes that train it.
     """
 
-    lock: int | None = None
+    kind: ClassVar[str]
 
-    def __init__(self, folder: Path, config: C) -> None:
-        self.folder, self.config = folder, config
-        keep_memory()
-        torch.manual_seed(config.seed)
-        self.network = self.build()
-        if config.trainer.channels_last:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = config.ema.decays[0]
-        self.images_seen = 0
+    def __init__(self, folder: str | Path, config: C | None = None, values: dict[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        if config is not None:
+            self.config = config
+        if values is not None:
+            self.values = values
+        self.ema = float(self.values["ema"]["decays"][0])
         self.snapshot = "last"
+
+    # What the folder says.
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The resolved config as plain values; the folder's are not checked again."""
+        return to_dict(self.config) if "config" in vars(self) else read_values(self.folder)
+
+    @cached_property
+    def config(self) -> C:
+        """The resolved config."""
+        return from_dict(self.values, str(self.folder / SAVED))  # type: ignore[return-value]
+
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """The config under dotted keys."""
+        return flatten(self.values)
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return records.metrics(self.folder)
+
+    @cached_property
+    def results(self) -> list[dict[str, Any]]:
+        """The records of results.jsonl, oldest first."""
+        return records.results(self.folder)
+
+    def add_result(self, record: dict[str, Any]) -> None:
+        """Appends a record to results.jsonl."""
+        records.append(self.folder / "results.jsonl", record)
+        vars(self).pop("results", None)
+
+    @cached_property
+    def timeline(self) -> list[tuple[int, float]]:
+        """(images, seconds of training until then) of each line that says how fast training was."""
+        # The series holds images and images/s of each interval: their quotients sum to the seconds of training.
+        found, total, before = [], 0.0, 0
+        for m in self.metrics:
+            if "perf/images_per_s" in m:
+                total += (m["images"] - before) / max(1e-9, m["perf/images_per_s"])
+                before = m["images"]
+                found.append((before, total))
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training; 0 where nothing was logged."""
+        return self.timeline[-1][1] if self.timeline else 0.0
+
+    def last(self, name: str) -> float | None:
+        """The newest logged value of a metric."""
+        return next((m[name] for m in reversed(self.metrics) if name in m), None)
+
+    @cached_property
+    def images_seen(self) -> int:
+        """Images that the weights have seen: of those that were loaded, else of the folder's newest.
+
+        Raises:
+            UserError: if the exported weights are damaged.
+        """
+        return weights.images_seen(self.folder, self.ema, int(self.values["trainer"]["batch_size"]))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder holds weights of some training."""
+        return self.images_seen > 0 or weights.export_path(self.folder, self.ema).is_file()
+
+    @property
+    def cost(self) -> Cost:
+        """Parameters and multiply-accumulates of the network, counted once for all runs with such a network."""
+        sizes = {key: value for key, value in self.values.items() if key not in NO_SIZE}
+        signature = json.dumps([sizes, self.values["trainer"].get("label_dropout")], sort_keys=True)
+        if signature not in _costs:
+            _costs[signature] = self.count()
+        return _costs[signature]
+
+    # Its data.
+
+    @cached_property
+    def facts(self) -> DataFacts:
+        """What the network must know of its images, kept in the folder, so that a run is used without them."""
+        path = self.folder / DATA_FACTS
+        return DataFacts.read(path) if path.is_file() else DataFacts.of(self.train_set)
+
+    @property
+    def train_set(self) -> ImageSet:
+        """The training part of the data set.
+
+        Raises:
+            UserError: if it is not what the run was trained on.
+        """
+        return self._parts[0]
+
+    @property
+    def held_out(self) -> ImageSet:
+        """The other part."""
+        return self._parts[1]
+
+    @cached_property
+    def _parts(self) -> tuple[ImageSet, ImageSet]:
+        with self.located():
+            train_set, held_out = load_data(self.config)
+        path = self.folder / DATA_FACTS
+        changed = DataFacts.read(path).difference(DataFacts.of(train_set)) if path.is_file() else None
+        if changed:
+            raise UserError(
+                f"data: the run began with other training data ({changed}); bring it back, or choose another tag=NAME"
+            )
+        return train_set, held_out
+
+    # The network.
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network, initialised from the run's seed until weights are loaded."""
+        keep_memory()
+        with self.located():
+            torch.manual_seed(self.config.seed)
+            network = self.build()
+        if self.config.trainer.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
+
+    def located(self) -> Any:
+        """A context in which a ValueError that names a key also names the folder's config."""
+        return blaming([(str(self.folder / SAVED), self.values)])
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The network, initialised from the default generator."""
-
-    @property
-    @abstractmethod
-    def cost(self) -> Cost:
-        """Parameters and multiply-accumulates of the network."""
+        """A new network, initialised from the default generator."""
 
     @abstractmethod
-    def module(self) -> "Module":
-        """What is trained."""
+    def count(self) -> Cost:
+        """Parameters and multiply-accumulates of a network that is not built in memory."""
 
-    @abstractmethod
-    def data(self) -> "LightningDataModule":
-        """The batches."""
+    def use_average(self, decay: float | None = None) -> None:
+        """Loads an average into the network, by default the first decay's.
 
-    @abstractmethod
-    def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
-        """What is measured and drawn in training."""
+        Raises:
+            UserError: if the run keeps no such average, has no weights yet, or those of another network.
+        """
+        decay = self.config.ema.decays[0] if decay is None else decay
+        averaged, images = weights.read(self.folder, self.config, self.network, decay)
+        wrong = weights.mismatch(self.network.state_dict(), averaged)
+        if wrong:
+            raise UserError(f"{self.folder}: holds the weights of another network than its config.yaml says: {wrong}")
+        self._load(averaged, images, decay, "last")
+
+    def use_best(self) -> None:
+        """Loads the averaged weights of the least distance in training into the network.
+
+        Raises:
+            UserError: if the run keeps none.
+        """
+        best, images, decay = weights.read_best(self.folder)
+        self._load(best, images, decay, "best")
+
+    def _load(self, state: Mapping[str, Tensor], images: int, decay: float, snapshot: str) -> None:
+        self.network.load_state_dict(state, strict=True)
+        self.network.eval()
+        self.images_seen, self.ema, self.snapshot = images, decay, snapshot
+
+    # Training.
 
     @classmethod
     @abstractmethod
     def check(cls, config: Any) -> None:
-        """Finds what would fail only once a run is under way: in seconds, before anything is written.
+        """Finds, within seconds and before anything is written, what would fail only once a run is under way.
 
         Raises:
             ValueError: a line that begins with the key.
@@ -93,114 +246,41 @@ class Trained(ABC, Generic[C]):
         """The weights that training starts from, or None for fresh ones."""
         return None
 
-    def use_average(self, decay: float) -> None:
-        """Loads the average of a decay into the network.
+    @abstractmethod
+    def module(self) -> "Module":
+        """The LightningModule that trains the network."""
 
-        Raises:
-            UserError: if the run keeps no such average, has no weights yet, or those of another network.
-        """
-        averaged, self.images_seen = weights.read(self.folder, self.config, self.network, decay)
-        wrong = weights.mismatch(self.network.state_dict(), averaged)
-        if wrong:
-            raise UserError(f"{self.folder}: holds the weights of another network than its config.yaml says: {wrong}")
-        self.network.load_state_dict(averaged, strict=True)
-        self.network.eval()
-        self.ema, self.snapshot = decay, "last"
+    @abstractmethod
+    def data_module(self) -> "PositionDataModule":
+        """The batches."""
 
-    def use_best(self) -> None:
-        """Loads the averaged weights of the least distance in training into the network.
+    @abstractmethod
+    def callbacks(self, log: "RunLog", ema: "EMA") -> "list[Any]":
+        """What is measured and drawn in training."""
 
-        Raises:
-            UserError: if the run keeps none.
-        """
-        best, self.images_seen, self.ema = weights.read_best(self.folder)
-        self.network.load_state_dict(best, strict=True)
-        self.network.eval()
-        self.snapshot = "best"
+    def prepare(self) -> None:
+        """Writes what the run needs besides its config, before training; the first process calls it."""
+        DataFacts.of(self.train_set).write(self.folder / DATA_FACTS)
 
-    def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
-        """Trains, resumes, or finds the run complete; exports its averages.
-
-        Several processes are started from here, unless torchrun or srun has started them: then each calls this.
-
-        Raises:
-            SystemExit: if one of them failed, which has told why.
-        """
-        from diffbench.training.checkpoint import newest, step_of
-
-        settings = self.config.trainer
-        sweep(self.folder)
-        checkpoint = newest(self.folder / "checkpoints") if existed else None
-        done = step_of(checkpoint) if checkpoint else 0
-        images = done * settings.batch_size
-        if checkpoint and done >= settings.max_steps:
-            print(f"{self.folder}: complete at {images:,} images")
-            if ranks.leads() and not weights.export_path(self.folder, self.config.ema.decays[0]).exists():
-                weights.export_from(checkpoint, self.folder, self.network, images)
-            return
-        if existed and ranks.leads():
-            update_length(self.folder, self.config)
-        if checkpoint is None and start is not None:
-            print(f"weights start from {getattr(self.config, 'init_from', None)}")
-        state = f"resuming at {images:,} images" if checkpoint else "starting"
-        cost = f"{self.cost.parameters:,} parameters, {self.cost.gmacs:.4f} GMACs"
-        print(f"{self.folder}: {state}, {cost}, {settings.precision}")
-        for path in self.folder.glob("ema-*.safetensors") if ranks.leads() else ():
-            path.unlink()  # of the shorter run; written anew at the end
-        if settings.processes > 1 and ranks.place()[1] == 1:
-            self._launch(checkpoint)
-        else:
-            self.train_here(checkpoint, start)
-
-    def _launch(self, checkpoint: Path | None) -> None:
-        from diffbench.core.launcher import launch
-
-        command = [sys.executable, "-m", "diffbench.runs.worker", "train", str(self.folder)]
-        command += [str(checkpoint)] if checkpoint else []
-        code = launch(command, self.config.trainer.processes, keep=[] if self.lock is None else [self.lock])
-        if code:
-            raise SystemExit(code)
+    def finish(self) -> None:
+        """Writes what training ends with besides the averages; the first process calls it."""
 
     def hparams(self) -> dict[str, str | float]:
         """The few facts by which TensorBoard's hparams tab sorts runs."""
-        known = flatten(to_dict(self.config))
-        chosen = {key: known[key] for key in HPARAMS if key in known}
+        chosen = {key: self.flat[key] for key in HPARAMS if key in self.flat}
         return {**chosen, "parameters": self.cost.parameters, "GMACs": self.cost.gmacs}
 
-    def train_here(self, checkpoint: Path | None, start: dict[str, Tensor] | None) -> None:
-        """Trains in this process, with the others of its job if there are any; the first one exports the averages."""
-        from diffbench.core import collectives as together
-        from diffbench.training.trainer import fit
 
-        if checkpoint is None and start is not None:
-            self.network.load_state_dict(start, strict=True)
-        c, data = self.config, self.data()
-        ema = fit(
-            self.module(), data, self.folder, c.trainer, c.ema, to_yaml(c), self.scores, checkpoint, self.hparams()
-        )
-        for decay in ema.averages:
-            average = ema.whole(decay)
-            if together.rank() == 0:
-                weights.export(self.folder, self.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)
-        together.part()
-
-
-def open_run(folder: str | Path, kinds: Mapping[str, type[Trained[Any]]], ema: float | None = None) -> Trained[Any]:
-    """A trained run of one of these kinds with its averaged weights, on the CPU.
-
-    Args:
-        folder: the run folder.
-        kinds: the kinds that will do, by name.
-        ema: decay of the average, one of `config.ema.decays`; by default the first.
+def open_run(folder: str | Path, kinds: Sequence[type[R]]) -> R:
+    """The run of a folder, of one of these kinds; its network is not built yet.
 
     Raises:
-        UserError: if the folder holds no run of such a kind, no weights yet, or no such average.
+        UserError: if the folder holds no run of such a kind.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    if config.kind not in kinds:
-        raise UserError(f"{folder}: a run of kind {config.kind}; choose a {' or a '.join(kinds)}'s")
-    with blaming([(str(folder / "config.yaml"), to_dict(config))]):
-        run = kinds[config.kind](folder, config)
-    run.use_average(run.ema if ema is None else ema)
-    return run
+    values = read_values(Path(folder))
+    for kind in kinds:
+        if kind.kind == values["kind"]:
+            return kind(folder, values=values)
+    raise UserError(
+        f"{folder}: a run of kind {values['kind']}; choose a {' or a '.join(kind.kind for kind in kinds)}'s"
+    )

@@ -1,26 +1,43 @@
-"""What a config describes: its data and its network, and a check of both before anything is trained or written."""
+"""What a config describes: its data, its process, its network, and the autoencoder between images and latents."""
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffbench.config.kinds import BaseConfig, RunConfig
-from diffbench.config.sections import AUGMENT_WIDTH, TrainerConfig
+from diffbench.autoencoders import KLAutoencoder, KLConfig, io
+from diffbench.config.kinds import AutoencoderConfig, BaseConfig, RunConfig
+from diffbench.config.load import load
 from diffbench.core import ranks
-from diffbench.data.latents import LatentSet
-from diffbench.data.registry import SOURCES, ImageSet, balanced
+from diffbench.core.errors import UserError
+from diffbench.core.files import cache_folder
+from diffbench.core.store import is_complete
+from diffbench.data.coding import at_once
+from diffbench.data.latents import LatentSet, encode
+from diffbench.data.registry import SOURCES
+from diffbench.data.sets import ImageSet
 from diffbench.denoisers import build
 from diffbench.denoisers.flops import Cost, count
 from diffbench.diffusion import PROCESSES, Process
-from diffbench.runs import spaces
 
 if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
+
+INSIDE = "autoencoder"
+"""Where a run folder holds its autoencoder, in diffusers' format: one that it trained, or works on the latents of."""
+
+
+class Shaped(Protocol):
+    """What a network must know of its images: a data set, or the facts that a run folder keeps of one."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+
+    @property
+    def num_classes(self) -> int:
+        """0 for images without labels."""
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
@@ -28,7 +45,7 @@ def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
     return SOURCES[config.data.name].load(config.data)
 
 
-def null_label(config: RunConfig, data: ImageSet) -> int | None:
+def null_label(config: RunConfig, data: Shaped) -> int | None:
     """The label that means "no class", or None where labels are never dropped, or there are none."""
     return data.num_classes if config.trainer.label_dropout and data.num_classes else None
 
@@ -38,9 +55,9 @@ def build_process(config: Any) -> Process:
     return PROCESSES[config.name].build(config)
 
 
-def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
-    """The config's network for images like those of `data`, or for their latents."""
-    channels, size, _ = spaces.shape(config, data)
+def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> nn.Module:
+    """The config's network for images like those of `data`, or for their latents; `shape` where that is known."""
+    channels, size, _ = shape or denoised_shape(config, data)
     return build(
         config.denoiser.name,
         config.denoiser,
@@ -52,10 +69,16 @@ def build_denoiser(config: RunConfig, data: ImageSet) -> nn.Module:
     )
 
 
+def cost_of(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Cost:
+    """Parameters and multiply-accumulates of the config's network."""
+    channels, size, _ = shape = shape or denoised_shape(config, data)
+    return count(lambda: build_denoiser(config, data, shape), channels, size)
+
+
 def data_module(
     config: BaseConfig, train_set: ImageSet | LatentSet, held_out: ImageSet | LatentSet
 ) -> "PositionDataModule":
-    """The batches of a run, of pictures or of latents as the two sets are."""
+    """The batches of a run, of images or of latents as the two sets are."""
     from diffbench.data.datamodule import ImageDataModule, LatentDataModule
 
     return (LatentDataModule if isinstance(train_set, LatentSet) else ImageDataModule)(
@@ -71,75 +94,6 @@ def data_module(
     )
 
 
-def cost_of(config: RunConfig, data: ImageSet) -> Cost:
-    """Parameters and multiply-accumulates of the config's network."""
-    channels, size, _ = spaces.shape(config, data)
-    return count(lambda: build_denoiser(config, data), channels, size)
-
-
-def check(config: RunConfig) -> None:
-    """Finds what would fail only once a run is under way: in seconds, before anything is written.
-
-    Raises:
-        ValueError: a line that begins with the key.
-    """
-    check_device(config.trainer)
-    check_compiler(config.trainer.compile)
-    train_set, _ = load_data(config)
-    if not len(train_set):
-        raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
-    if not train_set.num_classes and config.sample.guidance != 1 and config.sample.weak_model is None:
-        raise ValueError(
-            f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
-            " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
-        )
-    spaces.shape(config, train_set)
-    with naming("denoiser"):
-        cost_of(config, train_set)
-    if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
-        raise ValueError(
-            f"trainer.augment: denoiser.name={config.denoiser.name} is not told what was done to an image, so that the"
-            f" changes would leak into samples; allowed: 0, or a network with denoiser.augment_dim={AUGMENT_WIDTH}"
-        )
-    try:
-        check_evaluation(config, train_set)
-    except Missing as e:
-        if config.evaluate.extractor is not None or config.evaluate.every_images is not None:
-            raise
-        print(f"note: samples will not be scored: {e}")
-
-
-class Missing(ValueError):
-    """What a config does not ask for by name, and this machine lacks."""
-
-
-def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
-    """Whether the extractor can be made here, and as many real images as samples are there to compare with.
-
-    Raises:
-        ValueError: if not.
-    """
-    if not len(train_set):
-        raise ValueError(
-            f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
-        )
-    e = config.evaluate
-    for name, wanted in (("count", e.count), ("every_count", e.every_count if e.every_images else 0)):
-        found = len(balanced(train_set.labels, wanted))
-        if found < wanted and not (name == "count" and e.reference == "all"):
-            rarest = int(train_set.labels.bincount().min())
-            raise ValueError(
-                f"evaluate.{name}: must be at most {rarest * len(train_set.labels.unique())}, as many real images of"
-                f" each class as data.name={config.data.name} has, got {wanted}"
-            )
-    from diffbench.evaluation.reference import check_extractor  # seconds, which tables and reports need not wait
-
-    try:
-        check_extractor(e.extractor, e.weights, train_set)
-    except ValueError as error:
-        raise Missing(str(error)) from None
-
-
 def device_of(accelerator: str) -> torch.device:
     """Where networks run outside of training: on a GPU where there is one, unless the config names something else."""
     if accelerator == "mps":
@@ -149,67 +103,110 @@ def device_of(accelerator: str) -> torch.device:
     return torch.device("cuda", ranks.local()) if ranks.place()[1] > 1 else torch.device("cuda")
 
 
-@contextlib.contextmanager
-def naming(section: str) -> Iterator[None]:
-    """Makes whatever a network of impossible sizes raises begin with its section."""
-    try:
-        yield
-    except ValueError as e:
-        # Naming the section too: the key may stand in a base, and what it does not fit on the command line.
-        named = str(e).startswith(f"{section}.")
-        raise ValueError(f"{e} (section {section})" if named else f"{section}: {e}") from None
-    except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
-        raise ValueError(f"{section}: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
+# Latent space.
 
 
-def check_device(trainer: TrainerConfig) -> None:
-    """Raises ValueError, naming the key, where the machine or who started us lacks what `trainer` asks for."""
-    accelerator, (_, world) = trainer.accelerator, ranks.place()
-    there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
-    there["mps"] = torch.backends.mps.is_available()
-    if not there.get(accelerator, True):
-        raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
-    device = device_of("mps" if accelerator == "auto" and there["mps"] else accelerator)
-    found = torch.cuda.device_count() if device.type == "cuda" else 1 if device.type == "mps" else trainer.devices
-    if trainer.devices > found:
-        raise ValueError(
-            f"trainer.devices: must be at most {found}, as many as this machine has, got {trainer.devices}"
-        )
-    asked = f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}"
-    if world != 1 and world != trainer.processes:
-        raise ValueError(
-            f"trainer.devices: torchrun or srun started {world} processes, and {asked} are {trainer.processes}"
-        )
-    if world == 1 and trainer.num_nodes > 1:
-        raise ValueError(
-            "trainer.num_nodes: processes on several machines are started by torchrun or srun; see the README"
-        )
-
-
-def check_compiler(how: str) -> None:
-    """Raises ValueError, naming the key, where `trainer.compile` finds no C++ compiler: $CXX, or g++."""
-    name = os.environ.get("CXX", "g++")
-    if how != "none" and shutil.which(name) is None:
-        raise ValueError(f"trainer.compile: {how} needs a C++ compiler, and there is no {name}; allowed: none")
-
-
-def labels_for(n: int | None, labels: int | Sequence[int] | Tensor | None, classes: int) -> Tensor:
-    """Labels (N,) of samples: those given, one for all, or by default the classes in turn.
+def denoised_shape(config: RunConfig, data: Shaped) -> tuple[int, int, int]:
+    """(C, H, W) of what the config's denoiser works on: images like those of `data`, or their latents.
 
     Raises:
-        ValueError: if one is out of range, or the counts disagree.
+        ValueError: if there is no such autoencoder, or it does not take these images; begins with the key.
     """
-    if n is not None and n < 1:
-        raise ValueError(f"n: must be at least 1, got {n}")
-    if labels is None:
-        return torch.arange(16 if n is None else n) % max(1, classes)
-    y = torch.as_tensor(labels, dtype=torch.int64)
-    if y.ndim == 0:
-        y = y.repeat(1 if n is None else n)
-    if not len(y) or (n is not None and len(y) != n):
-        raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
-    if not classes:
-        raise ValueError("labels: this network was trained without classes; leave them out")
-    if not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
-    return y
+    if config.autoencoder is None or config.data.name == "none":  # which has the shape of what is denoised
+        return data.shape
+    try:
+        return _autoencoder_sizes(config).latent_shape(data.shape)
+    except ValueError as e:
+        raise ValueError(f"autoencoder: {e}") from None
+
+
+def is_experiment(source: str | None) -> bool:
+    """Whether `autoencoder` names the YAML of an autoencoder, to be trained where its run is missing."""
+    return source is not None and source.endswith((".yaml", ".yml"))
+
+
+def autoencoder_experiment(config: RunConfig) -> tuple[AutoencoderConfig, list[str]]:
+    """The config of the experiment that `autoencoder` names, and the overrides that it shares with this one.
+
+    Raises:
+        ValueError: if it is not an autoencoder's.
+    """
+    source, path = str(config.autoencoder), getattr(config.data, "path", None)
+    overrides = [f"runs_dir={config.runs_dir}", *(["debug=smoke"] if config.debug == "smoke" else [])]
+    try:
+        found = load(source, overrides)
+        if path is not None and found.data.name == config.data.name:  # one place of the images serves both
+            overrides.append(f"data.path={path}")
+            found = load(source, overrides)
+    except UserError as e:
+        raise ValueError(str(e)) from None
+    if not isinstance(found, AutoencoderConfig):
+        raise ValueError(f"{source}: its kind is {found.kind}; choose a YAML of kind autoencoder")
+    return found, overrides
+
+
+def load_autoencoder(source: str | Path) -> KLAutoencoder:
+    """The autoencoder of a run folder, a folder in diffusers' format or a hub name, with its scale, in eval mode.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        return io.load(autoencoder_place(source))
+    except ValueError as e:
+        raise UserError(f"autoencoder: {e}") from None
+
+
+def autoencoder_place(source: str | Path) -> str | Path:
+    """The folder of a run's autoencoder; other sources as they are.
+
+    Raises:
+        ValueError: if the run has none.
+    """
+    folder = Path(source)
+    if (folder / INSIDE / io.CONFIG).is_file():
+        return folder / INSIDE
+    if (folder / "config.yaml").is_file():
+        raise ValueError(f"{source}: this run holds no trained autoencoder; choose a finished run of kind autoencoder")
+    return source
+
+
+def _autoencoder_sizes(config: RunConfig) -> KLConfig:
+    source = str(config.autoencoder)
+    if not is_experiment(source):
+        return io.read_config(io.find(autoencoder_place(source)))
+    found, _ = autoencoder_experiment(config)
+    train_set, _ = load_data(found)
+    return found.network.for_channels(train_set.images.shape[1])
+
+
+def encoded(
+    config: RunConfig, data: ImageSet, autoencoder: KLAutoencoder, device: torch.device, flip: bool = False
+) -> LatentSet:
+    """The latents of a data set: from the cache, or encoded into it on a device; the ranks of a job encode shares.
+
+    Raises:
+        UserError: if the disk is full, or the cache holds something else.
+    """
+    mirrored = "-flipped" if flip else ""
+    name = f"{data.name}-{data.fingerprint()}-{autoencoder.fingerprint}-{config.latent_dtype}{mirrored}"
+    folder = cache_folder() / "latents" / name
+    if not is_complete(folder):
+        print(
+            f"encoding {len(data):,} images of {data.name} by autoencoder {config.autoencoder} into {folder}",
+            flush=True,
+        )
+    rank, world = ranks.place()
+    return encode(
+        data,
+        autoencoder.to(device),
+        folder,
+        dtype=config.latent_dtype,
+        batch_size=at_once(*data.images.shape[2:]),
+        device=device,
+        flip=flip,
+        scale=autoencoder.config.scaling_factor,
+        shift=autoencoder.config.shift_factor,
+        rank=rank,
+        world=world,
+    )

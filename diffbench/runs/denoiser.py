@@ -1,35 +1,35 @@
-"""One run of a denoiser: its parts, what trains it, and samples from it."""
+"""The run of a denoiser: what trains it, and samples from it."""
 
 import contextlib
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffbench.autoencoders import KLAutoencoder
+from diffbench.autoencoders import KLAutoencoder, io
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import change
 from diffbench.config.sample_sections import SampleConfig
-from diffbench.core import ranks
 from diffbench.core.errors import UserError
-from diffbench.core.files import write_text
 from diffbench.data.coding import decode
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
+from diffbench.diffusion import Process
 from diffbench.evaluation import judging
-from diffbench.runs import build as parts
-from diffbench.runs import classifier as classifier_run
-from diffbench.runs import spaces, weights
-from diffbench.runs.base import Trained, open_run
+from diffbench.runs import build, checks, weights
+from diffbench.runs.base import Run, open_run
+from diffbench.runs.classifier import ClassifierRun
 
 if TYPE_CHECKING:
-    from lightning import Callback, LightningDataModule
-
+    from diffbench.data.datamodule import PositionDataModule
     from diffbench.sampling.guided import GuidanceModels
     from diffbench.sampling.sampler import Sampler
     from diffbench.training.ema import EMA
@@ -37,23 +37,10 @@ if TYPE_CHECKING:
     from diffbench.training.module import DiffusionModule
 
 
-class Run(Trained[RunConfig]):
-    """A denoiser's run folder with its network.
+class DenoiserRun(Run[RunConfig]):
+    """A denoiser's run."""
 
-    Attributes:
-        train_set: the training part of its data set.
-        held_out: the other part.
-        shape: (C, H, W) of what the network denoises: the data set's pictures, or their latents.
-        process: what it was trained under.
-        null_label: the label that means "no class", or None.
-    """
-
-    def __init__(self, folder: Path, config: RunConfig) -> None:
-        self.train_set, self.held_out = parts.load_data(config)
-        self.shape = spaces.shape(config, self.train_set)
-        self.process = parts.build_process(config.process)
-        self.null_label = parts.null_label(config, self.train_set)
-        super().__init__(folder, config)
+    kind = "denoiser"
 
     @property
     def denoiser(self) -> nn.Module:
@@ -61,50 +48,95 @@ class Run(Trained[RunConfig]):
         return self.network
 
     @cached_property
-    def autoencoder(self) -> KLAutoencoder | None:
-        """What leads from pictures to latents and back, or None in pixel space.
+    def process(self) -> Process:
+        """The process that it is trained under."""
+        return build.build_process(self.config.process)
 
-        Raises:
-            UserError: if there is none, or the denoiser was trained on another's latents.
-        """
-        source, known = self.config.autoencoder, self.folder / "autoencoder.txt"
-        if source is None:
-            return None
-        net = spaces.load_autoencoder(source)
-        if known.is_file() and (before := known.read_text().strip()) != net.fingerprint:
-            raise UserError(
-                f"{self.folder}: trained on the latents of autoencoder {before}, but {source} holds {net.fingerprint}"
-                " now; bring that back, or choose another tag=NAME"
-            )
-        return net
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network denoises: the data set's images, or their latents."""
+        own = self.folder / build.INSIDE
+        if self.config.autoencoder is not None and (own / io.CONFIG).is_file():
+            return io.read_config(own).latent_shape(self.facts.shape)
+        return build.denoised_shape(self.config, self.facts)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no class", or None."""
+        return build.null_label(self.config, self.facts)
 
     def build(self) -> nn.Module:
-        return parts.build_denoiser(self.config, self.train_set)
+        return build.build_denoiser(self.config, self.facts, self.shape)
 
-    def fit(self, existed: bool, start: dict[str, Tensor] | None) -> None:
-        """Trains as every kind does; a run in latent space notes whose latents they are."""
-        if self.autoencoder is not None and ranks.leads():
-            write_text(self.folder / "autoencoder.txt", f"{self.autoencoder.fingerprint}\n")
-        super().fit(existed, start)
+    def count(self) -> Cost:
+        return build.cost_of(self.config, self.facts, self.shape)
+
+    @cached_property
+    def autoencoder(self) -> KLAutoencoder | None:
+        """What leads from images to latents and back, or None in pixel space; the folder's own copy where it has one.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if self.config.autoencoder is None:
+            return None
+        own = self.folder / build.INSIDE
+        return build.load_autoencoder(own if (own / io.CONFIG).is_file() else self.config.autoencoder)
+
+    def _keep_autoencoder(self) -> None:
+        """Puts a copy of the autoencoder into the folder, unless it comes from the hub; says if it changed since."""
+        source = build.autoencoder_place(str(self.config.autoencoder))
+        own = self.folder / build.INSIDE
+        if not Path(source).is_dir():
+            return
+        if not (own / io.CONFIG).is_file():
+            own.mkdir(exist_ok=True)
+            for name in (io.WEIGHTS, io.CONFIG):  # the one that marks it as complete comes last
+                (own / name).unlink(missing_ok=True)
+                try:
+                    os.link(Path(source, name), own / name)
+                except OSError:  # another disk
+                    shutil.copy2(Path(source, name), own / name)
+        elif io.read_notes(own) != io.read_notes(Path(source)):
+            print(f"note: {self.config.autoencoder} has changed; the run goes on with its own copy, {own}")
 
     @property
     def raw(self) -> bool:
-        """Whether what the network denoises neither is a picture, grey or red, green and blue, nor becomes one."""
+        """Whether what the network denoises neither is an image, grey or red, green and blue, nor becomes one."""
         return self.config.autoencoder is None and self.shape[0] not in (1, 3)
-
-    @property
-    def cost(self) -> Cost:
-        return parts.cost_of(self.config, self.train_set)
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        parts.check(config)
+        checks.check(config)
         if config.sample.weak_model is not None or config.sample.classifier is not None:
-            guidance_models(config.sample, config, spaces.shape(config, parts.load_data(config)[0]))
+            guidance_models(config.sample, config, build.denoised_shape(config, build.load_data(config)[0]))
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
-        return weights.initial(config)
+        """The averaged weights of `init_from`, or None where the config names no run.
+
+        Raises:
+            ValueError: if they do not fit the config's network, or there are none.
+        """
+        if config.init_from is None:
+            return None
+        try:
+            other = open_run(config.init_from, [cls])
+            found, _ = weights.read(other.folder, other.config, other.network, other.ema)
+        except UserError as e:
+            raise ValueError(f"init_from: {e}") from None
+        with torch.device("meta"):
+            ours = build.build_denoiser(config, build.load_data(config)[0])
+        wrong = weights.mismatch(ours.state_dict(), found)
+        if wrong:
+            raise ValueError(f"init_from: {config.init_from} holds another network: {wrong}")
+        return found
+
+    def prepare(self) -> None:
+        """Writes what every kind does; a run in latent space keeps its autoencoder."""
+        super().prepare()
+        if self.config.autoencoder is not None:
+            self._keep_autoencoder()
 
     def module(self) -> "DiffusionModule":
         from diffbench.training.module import DiffusionModule
@@ -124,39 +156,39 @@ class Run(Trained[RunConfig]):
             augment=t.augment,
         )
 
-    def data(self) -> "LightningDataModule":
-        return parts.data_module(self.config, *self.sets)
+    def data_module(self) -> "PositionDataModule":
+        return build.data_module(self.config, *self.sets)
 
     @cached_property
     def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
-        """What training and validation read: the pictures, or their latents, encoded where they are not yet."""
+        """What training and validation read: the images, or their latents, encoded where they are not yet."""
         held_out = self.held_out.spread(self.config.validation.count)
         if self.autoencoder is None:
             return self.train_set, held_out
-        c, net, device = self.config, self.autoencoder, parts.device_of(self.config.trainer.accelerator)
+        c, net, device = self.config, self.autoencoder, build.device_of(self.config.trainer.accelerator)
         flip = getattr(c.data, "flip", False)
-        return spaces.encoded(c, self.train_set, net, device, flip), spaces.encoded(c, held_out, net, device)
+        return build.encoded(c, self.train_set, net, device, flip), build.encoded(c, held_out, net, device)
 
-    def scores(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
+    def callbacks(self, log: "RunLog", ema: "EMA") -> "list[Any]":
         from diffbench.training.sample_grid import SampleGrid
         from diffbench.training.validation import Validation
 
         c, t = self.config, self.config.trainer
-        classes = self.train_set.num_classes
+        classes = self.facts.num_classes
         return [
             Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images),
             *self._distances(log, ema),
             SampleGrid(log, ema, self.sampler(c.sample), c.sample, classes, t.sample_images),
         ]
 
-    def _distances(self, log: "RunLog", ema: "EMA") -> "list[Callback]":
+    def _distances(self, log: "RunLog", ema: "EMA") -> "list[Any]":
         c, e = self.config, self.config.evaluate
         if e.every_images is None:
             return []
         from diffbench.training.distance import Distance
 
-        against = judging.in_training(e, self.train_set, parts.device_of(c.trainer.accelerator))
-        suite, classes = partial(against.suite, brief=True), self.train_set.num_classes
+        against = judging.in_training(e, self.train_set, build.device_of(c.trainer.accelerator))
+        suite, classes = partial(against.suite, brief=True), self.facts.num_classes
         how = c.sample.unguided()
         return [Distance(log, ema, suite, self.sampler(how), how, classes, e.every_images, c.seed, e.best)]
 
@@ -228,7 +260,7 @@ class Run(Trained[RunConfig]):
         if guidance is not None:
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
-        y = parts.labels_for(n, labels, self.train_set.num_classes)
+        y = labels_for(n, labels, self.facts.num_classes)
         return self.generate(y, settings, seed, progress=progress, callback=callback)
 
     def generate(
@@ -250,19 +282,26 @@ class Run(Trained[RunConfig]):
         return self.sample_tensor(n)
 
 
-def load(folder: str | Path, ema: float | None = None) -> Run:
-    """A trained denoiser with its averaged weights, on the CPU, ready to sample.
-
-    Args:
-        folder: the run folder.
-        ema: decay of the average, one of `config.ema.decays`; by default the first.
+def labels_for(n: int | None, labels: int | Sequence[int] | Tensor | None, classes: int) -> Tensor:
+    """Labels (N,) of samples: those given, one for all, or by default the classes in turn.
 
     Raises:
-        UserError: if the folder holds no denoiser's run, no weights yet, or no such average.
+        ValueError: if one is out of range, or the counts disagree.
     """
-    run = open_run(folder, {"denoiser": Run}, ema)
-    assert isinstance(run, Run)
-    return run
+    if n is not None and n < 1:
+        raise ValueError(f"n: must be at least 1, got {n}")
+    if labels is None:
+        return torch.arange(16 if n is None else n) % max(1, classes)
+    y = torch.as_tensor(labels, dtype=torch.int64)
+    if y.ndim == 0:
+        y = y.repeat(1 if n is None else n)
+    if not len(y) or (n is not None and len(y) != n):
+        raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
+    if not classes:
+        raise ValueError("labels: this network was trained without classes; leave them out")
+    if not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
+    return y
 
 
 def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "GuidanceModels":
@@ -276,16 +315,18 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
     weak = judge = None
     with naming_key("sample.weak_model"):
         if settings.weak_model is not None and settings.guidance != 1:
-            other = load(settings.weak_model)
+            other = open_run(settings.weak_model, [DenoiserRun])
+            other.use_average()
             if (other.shape, other.config.process) != (shape, config.process):
                 raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
-            if other.config.autoencoder != config.autoencoder and not spaces.is_experiment(config.autoencoder or ""):
+            if other.config.autoencoder != config.autoencoder and not build.is_experiment(config.autoencoder):
                 raise UserError(f"{settings.weak_model} was trained on other latents: {other.config.autoencoder}")
             weak = other.denoiser
     with naming_key("sample.classifier"):
         if settings.classifier is not None and settings.classifier_scale:
-            found = classifier_run.load(settings.classifier)
-            noising = parts.build_process(config.process).noising()
+            found = open_run(settings.classifier, [ClassifierRun])
+            found.use_average()
+            noising = build.build_process(config.process).noising()
             if (found.shape, found.process.noising()) != (shape, noising):
                 raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
             judge = found.network

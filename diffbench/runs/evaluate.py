@@ -30,13 +30,14 @@ from diffbench.metrics.extractors.base import state_hash
 from diffbench.metrics.functional import frechet_distance, nearest
 from diffbench.metrics.rows import spread
 from diffbench.metrics.suite import metric_name
-from diffbench.runs.build import check_evaluation, device_of
-from diffbench.runs.lifecycle import Run
+from diffbench.runs.build import device_of
+from diffbench.runs.checks import check_evaluation
+from diffbench.runs.denoiser import DenoiserRun
 
 ALLOWED = ("sample", "evaluate", "seed", "ema", "snapshot", "export")
 
 
-def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Draws `evaluate.count` samples without and, where the config guides, with guidance; scores both.
 
     Samples lie in the run folder's `evaluations`, in shards: a killed command goes on, and other distances of the same
@@ -77,7 +78,7 @@ def evaluate(run: Run, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     return found
 
 
-def evaluate_as(run: Run, config: RunConfig, told: Callable[[], dict[str, float]] = dict) -> dict[str, Any]:
+def evaluate_as(run: DenoiserRun, config: RunConfig, told: Callable[[], dict[str, float]] = dict) -> dict[str, Any]:
     """The record of a run's samples just as `config.sample` and `config.evaluate` say, made unless it is there.
 
     Args:
@@ -106,7 +107,7 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     return held == (images, ema, snapshot) and sampled == wanted and counted and asked
 
 
-def _judgement(run: Run, config: RunConfig, origin: str) -> Judgement:
+def _judgement(run: DenoiserRun, config: RunConfig, origin: str) -> Judgement:
     """What scores the run's samples; `origin` of the config is named in errors."""
     try:
         check_evaluation(config, run.train_set)
@@ -124,19 +125,23 @@ def _judgement(run: Run, config: RunConfig, origin: str) -> Judgement:
 
 
 def _record(
-    run: Run, config: RunConfig, how: SampleConfig, judgement: Judgement, told: Mapping[str, float] | None = None
+    run: DenoiserRun,
+    config: RunConfig,
+    how: SampleConfig,
+    judgement: Judgement,
+    told: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Draws and scores samples; the record is appended to results.jsonl and shown in TensorBoard."""
     from diffbench.training.logger import show_scores  # imports Lightning
 
     found = _score(run, config, how, judgement) | _restored(run, config.evaluate.count, judgement.extractor)
     found |= told or {}
-    records.append(run.folder / "results.jsonl", found)
+    run.add_result(found)
     show_scores(run.folder, run.images_seen, records.values(found), "guided/" if how.guided else "")
     return found
 
 
-def samples_of(run: Run, config: RunConfig, how: SampleConfig) -> Shards:
+def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Shards:
     """The place of a run's samples; what they depend on names it."""
     models = run.guidance_models(how)
     what = {
@@ -153,12 +158,14 @@ def samples_of(run: Run, config: RunConfig, how: SampleConfig) -> Shards:
     return Shards(run.folder / "evaluations", what, config.evaluate.count, (channels, height, width))
 
 
-def labels_of(run: Run, count: int) -> Tensor:
+def labels_of(run: DenoiserRun, count: int) -> Tensor:
     """(N,) labels of a run's samples, evenly over the classes, class by class."""
     return torch.arange(count) * run.train_set.num_classes // count
 
 
-def draw(run: Run, how: SampleConfig, shards: Shards, seed: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
+def draw(
+    run: DenoiserRun, how: SampleConfig, shards: Shards, seed: int, rank: int = 0, world: int = 1
+) -> dict[str, Any]:
     """Draws the samples that are not there yet; says first what that will take.
 
     Several processes, as many as `trainer.devices` of the run and as this machine has devices, draw shards of their
@@ -215,7 +222,7 @@ def _progress(what: str, total: int, estimate: float) -> AbstractContextManager[
     return progress(what, total) if estimate > judging.PATIENCE else nullcontext(lambda count: None)
 
 
-def _score(run: Run, config: RunConfig, how: SampleConfig, judgement: Judgement) -> dict[str, Any]:
+def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, judgement: Judgement) -> dict[str, Any]:
     shards = samples_of(run, config, how)
     drawn = draw(run, how, shards, config.seed)
     labels = labels_of(run, shards.count)
@@ -252,7 +259,7 @@ def _picture_neighbours(shards: Shards, training: Tensor) -> None:
         save_grid(torch.cat([samples, beside]), columns=shown, path=path)
 
 
-def _restored(run: Run, count: int, extractor: Extractor) -> dict[str, Any]:
+def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, Any]:
     """The distance of the real images, once through the autoencoder, from themselves: what no denoiser can undercut."""
     if run.autoencoder is None:
         return {}
@@ -266,7 +273,7 @@ def _restored(run: Run, count: int, extractor: Extractor) -> dict[str, Any]:
     return {"autoencoder": autoencoder.fingerprint, name: distance}
 
 
-def _export(run: Run, config: RunConfig, how: SampleConfig, path: Path) -> None:
+def _export(run: DenoiserRun, config: RunConfig, how: SampleConfig, path: Path) -> None:
     shards = samples_of(run, config, how)
     order = judging.order("export", shards.count)
     write_npz(path, shards.count, shards.shape, shards.rows(order), labels_of(run, shards.count)[order])

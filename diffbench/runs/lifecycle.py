@@ -1,4 +1,4 @@
-"""Runs of every kind: trained, resumed, loaded."""
+"""How runs of every kind begin, go on and are opened again."""
 
 import contextlib
 import dataclasses
@@ -8,40 +8,63 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffbench.autoencoders import io as files
+from torch import Tensor
+
+from diffbench.autoencoders import io
 from diffbench.config.kinds import BaseConfig, RunConfig
 from diffbench.config.layers import Layer, blaming
-from diffbench.config.load import from_layers, read_layers
+from diffbench.config.load import from_layers, read_layers, to_yaml
 from diffbench.core import ranks
 from diffbench.core.errors import UserError
-from diffbench.core.files import locked
+from diffbench.core.files import locked, sweep
 from diffbench.core.launcher import launch
 from diffbench.data.latents import LatentSet
-from diffbench.runs import classifier, spaces
+from diffbench.runs import build, weights
 from diffbench.runs.autoencoder import AutoencoderRun
-from diffbench.runs.base import Trained, open_run
-from diffbench.runs.denoiser import Run, load
-from diffbench.runs.folder import check_place, check_same, folder_for, has_checkpoint, refuse_links
-
-__all__ = ["KINDS", "Run", "encode", "load", "load_any", "train", "train_in"]
+from diffbench.runs.base import Run, open_run
+from diffbench.runs.classifier import ClassifierRun
+from diffbench.runs.denoiser import DenoiserRun
+from diffbench.runs.folder import check_place, check_same, folder_for, has_checkpoint, refuse_links, update_length
 
 C = TypeVar("C", bound=BaseConfig)
 
-KINDS: dict[str, type[Trained[Any]]] = {
-    "denoiser": Run,
-    "classifier": classifier.ClassifierRun,
-    "autoencoder": AutoencoderRun,
-}
+KINDS: dict[str, type[Run[Any]]] = {kind.kind: kind for kind in (DenoiserRun, ClassifierRun, AutoencoderRun)}
 """The `kind` of a config -> what trains it."""
 
 
-def load_any(folder: str | Path, ema: float | None = None) -> Trained[Any]:
+def load(folder: str | Path, ema: float | None = None) -> DenoiserRun:
+    """A trained denoiser with its averaged weights, on the CPU, ready to sample.
+
+    Args:
+        folder: the run folder.
+        ema: decay of the average, one of `config.ema.decays`; by default the first.
+
+    Raises:
+        UserError: if the folder holds no denoiser's run, no weights yet, or no such average.
+    """
+    run = open_run(folder, [DenoiserRun])
+    run.use_average(ema)
+    return run
+
+
+def load_any(folder: str | Path, ema: float | None = None) -> Run[Any]:
     """A trained run of any kind; see `load`."""
-    return open_run(folder, KINDS, ema)
+    run = look(folder)
+    run.use_average(ema)
+    return run
+
+
+def look(folder: str | Path) -> Run[Any]:
+    """The run of a folder, of any kind, as tables and reports see it: no network is built.
+
+    Raises:
+        UserError: if it holds no run.
+    """
+    return open_run(folder, list(KINDS.values()))
 
 
 def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Encodes the data of an experiment in latent space, so that training finds the latents; see `Run.sets`.
+    """Encodes the data of an experiment in latent space, so that training finds the latents; see `DenoiserRun.sets`.
 
     Raises:
         UserError: for anything in the config that the user can mend.
@@ -53,13 +76,13 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
             raise ValueError(
                 "autoencoder: missing: nothing is encoded in pixel space; choose an experiment that has it"
             )
-        Run.check(config)
+        DenoiserRun.check(config)
     if config.trainer.processes > 1 and ranks.place()[1] == 1:
         with_autoencoder(config)
         command = [sys.executable, "-m", "diffbench.runs.worker", "encode", str(path), *overrides]
         if code := launch(command, config.trainer.processes):
             raise SystemExit(code)
-    run = Run(folder_for(Path(path), overrides, config), with_autoencoder(config))
+    run = DenoiserRun(folder_for(Path(path), overrides, config), with_autoencoder(config))
     for part in run.sets:
         assert isinstance(part, LatentSet)
         numbers, size = part.mean[0].numel(), part.nbytes / 2**20
@@ -99,21 +122,89 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = ()) -> A
     refuse_links(folder)
     if ranks.place()[0] > 0:  # the first process does what is done once
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            kind(folder, config).fit(True, start)
+            fit(kind(folder, config), True, start)
         raise SystemExit(0)
     with locked(folder) as held:
         existed = check_same(folder, config)
-        run = kind(folder, config)
-        run.lock = held
-        run.fit(existed, start)
+        fit(kind(folder, config), existed, start, held)
+        kind(folder, config).finish()
         trained = kind(folder, config)
-        trained.use_average(trained.ema)
+        trained.use_average()
         return trained
+
+
+def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int | None = None) -> None:
+    """Trains, resumes, or finds the run complete; exports its averages.
+
+    Several processes are started from here, unless torchrun or srun has started them: then each calls this.
+
+    Args:
+        run: the run.
+        existed: whether its folder holds it already.
+        start: weights to start from, or None.
+        lock: open file that holds the folder, inherited by the processes that train.
+
+    Raises:
+        SystemExit: if one of them failed, which has said why.
+    """
+    from diffbench.training.checkpoint import newest, step_of
+
+    settings = run.config.trainer
+    sweep(run.folder)
+    checkpoint = newest(run.folder / "checkpoints") if existed else None
+    done = step_of(checkpoint) if checkpoint else 0
+    images = done * settings.batch_size
+    if checkpoint and done >= settings.max_steps:
+        print(f"{run.folder}: complete at {images:,} images")
+        if ranks.leads() and not weights.export_path(run.folder, run.config.ema.decays[0]).exists():
+            weights.export_from(checkpoint, run.folder, run.network, images)
+        return
+    if ranks.leads():
+        if existed:
+            update_length(run.folder, run.config)
+        run.prepare()
+    if checkpoint is None and start is not None:
+        print(f"weights start from {getattr(run.config, 'init_from', None)}")
+    state = f"resuming at {images:,} images" if checkpoint else "starting"
+    cost = f"{run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs"
+    print(f"{run.folder}: {state}, {cost}, {settings.precision}")
+    for path in run.folder.glob("ema-*.safetensors") if ranks.leads() else ():
+        path.unlink()  # of the shorter run; written anew at the end
+    if settings.processes > 1 and ranks.place()[1] == 1:
+        _launch(run, checkpoint, lock)
+    else:
+        train_here(run, checkpoint, start)
+
+
+def _launch(run: Run[Any], checkpoint: Path | None, lock: int | None) -> None:
+    command = [sys.executable, "-m", "diffbench.runs.worker", "train", str(run.folder)]
+    command += [str(checkpoint)] if checkpoint else []
+    code = launch(command, run.config.trainer.processes, keep=[] if lock is None else [lock])
+    if code:
+        raise SystemExit(code)
+
+
+def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] | None) -> None:
+    """Trains in this process, with the others of its job if there are any; the first one exports the averages."""
+    from diffbench.core import collectives as together
+    from diffbench.training import trainer
+
+    if checkpoint is None and start is not None:
+        run.network.load_state_dict(start, strict=True)
+    c, data = run.config, run.data_module()
+    ema = trainer.fit(
+        run.module(), data, run.folder, c.trainer, c.ema, to_yaml(c), run.callbacks, checkpoint, run.hparams()
+    )
+    for decay in ema.averages:
+        average = ema.whole(decay)
+        if together.rank() == 0:
+            weights.export(run.folder, run.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)
+    together.part()
 
 
 def with_autoencoder(config: C) -> C:
     """The config with the autoencoder's run in place of its experiment, which is trained first where it is missing."""
-    if not isinstance(config, RunConfig) or not spaces.is_experiment(config.autoencoder or ""):
+    if not isinstance(config, RunConfig) or not build.is_experiment(config.autoencoder):
         return config
     folder, wanted, words = _autoencoder(config)
     if autoencoder_missing(config):
@@ -130,14 +221,14 @@ def with_autoencoder(config: C) -> C:
 
 def autoencoder_missing(config: RunConfig) -> list[str]:
     """The words that `train` the experiment of a config's autoencoder, or none where that is done."""
-    if not spaces.is_experiment(config.autoencoder or ""):
+    if not build.is_experiment(config.autoencoder):
         return []
     folder, _, words = _autoencoder(config)
-    return [] if (folder / spaces.INSIDE / files.CONFIG).is_file() else words
+    return [] if (folder / build.INSIDE / io.CONFIG).is_file() else words
 
 
 def _autoencoder(config: RunConfig) -> tuple[Path, BaseConfig, list[str]]:
     """The folder of the autoencoder's run that a config's experiment means, its config, and the words for `train`."""
     source = str(config.autoencoder)
-    wanted, overrides = spaces.experiment(config)
+    wanted, overrides = build.autoencoder_experiment(config)
     return folder_for(Path(source), overrides, wanted), wanted, [source, *overrides]

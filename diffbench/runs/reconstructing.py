@@ -73,7 +73,7 @@ def evaluate(run: AutoencoderRun, overrides: Sequence[str] = ()) -> dict[str, An
         if judge.judges_labels:
             found = torch.cat([part.logits.argmax(1).cpu() for part in seen if part.logits is not None])
             record[metric_name("label_accuracy", judge, n)] = float((found == labels).double().mean())
-    records.append(run.folder / "results.jsonl", record)
+    run.add_result(record)
     return record
 
 

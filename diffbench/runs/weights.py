@@ -1,17 +1,15 @@
-"""Averaged weights of a run: read from its exports or its newest checkpoint, exported, and as another run's start."""
+"""Averaged weights of a run: read from its exports or its newest checkpoint, and exported."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffbench.config.kinds import BaseConfig, RunConfig
+from diffbench.config.kinds import BaseConfig
 from diffbench.core import tensors as sealed
 from diffbench.core.errors import UserError
 from diffbench.core.tensors import read_state
-from diffbench.runs.build import build_denoiser, load_data
-from diffbench.runs.folder import read_config
 
 
 def export_path(folder: Path, decay: float) -> Path:
@@ -33,7 +31,7 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
             tensors, told = sealed.read(path)
         except UserError as e:
             raise UserError(f"{e} to use the newest checkpoint") from None
-        return tensors, images_told(path, told)
+        return tensors, _images(path, told)
     from diffbench.training.checkpoint import newest, step_of
 
     checkpoint = newest(folder / "checkpoints")
@@ -45,13 +43,25 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
     return _with_average(network, average), step_of(checkpoint) * config.trainer.batch_size
 
 
-def images_told(path: Path, told: Mapping[str, str]) -> int:
-    """The images that an export's metadata says its weights have seen.
+def images_seen(folder: Path, decay: float, batch_size: int) -> int:
+    """Images that the newest weights of a folder have seen: its export's, or else its checkpoints'; 0 without any.
 
     Raises:
-        UserError: if it says something else.
+        UserError: if the export is damaged.
     """
-    said = told.get("images", "0")
+    path = export_path(folder, decay)
+    if path.is_file():
+        try:
+            with safe_open(path, "np") as file:
+                return _images(path, file.metadata() or {})
+        except SafetensorError as e:
+            raise UserError(f"{path}: damaged ({e}); remove it to use the newest checkpoint") from None
+    steps = [int(n) for p in folder.glob("checkpoints/step-*.ckpt") if (n := p.stem[5:]).isdecimal()]
+    return max(steps, default=0) * batch_size
+
+
+def _images(path: Path, metadata: Mapping[str, str]) -> int:
+    said = metadata.get("images", "0")
     if not said.isdecimal():
         raise UserError(f"{path}: damaged (images={said!r}); remove it to use the newest checkpoint")
     return int(said)
@@ -90,30 +100,6 @@ def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int)
     """Writes all averages of a checkpoint as safetensors."""
     for decay, average in _averages(checkpoint).items():
         export(folder, network, float(decay), average, images)
-
-
-def initial(config: RunConfig) -> dict[str, Tensor] | None:
-    """The weights of `init_from`, or None where the config names no run.
-
-    Raises:
-        ValueError: if they do not fit the config's network, or there are none.
-    """
-    if config.init_from is None:
-        return None
-    source = Path(config.init_from)
-    try:
-        other = read_config(source)
-        if not isinstance(other, RunConfig):
-            raise ValueError(f"init_from: {source} is a run of kind {other.kind}; choose a denoiser's")
-        weights, _ = read(source, other, build_denoiser(other, load_data(other)[0]), other.ema.decays[0])
-    except UserError as e:
-        raise ValueError(f"init_from: {e}") from None
-    with torch.device("meta"):
-        ours = build_denoiser(config, load_data(config)[0])
-    wrong = mismatch(ours.state_dict(), weights)
-    if wrong:
-        raise ValueError(f"init_from: {source} holds another network: {wrong}")
-    return weights
 
 
 def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

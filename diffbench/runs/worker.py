@@ -15,7 +15,7 @@ from diffbench.core.launcher import LOST, end_with_parent
 from diffbench.runs import evaluate
 from diffbench.runs.build import device_of
 from diffbench.runs.folder import read_config
-from diffbench.runs.lifecycle import KINDS, encode, load
+from diffbench.runs.lifecycle import KINDS, encode, load, train_here
 
 
 def train(folder: str, checkpoint: str | None = None) -> None:
@@ -23,7 +23,7 @@ def train(folder: str, checkpoint: str | None = None) -> None:
     config = read_config(Path(folder))
     kind = KINDS[config.kind]
     start = None if checkpoint else kind.start(config)
-    kind(Path(folder), config).train_here(Path(checkpoint) if checkpoint else None, start)
+    train_here(kind(Path(folder), config), Path(checkpoint) if checkpoint else None, start)
 
 
 def draw(folder: str, told: str) -> None:

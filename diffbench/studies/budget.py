@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import to_dict
 from diffbench.core.files import write_text
 from diffbench.runs.build import device_of
-from diffbench.runs.denoiser import Run
+from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.config import AVERAGE
 from diffbench.studies.plan import Group, evaluated
 
@@ -53,7 +54,7 @@ class Probe:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.jobs))
         try:
             if name not in self._forward:
-                run = Run(Path("probe"), c)
+                run = DenoiserRun(Path("probe"), c)
                 network = run.network.to(device_of(c.trainer.accelerator))
                 self._forward[name] = seconds_per_evaluation(
                     Sampler(network, run.process, run.shape), c.trainer.batch_size
@@ -64,7 +65,7 @@ class Probe:
         run_forwards = FORWARDS * c.trainer.max_steps * c.trainer.batch_size
         for changes in group.evaluations.values():
             how = evaluated(c, {k: v for k, v in changes.items() if k != AVERAGE}, "study")
-            process = Run(Path("probe"), c).process
+            process = DenoiserRun(Path("probe"), c).process
             run_forwards += how.evaluate.count * network_evaluations(process, how.sample)
         return run_forwards * forward
 
@@ -77,14 +78,12 @@ def _name(config: RunConfig) -> str:
 
 
 def _training_rate(config: RunConfig) -> float:
-    from lightning.fabric.utilities import move_data_to_device
-
     device = device_of(config.trainer.accelerator)
-    run = Run(Path("probe"), config)
-    module, data = run.module().to(device), run.data()
+    run = DenoiserRun(Path("probe"), config)
+    module, data = run.module().to(device), run.data_module()
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    batch = data.on_after_batch_transfer(move_data_to_device(batch, device), 0)
+    batch = data.on_after_batch_transfer(tree_map_only(torch.Tensor, lambda t: t.to(device), batch), 0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6)
     size, steps, started = len(batch["position"]), -WARM, time.perf_counter()
     while steps < LEAST_STEPS or time.perf_counter() - started < LEAST_SECONDS:

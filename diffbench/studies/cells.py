@@ -17,7 +17,7 @@ from diffbench.core.files import locked, write_text
 from diffbench.evaluation import records
 from diffbench.reports.results import Result, Status
 from diffbench.runs import weights
-from diffbench.runs.denoiser import Run
+from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.folder import read_config
 from diffbench.studies.config import AVERAGE
 from diffbench.studies.plan import Cell, evaluated
@@ -83,7 +83,7 @@ def _train_and_evaluate(path: Path) -> None:
             print(f"{variant}: scored in {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def _errors(run: Run) -> dict[str, float]:
+def _errors(run: DenoiserRun) -> dict[str, float]:
     """The validation error of the average that the run holds; metrics.jsonl has that of the first one."""
     from diffbench.training.validation import as_metrics, denoising_error
 

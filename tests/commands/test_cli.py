@@ -132,7 +132,7 @@ def test_found_before_training_and_before_a_folder_is_made(
     def fail(*_: object) -> None:
         raise AssertionError("training started")
 
-    monkeypatch.setattr("diffbench.runs.base.Trained.train_here", fail)
+    monkeypatch.setattr("diffbench.runs.lifecycle.train_here", fail)
     line = refused("train", DIT, argument, f"runs_dir={tmp_path / 'runs'}")
     assert line.startswith(f"command line: {FOUND_BEFORE_TRAINING[argument]}")
     assert not list(tmp_path.iterdir())
@@ -222,7 +222,7 @@ def test_init_from_starts_at_the_averaged_weights(
         started.append(start)
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr("diffbench.runs.base.Trained.train_here", spy)
+    monkeypatch.setattr("diffbench.runs.lifecycle.train_here", spy)
     with pytest.raises(RuntimeError, match="far enough"):
         main(["train", DIT, "tag=warm", f"init_from={smoke_run}", f"runs_dir={tmp_path}"])
     assert f"weights start from {smoke_run}\n" in capsys.readouterr().out
@@ -387,7 +387,7 @@ def test_what_no_check_foresaw_is_still_one_line(
     def fail(*_: object) -> None:
         raise OSError("no space left\non device")
 
-    monkeypatch.setattr("diffbench.runs.base.Trained.train_here", fail)
+    monkeypatch.setattr("diffbench.runs.lifecycle.train_here", fail)
     argv = ["train", DIT, f"runs_dir={tmp_path}"]
     assert refused(*argv) == "no space left on device (DIFFBENCH_TRACEBACK=1 shows where)"
     monkeypatch.setenv("DIFFBENCH_TRACEBACK", "1")

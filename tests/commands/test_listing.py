@@ -10,7 +10,7 @@ import pytest
 from made_runs import make_run
 
 from diffbench.cli import main
-from diffbench.runs import seen
+from diffbench.runs import build
 
 
 def listed(capsys: pytest.CaptureFixture[str], *folders: Path) -> list[list[str]]:
@@ -56,7 +56,7 @@ def test_the_work_grows_with_the_number_of_runs(
 ) -> None:
     for seed in range(4):
         make_run(tmp_path / f"dit-s{seed}", seed=seed)
-    monkeypatch.setattr(seen, "cost_of", lambda *_: pytest.fail("a network was built"))
+    monkeypatch.setattr(build, "cost_of", lambda *_: pytest.fail("a network was built"))
     assert len(listed(capsys, tmp_path)) == 5
 
 

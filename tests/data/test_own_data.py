@@ -9,7 +9,8 @@ from own_images import folder, table
 from diffbench import load
 from diffbench.cli import main
 from diffbench.config.load import load as load_config
-from diffbench.runs.lifecycle import Run, train
+from diffbench.runs.denoiser import DenoiserRun
+from diffbench.runs.lifecycle import train
 
 SMALL = [
     "data.image_size=16",
@@ -75,7 +76,7 @@ def test_parquet_files_train(tmp_path: Path) -> None:
     table(tmp_path / "p" / "train.parquet", list(range(30)), label=[i % 3 for i in range(30)])
     table(tmp_path / "p" / "test.parquet", list(range(30, 36)), label=[i % 3 for i in range(6)])
     run = train("experiments/cifar10/dit.yaml", command(tmp_path / "p")[2:])
-    assert isinstance(run, Run)
+    assert isinstance(run, DenoiserRun)
     assert (len(run.train_set), len(run.held_out), run.train_set.num_classes) == (30, 6, 3)
 
 

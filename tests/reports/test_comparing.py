@@ -13,7 +13,7 @@ from diffbench.denoisers.flops import Cost
 from diffbench.reports.entries import Entry
 from diffbench.reports.images import attention_maps
 from diffbench.reports.results import Comparison, Result
-from diffbench.runs import seen
+from diffbench.runs import base, build, seen
 from diffbench.runs.lifecycle import load
 
 Capture = pytest.CaptureFixture[str]
@@ -132,8 +132,8 @@ def test_attention_is_drawn_once_for_the_same_weights(finished: Path, tmp_path: 
 
 def test_many_runs_build_no_network_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     counted = []
-    monkeypatch.setattr(seen, "_costs", {})
-    monkeypatch.setattr(seen, "cost_of", lambda config, data: counted.append(config) or Cost(10, 1000))
+    monkeypatch.setattr(base, "_costs", {})
+    monkeypatch.setattr(build, "cost_of", lambda config, data, shape: counted.append(config) or Cost(10, 1000))
     folders = []
     for seed in range(20):
         for lr in ("0.001", "0.002"):

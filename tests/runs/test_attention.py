@@ -13,22 +13,23 @@ from diffbench.autoencoders import KLAutoencoder, KLConfig
 from diffbench.autoencoders import io as files
 from diffbench.cli import main
 from diffbench.reports.attention import AttentionConfig, attention, draw, noise_levels
-from diffbench.runs.lifecycle import Run, train
+from diffbench.runs.denoiser import DenoiserRun
+from diffbench.runs.lifecycle import train
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def run(finished: Path) -> Run:
+def run(finished: Path) -> DenoiserRun:
     return diffbench.load(finished)
 
 
-def test_levels_go_from_noise_to_image_where_all_runs_pass(run: Run) -> None:
+def test_levels_go_from_noise_to_image_where_all_runs_pass(run: DenoiserRun) -> None:
     assert noise_levels([run], 5) == [-10, -5, 0, 5, 10]  # cut there: the schedule reaches further
     assert noise_levels([run], [4.0, -4.0]) == [-4.0, 4.0]
 
 
-def test_maps_are_those_of_the_noised_held_out_image(run: Run) -> None:
+def test_maps_are_those_of_the_noised_held_out_image(run: DenoiserRun) -> None:
     levels, (found,) = attention([run], AttentionConfig(times=[-4.0, 0.0, 4.0], tokens=[[0, 0], [3, 6]], image=7))
     assert levels == [-4.0, 0.0, 4.0]
     assert torch.allclose(run.process.log_snr(found.times), torch.tensor(levels, dtype=torch.float64))
@@ -46,12 +47,12 @@ def test_maps_are_those_of_the_noised_held_out_image(run: Run) -> None:
     assert torch.allclose(again.maps[1].weights[0, :, 0], found.maps[1].weights[2, :, 1], atol=1e-6)
 
 
-def test_chosen_layers(run: Run) -> None:
+def test_chosen_layers(run: DenoiserRun) -> None:
     found = attention([run, run], AttentionConfig(layers=["blocks.3", "blocks.1"], times=2))[1]
     assert [[m.layer for m in a.maps] for a in found] == 2 * [["blocks.1", "blocks.3"]]
 
 
-def test_the_figure_has_a_panel_a_run_a_row_a_token_and_a_column_a_time(run: Run) -> None:
+def test_the_figure_has_a_panel_a_run_a_row_a_token_and_a_column_a_time(run: DenoiserRun) -> None:
     config = AttentionConfig(layers=["blocks.0", "blocks.4"], times=3, tokens=[[0, 0], [7, 7]])
     levels, found = attention([run, run, run], config)
     figure = draw(levels, found)

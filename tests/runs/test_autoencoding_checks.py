@@ -8,7 +8,7 @@ from test_autoencoding import experiments, refused
 
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load
-from diffbench.runs.spaces import experiment
+from diffbench.runs.build import autoencoder_experiment
 
 __all__ = ["refused"]
 
@@ -64,9 +64,9 @@ def test_one_place_of_the_pictures_serves_both(tmp_path: Path) -> None:
     cifar10 = "experiments/cifar10-latent/dit.yaml"
     config = load(cifar10, [f"data.path={tmp_path}", "debug=smoke", "runs_dir=elsewhere"])
     assert isinstance(config, RunConfig)
-    found, overrides = experiment(config)
+    found, overrides = autoencoder_experiment(config)
     assert (found.data.path, found.runs_dir, found.debug) == (str(tmp_path), "elsewhere", "smoke")
     assert overrides == ["runs_dir=elsewhere", "debug=smoke", f"data.path={tmp_path}"]
     digits = load("experiments/digits-latent/dit.yaml")
     assert isinstance(digits, RunConfig)
-    assert experiment(digits)[1] == ["runs_dir=runs"]
+    assert autoencoder_experiment(digits)[1] == ["runs_dir=runs"]

@@ -10,7 +10,7 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.load import change, load
 from diffbench.core.errors import UserError
 from diffbench.runs import build
-from diffbench.runs.denoiser import Run
+from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, load_study, variants
 from diffbench.studies.matching import residual, size_of, sized
@@ -134,7 +134,7 @@ def test_every_variant_of_a_shipped_study_takes_one_step(path: Path) -> None:
     for group in found:
         for changes in group.evaluations.values():
             assert isinstance(evaluated(group.config, changes, "study"), RunConfig)
-        run = Run(Path("unused"), group.config)
+        run = DenoiserRun(Path("unused"), group.config)
         module = run.module()
         images, labels = run.train_set.images[:4], run.train_set.labels[:4]
         batch = {"x0": images / 127.5 - 1, "label": labels, "position": torch.arange(4)}

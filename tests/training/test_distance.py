@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from diffbench.cli import main
 from diffbench.core import rng
 from diffbench.evaluation import judging
-from diffbench.runs.lifecycle import Run, load, train
+from diffbench.runs.denoiser import DenoiserRun
+from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.sampler import Sampler
 from diffbench.training import distance
 from diffbench.training.checkpoint import SaveState
@@ -51,15 +52,15 @@ def distances(folder: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> DenoiserRun:
     return train(DIT, [*TINY, f"runs_dir={tmp_path_factory.mktemp('unbroken')}"])
 
 
-def test_distances_come_every_so_many_images_and_at_the_end(unbroken: Run) -> None:
+def test_distances_come_every_so_many_images_and_at_the_end(unbroken: DenoiserRun) -> None:
     assert list(distances(unbroken.folder)) == [32, 64, 96, 128, 160]
 
 
-def test_the_averaged_weights_are_scored_on_samples_of_their_own(unbroken: Run) -> None:
+def test_the_averaged_weights_are_scored_on_samples_of_their_own(unbroken: DenoiserRun) -> None:
     c, count = unbroken.config, 20
     labels = torch.arange(count) * 10 // count
 
@@ -73,7 +74,7 @@ def test_the_averaged_weights_are_scored_on_samples_of_their_own(unbroken: Run) 
     assert fd(c.seed) != pytest.approx(last, rel=1e-3)  # the samples of the final scores chose nothing
 
 
-def test_the_best_weights_are_kept_and_scored_again(unbroken: Run) -> None:
+def test_the_best_weights_are_kept_and_scored_again(unbroken: DenoiserRun) -> None:
     found = distances(unbroken.folder)
     best = min(found, key=lambda images: found[images])
     end = series(unbroken.folder)[-1]
@@ -88,7 +89,7 @@ def test_the_best_weights_are_kept_and_scored_again(unbroken: Run) -> None:
     assert suite.compute()["fd"] == pytest.approx(end["best/fd/digits-cnn@20"], rel=1e-4)
 
 
-def test_a_record_of_the_best_weights_says_so(unbroken: Run, tmp_path: Path) -> None:
+def test_a_record_of_the_best_weights_says_so(unbroken: DenoiserRun, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(unbroken.folder, tmp_path / "run"))
     assert main(["evaluate", str(folder), "snapshot=best", "evaluate.count=20"]) == 0
     record = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
@@ -96,7 +97,7 @@ def test_a_record_of_the_best_weights_says_so(unbroken: Run, tmp_path: Path) -> 
 
 
 def test_a_killed_run_ends_with_the_same_distances_and_best_weights(
-    unbroken: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unbroken: DenoiserRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step_end = SaveState.on_train_batch_end
 
@@ -121,7 +122,7 @@ def test_a_killed_run_ends_with_the_same_distances_and_best_weights(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_no_weight_of_the_extractor_enters_module_or_checkpoint(unbroken: Run) -> None:
+def test_no_weight_of_the_extractor_enters_module_or_checkpoint(unbroken: DenoiserRun) -> None:
     state = torch.load(unbroken.folder / "checkpoints" / "step-20.ckpt", weights_only=True)
     names = {f"network.{name}" for name in unbroken.network.state_dict()}
     assert set(state["state_dict"]) == names
@@ -181,7 +182,9 @@ def test_the_cost_is_told_before_it_begins(tmp_path: Path, capsys: pytest.Captur
     assert told < out.index("100%  images")
 
 
-def test_best_weights_that_are_not_there(unbroken: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_weights_that_are_not_there(
+    unbroken: DenoiserRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Path(shutil.copytree(unbroken.folder, tmp_path / "run"))
     (folder / "best.safetensors").write_bytes(b"x")
     assert main(["evaluate", str(folder), "snapshot=best"]) == 2

@@ -23,8 +23,9 @@ from diffbench.core.errors import UserError
 from diffbench.core.tensors import read_state
 from diffbench.denoisers import tmsa
 from diffbench.diffusion import DiscreteVP, VPConfig
-from diffbench.runs.build import check_compiler, data_module, load_data
-from diffbench.runs.denoiser import Run
+from diffbench.runs.build import data_module, load_data
+from diffbench.runs.checks import check_compiler
+from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import train
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.checkpoint import AtomicCheckpointIO, all_steps
@@ -196,7 +197,7 @@ def test_freed_memory_is_used_again() -> None:
 def test_a_run_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
     monkeypatch.setattr("diffbench.runs.base.keep_memory", lambda: calls.append(None))
-    Run(Path("none"), load_config("experiments/digits/dit.yaml"))
+    DenoiserRun(Path("none"), load_config("experiments/digits/dit.yaml"))
     assert len(calls) == 1
 
 

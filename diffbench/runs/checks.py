@@ -1,0 +1,121 @@
+"""Checks of a config against this machine and its data, in seconds and before anything is written."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+import torch
+
+from diffbench.config.kinds import RunConfig
+from diffbench.config.sections import AUGMENT_WIDTH, TrainerConfig
+from diffbench.core import ranks
+from diffbench.data.sets import ImageSet, balanced
+from diffbench.runs.build import cost_of, denoised_shape, device_of, load_data
+
+
+def check(config: RunConfig) -> None:
+    """Finds what would fail only once a run is under way: in seconds, before anything is written.
+
+    Raises:
+        ValueError: a line that begins with the key.
+    """
+    check_device(config.trainer)
+    check_compiler(config.trainer.compile)
+    train_set, _ = load_data(config)
+    if not len(train_set):
+        raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
+    if not train_set.num_classes and config.sample.guidance != 1 and config.sample.weak_model is None:
+        raise ValueError(
+            f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
+            " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
+        )
+    denoised_shape(config, train_set)
+    with naming("denoiser"):
+        cost_of(config, train_set)
+    if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
+        raise ValueError(
+            f"trainer.augment: denoiser.name={config.denoiser.name} is not told what was done to an image, so that the"
+            f" changes would leak into samples; allowed: 0, or a network with denoiser.augment_dim={AUGMENT_WIDTH}"
+        )
+    try:
+        check_evaluation(config, train_set)
+    except Missing as e:
+        if config.evaluate.extractor is not None or config.evaluate.every_images is not None:
+            raise
+        print(f"note: samples will not be scored: {e}")
+
+
+class Missing(ValueError):
+    """What a config does not ask for by name, and this machine lacks."""
+
+
+def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
+    """Whether the extractor can be made here, and as many real images as samples are there to compare with.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not len(train_set):
+        raise ValueError(
+            f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
+        )
+    e = config.evaluate
+    for name, wanted in (("count", e.count), ("every_count", e.every_count if e.every_images else 0)):
+        found = len(balanced(train_set.labels, wanted))
+        if found < wanted and not (name == "count" and e.reference == "all"):
+            rarest = int(train_set.labels.bincount().min())
+            raise ValueError(
+                f"evaluate.{name}: must be at most {rarest * len(train_set.labels.unique())}, as many real images of"
+                f" each class as data.name={config.data.name} has, got {wanted}"
+            )
+    from diffbench.evaluation.reference import check_extractor  # seconds, which tables and reports need not wait
+
+    try:
+        check_extractor(e.extractor, e.weights, train_set)
+    except ValueError as error:
+        raise Missing(str(error)) from None
+
+
+@contextlib.contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Makes whatever a network of impossible sizes raises begin with its section."""
+    try:
+        yield
+    except ValueError as e:
+        # Naming the section too: the key may stand in a base, and what it does not fit on the command line.
+        named = str(e).startswith(f"{section}.")
+        raise ValueError(f"{e} (section {section})" if named else f"{section}: {e}") from None
+    except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
+        raise ValueError(f"{section}: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
+
+
+def check_device(trainer: TrainerConfig) -> None:
+    """Raises ValueError, naming the key, where the machine or who started us lacks what `trainer` asks for."""
+    accelerator, (_, world) = trainer.accelerator, ranks.place()
+    there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
+    there["mps"] = torch.backends.mps.is_available()
+    if not there.get(accelerator, True):
+        raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
+    device = device_of("mps" if accelerator == "auto" and there["mps"] else accelerator)
+    found = torch.cuda.device_count() if device.type == "cuda" else 1 if device.type == "mps" else trainer.devices
+    if trainer.devices > found:
+        raise ValueError(
+            f"trainer.devices: must be at most {found}, as many as this machine has, got {trainer.devices}"
+        )
+    asked = f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}"
+    if world != 1 and world != trainer.processes:
+        raise ValueError(
+            f"trainer.devices: torchrun or srun started {world} processes, and {asked} are {trainer.processes}"
+        )
+    if world == 1 and trainer.num_nodes > 1:
+        raise ValueError(
+            "trainer.num_nodes: processes on several machines are started by torchrun or srun; see the README"
+        )
+
+
+def check_compiler(how: str) -> None:
+    """Raises ValueError, naming the key, where `trainer.compile` finds no C++ compiler: $CXX, or g++."""
+    name = os.environ.get("CXX", "g++")
+    if how != "none" and shutil.which(name) is None:
+        raise ValueError(f"trainer.compile: {how} needs a C++ compiler, and there is no {name}; allowed: none")
