@@ -24,7 +24,7 @@ from diffbench.core import store
 from diffbench.data.images import ImagesConfig, images
 from diffbench.data.latents import encode
 
-CALLS = ("pwrite", "fsync", "replace", "ftruncate", "unlink")
+CALLS = ("pwrite", "fsync", "replace", "truncate", "unlink")
 
 
 def killed_at(point: int) -> list[int]:

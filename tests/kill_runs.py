@@ -2,7 +2,7 @@
 
     python tests/kill_runs.py train|score writes|moments MOST FOLDER [I/N]
 
-`train` trains with validation, distances and checkpoints; `score` draws shards of samples and appends records.
+`train` trains with validation, distances and checkpoints; `score` draws chunks of samples and appends records.
 `writes` kills in the middle of writes and before flushes, renames, cuts and removals: the first and last of each kind
 on each kind of file, then others spread evenly, MOST in all (0 for every single one). `moments` kills MOST times a
 moment after a pass through the network, spread over training, validation and distances. Prints JSON: what was tried,
@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffbench.denoisers.dit import DiT
-from diffbench.evaluation import records, shards
+from diffbench.evaluation import records, samples
 from diffbench.runs import evaluate
 from diffbench.runs.lifecycle import load, train
 from diffbench.training import distance, trainer, validation  # noqa: F401
@@ -227,7 +227,7 @@ def works(what: str, folder: Path) -> tuple[Callable[[Path], Callable[[], Any]],
 
     def scores(place: Path) -> Callable[[], Any]:
         def work() -> None:
-            shards.SIZE = 7
+            samples.SIZE = 7
             if not (place / "digits").exists():
                 shutil.copytree(begun / "digits", place / "digits")
             os.environ["DIFFBENCH_CACHE"] = str(place / "cache")

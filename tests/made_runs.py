@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from safetensors.torch import save_file as save_tensors
 
 from diffbench.config.load import load, to_yaml
 from diffbench.core import tensors
+from diffbench.core.store import Store
 from diffbench.reports.results import Result
 
 LEVELS = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
@@ -116,9 +116,10 @@ def save_record(folder: Path, made: dict[str, Any]) -> None:
 def save_samples(folder: Path, made: dict[str, Any], images: torch.Tensor) -> None:
     """Puts samples (N, C, H, W) uint8 where a record says that they lie."""
     place = folder / "evaluations" / "made"
-    place.mkdir(parents=True, exist_ok=True)
-    save_tensors({"images": images}, place / "samples-00000000.safetensors")
-    (place / "manifest.json").write_text(json.dumps({"count": len(images), "shards": {"0": "-"}}))
+    with Store(place).fill({}, {"images": ("|u1", tuple(images.shape[1:]))}, len(images)) as filling:
+        for chunk in filling.missing:
+            filling.add(chunk, {"images": images[chunk.first : chunk.last].numpy()})
+        filling.finish()
     made["drawing"]["folder"] = "evaluations/made"
 
 

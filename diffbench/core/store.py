@@ -1,18 +1,19 @@
-"""Arrays on disk that are filled a chunk at a time, read as memory maps, and never used damaged.
+"""Arrays on disk, filled a chunk at a time: a killed command goes on where it stopped and ends with the same bytes.
 
-A store is a folder with NAME.bin for each array (its rows one after the other) and manifest.json, which appears last.
-While it is filled, plan.json says what it will be and chunks-PART.jsonl which chunks lie on the disk, so that a
-command killed between any two writes goes on where it stopped and ends with the same bytes.
+A store is a folder with NAME.bin for each array (its rows, one after the other) and manifest.json, which appears last.
+Until then plan.json says what is being made, and a chunk-NUMBER.json stands for each chunk on the disk.
 """
 
-import contextlib
 import json
 import os
+import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffbench.core.files import room_for, write_text
+from diffbench.core.errors import UserError
+from diffbench.core.files import locked, room_for, write_text
 
 FORMAT = 1
 CHUNK_BYTES = 16 << 20
-"""About what is written, and checked, at a time."""
+"""About how much is written, and checked, at a time."""
 CHECKED_ALWAYS = 4 << 30
-"""A store up to so many bytes is checked in full whenever it is opened (a second); see `_check`."""
+"""A store of at most so many bytes is checked in full whenever it is opened (a second); see `_check`."""
 
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Name -> numpy dtype with its byte order, and the shape of one row."""
+"""Name -> NumPy dtype with its byte order, and the shape of one row."""
+Facts = Callable[[dict[str, np.ndarray], list[Any]], dict[str, Any]]
+"""(all arrays, the facts of each chunk) -> the facts of the store."""
 
 
 class DamagedError(ValueError):
@@ -37,193 +41,235 @@ class DamagedError(ValueError):
 
 
 @dataclass(frozen=True)
-class Store:
-    """An opened store: what it is, and its arrays, read-only memory maps of `rows` rows."""
+class Contents:
+    """An opened store: its facts, and its arrays, read-only memory maps."""
 
-    identity: Any
-    rows: int
     facts: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Tensor]
 
 
-def chunk_rows(columns: Columns) -> int:
-    """Rows that make up a chunk."""
-    return max(1, min(8192, CHUNK_BYTES // sum(map(_row_bytes, columns.values()))))
+@dataclass(frozen=True)
+class Chunk:
+    """Rows `first` to `last` - 1 of what the store is made from."""
+
+    number: int
+    first: int
+    last: int
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the folder holds a finished store."""
-    return (folder / "manifest.json").is_file()
+class Store:
+    """Arrays in a folder."""
 
-
-def identity(folder: Path) -> Any:
-    """What the store in a folder, finished or not, is made of; None where there is none.
-
-    Raises:
-        DamagedError: if the file that says so cannot be read.
-    """
-    if is_complete(folder):
-        return _read_manifest(folder / "manifest.json")["identity"]
-    begun = folder / "plan.json"
-    try:
-        return json.loads(begun.read_text())["identity"] if begun.is_file() else None
-    except (ValueError, KeyError, TypeError):
-        raise DamagedError(f"{begun}: damaged: not the JSON that was written") from None
-
-
-def open_store(folder: Path) -> Store:
-    """A finished store, its checksums compared.
-
-    Raises:
-        DamagedError: naming the file that is not what was written.
-    """
-    manifest = _read_manifest(folder / "manifest.json")
-    rows: int = manifest["rows"]
-    arrays: dict[str, np.ndarray] = {}
-    for name, (kind, shape) in manifest["columns"].items():
-        path, due = folder / f"{name}.bin", rows * _row_bytes((kind, shape))
-        size = path.stat().st_size if path.is_file() else 0
-        if size != due:
-            raise DamagedError(f"{path}: damaged: {size:,} bytes where {due:,} were written")
-        arrays[name] = np.memmap(path, np.dtype(kind), "r", shape=(rows, *shape))
-    _check(folder, arrays, manifest["chunks"])
-    with contextlib.suppress(OSError):  # a kill may have left them behind
-        _clear(folder)
-    return Store(manifest["identity"], rows, manifest["facts"], arrays)
-
-
-def tensor(array: np.ndarray) -> Tensor:
-    """A memory map as a tensor that may be read only; it is the map's memory, not a copy."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
-
-
-def reopen(folder: Path) -> None:
-    """Makes a damaged store an unfinished one, whose intact chunks need not be made again.
-
-    Raises:
-        DamagedError: if the manifest, which says what is intact, is itself damaged.
-    """
-    manifest = _read_manifest(folder / "manifest.json")
-    plan = {key: manifest[key] for key in ("format", "identity", "columns")}
-    lines = ({"chunk": number, **line} for number, line in enumerate(manifest["chunks"]))
-    write_text(folder / "chunks-0.jsonl", "".join(_dumps(line) for line in lines))
-    write_text(folder / "plan.json", _dumps(plan))
-    for name in ("manifest.json", "checked.json"):
-        (folder / name).unlink(missing_ok=True)
-
-
-class Writer:
-    """Fills a store; several may fill one at the same time, each its own chunks.
-
-    Args:
-        folder: made if missing.
-        identity: what the store is made of, as plain JSON values.
-        columns: its arrays.
-        part: name of this writer among those at work (the rank).
-
-    Attributes:
-        done: chunks on the disk when the writer was made, by number, whichever writer wrote them.
-
-    Raises:
-        ValueError: if the folder is being filled with something else.
-    """
-
-    def __init__(self, folder: Path, identity: Any, columns: Columns, part: int = 0) -> None:
-        self.folder, self.columns, self.part = folder, columns, part
-        folder.mkdir(parents=True, exist_ok=True)
-        self.plan = {
-            "format": FORMAT,
-            "identity": identity,
-            "columns": {name: [kind, list(shape)] for name, (kind, shape) in columns.items()},
-        }
-        begun = folder / "plan.json"
-        if not begun.exists():
-            write_text(begun, _dumps(self.plan))
-        elif begun.read_text() != _dumps(self.plan):
-            raise ValueError(f"{begun}: another store is being filled here; choose another folder")
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._files = {name: os.open(self.path(name), flags, 0o644) for name in columns}
-        self.done = self._written(check=True)
-        # A kill may have torn the last line of this part's log.
-        log = self._log_path(part)
-        lines = [line for line in _lines(log) if self.done.get(line["chunk"]) == line]
-        write_text(log, "".join(_dumps(line) for line in lines))
-        self._log = os.open(log, os.O_WRONLY | os.O_CLOEXEC)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest, self.plan = folder / "manifest.json", folder / "plan.json"
 
     def path(self, name: str) -> Path:
         """The file of an array."""
         return self.folder / f"{name}.bin"
 
-    def add(self, chunk: int, start: int, arrays: Mapping[str, np.ndarray], facts: Any = None) -> None:
-        """Writes a chunk's rows from row `start` on; once it returns they survive a power cut.
+    def is_complete(self) -> bool:
+        """Whether all rows are there."""
+        return self.manifest.is_file()
+
+    def identity(self) -> Any:
+        """What the store is made of, complete or not; None where there is none.
+
+        Raises:
+            DamagedError: if the file that says so cannot be read.
+        """
+        if self.is_complete():
+            return _read_manifest(self.manifest)["identity"]
+        try:
+            return json.loads(self.plan.read_text())["identity"] if self.plan.is_file() else None
+        except (ValueError, KeyError, TypeError):
+            raise DamagedError(f"{self.plan}: damaged: not the JSON that was written") from None
+
+    def chunks(self) -> dict[int, dict[str, Any]]:
+        """Chunks on the disk by number: first row, number of rows, checksums and facts; not compared.
+
+        Raises:
+            DamagedError: if the manifest cannot be read.
+        """
+        if self.is_complete():
+            return dict(enumerate(_read_manifest(self.manifest)["chunks"]))
+        try:
+            return {int(p.stem[6:]): json.loads(p.read_text()) for p in sorted(self.folder.glob("chunk-*.json"))}
+        except FileNotFoundError:  # another rank has just made the store complete
+            return self.chunks()
+
+    def open(self) -> Contents:
+        """Open a complete store after comparing its checksums.
+
+        Raises:
+            DamagedError: naming the file that is not what was written.
+        """
+        manifest = _read_manifest(self.manifest)
+        arrays = self.arrays(manifest["columns"], manifest["rows"])
+        _check(self, arrays, manifest["chunks"])
+        with suppress(OSError):  # a kill may have left them behind
+            self.clear()
+        return Contents(manifest["facts"], {name: _tensor(array) for name, array in arrays.items()})
+
+    def open_intact(self) -> Contents | None:
+        """Open the store; None where it is not complete, or is damaged, of which it warns."""
+        try:
+            return self.open() if self.is_complete() else None
+        except DamagedError as e:
+            print(f"warning: {e}; making it again", flush=True)
+            return None
+
+    @contextmanager
+    def fill(
+        self, identity: Any, columns: Columns, rows: int, chunk_rows: int | None = None, rank: int = 0, world: int = 1
+    ) -> "Iterator[Filling]":
+        """Fill what is missing or damaged; a second process of the same rank waits here for the first.
+
+        Args:
+            identity: what the store is made of, as plain JSON values.
+            columns: its arrays.
+            rows: how many there will be; fewer where chunks turn out shorter.
+            chunk_rows: rows of a chunk; by default as many as make up CHUNK_BYTES.
+            rank: of this process; each fills chunks of its own.
+            world: processes at work.
+
+        Raises:
+            UserError: if the disk has no room for them.
+            ValueError: if the folder is being filled with something else.
+        """
+        size = chunk_rows or max(1, min(8192, CHUNK_BYTES // sum(map(_row_bytes, columns.values()))))
+        with locked(self.folder, wait=True):
+            try:
+                if self.is_complete():
+                    self.open()
+            except DamagedError:
+                self._reopen()
+        with locked(self.folder, wait=True, name=f".lock-{rank}"):
+            yield Filling(self, identity, columns, rows, size, rank, world)
+
+    def _reopen(self) -> None:
+        """Turn a damaged store into an unfinished one, which keeps its intact chunks."""
+        try:
+            manifest = _read_manifest(self.manifest)
+        except DamagedError:  # nothing says which chunks are intact
+            for path in (self.manifest, *self.folder.glob("*.bin")):
+                path.unlink(missing_ok=True)
+            return
+        for number, chunk in enumerate(manifest["chunks"]):
+            write_text(self.chunk_path(number), _dumps(chunk))
+        write_text(self.plan, _dumps({key: manifest[key] for key in ("format", "identity", "columns")}))
+        for path in (self.manifest, self.folder / "checked.json"):
+            path.unlink(missing_ok=True)
+
+    def chunk_path(self, number: int) -> Path:
+        """The file that says of a chunk that it is on the disk."""
+        return self.folder / f"chunk-{number:06d}.json"
+
+    def arrays(self, columns: Columns, rows: int) -> dict[str, np.ndarray]:
+        """Memory maps of arrays of so many rows.
+
+        Raises:
+            DamagedError: if a file has another size.
+        """
+        arrays: dict[str, np.ndarray] = {}
+        for name, (kind, shape) in columns.items():
+            path, due = self.path(name), rows * _row_bytes((kind, shape))
+            size = path.stat().st_size if path.is_file() else 0
+            if size != due:
+                raise DamagedError(f"{path}: damaged: {size:,} bytes where {due:,} were written")
+            arrays[name] = np.memmap(path, np.dtype(kind), "r", shape=(rows, *shape))
+        return arrays
+
+    def clear(self) -> None:
+        """Remove what only an unfinished store has, and the temporary files of killed commands."""
+        for path in (*self.folder.glob("chunk-*.json"), self.plan, *self.folder.glob(".*.tmp")):
+            path.unlink(missing_ok=True)
+
+
+class Filling:
+    """The chunks of a store that this process has to fill; see `Store.fill`.
+
+    Attributes:
+        missing: the chunks, in order; each must be given to `add`.
+        present: chunks of this rank that were there before, by number.
+    """
+
+    def __init__(
+        self, store: Store, identity: Any, columns: Columns, rows: int, size: int, rank: int, world: int
+    ) -> None:
+        self.store, self.columns, self.size = store, columns, size
+        self.chunks = [Chunk(i, i * size, min(i * size + size, rows)) for i in range(-(-rows // size))]
+        kinds = {name: [kind, list(shape)] for name, (kind, shape) in columns.items()}
+        self.plan = {"format": FORMAT, "identity": identity, "columns": kinds}
+        if not store.is_complete():
+            if not store.plan.exists():
+                write_text(store.plan, _dumps(self.plan))
+            elif store.plan.read_text() != _dumps(self.plan):
+                raise ValueError(f"{store.plan}: another store is being filled here; choose another folder")
+        self.written = store.chunks() if store.is_complete() else self._intact()
+        mine = self.chunks[rank::world]
+        self.missing = [chunk for chunk in mine if chunk.number not in self.written]
+        self.present = {chunk.number: self.written[chunk.number] for chunk in mine if chunk.number in self.written}
+        needed = sum(c.last - c.first for c in self.missing) * sum(map(_row_bytes, columns.values()))
+        free = shutil.disk_usage(store.folder).free
+        if needed > free:
+            raise UserError(f"{store.folder}: needs {needed:,} bytes where {free:,} are free; make room")
+
+    def add(self, chunk: Chunk, arrays: Mapping[str, np.ndarray], facts: Any = None) -> None:
+        """Write the rows of a chunk, fewer than it spans where some are left out; they survive a power cut.
 
         Raises:
             UserError: if the disk is full.
         """
-        sums, rows = {}, 0
-        for name, file in self._files.items():
-            array = np.ascontiguousarray(arrays[name], np.dtype(self.columns[name][0]))
+        before = (self.written.get(i, {"rows": self.size})["rows"] for i in range(chunk.number))
+        start, sums, rows = sum(before), {}, 0
+        for name, column in self.columns.items():
+            array = np.ascontiguousarray(arrays[name], np.dtype(column[0]))
             data, rows = _bytes(array), len(array)
-            _write(self.path(name), file, data, start * _row_bytes(self.columns[name]))
+            _write(self.store.path(name), data, start * _row_bytes(column))
             sums[name] = zlib.crc32(data)
-        line = {"chunk": chunk, "start": start, "rows": rows, "crc32": sums, "facts": facts}
-        text = memoryview(_dumps(line).encode())
-        _write(self._log_path(self.part), self._log, text, os.fstat(self._log).st_size)
+        self.written[chunk.number] = {"start": start, "rows": rows, "crc32": sums, "facts": facts}
+        write_text(self.store.chunk_path(chunk.number), _dumps(self.written[chunk.number]))
 
-    def written(self) -> dict[int, dict[str, Any]]:
-        """The chunks that lie on the disk now, by number, with start, rows and facts; not checked again."""
-        return self._written(check=False)
-
-    def finish(self, rows: int, facts: dict[str, Any]) -> None:
-        """Makes the store complete; all chunks must be there.
+    def finish(self, facts: Facts = lambda arrays, chunks: {}) -> bool:
+        """Make the store complete, if the chunks of all ranks are there; return whether they are.
 
         Raises:
-            DamagedError: if they are not, or one is not what was written.
+            DamagedError: if a chunk is not what was written.
         """
-        chunks = [line for _, line in sorted(self._written(check=True).items())]
-        found = 0
-        for line in chunks:
-            if line["start"] == found:
-                found += line["rows"]
-        if found != rows:
-            raise DamagedError(f"{self.folder}: damaged: {found:,} rows in order where {rows:,} were written")
-        for name, file in self._files.items():
-            os.ftruncate(file, rows * _row_bytes(self.columns[name]))
-            os.fsync(file)
-        manifest = self.plan | {"rows": rows, "facts": facts}
-        manifest["chunks"] = [{k: line[k] for k in ("start", "rows", "crc32", "facts")} for line in chunks]
-        sealed = manifest | {"crc32": zlib.crc32(_dumps(manifest).encode())}
-        write_text(self.folder / "manifest.json", _dumps(sealed))
-        _clear(self.folder)
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in (*self._files.values(), self._log):
-            os.close(file)
-
-    def _log_path(self, part: int) -> Path:
-        return self.folder / f"chunks-{part}.jsonl"
-
-    def _written(self, check: bool) -> dict[int, dict[str, Any]]:
-        lines = [line for log in sorted(self.folder.glob("chunks-*.jsonl")) for line in _lines(log)]
-        return {line["chunk"]: line for line in lines if not check or self._intact(line)}
-
-    def _intact(self, line: dict[str, Any]) -> bool:
-        for name, file in self._files.items():
-            size = _row_bytes(self.columns[name])
-            if zlib.crc32(os.pread(file, line["rows"] * size, line["start"] * size)) != line["crc32"][name]:
+        with locked(self.store.folder, wait=True):
+            if self.store.is_complete():
+                return True
+            if len(self.store.chunks()) < len(self.chunks):
                 return False
-        return True
+            lines = [line for _, line in sorted(self._intact().items())]
+            *starts, rows = accumulate((line["rows"] for line in lines), initial=0)
+            if len(lines) < len(self.chunks) or starts != [line["start"] for line in lines]:
+                raise DamagedError(f"{self.store.folder}: damaged: its chunks do not follow one another; remove it")
+            for name, column in self.columns.items():
+                os.truncate(self.store.path(name), rows * _row_bytes(column))
+            found = facts(self.store.arrays(self.columns, rows), [line["facts"] for line in lines])
+            manifest = self.plan | {"rows": rows, "facts": found, "chunks": lines}
+            write_text(self.store.manifest, _dumps(manifest | {"crc32": zlib.crc32(_dumps(manifest).encode())}))
+            self.store.clear()
+            return True
+
+    def _intact(self) -> dict[int, dict[str, Any]]:
+        def intact(line: dict[str, Any], name: str) -> bool:
+            size, path = _row_bytes(self.columns[name]), self.store.path(name)
+            if not path.is_file():
+                return False
+            with path.open("rb") as file:
+                file.seek(line["start"] * size)
+                return zlib.crc32(file.read(line["rows"] * size)) == line["crc32"][name]
+
+        return {n: line for n, line in self.store.chunks().items() if all(intact(line, c) for c in self.columns)}
 
 
-def _clear(folder: Path) -> None:
-    """Removes what only an unfinished store has, and what killed commands left of files not yet renamed."""
-    for path in (*folder.glob("chunks-*.jsonl"), folder / "plan.json", *folder.glob(".*.tmp")):
-        path.unlink(missing_ok=True)
+def _tensor(array: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _row_bytes(column: tuple[str, Any]) -> int:
@@ -235,25 +281,16 @@ def _dumps(values: Any) -> str:
     return json.dumps(values, separators=(",", ":")) + "\n"
 
 
-def _lines(log: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; the last may be torn."""
-    found = []
-    for text in log.read_bytes().splitlines(keepends=True) if log.exists() else []:
-        try:
-            line = json.loads(text) if text.endswith(b"\n") else None
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
-
-
-def _write(path: Path, file: int, data: memoryview, offset: int) -> None:
-    with room_for(path, len(data)):
-        while data:
-            done = os.pwrite(file, data, offset)
-            data, offset = data[done:], offset + done
-        os.fsync(file)
+def _write(path: Path, data: memoryview, offset: int) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        with room_for(path, len(data)):
+            while data:
+                done = os.pwrite(file, data, offset)
+                data, offset = data[done:], offset + done
+            os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -268,10 +305,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check(folder: Path, arrays: dict[str, np.ndarray], chunks: list[dict[str, Any]]) -> None:
-    """Compares checksums: all of them, or, of a large store checked in full since its files last changed, a sample."""
-    stamp = [[s.st_size, s.st_mtime_ns, s.st_ino] for s in ((folder / f"{name}.bin").stat() for name in arrays)]
-    checked, chosen = folder / "checked.json", chunks
+def _check(store: Store, arrays: dict[str, np.ndarray], chunks: list[dict[str, Any]]) -> None:
+    """Compare checksums: all of them, or, of a large store checked in full since its files last changed, a sample."""
+    stamp = [[s.st_size, s.st_mtime_ns, s.st_ino] for s in (store.path(name).stat() for name in arrays)]
+    checked, chosen = store.folder / "checked.json", chunks
     total = sum(array.nbytes for array in arrays.values())
     if total > CHECKED_ALWAYS and checked.is_file() and checked.read_text() == _dumps(stamp):
         chosen = chunks[:: -(-total // CHECKED_ALWAYS)]
@@ -284,8 +321,8 @@ def _check(folder: Path, arrays: dict[str, np.ndarray], chunks: list[dict[str, A
         for line, name in zip(chosen, pool.map(damaged, chosen), strict=True):
             if name is not None:
                 where = f"rows {line['start']:,} to {line['start'] + line['rows'] - 1:,}"
-                raise DamagedError(f"{folder / name}.bin: damaged: the checksum of {where} does not match")
-    if total > CHECKED_ALWAYS and chosen is chunks and os.access(folder, os.W_OK):
+                raise DamagedError(f"{store.path(name)}: damaged: the checksum of {where} does not match")
+    if total > CHECKED_ALWAYS and chosen is chunks and os.access(store.folder, os.W_OK):
         write_text(checked, _dumps(stamp))
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import shutil
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from diffbench.core import store
-from diffbench.core.errors import UserError
 from diffbench.core.progress import progress
+from diffbench.core.store import Chunk, Store
 from diffbench.data.decode import BrokenError, decode, quiet
 from diffbench.data.splits import Part
 
@@ -37,9 +35,9 @@ Outcome = tuple[np.ndarray, str] | Broken
 
 
 def decode_part(
-    part: Part, folder: Path, identity: Any, classes: list[str], *, size: int, channels: int, skip_broken: bool
+    part: Part, store: Store, identity: Any, classes: list[str], *, size: int, channels: int, skip_broken: bool
 ) -> None:
-    """Fills the store in `folder` with the part's pixels ("images") and classes ("labels"), or goes on filling it.
+    """Fill a store with the part's pixels ("images") and classes ("labels"), or go on filling it.
 
     Its facts are the fingerprint, the classes, how often each file format was met, the number of broken images and
     the names of the first.
@@ -49,38 +47,33 @@ def decode_part(
         UserError: where the disk is full.
     """
     columns = {"images": ("|u1", (channels, size, size)), "labels": ("<i8", ())}
-    with store.Writer(folder, identity, columns) as writer, quiet():
-        lines = _in_order(writer.done)
-        found = sum(line["rows"] for line in lines)
-        _check_room(folder, (len(part.rows) - found) * (channels * size * size + 8))
-        facts = [line["facts"] for line in lines]
-        looked_at = found + sum(f["count"] for f in facts)
-        with progress(f"decoding {folder.name}", len(part.rows), looked_at) as advance:
-            windows = _decoded(part, store.chunk_rows(columns), len(lines), size, channels)
-            for number, (chosen, outcomes) in enumerate(windows, start=len(lines)):
+    with store.fill(identity, columns, len(part.rows)) as filling, quiet():
+        done = sum(line["rows"] + line["facts"]["count"] for line in filling.present.values())
+        with progress(f"decoding {store.folder.name}", len(part.rows), done) as advance:
+            for chunk, outcomes in _decoded(part, filling.missing, size, channels):
+                facts = _facts(outcomes)
+                if facts["count"] and not skip_broken:
+                    raise ValueError(refusal(*facts["broken"][0]))
                 good = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Broken)]
-                facts.append(_facts(outcomes))
-                if facts[-1]["count"] and not skip_broken:
-                    raise ValueError(refusal(*facts[-1]["broken"][0]))
                 pixels = np.zeros((len(good), channels, size, size), np.uint8)
                 for row, i in enumerate(good):
                     pixels[row] = outcomes[i][0]  # type: ignore[index]
-                writer.add(number, found, {"images": pixels, "labels": part.labels[chosen[good]]}, facts[-1])
-                found += len(good)
-                advance(len(chosen))
-        if not found:
+                filling.add(chunk, {"images": pixels, "labels": part.labels[chunk.first : chunk.last][good]}, facts)
+                advance(len(outcomes))
+        if not any(line["rows"] for line in filling.written.values()):
             raise ValueError(f"data.path: every one of {len(part.rows):,} images is broken")
-        formats: Counter[str] = sum((Counter(f["formats"]) for f in facts), Counter())
-        writer.finish(
-            found,
-            {
-                "fingerprint": _fingerprint(writer, columns, found),
+
+        def merged(arrays: dict[str, np.ndarray], facts: list[dict[str, Any]]) -> dict[str, Any]:
+            formats: Counter[str] = sum((Counter(f["formats"]) for f in facts), Counter())
+            return {
+                "fingerprint": _fingerprint(arrays),
                 "classes": classes,
                 "formats": dict(sorted(formats.items())),
                 "count": sum(f["count"] for f in facts),
                 "broken": list(chain.from_iterable(f["broken"] for f in facts))[:NAMED],
-            },
-        )
+            }
+
+        filling.finish(merged)
 
 
 def refusal(name: str, why: str) -> str:
@@ -88,10 +81,8 @@ def refusal(name: str, why: str) -> str:
     return f"data.path: {name}: broken image ({why}); mend or remove it, or set data.skip_broken=true"
 
 
-def _decoded(
-    part: Part, window: int, first: int, size: int, channels: int
-) -> Iterator[tuple[np.ndarray, list[Outcome]]]:
-    """Windows from number `first` on, decoded while the next is read: positions in `part.rows`, and what came out."""
+def _decoded(part: Part, chunks: list[Chunk], size: int, channels: int) -> Iterator[tuple[Chunk, list[Outcome]]]:
+    """What comes of each chunk, decoded while the next is read."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Pillow lets other threads run while it decodes and resamples: processes would gain little and cost a start each.
     pool = ThreadPoolExecutor(threads)
@@ -99,15 +90,12 @@ def _decoded(
     def several(rows: np.ndarray, items: list[Any]) -> list[Outcome]:
         return [_outcome(part, int(row), item, size, channels) for row, item in zip(rows, items, strict=True)]
 
-    waiting: deque[tuple[np.ndarray, list[Future[list[Outcome]]]]] = deque()
+    waiting: deque[tuple[Chunk, list[Future[list[Outcome]]]]] = deque()
     try:
-        for number, (chosen, items) in enumerate(part.windows(window)):
-            if number < first:
-                continue
-            step = max(1, math.ceil(len(items) / (4 * threads)))
+        for chunk, items in zip(chunks, part.read(chunks), strict=True):
+            step, rows = max(1, math.ceil(len(items) / (4 * threads))), part.rows[chunk.first : chunk.last]
             parts = [slice(i, i + step) for i in range(0, len(items), step)]
-            futures = [pool.submit(several, part.rows[chosen[s]], items[s]) for s in parts]
-            waiting.append((chosen, futures))
+            waiting.append((chunk, [pool.submit(several, rows[s], items[s]) for s in parts]))
             if len(waiting) > 1:
                 yield _collected(*waiting.popleft())
         while waiting:
@@ -116,8 +104,8 @@ def _decoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _collected(chosen: np.ndarray, futures: list[Future[list[Outcome]]]) -> tuple[np.ndarray, list[Outcome]]:
-    return chosen, [outcome for future in futures for outcome in future.result()]
+def _collected(chunk: Chunk, futures: list[Future[list[Outcome]]]) -> tuple[Chunk, list[Outcome]]:
+    return chunk, [outcome for future in futures for outcome in future.result()]
 
 
 def _outcome(part: Part, row: int, item: Any, size: int, channels: int) -> Outcome:
@@ -148,26 +136,8 @@ def _facts(outcomes: list[Outcome]) -> dict[str, Any]:
     return {"formats": dict(sorted(formats.items())), "count": len(broken), "broken": broken[:NAMED]}
 
 
-def _in_order(done: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The chunks from the first on without a gap: each one's place follows from those before."""
-    lines: list[dict[str, Any]] = []
-    while (line := done.get(len(lines))) and line["start"] == sum(before["rows"] for before in lines):
-        lines.append(line)
-    return lines
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: needs {needed:,} bytes where {free:,} are free; make room, or set DIFFBENCH_CACHE elsewhere"
-        )
-
-
-def _fingerprint(writer: store.Writer, columns: store.Columns, rows: int) -> str:
+def _fingerprint(arrays: dict[str, np.ndarray]) -> str:
     """That of the images and labels written (`ImageSet.fingerprint`)."""
-    digest = hashlib.sha256()
-    for name in ("images", "labels"):
-        kind, shape = columns[name]
-        digest.update(np.memmap(writer.path(name), np.dtype(kind), "r", shape=(rows, *shape)).data.cast("B"))
+    digest = hashlib.sha256(arrays["images"].data.cast("B"))
+    digest.update(arrays["labels"].data.cast("B"))
     return digest.hexdigest()[:16]

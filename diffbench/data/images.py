@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from diffbench.core import store
-from diffbench.core.files import cache_folder, locked
+from diffbench.core.files import cache_folder
+from diffbench.core.store import Contents, Store
 from diffbench.data.places import Place, locate
 from diffbench.data.sets import ImageSet
 
@@ -97,7 +97,7 @@ def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:
 def _is_fetched(config: ImagesConfig) -> bool:
     """Whether a hub name was decoded or downloaded before."""
     assert config.path is not None
-    if all(map(store.is_complete, _parts(_plain(config), locate(config.path)))):
+    if all(store.is_complete() for store in _stores(_plain(config), locate(config.path))):
         return True
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -126,15 +126,13 @@ def _images(values: str, cache: str, folder: str, stamp: str) -> tuple[ImageSet,
     config = ImagesConfig(**json.loads(values))
     assert config.path is not None
     place = locate(config.path)
-    parts = _parts(config, place)
-    if not all(map(store.is_complete, parts)):
-        _fill(config, place, parts)
-    try:
-        return _open(parts[0], place, config), _open(parts[1], place, config)
-    except store.DamagedError as e:
-        print(f"warning: {e}; decoding anew", flush=True)
-    _fill(config, place, parts)
-    return _open(parts[0], place, config), _open(parts[1], place, config)
+    stores = _stores(config, place)
+    found = [store.open_intact() for store in stores]
+    if None in found:
+        _fill(config, place, stores)
+        found = [store.open() for store in stores]
+    train, held_out = (_image_set(contents, place, config) for contents in found if contents is not None)
+    return train, held_out
 
 
 def _identity(config: ImagesConfig, place: Place) -> dict[str, Any]:
@@ -144,70 +142,45 @@ def _identity(config: ImagesConfig, place: Place) -> dict[str, Any]:
     return {"version": VERSION, "place": place.identity, **what}
 
 
-def _parts(config: ImagesConfig, place: Place) -> tuple[Path, Path]:
-    """The stores of the training and the held-out part."""
+def _stores(config: ImagesConfig, place: Place) -> tuple[Store, Store]:
+    """Where the training and the held-out part lie."""
     digest = hashlib.sha256(json.dumps(_identity(config, place)).encode()).hexdigest()
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", place.name)[:60]
     folder = cache_folder() / "images" / f"{name}-{digest[:16]}"
-    return folder / "train", folder / "held-out"
+    return Store(folder / "train"), Store(folder / "held-out")
 
 
-def _fill(config: ImagesConfig, place: Place, parts: tuple[Path, Path]) -> None:
-    """Decodes what is missing or damaged of both parts; a second command waits here for the first."""
-    with locked(parts[0].parent, wait=True):
-        missing = [part for part in parts if not _is_intact(part)]
-        if not missing:
-            return
-        from diffbench.data.decoding import decode_part
-        from diffbench.data.splits import read
+def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> None:
+    """Decode what is missing or damaged of both parts."""
+    from diffbench.data.decoding import decode_part
+    from diffbench.data.splits import read
 
-        options = ("split", "held_out", "image_column", "label_column", "subset", "labels")
-        train, held_out, classes = read(place, **{name: getattr(config, name) for name in options})
-        for folder, part in zip(parts, (train, held_out), strict=True):
-            if folder in missing:
-                decode_part(
-                    part,
-                    folder,
-                    _identity(config, place),
-                    classes,
-                    size=config.image_size,
-                    channels=config.channels,
-                    skip_broken=config.skip_broken,
-                )
-        _report(place, parts)
-
-
-def _is_intact(folder: Path) -> bool:
-    if not store.is_complete(folder):
-        return False
-    try:
-        store.open_store(folder)
-    except store.DamagedError:
-        try:
-            store.reopen(folder)
-        except store.DamagedError:  # not even the manifest can be read: the folder is ours, and is filled anew
-            for path in (folder / "manifest.json", folder / "images.bin", folder / "labels.bin"):
-                path.unlink(missing_ok=True)
-    return store.is_complete(folder)
-
-
-def _report(place: Place, parts: tuple[Path, Path]) -> None:
-    facts = [store.open_store(part).facts for part in parts]
+    options = ("split", "held_out", "image_column", "label_column", "subset", "labels")
+    train, held_out, classes = read(place, **{name: getattr(config, name) for name in options})
+    for store, part in zip(stores, (train, held_out), strict=True):
+        decode_part(
+            part,
+            store,
+            _identity(config, place),
+            classes,
+            size=config.image_size,
+            channels=config.channels,
+            skip_broken=config.skip_broken,
+        )
+    facts = [store.open().facts for store in stores]
     ignored = f"; {place.ignored:,} files there are no images" if place.ignored else ""
-    print(f"decoded images are kept in {parts[0].parent}{ignored}", flush=True)
+    print(f"decoded images are kept in {stores[0].folder.parent}{ignored}", flush=True)
     if count := sum(f["count"] for f in facts):
         names = [name for f in facts for name, _ in f["broken"]]
         print(f"warning: {count:,} broken images left out: {', '.join(names[:5])}{', ...' * (count > 5)}", flush=True)
 
 
-def _open(folder: Path, place: Place, config: ImagesConfig) -> ImageSet:
-    opened = store.open_store(folder)
-    facts = opened.facts
+def _image_set(contents: Contents, place: Place, config: ImagesConfig) -> ImageSet:
+    facts, arrays = contents.facts, contents.arrays
     if facts["count"] and not config.skip_broken:
         from diffbench.data.decoding import refusal
 
         raise ValueError(refusal(*facts["broken"][0]))
-    arrays = {name: store.tensor(array) for name, array in opened.arrays.items()}
     classes = tuple(facts["classes"])
     return ImageSet(
         arrays["images"], arrays["labels"], len(classes), _name(place, facts), classes, facts["fingerprint"]

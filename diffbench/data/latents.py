@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffbench.core import store
 from diffbench.core.errors import UserError
-from diffbench.core.files import locked
 from diffbench.core.pixels import from_uint8
 from diffbench.core.progress import progress
+from diffbench.core.store import Contents, DamagedError, Store
 from diffbench.data.sets import ImageSet, rows
 
 Dtype = Literal["float16", "float32"]
@@ -146,19 +144,13 @@ def encode(
         ValueError: if a latent is not finite in `dtype`.
     """
     identity = _identity(images, autoencoder, dtype, flip)
-    _check_folder(folder, identity)
-    if store.is_complete(folder):
-        try:
-            return _open(folder, images, scale, shift)
-        except store.DamagedError as e:
-            print(f"warning: {e}; encoding it anew", flush=True)
-    with locked(folder, wait=True):
-        _reopen_damaged(folder)
-    with locked(folder, wait=True, name=f".lock-{rank}"):
-        if not store.is_complete(folder):
-            job = _Job(images, autoencoder, torch.device(device), batch_size, flip)
-            _fill(job, folder, identity, dtype, rank, world, patience)
-    return _open(folder, images, scale, shift)
+    store = Store(folder)
+    _check_folder(store, identity)
+    if (found := store.open_intact()) is None:
+        job = _Job(images, autoencoder, torch.device(device), batch_size, flip)
+        _fill(job, store, identity, dtype, rank, world, patience)
+        found = store.open()
+    return _latents(found, images, scale, shift)
 
 
 @dataclass(frozen=True)
@@ -185,46 +177,31 @@ class _Job:
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def _fill(job: _Job, folder: Path, identity: Any, dtype: Dtype, rank: int, world: int, patience: float) -> None:
+def _fill(job: _Job, store: Store, identity: Any, dtype: Dtype, rank: int, world: int, patience: float) -> None:
     kind, total = np.dtype(dtype).newbyteorder("<"), len(job.images)
     columns: dict[str, tuple[str, tuple[int, ...]]] = {
         name: (kind.str, array.shape[1:]) for name, array in job.moments(0, 1, dtype).items()
     }
     columns["labels"] = ("<i8", ())
-    size = store.chunk_rows(columns)
-    starts = range(0, total, size)
-    with store.Writer(folder, identity, columns, rank) as writer:
-        mine = range(rank, len(starts), world)
-        done = sum(writer.done[chunk]["rows"] for chunk in mine if chunk in writer.done)
-        share = sum(min(size, total - starts[chunk]) for chunk in mine)
+    with store.fill(identity, columns, total, rank=rank, world=world) as filling:
+        done = sum(line["rows"] for line in filling.present.values())
+        share = done + sum(chunk.last - chunk.first for chunk in filling.missing)
         if share:
             with progress("encoding" if world == 1 else f"encoding (rank {rank})", share, done) as advance:
-                for chunk in mine:
-                    if chunk in writer.done:
-                        continue
-                    first, last = starts[chunk], min(starts[chunk] + size, total)
-                    labels = job.images.labels[first:last].numpy()
-                    writer.add(chunk, first, job.moments(first, last, dtype) | {"labels": labels})
-                    advance(last - first)
-        for _ in _wait(folder, writer, len(starts), patience):
+                for chunk in filling.missing:
+                    labels = job.images.labels[chunk.first : chunk.last].numpy()
+                    filling.add(chunk, job.moments(chunk.first, chunk.last, dtype) | {"labels": labels})
+                    advance(chunk.last - chunk.first)
+        found, since = 0, time.monotonic()
+        while not filling.finish(_facts):  # other ranks are at work
+            if (now := len(store.chunks())) > found:
+                found, since = now, time.monotonic()
+            if time.monotonic() - since > patience:
+                raise UserError(
+                    f"{store.folder}: {len(filling.chunks) - now} of {len(filling.chunks)} chunks of other ranks are"
+                    f" missing, and none came for {patience:.0f} s; start the same command again"
+                )
             time.sleep(0.2)
-        with locked(folder, wait=True):
-            if not store.is_complete(folder):
-                writer.finish(total, _facts(writer, columns, total))
-
-
-def _wait(folder: Path, writer: store.Writer, chunks: int, patience: float) -> Iterator[None]:
-    """Yields until all ranks have written their chunks."""
-    found, since = -1, time.monotonic()
-    while not store.is_complete(folder) and (now := len(writer.written())) < chunks:
-        if now > found:
-            found, since = now, time.monotonic()
-        if time.monotonic() - since > patience:
-            raise UserError(
-                f"{folder}: {chunks - now} of {chunks} chunks of other ranks are missing, and none came for"
-                f" {patience:.0f} s; start the same command again"
-            )
-        yield
 
 
 def _identity(images: ImageSet, autoencoder: Autoencoder, dtype: Dtype, flip: bool) -> dict[str, Any]:
@@ -232,12 +209,13 @@ def _identity(images: ImageSet, autoencoder: Autoencoder, dtype: Dtype, flip: bo
     return {"data": data, "autoencoder": autoencoder.fingerprint, "dtype": dtype, "flip": flip}
 
 
-def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuses a folder of other latents, or of something else."""
+def _check_folder(store: Store, identity: dict[str, Any]) -> None:
+    """Refuse a folder of other latents, or of something else."""
+    folder = store.folder
     others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
     try:
-        found = store.identity(folder)
-    except store.DamagedError as e:
+        found = store.identity()
+    except DamagedError as e:
         raise UserError(f"{e}; remove {folder} to encode anew") from None
     if found is None and others:
         raise UserError(f"{folder}: holds {min(others)} but no latents; choose another folder")
@@ -256,17 +234,8 @@ def _said(identity: Any) -> str:
         return "something else"
 
 
-def _reopen_damaged(folder: Path) -> None:
-    try:
-        if store.is_complete(folder):
-            store.open_store(folder)
-    except store.DamagedError:
-        store.reopen(folder)
-
-
-def _open(folder: Path, images: ImageSet, scale: float, shift: float) -> LatentSet:
-    opened = store.open_store(folder)
-    arrays = {name: store.tensor(array) for name, array in opened.arrays.items()}
+def _latents(found: Contents, images: ImageSet, scale: float, shift: float) -> LatentSet:
+    arrays = found.arrays
     common: dict[str, Any] = {
         "labels": arrays["labels"],
         "num_classes": images.num_classes,
@@ -283,14 +252,14 @@ def _open(folder: Path, images: ImageSet, scale: float, shift: float) -> LatentS
         arrays["log_variance"],
         **common,
         flipped=flipped,
-        digest=opened.facts["fingerprint"],
-        spread=(opened.facts["mean"], opened.facts["std"]),
+        digest=found.facts["fingerprint"],
+        spread=(found.facts["mean"], found.facts["std"]),
     )
 
 
-def _facts(writer: store.Writer, columns: store.Columns, rows: int) -> dict[str, Any]:
+def _facts(arrays: dict[str, np.ndarray], chunks: list[Any]) -> dict[str, Any]:
     """Fingerprint, and mean and standard deviation of z = mean + exp(log_variance / 2) noise over all elements."""
-    arrays = {n: np.memmap(writer.path(n), np.dtype(k), "r", shape=(rows, *s)) for n, (k, s) in columns.items()}
+    rows = len(arrays["labels"])
     first, second = [], []
     for start in range(0, rows, 1024):
         mean, log_variance = (arrays[n][start : start + 1024].astype(np.float64) for n in ("mean", "log_variance"))

@@ -11,12 +11,15 @@ import numpy as np
 
 from diffbench.core import rng
 from diffbench.core.errors import suggest
+from diffbench.core.store import Chunk
 from diffbench.data.places import Place, classes_of
 
 LABEL_NAMES = ("label", "labels", "class", "target", "fine_label")
 IMAGE_NAMES = ("image", "img")
 HELD_OUT_SPLITS = ("test", "validation")
 LARGEST_HELD_OUT = 10_000
+READ_AHEAD = 256
+"""Rows of a table that are in memory at once, encoded."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,30 @@ class Part:
     base: Path | None
     is_folder: bool
 
-    def windows(self, size: int) -> Iterator[tuple[np.ndarray, list[Any]]]:
-        """This part's rows among each `size` rows of the split: positions in `rows`, and their encoded images.
+    def read(self, chunks: Sequence[Chunk]) -> Iterator[list[Any]]:
+        """The encoded images of this part's rows in each chunk, in order.
 
         Raises:
             ValueError: where the files are damaged.
         """
-        batches = self.data.select_columns([self.column]).iter(batch_size=size)
-        for number in range(-(-self.total // size)):
-            first, last = np.searchsorted(self.rows, [number * size, (number + 1) * size])
+        data = self.data.select_columns([self.column])
+        batches, position = data.iter(batch_size=READ_AHEAD), 0
+        batch: list[Any] = []  # rows from `position` on
+        for chunk in chunks:
+            rows = self.rows[chunk.first : chunk.last]
             try:
-                items = next(batches)[self.column]
-                chosen = [items[row - number * size] for row in self.rows[first:last]]
+                if hasattr(data, "select"):
+                    yield data[rows.tolist()][self.column]
+                    continue
+                found = []
+                for row in rows:
+                    while row >= position + len(batch):
+                        position, batch = position + len(batch), next(batches)[self.column]
+                    found.append(batch[row - position])
             except (ValueError, OSError, IndexError, StopIteration) as e:
-                where = f"rows {number * size:,} and on of split {self.split}"
+                where = f"rows {rows[0]:,} and on of split {self.split}"
                 raise ValueError(f"data.path: cannot read {where} ({' '.join(str(e).split())[:200]})") from None
-            yield np.arange(first, last), chosen
+            yield found
 
 
 def read(

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
-from diffbench.evaluation.shards import SIZE
+from diffbench.core.store import DamagedError, Store
 from diffbench.metrics.rows import spread
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.entries import Entry
@@ -76,13 +74,9 @@ def _samples(entry: Entry) -> Tensor | None:
     place = _place(entry)
     try:
         assert place is not None
-        count = int(json.loads((place / "manifest.json").read_text())["count"])
-        found = []
-        for number in spread(count, min(COLUMNS, count)).tolist():
-            with safe_open(place / f"samples-{number // SIZE * SIZE:08d}.safetensors", "pt") as file:
-                found.append(file.get_slice("images")[number % SIZE])
-        return torch.stack(found)
-    except (OSError, ValueError, KeyError, SafetensorError):
+        images = Store(place).open().arrays["images"]
+        return images[spread(len(images), min(COLUMNS, len(images)))]
+    except (OSError, DamagedError, KeyError):
         return None
 
 

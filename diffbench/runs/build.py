@@ -12,7 +12,7 @@ from diffbench.config.load import load
 from diffbench.core import ranks
 from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
-from diffbench.core.store import is_complete
+from diffbench.core.store import Store
 from diffbench.data.coding import at_once
 from diffbench.data.latents import LatentSet, encode
 from diffbench.data.registry import SOURCES
@@ -191,7 +191,7 @@ def encoded(
     mirrored = "-flipped" if flip else ""
     name = f"{data.name}-{data.fingerprint()}-{autoencoder.fingerprint}-{config.latent_dtype}{mirrored}"
     folder = cache_folder() / "latents" / name
-    if not is_complete(folder):
+    if not Store(folder).is_complete():
         print(
             f"encoding {len(data):,} images of {data.name} by autoencoder {config.autoencoder} into {folder}",
             flush=True,

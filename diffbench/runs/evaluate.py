@@ -24,7 +24,7 @@ from diffbench.data.coding import reconstruct
 from diffbench.evaluation import judging, records, reference
 from diffbench.evaluation.images import refuse_to_overwrite, write_npz
 from diffbench.evaluation.judging import Judgement
-from diffbench.evaluation.shards import SIZE, Shards
+from diffbench.evaluation.samples import SIZE, Samples
 from diffbench.metrics import Extractor
 from diffbench.metrics.extractors.base import state_hash
 from diffbench.metrics.functional import frechet_distance, nearest
@@ -141,7 +141,7 @@ def _record(
     return found
 
 
-def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Shards:
+def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Samples:
     """The place of a run's samples; what they depend on names it."""
     models = run.guidance_models(how)
     what = {
@@ -155,7 +155,7 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Shards
         "count": config.evaluate.count,
     }
     channels, height, width = run.train_set.images.shape[1:]
-    return Shards(run.folder / "evaluations", what, config.evaluate.count, (channels, height, width))
+    return Samples(run.folder / "evaluations", what, config.evaluate.count, (channels, height, width))
 
 
 def labels_of(run: DenoiserRun, count: int) -> Tensor:
@@ -164,7 +164,7 @@ def labels_of(run: DenoiserRun, count: int) -> Tensor:
 
 
 def draw(
-    run: DenoiserRun, how: SampleConfig, shards: Shards, seed: int, rank: int = 0, world: int = 1
+    run: DenoiserRun, how: SampleConfig, shards: Samples, seed: int, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:
     """Draws the samples that are not there yet; says first what that will take.
 
@@ -248,7 +248,7 @@ def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, judgement: Ju
     }
 
 
-def _picture_neighbours(shards: Shards, training: Tensor) -> None:
+def _picture_neighbours(shards: Samples, training: Tensor) -> None:
     """nearest.png: sixteen samples above, the training image nearest to each below."""
     from diffbench.sampling.images import save_grid
 

@@ -1,6 +1,7 @@
 """Several processes encode, draw and score to the bytes of one."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from diffbench.autoencoders import io as files
 from diffbench.cli import main
 from diffbench.core import collectives as together
 from diffbench.core import store
-from diffbench.evaluation import shards
+from diffbench.evaluation import samples
 from diffbench.runs import evaluate
 from diffbench.runs.lifecycle import load
 
@@ -44,7 +45,7 @@ def test_two_processes_encode_what_one_encodes(tmp_path: Path, monkeypatch: pyte
 
 
 def test_two_processes_score_what_one_scores(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SIZE", 16)
+    monkeypatch.setattr(samples, "SIZE", 16)
     monkeypatch.setattr(evaluate, "SIZE", 16)
     run, found = load(smoke_run), []
     for devices in (1, 2):
@@ -58,7 +59,7 @@ def test_two_processes_score_what_one_scores(smoke_run: Path, monkeypatch: pytes
             for path in place.iterdir():
                 path.unlink()
     (one, drawn), (two, drawn_by_two) = found
-    assert drawn == drawn_by_two and len([name for name in drawn if name.startswith("samples-")]) == 4
+    assert drawn == drawn_by_two and len(json.loads((place / "manifest.json").read_text())["chunks"]) == 4
     for mine, theirs in zip(one, two, strict=True):
         values = {name: value for name, value in mine.items() if "@" in name}
         assert values and values == {name: theirs[name] for name in values}

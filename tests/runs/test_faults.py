@@ -92,7 +92,7 @@ def test_a_full_disk_in_training(
 @pytest.mark.parametrize(
     ("pattern", "named"),
     [
-        (r"samples-0+\.safetensors", r".*/evaluations/\w+/samples-0+\.safetensors"),
+        (r"chunk-0+\.json", r".*/evaluations/\w+/chunk-0+\.json"),
         (r"manifest\.json", r".*/evaluations/\w+/manifest\.json"),
         (r"nearest\.png", r".*/evaluations/\w+/nearest\.png"),
         (r"results\.jsonl", r".*/results\.jsonl"),

@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffbench.cli import main
 from diffbench.core import rng
+from diffbench.core.store import Store
 from diffbench.data.registry import balanced
 from diffbench.evaluation import judging, records
 from diffbench.evaluation import reference as references
-from diffbench.evaluation.shards import Shards
 from diffbench.metrics import Extractor, Features
 from diffbench.metrics.functional import (
     coverage,
@@ -63,10 +63,7 @@ def test_a_record_holds_values_and_all_that_they_depend_on(smoke_run: Path) -> N
 def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
     run = load(smoke_run)
     (record, _) = evaluate.evaluate(run, ["evaluate.count=60"])
-    (path,) = (smoke_run / record["drawing"]["folder"]).glob("samples-*.safetensors")
-    shards = Shards(path.parent.parent, {}, 60, (1, 8, 8))
-    shards.folder = path.parent
-    ((_, samples),) = shards.batches(100)
+    samples = Store(smoke_run / record["drawing"]["folder"]).open().arrays["images"]
     labels = torch.arange(60) * 10 // 60
     assert torch.equal(samples, run.generate(labels, run.config.sample.unguided(), 0))
     judge = references.judge("digits-cnn", None, run.train_set)

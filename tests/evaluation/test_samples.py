@@ -1,4 +1,4 @@
-"""Samples in shards: drawn once, whatever happens; verified; in any order; and what is refused."""
+"""Samples on disk: drawn once, whatever happens; verified; in any order; and what is refused."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffbench.core.errors import UserError
-from diffbench.evaluation.shards import SIZE, Shards
+from diffbench.evaluation.samples import SIZE, Samples
 
 COUNT = 2 * SIZE + 300
 
@@ -31,12 +31,12 @@ def numbered(index: Tensor) -> Tensor:
     return torch.stack([index % 256, index // 256], dim=1).to(torch.uint8).reshape(-1, 1, 1, 2)
 
 
-def shards(tmp_path: Path, **what: object) -> Shards:
-    return Shards(tmp_path / "evaluations", {"seed": 0} | what, COUNT, (1, 1, 2))
+def samples(tmp_path: Path, **what: object) -> Samples:
+    return Samples(tmp_path / "evaluations", {"seed": 0} | what, COUNT, (1, 1, 2))
 
 
 def test_all_samples_in_order_and_in_any(tmp_path: Path) -> None:
-    place, pen = shards(tmp_path), Pen()
+    place, pen = samples(tmp_path), Pen()
     place.fill(pen)
     assert pen.asked == [(0, SIZE), (SIZE, SIZE), (2 * SIZE, 300)]
     index, images = (torch.cat(parts) for parts in zip(*place.batches(77), strict=True))
@@ -47,51 +47,52 @@ def test_all_samples_in_order_and_in_any(tmp_path: Path) -> None:
 
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        shards(tmp_path).fill(Pen(fail_at=SIZE))
-    place, pen, skipped = shards(tmp_path), Pen(), []
+        samples(tmp_path).fill(Pen(fail_at=SIZE))
+    place, pen, skipped = samples(tmp_path), Pen(), []
     assert place.present() == SIZE
     place.fill(pen, skipped.append)
     assert pen.asked == [(SIZE, SIZE), (2 * SIZE, 300)] and skipped == [SIZE]
     again = Pen()
     place.fill(again)
     assert again.asked == [] and place.present() == COUNT
-    told = json.loads(place.manifest.read_text())
-    assert told["what"] == {"seed": 0} and told["count"] == COUNT and list(told["shards"]) == ["0", "1000", "2000"]
+    told = json.loads(place.store.manifest.read_text())
+    assert told["identity"] == {"seed": 0} and told["rows"] == COUNT
+    assert [chunk["start"] for chunk in told["chunks"]] == [0, 1000, 2000]
 
 
-def test_damaged_and_lost_shards_are_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = shards(tmp_path)
+def test_damaged_and_lost_samples_are_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = samples(tmp_path)
     place.fill(Pen())
-    damaged, lost = place.path(0), place.path(2 * SIZE)
-    whole = damaged.read_bytes()
-    damaged.write_bytes(whole[:-1] + b"x")
-    lost.unlink()
+    path = place.store.path("images")
+    whole = path.read_bytes()
+    path.write_bytes(b"x" + whole[1:-1])
     pen = Pen()
     place.fill(pen)
-    assert pen.asked == [(0, SIZE), (2 * SIZE, 300)] and damaged.read_bytes() == whole
-    assert capsys.readouterr().out == f"warning: {damaged} is damaged: its samples are drawn again\n"
-    place.manifest.write_text("{")
+    assert pen.asked == [(0, SIZE), (2 * SIZE, 300)] and path.read_bytes() == whole
+    assert capsys.readouterr().out.startswith(f"warning: {path}: damaged: ")
+    place.store.manifest.write_text("{")
     place.fill(pen)
-    assert len(pen.asked) == 5 and "manifest.json is damaged" in capsys.readouterr().out
+    assert len(pen.asked) == 5 and "manifest.json: damaged" in capsys.readouterr().out
 
 
 def test_other_samples_lie_elsewhere(tmp_path: Path) -> None:
-    assert shards(tmp_path).folder == shards(tmp_path).folder
-    assert shards(tmp_path).folder != shards(tmp_path, seed=1).folder != shards(tmp_path, steps="50").folder
+    assert samples(tmp_path).folder == samples(tmp_path).folder
+    assert samples(tmp_path).folder != samples(tmp_path, seed=1).folder != samples(tmp_path, steps="50").folder
 
 
 def test_a_full_disk_is_found_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    place, pen = shards(tmp_path), Pen()
+    place, pen = samples(tmp_path), Pen()
     with pytest.raises(UserError) as caught:
         place.fill(pen)
-    assert str(caught.value) == f"{place.folder}: 2,300 samples take 4,600 bytes and 1,000 are free; make room"
+    assert str(caught.value) == f"{place.folder}: needs 4,600 bytes where 1,000 are free; make room"
     assert pen.asked == []
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    place = shards(tmp_path)
+    place = samples(tmp_path)
     place.fill(Pen())
-    place.path(SIZE).write_bytes(b"broken")
-    with pytest.raises(UserError, match=rf"{place.path(SIZE)}: damaged .*remove the folder {place.folder}"):
+    path = place.store.path("images")
+    path.write_bytes(b"broken")
+    with pytest.raises(UserError, match=rf"{path}: damaged: 6 bytes where 4,600 were written; the same command draws"):
         list(place.batches(100))

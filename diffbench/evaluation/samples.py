@@ -1,0 +1,93 @@
+"""Samples on disk, drawn in chunks: a killed command goes on where it stopped, and nothing is drawn twice."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffbench.core.errors import UserError
+from diffbench.core.store import DamagedError, Store
+
+SIZE = 1000
+"""Samples of a chunk, the least that a killed command loses."""
+
+
+class Samples:
+    """`count` samples in a folder named by a hash of all that they depend on.
+
+    Args:
+        parent: the folder that holds it.
+        what: all that the samples depend on, plain values.
+        count: samples in all.
+        shape: (C, H, W) of a sample.
+    """
+
+    def __init__(self, parent: Path, what: dict[str, Any], count: int, shape: tuple[int, int, int]) -> None:
+        text = json.dumps(what, sort_keys=True)
+        self.folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.what, self.count, self.shape = what, count, shape
+        self.store = Store(self.folder)
+
+    def present(self) -> int:
+        """Samples on the disk, not checked."""
+        try:
+            return sum(chunk["rows"] for chunk in self.store.chunks().values())
+        except DamagedError:
+            return 0
+
+    def fill(
+        self,
+        draw: Callable[[int, int], Tensor],
+        skipped: Callable[[int], None] = lambda count: None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Draw the samples that are missing or damaged.
+
+        Args:
+            draw: (first, count) -> (count, C, H, W) uint8 samples number `first` and on.
+            skipped: called with the number of samples that are there already.
+            rank: of this process; each draws chunks of its own.
+            world: processes at work.
+
+        Raises:
+            UserError: if the disk has no room for them.
+        """
+        if world == 1 and self.store.open_intact():
+            skipped(self.count)
+            return
+        columns = {"images": ("|u1", self.shape)}
+        with self.store.fill(self.what, columns, self.count, SIZE, rank, world) as filling:
+            skipped(sum(chunk["rows"] for chunk in filling.present.values()))
+            for chunk in filling.missing:
+                images = draw(chunk.first, chunk.last - chunk.first)
+                assert images.dtype == torch.uint8
+                filling.add(chunk, {"images": images.numpy()})
+            filling.finish()
+
+    def images(self) -> Tensor:
+        """All samples, (N, C, H, W) uint8, a memory map.
+
+        Raises:
+            UserError: if they are damaged.
+        """
+        try:
+            return self.store.open().arrays["images"]
+        except DamagedError as e:
+            raise UserError(f"{e}; the same command draws them again") from None
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples as (numbers (B,), images (B, C, H, W) uint8), in order."""
+        images = self.images()
+        for index in torch.arange(len(images)).split(size):
+            yield index, images[index]
+
+    def rows(self, order: Tensor) -> Iterator[Tensor]:
+        """Single samples (C, H, W) in another order, read as they are asked for."""
+        images = self.images()
+        for number in order.tolist():
+            yield images[number]
