@@ -18,7 +18,6 @@ from diffbench.reports.runs import comparable_scores, facts, guidance_of, table
 from diffbench.reports.tables import OWN
 from diffbench.reports.wording import counted, listed, title
 from diffbench.runs.seen import Seen, look
-from diffbench.runs.weights import export_path
 from diffbench.studies.config import load_study
 
 MOST_COLUMNS = 8
@@ -133,7 +132,7 @@ def _comparison(runs: Sequence[Seen], scored: Sequence[list[dict[str, Any]]], as
             name = f"{name} ({run.folder})"
         taken.add((name, seed))
         record = next((r for r in records if guidance_of(r) == chosen), None)
-        done = export_path(run.folder, run.ema).is_file()
+        done = run.complete
         why = "" if done else f"stopped at {run.images_seen:,} images"
         results.append(Result(name, seed, "complete" if done else "unfinished", run.folder, record, why))
     order = list(dict.fromkeys(r.variant for r in results))

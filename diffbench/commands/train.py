@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from diffbench.commands.evaluate import score
+from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError
 from diffbench.reports.runs import facts, newest_scores, table
 from diffbench.runs.lifecycle import load_any, train
@@ -12,7 +13,11 @@ from diffbench.runs.lifecycle import load_any, train
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains the experiment of `arguments.config`."""
-    run = train(arguments.config, arguments.overrides)
+    words = [word for word in arguments.overrides if not word.startswith("restart=")]
+    restart = [word.partition("=")[2] for word in arguments.overrides if word not in words]
+    if restart and restart[-1] not in ("true", "false"):
+        raise UserError(f"{COMMAND_LINE}: restart: must be true or false, got {restart[-1]!r}")
+    run = train(arguments.config, words, restart=restart[-1:] == ["true"])
     builds_on = getattr(run.config, "autoencoder", None)
     if builds_on is not None and (Path(builds_on) / "config.yaml").is_file():
         autoencoder = load_any(builds_on)

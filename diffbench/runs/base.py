@@ -136,6 +136,15 @@ class Run(ABC, Generic[C]):
         return self.images_seen > 0 or weights.export_path(self.folder, self.ema).is_file()
 
     @property
+    def complete(self) -> bool:
+        """Whether all averages are exported at the end of training; imported weights are complete too."""
+        trainer = self.values["trainer"]
+        batch_size = int(trainer["batch_size"])
+        images = -(-int(trainer["max_images"]) // batch_size) * batch_size
+        exported = [weights.exported_images(self.folder, decay) for decay in self.values["ema"]["decays"]]
+        return all(seen is not None and seen in (0, images) for seen in exported)
+
+    @property
     def cost(self) -> Cost:
         """Parameters and multiply-accumulates of the network, counted once for all runs with such a network."""
         sizes = {key: value for key, value in self.values.items() if key not in NO_SIZE}

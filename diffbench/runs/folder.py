@@ -13,6 +13,7 @@ from diffbench.config.layers import parse_overrides, read_yaml
 from diffbench.config.load import flatten, from_dict, load, to_dict, to_yaml
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
+from diffbench.evaluation import records
 
 # What may change between two sittings of one run: its length, and what leaves every number as it is.
 # Other devices sum in another order: every number stays as it is but for rounding.
@@ -131,6 +132,35 @@ def check_same(folder: Path, config: BaseConfig) -> bool:
             f"{saved}: this run was made with {told}{more}; choose another tag=NAME, or move the folder away"
         )
     return True
+
+
+def check_resumable(folder: Path, config: BaseConfig) -> None:
+    """Checks that a run of which no checkpoint is left has not come past its first one, since it would begin anew.
+
+    Raises:
+        UserError: naming what there is and what can be done.
+    """
+    if has_checkpoint(folder):
+        return
+    t, logged = config.trainer, max((line["images"] for line in records.metrics(folder)), default=0)
+    first = -(-t.checkpoint_images // t.batch_size) * t.batch_size  # while it is written, training may go on
+    found = [path.name for path in sorted(folder.glob("ema-*.safetensors"))]
+    if logged > 2 * first:
+        found.append(f"metrics.jsonl up to {logged:,} images")
+    if found:
+        raise UserError(
+            f"{folder}: holds {', '.join(found)}, but no checkpoint to resume from; bring checkpoints/ back, or train"
+            f" elsewhere with tag=NAME (from these averages: tag=NAME init_from={folder}), or begin anew with"
+            " restart=true, which keeps what there is under another name"
+        )
+
+
+def set_aside(folder: Path) -> Path:
+    """Gives a run folder another name, beside it; returns that."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+        number += 1
+    return folder.rename(aside)
 
 
 def update_length(folder: Path, config: BaseConfig) -> None:

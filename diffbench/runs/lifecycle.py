@@ -24,7 +24,17 @@ from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.base import Run, open_run
 from diffbench.runs.classifier import ClassifierRun
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.folder import check_place, check_same, folder_for, has_checkpoint, refuse_links, update_length
+from diffbench.runs.folder import (
+    SAVED,
+    check_place,
+    check_resumable,
+    check_same,
+    folder_for,
+    has_checkpoint,
+    refuse_links,
+    set_aside,
+    update_length,
+)
 
 C = TypeVar("C", bound=BaseConfig)
 
@@ -89,8 +99,13 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
         print(f"{len(part):,} latents of {part.name}, {numbers:,} numbers each, {size:,.1f} MiB")
 
 
-def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+def train(path: str | Path, overrides: Sequence[str] = (), restart: bool = False) -> Any:
     """Trains the experiment of a YAML, resumes it, or finds it complete; returns it with averaged weights.
+
+    Args:
+        path: of the YAML.
+        overrides: key=value.
+        restart: whether to begin anew; the folder of what there is gets another name.
 
     Returns:
         The `Run`, or what else the config's kind is.
@@ -102,30 +117,36 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """
     stack = read_layers(path, overrides)
     config = from_layers(stack)
-    return train_in(folder_for(Path(path), overrides, config), config, stack)
+    return train_in(folder_for(Path(path), overrides, config), config, stack, restart)
 
 
-def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = ()) -> Any:
+def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), restart: bool = False) -> Any:
     """Trains a config in a run folder, resumes it, or finds it complete; see `train`.
 
     Args:
         folder: the run folder.
         config: what is trained.
         stack: the layers that the config consists of, named in errors.
+        restart: see `train`.
     """
     kind = KINDS[config.kind]
     with blaming(stack):  # all that can be found before the folder is made, or Lightning imported
         kind.check(config)
         check_place(folder)
-        start = None if has_checkpoint(folder) else kind.start(config)
+        start = None if has_checkpoint(folder) and not restart else kind.start(config)
     config = with_autoencoder(config)
     refuse_links(folder)
     if ranks.place()[0] > 0:  # the first process does what is done once
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             fit(kind(folder, config), True, start)
         raise SystemExit(0)
+    if restart and (folder / SAVED).exists():
+        with locked(folder):
+            print(f"restart: what there was is now {set_aside(folder)}")
     with locked(folder) as held:
         existed = check_same(folder, config)
+        if existed:
+            check_resumable(folder, config)
         fit(kind(folder, config), existed, start, held)
         kind(folder, config).finish()
         trained = kind(folder, config)
@@ -156,20 +177,18 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     images = done * settings.batch_size
     if checkpoint and done >= settings.max_steps:
         print(f"{run.folder}: complete at {images:,} images")
-        if ranks.leads() and not weights.export_path(run.folder, run.config.ema.decays[0]).exists():
+        if ranks.leads() and not run.complete:  # a kill came between the last checkpoint and the export
             weights.export_from(checkpoint, run.folder, run.network, images)
         return
     if ranks.leads():
+        run.prepare()
         if existed:
             update_length(run.folder, run.config)
-        run.prepare()
     if checkpoint is None and start is not None:
         print(f"weights start from {getattr(run.config, 'init_from', None)}")
     state = f"resuming at {images:,} images" if checkpoint else "starting"
     cost = f"{run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs"
     print(f"{run.folder}: {state}, {cost}, {settings.precision}")
-    for path in run.folder.glob("ema-*.safetensors") if ranks.leads() else ():
-        path.unlink()  # of the shorter run; written anew at the end
     if settings.processes > 1 and ranks.place()[1] == 1:
         _launch(run, checkpoint, lock)
     else:

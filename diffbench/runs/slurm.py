@@ -141,6 +141,8 @@ def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
     from diffbench.runs.folder import folder_for
 
     verb, name, folder = words[0], words[0], FOLDER
+    if any(word.startswith("restart=") for word in words):
+        raise UserError(f"{COMMAND_LINE}: restart: a job that SLURM requeues would begin anew each time; leave it out")
     if verb not in LAUNCHED:
         raise UserError(f"{COMMAND_LINE}: launcher=slurm belongs to {', '.join(LAUNCHED)} and study, not to {verb}")
     if verb != "evaluate":

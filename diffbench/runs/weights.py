@@ -25,13 +25,13 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
     """
     if decay not in config.ema.decays:
         raise UserError(f"{folder}: ema: no average has decay {decay}; choose from {_listed(config.ema.decays)}")
-    path = export_path(folder, decay)
-    if path.is_file():
+    path, in_checkpoint = export_path(folder, decay), _checkpoint_images(folder, config.trainer.batch_size)
+    if (exported_images(folder, decay) or 0) >= in_checkpoint and path.is_file():
         try:
-            tensors, told = sealed.read(path)
+            tensors, metadata = sealed.read(path)
         except UserError as e:
             raise UserError(f"{e} to use the newest checkpoint") from None
-        return tensors, _images(path, told)
+        return tensors, _images(path, metadata)
     from diffbench.training.checkpoint import newest, step_of
 
     checkpoint = newest(folder / "checkpoints")
@@ -44,18 +44,31 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
 
 
 def images_seen(folder: Path, decay: float, batch_size: int) -> int:
-    """Images that the newest weights of a folder have seen: its export's, or else its checkpoints'; 0 without any.
+    """Images that the newest weights of a folder have seen, exported or in a checkpoint; 0 without any.
+
+    Raises:
+        UserError: if the export is damaged.
+    """
+    return max(exported_images(folder, decay) or 0, _checkpoint_images(folder, batch_size))
+
+
+def exported_images(folder: Path, decay: float) -> int | None:
+    """Images that an exported average has seen; 0 for imported weights, None where there is no export.
 
     Raises:
         UserError: if the export is damaged.
     """
     path = export_path(folder, decay)
-    if path.is_file():
-        try:
-            with safe_open(path, "np") as file:
-                return _images(path, file.metadata() or {})
-        except SafetensorError as e:
-            raise UserError(f"{path}: damaged ({e}); remove it to use the newest checkpoint") from None
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "np") as file:
+            return _images(path, file.metadata() or {})
+    except SafetensorError as e:
+        raise UserError(f"{path}: damaged ({e}); remove it to use the newest checkpoint") from None
+
+
+def _checkpoint_images(folder: Path, batch_size: int) -> int:
     steps = [int(n) for p in folder.glob("checkpoints/step-*.ckpt") if (n := p.stem[5:]).isdecimal()]
     return max(steps, default=0) * batch_size
 

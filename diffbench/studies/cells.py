@@ -93,7 +93,8 @@ def _errors(run: DenoiserRun) -> dict[str, float]:
 def is_trained(folder: Path, config: RunConfig) -> bool:
     """Whether a run has come to its end, its averages exported."""
     checkpoint = newest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
-    exported = all(weights.export_path(folder, decay).exists() for decay in config.ema.decays)
+    images = config.trainer.max_steps * config.trainer.batch_size
+    exported = all(weights.exported_images(folder, decay) == images for decay in config.ema.decays)
     return checkpoint is not None and step_of(checkpoint) >= config.trainer.max_steps and exported
 
 

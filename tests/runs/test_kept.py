@@ -1,0 +1,80 @@
+"""Whatever a run has produced stays, unless the user says otherwise in as many words."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffbench import load
+from diffbench.cli import main
+
+DIT = "experiments/digits/dit.yaml"
+
+
+@pytest.fixture
+def words(smoke_run: Path) -> list[str]:
+    """The command that made the run."""
+    return ["train", DIT, "debug=smoke", f"runs_dir={smoke_run.parents[1]}"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a run folder holds, but for its lock."""
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+@pytest.mark.parametrize("gone", [["checkpoints", "ema-0.999.safetensors"], ["checkpoints"]])
+def test_without_checkpoints_nothing_begins_anew(
+    gone: list[str], smoke_run: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(smoke_run / "checkpoints")
+    for name in gone[1:]:
+        (smoke_run / name).unlink()
+        line = (smoke_run / "metrics.jsonl").read_text().splitlines()[-1].replace('"images": 16', '"images": 32')
+        with (smoke_run / "metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+    before = files(smoke_run)
+    capsys.readouterr()
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    kept = "metrics.jsonl up to 32 images" if gone[1:] else "ema-0.999.safetensors"
+    assert f"{smoke_run}: holds {kept}, but no checkpoint to resume from" in said
+    assert "tag=NAME" in said and f"init_from={smoke_run}" in said and "restart=true" in said
+    assert files(smoke_run) == before
+
+
+def test_restart_begins_anew_and_keeps_what_there_was(
+    smoke_run: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(smoke_run)
+    assert main([*words, "restart=true"]) == 0
+    aside = smoke_run.with_name(f"{smoke_run.name}.before-1")
+    assert f"restart: what there was is now {aside}" in capsys.readouterr().out
+    assert files(aside) == before
+    assert torch.equal(load(smoke_run).sample_tensor(2), load(aside).sample_tensor(2))
+    assert main([*words, "restart=true"]) == 0 and aside.with_name(f"{smoke_run.name}.before-2").is_dir()
+
+
+def test_restart_takes_true_or_false(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "restart=please"]) == 2
+    assert capsys.readouterr().err == "error: command line: restart: must be true or false, got 'please'\n"
+
+
+def test_a_longer_run_keeps_its_averages_until_newer_ones_are_there(
+    smoke_run: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = load(smoke_run)
+    assert (before.images_seen, before.complete) == (16, True)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffbench.runs.lifecycle.train_here", fail)
+        assert main([*words, "trainer.max_images=32"]) == 2
+    run = load(smoke_run)
+    assert (run.images_seen, run.complete) == (16, False)
+    assert torch.equal(run.sample_tensor(2), before.sample_tensor(2))
+    assert main([*words, "trainer.max_images=32"]) == 0
+    assert (load(smoke_run).images_seen, load(smoke_run).complete) == (32, True)

@@ -1,0 +1,83 @@
+"""A run is used where its images and its autoencoder's run are not; other images in their place are noticed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from own_images import folder
+
+from diffbench import load
+from diffbench.cli import main
+from diffbench.data.facts import DataFacts
+
+SMALL = ["data.image_size=16", "denoiser.hidden_size=16", "denoiser.depth=1", "denoiser.num_heads=2", "tag=t"]
+SMALL += ["trainer.precision=32-true", "debug=smoke"]
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A folder of cats and dogs, and a run that was trained on it."""
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "cache"))
+    root = folder(tmp_path / "pets", {"cat": 40, "dog": 40}, height=16, width=16)
+    words = [f"data.path={root}", *SMALL, f"runs_dir={tmp_path / 'runs'}"]
+    assert main(["train", "experiments/cifar10/dit.yaml", *words]) == 0
+    return root, tmp_path / "runs" / "cifar10" / "dit-smoke-t-s0"
+
+
+def test_the_folder_says_what_the_images_were(trained: tuple[Path, Path]) -> None:
+    facts = DataFacts.read(trained[1] / "data.json")
+    assert (facts.shape, facts.num_classes, facts.class_names) == ((3, 16, 16), 2, ("cat", "dog"))
+    assert facts == DataFacts.of(load(trained[1]).train_set)
+
+
+def test_a_run_samples_elsewhere_without_its_images(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = trained
+    here = load(run).sample_tensor(2, seed=3)
+    there = Path(shutil.copytree(run, tmp_path / "another" / "disk"))
+    shutil.rmtree(root)
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(run)
+    assert torch.equal(load(there).sample_tensor(2, seed=3), here)
+    out = tmp_path / "drawn.png"
+    assert main(["sample", str(there), "n=2", f"out={out}"]) == 0 and out.is_file()
+    assert main(["compare", str(there)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(there)]) == 2
+    said = capsys.readouterr().err
+    assert str(root) in said and said.count("\n") == 1
+
+
+def test_sampling_decodes_nothing(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = trained
+    (root / "cat" / "000.png").touch()
+    capsys.readouterr()
+    assert main(["sample", str(run), "n=2"]) == 0
+    assert "decoding" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "train"])
+def test_labels_that_turned_round_are_noticed(
+    verb: str, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = trained
+    (root / "cat").rename(root / "x")
+    (root / "dog").rename(root / "cat")
+    (root / "x").rename(root / "dog")
+    words = ["experiments/cifar10/dit.yaml", f"data.path={root}", *SMALL, f"runs_dir={run.parents[1]}"]
+    words += ["trainer.max_images=32"]
+    before = (run / "config.yaml").read_text()
+    capsys.readouterr()
+    assert main(["evaluate", str(run)] if verb == "evaluate" else ["train", *words]) == 2
+    assert "data: the run began with other training data" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before and list(run.glob("ema-*.safetensors"))
+
+
+def test_classes_under_other_names_are_noticed(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = trained
+    (root / "dog").rename(root / "fox")
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 2
+    assert "classes cat, dog, now cat, fox" in capsys.readouterr().err
