@@ -81,7 +81,7 @@ class Subject:
     def ema(self) -> EMA:
         """The average, begun when it is first asked for."""
         ema = EMA(self.config.ema)
-        ema.attach(self.network, self.device)
+        ema.attach(self.network)
         return ema
 
     @contextlib.contextmanager

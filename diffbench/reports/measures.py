@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic
+from diffbench.evaluation.validation_error import image_errors
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
 
@@ -44,8 +45,6 @@ def save_validation(run: DenoiserRun) -> Path:
     Raises:
         UserError: if the run has no held-out images.
     """
-    from diffbench.training.validation import image_errors  # imports Lightning
-
     path, levels = run.folder / VALIDATION, run.config.validation.log_snr
     what = {"images": str(run.images_seen), "ema": str(run.ema), "snapshot": run.snapshot, "log_snr": str(levels)}
     if path.is_file() and _facts(path) == what:

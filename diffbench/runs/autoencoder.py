@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.autoencoder import AutoencoderModule, Features
     from diffbench.training.ema import EMA
-    from diffbench.training.logger import RunLog
+    from diffbench.training.logger import RunLogger
 
 
 VALIDATED = 1000
@@ -83,11 +83,11 @@ class AutoencoderRun(Run[AutoencoderConfig]):
     def data_module(self) -> "PositionDataModule":
         return build.data_module(self.config, self.train_set, self.held_out)
 
-    def callbacks(self, log: "RunLog", ema: "EMA") -> "list[Any]":
-        from diffbench.training.autoencoder import Reconstructions
+    def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
+        from diffbench.training.callbacks import ReconstructionGrid, Reconstructions
 
-        t = self.config.trainer
-        return [Reconstructions(log, ema, self.held_out.spread(VALIDATED), t.validate_images, t.sample_images)]
+        t, data = self.config.trainer, self.held_out.spread(VALIDATED)
+        return [Reconstructions(log, ema, data, t.validate_images), ReconstructionGrid(log, ema, data, t.sample_images)]
 
     def finish(self) -> None:
         """Writes the averaged network with its scale into `<folder>/autoencoder`."""

@@ -26,8 +26,8 @@ from diffbench.training.speed import keep_memory
 if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.ema import EMA
-    from diffbench.training.logger import RunLog
-    from diffbench.training.module import Module
+    from diffbench.training.logger import RunLogger
+    from diffbench.training.module import TrainingModule
 
 DATA_FACTS = "data.json"
 """What the folder says of the run's data set."""
@@ -256,7 +256,7 @@ class Run(ABC, Generic[C]):
         return None
 
     @abstractmethod
-    def module(self) -> "Module":
+    def module(self) -> "TrainingModule":
         """The LightningModule that trains the network."""
 
     @abstractmethod
@@ -264,7 +264,7 @@ class Run(ABC, Generic[C]):
         """The batches."""
 
     @abstractmethod
-    def callbacks(self, log: "RunLog", ema: "EMA") -> "list[Any]":
+    def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
         """What is measured and drawn in training."""
 
     def prepare(self) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.classifier import ClassifierModule
     from diffbench.training.ema import EMA
-    from diffbench.training.logger import RunLog
+    from diffbench.training.logger import RunLogger
 
 
 class ClassifierRun(Run[ClassifierRunConfig]):
@@ -58,8 +58,8 @@ class ClassifierRun(Run[ClassifierRunConfig]):
     def data_module(self) -> "PositionDataModule":
         return build.data_module(self.config, self.train_set, self.held_out)
 
-    def callbacks(self, log: "RunLog", ema: "EMA") -> "list[Any]":
-        from diffbench.training.classifier import Accuracy
+    def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
+        from diffbench.training.callbacks import Accuracy
 
         c = self.config
         held_out = self.held_out.spread(c.validation.count)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from diffbench.sampling.guided import GuidanceModels
     from diffbench.sampling.sampler import Sampler
     from diffbench.training.ema import EMA
-    from diffbench.training.logger import RunLog
-    from diffbench.training.module import DiffusionModule
+    from diffbench.training.logger import RunLogger
+    from diffbench.training.diffusion import DiffusionModule
 
 
 class DenoiserRun(Run[RunConfig]):
@@ -139,7 +139,7 @@ class DenoiserRun(Run[RunConfig]):
             self._keep_autoencoder()
 
     def module(self) -> "DiffusionModule":
-        from diffbench.training.module import DiffusionModule
+        from diffbench.training.diffusion import DiffusionModule
         from diffbench.training.speed import compile_network
 
         c, t = self.config, self.config.trainer
@@ -169,9 +169,8 @@ class DenoiserRun(Run[RunConfig]):
         flip = getattr(c.data, "flip", False)
         return build.encoded(c, self.train_set, net, device, flip), build.encoded(c, held_out, net, device)
 
-    def callbacks(self, log: "RunLog", ema: "EMA") -> "list[Any]":
-        from diffbench.training.sample_grid import SampleGrid
-        from diffbench.training.validation import Validation
+    def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
+        from diffbench.training.callbacks import SampleGrid, Validation
 
         c, t = self.config, self.config.trainer
         classes = self.facts.num_classes
@@ -181,11 +180,11 @@ class DenoiserRun(Run[RunConfig]):
             SampleGrid(log, ema, self.sampler(c.sample), c.sample, classes, t.sample_images),
         ]
 
-    def _distances(self, log: "RunLog", ema: "EMA") -> "list[Any]":
+    def _distances(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
         c, e = self.config, self.config.evaluate
         if e.every_images is None:
             return []
-        from diffbench.training.distance import Distance
+        from diffbench.training.callbacks import Distance
 
         against = judging.in_training(e, self.train_set, build.device_of(c.trainer.accelerator))
         suite, classes = partial(against.suite, brief=True), self.facts.num_classes

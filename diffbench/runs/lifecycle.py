@@ -215,7 +215,7 @@ def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] 
         run.module(), data, run.folder, c.trainer, c.ema, to_yaml(c), run.callbacks, checkpoint, run.hparams()
     )
     for decay in ema.averages:
-        average = ema.whole(decay)
+        average = ema.full_average(decay)
         if together.rank() == 0:
             weights.export(run.folder, run.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)
     together.part()

@@ -21,6 +21,7 @@ from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.folder import read_config
 from diffbench.studies.config import AVERAGE
 from diffbench.studies.plan import Cell, evaluated
+from diffbench.evaluation.validation_error import as_metrics, denoising_error
 from diffbench.training.checkpoint import newest, step_of
 
 KIND = "cell"
@@ -85,9 +86,7 @@ def _train_and_evaluate(path: Path) -> None:
 
 def _errors(run: DenoiserRun) -> dict[str, float]:
     """The validation error of the average that the run holds; metrics.jsonl has that of the first one."""
-    from diffbench.training.validation import as_metrics, denoising_error
-
-    return as_metrics(denoising_error(run.network, run.process, run.sets[1], run.config.validation.log_snr))
+    return as_metrics("error", denoising_error(run.network, run.process, run.sets[1], run.config.validation.log_snr))
 
 
 def is_trained(folder: Path, config: RunConfig) -> bool:

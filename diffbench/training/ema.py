@@ -6,55 +6,43 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from diffbench.config.sections import EMAConfig
 from diffbench.core import collectives as together
-from diffbench.training.fsdp import assembled, gathered, local, part_of, sharded
+from diffbench.training.clock import at_step_end
+from diffbench.training.fsdp import full_tensor, local_shard, shard_of, weights_replaced
 from diffbench.training.nan_guard import Outcome
 
 
-class EMA(WeightAveraging):
-    """Lightning's weight averaging, narrowed to the network and widened to several decays.
+class EMA(L.Callback):
+    """Averages the parameters of a module's `network` after each optimizer step, for several decays at once.
 
-    Differences from the base class, each found necessary: the averages live on the training device; only the
-    network's parameters are averaged, in one multi-tensor operation; the decay warms up; a checkpoint's
-    `state_dict` stays the raw weights, with the averages in this callback's state, so that nothing trains on from
-    averaged weights by accident; the module holds averaged weights only inside `applied()`, which undoes itself
-    after an exception; and training ends with the raw weights still in place. Of a network that is shared out between
-    ranks (FSDP), each averages the parts that it holds; states and exports hold them whole.
+    Lightning's WeightAveraging copies the whole module, takes one decay, and leaves averaged weights in a checkpoint's
+    `state_dict` and in the module after `fit`. Here a checkpoint's `state_dict` and the module hold the raw weights;
+    the averages are in this callback's state, and in the module only inside `applied()`. Of a sharded network (FSDP)
+    each rank averages its shards; states and exports hold full tensors.
     """
 
     def __init__(self, config: EMAConfig) -> None:
-        super().__init__()
         self.config = config
         self.updates = 0
         self.averages: dict[float, list[Tensor]] = {}
         self.names: list[str] = []
         """Of the weights; with `buffers`, what else belongs to the network's state."""
         self.buffers: dict[str, Tensor] = {}
-        self._network = nn.Module()
         self._parameters: list[Tensor] = []
-        self._outcome: Outcome | None = None
+        self._network = nn.Module()
+        self._pending: Outcome | None = None
+        self._restored: dict[str, Any] | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not isinstance(trainer.strategy, ModelParallelStrategy):  # see on_fit_start
-            self.attach(pl_module.network, trainer.strategy.root_device)  # type: ignore[arg-type]
-
-    def attach(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
-        """Starts the averages at the network's present weights."""
+    def attach(self, network: nn.Module) -> None:
+        """Starts the averages at the network's present weights, on its device."""
         self._network, self._parameters = network, list(network.parameters())
         self.names = [name for name, _ in network.named_parameters()]
         self.buffers = {name: value for name, value in network.state_dict().items() if name not in self.names}
-        self.averages = {d: [local(p).to(device, copy=True) for p in self._parameters] for d in self.config.decays}
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes this rank's parts of a network that is shared out by now."""
-        network: nn.Module = pl_module.network  # type: ignore[assignment]
-        if sharded(network):
-            self.attach(network, trainer.strategy.root_device)
+        self.averages = {d: [local_shard(p).clone() for p in self._parameters] for d in self.config.decays}
 
     def decay_at(self, update: int, decay: float) -> float:
         """The decay of update number 0, 1, ...: min(decay, (1 + n) / (10 + n)) while warming up.
@@ -68,29 +56,14 @@ class EMA(WeightAveraging):
     @torch.no_grad()
     def update(self) -> None:
         """Moves every average towards the present weights."""
-        current = [local(p) for p in self._parameters] if sharded(self._network) else self._parameters
+        current = [local_shard(p) for p in self._parameters]
         for decay, average in self.averages.items():
-            share = 1 - self.decay_at(self.updates, decay)
-            torch._foreach_lerp_(average, current, share)
+            torch._foreach_lerp_(average, current, 1 - self.decay_at(self.updates, decay))
         self.updates += 1
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step > self._latest_update_step:
-            self._outcome = pl_module.outcome  # type: ignore[assignment]
-            self._latest_update_step = trainer.global_step
-            if self._outcome is not None and self._outcome.on_host:
-                self.catch_up()
-
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self.catch_up()
 
     def catch_up(self) -> None:
         """Takes the last step into the averages, unless it was skipped; a GPU's answer is awaited a step later."""
-        outcome, self._outcome = self._outcome, None
+        outcome, self._pending = self._pending, None
         if outcome is not None and not outcome.skipped:
             self.update()
 
@@ -105,64 +78,49 @@ class EMA(WeightAveraging):
         if decay not in self.averages:
             raise ValueError(f"no average with decay {decay}: choose from {', '.join(map(str, self.averages))}")
         self.catch_up()
-        if sharded(self._network):
-            with gathered(self._network, self._parameters, self.averages[decay]):
-                yield
-            return
-        raw = [p.data for p in self._parameters]
-        try:
-            for parameter, average in zip(self._parameters, self.averages[decay], strict=True):
-                parameter.data = average
+        with weights_replaced(self._network, self._parameters, self.averages[decay]):
             yield
-        finally:
-            for parameter, data in zip(self._parameters, raw, strict=True):
-                parameter.data = data
 
-    def whole(self, decay: float) -> list[Tensor]:
-        """The average of a decay, weight by weight; all ranks must ask, and the first one gets it."""
+    def full_average(self, decay: float) -> list[Tensor]:
+        """The average of a decay, weight by weight; all ranks must ask, and the first one gets full tensors."""
         self.catch_up()
-        if not sharded(self._network):
+        if not isinstance(self._network, FSDPModule):
             return list(self.averages[decay])
         found = []
-        for part, parameter in zip(self.averages[decay], self._parameters, strict=True):
-            value = assembled(part, parameter)
+        for shard, parameter in zip(self.averages[decay], self._parameters, strict=True):
+            value = full_tensor(shard, parameter)
             found.append(value.cpu() if together.rank() == 0 else value.new_empty(0))
         return found
 
-    def state_dict(self) -> dict[str, Any]:
-        self.catch_up()
-        return {
-            "updates": self.updates,
-            "latest_update_step": self._latest_update_step,
-            "averages": {str(decay): self.whole(decay) for decay in self.averages},
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.updates = state_dict["updates"]
-        self._latest_update_step = state_dict["latest_update_step"]
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts from the weights as they lie on the device by now, or from the state that was loaded before."""
+        self.attach(pl_module.network)  # type: ignore[arg-type]
+        state, self._restored = self._restored, None
+        if state is None:
+            return
+        self.updates = state["updates"]
         for decay, average in self.averages.items():
-            saved = state_dict["averages"][str(decay)]
-            if sharded(self._network):
-                saved = [part_of(s, p) for s, p in zip(saved, self._parameters, strict=True)]
-            for target, source in zip(average, saved, strict=True):
-                target.copy_(source)
+            for target, source, p in zip(average, state["averages"][str(decay)], self._parameters, strict=True):
+                target.copy_(shard_of(source, p))
 
-    # The base class would swap, save and copy an averaged copy of the whole module here.
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: averages follow optimizer steps only."""
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if at_step_end(trainer, batch_idx):
+            self._pending = pl_module.outcome  # type: ignore[assignment]
+            if self._pending is not None and self._pending.on_host:
+                self.catch_up()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.catch_up()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the last step in; the raw weights stay."""
         self.catch_up()
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: who scores averaged weights says so with `applied()`."""
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "averages": {str(decay): self.full_average(decay) for decay in self.averages}}
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing, as above."""
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Nothing: `state_dict` of the callback holds the averages."""
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Nothing, as above."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict

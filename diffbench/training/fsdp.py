@@ -1,4 +1,4 @@
-"""A network whose weights lie in parts on several ranks (FSDP2), and its weights as one sees them whole."""
+"""A network whose weights are sharded over ranks (FSDP2), and its weights as full tensors."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Leaves each rank its part of every weight; a block's are gathered when it computes, and let go after it."""
+    """Leaves each rank its shard of every weight; a block's are gathered when it computes, and freed after it."""
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in reversed(list(network.modules())):  # blocks before the blocks that hold them
         for block in module if isinstance(module, nn.ModuleList) else ():
@@ -23,41 +23,34 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(network, mesh=mesh, reshard_after_forward=False)
 
 
-def sharded(network: nn.Module) -> bool:
-    """Whether a network is shared out."""
-    return isinstance(network, FSDPModule)
-
-
-def local(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight; in place, all of it where it is not shared out."""
+def local_shard(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight, sharing its memory: all of it where it is not sharded."""
     weight = weight.detach()
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of a whole value of the weight `like`, in its precision and on its device."""
+def shard_of(value: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of a full value of the weight `like`, in its precision, on its device, in its strides."""
+    if not isinstance(like, DTensor):
+        return torch.empty_like(like, requires_grad=False).copy_(value)
     value = value.to(device=like.device, dtype=like.dtype).contiguous()
-    if not isinstance(like, DTensor):
-        return value
-    parts = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-    return parts.to_local()
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def assembled(part: Tensor, like: Tensor) -> Tensor:
-    """The whole value whose parts the ranks hold as they hold the weight `like`; all ranks must ask."""
-    if not isinstance(like, DTensor):
-        return part
-    mesh, placements = like.device_mesh, like.placements
-    value = DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
-    return value.full_tensor()
+def full_tensor(value: Tensor, like: Tensor | None = None) -> Tensor:
+    """A tensor as one process would have it; all ranks must ask.
 
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor as one process would have it; all ranks must ask."""
+    Args:
+        value: a sharded tensor, or a full one; with `like`, this rank's shard.
+        like: the weight that is sharded as `value` is.
+    """
+    if isinstance(like, DTensor):
+        mesh, placements = like.device_mesh, like.placements
+        value = DTensor.from_local(value, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def in_order(optimizer: Optimizer) -> None:
+def match_strides(optimizer: Optimizer) -> None:
     """Brings an optimizer's state into its weights' order in memory, which fused steps take for granted: a state that
     shards saved knows no channels-last order."""
     for weight, state in optimizer.state.items():
@@ -67,7 +60,7 @@ def in_order(optimizer: Optimizer) -> None:
 
 
 def restore(network: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]) -> None:
-    """Gives a shared-out network and its optimizers a whole resume state, each rank its parts; all ranks must ask."""
+    """Gives a sharded network and its optimizers a full resume state, each rank its shards; all ranks must ask."""
     from torch.distributed.checkpoint import state_dict as dcp  # takes a while
 
     # What one rank sends another is memory, in whatever order it lies.
@@ -80,13 +73,28 @@ def restore(network: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[
 
 
 @contextlib.contextmanager
-def gathered(network: nn.Module, weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-    """A shared-out network with other values of this rank's parts, whole on each rank while the block runs.
+def weights_replaced(network: nn.Module, weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """The network with other values of its weights while the block runs; undone after an exception too.
 
-    So each may compute as often as it likes; they need not do so in step.
+    A sharded network is gathered on each rank meanwhile, so each may compute as often as it likes, out of step.
+
+    Args:
+        network: whose weights they are.
+        weights: its parameters.
+        values: this rank's shards of other values.
     """
     shards = [m for m in network.modules() if isinstance(m, FSDPModule)]
-    here = [local(w) for w in weights]
+    if not shards:
+        before = [w.data for w in weights]
+        try:
+            for weight, value in zip(weights, values, strict=True):
+                weight.data = value
+            yield
+        finally:
+            for weight, value in zip(weights, before, strict=True):
+                weight.data = value
+        return
+    here = [local_shard(w) for w in weights]
     before = [part.clone() for part in here]
     with torch.no_grad():
         torch._foreach_copy_(here, list(values))

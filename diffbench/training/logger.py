@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl (the truth, float64), TensorBoard, and the terminal. The x axis is images seen."""
+"""Log a run to metrics.jsonl (float64, what all else is read from), TensorBoard and the terminal, over images seen."""
 
 import contextlib
 import json
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -20,10 +22,10 @@ from tqdm import tqdm
 from diffbench.core import collectives as together
 from diffbench.core.errors import UserError
 from diffbench.core.files import FULL, room_for
+from diffbench.sampling.images import grid, save_grid
 from diffbench.training.clock import Clock, at_step_end, due
-from diffbench.training.module import Module
+from diffbench.training.module import TrainingModule
 
-# Charts that lay the chosen runs over each other, in TensorBoard's custom-scalars tab.
 LAYOUT = {
     "Which backbone is better": {
         "validation error": ["Multiline", ["val/error$"]],
@@ -37,29 +39,30 @@ LAYOUT = {
         "images/s": ["Multiline", ["perf/images_per_s"]],
     },
 }
+"""Charts that lay the chosen runs over each other, in TensorBoard's custom-scalars tab."""
 FINAL = ("val/error", "train/loss")
 """Metrics of the hparams tab: their last values."""
 
 
 def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: str = "") -> None:
-    """Scalars of a trained run's scores at the images that its weights have seen, in TensorBoard."""
-    with naming_events(folder), _new_writer(folder) as writer:
+    """Writes a trained run's scores to TensorBoard, at the images that its weights have seen."""
+    with full_disk_reported(folder), _new_writer(folder) as writer:
         for name, value in scores.items():
             writer.add_scalar(prefix + name, value, images)
 
 
 @contextlib.contextmanager
-def naming_events(folder: Path) -> Iterator[None]:
-    """A full disk under TensorBoard's events is one line too: the thread that writes them keeps its traceback.
+def full_disk_reported(folder: Path) -> Iterator[None]:
+    """Makes one line of a full disk under TensorBoard's events, and keeps its writing thread from printing a traceback.
 
     Raises:
         UserError: naming the events.
     """
     before = threading.excepthook
 
-    def hook(told: threading.ExceptHookArgs) -> None:
-        if not (isinstance(told.exc_value, OSError) and told.exc_value.errno in FULL):
-            before(told)
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in FULL):
+            before(failed)
 
     threading.excepthook = hook
     try:
@@ -76,11 +79,11 @@ def _new_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
 
 
-class RunLog(L.Callback):
+class RunLogger(L.Callback):
     """Writes every logged number once; after a resume the series go on as if nothing had happened.
 
     A checkpoint stores how long metrics.jsonl was; resuming cuts it there, and TensorBoard drops what came later.
-    Of several ranks the first writes, what all of them saw.
+    Of several ranks the first one writes, with losses averaged over all.
 
     Args:
         folder: the run folder.
@@ -88,7 +91,7 @@ class RunLog(L.Callback):
         every: images between lines of training loss.
         clock: measures images/s.
         config_text: the resolved config, shown in TensorBoard's text tab.
-        hparams: what TensorBoard's hparams tab says of the run.
+        hparams: entries of TensorBoard's hparams tab.
     """
 
     def __init__(
@@ -104,8 +107,8 @@ class RunLog(L.Callback):
         self.path, self.folder = folder / "metrics.jsonl", folder
         self.batch_size, self.every, self.clock, self.config_text = batch_size, every, clock, config_text
         self.images = 0
-        self._losses: list[torch.Tensor] = []  # not yet counted: a look at each would cost as much as a small layer
-        self._loss: torch.Tensor | None = None  # sum and number of the finite losses since the last line
+        self._losses: list[Tensor] = []  # not yet counted: to read each at once would wait for the device
+        self._loss: Tensor | None = None  # sum and number of the finite losses since the last line
         self._seconds, self._logged_images = 0.0, 0
         self._writer: SummaryWriter | None = None
         self._resumed = False
@@ -137,12 +140,22 @@ class RunLog(L.Callback):
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, self.images)
 
+    def record_grid(self, images: Tensor, columns: int) -> None:
+        """Saves images (N, C, H, W) uint8 as a grid at the present image count: samples/*.png and TensorBoard."""
+        if together.rank() == 0:
+            save_grid(images, columns, self.folder / "samples" / f"images-{self.images:09d}.png")
+            self.show_image("samples/ema", grid(images, columns))
+
+    def show_image(self, tag: str, image: np.ndarray) -> None:
+        """Shows an image (H, W, 3) uint8 in TensorBoard."""
+        if together.rank() == 0:
+            self.writer.add_image(tag, image, self.images, dataformats="HWC")
+
     def say(self, text: str) -> None:
-        """A line on the terminal, above the bar where there is one."""
-        if together.rank():
-            return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        """Prints a line, above the bar where there is one."""
+        if together.rank() == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images = trainer.global_step * self.batch_size
@@ -168,11 +181,11 @@ class RunLog(L.Callback):
         if self._bar is not None:
             self._bar.update(self.batch_size)
         if due(trainer.global_step, self.batch_size, self.every) or trainer.global_step == trainer.max_steps:
-            assert isinstance(pl_module, Module)
+            assert isinstance(pl_module, TrainingModule)
             self._log_training(trainer, pl_module)
 
-    def _log_training(self, trainer: L.Trainer, module: Module) -> None:
-        self._share_loss()
+    def _log_training(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        self._sum_losses()
         assert self._loss is not None
         total, count = self._loss.tolist()
         loss, self._loss = total / count if count else math.nan, None
@@ -195,8 +208,8 @@ class RunLog(L.Callback):
             eta = left / rate if rate else 0.0
             self.say(f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s")
 
-    def _share_loss(self) -> None:
-        """Counts the losses since the last line, one after the other; of several ranks the mean, on each of them."""
+    def _sum_losses(self) -> None:
+        """Adds up the losses since the last line, one after the other; of several ranks the mean, on each of them."""
         if self._losses:
             losses, self._losses = torch.stack(self._losses).double(), []
             total, count = (0.0, 0.0) if self._loss is None else self._loss.tolist()
@@ -208,7 +221,7 @@ class RunLog(L.Callback):
             self._loss = together.total(self._loss) / together.size()
 
     def state_dict(self) -> dict[str, Any]:
-        self._share_loss()
+        self._sum_losses()
         size = 0
         if together.rank() == 0 and self.path.exists():
             with self.path.open("rb+") as file:
@@ -221,14 +234,15 @@ class RunLog(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = True
         self._loss = state_dict["loss"]
-        if self._loss is not None and not self._loss.ndim:  # of a state written before steps could be skipped
-            self._loss = torch.stack([self._loss, torch.full_like(self._loss, state_dict["batches"])])
         self.clock.before = state_dict["seconds"]
         if together.rank():
             return
-        if not self.path.exists() or self.path.stat().st_size < state_dict["bytes"]:
-            raise UserError(f"{self.path}: shorter than at the checkpoint ({state_dict['bytes']} bytes): restore it")
-        os.truncate(self.path, state_dict["bytes"])
+        wanted = state_dict["bytes"]
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < wanted:
+            raise UserError(f"{self.path}: {size} bytes, shorter than at the checkpoint ({wanted} bytes); restore it")
+        if size > wanted:
+            os.truncate(self.path, wanted)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._writer is not None:
@@ -239,5 +253,5 @@ class RunLog(L.Callback):
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            with contextlib.suppress(OSError):  # a full disk was told of when it was found
+            with contextlib.suppress(OSError):  # a full disk was reported when it was found
                 self._writer.close()

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no finite number: skipped, counted, and in a long row the end."""
+"""Steps whose loss or gradient is not finite: skipped and counted; too many in a row end training."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.training.clock import at_step_end, due
-from diffbench.training.fsdp import whole
+from diffbench.training.fsdp import full_tensor
 
 
 class Outcome:
@@ -20,12 +20,12 @@ class Outcome:
 
     Args:
         skipped: on the device: whether weights and optimizer stay as they were.
-        blamed: whether that speaks against the run; the same where it is not given.
+        diverged: on the device: whether that speaks against the run; the same as `skipped` where it is not given.
     """
 
-    def __init__(self, skipped: Tensor, blamed: Tensor | None = None) -> None:
+    def __init__(self, skipped: Tensor, diverged: Tensor | None = None) -> None:
         self.on_host = not skipped.is_cuda
-        self._flags = [flag.to("cpu", non_blocking=True) for flag in (skipped, blamed) if flag is not None]  # pinned
+        self._flags = [flag.to("cpu", non_blocking=True) for flag in (skipped, diverged) if flag is not None]  # pinned
         self._event = torch.cuda.Event() if skipped.is_cuda else None
         if self._event is not None:
             self._event.record()
@@ -42,19 +42,20 @@ class Outcome:
         return self._read(0)
 
     @property
-    def blamed(self) -> bool:
+    def diverged(self) -> bool:
         """Whether it counts against the run: not while the scale of fp16 gradients is still being found."""
         return self._read(-1)
 
 
 def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> Outcome:
-    """Has the optimizer leave weights and state alone if a loss or the gradient is not finite.
+    """Makes the optimizer leave weights and state alone if a loss or the gradient is not finite.
 
-    A fused optimizer is told on the device, and nothing waits for it; any other gets no gradients.
+    Off the CPU a fused optimizer reads the decision on the device, and nothing waits for it; on a CPU it gets no
+    gradients.
 
     Args:
         trainer: whose ranks decide together.
-        optimizer: about to step.
+        optimizer: a fused one, about to step.
         loss: the sum of the step's losses.
         norm: of the gradient, unscaled.
     """
@@ -64,9 +65,9 @@ def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor)
 
     skipped, scaler = anywhere_infinite(loss + norm), scaler_of(trainer)
     if scaler is None:
-        if optimizer.param_groups[0]["fused"] and not skipped.is_cpu:
+        if not skipped.is_cpu:
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        elif skipped:  # off the CPU, a wait for the device
+        elif skipped:
             optimizer.zero_grad(set_to_none=True)
         return Outcome(skipped)
     for found in scaler._found_inf_per_device(optimizer).values():
@@ -81,13 +82,13 @@ def scaler_of(trainer: L.Trainer) -> GradScaler | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-class Guard(L.Callback):
-    """Counts skipped steps; after `most` in a row that cannot be blamed on fp16's scale, saves the batch and stops.
+class NonFiniteGuard(L.Callback):
+    """Counts skipped steps; after `most` in a row that fp16's scale does not explain, saves the batch and stops.
 
     Must stand first among the callbacks.
 
     Args:
-        folder: the run folder.
+        folder: where the batch is saved.
         batch_size: images of a step.
         every: images between looks at the count that is logged.
         most: steps in a row.
@@ -97,8 +98,10 @@ class Guard(L.Callback):
         self.folder, self.batch_size, self.every, self.most = folder, batch_size, every, most
         self.skipped = self.row = 0
         self._parts: list[dict[str, Tensor]] = []
-        self._open: tuple[int, list[dict[str, Tensor]], Outcome, L.LightningModule] | None = None
-        self._trainer: L.Trainer | None = None
+        self._open: tuple[L.Trainer, int, list[dict[str, Tensor]], Outcome] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.skipped_steps = self.skipped  # type: ignore[assignment]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,7 +112,7 @@ class Guard(L.Callback):
             return
         step, outcome = trainer.global_step, pl_module.outcome
         assert isinstance(outcome, Outcome)
-        self._open, self._parts, self._trainer = (step, self._parts, outcome, pl_module), [], trainer
+        self._open, self._parts = (trainer, step, self._parts, outcome), []
         if outcome.on_host or step == trainer.max_steps or due(step, self.batch_size, self.every):
             self.settle()
 
@@ -124,32 +127,31 @@ class Guard(L.Callback):
         """
         if self._open is None:
             return
-        (step, parts, outcome, module), self._open = self._open, None
+        (trainer, step, parts, outcome), self._open = self._open, None
         self.skipped += outcome.skipped
-        self.row = self.row + outcome.blamed if outcome.skipped else 0
-        module.skipped_steps = self.skipped  # type: ignore[assignment]
+        self.row = self.row + outcome.diverged if outcome.skipped else 0
+        trainer.lightning_module.skipped_steps = self.skipped  # type: ignore[assignment]
         if self.row >= self.most:
-            raise UserError(self._stop(step, parts, module))
+            raise UserError(self._save(trainer.global_rank, step, parts, trainer.lightning_module))
 
-    def _stop(self, step: int, parts: list[dict[str, Tensor]], module: Any) -> str:
-        assert self._trainer is not None
-        rank, images = self._trainer.global_rank, step * self.batch_size
+    def _save(self, rank: int, step: int, parts: list[dict[str, Tensor]], module: Any) -> str:
+        """Saves a step's batch and the weights; returns what is said of them."""
+        images = step * self.batch_size
         path = self.folder / f"nonfinite-{images:09d}{f'-rank{rank}' if rank else ''}.safetensors"
         names = [name for name, value in parts[0].items() if isinstance(value, Tensor)]
         batch = {name: torch.cat([part[name] for part in parts]) for name in names}
-        weights = {f"network.{name}": whole(tensor) for name, tensor in module.network.state_dict().items()}
-        told = {"step": step, "images": images, "seed": module.seed, "micro_batches": len(parts)}
-        tensors.write(path, batch | weights, {name: str(value) for name, value in told.items()})
+        weights = {f"network.{name}": full_tensor(tensor) for name, tensor in module.network.state_dict().items()}
+        facts = {"step": step, "images": images, "seed": module.seed, "micro_batches": len(parts)}
+        tensors.write(path, batch | weights, {name: str(value) for name, value in facts.items()})
         levels = ""
         if "time" in batch:
             t = batch["time"].double()
             snr = module.process.log_snr(t)
             levels = f", times {t.min():.4g} to {t.max():.4g}, log-SNR {snr.min():.2f} to {snr.max():.2f}"
         return (
-            f"{self.folder}: loss or gradient of {self.row} steps in a row was no finite number, last at step {step:,}"
+            f"{self.folder}: loss or gradient of {self.row} steps in a row was not finite, last at step {step:,}"
             f" ({images:,} images{levels}); lower optimizer.lr, set optimizer.grad_clip_norm or another"
-            " trainer.precision;"
-            f" batch and weights are in {path}: python -m diffbench.runs.replaying {path}"
+            f" trainer.precision; batch and weights are saved in {path}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,6 +160,3 @@ class Guard(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped, self.row = state_dict["skipped"], state_dict["row"]
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.skipped_steps = self.skipped  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Faster ways to the same numbers, each behind a key: compilation, kept memory, float32's mantissa, CUDA graphs."""
+"""Faster ways to the same numbers: compilation, memory that stays in the process, and TF32."""
 
 import contextlib
 import ctypes
@@ -28,17 +28,17 @@ def compile_network(network: nn.Module, how: Literal["none", "block", "model"], 
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """What a network repeats: the members of its module lists, but for single layers."""
+    """The repeated parts of a network: the members of its module lists, but for single layers."""
     lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
     members = [member for found in lists for member in found if not isinstance(member, nn.ModuleList)]
     return [m for m in members if next(m.children(), None) is not None]
 
 
 def keep_memory() -> None:
-    """Has this process keep what it frees, in blocks of up to 32 MiB, instead of giving it back in each step.
+    """Makes glibc keep freed memory in this process, in blocks of up to 32 MiB, instead of returning it in each step.
 
-    A page that comes back must be cleared by the kernel first: on two CPU cores that is up to a seventh of a training
-    step's time, and the most that is in use stays the same. With another C library than glibc, nothing.
+    The kernel clears a page before it hands it out again: on two CPU cores that is up to a seventh of a training
+    step's time. Peak memory stays the same. With another C library than glibc this does nothing.
     """
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
@@ -48,7 +48,7 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """Inside, float32 products and convolutions on a CUDA GPU have TF32's 10 bits of mantissa, or all 23."""
+    """Gives float32 products and convolutions on a CUDA GPU TF32's 10 bits of mantissa, or all 23, in the block."""
     if not torch.cuda.is_available():
         yield
         return

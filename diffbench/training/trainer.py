@@ -4,7 +4,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,25 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from diffbench.config.sections import EMAConfig, TrainerConfig, precision_here
+from diffbench.config.sections import EMAConfig, TrainerConfig
 from diffbench.core import ranks
 from diffbench.core.errors import LostError
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState
 from diffbench.training.clock import Clock
 from diffbench.training.ema import EMA
 from diffbench.training.fsdp import restore
-from diffbench.training.logger import RunLog, naming_events
-from diffbench.training.module import DiffusionModule, Module
-from diffbench.training.nan_guard import Guard
+from diffbench.training.logger import RunLogger, full_disk_reported
+from diffbench.training.module import TrainingModule
+from diffbench.training.nan_guard import NonFiniteGuard
 from diffbench.training.speed import float32_products
 
-Scores = Callable[[RunLog, EMA], list[L.Callback]]
+Scores = Callable[[RunLogger, EMA], list[L.Callback]]
 
 
 def fit(
-    module: Module,
+    module: TrainingModule,
     data: L.LightningDataModule,
     folder: Path,
     settings: TrainerConfig,
@@ -70,11 +68,10 @@ def fit(
     if settings.precision == "64-true":
         module.double()  # Lightning would only after a state was read into it, and into the averages
     clock, averages = Clock(), EMA(ema)
-    log = RunLog(folder, settings.batch_size, settings.log_images, clock, config_text, hparams)
-    guard = Guard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
+    log = RunLogger(folder, settings.batch_size, settings.log_images, clock, config_text, hparams)
+    guard = NonFiniteGuard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
     on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
-    precision = precision_here(settings, low=isinstance(module, DiffusionModule))
     save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock)
     with warnings.catch_warnings(), float32_products(settings.tf32):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -86,51 +83,37 @@ def fit(
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_strategy(settings),
-            precision=None if precision == "16-mixed" else precision,
+            precision=None if settings.precision == "16-mixed" else settings.precision,
             deterministic=settings.deterministic,
             max_steps=settings.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=settings.accumulate_grad_batches,
-            # At a step's end they act in this order: was it taken, the average, the log, scores, the state of it all.
+            # Order matters: guard, averages, logger, evaluations, and the state that holds what all of them did.
             callbacks=[guard, averages, log, *scores(log, averages), save_state],
             plugins=[states, _environment(), *_scaled(settings)],
             logger=False,
-            profiler=_Unprofiled(),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=str(folder),
         )
-        if settings.processes > 1:
-            # SaveState listens for signals. Lightning would ask after every micro-batch, waiting for the device.
-            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         try:
-            with naming_events(folder):  # all other files are named where they are written
+            with full_disk_reported(folder):  # all other files are named where they are written
                 trainer.fit(
                     module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
                 )
         except RuntimeError as e:
             if settings.processes == 1 or not _lost(e):
                 raise
-            told = " ".join(str(e).split())
-            raise LostError(f"{folder}: another process of this job has ended, or answers no more ({told})") from None
+            text = " ".join(str(e).split())
+            raise LostError(f"{folder}: another process of this job has ended or stopped answering ({text})") from None
         finally:
             states.join()
     if save_state.signal:  # the same on all ranks
         print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
         raise SystemExit(128 + save_state.signal)
     return averages
-
-
-class _Unprofiled(PassThroughProfiler):
-    """Lightning asks its profiler some fifty times a step, for each hook of each callback; this one answers at once."""
-
-    nothing = nullcontext()
-
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
-        return self.nothing
 
 
 def _scaled(settings: TrainerConfig) -> list[MixedPrecision]:

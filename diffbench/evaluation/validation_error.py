@@ -1,0 +1,140 @@
+"""Errors on held-out images at fixed noise levels and fixed noise: a denoiser's squared error, a classifier's accuracy.
+
+The squared error of the denoised image has one unit for every process and prediction, so that it compares backbones
+and shows at which noise level one is better.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffbench.core import collectives as together
+from diffbench.core import rng
+from diffbench.data.latents import LatentSet
+from diffbench.data.sets import ImageSet
+from diffbench.diffusion import Process, predictor
+
+BATCH = 512
+
+
+def denoising_error(
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = BATCH
+) -> dict[float, float]:
+    """Mean squared error per number of the denoised image or latent, as the data set gives it, at each log-SNR.
+
+    The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels. Of several
+    ranks each takes a slice of the images, and all get the result.
+    """
+    return mean_errors(log_snr, error_sums(denoiser, process, data, log_snr, batch_size))
+
+
+def error_sums(
+    denoiser: nn.Module,
+    process: Process,
+    data: ImageSet | LatentSet,
+    log_snr: Sequence[float],
+    batch_size: int = BATCH,
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Sums of squared errors, and how many numbers they are of, over this rank's slice: (levels, 2) float64.
+
+    `check` is called before each batch, and may raise to stop.
+    """
+    mine = together.share(len(data)).split(batch_size)
+    sums = torch.zeros(len(log_snr), 2, dtype=torch.float64, device=next(denoiser.parameters()).device)
+    for row, level in zip(sums, log_snr, strict=True):
+        for squares in _squares(denoiser, process, data, level, mine):
+            check()
+            row += torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
+    return sums
+
+
+def mean_errors(log_snr: Sequence[float], sums: Tensor) -> dict[float, float]:
+    """Level -> mean squared error, from the `error_sums` of all ranks; each must call it."""
+    found = zip(log_snr, together.total(sums).tolist(), strict=True)
+    return {level: total / numbers if numbers else float("nan") for level, (total, numbers) in found}
+
+
+def image_errors(
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = BATCH
+) -> Tensor:
+    """The same for each image alone: (levels, N) float64 on the CPU, whose means over images are `denoising_error`.
+
+    Two denoisers' errors are paired: image i has the same noise at a level for all.
+    """
+    every = torch.arange(len(data)).split(batch_size)
+    rows = [
+        torch.cat([s.flatten(1).mean(1).cpu() for s in _squares(denoiser, process, data, level, every)])
+        for level in log_snr
+    ]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def _squares(
+    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, level: float, batches: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Squared errors at one noise level of batches of images (B,): (B, ...) float64 on the denoiser's device."""
+    parameter = next(denoiser.parameters())
+    predict = predictor(process, denoiser)
+    training = denoiser.training
+    denoiser.eval()
+    try:
+        for index in batches:
+            if not len(index):
+                continue
+            x0 = data.clean(index).to(parameter)
+            y = data.labels[index].to(parameter.device)
+            x_t, t = _noised(process, x0, index, level)
+            denoised = predict(x_t, t, y).x0
+            yield (denoised - x0).double().square()
+    finally:
+        denoiser.train(training)
+
+
+@torch.no_grad()
+def classified(
+    classifier: nn.Module,
+    process: Process,
+    data: ImageSet,
+    log_snr: Sequence[float],
+    batch_size: int = BATCH,
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """How many images of this rank's slice a classifier (x, t) -> logits gets right: (levels,) int64.
+
+    The noise is keyed by (level, image), as in `denoising_error`; `check` is called before each batch.
+    """
+    parameter = next(classifier.parameters())
+    training = classifier.training
+    classifier.eval()
+    right, mine = torch.zeros(len(log_snr), dtype=torch.int64), together.share(len(data))
+    try:
+        for i, level in enumerate(log_snr):
+            for index in mine.split(batch_size) if len(mine) else ():
+                check()
+                x_t, t = _noised(process, data.clean(index).to(parameter), index, level)
+                x, time = process.inputs(x_t, t)
+                right[i] += (classifier(x, time).argmax(-1).cpu() == data.labels[index]).sum()
+    finally:
+        classifier.train(training)
+    return right
+
+
+def accuracy(log_snr: Sequence[float], right: Tensor, count: int) -> dict[float, float]:
+    """Level -> share of `count` images that are classified right, from what all ranks counted; each must call it."""
+    return {level: n / count for level, n in zip(log_snr, together.total(right).tolist(), strict=True)}
+
+
+def _noised(process: Process, x0: Tensor, index: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Images number `index` (B,) with their noise of a log-SNR, and the time (B,) of that."""
+    t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=x0.device))
+    eps = rng.normal(rng.key("validation", str(float(level))), index.to(x0.device), tuple(x0.shape[1:])).to(x0.dtype)
+    return process.add_noise(x0, t, eps), t
+
+
+def as_metrics(name: str, values: dict[float, float]) -> dict[str, float]:
+    """{"val/<name>": mean over the levels, "val/<name>_log_snr_-2": ..., ...}."""
+    mean = sum(values.values()) / len(values)
+    return {f"val/{name}": mean, **{f"val/{name}_log_snr_{level:g}": v for level, v in values.items()}}

@@ -1,0 +1,272 @@
+"""What is measured and drawn in training: every so many images, with averaged weights, and off the training clock."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from diffbench.autoencoders import KLAutoencoder
+from diffbench.config.sample_sections import SampleConfig
+from diffbench.core import collectives as together
+from diffbench.core import rng, tensors
+from diffbench.core.errors import UserError
+from diffbench.core.progress import span
+from diffbench.data.coding import reconstruct, side_by_side
+from diffbench.data.latents import LatentSet
+from diffbench.data.sets import ImageSet
+from diffbench.evaluation.validation_error import accuracy, as_metrics, classified, error_sums, mean_errors
+from diffbench.metrics.reconstruction import psnr, ssim
+from diffbench.metrics.suite import Suite, metric_name
+from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation, timed
+from diffbench.sampling.sampler import Sampler
+from diffbench.sampling.trajectory import Trajectory
+from diffbench.training.clock import at_step_end, due
+from diffbench.training.ema import EMA
+from diffbench.training.fsdp import shard_of, weights_replaced
+from diffbench.training.logger import RunLogger
+
+
+class EveryNImages(L.Callback):
+    """Calls `act` every `every` images, with averaged weights in place and the training clock paused.
+
+    Args:
+        logger: records what is found; its clock stands still meanwhile.
+        ema: the averages; the first one is in place.
+        every: images between two calls.
+    """
+
+    at_end = True
+    """Whether to act after the last step too, wherever it falls."""
+
+    def __init__(self, logger: RunLogger, ema: EMA, every: int) -> None:
+        self.logger, self.ema, self.every = logger, ema, every
+
+    def act(self, trainer: L.Trainer, module: Any) -> None:
+        """Measures or draws; called on all ranks."""
+        raise NotImplementedError
+
+    def run(self, trainer: L.Trainer, module: Any) -> None:
+        """Calls `act` with averaged weights in place."""
+        with self.ema.applied():
+            self.act(trainer, module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not at_step_end(trainer, batch_idx):
+            return
+        if (self.at_end and is_last(trainer)) or due(trainer.global_step, self.logger.batch_size, self.every):
+            with self.logger.clock.paused():
+                self.run(trainer, pl_module)
+
+
+def is_last(trainer: L.Trainer) -> bool:
+    """Whether all steps are done."""
+    return trainer.global_step == trainer.max_steps
+
+
+class Validation(EveryNImages):
+    """Records a denoiser's validation error."""
+
+    def __init__(
+        self, logger: RunLogger, ema: EMA, data: ImageSet | LatentSet, log_snr: Sequence[float], every: int
+    ) -> None:
+        super().__init__(logger, ema, every)
+        self.data, self.log_snr = data, log_snr
+
+    def act(self, trainer: L.Trainer, module: Any) -> None:
+        sums = error_sums(module.network, module.process, self.data, self.log_snr)
+        self.logger.record(as_metrics("error", mean_errors(self.log_snr, sums)))
+
+
+class Accuracy(EveryNImages):
+    """Records a noise-aware classifier's accuracy on held-out images."""
+
+    def __init__(self, logger: RunLogger, ema: EMA, data: ImageSet, log_snr: Sequence[float], every: int) -> None:
+        super().__init__(logger, ema, every)
+        self.data, self.log_snr = data, log_snr
+
+    def act(self, trainer: L.Trainer, module: Any) -> None:
+        right = classified(module.network, module.process, self.data, self.log_snr)
+        self.logger.record(as_metrics("accuracy", accuracy(self.log_snr, right, len(self.data))))
+
+
+class Reconstructions(EveryNImages):
+    """Records PSNR and SSIM of an autoencoder's reconstructions of held-out images, and the divergence of latents."""
+
+    def __init__(self, logger: RunLogger, ema: EMA, data: ImageSet, every: int) -> None:
+        super().__init__(logger, ema, every)
+        self.images = data.images
+
+    def act(self, trainer: L.Trainer, module: Any) -> None:
+        mine = together.share(len(self.images))  # each rank has some
+        restored, divergence = map(together.rows, reconstruct(module.network, self.images[mine]))
+        scores = {"val/psnr": psnr(restored, self.images), "val/ssim": ssim(restored, self.images)}
+        self.logger.record(scores | {"val/kl": float(divergence.double().mean())})
+
+
+class ReconstructionGrid(EveryNImages):
+    """Draws held-out images above their reconstructions; PNG and TensorBoard."""
+
+    def __init__(self, logger: RunLogger, ema: EMA, data: ImageSet, every: int) -> None:
+        super().__init__(logger, ema, every)
+        self.images = data.images[:40]
+
+    def act(self, trainer: L.Trainer, module: Any) -> None:
+        autoencoder: KLAutoencoder = module.network
+        self.logger.record_grid(side_by_side(autoencoder, self.images), 10)
+
+
+class SampleGrid(EveryNImages):
+    """Draws a grid of samples with fixed noise, a column for each class; PNG and TensorBoard."""
+
+    at_end = False
+
+    def __init__(
+        self,
+        logger: RunLogger,
+        ema: EMA,
+        sampler: Sampler,
+        config: SampleConfig,
+        num_classes: int,
+        every: int,
+    ) -> None:
+        super().__init__(logger, ema, every)
+        self.sampler, self.config, self.columns = sampler, config, max(1, min(num_classes, 10))
+
+    def act(self, trainer: L.Trainer, module: Any) -> None:
+        trajectory = Trajectory(self.sampler.images)
+        labels = torch.arange(self.columns).repeat(4)
+        images = self.sampler.on_all_ranks(labels, self.config, callback=trajectory)
+        self.logger.record_grid(images, self.columns)
+        self.logger.show_image("samples/steps", trajectory.strip())
+
+
+class Distance(EveryNImages):
+    """Records the Fréchet and kernel distance of samples to real images.
+
+    The samples have the same noise and labels each time, and serve nothing else. With `best`, the weights of the least
+    distance stay in best.safetensors; the choice was made on those samples, so at the end the best weights are scored
+    again on fresh noise.
+
+    Args:
+        logger: records the values.
+        ema: the averages; the first is scored.
+        suite: makes the metrics, empty. They live here, outside the module: no weight of an extractor enters a
+            checkpoint, an average or a count of parameters.
+        sampler: draws from the network that is trained.
+        config: how samples are drawn.
+        num_classes: labels are spread evenly over them.
+        every: images between distances.
+        seed: of the run; with a sample's number it fixes its noise.
+        best: "fd" or "kid", whose least value marks the best weights; None keeps none.
+    """
+
+    def __init__(
+        self,
+        logger: RunLogger,
+        ema: EMA,
+        suite: Callable[[], Suite],
+        sampler: Sampler,
+        config: SampleConfig,
+        num_classes: int,
+        every: int,
+        seed: int,
+        best: str | None = None,
+    ) -> None:
+        super().__init__(logger, ema, every)
+        self.suite, self.sampler, self.config = suite, sampler, config
+        self.num_classes, self.seed, self.best_by = num_classes, seed, best
+        self.best: dict[str, float] = {}
+        """Of the best weights: images, and value of the metric on the samples that chose them."""
+
+    @property
+    def path(self) -> Path:
+        """Where the best weights stay."""
+        return self.logger.folder / "best.safetensors"
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        suite = self.suite()
+        suite.extractor.to(trainer.strategy.root_device)
+        with self.logger.clock.paused():
+            each = self._cost(suite)
+        left = trainer.max_steps * self.logger.batch_size - self.logger.images
+        self.logger.say(
+            f"distances with {suite.extractor.name}: {suite.count:,} samples every {self.every:,} images, about"
+            f" {span(each)} each, {max(1, left // self.every)} times"
+        )
+
+    def _cost(self, suite: Suite) -> float:
+        once = seconds_per_evaluation(self.sampler, self.config.batch_size)
+        drawing = once * network_evaluations(self.sampler.process, self.config)
+        shown = self.sampler.images(torch.zeros(8, *self.sampler.shape, device=suite.extractor.device))
+        looking = timed(lambda: suite.extractor(shown), suite.extractor.device) / len(shown)
+        return suite.count * (drawing + looking)
+
+    def run(self, trainer: L.Trainer, module: Any) -> None:
+        with self.ema.applied():
+            values = self.measure(trainer, "distance")
+        self._keep_if_best(values)
+        if is_last(trainer) and self.best:
+            with self._best_weights(module):
+                again = self.measure(trainer, "fresh distance")
+            values |= {f"best/{name}": value for name, value in again.items()}
+            values["best/images"] = self.best["images"]
+        self.logger.record(values)
+
+    def measure(self, trainer: L.Trainer, what: str) -> dict[str, float]:
+        """Name -> distance of samples of the present weights; each rank draws and scores its slice."""
+        suite = self.suite()
+        suite.extractor.to(trainer.strategy.root_device)
+        labels = torch.arange(suite.count) * self.num_classes // suite.count
+        mine = together.share(suite.count)
+        for index in mine.split(self.config.batch_size) if len(mine) else ():
+            seed = rng.key(self.seed, what)
+            images = self.sampler(labels[index], self.config, seed=seed, first=int(index[0]))
+            suite.update(images, index)
+        return {metric_name(name, suite.extractor, suite.count): value for name, value in suite.compute().items()}
+
+    def _keep_if_best(self, values: dict[str, float]) -> None:
+        if self.best_by is None:
+            return
+        name = next(n for n in values if n.split("/")[0] in {"fd": ("fd", "fid"), "kid": ("kid",)}[self.best_by])
+        if values[name] >= self.best.get("value", float("inf")):
+            return
+        self.best = {"images": self.logger.images, "value": values[name]}
+        decay = self.ema.config.decays[0]
+        weights = self.ema.buffers | dict(zip(self.ema.names, self.ema.full_average(decay), strict=True))
+        if together.rank() == 0:
+            facts = {k: str(v) for k, v in self.best.items()} | {"metric": name, "decay": str(decay)}
+            tensors.write(self.path, weights, facts)
+
+    @contextmanager
+    def _best_weights(self, module: Any) -> Iterator[None]:
+        """The module with the best weights while the block runs."""
+        together.wait()  # for the file
+        best = tensors.read(self.path)[0]
+        weights = dict(module.network.named_parameters())
+        with weights_replaced(
+            module.network, list(weights.values()), [shard_of(best[n], w) for n, w in weights.items()]
+        ):
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": dict(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = dict(state_dict["best"])
+        if self.best and self._images_on_disk() != self.best["images"]:
+            # The file was written after this state: training will come by there again, and must not pass it over.
+            self.best = {}
+
+    def _images_on_disk(self) -> float | None:
+        if not self.path.is_file():
+            return None
+        try:
+            return float(tensors.read(self.path)[1].get("images", -1))
+        except UserError as e:
+            print(f"warning: {e}: the best weights are looked for anew from here on")
+            return None
