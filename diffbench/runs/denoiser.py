@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
     from diffbench.sampling.guided import GuidanceModels
     from diffbench.sampling.sampler import Sampler
+    from diffbench.training.diffusion import DiffusionModule
     from diffbench.training.ema import EMA
     from diffbench.training.logger import RunLogger
-    from diffbench.training.diffusion import DiffusionModule
 
 
 class DenoiserRun(Run[RunConfig]):

@@ -15,13 +15,13 @@ from diffbench.config.load import from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.evaluation import records
+from diffbench.evaluation.validation_error import as_metrics, denoising_error
 from diffbench.reports.results import Result, Status
 from diffbench.runs import weights
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.folder import read_config
 from diffbench.studies.config import AVERAGE
 from diffbench.studies.plan import Cell, evaluated
-from diffbench.evaluation.validation_error import as_metrics, denoising_error
 from diffbench.training.checkpoint import newest, step_of
 
 KIND = "cell"

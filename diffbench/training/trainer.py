@@ -17,11 +17,12 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from diffbench.config.sections import EMAConfig, TrainerConfig
+from diffbench.config.sections import EMAConfig, TrainerConfig, precision_here
 from diffbench.core import ranks
 from diffbench.core.errors import LostError
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState
 from diffbench.training.clock import Clock
+from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
 from diffbench.training.fsdp import restore
 from diffbench.training.logger import RunLogger, full_disk_reported
@@ -72,6 +73,7 @@ def fit(
     guard = NonFiniteGuard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
     on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
+    precision = precision_here(settings, low=isinstance(module, DiffusionModule))
     save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock)
     with warnings.catch_warnings(), float32_products(settings.tf32):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -83,7 +85,7 @@ def fit(
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_strategy(settings),
-            precision=None if settings.precision == "16-mixed" else settings.precision,
+            precision=None if precision == "16-mixed" else precision,
             deterministic=settings.deterministic,
             max_steps=settings.max_steps,
             max_epochs=-1,

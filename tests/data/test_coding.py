@@ -15,8 +15,8 @@ from diffbench.data.latents import LatentSet
 from diffbench.data.registry import DigitsConfig, digits
 from diffbench.data.sets import ImageSet
 from diffbench.diffusion import DiscreteVP, VPConfig
+from diffbench.evaluation.validation_error import denoising_error
 from diffbench.training.autoencoder import AutoencoderModule
-from diffbench.training.validation import denoising_error
 
 
 def tiny(scale: float = 1.0, shift: float = 0.0) -> KLAutoencoder:

@@ -8,9 +8,9 @@ import torch
 
 from diffbench.core.errors import UserError
 from diffbench.evaluation.records import metrics
+from diffbench.evaluation.validation_error import image_errors
 from diffbench.reports.measures import read_validation, save_validation
 from diffbench.runs.lifecycle import load
-from diffbench.training.validation import image_errors
 
 
 def test_errors_of_images_average_to_the_logged_ones(smoke_run: Path) -> None:

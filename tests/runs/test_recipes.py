@@ -18,8 +18,8 @@ from diffbench.data.datamodule import PositionDataset, PositionSampler
 from diffbench.data.registry import DigitsConfig, digits
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.runs.lifecycle import train
+from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
-from diffbench.training.module import DiffusionModule
 
 Capture = pytest.CaptureFixture[str]
 DIT = "experiments/digits/dit.yaml"

@@ -39,8 +39,8 @@ CASES = {
 }
 KILL = """
 import os, signal, sys
-from diffbench.run import train
-from diffbench.training.checkpoints import SaveState
+from diffbench.runs.lifecycle import train
+from diffbench.training.checkpoint import SaveState
 
 step_end = SaveState.on_train_batch_end
 

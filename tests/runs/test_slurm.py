@@ -114,7 +114,7 @@ import sys
 
 if sys.orig_argv[1:4] == ["-m", "diffbench", "train"]:
     import time
-    from diffbench.training.checkpoints import SaveState, all_steps
+    from diffbench.training.checkpoint import SaveState, all_steps
 
     step_end = SaveState.on_train_batch_end
 

@@ -15,9 +15,9 @@ from diffbench.evaluation import judging
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.sampler import Sampler
-from diffbench.training import distance
+from diffbench.training.callbacks import Distance
 from diffbench.training.checkpoint import SaveState
-from diffbench.training.distance import Distance
+from diffbench.training.ema import EMA
 
 ROOT = Path(__file__).parents[2]
 DIT = str(ROOT / "experiments" / "digits" / "dit.yaml")
@@ -144,7 +144,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, A
             {
                 "weights": [p.detach().clone() for p in sampler.denoiser.parameters()],
                 "average": [a.clone() for a in callback.ema.averages[0.5]],
-                "running": callback.run_log.clock._started is not None,
+                "running": callback.logger.clock._started is not None,
                 "denoiser": sampler.denoiser,
             }
         )
@@ -154,13 +154,13 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, A
     monkeypatch.setattr(Sampler, "__call__", draw)
     monkeypatch.setattr(Distance, "on_train_start", lambda self, *_: callbacks.append(self))
     before: list[list[torch.Tensor]] = []
-    update = distance.EMA.update
+    update = EMA.update
 
     def spied(self: Any) -> None:
         update(self)
         before[:] = [[p.detach().clone() for p in self._parameters]]
 
-    monkeypatch.setattr(distance.EMA, "update", spied)
+    monkeypatch.setattr(EMA, "update", spied)
     with pytest.raises(Stop):
         train(DIT, [*TINY, f"runs_dir={tmp_path}"])
     seen[0]["raw"] = before[0]

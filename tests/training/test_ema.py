@@ -14,8 +14,8 @@ from diffbench.data.datamodule import ImageDataModule
 from diffbench.data.registry import DigitsConfig, digits
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.training.checkpoint import AtomicCheckpointIO
+from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
-from diffbench.training.module import DiffusionModule
 
 
 class Tiny(nn.Module):
@@ -88,8 +88,7 @@ def test_warm_up_moves_the_average_from_the_first_step() -> None:  # trap 4: no 
 
 def test_averages_live_on_the_training_device() -> None:  # trap 1: setup runs before the module moves there
     ema = EMA(EMAConfig([0.9]))
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
-    ema.setup(trainer, module(), "fit")  # type: ignore[arg-type]
+    ema.on_train_start(SimpleNamespace(), module().to("meta"))  # type: ignore[arg-type]
     assert {a.device.type for a in ema.averages[0.9]} == {"meta"}
 
 
@@ -153,9 +152,9 @@ def test_only_the_denoiser_is_averaged() -> None:  # trap 6: no copy of metrics 
     lm.encoder = nn.Linear(1000, 1000)
     fit(ema, lm, 2)
     assert [tuple(a.shape) for a in ema.averages[0.9]] == [(1, 1, 3, 3), (1,)]
-    assert set(ema.state_dict()) == {"updates", "latest_update_step", "averages"}
+    assert set(ema.state_dict()) == {"updates", "averages"}
     with ema.applied():
-        assert float(lm.denoiser.steps) == 2  # type: ignore[union-attr]
+        assert float(lm.network.steps) == 2  # type: ignore[union-attr]
 
 
 def test_an_update_for_each_optimizer_step_not_micro_batch() -> None:

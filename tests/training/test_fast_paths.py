@@ -29,7 +29,7 @@ from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import train
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.checkpoint import AtomicCheckpointIO, all_steps
-from diffbench.training.module import DiffusionModule
+from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.speed import blocks, compile_network, float32_products
 
 DIT = "experiments/digits/dit.yaml"

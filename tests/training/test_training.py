@@ -20,13 +20,14 @@ from diffbench.data.datamodule import PositionDataset, PositionSampler
 from diffbench.data.registry import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS, build
 from diffbench.diffusion import DiscreteVP, VPConfig
+from diffbench.evaluation.validation_error import denoising_error
 from diffbench.runs.lifecycle import train
 from diffbench.sampling.images import grid
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState, newest, verified
 from diffbench.training.clock import due
-from diffbench.training.module import DiffusionModule, lr_factor
-from diffbench.training.validation import denoising_error
+from diffbench.training.diffusion import DiffusionModule
+from diffbench.training.module import lr_factor
 
 ROOT = Path(__file__).parents[2]
 DIGITS = {"image_size": 8, "channels": 1, "num_classes": 10}
