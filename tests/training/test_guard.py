@@ -15,7 +15,7 @@ from torch import Tensor
 from diffbench.config.load import load as load_config
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
-from diffbench.runs.denoiser import Run
+from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import train
 from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
@@ -108,7 +108,7 @@ def test_a_row_of_them_ends_training_and_can_be_seen_again(tmp_path: Path, monke
     assert f"times {low:g} to {high:g}, log-SNR " in text
     told = {"step": str(step), "images": str(8 * step), "seed": "0", "micro_batches": "2"}
     assert tensors.read(path)[1] == told
-    module = Run(folder, load_config(DIT, argv)).module()  # as README says
+    module = DenoiserRun(folder, load_config(DIT, argv)).module()  # as README says
     module.network.load_state_dict({k.removeprefix("network."): v for k, v in saved.items() if "network." in k})
     parts = [{k: saved[k].chunk(2)[i] for k in ("x0", "position", "label")} for i in range(2)]
     assert not all(module.training_step(part, i).isfinite() for i, part in enumerate(parts))
