@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README runs (at a small size)."""
+"""Every command and every line of Python in the README and in docs/ runs (at a small size)."""
 
 import re
 import shlex
@@ -12,11 +12,17 @@ from diffbench.runs.lifecycle import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHELL = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-]
+PAGES = {
+    path.relative_to(ROOT): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+SHELL = list(
+    dict.fromkeys(
+        line.split("#")[0].strip()
+        for text in PAGES.values()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    )
+)
 SMALL = ["trainer.max_images=128", "sample.steps='2'", "evaluate.count=20"]
 
 
@@ -66,19 +72,27 @@ def test_python_lines(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
     exec(code.replace("seed=0)", 'seed=0, steps="2")'), names)
-    assert len(names["pictures"]) == 16  # type: ignore[arg-type]
+    assert len(names["images"]) == 16  # type: ignore[arg-type]
 
 
-def test_pictures_exist() -> None:
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+def test_images_and_pages_exist() -> None:
+    for page, text in PAGES.items():
+        for path in re.findall(r"!?\[[^]]*\]\(([^)]+)\)", text):
+            assert (ROOT / page.parent / path).is_file(), f"{page}: {path}"
 
 
-def test_the_study_of_the_readme_is_one(tmp_path: Path) -> None:
+def test_files_that_are_named_exist() -> None:
+    named = re.compile(r"(?:diffbench|benchmarks|tests|experiments|docs|docker)/[\w./-]*\.(?:py|yaml|md|png)")
+    for page, text in PAGES.items():
+        for path in named.findall(text):
+            assert (ROOT / path).is_file(), f"{page}: {path}"
+
+
+def test_the_study_of_the_docs_is_one(tmp_path: Path) -> None:
     from diffbench.studies.config import load_study
     from diffbench.studies.plan import groups
 
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGES[Path("docs/studies.md")], re.DOTALL)
     path = tmp_path / "study.yaml"
     path.write_text(block)
     found = groups(load_study(path), path, {}, lambda config: 1.0)
