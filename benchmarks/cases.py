@@ -9,9 +9,8 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import COMMAND_LINE, merge, parse_overrides
 from diffbench.config.load import from_dict, from_layers, read_layers, to_dict
 from diffbench.core.errors import UserError, suggest
-from diffbench.denoisers import DENOISERS
+from diffbench.denoisers import DENOISERS, PRESETS
 from diffbench.denoisers.linear import mkl_holds_back
-from diffbench.denoisers.presets import PRESETS
 
 _LATENT = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
 OWN: dict[str, dict[str, Any]] = {
@@ -195,4 +194,4 @@ def _published(model: str) -> dict[str, Any]:
 
 def to_plain(name: str, preset: str) -> dict[str, Any]:
     """A preset's keys, plain."""
-    return {"name": name} | vars(DENOISERS[name].presets[preset])
+    return {"name": name} | vars(PRESETS[preset].config)

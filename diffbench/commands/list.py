@@ -8,8 +8,7 @@ from pathlib import Path
 
 from diffbench.config.layers import experiments
 from diffbench.core.errors import UserError
-from diffbench.denoisers import DENOISERS
-from diffbench.denoisers.presets import sizes
+from diffbench.denoisers import DENOISERS, PRESETS
 from diffbench.evaluation.records import values
 from diffbench.reports.runs import aligned, newest_scores
 from diffbench.runs.seen import Seen, begun
@@ -33,8 +32,9 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
         yield from (f"  {name:<14} {entry.summary}" for name, entry in DENOISERS.items())
         yield ""
     yield "presets (denoiser.preset), each counted at its own input; GMACs are what papers call Gflops"
-    for name, source, cost in sizes():
-        yield f"  {name:<24} {cost.parameters:>12,} parameters  {cost.gmacs:>7.2f} GMACs  ({source})"
+    for name, preset in PRESETS.items():
+        size = f"{preset.cost.parameters:>12,} parameters  {preset.cost.gmacs:>7.2f} GMACs"
+        yield f"  {name:<24} {size}  ({preset.source})"
     if only_models:
         return
     yield "\nexperiments"

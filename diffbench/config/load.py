@@ -164,7 +164,7 @@ def _chosen(values: dict[Any, Any], section: str) -> type:
             allowed = f"choose from {', '.join(presets)}" if presets else f"{section}.name={name} has none"
             near = suggest(str(preset), presets)
             raise ValueError(f"{section}.preset: unknown preset {preset!r}; {allowed}{near}")
-        values[section] = dataclasses.asdict(presets[preset]) | given
+        values[section] = dataclasses.asdict(presets[preset].config) | given
     return _named(registry[name], name)
 
 

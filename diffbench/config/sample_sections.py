@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from diffbench.denoisers.checks import check_positive
+from diffbench.denoisers.base import check_positive
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from diffbench.denoisers.checks import check_positive
+from diffbench.denoisers.base import check_positive
 
 AUGMENT_WIDTH = 9
 """Entries of the label that tells a network what augmentation did to an image."""

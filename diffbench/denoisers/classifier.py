@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from diffbench.denoisers.checks import (
+from diffbench.denoisers.base import (
     check_divides,
     check_dropout,
     check_features,

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, silu
 
-from diffbench.denoisers.checks import (
+from diffbench.denoisers.base import (
+    Denoiser,
+    Preset,
     check_divides,
     check_dropout,
     check_features,
@@ -17,6 +19,7 @@ from diffbench.denoisers.checks import (
     check_positive,
     check_sides,
 )
+from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import (
     Direction,
     FourierFeatures,
@@ -66,19 +69,10 @@ class DDPMppConfig:
         check_features(self.time_features, self.model_channels)
 
 
-class DDPMpp(nn.Module):
-    """Denoiser of (B, C, H, W) images; see `forward`. The null class, where it exists, is a label vector of zeros.
+class DDPMpp(Denoiser):
+    """DDPM++ for square images, or any multiple of what its levels divide; see `Denoiser`.
 
-    Args:
-        config: sizes.
-        image_size: height and width of the input.
-        channels: C of the input.
-        num_classes: classes 0..num_classes-1; 0 for none.
-        null_class: whether label `num_classes` means "no class".
-        learn_sigma: whether the output carries C more channels for a learned variance.
-
-    Raises:
-        ValueError: if the levels do not divide the image, or heads or norm groups a level's width.
+    The null class, where it exists, is a label vector of zeros.
     """
 
     def __init__(
@@ -90,9 +84,8 @@ class DDPMpp(nn.Module):
         null_class: bool = True,
         learn_sigma: bool = False,
     ) -> None:
-        super().__init__()
-        self.channels, self.image_size = channels, image_size
-        self.num_classes, self.null_class = num_classes, null_class
+        super().__init__(channels, num_classes, null_class, learn_sigma)
+        self.image_size = image_size
         widths = [config.model_channels * m for m in config.channel_mult]
         levels = len(widths)
         check_halves("channel_mult", levels, (image_size,))
@@ -131,24 +124,10 @@ class DDPMpp(nn.Module):
                 self.decoder.append(block(width + skips.pop(), c, level, here, joins=True))
                 width = c
         self.out_norm = group_norm(width)
-        self.out = xavier_conv(width, channels * (2 if learn_sigma else 1), 3, scale=1e-5)
+        self.out = xavier_conv(width, self.out_channels, 3, scale=1e-5)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """Predicts from a noisy image.
-
-        Args:
-            x: (B, C, H, W) noisy input.
-            t: (B,) time in the process's units; EDM's is ln(sigma)/4.
-            y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
-            augment: (B, augment_dim) what was done to the images; None for untouched images.
-
-        Returns:
-            (B, C, H, W), or (B, 2C, H, W) with a learned variance.
-
-        Raises:
-            ValueError: if the levels do not divide the image (any multiple will do), labels are missing, or the
-                augmentation label has another width.
-        """
+        """See `Denoiser.forward`; `augment` is (B, augment_dim), what was done to the images, or None for nothing."""
         check_sides(x, self.channels, self.divisor)
         if self.num_classes:
             y = labels_or_null(y, len(t), self.num_classes, self.null_class, t.device)
@@ -270,3 +249,15 @@ def xavier_linear(c_in: int, c_out: int, bias: bool = True) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+_CIFAR10 = DDPMppConfig(channel_mult=[2, 2, 2], dropout=0.13, augment_dim=9)
+_FFHQ = DDPMppConfig(channel_mult=[1, 2, 2, 2], dropout=0.05, augment_dim=9)
+PRESETS = {
+    name: Preset(config, {"image_size": size, "channels": 3, "num_classes": classes}, f"EDM's code: {stated}", cost)
+    for name, config, size, classes, stated, cost in (
+        ("DDPM++-CIFAR10", _CIFAR10, 32, 0, "55,733,891, 21.19", Cost(55_733_891, 21_190_213_632)),
+        ("DDPM++-CIFAR10-cond", _CIFAR10, 32, 10, "55,735,299", Cost(55_735_299, 21_190_214_912)),
+        ("DDPM++-FFHQ64", _FFHQ, 64, 0, "61,805,571, 41.87", Cost(61_805_571, 41_861_447_680)),
+    )
+}

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from diffbench.denoisers.checks import check_divides, check_dropout, check_halves, check_positive, check_shape
+from diffbench.denoisers.base import (
+    Denoiser,
+    Preset,
+    check_divides,
+    check_dropout,
+    check_halves,
+    check_positive,
+    check_shape,
+)
+from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import (
     ConditionEmbedding,
     GroupNorm,
@@ -79,20 +88,8 @@ class DiffiTConfig:
         return self.window if isinstance(self.window, list) else [self.window] * len(self.channels)
 
 
-class DiffiT(nn.Module):
-    """Denoiser of (B, C, H, W) images; see `forward`.
-
-    Args:
-        config: sizes.
-        image_size: side of the input, or its height and width.
-        channels: C of the input.
-        num_classes: classes 0..num_classes-1; 0 for none (as in the paper's image space).
-        null_class: whether label `num_classes` means "no class".
-        learn_sigma: whether the output carries C more channels for a learned variance.
-
-    Raises:
-        ValueError: if stages or windows do not divide the image, or norm groups a width.
-    """
+class DiffiT(Denoiser):
+    """DiffiT for images of any two sides that stages and windows divide; see `Denoiser`."""
 
     def __init__(
         self,
@@ -103,9 +100,8 @@ class DiffiT(nn.Module):
         null_class: bool = True,
         learn_sigma: bool = False,
     ) -> None:
-        super().__init__()
-        self.channels, self.image_size = channels, both_sides(image_size)
-        self.num_classes, self.null_class = num_classes, null_class
+        super().__init__(channels, num_classes, null_class, learn_sigma)
+        self.image_size = both_sides(image_size)
         self.resample, self.skip = config.resample, config.skip
         widths, depths = config.channels, config.blocks
         stages = len(widths)
@@ -147,26 +143,13 @@ class DiffiT(nn.Module):
         self.encoder_time = stage_times(inputs, "encoder")
         self.decoder_time = stage_times(inputs_up, "decoder")
         self.head_norm = GroupNorm(config.norm_groups, widths[0], eps=1e-5)
-        self.head = zero_(nn.Conv2d(widths[0], channels * (2 if learn_sigma else 1), 3, padding=1))
+        self.head = zero_(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
 
     def _resampler(self, width: int, stride: int) -> nn.Module:
         return nn.Conv2d(width, width, 3, stride=stride, padding=1) if self.resample == "conv" else nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """Predicts from a noisy image.
-
-        Args:
-            x: (B, C, H, W) noisy input.
-            t: (B,) time in the process's units.
-            y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
-            augment: (B, augment_dim) what was done to the images; None for untouched images.
-
-        Returns:
-            (B, C, H, W), or (B, 2C, H, W) with a learned variance.
-
-        Raises:
-            ValueError: if the image has another size than the network, or the augmentation label another width.
-        """
+        """See `Denoiser.forward`; `augment` is (B, augment_dim), what was done to the images, or None for nothing."""
         check_shape(x, self.channels, *self.image_size)
         bilinear = self.resample == "bilinear"
         c = self.condition(t, y, augment)
@@ -230,3 +213,23 @@ class ResBlock(nn.Module):
         tokens = self.block(to_windows(h, self.window), c)
         out: Tensor = self.skip(x) + from_windows(tokens, self.window, height, width)
         return out
+
+
+def _published(data: str, reading: str, blocks: list[int], stated: str, cost: Cost) -> tuple[str, Preset]:
+    # Dropout is EDM's, whose training the paper "strictly followed"; heads are ours.
+    faces = data == "FFHQ64"
+    widths, window, dropout = ([128, 256, 256, 256], 8, 0.05) if faces else ([128, 256, 256], 4, 0.13)
+    config = DiffiTConfig(widths, blocks, window, dropout=dropout)
+    shape = {"image_size": 64 if faces else 32, "channels": 3}
+    return f"DiffiT-{data}-{reading}", Preset(config, shape, f"DiffiT, {stated}", cost)
+
+
+# The paper contradicts itself: four blocks a stage (§H.1), or 2,2,2 and 1,2,2,2 (§I.1); it states no sizes.
+PRESETS = dict(
+    [
+        _published("CIFAR10", "H1", [4, 4, 4], "§H.1: 4 blocks a stage", Cost(28_747_987, 7_355_891_712)),
+        _published("CIFAR10", "I1", [2, 2, 2], "§I.1: 2 blocks a stage", Cost(15_935_787, 4_331_798_528)),
+        _published("FFHQ64", "H1", [4, 4, 4, 4], "§H.1: 4 blocks a stage", Cost(44_857_587, 32_212_647_936)),
+        _published("FFHQ64", "I1", [1, 2, 2, 2], "§I.1: 1, 2, 2, 2 blocks", Cost(23_854_515, 15_954_608_128)),
+    ]
+)

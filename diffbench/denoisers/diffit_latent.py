@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from diffbench.denoisers.base import Preset
+from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.linear import Linear
-from diffbench.denoisers.patches import PatchConfig, PatchTransformer
+from diffbench.denoisers.patches import IMAGENET_LATENT, PatchConfig, PatchTransformer
 from diffbench.denoisers.tmsa import DiffiTBlock, TimeIn
 
 
@@ -24,19 +26,7 @@ class DiffiTLatentConfig(PatchConfig):
 
 
 class DiffiTLatent(PatchTransformer):
-    """Denoiser of (B, C, H, W) latents; see `forward`. The attention window is the whole grid of tokens.
-
-    Args:
-        config: sizes.
-        image_size: side of the input, or its height and width.
-        channels: C of the input.
-        num_classes: classes 0..num_classes-1; 0 for none.
-        null_class: whether label `num_classes` means "no class".
-        learn_sigma: whether the output carries C more channels for a learned variance.
-
-    Raises:
-        ValueError: if the patch does not divide the image.
-    """
+    """Latent DiffiT, whose attention window is the whole grid of tokens; see `Denoiser`."""
 
     def __init__(
         self,
@@ -59,18 +49,16 @@ class DiffiTLatent(PatchTransformer):
         self.initialise_ends()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predicts from a noisy latent.
-
-        Args:
-            x: (B, C, H, W) noisy input.
-            t: (B,) time in the process's units.
-            y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
-
-        Returns:
-            (B, C, H, W), or (B, 2C, H, W) with a learned variance.
-
-        Raises:
-            ValueError: if the latent has another size than the network.
-        """
+        """See `Denoiser.forward`."""
         tokens = self.through_blocks(self.tokens(x), self.condition(t, y))
         return self.image(self.final(self.final_activation(self.final_norm(tokens))))
+
+
+PRESETS = {
+    name: Preset(DiffiTLatentConfig(2, 1152, depth, 16), IMAGENET_LATENT | {"image_size": side}, f"DiffiT, {at}", cost)
+    for name, depth, side, at, cost in (
+        ("DiffiT-XL/2", 28, 32, "Table 9: 561M, 114 without attention's products", Cost(561_330_144, 118_507_290_624)),
+        ("DiffiT-XL/2-depth30", 30, 32, "§H.2: depth 30", Cost(601_201_664, 126_970_970_112)),
+        ("DiffiT-XL/2-512", 28, 64, "§I.2: at 512x512", Cost(563_562_464, 524_424_167_424)),
+    )
+}

@@ -1,16 +1,18 @@
 """DiT: a Vision Transformer over patches of a latent or an image (Peebles & Xie 2023)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from diffbench.denoisers.base import Preset
+from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import mlp, modulate, xavier_, zero_
 from diffbench.denoisers.linear import Linear
-from diffbench.denoisers.patches import PatchConfig, PatchTransformer
+from diffbench.denoisers.patches import IMAGENET_LATENT, PatchConfig, PatchTransformer
 
 
 @dataclass
@@ -22,19 +24,7 @@ class DiTConfig(PatchConfig):
 
 
 class DiT(PatchTransformer):
-    """Denoiser of (B, C, H, W) images or latents; see `forward`.
-
-    Args:
-        config: sizes.
-        image_size: side of the input, or its height and width.
-        channels: C of the input.
-        num_classes: classes 0..num_classes-1; 0 for none.
-        null_class: whether label `num_classes` means "no class".
-        learn_sigma: whether the output carries C more channels for a learned variance.
-
-    Raises:
-        ValueError: if the patch does not divide the image.
-    """
+    """DiT for images of any two sides that the patch divides; see `Denoiser`."""
 
     def __init__(
         self,
@@ -63,19 +53,7 @@ class DiT(PatchTransformer):
         self.initialise_ends()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predicts from a noisy image.
-
-        Args:
-            x: (B, C, H, W) noisy input.
-            t: (B,) time in the process's units.
-            y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
-
-        Returns:
-            (B, C, H, W), or (B, 2C, H, W) with a learned variance.
-
-        Raises:
-            ValueError: if the image has another size than the network.
-        """
+        """See `Denoiser.forward`."""
         tokens = self.tokens(x)
         adaptive = self.final_modulation is not None
         c = self.condition(t, y) if adaptive else torch.stack(self.condition.parts(t, y), dim=1)
@@ -151,3 +129,47 @@ class CrossAttention(nn.Module):
         k, v = rearrange(self.kv(c), "b m (two h d) -> two b h m d", two=2, h=self.heads)
         out: Tensor = self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
         return out
+
+
+# Table 1: depth, width, heads.
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+# Table 4: parameters and Gflops by patch, and both exactly.
+_TABLE_4 = (
+    ("S", 2, "33M, 6.06", Cost(32_963_360, 6_055_673_856)),
+    ("S", 4, "33M, 1.41", Cost(32_945_024, 1_412_579_328)),
+    ("S", 8, "33M, 0.36", Cost(33_148_160, 357_974_016)),
+    ("B", 2, "130M, 23.01", Cost(130_512_416, 23_005_102_080)),
+    ("B", 4, "130M, 5.56", Cost(130_475_648, 5_565_186_048)),
+    ("B", 8, "131M, 1.42", Cost(130_881_536, 1_417_543_680)),
+    ("L", 2, "458M, 80.71", Cost(458_102_816, 80_697_622_528)),
+    ("L", 4, "458M, 19.70", Cost(458_053_760, 19_695_665_152)),
+    ("L", 8, "459M, 5.01", Cost(458_594_816, 5_011_406_848)),
+    ("XL", 2, "675M, 118.64", Cost(675_129_632, 118_621_421_568)),
+    ("XL", 4, "675M, 29.05", Cost(675_074_432, 29_043_671_040)),
+    ("XL", 8, "676M, 7.39", Cost(675_683_072, 7_392_411_648)),
+)
+
+
+def _config(size: str, patch: int, **changes: Any) -> DiTConfig:
+    depth, width, heads = _SIZES[size]
+    return DiTConfig(patch, width, depth, heads, **changes)
+
+
+PRESETS = {
+    f"DiT-{size}/{patch}": Preset(_config(size, patch), IMAGENET_LATENT, f"DiT, Table 4: {stated}", cost)
+    for size, patch, stated, cost in _TABLE_4
+}
+PRESETS["DiT-XL/2-512"] = Preset(
+    _config("XL", 2),
+    IMAGENET_LATENT | {"image_size": 64},
+    "DiT at 512x512: 675M, 524.60",
+    Cost(676_014_368, 524_538_298_368),
+)
+PRESETS |= {
+    f"DiT-XL/2-{way}": Preset(_config("XL", 2, conditioning=way), IMAGENET_LATENT, f"DiT, §3.2: {stated}", cost)
+    for way, stated, cost in (
+        ("in-context", "449M, 119.37", Cost(449_457_440, 119_353_946_112)),
+        ("cross-attention", "598M, 137.62", Cost(598_286_624, 137_602_842_624)),
+        ("adaln", "600M, 118.56", Cost(600_747_296, 118_547_103_744)),
+    )
+}

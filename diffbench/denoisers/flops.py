@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffbench.denoisers.layers import both_sides
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -23,15 +21,21 @@ class Cost:
     def gmacs(self) -> float:
         return self.macs / 1e9
 
+    def training_flops(self, images: float) -> float:
+        """FLOPs of training on so many images: 2 a multiply-accumulate, and a backward pass costs two forward ones."""
+        return 2.0 * 3 * self.macs * images
+
 
 def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[int, int]) -> Cost:
     """The cost of the network that `make` builds, at (1, channels, height, width); one number is both sides.
 
     The meta device matters: on a CPU the counter sees no products inside fused attention.
     """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     with torch.device("meta"):
-        shape = (1, channels, *both_sides(image_size))
-        return measure(make(), torch.empty(shape), torch.empty(1), torch.zeros(1, dtype=torch.int64))
+        return measure(
+            make(), torch.empty(1, channels, height, width), torch.empty(1), torch.zeros(1, dtype=torch.int64)
+        )
 
 
 def measure(net: nn.Module, *inputs: Tensor) -> Cost:

@@ -8,8 +8,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffbench.denoisers.checks import check_divides, check_dropout, check_positive, check_shape
+from diffbench.denoisers.base import Denoiser, check_divides, check_dropout, check_positive, check_shape
 from diffbench.denoisers.layers import ConditionEmbedding, both_sides, sincos_position_table, zero_
+
+IMAGENET_LATENT = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
+"""ImageNet at 256x256, encoded: what the latent transformers were published for."""
 
 
 @dataclass
@@ -40,20 +43,11 @@ class PatchConfig:
             )
 
 
-class PatchTransformer(nn.Module):
-    """A transformer over the patches of (B, C, H, W) images or latents; subclasses add the last layers.
+class PatchTransformer(Denoiser):
+    """A transformer over the patches of an image, of any two sides that the patch divides; subclasses add the end.
 
     Args:
-        config: sizes.
-        image_size: side of the input, or its height and width.
-        channels: C of the input.
-        num_classes: classes 0..num_classes-1; 0 for none.
-        null_class: whether label `num_classes` means "no class".
-        learn_sigma: whether the output carries C more channels for a learned variance.
         block: makes one block, given the height and width of the grid of tokens.
-
-    Raises:
-        ValueError: if the patch does not divide the image.
     """
 
     final: nn.Linear
@@ -69,15 +63,14 @@ class PatchTransformer(nn.Module):
         learn_sigma: bool,
         block: Callable[[tuple[int, int]], nn.Module],
     ) -> None:
-        super().__init__()
+        super().__init__(channels, num_classes, null_class, learn_sigma)
         p, d = config.patch_size, config.hidden_size
         self.image_size = height, width = both_sides(image_size)
         for side in self.image_size:
             check_divides("patch_size", p, side, "a side of the image")
-        self.channels, self.num_classes, self.null_class = channels, num_classes, null_class
         self.gradient_checkpointing = config.gradient_checkpointing
         self.patch_size, self.grid = p, (height // p, width // p)
-        self.patch_values = p * p * channels * (2 if learn_sigma else 1)
+        self.patch_values = p * p * self.out_channels
         self.patch = nn.Conv2d(channels, d, kernel_size=p, stride=p)
         self.register_buffer("position", sincos_position_table(d, *self.grid).float()[None])
         self.condition = ConditionEmbedding(d, 256, num_classes, null_class)

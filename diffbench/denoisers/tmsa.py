@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from diffbench.denoisers.checks import check_divides
+from diffbench.denoisers.base import check_divides
 from diffbench.denoisers.layers import (
     both_sides,
     from_windows,

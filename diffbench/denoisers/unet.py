@@ -1,11 +1,14 @@
 """U-Net with residual blocks and attention, the ADM family (Dhariwal & Nichol 2021, §3 and appendix)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffbench.denoisers.checks import (
+from diffbench.denoisers.base import (
+    Denoiser,
+    Preset,
     check_divides,
     check_dropout,
     check_features,
@@ -15,6 +18,7 @@ from diffbench.denoisers.checks import (
     check_sides,
     check_widths,
 )
+from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import (
     ConditionEmbedding,
     Direction,
@@ -71,20 +75,8 @@ class UNetConfig:
         check_widths(self.model_channels, self.channel_mult)
 
 
-class UNet(nn.Module):
-    """Denoiser of (B, C, H, W) images or latents; see `forward`.
-
-    Args:
-        config: sizes.
-        image_size: height and width of the input.
-        channels: C of the input.
-        num_classes: classes 0..num_classes-1; 0 for none.
-        null_class: whether label `num_classes` means "no class".
-        learn_sigma: whether the output carries C more channels for a learned variance.
-
-    Raises:
-        ValueError: if the levels do not divide the image, or heads or norm groups a level's width.
-    """
+class UNet(Denoiser):
+    """ADM's U-Net for square images, or any multiple of what its levels divide; see `Denoiser`."""
 
     def __init__(
         self,
@@ -95,9 +87,7 @@ class UNet(nn.Module):
         null_class: bool = True,
         learn_sigma: bool = False,
     ) -> None:
-        super().__init__()
-        self.channels = channels
-        self.num_classes, self.null_class = num_classes, null_class
+        super().__init__(channels, num_classes, null_class, learn_sigma)
         widths = [int(config.model_channels * m) for m in config.channel_mult]
         levels = len(widths)
         check_halves("channel_mult", levels, (image_size,))
@@ -154,22 +144,10 @@ class UNet(nn.Module):
             if level:
                 self.decoder.append(between(width, "up"))
         self.out_norm = GroupNorm(config.norm_groups, width, eps=1e-5)
-        self.out = zero_(nn.Conv2d(width, channels * (2 if learn_sigma else 1), 3, padding=1))
+        self.out = zero_(nn.Conv2d(width, self.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predicts from a noisy image.
-
-        Args:
-            x: (B, C, H, W) noisy input.
-            t: (B,) time in the process's units.
-            y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
-
-        Returns:
-            (B, C, H, W), or (B, 2C, H, W) with a learned variance.
-
-        Raises:
-            ValueError: if the levels do not divide the image; any multiple will do.
-        """
+        """See `Denoiser.forward`."""
         check_sides(x, self.channels, self.divisor)
         c = nn.functional.silu(self.condition(t, y))
         h = self.stem(x)
@@ -263,3 +241,22 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, _c: Tensor) -> Tensor:
         out: Tensor = self.conv(resample(x, "up"))
         return out
+
+
+_FLAGS: dict[str, Any] = {"attention_resolutions": [32, 16, 8], "resblock_updown": True}
+_HEADS: dict[str, Any] = _FLAGS | {"num_head_channels": 64}
+_64 = UNetConfig(192, [1, 2, 3, 4], 3, dropout=0.1, **_HEADS)
+_128 = UNetConfig(256, [1, 1, 2, 3, 4], num_heads=4, **_FLAGS)
+_256 = UNetConfig(256, [1, 1, 2, 2, 4, 4], **_HEADS)
+_512 = UNetConfig(256, [0.5, 1, 1, 2, 2, 4, 4], **_HEADS)
+_SHAPE = {"channels": 3, "null_class": False, "learn_sigma": True}
+PRESETS = {
+    name: Preset(config, _SHAPE | {"image_size": size, "num_classes": classes}, f"ADM's code: {stated}", cost)
+    for name, config, size, classes, stated, cost in (
+        ("ADM-64", _64, 64, 1000, "295,904,454, 109.7", Cost(295_904_454, 109_678_018_560)),
+        ("ADM-128", _128, 128, 1000, "421,529,606, 306.9", Cost(421_529_606, 306_927_894_528)),
+        ("ADM-256", _256, 256, 1000, "553,838,086; DiT, Table 6: 1120", Cost(553_838_086, 1_119_832_768_512)),
+        ("ADM-256-uncond", _256, 256, 0, "552,814,086", Cost(552_814_086, 1_119_832_768_512)),
+        ("ADM-512", _512, 512, 1000, "558,997,638; DiT, Table 6: 1983", Cost(558_997_638, 1_982_334_763_008)),
+    )
+}

@@ -51,7 +51,7 @@ class Entry:
     @property
     def flops(self) -> float | None:
         """Of training: twice the multiply-accumulates, three times the forward pass, for each image."""
-        return None if self.cost is None or self.seen is None else flops(self.cost, self.seen.images_seen)
+        return None if self.cost is None or self.seen is None else self.cost.training_flops(self.seen.images_seen)
 
     @cached_property
     def peak_gb(self) -> float | None:
@@ -68,11 +68,6 @@ class Entry:
             self.errors_of[self.seen.folder] = read_validation(self.seen.folder)
         found = self.errors_of[self.seen.folder]
         return found if found is not None and found.images == self.seen.images_seen else None
-
-
-def flops(cost: Cost, images: int) -> float:
-    """Of training on so many images: a multiply-accumulate is two, and a backward pass costs two forward ones."""
-    return 2.0 * cost.macs * 3 * images
 
 
 def entries(comparison: Comparison, known: Sequence[Seen] = ()) -> list[Entry]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.entries import Entry, flops
+from diffbench.reports.entries import Entry
 from diffbench.reports.statistics import summary
 from diffbench.reports.wording import short
 
@@ -67,7 +67,10 @@ def curve(found: Sequence[Entry], name: str) -> Curve | None:
     lines = [e.seen.timeline for e, _ in kept if e.seen and e.seen.timeline]
     times = [np.interp(images, *np.array([(0.0, 0.0), *line]).T) for line in lines]
     return Curve(
-        images, None if cost is None else flops(cost, 1) * images, np.mean(times, axis=0) if times else None, values
+        images,
+        None if cost is None else cost.training_flops(1) * images,
+        np.mean(times, axis=0) if times else None,
+        values,
     )
 
 

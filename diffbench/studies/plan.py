@@ -19,9 +19,6 @@ from diffbench.runs.folder import FREE
 from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, nested, variants
 from diffbench.studies.matching import residual, size_of, sized, told
 
-FLOPS = 6
-"""Floating-point operations of a training image for each multiply-accumulate of a forward pass: two each, and a
-backward pass that costs two forward passes."""
 Rate = Callable[[RunConfig], float]
 """Images a second at which a config trains here."""
 
@@ -53,7 +50,7 @@ class Group:
     @property
     def flops(self) -> float:
         """Of training."""
-        return FLOPS * self.cost.macs * self.config.trainer.max_steps * self.config.trainer.batch_size
+        return self.cost.training_flops(self.config.trainer.max_steps * self.config.trainer.batch_size)
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def _group(
     cost = build.cost_of(config, data)
     images = study.stop.images
     if study.stop.flops is not None:
-        images = round(study.stop.flops / (FLOPS * cost.macs))
+        images = round(study.stop.flops / cost.training_flops(1))
     if study.stop.seconds is not None:
         images = round(study.stop.seconds * rate(config))
     config = stopped(config, images or 1, _config_layers(study, first, chosen))

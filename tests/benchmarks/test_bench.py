@@ -15,8 +15,8 @@ from benchmarks.__main__ import main
 from benchmarks.peak import WAYS
 from benchmarks.settings import PARTS, BenchConfig
 from diffbench.core.errors import UserError
+from diffbench.denoisers import PRESETS
 from diffbench.denoisers.linear import mkl_holds_back
-from diffbench.denoisers.presets import PRESETS
 from diffbench.runs import build
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from golden_cases import load
 from test_reference import CASES, arguments, weights
 from torch import Tensor
 
-from diffbench.denoisers.presets import PRESETS
+from diffbench.denoisers import PRESETS
 from diffbench.denoisers.pretrained.convert import RECIPES, describe, reference_names
 from diffbench.denoisers.pretrained.infer import infer, unwrapped
 

@@ -61,7 +61,7 @@ def test_a_dropout_that_is_no_share(name: str, value: float) -> None:
         (DiffiTConfig, {"num_heads": 3, "token_dim": 64}, "num_heads: 3 does not divide 64, of denoiser.token_dim"),
         (DiffiTConfig, {"window": [4, 2]}, "window: must have one entry for each of the 3 stages of denoiser.channels, got 2"),  # noqa: E501
         (DiffiTConfig, {"blocks": [1]}, "blocks: must have one entry for each of the 3 stages of denoiser.channels, got 1"),  # noqa: E501
-        (UNetConfig, {"channel_mult": [0.3]}, "channel_mult: 0.3 times denoiser.model_channels=128 is no whole width"),
+        (UNetConfig, {"channel_mult": [0.3]}, "channel_mult: 0.3 times denoiser.model_channels=128 is not an integer"),
         (UNetConfig, {"model_channels": 7, "time_features": "fourier"}, "model_channels: must be even with denoiser.time_features=fourier, got 7"),  # noqa: E501
         (DDPMppConfig, {"model_channels": 7, "time_features": "fourier"}, "model_channels: must be even with denoiser.time_features=fourier, got 7"),  # noqa: E501
     ],

@@ -1,0 +1,137 @@
+"""What every denoiser offers, a published size of one, and the checks of a config that end in one line."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffbench.denoisers.flops import Cost
+
+
+class Denoiser(nn.Module):
+    """A network (x, t, y) -> output; it draws no random numbers but dropout and knows no schedule, loss or data.
+
+    A subclass is built from its config, `image_size` (the side of the input, or height and width where it says so)
+    and these arguments, and raises ValueError where config and image do not fit.
+
+    Args:
+        channels: C of the input.
+        num_classes: classes 0..num_classes-1; 0 for none.
+        null_class: whether label `num_classes` means "no class".
+        learn_sigma: whether the output carries C more channels for a learned variance.
+    """
+
+    def __init__(self, channels: int, num_classes: int, null_class: bool, learn_sigma: bool) -> None:
+        super().__init__()
+        self.channels, self.num_classes, self.null_class = channels, num_classes, null_class
+        self.out_channels = 2 * channels if learn_sigma else channels
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict from a noisy image or latent.
+
+        Args:
+            x: (B, C, H, W) noisy input.
+            t: (B,) time in the process's units.
+            y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
+
+        Returns:
+            (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+
+        Raises:
+            ValueError: if the image has a size that the network does not take, or labels are missing.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published network."""
+
+    config: Any
+    shape: dict[str, Any]
+    """The input and output that it was made for: what its class is built from besides the config."""
+    source: str
+    """Paper and table, with the parameters and GMACs stated there."""
+    cost: Cost
+    """Its exact size at that input, which a test counts."""
+
+
+def check_positive(config: Any, *names: str, section: str = "denoiser") -> None:
+    """Raise ValueError unless each named number is above 0, and each named list holds only such numbers."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, list) and not value:
+            raise ValueError(f"{section}.{name}: must hold at least one number, got []")
+        if any(number <= 0 for number in (value if isinstance(value, list) else [value]) if number is not None):
+            raise ValueError(f"{section}.{name}: must be positive, got {value}")
+
+
+def check_dropout(dropout: float, section: str = "denoiser") -> None:
+    """Raise ValueError unless a dropout probability lies in [0, 1)."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{section}.dropout: must lie in [0, 1), got {dropout}")
+
+
+def check_features(kind: str, number: int, section: str = "denoiser") -> None:
+    """Raise ValueError for an odd number of Fourier features, which come in pairs."""
+    if kind == "fourier" and number % 2:
+        raise ValueError(f"{section}.model_channels: must be even with {section}.time_features=fourier, got {number}")
+
+
+def check_widths(base: int, factors: list[float], section: str = "denoiser") -> None:
+    """Raise ValueError unless each multiple of the base width is a whole number."""
+    for factor in factors:
+        if not float(base * factor).is_integer():
+            raise ValueError(
+                f"{section}.channel_mult: {factor} times {section}.model_channels={base} is not an integer"
+            )
+
+
+def check_divides(key: str, divisor: int, number: int, what: str, section: str = "denoiser") -> None:
+    """Raise ValueError naming both numbers unless `divisor`, the value of `key`, divides `number`.
+
+    Args:
+        key: of the config, without its section.
+        divisor: its value.
+        number: what it must divide.
+        what: what the number is, written after it; or, ending in "=", the key whose value it is.
+        section: of the config.
+    """
+    if divisor < 1 or number % divisor:
+        shown = f"{what}{number}" if what.endswith("=") else f"{number}, {what}"
+        raise ValueError(f"{section}.{key}: {divisor} does not divide {shown}")
+
+
+def check_halves(key: str, levels: int, sides: tuple[int, ...], section: str = "denoiser") -> None:
+    """Raise ValueError unless an image can be halved between as many levels as the list `key` has entries."""
+    factor = 2 ** (levels - 1)
+    for side in sides:
+        if side % factor:
+            raise ValueError(f"{section}.{key}: {levels} levels need an image whose sides {factor} divides, got {side}")
+
+
+def check_occurs(key: str, wanted: list[int], side: int, levels: int, section: str = "denoiser") -> None:
+    """Raise ValueError for a resolution that an image of this side has at no level."""
+    there = [side >> level for level in range(levels)]
+    for resolution in wanted:
+        if resolution not in there:
+            choices = ", ".join(map(str, there))
+            raise ValueError(f"{section}.{key}: {resolution} never occurs; the levels are {choices} pixels a side")
+
+
+def check_shape(x: Tensor, channels: int, height: int, width: int) -> None:
+    """Raise ValueError naming both shapes unless `x` is (B, channels, height, width)."""
+    if x.shape[1:] != (channels, height, width):
+        raise ValueError(f"this network takes images of {channels}x{height}x{width}, got {_times(x)}")
+
+
+def check_sides(x: Tensor, channels: int, divisor: int) -> None:
+    """Raise ValueError naming both unless `x` is (B, channels, H, W) and `divisor` divides H and W."""
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % divisor or x.shape[3] % divisor:
+        raise ValueError(
+            f"this network takes images of {channels} channels and sides divisible by {divisor}, got {_times(x)}"
+        )
+
+
+def _times(x: Tensor) -> str:
+    return "x".join(map(str, x.shape[1:]))
