@@ -61,7 +61,7 @@ def _scores(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _reconstruction(run: Seen, scored: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """What an autoencoder's newest record says, PCA with as many numbers beside it."""
+    """What an autoencoder's newest record says."""
     if not scored:
         return {}
     record = {name.split("@")[0]: value for name, value in scored[-1].items()}
@@ -70,7 +70,7 @@ def _reconstruction(run: Seen, scored: Sequence[dict[str, Any]]) -> dict[str, st
     numbers, pixels = record["numbers"], train_set.images[0].numel()
     row = {"numbers a picture": f"{numbers:,} for {pixels:,}"}
     for name, title, form in (("psnr", "PSNR", ".2f"), ("ssim", "SSIM", ".4f")):
-        row[f"{title}@{count} (PCA with as many numbers)"] = f"{record[name]:{form}} ({record[name + '_pca']:{form}})"
+        row[f"{title}@{count}"] = f"{record[name]:{form}}"
     for name, value in record.items():
         if name.startswith("reconstruction_fd"):
             row[f"{name.removeprefix('reconstruction_')}@{count} of reconstructions"] = f"{value:.3f}"

@@ -14,7 +14,7 @@ from diffbench.data.sets import ImageSet, balanced
 from diffbench.evaluation import records, reference
 from diffbench.metrics import Extractor
 from diffbench.metrics.functional import frechet_distance
-from diffbench.metrics.reconstruction import pca_reconstruction, psnr, ssim
+from diffbench.metrics.reconstruction import psnr, ssim
 from diffbench.metrics.suite import metric_name
 from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.build import device_of
@@ -28,9 +28,8 @@ def evaluate(run: AutoencoderRun, overrides: Sequence[str] = ()) -> dict[str, An
         overrides: key=value for the section `evaluate`.
 
     Returns:
-        The record, already appended to the run's results.jsonl: PSNR and SSIM, beside those of PCA with as many numbers
-        as a latent has, the Fréchet distance of the reconstructions from the same images, and how many the judge still
-        recognises.
+        The record, already appended to the run's results.jsonl: PSNR and SSIM, the Fréchet distance of the
+        reconstructions from the same images, and how many the extractor still recognises.
     """
     changes = parse_overrides(overrides)
     for key in changes:
@@ -49,7 +48,6 @@ def evaluate(run: AutoencoderRun, overrides: Sequence[str] = ()) -> dict[str, An
     images, labels = run.held_out.images[chosen], run.held_out.labels[chosen]
     c, h, w = net.config.latent_shape(tuple(images.shape[1:]))
     restored, divergence = reconstruct(net, images)
-    by_pca = pca_reconstruction(run.train_set.images, images, c * h * w)
     n, judge = len(images), _judge(config, run.train_set, device)
     record = {
         **records.surroundings(judge, device),
@@ -61,9 +59,7 @@ def evaluate(run: AutoencoderRun, overrides: Sequence[str] = ()) -> dict[str, An
         "autoencoder": net.fingerprint,
         "numbers": c * h * w,
         f"psnr@{n}": psnr(restored, images),
-        f"psnr_pca@{n}": psnr(by_pca, images),
         f"ssim@{n}": ssim(restored, images),
-        f"ssim_pca@{n}": ssim(by_pca, images),
         f"kl_nats@{n}": float(divergence.double().mean()),
     }
     if judge is not None:

@@ -1,12 +1,11 @@
-"""Scores of reconstructions: closed forms, and PCA against its definition."""
+"""Scores of reconstructions: closed forms."""
 
 import pytest
 import torch
-from sklearn.decomposition import PCA
 
 from diffbench.data.registry import DigitsConfig, digits
 from diffbench.metrics import reconstruction
-from diffbench.metrics.reconstruction import pca_reconstruction, psnr, ssim
+from diffbench.metrics.reconstruction import psnr, ssim
 
 
 def test_psnr_is_the_mean_over_pictures_and_has_an_end() -> None:
@@ -27,24 +26,3 @@ def test_scores_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (psnr(images, originals), ssim(images, originals)) == pytest.approx(whole)
     assert ssim(originals, originals) == pytest.approx(1)
     assert -1 < whole[1] < 0.9
-
-
-@pytest.mark.parametrize("count", [1437, 40], ids=["more pictures than pixels", "fewer"])
-def test_pca_is_sklearns(count: int) -> None:
-    train, held_out = digits(DigitsConfig())
-    training, images = train.images[:count], held_out.images[:50]
-    pca = PCA(16, svd_solver="full").fit(training.flatten(1).double().numpy())
-    expected = torch.from_numpy(pca.inverse_transform(pca.transform(images.flatten(1).double().numpy())))
-    got = pca_reconstruction(training, images, 16)
-    assert (got.flatten(1) - expected.clamp(0, 255)).abs().max() <= 0.5 + 1e-6
-
-
-def test_large_pictures_are_fitted_to_a_part_and_impossible_numbers_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, _ = digits(DigitsConfig())
-    monkeypatch.setattr(reconstruction, "MOST", 50)
-    assert torch.equal(
-        pca_reconstruction(train.images, train.images[:5], 9),
-        pca_reconstruction(train.images[::29], train.images[:5], 9),
-    )
-    with pytest.raises(ValueError, match="51 components of 50 pictures of 64 numbers"):
-        pca_reconstruction(train.images, train.images[:5], 51)
