@@ -4,22 +4,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffbench.diffusion.adaptive import dopri5
 from diffbench.diffusion.edm import EDM, EDMConfig
 from diffbench.diffusion.flow import Flow, FlowConfig
 from diffbench.diffusion.guidance import autoguidance, classifier_free, classifier_guidance, interval, power_cosine
 from diffbench.diffusion.likelihood import exact_log_likelihood, variational_bound
-from diffbench.diffusion.ode import Churn, dpm_solver, euler, euler_maruyama, heun
-from diffbench.diffusion.pairs import PAIRS, check_pair
 from diffbench.diffusion.process import Grid, LabelledPredict, Point, Predict, Prediction, Process, predictor
-from diffbench.diffusion.samplers import ddim, ddpm
+from diffbench.diffusion.samplers import (
+    PAIRS,
+    SAMPLERS,
+    Churn,
+    StepLimitError,
+    check_pair,
+    ddim,
+    ddpm,
+    dopri5,
+    dpm_solver,
+    euler,
+    euler_maruyama,
+    heun,
+)
 from diffbench.diffusion.schedules import Tables, space_timesteps
 from diffbench.diffusion.timesteps import LossAware, stratified
 from diffbench.diffusion.vp import DiscreteVP, VPConfig
 
 
 @dataclass(frozen=True)
-class Entry:
+class ProcessEntry:
     """A registered process: its dataclass config, its class, and one line for `diffbench list`."""
 
     config: type
@@ -28,15 +38,16 @@ class Entry:
 
 
 PROCESSES = {
-    "vp": Entry(VPConfig, DiscreteVP, "discrete variance-preserving diffusion (DDPM, ADM, DiT)"),
-    "edm": Entry(EDMConfig, EDM, "continuous noise levels with a preconditioned network (EDM)"),
-    "flow": Entry(FlowConfig, Flow, "flow matching, linear or trigonometric path (SiT)"),
+    "vp": ProcessEntry(VPConfig, DiscreteVP, "discrete variance-preserving diffusion (DDPM, ADM, DiT)"),
+    "edm": ProcessEntry(EDMConfig, EDM, "continuous noise levels with a preconditioned network (EDM)"),
+    "flow": ProcessEntry(FlowConfig, Flow, "flow matching, linear or trigonometric path (SiT)"),
 }
 
 __all__ = [
     "EDM",
     "PAIRS",
     "PROCESSES",
+    "SAMPLERS",
     "Churn",
     "DiscreteVP",
     "EDMConfig",
@@ -49,6 +60,8 @@ __all__ = [
     "Predict",
     "Prediction",
     "Process",
+    "ProcessEntry",
+    "StepLimitError",
     "Tables",
     "VPConfig",
     "autoguidance",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample, whole
-from diffbench.diffusion.timesteps import log_normal
+from diffbench.diffusion.timesteps import normal_quantiles
 
 
 @dataclass
@@ -53,8 +53,8 @@ class EDM(Process):
         return self.name, self.config.sigma_data
 
     def time(self, u: Tensor) -> Tensor:
-        """Log-normal noise levels (B,) float64 for u (B,) uniform in (0, 1)."""
-        return log_normal(u, self.config.p_mean, self.config.p_std)
+        """Log-normal noise levels (B,) float64 for u (B,) uniform in (0, 1) (Karras et al. 2022, Table 1)."""
+        return normal_quantiles(u, self.config.p_mean, self.config.p_std).exp()
 
     def log_snr(self, t: Tensor) -> Tensor:
         """-2 ln(sigma), float64."""

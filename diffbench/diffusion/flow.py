@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample, whole
-from diffbench.diffusion.timesteps import logit_normal
+from diffbench.diffusion.timesteps import normal_quantiles
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Flow(Process):
         """Training times (B,) float64 for u (B,) uniform in (0, 1)."""
         if self.config.times == "uniform":
             return u.double()
-        return logit_normal(u, self.config.logit_mean, self.config.logit_std)
+        return normal_quantiles(u, self.config.logit_mean, self.config.logit_std).sigmoid()
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2), float64; infinite at the ends."""

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import Grid, Point, Predict, mean_square
-from diffbench.diffusion.reverse import Variance, bound_term, learned_log_variance, log_variances, prior_term
-from diffbench.diffusion.schedules import Tables, at
+from diffbench.diffusion.process import Grid, Point, Predict, Prediction, mean_square
+from diffbench.diffusion.schedules import Tables, Variance, at
 
 
 class Bound(NamedTuple):
@@ -48,7 +47,7 @@ def variational_bound(
         clip: whether the predicted image is clamped to [-1, 1].
     """
     terms, x0_errors, eps_errors = [], [], []
-    fixed = log_variances(tables, variance)
+    fixed = tables.log_variances(variance)
     for k, i in enumerate(reversed(range(len(tables)))):
         eps, bar = noise(k), tables.alphas_cumprod
         alpha, sigma = at(bar.sqrt(), i, x0), at((1 - bar).sqrt(), i, x0)
@@ -57,12 +56,68 @@ def variational_bound(
         if clip:
             prediction = prediction._replace(x0=prediction.x0.clamp(-1, 1))
         learned = variance == "learned_range"
-        log_variance = learned_log_variance(tables, i, prediction) if learned else at(fixed, i, x0)
+        log_variance = tables.learned_log_variance(i, prediction.variance) if learned else at(fixed, i, x0)
         terms.append(bound_term(tables, i, x0, x_t, prediction, log_variance))
         x0_errors.append(mean_square(prediction.x0 - x0))
         eps_errors.append(mean_square((x_t - alpha * prediction.x0) / sigma - eps))
     prior, stacked = prior_term(tables, x0), torch.stack(terms, dim=1)
     return Bound(stacked.sum(1) + prior, prior, stacked, torch.stack(x0_errors, dim=1), torch.stack(eps_errors, dim=1))
+
+
+def bound_term(
+    tables: Tables, i: int | Tensor, x0: Tensor, x_t: Tensor, prediction: Prediction, log_variance: Tensor
+) -> Tensor:
+    """The terms L_i of the variational bound in bits per dimension, (B,) (Ho et al. 2020, Eq. 5).
+
+    At step 0 the likelihood of the 8-bit image, elsewhere the divergence from the posterior to the model's step.
+
+    Args:
+        tables: the (respaced) process.
+        i: the step, or (B,) one a sample.
+        x0: (B, C, H, W) images on the 256 levels v / 127.5 - 1.
+        x_t: (B, C, H, W) the same with the noise of step i.
+        prediction: what the network says about x_t.
+        log_variance: of the model's step, of a shape that broadcasts over x_t.
+    """
+    mean = tables.posterior_mean(i, prediction.x0, x_t)
+    posterior = at(tables.posterior_log_variance_clipped, i, x_t)
+    divergence = normal_kl(tables.posterior_mean(i, x0, x_t), posterior, mean, log_variance)
+    decoder = -discrete_log_likelihood(x0, mean, 0.5 * log_variance)
+    first = torch.as_tensor(i, device=x_t.device) == 0
+    nats = torch.where(first, decoder.flatten(1).mean(1), divergence.flatten(1).mean(1))
+    return nats / math.log(2)
+
+
+def prior_term(tables: Tables, x0: Tensor) -> Tensor:
+    """The divergence from q(x_T | x_0) to a standard normal in bits per dimension, (B,)."""
+    bar = tables.alphas_cumprod[-1]
+    mean, log_variance = bar.sqrt().to(x0.dtype) * x0, (1 - bar).log().to(x0.dtype)
+    zero = torch.zeros((), dtype=x0.dtype, device=x0.device)
+    return normal_kl(mean, log_variance, zero, zero).flatten(1).mean(1) / math.log(2)
+
+
+def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+    """KL divergence in nats, elementwise, from a normal distribution to another one."""
+    spread = (log_variance - other_log_variance).exp()
+    shift = (mean - other_mean).square() * (-other_log_variance).exp()
+    return 0.5 * (other_log_variance - log_variance + spread + shift - 1)
+
+
+def discrete_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-probability in nats, elementwise, of 8-bit levels under a normal distribution (Ho et al. 2020, Eq. 13).
+
+    A level takes the mass within 1/255 of it; the lowest and the highest take the tails.
+    """
+    half, inverse = 1 / 255, (-log_std).exp()
+    below = _normal_cdf((x - mean - half) * inverse)
+    above = _normal_cdf((x - mean + half) * inverse)
+    mass = torch.where(x > 0.999, torch.ones_like(above), above) - torch.where(x < -0.999, 0, below)
+    return mass.clamp(min=1e-12).log()
+
+
+def _normal_cdf(z: Tensor) -> Tensor:
+    # The tanh approximation (Page 1977): published bounds are computed with it.
+    return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh())
 
 
 @torch.no_grad()

@@ -1,27 +1,32 @@
-"""Samplers of the discrete VP process as free functions: `predict` says what a noisy image holds, `noise(step)` is the
-only randomness. ode.py holds those that serve every process.
+"""Samplers as free functions, and which of them suits which process. `noise(step)` is their only randomness.
 
 Each takes
-    predict: (x_t (B, C, H, W), t (B,) times of the network) -> Prediction; see guidance.py for ways to wrap it.
-    x: (B, C, H, W) starting noise, standard normal.
-    tables: the (respaced) process, its steps walked from the last to the first.
+    predict: (x_t (B, C, H, W), t (B,) times of the process) -> Prediction; see guidance.py for ways to wrap it.
+    x: (B, C, H, W) the start: standard normal noise, or `grid.start` of it.
+    tables, grid or path: the noise levels to visit, from pure noise to the image.
     noise: step number k = 0, 1, ... in order of execution -> standard normal like x; asked only where it is used.
     clip: whether the predicted image is clamped to [-1, 1].
     callback: called after each step with (k, x, predicted x0).
 and returns the sample, (B, C, H, W).
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import Predict as Predict
-from diffbench.diffusion.process import Prediction
-from diffbench.diffusion.reverse import Variance, learned_log_variance, log_variances, posterior_mean
-from diffbench.diffusion.schedules import Tables
+from diffbench.diffusion.process import Grid, Point, Predict, Prediction, per_sample
+from diffbench.diffusion.schedules import Tables, Variance
 
 Noise = Callable[[int], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
+
+
+class StepLimitError(RuntimeError):
+    """An adaptive sampler did not reach the end within its limit of steps."""
 
 
 def ddpm(
@@ -34,21 +39,24 @@ def ddpm(
     clip: bool = True,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2) with the posterior variance (small), beta (large) or a learned
-    one between the two (Nichol & Dhariwal 2021).
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2) back through the steps of a discrete process.
+
+    Args:
+        variance: of a step: the posterior's (small), beta (large), or one between them that the network predicts
+            (Nichol & Dhariwal 2021).
 
     Raises:
-        ValueError: where the variance shall be learned and the network predicts none.
+        ValueError: where the variance is to be learned and the network predicts none.
     """
-    fixed = log_variances(tables, variance)
+    fixed = tables.log_variances(variance)
     for k, i in enumerate(reversed(range(len(tables)))):
         prediction = _predict(predict, x, tables, i, clip)
-        x = posterior_mean(tables, i, prediction.x0, x)
+        x = tables.posterior_mean(i, prediction.x0, x)
         if i:
             if variance == "learned_range":
-                std = (0.5 * learned_log_variance(tables, i, prediction)).exp()
+                std = (0.5 * tables.learned_log_variance(i, prediction.variance)).exp()
             else:
-                std = _constant((0.5 * fixed[i]).exp(), x)
+                std = (0.5 * fixed[i]).exp().to(x.dtype)
             x = x + std * noise(k)
         if callback:
             callback(k, x, prediction.x0)
@@ -71,26 +79,293 @@ def ddim(
         bar, previous = tables.alphas_cumprod[i], tables.alphas_cumprod_prev[i]
         eps = _noise_in(x, prediction.x0, bar) if clip else prediction.eps
         sigma = eta * ((1 - previous) / (1 - bar) * (1 - bar / previous)).sqrt()
-        x = _constant(previous.sqrt(), x) * prediction.x0
-        x = x + _constant((1 - previous - sigma**2).clamp(min=0).sqrt(), x) * eps
+        x = previous.sqrt().to(x.dtype) * prediction.x0
+        x = x + (1 - previous - sigma**2).clamp(min=0).sqrt().to(x.dtype) * eps
         if i and eta:
-            x = x + _constant(sigma, x) * noise(k)
+            x = x + sigma.to(x.dtype) * noise(k)
         if callback:
             callback(k, x, prediction.x0)
     return x
 
 
+def euler(
+    predict: Predict,
+    x: Tensor,
+    grid: Grid,
+    noise: Noise,
+    *,
+    clip: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Euler's method, order 1; on a linear flow and on EDM's levels it takes the steps of DDIM."""
+    for k in range(len(grid)):
+        here, there = grid[k], grid[k + 1]
+        prediction = _ask(predict, x, here, clip)
+        x = x + _size(here, there, x) * here.rate(prediction)
+        if callback:
+            callback(k, x, prediction.x0)
+    return x
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise added before each step and taken away by it (Karras et al. 2022, Algorithm 2)."""
+
+    amount: float
+    """S_churn, spread over the steps; a step at most multiplies sigma by sqrt 2."""
+    low: float = 0.0
+    """S_min: the least sigma at which noise is added."""
+    high: float = math.inf
+    """S_max: the largest sigma at which noise is added."""
+    scale: float = 1.0
+    """S_noise: standard deviation of the noise added."""
+
+    def raised(self, sigma: float, steps: int) -> float:
+        """The level to which the noise of a step from sigma is raised."""
+        inside = self.low <= sigma <= self.high
+        return sigma * (1 + min(self.amount / steps, math.sqrt(2) - 1)) if inside else sigma
+
+
+def heun(
+    predict: Predict,
+    x: Tensor,
+    grid: Grid,
+    noise: Noise,
+    *,
+    churn: Churn | None = None,
+    clip: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Heun's method, order 2 (Karras et al. 2022, Algorithms 1 and 2); Euler's where the network cannot be asked.
+
+    Raises:
+        ValueError: if noise is to be churned in a process that scales the image.
+    """
+    if churn and bool((grid.points.alpha != 1).any()):
+        raise ValueError("churn belongs to the edm process, whose noise is added to an image of constant scale")
+    for k in range(len(grid)):
+        here, there = grid[k], grid[k + 1]
+        if churn:
+            level = here.sigma.new_tensor(churn.raised(float(here.sigma), len(grid)))
+            if level > here.sigma:
+                x = x + (level**2 - here.sigma**2).sqrt().to(x.dtype) * churn.scale * noise(k)
+                here = here._replace(time=level, s=level, sigma=level)
+        prediction = _ask(predict, x, here, clip)
+        rate, size = here.rate(prediction), _size(here, there, x)
+        ahead = x + size * rate
+        if k + 1 < len(grid) or not grid.open_end:
+            rate = 0.5 * (rate + there.rate(_ask(predict, ahead, there, clip)))
+            ahead = x + size * rate
+        x = ahead
+        if callback:
+            callback(k, x, prediction.x0)
+    return x
+
+
+def dpm_solver(
+    predict: Predict,
+    x: Tensor,
+    grid: Grid,
+    noise: Noise,
+    *,
+    clip: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M), order 2 with one network call a step (Lu et al. 2022b, Algorithm 2).
+
+    Multistep in log(alpha / sigma); the first step and one to where no noise is left are of order 1, those of DDIM.
+    """
+    half_log_snr = (grid.points.alpha.log() - grid.points.sigma.log()).tolist()
+    before = None
+    for k in range(len(grid)):
+        here, there = grid[k], grid[k + 1]
+        prediction = _ask(predict, x, here, clip)
+        x0 = prediction.x0
+        if before is not None and there.sigma > 0:
+            h, h_before = half_log_snr[k + 1] - half_log_snr[k], half_log_snr[k] - half_log_snr[k - 1]
+            x0 = x0 + (0.5 * h / h_before) * (x0 - before)
+        shrink = there.sigma / here.sigma
+        x = shrink.to(x.dtype) * x + (there.alpha - here.alpha * shrink).to(x.dtype) * x0
+        before = prediction.x0
+        if callback:
+            callback(k, x, prediction.x0)
+    return x
+
+
+def euler_maruyama(
+    predict: Predict,
+    x: Tensor,
+    grid: Grid,
+    noise: Noise,
+    *,
+    diffusion: Literal["sigma", "constant"] = "sigma",
+    strength: float = 1.0,
+    last: Literal["mean", "tweedie", "euler"] = "mean",
+    clip: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The reverse SDE of a flow, dx = (velocity + D score) dt + sqrt(2 D) dW (Ma et al. 2024, §2, with w = 2 D).
+
+    Every D leads to the same distributions. The last step adds no noise.
+
+    Args:
+        diffusion: D = strength times sigma, or times 1.
+        strength: 0 is the ODE.
+        last: the last step follows the SDE's drift ("mean"), jumps to the predicted image ("tweedie"), or follows the
+            velocity alone ("euler").
+    """
+    for k in range(len(grid)):
+        here, there = grid[k], grid[k + 1]
+        prediction = _ask(predict, x, here, clip)
+        drift, size = here.rate(prediction), _size(here, there, x)
+        amount = strength * (here.sigma if diffusion == "sigma" else here.sigma.new_ones(()))
+        final = k + 1 == len(grid)
+        if not final or last == "mean":
+            # The score is -eps / sigma.
+            drift = drift - (amount / here.sigma).to(x.dtype) * prediction.eps
+        x = prediction.x0 if final and last == "tweedie" else x + size * drift
+        if not final and strength:
+            x = x + (2 * amount * (there.s - here.s)).sqrt().to(x.dtype) * noise(k)
+        if callback:
+            callback(k, x, prediction.x0)
+    return x
+
+
+# Dormand & Prince 1980: the stages' times, the weights of the rates before each, and the difference of the weights of
+# order 5 from those of order 4. The last stage is the next step's first.
+_TIMES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+_STAGES = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def dopri5(
+    predict: Predict,
+    x: Tensor,
+    path: Callable[[Tensor], Point],
+    noise: Noise,
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    limit: int = 1000,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The probability-flow ODE by the method of Dormand and Prince, order 5, with steps that keep a tolerance.
+
+    Each sample has steps of its own, so that no image depends on its neighbours in a batch.
+
+    Args:
+        path: s (B,) in 0 to 1 -> the point there, `Flow.path`.
+        noise: never asked.
+        rtol: error allowed in a step, root mean square over a sample, relative to its values.
+        atol: the same, absolute.
+        limit: steps at most, refused ones included.
+
+    Raises:
+        StepLimitError: where the end is not reached within `limit` steps.
+    """
+    s = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    step = torch.full_like(s, 0.05)
+    first, _ = _rate(predict, x, path(s))
+    for k in range(limit):
+        h = torch.minimum(step, 1 - s)
+        rates, ahead, x0 = [first], x, x
+        for time, weights in zip(_TIMES[1:], _STAGES[1:], strict=True):
+            ahead = x + per_sample(h, x) * _combine(weights, rates)
+            rate, x0 = _rate(predict, ahead, path(s + time * h))
+            rates.append(rate)
+        error = per_sample(h, x) * _combine(_ERROR, rates) / (atol + rtol * torch.maximum(x.abs(), ahead.abs()))
+        size = error.double().square().flatten(1).mean(1).sqrt()
+        good = size <= 1
+        kept = good.reshape(-1, *[1] * (x.ndim - 1))
+        x, first = torch.where(kept, ahead, x), torch.where(kept, rates[-1], first)
+        s = torch.where(good, torch.where(h == 1 - s, 1.0, s + h), s)
+        step = h * (0.9 * size**-0.2).clamp(0.2, 10)
+        if callback:
+            callback(k, x, x0)
+        if bool((s == 1).all()):
+            return x
+    raise StepLimitError(f"dopri5 reached {s.min():.3f} of 1 in {limit} steps; loosen rtol={rtol}, or raise the limit")
+
+
+def _rate(predict: Predict, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
+    prediction = predict(x, point.time)
+    rate = per_sample(point.alpha_rate, x) * prediction.x0 + per_sample(point.sigma_rate, x) * prediction.eps
+    return rate, prediction.x0
+
+
+def _combine(weights: tuple[float, ...], rates: list[Tensor]) -> Tensor:
+    total = torch.zeros_like(rates[0])
+    for weight, rate in zip(weights, rates, strict=True):
+        if weight:
+            total = total.add(rate, alpha=weight)
+    return total
+
+
 def _predict(predict: Predict, x: Tensor, tables: Tables, i: int, clip: bool) -> Prediction:
+    """What the network says at step i of the tables."""
     prediction = predict(x, tables.time[i].expand(len(x)))
     return prediction._replace(x0=prediction.x0.clamp(-1, 1)) if clip else prediction
 
 
 def _noise_in(x: Tensor, x0: Tensor, bar: Tensor) -> Tensor:
+    """The noise in x that leaves the image x0."""
     if bar == 0:  # zero terminal SNR: x is all noise
         return x
-    return (_constant(bar.rsqrt(), x) * x - x0) / _constant((1 / bar - 1).sqrt(), x)
+    return (bar.rsqrt().to(x.dtype) * x - x0) / (1 / bar - 1).sqrt().to(x.dtype)
 
 
-def _constant(value: Tensor, like: Tensor) -> Tensor:
-    """A float64 table entry as a 0-d tensor in the sample's dtype, without a synchronisation."""
-    return value.to(like.dtype)
+def _ask(predict: Predict, x: Tensor, point: Point, clip: bool) -> Prediction:
+    """What the network says at a point; where the image is clamped, the noise follows it."""
+    prediction = predict(x, point.time.expand(len(x)))
+    if not clip or point.sigma == 0:
+        return prediction
+    x0 = prediction.x0.clamp(-1, 1)
+    eps = (x - point.alpha.to(x.dtype) * x0) / point.sigma.to(x.dtype)
+    return prediction._replace(x0=x0, eps=eps)
+
+
+def _size(here: Point, there: Point, like: Tensor) -> Tensor:
+    """The step in s, as a 0-d tensor in the sample's dtype: no synchronisation, no copy."""
+    return (there.s - here.s).to(like.dtype)
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f for f in (ddpm, ddim, euler, heun, dpm_solver, euler_maruyama, dopri5)
+}
+
+PAIRS = {
+    "vp": ("ddpm", "ddim", "euler", "heun", "dpm_solver"),
+    "edm": ("heun", "euler", "dpm_solver"),
+    "flow": ("euler", "heun", "dopri5", "euler_maruyama"),
+}
+"""Process -> the samplers that make sense for it, the usual one first."""
+
+_REASONS = {
+    "ddpm": "it goes back through the discrete steps of vp",
+    "ddim": "it goes back through the discrete steps of vp, as euler does in continuous time",
+    "dpm_solver": "its steps in log-SNR are infinite at the ends of a flow",
+    "dopri5": "it needs the rate at the path's very end, which only a flow has",
+    "euler_maruyama": "it solves the SDE of a flow",
+}
+
+
+def check_pair(process: str, sampler: str) -> None:
+    """Check that a sampler suits a process.
+
+    Raises:
+        ValueError: if it does not, saying why and what does; or if there is no such process or sampler.
+    """
+    if process not in PAIRS:
+        raise ValueError(f"no process {process!r}; choose from {', '.join(PAIRS)}")
+    if sampler in PAIRS[process]:
+        return
+    reason = f"does not suit the {process} process: {_REASONS[sampler]}" if sampler in SAMPLERS else "is unknown"
+    raise ValueError(f"sampler {sampler} {reason}; choose from {', '.join(PAIRS[process])}")

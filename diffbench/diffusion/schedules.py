@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ def scaled_linear_betas(steps: int) -> Tensor:
     scale = 1000 / steps
     return torch.linspace((scale * 8.5e-4) ** 0.5, (scale * 0.012) ** 0.5, steps, dtype=torch.float64).square()
 
+
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+"""Of a reverse step: the posterior's, beta, or one between the two that the network predicts."""
 
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "scaled_linear": scaled_linear_betas}
 
@@ -105,6 +109,32 @@ class Tables:
         bar = self.alphas_cumprod[kept]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
         return Tables.from_betas(1 - bar / previous, self.time[kept])
+
+    def posterior_mean(self, i: int | Tensor, x0: Tensor, x_t: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0) at step i, an int or (B,) (Ho et al. 2020, Eq. 7)."""
+        return at(self.posterior_mean_coef1, i, x_t) * x0 + at(self.posterior_mean_coef2, i, x_t) * x_t
+
+    def log_variances(self, variance: Variance) -> Tensor:
+        """(T,) log-variances of the reverse steps: the posterior's ("fixed_small") or else the betas."""
+        small = self.posterior_log_variance_clipped
+        if variance == "fixed_small" or len(self) == 1:
+            return small
+        return torch.cat([small[:1], self.log_betas[1:]])
+
+    def learned_log_variance(self, i: int | Tensor, share: Tensor | None) -> Tensor:
+        """Log-variance of step i (B, C, H, W) between its bounds (Nichol & Dhariwal 2021, Eq. 15).
+
+        Args:
+            i: the step, an int or (B,).
+            share: `Prediction.variance`.
+
+        Raises:
+            ValueError: if the network predicts none.
+        """
+        if share is None:
+            raise ValueError("variance=learned_range needs a network that was trained to predict its variance")
+        small, large = at(self.posterior_log_variance_clipped, i, share), at(self.log_betas, i, share)
+        return share * large + (1 - share) * small
 
 
 def at(table: Tensor, t: int | Tensor, like: Tensor) -> Tensor:

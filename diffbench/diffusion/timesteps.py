@@ -1,4 +1,4 @@
-"""How training times are spread: functions of u, uniform in (0, 1), and a sampler that follows the loss."""
+"""Training times: from u, uniform in (0, 1), to quantiles and strata, and importance sampling by the loss."""
 
 import math
 from typing import Any
@@ -6,23 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A float32 u can be rounded to 0 or 1, where the quantiles below are infinite.
-_LEAST = 2.0**-53
+def normal_quantiles(u: Tensor, mean: float, std: float) -> Tensor:
+    """Quantiles u (B,) of a normal distribution, float64; exp and sigmoid make them log-normal and logit-normal.
 
-
-def normal(u: Tensor, mean: float, std: float) -> Tensor:
-    """Quantiles u (B,) of a normal distribution, float64."""
-    return mean + std * torch.special.ndtri(u.double().clamp(_LEAST, 1 - _LEAST))
-
-
-def log_normal(u: Tensor, mean: float, std: float) -> Tensor:
-    """Quantiles of a distribution whose logarithm is normal: EDM's noise levels (Karras et al. 2022, Table 1)."""
-    return normal(u, mean, std).exp()
-
-
-def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
-    """Quantiles of a distribution on (0, 1) whose logit is normal (Esser et al. 2024, §3.1)."""
-    return normal(u, mean, std).sigmoid()
+    A float32 u can be rounded to 0 or 1, where they are infinite: it is kept just inside.
+    """
+    least = 2.0**-53
+    return mean + std * torch.special.ndtri(u.double().clamp(least, 1 - least))
 
 
 def stratified(u: Tensor, index: Tensor, total: int) -> Tensor:
@@ -40,7 +30,7 @@ class LossAware:
     """Importance sampling of steps by the root mean square of their last losses (Nichol & Dhariwal 2021, §3.3).
 
     Uniform until every step has a full history. What it draws depends on the past, so a run that uses it is not paired
-    with others; its history belongs into the checkpoint.
+    with others; its history belongs in the checkpoint.
 
     Args:
         steps: T.
@@ -68,7 +58,7 @@ class LossAware:
         return t.to(u.device), (1 / (len(p) * p[t])).to(u.device)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remembers the unweighted losses (B,) of steps t (B,), of the global batch and in its order; no NaN."""
+        """Remember the unweighted losses (B,) of steps t (B,), of the global batch and in its order; no NaN."""
         for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
             if not math.isfinite(loss):
                 continue
@@ -80,7 +70,7 @@ class LossAware:
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes a history up again.
+        """Restore a history.
 
         Raises:
             ValueError: if it is of another number of steps or another length.

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffbench.diffusion.likelihood import bound_term
 from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample
-from diffbench.diffusion.reverse import Variance, bound_term, learned_log_variance, log_variances
-from diffbench.diffusion.schedules import SCHEDULES, Tables, at, zero_terminal_snr
+from diffbench.diffusion.schedules import SCHEDULES, Tables, Variance, at, zero_terminal_snr
 
 # Below this the signal's share, the sigmoid of log-SNR, is exactly 0 in float64: it stands for minus infinity, with
 # which nothing could be interpolated.
@@ -165,9 +165,9 @@ class DiscreteVP(Process):
         x_t = self.add_noise(x0, t, eps)
         prediction = self.convert(out, x_t, t)
         if self.config.variance == "learned_range":
-            log_variance = learned_log_variance(tables, t, prediction)
+            log_variance = tables.learned_log_variance(t, prediction.variance)
         else:
-            log_variance = at(log_variances(tables, self.config.variance), t, x_t)
+            log_variance = at(tables.log_variances(self.config.variance), t, x_t)
         return bound_term(tables, t, x0, x_t, prediction, log_variance)
 
     def _min_snr(self, t: Tensor, gamma: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffbench.diffusion import DiscreteVP, Flow, FlowConfig, LossAware, Prediction, VPConfig, euler, euler_maruyama
 from diffbench.diffusion import stratified as stratify
-from diffbench.diffusion.timesteps import log_normal, logit_normal
+from diffbench.diffusion.timesteps import normal_quantiles
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 PATHS = pytest.mark.parametrize("path", ["linear", "gvp"])
@@ -140,10 +140,9 @@ def test_training_times_are_spread_as_asked() -> None:
     assert torch.equal(Flow(FlowConfig()).time(QUANTILES), QUANTILES)
     logits = Flow(FlowConfig(times="logit_normal", logit_mean=0.5, logit_std=2.0)).time(QUANTILES).logit()
     assert (logits.mean().item(), logits.std().item()) == pytest.approx((0.5, 2.0), abs=1e-3)
-    for spread in (log_normal, logit_normal):
-        values = spread(QUANTILES, 0.3, 0.8)
-        assert bool((values.diff() > 0).all())
-        assert spread(torch.tensor([0.5]), 0.0, 1.0).item() == {log_normal: 1.0, logit_normal: 0.5}[spread]
+    for spread, middle in ((torch.exp, 1.0), (torch.sigmoid, 0.5)):
+        assert bool((spread(normal_quantiles(QUANTILES, 0.3, 0.8)).diff() > 0).all())
+        assert spread(normal_quantiles(torch.tensor([0.5]), 0.0, 1.0)).item() == middle
 
 
 def test_strata_cover_the_unit_evenly_whatever_the_layout() -> None:

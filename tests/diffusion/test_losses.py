@@ -8,15 +8,8 @@ from golden_cases import Case, load
 from torch import Tensor
 
 from diffbench.diffusion import DiscreteVP, VPConfig, ddpm
+from diffbench.diffusion.likelihood import bound_term, discrete_log_likelihood, prior_term
 from diffbench.diffusion.process import Prediction
-from diffbench.diffusion.reverse import (
-    bound_term,
-    discrete_log_likelihood,
-    learned_log_variance,
-    log_variances,
-    posterior_mean,
-    prior_term,
-)
 from diffbench.diffusion.schedules import Tables, at
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -5,7 +5,6 @@ import torch
 from golden_cases import load
 from torch import Tensor
 
-from diffbench.diffusion.reverse import posterior_mean
 from diffbench.diffusion.vp import DiscreteVP, VPConfig
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -46,7 +45,7 @@ def test_conversions_equal_the_reference(dtype: torch.dtype) -> None:
 def test_posterior_equals_the_reference(dtype: torch.dtype) -> None:
     case, tables = load("q_process"), DiscreteVP(VPConfig()).tables
     x0, x_t, t = case.input("x_start", dtype), case.input("x_t", dtype), case.input("t")
-    means = [posterior_mean(tables, int(i), a, b) for i, a, b in zip(t, x0, x_t, strict=True)]
+    means = [tables.posterior_mean(int(i), a, b) for i, a, b in zip(t, x0, x_t, strict=True)]
     case.check("q_posterior.mean", torch.stack(means))
     case.check("q_posterior.variance", per_sample(tables.posterior_variance, t, x0))
     log_variance = per_sample(tables.posterior_log_variance_clipped, t, x0)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from diffbench.diffusion import DiscreteVP, Prediction, Tables, VPConfig, classifier_free, ddim, ddpm
 from diffbench.diffusion.process import Predict
-from diffbench.diffusion.reverse import log_variances, posterior_mean
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 CLIP = pytest.mark.parametrize("clip", [True, False], ids=["clip", "noclip"])
@@ -66,9 +65,9 @@ def test_an_ancestral_step_equals_the_reference(variance: str, clip: bool, dtype
     case.check(f"{prefix}.pred_xstart", image)
     case.check(f"{prefix}.sample", sample)
     t, x = case.input("t"), case.input("x", dtype)
-    means = [posterior_mean(PROCESS.tables, int(i), a, b) for i, a, b in zip(t, image, x, strict=True)]
+    means = [PROCESS.tables.posterior_mean(int(i), a, b) for i, a, b in zip(t, image, x, strict=True)]
     case.check(f"{prefix}.mean", torch.stack(means))
-    log_variance = log_variances(PROCESS.tables, variance)
+    log_variance = PROCESS.tables.log_variances(variance)
     # The first small variance is zero; only its logarithm is clipped.
     plain = PROCESS.tables.posterior_variance if variance == "fixed_small" else log_variance.exp()
     for name, table in (("log_variance", log_variance), ("variance", plain)):
