@@ -20,7 +20,7 @@ from diffbench.diffusion import predictor
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.sampling.cost import network_evaluations
 from diffbench.sampling.guided import guided
-from diffbench.sampling.sampler import inference, run_sampler
+from diffbench.sampling.sampler import run_sampler
 from diffbench.training.ema import EMA
 from diffbench.training.speed import compile_network, float32_products
 
@@ -135,7 +135,7 @@ class Subject:
         def noise(step: int) -> Tensor:
             return rng.normal(key, self.position + len(self.position) * (step + 1), self.run.shape).to(self.x0)
 
-        with self.mode(), inference(self.network):
+        with self.mode():
             run_sampler(guided(predict, self.y, self.process, settings), noise, self.process, settings)
 
     @property

@@ -13,7 +13,6 @@ from diffbench.data.registry import SOURCES
 from diffbench.denoisers import DENOISERS
 from diffbench.denoisers.classifier import ClassifierConfig
 from diffbench.diffusion import PROCESSES
-from diffbench.diffusion.pairs import ON_TABLES, PAIRS, check_pair
 
 FORMAT = 1
 
@@ -105,6 +104,11 @@ class RunConfig(BaseConfig):
         self._settle_sampler()
         check_levels(self.process, self.validation)
 
+    @property
+    def pixels(self) -> bool:
+        """Whether the denoiser works on pixels in [-1, 1], not on latents or other values."""
+        return self.autoencoder is None and getattr(self.data, "channels", 3) in (1, 3)
+
     def _check_guidance(self) -> None:
         s = self.sample
         if s.guidance != 1 and s.weak_model is None and self.trainer.label_dropout == 0:
@@ -120,20 +124,14 @@ class RunConfig(BaseConfig):
             )
 
     def _settle_sampler(self) -> None:
-        """Fills in the sampler that suits the process, and refuses one that does not, or steps that do not fit."""
-        s, name = self.sample, self.process.name
-        sampler = s.sampler or PAIRS[name][0]
-        try:
-            check_pair(name, sampler)
-        except ValueError as e:
-            raise ValueError(f"sample.sampler: {e}") from None
+        """Fill in the sampler that suits the process, and refuse one that does not, or steps that do not fit."""
+        name = self.process.name
+        s = self.sample = self.sample.settled(name, pixels=self.pixels)
         if s.s_churn and name != "edm":
             raise ValueError(f"sample.s_churn: belongs to process.name=edm, not {name}; leave it at 0")
-        clip = sampler in ON_TABLES if s.clip is None else s.clip
-        self.sample = replace(s, sampler=sampler, clip=clip)  # type: ignore[arg-type]
         process = PROCESSES[name].build(self.process)
         try:
-            if sampler == "euler_maruyama":
+            if s.sampler == "euler_maruyama":
                 process.sde_grid(s.steps, s.sde_last_step)  # type: ignore[attr-defined]
             else:
                 process.grid(s.steps)

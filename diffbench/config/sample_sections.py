@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from diffbench.denoisers.base import check_positive
+from diffbench.diffusion import PAIRS, check_pair
 
 
 @dataclass
@@ -84,7 +85,7 @@ class SampleConfig:
     atol: float = 1e-6
     """dopri5: absolute error allowed in a step."""
     clip: bool | None = None
-    """Clamp the predicted image to [-1, 1] at each step; null does so for ddpm and ddim."""
+    """Clamp the predicted image to [-1, 1] at each step; null does so for ddpm and ddim on pixels, not on latents."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed: the network's products in bfloat16."""
     cuda_graphs: bool = False
@@ -115,6 +116,20 @@ class SampleConfig:
             raise ValueError(f"sample.s_max: must exceed sample.s_min={self.s_min:g} or be null, got {self.s_max:g}")
         if not 0 < self.sde_last_step < 1:
             raise ValueError(f"sample.sde_last_step: must lie between 0 and 1, got {self.sde_last_step}")
+
+    def settled(self, process: str, pixels: bool = True) -> "SampleConfig":
+        """The same with the sampler that suits a process, and whether it clips, which only pixels do by default.
+
+        Raises:
+            ValueError: if the sampler does not suit the process.
+        """
+        sampler = self.sampler or PAIRS[process][0]
+        try:
+            check_pair(process, sampler)
+        except ValueError as e:
+            raise ValueError(f"sample.sampler: {e}") from None
+        clip = pixels and sampler in ("ddpm", "ddim") if self.clip is None else self.clip
+        return replace(self, sampler=sampler, clip=clip)  # type: ignore[arg-type]
 
     @property
     def guided(self) -> bool:

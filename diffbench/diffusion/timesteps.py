@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
 def normal_quantiles(u: Tensor, mean: float, std: float) -> Tensor:
     """Quantiles u (B,) of a normal distribution, float64; exp and sigmoid make them log-normal and logit-normal.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffbench.config.sample_sections import SampleConfig
 from diffbench.diffusion import Prediction, Process
 from diffbench.sampling.guided import guided
-from diffbench.sampling.sampler import Sampler, inference, run_sampler
+from diffbench.sampling.sampler import Sampler, eval_mode, run_sampler
 
 PROBE = 64
 """Samples whose time is taken."""
@@ -45,7 +45,7 @@ def seconds_per_evaluation(sampler: Sampler, batch: int) -> float:
     x = torch.zeros(batch, *sampler.shape, device=parameter.device, dtype=parameter.dtype)
     t = sampler.process.time(torch.full((batch,), 0.5, dtype=torch.float64, device=x.device)).to(x)
     y = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    with inference(sampler.denoiser):
+    with eval_mode(sampler.denoiser):
         return timed(lambda: sampler.denoiser(x, t, y), x.device) / batch
 
 

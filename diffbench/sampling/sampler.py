@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,10 @@ from diffbench.core import collectives as together
 from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
-from diffbench.diffusion import Churn, Predict, Process, predictor
-from diffbench.diffusion.pairs import ON_GRID, ON_PATH, ON_TABLES, PAIRS
+from diffbench.diffusion import SAMPLERS, Churn, Grid, Predict, Process, ddim, ddpm, dopri5, predictor
+from diffbench.diffusion.samplers import Callback, Noise
 from diffbench.sampling.fast import Graphed, Network, in_bfloat16
 from diffbench.sampling.guided import GuidanceModels, guided
-
-Noise = Callable[[int], Tensor]
-Callback = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(eq=False)
@@ -104,7 +101,7 @@ class Sampler:
 
         images: list[Tensor] = []
         done, size = 0, config.batch_size
-        with inference(self.denoiser):
+        with eval_mode(self.denoiser):
             while done < len(labels):
                 part = slice(done, min(done + size, len(labels)))
                 position = torch.arange(first + part.start, first + part.stop, device=device)
@@ -168,35 +165,39 @@ class Sampler:
 
 
 @contextlib.contextmanager
-def inference(network: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode."""
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode inside the block."""
     training = network.training
     network.eval()
-    yield
-    network.train(training)
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def run_sampler(
     predict: Predict, noise: Noise, process: Process, config: SampleConfig, callback: Callback | None = None
 ) -> Tensor:
     """Take noise to a sample (B, C, H, W) by the config's sampler; `noise(-1)` is the start."""
-    name, start = config.sampler or PAIRS[process.name][0], noise(-1)
-    clip = name in ON_TABLES if config.clip is None else config.clip
-    if name in ON_PATH:
-        path = process.path  # type: ignore[attr-defined]
-        return ON_PATH[name](predict, start, path, noise, rtol=config.rtol, atol=config.atol, callback=callback)
-    if name in ON_TABLES:
-        tables = process.tables.respaced(config.steps)  # type: ignore[attr-defined]
-        if name == "ddim":
-            return ON_TABLES[name](predict, start, tables, noise, eta=config.eta, clip=clip, callback=callback)
-        variance = "learned_range" if process.learn_sigma else config.variance
-        return ON_TABLES[name](predict, start, tables, noise, variance=variance, clip=clip, callback=callback)
+    c, p, x = config.settled(process.name), cast(Any, process), noise(-1)
     options: dict[str, Any] = {}
-    points = process.grid(config.steps) if name != "euler_maruyama" else None
-    if points is None:
-        points = process.sde_grid(config.steps, config.sde_last_step)  # type: ignore[attr-defined]
-        options = {"diffusion": config.sde_diffusion, "strength": config.sde_strength, "last": config.sde_last}
-    elif name == "heun" and config.s_churn:
-        high = math.inf if config.s_max is None else config.s_max
-        options["churn"] = Churn(config.s_churn, config.s_min, high, config.s_noise)
-    return ON_GRID[name](predict, points.start(start), points, noise, clip=clip, callback=callback, **options)
+    match c.sampler:
+        case "ddpm":
+            variance = "learned_range" if p.learn_sigma else c.variance
+            tables = p.tables.respaced(c.steps)
+            return ddpm(predict, x, tables, noise, variance=variance, clip=bool(c.clip), callback=callback)
+        case "ddim":
+            tables = p.tables.respaced(c.steps)
+            return ddim(predict, x, tables, noise, eta=c.eta, clip=bool(c.clip), callback=callback)
+        case "dopri5":
+            return dopri5(predict, x, p.path, noise, rtol=c.rtol, atol=c.atol, callback=callback)
+        case "euler_maruyama":
+            grid: Grid = p.sde_grid(c.steps, c.sde_last_step)
+            options = {"diffusion": c.sde_diffusion, "strength": c.sde_strength, "last": c.sde_last}
+        case _:
+            grid = process.grid(c.steps)
+            if c.sampler == "heun" and c.s_churn:
+                options["churn"] = Churn(c.s_churn, c.s_min, math.inf if c.s_max is None else c.s_max, c.s_noise)
+    return SAMPLERS[str(c.sampler)](
+        predict, grid.start(x), grid, noise, clip=bool(c.clip), callback=callback, **options
+    )

@@ -37,8 +37,8 @@ def process_of(case: Case) -> DiscreteVP:
 def log_variance_of(process: DiscreteVP, t: Tensor, prediction: Prediction) -> Tensor:
     """(B, C, H, W) log-variance of the reverse steps t."""
     if process.config.variance == "learned_range":
-        return learned_log_variance(process.tables, t, prediction)
-    table = log_variances(process.tables, process.config.variance)
+        return process.tables.learned_log_variance(t, prediction.variance)
+    table = process.tables.log_variances(process.config.variance)
     return at(table, t, prediction.x0).expand_as(prediction.x0)
 
 
@@ -71,7 +71,7 @@ def test_reverse_steps_equal_the_reference(name: str, clip: bool, dtype: torch.d
     prediction = process.convert(out, x, t)
     if clip:
         prediction = prediction._replace(x0=prediction.x0.clamp(-1, 1))
-    mean = posterior_mean(process.tables, t, prediction.x0, x)
+    mean = process.tables.posterior_mean(t, prediction.x0, x)
     log_variance = log_variance_of(process, t, prediction)
     case.check(f"{prefix}.pred_xstart", prediction.x0)
     case.check(f"{prefix}.mean", mean)
@@ -129,7 +129,7 @@ def test_the_image_from_the_previous_one_equals_the_reference(dtype: torch.dtype
     share = 1 / tables.posterior_mean_coef1
     x0 = at(share, t, x_t) * previous - at(tables.posterior_mean_coef2 * share, t, x_t) * x_t
     case.check("predict_xstart_from_xprev", x0)
-    assert (posterior_mean(tables, t, x0, x_t) - previous).abs().max() < (1e-4 if dtype == torch.float32 else 1e-12)
+    assert (tables.posterior_mean(t, x0, x_t) - previous).abs().max() < (1e-4 if dtype == torch.float32 else 1e-12)
 
 
 def test_level_probabilities_sum_to_one() -> None:
@@ -242,4 +242,4 @@ def test_a_learned_variance_follows_the_respacing() -> None:
     tables = process.tables.respaced(10)
     x, out = drawn(1, 1, 2, 2), torch.cat([drawn(1, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.float64)], dim=1)
     prediction = process.convert(out, x, tables.time[5:6])
-    assert torch.allclose(learned_log_variance(tables, 5, prediction), tables.betas[5].log())
+    assert torch.allclose(tables.learned_log_variance(5, prediction.variance), tables.betas[5].log())

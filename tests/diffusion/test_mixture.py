@@ -13,6 +13,7 @@ from torch import Tensor
 from diffbench.diffusion import (
     EDM,
     PAIRS,
+    SAMPLERS,
     Churn,
     DiscreteVP,
     EDMConfig,
@@ -23,9 +24,10 @@ from diffbench.diffusion import (
     Prediction,
     Process,
     VPConfig,
+    check_pair,
+    dopri5,
     heun,
 )
-from diffbench.diffusion.pairs import ON_GRID, ON_PATH, ON_TABLES, check_pair
 
 MIXTURE = Mixture()
 # Steps of the discrete processes: 1024 intervals, which halve evenly.
@@ -57,18 +59,18 @@ def walk(process: Process, sampler: str, steps: int, noise: Tensor, predict: Pre
     def fresh(k: int) -> Tensor:
         return drawn(*noise.shape, seed=100 + k)
 
-    if sampler in ON_TABLES:
+    if sampler in ("ddpm", "ddim"):
         assert isinstance(process, DiscreteVP)
-        return ON_TABLES[sampler](predict, noise, process.tables.respaced(steps), fresh, clip=False, **options)
-    if sampler in ON_PATH:
+        return SAMPLERS[sampler](predict, noise, process.tables.respaced(steps), fresh, clip=False, **options)
+    if sampler == "dopri5":
         assert isinstance(process, Flow)
-        return ON_PATH[sampler](predict, noise, process.path, fresh, **options)
+        return dopri5(predict, noise, process.path, fresh, **options)
     if sampler == "euler_maruyama":
         assert isinstance(process, Flow)
         grid = process.sde_grid(steps)
     else:
         grid = process.grid(steps)
-    return ON_GRID[sampler](predict, grid.start(noise), grid, fresh, **options)
+    return SAMPLERS[sampler](predict, grid.start(noise), grid, fresh, **options)
 
 
 def moment_errors(name: str, sampler: str, **options: Any) -> tuple[float, float]:
@@ -149,8 +151,8 @@ def test_samplers_start_where_no_signal_is_left(sampler: str) -> None:
     noise = drawn(4_000, 1, 1, 2)
     x = walk(process, sampler, 100, noise, MIXTURE.denoiser(process)).flatten(1)
     assert (x.mean(0) - MIXTURE.mean).abs().max() < 0.04
-    if sampler in ON_TABLES:
-        clipped = ON_TABLES[sampler](MIXTURE.denoiser(process), noise, process.tables.respaced(10), lambda k: noise)
+    if sampler in ("ddpm", "ddim"):
+        clipped = SAMPLERS[sampler](MIXTURE.denoiser(process), noise, process.tables.respaced(10), lambda k: noise)
         assert bool(clipped.isfinite().all())
 
 
@@ -249,22 +251,22 @@ def test_samplers_stay_finite_and_in_their_type(name: str, sampler: str, dtype: 
         return process.convert(torch.tanh(seen) * time.reshape(-1, 1, 1, 1).cos(), x, t)
 
     noise = drawn(4, 1, 2, 2).to(dtype)
-    if sampler in ON_PATH:
-        x = ON_PATH[sampler](predict, noise, process.path, lambda k: noise, rtol=0.1, atol=0.1)  # type: ignore[attr-defined]
+    if sampler == "dopri5":
+        x = dopri5(predict, noise, process.path, lambda k: noise, rtol=0.1, atol=0.1)  # type: ignore[attr-defined]
         assert x.dtype == dtype and bool(x.isfinite().all())
         return
     grid = process.sde_grid(6) if sampler == "euler_maruyama" else process.grid(6)  # type: ignore[attr-defined]
-    if sampler in ON_TABLES:
-        x = ON_TABLES[sampler](predict, noise, process.tables.respaced(6), lambda k: noise)  # type: ignore[attr-defined]
+    if sampler in ("ddpm", "ddim"):
+        x = SAMPLERS[sampler](predict, noise, process.tables.respaced(6), lambda k: noise)  # type: ignore[attr-defined]
     else:
-        x = ON_GRID[sampler](predict, grid.start(noise), grid, lambda k: noise, clip=True)
+        x = SAMPLERS[sampler](predict, grid.start(noise), grid, lambda k: noise, clip=True)
     assert x.dtype == dtype
     assert bool(x.isfinite().all())
 
 
 def test_each_pair_is_either_listed_or_refused_with_a_sentence() -> None:
     for process, samplers in PAIRS.items():
-        for sampler in (*ON_TABLES, *ON_GRID, *ON_PATH):
+        for sampler in SAMPLERS:
             if sampler in samplers:
                 check_pair(process, sampler)
                 continue

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from diffbench.config.sample_sections import SampleConfig
 from diffbench.core.errors import UserError
 from diffbench.denoisers.classifier import ClassifierConfig, NoisyClassifier
-from diffbench.diffusion import EDM, DiscreteVP, EDMConfig, Flow, FlowConfig, Process, VPConfig
-from diffbench.diffusion.pairs import PAIRS
+from diffbench.diffusion import EDM, PAIRS, DiscreteVP, EDMConfig, Flow, FlowConfig, Process, VPConfig
 from diffbench.sampling.guided import GuidanceModels, gradient_of, guided
 from diffbench.sampling.sampler import Sampler
 from diffbench.sampling.trajectory import Trajectory
