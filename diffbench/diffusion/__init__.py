@@ -12,7 +12,6 @@ from diffbench.diffusion.process import Grid, LabelledPredict, Point, Predict, P
 from diffbench.diffusion.samplers import (
     PAIRS,
     SAMPLERS,
-    Churn,
     StepLimitError,
     check_pair,
     ddim,
@@ -48,7 +47,6 @@ __all__ = [
     "PAIRS",
     "PROCESSES",
     "SAMPLERS",
-    "Churn",
     "DiscreteVP",
     "EDMConfig",
     "Flow",

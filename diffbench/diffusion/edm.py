@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample, whole
+from diffbench.diffusion.process import Grid, Point, Prediction, Process, per_sample, whole
 from diffbench.diffusion.timesteps import normal_quantiles
 
 
@@ -81,16 +81,13 @@ class EDM(Process):
         return Prediction(x0, eps)
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network should put out, (x_0 - c_skip x) / c_out, (B, C, H, W)."""
+        """(x_0 - c_skip x) / c_out, (B, C, H, W).
+
+        The loss, its squared error, is (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |D - x_0|^2, weighted by
+        1 / c_out^2.
+        """
         total, data = self._total(t), self.config.sigma_data
         return per_sample(t.double() / (data * total), x0) * x0 - per_sample(data / total, x0) * eps
-
-    def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |D - x_0|^2, a mean over each sample, (B,).
-
-        That weight is 1 / c_out^2: the squared error of what the network puts out.
-        """
-        return mean_square(out - self.target(x0, t, eps))
 
     def grid(self, steps: int | str) -> Grid:
         """Noise levels evenly spread in sigma^(1 / rho) from sigma_max to sigma_min, then 0 (Eq. 5)."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample, whole
+from diffbench.diffusion.process import Grid, Point, Prediction, Process, per_sample, whole
 from diffbench.diffusion.timesteps import normal_quantiles
 
 
@@ -90,10 +90,6 @@ class Flow(Process):
         """The velocity alpha' x_0 + sigma' eps, (B, C, H, W)."""
         p = self.path(t)
         return per_sample(p.alpha_rate, x0) * x0 + per_sample(p.sigma_rate, x0) * eps
-
-    def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Mean squared error of each sample's velocity, (B,)."""
-        return mean_square(out[:, : x0.shape[1]] - self.target(x0, t, eps))
 
     def grid(self, steps: int | str) -> Grid:
         """Times evenly spread from 0 to 1."""

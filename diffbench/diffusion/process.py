@@ -107,8 +107,8 @@ class Process(ABC):
         """alpha and sigma at times t (B,), in the dtype of `like` and shaped to broadcast over it."""
 
     @abstractmethod
-    def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The loss of each sample's network output at add_noise(x0, t, eps), (B,)."""
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network should put out at add_noise(x0, t, eps), (B, C, H, W), a learned variance aside."""
 
     @abstractmethod
     def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
@@ -121,6 +121,10 @@ class Process(ABC):
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network sees: the noisy image as scaled for it, and its conditioning time (B,) in that dtype."""
         return x_t, t.to(x_t.dtype)
+
+    def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The loss of each sample's network output at add_noise(x0, t, eps), (B,): the squared error of its target."""
+        return mean_square(out[:, : x0.shape[1]] - self.target(x0, t, eps))
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t of images x0 and noise eps (B, C, H, W) at times t (B,)."""

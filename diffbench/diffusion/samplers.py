@@ -12,7 +12,6 @@ and returns the sample, (B, C, H, W).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -89,13 +88,7 @@ def ddim(
 
 
 def euler(
-    predict: Predict,
-    x: Tensor,
-    grid: Grid,
-    noise: Noise,
-    *,
-    clip: bool = False,
-    callback: Callback | None = None,
+    predict: Predict, x: Tensor, grid: Grid, noise: Noise, *, clip: bool = False, callback: Callback | None = None
 ) -> Tensor:
     """Euler's method, order 1; on a linear flow and on EDM's levels it takes the steps of DDIM."""
     for k in range(len(grid)):
@@ -107,49 +100,40 @@ def euler(
     return x
 
 
-@dataclass(frozen=True)
-class Churn:
-    """Noise added before each step and taken away by it (Karras et al. 2022, Algorithm 2)."""
-
-    amount: float
-    """S_churn, spread over the steps; a step at most multiplies sigma by sqrt 2."""
-    low: float = 0.0
-    """S_min: the least sigma at which noise is added."""
-    high: float = math.inf
-    """S_max: the largest sigma at which noise is added."""
-    scale: float = 1.0
-    """S_noise: standard deviation of the noise added."""
-
-    def raised(self, sigma: float, steps: int) -> float:
-        """The level to which the noise of a step from sigma is raised."""
-        inside = self.low <= sigma <= self.high
-        return sigma * (1 + min(self.amount / steps, math.sqrt(2) - 1)) if inside else sigma
-
-
 def heun(
     predict: Predict,
     x: Tensor,
     grid: Grid,
     noise: Noise,
     *,
-    churn: Churn | None = None,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
     clip: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Heun's method, order 2 (Karras et al. 2022, Algorithms 1 and 2); Euler's where the network cannot be asked.
 
+    Args:
+        s_churn: noise added to the steps and taken away by them, spread over all; a step at most multiplies sigma by
+            sqrt 2.
+        s_min: least sigma at which noise is added.
+        s_max: largest sigma at which noise is added.
+        s_noise: standard deviation of the noise added.
+
     Raises:
         ValueError: if noise is to be churned in a process that scales the image.
     """
-    if churn and bool((grid.points.alpha != 1).any()):
+    if s_churn and bool((grid.points.alpha != 1).any()):
         raise ValueError("churn belongs to the edm process, whose noise is added to an image of constant scale")
+    most = 1 + min(s_churn / len(grid), math.sqrt(2) - 1)
     for k in range(len(grid)):
         here, there = grid[k], grid[k + 1]
-        if churn:
-            level = here.sigma.new_tensor(churn.raised(float(here.sigma), len(grid)))
-            if level > here.sigma:
-                x = x + (level**2 - here.sigma**2).sqrt().to(x.dtype) * churn.scale * noise(k)
-                here = here._replace(time=level, s=level, sigma=level)
+        if s_churn and s_min <= here.sigma <= s_max:
+            level = here.sigma * most
+            x = x + (level**2 - here.sigma**2).sqrt().to(x.dtype) * s_noise * noise(k)
+            here = here._replace(time=level, s=level, sigma=level)
         prediction = _ask(predict, x, here, clip)
         rate, size = here.rate(prediction), _size(here, there, x)
         ahead = x + size * rate
@@ -163,13 +147,7 @@ def heun(
 
 
 def dpm_solver(
-    predict: Predict,
-    x: Tensor,
-    grid: Grid,
-    noise: Noise,
-    *,
-    clip: bool = False,
-    callback: Callback | None = None,
+    predict: Predict, x: Tensor, grid: Grid, noise: Noise, *, clip: bool = False, callback: Callback | None = None
 ) -> Tensor:
     """DPM-Solver++(2M), order 2 with one network call a step (Lu et al. 2022b, Algorithm 2).
 

@@ -60,7 +60,6 @@ class Tables:
     log_betas: Tensor
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
-    alphas_cumprod_next: Tensor
     posterior_variance: Tensor
     posterior_log_variance_clipped: Tensor
     posterior_mean_coef1: Tensor
@@ -79,7 +78,6 @@ class Tables:
         alphas = 1 - betas
         bar = alphas.cumprod(0)
         prev = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
-        following = torch.cat([bar[1:], torch.zeros(1, dtype=torch.float64)])
         variance = betas * (1 - prev) / (1 - bar)
         # The first posterior variance is zero; its log is taken from the second step instead.
         clipped = torch.cat([variance[1:2], variance[1:]]) if len(betas) > 1 else betas
@@ -89,7 +87,6 @@ class Tables:
             log_betas=betas.log(),
             alphas_cumprod=bar,
             alphas_cumprod_prev=prev,
-            alphas_cumprod_next=following,
             posterior_variance=variance,
             posterior_log_variance_clipped=clipped.log(),
             posterior_mean_coef1=betas * prev.sqrt() / (1 - bar),

@@ -118,7 +118,7 @@ class DiscreteVP(Process):
         return per_sample(log_snr.sigmoid().sqrt(), like), per_sample((-log_snr).sigmoid().sqrt(), like)
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network should put out, (B, C, H, W), a learned variance aside."""
+        """Noise, image or v, as `prediction` says."""
         if self.config.prediction == "v":
             alpha, sigma = self.alpha_sigma(t, x0)
             return alpha * eps - sigma * x0

@@ -14,7 +14,7 @@ from diffbench.core import collectives as together
 from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
-from diffbench.diffusion import SAMPLERS, Churn, Grid, Predict, Process, ddim, ddpm, dopri5, predictor
+from diffbench.diffusion import SAMPLERS, Grid, Predict, Process, ddim, ddpm, dopri5, predictor
 from diffbench.diffusion.samplers import Callback, Noise
 from diffbench.sampling.fast import Graphed, Network, in_bfloat16
 from diffbench.sampling.guided import GuidanceModels, guided
@@ -197,7 +197,8 @@ def run_sampler(
         case _:
             grid = process.grid(c.steps)
             if c.sampler == "heun" and c.s_churn:
-                options["churn"] = Churn(c.s_churn, c.s_min, math.inf if c.s_max is None else c.s_max, c.s_noise)
+                options = {"s_churn": c.s_churn, "s_min": c.s_min, "s_noise": c.s_noise}
+                options["s_max"] = math.inf if c.s_max is None else c.s_max
     return SAMPLERS[str(c.sampler)](
         predict, grid.start(x), grid, noise, clip=bool(c.clip), callback=callback, **options
     )

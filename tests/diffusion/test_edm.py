@@ -7,7 +7,7 @@ import torch
 from golden_cases import load
 from torch import Tensor
 
-from diffbench.diffusion import EDM, Churn, EDMConfig, Flow, FlowConfig, Prediction, heun
+from diffbench.diffusion import EDM, EDMConfig, Flow, FlowConfig, Prediction, heun
 
 CASE = load("edm_process")
 ARGUMENTS = CASE.info["arguments"]
@@ -50,12 +50,12 @@ def test_noise_levels_and_heun_equal_the_reference() -> None:
     grid = EDM(EDMConfig(sigma_min=a["sigma_min"], sigma_max=a["sigma_max"], rho=a["rho"])).grid(a["num_steps"])
     allowed = CASE.info["tolerances"]
     noise = CASE.input("churn_noise", torch.float64)
-    churn = Churn(a["S_churn"], a["S_min"], a["S_max"], a["S_noise"])
+    churn = {key: a[key.replace("s_", "S_")] for key in ("s_churn", "s_min", "s_max", "s_noise")}
     start = grid.start(CASE.input("latents", torch.float64))
     for name, got in (
         ("sigmas", grid.points.sigma),
         ("heun", heun(closed_form, start, grid, lambda k: noise[k])),
-        ("heun_churn", heun(closed_form, start, grid, lambda k: noise[k], churn=churn)),
+        ("heun_churn", heun(closed_form, start, grid, lambda k: noise[k], **churn)),
     ):
         want, limit = CASE.tensors[f"out64.{name}"], allowed[f"out64.{name}"]
         assert ((got - want).abs() <= limit["atol"] + limit["rtol"] * want.abs()).all(), name
@@ -71,12 +71,12 @@ def test_noise_is_asked_for_only_where_it_is_churned() -> None:
     start = torch.ones(1, 1, 2, 2, dtype=torch.float64)
     heun(closed_form, start, grid, noise)
     assert asked == []
-    heun(closed_form, start, grid, noise, churn=Churn(5.0, low=0.05, high=50))
+    heun(closed_form, start, grid, noise, s_churn=5.0, s_min=0.05, s_max=50)
     inside = (grid.points.sigma >= 0.05) & (grid.points.sigma <= 50)
     assert asked == inside.nonzero().flatten().tolist()
     flow = Flow(FlowConfig()).grid(10)
     with pytest.raises(ValueError, match="churn belongs to the edm process"):
-        heun(closed_form, start, flow, noise, churn=Churn(5.0))
+        heun(closed_form, start, flow, noise, s_churn=5.0)
 
 
 def test_training_levels_are_log_normal() -> None:

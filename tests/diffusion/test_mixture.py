@@ -14,7 +14,6 @@ from diffbench.diffusion import (
     EDM,
     PAIRS,
     SAMPLERS,
-    Churn,
     DiscreteVP,
     EDMConfig,
     Flow,
@@ -42,7 +41,7 @@ RUNS = [(p, s) for p in PROCESSES for s in PAIRS[p.split()[0]]]
 NOISY: list[tuple[str, str, dict[str, Any]]] = [
     *((p, "ddpm", {"variance": "fixed_small"}) for p in ("vp", "vp cosine")),
     *((p, "ddim", {"eta": 1.0}) for p in ("vp", "vp cosine")),
-    ("edm", "heun", {"churn": Churn(20.0)}),
+    ("edm", "heun", {"s_churn": 20.0}),
     *((p, "euler_maruyama", {"last": last}) for p in ("flow", "flow gvp") for last in ("tweedie", "euler")),
     ("flow", "euler_maruyama", {"diffusion": "constant", "strength": 0.3}),
 ]

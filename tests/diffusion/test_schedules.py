@@ -31,6 +31,7 @@ def derived(tables: Tables) -> dict[str, Tensor]:
     """The functions of alphas_cumprod that the reference stores as tables of their own."""
     bar = tables.alphas_cumprod
     return {
+        "alphas_cumprod_next": torch.cat([bar[1:], bar.new_zeros(1)]),
         "sqrt_alphas_cumprod": bar.sqrt(),
         "sqrt_one_minus_alphas_cumprod": (1 - bar).sqrt(),
         "log_one_minus_alphas_cumprod": (1 - bar).log(),
