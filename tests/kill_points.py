@@ -21,8 +21,9 @@ import torch
 from own_images import Encoder, squares
 
 from diffbench.core import store
-from diffbench.data.images import ImagesConfig, images
+from diffbench.data.images import images
 from diffbench.data.latents import encode
+from diffbench.data.places import ImagesConfig
 
 CALLS = ("pwrite", "fsync", "replace", "truncate", "unlink")
 

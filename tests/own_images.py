@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffbench.data.images import ImagesConfig, images
+from diffbench.data.images import images
+from diffbench.data.places import ImagesConfig
 from diffbench.data.sets import ImageSet
 
 

@@ -37,7 +37,7 @@ class DataFacts:
             train.name,
             train.shape,
             train.num_classes,
-            train.classes,
+            train.class_names,
             len(train),
             train.fingerprint() if len(train) else "",
         )

@@ -1,63 +1,38 @@
-"""Own images: decoded once, in parallel, into memory-mapped bytes that every later command reads."""
+"""Images of one's own: decoded once, in parallel, into a store that every later command maps into memory."""
 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from diffbench.core.files import cache_folder
-from diffbench.core.store import Contents, Store
-from diffbench.data.places import Place, locate
-from diffbench.data.sets import ImageSet
+import numpy as np
 
-VERSION = 1
-"""Of what makes pixels from files: another number decodes anew."""
+from diffbench.core import rng
+from diffbench.core.files import cache_folder
+from diffbench.core.progress import progress
+from diffbench.core.store import Chunk, Contents, Store
+from diffbench.data.places import ImagesConfig, Place, locate
+from diffbench.data.sets import ImageSet
+from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, folder_splits, hold_out, training_split
+from diffbench.data.transforms import BrokenError, decode, quiet
+
+VERSION = 2
+"""Of what makes pixels and classes from files: another number decodes anew."""
 CIFAR10_FOLDER, CIFAR10_HUB = "data/cifar10", "uoft-cs/cifar10"
 KNOWN = {"bd98cdb37ac5797f": "cifar10-jpeg", "4a95dbec0105c740": "cifar10-jpeg"}
 """Fingerprint -> the name of a data set that its folder may be wrong about."""
-
-
-@dataclass
-class ImagesConfig:
-    """Images of one's own: a folder (class sub-folders or none), parquet files, or a Hugging Face hub name."""
-
-    path: str | None = None
-    """A folder of images or of parquet files, one .parquet file, a pattern of them, or a hub name."""
-    image_size: int = 32
-    """Side of the square at the centre that is kept, in pixels; other sizes are brought to it as in ADM."""
-    channels: int = 3
-    """3 for colour, 1 for grey."""
-    labels: bool = True
-    """Whether classes are used where the data has them; false trains without."""
-    flip: bool = False
-    """Mirrors half of the training images, drawn anew each epoch."""
-    split: str | None = None
-    """The split to train on; null for "train", or the only one."""
-    held_out: int | None = None
-    """Images kept from training for validation: of the data's own test (or validation) split where it has one, else of
-    the training split; null for all of the former, or a tenth of the latter, 10,000 at most."""
-    image_column: str | None = None
-    label_column: str | None = None
-    """Columns of parquet files and hub data; null where they can be told by their type or name."""
-    subset: str | None = None
-    """The configuration of a hub name that has several."""
-    skip_broken: bool = False
-    """Leaves broken images out instead of stopping at the first."""
-    num_workers: int = 0
-    """Loader processes; 0 loads in the training process, the fastest for data in memory."""
-
-    def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise ValueError(f"data.channels: must be 1 (grey) or 3 (colour), got {self.channels}")
-        for name, least in (("image_size", 1), ("num_workers", 0), ("held_out", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"data.{name}: must be at least {least}, got {value}")
+NAMED = 1000
+"""So many broken images are named in the manifest; all are counted."""
 
 
 @dataclass
@@ -69,7 +44,7 @@ class CIFAR10Config(ImagesConfig):
 
 
 def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
-    """The training and the held-out part, decoded where they are not yet.
+    """Load the training and the held-out part; decode what is not decoded yet.
 
     Raises:
         ValueError: one line that begins with the key.
@@ -77,12 +52,12 @@ def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
     """
     if not config.path:
         raise ValueError("data.path: missing; allowed: a folder of images, .parquet files, or a hub name")
-    values = json.dumps(dataclasses.asdict(_plain(config)))
-    return _images(values, str(cache_folder()), os.getcwd(), _stamp(Path(config.path).expanduser()))
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(ImagesConfig)}
+    return _images(json.dumps(values), str(cache_folder()), os.getcwd(), _stamp(Path(config.path).expanduser()))
 
 
 def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:
-    """CIFAR-10's training and held-out part; never fetched unless `path` names the hub."""
+    """Load CIFAR-10's training and held-out part; it is never fetched unless `path` names the hub."""
     if config.path is None:
         here = Path(CIFAR10_FOLDER).is_dir()
         config = dataclasses.replace(config, path=CIFAR10_FOLDER if here else CIFAR10_HUB)
@@ -95,21 +70,14 @@ def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:
 
 
 def _is_fetched(config: ImagesConfig) -> bool:
-    """Whether a hub name was decoded or downloaded before."""
-    assert config.path is not None
-    if all(store.is_complete() for store in _stores(_plain(config), locate(config.path))):
+    """Whether CIFAR-10 was decoded or downloaded from the hub before."""
+    if all(store.is_complete() for store in _stores(config, locate(CIFAR10_HUB))):
         return True
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    owner, name = config.path.split("/")
-    left = (HF_DATASETS_CACHE, f"{owner}___{name}"), (HF_HUB_CACHE, f"datasets--{owner}--{name}")
+    left = (HF_DATASETS_CACHE, CIFAR10_HUB.replace("/", "___")), (HF_HUB_CACHE, "datasets--uoft-cs--cifar10")
     return any(Path(folder, sub).is_dir() for folder, sub in left)
-
-
-def _plain(config: ImagesConfig) -> ImagesConfig:
-    """The same without what a subclass adds."""
-    return ImagesConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ImagesConfig)})
 
 
 def _stamp(path: Path) -> str:
@@ -124,8 +92,7 @@ def _stamp(path: Path) -> str:
 @lru_cache(maxsize=4)
 def _images(values: str, cache: str, folder: str, stamp: str) -> tuple[ImageSet, ImageSet]:
     config = ImagesConfig(**json.loads(values))
-    assert config.path is not None
-    place = locate(config.path)
+    place = locate(str(config.path))
     stores = _stores(config, place)
     found = [store.open_intact() for store in stores]
     if None in found:
@@ -135,11 +102,44 @@ def _images(values: str, cache: str, folder: str, stamp: str) -> tuple[ImageSet,
     return train, held_out
 
 
-def _identity(config: ImagesConfig, place: Place) -> dict[str, Any]:
-    """What decides every byte of the decoded images."""
-    free = {"path", "flip", "skip_broken", "num_workers"}
-    what = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    return {"version": VERSION, "place": place.identity, **what}
+@dataclass(frozen=True)
+class Part:
+    """Rows of a split, ascending, that are trained on or held out."""
+
+    split: Split
+    rows: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Their classes, int64."""
+        return np.zeros(len(self.rows), np.int64) if self.split.labels is None else self.split.labels[self.rows]
+
+
+def read(place: Place, config: ImagesConfig) -> tuple[Part, Part, list[str]]:
+    """The training part, the held-out part, and the names of the classes (none for images without labels).
+
+    Raises:
+        ValueError: one line that begins with the key, where the layout is unknown or ambiguous.
+    """
+    from diffbench.data.tables import table_splits  # seconds to import
+
+    splits, names = (folder_splits if place.kind == "folder" else table_splits)(place, config)
+    train = splits[training_split(list(splits), config.split)]
+    others = [splits[s] for s in HELD_OUT_SPLITS if s in splits and splits[s] is not train]
+    test = next((s for s in others if s.labels is None or (s.count and s.labels.max() >= 0)), None)
+    for split in [train] if test is None else [train, test]:
+        if split.labels is not None and (split.labels < 0).any():
+            item = next(split.read([(split.labels < 0).nonzero()[0][:1]]))[0]
+            raise ValueError(f"data.label_column: {item.name} has no class of {train.name}'s; mend or remove it")
+    if test is None:
+        labels = np.zeros(train.count, np.int64) if train.labels is None else train.labels
+        chosen = hold_out(labels, config.held_out)
+        return Part(train, np.setdiff1d(np.arange(train.count), chosen)), Part(train, chosen), names
+    count = test.count if config.held_out is None else config.held_out
+    if count > test.count:
+        raise ValueError(f"data.held_out: split {test.name} has {test.count:,} images, fewer than {count:,}")
+    order = rng.permutation(rng.key("held-out"), test.count).numpy()
+    return Part(train, np.arange(train.count)), Part(test, np.sort(order[:count])), names
 
 
 def _stores(config: ImagesConfig, place: Place) -> tuple[Store, Store]:
@@ -150,44 +150,119 @@ def _stores(config: ImagesConfig, place: Place) -> tuple[Store, Store]:
     return Store(folder / "train"), Store(folder / "held-out")
 
 
-def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> None:
-    """Decode what is missing or damaged of both parts."""
-    from diffbench.data.decoding import decode_part
-    from diffbench.data.splits import read
-
-    options = ("split", "held_out", "image_column", "label_column", "subset", "labels")
-    train, held_out, classes = read(place, **{name: getattr(config, name) for name in options})
-    for store, part in zip(stores, (train, held_out), strict=True):
-        decode_part(
-            part,
-            store,
-            _identity(config, place),
-            classes,
-            size=config.image_size,
-            channels=config.channels,
-            skip_broken=config.skip_broken,
-        )
-    facts = [store.open().facts for store in stores]
-    ignored = f"; {place.ignored:,} files there are no images" if place.ignored else ""
-    print(f"decoded images are kept in {stores[0].folder.parent}{ignored}", flush=True)
-    if count := sum(f["count"] for f in facts):
-        names = [name for f in facts for name, _ in f["broken"]]
-        print(f"warning: {count:,} broken images left out: {', '.join(names[:5])}{', ...' * (count > 5)}", flush=True)
+def _identity(config: ImagesConfig, place: Place) -> dict[str, Any]:
+    return {"version": VERSION, "place": place.identity, **config.identity}
 
 
 def _image_set(contents: Contents, place: Place, config: ImagesConfig) -> ImageSet:
     facts, arrays = contents.facts, contents.arrays
     if facts["count"] and not config.skip_broken:
-        from diffbench.data.decoding import refusal
+        raise ValueError(_refusal(*facts["broken"][0]))
+    names, digest = tuple(facts["classes"]), facts["fingerprint"]
+    # A JPEG copy is not the original, whatever its folder is called.
+    lossy = "-jpeg" if place.name == "cifar10" and "JPEG" in facts["formats"] else ""
+    name = KNOWN.get(digest, place.name + lossy)
+    return ImageSet(arrays["images"], arrays["labels"], len(names), name, names, digest, formats=facts["formats"])
 
-        raise ValueError(refusal(*facts["broken"][0]))
-    classes = tuple(facts["classes"])
-    return ImageSet(
-        arrays["images"], arrays["labels"], len(classes), _name(place, facts), classes, facts["fingerprint"]
-    )
+
+def _refusal(name: str, why: str) -> str:
+    return f"data.path: {name}: broken image ({why}); mend or remove it, or set data.skip_broken=true"
 
 
-def _name(place: Place, facts: dict[str, Any]) -> str:
-    """The folder's name, unless the images are known to be something else: a JPEG copy is not the original."""
-    lossy = place.name == "cifar10" and "JPEG" in facts["formats"]
-    return KNOWN.get(facts["fingerprint"], f"{place.name}-jpeg" if lossy else place.name)
+def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> None:
+    """Decode what is missing or damaged of both parts."""
+    if place.listing is not None:
+        print(place.listing, flush=True)
+    train, held_out, classes = read(place, config)
+    for store, part in zip(stores, (train, held_out), strict=True):
+        _decode_part(part, store, classes, config, place)
+    facts = [store.open().facts for store in stores]
+    print(f"decoded images are kept in {stores[0].folder.parent}", flush=True)
+    if count := sum(f["count"] for f in facts):
+        names = [name for f in facts for name, _ in f["broken"]]
+        print(f"warning: {count:,} broken images left out: {', '.join(names[:5])}{', ...' * (count > 5)}", flush=True)
+
+
+def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesConfig, place: Place) -> None:
+    """Fill a store with the part's pixels ("images") and classes ("labels").
+
+    Its facts are the fingerprint, the classes, how often each file format was met, the number of broken images and
+    the names of the first.
+
+    Raises:
+        ValueError: naming the first broken image, unless they are skipped, or where none is left.
+        UserError: where the disk is full.
+    """
+    channels, size = config.channels, config.image_size
+    columns = {"images": ("|u1", (channels, size, size)), "labels": ("<i8", ())}
+    with store.fill(_identity(config, place), columns, len(part.rows)) as filling, quiet():
+        done = sum(line["rows"] + line["facts"]["count"] for line in filling.present.values())
+        with progress(f"decoding {store.folder.name}", len(part.rows), done) as advance:
+            for chunk, outcomes in _decoded(part, filling.missing, size, channels):
+                broken = [(name, why) for name, why in outcomes if isinstance(name, str)]
+                if broken and not config.skip_broken:
+                    raise ValueError(_refusal(*broken[0]))
+                good = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome[0], str)]
+                pixels = np.zeros((len(good), channels, size, size), np.uint8)
+                for row, i in enumerate(good):
+                    pixels[row] = outcomes[i][0]
+                formats = Counter(outcomes[i][1] for i in good)
+                facts = {"formats": dict(sorted(formats.items())), "count": len(broken), "broken": broken[:NAMED]}
+                filling.add(chunk, {"images": pixels, "labels": part.labels[chunk.first : chunk.last][good]}, facts)
+                advance(len(outcomes))
+        if not any(line["rows"] for line in filling.written.values()):
+            raise ValueError(f"data.path: every one of {len(part.rows):,} images is broken")
+
+        def merged(arrays: dict[str, np.ndarray], facts: list[dict[str, Any]]) -> dict[str, Any]:
+            formats: Counter[str] = sum((Counter(f["formats"]) for f in facts), Counter())
+            digest = hashlib.sha256(arrays["images"].data.cast("B"))
+            digest.update(arrays["labels"].data.cast("B"))
+            return {
+                "fingerprint": digest.hexdigest()[:16],  # as of `ImageSet.fingerprint`
+                "classes": classes,
+                "formats": dict(sorted(formats.items())),
+                "count": sum(f["count"] for f in facts),
+                "broken": list(chain.from_iterable(f["broken"] for f in facts))[:NAMED],
+            }
+
+        filling.finish(merged)
+
+
+Outcome = tuple[np.ndarray | str, str]
+"""Pixels and the file's format; or the name of a broken image and what is wrong with it."""
+
+
+def _decoded(part: Part, chunks: list[Chunk], size: int, channels: int) -> Iterator[tuple[Chunk, list[Outcome]]]:
+    """What comes of each chunk, decoded by threads while the next is read."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Pillow lets other threads run while it decodes and resamples: processes would gain little and cost a start each.
+    pool = ThreadPoolExecutor(threads)
+
+    def several(items: list[Item]) -> list[Outcome]:
+        return [_outcome(item, size, channels) for item in items]
+
+    waiting: deque[tuple[Chunk, list[Future[list[Outcome]]]]] = deque()
+    try:
+        found = part.split.read(part.rows[chunk.first : chunk.last] for chunk in chunks)
+        for chunk, items in zip(chunks, found, strict=True):
+            step = max(1, math.ceil(len(items) / (4 * threads)))
+            waiting.append((chunk, [pool.submit(several, items[i : i + step]) for i in range(0, len(items), step)]))
+            if len(waiting) > 1:
+                yield _collected(*waiting.popleft())
+        while waiting:
+            yield _collected(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _collected(chunk: Chunk, futures: list[Future[list[Outcome]]]) -> tuple[Chunk, list[Outcome]]:
+    return chunk, [outcome for future in futures for outcome in future.result()]
+
+
+def _outcome(item: Item, size: int, channels: int) -> Outcome:
+    if item.encoded is None:
+        return item.name, item.why
+    try:
+        return decode(item.encoded, size, channels)
+    except BrokenError as e:
+        return item.name, str(e)

@@ -42,7 +42,7 @@ class LatentSet:
         scale: with `shift` it brings latents to about unit variance: (z - shift) * scale.
         flipped: the posteriors of the mirrored pictures, where they were encoded too.
         name: of the data set.
-        classes: names of the classes, or none.
+        class_names: by label, or none.
         digest: the fingerprint where it is known already.
         spread: mean and standard deviation over all latents drawn, unscaled.
     """
@@ -55,7 +55,7 @@ class LatentSet:
     shift: float = 0.0
     flipped: "LatentSet | None" = None
     name: str = "images"
-    classes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     digest: str | None = None
     spread: tuple[float, float] | None = None
 
@@ -242,7 +242,7 @@ def _latents(found: Contents, images: ImageSet, scale: float, shift: float) -> L
         "scale": scale,
         "shift": shift,
         "name": images.name,
-        "classes": images.classes,
+        "class_names": images.class_names,
     }
     flipped = None
     if "flipped_mean" in arrays:

@@ -1,41 +1,136 @@
-"""Where images lie: a folder of them, parquet files, or a data set of the Hugging Face hub, with splits and classes.
-
-Finding out costs a listing of files; nothing is read before `open_splits`.
-"""
+"""Where images lie: in a folder, in parquet files, or on the Hugging Face hub; which files count, and which do not."""
 
 import glob
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from diffbench.data.decode import SUFFIXES
+from diffbench.data.transforms import SUFFIXES
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-WORDS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
-}
-"""Names of folders, and words in names of parquet files, that mean a split."""
+
+
+@dataclass
+class ImagesConfig:
+    """Images of one's own: a folder (class sub-folders or none), parquet files, or a Hugging Face hub name."""
+
+    path: str | None = None
+    """A folder of images or of parquet files, one .parquet file, a pattern of them, or a hub name."""
+    image_size: int = 32
+    """Side of the square at the centre that is kept, in pixels; other sizes are brought to it as in ADM."""
+    channels: int = 3
+    """3 for colour, 1 for grey."""
+    labels: bool = True
+    """Whether classes are used where the data has them; false trains without."""
+    flip: bool = False
+    """Mirrors half of the training images, drawn anew each epoch."""
+    split: str | None = None
+    """The split to train on; null for "train", or the only one."""
+    held_out: int | None = None
+    """Images kept from training for validation: of the data's own test (or validation) split where it has one, else of
+    the training split; null for all of the former, or a tenth of the latter, 10,000 at most."""
+    image_column: str | None = None
+    label_column: str | None = None
+    """Columns of parquet files and hub data; null where they can be told by their type or name."""
+    subset: str | None = None
+    """The configuration of a hub name that has several."""
+    skip_broken: bool = False
+    """Leaves broken images out instead of stopping at the first."""
+    num_workers: int = 0
+    """Loader processes; 0 loads in the training process, the fastest for data in memory."""
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"data.channels: must be 1 (grey) or 3 (colour), got {self.channels}")
+        for name, least in (("image_size", 1), ("num_workers", 0), ("held_out", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"data.{name}: must be at least {least}, got {value}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide every byte of the decoded images."""
+        free = {"path", "flip", "skip_broken", "num_workers"}
+        return {f.name: getattr(self, f.name) for f in fields(ImagesConfig) if f.name not in free}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files below a folder, relative to it and sorted.
+
+    Attributes:
+        skipped: reason -> names of what was passed over for it.
+    """
+
+    root: Path
+    images: list[str]
+    tables: list[str]
+    skipped: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        kinds = Counter(os.path.splitext(file)[1].lower().removeprefix(".") for file in self.images)
+        found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+        left = [f"{len(names):,} {reason} ({some(names)})" for reason, names in self.skipped.items() if names]
+        return f"{self.root}: {len(self.images):,} images ({found})" + ("; skipped " + ", ".join(left)) * bool(left)
+
+
+def list_files(root: Path) -> Listing:
+    """List the images and parquet files below a folder by their suffixes; hidden files and folders are skipped.
+
+    Links that leave the folder are refused: what they lead to can change unseen, and a folder from elsewhere could name
+    any file of this machine. Links to folders inside are skipped.
+
+    Raises:
+        ValueError: one line, for such a link or for a name that is not UTF-8.
+    """
+    images: list[str] = []
+    tables: list[str] = []
+    skipped: dict[str, list[str]] = {"hidden": [], "links to folders": [], "other files": []}
+    real, folders = root.resolve(), [root]
+    while folders:
+        with os.scandir(folders.pop()) as listing:
+            entries = list(listing)
+        for entry in entries:
+            path, suffix = os.path.relpath(entry.path, root), os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                skipped["hidden"].append(path)
+            elif entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(real):
+                raise ValueError(f"{entry.path} is a link that leaves {root}; put the files themselves there")
+            elif entry.is_dir():
+                if entry.is_symlink():
+                    skipped["links to folders"].append(path)
+                else:
+                    folders.append(Path(entry.path))
+            elif not entry.is_file() or (suffix != ".parquet" and suffix not in SUFFIXES):
+                skipped["other files"].append(path)
+            elif not _is_text(entry.path):
+                raise ValueError(f"the name of {os.fsencode(entry.path)!r} is not UTF-8; rename it")
+            else:
+                (tables if suffix == ".parquet" else images).append(path)
+    return Listing(root, sorted(images), sorted(tables), skipped)
 
 
 @dataclass(frozen=True)
 class Place:
-    """What lies at a path: for each split its files, relative to `root` (none for the hub)."""
+    """What lies at a path: files in a folder, parquet files, or a data set of the hub.
+
+    Attributes:
+        files: relative to `root`; none for the hub.
+        key: a hash of the files' names, sizes and times of change; where the folder lies does not matter.
+        listing: of the folder, where the path is one.
+    """
 
     kind: Literal["folder", "parquet", "hub"]
     root: str
     name: str
-    files: dict[str, list[str]] = field(default_factory=dict)
-    depth: int = 0
-    """Folders between the root and the classes: 1 where the first are splits."""
+    files: list[str] = field(default_factory=list)
     key: str = ""
-    """A hash of the files' names, sizes and times of change; the path itself does not matter."""
-    ignored: int = 0
-    """Files that are no images."""
+    listing: Listing | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -44,19 +139,34 @@ class Place:
 
 
 def locate(path: str) -> Place:
-    """Lists what a path, a pattern of parquet files or a hub name stands for.
+    """List what a path, a pattern of parquet files or a hub name stands for; nothing is opened.
 
     Raises:
         ValueError: one line that begins with data.path.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        return _folder(local)
+        try:
+            listing = list_files(local)
+        except ValueError as e:
+            raise ValueError(f"data.path: {e}") from None
+        if listing.images and listing.tables:
+            raise ValueError(
+                f"data.path: {local} holds both images ({listing.images[0]}) and parquet files ({listing.tables[0]});"
+                f" allowed: one of them, as data.path={local / '*.parquet'}"
+            )
+        if not listing.images and not listing.tables:
+            others = len(listing.skipped["other files"])
+            raise ValueError(
+                f"data.path: no image in {local} ({others:,} other files); allowed: {' '.join(sorted(SUFFIXES))}"
+            )
+        kind: Literal["folder", "parquet"] = "folder" if listing.images else "parquet"
+        return _place(kind, local, local.resolve().name or "images", listing.images or listing.tables, listing)
     if local.is_file():
         if local.suffix != ".parquet":
             raise ValueError(f"data.path: {path} is a file; allowed: a folder, .parquet files, or a hub name")
-        name = local.parent.resolve().name if _word(local.stem) else local.stem
-        return _place("parquet", local.parent, name, [local.name])
+        generic = re.fullmatch(r"(train|training|test|validation|val|data)", local.stem.lower())
+        return _place("parquet", local.parent, local.parent.resolve().name if generic else local.stem, [local.name])
     if glob.has_magic(path):
         found = sorted(p for p in glob.glob(str(local), recursive=True) if p.endswith(".parquet"))
         if not found:
@@ -68,54 +178,14 @@ def locate(path: str) -> Place:
     raise ValueError(f"data.path: no file or folder {path}; allowed: a folder, .parquet files, or a hub name")
 
 
-def _folder(root: Path) -> Place:
-    images, tables, ignored = _walk(root)
-    name = root.resolve().name or "images"
-    if tables and images:
-        raise ValueError(
-            f"data.path: {root} holds both images ({images[0]}) and parquet files ({tables[0]}); allowed: one of them,"
-            f" as data.path={root / '*.parquet'}"
-        )
-    if tables:
-        return _place("parquet", root, name, tables, ignored)
-    if not images:
-        raise ValueError(
-            f"data.path: no image in {root} ({ignored:,} other files); allowed: {' '.join(sorted(SUFFIXES))}"
-        )
-    return _place("folder", root, name, images, ignored)
-
-
-def _walk(root: Path) -> tuple[list[str], list[str], int]:
-    """Images, parquet files (paths relative to the root, in order) and the number of other files.
-
-    Hidden files and folders are passed over. Links that leave the root are refused: what they lead to can change
-    unseen, and a folder from elsewhere could name any file of this machine. Links to folders inside are passed over.
-    """
-    images: list[str] = []
-    tables: list[str] = []
-    ignored = 0
-    real, folders = root.resolve(), [root]
-    while folders:
-        with os.scandir(folders.pop()) as listing:
-            entries = list(listing)
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(real):
-                raise ValueError(
-                    f"data.path: {entry.path} is a link that leaves {root}; put the files themselves there"
-                )
-            if entry.is_dir():
-                folders += [] if entry.is_symlink() else [Path(entry.path)]
-                continue
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if not entry.is_file() or (suffix != ".parquet" and suffix not in SUFFIXES):
-                ignored += 1
-                continue
-            if not _is_text(entry.path):
-                raise ValueError(f"data.path: the name of {os.fsencode(entry.path)!r} is no UTF-8 text; rename it")
-            (tables if suffix == ".parquet" else images).append(os.path.relpath(entry.path, root))
-    return sorted(images), sorted(tables), ignored
+def _place(
+    kind: Literal["folder", "parquet"], root: Path, name: str, files: list[str], listing: Listing | None = None
+) -> Place:
+    digest = hashlib.sha256()
+    for file in files:
+        about = os.stat(root / file)
+        digest.update(f"{file}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return Place(kind, str(root), name, files, digest.hexdigest(), listing)
 
 
 def _is_text(path: str) -> bool:
@@ -126,45 +196,6 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def _place(kind: Literal["folder", "parquet"], root: Path, name: str, files: list[str], ignored: int = 0) -> Place:
-    digest = hashlib.sha256()
-    for file in files:
-        about = os.stat(root / file)
-        digest.update(f"{file}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
-    split = _split_of_table if kind == "parquet" else _split_of_image
-    folders = {file.split(os.sep)[0] for file in files if os.sep in file}
-    whole = kind == "folder" and (not _all_splits(folders) or any(os.sep not in file for file in files))
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        splits.setdefault("train" if whole else split(file), []).append(file)
-    return Place(kind, str(root), name, splits, 0 if whole else 1, digest.hexdigest(), ignored)
-
-
-def _all_splits(folders: set[str]) -> bool:
-    """Whether folders are splits rather than classes: all named like one, a training one among them."""
-    named = {_word(f) for f in folders}
-    return None not in named and "train" in named
-
-
-def _word(text: str) -> str | None:
-    return next((split for split, words in WORDS.items() if text.lower() in words), None)
-
-
-def _split_of_image(file: str) -> str:
-    return _word(file.split(os.sep)[0]) or "train"
-
-
-def _split_of_table(file: str) -> str:
-    named = [_word(part) for part in re.split(r"[^A-Za-z]+", file.removesuffix(".parquet"))]
-    return next((n for n in reversed(named) if n), "train")
-
-
-def classes_of(files: list[str], depth: int) -> list[str]:
-    """The class of each image file: its folder at a depth below the root; empty where there are no classes.
-
-    There are none where an image lies above that depth, or all lie in one folder.
-    """
-    parts = [file.split(os.sep) for file in files]
-    if any(len(p) <= depth + 1 for p in parts) or len({p[depth] for p in parts}) < 2:
-        return []
-    return [p[depth] for p in parts]
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)

@@ -1,61 +1,44 @@
-"""Image data sets by name: uint8 images and labels, split once and for all into training and held-out parts."""
+"""Data sets by name: a new one is a file with its config and loader, and a row here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.functional import interpolate
 
-from diffbench.data.images import CIFAR10Config, ImagesConfig, cifar10, images
-from diffbench.data.sets import ImageSet, balanced
-from diffbench.data.shape_only import NoneConfig, nothing
+from diffbench.data.digits import DigitsConfig, digits
+from diffbench.data.images import CIFAR10Config, cifar10, images
+from diffbench.data.places import ImagesConfig
+from diffbench.data.sets import ImageSet
 
 
 @dataclass
-class DigitsConfig:
-    """scikit-learn's handwritten digits: 1,797 real 8x8 grey images in ten classes, inside the package."""
+class NoneConfig:
+    """Shape and class count only, for imported networks without a data set; nothing trains or is scored on it."""
 
-    held_out: int = 360
-    """Images kept from training for validation, spread evenly over the classes; 10 to 1,000."""
+    channels: int = 3
+    image_size: int = 32
+    """Pixels a side, or the side of a latent."""
+    num_classes: int = 0
     num_workers: int = 0
-    """Loader processes; 0 loads in the training process, the fastest for data in memory."""
-    size: int = 8
-    """Side of the images; above 8 they are enlarged, bilinearly."""
+    """As for other data; nothing is loaded."""
 
     def __post_init__(self) -> None:
-        if not 8 <= self.size <= 512:
-            raise ValueError(f"data.size must lie in 8 to 512, got {self.size}")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
-        if not 10 <= self.held_out <= 1000:
-            raise ValueError(f"data.held_out must lie in 10 to 1000, got {self.held_out}")
+        for name, least in {"channels": 1, "image_size": 1, "num_classes": 0, "num_workers": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: must be at least {least}, got {getattr(self, name)}")
 
 
-@cache
-def _digits(held_out: int, size: int) -> tuple[ImageSet, ImageSet]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    # Sixteen grey levels, spread over the bytes: 16 becomes 255.
-    pixels = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
-    pixels = interpolate(pixels.float(), size=size, mode="bilinear").round().to(torch.uint8)
-    labels = torch.from_numpy(bunch.target).long()
-    train, test = train_test_split(range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0)
-    parts = [ImageSet(pixels[part], labels[part], 10, "digits", tuple("0123456789")) for part in (train, test)]
-    return parts[0], parts[1]
-
-
-def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
-    """The training and the held-out part."""
-    return _digits(config.held_out, config.size)
+def no_images(config: NoneConfig) -> tuple[ImageSet, ImageSet]:
+    """Make two empty parts of the shape that the config states."""
+    images = torch.empty(0, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
+    part = ImageSet(images, torch.empty(0, dtype=torch.int64), config.num_classes)
+    return part, part
 
 
 @dataclass(frozen=True)
 class Source:
-    """A registered data set: its dataclass config and the function that reads its two parts."""
+    """A data set: its dataclass config and the function that loads its training and held-out part."""
 
     config: type
     load: Callable[[Any], tuple[ImageSet, ImageSet]]
@@ -65,7 +48,5 @@ SOURCES = {
     "digits": Source(DigitsConfig, digits),
     "images": Source(ImagesConfig, images),
     "cifar10": Source(CIFAR10Config, cifar10),
-    "none": Source(NoneConfig, nothing),
+    "none": Source(NoneConfig, no_images),
 }
-
-__all__ = ["SOURCES", "DigitsConfig", "ImageSet", "Source", "balanced", "digits"]

@@ -1,7 +1,7 @@
-"""What a picture data set is to the rest of the house."""
+"""What a data set of images is to the rest of the package."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,17 +15,21 @@ class ImageSet:
 
     Attributes:
         num_classes: 0 for images without labels, whose `labels` are all 0.
-        name: for people; a copy compressed with loss never has the original's name.
-        classes: names of the classes, or none.
-        digest: the fingerprint where it is known already.
+        name: of the data set; a copy compressed with loss never has the original's name.
+        class_names: by label; empty where the classes have no names.
+        digest: the fingerprint, where it is known already.
+        extractor: the feature extractor that suits these images.
+        formats: file format -> number of images that came in it; empty where they did not come from files.
     """
 
     images: Tensor
     labels: Tensor
     num_classes: int
     name: str = "images"
-    classes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     digest: str | None = None
+    extractor: str = "efficientnet-lite0"
+    formats: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,24 +49,24 @@ class ImageSet:
         return digest.hexdigest()[:16]
 
     def gather(self, index: Tensor) -> dict[str, Tensor]:
-        """What a batch of the pictures `index` (B,) holds."""
+        """The batch of the images with numbers `index` (B,)."""
         return {"image": rows(self.images, index), "label": rows(self.labels, index)}
 
     def clean(self, index: Tensor) -> Tensor:
-        """What validation restores of the pictures `index` (B,): (B, C, H, W) float32 in [-1, 1]."""
+        """What validation restores of the images `index` (B,): (B, C, H, W) float32 in [-1, 1]."""
         return from_uint8(rows(self.images, index))
 
     def to(self, device: torch.device) -> "ImageSet":
-        """The whole set on a device."""
+        """The set on a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     @property
     def nbytes(self) -> int:
-        """Of the whole set."""
+        """Bytes of images and labels."""
         return self.images.nbytes + self.labels.nbytes
 
     def first(self, count: int) -> "ImageSet":
-        """The first `count` images, or fewer where there are fewer."""
+        """The first `count` images, or all if there are fewer."""
         return replace(self, images=self.images[:count], labels=self.labels[:count], digest=None)
 
     def spread(self, count: int) -> "ImageSet":
@@ -74,7 +78,7 @@ class ImageSet:
 
 
 def rows(array: Tensor, index: Tensor) -> Tensor:
-    """array[index], as a copy of whole rows: by NumPy on the CPU, several times as fast as indexing by torch."""
+    """array[index], as a copy of entire rows: by NumPy on the CPU, several times as fast as indexing by torch."""
     if array.is_cpu:
         return torch.from_numpy(array.numpy().take(index.numpy(), axis=0))
     return array.index_select(0, index)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256
-from diffbench.data.decode import FORMATS, check_size, quiet
+from diffbench.data.transforms import FORMATS, check_size, quiet
 from diffbench.metrics.functional import Gaussian
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")

@@ -15,7 +15,7 @@ from diffbench.config.sample_sections import EvaluateConfig
 from diffbench.core import rng
 from diffbench.core.files import locked, write_text
 from diffbench.core.progress import progress
-from diffbench.data.registry import ImageSet
+from diffbench.data.sets import ImageSet
 from diffbench.evaluation import reference as references
 from diffbench.evaluation.reference import BATCH, Part
 from diffbench.metrics import Extractor

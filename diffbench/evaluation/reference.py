@@ -16,8 +16,7 @@ from diffbench.core import tensors as sealed
 from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder, locked, write_bytes
 from diffbench.core.progress import progress
-from diffbench.data.registry import ImageSet, balanced
-from diffbench.data.sets import rows
+from diffbench.data.sets import ImageSet, balanced, rows
 from diffbench.metrics import Extractor, Request
 from diffbench.metrics import extractor as build_extractor
 from diffbench.metrics.extractors.base import VERSION, check

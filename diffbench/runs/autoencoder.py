@@ -10,7 +10,7 @@ from diffbench.autoencoders import KLAutoencoder, io, without_spread_
 from diffbench.config.kinds import AutoencoderConfig
 from diffbench.core.errors import UserError
 from diffbench.data.coding import side_by_side, spread
-from diffbench.data.registry import balanced
+from diffbench.data.sets import balanced
 from diffbench.denoisers.flops import Cost, measure
 from diffbench.evaluation import reference
 from diffbench.runs import build, checks

@@ -16,7 +16,9 @@ from diffbench.config.layers import COMMAND_LINE, parse_overrides
 from diffbench.config.sample_sections import EvaluateConfig
 from diffbench.core.errors import UserError
 from diffbench.core.files import sha256
-from diffbench.data.registry import SOURCES, DigitsConfig, ImageSet
+from diffbench.data.digits import DigitsConfig
+from diffbench.data.registry import SOURCES
+from diffbench.data.sets import ImageSet
 from diffbench.evaluation import judging, records
 from diffbench.evaluation import reference as references
 from diffbench.evaluation.images import Pictures, holds_pictures, open_pictures, read_statistics

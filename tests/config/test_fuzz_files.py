@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from test_fuzz import LONG, SHORT, ends_well, text, try_all
 
 from diffbench.core.errors import UserError
-from diffbench.data.images import ImagesConfig, images
+from diffbench.data.images import images
+from diffbench.data.places import ImagesConfig
 
 
 def any_pictures(files: dict[str, bytes], channels: int, skip: bool) -> None:

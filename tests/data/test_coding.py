@@ -11,8 +11,8 @@ from diffbench.core import rng
 from diffbench.core.pixels import from_uint8, to_uint8
 from diffbench.data import coding
 from diffbench.data.datamodule import ImageDataModule, LatentDataModule, PositionDataset
+from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.latents import LatentSet
-from diffbench.data.registry import DigitsConfig, digits
 from diffbench.data.sets import ImageSet
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.evaluation.validation_error import denoising_error

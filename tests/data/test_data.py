@@ -11,7 +11,8 @@ from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8, to_uint8
 from diffbench.data.datamodule import ImageDataModule, PositionDataset, PositionSampler
-from diffbench.data.registry import DigitsConfig, ImageSet, balanced, digits
+from diffbench.data.digits import DigitsConfig, digits
+from diffbench.data.sets import ImageSet, balanced
 
 LAYOUTS = pytest.mark.parametrize(("world", "accumulate"), [(w, a) for w in (1, 2, 4) for a in (1, 2)])
 

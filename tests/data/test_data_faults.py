@@ -10,8 +10,7 @@ import pytest
 from own_images import folder, load, numbers, pixels, png, table
 
 from diffbench.core import store
-from diffbench.data.images import ImagesConfig
-from diffbench.data.places import locate
+from diffbench.data.places import ImagesConfig, locate
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +75,9 @@ def test_a_pipe_named_like_an_image_is_no_image(tmp_path: Path) -> None:
     os.mkfifo(root / "x.png")
     (root / ".hidden.png").write_bytes(b"")
     place = locate(str(root))
-    assert (len(place.files["train"]), place.ignored) == (4, 1)
+    assert place.listing is not None
+    assert (len(place.files), place.listing.skipped["other files"]) == (4, ["x.png"])
+    assert place.listing.skipped["hidden"] == [".hidden.png"]
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,12 @@ def test_a_pipe_named_like_an_image_is_no_image(tmp_path: Path) -> None:
         (lambda p: str(p / "*.parquet"), r"^data\.path: no \.parquet file matches"),
         (lambda p: str(folder(p / "f", {"": 1})), r"^data\.held_out: 1 of 1 images leave none to train on"),
         (lambda p: f"{folder(p / 'f', {'': 1})}/000.png", r"^data\.path: .*000\.png is a file; allowed: a folder"),
-        (lambda p: str(_text(p / "a.parquet")), r"^data\.path: .*a\.parquet: no readable parquet file"),
+        (lambda p: str(_text(p / "a.parquet")), r"^data\.path: .*a\.parquet: not a readable parquet file"),
         (lambda p: str(table(p / "a.parquet", [0]).with_name("b.parquet")), r"^data\.path: no file or folder"),
-        (lambda p: "someone/thing", r"^data\.path: someone/thing is no file or folder here, nor a hub name that can"),
+        (
+            lambda p: "someone/thing",
+            r"^data\.path: someone/thing is not a file or folder here, nor a hub name that can",
+        ),
     ],
 )
 def test_what_is_not_there_is_one_line(make: Any, text: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sub_folders_are_classes(tmp_path: Path) -> None:
     train, held_out = load(folder(tmp_path / "pets", {"dog": 6, "cat": 5}), held_out=3)
-    assert train.classes == held_out.classes == ("cat", "dog")
+    assert train.class_names == held_out.class_names == ("cat", "dog")
     assert (train.num_classes, train.name, len(train), len(held_out)) == (2, "pets", 8, 3)
     assert train.images.shape == (8, 3, 8, 8) and train.images.dtype == torch.uint8
     for part in (train, held_out):  # images 0 to 5 are dogs
@@ -36,7 +36,7 @@ def test_sub_folders_are_classes(tmp_path: Path) -> None:
 def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     train, held_out = load(folder(tmp_path / "flat", {"": 20}))
     assert (len(train), len(held_out)) == (18, 2)  # a tenth
-    assert train.num_classes == 0 and train.classes == ()
+    assert train.num_classes == 0 and train.class_names == ()
     assert set(train.labels.tolist()) == {0}
     nested, _ = load(folder(tmp_path / "one", {"all": 20}))  # one folder is no class
     assert nested.num_classes == 0
@@ -47,13 +47,13 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
 def test_folders_named_like_splits_are_splits(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", {"train/dog": 4, "train/cat": 4, "val/dog": 1, "val/cat": 2})
     train, held_out = load(root)
-    assert (len(train), len(held_out), train.classes) == (8, 3, ("cat", "dog"))
+    assert (len(train), len(held_out), train.class_names) == (8, 3, ("cat", "dog"))
     assert held_out.labels.tolist() == [0, 0, 1]
     other, rest = load(root, split="validation", held_out=1)
     assert (len(other), len(rest)) == (2, 1)
     # A class may be named like a split.
     train, _ = load(folder(tmp_path / "b", {"bus": 10, "train": 10}))
-    assert train.classes == ("bus", "train")
+    assert train.class_names == ("bus", "train")
 
 
 def test_the_held_out_images_are_the_same_whatever_the_rest(tmp_path: Path) -> None:
@@ -71,10 +71,10 @@ def test_parquet_files(tmp_path: Path) -> None:
     train, held_out = load(tmp_path / "p")
     assert numbers(train) == [0, 1, 2, 3, 4] and train.labels.tolist() == [2, 0, 1, 1, 1]
     assert numbers(held_out) == [5, 6] and held_out.labels.tolist() == [0, 2]
-    assert train.classes == ("0", "1", "2")
+    assert train.class_names == ("0", "1", "2")
     some, _ = load(tmp_path / "p" / "train-*.parquet", held_out=1)
     assert len(some) == 4
-    one, _ = load(tmp_path / "p" / "train-00000.parquet", held_out=1)
+    one, _ = load(tmp_path / "p" / "train-00000.parquet", held_out=1, labels=False)
     assert len(one) == 2 and one.name == "train-00000"
 
 
@@ -85,7 +85,7 @@ def test_names_with_the_signs_of_patterns(tmp_path: Path) -> None:
     train, held_out = load(root)
     assert (len(train), len(held_out), train.name) == (3, 1, "photos [2020] *")
     named, _ = load(folder(tmp_path / "im [1]", {"a{b}": 5, "c?": 6}))
-    assert named.classes == ("a{b}", "c?")
+    assert named.class_names == ("a{b}", "c?")
 
 
 def test_labels_may_be_names(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
     table(tmp_path / "test.parquet", [3], label=["apple"])
     train, held_out = load(tmp_path / "train.parquet", held_out=1)
     both, test = load(f"{tmp_path}/t*.parquet")
-    assert both.classes == ("apple", "pear") and both.labels.tolist() == [1, 0, 1] and test.labels.tolist() == [0]
+    assert both.class_names == ("apple", "pear") and both.labels.tolist() == [1, 0, 1] and test.labels.tolist() == [0]
     assert len(train) == 2 and len(held_out) == 1
 
 
@@ -107,8 +107,8 @@ def test_a_test_split_without_labels_is_passed_over(tmp_path: Path) -> None:
 
 def test_columns_are_found_and_may_be_named(tmp_path: Path) -> None:
     table(tmp_path / "a.parquet", [0, 1, 2, 3], fine_label=[0, 1, 0, 1], number=[7, 7, 8, 9])
-    assert load(tmp_path / "a.parquet", held_out=1)[0].classes == ("0", "1")
-    assert load(tmp_path / "a.parquet", held_out=1, label_column="number")[0].classes == ("7", "8", "9")
+    assert load(tmp_path / "a.parquet", held_out=1)[0].class_names == ("0", "1")
+    assert load(tmp_path / "a.parquet", held_out=1, label_column="number")[0].class_names == ("7", "8", "9")
     with pytest.raises(
         ValueError, match=r"^data\.label_column: no column 'lable'; choose from img, fine_label, number"
     ):
@@ -133,7 +133,7 @@ def test_other_sizes_kinds_and_channels(tmp_path: Path) -> None:
     assert train.images.shape == (3, 3, 8, 8) and held_out.images.shape == (1, 3, 8, 8)
     grey, _ = load(root, held_out=1, channels=1, image_size=16)
     assert grey.images.shape == (3, 1, 16, 16)
-    assert locate(str(root)).ignored == 1
+    assert len(locate(str(root)).listing.skipped["other files"]) == 1
 
 
 def test_the_second_time_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_the_second_time_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.
     assert dataclasses.replace(first, digest=None).fingerprint() == first.fingerprint() == first.digest
     (tmp_path / "elsewhere").mkdir()
     moved = root.rename(tmp_path / "elsewhere" / "flat")
-    monkeypatch.setattr("diffbench.data.decoding.decode", None)
+    monkeypatch.setattr("diffbench.data.images.decode", None)
     assert load(moved)[0].fingerprint() == first.fingerprint()  # the same files at another place
 
 
@@ -211,7 +211,7 @@ def test_a_hub_name_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.Monkey
     train, held_out = load("someone/animals", subset="small")
     assert (numbers(train), numbers(held_out)) == ([0, 1, 2, 3, 4], [5, 6])
     assert train.labels.tolist() == [0, 1, 2, 0, 1]
-    assert (train.name, train.classes) == ("animals", ("cat", "dog", "emu"))
+    assert (train.name, train.class_names) == ("animals", ("cat", "dog", "emu"))
     again, _ = load("someone/animals", subset="small", flip=True)
     assert again.fingerprint() == train.fingerprint()
     assert calls == [("someone/animals", "small")]

@@ -47,7 +47,7 @@ def test_a_folder_with_classes_trains_resumes_and_samples(tmp_path: Path, capsys
     assert "decoding" not in (said := capsys.readouterr().out) and "resuming at 16 images" in said
     run = load(run_folder(tmp_path))
     assert run.shape == (3, 16, 16) and run.null_label == 2
-    assert run.train_set.classes == ("cat", "dog")
+    assert run.train_set.class_names == ("cat", "dog")
     assert run.sample_tensor(2, labels=1, guidance=2.0).shape == (2, 3, 16, 16)
 
 
@@ -104,7 +104,7 @@ def test_a_stop_while_decoding_is_one_line(
         raise KeyboardInterrupt
 
     root = folder(tmp_path / "flat", {"": 40})
-    monkeypatch.setattr("diffbench.core.store.Writer.add", stop)
+    monkeypatch.setattr("diffbench.core.store.Filling.add", stop)
     assert main(command(root)) == 130
     assert capsys.readouterr().err == "stopped; the same command goes on\n"
 
@@ -114,7 +114,8 @@ def test_a_run_whose_data_went_away_says_so(tmp_path: Path, capsys: pytest.Captu
     assert main(command(root)) == 0
     root.rename(tmp_path / "elsewhere")
     capsys.readouterr()
-    assert main(["sample", str(run_folder(tmp_path)), "n=2"]) == 2
+    assert main(["sample", str(run_folder(tmp_path)), "n=2"]) == 0  # needs no images
+    assert main(["evaluate", str(run_folder(tmp_path))]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {run_folder(tmp_path)}/config.yaml: data.path: no file or folder {root}")
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffbench.core.errors import UserError
-from diffbench.data.registry import DigitsConfig, ImageSet, balanced, digits
+from diffbench.data.digits import DigitsConfig, digits
+from diffbench.data.sets import ImageSet, balanced
 from diffbench.evaluation import reference as references
 from diffbench.metrics import Extractor
 from diffbench.metrics.extractors.base import plain

@@ -7,7 +7,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from diffbench.data.registry import DigitsConfig, digits
+from diffbench.data.digits import DigitsConfig, digits
 from diffbench.evaluation import reference as references
 from diffbench.metrics.extractors.digits_cnn import DigitsCNN, train_digits_cnn
 from diffbench.metrics.functional import (

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from diffbench.core import rng
-from diffbench.data.registry import DigitsConfig, digits
+from diffbench.data.digits import DigitsConfig, digits
 from diffbench.evaluation import reference as references
 from diffbench.metrics import Extractor, Request, extractor
 from diffbench.metrics.suite import Suite, metric_name, statistics

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffbench.data.registry import DigitsConfig, digits
+from diffbench.data.digits import DigitsConfig, digits
 from diffbench.metrics import reconstruction
 from diffbench.metrics.reconstruction import psnr, ssim
 

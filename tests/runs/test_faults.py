@@ -17,8 +17,8 @@ from diffbench.autoencoders import io as files
 from diffbench.core import tensors as sealed
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, write_text
-from diffbench.data.decode import BrokenError, decode
 from diffbench.data.latents import encode
+from diffbench.data.transforms import BrokenError, decode
 from diffbench.evaluation import records
 from diffbench.runs import evaluate
 from diffbench.runs.lifecycle import load, train

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from diffbench.cli import main
 from diffbench.core.errors import UserError
-from diffbench.data.registry import DigitsConfig, balanced, digits
+from diffbench.data.digits import DigitsConfig, digits
+from diffbench.data.sets import balanced
 from diffbench.evaluation import images as pictures
 from diffbench.evaluation import reference as references
 from diffbench.evaluation.records import read, values

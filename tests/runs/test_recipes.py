@@ -15,7 +15,7 @@ from diffbench.config.load import load
 from diffbench.config.sections import EMAConfig, OptimizerConfig
 from diffbench.core.pixels import from_uint8
 from diffbench.data.datamodule import PositionDataset, PositionSampler
-from diffbench.data.registry import DigitsConfig, digits
+from diffbench.data.digits import DigitsConfig, digits
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.runs.lifecycle import train
 from diffbench.training.diffusion import DiffusionModule

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffbench.cli import main
 from diffbench.core import rng
 from diffbench.core.store import Store
-from diffbench.data.registry import balanced
+from diffbench.data.sets import balanced
 from diffbench.evaluation import judging, records
 from diffbench.evaluation import reference as references
 from diffbench.metrics import Extractor, Features

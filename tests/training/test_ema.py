@@ -11,7 +11,7 @@ from torch import nn
 
 from diffbench.config.sections import EMAConfig, OptimizerConfig
 from diffbench.data.datamodule import ImageDataModule
-from diffbench.data.registry import DigitsConfig, digits
+from diffbench.data.digits import DigitsConfig, digits
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.training.checkpoint import AtomicCheckpointIO
 from diffbench.training.diffusion import DiffusionModule

@@ -14,7 +14,7 @@ from small_networks import CLASSES, small
 from torch import Tensor
 
 from diffbench.config.sample_sections import EvaluateConfig, SampleConfig
-from diffbench.data.registry import DigitsConfig, digits
+from diffbench.data.digits import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.evaluation import judging, reference

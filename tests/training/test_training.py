@@ -17,7 +17,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
 from diffbench.core.tensors import read_state
 from diffbench.data.datamodule import PositionDataset, PositionSampler
-from diffbench.data.registry import DigitsConfig, digits
+from diffbench.data.digits import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS, build
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.evaluation.validation_error import denoising_error

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffbench.data.decode import BrokenError, centre_crop, decode
+from diffbench.data.transforms import BrokenError, centre_crop, decode
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:

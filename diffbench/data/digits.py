@@ -1,0 +1,50 @@
+"""scikit-learn's handwritten digits, which need no download."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch.nn.functional import interpolate
+
+from diffbench.data.sets import ImageSet
+
+
+@dataclass
+class DigitsConfig:
+    """scikit-learn's handwritten digits: 1,797 real 8x8 grey images in ten classes, inside the package."""
+
+    held_out: int = 360
+    """Images kept from training for validation, spread evenly over the classes; 10 to 1,000."""
+    num_workers: int = 0
+    """Loader processes; 0 loads in the training process, the fastest for data in memory."""
+    size: int = 8
+    """Side of the images; above 8 they are enlarged, bilinearly."""
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.size <= 512:
+            raise ValueError(f"data.size must lie in 8 to 512, got {self.size}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
+        if not 10 <= self.held_out <= 1000:
+            raise ValueError(f"data.held_out must lie in 10 to 1000, got {self.held_out}")
+
+
+def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
+    """Load the training and the held-out part."""
+    return _digits(config.held_out, config.size)
+
+
+@cache
+def _digits(held_out: int, size: int) -> tuple[ImageSet, ImageSet]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    # 16 grey levels spread over the bytes: 16 becomes 255.
+    pixels = (torch.from_numpy(bunch.images)[:, None] * (255 / 16)).round().to(torch.uint8)
+    pixels = interpolate(pixels.float(), size=size, mode="bilinear").round().to(torch.uint8)
+    labels = torch.from_numpy(bunch.target).long()
+    train, test = train_test_split(range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0)
+    names = tuple("0123456789")
+    parts = [ImageSet(pixels[p], labels[p], 10, "digits", names, extractor="digits-cnn") for p in (train, test)]
+    return parts[0], parts[1]

@@ -1,0 +1,151 @@
+"""Rows of parquet files and of the Hugging Face hub, as the `datasets` library opens them."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+
+from diffbench.core.errors import suggest
+from diffbench.data.places import ImagesConfig, Place
+from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, by_number, split_word, training_split
+
+LABEL_NAMES = ("label", "labels", "class", "target", "fine_label")
+IMAGE_NAMES = ("image", "img")
+READ_AHEAD = 256
+"""Rows that are in memory at once, encoded."""
+
+
+def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], list[str]]:
+    """The splits of parquet files or a hub name, and the names of the classes.
+
+    Raises:
+        ValueError: one line that begins with the key.
+    """
+    data, totals = _open_tables(place, config.subset)
+    train = training_split(list(data), config.split)
+    features = dict(
+        data[train].features if data[train].features is not None else data[train]._resolve_features().features
+    )
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    images = images or [name for name, kind in features.items() if _holds_bytes(kind)]
+    image = _column("image_column", features, config.image_column, images, IMAGE_NAMES)
+    if image is None:
+        raise ValueError(f"data.path: no column of {place.root} holds images; its columns: {', '.join(features)}")
+    found = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    found = found or [name for name in features if name in LABEL_NAMES]
+    column = _column("label_column", features, config.label_column, found, LABEL_NAMES) if config.labels else None
+    base = Path(datasets.config.HF_CACHE_HOME) if place.kind == "hub" else None
+    given: dict[str, list[Any]] = {}
+    for split in dict.fromkeys((train, *HELD_OUT_SPLITS)):
+        if split in data and column in _features(data[split]):
+            batches = data[split].select_columns([column]).iter(batch_size=8192)
+            given[split] = [value for batch in batches for value in batch[column]]
+    known = {} if column is None else _numbers(column, features[column], given[train])
+    splits = {}
+    for split, rows in data.items():
+        labels = None
+        if known:
+            labels = np.array([known.get(v, -1) for v in given.get(split, [None] * totals[split])], np.int64)
+        encoded = rows.cast_column(image, datasets.Image(decode=False)).select_columns([image])
+        splits[split] = Split(split, totals[split], labels, partial(_read_table, encoded, image, split, base))
+    names = features[column].names if column and isinstance(features[column], datasets.ClassLabel) else known
+    return splits, [str(name) for name in names]
+
+
+def _open_tables(place: Place, subset: str | None) -> tuple[dict[str, Any], dict[str, int]]:
+    """Each split as the library opens it, and its number of rows."""
+    if place.kind == "hub":
+        try:
+            data = dict(datasets.load_dataset(place.root, name=subset))
+        except Exception as e:  # offline, no such name, a bad answer: the library raises many kinds
+            why = " ".join(str(e).split())[:200]
+            raise ValueError(
+                f"data.path: {place.root} is not a file or folder here, nor a hub name that can be loaded ({why}); to"
+                f" fetch it where the network is: hf download {place.root} --repo-type dataset"
+            ) from None
+        return data, {split: len(rows) for split, rows in data.items()}
+    paths: dict[str, list[str]] = {}
+    totals: Counter[str] = Counter()
+    for file in place.files:
+        split, path = split_word(file) or "train", os.path.join(place.root, file)
+        try:
+            totals[split] += int(pq.read_metadata(path).num_rows)
+        except (ValueError, OSError) as e:
+            why = " ".join(str(e).split())[:200]
+            raise ValueError(f"data.path: {path}: not a readable parquet file ({why})") from None
+        paths.setdefault(split, []).append(glob.escape(path))  # the library reads patterns
+    return dict(datasets.load_dataset("parquet", data_files=paths, streaming=True)), dict(totals)
+
+
+def _features(data: Any) -> dict[str, Any]:
+    return dict(data.features if data.features is not None else data._resolve_features().features)
+
+
+def _column(
+    key: str, features: dict[str, Any], wanted: str | None, found: list[str], usual: Sequence[str]
+) -> str | None:
+    """The column that a key names, or the one that fits."""
+    if wanted is not None:
+        if wanted not in features:
+            choices = ", ".join(features)
+            raise ValueError(f"data.{key}: no column {wanted!r}; choose from {choices}{suggest(wanted, features)}")
+        return wanted
+    preferred = [name for name in found if name in usual]
+    if len(found) > 1 and len(preferred) != 1:
+        raise ValueError(f"data.{key}: several columns fit; choose from {', '.join(found)}")
+    return next(iter(preferred or found), None)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column without the library's metadata holds encoded files."""
+    inner = kind.get("bytes") if isinstance(kind, dict) else kind
+    return getattr(inner, "dtype", None) in ("binary", "large_binary")
+
+
+def _numbers(column: str, kind: Any, values: list[Any]) -> dict[Any, int]:
+    """Value in a label column -> class."""
+    if isinstance(kind, datasets.ClassLabel):
+        return {i: i for i in range(len(kind.names))}
+    there = [v for v in values if v is not None]
+    if not all(isinstance(v, int | str) for v in there) or len({type(v) for v in there}) > 1:
+        raise ValueError(f"data.label_column: {column!r} holds neither whole numbers nor names, so no classes")
+    ordered = by_number(set(there)) if there and isinstance(there[0], str) else sorted(set(there))
+    return {value: i for i, value in enumerate(ordered)}
+
+
+def _read_table(
+    data: Any, column: str, split: str, base: Path | None, chunks: Iterable[np.ndarray]
+) -> Iterator[list[Item]]:
+    batches, position = data.iter(batch_size=READ_AHEAD), 0
+    batch: list[Any] = []  # rows from `position` on
+    for rows in chunks:
+        found = []
+        try:
+            for row in rows:
+                while row >= position + len(batch):
+                    position, batch = position + len(batch), next(batches)[column]
+                found.append(_item(batch[row - position], f"row {row} of split {split}", base))
+        except (ValueError, OSError, IndexError, StopIteration) as e:
+            where = f"rows {rows[0]:,} and on of split {split}"
+            raise ValueError(f"data.path: cannot read {where} ({' '.join(str(e).split())[:200]})") from None
+        yield found
+
+
+def _item(value: Any, name: str, base: Path | None) -> Item:
+    """A row's image: its bytes, or the path of a file in `base`, since a table could name any file of this machine."""
+    encoded, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
+    named = f"{name} ({path})" if path else name
+    if encoded is not None:
+        return Item(named, bytes(encoded))
+    if path is None:
+        return Item(name, None, "the row holds no image")
+    if base is None or not Path(path).resolve().is_relative_to(base.resolve()):
+        return Item(named, None, "the row names a file instead of holding its bytes")
+    return Item(named, str(path))
