@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,44 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.evaluation import records
 
-# What may change between two sittings of one run: its length, and what leaves every number as it is.
-# Other devices sum in another order: every number stays as it is but for rounding.
-DEVICES = {"trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.timeout_s"}
+FREE_SECTIONS = {"sample", "evaluate"}
 FREE = {
+    "runs_dir",
+    "tag",
+    "data.num_workers",
     "trainer.max_images",
+    "trainer.log_images",
+    "trainer.validate_images",
+    "trainer.checkpoint_images",
+    "trainer.sample_images",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.timeout_s",
     "trainer.max_skipped",
     "trainer.data_on_device",
     "trainer.async_checkpoints",
-    "data.num_workers",
-    "runs_dir",
-    "tag",
-} | DEVICES
+    "trainer.compile",
+}
+IN_TRAINING = {"evaluate.every_images", "evaluate.every_count", "evaluate.best"}
+
+
+def is_free(key: str) -> bool:
+    """Whether a key leaves a run what it is: its weights (to rounding on other devices) and what is logged of them.
+
+    Such a key may change between two sittings of a run, and is no part of its name.
+    """
+    return key in FREE or (key.split(".")[0] in FREE_SECTIONS and key not in IN_TRAINING)
+
+
 LONGEST_TAG = 100
 SAVED = "config.yaml"
 """The resolved config of a run, in its folder."""
 
 
 def folder_for(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path:
-    """runs/<experiment>/<yaml stem>[-<debug>][-<tag>]-s<seed>; overrides of all but the length make a tag themselves.
+    """runs/<experiment>/<yaml stem>[-<debug>][-<tag>]-s<seed>; overrides that change what is trained make a tag.
 
     The experiment is the name of the YAML's folder.
     """
@@ -54,7 +74,7 @@ def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> 
     for key in [*sorted(chosen), *(k for k in now if k in given and k not in chosen)]:
         value = now.get(key, given[key])
         same = key in plain and plain[key] == value and key.split(".")[0] not in sections
-        if key not in FREE | {"seed", "debug"} and not same and (key in now or value is not None):
+        if not is_free(key) and key not in ("seed", "debug") and not same and (key in now or value is not None):
             words.append(f"{_leaf(key, now)}_{_text(value)}")
     return _short("-".join(words))
 
@@ -124,7 +144,7 @@ def check_same(folder: Path, config: BaseConfig) -> bool:
         write_text(saved, to_yaml(config))
         return False
     before, now = flatten(to_dict(read_config(folder))), flatten(to_dict(config))
-    changed = [k for k in sorted(before | now) if k not in FREE and before.get(k) != now.get(k)]
+    changed = [k for k in sorted(before | now) if not is_free(k) and before.get(k) != now.get(k)]
     if changed:
         told = ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -163,12 +183,15 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
-def update_length(folder: Path, config: BaseConfig) -> None:
-    """Writes the config of a run that goes on, and says how its length changed."""
-    before, now = read_config(folder).trainer.max_images, config.trainer.max_images
-    if before != now:
-        print(f"length: {before:,} images before, {now:,} now")
-    write_text(folder / SAVED, to_yaml(config))
+def update_config(folder: Path, config: BaseConfig, complete: bool = False) -> None:
+    """Writes the config of a run that goes on, or of one that is complete, which keeps its length."""
+    before, now = read_config(folder), config
+    if complete:
+        now = replace(now, trainer=replace(now.trainer, max_images=before.trainer.max_images))  # type: ignore[type-var]
+    elif before.trainer.max_images != now.trainer.max_images:
+        print(f"length: {before.trainer.max_images:,} images before, {now.trainer.max_images:,} now")
+    if now != before:
+        write_text(folder / SAVED, to_yaml(now))
 
 
 def read_config(folder: Path) -> BaseConfig:

@@ -33,7 +33,7 @@ from diffbench.runs.folder import (
     has_checkpoint,
     refuse_links,
     set_aside,
-    update_length,
+    update_config,
 )
 
 C = TypeVar("C", bound=BaseConfig)
@@ -179,11 +179,13 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
         print(f"{run.folder}: complete at {images:,} images")
         if ranks.leads() and not run.complete:  # a kill came between the last checkpoint and the export
             weights.export_from(checkpoint, run.folder, run.network, images)
+        if ranks.leads():
+            update_config(run.folder, run.config, complete=True)
         return
     if ranks.leads():
         run.prepare()
         if existed:
-            update_length(run.folder, run.config)
+            update_config(run.folder, run.config)
     if checkpoint is None and start is not None:
         print(f"weights start from {getattr(run.config, 'init_from', None)}")
     state = f"resuming at {images:,} images" if checkpoint else "starting"

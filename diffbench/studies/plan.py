@@ -15,7 +15,6 @@ from diffbench.config.load import from_layers, read_layers, to_dict
 from diffbench.core.errors import UserError
 from diffbench.denoisers.flops import Cost
 from diffbench.runs import build
-from diffbench.runs.folder import FREE
 from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, nested, variants
 from diffbench.studies.matching import residual, size_of, sized, told
 
@@ -206,7 +205,7 @@ def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunCon
 
 def folder_of(group: Group, config: RunConfig) -> Path:
     """The run folder of a config: equal configs meet in it, whichever study asks for them."""
-    values = {k: v for k, v in to_dict(config).items() if k not in FREE | {"seed"}}
+    values = {k: v for k, v in to_dict(config).items() if k not in ("runs_dir", "tag", "seed")}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     name = f"{group.experiment.resolve().parent.name}-{group.experiment.stem}-{digest}-s{config.seed}"
     return Path(config.runs_dir) / "cells" / name

@@ -11,7 +11,7 @@ import pytest
 from diffbench.config.load import load
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, locked, write_text
-from diffbench.runs.folder import FREE, check_place, check_same, folder_for, read_config, update_length
+from diffbench.runs.folder import check_place, check_same, folder_for, is_free, read_config, update_config
 
 DIT = Path("experiments/digits/dit.yaml")
 
@@ -35,7 +35,9 @@ def folder(*overrides: str, path: Path = DIT) -> str:
         (["optimizer.lr=5e-1"], "runs/digits/dit-lr_0.5-s0"),
         (["ema.decays=[0.5,0.7]"], "runs/digits/dit-decays_0.5,0.7-s0"),
         (["process.steps=900"], "runs/digits/dit-process.steps_900-s0"),
-        (["sample.steps=90"], "runs/digits/dit-sample.steps_90-s0"),
+        (["sample.steps=90"], "runs/digits/dit-s0"),
+        (["evaluate.count=90", "trainer.log_images=640", "trainer.accelerator=cpu"], "runs/digits/dit-s0"),
+        (["evaluate.every_images=640"], "runs/digits/dit-every_images_640-s0"),
         (["denoiser.name=unet"], "runs/digits/dit-denoiser.name_unet-s0"),
         (["denoiser.name=unet", "denoiser.norm_groups=8"], "runs/digits/dit-denoiser.name_unet-norm_groups_8-s0"),
         (["denoiser.preset=DiT-S/2"], "runs/digits/dit-preset_DiT-S_2-s0"),
@@ -94,15 +96,26 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
 
 
 def test_length_is_free_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "trainer.max_images" in FREE
+    assert is_free("trainer.max_images")
     check_same(tmp_path, load(DIT, ["trainer.max_images=1000"]))
     longer = load(DIT, ["trainer.max_images=2000"])
     assert check_same(tmp_path, longer)
     assert read_config(tmp_path).trainer.max_images == 1000  # written only where the run goes on
-    update_length(tmp_path, longer)
-    update_length(tmp_path, longer)
+    update_config(tmp_path, longer)
+    update_config(tmp_path, longer)
     assert capsys.readouterr().out == "length: 1,000 images before, 2,000 now\n"
     assert read_config(tmp_path) == longer
+
+
+def test_what_does_not_train_is_taken_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_same(tmp_path, load(DIT, ["trainer.max_images=2000"]))
+    now = load(DIT, ["trainer.max_images=1000", "sample.steps=90", "evaluate.count=40", "trainer.log_images=640"])
+    assert check_same(tmp_path, now)
+    update_config(tmp_path, now, complete=True)
+    saved = read_config(tmp_path)
+    assert (saved.sample.steps, saved.evaluate.count, saved.trainer.log_images) == ("90", 40, 640)  # type: ignore[attr-defined]
+    assert saved.trainer.max_images == 2000  # of a run that is there already
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
