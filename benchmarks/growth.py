@@ -13,8 +13,7 @@ from benchmarks.figures import slope, spread
 from benchmarks.settings import BenchConfig
 from benchmarks.subject import Subject
 from diffbench.core import rng
-from diffbench.metrics.functional import frechet
-from diffbench.metrics.streaming import Moments
+from diffbench.metrics.frechet import Moments, frechet
 from diffbench.sampling.sampler import Sampler
 
 Row = dict[str, Any]

@@ -23,8 +23,7 @@ from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.metrics.extractors.digits_cnn import DigitsCNN
 from diffbench.metrics.extractors.inception import Inception
-from diffbench.metrics.functional import frechet
-from diffbench.metrics.streaming import Moments
+from diffbench.metrics.frechet import Moments, frechet
 
 BATCH = 128
 PACKAGES = ("diffbench.cli", "diffbench.config.load", "diffbench.training.trainer")

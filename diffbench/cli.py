@@ -17,8 +17,8 @@ VERBS = {
     "encode": "encode an experiment's data into latents ahead of training",
     "show": "print an experiment's resolved config; runs nothing",
     "list": "list backbones, presets and experiments; or the runs in folders",
-    "evaluate": "score samples of a run, or pictures of anyone",
-    "reference": "statistics of real images: build, inspect, verify",
+    "evaluate": "score samples of a run, or anyone's images",
+    "reference": "make statistics of real images",
     "sample": "draw samples of a run into a PNG",
     "study": "train every variant of a study with every seed",
     "compare": "a table and a report of several runs, or of a study",
@@ -111,13 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
     parsers["sample"].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
     parsers["evaluate"].add_argument(
-        "what", metavar="RUN", help="run folder; or a folder of pictures or an npz with arr_0, then --against as well"
+        "what", metavar="RUN", help="run folder; or a folder of images or an npz with arr_0, then --against as well"
     )
     parsers["evaluate"].add_argument(
-        "--against", metavar="REAL", help="what pictures compare with: a run, a folder, an npz, or built statistics"
+        "--against", metavar="REAL", help="what images compare with: a run, a folder, an npz, or built statistics"
     )
-    parsers["reference"].add_argument("action", choices=("build", "inspect", "verify"))
-    parsers["reference"].add_argument("paths", nargs="*", metavar="PATH", help="run, folder, npz or statistics")
+    parsers["reference"].add_argument("what", metavar="REAL", help="run folder, folder of images, or npz with arr_0")
     parsers["list"].add_argument("folders", nargs="*", metavar="FOLDER", help="list the runs in it or below, as runs")
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
     parsers["compare"].add_argument(
@@ -139,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "encode": "latent_dtype=float32",
         "show": "denoiser.depth=2",
         "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
+        "reference": "evaluate.count=1000 out=stats.safetensors",
         "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
     }
     for name, example in values.items():

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_evaluation_distributed: feeds its share, then computes with the other."""
+"""What each of two processes does in test_metrics_distributed: feeds its share, then computes with the other."""
 
 import json
 from datetime import timedelta
@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from diffbench.metrics.functional import gaussian
-from diffbench.metrics.rows import DensityCoverage, KernelDistance, PrecisionRecall
-from diffbench.metrics.streaming import FrechetDistance, InceptionScore, LabelAccuracy, Sums
+from diffbench.metrics.base import SampleMetric
+from diffbench.metrics.classification import InceptionScore, LabelAccuracy
+from diffbench.metrics.frechet import FrechetDistance, gaussian
+from diffbench.metrics.kernel import KernelDistance
+from diffbench.metrics.neighbours import DensityCoverage, PrecisionRecall
 
 N = 65  # odd: a padding sampler would make it 66
 
@@ -28,7 +30,7 @@ def data() -> dict[str, Any]:
     return {"features": features, "real": real, "logits": logits, "labels": labels, "subsets": subsets}
 
 
-def metrics(d: dict[str, Any]) -> dict[str, tuple[Sums, tuple[Tensor, ...]]]:
+def metrics(d: dict[str, Any]) -> dict[str, tuple[SampleMetric, tuple[Tensor, ...]]]:
     """Each metric, and what all the samples feed to it."""
     index = torch.arange(N)
     return {

@@ -1,15 +1,15 @@
 """`diffbench evaluate`: score samples of a run, or anyone's images."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffbench.core.errors import UserError
 from diffbench.evaluation.records import values
 from diffbench.reports.runs import facts, table
-from diffbench.runs import evaluate, reconstructing
-from diffbench.runs.foreign import evaluate_pictures
+from diffbench.runs import evaluate
+from diffbench.runs.evaluate_images import evaluate_images
 from diffbench.runs.lifecycle import load_any
 
 
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.against = overrides.pop(overrides.index("--against") + 1)
         overrides.remove("--against")
     if arguments.against is not None:
-        record = evaluate_pictures(Path(arguments.what), Path(arguments.against), overrides)
+        record = evaluate_images(Path(arguments.what), Path(arguments.against), overrides)
         print("\n".join(f"{name:<40} {value:>12.6g}" for name, value in values(record).items()))
         return
     run = load_any(arguments.what)
@@ -29,10 +29,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def score(run: Any, overrides: Sequence[str] = ()) -> None:
-    """Appends a run's scores to its records, as its kind is scored."""
-    kinds: dict[str, Any] = {"denoiser": evaluate, "autoencoder": reconstructing}
+    """Append a run's scores to its records, as its kind is scored."""
+    kinds: dict[str, tuple[str, Callable[[Any, Sequence[str]], Any]]] = {
+        "denoiser": ("drawing and scoring samples", evaluate.evaluate),
+        "autoencoder": ("scoring reconstructions", evaluate.evaluate_autoencoder),
+    }
     if run.config.kind not in kinds:
         raise UserError(f"{run.folder}: a run of kind {run.config.kind}; choose a denoiser's or an autoencoder's")
-    what = "scoring reconstructions" if run.config.kind == "autoencoder" else "drawing and scoring samples"
+    what, scored = kinds[run.config.kind]
     print(f"{run.folder}: {what}", flush=True)
-    kinds[run.config.kind].evaluate(run, overrides)
+    scored(run, overrides)

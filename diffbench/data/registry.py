@@ -42,10 +42,12 @@ class Source:
 
     config: type
     load: Callable[[Any], tuple[ImageSet, ImageSet]]
+    extractor: str = "efficientnet-lite0"
+    """The feature extractor that suits its images, where a config names none."""
 
 
 SOURCES = {
-    "digits": Source(DigitsConfig, digits),
+    "digits": Source(DigitsConfig, digits, "digits-cnn"),
     "images": Source(ImagesConfig, images),
     "cifar10": Source(CIFAR10Config, cifar10),
     "none": Source(NoneConfig, no_images),

@@ -1,4 +1,4 @@
-"""Anyone's pictures, from a folder or an npz file, read batch by batch; and our own written for others' evaluators."""
+"""Anyone's images, from a folder or an npz file, read batch by batch; and our own written for others' evaluators."""
 
 import hashlib
 import math
@@ -16,35 +16,36 @@ from torch import Tensor
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256
 from diffbench.data.transforms import FORMATS, check_size, quiet
-from diffbench.metrics.functional import Gaussian
+from diffbench.metrics import Extractor
+from diffbench.metrics.base import Gaussian, ReferenceStatistics
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
 
 
-class Pictures(Protocol):
-    """Pictures of one size; what `evaluate` and `reference` read."""
+class ImageSource(Protocol):
+    """Images of one size; what `evaluate` and `reference` read."""
 
     shape: tuple[int, int, int]
     """(C, H, W)."""
     labels: Tensor | None
-    """(N,) classes, where the pictures come with them."""
+    """(N,) classes, where the images come with them."""
 
     def __len__(self) -> int: ...
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """All pictures in their order, (B, C, H, W) uint8."""
+        """All images in their order, (B, C, H, W) uint8."""
 
     def identity(self) -> str:
         """A hash of them all."""
 
 
-class Folder:
-    """The pictures below a folder, in the order of their paths."""
+class ImageFolder:
+    """The images below a folder, in the order of their paths."""
 
     def __init__(self, path: Path) -> None:
         self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS)
         if not self.files:
-            raise UserError(f"{path}: holds no pictures; allowed: {', '.join(KINDS)}")
+            raise UserError(f"{path}: holds no images; allowed: {', '.join(KINDS)}")
         self.labels: Tensor | None = None
         channels, height, width = _read(self.files[0]).shape
         self.shape = (channels, height, width)
@@ -53,15 +54,15 @@ class Folder:
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """All pictures, (B, C, H, W) uint8; grey ones are repeated where the first has colours."""
+        """All images, (B, C, H, W) uint8; grey ones are repeated where the first has colours."""
         for start in range(0, len(self), size):
             yield torch.stack([self._like_the_first(path) for path in self.files[start : start + size]])
 
     def _like_the_first(self, path: Path) -> Tensor:
-        picture = _read(path)
-        if picture.shape[1:] != self.shape[1:] or picture.shape[0] not in (1, self.shape[0]):
-            raise UserError(f"{path}: is {_size(picture.shape)}, but {self.files[0].name} is {_size(self.shape)}")
-        return picture.expand(self.shape)
+        image = _read(path)
+        if image.shape[1:] != self.shape[1:] or image.shape[0] not in (1, self.shape[0]):
+            raise UserError(f"{path}: is {_size(image.shape)}, but {self.files[0].name} is {_size(self.shape)}")
+        return image.expand(self.shape)
 
     def identity(self) -> str:
         """A hash of all files' bytes, in order."""
@@ -73,15 +74,15 @@ class Folder:
 
 def _read(path: Path) -> Tensor:
     try:
-        with quiet(), Image.open(path, formats=FORMATS) as picture:
-            check_size(picture.size)
-            if picture.mode.startswith(("I", "F")):
-                raise UserError(f"{path}: more than eight bits a channel ({picture.mode}); convert it first")
-            pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
+        with quiet(), Image.open(path, formats=FORMATS) as image:
+            check_size(image.size)
+            if image.mode.startswith(("I", "F")):
+                raise UserError(f"{path}: more than eight bits a channel ({image.mode}); convert it first")
+            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     except UserError:
         raise
     except Exception as e:  # decoders of a hostile file raise anything
-        raise UserError(f"{path}: no picture ({' '.join(str(e).split())})") from None
+        raise UserError(f"{path}: no image ({' '.join(str(e).split())})") from None
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
@@ -89,7 +90,7 @@ def _size(shape: Any) -> str:
     return f"{shape[2]}x{shape[1]} with {shape[0]} channels"
 
 
-class Npz:
+class ImageNpz:
     """The array `arr_0` (N, H, W, C) uint8 of an npz file, as the ADM evaluator takes it; `arr_1` may hold labels."""
 
     def __init__(self, path: Path) -> None:
@@ -123,7 +124,7 @@ class Npz:
             raise UserError(f"{self.path}: no npz file with an array arr_0 ({e})") from None
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """All pictures, read as they are asked for."""
+        """All images, read as they are asked for."""
         channels, height, width = self.shape
         with self._open() as file:
             _header(file)
@@ -159,27 +160,27 @@ def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return read(file)
 
 
-def open_pictures(path: Path) -> Pictures:
-    """The pictures of a folder or an npz file.
+def open_images(path: Path) -> ImageSource:
+    """The images of a folder or an npz file.
 
     Raises:
         UserError: if there are none.
     """
     if path.is_dir():
-        return Folder(path)
+        return ImageFolder(path)
     if path.suffix == ".npz" and path.is_file():
-        return Npz(path)
-    raise UserError(f"{path}: no pictures here; allowed: a run folder, a folder of pictures, or an npz with arr_0")
+        return ImageNpz(path)
+    raise UserError(f"{path}: no images here; allowed: a run folder, a folder of images, or an npz with arr_0")
 
 
-def holds_pictures(path: Path) -> bool:
+def has_images(path: Path) -> bool:
     """Whether an npz file has an array arr_0."""
     with zipfile.ZipFile(path) as archive:
         return "arr_0.npy" in archive.namelist()
 
 
 def write_npz(path: Path, count: int, shape: tuple[int, int, int], rows: Iterator[Tensor], labels: Tensor) -> None:
-    """Writes pictures (C, H, W) uint8 as arr_0 (N, H, W, C), and their labels as arr_1, without holding them all.
+    """Writes images (C, H, W) uint8 as arr_0 (N, H, W, C), and their labels as arr_1, without holding them all.
 
     Raises:
         UserError: if the file exists already.
@@ -190,8 +191,8 @@ def write_npz(path: Path, count: int, shape: tuple[int, int, int], rows: Iterato
     with atomic(path) as out, zipfile.ZipFile(out, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, head)
-            for picture in rows:
-                file.write(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()).tobytes())
+            for image in rows:
+                file.write(np.ascontiguousarray(image.permute(1, 2, 0).numpy()).tobytes())
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
 
@@ -236,3 +237,30 @@ def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None] | None:
         fits.append(Gaussian(0, found[mean], found[cov]))
     assert fits[0] is not None
     return fits[0], fits[1]
+
+
+def write_adm_reference(
+    path: Path, extractor: Extractor, reference: ReferenceStatistics, images: Sequence[Tensor]
+) -> None:
+    """Write a reference file that the ADM evaluator reads (Dhariwal & Nichol 2021): arr_0, mu, sigma, mu_s, sigma_s.
+
+    Args:
+        path: an npz that does not exist yet.
+        extractor: which must be the published one, with its spatial layer.
+        reference: statistics of the whole set.
+        images: (C, H, W) uint8 for precision and recall, 10,000 at most as is customary.
+
+    Raises:
+        UserError: if the extractor is another, for the evaluator would compare two feature spaces unaware.
+    """
+    refuse_to_overwrite(path)
+    if not extractor.published or reference.spatial is None:
+        raise UserError(
+            f"{path}: the ADM evaluator reads Inception statistics with a spatial layer, not those of {extractor.name};"
+            " allowed: evaluate.extractor=inception with a state dict as evaluate.weights"
+        )
+    fits = {"mu": reference.fit.mean, "sigma": reference.fit.cov}
+    fits |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.cov}
+    pixels = torch.stack(list(images)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    with atomic(path) as file:
+        np.savez(file, allow_pickle=False, arr_0=pixels.numpy(), **{n: t.cpu().numpy() for n, t in fits.items()})

@@ -1,72 +1,111 @@
-"""Extractors made ready, and statistics of real images cached on disk under a key of all that they depend on."""
+"""What samples are compared with: an extractor, statistics of real images, and what real images themselves score.
+
+Statistics are made once and cached. The key of a cached file holds everything that its numbers depend on; damage or a
+mismatch is an error.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffbench.core import tensors as sealed
+from diffbench.config.kinds import AutoencoderConfig, RunConfig
+from diffbench.config.sample_sections import EvaluateConfig
+from diffbench.core import files, rng, tensors
 from diffbench.core.errors import UserError
-from diffbench.core.files import cache_folder, locked, write_bytes
+from diffbench.core.files import cache_folder, write_text
 from diffbench.core.progress import progress
-from diffbench.data.sets import ImageSet, balanced, rows
+from diffbench.data.registry import SOURCES
+from diffbench.data.sets import ImageSet, rows
 from diffbench.metrics import Extractor, Request
 from diffbench.metrics import extractor as build_extractor
+from diffbench.metrics.base import KEPT, Comparison, Gaussian, ReferenceStatistics
 from diffbench.metrics.extractors.base import VERSION, check
-from diffbench.metrics.functional import Gaussian
-from diffbench.metrics.suite import KEPT, Reference, statistics
+from diffbench.metrics.memorisation import nearest_distance
+from diffbench.metrics.registry import metric_name
+from diffbench.metrics.suite import Suite, reference_statistics
 
 FORMAT = 1
 BATCH = 256
-"""Pictures that an extractor takes at once."""
+"""Images that an extractor takes at once."""
+PATIENCE = 15
+"""Seconds that may pass without a sign of progress."""
+LEAST = 20
+"""Real images without which a comparison is left out."""
+BALANCED = 1.25
+"""A data set is balanced whose largest class has at most so many times the images of its smallest."""
+
+Numbered = tuple[Tensor, Tensor, Tensor | None]
+"""Numbers (B,), images (B, C, H, W) uint8, labels (B,) or None."""
 
 
-def request(data: ImageSet, weights: str | None) -> Request:
-    """What an extractor may ask when it is to look at pictures like those of a data set."""
-    channels, height, width = data.images.shape[1:]
-    return Request(
-        (channels, height, width),
-        weights,
-        training=(lambda: (data.images, data.labels)) if data.num_classes == 10 else None,
-        training_id=data.fingerprint(),
-        cached=_cached,
-    )
+def run_extractor(
+    config: RunConfig | AutoencoderConfig, data: ImageSet, device: torch.device | str = "cpu"
+) -> Extractor:
+    """The extractor that a run's config names, or else the one that suits its data set.
+
+    Raises:
+        ValueError: if it lacks something; one line that begins with the key.
+    """
+    return make_extractor(suited_extractor(config), config.evaluate.weights, data, device)
 
 
-def named(name: str | None, data: ImageSet) -> str:
-    """The extractor's name, or the one that suits the pictures where none is given."""
-    return name or ("digits-cnn" if data.name == "digits" else "efficientnet-lite0")
+def suited_extractor(config: RunConfig | AutoencoderConfig) -> str:
+    """The name of that extractor."""
+    return config.evaluate.extractor or SOURCES[config.data.name].extractor
 
 
-def check_extractor(name: str | None, weights: str | None, data: ImageSet) -> None:
-    """Whether an extractor can be made here, before anything else takes time.
+def check_run_extractor(config: RunConfig | AutoencoderConfig, data: ImageSet) -> None:
+    """Whether that extractor can be made here; takes no time.
 
     Raises:
         ValueError: one line that begins with the key.
     """
-    check(named(name, data), request(data, weights))
+    check(suited_extractor(config), extractor_request(data, config.evaluate.weights))
 
 
-def judge(name: str | None, weights: str | None, data: ImageSet, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor of a name for pictures like those of a data set, on a device."""
-    return build_extractor(named(name, data), request(data, weights)).to(device)
+def extractor_request(data: ImageSet, weights: str | None) -> Request:
+    """What an extractor may ask when it is to read images like those of a data set."""
+    channels, height, width = data.images.shape[1:]
+    return Request(
+        (channels, height, width),
+        weights,
+        training=(lambda: training_of(data)) if data.num_classes else None,
+        classes=data.num_classes,
+        cached=cached_network,
+    )
 
 
-def _cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def training_of(data: ImageSet) -> tuple[Tensor, Tensor, str]:
+    """What an extractor that learns from data learns from."""
+    return data.images, data.labels, data.fingerprint()
+
+
+def make_extractor(name: str, weights: str | None, data: ImageSet, device: torch.device | str = "cpu") -> Extractor:
+    """The extractor of a name for images like those of a data set, on a device.
+
+    Raises:
+        ValueError: if it lacks something; one line that begins with the key.
+    """
+    return build_extractor(name, extractor_request(data, weights)).to(device)
+
+
+def cached_network(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights of a small network that are trained once and kept in the cache."""
     path = cache_folder() / f"{name}.safetensors"
-    if not path.exists():
-        with locked(path.parent, wait=True, name=f".{name}.lock"):
-            if not path.exists():
-                print(f"training {name.rsplit('-', 2)[0]}, the judge of the samples, once (kept in {path})", flush=True)
-                sealed.write(path, make())
-    return sealed.read(path)[0]
+
+    def train() -> None:
+        print(f"training {name.rsplit('-', 2)[0]}, the feature extractor, once (kept in {path})", flush=True)
+        tensors.write(path, make())
+
+    return tensors.read(files.cached(path, train))[0]
 
 
 @dataclass(frozen=True)
@@ -88,24 +127,88 @@ class Part:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def labels(self) -> Tensor:
+        """Of the images."""
+        return self.data.labels[self.index]
+
     def batches(self, size: int = BATCH) -> Iterator[Tensor]:
         """The images, (B, C, H, W) uint8."""
         for index in self.index.split(size):
             yield rows(self.data.images, index)
 
 
+def class_counts(labels: Tensor, count: int) -> Tensor:
+    """How many of `count` images each class gets: of samples, and of the real images that they are compared with.
+
+    Evenly where the set is balanced and each class has enough images, else by the frequencies of the classes.
+
+    Args:
+        labels: (N,) of the set.
+        count: images in all.
+
+    Returns:
+        (K,) numbers that sum to `count`; K is one more than the highest label.
+    """
+    present = labels.bincount(minlength=1)
+    classes = present.nonzero()[:, 0]
+    even = _rounded(torch.zeros_like(present).index_fill(0, classes, 1), count)
+    balanced = len(classes) and present.max() <= BALANCED * present[classes].min()
+    if balanced and (count > len(labels) or (even <= present).all()):
+        return even
+    return _rounded(present, count)
+
+
+def _rounded(weights: Tensor, count: int) -> Tensor:
+    """Whole numbers in proportion to weights (K,) that sum to `count`; the largest remainders are rounded up."""
+    total = int(weights.sum())
+    whole, remainder = (weights * count).div(max(1, total), rounding_mode="floor"), (weights * count) % max(1, total)
+    whole[remainder.argsort(descending=True, stable=True)[: count - int(whole.sum())]] += 1
+    return whole
+
+
+def sample_labels(train: ImageSet, count: int) -> Tensor:
+    """(count,) labels of a run's samples, class by class, as many of each as of the real images compared with."""
+    return torch.arange(max(1, train.num_classes)).repeat_interleave(_padded(class_counts(train.labels, count), train))
+
+
+def _padded(counts: Tensor, data: ImageSet) -> Tensor:
+    return torch.nn.functional.pad(counts, (0, max(1, data.num_classes) - len(counts)))
+
+
+def spread_in_words(data: ImageSet, labels: Tensor) -> str:
+    """How labels are spread over the classes of a set: "evenly over the classes", say."""
+    return _in_words(data, labels.bincount(minlength=1)) if data.num_classes else "none"
+
+
+def _in_words(data: ImageSet, counts: Tensor) -> str:
+    present = (data.labels.bincount(minlength=len(counts)) > 0).long()
+    if torch.equal(counts, _rounded(present[: len(counts)], int(counts.sum()))):
+        return "evenly over the classes"
+    listed = ", ".join(map(str, counts.tolist()))
+    return f"of the classes {listed if len(counts) <= 20 else hashlib.sha256(listed.encode()).hexdigest()[:8]}"
+
+
+def chosen(data: ImageSet, split: str, counts: Tensor) -> Part:
+    """The first images of each class, counts[c] of class c or as many as there are, class by class."""
+    index = [(data.labels == c).nonzero()[:, 0][:n] for c, n in enumerate(counts.tolist()) if n]
+    which = f"the first {counts.sum()}, {_in_words(data, counts)}"
+    return Part(data, split, torch.cat(index) if index else torch.zeros(0).long(), which)
+
+
 def first(data: ImageSet, split: str, count: int) -> Part:
-    """The first `count` images, spread evenly over the classes, or as many as there are."""
-    return Part(data, split, balanced(data.labels, count), f"the first {count}, evenly over the classes")
+    """The first `count` images, spread over the classes as `class_counts` says."""
+    return chosen(data, split, class_counts(data.labels, count))
 
 
-def others(part: Part, count: int) -> Part:
-    """`count` images of the same split outside a part, evenly over the classes, or as many as there are."""
+def others(part: Part) -> Part:
+    """Images of the same split outside a part, as many of each class, or as many as there are."""
     left = torch.ones(len(part.data), dtype=torch.bool)
     left[part.index] = False
-    index = left.nonzero()[:, 0]
-    index = index[balanced(part.data.labels[index], count)] if len(index) else index
-    return Part(part.data, part.split, index, f"{count} outside {part.which}")
+    number = left.nonzero()[:, 0]
+    counts = part.labels.bincount(minlength=1)
+    index = [number[part.data.labels[number] == c][:n] for c, n in enumerate(counts.tolist())]
+    return Part(part.data, part.split, torch.cat(index), f"{len(part)} outside {part.which}")
 
 
 def everything(data: ImageSet, split: str) -> Part:
@@ -113,9 +216,34 @@ def everything(data: ImageSet, split: str) -> Part:
     return Part(data, split, torch.arange(len(data)), "all")
 
 
-def key_of(extractor: Extractor, source: dict[str, Any], count: int, keep: int) -> dict[str, Any]:
-    """All that statistics depend on: the pictures, the extractor with its way of resizing, and the code's version."""
-    return {
+def statistics_of(extractor: Extractor, part: Part, keep: int = KEPT) -> tuple[ReferenceStatistics, str]:
+    """Statistics of a part of a data set and the digest of their key; from the cache, or computed once and kept."""
+    source = {
+        "data": part.data.fingerprint(),
+        "split": part.split,
+        "which": part.which,
+        "size": list(part.data.images.shape[1:]),
+    }
+    return cached_statistics(extractor, source, len(part), part.batches, keep)
+
+
+def cached_statistics(
+    extractor: Extractor, source: dict[str, Any], count: int, batches: Callable[[], Iterator[Tensor]], keep: int = KEPT
+) -> tuple[ReferenceStatistics, str]:
+    """Statistics of images that `source` identifies, and the digest of their key.
+
+    Args:
+        extractor: whose features.
+        source: what identifies the images.
+        count: how many they are.
+        batches: reads them, (B, C, H, W) uint8.
+        keep: how many feature vectors stay.
+
+    Raises:
+        UserError: if the cached file is damaged, or holds statistics of something else.
+    """
+    keep = min(count, keep)
+    key = {
         "format": FORMAT,
         "version": VERSION,
         "extractor": extractor.name,
@@ -124,46 +252,8 @@ def key_of(extractor: Extractor, source: dict[str, Any], count: int, keep: int) 
         "count": count,
         "rows": keep,
     }
-
-
-def digest(key: dict[str, Any]) -> str:
-    """The first 16 hexadecimal digits of a key's hash."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def of_part(extractor: Extractor, part: Part, keep: int = KEPT) -> tuple[Reference, str]:
-    """Statistics of a part of a data set and the digest of their key; from the cache, or computed once and kept."""
-    source = {
-        "data": part.data.fingerprint(),
-        "split": part.split,
-        "which": part.which,
-        "size": list(part.data.images.shape[1:]),
-    }
-    return cached(extractor, source, len(part), part.batches, keep)
-
-
-def cached(
-    extractor: Extractor, source: dict[str, Any], count: int, batches: Callable[[], Iterator[Tensor]], keep: int = KEPT
-) -> tuple[Reference, str]:
-    """Statistics of pictures that `source` identifies, and the digest of their key.
-
-    Args:
-        extractor: whose features.
-        source: what identifies the pictures.
-        count: how many they are.
-        batches: reads them, (B, C, H, W) uint8.
-        keep: how many feature vectors stay.
-
-    Raises:
-        UserError: if the cached file is damaged, or is of something else.
-    """
-    keep = min(count, keep)
-    key = key_of(extractor, source, count, keep)
     path = reference_folder() / f"{extractor.name}-{count}-{digest(key)}.safetensors"
-    if not path.exists():
-        with locked(path.parent, wait=True, name=f".{path.name}.lock"):
-            if not path.exists():
-                write(path, key, _computed(extractor, count, batches, keep, path))
+    files.cached(path, lambda: write(path, key, _computed(extractor, count, batches, keep, path)))
     found, reference = read(path)
     if found != key:
         wrong = next(k for k in key if found.get(k) != key[k])
@@ -171,9 +261,14 @@ def cached(
     return reference, digest(key)
 
 
+def digest(key: dict[str, Any]) -> str:
+    """The first 16 hexadecimal digits of a key's hash."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _computed(
     extractor: Extractor, count: int, batches: Callable[[], Iterator[Tensor]], keep: int, path: Path
-) -> Reference:
+) -> ReferenceStatistics:
     if count < 2:
         raise UserError(f"statistics of real images need at least 2 of them, got {count}")
 
@@ -181,13 +276,13 @@ def _computed(
         if sum(p.numel() for p in extractor.network.parameters()) < 1_000_000:  # done before it is said
             yield from batches()
             return
-        print(f"{extractor.name} looks at {count:,} real images, once (kept in {path})", flush=True)
+        print(f"{extractor.name} reads {count:,} real images, once (kept in {path})", flush=True)
         with progress("real images", count) as advance:
             for batch in batches():
                 yield batch
                 advance(len(batch))
 
-    return statistics(extractor, watched(), count, keep)
+    return reference_statistics(extractor, watched(), count, keep)
 
 
 def reference_folder() -> Path:
@@ -195,40 +290,169 @@ def reference_folder() -> Path:
     return cache_folder() / "references"
 
 
-def write(path: Path, key: dict[str, Any], reference: Reference) -> None:
-    """Writes statistics with their key, and a hash of both."""
-    tensors = {"mean": reference.fit.mean, "cov": reference.fit.cov, "rows": reference.rows}
+def write(path: Path, key: dict[str, Any], reference: ReferenceStatistics) -> None:
+    """Writes statistics with their key."""
+    held = {"mean": reference.fit.mean, "cov": reference.fit.cov, "rows": reference.rows}
     if reference.spatial is not None:
-        tensors |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_bytes(path, save(tensors, {"key": json.dumps(key), "sha256": _content(key, tensors)}))
+        held |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
+    tensors.write(path, held, {"key": json.dumps(key)})
 
 
-def read(path: Path) -> tuple[dict[str, Any], Reference]:
+def read(path: Path) -> tuple[dict[str, Any], ReferenceStatistics]:
     """The key and the statistics of a file that `write` wrote.
 
     Raises:
         UserError: if it is something else, or damaged.
     """
+    held, metadata = tensors.read(path)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
         key: dict[str, Any] = json.loads(metadata["key"])
-        count, rows = int(key["count"]), tensors["rows"]
-    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        fit = Gaussian(int(key["count"]), held["mean"], held["cov"])
+        spatial = Gaussian(fit.n, held["spatial_mean"], held["spatial_cov"]) if "spatial_mean" in held else None
+        return key, ReferenceStatistics(fit, held["rows"], spatial)
+    except (KeyError, ValueError) as e:
         raise UserError(f"{path}: holds no statistics of real images ({e}); remove the file") from None
-    if metadata.get("sha256") != _content(key, tensors):
-        raise UserError(f"{path}: damaged (its hash differs); remove the file")
-    spatial = None
-    if "spatial_mean" in tensors:
-        spatial = Gaussian(count, tensors["spatial_mean"], tensors["spatial_cov"])
-    return key, Reference(Gaussian(count, tensors["mean"], tensors["cov"]), rows, spatial)
 
 
-def _content(key: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    hashed = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
-    for name in sorted(tensors):
-        hashed.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        hashed.update(tensors[name].numpy().tobytes())
-    return hashed.hexdigest()
+def permutation(n: int, *key: str | int) -> Tensor:
+    """A fixed permutation of n numbers."""
+    return rng.permutation(rng.key(*key), n)
+
+
+@dataclass
+class Scorer:
+    """Scores samples against real images.
+
+    Attributes:
+        comparison: the samples, and the statistics of real images.
+        reference: what a record says of the main statistics: the digest of their key, where they come from, how many
+            images.
+        floor: what as many real images score against them, and how many those are.
+        extra: further values that every record holds.
+    """
+
+    comparison: Comparison
+    reference: dict[str, Any]
+    floor: dict[str, Any] | None = None
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def scores(self, batches: Iterable[Numbered]) -> dict[str, float]:
+        """Full name of each metric -> value, of all samples."""
+        suite = Suite(self.comparison)
+        for index, images, labels in watched("scored", batches, self.comparison.count):
+            suite.update(images, index, labels)
+        values = suite.compute()
+        if "fd_held_out" in values:
+            values["fd_gap"] = values["fd_held_out"] - values.pop("fd_train", values["fd"])
+        extractor, count = self.comparison.extractor, self.comparison.count
+        return {metric_name(name, extractor, count): value for name, value in values.items()} | self.extra
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"reference": self.reference, "floor": self.floor}
+
+
+def run_scorer(
+    settings: EvaluateConfig,
+    extractor: Extractor,
+    train: ImageSet,
+    held_out: ImageSet,
+    counts: Tensor | None = None,
+) -> Scorer:
+    """What compares `settings.count` samples with the images of a run: its training images, and the held-out ones.
+
+    The held-out distance and the training distance from which its gap is taken use equal numbers of images of each
+    class.
+
+    Args:
+        settings: how many samples, and which training images.
+        extractor: whose features.
+        train: the training images.
+        held_out: the others.
+        counts: samples of each class; by default as `sample_labels` has them.
+    """
+    count, everybody = settings.count, settings.reference == "all"
+    counts = class_counts(train.labels, count) if counts is None else counts
+    keep = min(count, KEPT)
+    main = everything(train, "train") if everybody else chosen(train, "train", counts)
+    near = chosen(held_out, "held-out", counts)
+    test = everything(held_out, "held-out") if everybody else near
+    reference, key = statistics_of(extractor, main, keep)
+    references = {"fd": reference}
+    if len(test) >= LEAST:
+        references["fd_held_out"] = statistics_of(extractor, test, keep)[0]
+        alike = chosen(train, "train", test.labels.bincount(minlength=1))
+        if len(alike) != len(main):
+            references["fd_train"] = statistics_of(extractor, alike, keep)[0]
+    compared = Comparison(
+        extractor,
+        references,
+        count,
+        training=train.images,
+        infinity=settings.infinity,
+        by_class=True,
+        permutation=permutation,
+    )
+    scorer = Scorer(compared, {"key": key, "split": main.split, "count": len(main)})
+    left = others(main)
+    beside = left if len(left) >= min(count, len(near)) else near  # real images apart from the reference
+    if len(beside) >= LEAST:
+        scorer.floor = _cached_numbers(extractor, key, "floor", beside, lambda: _floor(compared, beside))
+    scorer.extra = _cached_numbers(extractor, key, "nearest", near, lambda: _nearest(near, train))
+    return scorer
+
+
+def _floor(compared: Comparison, part: Part) -> dict[str, Any]:
+    suite = Suite(replace(compared, references={"fd": compared.main}, count=len(part), training=None, infinity=False))
+    for index in torch.arange(len(part)).split(BATCH):
+        suite.update(rows(part.data.images, part.index[index]), index, part.labels[index])
+    return {"count": len(part), "images": f"{part.split}: {part.which}", **suite.compute()}
+
+
+def _nearest(part: Part, train: ImageSet) -> dict[str, Any]:
+    distances = [nearest_distance(batch, train.images) for batch in part.batches()]
+    return {"nearest_train_held_out": float(torch.cat(distances).mean())} if distances else {}
+
+
+def _cached_numbers(
+    extractor: Extractor, key: str, what: str, part: Part, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Numbers that follow from a reference and a part of real images, computed once."""
+    source = [what, key, part.data.fingerprint(), part.split, part.which, len(part)]
+    name = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
+    path = reference_folder() / f"{extractor.name}-{what}-{len(part)}-{name}.json"
+    found: dict[str, Any] = json.loads(
+        files.cached(path, lambda: write_text(path, json.dumps(make()) + "\n")).read_text()
+    )
+    return found
+
+
+def training_comparison(settings: EvaluateConfig, extractor: Extractor, train: ImageSet) -> Comparison:
+    """What samples drawn in training are compared with: as many training images."""
+    statistics = statistics_of(extractor, first(train, "train", settings.every_count))[0]
+    return Comparison(extractor, {"fd": statistics}, settings.every_count, permutation=permutation)
+
+
+def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:
+    """The batches, with progress shown where the first one says that all will take longer than some seconds."""
+    started = time.perf_counter()
+    advance: Callable[[int], Any] | None = None
+    with ExitStack() as stack:
+        for batch in batches:
+            yield batch
+            done = len(batch[0])
+            if advance is not None:
+                advance(done)
+            elif (time.perf_counter() - started) * total / done > PATIENCE:
+                advance = stack.enter_context(progress(what, total, done))
+            else:
+                advance = int  # takes the count and does nothing with it
+
+
+def numbered(batches: Iterator[Tensor], labels: Tensor | None) -> Iterator[Numbered]:
+    """Batches of images with their numbers and labels."""
+    done = 0
+    for images in batches:
+        index = torch.arange(done, done + len(images))
+        yield index, images, None if labels is None else labels[index]
+        done += len(images)

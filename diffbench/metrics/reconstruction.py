@@ -1,4 +1,4 @@
-"""How near reconstructions come to their originals."""
+"""How close reconstructions come to their originals."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ LOSSLESS = 100.0
 
 
 def psnr(images: Tensor, originals: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of pictures (N, C, H, W) uint8; an equal picture counts 100 dB."""
+    """Mean peak signal-to-noise ratio in dB of images (N, C, H, W) uint8; an equal image counts 100 dB."""
     parts = []
     for a, b in zip(images.split(BATCH), originals.split(BATCH), strict=True):
         error = (a.double() - b.double()).square().flatten(1).mean(1)
@@ -18,7 +18,7 @@ def psnr(images: Tensor, originals: Tensor) -> float:
 
 
 def ssim(images: Tensor, originals: Tensor) -> float:
-    """Mean structural similarity (Wang et al. 2004) of pictures (N, C, H, W) uint8; 1 for equal ones."""
+    """Mean structural similarity (Wang et al. 2004) of images (N, C, H, W) uint8; 1 for equal ones."""
     total = 0.0
     for a, b in zip(images.split(BATCH), originals.split(BATCH), strict=True):
         each = structural_similarity_index_measure(a.double(), b.double(), data_range=255.0, reduction="sum")

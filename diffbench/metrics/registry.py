@@ -1,7 +1,15 @@
-"""One row for each metric: what tables, conclusions, plots and TensorBoard need to know of it."""
+"""One row for each metric: how it is computed, and what tables, conclusions, plots and TensorBoard know of it."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from diffbench.metrics.base import SampleMetric
+from diffbench.metrics.classification import InceptionScore, LabelAccuracy
+from diffbench.metrics.extractors.base import Extractor
+from diffbench.metrics.frechet import FrechetDistance, FrechetInfinity, SpatialFrechetDistance
+from diffbench.metrics.kernel import KernelDistance
+from diffbench.metrics.memorisation import NearestDistance
+from diffbench.metrics.neighbours import DensityCoverage, PrecisionRecall
 
 _DISTANCES = (
     "Fréchet and kernel distances compare the features of generated and real images. They depend on the number of"
@@ -21,7 +29,10 @@ class Metric:
         shown: whether tables have a row or column for it; the records hold every metric.
         percent: whether a value in 0 to 1 is written as a percentage.
         digits: decimals where no uncertainty is known.
-        computed: the name that the metric's class gives the value, where the published Inception protocol renames it.
+        measure: the class that computes the metric of samples; several rows may share one.
+        computed: the name that the class gives the value, where the published Inception protocol renames it.
+        in_training: whether distances in training compute it too.
+        of_pixels: whether it needs no extractor, so that its full name is "nearest_train@500".
         watched: whether a conclusion says so where this metric contradicts the primary one.
         swept: whether plots over a sampling key draw it.
         tie: relative gap under which two values are a tie, since training anew moves them by as much.
@@ -35,7 +46,10 @@ class Metric:
     shown: bool = True
     percent: bool = False
     digits: int = 3
+    measure: type[SampleMetric] | None = None
     computed: str = ""
+    in_training: bool = False
+    of_pixels: bool = False
     watched: bool = False
     swept: bool = False
     tie: float = 0.0
@@ -62,6 +76,7 @@ class Metric:
 
 
 _FRECHET: dict[str, Any] = {"tie": 0.013, "note": _DISTANCES}
+_MAIN: dict[str, Any] = {"measure": FrechetDistance, "in_training": True, "watched": True, "swept": True, "floor": True}
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -74,28 +89,57 @@ METRICS: dict[str, Metric] = {
             note="Validation error is the mean squared error of the denoised image on held-out images at fixed noise"
             " levels: one unit for every process and prediction.",
         ),
-        Metric("fd", "Fréchet distance", watched=True, swept=True, floor=True, **_FRECHET),
-        Metric("fid", "FID", computed="fd", watched=True, swept=True, floor=True, **_FRECHET),
-        Metric("sfid", "spatial FID", computed="fd_spatial", **_FRECHET),
+        Metric("fd", "Fréchet distance", **_MAIN, **_FRECHET),
+        Metric("fid", "FID", computed="fd", **_MAIN, **_FRECHET),
+        Metric("fd_spatial", "spatial Fréchet distance", measure=SpatialFrechetDistance, **_FRECHET),
+        Metric("sfid", "spatial FID", computed="fd_spatial", measure=SpatialFrechetDistance, **_FRECHET),
         Metric("fd_held_out", "Fréchet distance to held-out images", **_FRECHET),
         Metric("fid_held_out", "FID to held-out images", computed="fd_held_out", **_FRECHET),
         Metric("fd_gap", "gap of the Fréchet distances to held-out and training images", None, **_FRECHET),
         Metric("fid_gap", "gap of the FIDs to held-out and training images", None, computed="fd_gap", **_FRECHET),
-        Metric("fd_infinity", "Fréchet distance at infinitely many samples", **_FRECHET),
-        Metric("fid_infinity", "FID at infinitely many samples", computed="fd_infinity", **_FRECHET),
-        Metric("label_accuracy", "label accuracy", "higher", percent=True, watched=True, swept=True),
-        Metric("kid", "kernel distance (KID)", watched=True, floor=True, note=_DISTANCES),
+        Metric("fd_infinity", "Fréchet distance at infinitely many samples", measure=FrechetInfinity, **_FRECHET),
+        Metric(
+            "fid_infinity",
+            "FID at infinitely many samples",
+            computed="fd_infinity",
+            measure=FrechetInfinity,
+            **_FRECHET,
+        ),
+        Metric(
+            "label_accuracy",
+            "label accuracy",
+            "higher",
+            percent=True,
+            measure=LabelAccuracy,
+            watched=True,
+            swept=True,
+        ),
+        Metric(
+            "kid",
+            "kernel distance (KID)",
+            measure=KernelDistance,
+            in_training=True,
+            watched=True,
+            floor=True,
+            note=_DISTANCES,
+        ),
         Metric("kid_sd", "spread of the kernel distance over subsets", None, shown=False),
-        Metric("inception_score", "Inception score", "higher", shown=False),
-        Metric("precision", "precision", "higher", note=_SHARES),
-        Metric("recall", "recall", "higher", swept=True, note=_SHARES),
-        Metric("density", "density", "higher", shown=False),  # rises for bad samples
-        Metric("coverage", "coverage", "higher", watched=True, swept=True, note=_SHARES),
-        Metric("nearest_train", "distance to the nearest training image", None, floor=True),
+        Metric("inception_score", "Inception score", "higher", shown=False, measure=InceptionScore),
+        Metric("precision", "precision", "higher", measure=PrecisionRecall, note=_SHARES),
+        Metric("recall", "recall", "higher", measure=PrecisionRecall, swept=True, note=_SHARES),
+        Metric("density", "density", "higher", shown=False, measure=DensityCoverage),  # rises for bad samples
+        Metric("coverage", "coverage", "higher", measure=DensityCoverage, watched=True, swept=True, note=_SHARES),
+        Metric(
+            "nearest_train",
+            "distance to the nearest training image",
+            None,
+            measure=NearestDistance,
+            of_pixels=True,
+            floor=True,
+        ),
         Metric("reconstruction_fd", "Fréchet distance of reconstructions", **_FRECHET),
-        Metric("reconstruction_fid", "FID of reconstructions", computed="reconstruction_fd", **_FRECHET),
-        Metric("psnr", "PSNR of reconstructions", "higher", digits=2),
-        Metric("ssim", "SSIM of reconstructions", "higher", digits=4),
+        Metric("psnr", "PSNR of reconstructions", "higher", digits=2, of_pixels=True),
+        Metric("ssim", "SSIM of reconstructions", "higher", digits=4, of_pixels=True),
     )
 }
 """Name without extractor and count -> row, in the order in which tables show them."""
@@ -108,3 +152,15 @@ def metric_of(name: str) -> Metric:
     """
     short = name if name.startswith("val/") else name.split("/")[0].split("@")[0]
     return METRICS.get(short) or Metric(short, short.replace("_", " "), None, shown=False)
+
+
+def metric_name(computed: str, extractor: Extractor | None, count: int) -> str:
+    """The full name under which a value is recorded: metric/extractor@count, or metric@count of a metric of pixels.
+
+    Only distances of the published Inception protocol may be called FID.
+    """
+    if extractor is None or metric_of(computed).of_pixels:
+        return f"{computed}@{count}"
+    if extractor.published:
+        computed = next((m.name for m in METRICS.values() if m.computed == computed), computed)
+    return f"{computed}/{extractor.name}@{count}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.core.store import DamagedError, Store
-from diffbench.metrics.rows import spread
+from diffbench.metrics.base import evenly_spaced
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.entries import Entry
 from diffbench.reports.style import INK, Picture, figure, plain, save
@@ -75,7 +75,7 @@ def _samples(entry: Entry) -> Tensor | None:
     try:
         assert place is not None
         images = Store(place).open().arrays["images"]
-        return images[spread(len(images), min(COLUMNS, len(images)))]
+        return images[evenly_spaced(len(images), min(COLUMNS, len(images)))]
     except (OSError, DamagedError, KeyError):
         return None
 

@@ -13,6 +13,7 @@ from diffbench.data.coding import side_by_side, spread
 from diffbench.data.sets import balanced
 from diffbench.denoisers.flops import Cost, measure
 from diffbench.evaluation import reference
+from diffbench.metrics.extractors.base import check
 from diffbench.runs import build, checks
 from diffbench.runs.base import Run
 from diffbench.runs.build import INSIDE
@@ -51,7 +52,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
             raise ValueError(f"network.block_out_channels: {e}") from None
         if config.loss.perceptual is not None:
             try:
-                reference.check_extractor(config.loss.perceptual, None, train_set)
+                check(config.loss.perceptual, reference.extractor_request(train_set, None))
             except ValueError as e:
                 raise ValueError(str(e).replace("evaluate.extractor", "loss.perceptual", 1)) from None
         if len(balanced(held_out.labels, config.evaluate.count)) < config.evaluate.count:
@@ -71,12 +72,12 @@ class AutoencoderRun(Run[AutoencoderConfig]):
     def _features(self) -> "Features | None":
         if self.config.loss.perceptual is None:
             return None
-        judge = reference.judge(self.config.loss.perceptual, None, self.train_set)
+        extractor = reference.make_extractor(self.config.loss.perceptual, None, self.train_set)
 
         def features(x: Tensor) -> Tensor:
-            if judge.device != x.device:
-                judge.to(x.device)
-            return judge.run(judge.prepare(((x + 1) * 127.5).expand(-1, judge.channels, -1, -1))).pooled
+            if extractor.device != x.device:
+                extractor.to(x.device)
+            return extractor.run(extractor.prepare(((x + 1) * 127.5).expand(-1, extractor.channels, -1, -1))).pooled
 
         return features
 

@@ -10,7 +10,7 @@ import torch
 from diffbench.config.kinds import RunConfig
 from diffbench.config.sections import AUGMENT_WIDTH, TrainerConfig
 from diffbench.core import ranks
-from diffbench.data.sets import ImageSet, balanced
+from diffbench.data.sets import ImageSet
 from diffbench.runs.build import cost_of, denoised_shape, device_of, load_data
 
 
@@ -40,14 +40,12 @@ def check(config: RunConfig) -> None:
         )
     try:
         check_evaluation(config, train_set)
-    except Missing as e:
-        if config.evaluate.extractor is not None or config.evaluate.every_images is not None:
-            raise
+    except Unscored as e:
         print(f"note: samples will not be scored: {e}")
 
 
-class Missing(ValueError):
-    """What a config does not ask for by name, and this machine lacks."""
+class Unscored(ValueError):
+    """What keeps samples from being scored, but not a run from being trained."""
 
 
 def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
@@ -60,21 +58,25 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
         raise ValueError(
             f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
         )
-    e = config.evaluate
-    for name, wanted in (("count", e.count), ("every_count", e.every_count if e.every_images else 0)):
-        found = len(balanced(train_set.labels, wanted))
-        if found < wanted and not (name == "count" and e.reference == "all"):
-            rarest = int(train_set.labels.bincount().min())
-            raise ValueError(
-                f"evaluate.{name}: must be at most {rarest * len(train_set.labels.unique())}, as many real images of"
-                f" each class as data.name={config.data.name} has, got {wanted}"
-            )
-    from diffbench.evaluation.reference import check_extractor  # seconds, which tables and reports need not wait
+    from diffbench.evaluation.reference import check_run_extractor  # seconds, which tables and reports need not wait
 
+    e, found = config.evaluate, len(train_set)
+    if e.every_images and found < e.every_count:
+        raise ValueError(
+            f"evaluate.every_count: must be at most {found}, as many training images as data.name={config.data.name}"
+            f" has, got {e.every_count}"
+        )
+    if found < e.count and e.reference == "same":
+        raise Unscored(
+            f"evaluate.count: must be at most {found}, as many training images as data.name={config.data.name} has, got"
+            f" {e.count}; or compare with all of them: evaluate.reference=all"
+        )
     try:
-        check_extractor(e.extractor, e.weights, train_set)
+        check_run_extractor(config, train_set)
     except ValueError as error:
-        raise Missing(str(error)) from None
+        if e.extractor is not None or e.every_images is not None:
+            raise
+        raise Unscored(str(error)) from None
 
 
 @contextlib.contextmanager

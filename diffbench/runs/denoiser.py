@@ -23,7 +23,8 @@ from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
 from diffbench.diffusion import Process
-from diffbench.evaluation import judging
+from diffbench.evaluation import reference
+from diffbench.metrics.suite import Suite
 from diffbench.runs import build, checks, weights
 from diffbench.runs.base import Run, open_run
 from diffbench.runs.classifier import ClassifierRun
@@ -186,10 +187,10 @@ class DenoiserRun(Run[RunConfig]):
             return []
         from diffbench.training.callbacks import Distance
 
-        against = judging.in_training(e, self.train_set, build.device_of(c.trainer.accelerator))
-        suite, classes = partial(against.suite, brief=True), self.facts.num_classes
-        how = c.sample.unguided()
-        return [Distance(log, ema, suite, self.sampler(how), how, classes, e.every_images, c.seed, e.best)]
+        extractor = reference.run_extractor(c, self.train_set, build.device_of(c.trainer.accelerator))
+        suite = partial(Suite, reference.training_comparison(e, extractor, self.train_set), brief=True)
+        labels, how = reference.sample_labels(self.train_set, e.every_count), c.sample.unguided()
+        return [Distance(log, ema, suite, self.sampler(how), how, labels, e.every_images, c.seed, e.best)]
 
     def guidance_models(self, settings: SampleConfig) -> "GuidanceModels":
         """The networks that guide besides the denoiser; see `guidance_models`."""

@@ -1,18 +1,18 @@
-"""Scores of samples against real images: a run's own, or anyone's pictures, by the same code."""
+"""Scores of a run: a denoiser's samples against real images, an autoencoder's reconstructions against originals."""
 
 import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffbench.config.kinds import RunConfig
+from diffbench.config.kinds import AutoencoderConfig, RunConfig
 from diffbench.config.layers import COMMAND_LINE, parse_overrides
 from diffbench.config.load import change
 from diffbench.config.sample_sections import SampleConfig
@@ -21,15 +21,20 @@ from diffbench.core.errors import UserError, suggest
 from diffbench.core.launcher import launch
 from diffbench.core.progress import progress, span
 from diffbench.data.coding import reconstruct
-from diffbench.evaluation import judging, records, reference
+from diffbench.data.sets import balanced
+from diffbench.evaluation import records
+from diffbench.evaluation import reference as references
 from diffbench.evaluation.images import refuse_to_overwrite, write_npz
-from diffbench.evaluation.judging import Judgement
+from diffbench.evaluation.reference import Scorer
 from diffbench.evaluation.samples import SIZE, Samples
 from diffbench.metrics import Extractor
+from diffbench.metrics.base import evenly_spaced
 from diffbench.metrics.extractors.base import state_hash
-from diffbench.metrics.functional import frechet_distance, nearest
-from diffbench.metrics.rows import spread
-from diffbench.metrics.suite import metric_name
+from diffbench.metrics.frechet import frechet_distance
+from diffbench.metrics.memorisation import nearest
+from diffbench.metrics.reconstruction import psnr, ssim
+from diffbench.metrics.registry import metric_name
+from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.build import device_of
 from diffbench.runs.checks import check_evaluation
 from diffbench.runs.denoiser import DenoiserRun
@@ -38,9 +43,9 @@ ALLOWED = ("sample", "evaluate", "seed", "ema", "snapshot", "export")
 
 
 def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Draws `evaluate.count` samples without and, where the config guides, with guidance; scores both.
+    """Draw `evaluate.count` samples without and, where the config guides, with guidance; score both.
 
-    Samples lie in the run folder's `evaluations`, in shards: a killed command goes on, and other distances of the same
+    Samples are kept in the run folder's `evaluations`: a killed command goes on, and other distances of the same
     samples draw none.
 
     Args:
@@ -52,11 +57,7 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     Returns:
         One record for each, already appended to the run's results.jsonl.
     """
-    changes = parse_overrides(overrides)
-    for key in changes:
-        if key not in ALLOWED:
-            allowed = "sample.KEY, evaluate.KEY, seed, ema, snapshot, export"
-            raise UserError(f"{COMMAND_LINE}: {key}: not for evaluate; allowed: {allowed}{suggest(key, ALLOWED)}")
+    changes = _changes(overrides, ALLOWED)
     decay, snapshot = changes.pop("ema", run.ema), changes.pop("snapshot", "last")
     export = changes.pop("export", None)
     config = change(run.config, changes)
@@ -68,34 +69,44 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
         run.use_average(decay)
     if snapshot == "best":
         run.use_best()
-    judgement = _judgement(run, config, COMMAND_LINE if overrides else str(run.folder))
+    scorer = _scorer(run, config, COMMAND_LINE if overrides else str(run.folder))
     settings = [config.sample.unguided()]
     if config.sample.guided:
         settings.append(config.sample)
-    found = [_record(run, config, how, judgement) for how in settings]
+    found = [_record(run, config, how, scorer) for how in settings]
     if export is not None:
         _export(run, config, settings[-1], Path(str(export)))
     return found
 
 
-def evaluate_as(run: DenoiserRun, config: RunConfig, told: Callable[[], dict[str, float]] = dict) -> dict[str, Any]:
+def _changes(overrides: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]:
+    """The overrides as a dictionary, all of them among the allowed keys and sections."""
+    changes = parse_overrides(overrides)
+    for key in changes:
+        if key not in allowed:
+            names = ", ".join(f"{name}.KEY" if name in ("sample", "evaluate") else name for name in allowed)
+            raise UserError(f"{COMMAND_LINE}: {key}: not for evaluate; allowed: {names}{suggest(key, allowed)}")
+    return changes
+
+
+def evaluate_as(run: DenoiserRun, config: RunConfig, measured: Callable[[], dict[str, float]] = dict) -> dict[str, Any]:
     """The record of a run's samples just as `config.sample` and `config.evaluate` say, made unless it is there.
 
     Args:
         run: with the weights that are scored.
         config: how they are sampled and evaluated.
-        told: what a new record says besides.
+        measured: gives further values of a new record.
 
     Raises:
         UserError: if the extractor or real images are missing.
     """
     before = reversed(records.results(run.folder))
     known = next((r for r in before if scores_as(r, config, run.ema, run.snapshot)), None)
-    return known or _record(run, config, config.sample, _judgement(run, config, str(run.folder)), told())
+    return known or _record(run, config, config.sample, _scorer(run, config, str(run.folder)), measured())
 
 
 def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot: str = "last") -> bool:
-    """Whether a record scores an average of the run's whole length, sampled and looked at as the config says."""
+    """Whether a record scores an average of the finished run, sampled and evaluated as the config says."""
     images = config.trainer.max_steps * config.trainer.batch_size
     held = (record["images_seen"], record["ema"], record.get("snapshot", "last"))
     wanted = config.sample.numbers() | {"seed": config.seed}
@@ -107,42 +118,37 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     return held == (images, ema, snapshot) and sampled == wanted and counted and asked
 
 
-def _judgement(run: DenoiserRun, config: RunConfig, origin: str) -> Judgement:
+def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
     """What scores the run's samples; `origin` of the config is named in errors."""
     try:
         check_evaluation(config, run.train_set)
+        extractor = references.run_extractor(config, run.train_set, device_of(config.trainer.accelerator))
     except ValueError as e:
         raise UserError(f"{origin}: {e}") from None
-    device = device_of(config.trainer.accelerator)
-    judgement = judging.of_run(config.evaluate, run.train_set, run.held_out, device)
-    run.network.to(device)
-    if config.evaluate.count < 2 * judgement.extractor.dim:
+    run.network.to(extractor.device)
+    if config.evaluate.count < 2 * extractor.dim:
         print(
-            f"note: {config.evaluate.count:,} samples against {judgement.extractor.dim:,} features of"
-            f" {judgement.extractor.name}: most of a Fréchet distance is then bias; compare it at this count only"
+            f"note: {config.evaluate.count:,} samples against {extractor.dim:,} features of {extractor.name}: most of a"
+            " Fréchet distance is then bias; compare it at this count only"
         )
-    return judgement
+    return references.run_scorer(config.evaluate, extractor, run.train_set, run.held_out)
 
 
 def _record(
-    run: DenoiserRun,
-    config: RunConfig,
-    how: SampleConfig,
-    judgement: Judgement,
-    told: Mapping[str, float] | None = None,
+    run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Scorer, more: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Draws and scores samples; the record is appended to results.jsonl and shown in TensorBoard."""
+    """Draw and score samples; the record is appended to results.jsonl and shown in TensorBoard."""
     from diffbench.training.logger import show_scores  # imports Lightning
 
-    found = _score(run, config, how, judgement) | _restored(run, config.evaluate.count, judgement.extractor)
-    found |= told or {}
+    found = _score(run, config, how, scorer)
+    found |= {**_restored(run, config.evaluate.count, scorer.comparison.extractor), **(more or {})}
     run.add_result(found)
     show_scores(run.folder, run.images_seen, records.values(found), "guided/" if how.guided else "")
     return found
 
 
 def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Samples:
-    """The place of a run's samples; what they depend on names it."""
+    """The place of a run's samples; everything that they depend on names it."""
     models = run.guidance_models(how)
     what = {
         "weights": state_hash(run.network),
@@ -151,7 +157,7 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Sample
         "process": dataclasses.asdict(config.process),
         "sample": how.numbers(),
         "seed": config.seed,
-        "labels": "evenly over the classes, class by class",
+        "labels": labels_of(run, config.evaluate.count).bincount(minlength=1).tolist(),
         "count": config.evaluate.count,
     }
     channels, height, width = run.train_set.images.shape[1:]
@@ -159,16 +165,16 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Sample
 
 
 def labels_of(run: DenoiserRun, count: int) -> Tensor:
-    """(N,) labels of a run's samples, evenly over the classes, class by class."""
-    return torch.arange(count) * run.train_set.num_classes // count
+    """(N,) labels of a run's samples, class by class."""
+    return references.sample_labels(run.train_set, count)
 
 
 def draw(
-    run: DenoiserRun, how: SampleConfig, shards: Samples, seed: int, rank: int = 0, world: int = 1
+    run: DenoiserRun, how: SampleConfig, samples: Samples, seed: int, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:
     """Draws the samples that are not there yet; says first what that will take.
 
-    Several processes, as many as `trainer.devices` of the run and as this machine has devices, draw shards of their
+    Several processes, as many as `trainer.devices` of the run and as this machine has devices, draw chunks of their
     own. They are started from here; `rank` and `world` are for them alone.
 
     Returns:
@@ -177,18 +183,18 @@ def draw(
     from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation  # imports Lightning
 
     sampler, evaluations = run.sampler(how), network_evaluations(run.process, how)
-    labels, started = labels_of(run, shards.count), time.perf_counter()
-    missing = left = shards.count - shards.present()
+    labels, started = labels_of(run, samples.count), time.perf_counter()
+    missing = left = samples.count - samples.present()
     estimate = 0.0
     helpers = min(run.config.trainer.devices, torch.cuda.device_count() or run.config.trainer.devices)
     if left > SIZE and helpers > 1 and ranks.place()[1] == 1:
-        told = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": shards.count}
+        told = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
         told |= {"sample": dataclasses.asdict(how)}
         command = [sys.executable, "-m", "diffbench.runs.worker", "draw", str(run.folder), json.dumps(told)]
         print(f"{left:,} samples in {helpers} processes", flush=True)
         if code := launch(command, helpers):
             raise SystemExit(code)
-        left = shards.count - shards.present()
+        left = samples.count - samples.present()
     if left:
         batch = min(how.batch_size, left)
         estimate = left * evaluations * seconds_per_evaluation(sampler, batch)
@@ -196,19 +202,20 @@ def draw(
             f"{left:,} samples by {how.sampler}, {evaluations} network evaluations each: about {span(estimate)}",
             flush=True,
         )
-    with _progress("samples", shards.count, estimate) as advance:
+    shown = progress("samples", samples.count) if estimate > references.PATIENCE else nullcontext(lambda count: None)
+    with shown as advance:
 
         def one(first: int, count: int) -> Tensor:
             done = 0
 
-            def told(now: int) -> None:
+            def drawn(now: int) -> None:
                 nonlocal done
                 advance(now - done)
                 done = now
 
-            return sampler(labels[first : first + count], how, seed=seed, first=first, progress=told)
+            return sampler(labels[first : first + count], how, seed=seed, first=first, progress=drawn)
 
-        shards.fill(one, advance, rank, world)
+        samples.fill(one, advance, rank, world)
     return {
         "network_evaluations": evaluations,
         "seconds": time.perf_counter() - started,
@@ -217,56 +224,58 @@ def draw(
     }
 
 
-def _progress(what: str, total: int, estimate: float) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar or lines for what takes longer than a few seconds."""
-    return progress(what, total) if estimate > judging.PATIENCE else nullcontext(lambda count: None)
-
-
-def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, judgement: Judgement) -> dict[str, Any]:
-    shards = samples_of(run, config, how)
-    drawn = draw(run, how, shards, config.seed)
-    labels = labels_of(run, shards.count)
+def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Scorer) -> dict[str, Any]:
+    samples = samples_of(run, config, how)
+    drawn = draw(run, how, samples, config.seed)
+    labels = labels_of(run, samples.count)
     started = time.perf_counter()
-    batches = ((index, images, labels[index]) for index, images in shards.batches(reference.BATCH))
-    values = judgement.scores(batches)
-    _picture_neighbours(shards, run.train_set.images)
+    batches = ((index, images, labels[index]) for index, images in samples.batches(references.BATCH))
+    values = scorer.scores(batches)
+    _draw_neighbours(samples, run.train_set.images)
     return {
-        **records.surroundings(judgement.extractor, judgement.extractor.device),
-        "images_seen": run.images_seen,
+        **_facts(run, scorer.comparison.extractor),
         "snapshot": run.snapshot,
-        "ema": run.ema,
         "guidance": how.guidance,
         "sample": how.numbers() | {"batch_size": how.batch_size, "seed": config.seed, "seconds": drawn.pop("seconds")},
-        "drawing": drawn | {"folder": str(shards.folder.relative_to(run.folder))},
-        "labels": "evenly over the classes" if run.train_set.num_classes else "none",
+        "drawing": drawn | {"folder": str(samples.folder.relative_to(run.folder))},
+        "labels": references.spread_in_words(run.train_set, labels),
         "precision": str(next(run.network.parameters()).dtype).removeprefix("torch."),
-        "data": run.train_set.fingerprint(),
-        "data_name": run.train_set.name,
-        **judgement.told(),
+        **scorer.facts(),
         "scoring_seconds": time.perf_counter() - started,
         **values,
     }
 
 
-def _picture_neighbours(shards: Samples, training: Tensor) -> None:
+def _facts(run: DenoiserRun | AutoencoderRun, extractor: Extractor | None) -> dict[str, Any]:
+    """What the record of any run says of its surroundings, its weights and its data."""
+    return {
+        **records.surroundings(extractor, extractor.device if extractor else torch.device("cpu")),
+        "images_seen": run.images_seen,
+        "ema": run.ema,
+        "data": run.train_set.fingerprint(),
+        "data_name": run.train_set.name,
+    }
+
+
+def _draw_neighbours(samples: Samples, training: Tensor) -> None:
     """nearest.png: sixteen samples above, the training image nearest to each below."""
     from diffbench.sampling.images import save_grid
 
-    path, shown = shards.folder / "nearest.png", min(16, shards.count)
+    path, shown = samples.folder / "nearest.png", min(16, samples.count)
     if not path.exists():
-        samples = torch.stack(list(shards.rows(spread(shards.count, shown))))
-        beside = training[nearest(samples, training)[1]]
-        save_grid(torch.cat([samples, beside]), columns=shown, path=path)
+        images = samples.images()[evenly_spaced(samples.count, shown)]
+        beside = training[nearest(images, training)[1]]
+        save_grid(torch.cat([images, beside]), columns=shown, path=path)
 
 
 def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, Any]:
-    """The distance of the real images, once through the autoencoder, from themselves: what no denoiser can undercut."""
+    """The distance of the real images from their reconstructions, below which no denoiser of latents can come."""
     if run.autoencoder is None:
         return {}
     autoencoder = run.autoencoder.to(extractor.device)
     name = metric_name("reconstruction_fd", extractor, count)
     before, after = [], []
-    for batch in reference.first(run.train_set, "train", count).batches():
+    for batch in references.first(run.train_set, "train", count).batches():
         before.append(extractor(batch).pooled)
         after.append(extractor(reconstruct(autoencoder, batch)[0]).pooled)
     distance = frechet_distance(torch.cat(after), torch.cat(before))
@@ -274,7 +283,59 @@ def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, A
 
 
 def _export(run: DenoiserRun, config: RunConfig, how: SampleConfig, path: Path) -> None:
-    shards = samples_of(run, config, how)
-    order = judging.order("export", shards.count)
-    write_npz(path, shards.count, shards.shape, shards.rows(order), labels_of(run, shards.count)[order])
-    print(f"{path}: {shards.count:,} samples as arr_0, shuffled in a fixed order, their labels as arr_1")
+    samples = samples_of(run, config, how)
+    order = references.permutation(samples.count, "order of samples", "export")
+    write_npz(path, samples.count, samples.shape, samples.rows(order), labels_of(run, samples.count)[order])
+    print(f"{path}: {samples.count:,} samples as arr_0, shuffled in a fixed order, their labels as arr_1")
+
+
+def evaluate_autoencoder(run: AutoencoderRun, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Score the finished autoencoder, with averaged weights, on `evaluate.count` held-out images.
+
+    Args:
+        run: a finished run.
+        overrides: key=value for the section `evaluate`.
+
+    Returns:
+        The record, already appended to the run's results.jsonl: PSNR and SSIM, the Fréchet distance of the
+        reconstructions from the same images, and how many the extractor still recognises.
+    """
+    config = change(run.config, _changes(overrides, ["evaluate"]))
+    try:
+        run.check(config)
+    except ValueError as e:
+        raise UserError(f"{COMMAND_LINE}: {e}") from None
+    device = device_of(config.trainer.accelerator)
+    net = run.trained.to(device)
+    chosen = balanced(run.held_out.labels, config.evaluate.count)
+    images, labels = run.held_out.images[chosen], run.held_out.labels[chosen]
+    restored, divergence = reconstruct(net, images)
+    n, extractor = len(images), _extractor(config, run, device)
+    c, h, w = net.config.latent_shape(tuple(images.shape[1:]))
+    record = {
+        **_facts(run, extractor),
+        "reference": {"split": "held-out", "count": n},
+        "autoencoder": net.fingerprint,
+        "numbers": c * h * w,
+        f"psnr@{n}": psnr(restored, images),
+        f"ssim@{n}": ssim(restored, images),
+        f"kl_nats@{n}": float(divergence.double().mean()),
+    }
+    if extractor is not None:
+        found, real = ([extractor(part) for part in a.split(references.BATCH)] for a in (restored, images))
+        pooled = [torch.cat([part.pooled.cpu() for part in parts]) for parts in (found, real)]
+        record[metric_name("reconstruction_fd", extractor, n)] = frechet_distance(*pooled)
+        if extractor.predicts_labels:
+            classes = torch.cat([part.logits.argmax(1).cpu() for part in found if part.logits is not None])
+            record[metric_name("label_accuracy", extractor, n)] = float((classes == labels).double().mean())
+    run.add_result(record)
+    return record
+
+
+def _extractor(config: AutoencoderConfig, run: AutoencoderRun, device: torch.device) -> Extractor | None:
+    """The extractor, or None with a line where it cannot be made: PSNR and SSIM need none."""
+    try:
+        return references.run_extractor(config, run.train_set, device)
+    except ValueError as e:
+        print(f"no Fréchet distance: {e}", flush=True)
+        return None

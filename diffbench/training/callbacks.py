@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder
 from diffbench.config.sample_sections import SampleConfig
@@ -19,7 +20,8 @@ from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation.validation_error import accuracy, as_metrics, classified, error_sums, mean_errors
 from diffbench.metrics.reconstruction import psnr, ssim
-from diffbench.metrics.suite import Suite, metric_name
+from diffbench.metrics.registry import metric_name, metric_of
+from diffbench.metrics.suite import Suite
 from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation, timed
 from diffbench.sampling.sampler import Sampler
 from diffbench.sampling.trajectory import Trajectory
@@ -159,7 +161,7 @@ class Distance(EveryNImages):
             checkpoint, an average or a count of parameters.
         sampler: draws from the network that is trained.
         config: how samples are drawn.
-        num_classes: labels are spread evenly over them.
+        labels: (N,) that samples are drawn for.
         every: images between distances.
         seed: of the run; with a sample's number it fixes its noise.
         best: "fd" or "kid", whose least value marks the best weights; None keeps none.
@@ -172,14 +174,14 @@ class Distance(EveryNImages):
         suite: Callable[[], Suite],
         sampler: Sampler,
         config: SampleConfig,
-        num_classes: int,
+        labels: Tensor,
         every: int,
         seed: int,
         best: str | None = None,
     ) -> None:
         super().__init__(logger, ema, every)
         self.suite, self.sampler, self.config = suite, sampler, config
-        self.num_classes, self.seed, self.best_by = num_classes, seed, best
+        self.labels, self.seed, self.best_by = labels, seed, best
         self.best: dict[str, float] = {}
         """Of the best weights: images, and value of the metric on the samples that chose them."""
 
@@ -221,18 +223,18 @@ class Distance(EveryNImages):
         """Name -> distance of samples of the present weights; each rank draws and scores its slice."""
         suite = self.suite()
         suite.extractor.to(trainer.strategy.root_device)
-        labels = torch.arange(suite.count) * self.num_classes // suite.count
         mine = together.share(suite.count)
         for index in mine.split(self.config.batch_size) if len(mine) else ():
             seed = rng.key(self.seed, what)
-            images = self.sampler(labels[index], self.config, seed=seed, first=int(index[0]))
+            images = self.sampler(self.labels[index], self.config, seed=seed, first=int(index[0]))
             suite.update(images, index)
         return {metric_name(name, suite.extractor, suite.count): value for name, value in suite.compute().items()}
 
     def _keep_if_best(self, values: dict[str, float]) -> None:
         if self.best_by is None:
             return
-        name = next(n for n in values if n.split("/")[0] in {"fd": ("fd", "fid"), "kid": ("kid",)}[self.best_by])
+        found = {name: metric_of(name) for name in values}
+        name = next(n for n, metric in found.items() if self.best_by in (metric.name, metric.computed))
         if values[name] >= self.best.get("value", float("inf")):
             return
         self.best = {"images": self.logger.images, "value": values[name]}

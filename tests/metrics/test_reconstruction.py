@@ -1,4 +1,4 @@
-"""Scores of reconstructions: closed forms."""
+"""Scores of reconstructions, against closed forms."""
 
 import pytest
 import torch

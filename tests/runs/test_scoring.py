@@ -17,19 +17,15 @@ from diffbench.cli import main
 from diffbench.core import rng
 from diffbench.core.store import Store
 from diffbench.data.sets import balanced
-from diffbench.evaluation import judging, records
+from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
 from diffbench.metrics import Extractor, Features
-from diffbench.metrics.functional import (
-    coverage,
-    frechet_distance,
-    gaussian,
-    inception_score,
-    kernel_distance,
-    nearest_distance,
-    neighbours,
-)
-from diffbench.metrics.suite import Reference
+from diffbench.metrics.base import Comparison, ReferenceStatistics
+from diffbench.metrics.classification import inception_score
+from diffbench.metrics.frechet import frechet_distance, gaussian
+from diffbench.metrics.kernel import kernel_distance
+from diffbench.metrics.memorisation import nearest_distance
+from diffbench.metrics.neighbours import neighbours
 from diffbench.runs import evaluate
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.sampler import Sampler
@@ -66,7 +62,7 @@ def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
     samples = Store(smoke_run / record["drawing"]["folder"]).open().arrays["images"]
     labels = torch.arange(60) * 10 // 60
     assert torch.equal(samples, run.generate(labels, run.config.sample.unguided(), 0))
-    judge = references.judge("digits-cnn", None, run.train_set)
+    judge = references.make_extractor("digits-cnn", None, run.train_set)
     real = run.train_set.images[balanced(run.train_set.labels, 60)]
     (x, logits, _), reference = judge(samples), judge(real).pooled
     test = judge(run.held_out.images[balanced(run.held_out.labels, 60)]).pooled
@@ -79,7 +75,7 @@ def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
         "precision/digits-cnn@60": neighbours(x, reference, 3).precision,
         "recall/digits-cnn@60": neighbours(x, reference, 3).recall,
         "density/digits-cnn@60": neighbours(x, reference, 5).density,
-        "coverage/digits-cnn@60": coverage(x, reference, 5),
+        "coverage/digits-cnn@60": neighbours(x, reference, 5).coverage,
         "inception_score/digits-cnn@60": inception_score([logits]),
         "label_accuracy/digits-cnn@60": float((logits.argmax(1) == labels).double().mean()),
         "nearest_train@60": float(nearest_distance(samples, run.train_set.images).mean()),
@@ -87,7 +83,7 @@ def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
     assert records.values(record) == pytest.approx(want, rel=1e-6)
     near = run.held_out.images[balanced(run.held_out.labels, 60)]
     assert record["nearest_train_held_out"] == pytest.approx(nearest_distance(near, run.train_set.images).mean().item())
-    others = references.others(references.first(run.train_set, "train", 60), 60)
+    others = references.others(references.first(run.train_set, "train", 60))
     beside = judge(run.train_set.images[others.index]).pooled
     assert record["floor"]["fd"] == pytest.approx(frechet_distance(beside, reference))
 
@@ -95,14 +91,17 @@ def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
 def test_held_out_images_are_compared_in_equal_number(smoke_run: Path) -> None:
     run = load(smoke_run)
     (record, _) = evaluate.evaluate(run, ["evaluate.count=400"])  # more than the 360 held-out digits
-    judgement = judging.of_run(run.config.evaluate, run.train_set, run.held_out)
-    assert judgement.references.keys() == {"fd", "fd_held_out"}  # of the smoke run's 20 there are enough
-    features = references.judge("digits-cnn", None, run.train_set)
+    features = references.make_extractor("digits-cnn", None, run.train_set)
+    scorer = references.run_scorer(run.config.evaluate, features, run.train_set, run.held_out)
+    assert scorer.comparison.references.keys() == {"fd", "fd_held_out"}  # of the smoke run's 20 there are enough
     ((_, samples),) = evaluate.samples_of(
         run, evaluate.change(run.config, {"evaluate": {"count": 400}}), run.config.sample.unguided()
     ).batches(400)
     x, test = features(samples).pooled, features(run.held_out.images).pooled
-    alike = features(run.train_set.images[balanced(run.train_set.labels, 360)]).pooled
+    counts = run.held_out.labels.bincount()
+    assert counts.tolist() != [36] * 10  # the training images compared with have the same classes, one by one
+    index = [(run.train_set.labels == c).nonzero()[:n, 0] for c, n in enumerate(counts.tolist())]
+    alike = features(run.train_set.images[torch.cat(index)]).pooled
     assert record["fd_gap/digits-cnn@400"] == pytest.approx(
         frechet_distance(x, test) - frechet_distance(x, alike), rel=1e-5
     )
@@ -226,10 +225,10 @@ def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patie
         shown.append((total, done))
         yield shown.append
 
-    monkeypatch.setattr(judging, "progress", progress)
-    monkeypatch.setattr(judging, "PATIENCE", patience)
-    batches = list(judging.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
-    assert [len(b[0]) for b in judging.watched("scored", batches, 30)] == [10, 10, 10]
+    monkeypatch.setattr(references, "progress", progress)
+    monkeypatch.setattr(references, "PATIENCE", patience)
+    batches = list(references.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
+    assert [len(b[0]) for b in references.watched("scored", batches, 30)] == [10, 10, 10]
     assert shown == told
 
 
@@ -250,12 +249,13 @@ def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
     numbers = torch.arange(count)
     images = torch.randint(0, 256, (count, 3, 2, 2), generator=generator).to(torch.uint8)
     images[:, 1], images[:, 2] = (numbers // 256)[:, None, None], (numbers % 256)[:, None, None]
-    judgement = judging.Judgement(judge, count, {"fd": Reference(gaussian(torch.randn(9, 2)), torch.zeros(0, 2))}, {})
-    found = judgement.scores([(numbers, images, None)])["inception_score/logits@6000"]
-    order = judging.order("export", count)
+    statistics = ReferenceStatistics(gaussian(torch.randn(9, 2)), torch.zeros(0, 2))
+    comparison = Comparison(judge, {"fd": statistics}, count, by_class=True, permutation=references.permutation)
+    found = references.Scorer(comparison, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
+    order = references.permutation(count, "order of samples", "export")
     assert found == pytest.approx(inception_score(logits[order].split(5000)))
-    judgement.by_class = False
-    plain = judgement.scores([(numbers, images, None)])["inception_score/logits@6000"]
+    comparison.by_class = False
+    plain = references.Scorer(comparison, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
     assert plain == pytest.approx(inception_score(logits.split(5000))) and plain < found - 0.5
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from diffbench.cli import main
 from diffbench.core import rng
-from diffbench.evaluation import judging
+from diffbench.evaluation import reference
+from diffbench.metrics.suite import Suite
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.sampler import Sampler
@@ -56,6 +57,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> DenoiserRun:
     return train(DIT, [*TINY, f"runs_dir={tmp_path_factory.mktemp('unbroken')}"])
 
 
+def suite_of(run: DenoiserRun) -> Suite:
+    extractor = reference.run_extractor(run.config, run.train_set)
+    return Suite(reference.training_comparison(run.config.evaluate, extractor, run.train_set), brief=True)
+
+
 def test_distances_come_every_so_many_images_and_at_the_end(unbroken: DenoiserRun) -> None:
     assert list(distances(unbroken.folder)) == [32, 64, 96, 128, 160]
 
@@ -65,7 +71,7 @@ def test_the_averaged_weights_are_scored_on_samples_of_their_own(unbroken: Denoi
     labels = torch.arange(count) * 10 // count
 
     def fd(seed: int) -> float:
-        suite = judging.in_training(c.evaluate, unbroken.train_set).suite(brief=True)
+        suite = suite_of(unbroken)
         suite.update(unbroken.generate(labels, c.sample.unguided(), seed), torch.arange(count))
         return suite.compute()["fd"]
 
@@ -83,7 +89,7 @@ def test_the_best_weights_are_kept_and_scored_again(unbroken: DenoiserRun) -> No
     run = load(unbroken.folder)
     run.use_best()
     assert (run.images_seen, run.ema, run.snapshot) == (best, 0.5, "best")
-    suite = judging.in_training(run.config.evaluate, run.train_set).suite(brief=True)
+    suite = suite_of(run)
     images = run.generate(torch.arange(20) * 10 // 20, run.config.sample.unguided(), rng.key(0, "fresh distance"))
     suite.update(images, torch.arange(20))
     assert suite.compute()["fd"] == pytest.approx(end["best/fd/digits-cnn@20"], rel=1e-4)

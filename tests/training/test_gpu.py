@@ -17,7 +17,8 @@ from diffbench.config.sample_sections import EvaluateConfig, SampleConfig
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS
 from diffbench.diffusion import DiscreteVP, VPConfig
-from diffbench.evaluation import judging, reference
+from diffbench.evaluation import reference
+from diffbench.metrics.suite import Suite
 from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.fast import Graphed
 from diffbench.sampling.sampler import Sampler
@@ -102,10 +103,10 @@ def test_distances_on_the_gpu_equal_those_on_the_cpu(name: str) -> None:
     train_set, held_out = digits(DigitsConfig())
     found = {}
     for device in ("cpu", "cuda"):
-        judge = reference.judge(name, None, train_set, device)
-        judgement = judging.of_run(EvaluateConfig(count=300, extractor=name), train_set, held_out, extractor=judge)
-        suite = judgement.suite()
-        assert {m.n.device.type for m, _ in suite._fed if hasattr(m, "n")} == {device}
+        extractor = reference.make_extractor(name, None, train_set, device)
+        scorer = reference.run_scorer(EvaluateConfig(count=300, extractor=name), extractor, train_set, held_out)
+        suite = Suite(scorer.comparison)
+        assert {m.n.device.type for _, m in suite.metrics if hasattr(m, "n")} == {device}
         with torch.autocast(device, torch.bfloat16):  # what surrounds it must not matter
             for index in torch.arange(300).split(128):
                 suite.update(held_out.images[index], index, held_out.labels[index])

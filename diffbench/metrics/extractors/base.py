@@ -1,8 +1,8 @@
-"""Feature extractors by name. They take uint8 pictures of any size and always give the same features for them.
+"""Feature extractors by name. They take uint8 images of any size and always give the same features for them.
 
-An `Extractor` is no nn.Module, so no training module can adopt its network: none of its weights enters a checkpoint,
-an average or a parameter count, and nobody puts it into training mode. A new one is `register`ed, or named in the
-config as `package.module:function`.
+An `Extractor` is not an nn.Module, so no training module can adopt its network: none of its weights enters a
+checkpoint, an average or a parameter count, and nobody puts it into training mode. A new one is `register`ed, or named
+in the config as `package.module:function`.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ VERSION = 1
 
 
 class Features(NamedTuple):
-    """What a network says of B pictures: features (B, D), perhaps logits (B, K) and a spatial layer (B, S)."""
+    """What a network computes of B images: features (B, D), perhaps logits (B, K) and a spatial layer (B, S)."""
 
     pooled: Tensor
     logits: Tensor | None = None
@@ -34,17 +34,18 @@ class Request:
     """What an extractor may ask of its surroundings.
 
     Attributes:
-        shape: (C, H, W) of the pictures to come.
+        shape: (C, H, W) of the images to come.
         weights: a file that the user named, or None.
-        training: reads labelled training pictures (N, C, H, W) uint8 and labels (N,); None where there are none.
-        training_id: a fingerprint of those.
+        training: reads training images (N, C, H, W) uint8, their labels (N,) and a fingerprint of both; None where
+            there are none.
+        classes: of the labels; None where that is not known.
         cached: (name, make) -> state dict, made once under that name; by default made anew each time.
     """
 
     shape: tuple[int, int, int]
     weights: str | None = None
-    training: Callable[[], tuple[Tensor, Tensor]] | None = None
-    training_id: str = ""
+    training: Callable[[], tuple[Tensor, Tensor, str]] | None = None
+    classes: int | None = None
     cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = field(
         default=lambda name, make: make()
     )
@@ -55,17 +56,17 @@ class Extractor:
     """A network held outside every other module.
 
     Attributes:
-        name: stands in every metric's name; says how pictures are resized where they are.
+        name: stands in every metric's name; says how images are resized where they are.
         network: put into evaluation mode at each call.
-        run: prepared pictures (B, channels, h, w) -> Features.
+        run: prepared images (B, channels, h, w) -> Features.
         dim: length of a feature vector.
         weights: sha256 of the weights.
         licence: of the weights.
-        channels: 1 or 3; grey pictures are repeated where a network reads 3.
-        prepare: uint8 pictures to what `run` takes.
+        channels: 1 or 3; grey images are repeated where a network reads 3.
+        prepare: uint8 images to what `run` takes.
         classes: of the logits, None where there are none.
         spatial: length of the spatial layer, None where there is none.
-        judges_labels: whether its classes are the data set's own.
+        predicts_labels: whether its classes are the data set's own.
         published: whether a distance of its features may be called FID.
     """
 
@@ -79,7 +80,7 @@ class Extractor:
     prepare: Callable[[Tensor], Tensor] = Tensor.float
     classes: int | None = None
     spatial: int | None = None
-    judges_labels: bool = False
+    predicts_labels: bool = False
     published: bool = False
     device: torch.device = field(default=torch.device("cpu"), init=False)
 
@@ -90,13 +91,13 @@ class Extractor:
         return self
 
     def __call__(self, images: Tensor) -> Features:
-        """Features of pictures (B, C, H, W) uint8, in float32 whatever surrounds the call.
+        """Features of images (B, C, H, W) uint8, in float32 whatever surrounds the call.
 
         Raises:
-            ValueError: if the pictures are no bytes, or have another number of channels.
+            ValueError: if the images are not bytes, or have another number of channels.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"{self.name} takes uint8 pictures (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
+            raise ValueError(f"{self.name} takes uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
         if images.shape[1] not in (1, self.channels):
             raise ValueError(f"{self.name} takes {self.channels} channels, got {images.shape[1]}")
         self.network.eval()
@@ -138,7 +139,7 @@ def register(
 
     Args:
         name: what `evaluate.extractor` calls it.
-        build: Request -> Extractor; or a plain nn.Module that maps uint8 pictures (B, C, H, W) of the data's size to
+        build: Request -> Extractor; or a plain nn.Module that maps uint8 images (B, C, H, W) of the data's size to
             features (B, D).
         check: raises ValueError, one line that says what to install or where to put which file.
     """
@@ -151,7 +152,7 @@ def register(
 
 
 def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extractor:
-    """An extractor of any network that maps uint8 pictures (B, C, H, W) to features (B, D)."""
+    """An extractor of any network that maps uint8 images (B, C, H, W) to features (B, D)."""
     network.eval().requires_grad_(False)
     with torch.no_grad():
         dim = network(torch.zeros(2, *shape, dtype=torch.uint8)).shape[1]

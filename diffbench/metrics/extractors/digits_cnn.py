@@ -1,4 +1,4 @@
-"""digits-cnn: a small classifier of 8x8 digits, the judge and the feature extractor of the digits experiments."""
+"""digits-cnn: a small classifier of 8x8 digits, the feature extractor of the digits experiments."""
 
 import hashlib
 import inspect
@@ -13,7 +13,7 @@ from diffbench.metrics.extractors.resize import area
 class DigitsCNN(nn.Module):
     """64 features and 10 logits of (B, 1, 8, 8) uint8 images; 73,000 parameters."""
 
-    num_features = 64
+    num_features, num_classes = 64, 10
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class DigitsCNN(nn.Module):
             nn.Linear(256, self.num_features),
             nn.ReLU(),
         )
-        self.head = nn.Linear(self.num_features, 10)
+        self.head = nn.Linear(self.num_features, self.num_classes)
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 1, 8, 8), 0 to 255, to (B, 64) float32."""
@@ -70,16 +70,15 @@ def train_digits_cnn(images: Tensor, labels: Tensor, epochs: int = 60, batch: in
 def build(request: Request) -> Extractor:
     """The extractor; trained in seconds on first use. Larger digits are reduced to 8x8, and its name says so."""
     assert request.training is not None
+    images, labels, fingerprint = request.training()
     name = "digits-cnn" if request.shape[1:] == (8, 8) else "digits-cnn-area8"
     code = hashlib.sha256((inspect.getsource(DigitsCNN) + inspect.getsource(train_digits_cnn)).encode()).hexdigest()[:8]
-    read = request.training
 
     def train() -> dict[str, Tensor]:
-        images, labels = read()
         return train_digits_cnn(area(images, 8), labels).state_dict()
 
     net = DigitsCNN()
-    net.load_state_dict(request.cached(f"{name}-{request.training_id}-{code}", train))
+    net.load_state_dict(request.cached(f"{name}-{fingerprint}-{code}", train))
     net.eval().requires_grad_(False)
 
     def run(images: Tensor) -> Features:
@@ -95,17 +94,18 @@ def build(request: Request) -> Extractor:
         licence="trained here",
         channels=1,
         prepare=lambda images: area(images, 8),
-        classes=10,
-        judges_labels=True,
+        classes=net.num_classes,
+        predicts_labels=True,
     )
 
 
 def check(request: Request) -> None:
-    """Whether the pictures are digits.
+    """Whether the images can be digits.
 
     Raises:
-        ValueError: if they cannot be.
+        ValueError: if they cannot.
     """
     channels, height, width = request.shape
-    if request.training is None or channels != 1 or height != width or height < 8:
+    digits = request.training is not None and request.classes in (None, DigitsCNN.num_classes)
+    if not digits or channels != 1 or height != width or height < 8:
         raise ValueError(f"digits-cnn scores square grey digits in ten classes, 8x8 or larger, not {request.shape}")

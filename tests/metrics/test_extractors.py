@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from diffbench.metrics import EXTRACTORS, Extractor, Request, extractor, register
 from diffbench.metrics.extractors.base import check, full_precision, plain, state_hash
 from diffbench.metrics.extractors.resize import antialiased, area, tf1
-from diffbench.metrics.functional import frechet_distance
-from diffbench.metrics.suite import metric_name
+from diffbench.metrics.frechet import frechet_distance
+from diffbench.metrics.registry import metric_name
 
 IMAGES = torch.randint(0, 256, (40, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
@@ -88,7 +88,7 @@ def test_features_need_no_gradient_and_do_not_depend_on_the_batch() -> None:
 
 def test_trap_6_only_bytes_are_taken() -> None:
     for wrong in (IMAGES.float() / 255, IMAGES.int(), IMAGES[0]):
-        with pytest.raises(ValueError, match=r"net takes uint8 pictures \(B, C, H, W\), got "):
+        with pytest.raises(ValueError, match=r"net takes uint8 images \(B, C, H, W\), got "):
             made()(wrong)
     with pytest.raises(ValueError, match="net takes 3 channels, got 2"):
         made()(IMAGES[:, :2])
@@ -133,9 +133,7 @@ def test_a_module_is_registered_and_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     judge = extractor("mine", Request((3, 8, 8)))
     assert (judge.name, judge.dim, judge.channels, judge.classes) == ("mine", 16, 3, None)
     assert judge.weights != extractor("mine", Request((3, 8, 8))).weights  # weights drawn anew are other weights
-    (tmp_path / "my_judge.py").write_text(
-        "from test_evaluation_extractors import Net\ndef make(request):\n    return Net()\n"
-    )
+    (tmp_path / "my_judge.py").write_text("from test_extractors import Net\ndef make(request):\n    return Net()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     judge = extractor("my_judge:make", Request((3, 8, 8)))
     assert metric_name("fd", judge, 500) == "fd/my_judge.make@500"
@@ -155,8 +153,8 @@ def test_an_unknown_name() -> None:
 
 
 def test_digits_cnn_takes_larger_digits_and_says_so() -> None:
-    def training() -> tuple[Tensor, Tensor]:
-        return IMAGES[:, :1].repeat(4, 1, 1, 1), torch.arange(160) % 10
+    def training() -> tuple[Tensor, Tensor, str]:
+        return IMAGES[:, :1].repeat(4, 1, 1, 1), torch.arange(160) % 10, "abc"
 
     made = []
 
@@ -167,8 +165,8 @@ def test_digits_cnn_takes_larger_digits_and_says_so() -> None:
         torch.manual_seed(0)
         return DigitsCNN().state_dict()
 
-    small = extractor("digits-cnn", Request((1, 8, 8), None, training, "abc", cached))
-    large = extractor("digits-cnn", Request((1, 32, 32), None, training, "abc", cached))
+    small = extractor("digits-cnn", Request((1, 8, 8), None, training, 10, cached))
+    large = extractor("digits-cnn", Request((1, 32, 32), None, training, 10, cached))
     assert (small.name, large.name) == ("digits-cnn", "digits-cnn-area8")
     assert [name.rsplit("-", 1)[0] for name in made] == ["digits-cnn-abc", "digits-cnn-area8-abc"]
     grey = IMAGES[:, :1]
@@ -178,6 +176,9 @@ def test_digits_cnn_takes_larger_digits_and_says_so() -> None:
     for shape in ((3, 8, 8), (1, 8, 16), (1, 4, 4)):
         with pytest.raises(ValueError, match=r"evaluate\.extractor: digits-cnn scores square grey digits in ten"):
             check("digits-cnn", Request(shape, None, training))
+    for without in (Request((1, 8, 8)), Request((1, 8, 8), None, training, classes=3)):
+        with pytest.raises(ValueError, match="scores square grey digits in ten classes"):
+            check("digits-cnn", without)
 
 
 def test_efficientnet_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +203,7 @@ def test_efficientnet_features(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.allclose(torch.cat([judge(i[None]).pooled for i in IMAGES[:6]]), pooled, rtol=1e-4, atol=1e-5)
     assert frechet_distance(pooled, pooled) < 1e-6
     assert judge(IMAGES[:2, :1]).pooled.shape == (2, 1280)
-    with pytest.raises(ValueError, match="efficientnet-lite0 reads grey or RGB pictures, got 4 channels"):
+    with pytest.raises(ValueError, match="efficientnet-lite0 reads grey or RGB images, got 4 channels"):
         check("efficientnet-lite0", Request((4, 32, 32)))
 
 

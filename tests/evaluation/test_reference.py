@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.sets import ImageSet, balanced
 from diffbench.evaluation import reference as references
 from diffbench.metrics import Extractor
+from diffbench.metrics.base import ReferenceStatistics
 from diffbench.metrics.extractors.base import plain
-from diffbench.metrics.functional import gaussian
-from diffbench.metrics.suite import Reference
+from diffbench.metrics.frechet import gaussian
 
 TRAIN, HELD_OUT = digits(DigitsConfig())
 
@@ -45,7 +46,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_statistics_are_those_of_the_features(judge: Extractor, cache: Path) -> None:
     part = references.first(TRAIN, "train", 300)
-    found, key = references.of_part(judge, part, keep=7)
+    found, key = references.statistics_of(judge, part, keep=7)
     features = judge(TRAIN.images[balanced(TRAIN.labels, 300)]).pooled
     want = gaussian(features)
     assert (found.fit.n, found.spatial) == (300, None)
@@ -69,25 +70,25 @@ def test_statistics_are_those_of_the_features(judge: Extractor, cache: Path) -> 
 
 def test_they_are_made_once(judge: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
     part = references.first(TRAIN, "train", 100)
-    first, key = references.of_part(judge, part)
-    monkeypatch.setattr("diffbench.evaluation.reference.statistics", None)
-    again, same = references.of_part(judge, part)
+    first, key = references.statistics_of(judge, part)
+    monkeypatch.setattr("diffbench.evaluation.reference.reference_statistics", None)
+    again, same = references.statistics_of(judge, part)
     assert key == same and torch.equal(first.fit.cov, again.fit.cov) and torch.equal(first.rows, again.rows)
 
 
 def test_two_commands_at_once_make_them_once(judge: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, together, original = [], threading.Barrier(2), references.statistics
+    made, together, original = [], threading.Barrier(2), references.reference_statistics
 
-    def slow(*args: object) -> Reference:
+    def slow(*args: object) -> ReferenceStatistics:
         made.append(1)
         threading.Event().wait(0.3)
         return original(*args)  # type: ignore[arg-type]
 
     def command() -> None:
         together.wait()
-        found.append(references.of_part(judge, references.first(TRAIN, "train", 50))[1])
+        found.append(references.statistics_of(judge, references.first(TRAIN, "train", 50))[1])
 
-    monkeypatch.setattr("diffbench.evaluation.reference.statistics", slow)
+    monkeypatch.setattr("diffbench.evaluation.reference.reference_statistics", slow)
     found: list[str] = []
     threads = [threading.Thread(target=command) for _ in range(2)]
     for thread in threads:
@@ -105,62 +106,62 @@ def test_the_key_holds_all_that_the_numbers_depend_on(judge: Extractor) -> None:
     fewer_pixels = ImageSet(TRAIN.images.clone(), TRAIN.labels, 10)
     fewer_pixels.images[0, 0, 0, 0] = 99
     keys = {
-        "as it is": references.of_part(judge, part)[1],
-        "count": references.of_part(judge, references.first(TRAIN, "train", 90))[1],
-        "selection": references.of_part(judge, references.others(part, 100))[1],
-        "split": references.of_part(judge, references.first(HELD_OUT, "held-out", 100))[1],
-        "one pixel": references.of_part(judge, references.first(fewer_pixels, "train", 100))[1],
-        "rows": references.of_part(judge, part, keep=10)[1],
-        "weights": references.of_part(other_weights, part)[1],
-        "resize": references.of_part(plain("flat-aa64", Flat(), (1, 8, 8)), part)[1],
-        "all": references.of_part(judge, references.everything(TRAIN, "train"))[1],
+        "as it is": references.statistics_of(judge, part)[1],
+        "count": references.statistics_of(judge, references.first(TRAIN, "train", 90))[1],
+        "selection": references.statistics_of(judge, references.others(part))[1],
+        "split": references.statistics_of(judge, references.first(HELD_OUT, "held-out", 100))[1],
+        "one pixel": references.statistics_of(judge, references.first(fewer_pixels, "train", 100))[1],
+        "rows": references.statistics_of(judge, part, keep=10)[1],
+        "weights": references.statistics_of(other_weights, part)[1],
+        "resize": references.statistics_of(plain("flat-aa64", Flat(), (1, 8, 8)), part)[1],
+        "all": references.statistics_of(judge, references.everything(TRAIN, "train"))[1],
     }
     assert len(set(keys.values())) == len(keys)
 
 
 def test_the_version_of_the_code_is_in_the_key(judge: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
     part = references.first(TRAIN, "train", 100)
-    before = references.of_part(judge, part)[1]
+    before = references.statistics_of(judge, part)[1]
     monkeypatch.setattr("diffbench.evaluation.reference.VERSION", 2)
-    assert references.of_part(judge, part)[1] != before
+    assert references.statistics_of(judge, part)[1] != before
 
 
 def test_parts_do_not_overlap() -> None:
-    mine, rest = references.first(TRAIN, "train", 500), references.others(references.first(TRAIN, "train", 500), 500)
+    mine, rest = references.first(TRAIN, "train", 500), references.others(references.first(TRAIN, "train", 500))
     assert len(mine) == len(rest) == 500
     assert not set(mine.index.tolist()) & set(rest.index.tolist())
     assert (TRAIN.labels[rest.index].bincount() == 50).all()
-    assert len(references.others(references.everything(TRAIN, "train"), 10)) == 0
+    assert len(references.others(references.everything(TRAIN, "train"))) == 0
 
 
 def test_another_key_under_the_same_name_is_an_error(judge: Extractor, cache: Path) -> None:
     part = references.first(TRAIN, "train", 100)
-    references.of_part(judge, part)
+    references.statistics_of(judge, part)
     (path,) = cache.glob("*.safetensors")
     key, reference = references.read(path)
     references.write(path, key | {"split": "held-out"}, reference)
     with pytest.raises(UserError) as caught:
-        references.of_part(judge, part)
+        references.statistics_of(judge, part)
     assert str(caught.value) == f"{path}: split is 'held-out', not 'train'; remove the file"
 
 
 def test_damage_is_an_error(judge: Extractor, cache: Path) -> None:
     part = references.first(TRAIN, "train", 100)
-    references.of_part(judge, part)
+    references.statistics_of(judge, part)
     (path,) = cache.glob("*.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"damaged \(its hash differs\); remove the file"):
-        references.of_part(judge, part)
+    with pytest.raises(UserError, match=r"damaged \(its hash differs\); remove it"):
+        references.statistics_of(judge, part)
     path.write_bytes(whole[:100])
-    with pytest.raises(UserError, match=rf"{path}: holds no statistics of real images \(.*; remove the file"):
-        references.of_part(judge, part)
-    save_file({"mean": torch.zeros(2)}, path, {"key": json.dumps({"count": 3})})
+    with pytest.raises(UserError, match=rf"{path}: damaged \(.*; remove it"):
+        references.statistics_of(judge, part)
+    tensors.write(path, {"mean": torch.zeros(2)}, {"key": json.dumps({"count": 3})})
     with pytest.raises(UserError, match="holds no statistics of real images"):
         references.read(path)
     path.write_bytes(whole)
     assert load_file(path)["mean"].shape == (5,)
-    references.of_part(judge, part)
+    references.statistics_of(judge, part)
 
 
 def test_an_interrupted_build_leaves_nothing(judge: Extractor, cache: Path) -> None:
@@ -169,9 +170,9 @@ def test_an_interrupted_build_leaves_nothing(judge: Extractor, cache: Path) -> N
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        references.cached(judge, {"pictures": "x"}, 20, broken)
+        references.cached_statistics(judge, {"pictures": "x"}, 20, broken)
     assert not list(cache.glob("*.safetensors"))
     with pytest.raises(UserError, match="statistics of real images need at least 2 of them, got 1"):
-        references.cached(judge, {"pictures": "x"}, 1, broken)
+        references.cached_statistics(judge, {"pictures": "x"}, 1, broken)
     with pytest.raises(ValueError, match="got 10 samples where 20 were announced"):
-        references.cached(judge, {"pictures": "x"}, 20, lambda: iter([TRAIN.images[:10]]))
+        references.cached_statistics(judge, {"pictures": "x"}, 20, lambda: iter([TRAIN.images[:10]]))

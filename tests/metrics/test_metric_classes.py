@@ -7,18 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffbench.metrics.functional import (
-    frechet,
-    frechet_infinity,
-    gaussian,
-    inception_score,
-    kernel_distance,
-    nearest_distance,
-    neighbours,
-)
-from diffbench.metrics.rows import DensityCoverage, FrechetInfinity, KernelDistance, PrecisionRecall, Rows, spread
-from diffbench.metrics.streaming import FrechetDistance, InceptionScore, LabelAccuracy, Moments, NearestDistance, Sums
-from diffbench.metrics.suite import states_device
+from diffbench.metrics.base import Rows, SampleMetric, evenly_spaced, states_device
+from diffbench.metrics.classification import InceptionScore, LabelAccuracy, inception_score
+from diffbench.metrics.frechet import FrechetDistance, FrechetInfinity, Moments, frechet, frechet_infinity, gaussian
+from diffbench.metrics.kernel import KernelDistance, kernel_distance
+from diffbench.metrics.memorisation import NearestDistance, nearest_distance
+from diffbench.metrics.neighbours import DensityCoverage, PrecisionRecall, neighbours
 
 N, D = 60, 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -30,7 +24,7 @@ IMAGES, TRAINING = (torch.randint(0, 256, (n, 1, 4, 4), generator=GENERATOR).to(
 SUBSETS = [(torch.randperm(N, generator=GENERATOR)[:20], torch.randperm(80, generator=GENERATOR)[:20]) for _ in "abc"]
 INDEX = torch.arange(N)
 
-MAKE: dict[str, Callable[[], Sums]] = {
+MAKE: dict[str, Callable[[], SampleMetric]] = {
     "fd": lambda: FrechetDistance({"fd": gaussian(REAL), "other": gaussian(REAL[:40])}, N),
     "kid": lambda: KernelDistance(REAL, N, subsets=SUBSETS),
     "kid_all": lambda: KernelDistance(REAL, N),
@@ -56,7 +50,7 @@ def values(found: Any) -> dict[str, float]:
     return {k: float(v) for k, v in found.items()} if isinstance(found, dict) else {"": float(found)}
 
 
-def fed(name: str, order: Tensor, size: int) -> Sums:
+def fed(name: str, order: Tensor, size: int) -> SampleMetric:
     metric = MAKE[name]()
     for part in order.split(size):
         metric.update(*(a[part] for a in FEED[name]))
@@ -202,8 +196,8 @@ def test_rows_keep_an_even_choice() -> None:
     metric = Rows(D, N, keep=7)
     for part in torch.randperm(N, generator=torch.Generator().manual_seed(1)).split(11):
         metric.update(SAMPLES[part], part)
-    assert spread(N, 7).tolist() == [0, 8, 17, 25, 34, 42, 51]
-    assert torch.equal(metric.compute(), SAMPLES[spread(N, 7)].double())
+    assert evenly_spaced(N, 7).tolist() == [0, 8, 17, 25, 34, 42, 51]
+    assert torch.equal(metric.compute(), SAMPLES[evenly_spaced(N, 7)].double())
 
 
 def test_infinity_needs_its_samples() -> None:

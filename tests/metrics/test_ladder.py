@@ -8,7 +8,9 @@ from diffbench.core import rng
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.evaluation import reference as references
 from diffbench.metrics import Extractor, Request, extractor
-from diffbench.metrics.suite import Suite, metric_name, statistics
+from diffbench.metrics.base import Comparison
+from diffbench.metrics.registry import metric_name
+from diffbench.metrics.suite import Suite, reference_statistics
 
 LADDER = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 
@@ -20,10 +22,10 @@ def noisy(images: Tensor, level: float) -> Tensor:
 
 
 def climbed(judge: Extractor, images: Tensor) -> list[dict[str, float]]:
-    reference = statistics(judge, images.split(100), len(images), len(images))
+    reference = reference_statistics(judge, images.split(100), len(images), len(images))
     found = []
     for level in LADDER:
-        suite = Suite(judge, {"fd": reference}, len(images), labels=False)
+        suite = Suite(Comparison(judge, {"fd": reference}, len(images), labels=False))
         for index in torch.arange(len(images)).split(64):
             suite.update(noisy(images[index], level) if level else images[index], index)
         found.append(suite.compute())
@@ -44,18 +46,18 @@ def check(found: list[dict[str, float]], scale: float) -> None:
 
 def test_digits() -> None:
     train, _ = digits(DigitsConfig())
-    judge = references.judge("digits-cnn", None, train)
+    judge = references.make_extractor("digits-cnn", None, train)
     check(climbed(judge, train.images[:300]), float(judge(train.images[:300]).pooled.var(0).sum()))
 
 
 def test_missing_classes_show_in_recall_and_coverage() -> None:
     train, _ = digits(DigitsConfig())
-    judge = references.judge("digits-cnn", None, train)
-    real, others = references.first(train, "train", 300), references.others(references.first(train, "train", 300), 300)
-    reference = statistics(judge, real.batches(), 300, 300)
+    judge = references.make_extractor("digits-cnn", None, train)
+    real, others = references.first(train, "train", 300), references.others(references.first(train, "train", 300))
+    reference = reference_statistics(judge, real.batches(), 300, 300)
 
     def scores(images: Tensor) -> dict[str, float]:
-        suite = Suite(judge, {"fd": reference}, len(images), labels=False)
+        suite = Suite(Comparison(judge, {"fd": reference}, len(images), labels=False))
         suite.update(images, torch.arange(len(images)))
         return suite.compute()
 
@@ -87,11 +89,11 @@ def test_photographs_with_efficientnet() -> None:
 @pytest.mark.parametrize("size", [1, 7, 300])
 def test_a_suite_is_the_same_in_any_batch_and_order(size: int) -> None:
     train, test = digits(DigitsConfig())
-    judge = references.judge("digits-cnn", None, train)
-    reference = statistics(judge, [train.images[:400]], 400, 300)
+    judge = references.make_extractor("digits-cnn", None, train)
+    reference = reference_statistics(judge, [train.images[:400]], 400, 300)
 
     def scores(order: Tensor, size: int) -> dict[str, float]:
-        suite = Suite(judge, {"fd": reference}, 300, training=train.images)
+        suite = Suite(Comparison(judge, {"fd": reference}, 300, training=train.images))
         for index in order.split(size):
             suite.update(test.images[index], index, test.labels[index])
         return suite.compute()

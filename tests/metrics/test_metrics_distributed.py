@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluation_worker import N, data, metrics, scores, work
 
-from diffbench.metrics.functional import frechet, gaussian
+from diffbench.metrics.frechet import frechet, gaussian
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from diffbench.metrics import Request, extractor
 from diffbench.metrics.extractors.base import check
 from diffbench.metrics.extractors.inception import Inception, _mean3
 from diffbench.metrics.extractors.resize import tf1
-from diffbench.metrics.suite import metric_name
+from diffbench.metrics.registry import metric_name
 
 PICTURES = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 

@@ -9,21 +9,13 @@ from torch import Tensor
 
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.evaluation import reference as references
+from diffbench.metrics.base import Gaussian, squared_distances
+from diffbench.metrics.classification import inception_score
 from diffbench.metrics.extractors.digits_cnn import DigitsCNN, train_digits_cnn
-from diffbench.metrics.functional import (
-    Gaussian,
-    coverage,
-    frechet,
-    frechet_distance,
-    frechet_infinity,
-    gaussian,
-    inception_score,
-    kernel_distance,
-    nearest,
-    nearest_distance,
-    neighbours,
-    squared_distances,
-)
+from diffbench.metrics.frechet import frechet, frechet_distance, frechet_infinity, gaussian
+from diffbench.metrics.kernel import kernel_distance
+from diffbench.metrics.memorisation import nearest, nearest_distance
+from diffbench.metrics.neighbours import neighbours
 
 
 def features(count: int, width: int, seed: int) -> Tensor:
@@ -156,7 +148,6 @@ def test_neighbours_equal_counting_with_scikit_learn(width: int, k: int) -> None
     found = neighbours(samples, reference, k, chunk=37)
     assert found == pytest.approx(brute(samples, reference, k), abs=1e-12)
     assert all(0 < share < 1 for share in (found.precision, found.recall, found.coverage))
-    assert coverage(samples, reference, k) == found.coverage
 
 
 def test_neighbours_see_copies_and_missing_classes() -> None:
@@ -185,18 +176,18 @@ def test_coverage_equals_counting_with_nearest_neighbours(width: int, k: int) ->
     radius = search.kneighbors(reference.double())[0][:, -1]  # the first neighbour is the point itself
     nearest = NearestNeighbors(n_neighbors=1).fit(samples.double()).kneighbors(reference.double())[0][:, 0]
     want = (nearest < radius).mean()
-    assert coverage(samples, reference, k) == pytest.approx(want, abs=1e-12)
+    assert neighbours(samples, reference, k).coverage == pytest.approx(want, abs=1e-12)
     assert 0 < want < 1
 
 
 def test_coverage_of_a_line() -> None:
     reference = torch.arange(10.0)[:, None]
-    assert coverage(reference, reference, k=1) == 1.0
-    assert coverage(reference + 1000, reference, k=1) == 0.0
+    assert neighbours(reference, reference, k=1).coverage == 1.0
+    assert neighbours(reference + 1000, reference, k=1).coverage == 0.0
     # Within one pixel of 4.25 lie 4 and 5; the ends of the line are no further from their neighbours than the rest.
-    assert coverage(torch.tensor([[4.25]]), reference, k=1) == pytest.approx(0.2)
+    assert neighbours(torch.tensor([[4.25], [4.25]]), reference, k=1).coverage == pytest.approx(0.2)
     # At the very distance of the nearest neighbour is not within.
-    assert coverage(torch.tensor([[4.0]]), reference, k=1) == pytest.approx(0.1)
+    assert neighbours(torch.tensor([[4.0], [4.0]]), reference, k=1).coverage == pytest.approx(0.1)
 
 
 def test_nearest_distance_is_the_smallest_in_pixels_of_unit_range() -> None:
@@ -229,7 +220,7 @@ def test_nearest_distance_finds_each_copy() -> None:
 
 def test_digits_cnn_reads_held_out_digits() -> None:
     train, test = digits(DigitsConfig())
-    net = references.judge("digits-cnn", None, train).network
+    net = references.make_extractor("digits-cnn", None, train).network
     assert isinstance(net, DigitsCNN)
     assert (net(test.images).argmax(1) == test.labels).double().mean() >= 0.97
     assert net.features(test.images[:3]).shape == (3, net.num_features)

@@ -1,0 +1,114 @@
+"""What the extractor's classifier says of samples: the Inception score and the accuracy of labels."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffbench.metrics.base import Batch, Comparison, SampleMetric, finite_rows
+
+
+def inception_score(logits: Sequence[Tensor]) -> float:
+    """exp of the mean divergence of p(y|x) from p(y) (Salimans et al. 2016), averaged over chunks of logits (N, K).
+
+    The ADM evaluator takes consecutive chunks of 5,000 in the file's order, a shorter last one counting like the rest.
+    """
+    scores = []
+    for chunk in logits:
+        log_p = chunk.double().log_softmax(1)
+        p = log_p.exp()
+        marginal = p.mean(0)
+        scores.append(((p * log_p).sum(1).mean() - torch.special.xlogy(marginal, marginal).sum()).exp())
+    return float(torch.stack(scores).mean())
+
+
+class InceptionScore(SampleMetric):
+    """exp of the mean divergence of p(y|x) from p(y) (Salimans et al. 2016), as the ADM evaluator takes it.
+
+    The score is the mean over consecutive chunks of 5,000 samples, a shorter last one counting like the rest. So the
+    order of the samples matters: it should be shuffled where the labels are not. (torch-fidelity instead shuffles and
+    takes ten splits.)
+
+    Args:
+        classes: of the logits.
+        count: samples in all.
+        chunk: samples of a chunk.
+        places: (count,) where each sample stands in that order; None for the order of their numbers.
+    """
+
+    higher_is_better = True
+    n: Tensor
+    bad: Tensor
+    p: Tensor
+    negative_entropy: Tensor
+
+    def __init__(self, classes: int, count: int, chunk: int = 5000, places: Tensor | None = None) -> None:
+        super().__init__()
+        self.count, self.chunk = count, chunk
+        self.places = torch.arange(count) if places is None else places
+        chunks = -(-count // chunk)
+        self.add_sum("n", chunks)
+        self.add_sum("bad")
+        self.add_sum("p", chunks, classes)
+        self.add_sum("negative_entropy", chunks)
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Self | None:
+        classes, count = comparison.extractor.classes, comparison.count
+        if classes is None:
+            return None
+        exported = comparison.permutation(count, "order of samples", "export") if comparison.by_class else None
+        return cls(classes, count, places=None if exported is None else exported.argsort())
+
+    def arguments(self, batch: Batch) -> tuple[Any, ...]:
+        return batch.features.logits, batch.number
+
+    def update(self, logits: Tensor, index: Tensor) -> None:
+        """Takes in logits (B, classes) of samples number `index` (B,)."""
+        x, finite = finite_rows(logits, self.p)
+        chunk = self.places[index.cpu()].to(x.device) // self.chunk
+        log_p = torch.where(finite[:, None], x, 0).log_softmax(1)
+        self.n.index_add_(0, chunk, torch.ones_like(x[:, 0]))
+        self.bad += (~finite).sum()
+        self.p.index_add_(0, chunk, log_p.exp())
+        self.negative_entropy.index_add_(0, chunk, (log_p.exp() * log_p).sum(1))
+
+    def compute(self) -> Tensor:
+        """The score, a float64 scalar."""
+        self.checked_count(self.n.sum(), self.bad, self.count)
+        marginal = self.p / self.n[:, None]
+        entropy = torch.special.xlogy(marginal, marginal).sum(1)
+        return (self.negative_entropy / self.n - entropy).exp().mean()
+
+
+class LabelAccuracy(SampleMetric):
+    """Share of samples in which the extractor's classifier sees the label that they were drawn for."""
+
+    higher_is_better = True
+    n: Tensor
+    bad: Tensor
+    right: Tensor
+
+    def __init__(self, count: int | None = None) -> None:
+        super().__init__()
+        self.count = count
+        for name in ("n", "bad", "right"):
+            self.add_sum(name)
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Self | None:
+        return cls(comparison.count) if comparison.extractor.predicts_labels and comparison.labels else None
+
+    def arguments(self, batch: Batch) -> tuple[Any, ...]:
+        return batch.features.logits, batch.labels
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Takes in logits (B, classes) and labels (B,)."""
+        self.n += len(labels)
+        self.bad += (~logits.isfinite().all(1)).sum().to(self.bad)
+        self.right += (logits.argmax(1) == labels.to(logits.device)).sum().to(self.right)
+
+    def compute(self) -> Tensor:
+        """The share, in 0 to 1."""
+        return self.right / self.checked_count(self.n, self.bad, self.count)

@@ -1,0 +1,178 @@
+"""Fréchet distances between Gaussian fits of features (Heusel et al. 2017), as functions and as torchmetrics."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffbench.metrics.base import Batch, Comparison, Gaussian, Rows, SampleMetric, finite_rows
+
+
+def gaussian(features: Tensor) -> Gaussian:
+    """The fit of features (N, D).
+
+    Raises:
+        ValueError: with fewer than two samples.
+    """
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
+    x = features.double()
+    return Gaussian(len(x), x.mean(0), x.T.cov().reshape(x.shape[1], x.shape[1]))
+
+
+def frechet(a: Gaussian, b: Gaussian) -> Tensor:
+    """Squared Fréchet distance of two Gaussians (Heusel et al. 2017), float64 scalar on their device.
+
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The last term is the nuclear norm of S1^(1/2) S2^(1/2): real by
+    construction, and exact to rounding where a covariance is singular, as it is with fewer samples than features.
+    """
+    cross = torch.linalg.svdvals(_sqrt(a.cov) @ _sqrt(b.cov)).sum()
+    return (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
+
+
+def _sqrt(cov: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(cov)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """Squared Fréchet distance between Gaussian fits of two feature sets (N, D) and (M, D)."""
+    return float(frechet(gaussian(features), gaussian(reference)))
+
+
+def frechet_infinity(features: Tensor, reference: Gaussian, order: Tensor, points: int = 15) -> float:
+    """The Fréchet distance extrapolated to infinitely many samples (Chong & Forsyth 2020); a diagnostic.
+
+    A line in 1/N through the distances of the first N samples in `order`, for `points` values of N from 5,000 (half
+    of the samples where there are fewer than 10,000) to all of them, read off at 1/N = 0. The bias of the reference's
+    own finite number stays.
+
+    Args:
+        features: (N, D) of samples.
+        reference: what they are compared with.
+        order: (N,) a permutation of the samples.
+        points: how many distances the line goes through.
+
+    Raises:
+        ValueError: under 5,000 samples, where the bias is not linear in 1/N.
+    """
+    n = len(features)
+    if n < 5000:
+        raise ValueError(f"fd_infinity needs at least 5,000 samples, where the bias is linear in 1/N; got {n:,}")
+    counts = torch.linspace(5000 if n >= 10_000 else n // 2, n, points).long()
+    distances = torch.stack([frechet(gaussian(features[order[:c]]), reference) for c in counts.tolist()])
+    inverse = (1 / counts.double()).to(distances)
+    slope = ((inverse - inverse.mean()) * distances).sum() / (inverse - inverse.mean()).square().sum()
+    return float(distances.mean() - slope * inverse.mean())
+
+
+class Moments(SampleMetric):
+    """Gaussian fit of features.
+
+    Args:
+        dim: of a feature vector.
+        count: how many samples there will be, checked in the end; None for any number.
+        center: (dim,) a point near the mean, the same on every process; sums about it lose no digits.
+    """
+
+    n: Tensor
+    bad: Tensor
+    total: Tensor
+    outer: Tensor
+
+    def __init__(self, dim: int, count: int | None = None, center: Tensor | None = None) -> None:
+        super().__init__()
+        self.count = count
+        self.center = torch.zeros(dim, dtype=torch.float64) if center is None else center.cpu().double()
+        self.add_sum("n")
+        self.add_sum("bad")
+        self.add_sum("total", dim)
+        self.add_sum("outer", dim, dim)
+
+    def update(self, features: Tensor) -> None:
+        """Takes in features (B, dim)."""
+        x, finite = finite_rows(features, self.total)
+        x = torch.where(finite[:, None], x - self.center.to(x), 0)
+        self.n += len(x)
+        self.bad += (~finite).sum()
+        self.total += x.sum(0)
+        self.outer += x.T @ x
+
+    def gaussian(self) -> Gaussian:
+        """The fit of all samples so far.
+
+        Raises:
+            ValueError: with fewer than two samples, another number than announced, or features that are not finite.
+        """
+        n = self.checked_count(self.n, self.bad, self.count)
+        if n < 2:
+            raise ValueError(f"{type(self).__name__}: a covariance needs at least 2 samples, got {n}")
+        mean = self.total / n
+        cov = (self.outer - n * mean.outer(mean)) / (n - 1)
+        return Gaussian(n, self.center.to(mean) + mean, cov)
+
+    def compute(self) -> Any:
+        """The Gaussian fit."""
+        return self.gaussian()
+
+
+class FrechetDistance(Moments):
+    """Squared Fréchet distances to Gaussians (Heusel et al. 2017), by name.
+
+    Args:
+        references: name -> fit of real images; all of one feature space.
+        count: how many samples there will be, checked in the end; None for any number.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, references: Mapping[str, Gaussian], count: int | None = None) -> None:
+        first = next(iter(references.values()))
+        super().__init__(len(first.mean), count, center=first.mean)
+        self.references = dict(references)
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Self | None:
+        return cls({name: r.fit for name, r in comparison.references.items()}, comparison.count)
+
+    def compute(self) -> dict[str, Tensor]:
+        """name -> distance, a float64 scalar."""
+        fit = self.gaussian()
+        return {name: frechet(fit, reference.like(fit.mean)) for name, reference in self.references.items()}
+
+
+class SpatialFrechetDistance(FrechetDistance):
+    """The Fréchet distance of the extractor's spatial layer: sFID (Nash et al. 2021)."""
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Self | None:
+        spatial = comparison.main.spatial
+        return None if spatial is None else cls({"fd_spatial": spatial}, comparison.count)
+
+    def arguments(self, batch: Batch) -> tuple[Any, ...]:
+        return (batch.features.spatial,)
+
+
+class FrechetInfinity(Rows):
+    """`frechet_infinity` of all samples, in an order (count,) that the caller draws."""
+
+    higher_is_better = False
+
+    def __init__(self, reference: Gaussian, count: int, order: Tensor) -> None:
+        if count < 5000:
+            raise ValueError(f"fd_infinity needs at least 5,000 samples, got {count:,}")
+        super().__init__(len(reference.mean), count)
+        self.reference, self.order = reference, order
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Self | None:
+        if not comparison.infinity:
+            return None
+        order = comparison.permutation(comparison.count, "order of samples", "fd_infinity")
+        return cls(comparison.main.fit, comparison.count, order)
+
+    def compute(self) -> float:
+        """The extrapolated distance."""
+        x = self.rows()
+        return frechet_infinity(x, self.reference.like(x), self.order.to(x.device))

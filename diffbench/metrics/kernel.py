@@ -1,0 +1,85 @@
+"""The kernel distance of features, KID (Binkowski et al. 2018), as a function and as a torchmetric."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from diffbench.metrics.base import Comparison, Rows
+
+SUBSETS, SUBSET = 100, 1000
+"""The kernel distance is a mean over so many subsets of so many images, as is common; of fewer images it takes all."""
+
+
+def kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (KID; Binkowski et al. 2018), float64 scalar.
+
+    Raises:
+        ValueError: with fewer than two samples on either side.
+    """
+    x, y = features.double(), reference.double()
+    n, m, width = len(x), len(y), x.shape[1]
+    if min(n, m) < 2:
+        raise ValueError(f"an unbiased kernel distance needs at least 2 samples on either side, got {n} and {m}")
+
+    def total(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / width + 1).pow(3).sum()
+
+    def own(a: Tensor) -> Tensor:
+        return (a.square().sum(1) / width + 1).pow(3).sum()
+
+    within = (total(x, x) - own(x)) / (n * (n - 1)) + (total(y, y) - own(y)) / (m * (m - 1))
+    return within - 2 * total(x, y) / (n * m)
+
+
+def subsets_of(comparison: Comparison) -> list[tuple[Tensor, Tensor]] | None:
+    """Row numbers of the subsets, the same for all samples; None where all rows make one subset."""
+    samples, real = comparison.keep, len(comparison.main.rows)
+    size = min(SUBSET, samples, real)
+    if size == samples == real:
+        return None
+    return [
+        (
+            comparison.permutation(samples, "kid", "samples", i)[:size],
+            comparison.permutation(real, "kid", "real", i)[:size],
+        )
+        for i in range(SUBSETS)
+    ]
+
+
+class KernelDistance(Rows):
+    """KID: mean and standard deviation of the unbiased squared MMD over subsets (Binkowski et al. 2018).
+
+    Args:
+        reference: (M, dim) features of real images.
+        count: samples in all.
+        keep: how many of them are kept.
+        subsets: pairs of row numbers, of the kept samples and of the reference; None compares all with all.
+            The spread between subsets is not a confidence interval.
+    """
+
+    higher_is_better = False
+
+    def __init__(
+        self,
+        reference: Tensor,
+        count: int,
+        keep: int | None = None,
+        subsets: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        super().__init__(reference.shape[1], count, keep)
+        self.reference, self.subsets = reference, subsets
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Self | None:
+        rows = comparison.main.rows
+        return cls(rows, comparison.count, comparison.keep, subsets_of(comparison)) if len(rows) else None
+
+    def compute(self) -> dict[str, Tensor]:
+        """{"kid", "kid_sd"}, float64 scalars; the second only where there are subsets."""
+        x = self.rows()
+        y = self.reference.to(x)
+        if self.subsets is None:
+            return {"kid": kernel_distance(x, y)}
+        values = torch.stack([kernel_distance(x[i.to(x.device)], y[j.to(x.device)]) for i, j in self.subsets])
+        return {"kid": values.mean(), "kid_sd": values.std()}

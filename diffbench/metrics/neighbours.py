@@ -1,0 +1,89 @@
+"""Precision, recall, density and coverage by nearest neighbours, as a function and as torchmetrics."""
+
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from diffbench.metrics.base import Comparison, Rows, squared_distances
+
+
+class Neighbours(NamedTuple):
+    """Shares of samples and of reference points, each in 0 to 1 but for the density, which has no upper bound."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def neighbours(features: Tensor, reference: Tensor, k: int, chunk: int = 1024) -> Neighbours:
+    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    A point's ball reaches to its k-th nearest neighbour in its own set; a point is not a neighbour of itself.
+    Precision: samples inside the ball of a reference point; recall: reference points inside the ball of a sample, both
+    with the rim, as the ADM evaluator counts. Density: reference balls that a sample lies in, over k; coverage:
+    reference points whose ball holds a sample, both without the rim, as their authors count.
+
+    Args:
+        features: (N, D) of samples, N > k.
+        reference: (M, D) of real images, M > k.
+        k: which neighbour.
+        chunk: rows of a distance matrix held at once.
+
+    Raises:
+        ValueError: with k samples or fewer on either side.
+    """
+    if min(len(features), len(reference)) <= k:
+        raise ValueError(f"k={k} neighbours need more than {k} samples, got {len(features)} and {len(reference)}")
+    center = reference.double().mean(0)
+    x, ref = features.double() - center, reference.double() - center
+    x_radius, ref_radius = (_kth_neighbour(a, k, chunk) for a in (x, ref))
+    precise = within = torch.zeros((), dtype=torch.float64, device=x.device)
+    recalled = torch.zeros(len(ref), dtype=torch.bool, device=x.device)
+    nearest = torch.full((len(ref),), torch.inf, dtype=torch.float64, device=x.device)
+    for rows, radius in zip(x.split(chunk), x_radius.split(chunk), strict=True):
+        d = squared_distances(rows, ref)
+        precise = precise + (d <= ref_radius).any(1).sum()
+        within = within + (d < ref_radius).sum()
+        recalled |= (d <= radius[:, None]).any(0)
+        nearest = torch.minimum(nearest, d.amin(0))
+    n, covered = len(x), (nearest < ref_radius).double().mean()
+    return Neighbours(float(precise / n), float(recalled.double().mean()), float(within / (k * n)), float(covered))
+
+
+def _kth_neighbour(points: Tensor, k: int, chunk: int) -> Tensor:
+    """(N,) squared distance of each point to its k-th nearest other one."""
+    # The first of the k + 1 nearest is the point itself.
+    return torch.cat([squared_distances(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(chunk)])
+
+
+class PrecisionRecall(Rows):
+    """Improved precision and recall with k=3 (Kynkäänniemi et al. 2019)."""
+
+    higher_is_better = True
+    names = ("precision", "recall")
+
+    def __init__(self, reference: Tensor, count: int, keep: int | None = None, k: int = 3) -> None:
+        super().__init__(reference.shape[1], count, keep)
+        self.reference, self.k = reference, k
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Self | None:
+        rows = comparison.main.rows
+        return cls(rows, comparison.count, comparison.keep) if len(rows) else None
+
+    def compute(self) -> dict[str, float]:
+        """{"precision", "recall"}; of the subclass {"density", "coverage"}."""
+        x = self.rows()
+        found = neighbours(x, self.reference.to(x), self.k)
+        return {name: getattr(found, name) for name in self.names}
+
+
+class DensityCoverage(PrecisionRecall):
+    """Density and coverage with k=5 (Naeem et al. 2020)."""
+
+    names = ("density", "coverage")
+
+    def __init__(self, reference: Tensor, count: int, keep: int | None = None, k: int = 5) -> None:
+        super().__init__(reference, count, keep, k)

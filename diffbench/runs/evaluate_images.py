@@ -1,0 +1,229 @@
+"""Scores of anyone's images by the code that scores a run's samples; and reference statistics as files."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffbench.config import schema
+from diffbench.config.layers import COMMAND_LINE, parse_overrides
+from diffbench.config.sample_sections import EvaluateConfig
+from diffbench.core.errors import UserError
+from diffbench.core.files import sha256, write_bytes
+from diffbench.data.registry import SOURCES
+from diffbench.evaluation import records
+from diffbench.evaluation import reference as references
+from diffbench.evaluation.images import (
+    ImageSource,
+    has_images,
+    open_images,
+    read_statistics,
+    refuse_to_overwrite,
+    write_adm_reference,
+)
+from diffbench.evaluation.reference import Scorer
+from diffbench.metrics import EXTRACTORS, Extractor, Request
+from diffbench.metrics import extractor as build_extractor
+from diffbench.metrics.base import KEPT, Comparison, ReferenceStatistics, evenly_spaced
+from diffbench.runs.base import open_run
+from diffbench.runs.build import device_of
+from diffbench.runs.denoiser import DenoiserRun
+
+
+def run_of(path: Path) -> DenoiserRun | None:
+    """The denoiser's run of a folder; None where the path is something else."""
+    return open_run(path, [DenoiserRun]) if (path / "config.yaml").is_file() else None
+
+
+def settings_of(overrides: Sequence[str], run: DenoiserRun | None) -> EvaluateConfig:
+    """The section `evaluate` of a command about images: the overrides over those of the run compared with, if any.
+
+    Raises:
+        UserError: for other keys, or where no extractor is named.
+    """
+    changes = parse_overrides(overrides)
+    for key in changes:
+        if key != "evaluate":
+            raise UserError(f"{COMMAND_LINE}: {key}: not for images; allowed: evaluate.KEY, as evaluate.extractor=NAME")
+    values = changes.get("evaluate", {})
+    base: dict[str, Any] = {}
+    if run is not None:
+        theirs = run.config.evaluate
+        extractor = references.suited_extractor(run.config)
+        base = {"extractor": extractor, "weights": theirs.weights, "reference": theirs.reference}
+    try:
+        if not isinstance(values, dict):
+            raise ValueError(f"evaluate: must be a section with keys, got {values!r}; write evaluate.extractor=NAME")
+        if (base | values).get("extractor") is None:
+            raise ValueError(f"evaluate.extractor: missing; choose from {', '.join(EXTRACTORS)}")
+        found = schema.build(EvaluateConfig, base | values, "evaluate.")
+    except ValueError as e:
+        raise UserError(f"{COMMAND_LINE}: {e}") from None
+    assert isinstance(found, EvaluateConfig)
+    return found
+
+
+def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Score images against others; the record is also appended to WHAT.results.jsonl beside them.
+
+    Args:
+        what: a folder of images, or an npz with arr_0 (and labels in arr_1, which the extractor may check).
+        against: a run folder (its training images), a folder of images, an npz with arr_0, with mu and sigma or with
+            both, or statistics that `reference build` wrote.
+        overrides: key=value for the section `evaluate`; the count is that of the images.
+
+    Raises:
+        UserError: one line that says what does not fit.
+    """
+    run = run_of(against)
+    settings = settings_of(overrides, run)
+    images = open_images(what)
+    if len(images) < references.LEAST:
+        raise UserError(f"{what}: holds {len(images)} images; at least {references.LEAST} are needed")
+    settings.count = len(images)
+    extractor = make_extractor(settings, images.shape, run)
+    scorer = _run_scorer(settings, extractor, run, images) if run else _scorer(extractor, against, len(images))
+    scorer.comparison = replace(scorer.comparison, labels=images.labels is not None, by_class=False)
+    started = time.perf_counter()
+    values = scorer.scores(references.numbered(images.batches(references.BATCH), images.labels))
+    record = {
+        **records.surroundings(extractor, extractor.device),
+        "images": {"path": str(what), "sha256": images.identity(), "count": len(images)},
+        **scorer.facts(),
+        "scoring_seconds": time.perf_counter() - started,
+        **values,
+    }
+    records.append(what.with_name(what.name + ".results.jsonl"), record)
+    return record
+
+
+def make_extractor(settings: EvaluateConfig, shape: tuple[int, int, int], run: DenoiserRun | None) -> Extractor:
+    """The extractor of the settings for images of a shape.
+
+    One that learns from data learns from the run's images, or else from the data set whose registry row names it.
+
+    Raises:
+        UserError: one line that begins with the key.
+    """
+    name = settings.extractor
+    assert name is not None
+    if run is not None:
+        request = replace(references.extractor_request(run.train_set, settings.weights), shape=shape)
+    else:
+        suited = next((source for source in SOURCES.values() if source.extractor == name), None)
+        learning = suited and (lambda: references.training_of(suited.load(suited.config())[0]))
+        request = Request(shape, settings.weights, learning or None, cached=references.cached_network)
+    try:
+        return build_extractor(name, request).to(device_of("auto"))
+    except ValueError as e:
+        raise UserError(f"{COMMAND_LINE}: {e}") from None
+
+
+def _run_scorer(settings: EvaluateConfig, extractor: Extractor, run: DenoiserRun, images: ImageSource) -> Scorer:
+    train = run.train_set
+    counts = None if images.labels is None else images.labels.bincount(minlength=1)
+    scorer = references.run_scorer(settings, extractor, train, run.held_out, counts)
+    if train.shape != images.shape:
+        scorer.comparison.training = None  # pixels of two sizes cannot be compared
+    return scorer
+
+
+def _scorer(extractor: Extractor, against: Path, count: int) -> Scorer:
+    reference, facts = load_reference(extractor, against, min(count, KEPT))
+    if facts["count"] != count:
+        print(
+            f"note: {count:,} images against {facts['count'] or 'an unknown number of'} real ones: a Fréchet distance"
+            " depends on both counts; compare it with others of the same counts only"
+        )
+    compared = Comparison(extractor, {"fd": reference}, count, permutation=references.permutation)
+    return Scorer(compared, facts)
+
+
+def load_reference(extractor: Extractor, path: Path, keep: int = KEPT) -> tuple[ReferenceStatistics, dict[str, Any]]:
+    """Statistics of a folder, an npz, or a file of statistics, and what a record says of them.
+
+    Raises:
+        UserError: if they are another extractor's.
+    """
+    if path.suffix == ".safetensors" and path.is_file():
+        key, reference = references.read(path)
+        for name, mine in (("extractor", extractor.name), ("weights", extractor.weights)):
+            if key.get(name) != mine:
+                raise UserError(f"{path}: {name} is {key.get(name)!r}, not {mine!r}; build it with this extractor")
+        return reference, {"key": references.digest(key), "count": key["count"]}
+    fits = read_statistics(path)
+    if fits is None:
+        return statistics_of_images(extractor, path, keep)
+    if len(fits[0].mean) != extractor.dim:
+        raise UserError(f"{path}: mu has {len(fits[0].mean)} numbers, but {extractor.name} gives {extractor.dim}")
+    rows = statistics_of_images(extractor, path)[0].rows if has_images(path) else torch.zeros(0, extractor.dim)
+    spatial = fits[1] if extractor.spatial is not None else None
+    return ReferenceStatistics(fits[0], rows, spatial), {"key": sha256(path)[:16], "count": 0}
+
+
+def statistics_of_images(
+    extractor: Extractor, path: Path, keep: int = KEPT
+) -> tuple[ReferenceStatistics, dict[str, Any]]:
+    """Statistics of a folder of images or an npz, cached; and what a record says of them."""
+    images = open_images(path)
+    source = {"images": images.identity(), "size": list(images.shape)}
+    batches = partial(images.batches, references.BATCH)
+    reference, key = references.cached_statistics(extractor, source, len(images), batches, keep)
+    return reference, {"key": key, "count": len(images)}
+
+
+def build_reference(what: Path, overrides: Sequence[str]) -> str:
+    """Make and cache the statistics of images; `out=FILE` also writes them to a file.
+
+    Args:
+        what: a run folder (its training images: evaluate.count of them, or evaluate.reference=all), a folder of
+            images, or an npz with arr_0.
+        overrides: keys of the section `evaluate`, and `out`: a .safetensors file for `evaluate --against`, or an .npz
+            for the ADM evaluator.
+
+    Returns:
+        What was made, in lines.
+
+    Raises:
+        UserError: one line that says what does not fit.
+    """
+    named = [o.partition("=")[2] for o in overrides if o.startswith("out=")]
+    out = Path(named[-1]) if named else None
+    if out is not None:
+        if out.suffix not in (".safetensors", ".npz"):
+            raise UserError(
+                f"{COMMAND_LINE}: out: must end in .safetensors, or in .npz for the ADM evaluator, got {out}"
+            )
+        refuse_to_overwrite(out)
+    run = run_of(what)
+    settings = settings_of([o for o in overrides if not o.startswith("out=")], run)
+    batches: Any
+    if run is not None:
+        train, everything = run.train_set, settings.reference == "all"
+        extractor = make_extractor(settings, train.shape, run)
+        part = references.everything(train, "train") if everything else references.first(train, "train", settings.count)
+        reference, key = references.statistics_of(extractor, part)
+        count, batches = len(part), part.batches
+    else:
+        images = open_images(what)
+        extractor = make_extractor(settings, images.shape, None)
+        reference, facts = statistics_of_images(extractor, what)
+        key, count, batches = facts["key"], len(images), partial(images.batches, references.BATCH)
+    (path,) = references.reference_folder().glob(f"*-{key}.safetensors")
+    if out is not None and out.suffix == ".npz":
+        write_adm_reference(out, extractor, reference, _evenly(batches(), count))
+    elif out is not None:
+        write_bytes(out, path.read_bytes())
+    facts = {**references.read(path)[0], "features": extractor.dim, "feature vectors kept": len(reference.rows)}
+    return "\n".join([*(f"{name}: {value}" for name, value in facts.items()), f"key: {key}", f"file: {out or path}"])
+
+
+def _evenly(batches: Any, count: int) -> list[Tensor]:
+    """10,000 images at most, evenly spaced over all."""
+    chosen = set(evenly_spaced(count, min(count, KEPT)).tolist())
+    return [image for i, image in enumerate(image for batch in batches for image in batch) if i in chosen]
