@@ -13,7 +13,7 @@ from benchmarks.figures import against, flops
 from benchmarks.peak import Peak
 from benchmarks.settings import BenchConfig
 from benchmarks.subject import Subject
-from diffbench.config.sample_sections import SampleConfig
+from diffbench.config.sections import SampleConfig
 from diffbench.runs import build
 from diffbench.sampling.cost import network_evaluations
 from diffbench.sampling.sampler import Sampler

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from diffbench.config import schema
-from diffbench.config.layers import COMMAND_LINE, blaming, parse_overrides
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.load import build
 from diffbench.core.errors import suggest
 
 PARTS = ("loop", "models", "variants", "pieces", "growth", "sampling")
@@ -102,7 +102,7 @@ def read(overrides: Sequence[str]) -> BenchConfig:
     values = parse_overrides(overrides)
     section = values.pop("bench", {})
     values |= section if isinstance(section, dict) else {"bench": section}
-    with blaming([(COMMAND_LINE, values)]):
-        config = schema.build(BenchConfig, values)
+    with located([(COMMAND_LINE, values)]):
+        config = build(BenchConfig, values)
     assert isinstance(config, BenchConfig)
     return config

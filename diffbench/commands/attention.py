@@ -4,8 +4,8 @@ import argparse
 import re
 from pathlib import Path
 
-from diffbench.config import schema
-from diffbench.config.layers import COMMAND_LINE, blaming, parse_overrides
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.load import build
 from diffbench.core.errors import UserError
 from diffbench.reports.attention import AttentionConfig, attention, draw, save
 from diffbench.runs.lifecycle import load
@@ -17,8 +17,8 @@ def run(arguments: argparse.Namespace) -> None:
     values = parse_overrides([word for word in arguments.runs if word not in folders])
     if not folders:
         raise UserError(f"{COMMAND_LINE}: name a run folder, as runs/digits/diffit-s0; see diffbench attention --help")
-    with blaming([(COMMAND_LINE, values)]):
-        config = schema.build(AttentionConfig, values)
+    with located([(COMMAND_LINE, values)]):
+        config = build(AttentionConfig, values)
         runs = [load(folder) for folder in folders]
         path = Path(config.out or runs[0].folder / "samples" / f"attention-{runs[0].images_seen:09d}.png")
         if config.out and path.exists():

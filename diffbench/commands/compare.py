@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffbench.config import schema
-from diffbench.config.layers import COMMAND_LINE, blaming, parse_overrides
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.load import build
 from diffbench.core.errors import UserError
 from diffbench.reports.results import Comparison, Result
 from diffbench.reports.runs import comparable_scores, facts, guidance_of, table
@@ -54,8 +54,8 @@ def compare(words: Sequence[str]) -> Iterator[str]:
     """
     folders = [Path(word) for word in words if not re.match(r"[A-Za-z_]\w*=", word)]
     values = parse_overrides([word for word in words if re.match(r"[A-Za-z_]\w*=", word)])
-    with blaming([(COMMAND_LINE, values)]):
-        asked = schema.build(CompareConfig, values)
+    with located([(COMMAND_LINE, values)]):
+        asked = build(CompareConfig, values)
     if not folders:
         raise UserError(f"{COMMAND_LINE}: name run folders, as runs/digits/dit-s0; see diffbench compare --help")
     study = _study(folders[0])

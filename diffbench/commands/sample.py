@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from diffbench.config import schema
-from diffbench.config.layers import COMMAND_LINE, blaming, parse_overrides
-from diffbench.config.load import change
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.load import build, change
 from diffbench.core.errors import UserError, suggest
 from diffbench.runs.lifecycle import load
 
@@ -49,8 +48,8 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[Path]:
     for key in values:
         if key not in known:
             raise UserError(f"{COMMAND_LINE}: {key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
-    with blaming([(COMMAND_LINE, values)]):
-        asked = schema.build(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
+    with located([(COMMAND_LINE, values)]):
+        asked = build(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
     if asked.ema is not None:
         run.use_average(asked.ema)
     changes = {k: v for k, v in values.items() if k not in vars(asked)}
@@ -73,7 +72,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[Path]:
     from diffbench.sampling.trajectory import Trajectory
 
     steps = Trajectory(run.sampler(run.config.sample.unguided()).images)
-    with blaming([(COMMAND_LINE, values)]):
+    with located([(COMMAND_LINE, values)]):
         images = run.sample_tensor(
             asked.n, asked.labels, seed=asked.seed, callback=steps if asked.strip or asked.gif else None, **changes
         )

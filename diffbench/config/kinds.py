@@ -6,9 +6,18 @@ from typing import Any, Literal
 
 import torch
 
-from diffbench.config.autoencoder_sections import LossConfig, NetworkConfig
-from diffbench.config.sample_sections import EvaluateConfig, SampleConfig, ValidationConfig
-from diffbench.config.sections import DenoiserTrainerConfig, EMAConfig, OptimizerConfig, TrainerConfig, precision_here
+from diffbench.config.sections import (
+    DenoiserTrainerConfig,
+    EMAConfig,
+    EvaluateConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainerConfig,
+    ValidationConfig,
+    precision_here,
+)
 from diffbench.data.registry import SOURCES
 from diffbench.denoisers import DENOISERS
 from diffbench.denoisers.classifier import ClassifierConfig
@@ -27,22 +36,27 @@ DEFAULT_NAMES = {"process": "vp"}
 """What a section without a `name` means; other sections must have one."""
 
 
-class BaseConfig:
-    """What the config of every kind of run holds; each kind lists its keys itself, in the order of config.yaml."""
+LAST = ("optimizer", "ema", "trainer", "validation", "sample", "evaluate")
+"""The sections that config.yaml ends with, whatever the kind; its network comes before."""
 
-    format: int
-    kind: str
-    seed: int
-    tag: str | None
+
+@dataclass
+class BaseConfig:
+    """What the config of every kind of run holds."""
+
+    format: int = FORMAT
+    kind: str = ""
+    seed: int = 0
+    tag: str | None = None
     """Added to the run folder's name; overrides of anything but the length add one by themselves."""
-    runs_dir: str
-    debug: Literal["none", "smoke", "overfit"]
+    runs_dir: str = "runs"
+    debug: Literal["none", "smoke", "overfit"] = "none"
     """smoke: two steps of everything; overfit: learn one batch by heart."""
-    data: Any
+    data: Any = None
     """The dataclass of the section's `name`, with `name` as a field."""
-    optimizer: OptimizerConfig
-    ema: EMAConfig
-    trainer: TrainerConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
@@ -64,15 +78,9 @@ class BaseConfig:
 class RunConfig(BaseConfig):
     """A denoiser's run. `denoiser` and `process` hold the dataclass of their `name`, with `name` as a field."""
 
-    format: int = FORMAT
     kind: Literal["denoiser"] = "denoiser"
-    seed: int = 0
-    tag: str | None = None
-    runs_dir: str = "runs"
     init_from: str | None = None
     """A run folder whose EMA weights start this run (a warm start, apart from resuming)."""
-    debug: Literal["none", "smoke", "overfit"] = "none"
-    data: Any = None
     autoencoder: str | None = None
     """null: pixels. Else the denoiser works on the latents of an autoencoder: a run folder, a folder in diffusers'
     format, a hub name, or an experiment's YAML, whose run is trained first where it is missing."""
@@ -80,8 +88,6 @@ class RunConfig(BaseConfig):
     """How the latents' means and log-variances are kept."""
     denoiser: Any = None
     process: Any = None
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
     trainer: DenoiserTrainerConfig = field(default_factory=DenoiserTrainerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -147,18 +153,9 @@ def _told(process: Any) -> str:
 class ClassifierRunConfig(BaseConfig):
     """A run of a classifier of noisy images, for classifier guidance under the same process."""
 
-    format: int = FORMAT
     kind: Literal["classifier"] = "classifier"
-    seed: int = 0
-    tag: str | None = None
-    runs_dir: str = "runs"
-    debug: Literal["none", "smoke", "overfit"] = "none"
-    data: Any = None
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     process: Any = None
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
@@ -179,27 +176,19 @@ def check_levels(process: Any, validation: ValidationConfig) -> None:
         raise ValueError(f"validation.log_snr: {e}") from None
 
 
-def keys_of(kind: type[BaseConfig]) -> list[str]:
-    """The top-level keys of a kind."""
-    return [f.name for f in fields(kind)]  # type: ignore[arg-type]
+def keys_of(kind: Any) -> list[str]:
+    """The keys of a dataclass, as config.yaml orders them."""
+    names = [f.name for f in fields(kind)]
+    return [name for name in names if name not in LAST] + [name for name in LAST if name in names]
 
 
 @dataclass
 class AutoencoderConfig(BaseConfig):
     """An autoencoder's run."""
 
-    format: int = FORMAT
     kind: Literal["autoencoder"] = "autoencoder"
-    seed: int = 0
-    tag: str | None = None
-    runs_dir: str = "runs"
-    debug: Literal["none", "smoke", "overfit"] = "none"
-    data: Any = None
     network: NetworkConfig = field(default_factory=NetworkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 

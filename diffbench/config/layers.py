@@ -1,20 +1,143 @@
-"""YAML files, their bases, and key=value arguments: layers of plain values that remember where they came from."""
+"""The layers of a config: YAML files, their bases, and key=value arguments, as plain values that remember their source.
+
+A scalar keeps the text that it was typed as, so that a key that holds text gets `007` and not 7. OmegaConf's loader
+cannot do that, as it reads numbers before anybody knows what the key holds.
+"""
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from diffbench.core.errors import UserError, suggest
 
 COMMAND_LINE, SMOKE_MODE = "command line", "debug=smoke"
 Layer = tuple[str, dict[str, Any]]
 """Where values come from (a file, the command line), and the values as written."""
+
+
+@contextlib.contextmanager
+def located(layers: Sequence[Layer] = (), key: str = "") -> Iterator[None]:
+    """Say where an error inside the block comes from: first its key, then the file or argument that set it.
+
+    Args:
+        layers: what the config consists of. A ValueError becomes a UserError that begins with the last layer that sets
+            a key of the message's first sentence; without layers, with "command line".
+        key: instead of layers: a ValueError or UserError becomes a ValueError that begins with this key. The layers
+            around look for the key too, as one value may only be wrong beside another of its section.
+    """
+    try:
+        yield
+    except (ValueError, UserError) as e:
+        text = " ".join(str(e).split())
+        if key:
+            error = ValueError(text if text.startswith(f"{key}.") else f"{key}: {text}")
+            error.add_note(key)
+            raise error from None
+        if isinstance(e, UserError):
+            raise
+        named = [*re.findall(r"[A-Za-z_][\w.]*", text.split("; ")[0]), *getattr(e, "__notes__", ())]
+        origins = [origin for origin, values in layers if any(_holds(values, name) for name in named)]
+        files = [origin for origin, _ in layers if origin not in (SMOKE_MODE, COMMAND_LINE)]
+        raise UserError(f"{(origins or files or [COMMAND_LINE])[-1]}: {text}") from None
+
+
+class _Typed:
+    """A number that was typed in another form than Python prints it, as 007, 1e-4 or 200_000."""
+
+    typed: str
+
+    def __str__(self) -> str:
+        return self.typed
+
+
+class _Int(_Typed, int):
+    pass
+
+
+class _Float(_Typed, float):
+    pass
+
+
+_INT = re.compile(r"[-+]?[0-9][0-9_]*")
+_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?|\.(?=[0-9]))[0-9_]*([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_PLAIN: dict[str, Any] = {"true": True, "false": False} | dict.fromkeys(("", "~", "null", "Null", "NULL"))
+
+
+def scalar(text: str) -> Any:
+    """A scalar that stands without quotes: null, true, false, a number that keeps its text, or the text itself."""
+    if text in _PLAIN:
+        return _PLAIN[text]
+    try:
+        if _INT.fullmatch(text):
+            return _number(int(text), _Int, text)
+        if _FLOAT.fullmatch(text):
+            return _number(float(re.sub(r"\.(?=inf|nan)", "", text.lower())), _Float, text)
+    except ValueError:  # as 1__0, or more digits than Python reads
+        pass
+    return text
+
+
+def _number(value: Any, kind: Callable[[Any], Any], text: str) -> Any:
+    if str(value) == text:
+        return value
+    value = kind(value)
+    value.typed = text
+    return value
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML whose scalars keep their text, and whose keys are text and stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                what = f"duplicate key {key.value}" if isinstance(key, yaml.ScalarNode) else "a key that is not text"
+                raise yaml.constructor.ConstructorError(None, None, f"found {what}", key.start_mark)
+            seen.add(key.value)
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+    def construct_text(self, node: yaml.ScalarNode) -> Any:
+        return node.value if node.style else scalar(node.value)
+
+
+_Loader.yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads back as it was, numbers with the text that they were typed as included."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(_Int, lambda dumper, n: dumper.represent_scalar("tag:yaml.org,2002:int", n.typed))
+_Dumper.add_representer(_Float, lambda dumper, n: dumper.represent_scalar("tag:yaml.org,2002:float", n.typed))
+
+
+def dump(values: dict[str, Any]) -> str:
+    """Values as YAML, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as e:
+        raise UserError(f"{where}: not valid YAML: {_problem(e)}") from None
+
+
+def _problem(error: Exception) -> str:
+    """What a YAML error says, without its context."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+    return str(error).strip().split("\n")[0]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -24,19 +147,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: if it cannot be read, or holds something else.
     """
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not valid YAML: not text in UTF-8") from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as e:
-        raise UserError(f"{path}: not valid YAML: {one_line(e)}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except OSError as e:
-        values = e.strerror
-    if not isinstance(values, dict):
-        why = values if isinstance(values, str) else "must hold keys with values, as seed: 1"
-        raise UserError(f"{path}: {why}")
-    return {str(key): value for key, value in values.items()}
+        raise UserError(f"{path}: {e.strerror}") from None
+    values = _parse(text, str(path))
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: must hold keys with values, as seed: 1")
+    return values or {}
 
 
 def read_chain(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
@@ -45,15 +164,7 @@ def read_chain(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
         names = " -> ".join(p.name for p in (*chain, path))
         raise UserError(f"{chain[-1]}: base: the chain {names} returns to itself")
     if not path.is_file():
-        wrong = "is a folder, not a YAML file" if path.is_dir() else "no such file"
-        where = f"{chain[-1]}: base: {path}" if chain else str(path)
-        folder = path if path.is_dir() else path.parent
-        beside = (p for p in folder.glob("*.yaml") if p.resolve() not in chain and (chain or p.name[0] != "_"))
-        near = sorted(map(str, beside)) or experiments()
-        named_so = [n for n in near if Path(n).stem == path.stem]
-        named_so.sort(key=lambda n: (Path(n).parent != folder, len(n)))
-        hint = f"; did you mean {named_so[0]!r}?" if named_so else suggest(str(path), near)
-        raise UserError(f"{where}: {wrong}; choose from {', '.join(near) or 'files that exist'}{hint}")
+        raise _missing(path, chain)
     values = read_yaml(path)
     base = values.pop("base", None)
     if base is None:
@@ -63,28 +174,36 @@ def read_chain(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
     return [*read_chain(path.parent / base, (*chain, path.resolve())), (str(path), values)]
 
 
+def _missing(path: Path, chain: tuple[Path, ...]) -> UserError:
+    wrong = "is a folder, not a YAML file" if path.is_dir() else "no such file"
+    where = f"{chain[-1]}: base: {path}" if chain else str(path)
+    folder = path if path.is_dir() else path.parent
+    beside = (p for p in folder.glob("*.yaml") if p.resolve() not in chain and (chain or p.name[0] != "_"))
+    near = sorted(map(str, beside)) or experiments()
+    named_so = sorted((n for n in near if Path(n).stem == path.stem), key=lambda n: (Path(n).parent != folder, len(n)))
+    hint = f"; did you mean {named_so[0]!r}?" if named_so else suggest(str(path), near)
+    return UserError(f"{where}: {wrong}; choose from {', '.join(near) or 'files that exist'}{hint}")
+
+
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """key=value arguments as nested dictionaries, values read as YAML reads them.
+    """key=value arguments as nested dictionaries. A value in quotes, [] or {} is YAML; any other is one scalar.
 
     Raises:
         UserError: if an argument has another form.
     """
     values: dict[str, Any] = {}
     for argument in overrides:
-        key, equals, _ = argument.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+        key, equals, text = argument.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+){0,20}", key):
             lists = "; a list is given whole, as ema.decays=[0.99,0.999]" if "[" in key else ""
             raise UserError(
-                f"{COMMAND_LINE}: {argument!r} is no override; write key=value, as trainer.max_images=200_000{lists}"
+                f"{COMMAND_LINE}: {argument!r} is not an override; write key=value, as"
+                f" trainer.max_images=200_000{lists}"
             )
-        try:
-            tree = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
-        except RecursionError:
-            raise UserError(f"{COMMAND_LINE}: {key}: not valid YAML: nested too deeply") from None
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as e:
-            raise UserError(f"{COMMAND_LINE}: {key}: not valid YAML: {one_line(e)}") from None
-        assert isinstance(tree, dict)
-        values = merge(values, {str(k): v for k, v in tree.items()})
+        value = _parse(text, f"{COMMAND_LINE}: {key}") if text.lstrip()[:1] in tuple("'\"[{") else scalar(text)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge(values, value)
     return values
 
 
@@ -97,29 +216,9 @@ def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-@contextlib.contextmanager
-def blaming(stack: Sequence[Layer]) -> Iterator[None]:
-    """Turns a ValueError whose text names keys into a UserError that also names where they were set."""
-    try:
-        yield
-    except ValueError as e:
-        text = " ".join(str(e).split())
-        named = re.findall(r"[A-Za-z_][\w.]*", text.split("; ")[0])
-        origins = [origin for origin, values in stack if any(_holds(values, key) for key in named)]
-        files = [origin for origin, _ in stack if origin not in (SMOKE_MODE, COMMAND_LINE)]
-        raise UserError(f"{(origins or files or [COMMAND_LINE])[-1]}: {text}") from None
-
-
 def experiments(root: Path = Path("experiments")) -> list[str]:
     """The experiment YAMLs below a folder, but for shared bases (names that start with an underscore)."""
     return sorted(str(p) for p in root.glob("**/*.yaml") if not p.name.startswith("_"))
-
-
-def one_line(error: Exception) -> str:
-    """What a YAML or OmegaConf error says, without its context."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
-    return str(error).strip().split("\n")[0]
 
 
 def _holds(values: Any, key: str) -> bool:

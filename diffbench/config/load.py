@@ -1,36 +1,30 @@
-"""YAML with `base:` inheritance, plus key=value overrides, into plain dataclasses; every error names file and key.
+"""From YAML and key=value arguments to checked dataclasses; every error names the file and the key.
 
-OmegaConf reads YAML and resolves ${...}; `schema` checks. What reaches the code is the dataclass of the config's
-`kind`, a tree of plain dataclasses; config_kinds.py holds them.
+`layers` reads, OmegaConf resolves ${...}, `build` checks. What reaches the code is a tree of plain dataclasses, whose
+roots are in kinds.py.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import math
+import re
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffbench.config import schema
 from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, keys_of
-from diffbench.config.layers import (
-    COMMAND_LINE,
-    SMOKE_MODE,
-    Layer,
-    blaming,
-    merge,
-    one_line,
-    parse_overrides,
-    read_chain,
-)
+from diffbench.config.layers import COMMAND_LINE, SMOKE_MODE, Layer, dump, located, merge, parse_overrides, read_chain
 from diffbench.core.errors import suggest
 from diffbench.denoisers import DENOISERS
 
 C = TypeVar("C", bound=BaseConfig)
+T = TypeVar("T")
 
 SMOKE: dict[str, dict[str, Any]] = {
     "trainer": {
@@ -69,7 +63,7 @@ def read_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[Layer]:
     for _, values in (*stack, (COMMAND_LINE, changes)):
         said |= {key: values[key] for key in ("debug", "kind") if key in values}
     if said.get("debug") == "smoke":
-        with blaming(stack):
+        with located(stack):
             known = keys_of(_root(said))
         stack.append((SMOKE_MODE, {section: values for section, values in SMOKE.items() if section in known}))
     return [*stack, (COMMAND_LINE, changes)]
@@ -87,17 +81,25 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
                 if now.get("name", name) != name or now.get("preset") is not None:
                     merged[section] = {"name": name}
         merged = merge(merged, values)
-    with blaming(stack):
-        try:
-            plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
-        except OmegaConfBaseException as e:
-            raise ValueError(f"{e.full_key or 'config'}: {one_line(e)}") from None
-        assert isinstance(plain, dict)
+    with located(stack):
+        plain = _resolved(merged)
         root = _root(plain)
         sections = [key for key in keys_of(root) if key in REGISTRIES]
-        config = schema.build(root, plain, kinds={section: _chosen(plain, section) for section in sections})
+        config = build(root, plain, kinds={section: _chosen(plain, section) for section in sections})
     assert isinstance(config, BaseConfig)
     return config
+
+
+def _resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with each ${key} replaced by that key's value."""
+    if "${" not in repr(values):
+        return values
+    try:
+        config = OmegaConf.create(values, flags={"allow_objects": True})
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as e:
+        text = str(e).strip().split("\n")[0]
+        raise ValueError(f"{e.full_key or 'config'}: {text}") from None
 
 
 def _root(values: dict[Any, Any]) -> type[BaseConfig]:
@@ -105,7 +107,7 @@ def _root(values: dict[Any, Any]) -> type[BaseConfig]:
     kind = values.get("kind", "denoiser")
     if not isinstance(kind, str) or kind not in KINDS:
         near = suggest(str(kind), KINDS)
-        raise ValueError(f"kind: unknown value {schema.shown(kind)}; choose from {', '.join(KINDS)}{near}")
+        raise ValueError(f"kind: unknown value {shown(kind)}; choose from {', '.join(KINDS)}{near}")
     return KINDS[kind]
 
 
@@ -123,12 +125,13 @@ def change(config: C, changes: dict[str, Any], origin: str = COMMAND_LINE) -> C:
 
 def to_dict(config: BaseConfig) -> dict[str, Any]:
     """Plain dictionaries, lists, numbers and strings: what config.yaml and checkpoints hold."""
-    return dataclasses.asdict(config)  # type: ignore[call-overload]
+    values = dataclasses.asdict(config)
+    return {key: values[key] for key in keys_of(type(config))}
 
 
 def to_yaml(config: BaseConfig) -> str:
     """The resolved config as YAML."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return dump(to_dict(config))
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -145,18 +148,14 @@ def _chosen(values: dict[Any, Any], section: str) -> type:
     """The dataclass of a section's `name`; fills in its preset."""
     registry, given = REGISTRIES[section], values.get(section)
     first = next(iter(registry))
-    if section in DEFAULT_NAMES and (given is None or isinstance(given, dict)):
-        given = values[section] = {"name": DEFAULT_NAMES[section]} | (given or {})
     if given is not None and not isinstance(given, dict):
-        raise ValueError(
-            f"{section}: must be a section with keys, got {schema.shown(given)}; write {section}.name={first}"
-        )
-    name = (given or {}).get("name")
+        raise ValueError(f"{section}: must be a section with keys, got {shown(given)}; write {section}.name={first}")
+    given = values[section] = {"name": DEFAULT_NAMES.get(section)} | (given or {})
+    name = given["name"]
     if not isinstance(name, str) or name not in registry:
         said = "missing" if name is None else f"unknown name {name!r}"
         near = "" if name is None else suggest(str(name), registry)
         raise ValueError(f"{section}.name: {said}; choose from {', '.join(registry)}{near}")
-    assert given is not None
     preset = given.pop("preset", None)
     if preset is not None:
         presets = DENOISERS[name].presets if section == "denoiser" else {}
@@ -172,3 +171,127 @@ def _chosen(values: dict[Any, Any], section: str) -> type:
 def _named(cls: type, name: str) -> type:
     """A component's dataclass with the field `name` added, so that the choice is saved with it."""
     return dataclasses.make_dataclass(cls.__name__, [("name", str, field(default=name))], bases=(cls,))
+
+
+def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapping[str, Any] | None = None) -> T:
+    """An instance of a dataclass, its sections included.
+
+    `OmegaConf.structured` would check the types, but takes 'true' for text, 2 for true, NaN for a number and ??? for a
+    missing key without a word, refuses 2e5 for a whole number, and names no key for some errors; a test shows each.
+
+    Args:
+        cls: the dataclass.
+        values: what a user wrote for it; missing keys take their defaults.
+        prefix: of the keys in messages, as "trainer.".
+        kinds: types of fields that are only known now, such as the dataclass of the chosen denoiser.
+
+    Raises:
+        ValueError: a line that begins with the key, says what is wrong, and after "; " what is allowed.
+    """
+    hints = get_type_hints(cls) | dict(kinds or {})
+    known = keys_of(cls)
+    made = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            raise ValueError(f"{key}: unknown key; allowed: {', '.join(known)}{suggest(name, known)}")
+        kind = hints[name]
+        if not dataclasses.is_dataclass(kind):
+            made[name] = convert(kind, value, key)
+        elif isinstance(value, dict):
+            made[name] = build(kind, value, f"{key}.")  # type: ignore[arg-type]
+        else:
+            keys = ", ".join(keys_of(kind))
+            raise ValueError(f"{key}: must be a section with keys, got {shown(value)}; allowed: {keys}")
+    return cls(**made)
+
+
+def convert(kind: Any, value: Any, key: str) -> Any:
+    """A value as the type that its key declares: 2e5 serves as a whole number, and text stays as it was typed.
+
+    Raises:
+        ValueError: a line that begins with the key.
+    """
+    try:
+        return _convert(kind, value)
+    except _Mismatch:
+        pass
+    options = [kind, *get_args(kind)]
+    choices = [str(c) for option in options if get_origin(option) is Literal for c in get_args(option)]
+    if choices:
+        choices += ["null"] if type(None) in options else []
+        near = suggest(str(value), choices)
+        raise ValueError(f"{key}: unknown value {shown(value)}; choose from {', '.join(choices)}{near}")
+    raise ValueError(f"{key}: must be {_wanted(kind)}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value as YAML writes it, near enough."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+class _Mismatch(Exception):
+    pass
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        for option in sorted(options, key=lambda o: o is str):  # a number is text only where no number will do
+            with contextlib.suppress(_Mismatch):
+                return _convert(option, value)
+    elif origin is Literal:
+        if value in options and type(value) in map(type, options):
+            return value
+    elif origin is list:
+        if isinstance(value, list):
+            return [_convert(options[0], v) for v in value]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {str(k): _convert(options[1], v) for k, v in value.items()}
+    elif kind is Any:
+        return value
+    elif kind is type(None):
+        if value is None:
+            return None
+    elif kind is bool:
+        if isinstance(value, bool | str) and str(value).lower() in _BOOLS:
+            return _BOOLS[str(value).lower()]
+    elif kind is str and isinstance(value, bool):
+        return str(value).lower()
+    elif kind is str and isinstance(value, str | int | float) and _is_text(str(value)):
+        return str(value)
+    elif isinstance(value, bool):
+        pass
+    elif kind is int and (isinstance(value, int) or (isinstance(value, float) and _is_whole(value))):
+        return int(value)
+    elif kind is float and isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    raise _Mismatch
+
+
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _is_text(text: str) -> bool:
+    """Whether a file can be called so and UTF-8 can hold it: no NUL, no half of a surrogate pair."""
+    return "\0" not in text and not re.search("[\ud800-\udfff]", text)
+
+
+def _is_whole(value: float) -> bool:
+    return value.is_integer() and abs(value) < 2**53
+
+
+def _wanted(kind: Any) -> str:
+    """A type in words."""
+    options = get_args(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_wanted(option) for option in options)
+    if get_origin(kind) is list:
+        if options[0] is str:
+            return "a list of texts, as [a, 'b: c']"
+        return f"a list of {_wanted(options[0]).split(' ', 1)[1]}s, as [1, 2]"
+    if get_origin(kind) is dict:
+        return "a section with keys of its own"
+    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    return words.get(kind, "null")

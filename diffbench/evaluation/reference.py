@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffbench.config.kinds import AutoencoderConfig, RunConfig
-from diffbench.config.sample_sections import EvaluateConfig
+from diffbench.config.sections import EvaluateConfig
 from diffbench.core import files, rng, tensors
 from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder, write_text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffbench.config.kinds import BaseConfig
-from diffbench.config.layers import blaming
+from diffbench.config.layers import located
 from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.data.facts import DataFacts
@@ -202,7 +202,7 @@ class Run(ABC, Generic[C]):
 
     def located(self) -> Any:
         """A context in which a ValueError that names a key also names the folder's config."""
-        return blaming([(str(self.folder / SAVED), self.values)])
+        return located([(str(self.folder / SAVED), self.values)])
 
     @abstractmethod
     def build(self) -> nn.Module:

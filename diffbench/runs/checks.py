@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from diffbench.config.kinds import RunConfig
+from diffbench.config.layers import located
 from diffbench.config.sections import AUGMENT_WIDTH, TrainerConfig
 from diffbench.core import ranks
 from diffbench.data.sets import ImageSet
@@ -31,7 +32,7 @@ def check(config: RunConfig) -> None:
             " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
         )
     denoised_shape(config, train_set)
-    with naming("denoiser"):
+    with possible("denoiser"):
         cost_of(config, train_set)
     if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
         raise ValueError(
@@ -80,16 +81,13 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
 
 
 @contextlib.contextmanager
-def naming(section: str) -> Iterator[None]:
-    """Makes whatever a network of impossible sizes raises begin with its section."""
-    try:
-        yield
-    except ValueError as e:
-        # Naming the section too: the key may stand in a base, and what it does not fit on the command line.
-        named = str(e).startswith(f"{section}.")
-        raise ValueError(f"{e} (section {section})" if named else f"{section}: {e}") from None
-    except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
-        raise ValueError(f"{section}: no network has these sizes ({' '.join(str(e).split())[:200]})") from None
+def possible(section: str) -> Iterator[None]:
+    """Make whatever a network of impossible sizes raises a ValueError that begins with its section."""
+    with located(key=section):
+        try:
+            yield
+        except (RuntimeError, ArithmeticError, IndexError, TypeError) as e:
+            raise ValueError(f"no network has these sizes ({' '.join(str(e).split())[:200]})") from None
 
 
 def check_device(trainer: TrainerConfig) -> None:

@@ -46,7 +46,7 @@ class ClassifierRun(Run[ClassifierRunConfig]):
         train_set, _ = build.load_data(config)
         if train_set.num_classes < 2:
             raise ValueError(f"data.name: {config.data.name} has no classes to tell apart")
-        with checks.naming("classifier"):
+        with checks.possible("classifier"):
             _cost(config, train_set)
 
     def module(self) -> "ClassifierModule":

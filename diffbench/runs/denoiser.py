@@ -1,9 +1,8 @@
 """The run of a denoiser: what trains it, and samples from it."""
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from diffbench.autoencoders import KLAutoencoder, io
 from diffbench.config.kinds import RunConfig
+from diffbench.config.layers import located
 from diffbench.config.load import change
-from diffbench.config.sample_sections import SampleConfig
+from diffbench.config.sections import SampleConfig
 from diffbench.core.errors import UserError
 from diffbench.data.coding import decode
 from diffbench.data.latents import LatentSet
@@ -313,7 +313,7 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
     from diffbench.sampling.guided import GuidanceModels
 
     weak = judge = None
-    with naming_key("sample.weak_model"):
+    with located(key="sample.weak_model"):
         if settings.weak_model is not None and settings.guidance != 1:
             other = open_run(settings.weak_model, [DenoiserRun])
             other.use_average()
@@ -322,7 +322,7 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
             if other.config.autoencoder != config.autoencoder and not build.is_experiment(config.autoencoder):
                 raise UserError(f"{settings.weak_model} was trained on other latents: {other.config.autoencoder}")
             weak = other.denoiser
-    with naming_key("sample.classifier"):
+    with located(key="sample.classifier"):
         if settings.classifier is not None and settings.classifier_scale:
             found = open_run(settings.classifier, [ClassifierRun])
             found.use_average()
@@ -331,12 +331,3 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
                 raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
             judge = found.network
     return GuidanceModels(weak, judge)
-
-
-@contextlib.contextmanager
-def naming_key(key: str) -> Iterator[None]:
-    """Puts a key before what a UserError says."""
-    try:
-        yield
-    except UserError as e:
-        raise ValueError(f"{key}: {e}") from None

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffbench.config.kinds import AutoencoderConfig, RunConfig
 from diffbench.config.layers import COMMAND_LINE, parse_overrides
 from diffbench.config.load import change
-from diffbench.config.sample_sections import SampleConfig
+from diffbench.config.sections import SampleConfig
 from diffbench.core import ranks
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.launcher import launch

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbench.config import schema
+from diffbench.config.load import build
 from diffbench.config.layers import COMMAND_LINE, parse_overrides
-from diffbench.config.sample_sections import EvaluateConfig
+from diffbench.config.sections import EvaluateConfig
 from diffbench.core.errors import UserError
 from diffbench.core.files import sha256, write_bytes
 from diffbench.data.registry import SOURCES
@@ -61,7 +61,7 @@ def settings_of(overrides: Sequence[str], run: DenoiserRun | None) -> EvaluateCo
             raise ValueError(f"evaluate: must be a section with keys, got {values!r}; write evaluate.extractor=NAME")
         if (base | values).get("extractor") is None:
             raise ValueError(f"evaluate.extractor: missing; choose from {', '.join(EXTRACTORS)}")
-        found = schema.build(EvaluateConfig, base | values, "evaluate.")
+        found = build(EvaluateConfig, base | values, "evaluate.")
     except ValueError as e:
         raise UserError(f"{COMMAND_LINE}: {e}") from None
     assert isinstance(found, EvaluateConfig)

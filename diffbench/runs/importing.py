@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import COMMAND_LINE, blaming, parse_overrides
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import from_layers, to_yaml
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import sha256, write_text
@@ -72,7 +72,7 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
     stack = [(f"import {source}", as_config(source, plan)), (COMMAND_LINE, changes)]
     config = from_layers(stack)
     assert isinstance(config, RunConfig)
-    with blaming(stack):
+    with located(stack):
         _check_fits(config, net, checkpoint)
     _write(out, config, net, {"source": source, "checkpoint": checkpoint.name, "sha256": sha256(checkpoint)})
     return config

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffbench.autoencoders import io
 from diffbench.config.kinds import BaseConfig, RunConfig
-from diffbench.config.layers import Layer, blaming
+from diffbench.config.layers import Layer, located
 from diffbench.config.load import from_layers, read_layers, to_yaml
 from diffbench.core import ranks
 from diffbench.core.errors import UserError
@@ -81,7 +81,7 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
     """
     stack = read_layers(path, overrides)
     config = from_layers(stack)
-    with blaming(stack):
+    with located(stack):
         if not isinstance(config, RunConfig) or config.autoencoder is None:
             raise ValueError(
                 "autoencoder: missing: nothing is encoded in pixel space; choose an experiment that has it"
@@ -130,7 +130,7 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), rest
         restart: see `train`.
     """
     kind = KINDS[config.kind]
-    with blaming(stack):  # all that can be found before the folder is made, or Lightning imported
+    with located(stack):  # all that can be found before the folder is made, or Lightning imported
         kind.check(config)
         check_place(folder)
         start = None if has_checkpoint(folder) and not restart else kind.start(config)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffbench.config import schema
+from diffbench.config.load import build
 from diffbench.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,13 +113,13 @@ def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
     others = [word for word in words if word not in own]
     if not own:
         return LauncherConfig(), others
-    from diffbench.config.layers import COMMAND_LINE, blaming, parse_overrides
+    from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 
     given = parse_overrides([re.sub(r"^launcher=", "launcher.name=", word) for word in own])["launcher"]
     if times := [word.removeprefix("launcher.time=") for word in own if word.startswith("launcher.time=")]:
         given["time"] = times[-1]  # as written: YAML reads 1:30 as 90
-    with blaming([(COMMAND_LINE, {"launcher": given})]):
-        launcher: LauncherConfig = schema.build(LauncherConfig, given, "launcher.")
+    with located([(COMMAND_LINE, {"launcher": given})]):
+        launcher: LauncherConfig = build(LauncherConfig, given, "launcher.")
         idle = [key for key in given if key != "name"] if launcher.name == "local" else []
         if idle:
             raise ValueError(f"launcher.{idle[0]}: belongs to launcher=slurm, not {launcher.name}")

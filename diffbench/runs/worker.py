@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from diffbench.config.load import change
-from diffbench.config.sample_sections import SampleConfig
+from diffbench.config.sections import SampleConfig
 from diffbench.core import ranks
 from diffbench.core.errors import LostError, UserError
 from diffbench.core.launcher import LOST, end_with_parent

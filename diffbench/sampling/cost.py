@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbench.config.sample_sections import SampleConfig
+from diffbench.config.sections import SampleConfig
 from diffbench.diffusion import Prediction, Process
 from diffbench.sampling.guided import guided
 from diffbench.sampling.sampler import Sampler, eval_mode, run_sampler

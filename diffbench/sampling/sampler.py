@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from diffbench.config.sample_sections import SampleConfig
+from diffbench.config.sections import SampleConfig
 from diffbench.core import collectives as together
 from diffbench.core import rng
 from diffbench.core.errors import UserError

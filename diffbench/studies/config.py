@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from diffbench.config import schema
 from diffbench.config.kinds import FORMAT
-from diffbench.config.layers import COMMAND_LINE, blaming, merge, parse_overrides, read_chain
+from diffbench.config.layers import COMMAND_LINE, located, merge, parse_overrides, read_chain
+from diffbench.config.load import build, shown
 from diffbench.core.errors import suggest
 
 AVERAGE = "average"
@@ -71,7 +71,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         for key, values in self.grid.items():
             if not isinstance(values, list) or not values:
-                raise ValueError(f"tune.grid.{key}: must be a list of values to try, got {schema.shown(values)}")
+                raise ValueError(f"tune.grid.{key}: must be a list of values to try, got {shown(values)}")
         if not self.grid:
             raise ValueError("tune.grid: must name keys and the values to try, as optimizer.lr: [1e-3, 2e-3]")
         if not 0 < self.share <= 1:
@@ -180,10 +180,10 @@ def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
         leaf = axis.rsplit(".", 1)[-1]
         return [(f"{leaf}={_shown(value)}", nested({axis: value})) for value in given]
     if not isinstance(given, dict) or not given:
-        raise ValueError(f"axes.{axis}: must be a list of values or a section of variants, got {schema.shown(given)}")
+        raise ValueError(f"axes.{axis}: must be a list of values or a section of variants, got {shown(given)}")
     for label, keys in given.items():
         if keys is not None and not isinstance(keys, dict):
-            raise ValueError(f"axes.{axis}.{label}: must be a section of keys, or empty, got {schema.shown(keys)}")
+            raise ValueError(f"axes.{axis}.{label}: must be a section of keys, or empty, got {shown(keys)}")
         if not re.fullmatch(r"[\w.+:()=/ -]{1,60}", str(label)):
             raise ValueError(f"axes.{axis}: {label!r} is no name; allowed: up to 60 letters, digits and ._+:()=/- ")
     return [(str(label), nested(keys or {})) for label, keys in given.items()]
@@ -223,12 +223,12 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         if isinstance(stop, dict):  # another budget takes the place of the base's, it does not stand beside it
             merged.pop("stop", None)
         merged = merge(merged, values)
-    with blaming(stack):
+    with located(stack):
         if merged.get("kind") != "study":
-            raise ValueError(f"kind: must be study, got {schema.shown(merged.get('kind'))}")
+            raise ValueError(f"kind: must be study, got {shown(merged.get('kind'))}")
         hints = {"stop": StopConfig, "match": MatchConfig}
         if merged.get("tune") is not None:
             hints["tune"] = TuneConfig
-        study = schema.build(StudyConfig, merged, kinds=hints)
+        study = build(StudyConfig, merged, kinds=hints)
     assert isinstance(study, StudyConfig)
     return study

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder
-from diffbench.config.sample_sections import SampleConfig
+from diffbench.config.sections import SampleConfig
 from diffbench.core import collectives as together
 from diffbench.core import rng, tensors
 from diffbench.core.errors import UserError

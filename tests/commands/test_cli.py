@@ -100,8 +100,8 @@ def test_show_prints_the_resolved_config_and_writes_nothing(tmp_path: Path, caps
         (["train", "--config", DIT], "unrecognized arguments: --config; see diffbench --help"),
         (["list", "--all"], "unrecognized arguments: --all; see diffbench --help"),
         (["compare"], "the following arguments are required: RUN [key=value]; see diffbench compare --help"),
-        (["show", DIT, "-x"], "'-x' is no override; write key=value, as trainer.max_images=200_000"),
-        (["show", DIT, "seed"], "'seed' is no override; write key=value, as trainer.max_images=200_000"),
+        (["show", DIT, "-x"], "'-x' is not an override; write key=value, as trainer.max_images=200_000"),
+        (["show", DIT, "seed"], "'seed' is not an override; write key=value, as trainer.max_images=200_000"),
     ],
 )
 def test_a_wrong_command_line(refused: Callable[..., str], argv: list[str], line: str) -> None:
@@ -290,7 +290,7 @@ def test_evaluate_appends_records_and_prints_them(smoke_run: Path, capsys: Captu
             "evaluate.extractor: unknown extractor 'x'; choose from digits-cnn, efficientnet-lite0,",
         ),
         ("snapshot=first", "snapshot: must be last or best, got 'first'"),
-        ("sample", "'sample' is no override; write key=value"),
+        ("sample", "'sample' is not an override; write key=value"),
     ],
 )
 def test_evaluate_refuses(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:
@@ -325,7 +325,7 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
         ("eta=0.5", "sample.eta: belongs to sample.sampler=ddim"),
         ("stesp=3", "stesp: unknown key; allowed: n, labels, seed, out, ema, strip, gif, raw, sampler, "),
         ("trainer.max_images=3", "trainer: unknown key; allowed: n, labels, "),
-        ("foo", "'foo' is no override; write key=value"),
+        ("foo", "'foo' is not an override; write key=value"),
     ],
 )
 def test_sample_refuses(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:

@@ -86,11 +86,25 @@ def test_a_base_with_another_denoiser_gives_none_of_its_sizes(tmp_path: Path) ->
         ("ema.decays=[0.9,0.99]", [0.9, 0.99]),
         ("ema.warmup=false", False),
         ("sample.steps=50", "50"),
-        ("sample.steps=1e2", "100"),
         ("sample.steps=ddim50", "ddim50"),
         ("sample.steps=10,15,20", "10,15,20"),
         ("tag=3", "3"),
         ("tag='on'", "on"),
+        ("tag=on", "on"),
+        ("tag=True", "True"),
+        ("tag=true", "true"),
+        ("tag=007", "007"),
+        ("tag=2024_11_28", "2024_11_28"),
+        ("tag=1e3", "1e3"),
+        ("tag=0x10", "0x10"),
+        ("tag=1.50", "1.50"),
+        ("init_from=/x/runs #2", "/x/runs #2"),
+        ("init_from=a: b", "a: b"),
+        ("init_from=- a", "- a"),
+        ("init_from=1:30", "1:30"),
+        ("init_from=2024-11-28", "2024-11-28"),
+        ("seed=010", 10),
+        ("ema.warmup=No", False),
         ("tag=a-b_c.d", "a-b_c.d"),
         ("init_from=runs/a=b", "runs/a=b"),
         ("seed=${process.steps}", 1000),
@@ -125,7 +139,7 @@ def test_smoke_is_two_steps_and_yields_to_the_command_line() -> None:
 
 
 TOP = (
-    "format, kind, seed, tag, runs_dir, init_from, debug, data, autoencoder, latent_dtype, denoiser, process,"
+    "format, kind, seed, tag, runs_dir, debug, data, init_from, autoencoder, latent_dtype, denoiser, process,"
     " optimizer, ema, trainer, validation, sample, evaluate"
 )
 REFUSED = {
@@ -168,8 +182,9 @@ REFUSED = {
     "seed=${nope}": "seed: Interpolation key 'nope' not found",
     "tag=a/b": "tag: 'a/b' is no name; allowed: up to 100 letters, digits, '-', '_' and '.'",
     "tag=..": "tag: '..' is no name; allowed: ",
-    "tag=on": "tag: must be text (in quotes where YAML reads it otherwise) or null, got true",
-    "runs_dir=": "runs_dir: must be text (in quotes where YAML reads it otherwise), got null",
+    "tag=[a]": "tag: must be text or null, got ['a']",
+    "runs_dir=": "runs_dir: must be text, got null",
+    "sample.steps=1e2": "sample.steps: must be like 250, ddim25 or 10,15,20, got '1e2'",
     "format=2": "format: must be 1, got 2",
     "debug=smok": "debug: unknown value 'smok'; choose from none, smoke, overfit; did you mean 'smoke'?",
     "optimizer.lr=.nan": "optimizer.lr: must be a finite number, got nan",
@@ -198,11 +213,11 @@ REFUSED = {
     "evaluate.best=fd": "evaluate.best: needs distances in training; allowed: null, or set evaluate.every_images",
     "evaluate.infinity=true": "evaluate.infinity: needs evaluate.count of at least 5000, got 500",
     "evaluate.count=5": "evaluate.count: must be at least 20, got 5",
-    "foo": "'foo' is no override; write key=value, as trainer.max_images=200_000",
-    "--seed=1": "'--seed=1' is no override; write key=value",
-    "-x": "'-x' is no override; write key=value",
-    "=5": "'=5' is no override; write key=value",
-    "a..b=1": "'a..b=1' is no override; write key=value",
+    "foo": "'foo' is not an override; write key=value, as trainer.max_images=200_000",
+    "--seed=1": "'--seed=1' is not an override; write key=value",
+    "-x": "'-x' is not an override; write key=value",
+    "=5": "'=5' is not an override; write key=value",
+    "a..b=1": "'a..b=1' is not an override; write key=value",
     "optimizer.betas[0]=1": "a list is given whole, as ema.decays=[0.99,0.999]",
 }
 

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder, KLConfig, kl, sample, without_spread_
-from diffbench.config.autoencoder_sections import LossConfig, NetworkConfig
-from diffbench.config.sections import OptimizerConfig
+from diffbench.config.sections import LossConfig, NetworkConfig, OptimizerConfig
 from diffbench.core import rng
 from diffbench.core.pixels import from_uint8, to_uint8
 from diffbench.data import coding

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffbench.config.sample_sections import SampleConfig
+from diffbench.config.sections import SampleConfig
 from diffbench.core.errors import UserError
 from diffbench.denoisers.classifier import ClassifierConfig, NoisyClassifier
 from diffbench.diffusion import EDM, PAIRS, DiscreteVP, EDMConfig, Flow, FlowConfig, Process, VPConfig

@@ -17,8 +17,7 @@ from test_resume import CASES, KILL, TINY, assert_equal, only, state
 from torch import Tensor, nn
 
 from diffbench.config.load import load as load_config
-from diffbench.config.sample_sections import SampleConfig
-from diffbench.config.sections import OptimizerConfig, TrainerConfig, precision_here
+from diffbench.config.sections import OptimizerConfig, SampleConfig, TrainerConfig, precision_here
 from diffbench.core.errors import UserError
 from diffbench.core.tensors import read_state
 from diffbench.denoisers import tmsa

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_networks import CLASSES, small
 from torch import Tensor
 
-from diffbench.config.sample_sections import EvaluateConfig, SampleConfig
+from diffbench.config.sections import EvaluateConfig, SampleConfig
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS
 from diffbench.diffusion import DiscreteVP, VPConfig

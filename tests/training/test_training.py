@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffbench.config.sample_sections import SampleConfig
-from diffbench.config.sections import OptimizerConfig
+from diffbench.config.sections import OptimizerConfig, SampleConfig
 from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
