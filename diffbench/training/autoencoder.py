@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder, kl
-from diffbench.config.sections import LossConfig
-from diffbench.config.sections import OptimizerConfig
+from diffbench.config.sections import LossConfig, OptimizerConfig
 from diffbench.core import rng
 from diffbench.training.module import TrainingModule
 
