@@ -5,6 +5,7 @@ cannot do that, as it reads numbers before anybody knows what the key holds.
 """
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 
 from diffbench.core.errors import UserError, suggest
 
+MOST_NODES, MOST_DEEP = 100_000, 50
+"""Of a YAML file: values in all, and levels of nesting."""
 COMMAND_LINE, SMOKE_MODE = "command line", "debug=smoke"
 Layer = tuple[str, dict[str, Any]]
 """Where values come from (a file, the command line), and the values as written."""
@@ -89,7 +92,7 @@ def _number(value: Any, kind: Callable[[Any], Any], text: str) -> Any:
     return value
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _SafeLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML whose scalars keep their text, and whose keys are text and stand once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
@@ -106,12 +109,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return node.value if node.style else scalar(node.value)
 
 
-_Loader.yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
+_SafeLoader.yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
+_SafeLoader.add_constructor("tag:yaml.org,2002:str", _SafeLoader.construct_text)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that `_Loader` reads back as it was, numbers with the text that they were typed as included."""
+    """YAML that `_SafeLoader` reads back as it was, numbers with the text that they were typed as included."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
@@ -126,11 +129,23 @@ def dump(values: dict[str, Any]) -> str:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        values = yaml.load(text, _SafeLoader)
+        if sum(1 for _ in itertools.islice(_nodes(values), MOST_NODES)) == MOST_NODES:  # aliases of aliases
+            raise ValueError("holds too many values")
+        return values
     except RecursionError:
         raise UserError(f"{where}: not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as e:
         raise UserError(f"{where}: not valid YAML: {_problem(e)}") from None
+
+
+def _nodes(value: Any, depth: int = 0) -> Iterator[Any]:
+    if depth > MOST_DEEP:
+        raise RecursionError
+    yield value
+    if isinstance(value, dict | list):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _nodes(child, depth + 1)
 
 
 def _problem(error: Exception) -> str:

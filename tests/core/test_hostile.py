@@ -180,7 +180,7 @@ def test_yaml_tags_run_nothing(verb: str, tmp_path: Path, refused: Refused) -> N
         assert refused(verb, path).startswith(f"{path}: not valid YAML: could not determine a constructor for the tag")
     if verb != "study":
         line = refused(verb, DIT, f"tag=!!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']")
-        assert line.startswith("command line: tag: '!!python/object/apply:os.mkdir ")
+        assert line.startswith('command line: tag: "!!python/object/apply:os.mkdir ')
     path.write_text("a: " + "{a: " * 900 + "1" + "}" * 900)
     assert refused(verb, path) == f"{path}: not valid YAML: nested too deeply"
 
