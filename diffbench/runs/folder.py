@@ -187,7 +187,7 @@ def update_config(folder: Path, config: BaseConfig, complete: bool = False) -> N
     """Writes the config of a run that goes on, or of one that is complete, which keeps its length."""
     before, now = read_config(folder), config
     if complete:
-        now = replace(now, trainer=replace(now.trainer, max_images=before.trainer.max_images))  # type: ignore[type-var]
+        now = replace(now, trainer=replace(now.trainer, max_images=before.trainer.max_images))
     elif before.trainer.max_images != now.trainer.max_images:
         print(f"length: {before.trainer.max_images:,} images before, {now.trainer.max_images:,} now")
     if now != before:
