@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffbench.config.load import build
 from diffbench.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,6 +113,7 @@ def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
     if not own:
         return LauncherConfig(), others
     from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+    from diffbench.config.load import build
 
     given = parse_overrides([re.sub(r"^launcher=", "launcher.name=", word) for word in own])["launcher"]
     if times := [word.removeprefix("launcher.time=") for word in own if word.startswith("launcher.time=")]:
