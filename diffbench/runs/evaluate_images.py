@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbench.config.load import build
 from diffbench.config.layers import COMMAND_LINE, parse_overrides
+from diffbench.config.load import build
 from diffbench.config.sections import EvaluateConfig
 from diffbench.core.errors import UserError
 from diffbench.core.files import sha256, write_bytes
