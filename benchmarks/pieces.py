@@ -57,7 +57,7 @@ def data(config: BenchConfig, device: torch.device) -> Iterator[Row]:
         ("latents 4x32x32", LatentDataModule, False, latents),
         ("latents 4x32x32, flips", LatentDataModule, True, mirrored),
     ):
-        module = kind(part, part, 0, BATCH, flip=flip, resident=False)
+        module = kind(part, part, 0, BATCH, flip=flip, data_on_device=False)
         yield _row(name, _loading(module, device), config, device, BATCH)
 
 

@@ -1,4 +1,4 @@
-"""Pictures through an autoencoder and back, as many at a time as fit memory."""
+"""Images through an autoencoder and back, as many at a time as fit memory."""
 
 import torch
 from torch import Tensor
@@ -7,34 +7,34 @@ from diffbench.autoencoders import KLAutoencoder, kl
 from diffbench.core.pixels import from_uint8, to_uint8
 
 PIXELS = 2**19
-"""Pixels that pass through an autoencoder at once: 512 pictures of 32x32, 8 of 256x256."""
+"""Pixels that pass through an autoencoder at once: 512 images of 32x32, 8 of 256x256."""
 
 
 def at_once(height: int, width: int) -> int:
-    """How many pictures of that size pass at once."""
+    """How many images of that size pass at once."""
     return max(1, PIXELS // (height * width))
 
 
 @torch.no_grad()
 def reconstruct(autoencoder: KLAutoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures (N, C, H, W) uint8 restored from their latents' means, and the divergence (N,) of those in nats."""
+    """Images (N, C, H, W) uint8 restored from their latents' means, and the KL divergence (N,) in nats."""
     parameter = next(autoencoder.parameters())
     training = autoencoder.training
     autoencoder.eval()
-    pictures, divergences = [], []
+    restored_parts, divergences = [], []
     for part in images.split(at_once(*images.shape[2:])):
         restored, mean, log_variance = autoencoder(from_uint8(part.to(parameter.device)).to(parameter.dtype))
-        pictures.append(to_uint8(restored).cpu())
+        restored_parts.append(to_uint8(restored).cpu())
         divergences.append(kl(mean, log_variance).cpu())
     autoencoder.train(training)
-    return torch.cat(pictures), torch.cat(divergences)
+    return torch.cat(restored_parts), torch.cat(divergences)
 
 
 def side_by_side(autoencoder: KLAutoencoder, images: Tensor, columns: int = 10) -> Tensor:
-    """Rows of pictures (N, C, H, W) uint8, each followed by the row of its reconstructions."""
+    """Rows of images (N, C, H, W) uint8, each followed by the row of its reconstructions."""
     restored, _ = reconstruct(autoencoder, images)
     rows = zip(images.split(columns), restored.split(columns), strict=True)
-    return torch.cat([picture for row in rows for picture in row])
+    return torch.cat([image for row in rows for image in row])
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def decode(autoencoder: KLAutoencoder, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(autoencoder: KLAutoencoder, images: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of all latents drawn for pictures (N, C, H, W) uint8."""
+    """Mean and standard deviation of all latents drawn for images (N, C, H, W) uint8."""
     parameter = next(autoencoder.parameters())
     first, second, count = 0.0, 0.0, 0
     for part in images.split(at_once(*images.shape[2:])):

@@ -46,13 +46,13 @@ class PositionSampler(Sampler[list[int]]):
 
 
 class PositionDataset(Dataset[dict[str, Any]]):
-    """Fetches whole batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
+    """Fetches batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
 
     Args:
         data: what batches are made of.
         seed: of the order.
-        flip: whether batches say which pictures are to be mirrored, half of them, drawn anew each epoch.
-        only_index: whether batches hold just which pictures are meant, as where the set lies on the device already.
+        flip: whether batches say which images are to be mirrored, half of them, drawn anew each epoch.
+        only_index: whether batches hold image numbers alone, for a set that is on the device already.
     """
 
     def __init__(self, data: ImageSet | LatentSet, seed: int, flip: bool = False, only_index: bool = False) -> None:
@@ -67,7 +67,7 @@ class PositionDataset(Dataset[dict[str, Any]]):
         return (orders[0] if len(orders) == 1 else torch.cat(orders))[start : start + count]
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """A batch of consecutive positions: `first`, position (B,), and what the set gives of its pictures.
+        """A batch of consecutive positions: `first`, position (B,), and what the set gives of its images.
 
         That is image (B, C, H, W) uint8 and label (B,), or mean, log-variance and label; or index (B,) alone.
 
@@ -95,23 +95,22 @@ def _order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 class PositionDataModule(L.LightningDataModule):
-    """Training batches by position, and the held-out part: what image and latent data share.
+    """Training batches by position, and the held-out part: the base of image and latent data.
 
-    What training gets of a batch: x0 (B, C, H, W) float32, label (B,), position (B,), on its device, and `first`, the
-    first position as a number, since to read it on a GPU would be to wait for it.
-    Its state in a checkpoint is the number of samples seen, which is where a resumed run goes on, and the fingerprint
-    of the data.
+    A training batch holds x0 (B, C, H, W) float32, label (B,) and position (B,) on its device, and `first`, the first
+    position as a number, as reading it from a GPU would wait for the GPU.
+    The state in a checkpoint is the number of samples seen, where a resumed run goes on, and the data's fingerprint.
 
     Args:
         train: the part to train on.
         held_out: the other.
-        seed: of the run; with a sample's position it fixes which picture it is and how it is drawn.
+        seed: of the run; with a sample's position it fixes which image it is and how it is drawn.
         batch_size: images of an optimizer step.
         accumulate: micro-batches in a step.
         num_workers: loader processes.
         only_first_batch: train on the first `batch_size` images only (debug=overfit).
         flip: mirror half of the training images, drawn anew each epoch.
-        resident: keep the whole training part on the device; None: on a GPU with four times the room.
+        data_on_device: keep the training part on the device; None: on a GPU with four times the room.
     """
 
     def __init__(
@@ -124,13 +123,13 @@ class PositionDataModule(L.LightningDataModule):
         num_workers: int = 0,
         only_first_batch: bool = False,
         flip: bool = False,
-        resident: bool | None = None,
+        data_on_device: bool | None = None,
     ) -> None:
         super().__init__()
         self.train = train.first(batch_size) if only_first_batch else train
         self.held_out, self.seed, self.flip = held_out, seed, flip
         self.batch_size, self.accumulate, self.num_workers = batch_size, accumulate, num_workers
-        self.resident = resident
+        self.data_on_device = data_on_device
         self.samples_seen = 0
         self._on_device: Any = None
         for name, part in (("training", self.train), ("held-out", held_out)):
@@ -146,10 +145,10 @@ class PositionDataModule(L.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = PositionSampler(self.batch_size, self.accumulate, self.samples_seen, rank, world)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        resident = _fits(self.train, device) if self.resident is None else self.resident
-        self._on_device = self.train.to(device) if resident else None
+        on_device = _fits(self.train, device) if self.data_on_device is None else self.data_on_device
+        self._on_device = self.train.to(device) if on_device else None
         return DataLoader(
-            PositionDataset(self.train, self.seed, self.flip, only_index=resident),
+            PositionDataset(self.train, self.seed, self.flip, only_index=on_device),
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.num_workers,

@@ -90,7 +90,7 @@ def data_module(
         num_workers=config.data.num_workers,
         only_first_batch=config.debug == "overfit",
         flip=getattr(config.data, "flip", False),
-        resident=config.trainer.data_on_device,
+        data_on_device=config.trainer.data_on_device,
     )
 
 

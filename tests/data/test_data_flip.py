@@ -43,10 +43,10 @@ def test_an_image_is_mirrored_anew_each_epoch() -> None:
 
 def test_a_set_on_the_device_gives_the_same_batches() -> None:
     for flip in (False, True):
-        one, two = batches(flip=flip), batches(flip=flip, resident=True)
+        one, two = batches(flip=flip), batches(flip=flip, data_on_device=True)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
-    module = ImageDataModule(squares(), squares(), 0, 8, resident=True)
+    module = ImageDataModule(squares(), squares(), 0, 8, data_on_device=True)
     assert set(next(iter(module.train_dataloader()))) == {"first", "position", "index"}
 
 

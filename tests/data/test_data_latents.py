@@ -105,7 +105,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
     means = from_uint8(squares().images).mean((1, 2, 3))
     brightest, bad = means.max() - 1e-6, int(means.argmax())
-    with pytest.raises(ValueError, match=rf"^autoencoder: the mean of picture {bad} is not finite in float16"):
+    with pytest.raises(ValueError, match=rf"^autoencoder: the mean of image {bad} is not finite in float16"):
         encode(squares(), Wild(), tmp_path / "l", batch_size=4)
     encode(squares(), Wild(), tmp_path / "m", batch_size=4, dtype="float32")
 
@@ -247,5 +247,5 @@ def test_mirrored_latents_are_those_of_mirrored_pictures() -> None:
 def test_a_set_on_the_device_gives_the_same_batches() -> None:
     for flip in (False, True):
         one = drawn(latents(flip=True), flip=flip)
-        two = drawn(latents(flip=True), flip=flip, resident=True)
+        two = drawn(latents(flip=True), flip=flip, data_on_device=True)
         assert all(torch.equal(one[key], two[key]) for key in one)

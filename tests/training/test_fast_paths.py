@@ -242,7 +242,7 @@ def test_dropout_is_seeded_by_the_first_position() -> None:
 def test_a_batch_says_its_first_position_as_a_number() -> None:
     config = load_config(DIT, ["trainer.data_on_device=true"])
     module = data_module(config, *load_data(config))
-    assert module.resident is True
+    assert module.data_on_device is True
     batch = next(iter(module.train_dataloader()))
     assert set(batch) == {"first", "position", "index"} and batch["first"] == 0
     assert set(module.on_after_batch_transfer(batch, 0)) == {"x0", "label", "position", "first"}
