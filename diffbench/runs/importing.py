@@ -22,31 +22,29 @@ from diffbench.config.load import from_layers, to_yaml
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import sha256, write_text
 from diffbench.denoisers import from_reference
-from diffbench.denoisers.pretrained.convert import RECIPES, describe
-from diffbench.denoisers.pretrained.infer import infer, unwrapped
+from diffbench.denoisers.pretrained.checkpoint import weight_sets
+from diffbench.denoisers.pretrained.convert import RECIPES, describe, infer
 from diffbench.denoisers.pretrained.recipe import Blueprint
 from diffbench.runs import weights
 from diffbench.runs.build import build_denoiser, load_data
 
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 """What the latents of DiT, SiT and DiffiT are decoded with."""
-NESTED = ("ema", "model", "state_dict")
-"""Where a checkpoint keeps weights among other things, the best first."""
 
 
-def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Writes a run folder that `sample` and `evaluate` take as a trained run's.
+def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
+    """Write a run folder that `sample` and `evaluate` take as a trained run's.
 
     Args:
         source: "dit", "sit", "diffit", "adm" or "ddpmpp".
-        checkpoint: a state dict, or a dictionary with one under "ema", "model" or "state_dict"; a file of torch or
-            safetensors.
+        checkpoint: a file of torch or safetensors with a state dict, or with dictionaries that hold such.
         out: the run folder, which must not exist.
-        overrides: `arguments.NAME=value` for what the weights do not say of the reference's constructor, and keys of
-            the config.
+        overrides: keys of the config; `arguments.NAME=value` for the reference's constructor where the network is not
+            a published one; `weights=KEY` for one of several sets of weights, by default the average; `ignore=[KEY]`
+            for names that do not belong to the network.
 
     Returns:
-        The run's config.
+        The run's config, and which weights were taken, in words.
 
     Raises:
         UserError: if the folder exists, the file cannot be read without running code, or the weights, the arguments
@@ -58,41 +56,45 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
     if os.path.lexists(out):
         raise UserError(f"{out}: exists already; choose another folder")
     changes = parse_overrides(overrides)
-    given = changes.pop("arguments", {})
-    if not isinstance(given, dict):
+    given, key, ignored = (changes.pop(name, None) for name in ("arguments", "weights", "ignore"))
+    if not isinstance(given or {}, dict):
         raise UserError(f"{COMMAND_LINE}: arguments: must be given by name, as arguments.num_heads=16")
-    state = read_weights(checkpoint)
+    stored = read_checkpoint(checkpoint)
     try:
-        state = unwrapped(source, state)
-        arguments = infer(source, state, given)
+        name, sets = weight_sets(source, stored, None if key is None else str(key))
+        state = _without(sets[name], ignored if isinstance(ignored, list) else [ignored] if ignored else [])
+        arguments = infer(source, state, given or {})
         plan = describe(source, arguments)
         net = from_reference(source, arguments, state)
     except ValueError as e:
-        raise UserError(f"{checkpoint}: {e}") from None
+        hint = "; leave names out by ignore=[NAME]" if " unexpected: " in str(e) else ""
+        raise UserError(f"{checkpoint}: {e}{hint}") from None
     stack = [(f"import {source}", as_config(source, plan)), (COMMAND_LINE, changes)]
     config = from_layers(stack)
     assert isinstance(config, RunConfig)
     with located(stack):
         _check_fits(config, net, checkpoint)
-    _write(out, config, net, {"source": source, "checkpoint": checkpoint.name, "sha256": sha256(checkpoint)})
-    return config
+    facts = {"source": source, "checkpoint": checkpoint.name, "sha256": sha256(checkpoint), "weights": name}
+    _write(out, config, net, facts)
+    others = [other for other in sets if other != name]
+    return config, f"{name or 'the only ones'}" + (f"; the file also holds {', '.join(others)}" if others else "")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name; nothing in the file is run.
+def read_checkpoint(path: Path) -> Mapping[Any, Any]:
+    """What a checkpoint holds; nothing in the file is run.
 
     Raises:
-        UserError: if there is no such file, it is damaged, holds code, or no state dict.
+        UserError: if there is no such file, it is damaged, holds code, or no tensors.
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
     try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else _loaded(path)
+        stored: Any = load_file(path) if path.suffix == ".safetensors" else _loaded(path)
     except pickle.UnpicklingError as e:
         with path.open("rb") as file:
             pickled = file.read(1) == b"\x80"  # how a bare pickle begins
         if not pickled and "GLOBAL" not in str(e):
-            raise UserError(f"{path}: damaged, or no checkpoint") from None
+            raise UserError(f"{path}: damaged, or not a checkpoint") from None
         raise UserError(
             f"{path}: holds pickled code, which is never run; where it was made, export plain weights with"
             " torch.save(net.state_dict(), 'weights.pt'), in EDM's repository of"
@@ -101,18 +103,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except PermissionError:
         raise UserError(f"{path}: may not be read") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
-        raise UserError(f"{path}: damaged, or no checkpoint") from None
-    for name in NESTED if isinstance(state, Mapping) else ():
-        inside = state.get(name)
-        if isinstance(inside, Mapping) and any(isinstance(v, Tensor) for v in inside.values()):
-            state = inside
-            break
-    named = dict(state) if isinstance(state, Mapping) else {}
-    found = {str(key): value for key, value in named.items() if isinstance(value, Tensor)}
-    if not found:
-        holds = ", ".join(map(str, list(named)[:5])) or type(state).__name__
-        raise UserError(f"{path}: no state dict, neither itself nor under {', '.join(NESTED)}; it holds {holds}")
-    return found
+        raise UserError(f"{path}: damaged, or not a checkpoint") from None
+    if not isinstance(stored, Mapping):
+        raise UserError(f"{path}: holds a {type(stored).__name__}, not a state dict")
+    return stored
+
+
+def _without(state: dict[str, Tensor], ignored: Sequence[Any]) -> dict[str, Tensor]:
+    for name in map(str, ignored):
+        if name not in state:
+            raise ValueError(f"ignore: {name} is not a name among these weights{suggest(name, state)}")
+    return {name: value for name, value in state.items() if name not in map(str, ignored)}
 
 
 def _loaded(path: Path) -> Any:
@@ -127,33 +128,25 @@ def _loaded(path: Path) -> Any:
 
 def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
     """The config of a published network: the process that it was trained under, sampled as its release samples."""
-    size, channels = plan.shape["image_size"], plan.shape["channels"]
-    null = plan.shape["null_class"] and plan.shape["num_classes"] > 0
-    process: dict[str, Any] = {"name": "vp", "steps": 1000, "schedule": "linear", "prediction": "eps"}
+    size, channels, classes = (plan.shape[key] for key in ("image_size", "channels", "num_classes"))
+    null = plan.shape["null_class"] and classes > 0
+    vp: dict[str, Any] = {"name": "vp", "steps": 1000, "schedule": "linear", "prediction": "eps"}
     if plan.shape["learn_sigma"]:
-        process |= {"variance": "learned_range", "loss": "hybrid"}
+        vp |= {"variance": "learned_range", "loss": "hybrid"}
+    ddpm = {"sampler": "ddpm", "steps": "250"}
     # What works in latents guides three of the four channels, as DiT's release did.
     latent = {"guidance": 4.0 if null else 1.0, "guidance_channels": 3, "clip": False}
-    sample: dict[str, Any] = {"sampler": "ddpm", "steps": "250"}
-    if source == "dit":
-        sample |= latent
-    elif source == "diffit":
-        weight = {"guidance": 4.4, "guidance_schedule": "power_cosine"} if size <= 32 else {"guidance": 1.49}
-        sample |= latent | (weight if null else {})
-    elif source == "sit":
-        process, sample = {"name": "flow"}, latent | {"sampler": "euler_maruyama", "steps": "250"}
-    elif source == "ddpmpp":
-        process, sample = {"name": "edm"}, {"sampler": "heun", "steps": "18" if size <= 32 else "40"}
-    elif size == 64:
-        process["schedule"] = "cosine"  # ADM's at 64x64
+    weight = {"guidance": 4.4, "guidance_schedule": "power_cosine"} if size <= 32 else {"guidance": 1.49}
+    process, sample = {
+        "dit": (vp, ddpm | latent),
+        "sit": ({"name": "flow"}, {"sampler": "euler_maruyama", "steps": "250"} | latent),
+        "diffit": (vp, ddpm | latent | (weight if null else {})),
+        "adm": (vp | ({"schedule": "cosine"} if size == 64 else {}), ddpm),
+        "ddpmpp": ({"name": "edm"}, {"sampler": "heun", "steps": "18" if size <= 32 else "40"}),
+    }[source]
     return {
         "autoencoder": AUTOENCODER if source in ("dit", "sit", "diffit") and channels == 4 else None,
-        "data": {
-            "name": "none",
-            "channels": channels,
-            "image_size": size,
-            "num_classes": plan.shape["num_classes"],
-        },
+        "data": {"name": "none", "channels": channels, "image_size": size, "num_classes": classes},
         "denoiser": {"name": plan.denoiser, **dataclasses.asdict(plan.config)},
         "process": process,
         "trainer": {"label_dropout": 0.1 if null else 0.0},

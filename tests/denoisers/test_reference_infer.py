@@ -1,4 +1,4 @@
-"""Constructor arguments read from the shapes of weights: of the golden cases, and of every published size."""
+"""Published networks known by the shapes of their weights, others by the arguments given; the sets in a checkpoint."""
 
 from typing import Any
 
@@ -9,33 +9,20 @@ from test_reference import CASES, arguments, weights
 from torch import Tensor
 
 from diffbench.denoisers import PRESETS
-from diffbench.denoisers.pretrained.convert import RECIPES, describe, reference_names
-from diffbench.denoisers.pretrained.infer import infer, unwrapped
-
-# What the weights of an unpublished size do not say.
-UNSAID = {
-    "dit": ("num_heads",),
-    "adm": ("image_size", "num_heads", "num_head_channels", "use_new_attention_order"),
-}
+from diffbench.denoisers.pretrained.checkpoint import weight_sets
+from diffbench.denoisers.pretrained.convert import describe, infer, shapes
 
 
 def shapes_of(source: str, args: dict[str, Any]) -> dict[str, Tensor]:
     """A reference's state dict without values."""
-    recipe, plan = RECIPES[source], describe(source, args)
-    with torch.device("meta"):
-        net = recipe.build(plan.config, **plan.shape)
-        ours, names = net.state_dict(), reference_names(source, net)
-        complete = recipe.defaults | args
-        return {key: torch.empty(recipe.shape(name, ours[name], complete)) for key, name in names.items()}
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes(source, args).items()}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_arguments_of_the_golden_cases(name: str) -> None:
     case, source = load(name), name.split("_")[0]
     made = arguments(case)
-    given = {key: made[key] for key in UNSAID.get(source, ()) if made[key] != -1}
-    given |= {"dropout": made["dropout"]} if "dropout" in made else {}
-    assert describe(source, infer(source, weights(case), given)) == describe(source, made)
+    assert describe(source, infer(source, weights(case), made)) == describe(source, made)
 
 
 def _dit(depth: int, width: int, heads: int, patch: int, side: int = 32) -> dict[str, Any]:
@@ -82,66 +69,75 @@ def test_published_sizes_need_no_argument(name: str) -> None:
 def test_published_ddpmpp(channel_mult: list[int], side: int, label_dim: int, augment_dim: int) -> None:
     made = {"img_resolution": side, "in_channels": 3, "out_channels": 3, "channel_mult": channel_mult}
     made |= {"label_dim": label_dim, "augment_dim": augment_dim}
-    assert describe("ddpmpp", infer("ddpmpp", shapes_of("ddpmpp", made), {})) == describe("ddpmpp", made)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"resblock_updown": False},
-        {"resblock_updown": False, "conv_resample": False},
-        {"channel_mult": [2], "attention_resolutions": [1]},
-        {"use_scale_shift_norm": False, "num_classes": None, "out_channels": 3},
-    ],
-    ids=str,
-)
-def test_the_layers_of_adm_say_how_it_resamples(changes: dict[str, Any]) -> None:
-    made = _adm(32, 32, 2, [1, 2, 2], num_heads=2) | {"attention_resolutions": [2]} | changes
-    given = {"image_size": 32, "num_heads": 2, "use_new_attention_order": False}
-    found = infer("adm", shapes_of("adm", made), given)
-    unknowable = {"resblock_updown": False} if made["channel_mult"] == [2] else {}
-    assert describe("adm", found) == describe("adm", made | unknowable)
+    given = {} if augment_dim else {"augment_dim": 0}
+    assert describe("ddpmpp", infer("ddpmpp", shapes_of("ddpmpp", made), given)) == describe("ddpmpp", made)
 
 
 def test_sit_is_read_as_dit() -> None:
     case = load("dit_a")
-    found = infer("sit", weights(case), {"num_heads": 3})
+    found = infer("sit", weights(case), arguments(case))
     assert (found["depth"], found["learn_sigma"], found["class_dropout_prob"]) == (2, True, 0.1)
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("rows", "given", "found"),
     [
-        ({}, (10, 0.1)),
-        ({"num_classes": 10}, (10, 0.1)),
-        ({"num_classes": 11}, (11, 0.0)),
-        ({"class_dropout_prob": 0.0}, (11, 0.0)),
+        (1001, {}, (1000, 0.1)),
+        (1000, {}, (1000, 0.0)),  # trained without label dropout: the last row is a class
+        (11, {"num_classes": 10}, (10, 0.1)),
+        (11, {"num_classes": 11}, (11, 0.0)),
+        (11, {"num_classes": 11, "class_dropout_prob": 0.0}, (11, 0.0)),
     ],
     ids=str,
 )
-def test_the_last_label_is_the_null_class_unless_told_otherwise(
-    given: dict[str, Any], found: tuple[int, float]
+def test_the_last_label_is_the_null_class_only_where_the_number_of_classes_says_so(
+    rows: int, given: dict[str, Any], found: tuple[int, float]
 ) -> None:
-    read = infer("dit", weights(load("dit_a")), given | {"num_heads": 3})
+    state = shapes_of("dit", _dit(12, 384, 6, 2))
+    state["y_embedder.embedding_table.weight"] = torch.empty(rows, 384, device="meta")
+    read = infer("dit", state, given)
     assert (read["num_classes"], read["class_dropout_prob"]) == found
+    assert describe("dit", read).shape["null_class"] is (found[1] > 0)
+
+
+def test_a_table_of_labels_of_another_length_is_not_guessed() -> None:
+    state = shapes_of("dit", _dit(12, 384, 6, 2) | {"num_classes": 10})
+    with pytest.raises(ValueError) as caught:
+        infer("dit", state, {})
+    assert str(caught.value).startswith(
+        "dit: the shapes are not those of DiT-S/2, from which 1 of 132 differ: y_embedder.embedding_table.weight is"
+        " [11, 384], not [1001, 384]; give the arguments of its constructor, as arguments.NAME=VALUE with NAME one of"
+        " input_size, "
+    )
+
+
+def test_heads_are_never_taken_from_a_network_of_another_size() -> None:
+    made = _dit(2, 48, 3, 2) | {"num_classes": 10}
+    given = {key: value for key, value in made.items() if key != "num_heads"}
+    with pytest.raises(ValueError, match=r"^arguments\.num_heads: no shape shows it; give it as arguments\.num_heads"):
+        infer("dit", shapes_of("dit", made), given)
+    assert infer("dit", shapes_of("dit", made), made)["num_heads"] == 3
 
 
 @pytest.mark.parametrize(
     ("name", "given", "text"),
     [
-        ("dit_a", {}, "arguments.num_heads: the weights do not say it, and 48 is no published width (384, 768, 1024, 1152); give it as arguments.num_heads=8"),  # noqa: E501
-        ("dit_a", {"num_heads": 3, "depth": 4}, "arguments.depth: 4 is given, the weights of dit say 2"),
-        ("dit_a", {"num_heads": 3, "num_classes": 1000}, "arguments.num_classes: 1000 is given, the weights of dit hold 11 labels"),  # noqa: E501
-        ("diffit_a", {"num_heads": 4}, "arguments.num_heads: 4 is given, the weights of diffit say 3"),
-        ("adm_a", {}, "arguments.image_size: the weights do not say image_size, use_new_attention_order, num_heads, and are of no published size; give arguments.image_size=VALUE arguments.use_new_attention_order=VALUE arguments.num_heads=VALUE"),  # noqa: E501
-        ("adm_a", {"image_size": 8, "num_heads": 2}, "arguments.use_new_attention_order: the weights do not say use_new_attention_order, and are of no published size; give arguments.use_new_attention_order=VALUE"),  # noqa: E501
-        ("ddpmpp_b", {"label_dim": 4}, "arguments.label_dim: 4 is given, the weights of ddpmpp say 5"),
+        ("dit_a", {"depht": 2}, "dit: unknown argument depht; known: input_size, "),
+        ("dit_a", {"num_heads": 3, "depth": 4}, "dit: the shapes are not those of the given arguments, from which "),
+        ("diffit_a", {"num_heads": 4}, "diffit: the shapes are not those of the given arguments, from which 3"),
+        ("adm_a", {}, "adm: the shapes are not those of ADM-"),
+        (
+            "adm_a",
+            {"image_size": 8, "num_heads": 2},
+            "arguments.use_new_attention_order: no shape shows it; ",
+        ),
+        ("ddpmpp_b", {"label_dim": 4, "img_resolution": 16}, "ddpmpp: the argument in_channels is missing"),
     ],
-)  # fmt: skip
-def test_what_the_weights_do_not_say_or_deny_is_named(name: str, given: dict[str, Any], text: str) -> None:
+)
+def test_what_does_not_fit_is_named(name: str, given: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as caught:
         infer(name.split("_")[0], weights(load(name)), given)
-    assert str(caught.value) == text
+    assert str(caught.value).startswith(text)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.module."])
@@ -149,29 +145,89 @@ def test_what_the_weights_do_not_say_or_deny_is_named(name: str, given: dict[str
 def test_what_wrappers_put_before_the_names_goes(name: str, prefix: str) -> None:
     plain = weights(load(name))
     wrapped = {prefix + key: value for key, value in plain.items()}
-    found = unwrapped(name.split("_")[0], wrapped | ({"sigma": torch.ones(1)} if prefix else {}))
-    assert found.keys() == plain.keys()
+    chosen, sets = weight_sets(name.split("_")[0], wrapped | ({"sigma": torch.ones(1)} if prefix else {}))
+    assert chosen == prefix.rstrip(".") and sets[chosen].keys() == plain.keys()
 
 
-def test_weights_of_another_source_are_told() -> None:
+def test_weights_of_another_source_are_named() -> None:
     dit, adm = weights(load("dit_a")), weights(load("adm_a"))
     with pytest.raises(ValueError, match=r"^adm: no input_blocks\.0\.0\.weight among 32 names; .* look like dit$"):
-        unwrapped("adm", dit)
+        weight_sets("adm", dit)
     with pytest.raises(
         ValueError, match=r"^ddpmpp: no map_layer0\.weight among 128 names; these weights look like adm$"
     ):
-        unwrapped("ddpmpp", adm)
-    with pytest.raises(ValueError, match=r"^dit: there are 2 networks here: a\.x_embedder.proj.weight, b\.x_embedder"):
-        unwrapped("dit", {f"{place}.{key}": value for place in "ab" for key, value in dit.items()})
-    with pytest.raises(ValueError, match=r"^diffit: no blocks\.0\.attn\.relative_position_bias_table among 32 names$"):
-        infer("diffit", dit, {})
-    with pytest.raises(ValueError, match=r"^dit: no pos_embed among 31 names$"):
-        infer("dit", {key: value for key, value in dit.items() if key != "pos_embed"}, {})
+        weight_sets("ddpmpp", adm)
+    with pytest.raises(ValueError, match=r"^weights: choose one set by weights=KEY: a, b$"):
+        weight_sets("dit", {f"{place}.{key}": value for place in "ab" for key, value in dit.items()})
 
 
-def test_a_weight_of_another_shape_is_named() -> None:
-    state = {"x_embedder.proj.weight": torch.zeros(8, 3, 2, 2), "pos_embed": torch.zeros(4)}
-    with pytest.raises(ValueError, match=r"^dit: pos_embed has shape \(4,\), as in no such network$"):
-        infer("dit", state, {})
-    with pytest.raises(ValueError, match=r"^ddpmpp: map_layer0.weight has shape \(4,\), as in no such network$"):
-        infer("ddpmpp", {"map_layer0.weight": torch.zeros(4)}, {})
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def checkpoints(raw: dict[str, Tensor], mean: dict[str, Tensor]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Checkpoints as people's code writes them, and the name of the average inside."""
+    counter = torch.ones(1)
+    dotless = {f"model_ema.diffusion_model{key.replace('.', '')}": value for key, value in mean.items()}
+    moments = {"state": {0: {"exp_avg": counter, "exp_avg_sq": counter}, 1: {"exp_avg": counter}}}
+    return {
+        "DiT": ({"model": raw, "ema": mean, "opt": moments}, "ema"),
+        "model_ema": ({"model": raw, "model_ema": mean}, "model_ema"),
+        "timm": ({"state_dict": raw, "state_dict_ema": mean}, "state_dict_ema"),
+        "average alone": (mean, ""),
+        "DataParallel": ({"model": under("module.", raw), "ema": under("module.", mean)}, "ema.module"),
+        "compile": (under("_orig_mod.", raw) | under("ema._orig_mod.", mean), "ema._orig_mod"),
+        "Lightning": ({"state_dict": under("net.", raw) | under("net_ema.", mean)}, "state_dict.net_ema"),
+        "WeightAveraging": (
+            {"current_model_state": under("net.", raw), "state_dict": under("net.", mean), "averaging_state": {}},
+            "state_dict.net",
+        ),
+        "ema-pytorch": (
+            {"model": raw, "ema": under("online_model.", raw) | under("ema_model.", mean) | {"step": counter}},
+            "ema.ema_model",
+        ),
+        "swa_utils": (
+            {"model": raw, "swa_model": under("module.", mean) | {"n_averaged": counter}},
+            "swa_model.module",
+        ),
+        "latent diffusion": (
+            {"state_dict": under("model.diffusion_model.", raw) | dotless | {"model_ema.num_updates": counter}},
+            "state_dict.model_ema",
+        ),
+    }
+
+
+WRITTEN = list(checkpoints({}, {}))
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_the_average_is_found(how: str) -> None:
+    mean = weights(load("dit_a"))
+    raw = {key: torch.zeros_like(value) for key, value in mean.items()}
+    checkpoint, name = checkpoints(raw, mean)[how]
+    chosen, sets = weight_sets("dit", checkpoint)
+    assert chosen == name
+    assert sets[chosen].keys() == mean.keys() and all(torch.equal(sets[chosen][key], mean[key]) for key in mean)
+
+
+def test_weights_are_chosen_by_name() -> None:
+    mean = weights(load("dit_a"))
+    raw = {key: torch.zeros_like(value) for key, value in mean.items()}
+    two = {"model": raw, "ema_0.999": raw, "ema_0.9999": mean}
+    with pytest.raises(ValueError, match=r"^weights: choose one set by weights=KEY: model, ema_0\.999, ema_0\.9999$"):
+        weight_sets("dit", two)
+    assert [weight_sets("dit", two, key)[0] for key in ("ema_0.9999", "model")] == ["ema_0.9999", "model"]
+    with pytest.raises(ValueError, match=r"weights=KEY: model, "):
+        weight_sets("dit", two, "nothing")
+    nested = {"state_dict": under("net.", raw) | under("net_ema.", mean)}
+    assert weight_sets("dit", nested, "net")[0] == "state_dict.net"
+    assert weight_sets("dit", {"model": mean, "opt": {"exp_avg": {"0": mean["pos_embed"]}}})[0] == "model"
+
+
+@pytest.mark.parametrize("place", ["shadow_params", "averages"])
+def test_an_average_without_names_is_not_passed_over(place: str) -> None:
+    raw = weights(load("dit_a"))
+    checkpoint = {"model": raw, "ema": {"decay": 0.999, place: list(raw.values())}}
+    with pytest.raises(ValueError, match=r"^weights: ema is an average that cannot be read: .* weights=KEY: model$"):
+        weight_sets("dit", checkpoint)
+    assert weight_sets("dit", checkpoint, "model")[0] == "model"

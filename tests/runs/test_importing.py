@@ -1,5 +1,6 @@
 """`diffbench import`: published checkpoints become run folders, equal to the last bit, that sample as released."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from golden_cases import load
 from safetensors import safe_open
 from test_reference import arguments, weights
-from test_reference_infer import UNSAID, shapes_of
+from test_reference_infer import shapes_of
 
 import diffbench
 from diffbench.autoencoders import KLAutoencoder, KLConfig
@@ -28,14 +29,9 @@ CASES += [("ddpmpp", "ddpmpp_a"), ("ddpmpp", "ddpmpp_b")]
 Capture = pytest.CaptureFixture[str]
 
 
-def unsaid(source: str) -> tuple[str, ...]:
-    return UNSAID.get("dit" if source == "sit" else source, ())
-
-
-def words(source: str, name: str) -> list[str]:
-    """The arguments that the weights of a case do not say, as the command line takes them; latents stay latents."""
-    made = arguments(load(name))
-    return ["autoencoder=null", *(f"arguments.{key}={made[key]}" for key in unsaid(source) if made[key] != -1)]
+def words(args: dict[str, Any]) -> list[str]:
+    """The constructor's arguments as the command line takes them; latents stay latents."""
+    return ["autoencoder=null", *(f"arguments.{key}={json.dumps(value)}" for key, value in args.items())]
 
 
 def saved(tmp_path: Path, name: str) -> Path:
@@ -48,7 +44,7 @@ def saved(tmp_path: Path, name: str) -> Path:
 def test_an_imported_run_is_the_reference(source: str, name: str, tmp_path: Path, capsys: Capture) -> None:
     case, out = load(name), tmp_path / "runs" / name
     path = saved(tmp_path, name)
-    assert main(["import", source, str(path), str(out), "trainer.channels_last=false", *words(source, name)]) == 0
+    assert main(["import", source, str(path), str(out), "trainer.channels_last=false", *words(arguments(case))]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: ")
     run, want = diffbench.load(out), from_reference(source, arguments(case), weights(case))
     assert all(torch.equal(a, b) for a, b in zip(run.denoiser.parameters(), want.parameters(), strict=True))
@@ -73,8 +69,7 @@ def config(source: str, args: dict[str, Any], tmp_path: Path) -> RunConfig:
     net = recipe.build(plan.config, **plan.shape)
     state = {key: torch.zeros(value.shape) for key, value in shapes_of(source, args).items()} | recipe.buffers(net)
     torch.save(state, tmp_path / "w.pt")
-    extra = [f"arguments.{key}={args[key]}" for key in unsaid(source) if key in args]
-    return import_reference(source, tmp_path / "w.pt", tmp_path / "out", extra)
+    return import_reference(source, tmp_path / "w.pt", tmp_path / "out", words(args)[1:])[0]
 
 
 TINY_DIT = {"hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 10}
@@ -126,7 +121,7 @@ def test_ddpmpp_takes_heuns_steps_of_edm(tmp_path: Path, side: int, steps: str) 
 
 def test_guidance_of_imported_adm_is_refused_with_a_sentence(tmp_path: Path, capsys: Capture) -> None:
     path = saved(tmp_path, "adm_b_legacy")
-    assert main(["import", "adm", str(path), str(tmp_path / "adm"), *words("adm", "adm_b_legacy")]) == 0
+    assert main(["import", "adm", str(path), str(tmp_path / "adm"), *words(arguments(load("adm_b_legacy")))]) == 0
     capsys.readouterr()
     assert main(["sample", str(tmp_path / "adm"), "n=1", "steps=2", "guidance=2"]) == 2
     line = capsys.readouterr().err
@@ -136,7 +131,7 @@ def test_guidance_of_imported_adm_is_refused_with_a_sentence(tmp_path: Path, cap
 
 def test_latents_are_decoded_or_written_as_they_are(tmp_path: Path, capsys: Capture) -> None:
     path, out, file = saved(tmp_path, "dit_a"), tmp_path / "dit", tmp_path / "samples.npz"
-    assert main(["import", "dit", str(path), str(out), "arguments.num_heads=3"]) == 0
+    assert main(["import", "dit", str(path), str(out), *words(arguments(load("dit_a")))[1:]]) == 0
     run = diffbench.load(out)
     assert run.config.autoencoder == "stabilityai/sd-vae-ft-ema"
     capsys.readouterr()
@@ -161,24 +156,27 @@ def test_an_autoencoder_makes_pictures_of_imported_latents(tmp_path: Path, capsy
     path, out = saved(tmp_path, "dit_a"), tmp_path / "dit"
     with torch.random.fork_rng(devices=[]):
         files.save(KLAutoencoder(KLConfig(3, 3, 4, [4, 4], 1, 2)), tmp_path / "autoencoder")
-    words = ["arguments.num_heads=3", f"autoencoder={tmp_path / 'autoencoder'}"]
-    assert main(["import", "dit", str(path), str(out), *words]) == 0
+    given = [*words(arguments(load("dit_a")))[1:], f"autoencoder={tmp_path / 'autoencoder'}"]
+    assert main(["import", "dit", str(path), str(out), *given]) == 0
     assert main(["sample", str(out), "n=2", "steps=2", f"out={tmp_path / 'p.npz'}"]) == 0
     pictures = np.load(tmp_path / "p.npz")["arr_0"]
     assert pictures.dtype == np.uint8 and pictures.shape == (2, 16, 16, 3)
 
 
+DIGITS: dict[str, Any] = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2}
+DIGITS |= {"learn_sigma": False, "num_classes": 10}
+
+
 def digits_checkpoint(tmp_path: Path) -> Path:
-    args = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "learn_sigma": False, "num_classes": 10}
     torch.manual_seed(0)
-    state = {key: 0.02 * torch.randn(v.shape) for key, v in shapes_of("dit", args | {"num_heads": 2}).items()}
+    state = {key: 0.02 * torch.randn(v.shape) for key, v in shapes_of("dit", DIGITS).items()}
     torch.save(state, tmp_path / "digits.pt")
     return tmp_path / "digits.pt"
 
 
 def test_an_imported_run_is_scored_on_the_data_it_names(tmp_path: Path, capsys: Capture) -> None:
     path, out = digits_checkpoint(tmp_path), tmp_path / "digits"
-    changes = ["arguments.num_heads=2", "data.name=digits", "sample.steps=2", "evaluate.count=20", "sample.guidance=1"]
+    changes = [*words(DIGITS), "data.name=digits", "sample.steps=2", "evaluate.count=20", "sample.guidance=1"]
     assert main(["import", "dit", str(path), str(out), *changes]) == 0
     assert main(["evaluate", str(out)]) == 0
     assert "fd/digits-cnn@20" in capsys.readouterr().out
@@ -192,7 +190,7 @@ def test_an_imported_run_is_scored_on_the_data_it_names(tmp_path: Path, capsys: 
 
 def test_without_images_nothing_is_scored_or_trained(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "digits"
-    assert main(["import", "dit", str(digits_checkpoint(tmp_path)), str(out), "arguments.num_heads=2"]) == 0
+    assert main(["import", "dit", str(digits_checkpoint(tmp_path)), str(out), *words(DIGITS)]) == 0
     assert main(["compare", str(out)]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(out)]) == 2
@@ -206,7 +204,7 @@ def test_without_images_nothing_is_scored_or_trained(tmp_path: Path, capsys: Cap
 
 def test_training_starts_from_an_imported_network(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "digits"
-    assert main(["import", "dit", str(digits_checkpoint(tmp_path)), str(out), "arguments.num_heads=2"]) == 0
+    assert main(["import", "dit", str(digits_checkpoint(tmp_path)), str(out), *words(DIGITS)]) == 0
     sizes = ["denoiser.hidden_size=16", "denoiser.depth=1", "denoiser.num_heads=2"]
     argv = ["train", "experiments/digits/dit.yaml", "debug=smoke", f"runs_dir={tmp_path / 'runs'}", *sizes]
     assert main([*argv, f"init_from={out}"]) == 0

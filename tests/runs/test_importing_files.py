@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import load
+from safetensors import safe_open
 from safetensors.torch import save_file
-from test_importing import saved
-from test_reference import weights
+from test_importing import saved, words
+from test_reference import arguments, weights
 from torch import Tensor
 
 import diffbench
@@ -69,7 +70,7 @@ def _safetensors(folder: Path, state: dict[str, Tensor]) -> Path:
 @pytest.mark.parametrize("wrap", [_plain, _training, _lightning, _old, _safetensors])
 def test_the_files_that_people_have(wrap: Wrap, tmp_path: Path) -> None:
     state = weights(load("diffit_b"))
-    import_reference("diffit", wrap(tmp_path, state), tmp_path / "out")
+    import_reference("diffit", wrap(tmp_path, state), tmp_path / "out", words(arguments(load("diffit_b"))))
     found = diffbench.load(tmp_path / "out").denoiser.state_dict()
     assert torch.equal(found["patch.weight"], state["x_embedder.proj.weight"])
 
@@ -95,45 +96,40 @@ def test_files_that_are_not_read(tmp_path: Path, refused: Callable[..., str]) ->
             " net = pickle.load(open('network.pkl', 'rb'))['ema']"
         )
     for damaged in (cut, text, tmp_path / "text.safetensors"):
-        assert refused("dit", damaged, out) == f"{damaged}: damaged, or no checkpoint"
+        assert refused("dit", damaged, out) == f"{damaged}: damaged, or not a checkpoint"
     assert refused("dit", folder, out) == f"{folder}: is a folder, not a checkpoint"
     assert refused("dit", tmp_path / "no.pt", out) == f"{tmp_path / 'no.pt'}: no such file"
-    nowhere = "no state dict, neither itself nor under ema, model, state_dict; it holds"
-    assert refused("dit", tmp_path / "empty.pt", out) == f"{tmp_path / 'empty.pt'}: {nowhere} epoch, note"
-    assert refused("dit", tmp_path / "list.pt", out) == f"{tmp_path / 'list.pt'}: {nowhere} list"
+    assert refused("dit", tmp_path / "empty.pt", out).startswith(f"{tmp_path / 'empty.pt'}: dit: no x_embedder.proj.w")
+    assert refused("dit", tmp_path / "list.pt", out) == f"{tmp_path / 'list.pt'}: holds a list, not a state dict"
 
 
-HEADS = "arguments.num_heads=3"
+GIVEN = words(arguments(load("dit_a")))[1:]
 UNFIT = [
-    (
-        "dit",
-        [],
-        "CKPT: arguments.num_heads: the weights do not say it, and 48 is no published width (384, 768, 1024, 1",
-    ),
-    ("dit", ["arguments.num_heads=5"], "CKPT: denoiser.num_heads: 5 does not divide denoiser.hidden_size=48"),
-    ("dit", [HEADS, "arguments.depth=3"], "CKPT: arguments.depth: 3 is given, the weights of dit say 2"),
-    ("dit", [HEADS, "arguments.depht=2"], "CKPT: dit: unknown argument depht; known: input_size, patch_size, "),
+    ("dit", [], "CKPT: dit: the shapes are not those of DiT-"),
+    ("dit", ["arguments.num_heads=5"], "CKPT: denoiser.num_heads: 5 does not divide denoiser.hidden_size=1152"),
+    ("dit", [*GIVEN, "arguments.depth=3"], "CKPT: dit: the shapes are not those of the given arguments, from which 10"),
+    ("dit", [*GIVEN, "arguments.depht=2"], "CKPT: dit: unknown argument depht; known: input_size, patch_size, "),
     ("dit", ["arguments=3"], "command line: arguments: must be given by name, as arguments.num_heads=16"),
     ("adm", [], "CKPT: adm: no input_blocks.0.0.weight among 32 names; these weights look like dit"),
-    ("dit", [HEADS, "sample.stepps=2"], "command line: sample.stepps: unknown key; allowed: sampler, steps, "),
-    ("dit", [HEADS, "denoiser.depth=3"], "NOT blocks.2.mlp.0.bias is absent there, (192,) here, 10 differ in all"),
-    ("dit", [HEADS, "data.name=digits"], "import dit: autoencoder: stabilityai/sd-vae-ft-ema: not cached, and "),
+    ("dit", [*GIVEN, "sample.stepps=2"], "command line: sample.stepps: unknown key; allowed: sampler, steps, "),
+    ("dit", [*GIVEN, "denoiser.depth=3"], "NOT blocks.2.mlp.0.bias is absent there, (192,) here, 10 differ in all"),
+    ("dit", [*GIVEN, "data.name=digits"], "import dit: autoencoder: stabilityai/sd-vae-ft-ema: not cached, and "),
     (
         "dit",
-        [HEADS, "data.name=digits", "autoencoder=null"],
+        [*GIVEN, "data.name=digits", "autoencoder=null"],
         "NOT final.bias is (32,) there, (8,) here, 3 differ in all",
     ),
     ("vit", [], "command line: unknown source 'vit'; choose from dit, sit, diffit, adm, ddpmpp; did you mean 'sit'?"),
 ]
 
 
-@pytest.mark.parametrize(("source", "words", "line"), UNFIT)
+@pytest.mark.parametrize(("source", "given", "line"), UNFIT)
 def test_what_does_not_fit_is_named(
-    source: str, words: list[str], line: str, tmp_path: Path, refused: Callable[..., str]
+    source: str, given: list[str], line: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     path = saved(tmp_path, "dit_a")
     line = line.replace("NOT", "command line: the config asks for another network than CKPT holds:")
-    assert refused(source, path, tmp_path / "out", *words).startswith(line.replace("CKPT", str(path)))
+    assert refused(source, path, tmp_path / "out", *given).startswith(line.replace("CKPT", str(path)))
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -145,7 +141,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path, refused: Callable[..
 
 def test_weights_of_another_network_in_a_run_folder_are_told(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
-    import_reference("diffit", saved(tmp_path, "diffit_b"), out)
+    import_reference("diffit", saved(tmp_path, "diffit_b"), out, words(arguments(load("diffit_b"))))
     file = out / "config.yaml"
     file.write_text(file.read_text().replace("depth: 2", "depth: 1"))
     assert main(["sample", str(out), "n=1"]) == 2
@@ -153,3 +149,55 @@ def test_weights_of_another_network_in_a_run_folder_are_told(tmp_path: Path, cap
         f"error: {out}: holds the weights of another network than its config.yaml says: blocks.1.attention.bias is"
         " (49, 2) there, absent here"
     )
+
+
+def test_the_average_is_taken_and_named(tmp_path: Path, capsys: Capture) -> None:
+    mean = weights(load("dit_a"))
+    raw = {key: torch.zeros_like(value) for key, value in mean.items()}
+    torch.save({"model": raw, "model_ema": mean}, tmp_path / "w.pt")
+    for key, wanted, taken in (([], mean, "model_ema"), (["weights=model"], raw, "model")):
+        out = tmp_path / taken
+        assert main(["import", "dit", str(tmp_path / "w.pt"), str(out), *GIVEN, *key]) == 0
+        other = "model" if taken == "model_ema" else "model_ema"
+        assert f"\nweights: {taken}; the file also holds {other}\n" in capsys.readouterr().out
+        found = diffbench.load(out).denoiser.state_dict()["patch.weight"]
+        assert torch.equal(found, wanted["x_embedder.proj.weight"])
+        with safe_open(out / "ema-0.9999.safetensors", "pt") as file:
+            assert file.metadata()["weights"] == taken
+
+
+def test_names_that_do_not_belong_are_left_out(tmp_path: Path, refused: Callable[..., str]) -> None:
+    path, out = tmp_path / "w.pt", tmp_path / "out"
+    torch.save(weights(load("dit_a")) | {"step": torch.ones(1), "decay": torch.ones(1)}, path)
+    assert refused("dit", path, out, *GIVEN) == (
+        f"{path}: dit: of the 32 keys that these arguments make, 2 unexpected: decay, step;"
+        " leave names out by ignore=[NAME]"
+    )
+    assert refused("dit", path, out, *GIVEN, "ignore=[stepp]") == (
+        f"{path}: ignore: stepp is not a name among these weights; did you mean 'step'?"
+    )
+    import_reference("dit", path, out, [*GIVEN, "ignore=[step,decay]"])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.nan, "holds 1 values that are not finite, of 144"),
+        (torch.inf, "holds 1 values that are not finite, of 144"),
+        (None, "holds int8, not floating-point weights"),
+    ],
+)
+def test_broken_weights_are_refused(
+    value: float | None, text: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    state, key = weights(load("dit_a")), "blocks.1.attn.qkv.bias"
+    state[key] = state[key].to(torch.int8) if value is None else state[key].index_fill(0, torch.tensor(3), value)
+    torch.save({"ema": state}, tmp_path / "w.pt")
+    assert refused("dit", tmp_path / "w.pt", tmp_path / "out", *GIVEN) == f"{tmp_path / 'w.pt'}: dit: {key} {text}"
+
+
+def test_a_network_trained_without_label_dropout_is_not_guided(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = arguments(load("dit_a")) | {"num_classes": 11, "class_dropout_prob": 0.0}
+    config, _ = import_reference("dit", saved(tmp_path, "dit_a"), out, words(made))
+    assert (config.data.num_classes, config.trainer.label_dropout, config.sample.guidance) == (11, 0.0, 1.0)

@@ -1,12 +1,13 @@
 """Published networks as ours: `from_reference` reads the state dicts of DiT, SiT, DiffiT, ADM and DDPM++."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffbench.denoisers.base import Denoiser
 from diffbench.denoisers.pretrained.recipe import REQUIRED, Blueprint, Recipe
 from diffbench.denoisers.pretrained.transformers import DIFFIT, DIT, SIT
 from diffbench.denoisers.pretrained.unets import ADM, DDPMPP
@@ -14,8 +15,8 @@ from diffbench.denoisers.pretrained.unets import ADM, DDPMPP
 RECIPES: dict[str, Recipe] = {"dit": DIT, "sit": SIT, "diffit": DIFFIT, "adm": ADM, "ddpmpp": DDPMPP}
 
 
-def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """Builds our network from a published one's constructor arguments and loads its weights.
+def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Denoiser:
+    """Build our network from a published one's constructor arguments and load its weights.
 
     Args:
         source: "dit", "sit", "diffit" (latent), "adm" or "ddpmpp".
@@ -28,8 +29,8 @@ def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mappin
         built without a null class, y is needed.
 
     Raises:
-        ValueError: if an argument or a key is unknown or missing, or a shape or a constant buffer is another; each
-            message names it.
+        ValueError: if an argument or a key is unknown or missing, a shape or a constant buffer is another, or weights
+            are not finite; each message names it.
     """
     blueprint = describe(source, arguments)
     with torch.random.fork_rng(devices=[]):
@@ -44,10 +45,78 @@ def describe(source: str, arguments: Mapping[str, Any]) -> Blueprint:
     Raises:
         ValueError: if the source or an argument is unknown, missing or has no counterpart here.
     """
-    return RECIPES[_known(source)].blueprint(_complete(source, arguments))
+    _check_known(source, arguments)
+    return RECIPES[source].blueprint(_complete(source, arguments))
 
 
-def reference_names(source: str, net: nn.Module) -> dict[str, str]:
+def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor arguments of a network with these weights: a published one's, or else the given ones.
+
+    Args:
+        source: "dit", "sit", "diffit", "adm" or "ddpmpp".
+        state_dict: weights under the reference's own names.
+        given: arguments that the caller knows.
+
+    Raises:
+        ValueError: if an argument is unknown, or neither a published network nor the given arguments have weights of
+            these shapes, naming the nearest and the first that differs.
+    """
+    fits: list[tuple[int, dict[str, Any]]] = []
+    nearest: list[tuple[int, str]] = []
+    for name, arguments in _candidates(source, given):
+        try:
+            wanted = shapes(source, arguments)
+        except ValueError:
+            if name not in RECIPES[source].published:
+                raise
+            continue  # this network is impossible with the given arguments
+        here = {key: list(state_dict[key].shape) if key in state_dict else "missing" for key in wanted}
+        misfits = [key for key in wanted if here[key] != wanted[key]]
+        if not misfits:
+            fits.append((len(wanted), arguments))
+            continue
+        first = f"{misfits[0]} is {here[misfits[0]]}, not {wanted[misfits[0]]}"
+        nearest.append((len(misfits), f"{name}, from which {len(misfits)} of {len(wanted)} differ: {first}"))
+    if fits:
+        return max(fits, key=lambda fit: fit[0])[1]  # a shallower network's weights are among a deeper one's
+    raise ValueError(
+        f"{source}: the shapes are not those of {min(nearest, key=lambda found: found[0])[1]}; give the arguments of its constructor, as"
+        f" arguments.NAME=VALUE with NAME one of {', '.join(RECIPES[source].defaults)}"
+    )
+
+
+def _candidates(source: str, given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and complete arguments of what the weights may be: published networks, and the one that is given."""
+    recipe = RECIPES[source]
+    _check_known(source, given)
+    networks = {
+        name: {**recipe.defaults, **published, **given}
+        for name, published in recipe.published.items()
+        if all(key in recipe.free or {**recipe.defaults, **published}[key] == value for key, value in given.items())
+    }
+    if not networks or not set(given) <= recipe.free:
+        for group in recipe.unseen:
+            if not set(group) & set(given):
+                raise ValueError(f"arguments.{group[0]}: no shape shows it; give it as arguments.{group[0]}=VALUE")
+        networks["the given arguments"] = _complete(source, given)
+    for name, arguments in networks.items():
+        yield name, arguments
+        if "class_dropout_prob" in recipe.defaults and "class_dropout_prob" not in given:
+            yield name, arguments | {"class_dropout_prob": 0.0}  # trained without "no class": a row fewer
+
+
+def shapes(source: str, arguments: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The shape of each weight of a reference that these arguments make, by its name there."""
+    recipe, complete = RECIPES[source], _complete(source, arguments)
+    blueprint = recipe.blueprint(complete)
+    with torch.device("meta"):
+        net = recipe.build(blueprint.config, **blueprint.shape)
+    ours = net.state_dict()
+    names = reference_names(source, net)
+    return {key: list(recipe.shape(name, ours[name], complete)) for key, name in names.items()}
+
+
+def reference_names(source: str, net: Denoiser) -> dict[str, str]:
     """The reference's name of each weight of our network, and ours."""
     rules = [(re.compile(pattern), replacement) for pattern, replacement in RECIPES[source].rules(net)]
 
@@ -59,18 +128,18 @@ def reference_names(source: str, net: nn.Module) -> dict[str, str]:
     return {theirs(name): name for name in net.state_dict()}
 
 
-def _known(source: str) -> str:
+def _check_known(source: str, arguments: Mapping[str, Any]) -> None:
     if source not in RECIPES:
         raise ValueError(f"unknown source {source!r}; choose from {', '.join(RECIPES)}")
-    return source
+    for name in arguments:
+        if name not in RECIPES[source].defaults:
+            known = ", ".join(RECIPES[source].defaults)
+            raise ValueError(f"{source}: unknown argument {name}; known: {known}")
 
 
 def _complete(source: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = RECIPES[source].defaults
-    for name in arguments:
-        if name not in defaults:
-            raise ValueError(f"{source}: unknown argument {name}; known: {', '.join(defaults)}")
-    complete = {**defaults, **arguments}
+    _check_known(source, arguments)
+    complete = {**RECIPES[source].defaults, **arguments}
     for name, value in complete.items():
         if value is REQUIRED:
             raise ValueError(f"{source}: the argument {name} is missing")
@@ -78,7 +147,7 @@ def _complete(source: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weights(
-    source: str, net: nn.Module, state_dict: Mapping[str, Tensor], arguments: dict[str, Any]
+    source: str, net: Denoiser, state_dict: Mapping[str, Tensor], arguments: dict[str, Any]
 ) -> dict[str, Tensor]:
     """A reference's state dict under our names and in our order; see `from_reference`."""
     recipe, ours = RECIPES[source], net.state_dict()
@@ -94,8 +163,16 @@ def _weights(
         tensor, want = state_dict[key], recipe.shape(name, ours[name], arguments)
         if tuple(tensor.shape) != want:
             raise ValueError(f"{source}: {key} has the shape {list(tensor.shape)}, these arguments make {list(want)}")
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{source}: {key} holds {_what_is_wrong(tensor)}")
         loaded[name] = recipe.arrange(name, tensor, net, arguments).reshape(ours[name].shape)
     return loaded
+
+
+def _what_is_wrong(tensor: Tensor) -> str:
+    if not tensor.is_floating_point():
+        return f"{tensor.dtype}".removeprefix("torch.") + ", not floating-point weights"
+    return f"{int((~tensor.isfinite()).sum())} values that are not finite, of {tensor.numel()}"
 
 
 def _check_keys(source: str, wanted: set[str], optional: set[str], given: set[str]) -> None:

@@ -1,11 +1,13 @@
-"""What is to be known of a published network in order to read its weights: a `Recipe`, and helpers to write one."""
+"""What must be known of a published network in order to read its weights: a `Recipe`, and helpers to write one."""
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from diffbench.denoisers.base import Denoiser
 
 Rules = list[tuple[str, str]]
 """Regular expressions and replacements that, one after the other, turn our names into the reference's."""
@@ -40,14 +42,22 @@ def _no_buffers(_net: Any) -> dict[str, Tensor]:
 class Recipe:
     """How to read one source."""
 
-    build: type[nn.Module]
+    build: type[Denoiser]
     """Our class."""
+    anchor: str
+    """The name of the first layer's weight in the reference, which every network of the source has."""
     defaults: dict[str, Any]
     """The reference's constructor arguments."""
+    published: dict[str, dict[str, Any]]
+    """Arguments of each published network, besides the defaults."""
     blueprint: Callable[[dict[str, Any]], Blueprint]
     """From the complete arguments; raises ValueError for what ours cannot be."""
     rules: Callable[[Any], Rules]
     """Of our network."""
+    free: frozenset[str]
+    """Arguments of a published network that may differ with the data: its classes, channels, size, dropout."""
+    unseen: tuple[tuple[str, ...], ...] = ()
+    """Arguments that no shape shows; of each group, one must be given where the network is not a published one."""
     shape: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]] = _same_shape
     """From our name and tensor: the shape in the reference."""
     arrange: Callable[[str, Tensor, Any, dict[str, Any]], Tensor] = _same_order
@@ -64,7 +74,7 @@ def at(places: dict[str, str]) -> Rules:
 
 
 def only(source: str, arguments: dict[str, Any], **allowed: Any) -> None:
-    """Raises ValueError for an argument with another value than the one that ours can be."""
+    """Raise ValueError for an argument with another value than the one that ours can be."""
     for name, value in allowed.items():
         if arguments[name] != value:
             raise ValueError(f"{source}: {name}={arguments[name]!r} has no counterpart here, only {value!r}")

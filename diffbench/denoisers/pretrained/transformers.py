@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffbench.denoisers.base import Preset
+from diffbench.denoisers.diffit_latent import PRESETS as DIFFIT_PRESETS
 from diffbench.denoisers.diffit_latent import DiffiTLatent, DiffiTLatentConfig
+from diffbench.denoisers.dit import PRESETS as DIT_PRESETS
 from diffbench.denoisers.dit import DiT, DiTConfig
 from diffbench.denoisers.pretrained.recipe import Blueprint, Recipe
 from diffbench.denoisers.tmsa import TMSA
@@ -76,19 +79,34 @@ def _diffit_buffers(net: DiffiTLatent) -> dict[str, Tensor]:
     return {f"blocks.{i}.attn.relative_position_index": index for i, index in enumerate(indices)}
 
 
-DIT = Recipe(DiT, _TRANSFORMER, lambda a: _transformer(a, "dit", DiTConfig, a["learn_sigma"]), lambda _: _DIT_RULES)
+def _published(preset: Preset) -> dict[str, Any]:
+    sizes = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
+    return {name: getattr(preset.config, name) for name in sizes} | {"input_size": preset.shape["image_size"]}
+
+
+_DIT: dict[str, Any] = {
+    "build": DiT,
+    "anchor": "x_embedder.proj.weight",
+    "defaults": _TRANSFORMER,
+    "published": {name: _published(p) for name, p in DIT_PRESETS.items() if p.config.conditioning == "adaln-zero"},
+    "rules": lambda _: _DIT_RULES,
+    "free": frozenset({"input_size", "in_channels", "num_classes", "class_dropout_prob", "learn_sigma"}),
+    "unseen": (("num_heads",),),
+}
+DIT = Recipe(**_DIT, blueprint=lambda a: _transformer(a, "dit", DiTConfig, a["learn_sigma"]))
 SIT = Recipe(
-    DiT,
-    _TRANSFORMER,
-    lambda a: _transformer(a, "dit", DiTConfig, learn_sigma=False),
-    lambda _: _DIT_RULES,
+    **_DIT,
+    blueprint=lambda a: _transformer(a, "dit", DiTConfig, learn_sigma=False),
     shape=_sit_shape,
     arrange=_sit_arrange,
 )
 DIFFIT = Recipe(
     DiffiTLatent,
+    _DIT["anchor"],
     _TRANSFORMER | {"depth": 30, "mask_ratio": None, "decode_layer": 4},  # the last two are not used there either
+    {name: _published(preset) for name, preset in DIFFIT_PRESETS.items()},
     lambda a: _transformer(a, "diffit-latent", DiffiTLatentConfig, a["learn_sigma"]),
     lambda _: _DIFFIT_RULES,
+    _DIT["free"],
     buffers=_diffit_buffers,
 )

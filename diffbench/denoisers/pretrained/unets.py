@@ -120,7 +120,42 @@ def _adm_arrange(name: str, theirs: Tensor, net: UNet, arguments: dict[str, Any]
     return theirs.unflatten(0, (attention.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
-ADM = Recipe(UNet, _ADM, _adm_blueprint, _adm_rules, shape=_adm_shape, arrange=_adm_arrange)
+def _adm_published(
+    size: int, width: int, blocks: int, multipliers: list[float], num_classes: int | None = 1000, **flags: Any
+) -> dict[str, Any]:
+    return {
+        "image_size": size,
+        "in_channels": 3,
+        "model_channels": width,
+        "out_channels": 6,
+        "num_res_blocks": blocks,
+        "attention_resolutions": [size // 32, size // 16, size // 8],
+        "channel_mult": multipliers,
+        "num_classes": num_classes,
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+    } | flags
+
+
+_NEW: dict[str, Any] = {"num_head_channels": 64, "use_new_attention_order": True, "dropout": 0.1}
+ADM = Recipe(
+    UNet,
+    "input_blocks.0.0.weight",
+    _ADM,
+    {
+        "ADM-64": _adm_published(64, 192, 3, [1, 2, 3, 4], **_NEW),
+        "ADM-128": _adm_published(128, 256, 2, [1, 1, 2, 3, 4], num_heads=4),
+        "ADM-256": _adm_published(256, 256, 2, [1, 1, 2, 2, 4, 4], num_head_channels=64),
+        "ADM-256-uncond": _adm_published(256, 256, 2, [1, 1, 2, 2, 4, 4], None, num_head_channels=64),
+        "ADM-512": _adm_published(512, 256, 2, [0.5, 1, 1, 2, 2, 4, 4], num_head_channels=64),
+    },
+    _adm_blueprint,
+    _adm_rules,
+    frozenset({"in_channels", "out_channels", "num_classes", "dropout"}),
+    (("image_size",), ("num_heads", "num_head_channels"), ("use_new_attention_order",)),
+    shape=_adm_shape,
+    arrange=_adm_arrange,
+)
 
 
 # DDPM++: EDM's SongUNet names its blocks by resolution; in qkv the three change fastest.
@@ -215,11 +250,20 @@ def _song_arrange(name: str, theirs: Tensor, _net: nn.Module, _arguments: dict[s
     return theirs.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1) if ".qkv." in name else theirs
 
 
+_RGB = {"in_channels": 3, "out_channels": 3}
+_CIFAR10 = _RGB | {"img_resolution": 32, "channel_mult": [2, 2, 2], "augment_dim": 9}
 DDPMPP = Recipe(
     DDPMpp,
+    "map_layer0.weight",
     _SONG,
+    {
+        "DDPM++-CIFAR10": _CIFAR10,
+        "DDPM++-CIFAR10-cond": _CIFAR10 | {"label_dim": 10},
+        "DDPM++-FFHQ64": _RGB | {"img_resolution": 64, "augment_dim": 9},
+    },
     _song_blueprint,
     _song_rules,
+    frozenset({"in_channels", "out_channels", "label_dim", "label_dropout", "augment_dim", "dropout"}),
     arrange=_song_arrange,
     buffers=_song_buffers,
     buffers_optional=True,

@@ -1,0 +1,106 @@
+"""The sets of weights in a checkpoint, by name, and which of them is the average."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffbench.denoisers.pretrained.convert import RECIPES
+
+AVERAGE = re.compile(r"(?<![a-z])ema|ema(?![a-z])|averag|shadow|(?<![a-z])(avg|swa)(?![a-z])", re.IGNORECASE)
+"""What people call an average of weights."""
+RAW = re.compile(r"online|(?<![a-z])raw(?![a-z])|current", re.IGNORECASE)
+"""What they call the weights beside it."""
+
+WeightSets = dict[str, dict[str, Tensor]]
+
+
+def weight_sets(source: str, checkpoint: Any, key: str | None = None) -> tuple[str, WeightSets]:
+    """Every set of weights of a source in a checkpoint, and the name of the one to take.
+
+    Args:
+        source: "dit", "sit", "diffit", "adm" or "ddpmpp".
+        checkpoint: weights by name, or dictionaries that hold such somewhere.
+        key: the name of the set to take, or a part of it; by default the average, or the only set.
+
+    Returns:
+        The name, and the sets under the reference's own names. A set's name is what leads to it and what wrappers put
+        before its weights, as in "state_dict.model" or "ema.module"; that of a plain state dict is "".
+
+    Raises:
+        ValueError: if there is no such set, or several; or if an average cannot be read; naming what there is.
+    """
+    anchor, tensors = RECIPES[source].anchor, dict(_tensors(checkpoint))
+    prefixes = [name.removesuffix(anchor) for name in tensors if re.search(rf"(^|[./]){re.escape(anchor)}$", name)]
+    sets: WeightSets = {}
+    for prefix in prefixes:
+        others = tuple(other for other in prefixes if len(other) > len(prefix))
+        names = [n for n in tensors if n.startswith(prefix) and not n.startswith(others)]
+        weights = {n.removeprefix(prefix): tensors[n] for n in names if "/" not in n.removeprefix(prefix)}
+        sets[_shown(prefix)] = weights
+        sets |= _without_dots(tensors, prefix, weights)
+    if not sets:
+        looks = [name for name, recipe in RECIPES.items() if any(n.endswith(recipe.anchor) for n in tensors)]
+        near = f"; these weights look like {looks[0]}" if looks else ""
+        raise ValueError(f"{source}: no {anchor} among {len(tensors)} names{near}")
+    return _chosen(sets, tensors, key), sets
+
+
+def is_average(name: str) -> bool:
+    """Whether the name of a set says that it is an average."""
+    return AVERAGE.search(name) is not None and RAW.search(name) is None
+
+
+def _chosen(sets: WeightSets, tensors: Mapping[str, Tensor], key: str | None) -> str:
+    names = ", ".join(name or "the file itself" for name in sets)
+    averages = [name for name in sets if is_average(name)]
+    if key is not None:
+        chosen = [name for name in sets if name == key] or [name for name in sets if f".{key}." in f".{name}."]
+    elif any(name.startswith("current_model_state") for name in sets):
+        chosen = [name for name in sets if name.startswith("state_dict")]  # where Lightning's WeightAveraging leaves it
+    else:
+        chosen = averages or [name for name in sets if not RAW.search(name)]
+        unread = {} if averages else _unread(tensors)
+        if unread:
+            raise ValueError(
+                f"weights: {next(iter(unread))} is an average that cannot be read: where it was made, copy it into the"
+                f" network and save its state_dict(); or choose what stands beside it by weights=KEY: {names}"
+            )
+    if len(chosen) != 1:
+        raise ValueError(f"weights: choose one set by weights=KEY: {names}")
+    return chosen[0]
+
+
+def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside dictionaries and lists, by the keys that lead to it, joined by slashes."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, inside in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _tensors(inside, f"{path}/{key}" if path else str(key))
+
+
+def _without_dots(tensors: Mapping[str, Tensor], prefix: str, weights: Mapping[str, Tensor]) -> WeightSets:
+    """The average that latent diffusion's code keeps beside a set: "model_ema.", then names without their dots."""
+    path, _, wrapper = prefix.rpartition("/")
+    for place in dict.fromkeys(name.removeprefix(f"{path}/").partition(".")[0] for name in tensors):
+        for start in (wrapper, wrapper.partition(".")[2]):
+            names = {n: f"{path}/{place}.{(start + n).replace('.', '')}".lstrip("/") for n in weights}
+            if is_average(place) and all(name in tensors for name in names.values()):
+                return {_shown(f"{path}/{place}"): {n: tensors[name] for n, name in names.items()}}
+    return {}
+
+
+def _unread(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """What the names of several tensors call an average, up to that word, and how many there are."""
+    found: dict[str, int] = {}
+    for name in tensors:
+        match = re.search(rf"^(.*?)({AVERAGE.pattern})[^./]*(?=[./])", name, re.IGNORECASE)
+        if match is not None:
+            found[_shown(match[0])] = found.get(_shown(match[0]), 0) + 1
+    return {name: count for name, count in found.items() if count > 1}
+
+
+def _shown(place: str) -> str:
+    return place.replace("/", ".").strip(".")
