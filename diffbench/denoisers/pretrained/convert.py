@@ -79,8 +79,9 @@ def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any
         nearest.append((len(misfits), f"{name}, from which {len(misfits)} of {len(wanted)} differ: {first}"))
     if fits:
         return max(fits, key=lambda fit: fit[0])[1]  # a shallower network's weights are among a deeper one's
+    _, differs = min(nearest, key=lambda found: found[0])
     raise ValueError(
-        f"{source}: the shapes are not those of {min(nearest, key=lambda found: found[0])[1]}; give the arguments of its constructor, as"
+        f"{source}: the shapes are not those of {differs}; give the arguments of its constructor, as"
         f" arguments.NAME=VALUE with NAME one of {', '.join(RECIPES[source].defaults)}"
     )
 
