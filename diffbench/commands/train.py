@@ -28,17 +28,17 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from diffbench.sampling.images import save_grid
 
-    picture = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
+    grid = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     wanted = 1 + (run.config.kind == "denoiser" and run.config.sample.guided)
     if len(newest_scores(run)) < wanted:  # a kill may have come between the two
         try:
             score(run)
         except UserError as e:  # the run itself is complete
             print(f"not scored: {e}", flush=True)
-    if not picture.exists():
-        save_grid(run.pictures(100), columns=10, path=picture)
+    if not grid.exists():
+        save_grid(run.example_images(100), columns=10, path=grid)
     print(f"\n{table([(run.folder.name, facts(run))])}\n")
-    print(f"samples: {picture}")
+    print(f"samples: {grid}")
     print(f"curves:  {python()} -m tensorboard.main --logdir {run.config.runs_dir}")
 
 

@@ -105,7 +105,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
         net.config = dataclasses.replace(net.config, scaling_factor=1 / deviation, shift_factor=centre)
         io.save(net, place, notes)
 
-    def pictures(self, n: int) -> Tensor:
+    def example_images(self, n: int) -> Tensor:
         """Rows of held-out images, each followed by the row of their reconstructions."""
         return side_by_side(self.trained, self.held_out.images[: n // 2])
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from diffbench.training.module import TrainingModule
 
 DATA_FACTS = "data.json"
-"""What the folder says of the run's data set."""
+"""The facts of the run's training data, in its folder."""
 HPARAMS = ("denoiser.name", "process.name", "sample.sampler", "optimizer.lr", "trainer.batch_size", "seed")
 NO_SIZE = ("seed", "tag", "runs_dir", "debug", "optimizer", "ema", "trainer", "validation", "sample", "evaluate")
 """Sections that leave the network's size as it is."""
@@ -132,12 +132,12 @@ class Run(ABC, Generic[C]):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the folder holds weights of some training."""
+        """True if the folder holds trained or imported weights."""
         return self.images_seen > 0 or weights.export_path(self.folder, self.ema).is_file()
 
     @property
     def complete(self) -> bool:
-        """Whether all averages are exported at the end of training; imported weights are complete too."""
+        """True if all averages are exported from the end of training; imported weights are complete too."""
         trainer = self.values["trainer"]
         batch_size = int(trainer["batch_size"])
         images = -(-int(trainer["max_images"]) // batch_size) * batch_size
@@ -157,7 +157,7 @@ class Run(ABC, Generic[C]):
 
     @cached_property
     def facts(self) -> DataFacts:
-        """What the network must know of its images, kept in the folder, so that a run is used without them."""
+        """Shape, classes and fingerprint of the training images, from the folder, so that a run works without them."""
         path = self.folder / DATA_FACTS
         return DataFacts.read(path) if path.is_file() else DataFacts.of(self.train_set)
 
@@ -201,7 +201,7 @@ class Run(ABC, Generic[C]):
         return network
 
     def located(self) -> Any:
-        """A context in which a ValueError that names a key also names the folder's config."""
+        """A context that adds the folder's config to a ValueError that names a key."""
         return located([(str(self.folder / SAVED), self.values)])
 
     @abstractmethod
@@ -265,7 +265,7 @@ class Run(ABC, Generic[C]):
 
     @abstractmethod
     def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
-        """What is measured and drawn in training."""
+        """The callbacks that measure and draw in training."""
 
     def prepare(self) -> None:
         """Writes what the run needs besides its config, before training; the first process calls it."""

@@ -1,4 +1,4 @@
-"""What a config describes: its data, its process, its network, and the autoencoder between images and latents."""
+"""Builds what a config describes: data, process, network, and the autoencoder between images and latents."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
 
 INSIDE = "autoencoder"
-"""Where a run folder holds its autoencoder, in diffusers' format: one that it trained, or works on the latents of."""
+"""Name of a run's autoencoder in its folder, in diffusers' format: trained by the run, or copied into it."""
 
 
 class Shaped(Protocol):
-    """What a network must know of its images: a data set, or the facts that a run folder keeps of one."""
+    """A data set, or the facts that a run folder keeps of one: what a network must know of its images."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -41,7 +41,7 @@ class Shaped(Protocol):
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
-    """The training and held-out parts of the config's data set."""
+    """Loads the training and held-out parts of the config's data set."""
     return SOURCES[config.data.name].load(config.data)
 
 
@@ -95,7 +95,7 @@ def data_module(
 
 
 def device_of(accelerator: str) -> torch.device:
-    """Where networks run outside of training: on a GPU where there is one, unless the config names something else."""
+    """The device for networks outside of training: a GPU where there is one, unless the config names another."""
     if accelerator == "mps":
         return torch.device("mps")
     if accelerator == "cpu" or not torch.cuda.is_available():
@@ -121,7 +121,7 @@ def denoised_shape(config: RunConfig, data: Shaped) -> tuple[int, int, int]:
 
 
 def is_experiment(source: str | None) -> bool:
-    """Whether `autoencoder` names the YAML of an autoencoder, to be trained where its run is missing."""
+    """True if `autoencoder` names the YAML of an autoencoder, which is trained if its run is missing."""
     return source is not None and source.endswith((".yaml", ".yml"))
 
 

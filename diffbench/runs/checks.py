@@ -16,7 +16,7 @@ from diffbench.runs.build import cost_of, denoised_shape, device_of, load_data
 
 
 def check(config: RunConfig) -> None:
-    """Finds what would fail only once a run is under way: in seconds, before anything is written.
+    """Checks what would otherwise fail only once a run is under way.
 
     Raises:
         ValueError: a line that begins with the key.
@@ -36,7 +36,7 @@ def check(config: RunConfig) -> None:
         cost_of(config, train_set)
     if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
         raise ValueError(
-            f"trainer.augment: denoiser.name={config.denoiser.name} is not told what was done to an image, so that the"
+            f"trainer.augment: denoiser.name={config.denoiser.name} takes no augmentation label, so that the"
             f" changes would leak into samples; allowed: 0, or a network with denoiser.augment_dim={AUGMENT_WIDTH}"
         )
     try:
@@ -46,11 +46,11 @@ def check(config: RunConfig) -> None:
 
 
 class Unscored(ValueError):
-    """What keeps samples from being scored, but not a run from being trained."""
+    """A reason why samples cannot be scored, while training can go on."""
 
 
 def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
-    """Whether the extractor can be made here, and as many real images as samples are there to compare with.
+    """Checks that the extractor is available, and that there are as many real images as samples.
 
     Raises:
         ValueError: if not.

@@ -74,7 +74,7 @@ class DenoiserRun(Run[RunConfig]):
 
     @cached_property
     def autoencoder(self) -> KLAutoencoder | None:
-        """What leads from images to latents and back, or None in pixel space; the folder's own copy where it has one.
+        """The autoencoder between images and latents, from the folder's own copy if it has one; None in pixel space.
 
         Raises:
             UserError: if there is none.
@@ -103,7 +103,7 @@ class DenoiserRun(Run[RunConfig]):
 
     @property
     def raw(self) -> bool:
-        """Whether what the network denoises neither is an image, grey or red, green and blue, nor becomes one."""
+        """True if samples are neither images of one or three channels nor decoded to such."""
         return self.config.autoencoder is None and self.shape[0] not in (1, 3)
 
     @classmethod
@@ -162,7 +162,7 @@ class DenoiserRun(Run[RunConfig]):
 
     @cached_property
     def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
-        """What training and validation read: the images, or their latents, encoded where they are not yet."""
+        """The data of training and validation: images, or their latents, which are encoded if they are not yet."""
         held_out = self.held_out.spread(self.config.validation.count)
         if self.autoencoder is None:
             return self.train_set, held_out
@@ -197,7 +197,7 @@ class DenoiserRun(Run[RunConfig]):
         return guidance_models(settings, self.config, self.shape)
 
     def sampler(self, settings: SampleConfig) -> "Sampler":
-        """What draws images from the network, guided as the settings say."""
+        """The sampler of the network, guided as the settings say."""
         from diffbench.sampling.sampler import Sampler
 
         autoencoder = self.autoencoder  # missed now rather than after hours of sampling
@@ -220,13 +220,13 @@ class DenoiserRun(Run[RunConfig]):
         seed: int = 0,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Images as Pillow pictures; see `sample_tensor`.
+        """Samples as Pillow images; see `sample_tensor`.
 
         Raises:
-            ValueError: also if what the network denoises is no picture.
+            ValueError: also if the samples are not images.
         """
         if self.raw:
-            raise ValueError(f"{self.folder}: {self.shape[0]} channels make no picture; take sample_tensor")
+            raise ValueError(f"{self.folder}: {self.shape[0]} channels do not make an image; use sample_tensor")
         images = self.sample_tensor(n, labels, guidance, seed, **changes)
         arrays = images.permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(np.squeeze(a)) for a in arrays]
@@ -241,7 +241,7 @@ class DenoiserRun(Run[RunConfig]):
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         **changes: Any,
     ) -> Tensor:
-        """Samples, (N, C, H, W) uint8; float32 as denoised where they are no pictures.
+        """Samples, (N, C, H, W) uint8; float32 as denoised if they are not images.
 
         Args:
             n: how many; by default one for each label.
@@ -254,7 +254,7 @@ class DenoiserRun(Run[RunConfig]):
 
         Raises:
             ValueError: if a label is out of range, or the counts disagree.
-            UserError: if a change is no key of the section or out of range, or guidance meets a network without a
+            UserError: if a change is not a key of the section or out of range, or guidance meets a network without a
                 null class.
         """
         if guidance is not None:
@@ -277,7 +277,7 @@ class DenoiserRun(Run[RunConfig]):
         sampler = self.sampler(settings)
         return sampler(labels, settings, seed=seed, first=first, progress=progress, callback=callback)
 
-    def pictures(self, n: int) -> Tensor:
+    def example_images(self, n: int) -> Tensor:
         """Samples of the classes in turn."""
         return self.sample_tensor(n)
 
@@ -312,7 +312,7 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
     """
     from diffbench.sampling.guided import GuidanceModels
 
-    weak = judge = None
+    weak_model = classifier = None
     with located(key="sample.weak_model"):
         if settings.weak_model is not None and settings.guidance != 1:
             other = open_run(settings.weak_model, [DenoiserRun])
@@ -321,7 +321,7 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
                 raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
             if other.config.autoencoder != config.autoencoder and not build.is_experiment(config.autoencoder):
                 raise UserError(f"{settings.weak_model} was trained on other latents: {other.config.autoencoder}")
-            weak = other.denoiser
+            weak_model = other.denoiser
     with located(key="sample.classifier"):
         if settings.classifier is not None and settings.classifier_scale:
             found = open_run(settings.classifier, [ClassifierRun])
@@ -329,5 +329,5 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
             noising = build.build_process(config.process).noising()
             if (found.shape, found.process.noising()) != (shape, noising):
                 raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
-            judge = found.network
-    return GuidanceModels(weak, judge)
+            classifier = found.network
+    return GuidanceModels(weak_model, classifier)

@@ -40,9 +40,9 @@ IN_TRAINING = {"evaluate.every_images", "evaluate.every_count", "evaluate.best"}
 
 
 def is_free(key: str) -> bool:
-    """Whether a key leaves a run what it is: its weights (to rounding on other devices) and what is logged of them.
+    """True if a key changes neither the weights (but for rounding on other devices) nor the numbers that are logged.
 
-    Such a key may change between two sittings of a run, and is no part of its name.
+    Such a key may change when a run resumes, and is not part of its name.
     """
     return key in FREE or (key.split(".")[0] in FREE_SECTIONS and key not in IN_TRAINING)
 
@@ -99,10 +99,10 @@ def _short(tag: str) -> str:
 
 
 def check_place(folder: Path) -> None:
-    """Whether a run can be written here.
+    """Checks that a run can be written here.
 
     Raises:
-        ValueError: if something that is no folder stands in the way, or it may not be written to.
+        ValueError: if a file is in the way, or the folder is not writable.
     """
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
@@ -112,7 +112,7 @@ def check_place(folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Whether everything below a run folder lies in it: a folder from elsewhere could name any file of this machine.
+    """Checks that no link leads out of a run folder: one from elsewhere could name any file of this machine.
 
     Raises:
         UserError: naming a link that leads out of it.
@@ -126,12 +126,12 @@ def refuse_links(folder: Path) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether the run has begun."""
+    """True if there is a checkpoint."""
     return any(folder.glob("checkpoints/step-*.ckpt"))
 
 
 def check_same(folder: Path, config: BaseConfig) -> bool:
-    """Whether the folder holds this run already; writes config.yaml into a new one.
+    """True if the folder holds this run already; a new folder gets its config.yaml.
 
     Raises:
         UserError: if it holds a run that differs in more than its length, naming the keys, or other files.
@@ -146,10 +146,10 @@ def check_same(folder: Path, config: BaseConfig) -> bool:
     before, now = flatten(to_dict(read_config(folder))), flatten(to_dict(config))
     changed = [k for k in sorted(before | now) if not is_free(k) and before.get(k) != now.get(k)]
     if changed:
-        told = ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in changed[:4])
+        shown = ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(
-            f"{saved}: this run was made with {told}{more}; choose another tag=NAME, or move the folder away"
+            f"{saved}: this run was made with {shown}{more}; choose another tag=NAME, or move the folder away"
         )
     return True
 

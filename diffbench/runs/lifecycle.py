@@ -1,4 +1,4 @@
-"""How runs of every kind begin, go on and are opened again."""
+"""Trains, resumes and opens runs of every kind."""
 
 import contextlib
 import dataclasses
@@ -143,11 +143,11 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), rest
     if restart and (folder / SAVED).exists():
         with locked(folder):
             print(f"restart: what there was is now {set_aside(folder)}")
-    with locked(folder) as held:
+    with locked(folder) as lock:
         existed = check_same(folder, config)
         if existed:
             check_resumable(folder, config)
-        fit(kind(folder, config), existed, start, held)
+        fit(kind(folder, config), existed, start, lock)
         kind(folder, config).finish()
         trained = kind(folder, config)
         trained.use_average()

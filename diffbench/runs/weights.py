@@ -13,7 +13,7 @@ from diffbench.core.tensors import read_state
 
 
 def export_path(folder: Path, decay: float) -> Path:
-    """Where the average of a decay is exported."""
+    """Path of the exported average of a decay."""
     return folder / f"ema-{decay}.safetensors"
 
 
@@ -89,9 +89,9 @@ def read_best(folder: Path) -> tuple[dict[str, Tensor], int, float]:
     path = folder / "best.safetensors"
     if not path.is_file():
         raise UserError(f"{folder}: snapshot: best.safetensors is missing; train with evaluate.best=fd to keep one")
-    best, told = sealed.read(path)
+    best, metadata = sealed.read(path)
     try:
-        return best, int(told["images"]), float(told["decay"])
+        return best, int(metadata["images"]), float(metadata["decay"])
     except (KeyError, ValueError) as e:
         raise UserError(f"{path}: damaged ({e})") from None
 
@@ -105,8 +105,8 @@ def export(
     facts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes an average as safetensors; `facts` go into its metadata."""
-    told = {"images": str(images), "decay": str(decay), **(facts or {})}
-    sealed.write(export_path(folder, decay), _with_average(network, average), told)
+    metadata = {"images": str(images), "decay": str(decay), **(facts or {})}
+    sealed.write(export_path(folder, decay), _with_average(network, average), metadata)
 
 
 def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int) -> None:

@@ -26,9 +26,9 @@ def train(folder: str, checkpoint: str | None = None) -> None:
     train_here(kind(Path(folder), config), Path(checkpoint) if checkpoint else None, start)
 
 
-def draw(folder: str, told: str) -> None:
-    """Draws this rank's shards of the samples that are `told` of; see `scoring.draw`."""
-    wanted = json.loads(told)
+def draw(folder: str, settings: str) -> None:
+    """Draws this rank's part of a run's samples; see `evaluate.draw`."""
+    wanted = json.loads(settings)
     run = load(folder, wanted["ema"])
     if wanted["snapshot"] == "best":
         run.use_best()

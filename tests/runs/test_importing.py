@@ -148,7 +148,7 @@ def test_latents_are_decoded_or_written_as_they_are(tmp_path: Path, capsys: Capt
     assert values.dtype == np.float32 and values.shape == (2, 4, 8, 8)
     run.config = replace(run.config, autoencoder=None)
     assert np.array_equal(values, run.sample_tensor(n=2, steps="2").numpy())
-    with pytest.raises(ValueError, match="4 channels make no picture; take sample_tensor"):
+    with pytest.raises(ValueError, match="4 channels do not make an image; use sample_tensor"):
         run.sample(n=1, steps="2")
 
 
