@@ -66,21 +66,15 @@ def check_positive(config: Any, *names: str, section: str = "denoiser") -> None:
             raise ValueError(f"{section}.{name}: must be positive, got {value}")
 
 
-def check_dropout(dropout: float, section: str = "denoiser") -> None:
-    """Raise ValueError unless a dropout probability lies in [0, 1)."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{section}.dropout: must lie in [0, 1), got {dropout}")
-
-
-def check_features(kind: str, number: int, section: str = "denoiser") -> None:
-    """Raise ValueError for an odd number of Fourier features, which come in pairs."""
-    if kind == "fourier" and number % 2:
-        raise ValueError(f"{section}.model_channels: must be even with {section}.time_features=fourier, got {number}")
-
-
-def check_widths(base: int, factors: list[float], section: str = "denoiser") -> None:
-    """Raise ValueError unless each multiple of the base width is a whole number."""
-    for factor in factors:
+def check_sizes(config: Any, *names: str, section: str = "denoiser") -> None:
+    """Raise ValueError unless the named numbers are positive and a config's dropout and widths are possible."""
+    check_positive(config, *names, section=section)
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"{section}.dropout: must lie in [0, 1), got {config.dropout}")
+    base = getattr(config, "model_channels", 0)
+    if base % 2 and config.time_features == "fourier":
+        raise ValueError(f"{section}.model_channels: must be even with {section}.time_features=fourier, got {base}")
+    for factor in getattr(config, "channel_mult", []):
         if not float(base * factor).is_integer():
             raise ValueError(
                 f"{section}.channel_mult: {factor} times {section}.model_channels={base} is not an integer"
@@ -110,13 +104,24 @@ def check_halves(key: str, levels: int, sides: tuple[int, ...], section: str = "
             raise ValueError(f"{section}.{key}: {levels} levels need an image whose sides {factor} divides, got {side}")
 
 
-def check_occurs(key: str, wanted: list[int], side: int, levels: int, section: str = "denoiser") -> None:
-    """Raise ValueError for a resolution that an image of this side has at no level."""
-    there = [side >> level for level in range(levels)]
-    for resolution in wanted:
-        if resolution not in there:
+def unet_levels(config: Any, image_size: int, section: str = "denoiser") -> tuple[list[int], list[int]]:
+    """Width of each level of a U-Net, and the resolutions with attention; null means 16, where the network has that.
+
+    Raises:
+        ValueError: if the levels do not halve the image, or a resolution with attention occurs at none of them.
+    """
+    widths = [int(config.model_channels * factor) for factor in config.channel_mult]
+    check_halves("channel_mult", len(widths), (image_size,), section)
+    if config.attention_resolutions is None:
+        return widths, [16]
+    there = [image_size >> level for level in range(len(widths))]
+    for side in config.attention_resolutions:
+        if side not in there:
             choices = ", ".join(map(str, there))
-            raise ValueError(f"{section}.{key}: {resolution} never occurs; the levels are {choices} pixels a side")
+            raise ValueError(
+                f"{section}.attention_resolutions: {side} never occurs; the levels are {choices} pixels a side"
+            )
+    return widths, config.attention_resolutions
 
 
 def check_shape(x: Tensor, channels: int, height: int, width: int) -> None:

@@ -4,16 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from diffbench.denoisers.base import (
-    check_divides,
-    check_dropout,
-    check_features,
-    check_halves,
-    check_occurs,
-    check_positive,
-    check_sides,
-    check_widths,
-)
+from diffbench.denoisers.base import check_divides, check_sides, check_sizes, unet_levels
 from diffbench.denoisers.layers import ConditionEmbedding, GroupNorm, TimeFeatures
 from diffbench.denoisers.unet import ResBlock, Stage, UNetConfig
 
@@ -38,10 +29,7 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         numbers = ("model_channels", "channel_mult", "num_res_blocks", "num_heads", "norm_groups")
-        check_positive(self, *numbers, section="classifier")
-        check_dropout(self.dropout, "classifier")
-        check_features(self.time_features, self.model_channels, "classifier")
-        check_widths(self.model_channels, self.channel_mult, "classifier")
+        check_sizes(self, *numbers, section="classifier")
 
 
 class NoisyClassifier(nn.Module):
@@ -59,10 +47,8 @@ class NoisyClassifier(nn.Module):
 
     def __init__(self, config: ClassifierConfig, image_size: int, channels: int, num_classes: int) -> None:
         super().__init__()
-        widths = [int(config.model_channels * m) for m in config.channel_mult]
+        widths, attended = unet_levels(config, image_size, "classifier")
         self.channels, self.divisor = channels, 2 ** (len(widths) - 1)
-        check_halves("channel_mult", len(widths), (image_size,), "classifier")
-        check_occurs("attention_resolutions", config.attention_resolutions, image_size, len(widths), "classifier")
         emb = 4 * config.model_channels
         self.condition = ConditionEmbedding(emb, config.model_channels, 0, False, config.time_features)
         unet = UNetConfig(dropout=config.dropout, norm_groups=config.norm_groups)
@@ -71,7 +57,7 @@ class NoisyClassifier(nn.Module):
         self.encoder = nn.ModuleList()
         for level, c in enumerate(widths):
             size = image_size >> level
-            heads = config.num_heads if size in config.attention_resolutions else None
+            heads = config.num_heads if size in attended else None
             check_divides("norm_groups", config.norm_groups, c, "a level's width", "classifier")
             if heads is not None:
                 check_divides("num_heads", heads, c, "a width with attention", "classifier")

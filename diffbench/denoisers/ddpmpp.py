@@ -8,17 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, silu
 
-from diffbench.denoisers.base import (
-    Denoiser,
-    Preset,
-    check_divides,
-    check_dropout,
-    check_features,
-    check_halves,
-    check_occurs,
-    check_positive,
-    check_sides,
-)
+from diffbench.denoisers.base import Denoiser, Preset, check_divides, check_sides, check_sizes, unet_levels
 from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import (
     Direction,
@@ -64,9 +54,7 @@ class DDPMppConfig:
 
     def __post_init__(self) -> None:
         numbers = ("model_channels", "channel_mult", "num_blocks", "augment_dim", "embedding_mult", "num_heads")
-        check_positive(self, *numbers, "fourier_scale")
-        check_dropout(self.dropout)
-        check_features(self.time_features, self.model_channels)
+        check_sizes(self, *numbers, "fourier_scale")
 
 
 class DDPMpp(Denoiser):
@@ -86,13 +74,9 @@ class DDPMpp(Denoiser):
     ) -> None:
         super().__init__(channels, num_classes, null_class, learn_sigma)
         self.image_size = image_size
-        widths = [config.model_channels * m for m in config.channel_mult]
+        widths, attended = unet_levels(config, image_size)
         levels = len(widths)
-        check_halves("channel_mult", levels, (image_size,))
         self.divisor = image_size if config.tmsa else 2 ** (levels - 1)
-        attended = [16] if config.attention_resolutions is None else config.attention_resolutions
-        if config.attention_resolutions is not None:
-            check_occurs("attention_resolutions", attended, image_size, levels)
         self.embedding = Embedding(config, num_classes)
         emb = config.embedding_mult * config.model_channels
 

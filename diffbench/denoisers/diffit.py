@@ -11,15 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from diffbench.denoisers.base import (
-    Denoiser,
-    Preset,
-    check_divides,
-    check_dropout,
-    check_halves,
-    check_positive,
-    check_shape,
-)
+from diffbench.denoisers.base import Denoiser, Preset, check_divides, check_halves, check_shape, check_sizes
 from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import (
     ConditionEmbedding,
@@ -70,8 +62,7 @@ class DiffiTConfig:
 
     def __post_init__(self) -> None:
         numbers = ("channels", "blocks", "window", "num_heads", "mlp_ratio", "time_dim", "norm_groups", "token_dim")
-        check_positive(self, *numbers, "fourier_scale", "augment_dim")
-        check_dropout(self.dropout)
+        check_sizes(self, *numbers, "fourier_scale", "augment_dim")
         for key, values in {"blocks": self.blocks, "window": self.windows}.items():
             if len(values) != len(self.channels):
                 raise ValueError(

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffbench.denoisers.base import Denoiser, check_divides, check_dropout, check_positive, check_shape
+from diffbench.denoisers.base import Denoiser, check_divides, check_shape, check_sizes
 from diffbench.denoisers.layers import ConditionEmbedding, both_sides, sincos_position_table, zero_
 
 IMAGENET_LATENT = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
@@ -34,8 +34,7 @@ class PatchConfig:
     """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
-        check_dropout(self.dropout)
+        check_sizes(self, "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
         check_divides("num_heads", self.num_heads, self.hidden_size, "denoiser.hidden_size=")
         if self.hidden_size % 4:
             raise ValueError(

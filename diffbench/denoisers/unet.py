@@ -6,18 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffbench.denoisers.base import (
-    Denoiser,
-    Preset,
-    check_divides,
-    check_dropout,
-    check_features,
-    check_halves,
-    check_occurs,
-    check_positive,
-    check_sides,
-    check_widths,
-)
+from diffbench.denoisers.base import Denoiser, Preset, check_divides, check_sides, check_sizes, unet_levels
 from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import (
     ConditionEmbedding,
@@ -69,10 +58,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         numbers = ("model_channels", "channel_mult", "num_res_blocks", "num_heads", "num_head_channels", "norm_groups")
-        check_positive(self, *numbers, "num_heads_upsample", "fourier_scale")
-        check_dropout(self.dropout)
-        check_features(self.time_features, self.model_channels)
-        check_widths(self.model_channels, self.channel_mult)
+        check_sizes(self, *numbers, "num_heads_upsample", "fourier_scale")
 
 
 class UNet(Denoiser):
@@ -88,13 +74,9 @@ class UNet(Denoiser):
         learn_sigma: bool = False,
     ) -> None:
         super().__init__(channels, num_classes, null_class, learn_sigma)
-        widths = [int(config.model_channels * m) for m in config.channel_mult]
+        widths, attended = unet_levels(config, image_size)
         levels = len(widths)
-        check_halves("channel_mult", levels, (image_size,))
         self.divisor = image_size if config.tmsa else 2 ** (levels - 1)
-        attended = [16] if config.attention_resolutions is None else config.attention_resolutions
-        if config.attention_resolutions is not None:
-            check_occurs("attention_resolutions", attended, image_size, levels)
         emb = 4 * config.model_channels
         self.condition = ConditionEmbedding(
             emb, config.model_channels, num_classes, null_class, config.time_features, config.fourier_scale
