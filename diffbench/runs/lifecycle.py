@@ -168,14 +168,14 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     Raises:
         SystemExit: if one of them failed, which has said why.
     """
-    from diffbench.training.checkpoint import newest, step_of
+    from diffbench.training.checkpoint import newest, owed, step_of
 
     settings = run.config.trainer
     sweep(run.folder)
     checkpoint = newest(run.folder / "checkpoints") if existed else None
     done = step_of(checkpoint) if checkpoint else 0
     images = done * settings.batch_size
-    if checkpoint and done >= settings.max_steps:
+    if checkpoint and done >= settings.max_steps and not owed(checkpoint):
         print(f"{run.folder}: complete at {images:,} images")
         if ranks.leads() and not run.complete:  # a kill came between the last checkpoint and the export
             weights.export_from(checkpoint, run.folder, run.network, images)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from diffbench.config.sections import SampleConfig
-from diffbench.core import collectives as together
 from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
@@ -116,13 +115,6 @@ class Sampler:
                 if progress:
                     progress(done)
         return torch.cat(images)
-
-    def on_all_ranks(self, labels: Tensor, config: SampleConfig, *, callback: Callback | None = None) -> Tensor:
-        """Draws the same images, of which each rank draws a part; all ranks get all of them."""
-        if len(labels) < together.size():  # a part of nothing has no shape
-            return self(labels, config, callback=callback)
-        mine = together.share(len(labels))
-        return together.rows(self(labels[mine], config, first=int(mine[0]), callback=callback))
 
     def pixels(self, x: Tensor) -> Tensor:
         """What the denoiser works on, (B, C, H, W), as pixels (B, 1 or 3, H', W') in about [-1, 1]."""

@@ -15,7 +15,7 @@ from diffbench.core import collectives as together
 from diffbench.core import rng, tensors
 from diffbench.core.errors import UserError
 from diffbench.core.progress import span
-from diffbench.data.coding import reconstruct, side_by_side
+from diffbench.data.coding import at_once, reconstruct, side_by_side
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation.validation_error import accuracy, as_metrics, classified, error_sums, mean_errors
@@ -29,10 +29,13 @@ from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.fsdp import shard_of, weights_replaced
 from diffbench.training.logger import RunLogger
+from diffbench.training.signals import Interrupted, StopOnSignal
 
 
 class EveryNImages(L.Callback):
     """Calls `act` every `every` images, with averaged weights in place and the training clock paused.
+
+    A signal interrupts it, if it calls `stop.check` between batches inside `stop.interruptible`; see `StopOnSignal`.
 
     Args:
         logger: records what is found; its clock stands still meanwhile.
@@ -47,7 +50,7 @@ class EveryNImages(L.Callback):
         self.logger, self.ema, self.every = logger, ema, every
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        """Measures or draws; called on all ranks."""
+        """Measures or draws; called on all ranks. May raise Interrupted, on all of them."""
         raise NotImplementedError
 
     def run(self, trainer: L.Trainer, module: Any) -> None:
@@ -55,14 +58,30 @@ class EveryNImages(L.Callback):
         with self.ema.applied():
             self.act(trainer, module)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        found = [callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]  # type: ignore[attr-defined]
+        self.stop = found[0] if found else StopOnSignal(self.logger.folder, trainer.max_steps)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.state_key in self.stop.owed:
+            self._run(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not at_step_end(trainer, batch_idx):
             return
         if (self.at_end and is_last(trainer)) or due(trainer.global_step, self.logger.batch_size, self.every):
+            self._run(trainer, pl_module)
+
+    def _run(self, trainer: L.Trainer, module: Any) -> None:
+        owed = [key for key in self.stop.owed if key != self.state_key]
+        try:
             with self.logger.clock.paused():
-                self.run(trainer, pl_module)
+                self.run(trainer, module)
+        except Interrupted:
+            owed.append(self.state_key)
+        self.stop.owed = owed
 
 
 def is_last(trainer: L.Trainer) -> bool:
@@ -80,7 +99,9 @@ class Validation(EveryNImages):
         self.data, self.log_snr = data, log_snr
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        sums = error_sums(module.network, module.process, self.data, self.log_snr)
+        sums = self.stop.interruptible(
+            lambda: error_sums(module.network, module.process, self.data, self.log_snr, check=self.stop.check)
+        )
         self.logger.record(as_metrics("error", mean_errors(self.log_snr, sums)))
 
 
@@ -92,7 +113,9 @@ class Accuracy(EveryNImages):
         self.data, self.log_snr = data, log_snr
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        right = classified(module.network, module.process, self.data, self.log_snr)
+        right = self.stop.interruptible(
+            lambda: classified(module.network, module.process, self.data, self.log_snr, check=self.stop.check)
+        )
         self.logger.record(as_metrics("accuracy", accuracy(self.log_snr, right, len(self.data))))
 
 
@@ -104,10 +127,18 @@ class Reconstructions(EveryNImages):
         self.images = data.images
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        mine = together.share(len(self.images))  # each rank has some
-        restored, divergence = map(together.rows, reconstruct(module.network, self.images[mine]))
+        mine = self.images[together.share(len(self.images))]  # each rank has some
+        found = self.stop.interruptible(lambda: self._reconstruct(module.network, mine))
+        restored, divergence = map(together.rows, found)
         scores = {"val/psnr": psnr(restored, self.images), "val/ssim": ssim(restored, self.images)}
         self.logger.record(scores | {"val/kl": float(divergence.double().mean())})
+
+    def _reconstruct(self, autoencoder: KLAutoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+        parts = []
+        for part in images.split(at_once(*images.shape[2:])):
+            self.stop.check()
+            parts.append(reconstruct(autoencoder, part))
+        return torch.cat([restored for restored, _ in parts]), torch.cat([divergence for _, divergence in parts])
 
 
 class ReconstructionGrid(EveryNImages):
@@ -142,7 +173,17 @@ class SampleGrid(EveryNImages):
     def act(self, trainer: L.Trainer, module: Any) -> None:
         trajectory = Trajectory(self.sampler.images)
         labels = torch.arange(self.columns).repeat(4)
-        images = self.sampler.on_all_ranks(labels, self.config, callback=trajectory)
+
+        def watch(step: int, x: Tensor, x0: Tensor) -> None:
+            self.stop.check()
+            trajectory(step, x, x0)
+
+        split = len(labels) >= together.size()  # of fewer, each rank draws all
+        mine = together.share(len(labels)) if split else torch.arange(len(labels))
+        images = self.stop.interruptible(
+            lambda: self.sampler(labels[mine], self.config, first=int(mine[0]), callback=watch)
+        )
+        images = together.rows(images) if split else images
         self.logger.record_grid(images, self.columns)
         self.logger.show_image("samples/steps", trajectory.strip())
 
@@ -200,6 +241,7 @@ class Distance(EveryNImages):
             f"distances with {suite.extractor.name}: {suite.count:,} samples every {self.every:,} images, about"
             f" {span(each)} each, {max(1, left // self.every)} times"
         )
+        super().on_train_start(trainer, pl_module)
 
     def _cost(self, suite: Suite) -> float:
         once = seconds_per_evaluation(self.sampler, self.config.batch_size)
@@ -223,12 +265,16 @@ class Distance(EveryNImages):
         """Name -> distance of samples of the present weights; each rank draws and scores its slice."""
         suite = self.suite()
         suite.extractor.to(trainer.strategy.root_device)
+        self.stop.interruptible(lambda: self._feed(suite, rng.key(self.seed, what)))
+        return {metric_name(name, suite.extractor, suite.count): value for name, value in suite.compute().items()}
+
+    def _feed(self, suite: Suite, seed: int) -> None:
         mine = together.share(suite.count)
         for index in mine.split(self.config.batch_size) if len(mine) else ():
-            seed = rng.key(self.seed, what)
-            images = self.sampler(self.labels[index], self.config, seed=seed, first=int(index[0]))
+            images = self.sampler(
+                self.labels[index], self.config, seed=seed, first=int(index[0]), callback=self.stop.check
+            )
             suite.update(images, index)
-        return {metric_name(name, suite.extractor, suite.count): value for name, value in suite.compute().items()}
 
     def _keep_if_best(self, values: dict[str, float]) -> None:
         if self.best_by is None:

@@ -1,13 +1,10 @@
-"""Resume states: written whole or not at all, verified before use, two kept; saved at the end and on a signal."""
+"""Resume states: written completely or not at all, verified before use, two kept; saved at the end and on a signal."""
 
 import contextlib
 import os
-import signal
-import time
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -20,6 +17,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256, write_text
 from diffbench.core.tensors import read_state
 from diffbench.training.clock import Clock, at_step_end, due
+from diffbench.training.signals import StopOnSignal
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,7 +25,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Args:
         background: write a copy of the state from a thread, while training goes on. The next save waits for it, and so
-            does `join`, which must be called at the end; both raise what went wrong in the thread.
+            does `join`, which must be called at the end; both raise what went wrong in the thread. (Lightning's
+            AsyncCheckpointIO keeps its copies on the GPU.)
         keep: how many states stay in the folder, the newest; None for all.
     """
 
@@ -114,6 +113,12 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
+def owed(path: Path) -> list[str]:
+    """The evaluations that a signal interrupted at a checkpoint's step, which a resume does first."""
+    state: dict[str, Any] = read_state(path).get("callbacks", {})
+    return list(state.get("StopOnSignal", {}).get("owed", []))
+
+
 def _size(state: Any) -> int:
     """Bytes of the tensors in a state, about what its file takes."""
     if isinstance(state, torch.Tensor):
@@ -128,9 +133,7 @@ def _checksum(path: Path) -> Path:
 
 
 class SaveState(L.Callback):
-    """Saves every `every` images, at the last step, and at the next step's end after SIGTERM or SIGINT.
-
-    Several ranks look together whether one of them got a signal, about once a second, and stop at the same step.
+    """Saves every `every` images, at the last step, and at the next step's end after a signal.
 
     Must stand last among the callbacks, so that a state holds what the others did at its step.
 
@@ -139,62 +142,32 @@ class SaveState(L.Callback):
         batch_size: images of a step.
         every: images between saves.
         clock: paused while saving.
+        stop: knows of signals.
     """
 
-    def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock) -> None:
-        self.folder, self.batch_size, self.every, self.clock = folder, batch_size, every, clock
-        self.signal: int | None = None
-        self._looked, self._look_at = (0, 0.0), 0  # step and time of the last look, step of the next
-        self._previous: dict[int, Any] = {}
+    def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock, stop: StopOnSignal) -> None:
+        self.folder, self.batch_size, self.every, self.clock, self.stop = folder, batch_size, every, clock, stop
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
         if together.largest([step, -step]) != [step, -step]:
             raise UserError(f"{self.folder}: the processes see different checkpoints; is the folder the same for all?")
-        self._looked, self._look_at = (step, time.monotonic()), step
-        with contextlib.suppress(ValueError):  # signals reach the main thread only
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        if step == trainer.max_steps:  # resumed for what was owed
+            self.save(trainer)
+        trainer.should_stop = self.stop.agreed
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not at_step_end(trainer, batch_idx):
             return
-        last = trainer.global_step == trainer.max_steps
-        asked = self._asked(trainer.global_step)
-        if last or asked or due(trainer.global_step, self.batch_size, self.every):
+        step, asked = trainer.global_step, self.stop.asked(trainer.global_step)
+        if asked or step == trainer.max_steps or due(step, self.batch_size, self.every):
             with self.clock.paused():
                 self.save(trainer)
         if asked:
             trainer.should_stop = True
 
-    def _asked(self, step: int) -> bool:
-        """Whether to stop; the same on all ranks."""
-        if together.size() > 1:
-            if step < self._look_at:
-                return False
-            now, (before, since) = time.monotonic(), self._looked
-            number, pace = together.largest([self.signal or 0, (now - since) / max(1, step - before)])
-            self.signal = int(number) or None
-            self._looked, self._look_at = (step, now), step + min(1000, max(1, int(1 / max(pace, 1e-3))))
-        return self.signal is not None
-
     def save(self, trainer: L.Trainer) -> None:
         """Writes the state of the present step."""
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore_handlers()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore_handlers()
-
-    def _restore_handlers(self) -> None:
-        """Puts back what was there, before Lightning takes away its own handlers."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()

@@ -18,9 +18,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from diffbench.config.sections import EMAConfig, TrainerConfig, precision_here
+from diffbench.core import collectives as together
 from diffbench.core import ranks
 from diffbench.core.errors import LostError
-from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState
+from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState, step_of
 from diffbench.training.clock import Clock
 from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
@@ -28,6 +29,7 @@ from diffbench.training.fsdp import restore
 from diffbench.training.logger import RunLogger, full_disk_reported
 from diffbench.training.module import TrainingModule
 from diffbench.training.nan_guard import NonFiniteGuard
+from diffbench.training.signals import StopOnSignal
 from diffbench.training.speed import float32_products
 
 Scores = Callable[[RunLogger, EMA], list[L.Callback]]
@@ -74,7 +76,9 @@ def fit(
     on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
     precision = precision_here(settings, low=isinstance(module, DiffusionModule))
-    save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock)
+    stop = StopOnSignal(folder, settings.max_steps)
+    save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock, stop)
+    at_end = checkpoint is not None and step_of(checkpoint) == settings.max_steps  # evaluations alone are left
     with warnings.catch_warnings(), float32_products(settings.tf32):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -87,11 +91,11 @@ def fit(
             strategy=_strategy(settings),
             precision=None if precision == "16-mixed" else precision,
             deterministic=settings.deterministic,
-            max_steps=settings.max_steps,
+            max_steps=settings.max_steps + at_end,
             max_epochs=-1,
             accumulate_grad_batches=settings.accumulate_grad_batches,
             # Order matters: guard, averages, logger, evaluations, and the state that holds what all of them did.
-            callbacks=[guard, averages, log, *scores(log, averages), save_state],
+            callbacks=[stop, guard, averages, log, *scores(log, averages), save_state],
             plugins=[states, _environment(), *_scaled(settings)],
             logger=False,
             enable_checkpointing=False,
@@ -112,9 +116,9 @@ def fit(
             raise LostError(f"{folder}: another process of this job has ended or stopped answering ({text})") from None
         finally:
             states.join()
-    if save_state.signal:  # the same on all ranks
-        print(f"{folder}: stopped by signal {save_state.signal} at {log.images:,} images, state saved")
-        raise SystemExit(128 + save_state.signal)
+    if signal := int(together.largest([float(stop.number or 0)])[0]):
+        print(f"{folder}: stopped by signal {signal} at {log.images:,} images, state saved")
+        raise SystemExit(128 + signal)
     return averages
 
 

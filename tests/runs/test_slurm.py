@@ -119,7 +119,7 @@ if sys.orig_argv[1:4] == ["-m", "diffbench", "train"]:
     step_end = SaveState.on_train_batch_end
 
     def lingering(self, trainer, *rest):
-        while trainer.global_step == 17 and not self.signal and not all_steps(self.folder):
+        while trainer.global_step == 17 and not self.stop.number and not all_steps(self.folder):
             time.sleep(0.1)
         step_end(self, trainer, *rest)
 
