@@ -8,17 +8,27 @@ from typing import Any
 
 from diffbench.core import ranks
 from diffbench.runs import worker
+from diffbench.training import callbacks
 from diffbench.training.checkpoint import SaveState
 
 
 def befallen(what: str, rank: int, step: int) -> Callable[..., int]:
-    """A worker of which rank `rank`, at step `step`, meets an error (`raise`), SIGKILL (`kill`), or sends the launcher
-    SIGTERM (`signal`)."""
+    """A worker of which rank `rank`, at step `step`, meets an error (`raise`), SIGKILL (`kill`), sends the launcher
+    SIGTERM (`signal`), or itself, when it begins to validate (`interrupt`)."""
     return functools.partial(_main, what, rank, step)
 
 
 def _main(what: str, rank: int, step: int, *arguments: str) -> int:
-    step_end = SaveState.on_train_batch_end
+    step_end, sums = SaveState.on_train_batch_end, callbacks.error_sums
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if ranks.place()[0] == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sums(*arguments, **options)
+
+    if what == "interrupt":
+        callbacks.error_sums = interrupted
+        return worker.main(*arguments)
 
     def befalls(self: SaveState, trainer: Any, *rest: Any) -> None:
         if ranks.place()[0] == rank and trainer.global_step == step:

@@ -1,5 +1,6 @@
 """No rank waits forever: one that falls brings the job down with its error; a signal saves once and ends all."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from diffbench.core import ranks
 from diffbench.core.files import locked
 from diffbench.core.launcher import launch
 from diffbench.runs.lifecycle import train
+from diffbench.training.checkpoint import newest, owed
 
 ROOT = Path(__file__).parents[2]
 DIT = str(ROOT / "experiments" / "digits" / "dit.yaml")
@@ -134,6 +136,19 @@ def test_a_signal_saves_once_and_the_run_goes_on_alone(tmp_path: Path, capfd: py
     assert 7 <= saved[-1] < 100
     longer = f"trainer.max_images={16 * (saved[-1] + 2)}"
     assert train(DIT, [*TINY, longer, "trainer.devices=1", f"runs_dir={tmp_path}"]).images_seen == 16 * (saved[-1] + 2)
+
+
+def test_a_signal_to_one_rank_interrupts_the_validation_of_all(tmp_path: Path) -> None:
+    argv = [*TINY, "trainer.validate_images=112", "trainer.max_images=160", f"runs_dir={tmp_path}"]
+    with forked(befallen("interrupt", 1, 0)), pytest.raises(SystemExit) as end:
+        train(DIT, argv)
+    assert end.value.code == 128 + signal.SIGTERM
+    (run,) = (tmp_path / "digits").iterdir()
+    saved = newest(run / "checkpoints")
+    assert saved is not None and saved.name == "step-7.ckpt" and owed(saved) == ["Validation"]
+    train(DIT, argv)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines if "val/error" in line] == [112, 160]
 
 
 @pytest.mark.slow
