@@ -78,3 +78,17 @@ def test_a_longer_run_keeps_its_averages_until_newer_ones_are_there(
     assert torch.equal(run.sample_tensor(2), before.sample_tensor(2))
     assert main([*words, "trainer.max_images=32"]) == 0
     assert (load(smoke_run).images_seen, load(smoke_run).complete) == (32, True)
+
+
+def test_other_sampling_is_scored_without_another_training(
+    smoke_run: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 0
+    scored = len(load(smoke_run).results)
+    assert main(words) == 0 and len(load(smoke_run).results) == scored
+    assert main([*words, "sample.steps=3"]) == 0
+    said = capsys.readouterr().out
+    assert "complete at 16 images" in said and "drawing and scoring samples" in said
+    results = load(smoke_run).results
+    assert [r["sample"]["steps"] for r in results[scored:]] == ["3", "3"]  # without and with guidance
+    assert load(smoke_run).config.sample.steps == "3"
