@@ -12,7 +12,7 @@ from typing import IO, Any
 import pytest
 import torch
 
-from diffbench.core import launcher
+from diffbench.core import distributed
 from diffbench.runs import worker
 
 
@@ -84,14 +84,14 @@ def forked(main: Callable[..., int] = worker.main) -> Iterator[None]:
     """
 
     def start(command: Sequence[str], rank: int, count: int, port: int, said: IO[bytes], keep: Sequence[int]) -> Any:
-        env = launcher.environment(rank, count, port)
+        env = distributed.environment(rank, count, port)
         return Fork(main, command[3:], env, said if rank else None)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launcher, "_start", start)
+            patch.setattr(distributed, "_start", start)
             yield
     finally:
         torch.set_num_threads(threads)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from diffbench.core import collectives as together
-from diffbench.core import rng
+from diffbench.core import distributed, rng
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.diffusion import Process, predictor
@@ -41,7 +40,7 @@ def error_sums(
 
     `check` is called before each batch, and may raise to stop.
     """
-    mine = together.share(len(data)).split(batch_size)
+    mine = distributed.rank_slice(len(data)).split(batch_size)
     sums = torch.zeros(len(log_snr), 2, dtype=torch.float64, device=next(denoiser.parameters()).device)
     for row, level in zip(sums, log_snr, strict=True):
         for squares in _squares(denoiser, process, data, level, mine):
@@ -52,7 +51,7 @@ def error_sums(
 
 def mean_errors(log_snr: Sequence[float], sums: Tensor) -> dict[float, float]:
     """Level -> mean squared error, from the `error_sums` of all ranks; each must call it."""
-    found = zip(log_snr, together.total(sums).tolist(), strict=True)
+    found = zip(log_snr, distributed.all_reduce_sum(sums).tolist(), strict=True)
     return {level: total / numbers if numbers else float("nan") for level, (total, numbers) in found}
 
 
@@ -109,7 +108,7 @@ def classified(
     parameter = next(classifier.parameters())
     training = classifier.training
     classifier.eval()
-    right, mine = torch.zeros(len(log_snr), dtype=torch.int64), together.share(len(data))
+    right, mine = torch.zeros(len(log_snr), dtype=torch.int64), distributed.rank_slice(len(data))
     try:
         for i, level in enumerate(log_snr):
             for index in mine.split(batch_size) if len(mine) else ():
@@ -124,7 +123,7 @@ def classified(
 
 def accuracy(log_snr: Sequence[float], right: Tensor, count: int) -> dict[float, float]:
     """Level -> share of `count` images that are classified right, from what all ranks counted; each must call it."""
-    return {level: n / count for level, n in zip(log_snr, together.total(right).tolist(), strict=True)}
+    return {level: n / count for level, n in zip(log_snr, distributed.all_reduce_sum(right).tolist(), strict=True)}
 
 
 def _noised(process: Process, x0: Tensor, index: Tensor, level: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 from diffbench.autoencoders import KLAutoencoder, KLConfig, io
 from diffbench.config.kinds import AutoencoderConfig, BaseConfig, RunConfig
 from diffbench.config.load import load
-from diffbench.core import ranks
+from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.core.store import Store
@@ -100,7 +100,7 @@ def device_of(accelerator: str) -> torch.device:
         return torch.device("mps")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", ranks.local()) if ranks.place()[1] > 1 else torch.device("cuda")
+    return torch.device("cuda", distributed.local_rank()) if distributed.place()[1] > 1 else torch.device("cuda")
 
 
 # Latent space.
@@ -196,7 +196,7 @@ def encoded(
             f"encoding {len(data):,} images of {data.name} by autoencoder {config.autoencoder} into {folder}",
             flush=True,
         )
-    rank, world = ranks.place()
+    rank, world = distributed.place()
     return encode(
         data,
         autoencoder.to(device),

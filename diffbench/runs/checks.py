@@ -10,7 +10,7 @@ import torch
 from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import located
 from diffbench.config.sections import AUGMENT_WIDTH, TrainerConfig
-from diffbench.core import ranks
+from diffbench.core import distributed
 from diffbench.data.sets import ImageSet
 from diffbench.runs.build import cost_of, denoised_shape, device_of, load_data
 
@@ -92,7 +92,7 @@ def possible(section: str) -> Iterator[None]:
 
 def check_device(trainer: TrainerConfig) -> None:
     """Raises ValueError, naming the key, where the machine or who started us lacks what `trainer` asks for."""
-    accelerator, (_, world) = trainer.accelerator, ranks.place()
+    accelerator, (_, world) = trainer.accelerator, distributed.place()
     there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
     there["mps"] = torch.backends.mps.is_available()
     if not there.get(accelerator, True):

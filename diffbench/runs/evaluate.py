@@ -16,9 +16,9 @@ from diffbench.config.kinds import AutoencoderConfig, RunConfig
 from diffbench.config.layers import COMMAND_LINE, parse_overrides
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
-from diffbench.core import ranks
+from diffbench.core import distributed
+from diffbench.core.distributed import launch
 from diffbench.core.errors import UserError, suggest
-from diffbench.core.launcher import launch
 from diffbench.core.progress import progress, span
 from diffbench.data.coding import reconstruct
 from diffbench.data.sets import balanced
@@ -187,7 +187,7 @@ def draw(
     missing = left = samples.count - samples.present()
     estimate = 0.0
     helpers = min(run.config.trainer.devices, torch.cuda.device_count() or run.config.trainer.devices)
-    if left > SIZE and helpers > 1 and ranks.place()[1] == 1:
+    if left > SIZE and helpers > 1 and distributed.place()[1] == 1:
         told = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
         told |= {"sample": dataclasses.asdict(how)}
         command = [sys.executable, "-m", "diffbench.runs.worker", "draw", str(run.folder), json.dumps(told)]

@@ -14,10 +14,10 @@ from diffbench.autoencoders import io
 from diffbench.config.kinds import BaseConfig, RunConfig
 from diffbench.config.layers import Layer, located
 from diffbench.config.load import from_layers, read_layers, to_yaml
-from diffbench.core import ranks
+from diffbench.core import distributed
+from diffbench.core.distributed import launch
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, sweep
-from diffbench.core.launcher import launch
 from diffbench.data.latents import LatentSet
 from diffbench.runs import build, weights
 from diffbench.runs.autoencoder import AutoencoderRun
@@ -87,7 +87,7 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
                 "autoencoder: missing: nothing is encoded in pixel space; choose an experiment that has it"
             )
         DenoiserRun.check(config)
-    if config.trainer.processes > 1 and ranks.place()[1] == 1:
+    if config.trainer.processes > 1 and distributed.place()[1] == 1:
         with_autoencoder(config)
         command = [sys.executable, "-m", "diffbench.runs.worker", "encode", str(path), *overrides]
         if code := launch(command, config.trainer.processes):
@@ -136,7 +136,7 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), rest
         start = None if has_checkpoint(folder) and not restart else kind.start(config)
     config = with_autoencoder(config)
     refuse_links(folder)
-    if ranks.place()[0] > 0:  # the first process does what is done once
+    if distributed.place()[0] > 0:  # the first process does what is done once
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             fit(kind(folder, config), True, start)
         raise SystemExit(0)
@@ -177,12 +177,12 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     images = done * settings.batch_size
     if checkpoint and done >= settings.max_steps and not owed(checkpoint):
         print(f"{run.folder}: complete at {images:,} images")
-        if ranks.leads() and not run.complete:  # a kill came between the last checkpoint and the export
+        if distributed.is_first() and not run.complete:  # a kill came between the last checkpoint and the export
             weights.export_from(checkpoint, run.folder, run.network, images)
-        if ranks.leads():
+        if distributed.is_first():
             update_config(run.folder, run.config, complete=True)
         return
-    if ranks.leads():
+    if distributed.is_first():
         run.prepare()
         if existed:
             update_config(run.folder, run.config)
@@ -191,7 +191,7 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     state = f"resuming at {images:,} images" if checkpoint else "starting"
     cost = f"{run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs"
     print(f"{run.folder}: {state}, {cost}, {settings.precision}")
-    if settings.processes > 1 and ranks.place()[1] == 1:
+    if settings.processes > 1 and distributed.place()[1] == 1:
         _launch(run, checkpoint, lock)
     else:
         train_here(run, checkpoint, start)
@@ -207,7 +207,6 @@ def _launch(run: Run[Any], checkpoint: Path | None, lock: int | None) -> None:
 
 def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] | None) -> None:
     """Trains in this process, with the others of its job if there are any; the first one exports the averages."""
-    from diffbench.core import collectives as together
     from diffbench.training import trainer
 
     if checkpoint is None and start is not None:
@@ -218,9 +217,9 @@ def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] 
     )
     for decay in ema.averages:
         average = ema.full_average(decay)
-        if together.rank() == 0:
+        if distributed.rank() == 0:
             weights.export(run.folder, run.network, decay, average, c.trainer.max_steps * c.trainer.batch_size)
-    together.part()
+    distributed.leave_group()
 
 
 def with_autoencoder(config: C) -> C:
@@ -229,7 +228,7 @@ def with_autoencoder(config: C) -> C:
         return config
     folder, wanted, words = _autoencoder(config)
     if autoencoder_missing(config):
-        if ranks.place()[1] > 1:
+        if distributed.place()[1] > 1:
             raise UserError(
                 f"autoencoder: {words[0]} is not trained yet; train it first, then start these processes again"
             )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
-from diffbench.core import ranks
+from diffbench.core import distributed
+from diffbench.core.distributed import EXIT_LOST, end_with_parent
 from diffbench.core.errors import LostError, UserError
-from diffbench.core.launcher import LOST, end_with_parent
 from diffbench.runs import evaluate
 from diffbench.runs.build import device_of
 from diffbench.runs.folder import read_config
@@ -35,7 +35,7 @@ def draw(folder: str, settings: str) -> None:
     config = change(run.config, {"seed": wanted["seed"], "evaluate": {"count": wanted["count"]}})
     run.network.to(device_of(config.trainer.accelerator))
     how = SampleConfig(**wanted["sample"])
-    evaluate.draw(run, how, evaluate.samples_of(run, config, how), config.seed, *ranks.place())
+    evaluate.draw(run, how, evaluate.samples_of(run, config, how), config.seed, *distributed.place())
 
 
 def main(what: str, *arguments: str) -> int:
@@ -49,9 +49,9 @@ def main(what: str, *arguments: str) -> int:
         else:
             draw(*arguments)
     except LostError as e:
-        if ranks.place()[0]:  # what rank 0 says is seen at once, before the error of the rank that it lost
+        if distributed.place()[0]:  # what rank 0 says is seen at once, before the error of the rank that it lost
             print(f"error: {e}", file=sys.stderr)
-        return LOST
+        return EXIT_LOST
     except KeyboardInterrupt:  # before training listens
         return 130
     except (UserError, ValueError) as e:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder
 from diffbench.config.sections import SampleConfig
-from diffbench.core import collectives as together
-from diffbench.core import rng, tensors
+from diffbench.core import distributed, rng, tensors
 from diffbench.core.errors import UserError
 from diffbench.core.progress import span
 from diffbench.data.coding import at_once, reconstruct, side_by_side
@@ -127,9 +126,9 @@ class Reconstructions(EveryNImages):
         self.images = data.images
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        mine = self.images[together.share(len(self.images))]  # each rank has some
+        mine = self.images[distributed.rank_slice(len(self.images))]  # each rank has some
         found = self.stop.interruptible(lambda: self._reconstruct(module.network, mine))
-        restored, divergence = map(together.rows, found)
+        restored, divergence = map(distributed.all_gather_rows, found)
         scores = {"val/psnr": psnr(restored, self.images), "val/ssim": ssim(restored, self.images)}
         self.logger.record(scores | {"val/kl": float(divergence.double().mean())})
 
@@ -178,12 +177,12 @@ class SampleGrid(EveryNImages):
             self.stop.check()
             trajectory(step, x, x0)
 
-        split = len(labels) >= together.size()  # of fewer, each rank draws all
-        mine = together.share(len(labels)) if split else torch.arange(len(labels))
+        split = len(labels) >= distributed.world_size()  # of fewer, each rank draws all
+        mine = distributed.rank_slice(len(labels)) if split else torch.arange(len(labels))
         images = self.stop.interruptible(
             lambda: self.sampler(labels[mine], self.config, first=int(mine[0]), callback=watch)
         )
-        images = together.rows(images) if split else images
+        images = distributed.all_gather_rows(images) if split else images
         self.logger.record_grid(images, self.columns)
         self.logger.show_image("samples/steps", trajectory.strip())
 
@@ -269,7 +268,7 @@ class Distance(EveryNImages):
         return {metric_name(name, suite.extractor, suite.count): value for name, value in suite.compute().items()}
 
     def _feed(self, suite: Suite, seed: int) -> None:
-        mine = together.share(suite.count)
+        mine = distributed.rank_slice(suite.count)
         for index in mine.split(self.config.batch_size) if len(mine) else ():
             images = self.sampler(
                 self.labels[index], self.config, seed=seed, first=int(index[0]), callback=self.stop.check
@@ -286,14 +285,14 @@ class Distance(EveryNImages):
         self.best = {"images": self.logger.images, "value": values[name]}
         decay = self.ema.config.decays[0]
         weights = self.ema.buffers | dict(zip(self.ema.names, self.ema.full_average(decay), strict=True))
-        if together.rank() == 0:
+        if distributed.rank() == 0:
             facts = {k: str(v) for k, v in self.best.items()} | {"metric": name, "decay": str(decay)}
             tensors.write(self.path, weights, facts)
 
     @contextmanager
     def _best_weights(self, module: Any) -> Iterator[None]:
         """The module with the best weights while the block runs."""
-        together.wait()  # for the file
+        distributed.barrier()  # for the file
         best = tensors.read(self.path)[0]
         weights = dict(module.network.named_parameters())
         with weights_replaced(

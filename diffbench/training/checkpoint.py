@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch.utils._pytree import tree_map_only
 
-from diffbench.core import collectives as together
+from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256, write_text
 from diffbench.core.tensors import read_state
@@ -150,7 +150,7 @@ class SaveState(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
-        if together.largest([step, -step]) != [step, -step]:
+        if distributed.all_reduce_max([step, -step]) != [step, -step]:
             raise UserError(f"{self.folder}: the processes see different checkpoints; is the folder the same for all?")
         if step == trainer.max_steps:  # resumed for what was owed
             self.save(trainer)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffbench.config.sections import OptimizerConfig
-from diffbench.core import collectives as together
-from diffbench.core import rng
+from diffbench.core import distributed, rng
 from diffbench.diffusion import LossAware, Process, stratified
 from diffbench.training.augment import augment
 from diffbench.training.clock import at_step_end
@@ -87,7 +86,8 @@ class DiffusionModule(TrainingModule):
     def _remember(self, t: Tensor, losses: Tensor, batch_idx: int) -> None:
         """Takes a step's losses into the history once it has all of them, in the order of the global batch."""
         assert self.history is not None
-        self._step_losses += zip(together.rows(t).tolist(), together.rows(losses).tolist(), strict=True)
+        times, per_image = distributed.all_gather_rows(t).tolist(), distributed.all_gather_rows(losses).tolist()
+        self._step_losses += zip(times, per_image, strict=True)
         if self._trainer is None or at_step_end(self._trainer, batch_idx):
             steps, values = zip(*self._step_losses, strict=True)
             self.history.update(torch.tensor(steps), torch.tensor(values, dtype=torch.float64))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from diffbench.config.sections import EMAConfig
-from diffbench.core import collectives as together
+from diffbench.core import distributed
 from diffbench.training.clock import at_step_end
 from diffbench.training.fsdp import full_tensor, local_shard, shard_of, weights_replaced
 from diffbench.training.nan_guard import Outcome
@@ -89,7 +89,7 @@ class EMA(L.Callback):
         found = []
         for shard, parameter in zip(self.averages[decay], self._parameters, strict=True):
             value = full_tensor(shard, parameter)
-            found.append(value.cpu() if together.rank() == 0 else value.new_empty(0))
+            found.append(value.cpu() if distributed.rank() == 0 else value.new_empty(0))
         return found
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from diffbench.core import collectives as together
+from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import FULL, room_for
 from diffbench.sampling.images import grid, save_grid
@@ -132,7 +132,7 @@ class RunLogger(L.Callback):
 
     def record(self, values: dict[str, float]) -> None:
         """Appends values at the present image count."""
-        if together.rank():
+        if distributed.rank():
             return
         line = json.dumps({"images": self.images, **values}) + "\n"
         with room_for(self.path, len(line)), self.path.open("a") as file:
@@ -142,25 +142,25 @@ class RunLogger(L.Callback):
 
     def record_grid(self, images: Tensor, columns: int) -> None:
         """Saves images (N, C, H, W) uint8 as a grid at the present image count: samples/*.png and TensorBoard."""
-        if together.rank() == 0:
+        if distributed.rank() == 0:
             save_grid(images, columns, self.folder / "samples" / f"images-{self.images:09d}.png")
             self.show_image("samples/ema", grid(images, columns))
 
     def show_image(self, tag: str, image: np.ndarray) -> None:
         """Shows an image (H, W, 3) uint8 in TensorBoard."""
-        if together.rank() == 0:
+        if distributed.rank() == 0:
             self.writer.add_image(tag, image, self.images, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
-        if together.rank() == 0:
+        if distributed.rank() == 0:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images = trainer.global_step * self.batch_size
         self._logged_images, self._seconds = self.images, self.clock.seconds
-        if together.rank() == 0:
+        if distributed.rank() == 0:
             self._begin(trainer.max_steps * self.batch_size)
         self.clock.start()
 
@@ -217,13 +217,13 @@ class RunLogger(L.Callback):
                 if math.isfinite(loss):  # a step that is skipped must not hide the others
                     total, count = total + loss, count + 1
             self._loss = losses.new_tensor([total, count])
-        if self._loss is not None and together.size() > 1:
-            self._loss = together.total(self._loss) / together.size()
+        if self._loss is not None and distributed.world_size() > 1:
+            self._loss = distributed.all_reduce_sum(self._loss) / distributed.world_size()
 
     def state_dict(self) -> dict[str, Any]:
         self._sum_losses()
         size = 0
-        if together.rank() == 0 and self.path.exists():
+        if distributed.rank() == 0 and self.path.exists():
             with self.path.open("rb+") as file:
                 os.fsync(file.fileno())
             size = self.path.stat().st_size
@@ -235,7 +235,7 @@ class RunLogger(L.Callback):
         self._resumed = True
         self._loss = state_dict["loss"]
         self.clock.before = state_dict["seconds"]
-        if together.rank():
+        if distributed.rank():
             return
         wanted = state_dict["bytes"]
         size = self.path.stat().st_size if self.path.exists() else 0

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 
-from diffbench.core import collectives as together
+from diffbench.core import distributed
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class StopOnSignal(L.Callback):
         self._answer("saving state; again to stop without")
 
     def _answer(self, text: str) -> None:
-        if together.rank() == 0:  # not by print, which may be under way itself
+        if distributed.rank() == 0:  # not by print, which may be under way itself
             os.write(2, f"{self.folder}: {text}\n".encode())
 
     def check(self, *_: Any) -> None:
@@ -79,7 +79,7 @@ class StopOnSignal(L.Callback):
         with contextlib.suppress(Interrupted):
             self.check()
             found.append(work())
-        stopped, number = together.largest([float(not found), float(self.number or 0)])
+        stopped, number = distributed.all_reduce_max([float(not found), float(self.number or 0)])
         if stopped:
             self.number, self._agreed = int(number), True
             raise Interrupted
@@ -88,15 +88,15 @@ class StopOnSignal(L.Callback):
     @property
     def agreed(self) -> bool:
         """Whether all ranks know of a signal."""
-        return self.number is not None and (self._agreed or together.size() == 1)
+        return self.number is not None and (self._agreed or distributed.world_size() == 1)
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; the same on all ranks."""
-        if together.size() > 1 and not self._agreed:
+        if distributed.world_size() > 1 and not self._agreed:
             if step < self._look_at:
                 return False
             now, (before, since) = time.monotonic(), self._looked
-            number, pace = together.largest([self.number or 0, (now - since) / max(1, step - before)])
+            number, pace = distributed.all_reduce_max([self.number or 0, (now - since) / max(1, step - before)])
             self.number = int(number) or None
             self._looked, self._look_at = (step, now), step + min(1000, max(1, int(1 / max(pace, 1e-3))))
         return self.number is not None

@@ -18,8 +18,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from diffbench.config.sections import EMAConfig, TrainerConfig, precision_here
-from diffbench.core import collectives as together
-from diffbench.core import ranks
+from diffbench.core import distributed
 from diffbench.core.errors import LostError
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState, step_of
 from diffbench.training.clock import Clock
@@ -116,7 +115,7 @@ def fit(
             raise LostError(f"{folder}: another process of this job has ended or stopped answering ({text})") from None
         finally:
             states.join()
-    if signal := int(together.largest([float(stop.number or 0)])[0]):
+    if signal := int(distributed.all_reduce_max([float(stop.number or 0)])[0]):
         print(f"{folder}: stopped by signal {signal} at {log.images:,} images, state saved")
         raise SystemExit(128 + signal)
     return averages
@@ -150,8 +149,8 @@ class _Sharded(ModelParallelStrategy):
 
 
 def _environment() -> ClusterEnvironment:
-    """Who started the ranks, as `ranks.place` reads it. Nothing is requeued from here: SIGTERM saves the state."""
-    if ranks.by_srun():
+    """Who started the ranks, as `distributed.place` reads it. Lightning requeues nothing: SIGTERM saves the state."""
+    if distributed.by_srun():
         return SLURMEnvironment(auto_requeue=False)
     return TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()
 

@@ -12,9 +12,9 @@ import pytest
 from devices_worker import befallen
 from forked import forked
 
-from diffbench.core import ranks
+from diffbench.core import distributed
+from diffbench.core.distributed import launch
 from diffbench.core.files import locked
-from diffbench.core.launcher import launch
 from diffbench.runs.lifecycle import train
 from diffbench.training.checkpoint import newest, owed
 
@@ -75,20 +75,20 @@ def test_an_error_of_all_is_told_once(capfd: pytest.CaptureFixture[str]) -> None
 def test_a_rank_that_only_lost_another_is_not_to_blame(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffbench.core.launcher.STOPPING", 1.0)
+    monkeypatch.setattr("diffbench.core.distributed.STOPPING", 1.0)
     assert launch([sys.executable, "-c", SAYS, "lost"], 2) == 75
-    told = "error: rank 0 of 2 heard no more of the others; the other ranks were stopped\n"
+    told = "error: rank 0 of 2 lost its connection to the others; the other ranks were stopped\n"
     assert capfd.readouterr().err == told
 
 
 def test_ranks_hold_the_lock_and_end_with_their_launcher(tmp_path: Path) -> None:
     rank = (
-        "import time; from pathlib import Path; from diffbench.core.launcher import end_with_parent; end_with_parent();"
-        f" Path({str(tmp_path)!r}, 'up').touch(); time.sleep(600)"
+        "import time; from pathlib import Path; from diffbench.core.distributed import end_with_parent;"
+        f" end_with_parent(); Path({str(tmp_path)!r}, 'up').touch(); time.sleep(600)"
     )
     launcher = (
         "import sys; from pathlib import Path; from diffbench.core.files import locked;"
-        f" from diffbench.core.launcher import launch\nwith locked(Path({str(tmp_path)!r})) as held:"
+        f" from diffbench.core.distributed import launch\nwith locked(Path({str(tmp_path)!r})) as held:"
         f" launch([sys.executable, '-c', {rank!r}], 2, [held])"
     )
     process = subprocess.Popen([sys.executable, "-c", launcher])
@@ -101,15 +101,15 @@ def test_ranks_hold_the_lock_and_end_with_their_launcher(tmp_path: Path) -> None
 
 
 def test_places_are_those_of_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ranks.place() == (0, 1) and ranks.leads() and ranks.local() == 0
+    assert distributed.place() == (0, 1) and distributed.is_first() and distributed.local_rank() == 0
     for name, value in {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert ranks.place() == (5, 8) and ranks.local() == 1 and ranks.by_srun()
+    assert distributed.place() == (5, 8) and distributed.local_rank() == 1 and distributed.by_srun()
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert ranks.place() == (0, 2) and not ranks.by_srun() and ranks.leads()
+    assert distributed.place() == (0, 2) and not distributed.by_srun() and distributed.is_first()
     monkeypatch.setenv("RANK", "1")
-    assert not ranks.leads()
+    assert not distributed.is_first()
 
 
 @pytest.mark.parametrize(("what", "code", "told"), [("raise", 1, "rank 1 meets its end"), ("kill", 137, "SIGKILL")])

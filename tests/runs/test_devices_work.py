@@ -11,8 +11,7 @@ from forked import forked
 from diffbench.autoencoders import KLAutoencoder, KLConfig
 from diffbench.autoencoders import io as files
 from diffbench.cli import main
-from diffbench.core import collectives as together
-from diffbench.core import store
+from diffbench.core import distributed, store
 from diffbench.evaluation import samples
 from diffbench.runs import evaluate
 from diffbench.runs.lifecycle import load
@@ -66,8 +65,8 @@ def test_two_processes_score_what_one_scores(smoke_run: Path, monkeypatch: pytes
 
 
 def test_one_process_shares_with_nobody() -> None:
-    assert together.size() == 1 and together.rank() == 0
-    assert together.share(5).tolist() == [0, 1, 2, 3, 4]
+    assert distributed.world_size() == 1 and distributed.rank() == 0
+    assert distributed.rank_slice(5).tolist() == [0, 1, 2, 3, 4]
     value = torch.tensor([1.5])
-    assert together.total(value) is value and value.tolist() == [1.5]
-    assert together.rows(value) is value and together.largest([2.0, -1.0]) == [2.0, -1.0]
+    assert distributed.all_reduce_sum(value) is value and value.tolist() == [1.5]
+    assert distributed.all_gather_rows(value) is value and distributed.all_reduce_max([2.0, -1.0]) == [2.0, -1.0]
