@@ -1,4 +1,4 @@
-"""Autoencoders: pictures to latents and back. Draws no random numbers but initialisation."""
+"""Autoencoders: images to latents and back. Draws no random numbers but initialisation."""
 
 from diffbench.autoencoders.kl import KLAutoencoder, KLConfig, kl, sample, without_spread_
 

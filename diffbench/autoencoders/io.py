@@ -28,7 +28,7 @@ def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencode
     Args:
         source: the folder, or a hub name such as stabilityai/sd-vae-ft-ema; a folder of that name comes first. A name
             is looked up in the hub's cache, and only what is not there is fetched.
-        say: told, in a line, before anything is fetched.
+        say: called with a line before anything is fetched.
 
     Returns:
         The float32 network in eval mode, without gradients.

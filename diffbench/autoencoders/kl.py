@@ -1,7 +1,7 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022): pictures to a Gaussian over latents, and back.
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022): images to a Gaussian over latents, and back.
 
 Its state dict is that of diffusers' `AutoencoderKL` key by key, so that published weights load as they are
-(`files.py` reads and writes that format). Widths, depths and switches bear the names of diffusers' config too.
+(`io.py` reads and writes that format). Widths, depths and switches bear the names of diffusers' config too.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class KLConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The latents' (c, h, w) for pictures of (C, H, W).
+        """The latents' (c, h, w) for images of (C, H, W).
 
         Raises:
             ValueError: for other channels, or sides that `factor` does not divide.
@@ -84,7 +84,7 @@ class KLAutoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures to the moments of their latents' Gaussian.
+        """Images to the moments of their latents' Gaussian.
 
         Args:
             x: (B, C, H, W) in [-1, 1], sides divisible by `config.factor`.
@@ -103,7 +103,7 @@ class KLAutoencoder(nn.Module):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, latent_channels, h, w), unscaled, to pictures (B, C, factor h, factor w), about [-1, 1]."""
+        """Latents (B, latent_channels, h, w), unscaled, to images (B, C, factor h, factor w), about [-1, 1]."""
         out: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
         return out
 
@@ -125,7 +125,7 @@ class KLAutoencoder(nn.Module):
         return z / self.config.scaling_factor + self.config.shift_factor
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B, C, H, W) to their reconstruction from the mean, or from a draw with `noise`; and the moments."""
+        """Images (B, C, H, W) to their reconstruction from the mean, or from a draw with `noise`; and the moments."""
         mean, log_variance = self.encode(x)
         z = mean if noise is None else sample(mean, log_variance, noise)
         return self.decode(z), mean, log_variance
@@ -138,7 +138,7 @@ def sample(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def without_spread_(net: KLAutoencoder) -> None:
-    """Sets the log-variance to its least, -30, whatever the picture: a plain autoencoder."""
+    """Sets the log-variance to its least, -30, whatever the image: a plain autoencoder."""
     last = net.encoder.conv_out if net.quant_conv is None else net.quant_conv
     assert last.bias is not None
     last.weight[net.config.latent_channels :] = 0

@@ -1,4 +1,4 @@
-"""Files that are never half written, where caches lie, and locks of folders."""
+"""Atomic writes, the cache folder, and locks between processes."""
 
 import contextlib
 import errno
@@ -14,17 +14,17 @@ from typing import BinaryIO
 from diffbench.core.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A full disk, a quota, a limit on the size of files."""
+"""Error numbers of a full disk, a quota, and a limit on the size of files."""
 
 
 @contextlib.contextmanager
 def atomic(path: Path, needed: int | None = None, called: Path | None = None) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete or not at all: written beside it, synced, renamed.
+    """Open a binary file that appears under `path` complete or not at all: written beside it, synced, renamed.
 
     Args:
-        path: its name in the end.
+        path: its final name.
         needed: its size, where that is known.
-        called: its name in an error, where another is better known.
+        called: the path to name in an error; by default `path`.
 
     Raises:
         UserError: if the disk is full, naming the file and the bytes needed, or those that there was room for.
@@ -44,8 +44,8 @@ def atomic(path: Path, needed: int | None = None, called: Path | None = None) ->
         full = _full(e)
         if full is None:
             raise
-        told = f"more than {size:,} bytes" if needed is None else f"{needed:,} more bytes"
-        raise _no_room(called or path, told, full) from None
+        wanted = f"more than {size:,} bytes" if needed is None else f"{needed:,} more bytes"
+        raise _no_room(called or path, wanted, full) from None
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -54,19 +54,19 @@ def atomic(path: Path, needed: int | None = None, called: Path | None = None) ->
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed commands left below a folder of files that were not renamed yet. Its lock must be held."""
+    """Remove the unfinished files of killed commands below a folder, whose lock must be held."""
     for pattern in (".*.tmp", ".*.staged"):
         for path in folder.rglob(pattern):
             path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a text file atomically."""
+    """Replace a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces a file atomically."""
+    """Replace a file atomically."""
     with atomic(path, len(data)) as file:
         file.write(data)
 
@@ -78,17 +78,24 @@ def sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept (decoded images, latents, small networks).
+    """The folder of what can be made again (decoded images, latents, small networks).
 
     It is $DIFFBENCH_CACHE, or diffbench in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        UserError: if neither is set and the user has no home folder.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DIFFBENCH_CACHE") or Path(home) / "diffbench")
+    if named := os.environ.get("DIFFBENCH_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffbench"
+    except RuntimeError:  # a container's or cron's user without $HOME and an entry in passwd
+        raise UserError("no home folder for the cache; set DIFFBENCH_CACHE=FOLDER") from None
 
 
 @contextlib.contextmanager
 def room_for(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turns a full disk, a quota or a limit on file sizes into one line.
+    """Turn a full disk, a quota or a limit on file sizes into one line.
 
     Raises:
         UserError: naming the path and the bytes still needed.
@@ -103,7 +110,7 @@ def room_for(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 def _full(error: BaseException | None) -> OSError | None:
-    """The full disk behind an error: who closes a file after one often fails once more, in other words."""
+    """The full disk behind an error: closing a file after one often raises again, with other words."""
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, OSError) and error.errno in FULL:
             return error
@@ -111,30 +118,32 @@ def _full(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _no_room(path: Path, told: str, error: OSError) -> UserError:
-    return UserError(f"{path}: no room for {told} ({error.strerror}); make room, then the same command goes on")
+def _no_room(path: Path, wanted: str, error: OSError) -> UserError:
+    return UserError(f"{path}: no room for {wanted} ({error.strerror}); make room, then the same command goes on")
 
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[int]:
-    """Holds a folder against a second command; the lock goes with the process, however it ends.
-
-    It gives the open file's descriptor: a process that inherits it holds the lock too.
+    """Lock a folder against other commands; the lock ends with the process, however that ends.
 
     Args:
-        folder: what to hold; made if missing.
+        folder: the folder; made if missing.
         wait: wait for the other command to end, and say so, instead of refusing.
         name: of the lock's file.
 
+    Yields:
+        The descriptor of the lock's file; a process that inherits it holds the lock too.
+
     Raises:
-        UserError: if another process holds it and `wait` is false, naming its pid.
+        UserError: if another process holds it and `wait` is false, naming its pid, or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    told = False
+    announced = False
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     except OSError as e:
-        raise UserError(f"{folder / name}: no lock can be held here ({e.strerror}); remove it") from None
+        way = "remove it" if e.errno in (errno.ELOOP, errno.EISDIR) else "choose a folder that can be written"
+        raise UserError(f"{folder / name}: no lock can be held here ({e.strerror}); {way}") from None
     with os.fdopen(handle, "a+") as file:
         while True:
             try:
@@ -145,9 +154,9 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[in
                 pid = file.read().strip() or "unknown"
                 if not wait:
                     raise UserError(f"{folder}: another command (pid {pid}) is working on this run") from None
-            if not told:
+            if not announced:
                 print(f"{folder}: waiting for another command (pid {pid}) to finish it", flush=True)
-                told = True
+                announced = True
             time.sleep(0.2)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

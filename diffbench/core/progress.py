@@ -1,4 +1,4 @@
-"""How far a long pass over a data set is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long pass over a data set: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows images done, images/s and the time left.
+    """Show images done, images/s and the time left.
 
     Args:
-        what: word in front, as "decoding".
+        what: the word in front, as "decoding".
         total: images in all.
-        done: images that lay there before.
+        done: images that were there before.
 
     Yields:
         A function to call with the number of images done since the last call.
@@ -28,14 +28,14 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
 
             yield advance
         return
-    first, started, told = done, time.perf_counter(), -1
+    first, started, printed = done, time.perf_counter(), -1
 
     def update(count: int) -> None:
-        nonlocal done, told
+        nonlocal done, printed
         done += count
-        if 10 * done // total == told and done < total:  # a line for each tenth
+        if 10 * done // total == printed and done < total:  # a line for each tenth
             return
-        told = 10 * done // total
+        printed = 10 * done // total
         rate = (done - first) / max(1e-9, time.perf_counter() - started)
         left = (total - done) / rate if rate else 0.0
         print(f"{what} {done:,} of {total:,} images  {rate:,.0f} images/s  ETA {left:.0f} s", flush=True)
@@ -44,7 +44,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
 
 
 def span(seconds: float) -> str:
-    """Seconds for people: 0.4 s, 12 s, 3.5 min, 7.2 h."""
+    """Format seconds: 0.4 s, 12 s, 3.5 min, 7.2 h."""
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 9.5 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

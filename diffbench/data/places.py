@@ -36,7 +36,7 @@ class ImagesConfig:
     the training split; null for all of the former, or a tenth of the latter, 10,000 at most."""
     image_column: str | None = None
     label_column: str | None = None
-    """Columns of parquet files and hub data; null where they can be told by their type or name."""
+    """Columns of parquet files and hub data; null where type or name shows them."""
     subset: str | None = None
     """The configuration of a hub name that has several."""
     skip_broken: bool = False

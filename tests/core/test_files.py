@@ -1,0 +1,51 @@
+"""The cache folder, and files that are made once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffbench.core.errors import UserError
+from diffbench.core.files import cache_folder, cached, write_text
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DIFFBENCH_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+
+
+def test_a_user_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_home(monkeypatch)
+    with pytest.raises(UserError, match=r"^no home folder for the cache; set DIFFBENCH_CACHE=FOLDER$"):
+        cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/diffbench")
+    monkeypatch.setenv("DIFFBENCH_CACHE", "/y")
+    assert cache_folder() == Path("/y")
+
+
+def test_a_file_is_made_once_by_many_processes(tmp_path: Path) -> None:
+    program = (
+        "import sys, time, pathlib\n"
+        "from diffbench.core.files import cached, write_text\n"
+        "path, log = map(pathlib.Path, sys.argv[1:])\n"
+        "def make():\n"
+        "    log.open('a').write('made\\n'); time.sleep(0.2); write_text(path, 'x')\n"
+        "assert cached(path, make).read_text() == 'x'\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "f"), str(tmp_path / "log")]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [p.wait() for p in processes] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "made\n"
+
+
+def test_what_is_there_is_not_made(tmp_path: Path) -> None:
+    write_text(tmp_path / "f", "x")
+    assert cached(tmp_path / "f", pytest.fail) == tmp_path / "f"
+    assert not (tmp_path / ".f.lock").exists()
