@@ -90,7 +90,7 @@ def list_files(root: Path) -> Listing:
     """
     images: list[str] = []
     tables: list[str] = []
-    skipped: dict[str, list[str]] = {"hidden": [], "links to folders": [], "other files": []}
+    skipped: dict[str, list[str]] = {"hidden": [], "links to folders": [], "other": []}
     real, folders = root.resolve(), [root]
     while folders:
         with os.scandir(folders.pop()) as listing:
@@ -107,12 +107,12 @@ def list_files(root: Path) -> Listing:
                 else:
                     folders.append(Path(entry.path))
             elif not entry.is_file() or (suffix != ".parquet" and suffix not in SUFFIXES):
-                skipped["other files"].append(path)
+                skipped["other"].append(path)
             elif not _is_text(entry.path):
                 raise ValueError(f"the name of {os.fsencode(entry.path)!r} is not UTF-8; rename it")
             else:
                 (tables if suffix == ".parquet" else images).append(path)
-    return Listing(root, sorted(images), sorted(tables), skipped)
+    return Listing(root, sorted(images), sorted(tables), {why: sorted(names) for why, names in skipped.items()})
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def locate(path: str) -> Place:
                 f" allowed: one of them, as data.path={local / '*.parquet'}"
             )
         if not listing.images and not listing.tables:
-            others = len(listing.skipped["other files"])
+            others = len(listing.skipped["other"])
             raise ValueError(
                 f"data.path: no image in {local} ({others:,} other files); allowed: {' '.join(sorted(SUFFIXES))}"
             )

@@ -1,4 +1,4 @@
-"""One encoded image to pixels: converted, cropped to a square at its centre, resized."""
+"""An encoded image to pixels: decoded, converted, cropped to a square at its centre, and resized."""
 
 import contextlib
 import io
@@ -15,19 +15,20 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", "
 
 
 class BrokenError(ValueError):
-    """An image that gives no pixels; the text says why."""
+    """An image that cannot be decoded; the text says why."""
 
 
-def decode(encoded: bytes | str, size: int, channels: int) -> tuple[np.ndarray, str]:
-    """The pixels of an image.
+def decode(encoded: bytes | str, size: int | None = None, channels: int | None = None) -> tuple[np.ndarray, str]:
+    """Decode an image, for training as for scoring: upright as its EXIF says, 8 bits a channel, without transparency.
 
     Args:
         encoded: the file's bytes, or its path.
-        size: side of the result.
-        channels: 3 for colour, 1 for grey; what the file has is converted (transparency is dropped, as ADM does).
+        size: side of the square at the centre that is kept; None keeps the image's own height and width.
+        channels: 3 for colour, 1 for grey; what the file has is converted (transparency is dropped, as ADM does). None
+            keeps grey images grey and gives colour for all others.
 
     Returns:
-        (channels, size, size) uint8, and the file's format.
+        (channels, height, width) uint8, and the file's format.
 
     Raises:
         BrokenError: whatever the reason.
@@ -41,20 +42,22 @@ def decode(encoded: bytes | str, size: int, channels: int) -> tuple[np.ndarray, 
             check_size(image.size)
             kind = str(image.format)
             upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-            pixels = np.asarray(centre_crop(_converted(upright, channels), size))
+            grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+            converted = _converted(upright, channels or (1 if grey else 3))
+            pixels = np.asarray(converted if size is None else centre_crop(converted, size))
     except BrokenError:
         raise
     except Exception as e:  # decoders of a hostile file raise anything
         text = " ".join(str(e).split()) or type(e).__name__
         raise BrokenError("no image of a known format" if "cannot identify" in text else text) from None
-    return pixels.reshape(size, size, channels).transpose(2, 0, 1), kind
+    return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1), kind
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest square at an image's centre, `size` pixels a side, in the way of ADM (Dhariwal & Nichol 2021).
+    """Crop the largest square at an image's centre, `size` pixels a side, as ADM does (Dhariwal & Nichol 2021).
 
-    Halved by box averaging while the shorter side is at least twice as long as needed, then brought to it by bicubic
-    resampling, then cropped. An image of the right size stays as it is.
+    The image is halved by box averaging while the shorter side is at least twice as long as needed, then brought to it
+    by bicubic resampling, then cropped. An image of the right size stays as it is.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -69,7 +72,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Pillow's warnings about odd files off the terminal; not in threads, but around all of them."""
+    """Keep Pillow's warnings about odd files off the terminal; to be used around threads, not in them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` refuses these
@@ -90,7 +93,7 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Whether an image of (width, height) is safe to decode.
+    """Check that an image of (width, height) is safe to decode.
 
     Raises:
         BrokenError: if it has more pixels than Pillow takes for safe.

@@ -4,22 +4,21 @@ import hashlib
 import math
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256
-from diffbench.data.transforms import FORMATS, check_size, quiet
+from diffbench.data.places import list_files
+from diffbench.data.transforms import SUFFIXES, BrokenError, check_size, decode, quiet
 from diffbench.metrics import Extractor
 from diffbench.metrics.base import Gaussian, ReferenceStatistics
-
-KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
 
 
 class ImageSource(Protocol):
@@ -40,26 +39,39 @@ class ImageSource(Protocol):
 
 
 class ImageFolder:
-    """The images below a folder, in the order of their paths."""
+    """The images below a folder, in the order of their paths, decoded by the rules of training.
+
+    Attributes:
+        formats: file format -> images read in it so far.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS)
-        if not self.files:
-            raise UserError(f"{path}: holds no images; allowed: {', '.join(KINDS)}")
+        try:
+            listing = list_files(path)
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        if not listing.images:
+            raise UserError(f"{path}: holds no images; allowed: {', '.join(sorted(SUFFIXES))}")
+        print(listing, flush=True)
+        self.files = [path / name for name in listing.images]
         self.labels: Tensor | None = None
-        channels, height, width = _read(self.files[0]).shape
+        channels, height, width = _read(self.files[0])[0].shape
         self.shape = (channels, height, width)
+        self.formats: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images, (B, C, H, W) uint8; grey ones are repeated where the first has colours."""
+        self.formats.clear()
         for start in range(0, len(self), size):
-            yield torch.stack([self._like_the_first(path) for path in self.files[start : start + size]])
+            with quiet():
+                yield torch.stack([self._like_the_first(path) for path in self.files[start : start + size]])
 
     def _like_the_first(self, path: Path) -> Tensor:
-        image = _read(path)
+        image, kind = _read(path)
+        self.formats[kind] += 1
         if image.shape[1:] != self.shape[1:] or image.shape[0] not in (1, self.shape[0]):
             raise UserError(f"{path}: is {_size(image.shape)}, but {self.files[0].name} is {_size(self.shape)}")
         return image.expand(self.shape)
@@ -72,18 +84,12 @@ class ImageFolder:
         return hashed.hexdigest()
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: Path) -> tuple[Tensor, str]:
     try:
-        with quiet(), Image.open(path, formats=FORMATS) as image:
-            check_size(image.size)
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"{path}: more than eight bits a channel ({image.mode}); convert it first")
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except UserError:
-        raise
-    except Exception as e:  # decoders of a hostile file raise anything
-        raise UserError(f"{path}: no image ({' '.join(str(e).split())})") from None
-    return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+        pixels, kind = decode(str(path))
+    except BrokenError as e:
+        raise UserError(f"{path}: broken image ({e})") from None
+    return torch.from_numpy(np.ascontiguousarray(pixels)), kind
 
 
 def _size(shape: Any) -> str:

@@ -253,10 +253,10 @@ def test_huge_pictures_are_refused_unread(tmp_path: Path, monkeypatch: pytest.Mo
     for limit in (1500, 100):  # where Pillow warns, and where it raises
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         line = refused("evaluate", folder, "--against", folder, "evaluate.extractor=digits-cnn")
-        assert line.startswith(f"{folder / '00.png'}: no picture (")
+        assert line.startswith(f"{folder / '00.png'}: broken image (")
         yaml = ("data.name=images", f"data.path={folder}", f"runs_dir={tmp_path / 'runs'}")
         assert "broken image" in refused("train", DIT, *yaml)
     (folder / "00.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # would start Ghostscript
     line = refused("evaluate", folder, "--against", folder, "evaluate.extractor=digits-cnn")
-    assert line.startswith(f"{folder / '00.png'}: no picture (cannot identify")
+    assert line.startswith(f"{folder / '00.png'}: broken image (no image of a known format")
     assert not (tmp_path / "runs").exists()

@@ -76,7 +76,7 @@ def test_a_pipe_named_like_an_image_is_no_image(tmp_path: Path) -> None:
     (root / ".hidden.png").write_bytes(b"")
     place = locate(str(root))
     assert place.listing is not None
-    assert (len(place.files), place.listing.skipped["other files"]) == (4, ["x.png"])
+    assert (len(place.files), place.listing.skipped["other"]) == (4, ["x.png"])
     assert place.listing.skipped["hidden"] == [".hidden.png"]
 
 

@@ -133,7 +133,7 @@ def test_other_sizes_kinds_and_channels(tmp_path: Path) -> None:
     assert train.images.shape == (3, 3, 8, 8) and held_out.images.shape == (1, 3, 8, 8)
     grey, _ = load(root, held_out=1, channels=1, image_size=16)
     assert grey.images.shape == (3, 1, 16, 16)
-    assert len(locate(str(root)).listing.skipped["other files"]) == 1
+    assert len(locate(str(root)).listing.skipped["other"]) == 1
 
 
 def test_the_second_time_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
