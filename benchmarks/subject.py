@@ -145,8 +145,8 @@ class Subject:
 
     @property
     def steps(self) -> int:
-        """Of the sampler in one `sample`; two of Heun's, whose last one takes one evaluation instead of two."""
-        return 2 if self.process.name == "edm" else 1
+        """Of the sampler in one `sample`: at least two for vp, and for Heun, whose last step takes one evaluation."""
+        return 1 if self.process.name == "flow" else 2
 
     @property
     def process(self) -> Any:

@@ -1,41 +1,52 @@
-"""Samples of a run as pictures: what `diffbench sample` takes and writes."""
+"""`diffbench sample`: draw samples of a run, into a grid, and how they come about."""
 
 import argparse
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build, change
 from diffbench.core.errors import UserError, suggest
+from diffbench.runs.denoiser import DenoiserRun, labels_for
 from diffbench.runs.lifecycle import load
+from diffbench.sampling.images import FORMATS, Trajectory, save_grid, save_image, save_npz
 
 
 @dataclass
 class DrawConfig:
-    """What `sample` takes besides the keys of the sample section."""
+    """The arguments of `sample` besides the keys of the sample section."""
 
     n: int | None = None
-    labels: int | list[int] | None = None
+    """How many; null draws one for each label, or 16."""
+    labels: str | list[str] | None = None
+    """A class, by name or number, or a list with one for each sample; null takes the classes in turn."""
     seed: int = 0
+    """Sample i's noise follows from (seed, i)."""
     out: str | None = None
+    """File of the grid: .png, .jpg, .webp or .gif; or .npz with the samples as arr_0 and their labels as arr_1."""
     ema: float | None = None
+    """Decay of the average to sample; null takes the first."""
     strip: bool = False
-    """Besides, how the first four come about: x_t and the predicted image along the steps, as a PNG."""
+    """Also draw how the first four come about, x_t and the predicted image along the steps, as NAME.strip.png."""
     gif: bool = False
-    """The same as an animation."""
+    """The same as an animation, NAME.steps.gif."""
     raw: bool = False
     """What the network denoises as it is, without the autoencoder; needs out=NAME.npz."""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draws samples of `arguments.run`."""
-    for path in draw(Path(arguments.run), arguments.overrides):
-        print(path)
+    """Draw samples of `arguments.run`, and print the files."""
+    for line in draw(Path(arguments.run), arguments.overrides):
+        print(line)
 
 
-def draw(folder: Path, overrides: Sequence[str]) -> Iterator[Path]:
-    """Draws samples of a run as key=value arguments ask; yields the files as they are written.
+def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
+    """Draw samples of a run as key=value arguments ask; yields the files as they are written, and named classes.
 
     Raises:
         UserError: naming the key that is wrong, or the file that is there already.
@@ -52,38 +63,66 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[Path]:
         asked = build(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
     if asked.ema is not None:
         run.use_average(asked.ema)
-    changes = {k: v for k, v in values.items() if k not in vars(asked)}
-    change(run.config, {"sample": changes})
-    words = [f"{run.images_seen:09d}", *(a.replace("/", "_") for a in overrides if not a.startswith("out="))]
-    path = Path(asked.out or run.folder / "samples" / f"{'-'.join(['sample', *words])[:200]}.png")
-    if asked.out and path.exists():
-        raise UserError(f"{COMMAND_LINE}: out: {path} exists already; choose another name")
-    if asked.raw and run.config.autoencoder is None and not run.raw:
-        raise UserError(f"{COMMAND_LINE}: raw: this network denoises pictures; leave it at false")
-    if asked.raw:
-        run.config = replace(run.config, autoencoder=None)
-    if run.raw and path.suffix != ".npz":
-        raise UserError(
-            f"{COMMAND_LINE}: out: {run.shape[0]} channels make no picture; give out=NAME.npz for their raw values"
-        )
-    if run.raw and (asked.strip or asked.gif):
-        raise UserError(f"{COMMAND_LINE}: {'strip' if asked.strip else 'gif'}: {run.shape[0]} channels make no picture")
-    from diffbench.sampling.images import save_grid, save_npz, save_png
-    from diffbench.sampling.trajectory import Trajectory
-
-    steps = Trajectory(run.sampler(run.config.sample.unguided()).images)
+    settings = change(run.config, {"sample": {k: v for k, v in values.items() if k not in vars(asked)}}).sample
     with located([(COMMAND_LINE, values)]):
-        images = run.sample_tensor(
-            asked.n, asked.labels, seed=asked.seed, callback=steps if asked.strip or asked.gif else None, **changes
-        )
-    if path.suffix == ".npz":
-        save_npz(images, path)
+        labels = labels_for(asked.n, asked.labels, run.facts)
+        if asked.raw and run.config.autoencoder is None and not run.raw:
+            raise ValueError("raw: this network denoises images; leave it at false")
+        if asked.raw:
+            run.config = replace(run.config, autoencoder=None)
+        words = [f"{run.images_seen:09d}", *(word for word in overrides if not word.startswith("out="))]
+        grid, strip, animation = _files(run, asked, words)
+        trajectory, sampler = None, run.sampler(settings)
+        if asked.strip or asked.gif:
+            trajectory = Trajectory(sampler.images)
+        samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)
+    if run.facts.class_names not in ((), tuple(map(str, range(run.facts.num_classes)))):
+        yield f"labels: {_counts(labels, run.facts.class_names)}"
+    if grid.suffix.lower() == ".npz":
+        save_npz(samples, labels, grid)
     else:
-        save_grid(images, columns=min(10, len(images)), path=path)
-    yield path
-    if asked.strip:
-        save_png(steps.strip(), path.with_suffix(".strip.png"))
-        yield path.with_suffix(".strip.png")
-    if asked.gif:
-        steps.save_gif(path.with_suffix(".gif"))
-        yield path.with_suffix(".gif")
+        save_grid(samples, columns=min(10, len(samples)), path=grid)
+    yield str(grid)
+    if trajectory and asked.strip:
+        save_image(trajectory.strip(), strip)
+        yield str(strip)
+    if trajectory and asked.gif:
+        trajectory.save_gif(animation)
+        yield str(animation)
+
+
+def _files(run: DenoiserRun, asked: DrawConfig, words: Sequence[str]) -> tuple[Path, Path, Path]:
+    """Where grid, strip and animation go: beside each other, and never over a file that is there.
+
+    The default name says what was asked for; where it is taken, a number is added.
+
+    Raises:
+        ValueError: if a file that the user named exists, or its suffix names no format or not one for these samples.
+    """
+    name = re.sub(r"[^\w.,=\[\]-]", "_", "-".join(["sample", *words]))[:120]
+    grid = Path(asked.out) if asked.out else run.folder / "samples" / f"{name}.png"
+    formats = [".npz"] if run.raw else [*FORMATS, ".npz"]
+    if run.raw and (asked.strip or asked.gif):
+        raise ValueError(f"{'strip' if asked.strip else 'gif'}: {run.shape[0]} channels make no image")
+    if run.raw and grid.suffix.lower() != ".npz":
+        raise ValueError(f"out: {run.shape[0]} channels make no image; give out=NAME.npz for their raw values")
+    if grid.suffix.lower() not in formats:
+        raise ValueError(f"out: {grid}: its suffix names no format; choose from {', '.join(formats)}")
+    number = 1
+    while True:
+        stem = grid.stem if number == 1 else f"{grid.stem}-{number}"
+        files = tuple(grid.with_name(stem + end) for end in (grid.suffix, ".strip.png", ".steps.gif"))
+        wanted = (True, asked.strip, asked.gif)
+        taken = [path for path, wants in zip(files, wanted, strict=True) if wants and path.exists()]
+        if not taken:
+            return files  # type: ignore[return-value]
+        if asked.out:
+            raise ValueError(f"out: {taken[0]} exists already; choose another name")
+        number += 1
+
+
+def _counts(labels: Tensor, names: Sequence[str], most: int = 20) -> str:
+    """Classes with how many samples each has, as "cat 4, dog 3"."""
+    counts = Counter(labels.tolist())
+    shown = [f"{names[label]} {count}" for label, count in sorted(counts.items())[:most]]
+    return ", ".join(shown + ([f"and {len(counts) - most} more classes"] if len(counts) > most else []))

@@ -108,6 +108,8 @@ class RunConfig(BaseConfig):
                 " choose uniform or stratified"
             )
         self._settle_sampler()
+        if self.process.name == "edm" and self.process.sigma_data is None:
+            self.process = replace(self.process, sigma_data=0.5 if self.pixels else 1.0)
         check_levels(self.process, self.validation)
 
     @property

@@ -17,8 +17,8 @@ from diffbench.diffusion.timesteps import normal_quantiles
 class EDMConfig:
     """EDM (Karras et al. 2022, Table 1)."""
 
-    sigma_data: float = 0.5
-    """Standard deviation of the data's pixels."""
+    sigma_data: float | None = None
+    """Standard deviation of the data; null is 0.5, that of pixels in [-1, 1], or 1 for latents, which are scaled."""
     p_mean: float = -1.2
     """Mean of ln(sigma) in training."""
     p_std: float = 1.2
@@ -32,7 +32,7 @@ class EDMConfig:
 
     def __post_init__(self) -> None:
         for name in ("sigma_data", "p_std", "rho"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"process.{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
@@ -46,11 +46,11 @@ class EDM(Process):
     name = "edm"
 
     def __init__(self, config: EDMConfig) -> None:
-        self.config = config
+        self.config, self.sigma_data = config, 0.5 if config.sigma_data is None else config.sigma_data
 
     def noising(self) -> tuple[Any, ...]:
         """Noise levels, and the scale of the network's input."""
-        return self.name, self.config.sigma_data
+        return self.name, self.sigma_data
 
     def time(self, u: Tensor) -> Tensor:
         """Log-normal noise levels (B,) float64 for u (B,) uniform in (0, 1) (Karras et al. 2022, Table 1)."""
@@ -75,7 +75,7 @@ class EDM(Process):
 
     def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """The denoised image D, and the noise (x - D) / sigma written without their difference."""
-        sigma, total, data = t.double(), self._total(t), self.config.sigma_data
+        sigma, total, data = t.double(), self._total(t), self.sigma_data
         x0 = per_sample((data / total) ** 2, x_t) * x_t + per_sample(sigma * data / total, x_t) * out
         eps = per_sample(sigma / total**2, x_t) * x_t - per_sample(data / total, x_t) * out
         return Prediction(x0, eps)
@@ -86,7 +86,7 @@ class EDM(Process):
         The loss, its squared error, is (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |D - x_0|^2, weighted by
         1 / c_out^2.
         """
-        total, data = self._total(t), self.config.sigma_data
+        total, data = self._total(t), self.sigma_data
         return per_sample(t.double() / (data * total), x0) * x0 - per_sample(data / total, x0) * eps
 
     def grid(self, steps: int | str) -> Grid:
@@ -99,4 +99,4 @@ class EDM(Process):
         return Grid(Point(sigma, sigma, one, sigma, zero, one), scale=c.sigma_max)
 
     def _total(self, t: Tensor) -> Tensor:
-        return (t.double() ** 2 + self.config.sigma_data**2).sqrt()
+        return (t.double() ** 2 + self.sigma_data**2).sqrt()

@@ -266,9 +266,10 @@ def dopri5(
         x, first = torch.where(kept, ahead, x), torch.where(kept, rates[-1], first)
         s = torch.where(good, torch.where(h == 1 - s, 1.0, s + h), s)
         step = h * (0.9 * size**-0.2).clamp(0.2, 10)
+        x = torch.where(size.isnan().reshape(kept.shape), torch.nan, x)  # no step would ever be good
         if callback:
             callback(k, x, x0)
-        if bool((s == 1).all()):
+        if bool((s == 1).all() | size.isnan().any()):
             return x
     raise StepLimitError(f"dopri5 reached {s.min():.3f} of 1 in {limit} steps; loosen rtol={rtol}, or raise the limit")
 

@@ -152,9 +152,23 @@ class DiscreteVP(Process):
         scale = self.config.steps / 1000 if self.config.loss == "rescaled_hybrid" else 1.0
         return loss + self._bound(variance_only, x0, t, eps) * scale
 
+    def respaced(self, steps: int | str) -> Tables:
+        """The tables of a sampler of that many steps, see `space_timesteps`.
+
+        Raises:
+            ValueError: if they begin where an image still shows: a sampler that begins with pure noise would end there.
+        """
+        tables, total = self.tables.respaced(steps), self.config.steps
+        if (first := int(tables.time[-1])) < 0.75 * (total - 1):
+            raise ValueError(
+                f"sampling would begin at step {first} of {total - 1}, where the image still shows through the noise;"
+                " take at least 2 steps, in the last section too, or at least ddim4"
+            )
+        return tables
+
     def grid(self, steps: int | str) -> Grid:
         """The respaced steps from the last to the first, then the image; s is the angle whose cosine is alpha."""
-        tables = self.tables.respaced(steps)
+        tables = self.respaced(steps)
         bar = torch.cat([tables.alphas_cumprod.flip(0), torch.ones(1, dtype=torch.float64)])
         alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
         time = torch.cat([tables.time.flip(0), tables.time[:1]])

@@ -1,6 +1,7 @@
 """The run of a denoiser: what trains it, and samples from it."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -17,8 +18,9 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import located
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
-from diffbench.core.errors import UserError
+from diffbench.core.errors import UserError, suggest
 from diffbench.data.coding import decode
+from diffbench.data.facts import DataFacts
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
@@ -215,7 +217,7 @@ class DenoiserRun(Run[RunConfig]):
     def sample(
         self,
         n: int | None = None,
-        labels: int | Sequence[int] | Tensor | None = None,
+        labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance: float | None = None,
         seed: int = 0,
         **changes: Any,
@@ -234,7 +236,7 @@ class DenoiserRun(Run[RunConfig]):
     def sample_tensor(
         self,
         n: int | None = None,
-        labels: int | Sequence[int] | Tensor | None = None,
+        labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance: float | None = None,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
@@ -245,7 +247,7 @@ class DenoiserRun(Run[RunConfig]):
 
         Args:
             n: how many; by default one for each label.
-            labels: one class for all, or one for each; by default the classes in turn.
+            labels: one class for all, or one for each, see `labels_for`; by default the classes in turn.
             guidance: weight of guidance; by default the config's.
             seed: sample i's noise follows from (seed, i).
             progress: called with the number of images done after each batch.
@@ -253,14 +255,14 @@ class DenoiserRun(Run[RunConfig]):
             **changes: other keys of the `sample` section, such as steps="50" or sampler="ddim".
 
         Raises:
-            ValueError: if a label is out of range, or the counts disagree.
+            ValueError: if there is no such class, or the counts disagree.
             UserError: if a change is not a key of the section or out of range, or guidance meets a network without a
                 null class.
         """
         if guidance is not None:
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
-        y = labels_for(n, labels, self.facts.num_classes)
+        y = labels_for(n, labels, self.facts)
         return self.generate(y, settings, seed, progress=progress, callback=callback)
 
     def generate(
@@ -282,26 +284,52 @@ class DenoiserRun(Run[RunConfig]):
         return self.sample_tensor(n)
 
 
-def labels_for(n: int | None, labels: int | Sequence[int] | Tensor | None, classes: int) -> Tensor:
+def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor | None, facts: DataFacts) -> Tensor:
     """Labels (N,) of samples: those given, one for all, or by default the classes in turn.
 
+    Args:
+        n: how many samples; None for one each.
+        labels: a class or a list of them, by name, or by number where no name is a number; a tensor holds numbers.
+        facts: of the data set that has the classes.
+
     Raises:
-        ValueError: if one is out of range, or the counts disagree.
+        ValueError: if there is no such class, or the counts disagree.
     """
     if n is not None and n < 1:
         raise ValueError(f"n: must be at least 1, got {n}")
     if labels is None:
-        return torch.arange(16 if n is None else n) % max(1, classes)
-    y = torch.as_tensor(labels, dtype=torch.int64)
+        return torch.arange(16 if n is None else n) % max(1, facts.num_classes)
+    if not facts.num_classes:
+        raise ValueError("labels: this network was trained without classes; leave them out")
+    if isinstance(labels, Tensor):
+        y = labels.long()
+    else:
+        one = isinstance(labels, int | str)
+        found = [_class_number(label, facts) for label in ((labels,) if isinstance(labels, int | str) else labels)]
+        y = torch.tensor(found[0] if one else found, dtype=torch.int64)
     if y.ndim == 0:
         y = y.repeat(1 if n is None else n)
     if not len(y) or (n is not None and len(y) != n):
         raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
-    if not classes:
-        raise ValueError("labels: this network was trained without classes; leave them out")
-    if not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise ValueError(f"labels: must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
+    if not 0 <= int(y.min()) <= int(y.max()) < facts.num_classes:
+        raise ValueError(f"labels: must lie in 0 to {facts.num_classes - 1}, got {int(y.min())} to {int(y.max())}")
     return y
+
+
+def _class_number(label: int | str, facts: DataFacts) -> int:
+    """The number of a class that a user names."""
+    names, text = facts.class_names, str(label)
+    if text in names:
+        return names.index(text)
+    numbers = [int(name) if name.isdecimal() else None for name in names]
+    plain = numbers == list(range(len(names)))
+    if re.fullmatch(r"-?\d+", text) and int(text) in numbers:  # as 7 for a folder 007
+        return numbers.index(int(text))
+    if re.fullmatch(r"-?\d+", text) and (plain or not any(number is not None for number in numbers)):
+        return int(text)
+    known = names if names and not plain else (f"0 to {facts.num_classes - 1}",)
+    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    raise ValueError(f"labels: {text!r} is not a class; choose from {listed}{suggest(text, names)}")
 
 
 def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "GuidanceModels":

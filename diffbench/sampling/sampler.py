@@ -13,9 +13,9 @@ from diffbench.config.sections import SampleConfig
 from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
-from diffbench.diffusion import SAMPLERS, Grid, Predict, Process, ddim, ddpm, dopri5, predictor
+from diffbench.diffusion import SAMPLERS, Grid, Predict, Process, StepLimitError, ddim, ddpm, dopri5, predictor
 from diffbench.diffusion.samplers import Callback, Noise
-from diffbench.sampling.fast import Graphed, Network, in_bfloat16
+from diffbench.sampling.cuda_graphs import Graphed, Network
 from diffbench.sampling.guided import GuidanceModels, guided
 
 
@@ -74,8 +74,10 @@ class Sampler:
 
         Raises:
             ValueError: where guidance is asked for that the network or the guidance models do not allow.
-            UserError: where the network put out values that are not finite, naming step and noise level.
+            UserError: where the network put out values that are not finite, naming step and noise level; or where an
+                adaptive sampler does not reach the end.
         """
+        config = config.settled(self.process.name, pixels=self.decode is None and not self.raw)
         parameter = next(self.denoiser.parameters())
         device = parameter.device
         predict, models = predictor(self.process, self._network(config, device)), self.guidance_models.to(device)
@@ -85,7 +87,10 @@ class Sampler:
                 return rng.normal(rng.key(seed, "sample", step), position, self.shape).to(parameter.dtype)
 
             guided_predict = guided(predict, y, self.process, config, self.null_label, models)
-            x = run_sampler(guided_predict, noise, self.process, config, callback)
+            try:
+                x = run_sampler(guided_predict, noise, self.process, config, callback)
+            except StepLimitError as e:
+                raise UserError(f"{self.name}: sample.rtol: {e}") from None
             if not bool(x.isfinite().all()):
                 run_sampler(self._until_broken(guided_predict, config), noise, self.process, config)
                 raise UserError(f"{self.name}: the {config.sampler} sampler ended in values that are not finite")
@@ -126,13 +131,15 @@ class Sampler:
 
     def _network(self, config: SampleConfig, device: torch.device) -> Network:
         """The denoiser in the precision that the config asks for, as CUDA graphs if it asks for them."""
-        network: Network = in_bfloat16(self.denoiser, device) if config.precision == "bf16-mixed" else self.denoiser
-        if not config.cuda_graphs:
-            return network
-        if device.type != "cuda":
+
+        def in_bfloat16(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                return self.denoiser(x, t, y).to(x.dtype)
+
+        network: Network = in_bfloat16 if config.precision == "bf16-mixed" else self.denoiser
+        if config.cuda_graphs and device.type != "cuda":
             print(f"note: sample.cuda_graphs: off, the network is on {device.type}")
-            return network
-        return Graphed(network)
+        return Graphed(network) if config.cuda_graphs and device.type == "cuda" else network
 
     def _until_broken(self, predict: Predict, config: SampleConfig) -> Predict:
         """A predictor that names the step at which a prediction is not finite.
@@ -176,10 +183,10 @@ def run_sampler(
     match c.sampler:
         case "ddpm":
             variance = "learned_range" if p.learn_sigma else c.variance
-            tables = p.tables.respaced(c.steps)
+            tables = p.respaced(c.steps)
             return ddpm(predict, x, tables, noise, variance=variance, clip=bool(c.clip), callback=callback)
         case "ddim":
-            tables = p.tables.respaced(c.steps)
+            tables = p.respaced(c.steps)
             return ddim(predict, x, tables, noise, eta=c.eta, clip=bool(c.clip), callback=callback)
         case "dopri5":
             return dopri5(predict, x, p.path, noise, rtol=c.rtol, atol=c.atol, callback=callback)

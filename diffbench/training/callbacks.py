@@ -22,8 +22,8 @@ from diffbench.metrics.reconstruction import psnr, ssim
 from diffbench.metrics.registry import metric_name, metric_of
 from diffbench.metrics.suite import Suite
 from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation, timed
+from diffbench.sampling.images import Trajectory
 from diffbench.sampling.sampler import Sampler
-from diffbench.sampling.trajectory import Trajectory
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
 from diffbench.training.fsdp import shard_of, weights_replaced

@@ -316,7 +316,7 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
     [
         ("labels=10", "labels: must lie in 0 to 9, got 10 to 10"),
         ("labels=-1", "labels: must lie in 0 to 9, got -1 to -1"),
-        ("labels=abc", "labels: must be a whole number or a list of whole numbers, as [1, 2] or null, got 'abc'"),
+        ("labels=abc", "labels: 'abc' is not a class; choose from 0 to 9"),
         ("labels=[]", "labels: 0 labels"),
         ("n=0", "n: must be at least 1, got 0"),
         ("n=x", "n: must be a whole number or null, got 'x'"),

@@ -141,7 +141,7 @@ def test_latents_are_decoded_or_written_as_they_are(tmp_path: Path, capsys: Capt
     assert capsys.readouterr().err.startswith("error: autoencoder: stabilityai/sd-vae-ft-ema: not cached")
     assert main(["sample", str(out), "n=2", "steps=2", "raw=true"]) == 2
     assert capsys.readouterr().err == (
-        "error: command line: out: 4 channels make no picture; give out=NAME.npz for their raw values\n"
+        "error: command line: out: 4 channels make no image; give out=NAME.npz for their raw values\n"
     )
     assert main(["sample", str(out), "n=2", "steps=2", "raw=true", f"out={file}"]) == 0
     values = np.load(file)["arr_0"]
@@ -185,7 +185,7 @@ def test_an_imported_run_is_scored_on_the_data_it_names(tmp_path: Path, capsys: 
     assert pictures.dtype == np.uint8 and pictures.shape == (2, 8, 8, 1)
     capsys.readouterr()
     assert main(["sample", str(out), "n=2", "raw=true"]) == 2
-    assert capsys.readouterr().err == "error: command line: raw: this network denoises pictures; leave it at false\n"
+    assert capsys.readouterr().err == "error: command line: raw: this network denoises images; leave it at false\n"
 
 
 def test_without_images_nothing_is_scored_or_trained(tmp_path: Path, capsys: Capture) -> None:

@@ -35,7 +35,7 @@ def test_every_recipe_trains_and_samples(path: str, tmp_path: Path, capsys: Capt
     (run,) = (tmp_path / "digits-papers").iterdir()
     assert (run / "samples" / "final-000000016.png").exists()
     assert main(["sample", str(run), "n=3", "steps=3", f"out={tmp_path / 'x.png'}", "strip=true", "gif=true"]) == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in ("x.png", "x.strip.png", "x.gif")]
+    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in ("x.png", "x.strip.png", "x.steps.gif")]
 
 
 LARGE = {

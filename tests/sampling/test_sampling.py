@@ -16,8 +16,8 @@ from diffbench.core.errors import UserError
 from diffbench.denoisers.classifier import ClassifierConfig, NoisyClassifier
 from diffbench.diffusion import EDM, PAIRS, DiscreteVP, EDMConfig, Flow, FlowConfig, Process, VPConfig
 from diffbench.sampling.guided import GuidanceModels, gradient_of, guided
+from diffbench.sampling.images import Trajectory
 from diffbench.sampling.sampler import Sampler
-from diffbench.sampling.trajectory import Trajectory
 
 PROCESSES: dict[str, Process] = {
     "vp": DiscreteVP(VPConfig(1000, "cosine")),
@@ -38,7 +38,7 @@ class Towards(nn.Module):
         grey = (torch.where(y == 10, 5.0, y) / 5 - 1 + self.shift).to(x.dtype)[:, None, None, None]
         if isinstance(self.process, EDM):  # x and t are as scaled for the network
             sigma = (4 * t).exp()[:, None, None, None]
-            data = self.process.config.sigma_data
+            data = self.process.sigma_data
             total = (sigma**2 + data**2).sqrt()
             x = x * total
             return (grey - (data / total) ** 2 * x) / (sigma * data / total)
@@ -186,6 +186,36 @@ def test_non_finite_output_names_step_and_noise_level(process: str) -> None:
     text = r"not finite at call 3 of the \w+ sampler, time [\d.e-]+, noise level sigma/alpha [\d.e+]+|ended in values"
     with pytest.raises(UserError, match=text):
         Sampler(Broken(PROCESSES[process]), PROCESSES[process], (1, 4, 4))(torch.zeros(2).long(), config)
+
+
+def test_an_adaptive_sampler_that_does_not_arrive_is_one_line() -> None:
+    process, labels = PROCESSES["flow"], torch.zeros(2).long()
+
+    class Rough(Towards):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return torch.rand_like(x) * 100
+
+    sampler = Sampler(Rough(process), process, (1, 4, 4), name="runs/a")
+    with pytest.raises(UserError, match=r"^runs/a: sample\.rtol: dopri5 reached 0\.\d+ of 1 in 1000 steps; loosen"):
+        sampler(labels, SampleConfig("dopri5", rtol=1e-9, atol=1e-12))
+    sampler.denoiser = Towards(process, shift=float("nan"))
+    with pytest.raises(UserError, match=r"^runs/a: the network's output is not finite at call 1 of the dopri5 sampler"):
+        sampler(labels, SampleConfig("dopri5"))
+
+
+def test_latents_are_not_clipped_by_default() -> None:
+    class Bright(Towards):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            alpha, sigma = self.process.alpha_sigma(t.long(), x)
+            return (x - 2 * alpha) / sigma  # a predicted image of 2 everywhere
+
+    process, labels = PROCESSES["vp"], torch.zeros(1).long()
+    for options, want in (({}, 1.0), ({"decode": lambda z: z}, 2.0), ({"raw": True}, 2.0)):
+        seen: list[Tensor] = []
+        sampler = Sampler(Bright(process), process, (1, 4, 4), **options)
+        for settings in (SampleConfig("ddim", "10"), SampleConfig("ddpm", "10")):
+            sampler(labels, settings, callback=lambda k, x, x0, seen=seen: seen.append(x0))
+        assert (torch.stack(seen) - want).abs().max() < 1e-3
 
 
 def test_pixels_beyond_the_range_are_counted_and_those_that_are_not_finite_refused() -> None:

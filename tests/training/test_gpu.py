@@ -20,7 +20,7 @@ from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.evaluation import reference
 from diffbench.metrics.suite import Suite
 from diffbench.runs.lifecycle import load, train
-from diffbench.sampling.fast import Graphed
+from diffbench.sampling.cuda_graphs import Graphed
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.ema import EMA
 

@@ -1,4 +1,4 @@
-"""Faster ways to the same samples, each behind a key: bfloat16 products and CUDA graphs."""
+"""A network recorded as CUDA graphs, for sampling."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,21 +9,11 @@ from torch import Tensor
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def in_bfloat16(network: Network, device: torch.device) -> Network:
-    """A network whose products are bfloat16's and whose output has the input's type."""
-
-    def low(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return network(x, t, y).to(x.dtype)
-
-    return low
-
-
 class Graphed:
-    """A network (x, t, y) -> output without gradients, as CUDA graphs: one for each shape of the input.
+    """A network (x, t, y) -> output without gradients, as CUDA graphs, one for each shape of the input.
 
     A graph replays the kernels of one call on the same memory, without the time that a CPU needs to start them. The
-    weights must stay where they are. Where recording fails, it says so once and calls the network as it is.
+    weights must stay where they are. If recording fails, that is printed once, and the network is called as it is.
 
     Args:
         network: free of randomness and of waits for the device.

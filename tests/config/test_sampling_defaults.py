@@ -1,0 +1,51 @@
+"""What sampling does by default follows from process and space, and steps that cannot begin in noise are refused."""
+
+import pytest
+
+from diffbench.config.kinds import RunConfig
+from diffbench.config.load import load
+from diffbench.core.errors import UserError
+
+PIXELS, LATENT = "experiments/digits/dit.yaml", "experiments/digits-latent/dit.yaml"
+LATE = {"1": 0, "ddim1": 0, "1,1": 500, "1,1,1": 667, "10,1": 500, "ddim2": 500}
+"""Steps -> the step of a thousand at which they would begin."""
+
+
+def config(path: str, *overrides: str) -> RunConfig:
+    found = load(path, list(overrides))
+    assert isinstance(found, RunConfig)
+    return found
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun", "dpm_solver"])
+def test_only_pixels_are_clipped_and_only_by_ddpm_and_ddim(sampler: str) -> None:
+    words = [f"sample.sampler={sampler}", "sample.clip=null"]
+    assert config(PIXELS, *words).sample.clip is (sampler in ("ddpm", "ddim"))
+    assert config(LATENT, *words).sample.clip is False
+    values = ["data.name=none", "data.channels=4", "data.image_size=8", "evaluate.every_images=null"]
+    assert config(PIXELS, *values, *words).sample.clip is False  # neither grey nor colour: not pixels
+    assert config(LATENT, *words[:1], "sample.clip=true").sample.clip is True
+
+
+@pytest.mark.parametrize("steps", LATE)
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "heun", "dpm_solver"])
+def test_steps_that_do_not_begin_in_noise_are_refused(sampler: str, steps: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config(PIXELS, f"sample.sampler={sampler}", f"sample.steps='{steps}'")
+    assert str(caught.value) == (
+        f"command line: sample.steps: {steps!r} does not fit process.steps=1000: sampling would begin at step"
+        f" {LATE[steps]} of 999, where the image still shows through the noise; take at least 2 steps, in the last"
+        " section too, or at least ddim4"
+    )
+
+
+@pytest.mark.parametrize("steps", ["2", "250", "1000", "10,15,20", "1,1,2", "ddim4", "ddim25", "ddim250"])
+def test_published_steps_are_taken(steps: str) -> None:
+    assert config(PIXELS, f"sample.steps='{steps}'").sample.steps == steps
+
+
+@pytest.mark.parametrize(("path", "unit"), [(PIXELS, 0.5), (LATENT, 1.0)])
+def test_edm_takes_the_standard_deviation_of_what_it_denoises(path: str, unit: float) -> None:
+    words = ["process.name=edm", "sample.sampler=heun", "sample.steps='18'"]
+    assert config(path, *words).process.sigma_data == unit
+    assert config(path, *words, "process.sigma_data=0.7").process.sigma_data == 0.7
