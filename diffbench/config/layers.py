@@ -6,6 +6,7 @@ cannot do that, as it reads numbers before anybody knows what the key holds.
 
 import contextlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -182,11 +183,56 @@ def read_chain(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
         raise _missing(path, chain)
     values = read_yaml(path)
     base = values.pop("base", None)
+    values = _with_paths(values, path)
     if base is None:
         return [(str(path), values)]
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base: must be the path of one YAML file, relative to this one, got {base!r}")
     return [*read_chain(path.parent / base, (*chain, path.resolve())), (str(path), values)]
+
+
+PATHS = re.compile(
+    r"(^|\.)(experiment|autoencoder|init_from|sample\.weak_model|sample\.classifier|data\.path|evaluate\.weights)$"
+)
+"""Keys whose text may be a path, also below a study's `set` and `axes`."""
+
+
+def places(file: Path) -> list[Path]:
+    """The folders in which paths of a YAML file are looked up: its own, its repository, the working folder, and the
+    checkout of this package, where the shipped experiments lie."""
+    own = file.resolve().parent
+    marked = (p for p in (own, *own.parents) if any((p / name).exists() for name in (".git", "pyproject.toml")))
+    checkout = Path(__file__).parents[2]
+    found = [
+        own,
+        *itertools.islice(marked, 1),
+        Path.cwd(),
+        *([checkout] if (checkout / "experiments").is_dir() else []),
+    ]
+    return list(dict.fromkeys(found))
+
+
+def found_from(path: str, file: Path) -> str:
+    """A path that stands in a YAML file, as it is reached from the working folder.
+
+    A path that exists in none of its `places`, such as a hub name, stays as it is.
+    """
+    if not path or Path(path).expanduser().is_absolute():
+        return path
+    for folder in places(file):
+        if (found := Path(os.path.normpath(folder / path))).exists():
+            if os.path.exists(path) and os.path.samefile(path, found):
+                return path
+            return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
+    return path
+
+
+def _with_paths(value: Any, file: Path, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {k: _with_paths(v, file, f"{key}.{k}" if key else k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_paths(v, file, key) for v in value]
+    return found_from(str(value), file) if isinstance(value, str | _Typed) and PATHS.search(key) else value
 
 
 def _missing(path: Path, chain: tuple[Path, ...]) -> UserError:

@@ -62,13 +62,14 @@ def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], 
 def _open_tables(place: Place, subset: str | None) -> tuple[dict[str, Any], dict[str, int]]:
     """Each split as the library opens it, and its number of rows."""
     if place.kind == "hub":
+        print(f"data.path: {os.getcwd()} holds no {place.root}; taken as a name on the Hugging Face hub")
         try:
             data = dict(datasets.load_dataset(place.root, name=subset))
         except Exception as e:  # offline, no such name, a bad answer: the library raises many kinds
             why = " ".join(str(e).split())[:200]
             raise ValueError(
-                f"data.path: {place.root} is not a file or folder here, nor a hub name that can be loaded ({why}); to"
-                f" fetch it where the network is: hf download {place.root} --repo-type dataset"
+                f"data.path: {place.root} is not a file or folder in {os.getcwd()}, nor a hub name that can be"
+                f" loaded ({why}); to fetch it where the network is: hf download {place.root} --repo-type dataset"
             ) from None
         return data, {split: len(rows) for split, rows in data.items()}
     paths: dict[str, list[str]] = {}

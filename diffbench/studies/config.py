@@ -88,7 +88,7 @@ class StudyConfig:
     question: str = ""
     """What the report answers, in a sentence or two."""
     experiment: str = ""
-    """YAML of the experiment that is varied, relative to the working folder."""
+    """YAML of the experiment that is varied."""
     set: dict[str, Any] = field(default_factory=dict)
     """Keys that all variants have besides."""
     axes: dict[str, Any] = field(default_factory=dict)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import merge
-from diffbench.config.load import from_layers, read_layers, to_dict
-from diffbench.core.errors import UserError
+from diffbench.config.layers import experiments, merge, places
+from diffbench.config.load import flatten, from_layers, read_layers, to_dict
+from diffbench.core.errors import UserError, suggest
 from diffbench.denoisers.flops import Cost
 from diffbench.runs import build
 from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, nested, variants
@@ -94,7 +94,8 @@ def groups(study: StudyConfig, path: Path, tuned: dict[str, dict[str, Any]], rat
     """
     shared: dict[str, list[Variant]] = {}
     for variant in variants(study):
-        shared.setdefault(json.dumps(variant.trained, sort_keys=True), []).append(variant)
+        changes = str(sorted((key, str(value)) for key, value in flatten(variant.trained).items()))  # 007 is not 7
+        shared.setdefault(changes, []).append(variant)
     target = _target(study, path, [same[0] for same in shared.values()])
     return [_group(study, path, same, tuned, target, rate) for same in shared.values()]
 
@@ -149,13 +150,19 @@ def _config_layers(study: StudyConfig, variant: Variant, chosen: dict[str, Any])
 
 
 def _config(study: StudyConfig, path: Path, variant: Variant, chosen: dict[str, Any]) -> RunConfig:
-    layers = [*read_layers(experiment_of(study, variant)), (str(path), {"runs_dir": study.runs_dir})]
+    experiment = experiment_of(study, variant)
+    if not experiment.exists():
+        looked = "" if experiment.is_absolute() else f"; looked in {', '.join(map(str, places(path)))}"
+        raise UserError(
+            f"{path}: experiment: {experiment}: no such file{looked}{suggest(str(experiment), experiments())}"
+        )
+    layers = [*read_layers(experiment), (str(path), {"runs_dir": study.runs_dir})]
     # Axes are layers of their own, so that a changed name drops the sizes that stood below it.
     layers += [(str(path), nested(study.set))]
     layers += [(f"{path}: {variant.name}", {k: v for k, v in variant.trained.items() if k != EXPERIMENT})]
     config = from_layers([*layers, (f"{path}: tune", nested(chosen)), (str(path), {"seed": study.seeds[0]})])
     if not isinstance(config, RunConfig):
-        raise UserError(f"{path}: experiment: {experiment_of(study, variant)} is no denoiser's; choose one that is")
+        raise UserError(f"{path}: experiment: {experiment} is no denoiser's; choose one that is")
     return config
 
 
