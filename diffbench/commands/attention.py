@@ -2,13 +2,13 @@
 
 import argparse
 import re
-from pathlib import Path
 
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build
 from diffbench.core.errors import UserError
 from diffbench.reports.attention import AttentionConfig, attention, draw, save
 from diffbench.runs.lifecycle import load
+from diffbench.sampling.images import new_files
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,9 +20,8 @@ def run(arguments: argparse.Namespace) -> None:
     with located([(COMMAND_LINE, values)]):
         config = build(AttentionConfig, values)
         runs = [load(folder) for folder in folders]
-        path = Path(config.out or runs[0].folder / "samples" / f"attention-{runs[0].images_seen:09d}.png")
-        if config.out and path.exists():
-            raise ValueError(f"out: {path} exists already; choose another name")
+        default = runs[0].folder / "samples" / f"attention-{runs[0].images_seen:09d}.png"
+        (path,) = new_files(config.out, default)
         levels, found = attention(runs, config)
     save(draw(levels, found), path, runs)
     print(path)

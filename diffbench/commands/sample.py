@@ -3,8 +3,9 @@
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -12,9 +13,9 @@ from torch import Tensor
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build, change
 from diffbench.core.errors import UserError, suggest
-from diffbench.runs.denoiser import DenoiserRun, labels_for
+from diffbench.runs.denoiser import labels_for
 from diffbench.runs.lifecycle import load
-from diffbench.sampling.images import FORMATS, Trajectory, save_grid, save_image, save_npz
+from diffbench.sampling.images import FORMATS, Trajectory, new_files, save_grid, save_image, save_npz
 
 
 @dataclass
@@ -70,55 +71,29 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
             raise ValueError("raw: this network denoises images; leave it at false")
         if asked.raw:
             run.config = replace(run.config, autoencoder=None)
+        if run.raw and (asked.strip or asked.gif or Path(asked.out or "").suffix.lower() != ".npz"):
+            key = "strip" if asked.strip else "gif" if asked.gif else "out"
+            raise ValueError(f"{key}: {run.shape[0]} channels make no image; give out=NAME.npz for their raw values")
         words = [f"{run.images_seen:09d}", *(word for word in overrides if not word.startswith("out="))]
-        grid, strip, animation = _files(run, asked, words)
-        trajectory, sampler = None, run.sampler(settings)
-        if asked.strip or asked.gif:
-            trajectory = Trajectory(sampler.images)
+        name = re.sub(r"[^\w.,=\[\]-]", "_", "-".join(["sample", *words]))[:120]
+        endings = [ending for ending, asks in ((".strip.png", asked.strip), (".steps.gif", asked.gif)) if asks]
+        files = new_files(asked.out, run.folder / "samples" / f"{name}.png", endings, [*FORMATS, ".npz"])
+        sampler = run.sampler(settings)
+        trajectory = Trajectory(sampler.images) if endings else None
         samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)
-    if run.facts.class_names not in ((), tuple(map(str, range(run.facts.num_classes)))):
-        yield f"labels: {_counts(labels, run.facts.class_names)}"
-    if grid.suffix.lower() == ".npz":
-        save_npz(samples, labels, grid)
-    else:
-        save_grid(samples, columns=min(10, len(samples)), path=grid)
-    yield str(grid)
+    names = run.facts.class_names
+    if names not in ((), tuple(map(str, range(run.facts.num_classes)))):
+        yield f"labels: {_counts(labels, names)}"
+    writers: list[Callable[[Path], None]] = [partial(save_grid, samples, min(10, len(samples)))]
+    if files[0].suffix.lower() == ".npz":
+        writers = [partial(save_npz, samples, labels)]
     if trajectory and asked.strip:
-        save_image(trajectory.strip(), strip)
-        yield str(strip)
+        writers.append(lambda path: save_image(trajectory.strip(), path))
     if trajectory and asked.gif:
-        trajectory.save_gif(animation)
-        yield str(animation)
-
-
-def _files(run: DenoiserRun, asked: DrawConfig, words: Sequence[str]) -> tuple[Path, Path, Path]:
-    """Where grid, strip and animation go: beside each other, and never over a file that is there.
-
-    The default name says what was asked for; where it is taken, a number is added.
-
-    Raises:
-        ValueError: if a file that the user named exists, or its suffix names no format or not one for these samples.
-    """
-    name = re.sub(r"[^\w.,=\[\]-]", "_", "-".join(["sample", *words]))[:120]
-    grid = Path(asked.out) if asked.out else run.folder / "samples" / f"{name}.png"
-    formats = [".npz"] if run.raw else [*FORMATS, ".npz"]
-    if run.raw and (asked.strip or asked.gif):
-        raise ValueError(f"{'strip' if asked.strip else 'gif'}: {run.shape[0]} channels make no image")
-    if run.raw and grid.suffix.lower() != ".npz":
-        raise ValueError(f"out: {run.shape[0]} channels make no image; give out=NAME.npz for their raw values")
-    if grid.suffix.lower() not in formats:
-        raise ValueError(f"out: {grid}: its suffix names no format; choose from {', '.join(formats)}")
-    number = 1
-    while True:
-        stem = grid.stem if number == 1 else f"{grid.stem}-{number}"
-        files = tuple(grid.with_name(stem + end) for end in (grid.suffix, ".strip.png", ".steps.gif"))
-        wanted = (True, asked.strip, asked.gif)
-        taken = [path for path, wants in zip(files, wanted, strict=True) if wants and path.exists()]
-        if not taken:
-            return files  # type: ignore[return-value]
-        if asked.out:
-            raise ValueError(f"out: {taken[0]} exists already; choose another name")
-        number += 1
+        writers.append(trajectory.save_gif)
+    for path, write in zip(files, writers, strict=True):
+        write(path)
+        yield str(path)
 
 
 def _counts(labels: Tensor, names: Sequence[str], most: int = 20) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from diffbench.core import rng
 from diffbench.core.errors import suggest
-from diffbench.core.files import write_bytes
 from diffbench.core.pixels import from_uint8
 from diffbench.denoisers.attention_maps import AttentionMap, record_attention
 from diffbench.runs.denoiser import DenoiserRun
+from diffbench.sampling.images import save_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ class AttentionConfig:
     image: int = 0
     """Number of the held-out image that is noised."""
     out: str | None = None
-    """The PNG; null: in the samples of the first run."""
+    """The image, .png, .jpg, .webp or .gif; null: in the samples of the first run."""
 
     def __post_init__(self) -> None:
         if self.times == [] or (isinstance(self.times, int) and self.times < 1):
@@ -205,14 +205,14 @@ def _picture(x: Tensor) -> np.ndarray:
 
 
 def save(figure: "Figure", path: Path, runs: Sequence[DenoiserRun]) -> None:
-    """Writes the figure as a PNG and into each run's TensorBoard, in a folder `attention` beside its curves."""
+    """Write the figure to a file and into each run's TensorBoard, in a folder `attention` beside its curves."""
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
     pixels = np.asarray(Image.open(buffer).convert("RGB"))
+    save_image(pixels, path)
     for run in runs:
         with SummaryWriter(str(run.folder / "attention")) as writer:
             writer.add_image(f"attention/{path.stem}", pixels, run.images_seen, dataformats="HWC")

@@ -64,6 +64,8 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     if snapshot not in ("last", "best"):
         raise UserError(f"{COMMAND_LINE}: snapshot: must be last or best, got {snapshot!r}")
     if export is not None:
+        if Path(str(export)).suffix != ".npz":
+            raise UserError(f"{COMMAND_LINE}: export: must end in .npz, got {export}")
         refuse_to_overwrite(Path(str(export)))
     if decay != run.ema:
         run.use_average(decay)

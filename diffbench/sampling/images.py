@@ -1,6 +1,7 @@
 """Images for the eye: grids as PNG, JPEG, WebP or GIF, and how samples come about, as a strip or an animation."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,37 @@ FORMATS: dict[str, dict[str, Any]] = {
     ".gif": {"format": "GIF"},
 }
 """Suffix -> how Pillow saves an image under it."""
+
+
+def new_files(
+    out: str | None, default: Path, endings: Sequence[str] = (), formats: Sequence[str] = tuple(FORMATS)
+) -> list[Path]:
+    """Where a command writes its image and the files beside it, so that nothing is overwritten.
+
+    Args:
+        out: the image's file, if the user names one.
+        default: its file otherwise; a number is added where it or a file beside it is there already.
+        endings: of the files beside it, in place of its suffix.
+        formats: suffixes that the image may have.
+
+    Returns:
+        The image's file, and one for each ending.
+
+    Raises:
+        ValueError: if a file that the user named exists, or names no format.
+    """
+    first = Path(out) if out else default
+    if first.suffix.lower() not in formats:
+        raise ValueError(f"out: {first}: its suffix names no format; choose from {', '.join(formats)}")
+    for number in itertools.count(1):
+        stem = first.stem if number == 1 else f"{first.stem}-{number}"
+        files = [first.with_name(stem + ending) for ending in (first.suffix, *endings)]
+        taken = [path for path in files if path.exists()]
+        if not taken:
+            break
+        if out:
+            raise ValueError(f"out: {taken[0]} exists already; choose another name")
+    return files
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:

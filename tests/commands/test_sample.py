@@ -100,6 +100,16 @@ def test_grid_strip_and_animation_never_share_a_file(
     assert all((tmp_path / name).read_bytes() == before[name] for name in names[1:])
 
 
+def test_a_grid_may_be_called_like_a_strip(sampled: Callable[..., list[str]], smoke_run: Path, tmp_path: Path) -> None:
+    files = sampled(smoke_run, "n=1", f"out={tmp_path / 'x.strip.png'}", "strip=true")
+    sizes = []
+    for file in files:
+        with Image.open(file) as image:
+            sizes.append(image.size)
+    assert [Path(file).name for file in files] == ["x.strip.png", "x.strip.strip.png"]
+    assert sizes == [(CELL, CELL), (2 * CELL, 2 * CELL)]
+
+
 def test_no_two_commands_share_a_file(sampled: Callable[..., list[str]], smoke_run: Path) -> None:
     long = "labels=[" + ",".join("3" * 150) + "]"
     commands = [[long], [long[:-2] + "4]"], ["n=2", "strip=true"], ["n=2", "strip=true"], ["n=2", "seed=1"]]

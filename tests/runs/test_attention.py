@@ -82,9 +82,14 @@ def test_the_command_writes_a_png_and_tensorboard(smoke_run: Path, tmp_path: Pat
     assert events.Tags()["images"] == ["attention/attention-000000016"]
     assert {event.step for event in events.Images("attention/attention-000000016")} == {16}
     before = path.read_bytes()
-    mine = tmp_path / "mine.png"
+    mine = tmp_path / "mine.jpg"
     assert main(["attention", str(smoke_run), "times=1", f"out={mine}"]) == 0
-    assert mine.exists() and path.read_bytes() == before
+    with Image.open(mine) as picture:
+        assert picture.format == "JPEG"
+    capsys.readouterr()
+    assert main(["attention", str(smoke_run), "times=1"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == path.with_stem(f"{path.stem}-2")
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,8 @@ def test_export_is_what_the_adm_evaluator_reads(smoke_run: Path, tmp_path: Path,
     capsys.readouterr()
     assert main(["evaluate", str(smoke_run), f"export={out}"]) == 2
     assert capsys.readouterr().err == f"error: {out}: exists already; choose another name\n"
+    assert main(["evaluate", str(smoke_run), f"export={out.with_suffix('.png')}"]) == 2
+    assert capsys.readouterr().err.startswith("error: command line: export: must end in .npz, got ")
 
 
 def test_values_that_are_no_numbers_end_in_one_line(
