@@ -22,7 +22,7 @@ from diffbench.core.files import cache_folder
 from diffbench.core.progress import progress
 from diffbench.core.store import Chunk, Contents, Store
 from diffbench.data.places import ImagesConfig, Place, locate
-from diffbench.data.sets import ImageSet
+from diffbench.data.sets import ImageSet, describe_parts
 from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, folder_splits, hold_out, training_split
 from diffbench.data.transforms import BrokenError, decode, quiet
 
@@ -104,10 +104,11 @@ def _images(values: str, cache: str, folder: str, stamp: str) -> tuple[ImageSet,
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a split, ascending, that are trained on or held out."""
+    """Rows of a split, ascending, that are trained on or held out; `origin` says in words which."""
 
     split: Split
     rows: np.ndarray
+    origin: str
 
     @property
     def labels(self) -> np.ndarray:
@@ -134,12 +135,17 @@ def read(place: Place, config: ImagesConfig) -> tuple[Part, Part, list[str]]:
     if test is None:
         labels = np.zeros(train.count, np.int64) if train.labels is None else train.labels
         chosen = hold_out(labels, config.held_out)
-        return Part(train, np.setdiff1d(np.arange(train.count), chosen)), Part(train, chosen), names
+        rest, how = np.setdiff1d(np.arange(train.count), chosen), f"of split {train.name}"
+        by_class = how if train.labels is None else f"{how}, by class"
+        if others:
+            by_class += f", as no image of split {others[0].name} has a class"
+        return Part(train, rest, how), Part(train, chosen, by_class), names
     count = test.count if config.held_out is None else config.held_out
     if count > test.count:
         raise ValueError(f"data.held_out: split {test.name} has {test.count:,} images, fewer than {count:,}")
     order = rng.permutation(rng.key("held-out"), test.count).numpy()
-    return Part(train, np.arange(train.count)), Part(test, np.sort(order[:count])), names
+    where = f"split {train.name}", f"of split {test.name}" if count < test.count else f"split {test.name}"
+    return Part(train, np.arange(train.count), where[0]), Part(test, np.sort(order[:count]), where[1]), names
 
 
 def _stores(config: ImagesConfig, place: Place) -> tuple[Store, Store]:
@@ -162,7 +168,8 @@ def _image_set(contents: Contents, place: Place, config: ImagesConfig) -> ImageS
     # A JPEG copy is not the original, whatever its folder is called.
     lossy = "-jpeg" if place.name == "cifar10" and "JPEG" in facts["formats"] else ""
     name = KNOWN.get(digest, place.name + lossy)
-    return ImageSet(arrays["images"], arrays["labels"], len(names), name, names, digest, formats=facts["formats"])
+    more = {"formats": facts["formats"], "origin": facts["origin"]}
+    return ImageSet(arrays["images"], arrays["labels"], len(names), name, names, digest, **more)
 
 
 def _refusal(name: str, why: str) -> str:
@@ -174,6 +181,9 @@ def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> No
     if place.listing is not None:
         print(place.listing, flush=True)
     train, held_out, classes = read(place, config)
+    counts = np.bincount(train.labels, minlength=len(classes)).tolist()
+    parts = (len(train.rows), train.origin), (len(held_out.rows), held_out.origin)
+    print(f"{place.name}: {describe_parts(*parts, counts, classes)}", flush=True)
     for store, part in zip(stores, (train, held_out), strict=True):
         _decode_part(part, store, classes, config, place)
     facts = [store.open().facts for store in stores]
@@ -220,6 +230,7 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
             return {
                 "fingerprint": digest.hexdigest()[:16],  # as of `ImageSet.fingerprint`
                 "classes": classes,
+                "origin": part.origin,
                 "formats": dict(sorted(formats.items())),
                 "count": sum(f["count"] for f in facts),
                 "broken": list(chain.from_iterable(f["broken"] for f in facts))[:NAMED],

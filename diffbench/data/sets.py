@@ -1,11 +1,13 @@
 """What a data set of images is to the rest of the package."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from diffbench.core.errors import suggest
 from diffbench.core.pixels import from_uint8
 
 
@@ -20,6 +22,7 @@ class ImageSet:
         digest: the fingerprint, where it is known already.
         extractor: the feature extractor that suits these images.
         formats: file format -> number of images that came in it; empty where they did not come from files.
+        origin: which part of the data set this is, in words.
     """
 
     images: Tensor
@@ -30,6 +33,7 @@ class ImageSet:
     digest: str | None = None
     extractor: str = "efficientnet-lite0"
     formats: dict[str, int] = field(default_factory=dict)
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,6 +51,10 @@ class ImageSet:
         digest = hashlib.sha256(self.images.contiguous().numpy().data.cast("B"))
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def label_of(self, wanted: str | int) -> int:
+        """The label of a class: by its name, or else by its number; see `label_of`."""
+        return label_of(wanted, self.num_classes, self.class_names)
 
     def gather(self, index: Tensor) -> dict[str, Tensor]:
         """The batch of the images with numbers `index` (B,)."""
@@ -75,6 +83,47 @@ class ImageSet:
             return self
         index = balanced(self.labels, count)
         return replace(self, images=rows(self.images, index), labels=self.labels[index], digest=None)
+
+
+def label_of(wanted: str | int, num_classes: int, names: Sequence[str]) -> int:
+    """The label of a class that is named by its name, or else by its number.
+
+    Raises:
+        ValueError: if there is no such class; one line that lists them.
+    """
+    text = str(wanted)
+    if text in names:
+        return list(names).index(text)
+    if text.isdecimal() and int(text) < num_classes:
+        return int(text)
+    listed = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+    choices = f"{listed}, or 0 to {num_classes - 1}" if names else f"0 to {num_classes - 1}"
+    raise ValueError(f"no class {text!r}; choose from {choices}{suggest(text, names)}")
+
+
+def describe(train: ImageSet, held_out: ImageSet) -> str:
+    """A line on a data set as it was understood: its parts, and its classes with names and numbers of images."""
+    counts = train.labels.bincount(minlength=train.num_classes).tolist()
+    channels, height, width = train.shape
+    parts = (len(train), train.origin), (len(held_out), held_out.origin)
+    return f"{train.name}, {channels}x{height}x{width}: {describe_parts(*parts, counts, train.class_names)}"
+
+
+def describe_parts(
+    train: tuple[int, str], held_out: tuple[int, str], counts: Sequence[int], names: Sequence[str], most: int = 20
+) -> str:
+    """As `describe`, from the size and origin of the parts and the number of training images of each class."""
+    parts = [
+        f"{size:,} images {use}" + f" ({origin})" * bool(origin)
+        for (size, origin), use in ((train, "to train on"), (held_out, "held out"))
+    ]
+    classes = "no classes" if len(counts) == 1 else f"{len(counts):,} classes"
+    if names:
+        each = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)]
+        if len(each) > most:
+            each = [*each[: most // 2], f"... {each[-1]} ({min(counts):,} to {max(counts):,} images each)"]
+        classes += f": {', '.join(each)}"
+    return f"{', '.join(parts)}; {classes}"
 
 
 def rows(array: Tensor, index: Tensor) -> Tensor:

@@ -146,8 +146,8 @@ def _classes(root: Path, files: list[str], depth: int) -> list[str]:
     here = root.joinpath(*files[0].split(os.sep)[:depth])
     if loose and folders:
         raise ValueError(
-            f"data.path: {here}: {len(loose):,} images ({some(loose)}) lie beside folders of images"
-            f" ({some(folders)}); move them into a class folder, or set data.labels=false to train without classes"
+            f"data.path: {here} holds images ({some(loose)}) beside folders of images ({some(folders)}); move them into"
+            " a class folder, or set data.labels=false to train without classes"
         )
     below = {parts[1] for parts in inner if len(parts) > 2}
     if len(folders) == 1 and len(below) > 1:

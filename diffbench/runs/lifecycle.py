@@ -19,6 +19,7 @@ from diffbench.core.distributed import launch
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, sweep
 from diffbench.data.latents import LatentSet
+from diffbench.data.sets import describe
 from diffbench.runs import build, weights
 from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.base import Run, open_run
@@ -190,6 +191,7 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
         print(f"weights start from {getattr(run.config, 'init_from', None)}")
     state = f"resuming at {images:,} images" if checkpoint else "starting"
     cost = f"{run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs"
+    print(f"data: {describe(run.train_set, run.held_out)}")
     print(f"{run.folder}: {state}, {cost}, {settings.precision}")
     if settings.processes > 1 and distributed.place()[1] == 1:
         _launch(run, checkpoint, lock)

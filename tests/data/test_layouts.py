@@ -1,0 +1,170 @@
+"""Folders and tables as they are understood: splits, classes, their order, and what is too ambiguous to guess."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from own_images import folder, load, numbers, pixels, png, table
+
+from diffbench.data.sets import ImageSet, describe
+from diffbench.data.splits import by_number, hold_out
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+
+
+def as_the_library_reads(root: Path) -> dict[str, tuple[int, list[str]]]:
+    """Split -> number of images and names of classes, by the library's imagefolder."""
+    found = datasets.load_dataset("imagefolder", data_dir=str(root), streaming=True)
+    labels = {split: data.features.get("label") for split, data in found.items()}
+    rows = {split: len(list(data.select_columns([*data.features][-1:]))) for split, data in found.items()}
+    return {split: (rows[split], labels[split].names if labels[split] else []) for split in found}
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"dog": 6, "cat": 5},
+        {"": 12},
+        {"train/dog": 4, "train/cat": 4, "val/dog": 1, "val/cat": 2},
+        {"training_set/a": 4, "training_set/b": 4, "test_set/a": 2, "test_set/b": 2},
+        {"train/a": 4, "train/b": 4, "eval/a": 2, "eval/b": 2},
+    ],
+)
+def test_clear_layouts_are_read_as_the_library_reads_them(counts: dict[str, int], tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", counts)
+    library = as_the_library_reads(root)
+    train, held_out = load(root)
+    sizes = (len(train), len(held_out)) if len(library) > 1 else (len(train) + len(held_out),)
+    assert sizes == tuple(rows for rows, _ in library.values())
+    assert list(train.class_names) == library["train"][1]
+
+
+def test_what_the_library_loses(tmp_path: Path) -> None:
+    """Why folders are listed by our own code."""
+    like_a_split = folder(tmp_path / "a", {"bus": 10, "train": 10})
+    assert as_the_library_reads(like_a_split) == {"train": (10, [])}
+    assert load(like_a_split)[0].class_names == ("bus", "train")
+    stray = folder(tmp_path / "b", {"": 1, "cat": 5, "dog": 5})
+    assert as_the_library_reads(stray) == {"train": (11, [])}
+    with pytest.raises(datasets.data_files.EmptyDatasetError):
+        as_the_library_reads(folder(tmp_path / "c [1]", {"": 10}))
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(path, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_stray_image_beside_classes_is_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pets", {"": 1, "cat": 10, "dog": 10})
+    assert refusal(root) == (
+        f"data.path: {root} holds images (000.png) beside folders of images (cat, dog); move them into a class folder,"
+        " or set data.labels=false to train without classes"
+    )
+    assert load(root, labels=False)[0].num_classes == 0
+    root = folder(tmp_path / "split", {"train": 1, "train/cat": 10, "train/dog": 10, "test/cat": 2, "test/dog": 2})
+    assert refusal(root).startswith(f"data.path: {root / 'train'} holds images (train/000.png) beside folders of")
+
+
+def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "a", {"train/x": 5, "test/x": 5, "extra": 5})
+    assert refusal(root) == (
+        f"data.path: {root}: test, train look like splits; move extra elsewhere, or choose one folder, as"
+        f" data.path={root / 'test'}"
+    )
+    root = folder(tmp_path / "b", {"test": 5, "val": 5})
+    assert "test, val look like splits; name one of them train, or choose" in refusal(root)
+
+
+def test_classes_one_level_too_deep_are_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "a", {"images/cat": 10, "images/dog": 10})
+    assert refusal(root) == (
+        f"data.path: {root}: all images lie in images; for its folders (cat, dog) as classes choose"
+        f" data.path={root / 'images'}, or set data.labels=false to train without classes"
+    )
+    assert load(root / "images")[0].class_names == ("cat", "dog")
+
+
+def test_an_unknown_class_of_the_held_out_split_is_named(tmp_path: Path) -> None:
+    root = folder(tmp_path / "a", {"train/cat": 5, "train/dog": 5, "test/cat": 2, "test/emu": 1})
+    assert refusal(root) == f"data.label_column: {root / 'test/emu/000.png'} has no class of train's; mend or remove it"
+
+
+def test_numbered_classes_sort_by_number(tmp_path: Path) -> None:
+    train, _ = load(folder(tmp_path / "a", {str(i): 2 for i in range(12)}), held_out=3)
+    assert train.class_names == tuple(str(i) for i in range(12))
+    for number, label in zip(numbers(train), train.labels.tolist(), strict=True):
+        assert number // 2 == label  # images 0 and 1 are of class 0, and so on
+    assert by_number(["c10", "c9", "b", "10", "9", "1"]) == ["1", "9", "10", "b", "c9", "c10"]
+
+
+def test_names_of_classes_come_from_the_tables_features(tmp_path: Path) -> None:
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["pear", "apple", "fig"]))
+    rows = {"img": [{"bytes": png(pixels(i)), "path": None} for i in range(9)], "label": [i % 3 for i in range(9)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    train, _ = load(tmp_path / "train.parquet", held_out=3)
+    assert train.class_names == ("pear", "apple", "fig")
+    assert [n % 3 for n in numbers(train)] == train.labels.tolist()
+    plain = table(tmp_path / "other" / "train.parquet", list(range(12)), label=[i % 3 + 1 for i in range(12)])
+    train, _ = load(plain, held_out=3)
+    assert train.class_names == ("1", "2", "3") and train.labels.unique().tolist() == [0, 1, 2]
+    assert [train.label_of(name) for name in ("1", "3")] == [0, 2]
+
+
+def test_a_class_is_found_by_its_name_or_its_number(tmp_path: Path) -> None:
+    pets, _ = load(folder(tmp_path / "pets", {"cat": 5, "dog": 5}))
+    assert [pets.label_of(name) for name in ("cat", "dog", "1", 0)] == [0, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"^no class 'dgo'; choose from cat, dog, or 0 to 1; did you mean 'dog'\?$"):
+        pets.label_of("dgo")
+    with pytest.raises(ValueError, match=r"^no class '2'; choose from cat, dog, or 0 to 1$"):
+        pets.label_of("2")
+
+
+@pytest.mark.parametrize("count", [1, 5, 17, 40])
+def test_held_out_images_are_of_all_classes_alike_and_leave_one_of_each(count: int) -> None:
+    labels = np.repeat([0, 1, 2, 3], [1, 2, 40, 80])
+    chosen = hold_out(labels, count)
+    kept = np.delete(labels, chosen)
+    assert len(chosen) == count and set(kept) == {0, 1, 2, 3} and 0 not in labels[chosen]
+    of_each = np.bincount(labels[chosen], minlength=4)
+    assert abs(of_each[3] - 2 * of_each[2]) <= 2
+    assert set(hold_out(labels, max(1, count - 1))) <= set(chosen)
+
+
+def test_so_many_held_out_images_that_a_class_is_lost_are_refused(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1, 2], [1, 1, 5])
+    assert len(hold_out(labels, 4)) == 4
+    with pytest.raises(ValueError, match=r"^data\.held_out: 5 of 7 images leave a class without .*; allowed: 1 to 4$"):
+        hold_out(labels, 5)
+    singles = folder(tmp_path / "a", {"cat": 1, "dog": 1})
+    assert refusal(singles).endswith("add images, or set data.labels=false to train without classes")
+    assert len(hold_out(np.repeat(np.arange(3), [1, 1, 2]), None)) == 1
+
+
+def test_images_without_classes_are_held_out_as_before() -> None:
+    from diffbench.core import rng
+
+    order = rng.permutation(rng.key("held-out"), 50).numpy()
+    assert hold_out(np.zeros(50, np.int64), 7).tolist() == sorted(order[:7].tolist())
+
+
+def test_what_was_understood_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "pets", {"train/cat": 6, "train/dog": 5, "test/cat": 1, "test/dog": 2})
+    train, held_out = load(root)
+    said = capsys.readouterr().out.splitlines()
+    line = "11 images to train on (split train), 3 images held out (split test); 2 classes: cat 6, dog 5"
+    assert said[:2] == [f"{root}: 14 images (14 png)", f"pets: {line}"]
+    assert describe(train, held_out) == f"pets, 3x8x8: {line}"
+    train, held_out = load(folder(tmp_path / "b", {"train/cat": 9, "train/dog": 9, "test": 4}))
+    assert held_out.origin == "of split train, by class, as no image of split test has a class"
+    many = ImageSet(train.images, train.labels, 30, "many", tuple(f"c{i}" for i in range(30)))
+    empty = "".join(f"c{i} 0, " for i in range(2, 10))
+    assert describe(many, many).endswith(f"; 30 classes: c0 9, c1 8, {empty}... c29 0 (0 to 9 images each)")
