@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from diffbench.core.errors import suggest
 from diffbench.core.pixels import from_uint8
 
 
@@ -52,10 +51,6 @@ class ImageSet:
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def label_of(self, wanted: str | int) -> int:
-        """The label of a class: by its name, or else by its number; see `label_of`."""
-        return label_of(wanted, self.num_classes, self.class_names)
-
     def gather(self, index: Tensor) -> dict[str, Tensor]:
         """The batch of the images with numbers `index` (B,)."""
         return {"image": rows(self.images, index), "label": rows(self.labels, index)}
@@ -83,22 +78,6 @@ class ImageSet:
             return self
         index = balanced(self.labels, count)
         return replace(self, images=rows(self.images, index), labels=self.labels[index], digest=None)
-
-
-def label_of(wanted: str | int, num_classes: int, names: Sequence[str]) -> int:
-    """The label of a class that is named by its name, or else by its number.
-
-    Raises:
-        ValueError: if there is no such class; one line that lists them.
-    """
-    text = str(wanted)
-    if text in names:
-        return list(names).index(text)
-    if text.isdecimal() and int(text) < num_classes:
-        return int(text)
-    listed = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
-    choices = f"{listed}, or 0 to {num_classes - 1}" if names else f"0 to {num_classes - 1}"
-    raise ValueError(f"no class {text!r}; choose from {choices}{suggest(text, names)}")
 
 
 def describe(train: ImageSet, held_out: ImageSet) -> str:

@@ -116,16 +116,6 @@ def test_names_of_classes_come_from_the_tables_features(tmp_path: Path) -> None:
     plain = table(tmp_path / "other" / "train.parquet", list(range(12)), label=[i % 3 + 1 for i in range(12)])
     train, _ = load(plain, held_out=3)
     assert train.class_names == ("1", "2", "3") and train.labels.unique().tolist() == [0, 1, 2]
-    assert [train.label_of(name) for name in ("1", "3")] == [0, 2]
-
-
-def test_a_class_is_found_by_its_name_or_its_number(tmp_path: Path) -> None:
-    pets, _ = load(folder(tmp_path / "pets", {"cat": 5, "dog": 5}))
-    assert [pets.label_of(name) for name in ("cat", "dog", "1", 0)] == [0, 1, 1, 0]
-    with pytest.raises(ValueError, match=r"^no class 'dgo'; choose from cat, dog, or 0 to 1; did you mean 'dog'\?$"):
-        pets.label_of("dgo")
-    with pytest.raises(ValueError, match=r"^no class '2'; choose from cat, dog, or 0 to 1$"):
-        pets.label_of("2")
 
 
 @pytest.mark.parametrize("count", [1, 5, 17, 40])
