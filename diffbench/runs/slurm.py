@@ -1,7 +1,8 @@
-"""Commands that run elsewhere: `launcher=slurm` hands a command, or an array of them, to SLURM through submitit.
+"""Commands on a cluster: `launcher=slurm` hands a command, or an array of them, to SLURM through submitit.
 
-The words `launcher=...` and `launcher.KEY=...` are no part of a run: the job runs the same command without them, in the
-same folder. Before its time limit a job is told to save its state, goes back into the queue, and resumes from there.
+`launcher.KEY=VALUE` sets submitit's parameter of that name. These words are not part of a run: the job runs the same
+command without them, in the same folder. Before its time limit a job gets a signal, saves its state, goes back into the
+queue, and resumes from there.
 """
 
 import contextlib
@@ -16,11 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffbench.core.errors import UserError
+from diffbench.core.errors import UserError, suggest
 
 if TYPE_CHECKING:
     import submitit
@@ -36,77 +37,64 @@ COMMANDS = "commands.jsonl"
 
 @dataclass
 class LauncherConfig:
-    """Where a command runs, and what it asks of SLURM there."""
+    """Where a command runs, and what it asks of SLURM there.
+
+    Keys are the parameters of `submitit.SlurmExecutor`, which are sbatch's options: partition, account, mem,
+    gpus_per_node, setup, ... Those that need a default or a check of ours are fields.
+    """
 
     name: Literal["local", "slurm"] = "local"
     """`launcher=slurm` on the command line. local: here and now, as without it."""
-    partition: str | None = None
-    """null: the cluster's own choice; so for account, qos, constraint and memory."""
     time: str = "60"
-    """Limit of one sitting: minutes, HH:MM:SS or D-HH:MM:SS; a run that needs more goes on in the next sitting."""
-    gpus: int = 0
-    """Per node."""
-    cpus: int = 2
-    """Per process."""
-    memory: str | None = None
-    """Per node, as 16G."""
+    """Time limit: minutes, HH:MM:SS or D-HH:MM:SS; a run that needs more resumes in the next job."""
     nodes: int | None = None
-    """null: as many as trainer.num_nodes."""
-    tasks: int | None = None
-    """Processes per node; null: trainer.devices on each of several nodes; on one node a single one, which starts the
-    others itself and has `cpus` for each."""
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    setup: list[str] = field(default_factory=list)
-    """Lines of shell ahead of the command, as [module load cuda]."""
-    lead: int = 90
-    """How many seconds before the limit, at least, a run is told to save its state; SLURM may be a minute early."""
-    requeues: int = 100
-    """How many sittings may end at the limit before the job counts as failed."""
-    parallel: int = 256
-    """How many jobs of an array run at once."""
+    """null: trainer.num_nodes."""
+    ntasks_per_node: int | None = None
+    """null: trainer.devices on each of several nodes; on one node a single task, which starts the ranks itself and has
+    `cpus_per_task` for each."""
+    cpus_per_task: int = 2
+    signal_delay_s: int = 90
+    """Least seconds before the limit at which a run is asked to save its state; SLURM may be a minute early."""
+    max_num_timeout: int = 100
+    """How often a job may meet its limit and resume before it counts as failed."""
     folder: str | None = None
     """Where scripts and logs go, on a disk that the nodes share; null: slurm/ in the run's runs_dir."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """submitit's other parameters, passed through."""
 
     def __post_init__(self) -> None:
-        least = {"gpus": 0, "requeues": 0, "cpus": 1, "nodes": 1, "tasks": 1, "lead": 1, "parallel": 1}
+        least = {"max_num_timeout": 0, "cpus_per_task": 1, "nodes": 1, "ntasks_per_node": 1, "signal_delay_s": 1}
         for key, low in least.items():
             value = getattr(self, key)
             if value is not None and value < low:
                 raise ValueError(f"launcher.{key}: must be at least {low}, got {value}")
-        for key in ("partition", "account", "qos", "constraint"):
-            value = getattr(self, key)
-            if value is not None and not re.fullmatch(r"[^\s-]\S*", value):
-                raise ValueError(f"launcher.{key}: {value!r} is no name; allowed: one word")
-        if self.memory is not None and not re.fullmatch(r"[1-9]\d*[KMGT]", self.memory):
-            raise ValueError(f"launcher.memory: {self.memory!r} is no size; write a number and a unit, as 16G or 800M")
-        if self.lead >= 60 * self.minutes:
-            raise ValueError(f"launcher.lead: {self.lead} seconds must be less than launcher.time={self.time}")
+        if self.signal_delay_s >= 60 * self.minutes:
+            raise ValueError(
+                f"launcher.signal_delay_s: {self.signal_delay_s} seconds must be less than launcher.time={self.time}"
+            )
 
     @property
     def minutes(self) -> int:
-        """The limit in minutes, rounded up."""
+        """The time limit in minutes, rounded up."""
         found = re.fullmatch(r"(\d+)|(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", self.time)
-        plain, *parts = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0, 0)
-        days, hours, minutes, seconds = parts
+        plain, days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0,) * 5
         total = plain or (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60)
         if total < 1:
             raise ValueError(
-                f"launcher.time: {self.time!r} is no limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a minute"
-                " or more"
+                f"launcher.time: {self.time!r} is not a limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a"
+                " minute or more"
             )
         return total
 
 
 def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
-    """Takes the launcher's words out of a command's.
+    """Separate the launcher's words from a command's.
 
     Returns:
-        What they ask for, and the other words in their order.
+        What the launcher's words ask for, and the other words in their order.
 
     Raises:
-        UserError: for a word that asks for what is not there.
+        UserError: for an unknown key or a wrong value.
     """
     own = [word for word in words if re.match(r"launcher(\.\w+)*=", word)]
     others = [word for word in words if word not in own]
@@ -116,18 +104,43 @@ def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
     from diffbench.config.load import build
 
     given = parse_overrides([re.sub(r"^launcher=", "launcher.name=", word) for word in own])["launcher"]
-    if times := [word.removeprefix("launcher.time=") for word in own if word.startswith("launcher.time=")]:
-        given["time"] = times[-1]  # as written: YAML reads 1:30 as 90
+    ours = [f.name for f in fields(LauncherConfig) if f.name != "options"]
+    options = {key: value for key, value in given.items() if key not in ours}
     with located([(COMMAND_LINE, {"launcher": given})]):
-        launcher: LauncherConfig = build(LauncherConfig, given, "launcher.")
-        idle = [key for key in given if key != "name"] if launcher.name == "local" else []
-        if idle:
-            raise ValueError(f"launcher.{idle[0]}: belongs to launcher=slurm, not {launcher.name}")
+        checked = {key: value for key, value in given.items() if key in ours}
+        launcher: LauncherConfig = build(LauncherConfig, checked, "launcher.")
+        if launcher.name == "local" and (idle := [key for key in given if key != "name"]):
+            raise ValueError(f"launcher.{idle[0]}: belongs to launcher=slurm, not local")
+        launcher.options = _checked(options, ours)
     return launcher, others
 
 
+def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
+    """Parameters of submitit without those that are null.
+
+    Raises:
+        ValueError: for one that submitit does not have, or of another type.
+    """
+    if not options:
+        return {}
+    known = [*ours, *sorted(_submitit().SlurmExecutor._valid_parameters() - {*ours, "stderr_to_stdout", "num_gpus"})]
+    lists = ("setup", "teardown", "srun_args")
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"launcher.{key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
+        if key in lists and not isinstance(value, list):
+            raise ValueError(f"launcher.{key}: must be a list, as ['module load cuda'], got {value!r}")
+        if key == "additional_parameters" and not isinstance(value, dict):
+            raise ValueError(f"launcher.{key}: must be keys with values, as {{nice: 10}}, got {value!r}")
+        if isinstance(value, list | dict) and key not in (*lists, "additional_parameters"):
+            raise ValueError(f"launcher.{key}: must be one value, got {value}")
+        if key == "array_parallelism" and not isinstance(value, int):
+            raise ValueError(f"launcher.{key}: must be a whole number, got {value!r}")
+    return {key: value for key, value in options.items() if value is not None}
+
+
 def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
-    """Hands one command to SLURM; returns where it is to be seen.
+    """Hand one command to SLURM; return where to look for it.
 
     Args:
         words: what follows `diffbench`, without the launcher's words.
@@ -150,30 +163,31 @@ def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
         name, folder = folder_for(Path(words[1]), words[2:], config).name, f"{config.runs_dir}/slurm"
         launcher = sized(launcher, config.trainer)
     launcher = replace(launcher, folder=launcher.folder or folder)
-    return told(submit([words], launcher, name), launcher.folder or folder)
+    return summary(submit([words], launcher, name), launcher.folder or folder)
 
 
 def sized(launcher: LauncherConfig, trainer: "TrainerConfig") -> LauncherConfig:
-    """With the nodes, tasks and cpus that a run's processes need, where the launcher's words leave them open.
+    """Fill in the nodes, tasks and CPUs that a run's processes need, where the launcher's words leave them open.
 
     Raises:
         UserError: where they ask for other numbers than the run.
     """
     nodes = launcher.nodes or trainer.num_nodes
-    tasks = launcher.tasks or (trainer.devices if nodes > 1 else 1)
+    tasks = launcher.ntasks_per_node or (trainer.devices if nodes > 1 else 1)
     if nodes * tasks > 1 and (nodes, tasks) != (trainer.num_nodes, trainer.devices):
         raise UserError(
-            f"launcher: launcher.nodes={nodes} x launcher.tasks={tasks} are not the processes of trainer.num_nodes="
-            f"{trainer.num_nodes} x trainer.devices={trainer.devices}; leave them out, or make them equal"
+            f"launcher: launcher.nodes={nodes} x launcher.ntasks_per_node={tasks} are not the processes of"
+            f" trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices}; leave them out, or make them"
+            " equal"
         )
-    alone = tasks == 1 and nodes == 1
-    return replace(launcher, nodes=nodes, tasks=tasks, cpus=launcher.cpus * (trainer.devices if alone else 1))
+    cpus = launcher.cpus_per_task * (trainer.devices if tasks == nodes == 1 else 1)
+    return replace(launcher, nodes=nodes, ntasks_per_node=tasks, cpus_per_task=cpus)
 
 
 def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: str = "diffbench") -> list[str]:
-    """Hands commands to SLURM: one as a job, several as an array. A job that fails stops no other.
+    """Hand commands to SLURM: one as a job, several as an array. A job that fails does not stop the others.
 
-    Commands that wait or run there already, from the same folder, are not handed over again.
+    Commands that wait or run there already, from the same folder, are not submitted again.
 
     Args:
         commands: each the words after `diffbench`.
@@ -191,10 +205,10 @@ def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: st
     ids = queued(folder)
     new = [command for command in dict.fromkeys(map(tuple, commands)) if command not in ids]
     if new:
-        told = io.StringIO()
+        works = [Command(command, patience=0.75 * launcher.signal_delay_s) for command in new]
         try:
-            with contextlib.redirect_stderr(told):  # submitit prints what it raises
-                jobs = executor.submit_array([Command(command, patience=0.75 * launcher.lead) for command in new])
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+                jobs = executor.submit_array(works)
         except RuntimeError as e:
             last = (str(e).strip() or "sbatch failed").splitlines()[-1]
             raise UserError(f"launcher: {last.removeprefix('sbatch: error: ')}") from None
@@ -205,7 +219,7 @@ def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: st
 
 
 def queued(folder: str | Path) -> dict[tuple[str, ...], str]:
-    """The commands handed over from a launcher's folder that wait or run now, and their job ids.
+    """The commands submitted from a launcher's folder that wait or run now, and their job ids.
 
     Raises:
         UserError: if SLURM does not answer.
@@ -222,8 +236,8 @@ def queued(folder: str | Path) -> dict[tuple[str, ...], str]:
     return {tuple(line["command"]): line["job"] for line in lines if line["job"] in there}
 
 
-def told(jobs: Sequence[str], folder: str | Path) -> str:
-    """Where jobs are to be seen and to be ended, and their logs: all sittings of a job in one file."""
+def summary(jobs: Sequence[str], folder: str | Path) -> str:
+    """Where to look for jobs and how to end them, with their logs; a job that resumes goes on in the same log."""
     numbers = ",".join(dict.fromkeys(job.split("_")[0] for job in jobs))
     which = f"job {jobs[0]} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
     logs = [f"{job}_0_log.out" if len(jobs) == 1 else f"{job.split('_')[0]}_*_log.out" for job in jobs]
@@ -245,7 +259,7 @@ class Command:
         self._pid: int | None = None
 
     def __call__(self) -> None:
-        """Runs the command; a failure is this process's, with the same exit code."""
+        """Run the command; exit with its exit code if it fails."""
         process = subprocess.Popen([sys.executable, "-m", "diffbench", *self.words], preexec_fn=_deaf())
         self._pid = process.pid
         # Not process.wait(): its lock would be held when a signal's handler comes to wait as well.
@@ -255,9 +269,9 @@ class Command:
             raise SystemExit(code if code > 0 else 128 - code)
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
-        """Has the command save its state, and returns what submitit runs in the next sitting: the same command.
+        """Have the command save its state, and return what submitit runs in the next job: the same command.
 
-        A command that takes too long over it loses what came after its last state on disk.
+        A command that takes longer than `patience` loses what came after its last state on disk.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -273,7 +287,7 @@ class Command:
 
 
 def _deaf() -> Callable[[], None]:
-    """Makes a child ignore the signal of a limit that comes near: SLURM sends it to every process of a job."""
+    """Make a child ignore the signal before the time limit, which SLURM sends to every process of a job."""
     from submitit import JobEnvironment
 
     number = getattr(signal, f"SIG{JobEnvironment.USR_SIG}")
@@ -284,28 +298,32 @@ def _deaf() -> Callable[[], None]:
     return ignore
 
 
-def _executor(launcher: LauncherConfig, name: str) -> "submitit.SlurmExecutor":
-    absent = [program for program in ("sbatch", "srun", "squeue") if shutil.which(program) is None]
-    if absent:
-        raise UserError(f"launcher: slurm needs {', '.join(absent)}, not found here; submit from a node of the cluster")
+def _submitit() -> Any:
     try:
         import submitit
     except ImportError:
         raise UserError("launcher: slurm needs submitit; pip install 'diffbench[slurm]'") from None
-    executor = submitit.SlurmExecutor(launcher.folder or FOLDER, max_num_timeout=launcher.requeues)
-    asked: dict[str, Any] = {key: getattr(launcher, key) for key in ("partition", "account", "qos", "constraint")}
-    asked |= {"mem": launcher.memory, "gpus_per_node": launcher.gpus or None, "setup": launcher.setup or None}
+    return submitit
+
+
+def _executor(launcher: LauncherConfig, name: str) -> "submitit.SlurmExecutor":
+    absent = [program for program in ("sbatch", "srun", "squeue") if shutil.which(program) is None]
+    if absent:
+        raise UserError(f"launcher: slurm needs {', '.join(absent)}, not found here; submit from a node of the cluster")
+    executor = _submitit().SlurmExecutor(launcher.folder or FOLDER, max_num_timeout=launcher.max_num_timeout)
+    options = {"job_name": name} | launcher.options
+    # Since SLURM 22.05 a step does not take the CPUs of a task from its job.
+    srun_args = [f"--cpus-per-task={launcher.cpus_per_task}", *options.pop("srun_args", [])]
+    more = {"requeue": True} | options.pop("additional_parameters", {})
     executor.update_parameters(
-        job_name=name,
         time=launcher.minutes,
         nodes=launcher.nodes or 1,
-        ntasks_per_node=launcher.tasks or 1,
-        cpus_per_task=launcher.cpus,
-        srun_args=[f"--cpus-per-task={launcher.cpus}"],  # since SLURM 22.05 a step does not take it from its job
-        array_parallelism=launcher.parallel,
-        signal_delay_s=launcher.lead,
+        ntasks_per_node=launcher.ntasks_per_node or 1,
+        cpus_per_task=launcher.cpus_per_task,
+        signal_delay_s=launcher.signal_delay_s,
+        srun_args=srun_args,
         stderr_to_stdout=True,
-        additional_parameters={"requeue": True},
-        **{key: value for key, value in asked.items() if value is not None},
+        additional_parameters=more,
+        **options,
     )
     return executor

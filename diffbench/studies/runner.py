@@ -19,7 +19,7 @@ from diffbench.config.layers import parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.core.progress import span
-from diffbench.runs.slurm import LauncherConfig, sized, submit, told
+from diffbench.runs.slurm import LauncherConfig, sized, submit, summary
 from diffbench.studies import cells as cell_files
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig, load_study
@@ -95,7 +95,7 @@ def _on_one_machine(path: Path, found: Iterable[Group], launcher: LauncherConfig
     most = max(group.config.trainer.num_nodes for group in found)
     if most > 1:
         raise UserError(f"{path}: trainer.num_nodes: {most} is too many, a cell trains on one machine; allowed: 1")
-    for key in ("nodes", "tasks"):
+    for key in ("nodes", "ntasks_per_node"):
         if (getattr(launcher, key) or 1) > 1:
             raise UserError(f"launcher.{key}: a cell is one process, which starts those of trainer.devices; allowed: 1")
 
@@ -183,11 +183,11 @@ def _run(folder: Path, plan: Sequence[Cell], jobs: int, launcher: LauncherConfig
 def _hand_over(folder: Path, asked: Sequence[tuple[Path, LauncherConfig]]) -> None:
     """Gives cells to SLURM, those that ask for the same as an array; those that wait or run there stay as they are."""
     logs, jobs = slurm_folder(folder, asked[0][1]), []
-    for cpus in dict.fromkeys(launcher.cpus for _, launcher in asked):
-        alike = [(path, launcher) for path, launcher in asked if launcher.cpus == cpus]
+    for cpus in dict.fromkeys(launcher.cpus_per_task for _, launcher in asked):
+        alike = [(path, launcher) for path, launcher in asked if launcher.cpus_per_task == cpus]
         launcher = dataclasses.replace(alike[0][1], folder=str(logs))
         jobs += submit([["study", str(path)] for path, _ in alike], launcher, folder.name)
-    print(f"{told(jobs, logs)}\nthen: the same command again, or diffbench compare {folder}", flush=True)
+    print(f"{summary(jobs, logs)}\nthen: the same command again, or diffbench compare {folder}", flush=True)
 
 
 def slurm_folder(folder: Path, launcher: LauncherConfig) -> Path:

@@ -1,4 +1,4 @@
-"""The launcher's words, what they refuse, and the script that goes to sbatch; no cluster needed."""
+"""The launcher's words, refusals, and the script that goes to sbatch; no cluster needed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from diffbench.config.load import load
 from diffbench.core.errors import UserError
 from diffbench.runs import slurm
 from diffbench.runs.folder import folder_for
-from diffbench.runs.slurm import Command, LauncherConfig, queued, sized, split, submit, told
+from diffbench.runs.slurm import Command, LauncherConfig, queued, sized, split, submit, summary
 
 DIT = "experiments/digits/dit.yaml"
 SLURM = ["launcher=slurm", "launcher.time=30", "launcher.partition=debug"]
@@ -43,11 +43,21 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_words_are_split_off() -> None:
-    words = ["train", DIT, "launcher.time=1:30:00", "seed=3", "launcher=slurm", "launcher.gpus=2", "tag=launcher=x"]
-    launcher, others = split([*words, "launcher.setup=[module load cuda, 'a; b']", "launcher.memory=16G"])
+    words = [
+        "train",
+        DIT,
+        "launcher.time=1:30:00",
+        "seed=3",
+        "launcher=slurm",
+        "launcher.gpus_per_node=2",
+        "tag=launcher=x",
+    ]
+    launcher, others = split([*words, "launcher.setup=[module load cuda, 'a; b']", "launcher.mem=16G"])
     assert others == ["train", DIT, "seed=3", "tag=launcher=x"]
     assert launcher == LauncherConfig(
-        name="slurm", time="1:30:00", gpus=2, memory="16G", setup=["module load cuda", "a; b"]
+        name="slurm",
+        time="1:30:00",
+        options={"gpus_per_node": 2, "mem": "16G", "setup": ["module load cuda", "a; b"]},
     )
     assert launcher.minutes == 90
     assert split(["list"]) == (LauncherConfig(), ["list"])
@@ -58,30 +68,31 @@ def test_the_words_are_split_off() -> None:
     ("text", "minutes"), [("1", 1), ("90", 90), ("0:00:01", 1), ("30:00:30", 1801), ("2-01:00:00", 2940)]
 )
 def test_a_limit_in_minutes(text: str, minutes: int) -> None:
-    assert split(["launcher=slurm", f"launcher.time={text}", "launcher.lead=5"])[0].minutes == minutes
+    assert split(["launcher=slurm", f"launcher.time={text}", "launcher.signal_delay_s=5"])[0].minutes == minutes
 
 
 REFUSED = {
     "launcher=slrum": "launcher.name: unknown value 'slrum'; choose from local, slurm; did you mean 'slurm'?",
     "launcher.partition=debug": "launcher.partition: belongs to launcher=slurm, not local",
-    "launcher=local launcher.gpus=1": "launcher.gpus: belongs to launcher=slurm, not local",
-    "launcher=slurm launcher.partitoin=x": (
-        "launcher.partitoin: unknown key; allowed: name, partition, time, gpus, cpus, memory, nodes, tasks, account,"
-        " qos, constraint, setup, lead, requeues, parallel, folder; did you mean 'partition'?"
-    ),
+    "launcher=local launcher.gpus_per_node=1": "launcher.gpus_per_node: belongs to launcher=slurm, not local",
     "launcher=slurm launcher.time=1:30": (
-        "launcher.time: '1:30' is no limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a minute or more"
+        "launcher.time: '1:30' is not a limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a minute or more"
     ),
     "launcher=slurm launcher.time=0": (
-        "launcher.time: '0' is no limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a minute or more"
+        "launcher.time: '0' is not a limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a minute or more"
     ),
-    "launcher=slurm launcher.time=1": "launcher.lead: 90 seconds must be less than launcher.time=1",
-    "launcher=slurm launcher.gpus=-1": "launcher.gpus: must be at least 0, got -1",
+    "launcher=slurm launcher.time=1": "launcher.signal_delay_s: 90 seconds must be less than launcher.time=1",
+    "launcher=slurm launcher.max_num_timeout=-1": "launcher.max_num_timeout: must be at least 0, got -1",
     "launcher=slurm launcher.nodes=0": "launcher.nodes: must be at least 1, got 0",
-    "launcher=slurm launcher.cpus=two": "launcher.cpus: must be a whole number, got 'two'",
-    "launcher=slurm launcher.memory=16": "launcher.memory: '16' is no size; write a number and a unit, as 16G or 800M",
-    "launcher=slurm launcher.partition='a b'": "launcher.partition: 'a b' is no name; allowed: one word",
-    "launcher=slurm launcher.qos=--wrap=x": "launcher.qos: '--wrap=x' is no name; allowed: one word",
+    "launcher=slurm launcher.cpus_per_task=two": "launcher.cpus_per_task: must be a whole number, got 'two'",
+    "launcher=slurm launcher.setup='module load cuda'": (
+        "launcher.setup: must be a list, as ['module load cuda'], got 'module load cuda'"
+    ),
+    "launcher=slurm launcher.additional_parameters=nice": (
+        "launcher.additional_parameters: must be keys with values, as {nice: 10}, got 'nice'"
+    ),
+    "launcher=slurm launcher.partition=[a,b]": "launcher.partition: must be one value, got ['a', 'b']",
+    "launcher=slurm launcher.array_parallelism=few": "launcher.array_parallelism: must be a whole number, got 'few'",
 }
 
 
@@ -92,14 +103,52 @@ def test_refusals(words: str) -> None:
     assert str(caught.value) == f"command line: {REFUSED[words]}"
 
 
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [("partitoin=x", "partition"), ("gpus_per_nodes=1", "gpus_per_node"), ("cpu_per_task=2", "cpus_per_task")],
+)
+def test_an_unknown_parameter_names_those_of_submitit(word: str, near: str) -> None:
+    pytest.importorskip("submitit")
+    with pytest.raises(UserError) as caught:
+        split(["train", DIT, "launcher=slurm", f"launcher.{word}"])
+    key = word.split("=")[0]
+    said = str(caught.value)
+    assert said.startswith(f"command line: launcher.{key}: unknown key; allowed: name, time, nodes, ntasks_per_node,")
+    assert said.endswith(f"; did you mean {near!r}?") and ", partition," in said and "num_gpus" not in said
+
+
+def test_text_is_taken_as_typed(cluster: Path, tmp_path: Path) -> None:
+    words = ["launcher.account=007", "launcher.comment=2024_11_28", "launcher.constraint=a&b", "launcher.qos=1e3"]
+    launcher = split([*SLURM, *words, "launcher.exclusive=true", f"launcher.folder={tmp_path}/0010"])[0]
+    submit([["list"]], launcher)
+    script = (tmp_path / "0010" / "8_submission.sh").read_text()
+    for line in ("account=007", "comment=2024_11_28", "constraint='a&b'", "qos=1e3", "exclusive"):
+        assert f"#SBATCH --{line}\n" in script
+    with pytest.raises(UserError, match=r"launcher\.time: '1_0' is not a limit"):
+        split(["launcher=slurm", "launcher.time=1_0"])
+
+
+def test_more_parameters_of_sbatch_and_srun(cluster: Path, tmp_path: Path) -> None:
+    words = ["launcher.additional_parameters={nice: 10}", "launcher.srun_args=[--cpu-bind=none]"]
+    submit([["list"]], split([*SLURM, *words, f"launcher.folder={tmp_path}"])[0])
+    script = (tmp_path / "8_submission.sh").read_text()
+    assert "#SBATCH --nice=10\n" in script and "#SBATCH --requeue\n" in script
+    assert " --cpus-per-task=2 --cpu-bind=none " in script
+
+
 def test_the_script_asks_for_what_was_asked(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["launcher.gpus=4", "launcher.cpus=6", "launcher.memory=64G", "launcher.setup=[module load cuda]"]
-    others = ["launcher.account=lab", "launcher.qos=high", "launcher.lead=120"]
+    more = [
+        "launcher.gpus_per_node=4",
+        "launcher.cpus_per_task=6",
+        "launcher.mem=64G",
+        "launcher.setup=[module load cuda]",
+    ]
+    others = ["launcher.account=lab", "launcher.qos=high", "launcher.signal_delay_s=120"]
     processes = ["trainer.num_nodes=2", "trainer.devices=4"]
     words = ["train", DIT, "seed=5", f"runs_dir={tmp_path / 'runs'}", *processes]
     assert main([*words, *SLURM, *more, *others, "launcher.constraint=h200"]) == 0
     folder = tmp_path / "runs" / "slurm"
-    assert capsys.readouterr().out == told(["8"], folder) + "\n"
+    assert capsys.readouterr().out == summary(["8"], folder) + "\n"
     script = (folder / "8_submission.sh").read_text().splitlines()
     wanted = {
         "account=lab",
@@ -130,21 +179,21 @@ def test_the_script_asks_for_what_was_asked(cluster: Path, tmp_path: Path, capsy
     ("words", "run", "sizes"),
     [
         ([], [], (1, 1, 2)),
-        (["launcher.cpus=3"], ["trainer.devices=4"], (1, 1, 12)),  # one task, which starts its ranks itself
-        (["launcher.tasks=4"], ["trainer.devices=4"], (1, 4, 2)),
+        (["launcher.cpus_per_task=3"], ["trainer.devices=4"], (1, 1, 12)),  # one task, which starts its ranks itself
+        (["launcher.ntasks_per_node=4"], ["trainer.devices=4"], (1, 4, 2)),
         (["launcher.nodes=2"], ["trainer.devices=4", "trainer.num_nodes=2"], (2, 4, 2)),
     ],
 )
 def test_a_job_is_as_large_as_the_run(words: list[str], run: list[str], sizes: tuple[int, int, int]) -> None:
     found = sized(split([*SLURM, *words])[0], load(DIT, run).trainer)
-    assert (found.nodes, found.tasks, found.cpus) == sizes
+    assert (found.nodes, found.ntasks_per_node, found.cpus_per_task) == sizes
 
 
 def test_a_job_of_another_size_than_the_run_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         sized(split([*SLURM, "launcher.nodes=2"])[0], load(DIT, ["trainer.devices=4"]).trainer)
     assert str(caught.value) == (
-        "launcher: launcher.nodes=2 x launcher.tasks=4 are not the processes of trainer.num_nodes=1 x"
+        "launcher: launcher.nodes=2 x launcher.ntasks_per_node=4 are not the processes of trainer.num_nodes=1 x"
         " trainer.devices=4; leave them out, or make them equal"
     )
 
@@ -160,7 +209,7 @@ def test_the_words_leave_the_run_as_it_is(cluster: Path, tmp_path: Path) -> None
 
 
 def test_an_array_hands_over_what_is_not_in_the_queue(cluster: Path, tmp_path: Path) -> None:
-    launcher = LauncherConfig(name="slurm", time="30", parallel=2, folder=str(tmp_path / "jobs"))
+    launcher = LauncherConfig(name="slurm", time="30", folder=str(tmp_path / "jobs"), options={"array_parallelism": 2})
     commands = [["train", DIT, f"seed={i}"] for i in range(4)]
     assert queued(tmp_path / "jobs") == {}
     assert submit(commands[:3], launcher, "study") == ["8_0", "8_1", "8_2"]
@@ -175,13 +224,13 @@ def test_an_array_hands_over_what_is_not_in_the_queue(cluster: Path, tmp_path: P
 
 
 def test_how_to_look() -> None:
-    assert told(["12"], "runs/slurm").splitlines() == [
+    assert summary(["12"], "runs/slurm").splitlines() == [
         "job 12 is in SLURM's queue",
         "log:  runs/slurm/12_0_log.out",
         "look: squeue --jobs 12",
         "end:  scancel 12   (saves the state)",
     ]
-    assert told(["12_0", "12_1", "13_0"], "jobs").splitlines() == [
+    assert summary(["12_0", "12_1", "13_0"], "jobs").splitlines() == [
         "3 jobs are in SLURM's queue",
         "log:  jobs/12_*_log.out",
         "log:  jobs/13_*_log.out",
@@ -210,8 +259,8 @@ def test_faults_before_the_queue_are_one_line(
     missing = "sbatch, srun, squeue, not found here; submit from a node of the cluster"
     assert refused() == f"error: launcher: slurm needs {missing}\n"
     assert main(["compare", "runs/x", *SLURM]) == 2
-    told_verbs = "launcher=slurm belongs to train, encode, evaluate and study, not to compare"
-    assert capsys.readouterr().err == f"error: command line: {told_verbs}\n"
+    verbs = "launcher=slurm belongs to train, encode, evaluate and study, not to compare"
+    assert capsys.readouterr().err == f"error: command line: {verbs}\n"
 
 
 def test_a_queue_that_does_not_answer(cluster: Path, tmp_path: Path) -> None:
@@ -281,12 +330,12 @@ def test_a_study_hands_over_its_cells(cluster: Path, tmp_path: Path, capsys: pyt
     path.write_text(STUDY)
     words = ["study", str(path), f"runs_dir={tmp_path / 'runs'}"]
     folder = tmp_path / "runs" / "studies" / "depth"
-    assert main([*words, *SLURM, "launcher.parallel=3", "--dry-run"]) == 0
+    assert main([*words, *SLURM, "launcher.array_parallelism=3", "--dry-run"]) == 0
     assert not (folder / "slurm").exists()
     (cluster / "queue").write_text("8_0\n8_1\n8_2\n8_3\n")
     for _ in range(2):  # the second time they are in the queue already
-        assert main([*words, *SLURM, "launcher.parallel=3"]) == 0
-        assert told([f"8_{i}" for i in range(4)], folder / "slurm") in capsys.readouterr().out
+        assert main([*words, *SLURM, "launcher.array_parallelism=3"]) == 0
+        assert summary([f"8_{i}" for i in range(4)], folder / "slurm") in capsys.readouterr().out
     script = (folder / "slurm" / "8_submission.sh").read_text()
     assert "#SBATCH --array=0-3%3\n" in script and "#SBATCH --job-name=depth\n" in script
     handed = queued(folder / "slurm")
@@ -304,10 +353,10 @@ def test_cells_ask_for_what_their_processes_need(
 ) -> None:
     path, folder = tmp_path / "devices.yaml", tmp_path / "runs" / "studies" / "devices"
     path.write_text(STUDY.replace("denoiser.depth: [1, 2]", "trainer.devices: [1, 4]"))
-    words = ["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, "launcher.cpus=3"]
+    words = ["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, "launcher.cpus_per_task=3"]
     (cluster / "queue").write_text("8_0\n8_1\n9_0\n9_1\n")
     assert main(words) == 0
-    assert told(["8_0", "8_1", "9_0", "9_1"], folder / "slurm") in capsys.readouterr().out
+    assert summary(["8_0", "8_1", "9_0", "9_1"], folder / "slurm") in capsys.readouterr().out
     for job, devices in ((8, 1), (9, 4)):
         script = (folder / "slurm" / f"{job}_submission.sh").read_text()
         assert f"#SBATCH --cpus-per-task={3 * devices}\n" in script and "#SBATCH --nodes=1\n" in script
@@ -326,8 +375,8 @@ def test_cells_ask_for_what_their_processes_need(
             "launcher.nodes: a cell is one process, which starts those of trainer.devices; allowed: 1",
         ),
         (
-            ["launcher.tasks=4"],
-            "launcher.tasks: a cell is one process, which starts those of trainer.devices; allowed: 1",
+            ["launcher.ntasks_per_node=4"],
+            "launcher.ntasks_per_node: a cell is one process, which starts those of trainer.devices; allowed: 1",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from test_resume import CASES, TINY, assert_equal, only, scalars, series, state
 
 from diffbench.cli import main
 from diffbench.runs.lifecycle import train
-from diffbench.runs.slurm import LauncherConfig, queued, submit, told
+from diffbench.runs.slurm import LauncherConfig, queued, submit, summary
 
 DIT = "experiments/digits/dit.yaml"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -56,12 +56,19 @@ def test_a_run_goes_through_the_queue(
     node: dict[str, str], finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", DIT, "debug=smoke", f"runs_dir={tmp_path}"]
-    asked = ["partition=other", "time=0:05:00", "gpus=1", "cpus=1", "memory=2G", "setup=['export OMP_NUM_THREADS=1']"]
+    asked = [
+        "partition=other",
+        "time=0:05:00",
+        "gpus_per_node=1",
+        "cpus_per_task=1",
+        "mem=2G",
+        "setup=['export OMP_NUM_THREADS=1']",
+    ]
     assert main([*words, "launcher=slurm", *(f"launcher.{word}" for word in asked)]) == 0
     out, err = capfd.readouterr()
     folder = tmp_path / "slurm"
     (job,) = queued(folder).values()
-    assert (out, err) == (told([job], folder) + "\n", "")
+    assert (out, err) == (summary([job], folder) + "\n", "")
     facts = ended(job, node, 500)
     log = (folder / f"{job}_0_log.out").read_text()
     assert (facts["JobState"], facts["JobName"]) == ("COMPLETED", "dit-smoke-s0"), log
@@ -78,7 +85,7 @@ def test_the_tasks_of_a_job_are_the_ranks_of_a_run(
     node: dict[str, str], finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", DIT, "debug=smoke", "trainer.devices=2", f"runs_dir={tmp_path}"]
-    asked = ["tasks=2", "cpus=1", "time=5", "setup=['export OMP_NUM_THREADS=1']"]
+    asked = ["ntasks_per_node=2", "cpus_per_task=1", "time=5", "setup=['export OMP_NUM_THREADS=1']"]
     assert main([*words, "launcher=slurm", *(f"launcher.{word}" for word in asked)]) == 0
     ((_, job),) = queued(tmp_path / "slurm").items()
     facts = ended(job, node, 500)
@@ -92,7 +99,7 @@ def test_the_tasks_of_a_job_are_the_ranks_of_a_run(
 
 
 def test_a_command_that_fails_stops_no_other(node: dict[str, str], tmp_path: Path) -> None:
-    launcher = LauncherConfig(name="slurm", time="5", cpus=1, parallel=1, folder=str(tmp_path))
+    launcher = LauncherConfig("slurm", "5", cpus_per_task=1, folder=str(tmp_path), options={"array_parallelism": 1})
     commands = [["show", DIT], ["show", DIT, "denoiser.depht=2"], ["show", DIT, "seed=3"]]
     jobs = submit(commands, launcher, "three")
     first = jobs[0].split("_")[0]
@@ -137,7 +144,7 @@ def test_a_run_that_meets_its_time_limit_goes_on(
     (tmp_path / "sitecustomize.py").write_text(LINGER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     broken = ["train", *words, f"runs_dir={tmp_path / 'broken'}"]
-    launcher = LauncherConfig(name="slurm", time="3", lead=10, cpus=1, folder=str(tmp_path / "jobs"))
+    launcher = LauncherConfig("slurm", "3", cpus_per_task=1, signal_delay_s=10, folder=str(tmp_path / "jobs"))
     (job,) = submit([broken], launcher)
     facts = ended(job, node, 500)
     log = (tmp_path / "jobs" / f"{job}_0_log.out").read_text()
