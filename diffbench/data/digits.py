@@ -28,6 +28,11 @@ class DigitsConfig:
         if not 10 <= self.held_out <= 1000:
             raise ValueError(f"data.held_out must lie in 10 to 1000, got {self.held_out}")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, known before any is read."""
+        return 1, self.size, self.size
+
 
 def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
     """Load the training and the held-out part."""

@@ -53,6 +53,11 @@ class ImagesConfig:
                 raise ValueError(f"data.{name}: must be at least {least}, got {value}")
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, known before any is read."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The settings that decide every byte of the decoded images."""
         free = {"path", "flip", "skip_broken", "num_workers"}

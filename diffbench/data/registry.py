@@ -28,6 +28,11 @@ class NoneConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}: must be at least {least}, got {getattr(self, name)}")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, known before any is read."""
+        return self.channels, self.image_size, self.image_size
+
 
 def no_images(config: NoneConfig) -> tuple[ImageSet, ImageSet]:
     """Make two empty parts of the shape that the config states."""
@@ -38,7 +43,10 @@ def no_images(config: NoneConfig) -> tuple[ImageSet, ImageSet]:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: its dataclass config and the function that loads its training and held-out part."""
+    """A data set: its dataclass config, which knows the shape, and the function that loads its two parts.
+
+    The parts say the rest: whether there are classes and their names, and which extractor suits the images.
+    """
 
     config: type
     load: Callable[[Any], tuple[ImageSet, ImageSet]]

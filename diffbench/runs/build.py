@@ -176,8 +176,7 @@ def _autoencoder_sizes(config: RunConfig) -> KLConfig:
     if not is_experiment(source):
         return io.read_config(io.find(autoencoder_place(source)))
     found, _ = autoencoder_experiment(config)
-    train_set, _ = load_data(found)
-    return found.network.for_channels(train_set.images.shape[1])
+    return found.network.for_channels(found.data.shape[0])
 
 
 def encoded(

@@ -23,6 +23,8 @@ def check(config: RunConfig) -> None:
     """
     check_device(config.trainer)
     check_compiler(config.trainer.compile)
+    with possible("denoiser"):  # before images are decoded, which may take hours
+        cost_of(config, ImageSet(torch.empty(0, *config.data.shape), torch.empty(0), 1))
     train_set, _ = load_data(config)
     if not len(train_set):
         raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")

@@ -97,6 +97,16 @@ def test_what_is_wrong_with_the_data_is_one_line_and_makes_no_run(
     assert main(command(root, "data.skip_broken=true")) == 0
 
 
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path / "pets", {"cat": 20, "dog": 20})
+    assert main(command(root, "denoiser.patch_size=3")) == 2
+    said = capsys.readouterr()
+    assert "denoiser.patch_size: 3 does not divide 16, a side of the image" in said.err
+    assert "decod" not in said.out and not (tmp_path / "cache").exists()
+
+
 def test_a_stop_while_decoding_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
