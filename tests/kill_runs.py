@@ -1,12 +1,14 @@
 """Run as a process of its own: a tiny run, killed (SIGKILL) again and again, each time ended by the same command.
 
-    python tests/kill_runs.py train|score writes|moments MOST FOLDER [I/N]
+    python tests/kill_runs.py train|score|schedules writes|moments MOST FOLDER [I/N]
 
 `train` trains with validation, distances and checkpoints; `score` draws chunks of samples and appends records.
 `writes` kills in the middle of writes and before flushes, renames, cuts and removals: the first and last of each kind
 on each kind of file, then others spread evenly, MOST in all (0 for every single one). `moments` kills MOST times a
-moment after a pass through the network, spread over training, validation and distances. Prints JSON: what was tried,
-and what did not end as an unbroken run ends, to the bit. With I/N, only the I-th of every N kills.
+moment after a pass through the network, spread over training, validation and distances. `schedules` trains with ten
+orders of the five intervals, each before each other and each once so long that it never comes, and kills MOST times in
+each. Prints JSON: what was tried, and what did not end as an unbroken run ends, to the bit. With I/N, only the I-th of
+every N kills, or schedules.
 """
 
 import builtins
@@ -55,6 +57,8 @@ RUN = [
     "denoiser.num_heads=2",
     "denoiser.dropout=0.1",
 ]
+INTERVALS = ["trainer.log", "trainer.checkpoint", "trainer.validate", "trainer.sample", "evaluate.every"]
+ORDERS = [INTERVALS[i:] + INTERVALS[:i] for i in range(5)] + [(INTERVALS[i:] + INTERVALS[:i])[::-1] for i in range(5)]
 Point = tuple[str, int]
 """A kind of call on a kind of file, or a phase; and which of them in order."""
 
@@ -214,14 +218,21 @@ def outcome(run: Path) -> dict[str, str]:
     return {name: digest(value) for name, value in parts.items()}
 
 
-def works(what: str, folder: Path) -> tuple[Callable[[Path], Callable[[], Any]], Callable[[Path], Path]]:
+def schedule(order: list[str]) -> list[str]:
+    """Overrides by which the five come in this order, each before the next one's first time; the last one never."""
+    return [f"{key}_images={images}" for key, images in zip(order, (8, 24, 40, 72, 10**9), strict=True)]
+
+
+def works(
+    what: str, folder: Path, overrides: list[str]
+) -> tuple[Callable[[Path], Callable[[], Any]], Callable[[Path], Path]]:
     """What a command does at a place, and which run folder it makes there."""
     begun = folder / "begun"
 
     def trains(place: Path) -> Callable[[], Any]:
         def work() -> None:
             os.environ["DIFFBENCH_CACHE"] = str(place / "cache")
-            train("experiments/digits/dit.yaml", [*RUN, "tag=run", f"runs_dir={place}"])
+            train("experiments/digits/dit.yaml", [*RUN, *overrides, "tag=run", f"runs_dir={place}"])
 
         return work
 
@@ -253,6 +264,14 @@ def chosen(counts: Counter[str], most: int) -> list[Point]:
     return [*ends, *(rest[len(rest) * i // more] for i in range(min(more, len(rest))))][:most]
 
 
+def scattered(counts: Counter[str], most: int) -> list[Point]:
+    """A call of each kind by turns, at random."""
+    kinds = sorted(counts)
+    random.Random(sum(counts.values())).shuffle(kinds)
+    tried = [(kinds[i % len(kinds)], random.Random(i)) for i in range(most)]
+    return [(kind, r.randint(1, counts[kind])) for kind, r in tried]
+
+
 def hand_judge(old: Path, new: Path) -> None:
     """Gives a cache the judge of another, which takes seconds to train."""
     new.mkdir(parents=True)
@@ -262,22 +281,39 @@ def hand_judge(old: Path, new: Path) -> None:
 
 def main(what: str, how: str, most: int, folder: Path, share: str = "1/1") -> dict[str, Any]:
     torch.set_num_threads(1)
-    work, run_of = works(what, folder)
+    first, of = map(int, share.split("/"))
+    if what != "schedules":
+        return killed(what, how, most, folder, [], (first, of))
+    reports = [
+        killed("train", how, most, folder / str(i), schedule(ORDERS[i]), at=scattered) for i in range(first - 1, 10, of)
+    ]
+    together: dict[str, Any] = {key: sum(r[key] for r in reports) for key in ("calls", "kills")}
+    together |= {"unkilled": [point for r in reports for point in r["unkilled"]]}
+    return together | {"wrong": {str(i): r["wrong"] for i, r in enumerate(reports) if r["wrong"]}}
+
+
+def killed(
+    what: str,
+    how: str,
+    most: int,
+    folder: Path,
+    overrides: list[str],
+    share: tuple[int, int] = (1, 1),
+    at: Callable[[Counter[str], int], list[Point]] = chosen,
+) -> dict[str, Any]:
+    """The report of one series of kills, at the points that `at` chooses."""
+    work, run_of = works(what, folder, overrides)
 
     def watch(killer: Killer) -> None:
         killer.watch_files() if how == "writes" else killer.watch_network(sum(map(ord, str(killer.point))))
 
+    judged = folder.parent / "0" / "whole" / "cache"  # of the first schedule
+    if judged.is_dir() and not folder.exists():
+        hand_judge(judged, folder / "whole" / "cache")
     status, counts = start(work(folder / "whole"), watch, Killer(None, folder))
     assert status == 0, "the unbroken run failed"
     whole = outcome(run_of(folder / "whole"))
-    if how == "moments":
-        phases = sorted(counts)
-        tried = [random.Random(i) for i in range(most)]
-        points = [(phases[i % len(phases)], r.randint(1, counts[phases[i % len(phases)]])) for i, r in enumerate(tried)]
-    else:
-        points = chosen(counts, most)
-    first, of = map(int, share.split("/"))
-    points = points[first - 1 :: of]
+    points = (scattered if how == "moments" else at)(counts, most)[share[0] - 1 :: share[1]]
     wrong, unkilled = {}, []
     for number, point in enumerate(points):
         place = folder / f"killed-{number}"

@@ -35,6 +35,19 @@ def test_killed_twice_in_its_writes(tmp_path: Path) -> None:
     assert (report["kills"], report["unkilled"], report["wrong"]) == (2, [], {})
 
 
+def test_killed_with_a_checkpoint_before_the_first_line(tmp_path: Path) -> None:
+    """Checkpoints first, then validation, grid and distance; the log never comes."""
+    report = killed("schedules", "writes", 4, tmp_path, "2/10")
+    assert (report["kills"], report["unkilled"], report["wrong"]) == (4, [], {})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_in_every_order_of_intervals(tmp_path: Path) -> None:
+    report = killed("schedules", "writes", 10, tmp_path)
+    assert (report["kills"], report["unkilled"], report["wrong"]) == (100, [], {})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffbench.runs.lifecycle import load, train
+from diffbench.training.checkpoint import SaveState
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -124,3 +125,28 @@ def test_longer_run_extends_a_finished_one(tmp_path: Path) -> None:
     whole, extended = only(tmp_path / "whole"), only(tmp_path / "extended")
     assert_equal(state(whole)["state_dict"], state(extended)["state_dict"])
     assert_equal(load_file(whole / "ema-0.9.safetensors"), load_file(extended / "ema-0.9.safetensors"))
+
+
+def test_killed_after_a_checkpoint_and_before_the_first_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = str(ROOT / "experiments" / "digits" / "dit.yaml")
+    overrides = [*TINY, *CASES["dit"], "trainer.log_images=1000", "trainer.validate_images=1000"]
+    train(config, [*overrides, f"runs_dir={tmp_path / 'unbroken'}"])
+    step_end = SaveState.on_train_batch_end
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: SaveState, trainer: Any, *rest: Any) -> None:
+        step_end(self, trainer, *rest)
+        if trainer.global_step == 7:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(SaveState, "on_train_batch_end", killed)
+        train(config, [*overrides, f"runs_dir={tmp_path / 'broken'}"])
+    assert not (only(tmp_path / "broken") / "metrics.jsonl").exists()
+    run = train(config, [*overrides, f"runs_dir={tmp_path / 'broken'}"]).folder
+    assert series(run) == series(only(tmp_path / "unbroken"))
+    assert_equal(state(run)["state_dict"], state(only(tmp_path / "unbroken"))["state_dict"])
