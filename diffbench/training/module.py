@@ -101,3 +101,22 @@ def lr_factor(settings: OptimizerConfig, images: int) -> float:
         return rise
     progress = min(1.0, max(0.0, (images - ramp) / (end - ramp)))
     return rise * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def decayed_early(settings: OptimizerConfig, images: int, most: int) -> str | None:
+    """A warning where images are trained on after the learning rate has decayed, or None.
+
+    Args:
+        settings: of the optimizer.
+        images: seen already.
+        most: that will have been seen at the end.
+    """
+    end = settings.decay_images
+    if end is None or most <= end or images >= most:
+        return None
+    s = settings
+    return (
+        f"warning: the learning rate has decayed at optimizer.decay_images={end:,}: images {max(images, end) + 1:,} to"
+        f" {most:,} get {s.lr * s.final_lr:g}, {100 * s.final_lr:g}% of optimizer.lr={s.lr:g}. A run of {most:,} images"
+        f" whose rate decays over all of them ends elsewhere: tag=NAME optimizer.decay_images={most}"
+    )

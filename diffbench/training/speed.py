@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -53,10 +54,13 @@ def float32_products(tf32: bool) -> Iterator[None]:
         yield
         return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+    with warnings.catch_warnings():
+        if not tf32:  # as the config says; inductor advises otherwise
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+        try:
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]

@@ -26,7 +26,7 @@ from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
 from diffbench.training.fsdp import restore
 from diffbench.training.logger import RunLogger, full_disk_reported
-from diffbench.training.module import TrainingModule
+from diffbench.training.module import TrainingModule, decayed_early
 from diffbench.training.nan_guard import NonFiniteGuard
 from diffbench.training.signals import StopOnSignal
 from diffbench.training.speed import float32_products
@@ -77,6 +77,9 @@ def fit(
     precision = precision_here(settings, low=isinstance(module, DiffusionModule))
     stop = StopOnSignal(folder, settings.max_steps)
     save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock, stop)
+    seen = step_of(checkpoint) * settings.batch_size if checkpoint else 0
+    if warning := decayed_early(module.settings, seen, settings.max_images):
+        print(warning)
     at_end = checkpoint is not None and step_of(checkpoint) == settings.max_steps  # evaluations alone are left
     with warnings.catch_warnings(), float32_products(settings.tf32):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")

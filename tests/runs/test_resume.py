@@ -127,6 +127,22 @@ def test_longer_run_extends_a_finished_one(tmp_path: Path) -> None:
     assert_equal(load_file(whole / "ema-0.9.safetensors"), load_file(extended / "ema-0.9.safetensors"))
 
 
+def test_what_an_extension_after_the_decay_gets_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "experiments" / "digits" / "dit.yaml")
+    overrides = [*TINY, *CASES["dit"], f"runs_dir={tmp_path}", "trainer.log_images=8"]
+    train(config, [*overrides, "trainer.max_images=160"])
+    train(config, overrides)
+    assert "warning" not in capsys.readouterr().out
+    run = train(config, [*overrides, "trainer.max_images=400"]).folder
+    assert (
+        "warning: the learning rate has decayed at optimizer.decay_images=320: images 321 to 400 get 2e-05, 1% of"
+        " optimizer.lr=0.002. A run of 400 images whose rate decays over all of them ends elsewhere: tag=NAME"
+        " optimizer.decay_images=400\n"
+    ) in capsys.readouterr().out
+    rates = {line["images"]: line["train/lr"] for line in series(run) if "train/lr" in line}
+    assert [rates[images] for images in range(328, 401, 8)] == pytest.approx([2e-5] * 10)
+
+
 def test_killed_after_a_checkpoint_and_before_the_first_line_of_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

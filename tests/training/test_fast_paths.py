@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,19 @@ def test_the_mantissa_of_float32_is_put_back(monkeypatch: pytest.MonkeyPatch) ->
         with float32_products(tf32=tf32):
             assert now() == want
     assert now() == before
+
+
+def test_inductors_advice_to_use_tf32_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with float32_products(tf32=False):
+            compile_fx._warn_tf32_disabled.__wrapped__()
+        with pytest.raises(UserWarning, match="TensorFloat32 tensor cores"):
+            compile_fx._warn_tf32_disabled.__wrapped__()
 
 
 def test_sampling_in_bfloat16_and_without_a_gpu_to_record(capsys: pytest.CaptureFixture[str]) -> None:
