@@ -22,6 +22,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.against is not None:
         record = evaluate_images(Path(arguments.what), Path(arguments.against), overrides)
         print("\n".join(f"{name:<40} {value:>12.6g}" for name, value in values(record).items()))
+        if record["compression"]:
+            print(f"note: {record['compression']}")
         return
     run = load_any(arguments.what)
     score(run, overrides)

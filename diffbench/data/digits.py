@@ -51,5 +51,5 @@ def _digits(held_out: int, size: int) -> tuple[ImageSet, ImageSet]:
     labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0)
     names = tuple("0123456789")
-    parts = [ImageSet(pixels[p], labels[p], 10, "digits", names, extractor="digits-cnn") for p in (train, test)]
+    parts = [ImageSet(pixels[p], labels[p], 10, "digits", names) for p in (train, test)]
     return parts[0], parts[1]

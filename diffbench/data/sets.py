@@ -19,7 +19,6 @@ class ImageSet:
         name: of the data set; a copy compressed with loss never has the original's name.
         class_names: by label; empty where the classes have no names.
         digest: the fingerprint, where it is known already.
-        extractor: the feature extractor that suits these images.
         formats: file format -> number of images that came in it; empty where they did not come from files.
         origin: which part of the data set this is, in words.
     """
@@ -30,7 +29,6 @@ class ImageSet:
     name: str = "images"
     class_names: tuple[str, ...] = ()
     digest: str | None = None
-    extractor: str = "efficientnet-lite0"
     formats: dict[str, int] = field(default_factory=dict)
     origin: str = ""
 

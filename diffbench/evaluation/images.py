@@ -5,20 +5,24 @@ import math
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256
 from diffbench.data.places import list_files
-from diffbench.data.transforms import SUFFIXES, BrokenError, check_size, decode, quiet
+from diffbench.data.transforms import FORMATS, SUFFIXES, BrokenError, check_size, decode, quiet
 from diffbench.metrics import Extractor
 from diffbench.metrics.base import Gaussian, ReferenceStatistics
+
+LOSSLESS = {"PNG", "BMP", "GIF", "TIFF", "PPM"}
+"""Formats whose pixels are what was written; JPEG's are not, and WebP's may not be."""
 
 
 class ImageSource(Protocol):
@@ -31,6 +35,9 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
+    def formats(self) -> dict[str, int]:
+        """File format -> number of images; empty where they did not come from image files."""
+
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images in their order, (B, C, H, W) uint8."""
 
@@ -39,11 +46,7 @@ class ImageSource(Protocol):
 
 
 class ImageFolder:
-    """The images below a folder, in the order of their paths, decoded by the rules of training.
-
-    Attributes:
-        formats: file format -> images read in it so far.
-    """
+    """The images below a folder, in the order of their paths, found and decoded by the rules of training."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -55,26 +58,31 @@ class ImageFolder:
         print(listing, flush=True)
         self.files = [path / name for name in listing.images]
         self.labels: Tensor | None = None
-        channels, height, width = _read(self.files[0])[0].shape
+        channels, height, width = _read(self.files[0]).shape
         self.shape = (channels, height, width)
-        self.formats: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images, (B, C, H, W) uint8; grey ones are repeated where the first has colours."""
-        self.formats.clear()
         for start in range(0, len(self), size):
             with quiet():
                 yield torch.stack([self._like_the_first(path) for path in self.files[start : start + size]])
 
     def _like_the_first(self, path: Path) -> Tensor:
-        image, kind = _read(path)
-        self.formats[kind] += 1
+        image = _read(path)
         if image.shape[1:] != self.shape[1:] or image.shape[0] not in (1, self.shape[0]):
             raise UserError(f"{path}: is {_size(image.shape)}, but {self.files[0].name} is {_size(self.shape)}")
         return image.expand(self.shape)
+
+    def formats(self) -> dict[str, int]:
+        """How often each file format occurs, by the files' content."""
+        found: Counter[str] = Counter()
+        for path in self.files:
+            with quiet(), Image.open(path, formats=FORMATS) as image:
+                found[str(image.format)] += 1
+        return dict(sorted(found.items()))
 
     def identity(self) -> str:
         """A hash of all files' bytes, in order."""
@@ -84,16 +92,27 @@ class ImageFolder:
         return hashed.hexdigest()
 
 
-def _read(path: Path) -> tuple[Tensor, str]:
+def _read(path: Path) -> Tensor:
     try:
-        pixels, kind = decode(str(path))
+        pixels, _ = decode(str(path))
     except BrokenError as e:
         raise UserError(f"{path}: broken image ({e})") from None
-    return torch.from_numpy(np.ascontiguousarray(pixels)), kind
+    return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
 def _size(shape: Any) -> str:
     return f"{shape[2]}x{shape[1]} with {shape[0]} channels"
+
+
+def compression_note(samples: Mapping[str, int], real: Mapping[str, int]) -> str | None:
+    """A note where one side was compressed with loss and the other was not, which moves distances by itself."""
+    if not samples or not real or (set(samples) <= LOSSLESS) == (set(real) <= LOSSLESS):
+        return None
+    return f"{_kinds(samples)} images against {_kinds(real)} ones: the compression alone moves every distance"
+
+
+def _kinds(formats: Mapping[str, int]) -> str:
+    return f"{' and '.join(formats)} ({'lossless' if set(formats) <= LOSSLESS else 'lossy'})"
 
 
 class ImageNpz:
@@ -105,7 +124,7 @@ class ImageNpz:
             try:
                 dims, fortran, dtype = _header(file)
             except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
-                raise UserError(f"{path}: arr_0 is damaged, or no array") from None
+                raise UserError(f"{path}: arr_0 is damaged, or not an array") from None
         if len(dims) != 4 or dtype != np.uint8 or fortran or dims[3] not in (1, 3):
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), got {dtype} {dims}")
         with zipfile.ZipFile(path) as archive:
@@ -116,9 +135,7 @@ class ImageNpz:
         self._count = dims[0]
         self.shape = (dims[3], dims[1], dims[2])
         labels = _arrays(path, ("arr_1",)).get("arr_1")
-        self.labels: Tensor | None = None
-        if labels is not None and labels.shape == (dims[0],) and labels.dtype.kind in "iuf":
-            self.labels = torch.from_numpy(labels.astype(np.int64))
+        self.labels = None if labels is None else _labels(path, labels, dims[0])
 
     def __len__(self) -> int:
         return self._count
@@ -127,7 +144,7 @@ class ImageNpz:
         try:
             return zipfile.ZipFile(self.path).open("arr_0.npy")
         except (zipfile.BadZipFile, KeyError, OSError) as e:
-            raise UserError(f"{self.path}: no npz file with an array arr_0 ({e})") from None
+            raise UserError(f"{self.path}: not an npz file with an array arr_0 ({e})") from None
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images, read as they are asked for."""
@@ -146,9 +163,30 @@ class ImageNpz:
                 pixels = np.frombuffer(bytearray(data), np.uint8).reshape(count, height, width, channels)
                 yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
+    def formats(self) -> dict[str, int]:
+        """None: what the pixels came from is not known."""
+        return {}
+
     def identity(self) -> str:
         """A hash of the file."""
         return sha256(self.path)
+
+
+def _labels(path: Path, array: np.ndarray, count: int) -> Tensor:
+    """(count,) int64 labels of an array (N,), (N, 1) or one-hot (N, K)."""
+    labels = array
+    if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
+        one_hot = np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all()
+        labels = labels.argmax(1) if one_hot else labels
+    elif labels.ndim == 2:
+        labels = labels[:, 0] if labels.shape[1] else labels
+    whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and (labels == np.floor(labels)).all())
+    if labels.shape != (count,) or not whole or labels.min() < 0:
+        raise UserError(
+            f"{path}: arr_1 is {array.dtype} {array.shape}; allowed: the labels of {count:,} images as whole numbers"
+            f" ({count},) or ({count}, 1), or one-hot ({count}, classes)"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

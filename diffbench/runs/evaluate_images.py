@@ -20,6 +20,7 @@ from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
 from diffbench.evaluation.images import (
     ImageSource,
+    compression_note,
     has_images,
     open_images,
     read_statistics,
@@ -87,14 +88,16 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
         raise UserError(f"{what}: holds {len(images)} images; at least {references.LEAST} are needed")
     settings.count = len(images)
     extractor = make_extractor(settings, images.shape, run)
-    scorer = _run_scorer(settings, extractor, run, images) if run else _scorer(extractor, against, len(images))
+    scorer = _run_scorer(settings, extractor, run, images, what) if run else _scorer(extractor, against, len(images))
     scorer.comparison = replace(scorer.comparison, labels=images.labels is not None, by_class=False)
     started = time.perf_counter()
     values = scorer.scores(references.numbered(images.batches(references.BATCH), images.labels))
+    formats = images.formats()
     record = {
         **records.surroundings(extractor, extractor.device),
-        "images": {"path": str(what), "sha256": images.identity(), "count": len(images)},
+        "images": {"path": str(what), "sha256": images.identity(), "count": len(images), "formats": formats},
         **scorer.facts(),
+        "compression": compression_note(formats, scorer.reference.get("formats", {})),
         "scoring_seconds": time.perf_counter() - started,
         **values,
     }
@@ -124,12 +127,21 @@ def make_extractor(settings: EvaluateConfig, shape: tuple[int, int, int], run: D
         raise UserError(f"{COMMAND_LINE}: {e}") from None
 
 
-def _run_scorer(settings: EvaluateConfig, extractor: Extractor, run: DenoiserRun, images: ImageSource) -> Scorer:
-    train = run.train_set
-    counts = None if images.labels is None else images.labels.bincount(minlength=1)
+def _run_scorer(
+    settings: EvaluateConfig, extractor: Extractor, run: DenoiserRun, images: ImageSource, what: Path
+) -> Scorer:
+    train, counts = run.train_set, None
+    if images.labels is not None and train.num_classes:
+        if (highest := int(images.labels.max())) >= train.num_classes:
+            raise UserError(
+                f"{what}: arr_1 holds label {highest}, but {run.folder} has {train.num_classes} classes, 0 to"
+                f" {train.num_classes - 1}"
+            )
+        counts = images.labels.bincount()
     scorer = references.run_scorer(settings, extractor, train, run.held_out, counts)
     if train.shape != images.shape:
         scorer.comparison.training = None  # pixels of two sizes cannot be compared
+    scorer.reference["formats"] = train.formats
     return scorer
 
 
@@ -174,7 +186,7 @@ def statistics_of_images(
     source = {"images": images.identity(), "size": list(images.shape)}
     batches = partial(images.batches, references.BATCH)
     reference, key = references.cached_statistics(extractor, source, len(images), batches, keep)
-    return reference, {"key": key, "count": len(images)}
+    return reference, {"key": key, "count": len(images), "formats": images.formats()}
 
 
 def build_reference(what: Path, overrides: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from diffbench.cli import main
 from diffbench.core.errors import UserError
 from diffbench.data.digits import DigitsConfig, digits
+from diffbench.data.images import images as load_images
+from diffbench.data.places import ImagesConfig
 from diffbench.data.sets import balanced
 from diffbench.evaluation import images
 from diffbench.evaluation import reference as references
@@ -93,7 +95,7 @@ def test_npz_files_that_hold_something_else(tmp_path: Path, array: np.ndarray, t
         images.open_images(tmp_path / "a.npz")
     assert str(caught.value) == f"{tmp_path / 'a.npz'}: {told}"
     np.savez(tmp_path / "b.npz", other=array)
-    with pytest.raises(UserError, match=r"b\.npz: no npz file with an array arr_0"):
+    with pytest.raises(UserError, match=r"b\.npz: not an npz file with an array arr_0"):
         images.open_images(tmp_path / "b.npz")
 
 
@@ -143,7 +145,7 @@ def test_images_against_a_run_score_as_its_own_samples_do(smoke_run: Path, tmp_p
     own = read(smoke_run / "results.jsonl")[-1]
     (theirs,) = read(tmp_path / "samples.npz.results.jsonl")
     assert values(theirs) == pytest.approx(values(own), rel=1e-6)
-    assert theirs["reference"] == own["reference"] and theirs["floor"] == own["floor"]
+    assert theirs["reference"] == {**own["reference"], "formats": {}} and theirs["floor"] == own["floor"]
 
 
 def test_other_counts_are_pointed_out(tmp_path: Path, capsys: Capture) -> None:
@@ -233,3 +235,90 @@ def test_settings_come_from_the_run_compared_with(smoke_run: Path) -> None:
     assert evaluate_images.settings_of([], run).extractor == "digits-cnn"
     assert evaluate_images.settings_of(["evaluate.extractor=inception"], run).extractor == "inception"
     assert evaluate_images.settings_of(["evaluate.reference=all"], run).reference == "all"
+
+
+def test_a_folder_is_read_by_the_rules_of_training(tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "own"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    Image.fromarray(pixels).save(folder / "0.png")
+    Image.fromarray(pixels).save(folder / "1.png", exif=exif)
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(folder / "2.png")
+    Image.fromarray(pixels).convert("P").convert("RGBA").convert("LA").save(folder / "3.png")
+    Image.fromarray(pixels).save(folder / "4.tif")
+    Image.fromarray(pixels).save(folder / ".ipynb_checkpoints" / "0.png")
+    (folder / "notes.txt").write_text("not an image")
+    trained = [*load_images(ImagesConfig(path=str(folder), image_size=8, channels=1, held_out=1))]
+    capsys.readouterr()
+    scored = images.open_images(folder)
+    out = capsys.readouterr().out
+    assert f"{folder}: 5 images (4 png, 1 tif); skipped 1 hidden (.ipynb_checkpoints), 1 other files (notes" in out
+    (batch,) = scored.batches(10)
+    assert {bytes(i.numpy()) for i in batch} == {bytes(i.numpy()) for part in trained for i in part.images}
+    assert not torch.equal(batch[0], batch[1]) and torch.equal(batch[1, 0], batch[0, 0].rot90(-1))
+    assert torch.equal(batch[2], batch[0])
+    assert scored.formats() == {"PNG": 4, "TIFF": 1}
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        LABELS.numpy()[:, None],
+        np.eye(10)[LABELS.numpy()],
+        np.eye(10, dtype=bool)[LABELS.numpy()],
+        LABELS.numpy().astype(np.float32),
+    ],
+    ids=["column", "one-hot", "one-hot bool", "float"],
+)
+def test_labels_of_an_npz_are_read_in_any_usual_shape(tmp_path: Path, labels: np.ndarray) -> None:
+    found = images.open_images(as_npz(tmp_path / "a.npz", IMAGES, arr_1=labels)).labels
+    assert found is not None and torch.equal(found, LABELS)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        LABELS.numpy()[:59],
+        LABELS.numpy() - 1.5,
+        -1 - LABELS.numpy(),
+        np.ones((60, 10)),
+        np.array(["a"] * 60),
+        np.zeros((60, 10, 1)),
+        np.zeros((60, 0)),
+    ],
+    ids=["length", "fractions", "negative", "all hot", "names", "3 axes", "no columns"],
+)
+def test_labels_of_another_kind_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
+    path = as_npz(tmp_path / "a.npz", IMAGES, arr_1=labels)
+    with pytest.raises(UserError) as caught:
+        images.open_images(path)
+    assert str(caught.value) == (
+        f"{path}: arr_1 is {labels.dtype} {labels.shape}; allowed: the labels of 60 images as whole numbers (60,) or"
+        " (60, 1), or one-hot (60, classes)"
+    )
+
+
+def test_labels_that_the_run_does_not_have_are_refused(
+    tmp_path: Path, smoke_run: Path, refused: Callable[..., str]
+) -> None:
+    path = as_npz(tmp_path / "a.npz", IMAGES, arr_1=LABELS.numpy() + 1)
+    assert refused("evaluate", path, "--against", smoke_run) == (
+        f"{path}: arr_1 holds label 10, but {smoke_run} has 10 classes, 0 to 9"
+    )
+
+
+def test_a_lossy_format_beside_a_lossless_one_is_said(tmp_path: Path, capsys: Capture) -> None:
+    real, lossy = as_folder(tmp_path / "real", IMAGES), tmp_path / "lossy"
+    lossy.mkdir()
+    for i, image in enumerate(IMAGES):
+        Image.fromarray(image[0].numpy()).save(lossy / f"{i:05d}.png", format="JPEG")  # the content counts
+    note = "note: JPEG (lossy) images against PNG (lossless) ones: the compression alone moves every distance\n"
+    assert main(["evaluate", str(lossy), "--against", str(real), CNN]) == 0
+    assert capsys.readouterr().out.endswith(note)
+    (record,) = read(tmp_path / "lossy.results.jsonl")
+    assert record["images"]["formats"] == {"JPEG": 60} and record["reference"]["formats"] == {"PNG": 60}
+    assert record["compression"] == note.removeprefix("note: ").rstrip()
+    assert main(["evaluate", str(real), "--against", str(real), CNN]) == 0
+    assert "note" not in capsys.readouterr().out
