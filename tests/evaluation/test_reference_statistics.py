@@ -4,12 +4,14 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffbench.config.sample_sections import EvaluateConfig
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.data.digits import DigitsConfig, digits
@@ -176,3 +178,46 @@ def test_an_interrupted_build_leaves_nothing(judge: Extractor, cache: Path) -> N
         references.cached_statistics(judge, {"pictures": "x"}, 1, broken)
     with pytest.raises(ValueError, match="got 10 samples where 20 were announced"):
         references.cached_statistics(judge, {"pictures": "x"}, 20, lambda: iter([TRAIN.images[:10]]))
+
+
+def two_classes(dark: int, light: int, seed: int) -> ImageSet:
+    """Noisy images around two grey levels, class by class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(2).repeat_interleave(torch.tensor([dark, light]))
+    pixels = 60 + 120 * labels[:, None, None, None] + 15 * torch.randn(dark + light, 1, 8, 8, generator=generator)
+    return ImageSet(pixels.clamp(0, 255).to(torch.uint8), labels, 2)
+
+
+def test_samples_have_the_classes_of_the_real_images_they_are_compared_with() -> None:
+    rare = two_classes(900, 60, 0)
+    assert references.class_counts(rare.labels, 480).tolist() == [450, 30]
+    assert references.sample_labels(rare, 96).bincount().tolist() == [90, 6]
+    assert references.first(rare, "train", 96).labels.bincount().tolist() == [90, 6]
+    assert references.first(rare, "train", 96).which == "the first 96, of the classes 90, 6"
+    assert references.class_counts(TRAIN.labels, 500).tolist() == [50] * 10  # nearly balanced is balanced
+    assert references.class_counts(TRAIN.labels, 1437).tolist() == TRAIN.labels.bincount().tolist()
+    assert references.class_counts(TRAIN.labels, 5000).tolist() == [500] * 10  # all are the reference: drawn evenly
+    assert references.class_counts(rare.labels, 9600).tolist() == [9000, 600]
+    assert references.sample_labels(ImageSet(rare.images, 0 * rare.labels, 0), 40).tolist() == [0] * 40
+    tail = torch.arange(3).repeat_interleave(torch.tensor([400, 200, 3]))
+    assert references.class_counts(tail, 100).tolist() == [66, 33, 1]
+
+
+def scores(extractor: Extractor, fresh: ImageSet, **settings: Any) -> dict[str, float]:
+    train, held_out = two_classes(900, 60, 0), two_classes(90, 6, 1)
+    config = EvaluateConfig(count=len(fresh), **settings)
+    scorer = references.run_scorer(config, extractor, train, held_out)
+    assert scorer.floor is not None
+    found = scorer.scores(references.numbered(iter(fresh.images.split(100)), fresh.labels))
+    return {name.split("/")[0]: value for name, value in found.items()} | {"real": scorer.floor["fd"]}
+
+
+@pytest.mark.parametrize("reference", ["same", "all"])
+def test_fresh_real_images_of_unequal_classes_show_no_gap(judge: Extractor, reference: str) -> None:
+    fair = scores(judge, two_classes(450, 30, 2), reference=reference)
+    even = scores(judge, two_classes(240, 240, 2), reference=reference)
+    assert even["fd"] > 0.03  # what other classes alone do to a distance
+    assert abs(fair["fd"]) < 0.01 * even["fd"]
+    for found in (fair, even):  # both sides of the gap have the same classes, so that these cancel out
+        assert abs(found["fd_gap"]) < 0.02 * even["fd"]
+    assert abs(fair["real"]) < 0.02 * even["fd"]
