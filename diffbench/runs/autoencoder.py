@@ -10,7 +10,6 @@ from diffbench.autoencoders import KLAutoencoder, io, without_spread_
 from diffbench.config.kinds import AutoencoderConfig
 from diffbench.core.errors import UserError
 from diffbench.data.coding import side_by_side, spread
-from diffbench.data.sets import balanced
 from diffbench.denoisers.flops import Cost, measure
 from diffbench.evaluation import reference
 from diffbench.metrics.extractors.base import check
@@ -44,7 +43,8 @@ class AutoencoderRun(Run[AutoencoderConfig]):
     @classmethod
     def check(cls, config: AutoencoderConfig) -> None:
         checks.check_device(config.trainer)
-        train_set, held_out = build.load_data(config)
+        checks.check_cache()
+        train_set, _ = build.load_data(config)
         shape = tuple(train_set.images.shape[1:])
         try:
             config.network.for_channels(shape[0]).latent_shape(shape)
@@ -55,12 +55,6 @@ class AutoencoderRun(Run[AutoencoderConfig]):
                 check(config.loss.perceptual, reference.extractor_request(train_set, None))
             except ValueError as e:
                 raise ValueError(str(e).replace("evaluate.extractor", "loss.perceptual", 1)) from None
-        if len(balanced(held_out.labels, config.evaluate.count)) < config.evaluate.count:
-            rarest = int(held_out.labels.bincount(minlength=held_out.num_classes).min())
-            raise ValueError(
-                f"evaluate.count: must be at most {rarest * held_out.num_classes}, as many held-out images of each"
-                f" class as data.name={config.data.name} has, got {config.evaluate.count}"
-            )
 
     def module(self) -> "AutoencoderModule":
         from diffbench.training.autoencoder import AutoencoderModule

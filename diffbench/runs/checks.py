@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,8 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import located
 from diffbench.config.sections import AUGMENT_WIDTH, TrainerConfig
 from diffbench.core import distributed
+from diffbench.core.errors import UserError
+from diffbench.core.files import cache_folder
 from diffbench.data.sets import ImageSet
 from diffbench.runs.build import cost_of, denoised_shape, device_of, load_data
 
@@ -22,6 +25,7 @@ def check(config: RunConfig) -> None:
         ValueError: a line that begins with the key.
     """
     check_device(config.trainer)
+    check_cache()
     check_compiler(config.trainer.compile)
     with possible("denoiser"):  # before images are decoded, which may take hours
         cost_of(config, ImageSet(torch.empty(0, *config.data.shape), torch.empty(0), 1))
@@ -64,6 +68,12 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
     from diffbench.evaluation.reference import check_run_extractor  # seconds, which tables and reports need not wait
 
     e, found = config.evaluate, len(train_set)
+    try:
+        check_run_extractor(config, train_set)
+    except ValueError as error:
+        if e.extractor is not None or e.every_images is not None:
+            raise
+        raise Unscored(str(error)) from None
     if e.every_images and found < e.every_count:
         raise ValueError(
             f"evaluate.every_count: must be at most {found}, as many training images as data.name={config.data.name}"
@@ -74,12 +84,23 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
             f"evaluate.count: must be at most {found}, as many training images as data.name={config.data.name} has, got"
             f" {e.count}; or compare with all of them: evaluate.reference=all"
         )
+
+
+def check_cache() -> None:
+    """Checks that the cache can be written, which scoring needs after hours of training.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    folder = cache_folder()
     try:
-        check_run_extractor(config, train_set)
-    except ValueError as error:
-        if e.extractor is not None or e.every_images is not None:
-            raise
-        raise Unscored(str(error)) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"{folder}: the cache cannot be written ({e.strerror}); set DIFFBENCH_CACHE to a folder that can"
+        ) from None
 
 
 @contextlib.contextmanager

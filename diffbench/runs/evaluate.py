@@ -21,7 +21,6 @@ from diffbench.core.distributed import launch
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.progress import progress, span
 from diffbench.data.coding import reconstruct
-from diffbench.data.sets import balanced
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
 from diffbench.evaluation.images import refuse_to_overwrite, write_npz
@@ -292,7 +291,8 @@ def _export(run: DenoiserRun, config: RunConfig, how: SampleConfig, path: Path) 
 
 
 def evaluate_autoencoder(run: AutoencoderRun, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Score the finished autoencoder, with averaged weights, on `evaluate.count` held-out images.
+    """Score the finished autoencoder, with averaged weights, on `evaluate.count` held-out images, or as many
+    as there are.
 
     Args:
         run: a finished run.
@@ -309,8 +309,8 @@ def evaluate_autoencoder(run: AutoencoderRun, overrides: Sequence[str] = ()) -> 
         raise UserError(f"{COMMAND_LINE}: {e}") from None
     device = device_of(config.trainer.accelerator)
     net = run.trained.to(device)
-    chosen = balanced(run.held_out.labels, config.evaluate.count)
-    images, labels = run.held_out.images[chosen], run.held_out.labels[chosen]
+    part = references.first(run.held_out, "held-out", min(config.evaluate.count, len(run.held_out)))
+    images, labels = run.held_out.images[part.index], part.labels
     restored, divergence = reconstruct(net, images)
     n, extractor = len(images), _extractor(config, run, device)
     c, h, w = net.config.latent_shape(tuple(images.shape[1:]))

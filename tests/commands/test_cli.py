@@ -115,7 +115,7 @@ FOUND_BEFORE_TRAINING = {
     "denoiser.depth=-1": "denoiser.depth: must be positive, got -1",
     "denoiser.mlp_ratio=-1": "denoiser.mlp_ratio: must be positive, got -1.0",
     "denoiser.dropout=2": "denoiser.dropout: must lie in [0, 1), got 2.0",
-    "evaluate.count=1e6": "evaluate.count: must be at most ",
+    "evaluate.every_images=100 evaluate.every_count=1e6": "evaluate.every_count: must be at most 1437, as",
     "sample.steps=abc": "sample.steps: must be like 250, ddim25 or 10,15,20, got 'abc'",
     "sample.steps=5000": "sample.steps: '5000' does not fit process.steps=1000",
     "validation.log_snr=[50]": "validation.log_snr: log-SNR must lie in ",
@@ -133,7 +133,7 @@ def test_found_before_training_and_before_a_folder_is_made(
         raise AssertionError("training started")
 
     monkeypatch.setattr("diffbench.runs.lifecycle.train_here", fail)
-    line = refused("train", DIT, argument, f"runs_dir={tmp_path / 'runs'}")
+    line = refused("train", DIT, *argument.split(), f"runs_dir={tmp_path / 'runs'}")
     assert line.startswith(f"command line: {FOUND_BEFORE_TRAINING[argument]}")
     assert not list(tmp_path.iterdir())
 

@@ -47,7 +47,6 @@ def test_what_no_denoiser_can_work_on_is_found_first(
         ("network.norm_num_groups=3", "network.block_out_channels: norm_num_groups=3 must divide"),
         ("data.size=9", "network.block_out_channels: this autoencoder takes 1 channels and sides divisible by 2"),
         ("loss.perceptual=lpips", "command line: loss.perceptual: unknown extractor 'lpips'; choose from digits-cnn,"),
-        ("evaluate.count=50", "command line: evaluate.count: must be at most 40, as many held-out images"),
         ("trainer.label_dropout=0.1", "command line: trainer.label_dropout: unknown key"),
     ],
 )

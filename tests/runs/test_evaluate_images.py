@@ -254,7 +254,7 @@ def test_a_folder_is_read_by_the_rules_of_training(tmp_path: Path, capsys: Captu
     capsys.readouterr()
     scored = images.open_images(folder)
     out = capsys.readouterr().out
-    assert f"{folder}: 5 images (4 png, 1 tif); skipped 1 hidden (.ipynb_checkpoints), 1 other files (notes" in out
+    assert f"{folder}: 5 images (4 png, 1 tif); skipped 1 hidden (.ipynb_checkpoints), 1 other (notes.txt)" in out
     (batch,) = scored.batches(10)
     assert {bytes(i.numpy()) for i in batch} == {bytes(i.numpy()) for part in trained for i in part.images}
     assert not torch.equal(batch[0], batch[1]) and torch.equal(batch[1, 0], batch[0, 0].rot90(-1))

@@ -1,0 +1,118 @@
+"""Scoring on images of one's own: classes of unequal size, fewer images than samples, and a cache that is read-only."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from own_images import folder
+from torch import Tensor, nn
+
+from diffbench.cli import main
+from diffbench.data.sets import ImageSet
+from diffbench.evaluation.records import results
+from diffbench.runs.checks import check_cache
+from diffbench.runs.lifecycle import load
+
+SMALL = [
+    "data.image_size=8",
+    "denoiser.patch_size=4",
+    "denoiser.hidden_size=16",
+    "denoiser.depth=1",
+    "denoiser.num_heads=2",
+    "trainer.precision=32-true",
+    "debug=smoke",
+    "tag=t",
+    "evaluate.extractor=test_scoring_own_data:make",
+]
+Capture = pytest.CaptureFixture[str]
+
+
+class Mean(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean(3).flatten(1)[:, ::4]
+
+
+def make(request: object) -> nn.Module:
+    """An extractor of one's own, as the config names it."""
+    return Mean()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "cache"))
+
+
+def command(path: Path, *overrides: str) -> list[str]:
+    runs = f"runs_dir={path.parent / 'runs'}"
+    return ["train", "experiments/cifar10/dit.yaml", f"data.path={path}", *SMALL, runs, *overrides]
+
+
+def run_folder(tmp_path: Path) -> Path:
+    (found,) = (tmp_path / "runs" / "cifar10").iterdir()
+    return found
+
+
+def test_a_long_tail_is_trained_on_and_scored_by_its_frequencies(tmp_path: Path, capsys: Capture) -> None:
+    root = folder(tmp_path / "tail", {"many": 80, "some": 40, "few": 4}, height=8, width=8)
+    assert main(command(root, "evaluate.count=60")) == 0
+    assert "note: samples will not be scored" not in capsys.readouterr().out
+    record = results(run_folder(tmp_path))[0]
+    run = load(run_folder(tmp_path))
+    assert run.train_set.class_names == ("few", "many", "some")
+    assert run.train_set.labels.bincount().tolist() == [4, 72, 36]
+    assert record["labels"] == "of the classes 2, 39, 19"
+    assert record["reference"]["count"] == 60
+
+
+def test_training_goes_on_where_there_are_fewer_images_than_samples(tmp_path: Path, capsys: Capture) -> None:
+    root = folder(tmp_path / "little", {"cat": 20, "dog": 20}, height=8, width=8)
+    why = (
+        "evaluate.count: must be at most 36, as many training images as data.name=cifar10 has, got 500; or compare"
+        " with all of them: evaluate.reference=all"
+    )
+    assert main(command(root, "evaluate.count=500")) == 0
+    out = capsys.readouterr().out
+    assert f"note: samples will not be scored: {why}\n" in out
+    assert "not scored: " in out and "samples: " in out
+    run = run_folder(tmp_path)
+    assert not results(run)
+    assert main(["evaluate", str(run), "evaluate.count=500"]) == 2
+    assert capsys.readouterr().err == f"error: command line: {why}\n"
+    for way in ("evaluate.count=30", "evaluate.reference=all"):  # both ways out that the line names
+        assert main(["evaluate", str(run), "sample.guidance=1", way]) == 0
+    assert [r["reference"]["count"] for r in results(run)] == [30, 36]
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_training(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(["train", "experiments/digits/dit.yaml", "debug=smoke", f"runs_dir={tmp_path / 'runs'}"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'file' / 'cache'}: the cache cannot be written (Not a directory); set DIFFBENCH_CACHE to a"
+        " folder that can\n"
+    )
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "new"))
+    check_cache()
+
+
+def test_changed_data_is_not_scored(tmp_path: Path, capsys: Capture) -> None:
+    root = folder(tmp_path / "own", {"cat": 30, "dog": 30}, height=8, width=8)
+    assert main(command(root, "evaluate.count=40", "sample.guidance=1")) == 0
+    run = run_folder(tmp_path)
+    before = results(run)
+    (root / "cat").rename(root / "other")  # the labels turn round
+    capsys.readouterr()
+    for argv in (["evaluate", str(run), "evaluate.count=40"], ["evaluate", str(root), "--against", str(run)]):
+        assert main(argv) == 2
+        assert "other training data" in capsys.readouterr().err
+    assert results(run) == before
+
+
+def test_counts_of_an_image_set_without_labels() -> None:
+    images = ImageSet(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64), 0)
+    from diffbench.evaluation import reference
+
+    assert reference.spread_in_words(images, reference.sample_labels(images, 5)) == "none"
