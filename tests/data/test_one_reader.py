@@ -79,7 +79,6 @@ def test_links_are_followed_or_refused_alike(tmp_path: Path) -> None:
 
 def test_formats_are_counted(tmp_path: Path) -> None:
     folder = ImageFolder(odd_images(tmp_path / "odd"))
-    list(folder.batches(3))
-    assert folder.formats == {"PNG": 5, "TIFF": 1, "GIF": 1}
+    assert folder.formats() == {"PNG": 5, "TIFF": 1, "GIF": 1}
     train, held_out = own_images.load(tmp_path / "odd", held_out=1)
     assert sum(train.formats.values()) == 6 and sum(held_out.formats.values()) == 1

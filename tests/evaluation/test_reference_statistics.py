@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffbench.config.sample_sections import EvaluateConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffbench.config.sections import EvaluateConfig
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.data.digits import DigitsConfig, digits

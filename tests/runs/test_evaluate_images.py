@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from diffbench.cli import main
 from diffbench.core.errors import UserError
 from diffbench.data.digits import DigitsConfig, digits
-from diffbench.data.images import images as load_images
-from diffbench.data.places import ImagesConfig
 from diffbench.data.sets import balanced
 from diffbench.evaluation import images
 from diffbench.evaluation import reference as references
@@ -235,31 +233,6 @@ def test_settings_come_from_the_run_compared_with(smoke_run: Path) -> None:
     assert evaluate_images.settings_of([], run).extractor == "digits-cnn"
     assert evaluate_images.settings_of(["evaluate.extractor=inception"], run).extractor == "inception"
     assert evaluate_images.settings_of(["evaluate.reference=all"], run).reference == "all"
-
-
-def test_a_folder_is_read_by_the_rules_of_training(tmp_path: Path, capsys: Capture) -> None:
-    folder = tmp_path / "own"
-    (folder / ".ipynb_checkpoints").mkdir(parents=True)
-    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned
-    Image.fromarray(pixels).save(folder / "0.png")
-    Image.fromarray(pixels).save(folder / "1.png", exif=exif)
-    Image.fromarray(pixels.astype(np.uint16) * 257).save(folder / "2.png")
-    Image.fromarray(pixels).convert("P").convert("RGBA").convert("LA").save(folder / "3.png")
-    Image.fromarray(pixels).save(folder / "4.tif")
-    Image.fromarray(pixels).save(folder / ".ipynb_checkpoints" / "0.png")
-    (folder / "notes.txt").write_text("not an image")
-    trained = [*load_images(ImagesConfig(path=str(folder), image_size=8, channels=1, held_out=1))]
-    capsys.readouterr()
-    scored = images.open_images(folder)
-    out = capsys.readouterr().out
-    assert f"{folder}: 5 images (4 png, 1 tif); skipped 1 hidden (.ipynb_checkpoints), 1 other (notes.txt)" in out
-    (batch,) = scored.batches(10)
-    assert {bytes(i.numpy()) for i in batch} == {bytes(i.numpy()) for part in trained for i in part.images}
-    assert not torch.equal(batch[0], batch[1]) and torch.equal(batch[1, 0], batch[0, 0].rot90(-1))
-    assert torch.equal(batch[2], batch[0])
-    assert scored.formats() == {"PNG": 4, "TIFF": 1}
 
 
 @pytest.mark.parametrize(
