@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from diffbench.config.load import load, to_yaml
 from diffbench.core import tensors
 from diffbench.core.store import Store
-from diffbench.reports.results import Result
+from diffbench.reports.results import Trial
+from diffbench.runs.lifecycle import look
 
 LEVELS = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
 PROFILE = np.array([0.42, 0.26, 0.13, 0.055, 0.021, 0.0085, 0.0034])
@@ -51,11 +51,11 @@ def make_run(
     if image_errors:
         each = np.random.default_rng(7).gamma(4, 0.25, (len(LEVELS), 60))  # the same images for all
         each = profile[:, None] * each / each.mean(1, keepdims=True)
-        save_file(
-            {"error": each.astype(np.float32), "log_snr": np.array(LEVELS)},
-            folder / "validation.safetensors",
-            {"images": str(images)},
-        )
+        found = {
+            "error": torch.from_numpy(each.astype(np.float32)),
+            "log_snr": torch.tensor(LEVELS, dtype=torch.float64),
+        }
+        tensors.write(folder / "validation.safetensors", found, {"images": str(images)})
     return folder
 
 
@@ -123,7 +123,7 @@ def save_samples(folder: Path, made: dict[str, Any], images: torch.Tensor) -> No
     made["drawing"]["folder"] = "evaluations/made"
 
 
-def backbones(runs: Path, seeds: int = 5, errors: dict[str, float] | None = None) -> list[Result]:
+def backbones(runs: Path, seeds: int = 5, errors: dict[str, float] | None = None) -> list[Trial]:
     """Three backbones by seeds: diffit far the best, dit and unet close together, unless told otherwise."""
     found = []
     means = errors or {"unet": 0.1088, "dit": 0.1079, "diffit": 0.1012}
@@ -135,5 +135,5 @@ def backbones(runs: Path, seeds: int = 5, errors: dict[str, float] | None = None
             folder = make_run(runs / f"{name}-s{seed}", name, seed, error, tilt=tilt, rate=2400 - 150 * place)
             made = record(max(0.2, 0.5 + 20 * (error - 0.1)), seed)
             save_record(folder, made)
-            found.append(Result(name, seed, "complete", folder, made))
+            found.append(Trial(name, seed, "complete", look(folder), made))
     return found

@@ -1,4 +1,4 @@
-"""Run folders as a comparison: what `diffbench compare` takes, prints and writes."""
+"""`diffbench compare`: a table and a report of several runs, or of a study."""
 
 import argparse
 import hashlib
@@ -8,29 +8,32 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build
 from diffbench.core.errors import UserError
-from diffbench.reports.results import Comparison, Result
-from diffbench.reports.runs import comparable_scores, facts, guidance_of, table
-from diffbench.reports.tables import OWN
-from diffbench.reports.wording import counted, listed, title
-from diffbench.runs.seen import Seen, look
+from diffbench.metrics.registry import metric_of
+from diffbench.reports.results import Comparison, Trial, comparable_scores, protocol
+from diffbench.reports.tables import IDENTITY, run_facts, run_table
+from diffbench.reports.text import counted, listed
+from diffbench.runs.base import Run
+from diffbench.runs.lifecycle import look
 from diffbench.studies.config import load_study
 
 MOST_COLUMNS = 8
 """Runs that are shown one by one, before their variants."""
-PASSING = {*OWN, "data.num_workers"}
-"""Keys that make no variant."""
+SAME_VARIANT = {*IDENTITY, "data.num_workers"}
+"""Keys that do not make another variant."""
 MOST_KEYS = 3
-"""Differing keys that a variant's name holds; beyond them it is the run folder's."""
+"""Differing keys in a variant's name; beyond them it is named after the run folder."""
+
+T = TypeVar("T")
 
 
 @dataclass
 class CompareConfig:
-    """What `compare` takes as key=value besides runs."""
+    """Keys of `compare` besides runs."""
 
     out: str | None = None
     """Folder of the report; null: runs/reports/ and a name made of the runs'."""
@@ -41,105 +44,116 @@ class CompareConfig:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compares `arguments.runs`."""
+    """Compare `arguments.runs`."""
     for text in compare(arguments.runs):
         print(text, flush=True)
 
 
-def compare(words: Sequence[str]) -> Iterator[str]:
-    """Compares runs, or a study, given first, then key=value; yields texts for the terminal as they come about.
+def split_words(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Path], T]:
+    """The folders among a command's words, and its keys as a dataclass.
 
     Raises:
-        UserError: naming a folder that holds no run, records that were measured differently, or a wrong key.
+        UserError: if there is no folder, or a key is wrong.
     """
-    folders = [Path(word) for word in words if not re.match(r"[A-Za-z_]\w*=", word)]
-    values = parse_overrides([word for word in words if re.match(r"[A-Za-z_]\w*=", word)])
-    with located([(COMMAND_LINE, values)]):
-        asked = build(CompareConfig, values)
+    given = [word for word in words if re.match(r"[A-Za-z_]\w*=", word)]
+    folders, values = [Path(word) for word in words if word not in given], parse_overrides(given)
     if not folders:
-        raise UserError(f"{COMMAND_LINE}: name run folders, as runs/digits/dit-s0; see diffbench compare --help")
+        raise UserError(f"{COMMAND_LINE}: name run folders, as runs/digits/dit-s0; see diffbench {verb} --help")
+    with located([(COMMAND_LINE, values)]):
+        return folders, build(keys, values)
+
+
+def compare(words: Sequence[str]) -> Iterator[str]:
+    """Compare runs, or a study, given first, then key=value; yields texts for the terminal one by one.
+
+    Raises:
+        UserError: naming a folder without a run, records that were measured differently, or a wrong key.
+    """
+    folders, asked = split_words(words, CompareConfig, "compare")
     study = _study(folders[0])
     if study is not None:
-        from diffbench.studies.collect import comparison_of_study  # imports Lightning
+        from diffbench.studies.collect import comparison_of_study
 
-        yield _report(_asked(comparison_of_study(study), asked), Path(asked.out) if asked.out else study)
+        found = comparison_of_study(study)
+        found = replace(found, primary=asked.primary or found.primary, baseline=asked.baseline or found.baseline)
+        yield _report(found, Path(asked.out) if asked.out else study)
         return
-    runs = [look(folder) for folder in folders]
+    runs = [_trained(folder) for folder in folders]
     scored = comparable_scores(runs)
     if len(runs) <= MOST_COLUMNS:
         titles = [str(folder).removeprefix("runs/") for folder in folders]
-        yield table([(name, facts(run, s)) for name, run, s in zip(titles, runs, scored, strict=True)])
-    apart = {run.folder.resolve() for run in runs if run.kind == "denoiser"}
-    if len(apart) < 2 and asked.out is None:
+        yield run_table([(title, run_facts(run, s)) for title, run, s in zip(titles, runs, scored, strict=True)])
+    if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked.out is None:
         return
     try:
-        yield _report(_comparison(runs, scored, asked), _out(asked.out, runs), runs)
+        yield _report(_comparison(runs, scored, asked), report_folder(asked.out, runs))
     except UserError as e:
-        if len(runs) > MOST_COLUMNS or values:
+        if len(runs) > MOST_COLUMNS or asked != CompareConfig():
             raise
         yield f"\nno report: {e}"
 
 
-def _report(comparison: Comparison, out: Path, known: Sequence[Seen] = ()) -> str:
-    from diffbench.reports.report import write
+def _report(comparison: Comparison, out: Path) -> str:
+    from diffbench.reports.html import write
 
-    return f"\n{write(comparison, out, known)}\n\nreport: {out / 'report.html'}"
+    return f"\n{write(comparison, out)}\n\nreport: {out / 'report.html'}"
+
+
+def _trained(folder: Path) -> Run[Any]:
+    run = look(folder)
+    if not run.has_weights:
+        raise UserError(f"{folder}: no weights yet; train the run first")
+    return run
 
 
 def _study(path: Path) -> Path | None:
     """The folder of a study, given as that or as its YAML; None for a run folder.
 
     Raises:
-        UserError: for a YAML that is no study's.
+        UserError: for a YAML that is not a study's.
     """
     if path.is_file():
         from diffbench.studies.runner import folder_of_study
 
-        study = load_study(path)
-        return folder_of_study(path, [], study)
+        return folder_of_study(path, [], load_study(path))
     return path if (path / "study.yaml").is_file() else None
 
 
-def _asked(comparison: Comparison, asked: CompareConfig) -> Comparison:
-    """The comparison with what was asked for in place of what the study says."""
-    return replace(
-        comparison, primary=asked.primary or comparison.primary, baseline=asked.baseline or comparison.baseline
-    )
-
-
-def comparison_of(runs: Sequence[Path]) -> Comparison:
+def comparison_of(folders: Sequence[Path]) -> Comparison:
     """Run folders grouped by config apart from the seed; variants are named by backbone and what else differs.
 
     Raises:
         UserError: if a folder holds no run or no weights, or records were measured differently.
     """
-    looked = [look(folder) for folder in runs]
-    return _comparison(looked, comparable_scores(looked), CompareConfig())
+    runs = [_trained(folder) for folder in folders]
+    return _comparison(runs, comparable_scores(runs), CompareConfig())
 
 
-def _comparison(runs: Sequence[Seen], scored: Sequence[list[dict[str, Any]]], asked: CompareConfig) -> Comparison:
+def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]], asked: CompareConfig) -> Comparison:
     kept = {run.folder.resolve(): (run, s) for run, s in zip(runs, scored, strict=True) if run.kind == "denoiser"}
     if not kept:
         raise UserError(f"{runs[0].folder}: a run of kind {runs[0].kind}; reports compare denoisers")
     denoisers = [run for run, _ in kept.values()]
-    guided = Counter(guidance_of(r) for _, records in kept.values() for r in records)
+    guided = Counter(protocol(r) for _, records in kept.values() for r in records)
     chosen = "" if guided.get("", 0) == max(guided.values(), default=0) else guided.most_common(1)[0][0]
-    names, results = _names(denoisers), []
+    trials: list[Trial] = []
     taken: set[tuple[str, int]] = set()
-    for (run, records), name in zip(kept.values(), names, strict=True):
+    for (run, records), name in zip(kept.values(), _names(denoisers), strict=True):
         seed = int(run.values["seed"])
         if (name, seed) in taken:  # a copy, or a rerun elsewhere
             name = f"{name} ({run.folder})"
         taken.add((name, seed))
-        record = next((r for r in records if guidance_of(r) == chosen), None)
-        done = run.complete
-        why = "" if done else f"stopped at {run.images_seen:,} images"
-        results.append(Result(name, seed, "complete" if done else "unfinished", run.folder, record, why))
-    order = list(dict.fromkeys(r.variant for r in results))
-    results.sort(key=lambda r: (order.index(r.variant) if len(order) < 100 else 0, r.seed))
-    primary = asked.primary or _primary(denoisers, results)
-    backbones = list(dict.fromkeys(str(run.flat.get("denoiser.name")) for run in denoisers))
-    besides = _besides(denoisers) if len(backbones) > 1 else []
+        record = next((r for r in records if protocol(r) == chosen), None)
+        if run.complete:
+            trials.append(Trial(name, seed, "complete", run, record))
+        else:
+            trials.append(Trial(name, seed, "unfinished", run, record, f"stopped at {run.images_seen:,} images"))
+    order = list(dict.fromkeys(t.variant for t in trials))
+    trials.sort(key=lambda t: (order.index(t.variant) if len(order) < 100 else 0, t.seed))
+    measured = all(run.last("val/error") is not None for run in denoisers) or not any(t.record for t in trials)
+    primary = asked.primary or ("val/error" if measured else "fd")
+    backbones = {run.flat.get("denoiser.name") for run in denoisers}
+    besides = _differing([run.flat for run in denoisers], apart="denoiser.") if len(backbones) > 1 else []
     notes = _notes(denoisers, besides)
     if len(denoisers) < len(runs):
         others = sorted({run.kind for run in runs if run.kind != "denoiser"})
@@ -147,8 +161,8 @@ def _comparison(runs: Sequence[Seen], scored: Sequence[list[dict[str, Any]]], as
     data = listed(list(dict.fromkeys(str(run.flat.get("data.name")) for run in denoisers)))
     return Comparison(
         title=f"{listed(order) if len(order) <= 4 else counted(len(order), 'variant')} on {data}",
-        question=f"Which of these runs has the better {title(primary)}?",
-        results=results,
+        question=f"Which of these runs has the better {metric_of(primary).title}?",
+        trials=trials,
         primary=primary,
         baseline=asked.baseline,
         like_for_like=not besides,
@@ -156,24 +170,29 @@ def _comparison(runs: Sequence[Seen], scored: Sequence[list[dict[str, Any]]], as
     )
 
 
-def _names(runs: Sequence[Seen]) -> list[str]:
+def _differing(flats: Sequence[dict[str, Any]], apart: str = " ") -> list[str]:
+    """Keys in which configs differ, apart from a section and from what does not make another variant."""
+    keys = dict.fromkeys(key for flat in flats for key in flat if key not in SAME_VARIANT and not key.startswith(apart))
+    return [key for key in keys if any(flat.get(key) != flats[0].get(key) for flat in flats)]
+
+
+def _names(runs: Sequence[Run[Any]]) -> list[str]:
     """A variant's name for each run: its backbone, then the keys in which runs of that backbone differ."""
-    differing: dict[str, list[str]] = {}
-    for backbone in dict.fromkeys(str(run.flat.get("denoiser.name")) for run in runs):
-        flats = [run.flat for run in runs if str(run.flat.get("denoiser.name")) == backbone]
-        keys = dict.fromkeys(key for flat in flats for key in flat)
-        differing[backbone] = [k for k in keys if k not in PASSING and any(f.get(k) != flats[0].get(k) for f in flats)]
+    by_backbone: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        by_backbone.setdefault(str(run.flat.get("denoiser.name")), []).append(run.flat)
+    differing = {backbone: _differing(flats) for backbone, flats in by_backbone.items()}
     names: list[str] = []
     configs: dict[str, str] = {}
     for run in runs:
         backbone = str(run.flat.get("denoiser.name"))
-        own = differing[backbone]
-        told = [f"{k.rsplit('.', 1)[-1]}={_value(run.flat.get(k))}" for k in own]
-        if len(own) > MOST_KEYS:
-            told = [re.sub(rf"-s{run.values['seed']}$", "", run.folder.name)]
-        name = ", ".join([backbone, *told])
-        signature = json.dumps([run.flat.get(k) for k in own], default=str)
-        if configs.setdefault(name, signature) != signature:  # as where a folder's name says too little
+        keys = differing[backbone]
+        parts = [f"{key.rsplit('.', 1)[-1]}={_value(run.flat.get(key))}" for key in keys]
+        if len(keys) > MOST_KEYS:
+            parts = [run.folder.name.removesuffix(f"-s{run.values['seed']}")]
+        name = ", ".join([backbone, *parts])
+        signature = json.dumps([run.flat.get(key) for key in keys], default=str)
+        if configs.setdefault(name, signature) != signature:  # two folders of one name
             name = f"{name} {hashlib.sha256(signature.encode()).hexdigest()[:6]}"
         names.append(name)
     return names
@@ -183,20 +202,7 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
-def _primary(runs: Sequence[Seen], results: Sequence[Result]) -> str:
-    if all(run.last("val/error") is not None for run in runs) or not any(r.record for r in results):
-        return "val/error"
-    return "fd"
-
-
-def _besides(runs: Sequence[Seen]) -> list[str]:
-    """Keys outside of the network in which runs differ."""
-    first, keys = runs[0].flat, dict.fromkeys(key for run in runs for key in run.flat)
-    outside = [k for k in keys if k not in PASSING and not k.startswith("denoiser.")]
-    return [k for k in outside if any(run.flat.get(k) != first.get(k) for run in runs)]
-
-
-def _notes(runs: Sequence[Seen], besides: Sequence[str]) -> list[str]:
+def _notes(runs: Sequence[Run[Any]], besides: Sequence[str]) -> list[str]:
     notes = []
     if besides:
         more = f" and {len(besides) - 6} more" if len(besides) > 6 else ""
@@ -210,11 +216,11 @@ def _notes(runs: Sequence[Seen], besides: Sequence[str]) -> list[str]:
     return notes
 
 
-def _out(given: str | None, runs: Sequence[Seen]) -> Path:
+def report_folder(given: str | None, runs: Sequence[Run[Any]]) -> Path:
     """The report's folder.
 
     Raises:
-        UserError: if something else than a report lies there.
+        UserError: if something other than a report is there.
     """
     if given is not None:
         out = Path(given)

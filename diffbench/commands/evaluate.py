@@ -7,7 +7,7 @@ from typing import Any
 
 from diffbench.core.errors import UserError
 from diffbench.evaluation.records import values
-from diffbench.reports.runs import facts, table
+from diffbench.reports.tables import run_facts, run_table
 from diffbench.runs import evaluate
 from diffbench.runs.evaluate_images import evaluate_images
 from diffbench.runs.lifecycle import load_any
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     run = load_any(arguments.what)
     score(run, overrides)
-    print(table([(run.folder.name, facts(run))]))
+    print(run_table([(run.folder.name, run_facts(run))]))
 
 
 def score(run: Any, overrides: Sequence[str] = ()) -> None:

@@ -1,25 +1,27 @@
-"""What there is: backbones, presets and experiments, or the runs in folders. What `diffbench list` prints."""
+"""`diffbench list`: backbones, presets and experiments, or the runs in folders."""
 
 import argparse
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from diffbench.config.layers import experiments
 from diffbench.core.errors import UserError
 from diffbench.denoisers import DENOISERS, PRESETS
 from diffbench.evaluation.records import values
-from diffbench.reports.runs import aligned, newest_scores
-from diffbench.runs.seen import Seen, begun
+from diffbench.reports.results import newest_scores
+from diffbench.reports.tables import aligned
+from diffbench.runs.base import Run
+from diffbench.runs.lifecycle import look
 
-COLUMNS = ("run", "images", "of", "validation error", "newest score", "last change")
 SCORES = ("fd/", "fid/", "psnr@")
-"""What the newest score is, the first that a run has."""
+"""The newest score is the first of these that a run has."""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints what there is, or the runs in `arguments.folders`."""
+    """List the runs in `arguments.folders`, or what there is to train."""
     folders = [Path(folder) for folder in arguments.folders]
     for line in runs(folders) if folders else catalogue(only_models=arguments.models):
         print(line, flush=True)
@@ -60,7 +62,7 @@ def run_folders(top: Path) -> Iterator[Path]:
 
 
 def runs(tops: Sequence[Path]) -> list[str]:
-    """A line for each run below the folders, under a headline; what cannot be read is said in its line.
+    """A line for each run below the folders, under a headline; below it what cannot be read, and why.
 
     Raises:
         UserError: if there is no run.
@@ -68,29 +70,25 @@ def runs(tops: Sequence[Path]) -> list[str]:
     folders = list(dict.fromkeys(folder for top in tops for folder in run_folders(top)))
     if not folders:
         raise UserError(f"{', '.join(map(str, tops))}: no run folder here or below (none has a config.yaml)")
-    return aligned([COLUMNS, *map(_row, folders)], left={0, 4, 5})
+    rows, unreadable = [], []
+    for folder in folders:
+        try:
+            rows.append(_row(look(folder)))
+        except (UserError, ValueError, OSError) as e:
+            unreadable.append(f"{folder}  {' '.join(str(e).split()).removeprefix(f'{folder}: ')}")
+    return [*(aligned(rows) if rows else []), *unreadable]
 
 
-def _row(folder: Path) -> tuple[str, ...]:
-    try:
-        run = begun(folder)
-        assert run is not None
-        return (str(folder), *_facts(run))
-    except (UserError, ValueError, OSError) as e:
-        return str(folder), "-", "-", "-", " ".join(str(e).split()).removeprefix(f"{folder}: ")
-
-
-def _facts(run: Seen) -> tuple[str, ...]:
+def _row(run: Run[Any]) -> dict[str, str]:
     trainer, error = run.values["trainer"], run.last("val/error")
     batch = int(trainer["batch_size"])
-    steps = -(-int(trainer["max_images"]) // batch)
-    scored = [(n, v) for record in newest_scores(run) for n, v in values(record).items()]
-    newest = next((f"{n} {v:.4g}" for prefix in SCORES for n, v in scored if n.startswith(prefix)), "-")
+    scored = [(name, value) for record in newest_scores(run) for name, value in values(record).items()]
     changed = max(p.stat().st_mtime for p in (*run.folder.glob("*.jsonl"), run.folder / "config.yaml"))
-    return (
-        f"{run.images_seen:,}",
-        f"{steps * batch:,}",
-        "-" if error is None else f"{error:.4f}",
-        newest,
-        f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}",
-    )
+    return {
+        "run": str(run.folder),
+        "images": f"{run.images_seen:,}",
+        "of": f"{-(-int(trainer['max_images']) // batch) * batch:,}",
+        "validation error": "-" if error is None else f"{error:.4f}",
+        "newest score": next((f"{n} {v:.4g}" for prefix in SCORES for n, v in scored if n.startswith(prefix)), "-"),
+        "last change": f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}",
+    }

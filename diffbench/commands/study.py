@@ -21,9 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder = run_study(path, overrides, dry_run, launcher)
     if dry_run or (launcher.name == "slurm" and slurm.queued(slurm_folder(folder, launcher))):
         return 0
-    from diffbench.reports.report import write
+    from diffbench.reports.html import write
     from diffbench.studies.collect import comparison_of_study
 
     comparison = comparison_of_study(folder)
     print(f"\n{write(comparison, folder)}\n\nreport: {folder / 'report.html'}")
-    return int(any(r.status != "complete" for r in comparison.results))
+    return int(any(t.status != "complete" for t in comparison.trials))

@@ -9,7 +9,8 @@ from typing import Any
 from diffbench.commands.evaluate import score
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError
-from diffbench.reports.runs import facts, newest_scores, table
+from diffbench.reports.results import newest_scores
+from diffbench.reports.tables import run_facts, run_table
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.evaluate import scores_as
 from diffbench.runs.lifecycle import load_any, train
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not newest_scores(autoencoder):
             score(autoencoder)
     if run.config.kind == "classifier":
-        print(f"\n{table([(run.folder.name, facts(run))])}\n")
+        print(f"\n{run_table([(run.folder.name, run_facts(run))])}\n")
         return
     from diffbench.sampling.images import save_grid
 
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"not scored: {e}", flush=True)
     if not grid.exists():
         save_grid(run.example_images(100), columns=10, path=grid)
-    print(f"\n{table([(run.folder.name, facts(run))])}\n")
+    print(f"\n{run_table([(run.folder.name, run_facts(run))])}\n")
     print(f"samples: {grid}")
     print(f"curves:  {python()} -m tensorboard.main --logdir {run.config.runs_dir}")
 

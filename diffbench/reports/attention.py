@@ -4,24 +4,26 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from einops import rearrange
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from diffbench.core import rng
 from diffbench.core.errors import suggest
 from diffbench.core.pixels import from_uint8
 from diffbench.denoisers.attention_maps import AttentionMap, record_attention
+from diffbench.reports.figures import new_figure
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.sampling.images import save_image
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.figure import Figure, SubFigure
 
 
 @dataclass
@@ -142,21 +144,17 @@ def short(layer: str) -> str:
     return layer.removesuffix(".tmsa").removesuffix(".attention").removesuffix(".block")
 
 
-def draw(levels: Sequence[float], found: Sequence[Attention]) -> "Figure":
-    """The figure: a panel a run, a row for each layer and token, a column for each time.
+def attention_figure(levels: Sequence[float], found: Sequence[Attention]) -> Figure:
+    """A panel a run, a row for each layer and token, a column for each time.
 
-    Colours say how much more (red) or less (blue) than evenly a token looks at a place, heads averaged, on a
-    logarithmic scale; what lies outside its window is grey, the token itself framed.
+    Colours show how much more (red) or less (blue) than evenly a token looks at a place, heads averaged, on a
+    logarithmic scale; places outside its window are grey, the token itself is framed.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
     lines = max(sum(len(m.places) for m in a.maps) for a in found) + 1
     width, height = columns * (0.72 * len(levels) + 1.0), max(3.6, rows * (0.75 * lines + 0.7))
-    figure = Figure(figsize=(width + 1.0, height), dpi=150, layout="constrained")
+    figure = new_figure(width + 1.0, height)
     halves = figure.add_gridspec(1, 2, width_ratios=[width, 1.0])
     panels = figure.add_subfigure(halves[0]).subfigures(rows, columns, squeeze=False).flatten()
     colours = ScalarMappable(Normalize(-3, 3), "RdBu_r")
@@ -168,15 +166,13 @@ def draw(levels: Sequence[float], found: Sequence[Attention]) -> "Figure":
     return figure
 
 
-def _panel(panel: "SubFigure", levels: Sequence[float], a: Attention, colours: "ScalarMappable") -> None:
-    from matplotlib.patches import Rectangle
-
+def _panel(panel: SubFigure, levels: Sequence[float], a: Attention, colours: ScalarMappable) -> None:
     rows = [(found, token) for found in a.maps for token in range(len(found.places))]
     axes = panel.subplots(len(rows) + 1, len(levels), squeeze=False)
     for axis in axes.flatten():
         axis.set(xticks=[], yticks=[])
     for column, level in enumerate(levels):
-        axes[0, column].imshow(_picture(a.noisy[column]))
+        axes[0, column].imshow(_displayed(a.noisy[column]))
         axes[-1, column].set_xlabel(f"{level:.1f}", fontsize=8)
     for (found, token), line in zip(rows, axes[1:], strict=True):
         row, column = found.places[token]
@@ -194,21 +190,18 @@ def _panel(panel: "SubFigure", levels: Sequence[float], a: Attention, colours: "
     panel.supxlabel("log-SNR: from noise to image, as sampling goes", fontsize=8)
 
 
-def _named(axis: "Axes", text: str) -> None:
+def _named(axis: Axes, text: str) -> None:
     axis.set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
 
 
-def _picture(x: Tensor) -> np.ndarray:
-    """(C, H, W) as the network sees it, to (H, W, 3) in 0..1 for the eye; of latents, the first three channels."""
+def _displayed(x: Tensor) -> np.ndarray:
+    """(C, H, W) as the network sees it, to (H, W, 3) in 0..1 for display; of latents the first three channels."""
     rgb = x[:3] if len(x) >= 3 else x[:1].expand(3, -1, -1)
     return (rearrange(rgb.float(), "c h w -> h w c") / rgb.abs().max() / 2 + 0.5).numpy()
 
 
-def save(figure: "Figure", path: Path, runs: Sequence[DenoiserRun]) -> None:
+def save_attention(figure: Figure, path: Path, runs: Sequence[DenoiserRun]) -> None:
     """Write the figure to a file and into each run's TensorBoard, in a folder `attention` beside its curves."""
-    from PIL import Image
-    from torch.utils.tensorboard import SummaryWriter
-
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     pixels = np.asarray(Image.open(buffer).convert("RGB"))

@@ -8,40 +8,58 @@ from typing import Literal
 import numpy as np
 
 from diffbench.core.errors import UserError
+from diffbench.metrics.registry import Metric, metric_of
 from diffbench.reports import statistics
-from diffbench.reports.entries import Entry, common_data, entries, resolved
-from diffbench.reports.results import Comparison
-from diffbench.reports.statistics import FRECHET_TIE, LEAST, Paired, Summary, Verdict
-from diffbench.reports.wording import is_frechet, listed, lower_is_better, number, percent, short, spread, title
-from diffbench.runs.seen import Seen
+from diffbench.reports.results import Comparison, Trial, check_comparable, full_name, validation_difference
+from diffbench.reports.statistics import LEAST, Paired, Summary, Verdict
+from diffbench.reports.text import listed, mean_text, number, percent
 
 MOST_IN_PAIRS = 16
 """Variants beyond which not every pair is tested: a baseline is named then."""
-WATCHED = ("val/error", "fd", "fid", "kid", "label_accuracy", "coverage")
-"""Measures that may disagree with the primary one."""
 MOST_RESAMPLED = 12
 """Pairs whose interval over images is checked by the bootstrap."""
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Two variants by the primary metric, first minus second."""
+class PairedTest:
+    """Two variants by the primary metric, first minus second.
+
+    Attributes:
+        first, second: the variants.
+        paired: their differences, seed by seed.
+        verdict: which one is better.
+        detectable: the smallest true difference that would have been found, at least what counts as a tie.
+        by_image: differences of validation errors, paired by image and noise, seeds averaged: how sure the difference
+            is for these trained networks.
+        resampled: the bootstrap's 95% interval of the same.
+    """
 
     first: str
     second: str
     paired: Paired
     verdict: Verdict
     detectable: float | None
-    """The smallest true difference that would have been found, no less than what is a tie by itself."""
     by_image: Paired | None = None
-    """Of validation errors, paired by image and noise, seeds averaged: how sure for these trained networks."""
     resampled: tuple[float, float] | None = None
-    """The bootstrap's 95% interval of the same."""
 
     @property
     def winner(self) -> str | None:
         """The better one, or None."""
         return {"first": self.first, "second": self.second}.get(self.verdict)
+
+    @property
+    def bootstrap_agrees(self) -> bool:
+        """Whether the bootstrap over images finds a difference exactly where the t test does."""
+        assert self.resampled is not None and self.by_image is not None
+        return (self.resampled[0] > 0 or self.resampled[1] < 0) == self.by_image.found
+
+    def other(self, name: str) -> str:
+        """The variant that `name` is tested against."""
+        return self.second if name == self.first else self.first
+
+    def gap(self, name: str) -> str:
+        """The size of the difference, to the digits that its interval leaves."""
+        return number(abs(self.paired.mean), name, self.paired.half)
 
 
 @dataclass
@@ -50,69 +68,95 @@ class Conclusion:
 
     Attributes:
         comparison: what was asked.
-        entries: every result.
-        metric: the primary metric's full name, or as it was asked for where nothing has it yet.
-        variants: name -> its results.
-        summaries: variant -> full name -> over complete seeds.
-        contests: pairs by the primary metric.
-        outcome: of the whole.
+        name: the primary metric's full name, or as it was asked for where no trial has it yet.
+        variants: name -> its trials.
+        summaries: variant -> full name of a metric -> over complete seeds.
+        tests: pairs by the primary metric.
+        outcome: of the comparison.
         answer: in a sentence or two.
         notes: what the statistics have to say besides the comparison's own notes.
     """
 
     comparison: Comparison
-    entries: list[Entry]
-    metric: str
-    variants: dict[str, list[Entry]]
+    name: str
+    variants: dict[str, list[Trial]]
     summaries: dict[str, dict[str, Summary]]
-    contests: list[Contest] = field(default_factory=list)
+    tests: list[PairedTest] = field(default_factory=list)
     outcome: Literal["winner", "disputed", "tie", "partly", "not decided"] = "not decided"
     answer: str = ""
     notes: list[str] = field(default_factory=list)
 
-    def ranked(self) -> list[str]:
-        """Variants that have the primary metric, the best mean first."""
-        having = [v for v in self.variants if self.metric in self.summaries[v]]
-        sign = 1 if lower_is_better(self.metric) else -1
-        return sorted(having, key=lambda v: sign * self.summaries[v][self.metric].mean)
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials, in the order of tables."""
+        return self.comparison.trials
+
+    @property
+    def metric(self) -> Metric:
+        """The primary metric."""
+        return metric_of(self.name)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The full names of all metrics that some variant has."""
+        return list(dict.fromkeys(name for found in self.summaries.values() for name in found))
+
+    def ranked(self, name: str | None = None) -> list[str]:
+        """Variants that have a metric, by default the primary one, the best mean first."""
+        name = name or self.name
+        sign = 1 if metric_of(name).lower_is_better else -1
+        having = [v for v in self.variants if name in self.summaries[v]]
+        return sorted(having, key=lambda v: sign * self.summaries[v][name].mean)
 
     def by_seed(self, variant: str, name: str) -> dict[int, float]:
-        """Seed -> value of the complete results."""
-        return {e.result.seed: e.values[name] for e in self.variants[variant] if e.complete and name in e.values}
+        """Seed -> value of the complete trials."""
+        return {t.seed: t.values[name] for t in self.variants[variant] if t.complete and name in t.values}
+
+    def tests_of(self, variant: str) -> dict[str, PairedTest]:
+        """Other variant -> its test against this one."""
+        return {x.other(variant): x for x in self.tests if variant in (x.first, x.second)}
+
+    def mean(self, variant: str, name: str | None = None) -> str:
+        """A variant with its mean and interval: "dit (0.1074 ± 0.0009)"."""
+        name = name or self.name
+        return f"{variant} ({mean_text(self.summaries[variant][name], name)})"
 
 
-def conclude(comparison: Comparison, known: Sequence[Seen] = ()) -> Conclusion:
-    """Reads every result once and draws the conclusion; run folders that are `known` are not read again.
+def conclude(comparison: Comparison) -> Conclusion:
+    """Draw the conclusion of a comparison.
 
     Raises:
-        UserError: if values were measured differently, or the baseline is no variant.
+        UserError: if values were measured differently, or the baseline is not a variant.
     """
-    found = entries(comparison, known)
-    metric = resolved(found, comparison.primary) or comparison.primary
-    variants: dict[str, list[Entry]] = {}
-    for entry in found:
-        variants.setdefault(entry.result.variant, []).append(entry)
-    if metric == "val/error" and (told := common_data(found)) is not None:
-        raise UserError(f"validation errors were measured differently: {told}; choose another primary metric")
-    c = Conclusion(comparison, found, metric, variants, {v: _summaries(e) for v, e in variants.items()})
+    trials = comparison.trials
+    check_comparable(trials, comparison.primary)
+    name = full_name(trials, comparison.primary) or comparison.primary
+    if metric_of(name).is_validation and (differing := validation_difference(trials)) is not None:
+        raise UserError(f"validation errors were measured differently: {differing}; choose another primary metric")
+    variants: dict[str, list[Trial]] = {}
+    for trial in trials:
+        variants.setdefault(trial.variant, []).append(trial)
     if comparison.baseline is not None and comparison.baseline not in variants:
-        raise UserError(f"baseline: {comparison.baseline} is no variant; choose from {', '.join(variants)}")
-    c.contests = _contests(c)
-    _answer(c)
-    disputed = _disputed(c)
-    if disputed:
+        raise UserError(f"baseline: {comparison.baseline} is not a variant; choose from {', '.join(variants)}")
+    c = Conclusion(comparison, name, variants, {v: _summaries(found) for v, found in variants.items()})
+    c.tests = _tests(c)
+    if comparison.baseline is not None and c.ranked() and c.tests:
+        _answer_against(c, comparison.baseline)
+    else:
+        _answer(c)
+    if disputed := _disputed(c):
         c.answer += f" Other measures disagree: {'; '.join(disputed)}."
         c.outcome = "disputed" if c.outcome == "winner" else c.outcome
     return c
 
 
-def _summaries(found: Sequence[Entry]) -> dict[str, Summary]:
-    complete = [e.values for e in found if e.complete]
+def _summaries(trials: Sequence[Trial]) -> dict[str, Summary]:
+    complete = [t.values for t in trials if t.complete]
     names = dict.fromkeys(name for values in complete for name in values)
     return {name: statistics.summary([v[name] for v in complete if name in v]) for name in names}
 
 
-def _contests(c: Conclusion) -> list[Contest]:
+def _tests(c: Conclusion) -> list[PairedTest]:
     base, names = c.comparison.baseline, list(c.variants)
     if base is not None:
         pairs = [(name, base) for name in names if name != base]
@@ -124,161 +168,118 @@ def _contests(c: Conclusion) -> list[Contest]:
             " baseline, and each is compared with it."
         )
         return []
-    seeds = {name: c.by_seed(name, c.metric) for name in names}
+    seeds = {name: c.by_seed(name, c.name) for name in names}
     tested = statistics.paired({(a, b): statistics.differences(seeds[a], seeds[b]) for a, b in pairs})
     images = _by_image(c, pairs)
-    sure = statistics.paired({pair: row.tolist() for pair, row in images.items()})
-    resampled = {
-        pair: statistics.bootstrap(row, "validation error by image")
-        for pair, row in (images.items() if len(images) <= MOST_RESAMPLED else ())
-    }
+    by_image = statistics.paired({pair: row.tolist() for pair, row in images.items()})
     found = []
-    for pair, paired in tested.items():
-        smaller = None
-        if is_frechet(c.metric) and paired.n:
-            shared = sorted(seeds[pair[0]].keys() & seeds[pair[1]].keys())
-            smaller = min(float(np.mean([seeds[v][s] for s in shared])) for v in pair)
-        decided = statistics.verdict(paired, lower_is_better(c.metric), smaller)
-        least = paired.detectable
-        if least is not None and smaller is not None:
-            least = max(least, FRECHET_TIE * smaller)
-        found.append(Contest(*pair, paired, decided, least, sure.get(pair), resampled.get(pair)))
+    for (a, b), paired in tested.items():
+        shared = sorted(seeds[a].keys() & seeds[b].keys())
+        tie = c.metric.tie * min((float(np.mean([seeds[v][s] for s in shared])) for v in (a, b) if shared), default=0.0)
+        verdict = statistics.verdict(paired, c.metric.lower_is_better, tie)
+        detectable = None if paired.detectable is None else max(paired.detectable, tie)
+        resampled = None
+        if (a, b) in images and len(images) <= MOST_RESAMPLED:
+            resampled = statistics.bootstrap(images[a, b], "validation error by image")
+        found.append(PairedTest(a, b, paired, verdict, detectable, by_image.get((a, b)), resampled))
     return found
 
 
 def _by_image(c: Conclusion, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], np.ndarray]:
     """Pair -> (images,) differences of validation error, averaged over noise levels and the seeds that both have."""
-    errors = {v: image_errors(found) for v, found in c.variants.items()}
+    errors: dict[str, dict[int, np.ndarray]] = {}
+    for variant, trials in c.variants.items():
+        measured = {t.seed: t.image_errors for t in trials if t.complete}
+        errors[variant] = {seed: e for seed, e in measured.items() if e is not None and np.isfinite(e).all()}
     rows = {}
     for a, b in pairs:
-        one, two = errors[a], errors[b]
-        shared = one.keys() & two.keys()
-        shapes = {x[s].shape for x in (one, two) for s in shared}
-        apart = {e.result.folder for e in c.variants[a]} != {e.result.folder for e in c.variants[b]}
-        if len(shapes) == 1 and apart:
-            rows[a, b] = statistics.by_image(one, two).mean(axis=0)
+        shapes = {errors[v][seed].shape for seed in errors[a].keys() & errors[b].keys() for v in (a, b)}
+        if len(shapes) == 1 and network_key(c.variants[a]) != network_key(c.variants[b]):
+            rows[a, b] = statistics.by_image(errors[a], errors[b]).mean(axis=0)
     return rows
 
 
-def image_errors(found: Sequence[Entry]) -> dict[int, np.ndarray]:
-    """Seed -> (levels, images) validation errors of complete results; results of one run hold the same array."""
-    kept: dict[int, np.ndarray] = {}
-    for entry in found:
-        errors = entry.image_errors if entry.complete and entry.seen is not None else None
-        if errors is not None and np.isfinite(errors.error).all():
-            kept[entry.result.seed] = errors.error
-    return kept
+def network_key(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """The run folders of a variant, which variants that only sample differently share; its name without any."""
+    return tuple(sorted({str(t.run.folder) for t in trials if t.run})) or (trials[0].variant,)
 
 
 def _answer(c: Conclusion) -> None:
-    """Fills in outcome and answer."""
-    what, base, ranked = title(c.metric), c.comparison.baseline, c.ranked()
+    """Fill in outcome and answer, all pairs tested."""
+    what, ranked = c.metric.title, c.ranked()
     if not ranked:
         c.answer = f"Not decided: no result has {what} yet."
         return
-    means = {v: f"{v} ({spread(c.summaries[v][c.metric], c.metric)})" for v in ranked}
-    best = ranked[0]
-    word = "lowest" if lower_is_better(c.metric) else "highest"
+    best, against = ranked[0], c.tests_of(ranked[0])
+    word = "lowest" if c.metric.lower_is_better else "highest"
     if len(ranked) == 1:
-        c.answer = f"Not decided: {means[best]} is the only variant with {what}."
+        c.answer = f"Not decided: {c.mean(best)} is the only variant with {what}."
         return
-    if not c.contests:
-        c.answer = f"Not decided: {means[best]} has the {word} {what}, untested: too many variants for all pairs."
+    if not c.tests:
+        c.answer = f"Not decided: {c.mean(best)} has the {word} {what}, untested: too many variants for all pairs."
         return
-    if base is not None:
-        _answer_baseline(c, means, base)
-        return
-    against = {(x.second if x.first == best else x.first): x for x in c.contests if best in (x.first, x.second)}
-    groups: dict[str, list[str]] = {"won": [], "lost": [], "tie": [], "undecided": []}
-    for name in c.variants:
-        if name != best:
-            contest = against[name]
-            decided = {best: "won", name: "lost"}.get(contest.winner or "", contest.verdict)
-            groups[decided].append(name)
-    won, tied = groups["won"], groups["tie"]
-    told = [f"{means[best]} has the {word} {what}"]
+    won = [v for v in c.variants if v in against and against[v].winner == best]
+    lost = [v for v in c.variants if v in against and against[v].winner == v]
+    tied = [v for v in c.variants if v in against and against[v].verdict == "tie"]
+    undecided = [v for v in c.variants if v in against and against[v].verdict == "undecided"]
+    sentences = [f"{c.mean(best)} has the {word} {what}"]
     if len(won) == len(c.variants) - 1:
         c.outcome = "winner"
         gaps = sorted((against[v] for v in won), key=lambda x: abs(x.paired.mean))
-        ends = dict.fromkeys(gap(x, c.metric) for x in (gaps[0], gaps[-1]))
-        told[0] += f", better than {won[0] if len(won) == 1 else 'every other variant'} by {' to '.join(ends)}"
+        ends = dict.fromkeys(x.gap(c.name) for x in (gaps[0], gaps[-1]))
+        sentences[0] += f", better than {won[0] if len(won) == 1 else 'every other variant'} by {' to '.join(ends)}"
     elif tied:
         c.outcome = "partly" if won else "tie"
-        why = "these seeds do not tell them apart"
-        if all(against[v].paired.found for v in tied):
-            why = "gaps under 1.3% decide nothing"
-        told[0] += f", but ties with {listed([means[v] for v in tied])}: {why}"
+        found = all(against[v].paired.found for v in tied)
+        why = f"gaps under {percent(c.metric.tie)} decide nothing" if found else "these seeds do not tell them apart"
+        sentences[0] += f", but ties with {listed([c.mean(v) for v in tied])}: {why}"
     elif won:
         c.outcome = "partly"
     if c.outcome == "partly" and won:
-        told.append(f"{best} is better than {listed(won)}")
-    if groups["lost"]:
-        told.append(f"On the seeds that both have, {listed(groups['lost'])} did better")
-    if groups["undecided"]:
-        told.append(f"Not decided against {listed(groups['undecided'])}: fewer than {LEAST} shared seeds")
-    c.answer = ". ".join(told) + "."
+        sentences.append(f"{best} is better than {listed(won)}")
+    if lost:
+        sentences.append(f"On the seeds that both have, {listed(lost)} did better")
+    if undecided:
+        sentences.append(f"Not decided against {listed(undecided)}: fewer than {LEAST} shared seeds")
+    c.answer = ". ".join(sentences) + "."
 
 
-def _answer_baseline(c: Conclusion, means: dict[str, str], base: str) -> None:
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "tie": [], "open": []}
-    for x in c.contests:
-        if x.verdict == "undecided":
-            groups["open"].append(x.first)
-        elif x.verdict == "tie":
-            groups["tie"].append(x.first)
+def _answer_against(c: Conclusion, base: str) -> None:
+    """Fill in outcome and answer, each variant tested against the baseline."""
+    undecided = f"not decided (fewer than {LEAST} shared seeds)"
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "no difference found": [], undecided: []}
+    for x in c.tests:
+        if x.winner is None:
+            groups["no difference found" if x.verdict == "tie" else undecided].append(x.first)
         else:
-            groups["better" if x.winner == x.first else "worse"].append(f"{x.first} (by {gap(x, c.metric)})")
-    told = []
-    for key, words in (("better", "better"), ("worse", "worse")):
-        if groups[key]:
-            told.append(f"{words}: {listed(groups[key])}")
-    if groups["tie"]:
-        told.append(f"no difference found: {listed(groups['tie'])}")
-    if groups["open"]:
-        told.append(f"not decided (fewer than {LEAST} shared seeds): {listed(groups['open'])}")
-    found = groups["better"] or groups["worse"]
-    c.outcome = "not decided" if not (found or groups["tie"]) else "partly" if found else "tie"
-    c.answer = f"Against {means.get(base, base)} by {title(c.metric)}: {'; '.join(told)}."
+            groups["better" if x.winner == x.first else "worse"].append(f"{x.first} (by {x.gap(c.name)})")
+    if groups["better"] or groups["worse"]:
+        c.outcome = "partly"
+    elif groups["no difference found"]:
+        c.outcome = "tie"
+    parts = [f"{words}: {listed(names)}" for words, names in groups.items() if names]
+    mean = c.mean(base) if c.name in c.summaries[base] else base
+    c.answer = f"Against {mean} by {c.metric.title}: {'; '.join(parts)}."
 
 
 def _disputed(c: Conclusion) -> list[str]:
     """By which other measures some variant is better than the best by the primary one, Holm's correction over them."""
-    ranked = c.ranked()
-    watched = {n: short(n) for v in c.variants for n in c.summaries[v] if short(n) in WATCHED and n != c.metric}
+    best = next(iter(c.ranked()), None)
     rivals: dict[tuple[str, str], list[float]] = {}
-    for name in watched if ranked else ():
-        sign = 1 if lower_is_better(name) else -1
-        having = [v for v in c.variants if name in c.summaries[v]]
-        rival = min(having, key=lambda v: sign * c.summaries[v][name].mean)
-        if rival != ranked[0] and ranked[0] in having:
-            rivals[rival, name] = statistics.differences(c.by_seed(rival, name), c.by_seed(ranked[0], name))
-    told = []
+    for name in c.metrics:
+        ranked = c.ranked(name)
+        if metric_of(name).watched and name != c.name and best in ranked and ranked[0] != best:
+            rivals[ranked[0], name] = statistics.differences(c.by_seed(ranked[0], name), c.by_seed(best, name))
+    found = []
     for (rival, name), paired in statistics.paired(rivals).items():
-        smaller = c.summaries[rival][name].mean if is_frechet(name) else None
-        if statistics.verdict(paired, lower_is_better(name), smaller) == "first":
-            means = [spread(c.summaries[v][name], name) for v in (rival, ranked[0])]
-            told.append(f"by {title(name)} {rival} ({means[0]}) is better than {ranked[0]} ({means[1]})")
-    return told
+        metric = metric_of(name)
+        tie = metric.tie * c.summaries[rival][name].mean
+        if best is not None and statistics.verdict(paired, metric.lower_is_better, tie) == "first":
+            found.append(f"by {metric.title} {c.mean(rival, name)} is better than {c.mean(best, name)}")
+    return found
 
 
-def gap(x: Contest, name: str) -> str:
-    """The size of a difference, to the digits that its interval leaves."""
-    low, high = x.paired.interval or (0.0, 0.0)
-    return number(abs(x.paired.mean), name, (high - low) / 2 or None)
-
-
-def interval(x: Paired, name: str) -> str:
-    """The interval of a difference, "-0.0071 to -0.0045"; in words where there is none."""
-    if x.interval is None:
-        return f"none: {x.n} shared seed{'' if x.n == 1 else 's'}"
-    half = (x.interval[1] - x.interval[0]) / 2
-    low, high = (number(v, name, half or None) for v in x.interval)
-    return f"{low} to {high}"
-
-
-def confidence(contests: Sequence[Contest]) -> str:
-    """At what confidence intervals stand: 95%, or from 95% to 98.3%."""
-    levels = sorted({x.paired.confidence for x in contests if x.paired.confidence is not None})
-    if not levels:
-        return ""
-    return percent(levels[0]) if len(levels) == 1 else f"{percent(levels[0])} to {percent(levels[-1])}"
+def confidence(tests: Sequence[PairedTest]) -> str:
+    """The confidence of intervals: 95%, or 95% to 98.3%."""
+    levels = sorted({x.paired.confidence for x in tests if x.paired.confidence is not None})
+    return " to ".join(dict.fromkeys(percent(level) for level in (levels[0], levels[-1]))) if levels else ""

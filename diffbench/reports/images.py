@@ -1,11 +1,9 @@
-"""Pictures of a report: samples of every variant from the same noise, and attention over time."""
+"""Images in a report: samples of every variant from the same noise, and attention over time."""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -13,9 +11,12 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.core.store import DamagedError, Store
 from diffbench.metrics.base import evenly_spaced
+from diffbench.reports.attention import AttentionConfig, attention, attention_figure
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.entries import Entry
-from diffbench.reports.style import INK, Picture, figure, plain, save
+from diffbench.reports.figures import INK, Plot, new_figure, plain, save
+from diffbench.reports.results import Trial
+from diffbench.runs.denoiser import DenoiserRun
+from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import grid
 
 COLUMNS, MOST_ROWS = 20, 16
@@ -23,26 +24,25 @@ MOST_MAPS = 4
 """Networks whose attention is drawn."""
 
 
-def sample_grid(c: Conclusion, path: Path) -> Picture | None:
+def sample_grid(c: Conclusion, path: Path) -> Plot | None:
     """A row of samples for each variant, of the seed that most of them have; a column is one noise and one label."""
-    having = [e for e in c.entries if e.complete and _place(e) is not None]
-    if not having:
+    drawn = [t for t in c.trials if t.complete and _samples_folder(t) is not None]
+    if not drawn:
         return None
-    seed = Counter(_seed(e) for e in having).most_common(1)[0][0]
+    seed = Counter(_seed(t) for t in drawn).most_common(1)[0][0]
+    rank = {variant: i for i, variant in enumerate(c.ranked())}
     rows: dict[str, Tensor] = {}
-    ranked = {v: i for i, v in enumerate(c.ranked())}
-    for entry in sorted(having, key=lambda e: ranked.get(e.result.variant, len(ranked))):
-        if len(rows) < MOST_ROWS and entry.result.variant not in rows and _seed(entry) == seed:
-            images = _samples(entry)
+    for trial in sorted(drawn, key=lambda t: rank.get(t.variant, len(rank))):
+        if len(rows) < MOST_ROWS and trial.variant not in rows and _seed(trial) == seed:
+            images = _samples(trial)
             if images is not None:
-                rows[entry.result.variant] = images
-    sizes = Counter(tuple(r.shape) for r in rows.values())
+                rows[trial.variant] = images
     if not rows:
         return None
-    (size, _), *_ = sizes.most_common(1)
-    rows = {name: r for name, r in rows.items() if tuple(r.shape) == size}
-    drawn = figure(9.6, 0.35 + len(rows) * 8.6 / COLUMNS)
-    panels = drawn.subplots(len(rows), 1, squeeze=False)[:, 0]
+    (shape, _), *_ = Counter(images.shape for images in rows.values()).most_common(1)
+    rows = {name: images for name, images in rows.items() if images.shape == shape}
+    figure = new_figure(9.6, 0.35 + len(rows) * 8.6 / COLUMNS)
+    panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for panel, (name, images) in zip(panels, rows.items(), strict=True):
         panel.imshow(grid(images, columns=len(images)), interpolation="nearest")
         panel.set(xticks=[], yticks=[])
@@ -52,73 +52,65 @@ def sample_grid(c: Conclusion, path: Path) -> Picture | None:
         f"Samples of each variant, seed {seed}, not chosen by hand: evenly spaced among those that were scored. A"
         " column starts from the same noise and asks for the same label, so that differences are the variants' own."
     )
-    return save(drawn, path, "The same noise, side by side", caption)
+    return save(figure, path, "The same noise, side by side", caption)
 
 
-def _seed(entry: Entry) -> int:
-    record = entry.result.record or {}
-    return int((record.get("sample") or {}).get("seed", entry.result.seed))
+def _seed(trial: Trial) -> int:
+    """The seed of a trial's samples."""
+    return int(((trial.record or {}).get("sample") or {}).get("seed", trial.seed))
 
 
-def _place(entry: Entry) -> Path | None:
-    """The folder of a result's samples, where its record names one."""
-    named = ((entry.result.record or {}).get("drawing") or {}).get("folder")
-    if named is None:
+def _samples_folder(trial: Trial) -> Path | None:
+    """The folder of a trial's samples, where its record names one."""
+    named = ((trial.record or {}).get("drawing") or {}).get("folder")
+    if named is None or trial.run is None:
         return None
-    place = entry.result.folder / str(named)
-    return place if place.resolve().is_relative_to(entry.result.folder.resolve()) else None  # a record may say anything
+    folder = trial.run.folder / str(named)
+    return folder if folder.resolve().is_relative_to(trial.run.folder.resolve()) else None  # records come from anywhere
 
 
-def _samples(entry: Entry) -> Tensor | None:
+def _samples(trial: Trial) -> Tensor | None:
     """Evenly spaced samples (COLUMNS, C, H, W), read without the rest; None where they are not all there."""
-    place = _place(entry)
+    folder = _samples_folder(trial)
     try:
-        assert place is not None
-        images = Store(place).open().arrays["images"]
+        assert folder is not None
+        images = Store(folder).open().arrays["images"]
         return images[evenly_spaced(len(images), min(COLUMNS, len(images)))]
     except (OSError, DamagedError, KeyError):
         return None
 
 
-def attention_maps(networks: dict[str, list[Entry]], path: Path) -> Picture | None:
+def attention_maps(networks: dict[str, list[Trial]], path: Path) -> Plot | None:
     """Where tokens look as sampling goes, one complete run of each network that attends; kept until a run changes."""
-    chosen: dict[str, Entry] = {}
-    for name, found in networks.items():
-        entry = next((e for e in found if e.complete and e.seen is not None and e.seen.images_seen), None)
-        if entry is not None and len(chosen) < MOST_MAPS:
-            chosen[name] = entry
-    if not chosen:
+    begun = [[t.run for t in trials if t.complete and t.run and t.run.images_seen] for trials in networks.values()]
+    runs = [found[0] for found in begun if found][:MOST_MAPS]
+    if not runs:
         return None
-    state = [[name, str(e.result.folder), e.seen.images_seen if e.seen else 0] for name, e in chosen.items()]
+    state = [[str(run.folder), run.images_seen] for run in runs]
     digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()
     kept = path.with_suffix(".json")
     if not (kept.is_file() and json.loads(kept.read_text()).get("of") == digest):
-        told = _draw_attention(list(chosen.values()), path)
-        write_text(kept, json.dumps({"of": digest, "drawn": told}) + "\n")
+        drawn = _draw_attention([run.folder for run in runs], path)
+        write_text(kept, json.dumps({"of": digest, "drawn": drawn}) + "\n")
     if not json.loads(kept.read_text())["drawn"] or not path.is_file():
         return None
     caption = (
         "Where the framed token of a held-out image looks, from noise (left) to image (right): red more than evenly,"
         " blue less, grey outside its window. Heads are averaged; one seed of each network."
     )
-    return Picture(path, "Attention over time", caption)
+    return Plot(path, "Attention over time", caption)
 
 
-def _draw_attention(found: Sequence[Entry], path: Path) -> bool:
-    """Draws those that attend; False where none does or none can be loaded."""
-    from diffbench.reports.attention import AttentionConfig, attention, draw
-    from diffbench.runs.lifecycle import load
-
-    runs: list[Any] = []
-    for entry in found:
+def _draw_attention(folders: list[Path], path: Path) -> bool:
+    """Draw those runs that attend; False where none does or none can be loaded."""
+    runs: list[DenoiserRun] = []
+    for folder in folders:
         try:
-            run = load(entry.result.folder)
+            run = load(folder)
             attention([run], AttentionConfig(times=1))
         except (UserError, ValueError):
             continue
         runs.append(run)
-    if not runs:
-        return False
-    levels, maps = attention(runs, AttentionConfig(times=6))
-    save(draw(levels, maps), path, "", "")
-    return True
+    if runs:
+        save(attention_figure(*attention(runs, AttentionConfig(times=6))), path)
+    return bool(runs)

@@ -1,52 +1,286 @@
-"""What a comparison consists of: runs by variant and seed, and the question that they answer."""
+"""What a report compares: trials with their runs and scores, and whether they were measured alike."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
+from diffbench.core import tensors
+from diffbench.core.errors import UserError
+from diffbench.denoisers.flops import Cost
+from diffbench.evaluation.records import difference, values
+from diffbench.evaluation.validation_error import image_errors
+from diffbench.metrics.registry import METRICS, metric_of
+from diffbench.runs.base import Run
+from diffbench.runs.build import device_of
+from diffbench.runs.denoiser import DenoiserRun
+
 Status = Literal["complete", "unfinished", "failed", "not begun"]
+IMAGE_ERRORS = "validation.safetensors"
+"""The file of a run that holds the validation error of every held-out image."""
+NOT_PROTOCOL = ("data.num_workers", "data.flip", "data.path")
+"""Keys of the data that leave the validation error comparable."""
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(eq=False)
+class Trial:
     """One variant with one seed.
 
     Attributes:
         variant: its name in tables, as "diffit" or "diffit, guidance=1.5".
-        seed: of training.
+        seed: the seed of training.
         status: how far it came.
-        folder: the run folder, which need not exist yet; variants that differ only in sampling share it.
+        run: its run, which trials that differ only in sampling share; None where there is none yet.
         record: the evaluation that belongs to the variant, as results.jsonl holds it; None where there is none.
-        why: of a failure, in one line.
+        why: why it failed or is unfinished, in one line.
     """
 
     variant: str
     seed: int
     status: Status
-    folder: Path
+    run: Run[Any] | None = None
     record: dict[str, Any] | None = None
     why: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it counts."""
+        return self.status == "complete"
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """Every number under its full name: the last validation errors, then the record's."""
+        found: dict[str, float] = {}
+        for line in self.run.metrics if self.run else ():
+            found |= {name: value for name, value in line.items() if name.startswith("val/")}
+        return found | values(self.record or {})
+
+    @cached_property
+    def cost(self) -> Cost | None:
+        """The size of the network; None where it cannot be counted here."""
+        try:
+            return self.run.cost if self.run else None
+        except (UserError, ValueError, OSError):
+            return None
+
+    @property
+    def flops(self) -> float | None:
+        """Training FLOPs so far."""
+        return None if self.cost is None or self.run is None else self.cost.training_flops(self.run.images_seen)
+
+    @cached_property
+    def peak_gb(self) -> float | None:
+        """Largest memory in use on a GPU in GiB, where it was logged."""
+        logged = [
+            line["perf/peak_gpu_gb"] for line in (self.run.metrics if self.run else ()) if "perf/peak_gpu_gb" in line
+        ]
+        return max(logged, default=None)
+
+    @cached_property
+    def image_errors(self) -> np.ndarray | None:
+        """(levels, images) validation errors of single images, of the weights that the run holds now."""
+        found = read_image_errors(self.run.folder) if self.run else None
+        return found.error if found and self.run and found.images == self.run.images_seen else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results that one report sets side by side.
+    """Trials that one report sets side by side.
 
     Attributes:
         title: the report's headline.
         question: what it asks, in a sentence or two.
-        results: all variants and seeds, in the order of tables.
+        trials: all variants and seeds, in the order of tables.
         primary: the metric that decides: "val/error", or a score's name up to its extractor or count, as "fd",
             "label_accuracy", "kid".
         baseline: the variant that all others are compared with; None for all pairs.
-        like_for_like: False where variants differ in more than the question, which the title then says.
+        like_for_like: False where variants differ in more than the question, which the report then says.
         notes: what a reader must know: budgets, residuals of matching, costs of tuning, failures.
     """
 
     title: str
     question: str
-    results: list[Result]
+    trials: list[Trial]
     primary: str = "val/error"
     baseline: str | None = None
     like_for_like: bool = True
     notes: list[str] = field(default_factory=list)
+
+
+def check_comparable(trials: Sequence[Trial], primary: str) -> None:
+    """Refuse trials that were measured differently, within a variant or, but for what is asked, between variants.
+
+    Variants of the same runs may be measured by other extractors or counts: their values have other names.
+
+    Raises:
+        UserError: saying how they differ, or that the primary metric ranks nothing.
+    """
+    ranking = [name for name, metric in METRICS.items() if metric.direction]
+    if metric_of(primary).direction is None:
+        raise UserError(f"primary: {primary} does not rank variants; choose from {', '.join(ranking)}")
+    scored = [(t, t.record, t.run.folder) for t in trials if t.record and t.run]
+    variant_of: dict[Path, str] = {}
+    shared = any(variant_of.setdefault(folder, t.variant) != t.variant for t, _, folder in scored)
+    unsampled = {"sample": None, "guidance": None} if shared or _sampling_differs(trials) else {}
+    within: dict[str, tuple[dict[str, Any], Path]] = {}
+    between: dict[frozenset[str], tuple[dict[str, Any], Path]] = {}
+    for trial, record, folder in scored:
+        measured = frozenset(name.rpartition("/")[2] for name in values(record)) if shared else frozenset()
+        for (other, where), loose in (
+            (within.setdefault(trial.variant, (record, folder)), {}),
+            (between.setdefault(measured, (record, folder)), unsampled),
+        ):
+            if (found := difference(other | loose, record | loose)) is not None:
+                raise measured_differently(where, folder, found)
+
+
+def measured_differently(one: Path, other: Path, difference: str, which: str = "") -> UserError:
+    """The error for two run folders whose records cannot stand side by side."""
+    return UserError(
+        f"{one} and {other}: measured differently{which}: {difference}; evaluate both with the same keys to compare"
+        " them"
+    )
+
+
+def _sampling_differs(trials: Sequence[Trial]) -> bool:
+    """Whether variants are meant to be sampled differently, as their configs say."""
+    keys = ("process.name", "sample.sampler", "sample.steps", "sample.clip", "sample.guidance")
+    return len({tuple(t.run.flat.get(key) for key in keys) for t in trials if t.run}) > 1
+
+
+def validation_difference(trials: Sequence[Trial]) -> str | None:
+    """How the held-out images or the levels of validation differ between runs, in words; None where they agree."""
+    first: dict[str, Any] | None = None
+    for trial in trials:
+        if trial.run is None:
+            continue
+        wanted = {
+            key: value
+            for key, value in trial.run.flat.items()
+            if (key.startswith(("data.", "validation.")) or key == "autoencoder") and key not in NOT_PROTOCOL
+        }
+        first = first or wanted
+        for key in sorted(first | wanted):
+            if first.get(key) != wanted.get(key):
+                return f"{key} is {first.get(key)} in one and {wanted.get(key)} in the other"
+    return None
+
+
+def full_name(trials: Sequence[Trial], metric: str) -> str | None:
+    """The name that values have for a metric given up to its extractor or count; None where there are none yet.
+
+    "fd" is also "fid", the name of the Fréchet distance of the published protocol.
+    """
+    alike = (metric, "fid") if metric == "fd" else (metric,)
+    names = (name for trial in trials for name in trial.values)
+    return next((name for name in names if name == metric or metric_of(name).name in alike), None)
+
+
+# The records of a run.
+
+
+def protocol(record: dict[str, Any]) -> str:
+    """How a record's samples were guided, as a table says it: " (guidance 1.5)", or nothing."""
+    sample = record.get("sample") or {}
+    how = [] if record.get("guidance", 1) == 1 else [f"guidance {record['guidance']:g}"]
+    if sample.get("classifier") and sample.get("classifier_scale"):
+        how.append(f"classifier {sample['classifier_scale']:g}")
+    return f" ({', '.join(how)})" if how else ""
+
+
+def scores(run: Run[Any]) -> list[dict[str, Any]]:
+    """The records of the weights that the run holds, oldest first."""
+    held = (run.images_seen, run.ema, run.snapshot)
+    return [r for r in run.results if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
+
+
+def newest_scores(run: Run[Any]) -> list[dict[str, Any]]:
+    """The newest record of each guidance for the weights that the run holds, unguided first."""
+    chosen = {protocol(r): r for r in scores(run)}
+    return [chosen[guided] for guided in sorted(chosen)]
+
+
+def comparable_scores(runs: Sequence[Run[Any]]) -> list[list[dict[str, Any]]]:
+    """For each run the newest records of each guidance that were measured alike in all runs of its kind.
+
+    Raises:
+        UserError: where runs have records of a guidance but none by the same protocol, saying how they differ.
+    """
+    held = [[(run.kind, protocol(r), r) for r in reversed(scores(run))] for run in runs]
+    chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
+    for what in sorted({(kind, guided) for records in held for kind, guided, _ in records}):
+        groups = [[r for kind, guided, r in records if (kind, guided) == what] for records in held]
+        first = next(i for i, group in enumerate(groups) if group)
+        for candidate in groups[first]:
+            alike = [next((r for r in group if difference(candidate, r) is None), None) for group in groups]
+            if all(a is not None for a, group in zip(alike, groups, strict=True) if group):
+                break
+        else:
+            newest = groups[first][0]
+            differing = ((i, difference(newest, group[0])) for i, group in enumerate(groups) if group)
+            other, found = next((i, found) for i, found in differing if found)
+            raise measured_differently(runs[first].folder, runs[other].folder, found, what[1])
+        for records, record in zip(chosen, alike, strict=True):
+            if record is not None:
+                records.append(record)
+    return chosen
+
+
+# Validation errors of single images.
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """Validation errors of a run's averaged weights.
+
+    Attributes:
+        images: images that the weights had seen.
+        log_snr: (levels,).
+        error: (levels, images) float32, mean squared error per value of each held-out image, at its fixed noise.
+    """
+
+    images: int
+    log_snr: np.ndarray
+    error: np.ndarray
+
+
+def save_image_errors(run: DenoiserRun) -> Path:
+    """Write the validation error of every held-out image at every noise level, unless it is there for these weights.
+
+    Args:
+        run: with averaged weights.
+
+    Returns:
+        `validation.safetensors` in the run folder: "error" (levels, images) float32 and "log_snr" (levels,) float64.
+
+    Raises:
+        UserError: if the run has no held-out images.
+    """
+    path, levels = run.folder / IMAGE_ERRORS, run.config.validation.log_snr
+    metadata = {"images": str(run.images_seen), "ema": str(run.ema), "snapshot": run.snapshot, "log_snr": str(levels)}
+    if path.is_file() and tensors.read(path)[1] == metadata:
+        return path
+    data = run.sets[1]
+    if not len(data):
+        raise UserError(f"{run.folder}: data.name={run.config.data.name} has no held-out images")
+    network = run.network.to(device_of(run.config.trainer.accelerator))
+    error = image_errors(network, run.process, data, levels).float()
+    tensors.write(path, {"error": error, "log_snr": torch.tensor(levels, dtype=torch.float64)}, metadata)
+    return path
+
+
+def read_image_errors(folder: Path) -> ImageErrors | None:
+    """What `save_image_errors` wrote into a run folder, or None.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = folder / IMAGE_ERRORS
+    if not path.is_file():
+        return None
+    found, metadata = tensors.read(path)
+    return ImageErrors(int(metadata.get("images", -1)), found["log_snr"].numpy(), found["error"].numpy())

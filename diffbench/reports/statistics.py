@@ -20,9 +20,6 @@ POWER = 0.8
 """Chance of finding a difference as large as `Paired.detectable`."""
 LEAST = 3
 """Values without which there is no interval."""
-FRECHET_TIE = 0.013
-"""Gaps of Fréchet distances below this share of the smaller one decide nothing: training anew moves them as much
-(Dufour et al. 2026)."""
 
 Array = np.ndarray
 K = TypeVar("K")
@@ -82,6 +79,11 @@ class Paired:
     p: float | None = None
     adjusted: float | None = None
     detectable: float | None = None
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval; None without one, or where all differences are equal."""
+        return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2 or None
 
     @property
     def found(self) -> bool:
@@ -151,17 +153,17 @@ def detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) ->
     return float(shift) * sd / n**0.5
 
 
-def verdict(pair: Paired, lower_is_better: bool, smaller: float | None = None) -> Verdict:
+def verdict(pair: Paired, lower_is_better: bool, tie: float = 0.0) -> Verdict:
     """Which variant is better.
 
     Args:
         pair: their differences.
         lower_is_better: of the metric.
-        smaller: of Fréchet distances the smaller mean: a gap within 1.3% of it is a tie, whatever the interval says.
+        tie: a smaller gap is a tie, whatever the interval says.
     """
     if pair.interval is None:
         return "undecided"
-    if not pair.found or (smaller is not None and abs(pair.mean) < FRECHET_TIE * smaller):
+    if not pair.found or abs(pair.mean) < tie:
         return "tie"
     return "first" if (pair.mean < 0) == lower_is_better else "second"
 

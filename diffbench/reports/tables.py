@@ -1,170 +1,214 @@
-"""A conclusion as rows: of quality, of pairs, of cost, of single results. Terminal, page and CSV show the same."""
+"""Tables of runs and of conclusions; terminal, page and CSV show the same rows."""
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
-from diffbench.evaluation.records import values as recorded
-from diffbench.reports.conclusions import Conclusion, Contest, interval
-from diffbench.reports.entries import Entry
-from diffbench.reports.runs import SHOWN, ruled, table
-from diffbench.reports.wording import better, number, short, spread, title
+import pandas as pd
+
+from diffbench.evaluation.records import values
+from diffbench.metrics.registry import metric_of
+from diffbench.reports.conclusions import Conclusion, PairedTest
+from diffbench.reports.results import Trial, newest_scores, protocol
+from diffbench.reports.text import interval_text, mean_text, number, percent
+from diffbench.runs.base import Run
 
 WIDEST = 6
-"""Variants beyond which the terminal's table turns round."""
+"""Variants beyond which a table has a row for each, not a column."""
 PAIRS_SHOWN = 12
 """Pairs that the terminal shows."""
-OWN = ("seed", "tag", "runs_dir", "format", "kind", "debug")
-"""Keys of the config that tell no variants apart."""
+IDENTITY = ("seed", "tag", "runs_dir", "format", "kind", "debug")
+"""Keys of the config that do not make two runs different variants."""
 
 Rows = list[dict[str, str]]
 
 
+def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
+    """A head and a line for each row, in columns; the first column is set to the left, the others to the right."""
+    first = next(iter(rows[0]))
+    frame = pd.DataFrame(rows).set_index(first).rename_axis(index=None, columns=first)
+    heads = {name: len(name) + 1 for name in frame.columns}  # pandas leaves one space beside a wide head
+    return [line.rstrip() for line in frame.to_string(na_rep="-", col_space=heads).split("\n")]
+
+
+def as_text(rows: Sequence[dict[str, str]]) -> str:
+    """Aligned rows with a rule below the head."""
+    head, *rest = aligned(rows)
+    return "\n".join([head, "-" * max(map(len, (head, *rest))), *rest])
+
+
+def transposed(rows: Sequence[dict[str, str]], corner: str = "") -> Rows:
+    """Columns as rows, below each other; `corner` heads the first column."""
+    first = next(iter(rows[0]))
+    names = dict.fromkeys(name for row in rows for name in row if name != first)
+    return [{corner: name} | {row[first]: row[name] for row in rows if name in row} for name in names]
+
+
+# Runs.
+
+
+def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
+    """Facts about runs as lines, runs as columns; a missing fact is a dash."""
+    return as_text(transposed([{"run": title} | facts for title, facts in runs]))
+
+
+def run_facts(run: Run[Any], scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
+    """What a table says of a run: size, length, speed, the last validation, scores.
+
+    Args:
+        run: a run of any kind.
+        scored: its records; by default the newest of each guidance.
+    """
+    scored = newest_scores(run) if scored is None else scored
+    seconds = run.seconds
+    facts = {
+        "parameters": f"{run.cost.parameters:,}",
+        "GMACs": f"{run.cost.gmacs:.4f}",
+        "images seen": f"{run.images_seen:,}",
+        "seconds": f"{seconds:,.0f}" if seconds else "-",
+        "images/s": f"{run.images_seen / seconds:,.0f}" if seconds else "-",
+    }
+    if run.kind == "denoiser":
+        error = run.last("val/error")
+        facts["validation error"] = "-" if error is None else f"{error:.4f}"
+        if run.flat.get("trainer.time_sampling") == "loss_aware":
+            facts["pairing"] = "none: its times follow its losses"
+    elif run.kind == "classifier":
+        last: dict[str, Any] = next((m for m in reversed(run.metrics) if any(k.startswith("val/") for k in m)), {})
+        facts |= {name.removeprefix("val/"): f"{v:.4f}" for name, v in last.items() if name.startswith("val/")}
+    for record in scored:
+        if "numbers" in record:
+            facts["numbers per image"] = f"{record['numbers']:,}"
+        for name, value in values(record).items():
+            metric, real = metric_of(name), floor(record, name)
+            if metric.shown:
+                beside = "" if real is None or not metric.floor else f" (real {metric.text(real)})"
+                facts[name + protocol(record)] = metric.text(value) + beside
+    samplers = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored if r.get("sample")]
+    return facts | ({"sampler": ", ".join(dict.fromkeys(samplers))} if samplers else {})
+
+
+def floor(record: dict[str, Any], name: str) -> float | None:
+    """What as many real images score by a metric, where the record of a run's samples says so."""
+    metric = metric_of(name)
+    found = record.get(f"{metric.name}_held_out", (record.get("floor") or {}).get(metric.computed or metric.name))
+    return found if isinstance(found, int | float) else None
+
+
+# Conclusions.
+
+
 def shown(c: Conclusion) -> list[str]:
-    """The metrics of tables: the primary one, then those worth a column, by full name."""
-    names = dict.fromkeys(name for found in c.summaries.values() for name in found)
-    if (
-        len(c.variants) > 1
-        and len({e.result.folder for e in c.entries if e.result.seed == c.entries[0].result.seed}) == 1
-    ):
-        names.pop("val/error", None)  # of one network, sampled differently
-    told = [n for n in names if short(n) in SHOWN | {"val/error", "fd_held_out", "nearest_train"} and n != c.metric]
-    return [n for n in names if n == c.metric] + told
+    """The full names of the metrics in tables, the primary one first."""
+    seed = c.trials[0].seed
+    if len(c.variants) > 1 and len({t.run.folder if t.run else None for t in c.trials if t.seed == seed}) == 1:
+        names = [name for name in c.metrics if not metric_of(name).is_validation]  # of one network, sampled differently
+    else:
+        names = c.metrics
+    return sorted((n for n in names if n == c.name or metric_of(n).shown), key=lambda n: n != c.name)
 
 
 def quality(c: Conclusion) -> Rows:
-    """A row for each variant, in their order: complete seeds, then mean ± half of the 95% interval; the floor last."""
+    """A row for each variant: complete seeds, then mean ± half of the 95% interval; real images last."""
     rows = []
-    for variant, found in c.variants.items():
-        done = sum(e.complete for e in found)
-        row = {"variant": variant, "seeds": f"{done}" if done == len(found) else f"{done} of {len(found)}"}
-        for name in shown(c):
-            if name in c.summaries[variant]:
-                row[name] = spread(c.summaries[variant][name], name)
-        rows.append(row)
-    floor = floors(c)
-    return [*rows, {"variant": "real images", "seeds": "", **floor}] if floor else rows
+    for variant, trials in c.variants.items():
+        done = sum(t.complete for t in trials)
+        row = {"variant": variant, "seeds": f"{done}" if done == len(trials) else f"{done} of {len(trials)}"}
+        summaries = c.summaries[variant]
+        rows.append(row | {name: mean_text(summaries[name], name) for name in shown(c) if name in summaries})
+    real = {name: number(value, name) for name, value in floors(c).items()}
+    return [*rows, {"variant": "real images", "seeds": "", **real}] if real else rows
 
 
-def floors(c: Conclusion) -> dict[str, str]:
+def floors(c: Conclusion) -> dict[str, float]:
     """What as many real images score, by the metrics' full names."""
-    found: dict[str, str] = {}
-    records = [e.result.record for e in c.entries if e.result.record and e.result.record.get("floor")]
-    for name in shown(c):
-        record = next((r for r in records if name in recorded(r)), None)
-        if record is None:
-            continue
-        key = short(name).replace("fid", "fd")
-        if key == "nearest_train" and "nearest_train_held_out" in record:
-            found[name] = number(record["nearest_train_held_out"], name)
-        elif isinstance(record["floor"].get(key), int | float):
-            found[name] = number(record["floor"][key], name)
-    return found
+    records = [t.record for t in c.trials if t.record]
+    found = {n: next((floor(r, n) for r in records if n in r and floor(r, n) is not None), None) for n in shown(c)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def verdict_of(x: Contest) -> str:
-    """Of a pair, in words."""
-    words = {"tie": "tie (under 1.3%)" if x.paired.found else "tie", "undecided": "not decided"}
-    return words.get(x.verdict) or f"{x.winner} is better"
-
-
-def pairs(c: Conclusion, contests: Sequence[Contest] | None = None) -> Rows:
+def pairs(c: Conclusion, tests: Sequence[PairedTest] | None = None) -> Rows:
     """A row for each pair: difference, its interval, the corrected p-value, verdict, detectable difference."""
     rows = []
-    for x in c.contests if contests is None else contests:
-        low, high = x.paired.interval or (0.0, 0.0)
-        scale = (high - low) / 2 or None
+    for x in c.tests if tests is None else tests:
+        p = x.paired.adjusted
+        tie = f"tie (under {percent(c.metric.tie)})" if x.paired.found else "tie"
         row = {
             "pair": f"{x.first} - {x.second}",
             "seeds": str(x.paired.n),
-            "difference": number(x.paired.mean, c.metric, scale),
-            "interval": interval(x.paired, c.metric),
-            "p (Holm)": "-" if x.paired.adjusted is None else _p(x.paired.adjusted),
-            "verdict": verdict_of(x),
-            "detectable": "-" if x.detectable is None else number(x.detectable, c.metric, scale),
+            "difference": number(x.paired.mean, c.name, x.paired.half),
+            "interval": interval_text(x.paired, c.name),
+            "p (Holm)": "-" if p is None else f"{p:.4f}" if p >= 0.0001 else "< 0.0001",
+            "verdict": f"{x.winner} is better" if x.winner else tie if x.verdict == "tie" else "not decided",
+            "detectable": "-" if x.detectable is None else number(x.detectable, c.name, x.paired.half),
         }
         if x.by_image is not None:
-            row["by image and noise"] = interval(x.by_image, "val/error")
+            row["by image and noise"] = interval_text(x.by_image, "val/error")
         rows.append(row)
     return rows
 
 
-def _p(value: float) -> str:
-    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
-
-
 def costs(c: Conclusion) -> Rows:
-    """A row for each variant: size, length and speed, of its results so far."""
+    """A row for each variant: size, length and speed of its trials so far."""
     rows = []
-    for variant, found in c.variants.items():
+    for variant, trials in c.variants.items():
         row = {"variant": variant}
-        cost = next((e.cost for e in found if e.cost is not None), None)
-        if cost is not None:
+        begun = [(t, t.run) for t in trials if t.run and t.run.images_seen]
+        timed = [(run.images_seen, run.seconds) for _, run in begun if run.seconds]
+        peaks = [t.peak_gb for t in trials if t.peak_gb is not None]
+        evaluations = [((t.record or {}).get("drawing") or {}).get("network_evaluations") for t in trials]
+        if cost := next((t.cost for t in trials if t.cost), None):
             row |= {"parameters": f"{cost.parameters:,}", "GMACs": f"{cost.gmacs:.4g}"}
-        begun = [e for e in found if e.seen is not None and e.seen.images_seen]
-        images = [e.seen.images_seen for e in begun if e.seen]
-        if images:
-            row["images"] = _range([float(i) for i in images], "{:,.0f}")
-        spent = [e.flops for e in begun if e.flops is not None]
-        if spent:
-            row["training FLOPs"] = _range(spent, "{:.3g}").replace("e+", "e")
-        timed = [(e.seen.images_seen, e.seen.seconds) for e in begun if e.seen and e.seen.seconds]
-        if timed:
-            row["seconds"] = _range([s for _, s in timed], "{:,.0f}")
-            row["images/s"] = _range([i / s for i, s in timed], "{:,.0f}")
-        peak = [e.peak_gb for e in found if e.peak_gb is not None]
-        if peak:
-            row["peak GPU memory (GiB)"] = f"{max(peak):.2f}"
-        drawn = [(e.result.record.get("drawing") or {}) for e in found if e.result.record]
-        evaluations = {int(d["network_evaluations"]) for d in drawn if "network_evaluations" in d}
-        if evaluations:
-            row["network evaluations a sample"] = ", ".join(map(str, sorted(evaluations)))
-        rows.append(row)
+        facts = {
+            "images": _range([float(run.images_seen) for _, run in begun], "{:,.0f}"),
+            "training FLOPs": _range([t.flops for t, _ in begun if t.flops is not None], "{:.3g}").replace("e+", "e"),
+            "seconds": _range([seconds for _, seconds in timed], "{:,.0f}"),
+            "images/s": _range([images / seconds for images, seconds in timed], "{:,.0f}"),
+            "peak GPU memory (GiB)": f"{max(peaks):.2f}" if peaks else "",
+            "network evaluations a sample": ", ".join(map(str, sorted({int(e) for e in evaluations if e is not None}))),
+        }
+        rows.append(row | {name: text for name, text in facts.items() if text})
     return rows
 
 
 def _range(values: Sequence[float], form: str) -> str:
-    ends = dict.fromkeys(form.format(v) for v in (min(values), max(values)))
-    return " to ".join(ends)
+    return " to ".join(dict.fromkeys(form.format(v) for v in (min(values), max(values)))) if values else ""
 
 
 def missing(c: Conclusion) -> Rows:
-    """A row for each result that does not count, with its reason."""
+    """A row for each trial that does not count, with its reason."""
     return [
-        {"variant": e.result.variant, "seed": str(e.result.seed), "status": e.result.status, "why": e.result.why or "-"}
-        for e in c.entries
-        if not e.complete
+        {"variant": t.variant, "seed": str(t.seed), "status": t.status, "why": t.why or "-"}
+        for t in c.trials
+        if not t.complete
     ]
 
 
-def differing(found: Sequence[Entry]) -> list[str]:
+def differing_keys(trials: Sequence[Trial]) -> list[str]:
     """Keys of the config that are not the same in all runs, apart from seed and place."""
-    flats = [e.seen.flat for e in {id(e.seen): e for e in found if e.seen}.values() if e.seen]
+    flats = [run.flat for run in {id(t.run): t.run for t in trials}.values() if run]
     keys = dict.fromkeys(key for flat in flats for key in flat)
-    first = flats[0] if flats else {}
-    return [k for k in keys if k not in OWN and any(f.get(k) != first.get(k) for f in flats)]
+    return [k for k in keys if k not in IDENTITY and any(flat.get(k) != flats[0].get(k) for flat in flats)]
 
 
 def as_csv(c: Conclusion) -> str:
-    """A row for each result: what it is, what it cost, how its config differs, every value under its full name."""
-    keys, names = differing(c.entries), dict.fromkeys(name for e in c.entries for name in e.values)
-    rows: list[dict[str, Any]] = []
-    for e in c.entries:
-        record = e.result.record or {}
+    """A row for each trial: what it is, what it cost, how its config differs, every value under its full name."""
+    keys, names = differing_keys(c.trials), dict.fromkeys(name for t in c.trials for name in t.values)
+    rows = []
+    for t in c.trials:
+        record = t.record or {}
         sample = record.get("sample") or {}
         row: dict[str, Any] = {
-            "variant": e.result.variant,
-            "seed": e.result.seed,
-            "status": e.result.status,
-            "why": e.result.why,
-            "folder": e.result.folder,
-            "parameters": e.cost.parameters if e.cost else None,
-            "macs": e.cost.macs if e.cost else None,
-            "images": e.seen.images_seen if e.seen else None,
-            "training_flops": e.flops,
-            "training_seconds": e.seen.seconds if e.seen else None,
-            "peak_gpu_gib": e.peak_gb,
+            "variant": t.variant,
+            "seed": t.seed,
+            "status": t.status,
+            "why": t.why,
+            "folder": t.run.folder if t.run else None,
+            "parameters": t.cost.parameters if t.cost else None,
+            "macs": t.cost.macs if t.cost else None,
+            "images": t.run.images_seen if t.run else None,
+            "training_flops": t.flops,
+            "training_seconds": t.run.seconds if t.run else None,
+            "peak_gpu_gib": t.peak_gb,
             "sampler": sample.get("sampler"),
             "steps": sample.get("steps"),
             "guidance": record.get("guidance"),
@@ -173,53 +217,46 @@ def as_csv(c: Conclusion) -> str:
             "ema": record.get("ema"),
             "commit": record.get("commit"),
         }
-        row |= {f"config.{k}": e.seen.flat.get(k) if e.seen else None for k in keys}
-        rows.append(row | {name: e.values.get(name) for name in names})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["variant"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def lines(rows: Rows) -> str:
-    """Rows as text, one a line, under their heads."""
-    heads = list(dict.fromkeys(name for row in rows for name in row))
-    return ruled([heads, *([row.get(h, "-") for h in heads] for row in rows)])
+        row |= {f"config.{k}": t.run.flat.get(k) if t.run else None for k in keys}
+        rows.append(row | {name: t.values.get(name) for name in names})
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def for_terminal(c: Conclusion) -> str:
     """Answer, variants, pairs and what is missing, as text."""
-    head = {
-        "winner": f"WINNER BY {title(c.metric).upper()}",
+    heads = {
+        "winner": f"WINNER BY {c.metric.title.upper()}",
         "disputed": "MEASURES DISAGREE",
         "partly": "PARTLY DECIDED",
     }
-    told = [c.comparison.title, c.comparison.question, "", f"{head.get(c.outcome, c.outcome.upper())}. {c.answer}"]
+    head = heads.get(c.outcome, c.outcome.upper())
+    parts = [c.comparison.title, c.comparison.question, "", f"{head}. {c.answer}"]
     if not c.comparison.like_for_like:
-        told.append("Not like for like: the variants differ in more than the question.")
-    rows, cost = quality(c), {row["variant"]: row for row in costs(c)}
+        parts.append("Not like for like: the variants differ in more than the question.")
+    rows = quality(c)
     if len(c.variants) <= WIDEST:
+        cost = {row["variant"]: row for row in costs(c)}
         for row in rows:
-            row |= {k: v for k, v in cost.get(row["variant"], {}).items() if k in ("parameters", "GMACs", "seconds")}
-        text = table([(row.pop("variant"), row) for row in rows])
+            found = cost.get(row["variant"], {})
+            row |= {key: found[key] for key in ("parameters", "GMACs", "seconds") if key in found}
+        parts += ["", as_text(transposed(rows))]
     else:
-        few = ["variant", "seeds", *shown(c)[:5]]
         best = [*c.ranked()[: 2 * PAIRS_SHOWN], "real images"]
         if len(rows) > 2 * len(best):
             rows = [row for row in rows if row["variant"] in best]
-        text = lines([{k: v for k, v in row.items() if k in few} for row in rows])
+        columns = ["variant", "seeds", *shown(c)[:5]]
+        parts += ["", as_text([{k: v for k, v in row.items() if k in columns} for row in rows])]
         if len(rows) < len(c.variants):
-            text += f"\nthe best of {len(c.variants):,} variants; the report has all"
-    told += ["", text]
-    if c.contests:
-        chosen = c.contests
-        if len(chosen) > PAIRS_SHOWN and (ranked := c.ranked()):
-            chosen = [x for x in chosen if ranked[0] in (x.first, x.second)] or chosen
-        told += ["", f"{c.metric}, paired by seed ({better(c.metric)}; intervals and p by Holm over {len(c.contests)})"]
-        told.append(lines(pairs(c, chosen[: 2 * PAIRS_SHOWN])))
-        if len(chosen[: 2 * PAIRS_SHOWN]) < len(c.contests):
-            told.append(f"all {len(c.contests)} pairs stand in the report")
+            parts.append(f"the best of {len(c.variants):,} variants; the report has all")
+    if c.tests:
+        tests = c.tests
+        if len(tests) > PAIRS_SHOWN and (ranked := c.ranked()):
+            tests = list(c.tests_of(ranked[0]).values()) or tests
+        tests = tests[: 2 * PAIRS_SHOWN]
+        parts += ["", f"{c.name}, paired by seed ({c.metric.better()}; intervals and p by Holm over {len(c.tests)})"]
+        parts.append(as_text(pairs(c, tests)))
+        if len(tests) < len(c.tests):
+            parts.append(f"all {len(c.tests)} pairs stand in the report")
     if absent := missing(c):
-        told += ["", "not counted", lines(absent[: 2 * PAIRS_SHOWN])]
-    return "\n".join(told + [f"note: {note}" for note in [*c.comparison.notes, *c.notes]])
+        parts += ["", "not counted", as_text(absent[: 2 * PAIRS_SHOWN])]
+    return "\n".join(parts + [f"note: {note}" for note in [*c.comparison.notes, *c.notes]])

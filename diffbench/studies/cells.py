@@ -16,10 +16,11 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.evaluation import records
 from diffbench.evaluation.validation_error import as_metrics, denoising_error
-from diffbench.reports.results import Result, Status
+from diffbench.reports.results import IMAGE_ERRORS, Status, Trial, save_image_errors
 from diffbench.runs import weights
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.folder import read_config
+from diffbench.runs.folder import SAVED, read_config
+from diffbench.runs.lifecycle import look
 from diffbench.studies.config import AVERAGE
 from diffbench.studies.plan import Cell, evaluated
 from diffbench.training.checkpoint import newest, step_of
@@ -64,7 +65,6 @@ def run_cell(path: Path) -> None:
 
 
 def _train_and_evaluate(path: Path) -> None:
-    from diffbench.reports.measures import save_validation
     from diffbench.runs.evaluate import evaluate_as
     from diffbench.runs.lifecycle import train_in
 
@@ -74,7 +74,7 @@ def _train_and_evaluate(path: Path) -> None:
     folder = Path(cell["folder"])
     with locked(folder.parent, wait=True, name=f".{folder.name}.lock"):  # another study may share the run
         run = train_in(folder, config, [(str(path), cell["config"])])
-        save_validation(run)
+        save_image_errors(run)
         for variant, changes in cell["evaluations"].items():
             started = time.perf_counter()
             run.use_average(changes.get(AVERAGE, config.ema.decays[0]))
@@ -97,21 +97,21 @@ def is_trained(folder: Path, config: RunConfig) -> bool:
     return checkpoint is not None and step_of(checkpoint) >= config.trainer.max_steps and exported
 
 
-def results_of(path: Path) -> list[Result]:
-    """What a cell has brought so far, one result for each variant evaluated on its run."""
+def trials_of(path: Path) -> list[Trial]:
+    """What a cell has brought so far, one trial for each variant evaluated on its run."""
     cell = read_yaml(path)
     folder, seed = Path(cell["folder"]), int(cell["seed"])
     config = from_dict(cell["config"], str(path))
     assert isinstance(config, RunConfig)
-    trained, found = is_trained(folder, config), records.results(folder)
-    why = failure(path)
-    begun = (folder / "config.yaml").exists()
-    results = []
+    trained, why = is_trained(folder, config), failure(path)
+    run = look(folder) if (folder / SAVED).exists() else None
+    trials = []
     for variant, changes in cell["evaluations"].items():
-        record = next((r for r in reversed(found) if trained and answers(r, config, changes)), None)
-        status: Status = "complete" if record else "failed" if why else "unfinished" if begun else "not begun"
-        results.append(Result(variant, seed, status, folder, record, "" if record else why))
-    return results
+        found = (r for r in reversed(run.results if run else []) if trained and answers(r, config, changes))
+        record = next(found, None)
+        status: Status = "complete" if record else "failed" if why else "unfinished" if run else "not begun"
+        trials.append(Trial(variant, seed, status, run, record, "" if record else why))
+    return trials
 
 
 def answers(record: Mapping[str, Any], config: RunConfig, changes: Mapping[str, Any]) -> bool:
@@ -128,9 +128,9 @@ def is_complete(path: Path) -> bool:
     config = from_dict(cell["config"], str(path))
     assert isinstance(config, RunConfig)
     folder = Path(cell["folder"])
-    if not is_trained(folder, config) or not (folder / "validation.safetensors").exists():
+    if not is_trained(folder, config) or not (folder / IMAGE_ERRORS).exists():
         return False
-    return all(r.status == "complete" for r in results_of(path))
+    return all(r.status == "complete" for r in trials_of(path))
 
 
 def ended(path: Path, code: int, last: str) -> None:

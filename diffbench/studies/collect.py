@@ -6,7 +6,7 @@ from pathlib import Path
 from diffbench.config.layers import read_yaml
 from diffbench.core.errors import UserError
 from diffbench.reports.results import Comparison
-from diffbench.studies.cells import results_of
+from diffbench.studies.cells import trials_of
 
 
 def is_study(folder: Path) -> bool:
@@ -27,14 +27,14 @@ def comparison_of_study(folder: Path) -> Comparison:
     reported = sorted(((cell["order"], path) for cell, path in cells if not cell["tuning"]), key=lambda item: item[0])
     if not reported:
         raise UserError(f"{folder}: no cells yet; run diffbench study on its YAML first")
-    results = [result for _, path in reported for result in results_of(path)]
-    order = list(dict.fromkeys(r.variant for r in results))
-    results.sort(key=lambda r: (order.index(r.variant), r.seed))
+    trials = [trial for _, path in reported for trial in trials_of(path)]
+    order = list(dict.fromkeys(t.variant for t in trials))
+    trials.sort(key=lambda t: (order.index(t.variant), t.seed))
     notes = folder / "notes.json"
     return Comparison(
         title=study["title"] or folder.name,
         question=study["question"],
-        results=results,
+        trials=trials,
         primary=study["primary"],
         baseline=study["baseline"],
         like_for_like=study["like_for_like"],

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffbench.core.progress import span
-from diffbench.reports.runs import table
+from diffbench.reports.tables import run_table
 from diffbench.studies.budget import Probe
 from diffbench.studies.cells import is_trained
 from diffbench.studies.config import StudyConfig
@@ -29,7 +29,7 @@ def plan_text(study: StudyConfig, folder: Path, found: Sequence[Group], tuning: 
         f"{study.title or folder.name}: {len(found)} networks x {len(study.seeds)} seeds = {runs} runs,"
         f" {evaluations} evaluations",
         "",
-        table(list(columns.items())),
+        run_table(list(columns.items())),
         "",
     ]
     if tuning:

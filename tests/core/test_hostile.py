@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from diffbench.cli import main
-from diffbench.commands.compare import _out as report_folder
+from diffbench.commands.compare import report_folder
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, sha256
@@ -234,7 +234,7 @@ def test_records_and_locks_are_no_links(tmp_path: Path) -> None:
 
 
 def test_a_run_from_elsewhere_does_not_say_where_reports_go(smoke_run: Path, tmp_path: Path) -> None:
-    from diffbench.runs.seen import look
+    from diffbench.runs.lifecycle import look
 
     here = look(smoke_run)
     here.values["runs_dir"] = str(smoke_run.parent.parent)

@@ -10,17 +10,16 @@ from diffbench.cli import main
 from diffbench.commands.compare import comparison_of
 from diffbench.core.errors import UserError
 from diffbench.denoisers.flops import Cost
-from diffbench.reports.entries import Entry
 from diffbench.reports.images import attention_maps
-from diffbench.reports.results import Comparison, Result
-from diffbench.runs import base, build, seen
-from diffbench.runs.lifecycle import load
+from diffbench.reports.results import Comparison, Trial
+from diffbench.runs import base, build
+from diffbench.runs.lifecycle import load, look
 
 Capture = pytest.CaptureFixture[str]
 
 
 def variants(comparison: Comparison) -> list[str]:
-    return list(dict.fromkeys(r.variant for r in comparison.results))
+    return list(dict.fromkeys(r.variant for r in comparison.trials))
 
 
 def test_runs_are_grouped_by_config_apart_from_the_seed(tmp_path: Path) -> None:
@@ -28,11 +27,11 @@ def test_runs_are_grouped_by_config_apart_from_the_seed(tmp_path: Path) -> None:
     for folder in folders:
         save_record(folder, record(0.5))
     c = comparison_of(folders)
-    assert [(r.variant, r.seed, r.status) for r in c.results] == [
+    assert [(r.variant, r.seed, r.status) for r in c.trials] == [
         (name, seed, "complete") for name in ("dit", "unet") for seed in (0, 1)
     ]
     assert (c.title, c.primary, c.like_for_like) == ("dit and unet on digits", "val/error", True)
-    assert all(r.record is not None and r.record["fd/digits-cnn@500"] == 0.5 for r in c.results)
+    assert all(r.record is not None and r.record["fd/digits-cnn@500"] == 0.5 for r in c.trials)
     assert c.notes == []  # equal sizes within a tenth, nothing else differs
 
 
@@ -69,8 +68,8 @@ def test_a_run_under_way_is_not_counted(tmp_path: Path) -> None:
         comparison_of([folder])
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step-100.ckpt").touch()
-    (result,) = comparison_of([folder]).results
-    batch = seen.look(folder).values["trainer"]["batch_size"]
+    (result,) = comparison_of([folder]).trials
+    batch = look(folder).values["trainer"]["batch_size"]
     assert (result.status, result.why) == ("unfinished", f"stopped at {100 * batch:,} images")
 
 
@@ -96,8 +95,8 @@ def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture)
     )
     for wrong, told in (
         ("outt=x", "outt: unknown key; "),
-        ("primary=accuracy", "primary: accuracy ranks nobody; choose from val/error"),
-        ("baseline=vit", "baseline: vit is no variant; choose from dit, unet"),
+        ("primary=accuracy", "primary: accuracy does not rank variants; choose from val/error"),
+        ("baseline=vit", "baseline: vit is not a variant; choose from dit, unet"),
     ):
         assert main(["compare", *folders, wrong]) == 2
         assert told in capsys.readouterr().err
@@ -112,22 +111,21 @@ def test_other_data_has_a_table_but_no_report(tmp_path: Path, capsys: Capture) -
 
 
 def test_a_run_seen_is_the_run_loaded(finished: Path) -> None:
-    looked, loaded = seen.look(finished), seen.seen(load(finished))
+    looked, loaded = look(finished), load(finished)
     assert looked.values == loaded.values
     assert (looked.images_seen, looked.ema, looked.cost) == (loaded.images_seen, loaded.ema, loaded.cost)
     assert looked.results == loaded.results != []
-    assert seen.seen(looked) is looked
 
 
 def test_attention_is_drawn_once_for_the_same_weights(finished: Path, tmp_path: Path) -> None:
-    found = {"dit": [Entry(Result("dit", 0, "complete", finished), seen.look(finished))]}
+    found = {"dit": [Trial("dit", 0, "complete", look(finished))]}
     path = tmp_path / "attention.png"
     picture = attention_maps(found, path)
     assert picture is not None and picture.path == path and path.read_bytes()[:4] == b"\x89PNG"
     path.write_bytes(b"kept")
     assert attention_maps(found, path) == picture and path.read_bytes() == b"kept"
     made = make_run(tmp_path / "made")  # whose weights are none
-    assert attention_maps({"a": [Entry(Result("a", 0, "complete", made), seen.look(made))]}, path) is None
+    assert attention_maps({"a": [Trial("a", 0, "complete", look(made))]}, path) is None
 
 
 def test_many_runs_build_no_network_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from diffbench.metrics.registry import METRICS
 from diffbench.reports import statistics as s
 
 
@@ -86,7 +87,7 @@ def test_small_gaps_of_frechet_distances_are_ties(gap: float, expected: str) -> 
     jitter = (-1e-6, 0.0, 1e-6)
     pair = s.paired({"only": [-gap + j for j in jitter]})["only"]
     assert pair.found
-    assert s.verdict(pair, True, smaller=1.0) == expected
+    assert s.verdict(pair, True, tie=METRICS["fd"].tie * 1.0) == expected
     assert s.verdict(pair, True) == "first"
 
 

@@ -13,25 +13,25 @@ from made_runs import LEVELS, backbones, make_run, record, save_record, save_sam
 
 from diffbench.core.errors import UserError
 from diffbench.reports.conclusions import conclude
-from diffbench.reports.html import render
-from diffbench.reports.report import write
-from diffbench.reports.results import Comparison, Result
+from diffbench.reports.html import render, write
+from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.statistics import by_image, paired, summary
-from diffbench.reports.tables import as_csv, costs, floors, for_terminal, pairs, quality
+from diffbench.reports.tables import as_csv, costs, for_terminal, pairs, quality
+from diffbench.runs.lifecycle import look
 
 
-def asked(results: list[Result], **changes: object) -> Comparison:
+def asked(results: list[Trial], **changes: object) -> Comparison:
     return Comparison("Backbones", "Which one?", results, **changes)  # type: ignore[arg-type]
 
 
 def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
     results = backbones(tmp_path / "runs")
     for result in results:
-        assert result.record is not None
-        save_samples(result.folder, result.record, torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8))
+        assert result.record is not None and result.run is not None
+        save_samples(result.run.folder, result.record, torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8))
     text = write(asked(results, notes=["Tuned alike."]), tmp_path / "out")
     c = conclude(asked(results))
-    values = {v: [e.values["val/error"] for e in found] for v, found in c.variants.items()}
+    values = {v: [t.values["val/error"] for t in found] for v, found in c.variants.items()}
     means = {v: float(np.mean(x)) for v, x in values.items()}
     half = summary(values["diffit"]).half
     assert c.outcome == "winner" and c.ranked()[0] == "diffit"
@@ -76,13 +76,11 @@ def test_pairs_are_tested_by_seed_and_by_image(tmp_path: Path) -> None:
     rows = {(a, b): [c.by_seed(a, "val/error")[s] - c.by_seed(b, "val/error")[s] for s in range(5)]
             for a, b in (("unet", "dit"), ("unet", "diffit"), ("dit", "diffit"))}  # fmt: skip
     expected = paired(rows)
-    for contest in c.contests:
+    for contest in c.tests:
         assert contest.paired == expected[contest.first, contest.second]
-    (contest,) = (x for x in c.contests if (x.first, x.second) == ("unet", "diffit"))
+    (contest,) = (x for x in c.tests if (x.first, x.second) == ("unet", "diffit"))
     assert contest.paired.mean == pytest.approx(np.mean([one[s] - two[s] for s in range(5)]))
-    errors = [
-        {e.result.seed: e.image_errors.error for e in c.variants[v] if e.image_errors} for v in ("unet", "diffit")
-    ]
+    errors = [{t.seed: t.image_errors for t in c.variants[v] if t.image_errors is not None} for v in ("unet", "diffit")]
     assert contest.by_image is not None and contest.by_image.n == 60
     assert contest.by_image.mean == pytest.approx(by_image(*errors).mean())
     assert contest.resampled is not None and contest.by_image.interval is not None
@@ -95,14 +93,14 @@ def test_equal_variants_tie_and_close_frechet_distances_too(tmp_path: Path) -> N
     close = []
     for result in results:
         fd = 0.500 if result.variant == "unet" else 0.505
-        close.append(Result(result.variant, result.seed, "complete", result.folder, record(fd + 1e-4 * result.seed)))
+        close.append(Trial(result.variant, result.seed, "complete", result.run, record(fd + 1e-4 * result.seed)))
     c = conclude(asked(close, primary="fd"))
-    (contest,) = c.contests
+    (contest,) = c.tests
     assert contest.paired.found and contest.verdict == "tie"  # 1% apart
     assert contest.detectable == pytest.approx(0.013 * 0.5002)
     assert c.outcome == "tie" and "gaps under 1.3% decide nothing" in c.answer
     assert pairs(c)[0]["verdict"] == "tie (under 1.3%)"
-    assert c.metric == "fd/digits-cnn@500" and floors(c)["fd/digits-cnn@500"] == "0.1810"
+    assert c.name == "fd/digits-cnn@500" and quality(c)[-1]["fd/digits-cnn@500"] == "0.1810"
 
 
 def test_fewer_than_three_seeds_decide_nothing(tmp_path: Path) -> None:
@@ -116,30 +114,30 @@ def test_fewer_than_three_seeds_decide_nothing(tmp_path: Path) -> None:
 def test_against_a_baseline(tmp_path: Path) -> None:
     results = backbones(tmp_path)
     c = conclude(asked(results, baseline="dit"))
-    assert [(x.first, x.second) for x in c.contests] == [("unet", "dit"), ("diffit", "dit")]
+    assert [(x.first, x.second) for x in c.tests] == [("unet", "dit"), ("diffit", "dit")]
     assert re.match(r"Against dit \(0\.1\d+ ± 0\.\d+\) by validation error: better: diffit \(by 0\.00\d+\)", c.answer)
-    with pytest.raises(UserError, match="baseline: vit is no variant; choose from unet, dit, diffit"):
+    with pytest.raises(UserError, match="baseline: vit is not a variant; choose from unet, dit, diffit"):
         conclude(asked(results, baseline="vit"))
 
 
 def test_an_unfinished_study_with_failures(tmp_path: Path) -> None:
     results = backbones(tmp_path / "runs")
-    results[0] = Result("unet", 0, "failed", results[0].folder, None, "killed by signal 9")
-    results[6] = Result("dit", 1, "not begun", tmp_path / "nowhere")
-    results += [Result("edm", seed, "not begun", tmp_path / f"edm-{seed}") for seed in range(5)]
+    results[0] = Trial("unet", 0, "failed", results[0].run, None, "killed by signal 9")
+    results[6] = Trial("dit", 1, "not begun")
+    results += [Trial("edm", seed, "not begun") for seed in range(5)]
     c = conclude(asked(results))
     text, page = for_terminal(c), render(c, [])
     assert "killed by signal 9" in text and "killed by signal 9" in page
     assert "7 not complete" in page
     assert [row["seeds"] for row in quality(c)[:4]] == ["4 of 5", "4 of 5", "5", "0 of 5"]
-    assert {(x.first, x.second): x.paired.n for x in c.contests}["unet", "dit"] == 3
+    assert {(x.first, x.second): x.paired.n for x in c.tests}["unet", "dit"] == 3
     assert "Not decided against edm: fewer than 3 shared seeds" in c.answer
     rows = list(csv.DictReader(as_csv(c).splitlines()))
     assert (rows[6]["status"], rows[6]["val/error"]) == ("not begun", "")
 
 
 def test_nothing_measured_yet(tmp_path: Path) -> None:
-    results = [Result(v, 0, "not begun", tmp_path / v) for v in ("a", "b")]
+    results = [Trial(v, 0, "not begun") for v in ("a", "b")]
     text = write(asked(results, primary="fd"), tmp_path / "out")
     assert "NOT DECIDED. Not decided: no result has Fréchet distance yet." in text
     assert "none are scored yet" in (tmp_path / "out" / "report.html").read_text()
@@ -159,8 +157,8 @@ class Tags(HTMLParser):
 def test_names_of_users_are_text_to_browsers_and_plots(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>$x_{$&\"'"
     results = backbones(tmp_path / "runs", seeds=3, errors={"unet": 0.11, "dit": 0.1})
-    results = [Result(evil if r.variant == "dit" else "a", r.seed, r.status, r.folder, r.record) for r in results]
-    results.append(Result("a", 9, "failed", tmp_path / "x", None, "<b>why</b>"))
+    results = [Trial(evil if r.variant == "dit" else "a", r.seed, r.status, r.run, r.record) for r in results]
+    results.append(Trial("a", 9, "failed", None, None, "<b>why</b>"))
     write(Comparison(evil, evil, results, notes=[evil]), tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     tags = Tags()
@@ -172,16 +170,16 @@ def test_names_of_users_are_text_to_browsers_and_plots(tmp_path: Path) -> None:
 def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
     results = []
     for seed in range(3):
-        folder = make_run(tmp_path / f"dit-s{seed}", "dit", seed)
+        run = look(make_run(tmp_path / f"dit-s{seed}", "dit", seed))
         for steps in (5, 10, 20):
             made = record(0.4 + 2 / steps + 0.001 * seed, seed, steps=str(steps))
-            results.append(Result(f"dit, steps={steps}", seed, "complete", folder, made))
+            results.append(Trial(f"dit, steps={steps}", seed, "complete", run, made))
     results.sort(key=lambda r: (int(r.variant.split("=")[1]), r.seed))
     write(asked(results, primary="fd"), tmp_path / "out")
     assert (tmp_path / "out" / "plots" / "steps.png").is_file()
     c = conclude(asked(results, primary="fd"))
     assert c.ranked() == ["dit, steps=20", "dit, steps=10", "dit, steps=5"]
-    assert all(x.by_image is None for x in c.contests)  # the same networks
+    assert all(x.by_image is None for x in c.tests)  # the same networks
     assert [row["network evaluations a sample"] for row in costs(c)] == ["5", "10", "20"]
     assert "val/error" not in quality(c)[0]
 
@@ -189,11 +187,11 @@ def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
 def test_variants_that_share_runs_may_be_measured_differently(tmp_path: Path) -> None:
     results = []
     for seed in range(3):
-        folder = make_run(tmp_path / f"dit-s{seed}", "dit", seed)
+        run = look(make_run(tmp_path / f"dit-s{seed}", "dit", seed))
         few = record(0.8, seed)
         few = {name.replace("@500", "@250"): value for name, value in few.items()}
-        results.append(Result("count=500", seed, "complete", folder, record(0.4, seed)))
-        results.append(Result("count=250", seed, "complete", folder, few))
+        results.append(Trial("count=500", seed, "complete", run, record(0.4, seed)))
+        results.append(Trial("count=250", seed, "complete", run, few))
     c = conclude(asked(results, primary="fd/digits-cnn@250"))
     assert c.ranked() == ["count=250"]
     many, fewer, real = quality(c)
@@ -220,10 +218,10 @@ def test_mixed_protocols_are_refused(tmp_path: Path) -> None:
 def test_other_held_out_images_have_no_common_validation_error(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", "dit")
     other = make_run(tmp_path / "b", "dit", overrides=["validation.count=100"])
-    results = [Result(f.name, 0, "complete", f) for f in (one, other)]
+    results = [Trial(f.name, 0, "complete", look(f)) for f in (one, other)]
     with pytest.raises(UserError, match=r"validation\.count is 2000 in one and 100 in the other"):
         conclude(asked(results))
-    with pytest.raises(UserError, match="primary: nearest_train ranks nobody; choose from val/error, fd,"):
+    with pytest.raises(UserError, match="primary: nearest_train does not rank variants; choose from val/error, fd,"):
         conclude(asked(results, primary="nearest_train"))
 
 
@@ -235,7 +233,7 @@ def test_recipes_are_marked_as_not_like_for_like(tmp_path: Path) -> None:
 def test_the_made_runs_are_what_they_claim(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", "dit", error=0.12)
     save_record(folder, record(0.5))
-    c = conclude(asked([Result("a", 0, "complete", folder)]))
-    values = c.entries[0].values
+    c = conclude(asked([Trial("a", 0, "complete", look(folder))]))
+    values = c.trials[0].values
     assert values["val/error"] == pytest.approx(0.12)
     assert np.mean([values[f"val/error_log_snr_{level:g}"] for level in LEVELS]) == pytest.approx(0.12)

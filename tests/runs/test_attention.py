@@ -12,7 +12,7 @@ import diffbench
 from diffbench.autoencoders import KLAutoencoder, KLConfig
 from diffbench.autoencoders import io as files
 from diffbench.cli import main
-from diffbench.reports.attention import AttentionConfig, attention, draw, noise_levels
+from diffbench.reports.attention import AttentionConfig, attention, attention_figure, noise_levels
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import train
 
@@ -55,7 +55,7 @@ def test_chosen_layers(run: DenoiserRun) -> None:
 def test_the_figure_has_a_panel_a_run_a_row_a_token_and_a_column_a_time(run: DenoiserRun) -> None:
     config = AttentionConfig(layers=["blocks.0", "blocks.4"], times=3, tokens=[[0, 0], [7, 7]])
     levels, found = attention([run, run, run], config)
-    figure = draw(levels, found)
+    figure = attention_figure(levels, found)
     panels = [panel for half in figure.subfigs[:1] for panel in half.subfigs]
     assert [len(panel.axes) for panel in panels] == [(1 + 2 * 2) * 3] * 3 + [0]
     assert [axis.get_ylabel() for axis in panels[0].axes[::3]] == [
@@ -132,4 +132,4 @@ def test_latents_attend_too(tmp_path: Path) -> None:
     mean, _ = latent.autoencoder.encode(latent.held_out.images[3:4].float() / 127.5 - 1)
     clean = latent.autoencoder.scaled(mean)[0]
     assert (found.noisy[1] - clean).abs().max() < 0.1 < (found.noisy[0] - clean).abs().max()
-    draw(levels, [found])
+    attention_figure(levels, [found])

@@ -96,7 +96,7 @@ def test_one_command_does_all_stages_and_says_so(trained: tuple[dict[str, str], 
         "encoding 40 images of digits",
         f"{runs / 'autoencoder-s0'}: scoring reconstructions",
         f"{runs / 'dit-s0'}: drawing and scoring samples",
-        "floor: fd/digits-cnn-area8@20 of reconstructions",
+        "reconstruction_fd/digits-cnn-area8@20",
     )
     at = [out.index(line) for line in stages]
     assert at == sorted(at)
@@ -175,7 +175,7 @@ def test_an_autoencoders_run_ends_with_its_scores_and_its_folder(runs: tuple[Pat
 def test_evaluate_and_compare_take_any_kind(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     autoencoder, denoiser = runs
     assert main(["evaluate", str(autoencoder), "evaluate.count=20"]) == 0
-    assert "PSNR@20" in capsys.readouterr().out
+    assert "psnr@20" in capsys.readouterr().out
     assert len(records(autoencoder)) == 2
     assert main(["compare", str(autoencoder), str(denoiser)]) == 0
     assert "64 for 256" in capsys.readouterr().out

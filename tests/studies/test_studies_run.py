@@ -53,18 +53,18 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_failed_cell_stands_in_the_table_and_stops_no_other(done: Path) -> None:
     folder = done.parent / "runs" / "studies" / "tiny"
     found = comparison_of_study(folder)
-    said = {r.variant: r.status for r in found.results}
+    said = {r.variant: r.status for r in found.trials}
     assert said == {
         "sound, steps=2": "complete",
         "sound, steps=3": "complete",
         "absurd, steps=2": "failed",
         "absurd, steps=3": "failed",
     }
-    whys = {r.why for r in found.results if r.status == "failed"}
+    whys = {r.why for r in found.trials if r.status == "failed"}
     assert len(whys) == 1 and next(iter(whys)).startswith("exit code 2: error: ")
-    steps = [r.record["sample"]["steps"] for r in found.results if r.record]
+    steps = [r.record["sample"]["steps"] for r in found.trials if r.record]
     assert steps == ["2", "3"]
-    assert len({r.folder for r in found.results}) == 2  # both ways of sampling share a run
+    assert len({r.run.folder for r in found.trials}) == 2  # both ways of sampling share a run
     page = (folder / "report.html").read_text()
     assert "Tiny" in page and "absurd" in page
     assert (folder / "report.csv").read_text().count("sound") == 2
@@ -141,7 +141,7 @@ def test_tuning_chooses_by_validation_error_and_the_report_says_so(tmp_path: Pat
     notes = json.loads((folder / "notes.json").read_text())
     assert any(f"Chosen: dit optimizer.lr={best}" in note and "100% of the training FLOPs" in note for note in notes)
     assert is_complete(folder / "cells" / "dit_s0.yaml") and not failure(folder / "cells" / "dit_s0.yaml")
-    assert [r.seed for r in comparison_of_study(folder).results] == [0]
+    assert [r.seed for r in comparison_of_study(folder).trials] == [0]
 
 
 def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,15 +9,15 @@ import torch
 from diffbench.core.errors import UserError
 from diffbench.evaluation.records import metrics
 from diffbench.evaluation.validation_error import image_errors
-from diffbench.reports.measures import read_validation, save_validation
+from diffbench.reports.results import read_image_errors, save_image_errors
 from diffbench.runs.lifecycle import load
 
 
 def test_errors_of_images_average_to_the_logged_ones(smoke_run: Path) -> None:
     run = load(smoke_run)
-    path = save_validation(run)
+    path = save_image_errors(run)
     assert path == smoke_run / "validation.safetensors"
-    found = read_validation(smoke_run)
+    found = read_image_errors(smoke_run)
     assert found is not None
     assert (found.images, found.log_snr.tolist()) == (16, run.config.validation.log_snr)
     assert found.error.dtype == np.float32 and found.error.shape == (7, 20)
@@ -37,19 +37,19 @@ def test_errors_do_not_depend_on_the_batch(finished: Path) -> None:
 
 def test_the_file_is_written_once_for_the_same_weights(smoke_run: Path) -> None:
     run = load(smoke_run)
-    path = save_validation(run)
+    path = save_image_errors(run)
     before = path.stat().st_mtime_ns, path.read_bytes()
-    assert save_validation(load(smoke_run)) == path
+    assert save_image_errors(load(smoke_run)) == path
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
     run.images_seen = 32  # as after a longer training
-    save_validation(run)
-    found = read_validation(smoke_run)
+    save_image_errors(run)
+    found = read_image_errors(smoke_run)
     assert found is not None and found.images == 32
 
 
 def test_what_is_missing_or_damaged(smoke_run: Path) -> None:
-    assert read_validation(smoke_run) is None
+    assert read_image_errors(smoke_run) is None
     path = smoke_run / "validation.safetensors"
     path.write_bytes(b"broken")
     with pytest.raises(UserError, match=rf"^{path}: damaged \(.*\); remove it$"):
-        read_validation(smoke_run)
+        read_image_errors(smoke_run)

@@ -1,29 +1,26 @@
-"""How plots look: colours that colour-blind readers tell apart, a line style and a marker of its own for each line."""
+"""How figures look: colours that colour-blind readers tell apart, a dash and a marker of its own for each line."""
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from diffbench.core.files import atomic
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from diffbench.core.files import write_bytes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
-"""Of Okabe and Ito (2008), without the yellow that white swallows."""
+"""Of Okabe and Ito (2008), without the yellow, which is hard to see on white."""
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MOST_LINES = 8
-"""Lines in one plot."""
 INK, FAINT = "#1f2933", "#9aa5b1"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A plot on disk, with what a reader needs beside it."""
+class Plot:
+    """A figure on disk, with its heading and caption in the report."""
 
     path: Path
     heading: str
@@ -32,7 +29,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Style:
-    """How one variant is drawn, in every plot."""
+    """How one variant is drawn, in every figure."""
 
     colour: str
     dash: str
@@ -47,48 +44,49 @@ def styles(names: Sequence[str]) -> dict[str, Style]:
     }
 
 
-def figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure in inches, apart from pyplot's global state."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 
-def tidy(axis: "Axes", xlabel: str, ylabel: str) -> None:
+def legend(figure: Figure, panel: Axes) -> None:
+    """The lines of a panel above the figure."""
+    handles = panel.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+
+
+def label(axis: Axes, xlabel: str, ylabel: str = "") -> None:
     """Labels, a faint grid, no box."""
     axis.set_xlabel(plain(xlabel), color=INK)
     axis.set_ylabel(plain(ylabel), color=INK)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(FAINT)
+    axis.spines[["left", "bottom"]].set_color(FAINT)
     axis.tick_params(colors=INK, labelsize=8.5)
 
 
-def few_numbers(axis: "Axes", which: str = "y") -> None:
-    """A logarithmic axis with plain numbers at its ticks, also where it spans less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+def log_scale(axis: Axes, which: str = "y") -> None:
+    """A logarithmic axis with plain numbers at its ticks, even where it spans less than a decade."""
+    axis.set(**{f"{which}scale": "log"})
     chosen = axis.yaxis if which == "y" else axis.xaxis
-    low, high = axis.get_ylim() if which == "y" else axis.get_xlim()
+    low, high = chosen.get_view_interval()
     wide = low > 0 and high / low > 30
     chosen.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=12))
     chosen.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     chosen.set_minor_formatter(NullFormatter())
 
 
-def short_numbers(axis: "Axes") -> None:
+def short_numbers(axis: Axes) -> None:
     """Numbers of the x axis as 50, 20k, 1.5M, 2e12."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    def told(value: float, _: int) -> str:
-        for size, unit in ((1e9, ""), (1e6, "M"), (1e3, "k")):
-            if abs(value) >= size:
-                return f"{value / size:g}{unit}" if unit else f"{value:g}".replace("e+", "e")
-        return f"{value:g}"
+    def short(value: float, _: int) -> str:
+        if abs(value) >= 1e9:
+            return f"{value:g}".replace("e+", "e")
+        size, unit = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k") if abs(value) >= 1e3 else (1.0, "")
+        return f"{value / size:g}{unit}"
 
     axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.xaxis.set_major_formatter(FuncFormatter(told))
+    axis.xaxis.set_major_formatter(FuncFormatter(short))
 
 
 def plain(text: str) -> str:
@@ -96,10 +94,9 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def save(drawn: "Figure", path: Path, heading: str, caption: str) -> Picture:
-    """Writes a figure as PNG."""
+def save(figure: Figure, path: Path, heading: str = "", caption: str = "") -> Plot:
+    """Write a figure as PNG."""
     buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png")
-    with atomic(path) as file:
-        file.write(buffer.getvalue())
-    return Picture(path, heading, caption)
+    figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())
+    return Plot(path, heading, caption)
