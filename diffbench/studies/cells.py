@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import read_yaml
+from diffbench.config.layers import dump, read_yaml
 from diffbench.config.load import from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
@@ -43,7 +41,7 @@ def write_cell(folder: Path, cell: Cell, order: int) -> Path:
         "evaluations": {} if cell.tuning else cell.group.evaluations,
         "config": to_dict(cell.config),
     }
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text = dump(values)
     if not path.exists() or path.read_text() != text:
         write_text(path, text)
     return path

@@ -13,9 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from diffbench.config.layers import parse_overrides
+from diffbench.config.layers import dump, parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.core.progress import span
@@ -70,7 +68,7 @@ def run_study(
         print(plan_text(study, folder, found, tuning, probe), flush=True)
         if dry_run:
             return folder
-        write_text(folder / "study.yaml", yaml.safe_dump(dataclasses.asdict(study), sort_keys=False))
+        write_text(folder / "study.yaml", dump(dataclasses.asdict(study)))
         _autoencoders(found, launcher)
         if not chosen_all:
             if not _run(folder, tuning, study.jobs, launcher):
