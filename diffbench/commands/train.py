@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
         except UserError as e:  # the run itself is complete
             print(f"not scored: {e}", flush=True)
     if not grid.exists():
-        save_grid(run.example_images(100), columns=10, path=grid)
+        images = run.sample_tensor(100) if isinstance(run, DenoiserRun) else run.side_by_side(50)
+        save_grid(images, columns=10, path=grid)
     print(f"\n{run_table([(run.folder.name, run_facts(run))])}\n")
     print(f"samples: {grid}")
     print(f"curves:  {python()} -m tensorboard.main --logdir {run.config.runs_dir}")

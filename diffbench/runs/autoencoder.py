@@ -99,9 +99,9 @@ class AutoencoderRun(Run[AutoencoderConfig]):
         net.config = dataclasses.replace(net.config, scaling_factor=1 / deviation, shift_factor=centre)
         io.save(net, place, notes)
 
-    def example_images(self, n: int) -> Tensor:
-        """Rows of held-out images, each followed by the row of their reconstructions."""
-        return side_by_side(self.trained, self.held_out.images[: n // 2])
+    def side_by_side(self, n: int) -> Tensor:
+        """Rows of the first n held-out images, each followed by the row of their reconstructions."""
+        return side_by_side(self.trained, self.held_out.images[:n])
 
     @property
     def trained(self) -> KLAutoencoder:

@@ -263,25 +263,7 @@ class DenoiserRun(Run[RunConfig]):
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
         y = labels_for(n, labels, self.facts)
-        return self.generate(y, settings, seed, progress=progress, callback=callback)
-
-    def generate(
-        self,
-        labels: Tensor,
-        settings: SampleConfig | None = None,
-        seed: int = 0,
-        first: int = 0,
-        progress: Callable[[int], None] | None = None,
-        callback: Callable[[int, Tensor, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Images (N, C, H, W) uint8 of labels (N,), or raw float32; see `Sampler`."""
-        settings = settings or self.config.sample
-        sampler = self.sampler(settings)
-        return sampler(labels, settings, seed=seed, first=first, progress=progress, callback=callback)
-
-    def example_images(self, n: int) -> Tensor:
-        """Samples of the classes in turn."""
-        return self.sample_tensor(n)
+        return self.sampler(settings)(y, settings, seed=seed, progress=progress, callback=callback)
 
 
 def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor | None, facts: DataFacts) -> Tensor:

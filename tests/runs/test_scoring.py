@@ -61,7 +61,7 @@ def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
     (record, _) = evaluate.evaluate(run, ["evaluate.count=60"])
     samples = Store(smoke_run / record["drawing"]["folder"]).open().arrays["images"]
     labels = torch.arange(60) * 10 // 60
-    assert torch.equal(samples, run.generate(labels, run.config.sample.unguided(), 0))
+    assert torch.equal(samples, run.sampler(run.config.sample)(labels, run.config.sample.unguided()))
     judge = references.make_extractor("digits-cnn", None, run.train_set)
     real = run.train_set.images[balanced(run.train_set.labels, 60)]
     (x, logits, _), reference = judge(samples), judge(real).pooled
@@ -145,7 +145,9 @@ def test_export_is_what_the_adm_evaluator_reads(smoke_run: Path, tmp_path: Path,
     assert pictures.shape == (50, 8, 8, 1) and pictures.dtype == np.uint8
     run = load(smoke_run)
     order = rng.permutation(rng.key("order of samples", "export"), 50)
-    want = run.generate(torch.arange(50) * 10 // 50, run.config.sample)  # the guided ones were drawn last
+    want = run.sampler(run.config.sample)(
+        torch.arange(50) * 10 // 50, run.config.sample
+    )  # the guided ones were drawn last
     assert np.array_equal(pictures[:, :, :, 0], want[order][:, 0].numpy())
     assert np.array_equal(labels, (torch.arange(50) * 10 // 50)[order].numpy())
     assert len(set(labels[:10].tolist())) > 3  # no run of one class

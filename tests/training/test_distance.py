@@ -72,7 +72,7 @@ def test_the_averaged_weights_are_scored_on_samples_of_their_own(unbroken: Denoi
 
     def fd(seed: int) -> float:
         suite = suite_of(unbroken)
-        suite.update(unbroken.generate(labels, c.sample.unguided(), seed), torch.arange(count))
+        suite.update(unbroken.sampler(c.sample)(labels, c.sample.unguided(), seed=seed), torch.arange(count))
         return suite.compute()["fd"]
 
     last = distances(unbroken.folder)[160]
@@ -90,7 +90,9 @@ def test_the_best_weights_are_kept_and_scored_again(unbroken: DenoiserRun) -> No
     run.use_best()
     assert (run.images_seen, run.ema, run.snapshot) == (best, 0.5, "best")
     suite = suite_of(run)
-    images = run.generate(torch.arange(20) * 10 // 20, run.config.sample.unguided(), rng.key(0, "fresh distance"))
+    images = run.sampler(run.config.sample)(
+        torch.arange(20) * 10 // 20, run.config.sample.unguided(), seed=rng.key(0, "fresh distance")
+    )
     suite.update(images, torch.arange(20))
     assert suite.compute()["fd"] == pytest.approx(end["best/fd/digits-cnn@20"], rel=1e-4)
 
