@@ -1,20 +1,20 @@
-"""`diffbench list`: backbones, presets and experiments, or the runs in folders."""
+"""`diffbench list`: backbones, presets and experiments, or the runs in folders.
+
+The presets are listed within two seconds: what reads runs is imported where it is needed.
+"""
 
 import argparse
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffbench.config.layers import experiments
 from diffbench.core.errors import UserError
 from diffbench.denoisers import DENOISERS, PRESETS
-from diffbench.evaluation.records import values
-from diffbench.reports.results import newest_scores
-from diffbench.reports.tables import aligned
-from diffbench.runs.base import Run
-from diffbench.runs.lifecycle import look
+
+if TYPE_CHECKING:
+    from diffbench.runs.base import Run
 
 SCORES = ("fd/", "fid/", "psnr@")
 """The newest score is the first of these that a run has."""
@@ -39,6 +39,8 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
         yield f"  {name:<24} {size}  ({preset.source})"
     if only_models:
         return
+    from diffbench.config.layers import experiments
+
     yield "\nexperiments"
     for path in experiments():
         lines = Path(path).read_text().splitlines()
@@ -67,6 +69,9 @@ def runs(tops: Sequence[Path]) -> list[str]:
     Raises:
         UserError: if there is no run.
     """
+    from diffbench.reports.tables import aligned
+    from diffbench.runs.lifecycle import look
+
     folders = list(dict.fromkeys(folder for top in tops for folder in run_folders(top)))
     if not folders:
         raise UserError(f"{', '.join(map(str, tops))}: no run folder here or below (none has a config.yaml)")
@@ -79,7 +84,10 @@ def runs(tops: Sequence[Path]) -> list[str]:
     return [*(aligned(rows) if rows else []), *unreadable]
 
 
-def _row(run: Run[Any]) -> dict[str, str]:
+def _row(run: "Run[Any]") -> dict[str, str]:
+    from diffbench.evaluation.records import values
+    from diffbench.reports.results import newest_scores
+
     trainer, error = run.values["trainer"], run.last("val/error")
     batch = int(trainer["batch_size"])
     scored = [(name, value) for record in newest_scores(run) for name, value in values(record).items()]
