@@ -39,6 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
     "unet": {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "num_heads": 2, "norm_groups": 4}
     | {"num_head_channels": None},
     "ddpmpp": {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1},
+    "uvit": {"hidden_size": 32, "depth": 2, "num_heads": 4},
 }
 
 
@@ -182,7 +183,7 @@ def _published(model: str) -> dict[str, Any]:
         {
             "data": {"name": "none", "num_classes": classes} | {k: shape[k] for k in ("image_size", "channels")},
             "denoiser": denoiser,
-            "process": learned if shape.get("learn_sigma") else {"name": "edm"},
+            "process": learned if shape.get("learn_sigma") else {"name": "vp" if model.startswith("U-ViT") else "edm"},
             "optimizer": {"lr": 1e-4},
             "trainer": {"label_dropout": dropped},
             "sample": {"steps": "250" if shape.get("learn_sigma") else "18"},

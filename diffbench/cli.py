@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN [key=value]",
         help="run folders, or a study's YAML or folder, then keys as out=FOLDER primary=fd baseline=dit",
     )
-    parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm or ddpmpp")
+    parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm, ddpmpp or uvit")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")
     parsers["import"].add_argument("out", metavar="OUT", help="the new run folder")
     parsers["attention"].add_argument(

@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffbench.denoisers import DENOISERS, DDPMppConfig, DiffiTConfig, DiffiTLatentConfig, DiTConfig, UNetConfig, build
+from diffbench.denoisers import (
+    DENOISERS,
+    DDPMppConfig,
+    DiffiTConfig,
+    DiffiTLatentConfig,
+    DiTConfig,
+    UNetConfig,
+    UViTConfig,
+    build,
+)
 
 SMALL = {
     "unet": UNetConfig(8, [1, 2], 1, [4], num_heads=2, norm_groups=4),
@@ -14,6 +23,7 @@ SMALL = {
     "diffit": DiffiTConfig([8, 16], [1, 1], num_heads=2, time_dim=16, norm_groups=4),
     "diffit-latent": DiffiTLatentConfig(hidden_size=32, depth=2, num_heads=4),
     "ddpmpp": DDPMppConfig(8, [1, 2], 1, [4]),
+    "uvit": UViTConfig(hidden_size=32, depth=2, num_heads=4),
 }
 SIZE, CHANNELS, CLASSES = 8, 3, 5
 

@@ -7,6 +7,7 @@ from diffbench.denoisers.dit import DiT, DiTConfig
 from diffbench.denoisers.pretrained.convert import from_reference
 from diffbench.denoisers.registry import DENOISERS, PRESETS, build
 from diffbench.denoisers.unet import UNet, UNetConfig
+from diffbench.denoisers.uvit import UViT, UViTConfig
 
 __all__ = [
     "DENOISERS",
@@ -21,6 +22,8 @@ __all__ = [
     "DiffiTLatentConfig",
     "UNet",
     "UNetConfig",
+    "UViT",
+    "UViTConfig",
     "build",
     "from_reference",
 ]

@@ -202,8 +202,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def mlp(dim: int, ratio: float) -> nn.Sequential:
-    """The two layers after attention, `ratio` times as wide inside, with a GELU (tanh) between them.
+def mlp(dim: int, ratio: float, approximate: Literal["tanh", "none"] = "tanh") -> nn.Sequential:
+    """The two layers after attention, `ratio` times as wide inside, with an exact or an approximate GELU between.
 
     Raises:
         ValueError: if nothing is left of the width.
@@ -211,7 +211,7 @@ def mlp(dim: int, ratio: float) -> nn.Sequential:
     hidden = int(dim * ratio)
     if hidden < 1:
         raise ValueError(f"denoiser.mlp_ratio: {ratio} of a width of {dim} is less than one")
-    return nn.Sequential(Linear(dim, hidden), nn.GELU(approximate="tanh"), Linear(hidden, dim))
+    return nn.Sequential(Linear(dim, hidden), nn.GELU(approximate), Linear(hidden, dim))
 
 
 Direction = Literal["down", "up"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, unet
+from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, unet, uvit
 from diffbench.denoisers.base import Denoiser, Preset
 
 
@@ -59,6 +59,14 @@ DENOISERS = {
         "model_channels",
         "num_blocks",
         ddpmpp.PRESETS,
+    ),
+    "uvit": Entry(
+        uvit.UViTConfig,
+        uvit.UViT,
+        "Vision Transformer with long skips, time and class as tokens (U-ViT)",
+        "hidden_size",
+        "depth",
+        uvit.PRESETS,
     ),
 }
 

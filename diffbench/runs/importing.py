@@ -29,14 +29,14 @@ from diffbench.runs import weights
 from diffbench.runs.build import build_denoiser, load_data
 
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
-"""What the latents of DiT, SiT and DiffiT are decoded with."""
+"""What the latents of DiT, SiT, DiffiT and U-ViT are decoded with."""
 
 
 def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
     """Write a run folder that `sample` and `evaluate` take as a trained run's.
 
     Args:
-        source: "dit", "sit", "diffit", "adm" or "ddpmpp".
+        source: one of `RECIPES`.
         checkpoint: a file of torch or safetensors with a state dict, or with dictionaries that hold such.
         out: the run folder, which must not exist.
         overrides: keys of the config; `arguments.NAME=value` for the reference's constructor where the network is not
@@ -142,10 +142,14 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
         "sit": ({"name": "flow"}, {"sampler": "euler_maruyama", "steps": "250"} | latent),
         "diffit": (vp, ddpm | latent | (weight if null else {})),
         "adm": (vp | ({"schedule": "cosine"} if size == 64 else {}), ddpm),
+        "uvit": (
+            vp | ({"schedule": "scaled_linear"} if channels == 4 else {}),
+            {"sampler": "dpm_solver", "steps": "50", "guidance": 1.4 if null else 1.0, "clip": False},
+        ),
         "ddpmpp": ({"name": "edm"}, {"sampler": "heun", "steps": "18" if size <= 32 else "40"}),
     }[source]
     return {
-        "autoencoder": AUTOENCODER if source in ("dit", "sit", "diffit") and channels == 4 else None,
+        "autoencoder": AUTOENCODER if source not in ("adm", "ddpmpp") and channels == 4 else None,
         "data": {"name": "none", "channels": channels, "image_size": size, "num_classes": classes},
         "denoiser": {"name": plan.denoiser, **dataclasses.asdict(plan.config)},
         "process": process,

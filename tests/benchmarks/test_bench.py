@@ -227,7 +227,7 @@ def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> Non
     ("arguments", "said"),
     [
         (["modells=[x]"], "modells: unknown key; allowed: models, parts, full"),
-        (["models=[DiT-S/3]"], "models: unknown network 'DiT-S/3'; choose from DiffiT-S/2, ADM-S/32, DiT-S/2"),
+        (["models=[DiT-S/3]"], "models: unknown network 'DiT-S/3'; choose from DiffiT-S/2, ADM-S/32, ADM-64"),
         (["models=[]"], "models: must hold at least one, or be null, got []"),
         (["parts=[loops]"], "parts: unknown value 'loops'; choose from loop, models, variants"),
         (["full=true", "gpu=true"], "gpu: has a length of its own; leave out full"),

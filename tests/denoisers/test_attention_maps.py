@@ -19,6 +19,7 @@ LAYERS = {
     "diffit": [f"{place}.0.block.attention" for place in ("encoder.0", "encoder.1", "decoder.0")],
     "diffit-latent": ["blocks.0.attention", "blocks.1.attention"],
     "ddpmpp": ["encoder.2.attention", "decoder.0.attention", "decoder.3.attention"],
+    "uvit": ["encoder.0", "middle.0", "decoder.0"],
 }
 
 
@@ -46,8 +47,9 @@ def test_every_layer_of_every_backbone_has_a_map(name: str) -> None:
         side = found.weights.shape[-1]
         assert found.weights.shape[:1] + found.weights.shape[2:] == (3, len(PIXELS), side, side)
         assert found.places == tuple((row * side // SIZE, column * side // SIZE) for row, column in PIXELS)
-        assert found.elsewhere.shape[-1] == 0
-        assert torch.allclose(found.weights.nansum((-1, -2)), torch.ones(()), atol=1e-5)
+        assert found.elsewhere.shape[-1] == (2 if name == "uvit" else 0)  # class and time are tokens
+        total = found.weights.nansum((-1, -2)) + found.elsewhere.sum(-1)
+        assert torch.allclose(total, torch.ones(()), atol=1e-5)
         assert found.weights.isnan().any() == (name == "diffit" and side == 8)  # two windows a side
 
 

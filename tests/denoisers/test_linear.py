@@ -8,6 +8,7 @@ import torch
 from small_networks import inputs, small
 from test_reference import inputs as golden_inputs
 from test_reference import network as golden_network
+from test_reference import output
 from test_resume import CASES, TINY, assert_equal
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ def test_what_stays_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
             taken(torch.randn(512, taken.in_features))
 
 
-@pytest.mark.parametrize("name", ["dit", "diffit-latent", "diffit", "unet", "ddpmpp"])
+@pytest.mark.parametrize("name", ["dit", "diffit-latent", "diffit", "unet", "ddpmpp", "uvit"])
 def test_every_backbone(name: str, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     net, (x, t, y) = small(name).requires_grad_(True), inputs()
     assert not any(type(module) is nn.Linear for module in net.modules())
@@ -118,10 +119,10 @@ def test_every_backbone(name: str, calls: list[tuple[int, ...]], monkeypatch: py
         assert gradient is None or (p.grad - gradient).abs().max() < 1e-5  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", ["dit_a", "diffit_a", "diffit_b", "diffit_c"])
+@pytest.mark.parametrize("name", ["dit_a", "diffit_a", "diffit_b", "diffit_c", "uvit_a"])
 def test_the_published_outputs_hold(name: str, calls: list[tuple[int, ...]]) -> None:
     net, case = golden_network(name, torch.float32)
-    case.check("forward", net(*golden_inputs(case, case.info["calls"][0], torch.float32)).detach())
+    case.check(output(case), net(*golden_inputs(case, case.info["calls"][0], torch.float32)).detach())
     assert calls
 
 

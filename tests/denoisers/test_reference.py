@@ -23,6 +23,7 @@ CASES = [
     "adm_b_neworder",
     "ddpmpp_a",
     "ddpmpp_b",
+    "uvit_a",
 ]
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -49,17 +50,23 @@ def inputs(case: Case, call: Mapping[str, Any], dtype: torch.dtype) -> tuple[Ten
     return case.input(by_name["x"], dtype), case.input(times, dtype), case.input(labels) if labels else None
 
 
+def output(case: Case) -> str:
+    """The name of what the first call returns."""
+    name: str = case.info["calls"][0]["outputs"]["return"]
+    return name.removeprefix("out.")
+
+
 @BOTH
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_equal_the_reference(name: str, dtype: torch.dtype) -> None:
     net, case = network(name, dtype)
     x, t, y = inputs(case, case.info["calls"][0], dtype)
-    out = net(x, t, y)
-    case.check("forward", out)
-    at_t0 = case.info["tolerances64"]["out64.forward"].get("at_t0") if dtype == torch.float64 else None
+    out, name = net(x, t, y), output(case)
+    case.check(name, out)
+    at_t0 = case.info["tolerances64"][f"out64.{name}"].get("at_t0") if dtype == torch.float64 else None
     for i in at_t0["samples"] if at_t0 else []:
-        error = (out[i] - case.tensors["out64.forward"][i]).abs()
-        assert bool((error <= at_t0["atol"] + at_t0["rtol"] * case.tensors["out64.forward"][i].abs()).all())
+        want = case.tensors[f"out64.{name}"][i]
+        assert bool(((out[i] - want).abs() <= at_t0["atol"] + at_t0["rtol"] * want.abs()).all())
 
 
 def test_the_table_of_parity() -> None:
@@ -69,11 +76,12 @@ def test_the_table_of_parity() -> None:
         errors = []
         for dtype, prefix in ((torch.float32, "out."), (torch.float64, "out64.")):
             net, case = network(name, dtype)
-            want = case.tensors[f"{prefix}forward"]
+            want = case.tensors[prefix + output(case)]
             errors.append(float((net(*inputs(case, case.info["calls"][0], dtype)) - want).abs().max()))
         print(f"{name:<16} {errors[0]:>8.1e} {errors[1]:>8.1e} {want.abs().max():>15.2f}")
         assert errors[0] < 1e-5
-        assert errors[1] < (1e-7 if name.startswith("ddpmpp") else 1e-14)  # its reference embeds times in float32
+        embedded_in_float32 = name.startswith(("ddpmpp", "uvit"))  # the time, by the reference
+        assert errors[1] < (1e-7 if embedded_in_float32 else 1e-14)
 
 
 GUIDED = [(name, call["name"]) for name in CASES[:5] for call in load(name).info["calls"][1:]]
@@ -204,7 +212,7 @@ def test_resampling_filters_may_be_there_but_not_others() -> None:
         ("dit", {"depht": 2}, "dit: unknown argument depht; known: input_size, "),
         ("adm", {}, "adm: the argument image_size is missing"),
         ("ddpmpp", {}, "ddpmpp: the argument img_resolution is missing"),
-        ("vit", {}, "unknown source 'vit'; choose from dit, sit, diffit, adm, ddpmpp"),
+        ("vit", {}, "unknown source 'vit'; choose from dit, sit, diffit, adm, ddpmpp, uvit"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(source: str, changes: dict[str, Any], text: str) -> None:

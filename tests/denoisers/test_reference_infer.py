@@ -35,6 +35,11 @@ def _adm(size: int, width: int, blocks: int, mult: list[float], **heads: Any) ->
     return flags | heads | {"image_size": size, "model_channels": width, "num_res_blocks": blocks, "channel_mult": mult}
 
 
+def _uvit(width: int, depth: int, heads: int, patch: int, side: int, channels: int, rows: int) -> dict[str, Any]:
+    made = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": patch, "img_size": side}
+    return made | {"in_chans": channels, "num_classes": rows, "conv": width < 1152, "p_uncond": 0.1 * (rows == 1001)}
+
+
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 _MULT = {256: [1, 1, 2, 2, 4, 4], 512: [0.5, 1, 1, 2, 2, 4, 4]}
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +52,15 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "ADM-128": ("adm", _adm(128, 256, 2, [1, 1, 2, 3, 4], num_heads=4)),
     "ADM-256": ("adm", _adm(256, 256, 2, _MULT[256], num_head_channels=64)),
     "ADM-256-uncond": ("adm", _adm(256, 256, 2, _MULT[256], num_head_channels=64) | {"num_classes": None}),
+    **{
+        name: ("uvit", _uvit(*sizes))
+        for name, sizes in {
+            "U-ViT-S/2": (512, 12, 8, 2, 32, 3, -1),
+            "U-ViT-M/4": (768, 16, 12, 4, 64, 3, 1000),
+            "U-ViT-L/2": (1024, 20, 16, 2, 32, 4, 1001),
+            "U-ViT-H/2": (1152, 28, 16, 2, 32, 4, 1001),
+        }.items()
+    },
     "ADM-512": ("adm", _adm(512, 256, 2, _MULT[512], num_head_channels=64)),
 }
 

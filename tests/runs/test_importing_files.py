@@ -119,7 +119,11 @@ UNFIT = [
         [*GIVEN, "data.name=digits", "autoencoder=null"],
         "NOT final.bias is (32,) there, (8,) here, 3 differ in all",
     ),
-    ("vit", [], "command line: unknown source 'vit'; choose from dit, sit, diffit, adm, ddpmpp; did you mean 'sit'?"),
+    (
+        "vit",
+        [],
+        "command line: unknown source 'vit'; choose from dit, sit, diffit, adm, ddpmpp, uvit; did you mean 'uvit'?",
+    ),
 ]
 
 

@@ -20,7 +20,7 @@ def weight_sets(source: str, checkpoint: Any, key: str | None = None) -> tuple[s
     """Every set of weights of a source in a checkpoint, and the name of the one to take.
 
     Args:
-        source: "dit", "sit", "diffit", "adm" or "ddpmpp".
+        source: one of `RECIPES`.
         checkpoint: weights by name, or dictionaries that hold such somewhere.
         key: the name of the set to take, or a part of it; by default the average, or the only set.
 

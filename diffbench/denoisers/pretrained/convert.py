@@ -1,4 +1,4 @@
-"""Published networks as ours: `from_reference` reads the state dicts of DiT, SiT, DiffiT, ADM and DDPM++."""
+"""Published networks as ours: `from_reference` reads the state dicts of DiT, SiT, DiffiT, ADM, DDPM++ and U-ViT."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,24 +9,24 @@ from torch import Tensor
 
 from diffbench.denoisers.base import Denoiser
 from diffbench.denoisers.pretrained.recipe import REQUIRED, Blueprint, Recipe
-from diffbench.denoisers.pretrained.transformers import DIFFIT, DIT, SIT
+from diffbench.denoisers.pretrained.transformers import DIFFIT, DIT, SIT, UVIT
 from diffbench.denoisers.pretrained.unets import ADM, DDPMPP
 
-RECIPES: dict[str, Recipe] = {"dit": DIT, "sit": SIT, "diffit": DIFFIT, "adm": ADM, "ddpmpp": DDPMPP}
+RECIPES: dict[str, Recipe] = {"dit": DIT, "sit": SIT, "diffit": DIFFIT, "adm": ADM, "ddpmpp": DDPMPP, "uvit": UVIT}
 
 
 def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Denoiser:
     """Build our network from a published one's constructor arguments and load its weights.
 
     Args:
-        source: "dit", "sit", "diffit" (latent), "adm" or "ddpmpp".
+        source: "dit", "sit", "diffit" (latent), "adm", "ddpmpp" or "uvit".
         arguments: constructor arguments under the reference's own names; the others take its defaults.
         state_dict: weights under the reference's own keys; half precision is widened.
 
     Returns:
-        A float32 network in eval mode; its forward takes (x, t, y) with t in the reference's own units (timesteps for
-        DiT, DiffiT and ADM; 0 to 1 for SiT; ln(sigma)/4 for DDPM++) and y as class indices. Where the reference was
-        built without a null class, y is needed.
+        A float32 network in eval mode; its forward takes (x, t, y) with t in the reference's own units (0 to 1 for
+        SiT, ln(sigma)/4 for DDPM++, timesteps for the others) and y as class indices. Where the reference was built
+        without a null class, y is needed.
 
     Raises:
         ValueError: if an argument or a key is unknown or missing, a shape or a constant buffer is another, or weights
@@ -53,7 +53,7 @@ def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any
     """The constructor arguments of a network with these weights: a published one's, or else the given ones.
 
     Args:
-        source: "dit", "sit", "diffit", "adm" or "ddpmpp".
+        source: one of `RECIPES`.
         state_dict: weights under the reference's own names.
         given: arguments that the caller knows.
 

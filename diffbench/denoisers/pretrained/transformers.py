@@ -1,6 +1,6 @@
-"""Recipes of DiT, SiT and the latent DiffiT: transformers over patches.
+"""Recipes of DiT, SiT, the latent DiffiT and U-ViT: transformers over patches.
 
-Facts only, of facebookresearch/DiT, willisma/SiT and NVlabs/DiffiT; none of their code stands here.
+Facts only, of facebookresearch/DiT, willisma/SiT, NVlabs/DiffiT and baofff/U-ViT; none of their code stands here.
 """
 
 from typing import Any
@@ -12,8 +12,10 @@ from diffbench.denoisers.diffit_latent import PRESETS as DIFFIT_PRESETS
 from diffbench.denoisers.diffit_latent import DiffiTLatent, DiffiTLatentConfig
 from diffbench.denoisers.dit import PRESETS as DIT_PRESETS
 from diffbench.denoisers.dit import DiT, DiTConfig
-from diffbench.denoisers.pretrained.recipe import Blueprint, Recipe
+from diffbench.denoisers.pretrained.recipe import Blueprint, Recipe, only
 from diffbench.denoisers.tmsa import TMSA
+from diffbench.denoisers.uvit import PRESETS as UVIT_PRESETS
+from diffbench.denoisers.uvit import UViT, UViTConfig
 
 _TRANSFORMER = {
     "input_size": 32,
@@ -109,4 +111,83 @@ DIFFIT = Recipe(
     lambda _: _DIFFIT_RULES,
     _DIT["free"],
     buffers=_diffit_buffers,
+)
+
+
+# U-ViT: its table of labels has `num_classes` rows; where its training drops labels, the last one means "no class".
+
+_UVIT = {
+    "img_size": 224,
+    "patch_size": 16,
+    "in_chans": 3,
+    "embed_dim": 768,
+    "depth": 12,
+    "num_heads": 12,
+    "mlp_ratio": 4.0,
+    "qkv_bias": False,
+    "qk_scale": None,
+    "mlp_time_embed": False,
+    "num_classes": -1,
+    "use_checkpoint": False,
+    "conv": True,
+    "skip": True,
+    "p_uncond": 0.0,  # of the data set's settings
+}
+_UVIT_RULES = [
+    (r"^position$", "pos_embed"),
+    (r"\.(qkv|proj)\.", r".attn.\1."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.2\.", ".mlp.fc2."),
+    (r"\.join\.", ".skip_linear."),
+    (r"^patch\.", "patch_embed.proj."),
+    (r"^time\.", "time_embed."),
+    (r"^label\.", "label_emb."),
+    (r"^encoder\.", "in_blocks."),
+    (r"^middle\.0\.", "mid_block."),
+    (r"^decoder\.", "out_blocks."),
+    (r"^head\.", "decoder_pred."),
+    (r"^conv\.", "final_layer."),
+]
+
+
+def _uvit(arguments: dict[str, Any]) -> Blueprint:
+    only("uvit", arguments, qkv_bias=False, qk_scale=None)
+    same = ("patch_size", "depth", "num_heads", "mlp_ratio", "mlp_time_embed", "conv", "skip")
+    rows, null = max(0, arguments["num_classes"]), arguments["p_uncond"] > 0
+    shape = {
+        "image_size": arguments["img_size"],
+        "channels": arguments["in_chans"],
+        "num_classes": rows - null if rows else 0,
+        "null_class": null,
+        "learn_sigma": False,
+    }
+    config = UViTConfig(hidden_size=arguments["embed_dim"], **{name: arguments[name] for name in same})
+    return Blueprint("uvit", config, shape)
+
+
+def _uvit_published(preset: Preset) -> dict[str, Any]:
+    config, shape = preset.config, preset.shape
+    classes, null = shape.get("num_classes", 0), shape.get("null_class", True)
+    return {
+        "img_size": shape["image_size"],
+        "patch_size": config.patch_size,
+        "in_chans": shape["channels"],
+        "embed_dim": config.hidden_size,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "conv": config.conv,
+        "num_classes": classes + null if classes else -1,
+        "p_uncond": 0.15 if classes and null else 0.0,
+    }
+
+
+UVIT = Recipe(
+    UViT,
+    "patch_embed.proj.weight",
+    _UVIT,
+    {name: _uvit_published(preset) for name, preset in UVIT_PRESETS.items()},
+    _uvit,
+    lambda _: _UVIT_RULES,
+    frozenset({"img_size", "in_chans", "num_classes", "p_uncond"}),
+    (("num_heads",),),
 )
