@@ -4,14 +4,16 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError, suggest
 from diffbench.runs import slurm
 
-COMMAND_LINE = "command line"
 VERBS = {
     "train": "train an experiment; the same command resumes it",
     "encode": "encode an experiment's data into latents ahead of training",
@@ -31,7 +33,7 @@ MODULES = {"import": "import_checkpoint"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit code."""
+    """Run a verb; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     return exit_code(lambda: _run(words))
 
@@ -47,36 +49,57 @@ def _run(argv: list[str]) -> int:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """Runs a command; returns its exit code, or 2 after one line that says what to mend."""
+    """Run a command; return its exit code: 2 after a line that says what to mend, 1 after a bug."""
     try:
         code = work()
         sys.stdout.flush()
         return code
     except UserError as e:
-        return _told(str(e))
+        return _failed(str(e))
     except BrokenPipeError:  # whoever read, as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:  # outside training, which ends by itself
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as e:  # anything the checks missed, still reported in one line
+    except Exception as e:
         if os.environ.get("DIFFBENCH_TRACEBACK"):
             raise
+        text = " ".join(str(e).split())
         if isinstance(e, OSError) and e.filename is not None and e.strerror:  # as of a name too long, or no rights
-            return _told(f"{str(e.filename)[:300]}: {e.strerror}")
-        return _told(f"{' '.join(str(e).split())} (DIFFBENCH_TRACEBACK=1 shows where)")
+            return _failed(f"{str(e.filename)[:300]}: {e.strerror}")
+        if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+            return _failed("out of memory; lower trainer.batch_size, sample.batch_size or the network's sizes")
+        if isinstance(e, OSError):
+            return _failed(f"{text}; the trace is in {_saved_trace()}")
+        kind = type(e).__name__
+        return _failed(
+            f"this is a bug in diffbench: {kind}: {text[:500]}; the trace to report is in {_saved_trace()}", 1
+        )
 
 
-def _told(text: str) -> int:
-    """Prints an error as one line, whatever characters a user gave; returns the exit code."""
+def _failed(text: str, code: int = 2) -> int:
+    """Print an error as one line, whatever characters it holds; return the exit code."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     print(f"error: {shown}", file=sys.stderr)
-    return 2
+    return code
+
+
+def _saved_trace() -> str:
+    """Write the trace of the present exception to a new file; return its path."""
+    from diffbench import __version__
+
+    try:
+        number, path = tempfile.mkstemp(".txt", "diffbench-")
+    except OSError:
+        return "none: the folder for temporary files cannot be written"
+    with open(number, "w", errors="backslashreplace") as file:
+        file.write(f"diffbench {__version__}, python {sys.version}\n{' '.join(sys.argv)}\n{traceback.format_exc()}")
+    return path
 
 
 class _Help(argparse.HelpFormatter):
-    """Help whose verbs stand beside their texts, however long: argparse forgets that they are indented."""
+    """Help with each verb on the line of its text: argparse forgets that verbs are indented."""
 
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
@@ -85,7 +108,7 @@ class _Help(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line like all others."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{COMMAND_LINE}: {message}; see {self.prog} --help")

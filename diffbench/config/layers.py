@@ -217,7 +217,7 @@ def found_from(path: str, file: Path) -> str:
 
     A path that exists in none of its `places`, such as a hub name, stays as it is.
     """
-    if not path or Path(path).expanduser().is_absolute():
+    if not path or os.path.isabs(os.path.expanduser(path)):
         return path
     for folder in places(file):
         if (found := Path(os.path.normpath(folder / path))).exists():

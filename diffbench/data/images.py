@@ -53,7 +53,7 @@ def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
     if not config.path:
         raise ValueError("data.path: missing; allowed: a folder of images, .parquet files, or a hub name")
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(ImagesConfig)}
-    return _images(json.dumps(values), str(cache_folder()), os.getcwd(), _stamp(Path(config.path).expanduser()))
+    return _images(json.dumps(values), str(cache_folder()), os.getcwd(), _stamp(Path(os.path.expanduser(config.path))))
 
 
 def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:

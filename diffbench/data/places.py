@@ -149,7 +149,7 @@ def locate(path: str) -> Place:
     Raises:
         ValueError: one line that begins with data.path.
     """
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     if local.is_dir():
         try:
             listing = list_files(local)

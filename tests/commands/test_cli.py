@@ -1,6 +1,7 @@
 """The command line in one process: what every verb prints and writes, and how it refuses."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -389,10 +390,68 @@ def test_what_no_check_foresaw_is_still_one_line(
 
     monkeypatch.setattr("diffbench.runs.lifecycle.train_here", fail)
     argv = ["train", DIT, f"runs_dir={tmp_path}"]
-    assert refused(*argv) == "no space left on device (DIFFBENCH_TRACEBACK=1 shows where)"
+    text, saved = refused(*argv).split("; the trace is in ")
+    assert text == "no space left on device" and "no space left\non device" in Path(saved).read_text()
     monkeypatch.setenv("DIFFBENCH_TRACEBACK", "1")
     with pytest.raises(OSError, match="no space left"):
         main(argv)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            ValueError("shapes (3,) and\n(4,)"),
+            1,
+            "this is a bug in diffbench: ValueError: shapes (3,) and (4,); the trace",
+        ),
+        (RuntimeError("x"), 1, "this is a bug in diffbench: RuntimeError: x; the trace to report is in "),
+        (KeyError("getpwuid(): uid not found: 7"), 1, "this is a bug in diffbench: KeyError: 'getpwuid()"),
+        (MemoryError(), 2, "out of memory; lower trainer.batch_size, sample.batch_size or the network's sizes"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            2,
+            "out of memory; lower",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory; lower trainer.batch_size"),
+        (PermissionError(13, "Permission denied", "/x/y"), 2, "/x/y: Permission denied"),
+    ],
+)
+def test_a_bug_says_that_it_is_one(
+    error: Exception, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("diffbench.commands.show.load", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["show", DIT]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {line}") and err.count("\n") == 1
+    assert ("bug" in err) is (code == 1) is (len(list(tmp_path.iterdir())) == 1)
+    if code == 1:
+        saved = Path(err.rsplit(" is in ", 1)[1].strip()).read_text()
+        assert "Traceback (most recent call last):" in saved and saved.rstrip().endswith(str(error))
+
+
+def test_no_home_and_no_entry_in_passwd(tmp_path: Path) -> None:
+    """As in a container or under cron, with a user that the system does not know."""
+    gone = "import pwd\ndef gone(*_): raise KeyError('uid not found')\npwd.getpwuid = pwd.getpwnam = gone\n"
+    code = f"{gone}import sys\nfrom diffbench.cli import main\nsys.exit(main(sys.argv[1:]))"
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DIFFBENCH_CACHE": str(tmp_path / "cache")}
+    env["MPLCONFIGDIR"] = str(tmp_path)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *words, f"runs_dir={tmp_path / 'runs'}"]
+        return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+
+    done = run("train", DIT, "data.name=images", "data.path=~/none")
+    assert done.returncode == 2 and done.stderr.startswith("error: command line: data.path: no file or folder ~/none")
+    del env["DIFFBENCH_CACHE"]
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    done = run("train", DIT, "data.name=images", f"data.path={tmp_path}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith("no home folder for the cache; set DIFFBENCH_CACHE=FOLDER\n")
 
 
 def test_load_and_sample_in_python(finished: Path) -> None:

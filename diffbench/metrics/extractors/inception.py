@@ -170,7 +170,7 @@ class Inception(nn.Module):
 def weights_file(request: Request) -> Path | None:
     """The file of weights: `evaluate.weights`, else $DIFFBENCH_INCEPTION, else None."""
     named = request.weights or os.environ.get(VARIABLE)
-    return Path(named).expanduser() if named else None
+    return Path(os.path.expanduser(named)) if named else None
 
 
 def check(request: Request) -> None:
