@@ -20,10 +20,10 @@ from diffbench.sampling.images import FORMATS, Trajectory, new_files, save_grid,
 
 @dataclass
 class DrawConfig:
-    """The arguments of `sample` besides the keys of the sample section."""
+    """The arguments of `sample`; the keys of the sample section are allowed too."""
 
     n: int | None = None
-    """How many; null draws one for each label, or 16."""
+    """Number of samples; null draws one for each label, or 16."""
     labels: str | list[str] | None = None
     """A class, by name or number, or a list with one for each sample; null takes the classes in turn."""
     seed: int = 0
@@ -37,7 +37,7 @@ class DrawConfig:
     gif: bool = False
     """The same as an animation, NAME.steps.gif."""
     raw: bool = False
-    """What the network denoises as it is, without the autoencoder; needs out=NAME.npz."""
+    """Leave out the autoencoder, and write what the network denoises; needs out=NAME.npz."""
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder, kl
+from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8, to_uint8
 
 PIXELS = 2**19
@@ -17,13 +18,19 @@ def at_once(height: int, width: int) -> int:
 
 @torch.no_grad()
 def reconstruct(autoencoder: KLAutoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) uint8 restored from their latents' means, and the KL divergence (N,) in nats."""
+    """Images (N, C, H, W) uint8 restored from their latents' means, and the KL divergence (N,) in nats.
+
+    Raises:
+        UserError: if a restored value is not finite.
+    """
     parameter = next(autoencoder.parameters())
     training = autoencoder.training
     autoencoder.eval()
     restored_parts, divergences = [], []
     for part in images.split(at_once(*images.shape[2:])):
         restored, mean, log_variance = autoencoder(from_uint8(part.to(parameter.device)).to(parameter.dtype))
+        if broken := int((~restored.isfinite()).sum()):
+            raise UserError(f"the autoencoder's output is not finite, in {broken} of {restored.numel()} values")
         restored_parts.append(to_uint8(restored).cpu())
         divergences.append(kl(mean, log_variance).cpu())
     autoencoder.train(training)

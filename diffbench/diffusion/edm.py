@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import Grid, Point, Prediction, Process, per_sample, whole
+from diffbench.diffusion.process import Grid, Point, Prediction, Process, per_sample, step_count
 from diffbench.diffusion.timesteps import normal_quantiles
 
 
@@ -28,7 +28,7 @@ class EDMConfig:
     sigma_max: float = 80.0
     """Largest noise level in sampling."""
     rho: float = 7.0
-    """How much denser the sampling levels lie at little noise; 1 is evenly."""
+    """Density of the sampling levels at little noise; 1 spaces them evenly."""
 
     def __post_init__(self) -> None:
         for name in ("sigma_data", "p_std", "rho"):
@@ -91,7 +91,7 @@ class EDM(Process):
 
     def grid(self, steps: int | str) -> Grid:
         """Noise levels evenly spread in sigma^(1 / rho) from sigma_max to sigma_min, then 0 (Eq. 5)."""
-        count, c = whole(steps), self.config
+        count, c = step_count(steps), self.config
         ends = c.sigma_max ** (1 / c.rho), c.sigma_min ** (1 / c.rho)
         ramp = torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
         sigma = torch.cat([(ends[0] + ramp * (ends[1] - ends[0])) ** c.rho, torch.zeros(1, dtype=torch.float64)])

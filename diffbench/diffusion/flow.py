@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import Grid, Point, Prediction, Process, per_sample, whole
+from diffbench.diffusion.process import Grid, Point, Prediction, Process, per_sample, step_count
 from diffbench.diffusion.timesteps import normal_quantiles
 
 
@@ -21,7 +21,7 @@ class FlowConfig:
     path: Literal["linear", "gvp"] = "linear"
     """`linear`: alpha = t, sigma = 1 - t. `gvp`: sin(pi t / 2) and cos(pi t / 2), whose variances add up to one."""
     times: Literal["uniform", "logit_normal"] = "uniform"
-    """How training times are spread; logit-normal as in Esser et al. 2024."""
+    """Distribution of training times; logit-normal as in Esser et al. 2024."""
     logit_mean: float = 0.0
     """Mean of the logit of logit-normal times; above 0 they lie nearer to the image."""
     logit_std: float = 1.0
@@ -93,7 +93,7 @@ class Flow(Process):
 
     def grid(self, steps: int | str) -> Grid:
         """Times evenly spread from 0 to 1."""
-        return Grid(self.path(torch.linspace(0, 1, whole(steps) + 1, dtype=torch.float64)), open_end=False)
+        return Grid(self.path(torch.linspace(0, 1, step_count(steps) + 1, dtype=torch.float64)), open_end=False)
 
     def sde_grid(self, steps: int | str, last: float = 0.04) -> Grid:
         """Times evenly spread from 0 to 1 - last, then 1: the SDE ends with one step of that size without noise.
@@ -104,5 +104,5 @@ class Flow(Process):
         """
         if not 0 < last < 1:
             raise ValueError(f"the last step must lie between 0 and 1, got {last}")
-        even = torch.linspace(0, 1 - last, whole(steps, least=2), dtype=torch.float64)
+        even = torch.linspace(0, 1 - last, step_count(steps, least=2), dtype=torch.float64)
         return Grid(self.path(torch.cat([even, torch.ones(1, dtype=torch.float64)])), open_end=False)

@@ -1,7 +1,7 @@
 """Guidance wraps a labelled predictor into the `predict(x, t)` that samplers take.
 
 A weight is a number, or a function of the times t (B,) that gives one a sample. At a step where it is 1 for every
-sample the second half is not computed. Samplers hand over times on the CPU, so asking costs no synchronisation.
+sample the second half is not computed. Samplers pass times on the CPU, so looking at them costs no synchronisation.
 """
 
 import math
@@ -105,7 +105,7 @@ def power_cosine(largest: float, power: float = 4.0, steps: int = 1000) -> Weigh
 
 
 def interval(process: Process, weight: Weight, low: float, high: float) -> Weight:
-    """Guidance where low < sigma / alpha <= high alone (Kynkäänniemi et al. 2024); elsewhere the weight is 1."""
+    """Guidance only where low < sigma / alpha <= high (Kynkäänniemi et al. 2024); elsewhere the weight is 1."""
     if not 0 <= low < high:
         raise ValueError(f"the interval of guidance must run from at least 0 upwards, got {low} to {high}")
 

@@ -76,7 +76,7 @@ def bound_term(
         i: the step, or (B,) one a sample.
         x0: (B, C, H, W) images on the 256 levels v / 127.5 - 1.
         x_t: (B, C, H, W) the same with the noise of step i.
-        prediction: what the network says about x_t.
+        prediction: the network's at x_t.
         log_variance: of the model's step, of a shape that broadcasts over x_t.
     """
     mean = tables.posterior_mean(i, prediction.x0, x_t)
@@ -133,18 +133,18 @@ def exact_log_likelihood(predict: Predict, x0: Tensor, grid: Grid, probe: Tensor
         grid: of the process; many steps, as order 2 is all there is.
         probe: like x0, of mean 0 and variance 1, such as random signs; one per image, kept along the path.
     """
-    walk = grid.reversed()
-    alpha = walk[0].alpha  # the density of x at the first point, taken to the image's scale
+    outward = grid.reversed()
+    alpha = outward[0].alpha  # the density of x at the first point, taken to the image's scale
     x, log_volume = alpha.to(x0.dtype) * x0, x0[0].numel() * float(alpha.log()) + x0.new_zeros(len(x0))
-    rate, divergence = _rate_and_divergence(predict, x, walk[0], probe)
-    for k in range(len(walk)):
-        there, size = walk[k + 1], (walk.points.s[k + 1] - walk.points.s[k]).to(x.dtype)
+    rate, divergence = _rate_and_divergence(predict, x, outward[0], probe)
+    for k in range(len(outward)):
+        there, size = outward[k + 1], (outward.points.s[k + 1] - outward.points.s[k]).to(x.dtype)
         rate_there, divergence_there = _rate_and_divergence(predict, x + size * rate, there, probe)
         x = x + 0.5 * size * (rate + rate_there)
         log_volume = log_volume + 0.5 * size * (divergence + divergence_there)
-        if k + 1 < len(walk):
+        if k + 1 < len(outward):
             rate, divergence = _rate_and_divergence(predict, x, there, probe)
-    normal = -0.5 * (x / walk.scale).square() - math.log(walk.scale) - 0.5 * math.log(2 * math.pi)
+    normal = -0.5 * (x / outward.scale).square() - math.log(outward.scale) - 0.5 * math.log(2 * math.pi)
     return normal.flatten(1).sum(1) + log_volume
 
 

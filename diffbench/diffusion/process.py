@@ -1,8 +1,8 @@
-"""What the processes have in common: the path from image to noise, and the interface that training and samplers use.
+"""The interface of all processes: the path from image to noise, the loss, and the points that samplers visit.
 
-Every process is x_t = alpha_t x_0 + sigma_t eps. They differ in what time means, in how training times are spread, in
-what the network sees and puts out, and in how the loss weighs it. A process is no nn.Module: its tables stay float64
-and out of checkpoints. It draws no random numbers: callers pass u and eps.
+Every process is x_t = alpha_t x_0 + sigma_t eps. They differ in the meaning of time, the distribution of training
+times, the network's input and output, and the weight of the loss. A process is not an nn.Module: its tables stay
+float64 and out of checkpoints. It draws no random numbers: callers pass u and eps.
 """
 
 from abc import ABC, abstractmethod
@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """What a network's output says about x_t: the clean image and the noise in it, both (B, C, H, W)."""
+    """A network's output at x_t as the clean image and the noise in it, both (B, C, H, W)."""
 
     x0: Tensor
     eps: Tensor
     variance: Tensor | None = None
-    """Where a learned log-variance lies between its bounds, 0 the posterior's and 1 log beta: a share, as the bounds
-    depend on the respacing. None where the network learns no variance."""
+    """Position of a learned log-variance between its bounds, from 0 (the posterior's) to 1 (log beta); the bounds
+    themselves depend on the respacing. None where the network learns no variance."""
 
 
 Predict = Callable[[Tensor, Tensor], Prediction]
@@ -61,7 +61,7 @@ class Grid:
     scale: float = 1.0
     """Standard deviation of x at the first point."""
     open_end: bool = True
-    """Whether the last point, where no noise is left, has no time of its own: the network is not asked there."""
+    """Whether the last point, where no noise is left, has no time of its own: the network cannot be evaluated there."""
 
     def __len__(self) -> int:
         return len(self.points.s) - 1
@@ -74,7 +74,7 @@ class Grid:
         return noise * self.scale
 
     def reversed(self) -> "Grid":
-        """The points from the least to the most noisy, without one at which the network cannot be asked."""
+        """The points from the least to the most noisy, without one at which the network cannot be evaluated."""
         end = len(self) + (not self.open_end)
         return Grid(Point(*(values[:end].flip(0) for values in self.points)), self.scale, open_end=False)
 
@@ -84,11 +84,11 @@ class Process(ABC):
 
     name: ClassVar[str]
     learn_sigma: bool = False
-    """Whether the network puts out a variance beside what it predicts, in as many channels again."""
+    """Whether the network also puts out a variance, in as many channels again."""
 
     @abstractmethod
     def noising(self) -> tuple[Any, ...]:
-        """What noisy images and their times look like to a network: equal for processes that share a classifier."""
+        """Identity of the noisy images and times that a network sees; where it is equal, a classifier serves both."""
 
     @abstractmethod
     def time(self, u: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Process(ABC):
 
     @abstractmethod
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network should put out at add_noise(x0, t, eps), (B, C, H, W), a learned variance aside."""
+        """The output (B, C, H, W) that the network should give at add_noise(x0, t, eps), without a learned variance."""
 
     @abstractmethod
     def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
@@ -119,7 +119,7 @@ class Process(ABC):
         """The points of a sampler of that many steps."""
 
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network sees: the noisy image as scaled for it, and its conditioning time (B,) in that dtype."""
+        """The network's input: the noisy image as scaled for it, and its conditioning time (B,) in that dtype."""
         return x_t, t.to(x_t.dtype)
 
     def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def predictor(process: Process, network: Callable[[Tensor, Tensor, Tensor], Tens
 
 
 def _on(t: Tensor, device: torch.device) -> Tensor:
-    """Times t (B,) on a device; one that all samples share goes there as a number, without a synchronisation."""
+    """Times t (B,) on a device; a time that all samples share is sent as a number, without a synchronisation."""
     if t.device == device or t.device.type != "cpu" or bool((t != t[0]).any()):
         return t.to(device)
     return torch.full(t.shape, t[0].item(), dtype=t.dtype, device=device)
@@ -160,11 +160,11 @@ def mean_square(x: Tensor) -> Tensor:
     return x.square().flatten(1).mean(1)
 
 
-def whole(steps: int | str, least: int = 1) -> int:
+def step_count(steps: int | str, least: int = 1) -> int:
     """The number of steps of a process whose times are continuous.
 
     Raises:
-        ValueError: if it is no number, or too small.
+        ValueError: if it is not a number, or too small.
     """
     text = str(steps).strip()
     if not text.isdecimal() or int(text) < least:

@@ -4,7 +4,7 @@ Each takes
     predict: (x_t (B, C, H, W), t (B,) times of the process) -> Prediction; see guidance.py for ways to wrap it.
     x: (B, C, H, W) the start: standard normal noise, or `grid.start` of it.
     tables, grid or path: the noise levels to visit, from pure noise to the image.
-    noise: step number k = 0, 1, ... in order of execution -> standard normal like x; asked only where it is used.
+    noise: step number k = 0, 1, ... in order of execution -> standard normal like x; called only where it is used.
     clip: whether the predicted image is clamped to [-1, 1].
     callback: called after each step with (k, x, predicted x0).
 and returns the sample, (B, C, H, W).
@@ -49,7 +49,7 @@ def ddpm(
     """
     fixed = tables.log_variances(variance)
     for k, i in enumerate(reversed(range(len(tables)))):
-        prediction = _predict(predict, x, tables, i, clip)
+        prediction = _predict_step(predict, x, tables, i, clip)
         x = tables.posterior_mean(i, prediction.x0, x)
         if i:
             if variance == "learned_range":
@@ -74,7 +74,7 @@ def ddim(
 ) -> Tensor:
     """DDIM (Song et al. 2021, Eq. 12 and 16): deterministic with eta 0, as noisy as DDPM's small variance with 1."""
     for k, i in enumerate(reversed(range(len(tables)))):
-        prediction = _predict(predict, x, tables, i, clip)
+        prediction = _predict_step(predict, x, tables, i, clip)
         bar, previous = tables.alphas_cumprod[i], tables.alphas_cumprod_prev[i]
         eps = _noise_in(x, prediction.x0, bar) if clip else prediction.eps
         sigma = eta * ((1 - previous) / (1 - bar) * (1 - bar / previous)).sqrt()
@@ -93,7 +93,7 @@ def euler(
     """Euler's method, order 1; on a linear flow and on EDM's levels it takes the steps of DDIM."""
     for k in range(len(grid)):
         here, there = grid[k], grid[k + 1]
-        prediction = _ask(predict, x, here, clip)
+        prediction = _predict_at(predict, x, here, clip)
         x = x + _size(here, there, x) * here.rate(prediction)
         if callback:
             callback(k, x, prediction.x0)
@@ -113,7 +113,7 @@ def heun(
     clip: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Heun's method, order 2 (Karras et al. 2022, Algorithms 1 and 2); Euler's where the network cannot be asked.
+    """Heun's method, order 2 (Karras et al. 2022, Algorithms 1 and 2), with a last step of Euler to an open end.
 
     Args:
         s_churn: noise added to the steps and taken away by them, spread over all; a step at most multiplies sigma by
@@ -134,11 +134,11 @@ def heun(
             level = here.sigma * most
             x = x + (level**2 - here.sigma**2).sqrt().to(x.dtype) * s_noise * noise(k)
             here = here._replace(time=level, s=level, sigma=level)
-        prediction = _ask(predict, x, here, clip)
+        prediction = _predict_at(predict, x, here, clip)
         rate, size = here.rate(prediction), _size(here, there, x)
         ahead = x + size * rate
         if k + 1 < len(grid) or not grid.open_end:
-            rate = 0.5 * (rate + there.rate(_ask(predict, ahead, there, clip)))
+            rate = 0.5 * (rate + there.rate(_predict_at(predict, ahead, there, clip)))
             ahead = x + size * rate
         x = ahead
         if callback:
@@ -157,7 +157,7 @@ def dpm_solver(
     before = None
     for k in range(len(grid)):
         here, there = grid[k], grid[k + 1]
-        prediction = _ask(predict, x, here, clip)
+        prediction = _predict_at(predict, x, here, clip)
         x0 = prediction.x0
         if before is not None and there.sigma > 0:
             h, h_before = half_log_snr[k + 1] - half_log_snr[k], half_log_snr[k] - half_log_snr[k - 1]
@@ -194,7 +194,7 @@ def euler_maruyama(
     """
     for k in range(len(grid)):
         here, there = grid[k], grid[k + 1]
-        prediction = _ask(predict, x, here, clip)
+        prediction = _predict_at(predict, x, here, clip)
         drift, size = here.rate(prediction), _size(here, there, x)
         amount = strength * (here.sigma if diffusion == "sigma" else here.sigma.new_ones(()))
         final = k + 1 == len(grid)
@@ -241,7 +241,7 @@ def dopri5(
 
     Args:
         path: s (B,) in 0 to 1 -> the point there, `Flow.path`.
-        noise: never asked.
+        noise: never called.
         rtol: error allowed in a step, root mean square over a sample, relative to its values.
         atol: the same, absolute.
         limit: steps at most, refused ones included.
@@ -288,8 +288,8 @@ def _combine(weights: tuple[float, ...], rates: list[Tensor]) -> Tensor:
     return total
 
 
-def _predict(predict: Predict, x: Tensor, tables: Tables, i: int, clip: bool) -> Prediction:
-    """What the network says at step i of the tables."""
+def _predict_step(predict: Predict, x: Tensor, tables: Tables, i: int, clip: bool) -> Prediction:
+    """The prediction at step i of the tables."""
     prediction = predict(x, tables.time[i].expand(len(x)))
     return prediction._replace(x0=prediction.x0.clamp(-1, 1)) if clip else prediction
 
@@ -301,8 +301,8 @@ def _noise_in(x: Tensor, x0: Tensor, bar: Tensor) -> Tensor:
     return (bar.rsqrt().to(x.dtype) * x - x0) / (1 / bar - 1).sqrt().to(x.dtype)
 
 
-def _ask(predict: Predict, x: Tensor, point: Point, clip: bool) -> Prediction:
-    """What the network says at a point; where the image is clamped, the noise follows it."""
+def _predict_at(predict: Predict, x: Tensor, point: Point, clip: bool) -> Prediction:
+    """The prediction at a point of a grid; if the image is clamped, the noise follows it."""
     prediction = predict(x, point.time.expand(len(x)))
     if not clip or point.sigma == 0:
         return prediction

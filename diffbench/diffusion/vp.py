@@ -1,4 +1,4 @@
-"""The discrete variance-preserving process: noising, what the network predicts, the loss, and the way back.
+"""The discrete variance-preserving process (DDPM): noising, predictions, losses, and respacing for samplers.
 
 x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2. Times are step numbers
 0..T-1, 0 the least noisy.
@@ -14,8 +14,7 @@ from diffbench.diffusion.likelihood import bound_term
 from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample
 from diffbench.diffusion.schedules import SCHEDULES, Tables, Variance, at, zero_terminal_snr
 
-# Below this the signal's share, the sigmoid of log-SNR, is exactly 0 in float64: it stands for minus infinity, with
-# which nothing could be interpolated.
+# Stands for a log-SNR of minus infinity, which could not be interpolated: its sigmoid is exactly 0 in float64.
 NO_SIGNAL = -1000.0
 
 
@@ -27,12 +26,12 @@ class VPConfig:
     """T, the number of noise levels."""
     schedule: Literal["linear", "cosine", "scaled_linear", "given"] = "linear"
     prediction: Literal["eps", "x0", "v"] = "eps"
-    """What the network puts out: the noise, the image, or v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
+    """The network's output: the noise, the image, or v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
     variance: Variance = "fixed_large"
     """Of the reverse steps in the loss; `learned_range` needs a network with two outputs a channel."""
     loss: Literal["mse", "hybrid", "rescaled_hybrid", "kl", "rescaled_kl"] = "mse"
     """`hybrid` adds a step's term of the variational bound, by which only the variance learns, to the MSE;
-    `rescaled_hybrid` adds T / 1000 of it. `kl` is that term alone, `rescaled_kl` T times it: the bound's estimate."""
+    `rescaled_hybrid` adds T / 1000 of it. `kl` is only that term, `rescaled_kl` T times it: the bound's estimate."""
     min_snr_gamma: float | None = None
     """Weighs the MSE by min(SNR, gamma) in units of the image (Hang et al. 2023)."""
     zero_terminal_snr: bool = False
@@ -81,7 +80,7 @@ class DiscreteVP(Process):
         self._on: dict[torch.device, tuple[Tensor, Tables]] = {torch.device("cpu"): (self._log_snr, self.tables)}
 
     def noising(self) -> tuple[Any, ...]:
-        """The betas; what is predicted, and the loss, change nothing of it."""
+        """The betas; neither the prediction nor the loss changes the noise."""
         return self.name, tuple(self.tables.betas.tolist())
 
     def log_snr(self, t: Tensor) -> Tensor:

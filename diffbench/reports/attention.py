@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from diffbench.core import rng
-from diffbench.core.errors import suggest
+from diffbench.core.errors import UserError, suggest
 from diffbench.core.pixels import from_uint8
 from diffbench.denoisers.attention_maps import AttentionMap, record_attention
 from diffbench.reports.figures import new_figure
@@ -127,7 +127,9 @@ def _of(run: DenoiserRun, config: AttentionConfig, levels: list[float]) -> Atten
     height, width = x0.shape[2:]
     tokens = [(row, column) for row, column in config.tokens or [[height // 2, width // 2]]]
     with record_attention(run.denoiser, tokens) as maps:
-        run.denoiser(x, time, label)
+        out = run.denoiser(x, time, label)
+    if not bool(out.isfinite().all()):
+        raise UserError(f"{run.folder}: the network's output is not finite")
     if not maps:
         raise ValueError(f"layers: {run.folder} has no layer in which the image attends to itself")
     return Attention(run, t, x.cpu(), tokens, maps)

@@ -1,4 +1,4 @@
-"""What drawing samples will cost, told before it begins."""
+"""The cost of sampling: network evaluations, and their seconds on this machine."""
 
 import time
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from diffbench.sampling.guided import guided
 from diffbench.sampling.sampler import Sampler, eval_mode, run_sampler
 
 PROBE = 64
-"""Samples whose time is taken."""
+"""Samples in a timed batch, at most."""
 
 
 @torch.no_grad()
 def network_evaluations(process: Process, config: SampleConfig) -> int:
-    """How often a network is evaluated for one sample, found by running the sampler without one.
+    """Network evaluations of one sample, counted by running the sampler without a network.
 
     Guidance away from the null class or a weaker model counts twice where its weight is not 1; a classifier's gradient
     is not counted. An adaptive sampler takes at least as many.
@@ -32,8 +32,8 @@ def network_evaluations(process: Process, config: SampleConfig) -> int:
         return Prediction(torch.zeros_like(x), x, torch.zeros_like(x))
 
     config = replace(config, weak_model=None, classifier=None)
-    ask = guided(predict, torch.zeros(1, dtype=torch.int64), process, config, null_label=0)
-    run_sampler(ask, lambda step: torch.ones(1, 1, 1, 1, dtype=torch.float64), process, config)
+    counted = guided(predict, torch.zeros(1, dtype=torch.int64), process, config, null_label=0)
+    run_sampler(counted, lambda step: torch.ones(1, 1, 1, 1, dtype=torch.float64), process, config)
     return count
 
 
@@ -50,7 +50,7 @@ def seconds_per_evaluation(sampler: Sampler, batch: int) -> float:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of some work, the better of two times after one to warm up."""
+    """Seconds that some work takes, the better of two runs after a warm-up."""
     taken = []
     for _ in range(3):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Guidance as the config asks for it: which weight when, away from what, and towards which classifier's gradient."""
+"""Guidance as a SampleConfig says: its weight over time, away from a weaker model, along a classifier's gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from diffbench.diffusion.process import LabelledPredict
 
 @dataclass(frozen=True)
 class GuidanceModels:
-    """The networks that guide besides the denoiser, in eval mode."""
+    """The networks that guidance needs beside the denoiser, in eval mode."""
 
     weak_model: nn.Module | None = None
-    """(x, t, y) -> output under the same process: what autoguidance leads away from."""
+    """(x, t, y) -> output under the same process: autoguidance leads away from it."""
     classifier: nn.Module | None = None
     """(x, t) -> logits (B, num_classes) of noisy images, scaled as the process scales them."""
 
@@ -46,7 +46,7 @@ def guided(
     null_label: int | None = None,
     models: GuidanceModels = GuidanceModels(),
 ) -> Predict:
-    """The predictor of images of labels y (B,), guided as the config says.
+    """Wrap a labelled predictor into one for labels y (B,), guided as the config says.
 
     Raises:
         ValueError: where guidance needs a null class, a weaker model or a classifier that is not there.

@@ -27,7 +27,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 def new_files(
     out: str | None, default: Path, endings: Sequence[str] = (), formats: Sequence[str] = tuple(FORMATS)
 ) -> list[Path]:
-    """Where a command writes its image and the files beside it, so that nothing is overwritten.
+    """The files that a command writes, its image and those beside it, none of which exists yet.
 
     Args:
         out: the image's file, if the user names one.

@@ -1,4 +1,4 @@
-"""Images from a trained denoiser: sample i's noise is a function of (seed, i), whatever the batch or device."""
+"""The sampler of a trained denoiser. Sample i's noise is a function of (seed, i), whatever the batch or device."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ from diffbench.sampling.guided import GuidanceModels, guided
 
 @dataclass(eq=False)
 class Sampler:
-    """Draws images from a denoiser.
+    """Draw images from a denoiser.
 
     Attributes:
         denoiser: network (x, t, y) -> output, on its device.
@@ -59,7 +59,7 @@ class Sampler:
         progress: Callable[[int], None] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Draws an image of each label, in batches of `config.batch_size`, halved where a GPU's memory is too small.
+        """Draw an image of each label, in batches of `config.batch_size`, halved where a GPU's memory is too small.
 
         Args:
             labels: (N,) classes.
@@ -122,11 +122,11 @@ class Sampler:
         return torch.cat(images)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """What the denoiser works on, (B, C, H, W), as pixels (B, 1 or 3, H', W') in about [-1, 1]."""
+        """Decode what the denoiser works on, (B, C, H, W), to pixels (B, 1 or 3, H', W') in about [-1, 1]."""
         return x if self.decode is None else self.decode(x)
 
     def images(self, x: Tensor) -> Tensor:
-        """The same as images uint8."""
+        """Decode it to images uint8."""
         return to_uint8(self.pixels(x))
 
     def _network(self, config: SampleConfig, device: torch.device) -> Network:
@@ -142,20 +142,20 @@ class Sampler:
         return Graphed(network) if config.cuda_graphs and device.type == "cuda" else network
 
     def _until_broken(self, predict: Predict, config: SampleConfig) -> Predict:
-        """A predictor that names the step at which a prediction is not finite.
+        """Wrap a predictor so that it raises at the first prediction that is not finite, naming the step.
 
         Looking synchronises each time, so only a batch that has failed is drawn again with it.
         """
-        asked = 0
+        calls = 0
 
         def watched(x: Tensor, t: Tensor) -> Any:
-            nonlocal asked
-            asked += 1
+            nonlocal calls
+            calls += 1
             prediction = predict(x, t)
             if not bool(prediction.x0.isfinite().all() & prediction.eps.isfinite().all()):
                 level = float((-0.5 * self.process.log_snr(t[:1])).exp())
                 raise UserError(
-                    f"{self.name}: the network's output is not finite at call {asked} of the {config.sampler} sampler,"
+                    f"{self.name}: the network's output is not finite at call {calls} of the {config.sampler} sampler,"
                     f" time {float(t[0]):g}, noise level sigma/alpha {level:.4g}"
                 )
             return prediction

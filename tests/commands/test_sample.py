@@ -179,6 +179,7 @@ def test_a_network_that_puts_out_no_numbers_is_one_line(
         want
     )
     assert not (tmp_path / "x.png").exists()
+    assert refused("attention", smoke_run, "times=2") == f"{smoke_run}: the network's output is not finite"
     words = ["evaluate.count=20", "sample.steps=3", f"sample.sampler={sampler}"]
     assert refused("evaluate", smoke_run, *words).startswith(want)
     assert (smoke_run / "results.jsonl").read_text() == lines

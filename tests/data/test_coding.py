@@ -7,6 +7,7 @@ from torch import Tensor
 from diffbench.autoencoders import KLAutoencoder, KLConfig, kl, sample, without_spread_
 from diffbench.config.sections import LossConfig, NetworkConfig, OptimizerConfig
 from diffbench.core import rng
+from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8, to_uint8
 from diffbench.data import coding
 from diffbench.data.datamodule import ImageDataModule, LatentDataModule, PositionDataset
@@ -104,6 +105,13 @@ def test_pictures_pass_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(to_uint8(coding.decode(net, net.scaled(mean))), restored)
     pairs = coding.side_by_side(net, images[:4], columns=2)
     assert torch.equal(pairs, torch.cat([images[:2], restored[:2], images[2:4], restored[2:4]]))
+
+
+def test_an_autoencoder_that_puts_out_no_numbers_is_not_scored() -> None:
+    net, images = tiny(), digits(DigitsConfig())[1].images[:3]
+    next(net.decoder.parameters()).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="the autoencoder's output is not finite, in 192 of 192 values"):
+        coding.reconstruct(net, images)
 
 
 def test_the_scale_makes_drawn_latents_standard() -> None:

@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from test_mixture import MIXTURE, PROCESSES, RUNS, converged, drawn, moment_errors, walk
+from test_mixture import MIXTURE, PROCESSES, RUNS, converged, drawn, moment_errors, run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 COLOURS = {"euler": "#4477aa", "ddim": "#66ccee", "heun": "#ee6677", "dpm_solver": "#228833"}
@@ -37,7 +37,7 @@ def convergence(path: Path) -> None:
             continue
         extra = int(process.startswith("vp"))
         predict = MIXTURE.denoiser(PROCESSES[process])
-        off = [walk(PROCESSES[process], sampler, n + extra, noise, predict) - converged(process) for n in STEPS]
+        off = [run(PROCESSES[process], sampler, n + extra, noise, predict) - converged(process) for n in STEPS]
         errors = [float(d.square().mean().sqrt()) for d in off]
         axes.loglog(STEPS, errors, color=COLOURS[sampler], linestyle=STYLES[process], label=f"{sampler}, {process}")
     for order, start in ((1, 0.35), (2, 0.02)):

@@ -52,7 +52,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def walk(process: Process, sampler: str, steps: int, noise: Tensor, predict: Predict, **options: Any) -> Tensor:
+def run(process: Process, sampler: str, steps: int, noise: Tensor, predict: Predict, **options: Any) -> Tensor:
     """A sampler's result; its noise is keyed by the step."""
 
     def fresh(k: int) -> Tensor:
@@ -76,7 +76,7 @@ def moment_errors(name: str, sampler: str, **options: Any) -> tuple[float, float
     """Largest error of the mean and of the covariance of 10,000 samples of 100 steps."""
     process = PROCESSES[name]
     noise = drawn(5_000, 1, 1, 2)
-    x = walk(process, sampler, 100, torch.cat([noise, -noise]), MIXTURE.denoiser(process), **options).flatten(1)
+    x = run(process, sampler, 100, torch.cat([noise, -noise]), MIXTURE.denoiser(process), **options).flatten(1)
     errors = x.mean(0) - MIXTURE.mean, x.T.cov() - MIXTURE.covariance
     return float(errors[0].abs().max()), float(errors[1].abs().max())
 
@@ -93,14 +93,14 @@ def converged(name: str) -> Tensor:
     """The samples of very many steps."""
     process = PROCESSES[name]
     steps = 1025 if name.startswith("vp") else 2048
-    return walk(process, "heun", steps, drawn(100, 1, 1, 2), MIXTURE.denoiser(process))
+    return run(process, "heun", steps, drawn(100, 1, 1, 2), MIXTURE.denoiser(process))
 
 
 @pytest.mark.parametrize(("name", "sampler"), [r for r in RUNS if r[1] not in ("ddpm", "euler_maruyama", "dopri5")])
 def test_the_order_of_convergence(name: str, sampler: str) -> None:
     process, noise = PROCESSES[name], drawn(100, 1, 1, 2)
     predict, extra = MIXTURE.denoiser(process), int(name.startswith("vp"))  # n intervals have n + 1 discrete steps
-    off = [walk(process, sampler, n + extra, noise, predict) - converged(name) for n in (64, 128, 256)]
+    off = [run(process, sampler, n + extra, noise, predict) - converged(name) for n in (64, 128, 256)]
     errors = [d.square().mean().sqrt() for d in off]
     want = 1 if sampler in ("euler", "ddim") else 2
     for coarse, fine in itertools.pairwise(errors):
@@ -139,7 +139,7 @@ def test_heun_asks_at_the_end_where_it_can(name: str, calls: int) -> None:
         asked.append(float(t[0]))
         return MIXTURE.denoiser(PROCESSES[name])(x, t)
 
-    walk(PROCESSES[name], "heun", 10, drawn(2, 1, 1, 2), counted)
+    run(PROCESSES[name], "heun", 10, drawn(2, 1, 1, 2), counted)
     assert len(asked) == calls
     assert asked[-1] == {"vp": 0.0, "edm": pytest.approx(0.002), "flow": 1.0}[name]
 
@@ -148,7 +148,7 @@ def test_heun_asks_at_the_end_where_it_can(name: str, calls: int) -> None:
 def test_samplers_start_where_no_signal_is_left(sampler: str) -> None:
     process = DiscreteVP(VPConfig(prediction="v", zero_terminal_snr=True))
     noise = drawn(4_000, 1, 1, 2)
-    x = walk(process, sampler, 100, noise, MIXTURE.denoiser(process)).flatten(1)
+    x = run(process, sampler, 100, noise, MIXTURE.denoiser(process)).flatten(1)
     assert (x.mean(0) - MIXTURE.mean).abs().max() < 0.04
     if sampler in ("ddpm", "ddim"):
         clipped = SAMPLERS[sampler](MIXTURE.denoiser(process), noise, process.tables.respaced(10), lambda k: noise)
@@ -166,7 +166,7 @@ def test_adaptive_steps_keep_their_tolerance_with_fewer_calls(name: str) -> None
     errors = []
     for tolerance in (1e-3, 1e-5, 1e-7):
         calls.clear()
-        x = walk(PROCESSES[name], "dopri5", 0, drawn(100, 1, 1, 2), counted, rtol=tolerance, atol=tolerance)
+        x = run(PROCESSES[name], "dopri5", 0, drawn(100, 1, 1, 2), counted, rtol=tolerance, atol=tolerance)
         errors.append(float((x - converged(name)).square().mean().sqrt()))
         assert len(calls) < {1e-3: 100, 1e-5: 200, 1e-7: 400}[tolerance]
     assert errors[0] < 1e-2
@@ -178,15 +178,15 @@ def test_adaptive_steps_do_not_couple_samples() -> None:
     process, noise = PROCESSES["flow"], drawn(6, 1, 1, 2)
     noise[3] *= 100  # a stiff neighbour
     predict = MIXTURE.denoiser(process)
-    together = walk(process, "dopri5", 0, noise, predict)
+    together = run(process, "dopri5", 0, noise, predict)
     for i in range(6):
-        assert (walk(process, "dopri5", 0, noise[i : i + 1], predict) - together[i]).abs().max() < 1e-12
+        assert (run(process, "dopri5", 0, noise[i : i + 1], predict) - together[i]).abs().max() < 1e-12
 
 
 def test_a_path_too_hard_for_its_limit_is_refused() -> None:
     process = PROCESSES["flow"]
     with pytest.raises(RuntimeError, match=r"reached 0\.\d+ of 1 in 3 steps; loosen rtol=1e-09, or raise the limit"):
-        walk(process, "dopri5", 0, drawn(2, 1, 1, 2), MIXTURE.denoiser(process), rtol=1e-9, limit=3)
+        run(process, "dopri5", 0, drawn(2, 1, 1, 2), MIXTURE.denoiser(process), rtol=1e-9, limit=3)
 
 
 CONVERTED: dict[str, Any] = {

@@ -55,7 +55,7 @@ def greys(process: Process, config: SampleConfig, labels: Tensor, **options: Any
 
 
 @pytest.mark.parametrize(("process", "sampler"), EVERY_PAIR)
-def test_every_pair_walks_to_the_image_that_the_network_finds(process: str, sampler: Any) -> None:
+def test_every_pair_leads_to_the_image_that_the_network_finds(process: str, sampler: Any) -> None:
     labels, settings = torch.tensor([0, 3, 5, 9]), SampleConfig(sampler, "100")
     images = Sampler(Towards(PROCESSES[process]), PROCESSES[process], (1, 4, 4))(labels, settings).double()
     # Solvers in other coordinates than the noise level leave a share of the noise: a level or two of 255.
@@ -106,7 +106,7 @@ def test_guidance_inside_an_interval_and_by_power_cosine() -> None:
     never = replace(config, guidance_interval=[1e5, 1e6])
     assert greys(process, never, labels).item() == 179
     assert greys(process, replace(config, guidance_interval=[0.0, 1e9]), labels).item() == 204
-    # The last step, at time 0, decides, and there the power-cosine weight is whole.
+    # The last step, at time 0, decides, and there the power-cosine weight is at its largest.
     assert greys(process, replace(config, guidance_schedule="power_cosine"), labels).item() == 204
 
 
@@ -172,7 +172,7 @@ def test_guidance_without_its_network_is_refused(changes: dict[str, Any], text: 
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_non_finite_output_names_step_and_noise_level(process: str) -> None:
-    calls = {"vp": 10, "edm": 9, "flow": 10}[process]  # of one walk; the failed one is walked again to find the step
+    calls = {"vp": 10, "edm": 9, "flow": 10}[process]  # of one batch; a failed one is drawn again to find the step
 
     class Broken(Towards):
         calls = 0
