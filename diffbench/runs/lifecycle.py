@@ -170,6 +170,7 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
         SystemExit: if one of them failed, which has said why.
     """
     from diffbench.training.checkpoint import newest, owed, step_of
+    from diffbench.training.logger import check_log
 
     settings = run.config.trainer
     sweep(run.folder)
@@ -183,6 +184,8 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
         if distributed.is_first():
             update_config(run.folder, run.config, complete=True)
         return
+    if checkpoint:
+        check_log(run.folder, checkpoint)
     if distributed.is_first():
         run.prepare()
         if existed:

@@ -115,7 +115,7 @@ def step_of(path: Path) -> int:
 
 def owed(path: Path) -> list[str]:
     """The evaluations that a signal interrupted at a checkpoint's step, which a resume does first."""
-    state: dict[str, Any] = read_state(path).get("callbacks", {})
+    state: dict[str, Any] = read_state(path, "meta").get("callbacks", {})
     return list(state.get("StopOnSignal", {}).get("owed", []))
 
 

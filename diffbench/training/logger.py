@@ -22,6 +22,7 @@ from tqdm import tqdm
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import FULL, room_for
+from diffbench.core.tensors import read_state
 from diffbench.sampling.images import grid, save_grid
 from diffbench.training.clock import Clock, at_step_end, due
 from diffbench.training.module import TrainingModule
@@ -40,6 +41,7 @@ LAYOUT = {
     },
 }
 """Charts that lay the chosen runs over each other, in TensorBoard's custom-scalars tab."""
+METRICS = "metrics.jsonl"
 FINAL = ("val/error", "train/loss")
 """Metrics of the hparams tab: their last values."""
 
@@ -79,6 +81,28 @@ def _new_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
 
 
+def check_log(folder: Path, checkpoint: Path) -> None:
+    """Checks that metrics.jsonl can be resumed from a checkpoint, before anything is written.
+
+    Raises:
+        UserError: if it is shorter than it was.
+    """
+    log = read_state(checkpoint, "meta").get("callbacks", {}).get("RunLogger", {})
+    _size(folder / METRICS, log.get("bytes", 0))
+
+
+def _size(path: Path, wanted: int) -> int:
+    """The size of metrics.jsonl in bytes, which is at least that at a checkpoint.
+
+    Raises:
+        UserError: if it is shorter.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    if size < wanted:
+        raise UserError(f"{path}: {size} bytes, shorter than at the checkpoint ({wanted} bytes); restore it")
+    return size
+
+
 class RunLogger(L.Callback):
     """Writes every logged number once; after a resume the series go on as if nothing had happened.
 
@@ -104,7 +128,7 @@ class RunLogger(L.Callback):
         hparams: dict[str, str | float] | None = None,
     ) -> None:
         self.hparams = hparams or {}
-        self.path, self.folder = folder / "metrics.jsonl", folder
+        self.path, self.folder = folder / METRICS, folder
         self.batch_size, self.every, self.clock, self.config_text = batch_size, every, clock, config_text
         self.images = 0
         self._losses: list[Tensor] = []  # not yet counted: to read each at once would wait for the device
@@ -237,12 +261,8 @@ class RunLogger(L.Callback):
         self.clock.before = state_dict["seconds"]
         if distributed.rank():
             return
-        wanted = state_dict["bytes"]
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size < wanted:
-            raise UserError(f"{self.path}: {size} bytes, shorter than at the checkpoint ({wanted} bytes); restore it")
-        if size > wanted:
-            os.truncate(self.path, wanted)
+        if _size(self.path, state_dict["bytes"]) > state_dict["bytes"]:
+            os.truncate(self.path, state_dict["bytes"])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._writer is not None:

@@ -80,6 +80,17 @@ def test_a_longer_run_keeps_its_averages_until_newer_ones_are_there(
     assert (load(smoke_run).images_seen, load(smoke_run).complete) == (32, True)
 
 
+def test_a_refused_resume_has_written_nothing(
+    smoke_run: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (smoke_run / "metrics.jsonl").write_bytes(b"")
+    before = files(smoke_run)
+    capsys.readouterr()
+    assert main([*words, "trainer.max_images=32"]) == 2
+    assert f"error: {smoke_run}/metrics.jsonl: 0 bytes, shorter than at the checkpoint (" in capsys.readouterr().err
+    assert files(smoke_run) == before
+
+
 def test_other_sampling_is_scored_without_another_training(
     smoke_run: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
