@@ -42,7 +42,7 @@ def _run(argv: list[str]) -> int:
     launcher, argv = slurm.split(argv)
     arguments = _parser().parse_args(_checked_verb(argv))
     arguments.launcher = launcher
-    if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its cells itself
+    if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its trials itself
         print(slurm.launch(argv, launcher))
         return 0
     return int(import_module(f"diffbench.commands.{MODULES.get(arguments.verb, arguments.verb)}").run(arguments) or 0)

@@ -90,11 +90,11 @@ def test_files_that_are_named_exist() -> None:
 
 def test_the_study_of_the_docs_is_one(tmp_path: Path) -> None:
     from diffbench.studies.config import load_study
-    from diffbench.studies.plan import groups
+    from diffbench.studies.plan import training_variants
 
     (block,) = re.findall(r"```yaml\n(.*?)```", PAGES[Path("docs/studies.md")], re.DOTALL)
     path = tmp_path / "study.yaml"
     path.write_text(block)
-    found = groups(load_study(path), path, {}, lambda config: 1.0)
+    found = training_variants(load_study(path), path, {}, lambda config: 1.0)
     assert [g.name for g in found] == ["window=2", "window=4", "window=8"]
     assert all(g.residual is not None for g in found)

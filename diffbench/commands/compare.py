@@ -72,7 +72,7 @@ def compare(words: Sequence[str]) -> Iterator[str]:
     folders, asked = split_words(words, CompareConfig, "compare")
     study = _study(folders[0])
     if study is not None:
-        from diffbench.studies.collect import comparison_of_study
+        from diffbench.studies.trials import comparison_of_study
 
         found = comparison_of_study(study)
         found = replace(found, primary=asked.primary or found.primary, baseline=asked.baseline or found.baseline)

@@ -4,26 +4,22 @@ import argparse
 from pathlib import Path
 
 from diffbench.config.layers import read_yaml
+from diffbench.reports.html import write
 from diffbench.runs import slurm
-from diffbench.studies.cells import KIND, run_cell
+from diffbench.studies.runner import run_study, slurm_folder
+from diffbench.studies.trials import KIND, TrialFile, comparison_of_study
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the study, or the cell of one, of `arguments.study`."""
+    """Run the study, or the trial of one, of `arguments.study`."""
     path, overrides = Path(arguments.study), [o for o in arguments.overrides if o != "--dry-run"]
     if path.is_file() and read_yaml(path).get("kind") == KIND:
-        run_cell(path)
+        TrialFile(path).run()
         return 0
-    from diffbench.studies.runner import run_study, slurm_folder
-
-    dry_run = "--dry-run" in arguments.overrides
-    launcher = arguments.launcher
+    dry_run, launcher = "--dry-run" in arguments.overrides, arguments.launcher
     folder = run_study(path, overrides, dry_run, launcher)
     if dry_run or (launcher.name == "slurm" and slurm.queued(slurm_folder(folder, launcher))):
         return 0
-    from diffbench.reports.html import write
-    from diffbench.studies.collect import comparison_of_study
-
     comparison = comparison_of_study(folder)
     print(f"\n{write(comparison, folder)}\n\nreport: {folder / 'report.html'}")
     return int(any(t.status != "complete" for t in comparison.trials))

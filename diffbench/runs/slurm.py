@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diffbench.config.sections import TrainerConfig
 
 LAUNCHED = ("train", "encode", "evaluate")
-"""Commands that can be handed over as they are; a study hands over its cells."""
+"""Commands that can be handed over as they are; a study hands over its trials."""
 FOLDER = "runs/slurm"
 COMMANDS = "commands.jsonl"
 """In the launcher's folder: one line per job, with its id and its command."""

@@ -1,4 +1,4 @@
-"""What a study will take: rates measured on this machine before anything is trained."""
+"""How long a study will take: rates measured on this machine before anything is trained."""
 
 import hashlib
 import json
@@ -14,8 +14,7 @@ from diffbench.config.load import to_dict
 from diffbench.core.files import write_text
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.studies.config import AVERAGE
-from diffbench.studies.plan import Group, evaluated
+from diffbench.studies.plan import TrainingVariant, evaluated
 
 WARM, LEAST_STEPS, LEAST_SECONDS = 3, 10, 2.0
 FORWARDS = 3
@@ -44,30 +43,26 @@ class Probe:
             write_text(self.path, json.dumps(self.rates) + "\n")
         return self.rates[name]
 
-    def seconds(self, group: Group) -> float:
-        """About how long one seed of a group trains and samples, `jobs` of them at a time."""
+    def seconds(self, variant: TrainingVariant, evaluations: bool = True) -> float:
+        """About how long one seed of a variant trains and, with its evaluations, samples; `jobs` of them at a time."""
         from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
         from diffbench.sampling.sampler import Sampler
 
-        c, name = group.config, _name(group.config)
+        c, name = variant.config, _name(variant.config)
+        run = DenoiserRun(Path("probe"), c)
         before = torch.get_num_threads()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.jobs))
         try:
             if name not in self._forward:
-                run = DenoiserRun(Path("probe"), c)
-                network = run.network.to(device_of(c.trainer.accelerator))
-                self._forward[name] = seconds_per_evaluation(
-                    Sampler(network, run.process, run.shape), c.trainer.batch_size
-                )
-            forward = self._forward[name]
+                sampler = Sampler(run.network.to(device_of(c.trainer.accelerator)), run.process, run.shape)
+                self._forward[name] = seconds_per_evaluation(sampler, c.trainer.batch_size)
         finally:
             torch.set_num_threads(before)
-        run_forwards = FORWARDS * c.trainer.max_steps * c.trainer.batch_size
-        for changes in group.evaluations.values():
-            how = evaluated(c, {k: v for k, v in changes.items() if k != AVERAGE}, "study")
-            process = DenoiserRun(Path("probe"), c).process
-            run_forwards += how.evaluate.count * network_evaluations(process, how.sample)
-        return run_forwards * forward
+        forwards = FORWARDS * variant.images
+        for changes in variant.evaluations.values() if evaluations else ():
+            how = evaluated(c, changes, "study")
+            forwards += how.evaluate.count * network_evaluations(run.process, how.sample)
+        return forwards * self._forward[name]
 
 
 def _name(config: RunConfig) -> str:

@@ -64,7 +64,7 @@ class TuneConfig:
     grid: dict[str, Any] = field(default_factory=dict)
     """Keys and the values to try, as optimizer.lr: [1e-3, 2e-3]; all combinations are."""
     seed: int = 1000
-    """Of the tuning runs; none that is reported."""
+    """Of the tuning runs; not one that is reported."""
     share: float = 1.0
     """Length of a tuning run as a share of a reported one."""
 
@@ -159,7 +159,7 @@ def variants(study: StudyConfig) -> list[Variant]:
     """Every combination of the axes' values, the last axis fastest.
 
     Raises:
-        ValueError: if an axis is no list of values and no section of variants.
+        ValueError: if an axis is neither a list of values nor a section of variants.
     """
     found = []
     for chosen in itertools.product(*(_values(axis, given) for axis, given in study.axes.items())):
@@ -178,18 +178,19 @@ def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
     """The labels of an axis' values and what each changes."""
     if isinstance(given, list) and given:
         leaf = axis.rsplit(".", 1)[-1]
-        return [(f"{leaf}={_shown(value)}", nested({axis: value})) for value in given]
+        return [(f"{leaf}={value_text(value)}", nested({axis: value})) for value in given]
     if not isinstance(given, dict) or not given:
         raise ValueError(f"axes.{axis}: must be a list of values or a section of variants, got {shown(given)}")
     for label, keys in given.items():
         if keys is not None and not isinstance(keys, dict):
             raise ValueError(f"axes.{axis}.{label}: must be a section of keys, or empty, got {shown(keys)}")
         if not re.fullmatch(r"[\w.+:()=/ -]{1,60}", str(label)):
-            raise ValueError(f"axes.{axis}: {label!r} is no name; allowed: up to 60 letters, digits and ._+:()=/- ")
+            raise ValueError(f"axes.{axis}: {label!r} is not a name; allowed: up to 60 letters, digits and ._+:()=/- ")
     return [(str(label), nested(keys or {})) for label, keys in given.items()]
 
 
-def _shown(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A key's value in the name of a variant."""
     return (
         f"{value:g}"
         if isinstance(value, float)

@@ -75,11 +75,6 @@ def _first(
     return found
 
 
-def residual(config: RunConfig, data: ImageSet, by: Literal["parameters", "gmacs"], target: float) -> float:
-    """How much larger the network is than the target, as a share of it."""
-    return size_of(config, data, by) / target - 1
-
-
 def _scaled(given: Any, n: int) -> Any:
     """A width n, or a list of widths that begins with n and keeps its proportions.
 
@@ -93,7 +88,7 @@ def _scaled(given: Any, n: int) -> Any:
     return [value * n // given[0] for value in given]
 
 
-def told(config: RunConfig, what: Literal["width", "depth"]) -> str:
-    """The key and value that matching settles, as "hidden_size=64"."""
+def size_text(config: RunConfig, what: Literal["width", "depth"]) -> str:
+    """The key and value that matching settled, as "hidden_size=64"."""
     key = getattr(DENOISERS[config.denoiser.name], what)
     return f"{key}={dataclasses.asdict(config.denoiser)[key]}"

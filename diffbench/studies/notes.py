@@ -1,68 +1,64 @@
-"""What a study says before it begins, and what its report says of budgets, sizes and tuning."""
+"""What a study says before it begins, and the notes of its report on budgets, sizes and tuning."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from diffbench.core.progress import span
-from diffbench.reports.tables import run_table
+from diffbench.reports.tables import as_text
 from diffbench.studies.budget import Probe
-from diffbench.studies.cells import is_trained
 from diffbench.studies.config import StudyConfig
-from diffbench.studies.plan import Cell, Group
+from diffbench.studies.plan import PlannedTrial, TrainingVariant, Tuned
+from diffbench.studies.trials import is_trained
 
 
-def plan_text(study: StudyConfig, folder: Path, found: Sequence[Group], tuning: Sequence[Cell], probe: Probe) -> str:
+def plan_text(
+    study: StudyConfig,
+    folder: Path,
+    found: Sequence[TrainingVariant],
+    tuning: Sequence[PlannedTrial],
+    probe: Probe,
+) -> str:
     """The plan: a line for each network, and what all of it will take."""
-    seconds = {group.name: probe.seconds(group) for group in found}
-    columns: dict[str, dict[str, str]] = {name: {} for name in _heads(study)}
-    for group in found:
-        for name, value in _facts(study, group, seconds[group.name]).items():
-            columns[name][group.name] = value
-    runs, evaluations = len(found) * len(study.seeds), sum(len(g.evaluations) for g in found) * len(study.seeds)
-    left = [c for c in tuning if not is_trained(c.folder, c.config)]
-    total = sum(seconds.values()) * len(study.seeds)
-    share = study.tune.share if study.tune else 0.0
-    by_label = {c.label: next((seconds[g.name] for g in found if c.label in g.at.values()), 0.0) for c in tuning}
-    tuning_total = sum(share * by_label[c.label] for c in tuning)
+    rows = []
+    seconds = 0.0
+    for variant in found:
+        each = probe.seconds(variant)
+        seconds += each * len(study.seeds)
+        row = {
+            "network": variant.name,
+            "parameters": f"{variant.cost.parameters:,}",
+            "GMACs": f"{variant.cost.gmacs:.4g}",
+        }
+        if variant.residual is not None:
+            row |= {"sized": variant.sized, f"off {study.match.by}": f"{100 * variant.residual:+.1f}%"}
+        row |= {"images": f"{variant.images:,}", "training FLOPs": f"{variant.flops:.3g}"}
+        rows.append(row | {"seconds a seed": f"{each:,.0f}"})
+    runs, evaluations = len(found) * len(study.seeds), sum(len(v.evaluations) for v in found) * len(study.seeds)
     lines = [
         f"{study.title or folder.name}: {len(found)} networks x {len(study.seeds)} seeds = {runs} runs,"
         f" {evaluations} evaluations",
         "",
-        run_table(list(columns.items())),
+        as_text(rows),
         "",
     ]
     if tuning:
+        left = sum(not is_trained(trial.folder) for trial in tuning)
+        tuning_seconds = sum(probe.seconds(trial.variant, evaluations=False) for trial in tuning)
+        seconds += tuning_seconds
         lines.append(
-            f"tuning: {len(tuning)} runs with seed {study.tune.seed if study.tune else 0}, {len(left)} of them to do,"
-            f" about {span(tuning_total / study.jobs)} in all"
+            f"tuning: {len(tuning)} runs with seed {tuning[0].seed}, {left} of them to do, about"
+            f" {span(tuning_seconds / study.jobs)} in all"
         )
     at_once = f", {study.jobs} runs at a time" if study.jobs > 1 else ""
-    lines.append(f"about {span((total + tuning_total) / study.jobs)} for all that is new{at_once}; {folder}")
+    lines.append(f"about {span(seconds / study.jobs)} for all that is new{at_once}; {folder}")
     return "\n".join(lines)
 
 
-def _heads(study: StudyConfig) -> list[str]:
-    matched = ["sized", f"off {study.match.by}"] if study.match.by != "none" else []
-    return ["parameters", "GMACs", *matched, "images", "training FLOPs", "seconds a seed"]
-
-
-def _facts(study: StudyConfig, group: Group, seconds: float) -> dict[str, str]:
-    t = group.config.trainer
-    facts = {
-        "parameters": f"{group.cost.parameters:,}",
-        "GMACs": f"{group.cost.gmacs:.4g}",
-        "images": f"{t.max_steps * t.batch_size:,}",
-        "training FLOPs": f"{group.flops:.3g}",
-        "seconds a seed": f"{seconds:,.0f}",
-    }
-    if group.residual is not None:
-        facts |= {"sized": group.sized, f"off {study.match.by}": f"{100 * group.residual:+.1f}%"}
-    return facts
-
-
 def notes_of(
-    study: StudyConfig, found: Sequence[Group], tuning: Sequence[Cell], tuned: dict[str, dict[str, Any]]
+    study: StudyConfig,
+    found: Sequence[TrainingVariant],
+    tuning: Sequence[PlannedTrial],
+    tuned: Tuned,
 ) -> list[str]:
     """What a reader of the report must know."""
     budget = {
@@ -71,11 +67,13 @@ def notes_of(
         "seconds": f"{study.stop.seconds or 0:g} seconds of training at each network's measured rate",
     }
     which = next(name for name, value in vars(study.stop).items() if value is not None)
-    lengths = "; ".join(f"{g.name} {g.config.trainer.max_steps * g.config.trainer.batch_size:,}" for g in found)
+    lengths = "; ".join(f"{v.name} {v.images:,}" for v in found)
     notes = [f"Training stops at {budget[which]}. Images seen: {lengths}."]
     if study.match.by != "none":
-        told = "; ".join(f"{g.name} {100 * (g.residual or 0):+.1f}% ({g.sized})" for g in found)
-        notes.append(f"Networks are sized by {study.match.change} to the {study.match.by} of {study.match.to}: {told}.")
+        sizes = "; ".join(f"{v.name} {100 * (v.residual or 0):+.1f}% ({v.sized})" for v in found)
+        notes.append(
+            f"Networks are sized by {study.match.change} to the {study.match.by} of {study.match.to}: {sizes}."
+        )
     if study.tune is not None:
         notes.append(_tuning_note(study, found, tuning, tuned))
     if study.jobs > 1:
@@ -84,11 +82,14 @@ def notes_of(
 
 
 def _tuning_note(
-    study: StudyConfig, found: Sequence[Group], tuning: Sequence[Cell], tuned: dict[str, dict[str, Any]]
+    study: StudyConfig,
+    found: Sequence[TrainingVariant],
+    tuning: Sequence[PlannedTrial],
+    tuned: Tuned,
 ) -> str:
     assert study.tune is not None
     grid = " x ".join(f"{key} in {values}" for key, values in study.tune.grid.items())
-    cost = sum(c.group.flops for c in tuning) / max(1.0, sum(g.flops for g in found) * len(study.seeds))
+    cost = sum(trial.variant.flops for trial in tuning) / max(1.0, sum(v.flops for v in found) * len(study.seeds))
     chosen = "; ".join(f"{label} {', '.join(f'{k}={v}' for k, v in v.items())}" for label, v in tuned.items())
     edges = [
         label

@@ -1,4 +1,4 @@
-"""What a study will do: every run it trains, with its resolved config, and every evaluation of it."""
+"""The plan of a study: every run that it trains, with its resolved config, and every evaluation of it."""
 
 import hashlib
 import itertools
@@ -15,22 +15,24 @@ from diffbench.config.load import flatten, from_layers, read_layers, to_dict
 from diffbench.core.errors import UserError, suggest
 from diffbench.denoisers.flops import Cost
 from diffbench.runs import build
-from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, nested, variants
-from diffbench.studies.matching import residual, size_of, sized, told
+from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, nested, value_text, variants
+from diffbench.studies.matching import size_of, size_text, sized
 
 Rate = Callable[[RunConfig], float]
-"""Images a second at which a config trains here."""
+"""Measures how many images a second a config trains here."""
+Tuned = dict[str, dict[str, Any]]
+"""Label of the tuned axis -> the keys and values that tuning chose."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """The variants that share a trained network.
+class TrainingVariant:
+    """The variants of a study that share a trained network.
 
     Attributes:
-        name: of the training variant.
-        experiment: the YAML it comes from.
+        name: what the variants have in common.
+        experiment: the YAML that the config comes from.
         config: resolved, with the study's first seed.
-        cost: of its network.
+        cost: the size of the network.
         residual: how much larger than the target of matching, as a share; None without matching.
         sized: the key that matching settled, as "hidden_size=64".
         evaluations: variant -> what it changes of sampling and evaluation.
@@ -47,46 +49,61 @@ class Group:
     at: dict[str, str]
 
     @property
+    def images(self) -> int:
+        """Images seen in training."""
+        return self.config.trainer.max_steps * self.config.trainer.batch_size
+
+    @property
     def flops(self) -> float:
-        """Of training."""
-        return self.cost.training_flops(self.config.trainer.max_steps * self.config.trainer.batch_size)
+        """FLOPs of training."""
+        return self.cost.training_flops(self.images)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A run to train and evaluate: a group with one seed.
+class PlannedTrial:
+    """A run to train and evaluate: a training variant with one seed.
 
     Attributes:
         name: as the terminal shows it.
-        folder: the run folder, the same for equal configs in every study.
+        variant: what is trained.
+        config: its config, with the seed.
         tuning: the grid's values that it tries, or None for a reported run.
-        label: of the tuned axis' value.
+        label: the label of the tuned axis' value.
     """
 
     name: str
-    group: Group
-    seed: int
-    folder: Path
+    variant: TrainingVariant
+    config: RunConfig
     tuning: dict[str, Any] | None = None
     label: str = ""
 
     @property
+    def seed(self) -> int:
+        """The seed of training."""
+        return self.config.seed
+
+    @property
     def slug(self) -> str:
-        """Its name as a file's."""
+        """The name as a file's."""
         return re.sub(r"[^\w.+=,-]+", "_", self.name)
 
     @property
-    def config(self) -> RunConfig:
-        return replace(self.group.config, seed=self.seed)
+    def folder(self) -> Path:
+        """The run folder: equal configs meet in it, whichever study asks for them."""
+        values = {k: v for k, v in to_dict(self.config).items() if k not in ("runs_dir", "tag", "seed")}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        experiment = self.variant.experiment
+        name = f"{experiment.resolve().parent.name}-{experiment.stem}-{digest}-s{self.seed}"
+        return Path(self.config.runs_dir) / "trials" / name
 
 
-def groups(study: StudyConfig, path: Path, tuned: dict[str, dict[str, Any]], rate: Rate) -> list[Group]:
+def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) -> list[TrainingVariant]:
     """The networks that a study trains, sized and stopped as it says.
 
     Args:
         study: the study.
         path: its YAML, named in errors.
-        tuned: label of the tuned axis -> the values that tuning chose.
+        tuned: what tuning chose so far.
         rate: measures how fast a config trains, for `stop.seconds`.
 
     Raises:
@@ -96,57 +113,45 @@ def groups(study: StudyConfig, path: Path, tuned: dict[str, dict[str, Any]], rat
     for variant in variants(study):
         changes = str(sorted((key, str(value)) for key, value in flatten(variant.trained).items()))  # 007 is not 7
         shared.setdefault(changes, []).append(variant)
-    target = _target(study, path, [same[0] for same in shared.values()])
-    return [_group(study, path, same, tuned, target, rate) for same in shared.values()]
+    target = _target(study, path)
+    return [_training_variant(study, path, same, tuned, target, rate) for same in shared.values()]
 
 
-def _group(
+def _training_variant(
     study: StudyConfig,
     path: Path,
     same: list[Variant],
-    tuned: dict[str, dict[str, Any]],
+    tuned: Tuned,
     target: float | None,
     rate: Rate,
-) -> Group:
-    first = same[0]
+) -> TrainingVariant:
+    first, match = same[0], study.match
     chosen = tuned.get(first.at[study.tune.axis], {}) if study.tune and study.tune.axis else {}
     config = _config(study, path, first, chosen)
     data, _ = build.load_data(config)
     over, settled = None, ""
-    if target is not None and study.match.by != "none":
-        config = sized(config, data, study.match.by, target, study.match.change)
-        over, settled = residual(config, data, study.match.by, target), told(config, study.match.change)
+    if target is not None and match.by != "none":
+        config = sized(config, data, match.by, target, match.change)
+        over, settled = size_of(config, data, match.by) / target - 1, size_text(config, match.change)
     cost = build.cost_of(config, data)
     images = study.stop.images
     if study.stop.flops is not None:
         images = round(study.stop.flops / cost.training_flops(1))
     if study.stop.seconds is not None:
         images = round(study.stop.seconds * rate(config))
-    config = stopped(config, images or 1, _config_layers(study, first, chosen))
-    for variant in same:  # what cannot be sampled is found now
-        evaluated(config, variant.sampled, str(path))
-    names = [v.name for v in same]
-    shown = names[0] if len(names) == 1 else _trained_name(study, same)
-    return Group(
-        shown, experiment_of(study, first), config, cost, over, settled, {v.name: v.sampled for v in same}, first.at
-    )
-
-
-def _trained_name(study: StudyConfig, same: list[Variant]) -> str:
-    """The labels that variants of one network have in common."""
+    changes = merge(nested(study.set), {k: v for k, v in first.trained.items() if k != EXPERIMENT})
+    config = stopped(config, images or 1, merge(changes, nested(chosen)))
+    for variant in same:
+        evaluated(config, variant.sampled, str(path))  # what cannot be sampled is found now
     axes = [axis for axis in study.axes if len({v.at[axis] for v in same}) == 1]
-    return ", ".join(same[0].at[axis] for axis in axes) or experiment_of(study, same[0]).stem
+    experiment = experiment_of(study, first)
+    name = first.name if len(same) == 1 else ", ".join(first.at[axis] for axis in axes) or experiment.stem
+    return TrainingVariant(name, experiment, config, cost, over, settled, {v.name: v.sampled for v in same}, first.at)
 
 
 def experiment_of(study: StudyConfig, variant: Variant) -> Path:
     """The YAML that a variant varies."""
     return Path(str(variant.trained.get(EXPERIMENT, study.experiment)))
-
-
-def _config_layers(study: StudyConfig, variant: Variant, chosen: dict[str, Any]) -> dict[str, Any]:
-    """What a study changes of an experiment, the values of tuning on top."""
-    changes = merge(nested(study.set), {k: v for k, v in variant.trained.items() if k != EXPERIMENT})
-    return merge(changes, nested(chosen))
 
 
 def _config(study: StudyConfig, path: Path, variant: Variant, chosen: dict[str, Any]) -> RunConfig:
@@ -162,17 +167,17 @@ def _config(study: StudyConfig, path: Path, variant: Variant, chosen: dict[str, 
     layers += [(f"{path}: {variant.name}", {k: v for k, v in variant.trained.items() if k != EXPERIMENT})]
     config = from_layers([*layers, (f"{path}: tune", nested(chosen)), (str(path), {"seed": study.seeds[0]})])
     if not isinstance(config, RunConfig):
-        raise UserError(f"{path}: experiment: {experiment} is no denoiser's; choose one that is")
+        raise UserError(f"{path}: experiment: {experiment} is not a denoiser's; choose one that is")
     return config
 
 
-def _target(study: StudyConfig, path: Path, trained: list[Variant]) -> float | None:
+def _target(study: StudyConfig, path: Path) -> float | None:
     """The size that all networks are brought to."""
     if study.match.by == "none" or study.match.to is None:
         return None
     if not isinstance(study.match.to, str):
         return study.match.to
-    variant = next((v for v in variants(study) if v.name == study.match.to), trained[0])
+    variant = next(v for v in variants(study) if v.name == study.match.to)
     config = _config(study, path, variant, {})
     return size_of(config, build.load_data(config)[0], study.match.by)
 
@@ -204,51 +209,37 @@ def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunCon
     changes = dict(changes)
     average = changes.pop(AVERAGE, config.ema.decays[0])
     if average not in config.ema.decays:
-        raise UserError(f"{origin}: {AVERAGE}: {average} is none of ema.decays={config.ema.decays}")
+        raise UserError(f"{origin}: {AVERAGE}: {average} is not one of ema.decays={config.ema.decays}")
     changed = from_layers([("config", to_dict(config)), (origin, changes)])
     assert isinstance(changed, RunConfig)
     return changed
 
 
-def folder_of(group: Group, config: RunConfig) -> Path:
-    """The run folder of a config: equal configs meet in it, whichever study asks for them."""
-    values = {k: v for k, v in to_dict(config).items() if k not in ("runs_dir", "tag", "seed")}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-    name = f"{group.experiment.resolve().parent.name}-{group.experiment.stem}-{digest}-s{config.seed}"
-    return Path(config.runs_dir) / "cells" / name
+def planned_trials(study: StudyConfig, found: list[TrainingVariant]) -> list[PlannedTrial]:
+    """The reported runs: all variants with one seed, then with the next, so that a stopped study compares all."""
+    return [
+        PlannedTrial(f"{variant.name} s{seed}", variant, replace(variant.config, seed=seed))
+        for seed in study.seeds
+        for variant in found
+    ]
 
 
-def cells(study: StudyConfig, found: list[Group]) -> list[Cell]:
-    """The reported runs: all groups with one seed, then with the next, so that an unfinished study is a whole one."""
-    made = []
-    for seed in study.seeds:
-        for group in found:
-            config = replace(group.config, seed=seed)
-            made.append(Cell(f"{group.name} s{seed}", group, seed, folder_of(group, config)))
-    return made
-
-
-def tuning_cells(study: StudyConfig, path: Path, rate: Rate) -> list[Cell]:
+def tuning_trials(study: StudyConfig, path: Path, rate: Rate) -> list[PlannedTrial]:
     """The runs from which tuning chooses: the grid for each value of the tuned axis, with other axes at their first."""
     if study.tune is None:
         return []
-    tune, axis = study.tune, str(study.tune.axis)
+    tune = study.tune
     first: dict[str, Variant] = {}
     for variant in variants(study):
-        first.setdefault(variant.at[axis], variant)
-    target = _target(study, path, list(first.values()))
+        first.setdefault(variant.at[str(tune.axis)], variant)
+    target = _target(study, path)
     made = []
     for label, variant in first.items():
         for values in itertools.product(*tune.grid.values()):
             tried = dict(zip(tune.grid, values, strict=True))
-            whole = replace(study, tune=replace(tune, axis=axis))
-            group = _group(whole, path, [variant], {label: tried}, target, rate)
-            images = round(tune.share * group.config.trainer.max_images)
-            config = replace(stopped(group.config, images, nested(study.set)), seed=tune.seed)
-            group = replace(group, config=config)
-            told = ", ".join(
-                f"{key.rsplit('.', 1)[-1]}={value:g}" if isinstance(value, float) else f"{key}={value}"
-                for key, value in tried.items()
-            )
-            made.append(Cell(f"tuning {label} {told}", group, tune.seed, folder_of(group, config), tried, label))
+            trained = _training_variant(study, path, [variant], {label: tried}, target, rate)
+            images = round(tune.share * trained.config.trainer.max_images)
+            config = replace(stopped(trained.config, images, nested(study.set)), seed=tune.seed)
+            keys = ", ".join(f"{key.rsplit('.', 1)[-1]}={value_text(value)}" for key, value in tried.items())
+            made.append(PlannedTrial(f"tuning {label} {keys}", replace(trained, config=config), config, tried, label))
     return made

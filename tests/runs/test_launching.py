@@ -340,7 +340,7 @@ def test_a_study_hands_over_its_cells(cluster: Path, tmp_path: Path, capsys: pyt
     assert "#SBATCH --array=0-3%3\n" in script and "#SBATCH --job-name=depth\n" in script
     handed = queued(folder / "slurm")
     assert sorted(handed.values()) == ["8_0", "8_1", "8_2", "8_3"]
-    assert {Path(words[1]) for words in handed} == set((folder / "cells").glob("*.yaml"))
+    assert {Path(words[1]) for words in handed} == set((folder / "trials").glob("*.yaml"))
     assert {words[0] for words in handed} == {"study"}
     assert not (tmp_path / "runs" / "digits").exists()
     assert main([*words, *SLURM, "stop.seconds=5"]) == 2
@@ -369,14 +369,14 @@ def test_cells_ask_for_what_their_processes_need(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["set.trainer.num_nodes=2"], "trainer.num_nodes: 2 is too many, a cell trains on one machine; allowed: 1"),
+        (["set.trainer.num_nodes=2"], "trainer.num_nodes: 2 is too many, a trial trains on one machine; allowed: 1"),
         (
             ["launcher.nodes=2"],
-            "launcher.nodes: a cell is one process, which starts those of trainer.devices; allowed: 1",
+            "launcher.nodes: a trial is one process, which starts those of trainer.devices; allowed: 1",
         ),
         (
             ["launcher.ntasks_per_node=4"],
-            "launcher.ntasks_per_node: a cell is one process, which starts those of trainer.devices; allowed: 1",
+            "launcher.ntasks_per_node: a trial is one process, which starts those of trainer.devices; allowed: 1",
         ),
     ],
 )

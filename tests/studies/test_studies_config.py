@@ -50,7 +50,7 @@ def test_a_later_budget_takes_the_place_of_an_earlier_one(tmp_path: Path) -> Non
         ({"axes": {"net": {"a": 3}}}, "axes.net.a: must be a section of keys, or empty, got 3"),
         (
             {"axes": {"net": {"a<b>": None}}},
-            "axes.net: 'a<b>' is no name; allowed: up to 60 letters, digits and ._+:()=/-",
+            "axes.net: 'a<b>' is not a name; allowed: up to 60 letters, digits and ._+:()=/-",
         ),
         ({"axes": {"denoiser.depth": [2, 2]}}, "axes: two variants are called 'depth=2'; name them apart"),
         ({"stop": {"images": 5, "flops": 1.0}}, "stop: must hold one of images, flops and seconds, got images, flops"),

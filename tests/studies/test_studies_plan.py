@@ -13,8 +13,8 @@ from diffbench.runs import build
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, load_study, variants
-from diffbench.studies.matching import residual, size_of, sized
-from diffbench.studies.plan import cells, evaluated, groups, tuning_cells
+from diffbench.studies.matching import size_of, sized
+from diffbench.studies.plan import evaluated, planned_trials, training_variants, tuning_trials
 
 STUDIES = sorted(p for p in Path("experiments/studies").glob("*.yaml") if p.name[0] != "_")
 DIGITS = [p for p in STUDIES if "cifar" not in p.name]
@@ -27,7 +27,7 @@ def planned(name: str, **changes: object) -> tuple[StudyConfig, Path]:
 
 def test_equal_flops_mean_equal_products_over_all_images() -> None:
     study, path = planned("backbones")
-    found = groups(study, path, {}, lambda config: 1.0)
+    found = training_variants(study, path, {}, lambda config: 1.0)
     assert [g.name for g in found] == ["unet", "dit", "diffit"]
     for group in found:
         images = group.config.trainer.max_steps * group.config.trainer.batch_size
@@ -40,7 +40,7 @@ def test_equal_flops_mean_equal_products_over_all_images() -> None:
 def test_seconds_become_images_by_the_measured_rate() -> None:
     study, path = planned("window", stop=StopConfig(seconds=12.0), jobs=1)
     rates = {2: 640.0, 4: 320.0, 8: 64.0}
-    found = groups(study, path, {}, lambda config: rates[config.denoiser.window])
+    found = training_variants(study, path, {}, lambda config: rates[config.denoiser.window])
     assert [g.config.trainer.max_images for g in found] == [7680, 3840, 768]
 
 
@@ -71,7 +71,7 @@ def test_the_width_nearest_to_the_target_is_found(name: str, by: str) -> None:
         except (UserError, ValueError):
             continue
     best = min(abs(size / target - 1) for size in sizes)
-    assert abs(residual(found, data, by, target)) == pytest.approx(best)  # type: ignore[arg-type]
+    assert abs(size_of(found, data, by) / target - 1) == pytest.approx(best)  # type: ignore[arg-type]
 
 
 def test_depth_can_be_matched_too() -> None:
@@ -82,53 +82,56 @@ def test_depth_can_be_matched_too() -> None:
     assert sized(config, data, "parameters", target, "depth").denoiser.depth == 9
 
 
+def folders(study: StudyConfig, path: Path) -> set[Path]:
+    """The run folders of a study's reported trials."""
+    return {trial.folder for trial in planned_trials(study, training_variants(study, path, {}, lambda config: 1.0))}
+
+
 def test_studies_share_their_baseline_runs() -> None:
     shared = {}
     for name in ("dit-blocks", "patch-size", "guidance", "steps", "ema", "prediction"):
         study, path = planned(name)
-        shared[name] = {cell.folder for cell in cells(study, groups(study, path, {}, lambda config: 1.0))}
+        shared[name] = folders(study, path)
     assert set.intersection(*shared.values()) == shared["guidance"]
     assert len(shared["guidance"]) == 5  # one run a seed, and twelve evaluations of each
     study, path = planned("time-token")
     window, other = planned("window")
-    both = [
-        {c.folder for c in cells(s, groups(s, p, {}, lambda config: 1.0))} for s, p in ((study, path), (window, other))
-    ]
+    both = [folders(s, p) for s, p in ((study, path), (window, other))]
     assert len(both[0] & both[1]) == 5
 
 
 def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -> None:
     study, path = planned("backbones")
-    made = tuning_cells(study, path, lambda config: 1.0)
+    made = tuning_trials(study, path, lambda config: 1.0)
     assert [(c.label, c.config.optimizer.lr) for c in made] == [
         (label, lr) for label in ("unet", "dit", "diffit") for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)
     ]
     assert {c.seed for c in made} == {1000} and not {c.seed for c in made} & set(study.seeds)
-    reported = {c.folder for c in cells(study, groups(study, path, {}, lambda config: 1.0))}
+    reported = folders(study, path)
     assert not reported & {c.folder for c in made}
     half = {
         c.config.trainer.max_images / g.config.trainer.max_images
-        for c, g in zip(made[::4], groups(study, path, {}, lambda config: 1.0), strict=True)
+        for c, g in zip(made[::4], training_variants(study, path, {}, lambda config: 1.0), strict=True)
     }
     assert all(abs(share - 0.5) < 0.01 for share in half)
 
 
 def test_what_tuning_chose_reaches_every_seed() -> None:
     study, path = planned("backbones")
-    found = groups(study, path, {"dit": {"optimizer.lr": 4e-3}}, lambda config: 1.0)
+    found = training_variants(study, path, {"dit": {"optimizer.lr": 4e-3}}, lambda config: 1.0)
     assert {g.name: g.config.optimizer.lr for g in found} == {"unet": 2e-3, "dit": 4e-3, "diffit": 2e-3}
 
 
 def test_an_average_that_no_run_keeps_is_refused() -> None:
     study, path = planned("ema", axes={"average": [0.123]})
-    with pytest.raises(UserError, match=r"ema.yaml: average: 0.123 is none of ema.decays=\[0.999, 0.9, "):
-        groups(study, path, {}, lambda config: 1.0)
+    with pytest.raises(UserError, match=r"ema.yaml: average: 0.123 is not one of ema.decays=\[0.999, 0.9, "):
+        training_variants(study, path, {}, lambda config: 1.0)
 
 
 @pytest.mark.parametrize("path", DIGITS, ids=lambda p: p.stem)
 def test_every_variant_of_a_shipped_study_takes_one_step(path: Path) -> None:
     study = load_study(path)
-    found = groups(study, path, {}, lambda config: 1.0)
+    found = training_variants(study, path, {}, lambda config: 1.0)
     assert sum(len(g.evaluations) for g in found) == len(variants(study))
     assert len(study.seeds) == 5 and study.question and study.title
     for group in found:
@@ -143,8 +146,8 @@ def test_every_variant_of_a_shipped_study_takes_one_step(path: Path) -> None:
         assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in run.network.parameters())
 
 
-def test_cells_of_one_config_have_one_folder_whatever_their_order(tmp_path: Path) -> None:
+def test_trials_of_one_config_have_one_folder_whatever_their_order(tmp_path: Path) -> None:
     study, path = planned("window", runs_dir=str(tmp_path))
-    made = cells(study, groups(study, path, {}, lambda config: 1.0))
+    made = planned_trials(study, training_variants(study, path, {}, lambda config: 1.0))
     assert len({c.folder for c in made}) == len(made) == 15
     assert {c.folder.name[-3:] for c in made} == {f"-s{seed}" for seed in range(5)}

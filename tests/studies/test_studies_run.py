@@ -1,4 +1,4 @@
-"""Studies as commands: every cell in a process of its own, failures beside the rest, the same command resumes."""
+"""Studies as commands: every trial in a process of its own, failures beside the rest, the same command resumes."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,8 @@ import yaml
 
 from diffbench.cli import main
 from diffbench.evaluation import records
-from diffbench.studies.cells import failure, is_complete
-from diffbench.studies.collect import comparison_of_study
 from diffbench.studies.runner import folder_of_study, run_study
+from diffbench.studies.trials import TrialFile, comparison_of_study
 
 TINY = {
     "kind": "study",
@@ -50,7 +49,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_failed_cell_stands_in_the_table_and_stops_no_other(done: Path) -> None:
+def test_a_failed_trial_stands_in_the_table_and_stops_no_other(done: Path) -> None:
     folder = done.parent / "runs" / "studies" / "tiny"
     found = comparison_of_study(folder)
     said = {r.variant: r.status for r in found.trials}
@@ -74,7 +73,7 @@ def test_the_same_command_skips_what_is_complete(
     done: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = done.parent / "runs" / "studies" / "tiny"
-    before = {p: p.stat().st_mtime_ns for p in (done.parent / "runs" / "cells").rglob("*.safetensors")}
+    before = {p: p.stat().st_mtime_ns for p in (done.parent / "runs" / "trials").rglob("*.safetensors")}
     started: list[Path] = []
 
     class Ended:
@@ -83,15 +82,15 @@ def test_the_same_command_skips_what_is_complete(
         def poll(self) -> int:
             return 2
 
-    def start(path: Path, jobs: int) -> Ended:
-        started.append(path)
+    def start(file: TrialFile, jobs: int) -> Ended:
+        started.append(file.path)
         return Ended()
 
     monkeypatch.setattr("diffbench.studies.runner._start", start)
     assert run_study(done) == folder
     assert [p.stem for p in started] == ["absurd_s0"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert "1 of 2 cells are complete already" in capfd.readouterr().out
+    assert "1 of 2 trials are complete already" in capfd.readouterr().out
 
 
 def test_compare_takes_a_study_by_its_yaml_or_folder(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +102,7 @@ def test_compare_takes_a_study_by_its_yaml_or_folder(done: Path, capsys: pytest.
     assert told[0] == told[1] and "absurd" in told[0] and str(folder / "report.html") in told[0]
 
 
-def test_a_new_seed_adds_cells_and_keeps_the_study(done: Path) -> None:
+def test_a_new_seed_adds_trials_and_keeps_the_study(done: Path) -> None:
     study = folder_of_study(done, ["seeds=[0,1]", "jobs=1"], _loaded(done))
     assert study.name == "tiny"
     assert folder_of_study(done, ["stop.images=64"], _loaded(done)).name == "tiny-stop.images=64"
@@ -121,7 +120,7 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "2 networks x 2 seeds = 4 runs, 4 evaluations" in out
     assert "off parameters" in out and "hidden_size=" in out
-    assert not list(tmp_path.glob("runs/cells/*"))
+    assert not list(tmp_path.glob("runs/trials/*"))
 
 
 def test_tuning_chooses_by_validation_error_and_the_report_says_so(tmp_path: Path) -> None:
@@ -130,17 +129,18 @@ def test_tuning_chooses_by_validation_error_and_the_report_says_so(tmp_path: Pat
     assert main(["study", str(path)]) == 0
     folder = tmp_path / "runs" / "studies" / "tiny"
     errors = {}
-    for cell in sorted((folder / "cells").glob("tuning*.yaml")):
+    for cell in sorted((folder / "trials").glob("tuning*.yaml")):
         values = yaml.safe_load(cell.read_text())
         lines = [m["val/error"] for m in records.metrics(Path(values["folder"])) if "val/error" in m]
         errors[values["tuning"]["optimizer.lr"]] = lines[-1]
         assert values["seed"] == 1000 and values["config"]["trainer"]["max_images"] == 160
     best = min(errors, key=lambda lr: errors[lr])
-    reported = yaml.safe_load((folder / "cells" / "dit_s0.yaml").read_text())
+    reported = yaml.safe_load((folder / "trials" / "dit_s0.yaml").read_text())
     assert reported["config"]["optimizer"]["lr"] == best == 3e-3
     notes = json.loads((folder / "notes.json").read_text())
     assert any(f"Chosen: dit optimizer.lr={best}" in note and "100% of the training FLOPs" in note for note in notes)
-    assert is_complete(folder / "cells" / "dit_s0.yaml") and not failure(folder / "cells" / "dit_s0.yaml")
+    file = TrialFile(folder / "trials" / "dit_s0.yaml")
+    assert file.complete and not file.failure
     assert [r.seed for r in comparison_of_study(folder).trials] == [0]
 
 
@@ -148,4 +148,4 @@ def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["study", "experiments/digits/dit.yaml"]) == 2
     assert "kind: must be study, got 'denoiser'" in capsys.readouterr().err
     assert main(["study", str(written(tmp_path, experiment="experiments/digits/classifier.yaml", set={}))]) == 2
-    assert "experiment: experiments/digits/classifier.yaml is no denoiser's" in capsys.readouterr().err
+    assert "experiment: experiments/digits/classifier.yaml is not a denoiser's" in capsys.readouterr().err

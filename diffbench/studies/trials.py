@@ -1,0 +1,203 @@
+"""The trials of a study on disk: a file that says what to train and evaluate, what runs it, and what has come of it."""
+
+import json
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from diffbench.config.kinds import RunConfig
+from diffbench.config.layers import dump, read_yaml
+from diffbench.config.load import from_dict, to_dict
+from diffbench.core.errors import UserError
+from diffbench.core.files import locked, write_text
+from diffbench.evaluation.validation_error import as_metrics, denoising_error
+from diffbench.reports.results import IMAGE_ERRORS, Comparison, Status, Trial, save_image_errors
+from diffbench.runs.base import Run
+from diffbench.runs.evaluate import evaluate_as, scores_as
+from diffbench.runs.folder import SAVED
+from diffbench.runs.lifecycle import look, train_in
+from diffbench.studies.config import AVERAGE
+from diffbench.studies.plan import PlannedTrial, evaluated
+
+KIND = "trial"
+"""The `kind` in the file of a trial."""
+FOLDER = "trials"
+"""Where a study's folder holds the files of its trials."""
+
+
+def run_of(folder: Path) -> Run[Any] | None:
+    """The run of a folder; None where none has begun."""
+    return look(folder) if (folder / SAVED).is_file() else None
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a run has come to its end, its averages exported."""
+    run = run_of(folder)
+    return run is not None and run.complete
+
+
+def last_validation_error(folder: Path) -> float:
+    """The last validation error of a run.
+
+    Raises:
+        UserError: if it has none.
+    """
+    error = look(folder).last("val/error")
+    if error is None:
+        raise UserError(f"{folder}: no validation error in metrics.jsonl")
+    return error
+
+
+class TrialFile:
+    """A trial as its file describes it, apart from the study that planned it and from all other trials.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def write(cls, study: Path, trial: PlannedTrial, order: int) -> "TrialFile":
+        """Write a trial's file into a study's folder, unless it is there already."""
+        path = study / FOLDER / f"{trial.slug}.yaml"
+        values = {
+            "kind": KIND,
+            "order": order,
+            "name": trial.name,
+            "seed": trial.seed,
+            "folder": str(trial.folder),
+            "tuning": trial.tuning,
+            "evaluations": {} if trial.tuning else trial.variant.evaluations,
+            "config": to_dict(trial.config),
+        }
+        text = dump(values)
+        if not path.exists() or path.read_text() != text:
+            write_text(path, text)
+        return cls(path)
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """What the file says."""
+        return read_yaml(self.path)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The config of the run, with its seed."""
+        config = from_dict(self.values["config"], str(self.path))
+        assert isinstance(config, RunConfig)
+        return config
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.values["folder"])
+
+    def run(self) -> None:
+        """Train the run unless it is trained, and make the evaluations that are missing; a failure is noted.
+
+        Raises:
+            UserError: for what the user can mend.
+            SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
+        """
+        self.forget_end()
+        try:
+            with locked(self.folder.parent, wait=True, name=f".{self.folder.name}.lock"):  # studies may share the run
+                self._train_and_evaluate()
+        except Exception as e:
+            self.ended(2, " ".join(str(e).split())[:300])
+            raise
+
+    def _train_and_evaluate(self) -> None:
+        run = train_in(self.folder, self.config, [(str(self.path), self.values["config"])])
+        save_image_errors(run)
+        for variant, changes in self.values["evaluations"].items():
+            started = time.perf_counter()
+            run.use_average(changes.get(AVERAGE, self.config.ema.decays[0]))
+
+            def errors() -> dict[str, float]:
+                # metrics.jsonl has the validation error of the first average alone
+                found = denoising_error(run.network, run.process, run.sets[1], run.config.validation.log_snr)
+                return as_metrics("error", found)
+
+            evaluate_as(run, evaluated(self.config, changes, str(self.path)), errors if AVERAGE in changes else dict)
+            print(f"{variant}: scored in {time.perf_counter() - started:.1f} s", flush=True)
+
+    def trials(self) -> list[Trial]:
+        """What has come of the trial so far, one row of the report for each variant evaluated on its run."""
+        run, why = run_of(self.folder), self.failure
+        records = list(reversed(run.results)) if run is not None and run.complete else []
+        found = []
+        for variant, changes in self.values["evaluations"].items():
+            record = next((r for r in records if self._answers(r, changes)), None)
+            status: Status = "complete" if record else "failed" if why else "unfinished" if run else "not begun"
+            found.append(Trial(variant, int(self.values["seed"]), status, run, record, "" if record else why))
+        return found
+
+    def _answers(self, record: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+        """Whether a record is the evaluation that a variant asks for."""
+        wanted = evaluated(self.config, dict(changes), str(self.path))
+        return scores_as(record, wanted, changes.get(AVERAGE, self.config.ema.decays[0]))
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        measured = is_trained(self.folder) and (self.folder / IMAGE_ERRORS).exists()
+        return measured and all(trial.complete for trial in self.trials())
+
+    @property
+    def log(self) -> Path:
+        """What the trial's process prints."""
+        return self.path.with_suffix(".log")
+
+    def ended(self, code: int, last: str) -> None:
+        """Note how the trial's process ended."""
+        write_text(self.path.with_suffix(".json"), json.dumps({"exit": code, "last": last}) + "\n")
+
+    def forget_end(self) -> None:
+        """Forget how an earlier process ended."""
+        self.path.with_suffix(".json").unlink(missing_ok=True)
+
+    @property
+    def failure(self) -> str:
+        """Why the last try failed, in one line; empty where it did not."""
+        try:
+            end = json.loads(self.path.with_suffix(".json").read_text())
+        except (FileNotFoundError, ValueError):
+            return ""
+        if end["exit"] == 0:
+            return ""
+        killed = f"ended by signal {-end['exit']}" if end["exit"] < 0 else f"exit code {end['exit']}"
+        return f"{killed}: {end['last']}" if end["last"] else killed
+
+
+def comparison_of_study(folder: Path) -> Comparison:
+    """What a study has brought so far, as the comparison of its report; nothing is built or trained.
+
+    Raises:
+        UserError: if the folder holds no study, or one without trials.
+    """
+    if not (folder / "study.yaml").is_file():
+        raise UserError(f"{folder}: no study here (study.yaml is missing); run diffbench study on its YAML first")
+    study = read_yaml(folder / "study.yaml")
+    files = [
+        file for path in sorted((folder / FOLDER).glob("*.yaml")) if not (file := TrialFile(path)).values["tuning"]
+    ]
+    if not files:
+        raise UserError(f"{folder}: no trials yet; run diffbench study on its YAML first")
+    files.sort(key=lambda file: file.values["order"])
+    trials = [trial for file in files for trial in file.trials()]
+    order = list(dict.fromkeys(t.variant for t in trials))
+    notes = folder / "notes.json"
+    return Comparison(
+        title=study["title"] or folder.name,
+        question=study["question"],
+        trials=sorted(trials, key=lambda t: (order.index(t.variant), t.seed)),
+        primary=study["primary"],
+        baseline=study["baseline"],
+        like_for_like=study["like_for_like"],
+        notes=json.loads(notes.read_text()) if notes.exists() else [],
+    )
