@@ -14,7 +14,7 @@ from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build
 from diffbench.core.errors import UserError
 from diffbench.metrics.registry import metric_of
-from diffbench.reports.results import Comparison, Trial, comparable_scores, protocol
+from diffbench.reports.results import Comparison, Trial, comparable_scores, guidance
 from diffbench.reports.tables import IDENTITY, run_facts, run_table
 from diffbench.reports.text import counted, listed
 from diffbench.runs.base import Run
@@ -82,7 +82,10 @@ def compare(words: Sequence[str]) -> Iterator[str]:
     scored = comparable_scores(runs)
     if len(runs) <= MOST_COLUMNS:
         titles = [str(folder).removeprefix("runs/") for folder in folders]
-        yield run_table([(title, run_facts(run, s)) for title, run, s in zip(titles, runs, scored, strict=True)])
+        sample = next(
+            (run.values["sample"] for run in runs if run.kind == "denoiser"), None
+        )  # one row for one protocol
+        yield run_table([(t, run_facts(run, s, sample)) for t, run, s in zip(titles, runs, scored, strict=True)])
     if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked.out is None:
         return
     try:
@@ -134,7 +137,7 @@ def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]
     if not kept:
         raise UserError(f"{runs[0].folder}: a run of kind {runs[0].kind}; reports compare denoisers")
     denoisers = [run for run, _ in kept.values()]
-    guided = Counter(protocol(r) for _, records in kept.values() for r in records)
+    guided = Counter(guidance(r) for _, records in kept.values() for r in records)
     chosen = "" if guided.get("", 0) == max(guided.values(), default=0) else guided.most_common(1)[0][0]
     trials: list[Trial] = []
     taken: set[tuple[str, int]] = set()
@@ -143,7 +146,7 @@ def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]
         if (name, seed) in taken:  # a copy, or a rerun elsewhere
             name = f"{name} ({run.folder})"
         taken.add((name, seed))
-        record = next((r for r in records if protocol(r) == chosen), None)
+        record = next((r for r in records if guidance(r) == chosen), None)
         if run.complete:
             trials.append(Trial(name, seed, "complete", run, record))
         else:

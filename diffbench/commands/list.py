@@ -85,18 +85,22 @@ def runs(tops: Sequence[Path]) -> list[str]:
 
 
 def _row(run: "Run[Any]") -> dict[str, str]:
-    from diffbench.evaluation.records import values
+    from diffbench.evaluation.records import deviations, values
     from diffbench.reports.results import newest_scores
 
     trainer, error = run.values["trainer"], run.last("val/error")
     batch = int(trainer["batch_size"])
-    scored = [(name, value) for record in newest_scores(run) for name, value in values(record).items()]
+    scored = [
+        (name, f"{name} {value:.4g}" + (f" ({how})" if (how := deviations(record, run.values)) else ""))
+        for record in newest_scores(run)
+        for name, value in values(record).items()
+    ]
     changed = max(p.stat().st_mtime for p in (*run.folder.glob("*.jsonl"), run.folder / "config.yaml"))
     return {
         "run": str(run.folder),
         "images": f"{run.images_seen:,}",
         "of": f"{-(-int(trainer['max_images']) // batch) * batch:,}",
         "validation error": "-" if error is None else f"{error:.4f}",
-        "newest score": next((f"{n} {v:.4g}" for prefix in SCORES for n, v in scored if n.startswith(prefix)), "-"),
+        "newest score": next((text for prefix in SCORES for name, text in scored if name.startswith(prefix)), "-"),
         "last change": f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}",
     }

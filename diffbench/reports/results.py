@@ -183,13 +183,13 @@ def full_name(trials: Sequence[Trial], metric: str) -> str | None:
 # The records of a run.
 
 
-def protocol(record: dict[str, Any]) -> str:
-    """How a record's samples were guided, as a table says it: " (guidance 1.5)", or nothing."""
+def guidance(record: dict[str, Any]) -> str:
+    """How a record's samples were guided: "guidance 1.5", or nothing."""
     sample = record.get("sample") or {}
     how = [] if record.get("guidance", 1) == 1 else [f"guidance {record['guidance']:g}"]
     if sample.get("classifier") and sample.get("classifier_scale"):
         how.append(f"classifier {sample['classifier_scale']:g}")
-    return f" ({', '.join(how)})" if how else ""
+    return ", ".join(how)
 
 
 def scores(run: Run[Any]) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def scores(run: Run[Any]) -> list[dict[str, Any]]:
 
 def newest_scores(run: Run[Any]) -> list[dict[str, Any]]:
     """The newest record of each guidance for the weights that the run holds, unguided first."""
-    chosen = {protocol(r): r for r in scores(run)}
+    chosen = {guidance(r): r for r in scores(run)}
     return [chosen[guided] for guided in sorted(chosen)]
 
 
@@ -210,7 +210,7 @@ def comparable_scores(runs: Sequence[Run[Any]]) -> list[list[dict[str, Any]]]:
     Raises:
         UserError: where runs have records of a guidance but none by the same protocol, saying how they differ.
     """
-    held = [[(run.kind, protocol(r), r) for r in reversed(scores(run))] for run in runs]
+    held = [[(run.kind, guidance(r), r) for r in reversed(scores(run))] for run in runs]
     chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
     for what in sorted({(kind, guided) for records in held for kind, guided, _ in records}):
         groups = [[r for kind, guided, r in records if (kind, guided) == what] for records in held]
@@ -223,7 +223,9 @@ def comparable_scores(runs: Sequence[Run[Any]]) -> list[list[dict[str, Any]]]:
             newest = groups[first][0]
             differing = ((i, difference(newest, group[0])) for i, group in enumerate(groups) if group)
             other, found = next((i, found) for i, found in differing if found)
-            raise measured_differently(runs[first].folder, runs[other].folder, found, what[1])
+            raise measured_differently(
+                runs[first].folder, runs[other].folder, found, f" ({what[1]})" if what[1] else ""
+            )
         for records, record in zip(chosen, alike, strict=True):
             if record is not None:
                 records.append(record)

@@ -5,10 +5,10 @@ from typing import Any
 
 import pandas as pd
 
-from diffbench.evaluation.records import values
+from diffbench.evaluation.records import deviations, values
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion, PairedTest
-from diffbench.reports.results import Trial, newest_scores, protocol
+from diffbench.reports.results import Trial, newest_scores
 from diffbench.reports.text import interval_text, mean_text, number, percent
 from diffbench.runs.base import Run
 
@@ -51,12 +51,15 @@ def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
     return as_text(transposed([{"run": title} | facts for title, facts in runs]))
 
 
-def run_facts(run: Run[Any], scored: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
+def run_facts(
+    run: Run[Any], scored: Sequence[dict[str, Any]] | None = None, sample: dict[str, Any] | None = None
+) -> dict[str, str]:
     """What a table says of a run: size, length, speed, the last validation, scores.
 
     Args:
         run: a run of any kind.
         scored: its records; by default the newest of each guidance.
+        sample: a score names how its samples were drawn where that differs from these keys; by default the run's own.
     """
     scored = newest_scores(run) if scored is None else scored
     seconds = run.seconds
@@ -78,11 +81,12 @@ def run_facts(run: Run[Any], scored: Sequence[dict[str, Any]] | None = None) -> 
     for record in scored:
         if "numbers" in record:
             facts["numbers per image"] = f"{record['numbers']:,}"
+        how = deviations(record, run.values if sample is None else run.values | {"sample": sample})
         for name, value in values(record).items():
             metric, real = metric_of(name), floor(record, name)
             if metric.shown:
                 beside = "" if real is None or not metric.floor else f" (real {metric.text(real)})"
-                facts[name + protocol(record)] = metric.text(value) + beside
+                facts[f"{name} ({how})" if how else name] = metric.text(value) + beside
     samplers = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored if r.get("sample")]
     return facts | ({"sampler": ", ".join(dict.fromkeys(samplers))} if samplers else {})
 
