@@ -143,6 +143,8 @@ METRICS: dict[str, Metric] = {
     )
 }
 """Name without extractor and count -> row, in the order in which tables show them."""
+RANKING = [name for name, metric in METRICS.items() if metric.direction]
+"""The metrics that say which of two variants is better."""
 
 
 def metric_of(name: str) -> Metric:

@@ -14,7 +14,7 @@ from diffbench.core.errors import UserError
 from diffbench.denoisers.flops import Cost
 from diffbench.evaluation.records import difference, values
 from diffbench.evaluation.validation_error import image_errors
-from diffbench.metrics.registry import METRICS, metric_of
+from diffbench.metrics.registry import RANKING, metric_of
 from diffbench.runs.base import Run
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
@@ -119,9 +119,8 @@ def check_comparable(trials: Sequence[Trial], primary: str) -> None:
     Raises:
         UserError: saying how they differ, or that the primary metric ranks nothing.
     """
-    ranking = [name for name, metric in METRICS.items() if metric.direction]
     if metric_of(primary).direction is None:
-        raise UserError(f"primary: {primary} does not rank variants; choose from {', '.join(ranking)}")
+        raise UserError(f"primary: {primary} does not rank variants; choose from {', '.join(RANKING)}")
     scored = [(t, t.record, t.run.folder) for t in trials if t.record and t.run]
     variant_of: dict[Path, str] = {}
     shared = any(variant_of.setdefault(folder, t.variant) != t.variant for t, _, folder in scored)

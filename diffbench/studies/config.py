@@ -11,6 +11,7 @@ from diffbench.config.kinds import FORMAT
 from diffbench.config.layers import COMMAND_LINE, located, merge, parse_overrides, read_chain
 from diffbench.config.load import build, shown
 from diffbench.core.errors import suggest
+from diffbench.metrics.registry import RANKING, metric_of
 
 AVERAGE = "average"
 """Key of a variant: the decay of the average that it evaluates, one of ema.decays."""
@@ -115,6 +116,8 @@ class StudyConfig:
             raise ValueError("experiment: missing; name the YAML of an experiment, as experiments/digits/dit.yaml")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds: must be different whole numbers of at least 0, got {self.seeds}")
+        if metric_of(self.primary).direction is None:
+            raise ValueError(f"primary: {self.primary} does not rank variants; choose from {', '.join(RANKING)}")
         if self.jobs < 1:
             raise ValueError(f"jobs: must be at least 1, got {self.jobs}")
         if self.jobs > 1 and self.stop.seconds is not None:

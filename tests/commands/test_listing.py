@@ -67,3 +67,13 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_a_refused_resume_leaves_the_list_as_it_was(smoke_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (before,) = listed(capsys, smoke_run.parent)[1:]
+    assert [part.strip() for part in before][1:3] == ["16", "16"]
+    runs = f"runs_dir={smoke_run.parent.parent}"
+    command = ["train", "experiments/digits/dit.yaml", "debug=smoke", runs, "tag=", "trainer.max_images=32"]
+    assert main([*command, "optimizer.lr=0.5"]) == 2
+    assert "optimizer.lr" in capsys.readouterr().err
+    assert listed(capsys, smoke_run.parent)[1:] == [before]

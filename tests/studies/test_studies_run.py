@@ -9,6 +9,7 @@ import yaml
 
 from diffbench.cli import main
 from diffbench.evaluation import records
+from diffbench.studies.config import load_study
 from diffbench.studies.runner import folder_of_study, run_study
 from diffbench.studies.trials import TrialFile, comparison_of_study
 
@@ -103,15 +104,9 @@ def test_compare_takes_a_study_by_its_yaml_or_folder(done: Path, capsys: pytest.
 
 
 def test_a_new_seed_adds_trials_and_keeps_the_study(done: Path) -> None:
-    study = folder_of_study(done, ["seeds=[0,1]", "jobs=1"], _loaded(done))
+    study = folder_of_study(done, ["seeds=[0,1]", "jobs=1"], load_study(done))
     assert study.name == "tiny"
-    assert folder_of_study(done, ["stop.images=64"], _loaded(done)).name == "tiny-stop.images=64"
-
-
-def _loaded(path: Path) -> Any:
-    from diffbench.studies.config import load_study
-
-    return load_study(path)
+    assert folder_of_study(done, ["stop.images=64"], load_study(done)).name == "tiny-stop.images=64"
 
 
 def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,3 +144,40 @@ def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "kind: must be study, got 'denoiser'" in capsys.readouterr().err
     assert main(["study", str(written(tmp_path, experiment="experiments/digits/classifier.yaml", set={}))]) == 2
     assert "experiment: experiments/digits/classifier.yaml is not a denoiser's" in capsys.readouterr().err
+
+
+def test_a_study_runs_from_any_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = Path("experiments/studies/backbones.yaml").resolve()
+    (tmp_path / "own").mkdir()
+    path = written(tmp_path / "own", experiment="dit-own.yaml", set={}, axes={"denoiser.depth": [1]}, runs_dir="runs")
+    (path.parent / "dit-own.yaml").write_text(f"base: {Path('experiments/digits/dit.yaml').resolve()}\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", str(path), "--dry-run", "seeds=[3]"]) == 0
+    assert "1 networks x 1 seeds = 1 runs" in capsys.readouterr().out
+    plan = load_study(shipped)
+    assert all(Path(keys["experiment"]).is_file() for keys in plan.axes["backbone"].values())
+    (path.parent / "dit-own.yaml").unlink()
+    assert main(["study", str(path), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"{path}: experiment: dit-own.yaml: no such file; looked in {path.parent}, " in said and str(tmp_path) in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"primary": "accuracy"}, "primary: accuracy does not rank variants; choose from val/error, fd, "),
+        ({"axes": {"evaluate.count": [20, 5000]}}, "evaluate.count: must be at most 1757"),
+        ({"axes": {"denoiser.num_heads": [1, 3]}}, "denoiser.num_heads"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained(
+    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", str(written(tmp_path, **changes))]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and "networks x" not in captured.out
+    assert not (tmp_path / "runs" / "trials").exists()
