@@ -28,7 +28,7 @@ from diffbench.sampling.images import save_image
 
 @dataclass
 class AttentionConfig:
-    """What `diffbench attention` takes as key=value."""
+    """Keys of `diffbench attention`."""
 
     layers: list[str] | None = None
     """Names of layers; null: the first, the middle and the last of each run."""
@@ -53,7 +53,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class Attention:
-    """What one run attends to at several noise levels."""
+    """The attention of one run at several noise levels."""
 
     run: DenoiserRun
     times: Tensor
@@ -110,7 +110,7 @@ def _of(run: DenoiserRun, config: AttentionConfig, levels: list[float]) -> Atten
     if not len(run.held_out):
         raise ValueError(f"data.name: {run.folder} has no images (data.name={run.config.data.name}) to be noised")
     if not 0 <= config.image < len(run.held_out):
-        raise ValueError(f"image: {config.image} is none of the {len(run.held_out)} held-out images of {run.folder}")
+        raise ValueError(f"image: {config.image} is not one of the {len(run.held_out)} held-out images of {run.folder}")
     parameter = next(run.denoiser.parameters())
     try:
         t = run.process.time_at(torch.tensor(levels, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What a comparison comes to: summaries of every variant, paired differences, and the answer in a sentence or two."""
+"""The conclusion of a comparison: summaries of every variant, paired differences, the answer in a sentence or two."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""How figures look: colours that colour-blind readers tell apart, a dash and a marker of its own for each line."""
+"""The look of figures: colours that colour-blind readers tell apart, a dash and a marker of its own for each line."""
 
 import io
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from diffbench.core.files import write_bytes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
-"""Of Okabe and Ito (2008), without the yellow, which is hard to see on white."""
+"""Colours of Okabe and Ito (2008), without the yellow, which is hard to see on white."""
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#1f2933", "#9aa5b1"
@@ -29,7 +29,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Style:
-    """How one variant is drawn, in every figure."""
+    """The look of one variant in every figure."""
 
     colour: str
     dash: str

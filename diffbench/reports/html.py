@@ -81,7 +81,7 @@ def _quality(c: Conclusion) -> tables.Rows:
 
 
 def _protocol(c: Conclusion) -> dict[str, str]:
-    """How everything was measured: each fact with the values that trials have for it."""
+    """Facts about the measurement, each with all values that trials have for it."""
     facts: dict[str, list[str]] = {}
     flats = [run.flat for run in {id(t.run): t.run for t in c.trials}.values() if run]
     for label, key in (

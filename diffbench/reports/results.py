@@ -1,4 +1,4 @@
-"""What a report compares: trials with their runs and scores, and whether they were measured alike."""
+"""The trials that a report compares, with their runs and scores, and checks that they were measured alike."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -152,7 +152,7 @@ def _sampling_differs(trials: Sequence[Trial]) -> bool:
 
 
 def validation_difference(trials: Sequence[Trial]) -> str | None:
-    """How the held-out images or the levels of validation differ between runs, in words; None where they agree."""
+    """The first difference in held-out images or levels of validation between runs, in words; None where they agree."""
     first: dict[str, Any] | None = None
     for trial in trials:
         if trial.run is None:
@@ -183,7 +183,7 @@ def full_name(trials: Sequence[Trial], metric: str) -> str | None:
 
 
 def guidance(record: dict[str, Any]) -> str:
-    """How a record's samples were guided: "guidance 1.5", or nothing."""
+    """The guidance of a record's samples: "guidance 1.5", or nothing."""
     sample = record.get("sample") or {}
     how = [] if record.get("guidance", 1) == 1 else [f"guidance {record['guidance']:g}"]
     if sample.get("classifier") and sample.get("classifier_scale"):
@@ -275,7 +275,7 @@ def save_image_errors(run: DenoiserRun) -> Path:
 
 
 def read_image_errors(folder: Path) -> ImageErrors | None:
-    """What `save_image_errors` wrote into a run folder, or None.
+    """The validation errors of single images in a run folder, or None.
 
     Raises:
         UserError: if the file is damaged.

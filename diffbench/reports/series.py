@@ -1,4 +1,4 @@
-"""What plots draw of a conclusion: networks trained once, their curves over training, and sweeps of sampling."""
+"""The data of plots: networks trained once, their curves over training, and sweeps of sampling."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from diffbench.reports.results import Trial
 from diffbench.reports.statistics import summary
 
 LEVEL = "val/error_log_snr_"
-"""What the names of validation errors at single noise levels begin with."""
+"""The start of the names of validation errors at single noise levels."""
 
 
 @dataclass(frozen=True)

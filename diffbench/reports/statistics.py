@@ -1,4 +1,4 @@
-"""What a comparison may conclude: intervals over seeds, paired differences under Holm's correction, ties, and the
+"""The statistics of a comparison: intervals over seeds, paired differences under Holm's correction, ties, and the
 smallest difference that would have been found.
 
 Never a minimum over seeds, and no bootstrap of a Fréchet distance: duplicates among resampled images bias it.

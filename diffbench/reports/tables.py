@@ -54,7 +54,7 @@ def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
 def run_facts(
     run: Run[Any], scored: Sequence[dict[str, Any]] | None = None, sample: dict[str, Any] | None = None
 ) -> dict[str, str]:
-    """What a table says of a run: size, length, speed, the last validation, scores.
+    """Facts about a run for a table: size, length, speed, the last validation, scores.
 
     Args:
         run: a run of any kind.
@@ -92,7 +92,7 @@ def run_facts(
 
 
 def floor(record: dict[str, Any], name: str) -> float | None:
-    """What as many real images score by a metric, where the record of a run's samples says so."""
+    """The score of as many real images, where a record has it."""
     metric = metric_of(name)
     found = record.get(f"{metric.name}_held_out", (record.get("floor") or {}).get(metric.computed or metric.name))
     return found if isinstance(found, int | float) else None
@@ -124,7 +124,7 @@ def quality(c: Conclusion) -> Rows:
 
 
 def floors(c: Conclusion) -> dict[str, float]:
-    """What as many real images score, by the metrics' full names."""
+    """Full name of a metric -> the score of as many real images."""
     records = [t.record for t in c.trials if t.record]
     found = {n: next((floor(r, n) for r in records if n in r and floor(r, n) is not None), None) for n in shown(c)}
     return {name: value for name, value in found.items() if value is not None}

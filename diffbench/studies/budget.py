@@ -1,4 +1,4 @@
-"""How long a study will take: rates measured on this machine before anything is trained."""
+"""The time that a study will take, from rates measured on this machine before anything is trained."""
 
 import hashlib
 import json
@@ -18,15 +18,16 @@ from diffbench.studies.plan import TrainingVariant, evaluated
 
 WARM, LEAST_STEPS, LEAST_SECONDS = 3, 10, 2.0
 FORWARDS = 3
-"""What a training image costs, in forward passes."""
+"""Forward passes that a training image costs."""
 
 
 class Probe:
-    """Measures how fast configs train and sample here, each once; training rates are kept in a file, so that a study
-    stopped by seconds ends at the same image whenever it goes on.
+    """The speed of configs on this machine, each measured once.
+
+    Training rates are kept in a file, so that a study stopped by seconds ends at the same image whenever it goes on.
 
     Args:
-        path: of the file.
+        path: the file.
         jobs: runs at a time, which share the cores.
     """
 

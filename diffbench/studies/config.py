@@ -1,4 +1,4 @@
-"""What a study's YAML holds: a base experiment, the axes that vary it, and how the variants are kept comparable."""
+"""The config of a study: a base experiment, the axes that vary it, and what keeps the variants comparable."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ from diffbench.metrics.registry import RANKING, metric_of
 AVERAGE = "average"
 """Key of a variant: the decay of the average that it evaluates, one of ema.decays."""
 EVALUATED = ("sample", "evaluate", AVERAGE)
-"""What changes no weights: axes over it reuse the trained runs."""
+"""Sections that change no weights: axes over them reuse the trained runs."""
 EXPERIMENT = "experiment"
 """Key of a variant: the YAML that it varies in place of the study's."""
 
@@ -43,13 +43,13 @@ class StopConfig:
 
 @dataclass
 class MatchConfig:
-    """What is made alike by sizing the networks."""
+    """Networks of equal size: parameters or multiply-accumulates."""
 
     by: Literal["none", "parameters", "gmacs"] = "none"
     to: str | float | None = None
     """A number (parameters, or GMACs), or a variant, whose own size is the target."""
     change: Literal["width", "depth"] = "width"
-    """What of a network is changed for it; `denoisers.Entry` knows the keys."""
+    """The dimension of a network that is changed for it; the denoiser registry knows the keys."""
 
     def __post_init__(self) -> None:
         if (self.by == "none") != (self.to is None):
@@ -65,7 +65,7 @@ class TuneConfig:
     grid: dict[str, Any] = field(default_factory=dict)
     """Keys and the values to try, as optimizer.lr: [1e-3, 2e-3]; all combinations are."""
     seed: int = 1000
-    """Of the tuning runs; not one that is reported."""
+    """Seed of the tuning runs, which is not reported."""
     share: float = 1.0
     """Length of a tuning run as a share of a reported one."""
 
@@ -87,7 +87,7 @@ class StudyConfig:
     kind: Literal["study"] = "study"
     title: str = ""
     question: str = ""
-    """What the report answers, in a sentence or two."""
+    """The question that the report answers, in a sentence or two."""
     experiment: str = ""
     """YAML of the experiment that is varied."""
     set: dict[str, Any] = field(default_factory=dict)
@@ -215,7 +215,7 @@ def nested(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
-    """Reads a study's YAML with its bases and overrides.
+    """Read a study's YAML with its bases and overrides.
 
     Raises:
         UserError: one line that names file and key.

@@ -12,7 +12,7 @@ from diffbench.denoisers import DENOISERS
 from diffbench.runs import build
 
 LARGEST = 4
-"""How many times its own size a network may become."""
+"""The largest factor by which a network may grow."""
 
 
 def size_of(config: RunConfig, data: ImageSet, by: Literal["parameters", "gmacs"]) -> float:
@@ -64,7 +64,7 @@ def sized(
 def _first(
     at: Callable[[int], tuple[float, RunConfig] | None], numbers: range, passed: Callable[[float], bool]
 ) -> list[tuple[float, RunConfig]]:
-    """What the network allows along some numbers, up to the first size past the target."""
+    """The sizes that the network allows along some numbers, up to the first one past the target."""
     found = []
     for n in numbers:
         entry = at(n)
@@ -79,12 +79,12 @@ def _scaled(given: Any, n: int) -> Any:
     """A width n, or a list of widths that begins with n and keeps its proportions.
 
     Raises:
-        ValueError: if they do not come out whole.
+        ValueError: if a width is not an integer then.
     """
     if not isinstance(given, list):
         return n
     if any(value * n % given[0] for value in given):
-        raise ValueError("not whole")
+        raise ValueError("a width would not be an integer")
     return [value * n // given[0] for value in given]
 
 

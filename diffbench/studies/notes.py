@@ -1,4 +1,4 @@
-"""What a study says before it begins, and the notes of its report on budgets, sizes and tuning."""
+"""The plan that a study prints before it begins, and the notes of its report on budgets, sizes and tuning."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +60,7 @@ def notes_of(
     tuning: Sequence[PlannedTrial],
     tuned: Tuned,
 ) -> list[str]:
-    """What a reader of the report must know."""
+    """Notes that a reader of the report needs."""
     budget = {
         "images": f"{study.stop.images or 0:,} images",
         "flops": f"{study.stop.flops or 0:.3g} training FLOPs (6 for each multiply-accumulate of a forward pass)",

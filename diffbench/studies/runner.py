@@ -130,7 +130,7 @@ def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfi
 
 
 def _tuned(tuning: Iterable[PlannedTrial]) -> Tuned:
-    """What tuning chose for each label so far: the least validation error of the grid."""
+    """The choice of tuning for each label so far: the least validation error of the grid."""
     best: dict[str, tuple[float, dict[str, Any]]] = {}
     for trial in tuning:
         if is_trained(trial.folder):

@@ -1,4 +1,4 @@
-"""The trials of a study on disk: a file that says what to train and evaluate, what runs it, and what has come of it."""
+"""The trials of a study on disk: files that say what to train and evaluate, their runs and their results."""
 
 import json
 import time
@@ -81,7 +81,7 @@ class TrialFile:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """What the file says."""
+        """The content of the file."""
         return read_yaml(self.path)
 
     @cached_property
@@ -127,7 +127,7 @@ class TrialFile:
             print(f"{variant}: scored in {time.perf_counter() - started:.1f} s", flush=True)
 
     def trials(self) -> list[Trial]:
-        """What has come of the trial so far, one row of the report for each variant evaluated on its run."""
+        """The results of the trial so far, one row of the report for each variant evaluated on its run."""
         run, why = run_of(self.folder), self.failure
         records = list(reversed(run.results)) if run is not None and run.complete else []
         found = []
@@ -150,7 +150,7 @@ class TrialFile:
 
     @property
     def log(self) -> Path:
-        """What the trial's process prints."""
+        """The output of the trial's process."""
         return self.path.with_suffix(".log")
 
     def ended(self, code: int, last: str) -> None:
@@ -175,7 +175,7 @@ class TrialFile:
 
 
 def comparison_of_study(folder: Path) -> Comparison:
-    """What a study has brought so far, as the comparison of its report; nothing is built or trained.
+    """The results of a study so far, as the comparison of its report; nothing is built or trained.
 
     Raises:
         UserError: if the folder holds no study, or one without trials.

@@ -101,7 +101,7 @@ def test_the_command_writes_a_png_and_tensorboard(smoke_run: Path, tmp_path: Pat
         ("tokens=[[1]]", "tokens: must be pixels as [[4, 4], [0, 7]], got [[1]]"),
         ("times=0", "times: must be at least 1, or a list of log-SNRs, got 0"),
         ("times=[60]", "times: log-SNR must lie in -19.84 to 10.09 for this process, got [60.0]"),
-        ("image=360", "image: 360 is none of the 360 held-out images of "),
+        ("image=360", "image: 360 is not one of the 360 held-out images of "),
         ("picture=3", "picture: unknown key; allowed: layers, tokens, times, image, out"),
     ],
 )  # fmt: skip
