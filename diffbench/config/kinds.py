@@ -1,4 +1,4 @@
-"""What a run can be: a root dataclass for each `kind`, and the registries from which its sections choose by `name`."""
+"""The root dataclass of each `kind` of run, and the registries from which its sections choose by `name`."""
 
 import re
 from dataclasses import dataclass, field, fields, replace
@@ -33,7 +33,7 @@ REGISTRIES: dict[str, dict[str, type]] = {
 }
 
 DEFAULT_NAMES = {"process": "vp"}
-"""What a section without a `name` means; other sections must have one."""
+"""The name of a section that gives none; other sections must give one."""
 
 
 LAST = ("optimizer", "ema", "trainer", "validation", "sample", "evaluate")
@@ -42,7 +42,7 @@ LAST = ("optimizer", "ema", "trainer", "validation", "sample", "evaluate")
 
 @dataclass
 class BaseConfig:
-    """What the config of every kind of run holds."""
+    """The keys that every kind of run has."""
 
     format: int = FORMAT
     kind: str = ""
@@ -65,7 +65,7 @@ class BaseConfig:
             raise ValueError(f"seed: must lie in 0 to 2^63 - 1, got {self.seed}")
         if self.tag is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tag):
             raise ValueError(
-                f"tag: {self.tag!r} is no name; allowed: up to 100 letters, digits, '-', '_' and '.', no sign first"
+                f"tag: {self.tag!r} is not a name; allowed: up to 100 letters, digits, '-', '_' and '.', no sign first"
             )
         if not self.runs_dir:
             raise ValueError("runs_dir: must be a folder, got ''")
@@ -85,7 +85,7 @@ class RunConfig(BaseConfig):
     """null: pixels. Else the denoiser works on the latents of an autoencoder: a run folder, a folder in diffusers'
     format, a hub name, or an experiment's YAML, whose run is trained first where it is missing."""
     latent_dtype: Literal["float16", "float32"] = "float16"
-    """How the latents' means and log-variances are kept."""
+    """Type in which the latents' means and log-variances are stored."""
     denoiser: Any = None
     process: Any = None
     trainer: DenoiserTrainerConfig = field(default_factory=DenoiserTrainerConfig)
@@ -100,7 +100,7 @@ class RunConfig(BaseConfig):
         if self.autoencoder is None and self.latent_dtype != "float16":
             raise ValueError("latent_dtype: belongs to autoencoder; without one leave it at float16")
         if self.autoencoder is not None and self.trainer.augment:
-            raise ValueError("trainer.augment: changes pictures, not the latents of autoencoder; leave it at 0")
+            raise ValueError("trainer.augment: changes images, not the latents of autoencoder; leave it at 0")
         self._check_guidance()
         if self.trainer.time_sampling == "loss_aware" and self.process.name != "vp":
             raise ValueError(
@@ -144,10 +144,10 @@ class RunConfig(BaseConfig):
             else:
                 process.grid(s.steps)
         except ValueError as e:
-            raise ValueError(f"sample.steps: {s.steps!r} does not fit {_told(self.process)}: {e}") from None
+            raise ValueError(f"sample.steps: {s.steps!r} does not fit {_described(self.process)}: {e}") from None
 
 
-def _told(process: Any) -> str:
+def _described(process: Any) -> str:
     return f"process.steps={process.steps}" if process.name == "vp" else f"process.name={process.name}"
 
 
@@ -166,7 +166,7 @@ class ClassifierRunConfig(BaseConfig):
 
 
 def check_levels(process: Any, validation: ValidationConfig) -> None:
-    """Whether the process reaches the noise levels of validation.
+    """Check that the process reaches the noise levels of validation.
 
     Raises:
         ValueError: if not.

@@ -150,7 +150,7 @@ def _nodes(value: Any, depth: int = 0) -> Iterator[Any]:
 
 
 def _problem(error: Exception) -> str:
-    """What a YAML error says, without its context."""
+    """The message of a YAML error, without its context."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
     return str(error).strip().split("\n")[0]

@@ -43,7 +43,7 @@ SMOKE: dict[str, dict[str, Any]] = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> BaseConfig:
-    """Reads a YAML file, merges its bases and the overrides, checks everything.
+    """Read a YAML file, merge its bases and the overrides, and check everything.
 
     Args:
         path: the experiment's YAML.
@@ -56,7 +56,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> BaseConfig:
 
 
 def read_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[Layer]:
-    """What a config consists of: its farthest base first, the command line last."""
+    """The layers of a config: its farthest base first, the command line last."""
     stack = read_chain(Path(path))
     changes = parse_overrides(overrides)
     said: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
 
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:
-    """The same with each ${key} replaced by that key's value."""
+    """Replace each ${key} by that key's value."""
     if "${" not in repr(values):
         return values
     try:
@@ -207,7 +207,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapp
 
 
 def convert(kind: Any, value: Any, key: str) -> Any:
-    """A value as the type that its key declares: 2e5 serves as a whole number, and text stays as it was typed.
+    """Convert a value to the type that its key declares: 2e5 serves as a whole number, and text stays as typed.
 
     Raises:
         ValueError: a line that begins with the key.
@@ -274,7 +274,7 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 def _is_text(text: str) -> bool:
-    """Whether a file can be called so and UTF-8 can hold it: no NUL, no half of a surrogate pair."""
+    """Whether UTF-8 and a file name can hold it: no NUL, and no half of a surrogate pair."""
     return "\0" not in text and not re.search("[\ud800-\udfff]", text)
 
 

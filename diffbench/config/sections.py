@@ -4,6 +4,7 @@ They stand apart from the code that they configure, which needs Lightning, so th
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -12,6 +13,15 @@ import torch
 from diffbench.autoencoders import KLConfig
 from diffbench.denoisers.base import check_positive
 from diffbench.diffusion import PAIRS, check_pair
+
+
+def check(config: Any, section: str, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raise ValueError with what is wanted of the first named value for which `holds` is false; null always holds."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{section}.{name}: must {wanted}, got {value}")
+
 
 AUGMENT_WIDTH = 9
 """Entries of the label that tells a network what augmentation did to an image."""
@@ -36,15 +46,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", section="optimizer")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"optimizer.betas: must be two numbers in [0, 1), got {self.betas}")
-        if self.grad_clip_norm is not None and self.grad_clip_norm <= 0:
-            raise ValueError(f"optimizer.grad_clip_norm: must be positive or null, got {self.grad_clip_norm}")
-        for name in ("warmup_images", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name}: must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"optimizer.final_lr: must lie in 0 to 1, got {self.final_lr}")
+        two = "be two numbers in [0, 1)"
+        check(self, "optimizer", two, lambda b: len(b) == 2 and min(b) >= 0 and max(b) < 1, "betas")
+        check(self, "optimizer", "be positive or null", lambda v: v > 0, "grad_clip_norm")
+        check(self, "optimizer", "be at least 0", lambda v: v >= 0, "warmup_images", "weight_decay")
+        check(self, "optimizer", "lie in 0 to 1", lambda v: 0 <= v <= 1, "final_lr")
         if self.decay_images is not None and self.decay_images <= self.warmup_images:
             raise ValueError(
                 f"optimizer.decay_images: {self.decay_images} must exceed optimizer.warmup_images={self.warmup_images};"
@@ -54,22 +60,22 @@ class OptimizerConfig:
 
 @dataclass
 class EMAConfig:
-    """Exponential moving averages of the weights; the first one validates and samples unless told otherwise."""
+    """Exponential moving averages of the weights; the first one validates and samples by default."""
 
     decays: list[float] = field(default_factory=lambda: [0.9999])
     """One average for each decay per optimizer step, in (0, 1)."""
     half_life_images: list[int] | None = None
-    """The same as half-lives in images, in place of `decays` (EDM)."""
+    """Half-lives in images, in place of `decays` (EDM)."""
     warmup: bool = True
     """At update n the decay is at most (1 + n) / (10 + n)."""
     ramp: float | None = None
     """Instead: the half-life is at most this share of the images seen (EDM: 0.05)."""
 
     def in_steps(self, batch_size: int) -> "EMAConfig":
-        """The same with `decays` filled in from the half-lives.
+        """Fill in `decays` from the half-lives.
 
         Raises:
-            ValueError: if other decays were given besides.
+            ValueError: if other decays were given too.
         """
         if self.half_life_images is None:
             return self
@@ -79,12 +85,10 @@ class EMAConfig:
         return replace(self, decays=decays)
 
     def __post_init__(self) -> None:
-        if self.half_life_images is not None and (not self.half_life_images or min(self.half_life_images) < 1):
-            raise ValueError(f"ema.half_life_images: must be numbers of at least 1, got {self.half_life_images}")
-        if self.ramp is not None and not 0 < self.ramp <= 1:
-            raise ValueError(f"ema.ramp: must lie in (0, 1] or be null, got {self.ramp}")
-        if not self.decays or not all(0 < d < 1 for d in self.decays) or len(set(self.decays)) < len(self.decays):
-            raise ValueError(f"ema.decays: must be different numbers between 0 and 1, got {self.decays}")
+        check(self, "ema", "be numbers of at least 1", lambda v: v and min(v) >= 1, "half_life_images")
+        check(self, "ema", "lie in (0, 1] or be null", lambda v: 0 < v <= 1, "ramp")
+        different = "be different numbers between 0 and 1"
+        check(self, "ema", different, lambda v: v and min(v) > 0 and max(v) < 1 and len({*v}) == len(v), "decays")
 
 
 @dataclass
@@ -107,8 +111,8 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines; on several of them torchrun or srun starts the command."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the network: ddp (auto): each holds it whole; fsdp: each holds a part of the weights,
-    the averages and the optimizer's state."""
+    """How several processes share the network: ddp (auto): each holds all of it; fsdp: each holds a part of the
+    weights, the averages and the optimizer's state."""
     timeout_s: int = 1800
     """Seconds that a process waits for the others before it gives up."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
@@ -118,12 +122,12 @@ class TrainerConfig:
     """Products and convolutions of float32 on a CUDA GPU with 10 bits of mantissa; false: all 23, also where PyTorch
     would not."""
     max_skipped: int = 10
-    """Steps in a row that are skipped, because a loss or gradient is no finite number, until training stops."""
+    """Steps in a row that are skipped, because a loss or gradient is not finite, until training stops."""
     deterministic: bool = False
     channels_last: bool = True
     """Keeps convolutions in channels-last order: about a tenth faster, the same to rounding."""
     data_on_device: bool | None = None
-    """Keeps the whole training part on the device; null: on a GPU with four times the room."""
+    """Keep the training part on the device; null: on a GPU with four times the room."""
     async_checkpoints: bool | None = None
     """Writes resume states while training goes on, from a copy in memory; null: on a GPU."""
 
@@ -165,7 +169,7 @@ class TrainerConfig:
 
 
 def precision_here(settings: TrainerConfig, low: bool) -> Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]:
-    """What `trainer.precision` means on this machine; `low`, whether auto may take bfloat16."""
+    """The precision that `trainer.precision` means on this machine; `low` lets auto take bfloat16."""
     if settings.precision != "auto":
         return settings.precision
     there = low and settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
@@ -174,12 +178,12 @@ def precision_here(settings: TrainerConfig, low: bool) -> Literal["32-true", "bf
 
 @dataclass
 class DenoiserTrainerConfig(TrainerConfig):
-    """What training a denoiser has besides."""
+    """A denoiser's trainer keys, beside those of every kind of run."""
 
     label_dropout: float = 0.1
     """Share of labels replaced by the null class, for classifier-free guidance."""
     time_sampling: Literal["uniform", "stratified", "loss_aware"] = "uniform"
-    """How training times are drawn over the process's own distribution: one by one, spread evenly over each batch, or
+    """Draws training times over the process's own distribution: one by one, spread evenly over each batch, or
     by the size of past losses (Nichol & Dhariwal 2021, §3.3), which unpairs the run from others."""
     augment: float = 0.0
     """Probability of each non-leaking change of EDM's augmentation; needs a network with an augmentation input."""
@@ -193,10 +197,8 @@ class DenoiserTrainerConfig(TrainerConfig):
                 f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: none, or"
                 " trainer.strategy=ddp"
             )
-        if not 0 <= self.augment <= 1:
-            raise ValueError(f"trainer.augment: must lie in 0 to 1, got {self.augment}")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"trainer.label_dropout: must lie in [0, 1), got {self.label_dropout}")
+        check(self, "trainer", "lie in 0 to 1", lambda v: 0 <= v <= 1, "augment")
+        check(self, "trainer", "lie in [0, 1)", lambda v: 0 <= v < 1, "label_dropout")
 
 
 @dataclass
@@ -229,7 +231,7 @@ _OWNED: tuple[tuple[str, str, Any], ...] = (
 
 @dataclass
 class SampleConfig:
-    """How samples are drawn, in training and after it."""
+    """The sampler and its settings, in training and after it."""
 
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "euler_maruyama", "dopri5"] | None = None
     """null takes the process's first: ddpm for vp, heun for edm, euler for flow."""
@@ -244,11 +246,11 @@ class SampleConfig:
     guidance_interval: list[float] | None = None
     """Guidance for noise levels sigma / alpha in (low, high] alone (Kynkäänniemi et al. 2024)."""
     guidance_channels: int | None = None
-    """How many channels are guided; null for all. The DiT and DiffiT releases guide three of four."""
+    """Number of channels that are guided; null for all. The DiT and DiffiT releases guide three of four."""
     weak_model: str | None = None
     """Run folder of a weaker model to guide away from, instead of the null class: autoguidance (Karras et al. 2024)."""
     classifier: str | None = None
-    """Run folder of a noise-aware classifier that guides besides (Dhariwal & Nichol 2021)."""
+    """Run folder of a noise-aware classifier that guides too (Dhariwal & Nichol 2021)."""
     classifier_scale: float = 1.0
     """Scale of the classifier's gradient; 1 is Bayes' rule, 0 none."""
     eta: float = 0.0
@@ -287,29 +289,24 @@ class SampleConfig:
         check_positive(self, "batch_size", "guidance_power", "rtol", "atol", "s_noise", section="sample")
         if not re.fullmatch(r"ddim\d+|\d+( *, *\d+)*", self.steps):
             raise ValueError(f"sample.steps: must be like 250, ddim25 or 10,15,20, got {self.steps!r}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"sample.eta: must lie in 0 to 1, got {self.eta}")
+        check(self, "sample", "lie in 0 to 1", lambda v: 0 <= v <= 1, "eta")
         for name, owner, idle in _OWNED:
             if getattr(self, name) != idle and self.sampler not in (owner, None):
-                told = "null" if idle is None else f"{idle:g}" if isinstance(idle, float) else idle
+                left = "null" if idle is None else f"{idle:g}" if isinstance(idle, float) else idle
                 raise ValueError(
-                    f"sample.{name}: belongs to sample.sampler={owner}; with {self.sampler} leave it at {told}"
+                    f"sample.{name}: belongs to sample.sampler={owner}; with {self.sampler} leave it at {left}"
                 )
-        for name in ("guidance", "classifier_scale", "s_churn", "s_min", "sde_strength"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"sample.{name}: must be at least 0, got {getattr(self, name)}")
-        ends = self.guidance_interval
-        if ends is not None and not (len(ends) == 2 and 0 <= ends[0] < ends[1]):
-            raise ValueError(f"sample.guidance_interval: must be two rising numbers of at least 0, got {ends}")
-        if self.guidance_channels is not None and self.guidance_channels < 1:
-            raise ValueError(f"sample.guidance_channels: must be at least 1 or null, got {self.guidance_channels}")
+        names = ("guidance", "classifier_scale", "s_churn", "s_min", "sde_strength")
+        check(self, "sample", "be at least 0", lambda v: v >= 0, *names)
+        rising = "be two rising numbers of at least 0"
+        check(self, "sample", rising, lambda v: len(v) == 2 and 0 <= v[0] < v[1], "guidance_interval")
+        check(self, "sample", "be at least 1 or null", lambda v: v >= 1, "guidance_channels")
         if self.s_max is not None and self.s_max <= self.s_min:
             raise ValueError(f"sample.s_max: must exceed sample.s_min={self.s_min:g} or be null, got {self.s_max:g}")
-        if not 0 < self.sde_last_step < 1:
-            raise ValueError(f"sample.sde_last_step: must lie between 0 and 1, got {self.sde_last_step}")
+        check(self, "sample", "lie between 0 and 1", lambda v: 0 < v < 1, "sde_last_step")
 
     def settled(self, process: str, pixels: bool = True) -> "SampleConfig":
-        """The same with the sampler that suits a process, and whether it clips, which only pixels do by default.
+        """Fill in the sampler that suits a process, and whether it clips, which only pixels do by default.
 
         Raises:
             ValueError: if the sampler does not suit the process.
@@ -328,13 +325,12 @@ class SampleConfig:
         return self.guidance != 1 or (self.classifier is not None and self.classifier_scale != 0)
 
     def numbers(self) -> dict[str, Any]:
-        """The keys on which samples depend: the others say how fast they come. A precision that is whole is not named,
-        as by records older than the key."""
+        """The keys on which the samples depend, not only their speed; a precision of 32-true is left out."""
         idle = {"batch_size", "cuda_graphs"} | ({"precision"} if self.precision == "32-true" else set())
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
 
     def unguided(self) -> "SampleConfig":
-        """The same without guidance."""
+        """A copy without guidance."""
         return replace(self, guidance=1.0, weak_model=None, classifier=None)
 
 
@@ -346,7 +342,7 @@ class EvaluateConfig:
     """Samples, spread evenly over the classes."""
     extractor: str | None = None
     """digits-cnn, efficientnet-lite0, inception, or package.module:function of one's own; null takes digits-cnn for the
-    digits and efficientnet-lite0, where it is installed, for other pictures."""
+    digits and efficientnet-lite0, where it is installed, for other images."""
     weights: str | None = None
     """File of weights, for an extractor that reads one (inception)."""
     reference: Literal["same", "all"] = "same"
@@ -361,13 +357,10 @@ class EvaluateConfig:
     """Keeps the averaged weights of the least such distance in best.safetensors, scored again at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "every_count"):
-            if getattr(self, name) < 20:
-                raise ValueError(f"evaluate.{name}: must be at least 20, got {getattr(self, name)}")
+        check(self, "evaluate", "be at least 20", lambda v: v >= 20, "count", "every_count")
         if self.infinity and self.count < 5000:
             raise ValueError(f"evaluate.infinity: needs evaluate.count of at least 5000, got {self.count}")
-        if self.every_images is not None and self.every_images <= 0:
-            raise ValueError(f"evaluate.every_images: must be positive or null, got {self.every_images}")
+        check(self, "evaluate", "be positive or null", lambda v: v > 0, "every_images")
         if self.best is not None and self.every_images is None:
             raise ValueError("evaluate.best: needs distances in training; allowed: null, or set evaluate.every_images")
 
@@ -389,7 +382,7 @@ class NetworkConfig:
         self.for_channels(1)
 
     def for_channels(self, channels: int) -> KLConfig:
-        """The network for pictures of so many channels."""
+        """The network for images of this many channels."""
         try:
             return KLConfig(channels, channels, scaling_factor=1.0, **vars(self))
         except ValueError as e:
@@ -398,7 +391,7 @@ class NetworkConfig:
 
 @dataclass
 class LossConfig:
-    """Sums over a picture, as in latent diffusion: reconstruction + kl_weight * KL + perceptual_weight * perceptual."""
+    """Sums over an image, as in latent diffusion: reconstruction + kl_weight * KL + perceptual_weight * perceptual."""
 
     reconstruction: Literal["l1", "l2"] = "l1"
     kl_weight: float = 1e-6
@@ -408,6 +401,4 @@ class LossConfig:
     perceptual_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("kl_weight", "perceptual_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name}: must be at least 0, got {getattr(self, name)}")
+        check(self, "loss", "be at least 0", lambda v: v >= 0, "kl_weight", "perceptual_weight")

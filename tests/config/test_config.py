@@ -1,14 +1,18 @@
 """Configs: inheritance, overrides, registries, presets; every mistake is one line that names file and key."""
 
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
 
 from diffbench.config.kinds import REGISTRIES, RunConfig
 from diffbench.config.layers import experiments, parse_overrides
-from diffbench.config.load import SMOKE, flatten, from_dict, load, to_dict, to_yaml
+from diffbench.config.load import SMOKE, build, flatten, from_dict, load, to_dict, to_yaml
 from diffbench.core.errors import UserError
 from diffbench.denoisers import DENOISERS
 from diffbench.studies.config import load_study
@@ -180,8 +184,8 @@ REFUSED = {
     "seed=x": "seed: must be a whole number, got 'x'",
     "seed=[1": "seed: not valid YAML: did not find expected",
     "seed=${nope}": "seed: Interpolation key 'nope' not found",
-    "tag=a/b": "tag: 'a/b' is no name; allowed: up to 100 letters, digits, '-', '_' and '.'",
-    "tag=..": "tag: '..' is no name; allowed: ",
+    "tag=a/b": "tag: 'a/b' is not a name; allowed: up to 100 letters, digits, '-', '_' and '.'",
+    "tag=..": "tag: '..' is not a name; allowed: ",
     "tag=[a]": "tag: must be text or null, got ['a']",
     "runs_dir=": "runs_dir: must be text, got null",
     "sample.steps=1e2": "sample.steps: must be like 250, ddim25 or 10,15,20, got '1e2'",
@@ -298,6 +302,39 @@ def test_a_missing_experiment_suggests_the_nearest() -> None:
 def test_defaults_that_do_not_fit_blame_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, bad=BASE + "process: {steps: 100}\n")  # the default of sample.steps is 250
     assert refusal(path).startswith(f"{path}: sample.steps: '250' does not fit process.steps=100")
+
+
+@dataclass
+class Example:
+    """Keys as sections have them."""
+
+    tag: str | None = None
+    lr: float = 1.0
+    steps: int = 1
+    warmup: bool = False
+    betas: list[float] = field(default_factory=lambda: [0.9])
+
+
+def test_why_build_checks_types_and_not_omegaconf() -> None:
+    """Each of these would reach a run unseen, or end without the key. Does one fail, `build` may be the library's."""
+
+    def checked(text: str) -> Any:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Example), OmegaConf.create(text)))
+
+    silent = {"tag: 007": "7", "tag: 2024_11_28": "20241128", "tag: on": "True", "tag: ???": None, "tag: 0x10": "16"}
+    assert {text: checked(text).tag for text in silent} == silent
+    assert checked("warmup: 2").warmup is True and math.isnan(checked("lr: .nan").lr)
+    with pytest.raises(ValidationError, match="could not be converted to Integer"):
+        checked("steps: 2e5")
+    with pytest.raises(TypeError, match="Cannot merge incompatible container types"):
+        checked("betas: {0: 0.5}")
+    for text, error in {"tag: ???": None, "warmup: 2": "warmup: must be true or false, got 2"}.items():
+        values = parse_overrides([text.replace(": ", "=")])
+        if error is None:
+            assert build(Example, values).tag == "???"
+        else:
+            with pytest.raises(ValueError, match=error):
+                build(Example, values)
 
 
 def test_sections_are_plain_dataclasses() -> None:
