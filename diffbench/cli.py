@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError, suggest
@@ -108,7 +108,10 @@ class _Help(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and whose options are not abbreviated."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{COMMAND_LINE}: {message}; see {self.prog} --help")

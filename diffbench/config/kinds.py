@@ -1,5 +1,6 @@
 """The root dataclass of each `kind` of run, and the registries from which its sections choose by `name`."""
 
+import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -69,6 +70,7 @@ class BaseConfig:
             )
         if not self.runs_dir:
             raise ValueError("runs_dir: must be a folder, got ''")
+        self.runs_dir = os.path.expanduser(self.runs_dir)  # no shell does so after an equals sign
         self.ema = self.ema.in_steps(self.trainer.batch_size)
         precision = precision_here(self.trainer, low=self.kind == "denoiser")
         self.trainer = replace(self.trainer, precision=precision)

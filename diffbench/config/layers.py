@@ -73,13 +73,14 @@ _PLAIN: dict[str, Any] = {"true": True, "false": False} | dict.fromkeys(("", "~"
 
 def scalar(text: str) -> Any:
     """A scalar that stands without quotes: null, true, false, a number that keeps its text, or the text itself."""
-    if text in _PLAIN:
-        return _PLAIN[text]
+    bare = text.strip()
+    if bare in _PLAIN:
+        return _PLAIN[bare]
     try:
-        if _INT.fullmatch(text):
-            return _number(int(text), _Int, text)
-        if _FLOAT.fullmatch(text):
-            return _number(float(re.sub(r"\.(?=inf|nan)", "", text.lower())), _Float, text)
+        if _INT.fullmatch(bare):
+            return _number(int(bare), _Int, text)
+        if _FLOAT.fullmatch(bare):
+            return _number(float(re.sub(r"\.(?=inf|nan)", "", bare.lower())), _Float, text)
     except ValueError:  # as 1__0, or more digits than Python reads
         pass
     return text
@@ -212,14 +213,15 @@ def places(file: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def found_from(path: str, file: Path) -> str:
-    """A path that stands in a YAML file, as it is reached from the working folder.
+def found_from(path: str, file: Path | None) -> str:
+    """A path that stands in a YAML file or, without one, on the command line, as it is reached from the working folder.
 
     A path that exists in none of its `places`, such as a hub name, stays as it is.
     """
-    if not path or os.path.isabs(os.path.expanduser(path)):
+    path = os.path.expanduser(path)
+    if not path or os.path.isabs(path):
         return path
-    for folder in places(file):
+    for folder in [] if file is None else places(file):
         if (found := Path(os.path.normpath(folder / path))).exists():
             if os.path.exists(path) and os.path.samefile(path, found):
                 return path
@@ -227,7 +229,7 @@ def found_from(path: str, file: Path) -> str:
     return path
 
 
-def _with_paths(value: Any, file: Path, key: str = "") -> Any:
+def _with_paths(value: Any, file: Path | None, key: str = "") -> Any:
     if isinstance(value, dict):
         return {k: _with_paths(v, file, f"{key}.{k}" if key else k) for k, v in value.items()}
     if isinstance(value, list):
@@ -264,8 +266,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         value = _parse(text, f"{COMMAND_LINE}: {key}") if text.lstrip()[:1] in tuple("'\"[{") else scalar(text)
         for part in reversed(key.split(".")):
             value = {part: value}
-        values = merge(values, value)
-    return values
+        with located():
+            values = stacked(values, value)
+    return _with_paths(values, None)
 
 
 def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
@@ -275,6 +278,19 @@ def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def stacked(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """Merge one layer over others.
+
+    Raises:
+        ValueError: if keys of a section would replace a value that stood in its place without a word.
+    """
+    for key, value in upper.items():
+        below = lower.get(key)
+        if isinstance(value, dict) and below is not None and not isinstance(below, dict):
+            raise ValueError(f"{key}: must be a section with keys, got {below!r}; write {key}.KEY=VALUE")
+    return merge(lower, upper)
 
 
 def experiments(root: Path = Path("experiments")) -> list[str]:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, keys_of
-from diffbench.config.layers import COMMAND_LINE, SMOKE_MODE, Layer, dump, located, merge, parse_overrides, read_chain
+from diffbench.config.layers import COMMAND_LINE, SMOKE_MODE, Layer, dump, located, parse_overrides, read_chain, stacked
 from diffbench.core.errors import suggest
 from diffbench.denoisers import DENOISERS
 
@@ -80,7 +80,8 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
                 name = before.get("name", DEFAULT_NAMES.get(section))
                 if now.get("name", name) != name or now.get("preset") is not None:
                     merged[section] = {"name": name}
-        merged = merge(merged, values)
+        with located(stack):
+            merged = stacked(merged, values)
     with located(stack):
         plain = _resolved(merged)
         root = _root(plain)

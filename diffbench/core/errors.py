@@ -10,8 +10,9 @@ class UserError(Exception):
 
 def suggest(word: str, choices: Iterable[str]) -> str:
     """ "; did you mean 'x'?" for the choice nearest to `word`, or nothing where none is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    known = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean {known[near[0]]!r}?" if near else ""
 
 
 class LostError(UserError):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from diffbench.config.kinds import FORMAT
 from diffbench.config.layers import COMMAND_LINE, located, merge, parse_overrides, read_chain
-from diffbench.config.load import build, shown
+from diffbench.config.load import build, flatten, shown
 from diffbench.core.errors import suggest
 from diffbench.metrics.registry import RANKING, metric_of
 
@@ -204,12 +204,18 @@ def value_text(value: Any) -> str:
 
 
 def nested(keys: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} and {"a": {"b": 1}} alike to {"a": {"b": 1}}; later keys win."""
+    """Turn {"a.b": 1} and {"a": {"b": 1}} alike into {"a": {"b": 1}}.
+
+    Raises:
+        ValueError: if a key stands twice.
+    """
     tree: dict[str, Any] = {}
     for key, value in keys.items():
         inner = nested(value) if isinstance(value, dict) else value
         for part in reversed(str(key).split(".")):
             inner = {part: inner}
+        if twice := flatten(tree).keys() & flatten(inner).keys():
+            raise ValueError(f"{min(twice)}: stands twice in one section of the study")
         tree = merge(tree, inner)
     return tree
 

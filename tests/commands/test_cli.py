@@ -102,6 +102,7 @@ def test_show_prints_the_resolved_config_and_writes_nothing(tmp_path: Path, caps
         (["list", "--all"], "unrecognized arguments: --all; see diffbench --help"),
         (["compare"], "the following arguments are required: RUN [key=value]; see diffbench compare --help"),
         (["show", DIT, "-x"], "'-x' is not an override; write key=value, as trainer.max_images=200_000"),
+        (["list", "--mod"], "unrecognized arguments: --mod; see diffbench --help"),
         (["show", DIT, "seed"], "'seed' is not an override; write key=value, as trainer.max_images=200_000"),
     ],
 )

@@ -96,6 +96,14 @@ def test_axes_keep_the_text_of_their_values(tmp_path: Path) -> None:
     assert [(g.config.init_from, g.config.tag) for g in found] == [(text, "1e3") for text in typed]
 
 
+def test_a_key_that_stands_twice_in_a_study_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY.format(DIT) + "axes: {a: {b: {optimizer.lr: 1, optimizer: {lr: 2}}}}\n")
+    with pytest.raises(UserError) as caught:
+        load_study(path)
+    assert str(caught.value) == f"{path}: optimizer.lr: stands twice in one section of the study"
+
+
 def test_text_in_files_lists_and_nested_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     text = "tag: 2024_11_28\ninit_from: 0x1F\nsample: {steps: 0050, weak_model: 1e3, classifier: .5}\nseed: 1_0\n"
