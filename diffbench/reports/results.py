@@ -15,15 +15,17 @@ from diffbench.denoisers.flops import Cost
 from diffbench.evaluation.records import difference, values
 from diffbench.evaluation.validation_error import image_errors
 from diffbench.metrics.registry import RANKING, metric_of
-from diffbench.runs.base import Run
+from diffbench.runs.base import DATA_FACTS, Run
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
 
 Status = Literal["complete", "unfinished", "failed", "not begun"]
 IMAGE_ERRORS = "validation.safetensors"
 """The file of a run that holds the validation error of every held-out image."""
+VALIDATED = ("data.", "validation.", "autoencoder")
+"""Keys on which the validation error depends begin with these."""
 NOT_PROTOCOL = ("data.num_workers", "data.flip", "data.path")
-"""Keys of the data that leave the validation error comparable."""
+"""Keys among those that leave the validation error comparable."""
 
 
 @dataclass(eq=False)
@@ -153,19 +155,18 @@ def _sampling_differs(trials: Sequence[Trial]) -> bool:
 
 def validation_difference(trials: Sequence[Trial]) -> str | None:
     """The first difference in held-out images or levels of validation between runs, in words; None where they agree."""
-    first: dict[str, Any] | None = None
-    for trial in trials:
-        if trial.run is None:
-            continue
-        wanted = {
-            key: value
-            for key, value in trial.run.flat.items()
-            if (key.startswith(("data.", "validation.")) or key == "autoencoder") and key not in NOT_PROTOCOL
-        }
-        first = first or wanted
-        for key in sorted(first | wanted):
-            if first.get(key) != wanted.get(key):
-                return f"{key} is {first.get(key)} in one and {wanted.get(key)} in the other"
+    configs: list[dict[str, Any]] = []
+    images: dict[str, Path] = {}
+    for run in (trial.run for trial in trials if trial.run):
+        configs.append({k: v for k, v in run.flat.items() if k.startswith(VALIDATED) and k not in NOT_PROTOCOL})
+        if (run.folder / DATA_FACTS).is_file():  # else its images would have to be read
+            images.setdefault(run.facts.fingerprint, run.folder)
+        for key in sorted(configs[0] | configs[-1]):
+            if configs[0].get(key) != configs[-1].get(key):
+                return f"{key} is {configs[0].get(key)} in one and {configs[-1].get(key)} in the other"
+    if len(images) > 1:
+        one, other, *_ = images.values()
+        return f"{one} and {other} were trained on other images, though their configs name the same"
     return None
 
 

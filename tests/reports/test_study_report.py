@@ -1,6 +1,7 @@
 """Reports of comparisons: answers, tables, CSV and page, on run folders made without training."""
 
 import csv
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -223,6 +224,18 @@ def test_other_held_out_images_have_no_common_validation_error(tmp_path: Path) -
         conclude(asked(results))
     with pytest.raises(UserError, match="primary: nearest_train does not rank variants; choose from val/error, fd,"):
         conclude(asked(results, primary="nearest_train"))
+
+
+def test_images_that_changed_between_two_trainings_have_no_common_validation_error(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("a", "b")]
+    facts = {"name": "digits", "shape": [1, 8, 8], "num_classes": 10, "class_names": [], "count": 1437}
+    for folder, fingerprint in zip(folders, ("0123", "4567"), strict=True):
+        (folder / "data.json").write_text(json.dumps(facts | {"fingerprint": fingerprint}))
+    trials = [Trial(f.name, 0, "complete", look(f)) for f in folders]
+    with pytest.raises(UserError, match=f"{folders[0]} and {folders[1]} were trained on other images, though their"):
+        conclude(asked(trials))
+    (folders[1] / "data.json").write_text((folders[0] / "data.json").read_text())
+    assert conclude(asked([Trial(f.name, 0, "complete", look(f)) for f in folders])).ranked() == ["a", "b"]
 
 
 def test_recipes_are_marked_as_not_like_for_like(tmp_path: Path) -> None:
