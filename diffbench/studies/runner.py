@@ -77,9 +77,10 @@ def run_study(
         check_place(folder)
     with locked(folder):
         probe = Probe(folder / "rates.json", study.jobs)
-        tuning = tuning_trials(study, path, probe.training_rate)
-        tuned = _tuned(tuning)
-        found = training_variants(study, path, tuned, probe.training_rate)
+        with located([(str(path), {})]):
+            tuning = tuning_trials(study, path, probe.training_rate)
+            tuned = _tuned(tuning)
+            found = training_variants(study, path, tuned, probe.training_rate)
         _check(path, found, launcher)
         print(plan_text(study, folder, found, tuning, probe), flush=True)
         if dry_run:
