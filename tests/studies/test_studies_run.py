@@ -171,7 +171,7 @@ def test_a_study_runs_from_any_folder(
     [
         ({"primary": "accuracy"}, "primary: accuracy does not rank variants; choose from val/error, fd, "),
         ({"axes": {"evaluate.count": [20, 5000]}}, "evaluate.count: must be at most 1437"),
-        ({"set": {"data.name": "images", "data.path": "/nowhere"}}, "tiny.yaml: data.path: /nowhere"),
+        ({"set": {"data.name": "images", "data.path": "/nowhere"}}, "tiny.yaml: data.path: no file or folder /nowhere"),
         ({"axes": {"denoiser.num_heads": [1, 3]}}, "denoiser.num_heads"),
     ],
 )
