@@ -1,6 +1,8 @@
 """One run of an autoencoder: its parts, its training, and the folder in diffusers' format that it ends with."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,17 +46,18 @@ class AutoencoderRun(Run[AutoencoderConfig]):
     def check(cls, config: AutoencoderConfig) -> None:
         checks.check_device(config.trainer)
         checks.check_cache()
-        train_set, _ = build.load_data(config)
-        shape = tuple(train_set.images.shape[1:])
+        shape = config.data.shape
         try:
             config.network.for_channels(shape[0]).latent_shape(shape)
         except ValueError as e:
             raise ValueError(f"network.block_out_channels: {e}") from None
         if config.loss.perceptual is not None:
-            try:
+            with _perceptual():
+                checks.check_named_extractor(config.loss.perceptual, None, shape)
+        train_set, _ = build.load_data(config)
+        if config.loss.perceptual is not None:
+            with _perceptual():
                 check(config.loss.perceptual, reference.extractor_request(train_set, None))
-            except ValueError as e:
-                raise ValueError(str(e).replace("evaluate.extractor", "loss.perceptual", 1)) from None
 
     def module(self) -> "AutoencoderModule":
         from diffbench.training.autoencoder import AutoencoderModule
@@ -114,3 +117,12 @@ class AutoencoderRun(Run[AutoencoderConfig]):
             return io.load(self.folder / INSIDE)
         except ValueError as e:
             raise UserError(str(e)) from None
+
+
+@contextlib.contextmanager
+def _perceptual() -> Iterator[None]:
+    """Name the key of the loss in an extractor's errors."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(str(e).replace("evaluate.extractor", "loss.perceptual", 1)) from None

@@ -5,10 +5,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from diffbench.config.kinds import RunConfig
+from diffbench.config.kinds import BaseConfig, RunConfig
 from diffbench.config.layers import located
 from diffbench.config.sections import AUGMENT_WIDTH, TrainerConfig
 from diffbench.core import distributed
@@ -28,7 +29,9 @@ def check(config: RunConfig) -> None:
     check_cache()
     check_compiler(config.trainer.compile)
     with possible("denoiser"):  # before images are decoded, which may take hours
-        cost_of(config, ImageSet(torch.empty(0, *config.data.shape), torch.empty(0), 1))
+        cost_of(config, undecoded(config))
+    if config.evaluate.extractor is not None:
+        check_named_extractor(config.evaluate.extractor, config.evaluate.weights, config.data.shape)
     train_set, _ = load_data(config)
     if not len(train_set):
         raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
@@ -49,6 +52,26 @@ def check(config: RunConfig) -> None:
         check_evaluation(config, train_set)
     except Unscored as e:
         print(f"note: samples will not be scored: {e}")
+
+
+def undecoded(config: BaseConfig) -> ImageSet:
+    """An empty set of the data set's shape."""
+    return ImageSet(torch.empty(0, *config.data.shape), torch.empty(0), 2)
+
+
+def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int, int]) -> None:
+    """Checks all of an extractor that does not depend on the images: its name, its packages, its file of weights.
+
+    Raises:
+        ValueError: a line that begins with evaluate.extractor.
+    """
+    from diffbench.metrics.extractors.base import Request
+    from diffbench.metrics.extractors.base import check as check_extractor
+
+    def unread() -> Any:
+        raise AssertionError("a check reads no images")
+
+    check_extractor(name, Request(shape, weights, training=unread))
 
 
 class Unscored(ValueError):

@@ -43,6 +43,9 @@ class ClassifierRun(Run[ClassifierRunConfig]):
     @classmethod
     def check(cls, config: ClassifierRunConfig) -> None:
         checks.check_device(config.trainer)
+        checks.check_cache()
+        with checks.possible("classifier"):
+            _cost(config, checks.undecoded(config))
         train_set, _ = build.load_data(config)
         if train_set.num_classes < 2:
             raise ValueError(f"data.name: {config.data.name} has no classes to tell apart")

@@ -110,6 +110,13 @@ class DenoiserRun(Run[RunConfig]):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
+        s = config.sample  # its runs are opened before images are decoded; whether they fit is seen after it
+        with located(key="sample.weak_model"):
+            if s.weak_model is not None and s.guidance != 1:
+                open_run(s.weak_model, [DenoiserRun])
+        with located(key="sample.classifier"):
+            if s.classifier is not None and s.classifier_scale:
+                open_run(s.classifier, [ClassifierRun])
         checks.check(config)
         if config.sample.weak_model is not None or config.sample.classifier is not None:
             guidance_models(config.sample, config, build.denoised_shape(config, build.load_data(config)[0]))

@@ -132,9 +132,13 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), rest
     """
     kind = KINDS[config.kind]
     with located(stack):  # all that can be found before the folder is made, or Lightning imported
-        kind.check(config)
         check_place(folder)
-        start = None if has_checkpoint(folder) and not restart else kind.start(config)
+        fresh = restart or not has_checkpoint(folder)
+        if fresh and isinstance(config, RunConfig) and config.init_from is not None:
+            with located(key="init_from"):
+                open_run(config.init_from, [DenoiserRun])
+        kind.check(config)
+        start = kind.start(config) if fresh else None
     config = with_autoencoder(config)
     refuse_links(folder)
     if distributed.place()[0] > 0:  # the first process does what is done once

@@ -1,0 +1,69 @@
+"""All that can be known without an image is checked before the first one is decoded, and before anything is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffbench.cli import main
+
+DIT, CLASSIFIER = "experiments/digits/dit.yaml", "experiments/digits/classifier.yaml"
+AUTOENCODER = "experiments/digits-latent/autoencoder.yaml"
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Trains what must be refused before images are read; returns the line without `error: `."""
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("images were read")
+
+    for module in ("checks", "build", "base"):
+        monkeypatch.setattr(f"diffbench.runs.{module}.load_data", read)
+
+    def run(path: str, *words: str) -> str:
+        assert main(["train", path, f"runs_dir={tmp_path / 'runs'}", *words]) == 2
+        assert not (tmp_path / "runs").exists()
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "line"),
+    [
+        (DIT, "denoiser.patch_size=3", "command line: denoiser.patch_size: 3 does not divide 8, a side of the image"),
+        (CLASSIFIER, "classifier.norm_groups=7", "command line: classifier.norm_groups: 7 does not divide"),
+        (
+            AUTOENCODER,
+            "network.block_out_channels=[32,32,32,32,32,32,32]",
+            "command line: network.block_out_channels: ",
+        ),
+        (AUTOENCODER, "loss.perceptual=incption", "command line: loss.perceptual: unknown extractor 'incption'"),
+        (DIT, "init_from=/nowhere", "command line: init_from: /nowhere: no run here"),
+        (DIT, "sample.weak_model=/nowhere", "command line: sample.weak_model: /nowhere: no run here"),
+        (DIT, "sample.classifier=/nowhere", "command line: sample.classifier: /nowhere: no run here"),
+        (DIT, "evaluate.extractor=inception evaluate.weights=/nowhere", "command line: evaluate.extractor: inception"),
+        (DIT, "evaluate.extractor=incption", "command line: evaluate.extractor: unknown"),
+    ],
+)
+def test_refused_before_images_are_read(path: str, words: str, line: str, refused: Refused) -> None:
+    assert refused(path, *words.split()).startswith(line)
+
+
+@pytest.mark.parametrize("path", [DIT, CLASSIFIER, AUTOENCODER])
+def test_a_cache_or_a_folder_of_runs_that_cannot_be_written(
+    path: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert (
+        refused(path, f"runs_dir={file}")
+        == f"command line: runs_dir: {file} is a file, not a folder; choose another runs_dir"
+    )
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(file / "cache"))
+    assert refused(path).startswith(f"{file / 'cache'}: the cache cannot be written (")
