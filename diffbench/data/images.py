@@ -131,7 +131,8 @@ def read(place: Place, config: ImagesConfig) -> tuple[Part, Part, list[str]]:
     for split in [train] if test is None else [train, test]:
         if split.labels is not None and (split.labels < 0).any():
             item = next(split.read([(split.labels < 0).nonzero()[0][:1]]))[0]
-            raise ValueError(f"data.label_column: {item.name} has no class of {train.name}'s; mend or remove it")
+            of_train = "" if split is train else f" that split {train.name} has"
+            raise ValueError(f"data.label_column: {item.name} has no class{of_train}; mend or remove it")
     if test is None:
         labels = np.zeros(train.count, np.int64) if train.labels is None else train.labels
         chosen = hold_out(labels, config.held_out)

@@ -33,7 +33,8 @@ class ImagesConfig:
     """The split to train on; null for "train", or the only one."""
     held_out: int | None = None
     """Images kept from training for validation: of the data's own test (or validation) split where it has one, else of
-    the training split; null for all of the former, or a tenth of the latter, 10,000 at most."""
+    the training split, of each class about the same share; null for all of the former, or a tenth of the latter, 10,000
+    at most."""
     image_column: str | None = None
     label_column: str | None = None
     """Columns of parquet files and hub data; null where type or name shows them."""

@@ -76,6 +76,7 @@ def hold_out(labels: np.ndarray, count: int | None) -> np.ndarray:
 
 
 def training_split(there: list[str], wanted: str | None) -> str:
+    """The split to train on: the wanted one, or "train", or the only one."""
     if wanted is not None and wanted not in there:
         raise ValueError(f"data.split: no split {wanted!r}; choose from {', '.join(there)}{suggest(wanted, there)}")
     if wanted is None and "train" not in there and len(there) > 1:
@@ -93,7 +94,7 @@ def split_word(name: str) -> str | None:
 
 def by_number(names: Iterable[str]) -> list[str]:
     """Names sorted so that numbers in them count: 0, 1, 2, 10."""
-    return sorted(names, key=lambda name: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)])
+    return sorted(names, key=lambda name: ([int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)], name))
 
 
 def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], list[str]]:

@@ -75,7 +75,8 @@ def _open_tables(place: Place, subset: str | None) -> tuple[dict[str, Any], dict
     paths: dict[str, list[str]] = {}
     totals: Counter[str] = Counter()
     for file in place.files:
-        split, path = split_word(file) or "train", os.path.join(place.root, file)
+        named = [word for part in reversed(Path(file).with_suffix("").parts) if (word := split_word(part))]
+        split, path = named[0] if named else "train", os.path.join(place.root, file)
         try:
             totals[split] += int(pq.read_metadata(path).num_rows)
         except (ValueError, OSError) as e:

@@ -41,7 +41,7 @@ def decode(encoded: bytes | str, size: int | None = None, channels: int | None =
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.size)
             kind = str(image.format)
-            upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
+            upright = ImageOps.exif_transpose(image)
             grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
             converted = _converted(upright, channels or (1 if grey else 3))
             pixels = np.asarray(converted if size is None else centre_crop(converted, size))

@@ -95,7 +95,10 @@ def test_classes_one_level_too_deep_are_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_class_of_the_held_out_split_is_named(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", {"train/cat": 5, "train/dog": 5, "test/cat": 2, "test/emu": 1})
-    assert refusal(root) == f"data.label_column: {root / 'test/emu/000.png'} has no class of train's; mend or remove it"
+    assert (
+        refusal(root)
+        == f"data.label_column: {root / 'test/emu/000.png'} has no class that split train has; mend or remove it"
+    )
 
 
 def test_numbered_classes_sort_by_number(tmp_path: Path) -> None:
@@ -103,6 +106,7 @@ def test_numbered_classes_sort_by_number(tmp_path: Path) -> None:
     assert train.class_names == tuple(str(i) for i in range(12))
     for number, label in zip(numbers(train), train.labels.tolist(), strict=True):
         assert number // 2 == label  # images 0 and 1 are of class 0, and so on
+    assert by_number(["1", "01", "001"]) == by_number(["001", "1", "01"]) == ["001", "01", "1"]
     assert by_number(["c10", "c9", "b", "10", "9", "1"]) == ["1", "9", "10", "b", "c9", "c10"]
 
 

@@ -30,7 +30,7 @@ def odd_images(root: Path) -> Path:
     Image.fromarray(save(2, channels=4)).save(root / "c-alpha.png")
     Image.fromarray(save(3, channels=1)).save(root / "d-grey.png")
     Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)).save(root / "e-16-bits.png")
-    Image.fromarray(save(4)).save(root / "f.tif")
+    Image.fromarray(save(4)).save(root / "f-turned.tif", exif=lying)
     Image.fromarray(save(5)).save(root / "g.gif")
     return root
 
@@ -44,7 +44,8 @@ def test_scoring_sees_the_pixels_of_training(tmp_path: Path) -> None:
     train, held_out = own_images.load(root, held_out=1)
     trained = {image.numpy().tobytes() for part in (train, held_out) for image in part.images}
     assert {image.numpy().tobytes() for image in scored(root)} == trained and len(trained) == 7
-    assert np.array_equal(scored(root)[0], np.rot90(own_images.pixels(0), -1).transpose(2, 0, 1))  # upright
+    for i, number in ((0, 0), (5, 4)):  # upright
+        assert np.array_equal(scored(root)[i], np.rot90(own_images.pixels(number), -1).transpose(2, 0, 1))
     assert np.array_equal(scored(root)[2], own_images.pixels(2, channels=4)[..., :3].transpose(2, 0, 1))
     assert set(scored(root)[4].flatten().tolist()) == {100}
 
