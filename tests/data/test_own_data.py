@@ -104,7 +104,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_decoded(
     assert main(command(root, "denoiser.patch_size=3")) == 2
     said = capsys.readouterr()
     assert "denoiser.patch_size: 3 does not divide 16, a side of the image" in said.err
-    assert "decod" not in said.out and not (tmp_path / "cache").exists()
+    assert "decod" not in said.out and not (tmp_path / "cache" / "images").exists()
 
 
 def test_a_stop_while_decoding_is_one_line(
