@@ -4,14 +4,12 @@ import argparse
 import os
 import signal
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 from diffbench.config.layers import COMMAND_LINE
-from diffbench.core.errors import UserError, suggest
+from diffbench.core.errors import UserError, report, suggest
 from diffbench.runs import slurm
 
 VERBS = {
@@ -54,8 +52,6 @@ def exit_code(work: Callable[[], int]) -> int:
         code = work()
         sys.stdout.flush()
         return code
-    except UserError as e:
-        return _failed(str(e))
     except BrokenPipeError:  # whoever read, as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 128 + signal.SIGPIPE
@@ -63,39 +59,9 @@ def exit_code(work: Callable[[], int]) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     except Exception as e:
-        if os.environ.get("DIFFBENCH_TRACEBACK"):
+        if os.environ.get("DIFFBENCH_TRACEBACK") and not isinstance(e, UserError):
             raise
-        text = " ".join(str(e).split())
-        if isinstance(e, OSError) and e.filename is not None and e.strerror:  # as of a name too long, or no rights
-            return _failed(f"{str(e.filename)[:300]}: {e.strerror}")
-        if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-            return _failed("out of memory; lower trainer.batch_size, sample.batch_size or the network's sizes")
-        if isinstance(e, OSError):
-            return _failed(f"{text}; the trace is in {_saved_trace()}")
-        kind = type(e).__name__
-        return _failed(
-            f"this is a bug in diffbench: {kind}: {text[:500]}; the trace to report is in {_saved_trace()}", 1
-        )
-
-
-def _failed(text: str, code: int = 2) -> int:
-    """Print an error as one line, whatever characters it holds; return the exit code."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    print(f"error: {shown}", file=sys.stderr)
-    return code
-
-
-def _saved_trace() -> str:
-    """Write the trace of the present exception to a new file; return its path."""
-    from diffbench import __version__
-
-    try:
-        number, path = tempfile.mkstemp(".txt", "diffbench-")
-    except OSError:
-        return "none: the folder for temporary files cannot be written"
-    with open(number, "w", errors="backslashreplace") as file:
-        file.write(f"diffbench {__version__}, python {sys.version}\n{' '.join(sys.argv)}\n{traceback.format_exc()}")
-    return path
+        return report(e)
 
 
 class _Help(argparse.HelpFormatter):

@@ -1,7 +1,11 @@
-"""The one error type for what a user can mend."""
+"""The one error type for what a user can mend, and how any error is reported."""
 
 import difflib
+import sys
+import tempfile
+import traceback
 from collections.abc import Iterable
+from importlib.metadata import version
 
 
 class UserError(Exception):
@@ -17,3 +21,37 @@ def suggest(word: str, choices: Iterable[str]) -> str:
 
 class LostError(UserError):
     """Another process of this job has ended, or answers no more; it knows why."""
+
+
+def report(error: Exception) -> int:
+    """Print an error as one line, whatever characters it holds; return the exit code: 2, or 1 for a bug."""
+    text, code = _explained(error)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    print(f"error: {shown}", file=sys.stderr, flush=True)
+    return code
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # a name too long, or no rights
+        return f"{str(error.filename)[:300]}: {error.strerror}", 2
+    kind = type(error).__name__
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "out of memory; lower trainer.batch_size, sample.batch_size or the network's sizes", 2
+    if isinstance(error, OSError):
+        return f"{text}; the trace is in {_saved_trace(error)}", 2
+    return f"this is a bug in diffbench: {kind}: {text[:500]}; the trace to report is in {_saved_trace(error)}", 1
+
+
+def _saved_trace(error: Exception) -> str:
+    """Write an error's trace to a new file; return its path."""
+    try:
+        number, path = tempfile.mkstemp(".txt", "diffbench-")
+    except OSError:
+        return "no file: the folder for temporary files cannot be written"
+    with open(number, "w", errors="backslashreplace") as file:
+        trace = "".join(traceback.format_exception(error))
+        file.write(f"diffbench {version('diffbench')}, python {sys.version}\n{' '.join(sys.argv)}\n{trace}")
+    return path

@@ -11,7 +11,7 @@ from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core import distributed
 from diffbench.core.distributed import EXIT_LOST, end_with_parent
-from diffbench.core.errors import LostError, UserError
+from diffbench.core.errors import LostError, report
 from diffbench.runs import evaluate
 from diffbench.runs.build import device_of
 from diffbench.runs.folder import read_config
@@ -54,9 +54,8 @@ def main(what: str, *arguments: str) -> int:
         return EXIT_LOST
     except KeyboardInterrupt:  # before training listens
         return 130
-    except (UserError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        return 2
+    except Exception as e:
+        return report(e)
     return 0
 
 
