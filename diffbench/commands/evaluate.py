@@ -14,7 +14,7 @@ from diffbench.runs.lifecycle import load_any
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Scores the run or the images of `arguments.what`."""
+    """Score the run or the images of `arguments.what`."""
     overrides = list(arguments.overrides)
     if "--against" in overrides[:-1]:  # argparse leaves what follows the folder to the overrides
         arguments.against = overrides.pop(overrides.index("--against") + 1)

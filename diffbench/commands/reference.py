@@ -7,5 +7,5 @@ from diffbench.runs.evaluate_images import build_reference
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Builds the statistics of `arguments.what`."""
+    """Build the statistics of `arguments.what`."""
     print(build_reference(Path(arguments.what), arguments.overrides))

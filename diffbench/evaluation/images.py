@@ -1,4 +1,4 @@
-"""Anyone's images, from a folder or an npz file, read batch by batch; and our own written for others' evaluators."""
+"""Images and statistics in files: folders and npz files of any origin, and files for the ADM evaluator."""
 
 import hashlib
 import math
@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class ImageSource(Protocol):
         """File format -> number of images; empty where they did not come from image files."""
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """All images in their order, (B, C, H, W) uint8."""
+        """Yield all images in order, (B, C, H, W) uint8."""
 
     def identity(self) -> str:
         """A hash of them all."""
@@ -65,7 +66,7 @@ class ImageFolder:
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """All images, (B, C, H, W) uint8; grey ones are repeated where the first has colours."""
+        """Yield all images, (B, C, H, W) uint8; grey channels are repeated if the first image has colours."""
         for start in range(0, len(self), size):
             with quiet():
                 yield torch.stack([self._like_the_first(path) for path in self.files[start : start + size]])
@@ -77,7 +78,7 @@ class ImageFolder:
         return image.expand(self.shape)
 
     def formats(self) -> dict[str, int]:
-        """How often each file format occurs, by the files' content."""
+        """Count the file formats, by the files' content."""
         found: Counter[str] = Counter()
         for path in self.files:
             with quiet(), Image.open(path, formats=FORMATS) as image:
@@ -97,7 +98,7 @@ def _read(path: Path) -> Tensor:
         pixels, _ = decode(str(path))
     except BrokenError as e:
         raise UserError(f"{path}: broken image ({e})") from None
-    return torch.from_numpy(np.ascontiguousarray(pixels))
+    return torch.from_numpy(pixels.copy())
 
 
 def _size(shape: Any) -> str:
@@ -140,14 +141,18 @@ class ImageNpz:
     def __len__(self) -> int:
         return self._count
 
-    def _open(self) -> Any:
-        try:
-            return zipfile.ZipFile(self.path).open("arr_0.npy")
-        except (zipfile.BadZipFile, KeyError, OSError) as e:
-            raise UserError(f"{self.path}: not an npz file with an array arr_0 ({e})") from None
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        with ExitStack() as stack:
+            try:
+                archive = stack.enter_context(zipfile.ZipFile(self.path))
+                file = stack.enter_context(archive.open("arr_0.npy"))
+            except (zipfile.BadZipFile, KeyError, OSError) as e:
+                raise UserError(f"{self.path}: not an npz file with an array arr_0 ({e})") from None
+            yield file
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """All images, read as they are asked for."""
+        """Yield all images, read as they are asked for."""
         channels, height, width = self.shape
         with self._open() as file:
             _header(file)
@@ -164,7 +169,7 @@ class ImageNpz:
                 yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def formats(self) -> dict[str, int]:
-        """None: what the pixels came from is not known."""
+        """Empty: the origin of the pixels is not known."""
         return {}
 
     def identity(self) -> str:
@@ -190,12 +195,12 @@ def _labels(path: Path, array: np.ndarray, count: int) -> Tensor:
 
 
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that an npz file holds; objects, which would be code, are refused."""
+    """Read those of the named arrays that an npz file holds; objects, which would be code, are refused."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in names if name in arrays}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"{path}: damaged, or holds objects in place of numbers ({' '.join(str(e).split())})") from None
+        raise UserError(f"{path}: damaged, or holds objects instead of numbers ({' '.join(str(e).split())})") from None
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -205,7 +210,7 @@ def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def open_images(path: Path) -> ImageSource:
-    """The images of a folder or an npz file.
+    """Open the images of a folder or an npz file.
 
     Raises:
         UserError: if there are none.
@@ -218,13 +223,13 @@ def open_images(path: Path) -> ImageSource:
 
 
 def has_images(path: Path) -> bool:
-    """Whether an npz file has an array arr_0."""
+    """Return whether an npz file has an array arr_0."""
     with zipfile.ZipFile(path) as archive:
         return "arr_0.npy" in archive.namelist()
 
 
 def write_npz(path: Path, count: int, shape: tuple[int, int, int], rows: Iterator[Tensor], labels: Tensor) -> None:
-    """Writes images (C, H, W) uint8 as arr_0 (N, H, W, C), and their labels as arr_1, without holding them all.
+    """Write images (C, H, W) uint8 as arr_0 (N, H, W, C), and their labels as arr_1, without holding them all.
 
     Raises:
         UserError: if the file exists already.
@@ -242,7 +247,7 @@ def write_npz(path: Path, count: int, shape: tuple[int, int, int], rows: Iterato
 
 
 def refuse_to_overwrite(path: Path) -> None:
-    """Whether a file that a user named can be written.
+    """Check that a file that a user named does not exist yet.
 
     Raises:
         UserError: if something stands there.
@@ -252,7 +257,7 @@ def refuse_to_overwrite(path: Path) -> None:
 
 
 def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None] | None:
-    """The fits `mu`, `sigma` and perhaps `mu_s`, `sigma_s` of an npz file; None of anything else.
+    """Read the fits `mu`, `sigma` and perhaps `mu_s`, `sigma_s` of an npz file; None for any other file.
 
     Raises:
         UserError: if they do not fit together.

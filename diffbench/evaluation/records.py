@@ -1,4 +1,4 @@
-"""Records of evaluations: what is written down with every value, and when two may stand in one table."""
+"""Records of evaluations in results.jsonl: the protocol beside every value, and whether two records are comparable."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from diffbench.metrics import Extractor
 FORMAT = 1
 PROTOCOL = ("format", "data", "autoencoder", "sample", "guidance", "labels", "precision", "extractor", "reference")
 """Parts of a record that must agree before its values are compared with another's. Which weights were scored, by
-which seed, when and on what machine is no part of the protocol."""
+which seed, when and on what machine is not part of the protocol."""
 LOOSE = ("sample.seed", "sample.seconds", "sample.batch_size", "extractor.licence")
 """Parts of those that need not agree."""
 NAMED_APART = ("guidance", "classifier", "classifier_scale", "batch_size", "seconds", "seed")
@@ -28,7 +28,7 @@ NAMED_APART = ("guidance", "classifier", "classifier_scale", "batch_size", "seco
 
 
 def surroundings(extractor: Extractor | None, device: torch.device) -> dict[str, Any]:
-    """What a record says of code, machine and extractor."""
+    """Entries of a record about code, machine and extractor."""
     looking = extractor and {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence}
     return {
         "format": FORMAT,
@@ -44,36 +44,36 @@ def surroundings(extractor: Extractor | None, device: torch.device) -> dict[str,
 
 @cache
 def versions() -> dict[str, str]:
-    """Of everything that decides on digits."""
+    """Versions of everything that can change digits."""
     named = {name: metadata.version(name) for name in ("diffbench", "lightning", "numpy", "torchmetrics")}
     return {**named, "torch": torch.__version__, "python": platform.python_version()}
 
 
 @cache
 def commit() -> str | None:
-    """The commit of the code, with "-dirty" where files differ from it; None outside a clone."""
+    """Commit of the code, with "-dirty" if files differ from it; None outside a clone."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    told = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds a record to a file of records; what stands there stays, but for a last line that a kill has torn."""
+    """Append a record to a file; earlier records stay, except for a last line that a kill cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
-        raise UserError(f"{path}: is a link, and records are added to files alone; remove it")
+        raise UserError(f"{path}: is a link; records are only appended to files; remove it")
     data = (json.dumps(record) + "\n").encode()
     with room_for(path, len(data)), path.open("ab+") as file:
         file.seek(0)
         before = file.read()
         whole = len(before) if before.endswith(b"\n") else before.rfind(b"\n") + 1
         if whole < len(before):
-            print(f"warning: {path}: its last line was torn as a command was killed, and is dropped", flush=True)
+            print(f"warning: {path}: its last line was cut short when a command was killed, and is dropped", flush=True)
             file.truncate(whole)
         try:
             file.write(data)
@@ -85,47 +85,65 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run folder, oldest first."""
+    """Read the records of a run folder, oldest first."""
     return read(folder / "results.jsonl")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """Read the lines of a run's metrics.jsonl."""
     return read(folder / "metrics.jsonl")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; none where there is no file. A last line that a kill has torn is none.
+    """Read the records of a file, none if there is no file; skip a last line that a kill cut short.
 
     Raises:
-        UserError: naming another line that is no JSON.
+        UserError: naming any other line that is not JSON.
     """
     found = []
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
-            print(f"warning: {path}: line {number} was torn as a command was killed, and is passed over", flush=True)
+            print(f"warning: {path}: line {number} was cut short when a command was killed, and is skipped", flush=True)
             continue
         try:
             found.append(json.loads(line))
         except ValueError:
-            raise UserError(f"{path}: line {number} is no JSON; remove that line") from None
+            raise UserError(f"{path}: line {number} is not JSON; remove that line") from None
     return found
 
 
 def values(record: Mapping[str, Any]) -> dict[str, float]:
-    """The measured values of a record: what has a sample count in its name."""
+    """Measured values of a record: the entries whose names hold a sample count."""
     return {name: value for name, value in record.items() if "@" in name}
 
 
+def settings_of(record: Mapping[str, Any]) -> list[str]:
+    """Describe how a record's samples were drawn: their guidance, and departures from the run's own config."""
+    sample, departures = record.get("sample") or {}, dict(record.get("departures") or {})
+    departures.pop("sample.guidance", None)
+    words = [] if record.get("guidance", 1) == 1 else [f"guidance {record['guidance']:g}"]
+    if sample.get("classifier") and sample.get("classifier_scale"):
+        words.append(f"classifier {sample['classifier_scale']:g}")
+    return words + [f"{key}={value}" for key, value in departures.items()]
+
+
+def tag_prefix(record: Mapping[str, Any]) -> str:
+    """Prefix of a record's values in TensorBoard, so that no tag mixes two ways of sampling."""
+    departures = record.get("departures") or {}
+    guided = [word for word in settings_of({**record, "departures": {}}) if word]
+    parts = ["guided"] * bool(guided) + [",".join(f"{key}={value}" for key, value in departures.items())]
+    return "".join(f"{part}/" for part in parts if part)
+
+
 def protocol(record: Mapping[str, Any]) -> dict[str, Any]:
-    """How a record's values were measured, as flat keys."""
+    """Protocol by which a record's values were measured, as flat keys."""
     flat = dict(_flat({part: record.get(part) for part in PROTOCOL}))
     return {key: value for key, value in flat.items() if key not in LOOSE}
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
-    """The first way in which the protocols of two records differ, in words; None where they agree."""
+    """Describe the first difference between the protocols of two records; None if they agree."""
     one, other = protocol(a), protocol(b)
     for key in sorted(one | other):
         if one.get(key) != other.get(key):

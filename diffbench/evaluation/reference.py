@@ -1,4 +1,4 @@
-"""What samples are compared with: an extractor, statistics of real images, and what real images themselves score.
+"""Reference statistics of real images, and the scores of samples against them.
 
 Statistics are made once and cached. The key of a cached file holds everything that its numbers depend on; damage or a
 mismatch is an error.
@@ -49,7 +49,7 @@ Numbered = tuple[Tensor, Tensor, Tensor | None]
 def run_extractor(
     config: RunConfig | AutoencoderConfig, data: ImageSet, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """The extractor that a run's config names, or else the one that suits its data set.
+    """Make the extractor that a run's config names, or else the one that suits its data set.
 
     Raises:
         ValueError: if it lacks something; one line that begins with the key.
@@ -58,12 +58,12 @@ def run_extractor(
 
 
 def suited_extractor(config: RunConfig | AutoencoderConfig) -> str:
-    """The name of that extractor."""
+    """Name of the extractor that `run_extractor` makes."""
     return config.evaluate.extractor or SOURCES[config.data.name].extractor
 
 
 def check_run_extractor(config: RunConfig | AutoencoderConfig, data: ImageSet) -> None:
-    """Whether that extractor can be made here; takes no time.
+    """Check that `run_extractor` can make its extractor, without making it.
 
     Raises:
         ValueError: one line that begins with the key.
@@ -72,7 +72,7 @@ def check_run_extractor(config: RunConfig | AutoencoderConfig, data: ImageSet) -
 
 
 def extractor_request(data: ImageSet, weights: str | None) -> Request:
-    """What an extractor may ask when it is to read images like those of a data set."""
+    """Request for an extractor of images like those of a data set."""
     channels, height, width = data.images.shape[1:]
     return Request(
         (channels, height, width),
@@ -84,12 +84,12 @@ def extractor_request(data: ImageSet, weights: str | None) -> Request:
 
 
 def training_of(data: ImageSet) -> tuple[Tensor, Tensor, str]:
-    """What an extractor that learns from data learns from."""
+    """Images, labels and fingerprint for an extractor that is trained on the data."""
     return data.images, data.labels, data.fingerprint()
 
 
 def make_extractor(name: str, weights: str | None, data: ImageSet, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor of a name for images like those of a data set, on a device.
+    """Make an extractor by name for images like those of a data set, on a device.
 
     Raises:
         ValueError: if it lacks something; one line that begins with the key.
@@ -98,7 +98,7 @@ def make_extractor(name: str, weights: str | None, data: ImageSet, device: torch
 
 
 def cached_network(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The weights of a small network that are trained once and kept in the cache."""
+    """Weights of a small network, trained by `make` once and kept in the cache."""
     path = cache_folder() / f"{name}.safetensors"
 
     def train() -> None:
@@ -139,7 +139,7 @@ class Part:
 
 
 def class_counts(labels: Tensor, count: int) -> Tensor:
-    """How many of `count` images each class gets: of samples, and of the real images that they are compared with.
+    """Number of images of each class among `count` samples, and among the real images that they are compared with.
 
     Evenly where the set is balanced and each class has enough images, else by the frequencies of the classes.
 
@@ -177,7 +177,7 @@ def _padded(counts: Tensor, data: ImageSet) -> Tensor:
 
 
 def spread_in_words(data: ImageSet, labels: Tensor) -> str:
-    """How labels are spread over the classes of a set: "evenly over the classes", say."""
+    """Describe how labels are spread over the classes of a set, as "evenly over the classes"."""
     return _in_words(data, labels.bincount(minlength=1)) if data.num_classes else "none"
 
 
@@ -190,19 +190,19 @@ def _in_words(data: ImageSet, counts: Tensor) -> str:
 
 
 def chosen(data: ImageSet, split: str, counts: Tensor) -> Part:
-    """The first images of each class, counts[c] of class c or as many as there are, class by class."""
+    """Choose the first images of each class, counts[c] of class c or as many as there are, class by class."""
     index = [(data.labels == c).nonzero()[:, 0][:n] for c, n in enumerate(counts.tolist()) if n]
     which = f"the first {counts.sum()}, {_in_words(data, counts)}"
     return Part(data, split, torch.cat(index) if index else torch.zeros(0).long(), which)
 
 
 def first(data: ImageSet, split: str, count: int) -> Part:
-    """The first `count` images, spread over the classes as `class_counts` says."""
+    """Choose the first `count` images, spread over the classes as `class_counts` says."""
     return chosen(data, split, class_counts(data.labels, count))
 
 
 def others(part: Part) -> Part:
-    """Images of the same split outside a part, as many of each class, or as many as there are."""
+    """Choose images of the same split outside a part, as many of each class, or as many as there are."""
     left = torch.ones(len(part.data), dtype=torch.bool)
     left[part.index] = False
     number = left.nonzero()[:, 0]
@@ -212,7 +212,7 @@ def others(part: Part) -> Part:
 
 
 def everything(data: ImageSet, split: str) -> Part:
-    """All images of a split."""
+    """Choose all images of a split."""
     return Part(data, split, torch.arange(len(data)), "all")
 
 
@@ -286,12 +286,12 @@ def _computed(
 
 
 def reference_folder() -> Path:
-    """Where statistics are kept."""
+    """Folder of the cached statistics."""
     return cache_folder() / "references"
 
 
 def write(path: Path, key: dict[str, Any], reference: ReferenceStatistics) -> None:
-    """Writes statistics with their key."""
+    """Write statistics with their key."""
     held = {"mean": reference.fit.mean, "cov": reference.fit.cov, "rows": reference.rows}
     if reference.spatial is not None:
         held |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
@@ -299,7 +299,7 @@ def write(path: Path, key: dict[str, Any], reference: ReferenceStatistics) -> No
 
 
 def read(path: Path) -> tuple[dict[str, Any], ReferenceStatistics]:
-    """The key and the statistics of a file that `write` wrote.
+    """Read the key and the statistics of a file that `write` wrote.
 
     Raises:
         UserError: if it is something else, or damaged.
@@ -337,7 +337,7 @@ class Scorer:
     extra: dict[str, float] = field(default_factory=dict)
 
     def scores(self, batches: Iterable[Numbered]) -> dict[str, float]:
-        """Full name of each metric -> value, of all samples."""
+        """Score samples: full name of each metric -> value."""
         suite = Suite(self.comparison)
         for index, images, labels in watched("scored", batches, self.comparison.count):
             suite.update(images, index, labels)
@@ -348,7 +348,7 @@ class Scorer:
         return {metric_name(name, extractor, count): value for name, value in values.items()} | self.extra
 
     def facts(self) -> dict[str, Any]:
-        """What a record says of it."""
+        """Entries of a record about the reference."""
         return {"reference": self.reference, "floor": self.floor}
 
 
@@ -359,7 +359,7 @@ def run_scorer(
     held_out: ImageSet,
     counts: Tensor | None = None,
 ) -> Scorer:
-    """What compares `settings.count` samples with the images of a run: its training images, and the held-out ones.
+    """Make the scorer of `settings.count` samples against the training and the held-out images of a run.
 
     The held-out distance and the training distance from which its gap is taken use equal numbers of images of each
     class.
@@ -428,13 +428,13 @@ def _cached_numbers(
 
 
 def training_comparison(settings: EvaluateConfig, extractor: Extractor, train: ImageSet) -> Comparison:
-    """What samples drawn in training are compared with: as many training images."""
+    """Comparison of samples drawn in training with as many training images."""
     statistics = statistics_of(extractor, first(train, "train", settings.every_count))[0]
     return Comparison(extractor, {"fd": statistics}, settings.every_count, permutation=permutation)
 
 
 def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:
-    """The batches, with progress shown where the first one says that all will take longer than some seconds."""
+    """Yield the batches; show progress if the first one suggests that all take longer than `PATIENCE`."""
     started = time.perf_counter()
     advance: Callable[[int], Any] | None = None
     with ExitStack() as stack:
@@ -446,11 +446,11 @@ def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numb
             elif (time.perf_counter() - started) * total / done > PATIENCE:
                 advance = stack.enter_context(progress(what, total, done))
             else:
-                advance = int  # takes the count and does nothing with it
+                advance = int  # a function that ignores the count
 
 
 def numbered(batches: Iterator[Tensor], labels: Tensor | None) -> Iterator[Numbered]:
-    """Batches of images with their numbers and labels."""
+    """Yield batches of images with their numbers and labels."""
     done = 0
     for images in batches:
         index = torch.arange(done, done + len(images))

@@ -1,10 +1,10 @@
 """Evaluation: feature extractors by name, distances as functions, and the same distances as torchmetrics."""
 
 from diffbench.metrics.extractors import digits_cnn, efficientnet, inception
-from diffbench.metrics.extractors.base import EXTRACTORS, Extractor, Features, Request, extractor, register
+from diffbench.metrics.extractors.base import EXTRACTORS, Entry, Extractor, Features, Request, extractor
 
-register("digits-cnn", digits_cnn.build, digits_cnn.check)
-register("efficientnet-lite0", efficientnet.build, efficientnet.check)
-register("inception", inception.build, inception.check)
+EXTRACTORS["digits-cnn"] = Entry(digits_cnn.build, digits_cnn.check)
+EXTRACTORS["efficientnet-lite0"] = Entry(efficientnet.build, efficientnet.check)
+EXTRACTORS["inception"] = Entry(inception.build, inception.check)
 
-__all__ = ["EXTRACTORS", "Extractor", "Features", "Request", "extractor", "register"]
+__all__ = ["EXTRACTORS", "Entry", "Extractor", "Features", "Request", "extractor"]

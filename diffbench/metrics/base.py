@@ -1,4 +1,4 @@
-"""What every metric is made of: a torchmetric of float64 sums, fed batch by batch on any number of processes.
+"""Base classes of the metrics: torchmetrics of float64 sums, updated batch by batch on any number of processes.
 
 Float64 sums merge by adding: in batches of any size and order, over processes of which some have no samples, and from a
 checkpoint. A metric holds statistics only and no network: one feature extractor serves all of them from outside.
@@ -28,7 +28,7 @@ class Gaussian(NamedTuple):
     cov: Tensor
 
     def like(self, other: Tensor) -> "Gaussian":
-        """The fit on the device and in the type of a tensor."""
+        """Move the fit to the device and type of a tensor."""
         return Gaussian(self.n, self.mean.to(other), self.cov.to(other))
 
 
@@ -78,7 +78,7 @@ class Comparison:
 
     @property
     def main(self) -> ReferenceStatistics:
-        """The statistics that metrics other than the Fréchet distance compare with."""
+        """Statistics that metrics other than the Fréchet distance compare with."""
         return self.references["fd"]
 
     @property
@@ -107,15 +107,15 @@ class SampleMetric(Metric):
 
     @classmethod
     def of(cls, comparison: Comparison) -> Self | None:
-        """The metric for a comparison, without samples yet; None where it cannot be measured."""
+        """Make the metric for a comparison; None where it cannot be measured."""
         raise NotImplementedError
 
     def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        """What `update` takes of a batch; the features unless a metric says otherwise."""
+        """Arguments of `update` for a batch: the features, unless a metric takes others."""
         return (batch.features.pooled,)
 
     def add_sum(self, name: str, *shape: int) -> None:
-        """Registers a state of zeros."""
+        """Register a state of zeros."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
 
     @property
@@ -136,7 +136,7 @@ class SampleMetric(Metric):
             setattr(self, name, part.view_as(getattr(self, name)))
 
     def checked_count(self, found: Tensor, bad: Tensor, count: int | None = None) -> int:
-        """The number of samples.
+        """Return the number of samples after checking it.
 
         Raises:
             ValueError: if it differs from the announced `count`, or if some samples are not finite.
@@ -176,7 +176,7 @@ class Rows(SampleMetric):
         return batch.features.pooled, batch.number
 
     def update(self, features: Tensor, index: Tensor) -> None:
-        """Takes in features (B, dim) of samples number `index` (B,)."""
+        """Add features (B, dim) of samples number `index` (B,)."""
         x, finite = finite_rows(features, self.table)
         slot = self.slots[index.cpu()].to(x.device)
         self.seen.index_add_(0, index.to(x.device), torch.ones_like(x[:, 0]))
@@ -184,7 +184,11 @@ class Rows(SampleMetric):
         self.table.index_add_(0, slot[slot >= 0], torch.where(finite[:, None], x, 0)[slot >= 0])
 
     def rows(self) -> Tensor:
-        """(keep, dim) the kept vectors, once every sample has come exactly once."""
+        """Kept vectors (keep, dim).
+
+        Raises:
+            ValueError: unless every sample came exactly once and is finite.
+        """
         self.checked_count(self.seen.sum(), self.bad, self.count)
         wrong = (self.seen != 1).nonzero()[:, 0].tolist()
         if wrong:
@@ -218,5 +222,5 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def states_device(device: torch.device) -> torch.device:
-    """Where float64 sums can live: with the network, but for a device without float64."""
+    """Device for float64 sums: the network's, or the CPU where that has no float64."""
     return torch.device("cpu") if device.type == "mps" else device

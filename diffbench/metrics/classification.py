@@ -1,4 +1,4 @@
-"""What the extractor's classifier says of samples: the Inception score and the accuracy of labels."""
+"""Inception score and label accuracy: metrics of the classes that the extractor predicts for samples."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -65,7 +65,7 @@ class InceptionScore(SampleMetric):
         return batch.features.logits, batch.number
 
     def update(self, logits: Tensor, index: Tensor) -> None:
-        """Takes in logits (B, classes) of samples number `index` (B,)."""
+        """Add logits (B, classes) of samples number `index` (B,)."""
         x, finite = finite_rows(logits, self.p)
         chunk = self.places[index.cpu()].to(x.device) // self.chunk
         log_p = torch.where(finite[:, None], x, 0).log_softmax(1)
@@ -104,7 +104,7 @@ class LabelAccuracy(SampleMetric):
         return batch.features.logits, batch.labels
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Takes in logits (B, classes) and labels (B,)."""
+        """Add logits (B, classes) and labels (B,)."""
         self.n += len(labels)
         self.bad += (~logits.isfinite().all(1)).sum().to(self.bad)
         self.right += (logits.argmax(1) == labels.to(logits.device)).sum().to(self.right)

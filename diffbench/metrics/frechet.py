@@ -10,7 +10,7 @@ from diffbench.metrics.base import Batch, Comparison, Gaussian, Rows, SampleMetr
 
 
 def gaussian(features: Tensor) -> Gaussian:
-    """The fit of features (N, D).
+    """Fit a Gaussian to features (N, D).
 
     Raises:
         ValueError: with fewer than two samples.
@@ -42,7 +42,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def frechet_infinity(features: Tensor, reference: Gaussian, order: Tensor, points: int = 15) -> float:
-    """The Fréchet distance extrapolated to infinitely many samples (Chong & Forsyth 2020); a diagnostic.
+    """Extrapolate the Fréchet distance to infinitely many samples (Chong & Forsyth 2020); a diagnostic.
 
     A line in 1/N through the distances of the first N samples in `order`, for `points` values of N from 5,000 (half
     of the samples where there are fewer than 10,000) to all of them, read off at 1/N = 0. The bias of the reference's
@@ -91,7 +91,7 @@ class Moments(SampleMetric):
         self.add_sum("outer", dim, dim)
 
     def update(self, features: Tensor) -> None:
-        """Takes in features (B, dim)."""
+        """Add features (B, dim)."""
         x, finite = finite_rows(features, self.total)
         x = torch.where(finite[:, None], x - self.center.to(x), 0)
         self.n += len(x)
@@ -100,7 +100,7 @@ class Moments(SampleMetric):
         self.outer += x.T @ x
 
     def gaussian(self) -> Gaussian:
-        """The fit of all samples so far.
+        """Gaussian fit of all samples so far.
 
         Raises:
             ValueError: with fewer than two samples, another number than announced, or features that are not finite.

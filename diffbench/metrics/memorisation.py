@@ -1,4 +1,4 @@
-"""How close samples come to training images, in pixels; copies are at zero."""
+"""Distance of samples to the nearest training image, in pixels; copies are at zero."""
 
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ from diffbench.metrics.base import Batch, Comparison, SampleMetric, squared_dist
 
 
 def nearest(images: Tensor, reference: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
-    """The nearest reference image of each image, in Euclidean distance of pixels in [0, 1].
+    """Find the nearest reference image of each image, in Euclidean distance of pixels in [0, 1].
 
     Args:
         images: (N, ...) uint8.
@@ -56,7 +56,7 @@ class NearestDistance(SampleMetric):
         return (batch.images,)
 
     def update(self, images: Tensor) -> None:
-        """Takes in images (B, C, H, W) uint8."""
+        """Add images (B, C, H, W) uint8."""
         self.n += len(images)
         self.total += nearest_distance(images.to(self.total.device), self.reference).sum()
 

@@ -1,4 +1,4 @@
-"""How close reconstructions come to their originals."""
+"""PSNR and SSIM of reconstructions."""
 
 import torch
 from torch import Tensor

@@ -20,7 +20,7 @@ _SHARES = "Precision tells how real samples look, recall and coverage how much o
 
 @dataclass(frozen=True)
 class Metric:
-    """What readers of results need to know of a metric.
+    """A metric as tables, reports and TensorBoard see it.
 
     Attributes:
         name: under which values are recorded, without extractor and count: "fd" of "fd/digits-cnn@500".
@@ -148,7 +148,7 @@ RANKING = [name for name, metric in METRICS.items() if metric.direction]
 
 
 def metric_of(name: str) -> Metric:
-    """The row of a metric by its full or short name: "fd/digits-cnn@500", "psnr@200", "val/error".
+    """Find the row of a metric by its full or short name: "fd/digits-cnn@500", "psnr@200", "val/error".
 
     A name without a row gets one of its own that is not shown and ranks nothing.
     """
@@ -157,7 +157,7 @@ def metric_of(name: str) -> Metric:
 
 
 def metric_name(computed: str, extractor: Extractor | None, count: int) -> str:
-    """The full name under which a value is recorded: metric/extractor@count, or metric@count of a metric of pixels.
+    """Full name under which a value is recorded: metric/extractor@count, or metric@count for a metric of pixels.
 
     Only distances of the published Inception protocol may be called FID.
     """

@@ -29,7 +29,7 @@ class Suite:
         self.metrics = [(name, metric.to(device)) for name, metric in made if metric is not None]
 
     def update(self, images: Tensor, index: Tensor, labels: Tensor | None = None) -> None:
-        """Takes in samples (B, C, H, W) uint8 number `index` (B,), drawn for `labels` (B,)."""
+        """Add samples (B, C, H, W) uint8 number `index` (B,), drawn for `labels` (B,)."""
         batch = Batch(images, index, labels, self.extractor(images))
         for _, metric in self.metrics:
             metric.update(*metric.arguments(batch))

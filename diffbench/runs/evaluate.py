@@ -1,4 +1,4 @@
-"""Scores of a run: a denoiser's samples against real images, an autoencoder's reconstructions against originals."""
+"""Score a run: a denoiser's samples against real images, an autoencoder's reconstructions against originals."""
 
 import dataclasses
 import json
@@ -81,7 +81,7 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
 
 
 def _changes(overrides: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]:
-    """The overrides as a dictionary, all of them among the allowed keys and sections."""
+    """Parse overrides; refuse keys and sections that are not allowed."""
     changes = parse_overrides(overrides)
     for key in changes:
         if key not in allowed:
@@ -91,7 +91,7 @@ def _changes(overrides: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]
 
 
 def evaluate_as(run: DenoiserRun, config: RunConfig, measured: Callable[[], dict[str, float]] = dict) -> dict[str, Any]:
-    """The record of a run's samples just as `config.sample` and `config.evaluate` say, made unless it is there.
+    """Find or make the record of a run's samples exactly as `config.sample` and `config.evaluate` say.
 
     Args:
         run: with the weights that are scored.
@@ -107,7 +107,7 @@ def evaluate_as(run: DenoiserRun, config: RunConfig, measured: Callable[[], dict
 
 
 def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot: str = "last") -> bool:
-    """Whether a record scores an average of the finished run, sampled and evaluated as the config says."""
+    """Return whether a record scores an average of the finished run, sampled and evaluated as the config says."""
     images = config.trainer.max_steps * config.trainer.batch_size
     held = (record["images_seen"], record["ema"], record.get("snapshot", "last"))
     wanted = config.sample.numbers() | {"seed": config.seed}
@@ -120,7 +120,7 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
 
 
 def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
-    """What scores the run's samples; `origin` of the config is named in errors."""
+    """Make the scorer of the run's samples; errors name the `origin` of the config."""
     try:
         check_evaluation(config, run.train_set)
         extractor = references.run_extractor(config, run.train_set, device_of(config.trainer.accelerator))
@@ -141,15 +141,29 @@ def _record(
     """Draw and score samples; the record is appended to results.jsonl and shown in TensorBoard."""
     from diffbench.training.logger import show_scores  # imports Lightning
 
-    found = _score(run, config, how, scorer)
+    found = _score(run, config, how, scorer) | {"departures": departures(run, config, how)}
     found |= {**_restored(run, config.evaluate.count, scorer.comparison.extractor), **(more or {})}
     run.add_result(found)
-    show_scores(run.folder, run.images_seen, records.values(found), "guided/" if how.guided else "")
+    show_scores(run.folder, run.images_seen, records.values(found), records.tag_prefix(found))
     return found
 
 
+def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str, Any]:
+    """Keys and values by which samples are drawn and scored differently from the run's own config."""
+    own, usual = run.config, run.config.sample if how.guided else run.config.sample.unguided()
+    found = {f"sample.{key}": getattr(how, key) for key in how.numbers() | usual.numbers()}
+    found = {key: value for key, value in found.items() if value != getattr(usual, key.removeprefix("sample."))}
+    others = {
+        "evaluate.reference": (config.evaluate.reference, own.evaluate.reference),
+        "seed": (config.seed, own.seed),
+        "ema": (run.ema, own.ema.decays[0]),
+        "snapshot": (run.snapshot, "last"),
+    }
+    return found | {key: value for key, (value, usual_value) in others.items() if value != usual_value}
+
+
 def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Samples:
-    """The place of a run's samples; everything that they depend on names it."""
+    """Store of a run's samples; its folder is named by everything that they depend on."""
     models = run.guidance_models(how)
     what = {
         "weights": state_hash(run.network),
@@ -166,20 +180,20 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Sample
 
 
 def labels_of(run: DenoiserRun, count: int) -> Tensor:
-    """(N,) labels of a run's samples, class by class."""
+    """Labels (N,) of a run's samples, class by class."""
     return references.sample_labels(run.train_set, count)
 
 
 def draw(
     run: DenoiserRun, how: SampleConfig, samples: Samples, seed: int, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:
-    """Draws the samples that are not there yet; says first what that will take.
+    """Draw the samples that are missing; print first how long that takes.
 
     Several processes, as many as `trainer.devices` of the run and as this machine has devices, draw chunks of their
     own. They are started from here; `rank` and `world` are for them alone.
 
     Returns:
-        What a record says of it: network evaluations, seconds of this sitting, values clipped.
+        Entries of a record: network evaluations, seconds of this call, samples drawn, share of clipped values.
     """
     from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation  # imports Lightning
 
@@ -187,13 +201,13 @@ def draw(
     labels, started = labels_of(run, samples.count), time.perf_counter()
     missing = left = samples.count - samples.present()
     estimate = 0.0
-    helpers = min(run.config.trainer.devices, torch.cuda.device_count() or run.config.trainer.devices)
-    if left > SIZE and helpers > 1 and distributed.place()[1] == 1:
-        told = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
-        told |= {"sample": dataclasses.asdict(how)}
-        command = [sys.executable, "-m", "diffbench.runs.worker", "draw", str(run.folder), json.dumps(told)]
-        print(f"{left:,} samples in {helpers} processes", flush=True)
-        if code := launch(command, helpers):
+    processes = min(run.config.trainer.devices, torch.cuda.device_count() or run.config.trainer.devices)
+    if left > SIZE and processes > 1 and distributed.place()[1] == 1:
+        wanted = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
+        wanted |= {"sample": dataclasses.asdict(how)}
+        command = [sys.executable, "-m", "diffbench.runs.worker", "draw", str(run.folder), json.dumps(wanted)]
+        print(f"{left:,} samples in {processes} processes", flush=True)
+        if code := launch(command, processes):
             raise SystemExit(code)
         left = samples.count - samples.present()
     if left:
@@ -248,7 +262,7 @@ def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Score
 
 
 def _facts(run: DenoiserRun | AutoencoderRun, extractor: Extractor | None) -> dict[str, Any]:
-    """What the record of any run says of its surroundings, its weights and its data."""
+    """Entries of any run's record about its surroundings, weights and data."""
     return {
         **records.surroundings(extractor, extractor.device if extractor else torch.device("cpu")),
         "images_seen": run.images_seen,
@@ -259,7 +273,7 @@ def _facts(run: DenoiserRun | AutoencoderRun, extractor: Extractor | None) -> di
 
 
 def _draw_neighbours(samples: Samples, training: Tensor) -> None:
-    """nearest.png: sixteen samples above, the training image nearest to each below."""
+    """Save nearest.png: sixteen samples above, the training image nearest to each below."""
     from diffbench.sampling.images import save_grid
 
     path, shown = samples.folder / "nearest.png", min(16, samples.count)
@@ -270,7 +284,7 @@ def _draw_neighbours(samples: Samples, training: Tensor) -> None:
 
 
 def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, Any]:
-    """The distance of the real images from their reconstructions, below which no denoiser of latents can come."""
+    """Distance of the real images from their reconstructions, which no denoiser of latents can undercut."""
     if run.autoencoder is None:
         return {}
     autoencoder = run.autoencoder.to(extractor.device)
@@ -335,7 +349,7 @@ def evaluate_autoencoder(run: AutoencoderRun, overrides: Sequence[str] = ()) -> 
 
 
 def _extractor(config: AutoencoderConfig, run: AutoencoderRun, device: torch.device) -> Extractor | None:
-    """The extractor, or None with a line where it cannot be made: PSNR and SSIM need none."""
+    """Make the extractor, or print why not and return None: PSNR and SSIM need none."""
     try:
         return references.run_extractor(config, run.train_set, device)
     except ValueError as e:

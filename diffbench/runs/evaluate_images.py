@@ -1,4 +1,4 @@
-"""Scores of anyone's images by the code that scores a run's samples; and reference statistics as files."""
+"""Score images of any origin by the code that scores a run's samples; build files of reference statistics."""
 
 import time
 from collections.abc import Sequence
@@ -37,12 +37,12 @@ from diffbench.runs.denoiser import DenoiserRun
 
 
 def run_of(path: Path) -> DenoiserRun | None:
-    """The denoiser's run of a folder; None where the path is something else."""
+    """Open the denoiser's run of a folder; None if the path is something else."""
     return open_run(path, [DenoiserRun]) if (path / "config.yaml").is_file() else None
 
 
 def settings_of(overrides: Sequence[str], run: DenoiserRun | None) -> EvaluateConfig:
-    """The section `evaluate` of a command about images: the overrides over those of the run compared with, if any.
+    """Build the section `evaluate` of a command about images from overrides, over the values of the run compared with.
 
     Raises:
         UserError: for other keys, or where no extractor is named.
@@ -106,7 +106,7 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
 
 
 def make_extractor(settings: EvaluateConfig, shape: tuple[int, int, int], run: DenoiserRun | None) -> Extractor:
-    """The extractor of the settings for images of a shape.
+    """Make the extractor of the settings for images of a shape.
 
     One that learns from data learns from the run's images, or else from the data set whose registry row names it.
 
@@ -157,7 +157,7 @@ def _scorer(extractor: Extractor, against: Path, count: int) -> Scorer:
 
 
 def load_reference(extractor: Extractor, path: Path, keep: int = KEPT) -> tuple[ReferenceStatistics, dict[str, Any]]:
-    """Statistics of a folder, an npz, or a file of statistics, and what a record says of them.
+    """Load statistics of a folder, an npz, or a file of statistics, and the entries of a record about them.
 
     Raises:
         UserError: if they are another extractor's.
@@ -181,7 +181,7 @@ def load_reference(extractor: Extractor, path: Path, keep: int = KEPT) -> tuple[
 def statistics_of_images(
     extractor: Extractor, path: Path, keep: int = KEPT
 ) -> tuple[ReferenceStatistics, dict[str, Any]]:
-    """Statistics of a folder of images or an npz, cached; and what a record says of them."""
+    """Cached statistics of a folder of images or an npz, and the entries of a record about them."""
     images = open_images(path)
     source = {"images": images.identity(), "size": list(images.shape)}
     batches = partial(images.batches, references.BATCH)
@@ -236,6 +236,6 @@ def build_reference(what: Path, overrides: Sequence[str]) -> str:
 
 
 def _evenly(batches: Any, count: int) -> list[Tensor]:
-    """10,000 images at most, evenly spaced over all."""
+    """Choose 10,000 images at most, evenly spaced."""
     chosen = set(evenly_spaced(count, min(count, KEPT)).tolist())
     return [image for i, image in enumerate(image for batch in batches for image in batch) if i in chosen]

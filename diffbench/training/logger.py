@@ -23,15 +23,12 @@ from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import FULL, room_for
 from diffbench.core.tensors import read_state
+from diffbench.metrics import registry
 from diffbench.sampling.images import grid, save_grid
 from diffbench.training.clock import Clock, at_step_end, due
 from diffbench.training.module import TrainingModule
 
 LAYOUT = {
-    "Which backbone is better": {
-        "validation error": ["Multiline", ["val/error$"]],
-        "distance to the data": ["Multiline", ["fd/.*"]],
-    },
     "Where it is better": {"validation error by log-SNR": ["Multiline", ["val/error_log_snr_.*"]]},
     "How it trains": {
         "training loss": ["Multiline", ["train/loss"]],
@@ -40,7 +37,7 @@ LAYOUT = {
         "images/s": ["Multiline", ["perf/images_per_s"]],
     },
 }
-"""Charts that lay the chosen runs over each other, in TensorBoard's custom-scalars tab."""
+"""Charts of training that lay the chosen runs over each other, in TensorBoard's custom-scalars tab."""
 METRICS = "metrics.jsonl"
 FINAL = ("val/error", "train/loss")
 """Metrics of the hparams tab: their last values."""
@@ -150,7 +147,8 @@ class RunLogger(L.Callback):
         self._writer = _new_writer(self.folder, purge_step=self.images + 1 if self._resumed else 0)
         if not self._resumed:
             self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
-            self._writer.add_custom_scalars(LAYOUT)
+            watched = {m.title: ["Multiline", [f"{m.name}($|[/@])"]] for m in registry.METRICS.values() if m.watched}
+            self._writer.add_custom_scalars({"Which backbone is better": watched, **LAYOUT})
             for summary in hparams(self.hparams, dict.fromkeys(FINAL, 0.0)):  # add_hparams would make a run of its own
                 self._writer._get_file_writer().add_summary(summary)
 

@@ -379,7 +379,7 @@ def test_what_is_no_run(refused: Callable[..., str], smoke_run: Path, tmp_path: 
 def test_a_damaged_record_is_named(refused: Callable[..., str], smoke_run: Path) -> None:
     with (smoke_run / "results.jsonl").open("a") as file:
         file.write('{"half": \n')
-    assert refused("compare", smoke_run) == f"{smoke_run}/results.jsonl: line 3 is no JSON; remove that line"
+    assert refused("compare", smoke_run) == f"{smoke_run}/results.jsonl: line 3 is not JSON; remove that line"
 
 
 def test_what_no_check_foresaw_is_still_one_line(

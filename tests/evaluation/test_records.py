@@ -65,7 +65,7 @@ def test_records_are_appended(tmp_path: Path) -> None:
         records.append(path, {"a": value})
     assert records.read(path) == [{"a": 1}, {"a": 2}]
     path.write_text('{"a": 1}\n{"a"\n')
-    with pytest.raises(UserError, match=f"{path}: line 2 is no JSON; remove that line"):
+    with pytest.raises(UserError, match=f"{path}: line 2 is not JSON; remove that line"):
         records.read(path)
 
 
@@ -77,10 +77,10 @@ def test_a_torn_last_line_is_passed_over_and_then_dropped(
     path.write_bytes(b'{"a": 1}\n' + torn.encode()[: -1 if ord(torn[-1]) > 127 else None])
     assert records.read(path) == [{"a": 1}]
     assert capsys.readouterr().out == (
-        f"warning: {path}: line 2 was torn as a command was killed, and is passed over\n"
+        f"warning: {path}: line 2 was cut short when a command was killed, and is skipped\n"
     )
     records.append(path, {"a": 3})
-    assert "its last line was torn" in capsys.readouterr().out
+    assert "its last line was cut short" in capsys.readouterr().out
     assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
 
 

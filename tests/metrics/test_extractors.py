@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffbench.metrics import EXTRACTORS, Extractor, Request, extractor, register
+from diffbench.metrics import EXTRACTORS, Entry, Extractor, Request, extractor
 from diffbench.metrics.extractors.base import check, full_precision, plain, state_hash
 from diffbench.metrics.extractors.resize import antialiased, area, tf1
 from diffbench.metrics.frechet import frechet_distance
@@ -128,8 +128,7 @@ def test_the_way_of_resizing_matters() -> None:
 
 
 def test_a_module_is_registered_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("diffbench.metrics.extractors.base.EXTRACTORS", dict(EXTRACTORS))
-    register("mine", lambda request: Net())
+    monkeypatch.setitem(EXTRACTORS, "mine", Entry(lambda request: Net()))
     judge = extractor("mine", Request((3, 8, 8)))
     assert (judge.name, judge.dim, judge.channels, judge.classes) == ("mine", 16, 3, None)
     assert judge.weights != extractor("mine", Request((3, 8, 8))).weights  # weights drawn anew are other weights
@@ -137,6 +136,7 @@ def test_a_module_is_registered_and_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.syspath_prepend(str(tmp_path))
     judge = extractor("my_judge:make", Request((3, 8, 8)))
     assert metric_name("fd", judge, 500) == "fd/my_judge.make@500"
+    assert "my_judge:make" not in EXTRACTORS
     with pytest.raises(ValueError, match=r"evaluate\.extractor: my_judge:mak cannot be imported \(module 'my_judge'"):
         check("my_judge:mak", Request((3, 8, 8)))
     with pytest.raises(ValueError, match=r"evaluate\.extractor: nowhere:make cannot be imported"):

@@ -102,7 +102,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="arr_0 must be uint8"):
         images.open_images(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", mu=np.array([{"code": 1}], dtype=object), sigma=np.zeros((1, 1)))
-    with pytest.raises(UserError, match="holds objects in place of numbers"):
+    with pytest.raises(UserError, match="holds objects instead of numbers"):
         images.read_statistics(tmp_path / "b.npz")
 
 

@@ -263,6 +263,30 @@ def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
     assert plain == pytest.approx(inception_score(logits.split(5000))) and plain < found - 0.5
 
 
+def test_another_way_of_sampling_has_a_tag_of_its_own(smoke_run: Path) -> None:
+    def score(*overrides: str) -> dict[str, Any]:
+        return evaluate.evaluate(load(smoke_run), ["evaluate.count=20", *overrides])[-1]
+
+    unguided = "sample.guidance=1"
+    found = {
+        "": score(unguided),
+        "sample.sampler=ddim,sample.steps=4/": score(unguided, "sample.sampler=ddim", "sample.steps=4"),
+        "guided/sample.guidance=3.0/": score("sample.guidance=3"),
+        "seed=7/": score(unguided, "seed=7"),
+        "evaluate.reference=all/": score(unguided, "evaluate.reference=all"),
+    }
+    name, events = "fd/digits-cnn@20", EventAccumulator(str(smoke_run)).Reload()
+    for prefix, record in found.items():
+        assert records.tag_prefix(record) == prefix
+        assert events.Scalars(prefix + name)[-1].value == pytest.approx(record[name])
+    assert all(s.value == pytest.approx(found[""][name]) for s in events.Scalars(name))
+    assert found[""]["departures"] == {} and found["seed=7/"]["departures"] == {"seed": 7}
+    ddim = found["sample.sampler=ddim,sample.steps=4/"]
+    assert ddim["departures"] == {"sample.sampler": "ddim", "sample.steps": "4"}
+    assert records.settings_of(ddim) == ["sample.sampler=ddim", "sample.steps=4"]
+    assert records.settings_of(found["guided/sample.guidance=3.0/"]) == ["guidance 3"]
+
+
 def test_scores_stand_in_tensorboard_too(smoke_run: Path) -> None:
     run = load(smoke_run)
     record = evaluate.evaluate(run, ["evaluate.count=20", "sample.guidance=1", "sample.steps=2"])[0]

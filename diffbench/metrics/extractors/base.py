@@ -1,8 +1,8 @@
 """Feature extractors by name. They take uint8 images of any size and always give the same features for them.
 
 An `Extractor` is not an nn.Module, so no training module can adopt its network: none of its weights enters a
-checkpoint, an average or a parameter count, and nobody puts it into training mode. A new one is `register`ed, or named
-in the config as `package.module:function`.
+checkpoint, an average or a parameter count, and nobody puts it into training mode. A new one gets a row in
+`EXTRACTORS`, or is named in the config as `package.module:function`.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ VERSION = 1
 
 
 class Features(NamedTuple):
-    """What a network computes of B images: features (B, D), perhaps logits (B, K) and a spatial layer (B, S)."""
+    """Output of a network for B images: features (B, D), perhaps logits (B, K) and a spatial layer (B, S)."""
 
     pooled: Tensor
     logits: Tensor | None = None
@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 @dataclass
 class Request:
-    """What an extractor may ask of its surroundings.
+    """What is known of the images when an extractor is made.
 
     Attributes:
         shape: (C, H, W) of the images to come.
@@ -85,7 +85,7 @@ class Extractor:
     device: torch.device = field(default=torch.device("cpu"), init=False)
 
     def to(self, device: torch.device | str) -> "Extractor":
-        """Moves the network; returns the extractor."""
+        """Move the network; return the extractor."""
         self.device = torch.device(device)
         self.network.to(self.device)
         return self
@@ -121,38 +121,23 @@ def full_precision() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered extractor: how to make it, and a check of what it needs, cheap enough to come before all else."""
+    """A registered extractor.
 
-    build: Callable[[Request], Extractor]
-    check: Callable[[Request], None]
+    Attributes:
+        build: makes it; or a plain nn.Module that maps uint8 images (B, C, H, W) of the data's size to features (B, D).
+        check: raises ValueError, one line that says what to install or where to put which file; takes no time.
+    """
+
+    build: Callable[[Request], Extractor | nn.Module]
+    check: Callable[[Request], None] = lambda request: None
 
 
 EXTRACTORS: dict[str, Entry] = {}
-
-
-def register(
-    name: str,
-    build: Callable[[Request], Extractor | nn.Module],
-    check: Callable[[Request], None] = lambda request: None,
-) -> None:
-    """Makes an extractor known under a name.
-
-    Args:
-        name: what `evaluate.extractor` calls it.
-        build: Request -> Extractor; or a plain nn.Module that maps uint8 images (B, C, H, W) of the data's size to
-            features (B, D).
-        check: raises ValueError, one line that says what to install or where to put which file.
-    """
-
-    def built(request: Request) -> Extractor:
-        made = build(request)
-        return made if isinstance(made, Extractor) else plain(name, made, request.shape)
-
-    EXTRACTORS[name] = Entry(built, check)
+"""Name in `evaluate.extractor` -> extractor."""
 
 
 def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extractor:
-    """An extractor of any network that maps uint8 images (B, C, H, W) to features (B, D)."""
+    """Make an extractor of any network that maps uint8 images (B, C, H, W) to features (B, D)."""
     network.eval().requires_grad_(False)
     with torch.no_grad():
         dim = network(torch.zeros(2, *shape, dtype=torch.uint8)).shape[1]
@@ -169,7 +154,7 @@ def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extract
 
 
 def check(name: str, request: Request) -> None:
-    """Whether an extractor can be made here; takes no time.
+    """Check that an extractor can be made here, without making it.
 
     Raises:
         ValueError: one line that begins with the key.
@@ -181,13 +166,14 @@ def check(name: str, request: Request) -> None:
 
 
 def extractor(name: str, request: Request) -> Extractor:
-    """The extractor of a name.
+    """Make the extractor of a name.
 
     Raises:
         ValueError: if it is unknown, or lacks something; one line that begins with the key.
     """
     check(name, request)
-    return _entry(name).build(request)
+    made = _entry(name).build(request)
+    return made if isinstance(made, Extractor) else plain(name, made, request.shape)
 
 
 def _entry(name: str) -> Entry:
@@ -200,11 +186,9 @@ def _entry(name: str) -> Entry:
         known = ", ".join(EXTRACTORS)
         raise ValueError(f"unknown extractor {name!r}; choose from {known}, or write package.module:function{hint}")
     try:
-        build: Any = getattr(importlib.import_module(module), attribute)
+        return Entry(getattr(importlib.import_module(module), attribute))
     except (ImportError, AttributeError) as e:
         raise ValueError(f"{name} cannot be imported ({e})") from None
-    register(name, build)
-    return EXTRACTORS[name]
 
 
 def state_hash(network: nn.Module) -> str:

