@@ -39,6 +39,8 @@ TINY: dict[str, dict[str, Any]] = {
     "unet": {"model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "num_heads": 2, "norm_groups": 4}
     | {"num_head_channels": None},
     "ddpmpp": {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1},
+    "segformer": {"hidden_sizes": [8, 8, 16], "depths": [1, 1, 1], "num_heads": [1, 1, 2], "decoder_hidden_size": 8}
+    | {"time_dim": 16},
     "uvit": {"hidden_size": 32, "depth": 2, "num_heads": 4},
 }
 
@@ -179,11 +181,12 @@ def _published(model: str) -> dict[str, Any]:
     classes = shape.get("num_classes", 0)
     dropped = 0.1 if classes and shape.get("null_class", True) else 0.0
     learned = {"name": "vp", "variance": "learned_range", "loss": "hybrid"}
+    plain = {"name": "vp" if model.startswith(("U-ViT", "MiT")) else "edm"}
     found = from_dict(
         {
             "data": {"name": "none", "num_classes": classes} | {k: shape[k] for k in ("image_size", "channels")},
             "denoiser": denoiser,
-            "process": learned if shape.get("learn_sigma") else {"name": "vp" if model.startswith("U-ViT") else "edm"},
+            "process": learned if shape.get("learn_sigma") else plain,
             "optimizer": {"lr": 1e-4},
             "trainer": {"label_dropout": dropped},
             "sample": {"steps": "250" if shape.get("learn_sigma") else "18"},

@@ -12,6 +12,7 @@ from diffbench.denoisers import (
     DiffiTConfig,
     DiffiTLatentConfig,
     DiTConfig,
+    SegFormerConfig,
     UNetConfig,
     UViTConfig,
     build,
@@ -24,6 +25,7 @@ SMALL = {
     "diffit-latent": DiffiTLatentConfig(hidden_size=32, depth=2, num_heads=4),
     "ddpmpp": DDPMppConfig(8, [1, 2], 1, [4]),
     "uvit": UViTConfig(hidden_size=32, depth=2, num_heads=4),
+    "segformer": SegFormerConfig([8, 8, 16], [1, 1, 1], [1, 1, 2], decoder_hidden_size=8, time_dim=16),
 }
 SIZE, CHANNELS, CLASSES = 8, 3, 5
 

@@ -6,6 +6,7 @@ from diffbench.denoisers.diffit_latent import DiffiTLatent, DiffiTLatentConfig
 from diffbench.denoisers.dit import DiT, DiTConfig
 from diffbench.denoisers.pretrained.convert import from_reference
 from diffbench.denoisers.registry import DENOISERS, PRESETS, build
+from diffbench.denoisers.segformer import SegFormer, SegFormerConfig
 from diffbench.denoisers.unet import UNet, UNetConfig
 from diffbench.denoisers.uvit import UViT, UViTConfig
 
@@ -20,6 +21,8 @@ __all__ = [
     "DiffiTConfig",
     "DiffiTLatent",
     "DiffiTLatentConfig",
+    "SegFormer",
+    "SegFormerConfig",
     "UNet",
     "UNetConfig",
     "UViT",

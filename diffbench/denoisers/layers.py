@@ -263,7 +263,8 @@ def xavier_(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def both_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:

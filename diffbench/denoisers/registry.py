@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, unet, uvit
+from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, segformer, unet, uvit
 from diffbench.denoisers.base import Denoiser, Preset
 
 
@@ -67,6 +67,14 @@ DENOISERS = {
         "hidden_size",
         "depth",
         uvit.PRESETS,
+    ),
+    "segformer": Entry(
+        segformer.SegFormerConfig,
+        segformer.SegFormer,
+        "Mix Transformer with an all-MLP decoder, conditioned here (SegFormer)",
+        "hidden_sizes",
+        "depths",
+        segformer.PRESETS,
     ),
 }
 

@@ -16,7 +16,7 @@ from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.data.sets import ImageSet
-from diffbench.runs.build import cost_of, denoised_shape, device_of, load_data
+from diffbench.runs.build import build_denoiser, cost_of, denoised_shape, device_of, load_data
 
 
 def check(config: RunConfig) -> None:
@@ -40,9 +40,9 @@ def check(config: RunConfig) -> None:
             f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
             " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
         )
-    denoised_shape(config, train_set)
     with possible("denoiser"):
         cost_of(config, train_set)
+    check_output(config, train_set)
     if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
         raise ValueError(
             f"trainer.augment: denoiser.name={config.denoiser.name} takes no augmentation label, so that the"
@@ -72,6 +72,19 @@ def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int,
         raise AssertionError("a check reads no images")
 
     check_extractor(name, Request(shape, weights, training=unread))
+
+
+def check_output(config: RunConfig, data: ImageSet) -> None:
+    """Raise ValueError unless the config's network puts out what it denoises, twice over for a learned variance."""
+    channels, height, width = denoised_shape(config, data)
+    with torch.device("meta"), torch.no_grad():
+        network = build_denoiser(config, data)
+        found = network(torch.empty(1, channels, height, width), torch.empty(1), torch.zeros(1, dtype=torch.int64))
+    learned = getattr(config.process, "variance", None) == "learned_range"
+    wanted = (2 * channels if learned else channels, height, width)
+    if tuple(found.shape[1:]) != wanted:
+        shapes = ["x".join(map(str, shape)) for shape in (found.shape[1:], wanted)]
+        raise ValueError(f"denoiser: this network puts out {shapes[0]} where {shapes[1]} is needed; choose another")
 
 
 class Unscored(ValueError):

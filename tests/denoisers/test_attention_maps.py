@@ -20,6 +20,7 @@ LAYERS = {
     "diffit-latent": ["blocks.0.attention", "blocks.1.attention"],
     "ddpmpp": ["encoder.2.attention", "decoder.0.attention", "decoder.3.attention"],
     "uvit": ["encoder.0", "middle.0", "decoder.0"],
+    "segformer": ["stages.2.blocks.0"],  # where keys are of every place
 }
 
 

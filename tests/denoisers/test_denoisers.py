@@ -109,6 +109,7 @@ def test_attention_is_counted_in_full() -> None:
     assert attention_macs("diffit", SMALL["diffit"], 8) == 2 * (2 * 64 * 16 * 8) + 2 * 16 * 16 * 16
     assert attention_macs("diffit-latent", SMALL["diffit-latent"], 8) == 2 * 2 * 16**2 * 32
     assert attention_macs("ddpmpp", SMALL["ddpmpp"], 8) == 3 * 2 * 16**2 * 16
+    assert attention_macs("segformer", SMALL["segformer"], 8) == 2 * (64 * 4 * 8 + 16 * 4 * 8 + 4 * 4 * 16)
     assert attention_macs("uvit", SMALL["uvit"], 8) == 3 * 2 * 17**2 * 32
 
 

@@ -101,7 +101,7 @@ def test_what_stays_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
             taken(torch.randn(512, taken.in_features))
 
 
-@pytest.mark.parametrize("name", ["dit", "diffit-latent", "diffit", "unet", "ddpmpp", "uvit"])
+@pytest.mark.parametrize("name", ["dit", "diffit-latent", "diffit", "unet", "ddpmpp", "uvit", "segformer"])
 def test_every_backbone(name: str, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     net, (x, t, y) = small(name).requires_grad_(True), inputs()
     assert not any(type(module) is nn.Linear for module in net.modules())

@@ -1,8 +1,9 @@
 """Published networks have their published size: parameters to the unit, multiply-accumulates to half a percent."""
 
 import pytest
+import torch
 
-from diffbench.denoisers import DENOISERS, PRESETS
+from diffbench.denoisers import DENOISERS, PRESETS, SegFormer
 from diffbench.denoisers.flops import Cost, count
 
 # Parameters and GMACs, counted on the official code (saved position tables included), or from the paper where only
@@ -45,9 +46,20 @@ ROUNDED = {
     "DiT-XL/2-adaln": (600, "118.56"),
     "DiffiT-XL/2-depth30": (601, "127.0"),
 }
+# SegFormer's encoder, and the whole with its decoder for 150 classes: parameters alone, and GMACs of the whole.
+SEGMENTING = {
+    "MiT-B0": (3_319_392, 3_752_694, "8.39"),
+    "MiT-B1": (13_151_424, 13_715_798, "15.88"),
+    "MiT-B2": (24_196_288, 27_461_974, "62.34"),
+    "MiT-B3": (44_072_128, 47_337_814, "78.96"),
+    "MiT-B4": (60_842_688, 64_108_374, "95.57"),
+    "MiT-B5": (81_443_008, 84_708_694, "111.51"),
+}
 # Networks of which no source states the size: ours, so that a change shows.
 OURS = {
     "DiffiT-XL/2-512": 563_562_464,
+    "SegFormer-S": 48_200_972,
+    "SegFormer-B": 192_348_300,
     "DiffiT-CIFAR10-H1": 28_747_987,
     "DiffiT-CIFAR10-I1": 15_935_787,
     "DiffiT-FFHQ64-H1": 44_857_587,
@@ -68,7 +80,7 @@ def close(gmacs: float, stated: str) -> bool:
 
 
 def test_every_preset_is_checked() -> None:
-    assert set(PRESETS) == set(COUNTED) | set(PARAMETERS) | set(ROUNDED) | set(OURS)
+    assert set(PRESETS) == set(COUNTED) | set(PARAMETERS) | set(ROUNDED) | set(OURS) | set(SEGMENTING)
     assert set(PRESETS) == {name for entry in DENOISERS.values() for name in entry.presets}
 
 
@@ -82,6 +94,17 @@ def test_parameters_and_gmacs_equal_the_official_code(name: str) -> None:
     cost, (parameters, gmacs) = PRESETS[name].cost, COUNTED[name]
     assert cost.parameters == parameters
     assert close(cost.gmacs, gmacs)
+
+
+@pytest.mark.parametrize("name", SEGMENTING)
+def test_segformer_has_its_published_size(name: str) -> None:
+    preset, (encoder, whole, gmacs) = PRESETS[name], SEGMENTING[name]
+    with torch.device("meta"):
+        net = SegFormer(preset.config, **preset.shape)
+    assert sum(p.numel() for p in net.stages.parameters()) == encoder
+    assert sum(p.numel() for p in net.parameters()) == whole
+    assert preset.cost.parameters - whole == 2 * preset.config.decoder_hidden_size + 1  # what batch norm counts
+    assert close(preset.cost.gmacs, gmacs)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

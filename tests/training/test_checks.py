@@ -16,7 +16,7 @@ def numbers() -> Iterator[tuple[str, str, str]]:
     for name, entry in DENOISERS.items():
         for key, hint in get_type_hints(entry.config).items():
             text = getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint)
-            if re.search(r"\b(int|float)\b", text) and key not in ("dropout", "attention_resolutions"):
+            if re.search(r"\b(int|float)\b", text) and key not in ("dropout", "drop_path", "attention_resolutions"):
                 yield name, key, text
 
 

@@ -1,4 +1,4 @@
-"""Published networks as ours: `from_reference` reads the state dicts of DiT, SiT, DiffiT, ADM, DDPM++ and U-ViT."""
+"""Published networks as ours: `from_reference` reads the state dicts of seven published families."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffbench.denoisers.base import Denoiser
+from diffbench.denoisers.pretrained import segformer
 from diffbench.denoisers.pretrained.recipe import REQUIRED, Blueprint, Recipe
 from diffbench.denoisers.pretrained.transformers import DIFFIT, DIT, SIT, UVIT
 from diffbench.denoisers.pretrained.unets import ADM, DDPMPP
@@ -19,7 +20,7 @@ def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mappin
     """Build our network from a published one's constructor arguments and load its weights.
 
     Args:
-        source: "dit", "sit", "diffit" (latent), "adm", "ddpmpp" or "uvit".
+        source: "dit", "sit", "diffit" (latent), "adm", "ddpmpp", "uvit", or "segformer", see `segformer.read`.
         arguments: constructor arguments under the reference's own names; the others take its defaults.
         state_dict: weights under the reference's own keys; half precision is widened.
 
@@ -32,6 +33,8 @@ def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mappin
         ValueError: if an argument or a key is unknown or missing, a shape or a constant buffer is another, or weights
             are not finite; each message names it.
     """
+    if source == "segformer":
+        return segformer.read(arguments, state_dict)
     blueprint = describe(source, arguments)
     with torch.random.fork_rng(devices=[]):
         net = RECIPES[source].build(blueprint.config, **blueprint.shape)
