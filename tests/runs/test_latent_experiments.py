@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import load as golden
 from PIL import Image
 from test_importing import saved, words
+from test_reference import arguments
 
 from diffbench.autoencoders import KLAutoencoder, KLConfig
 from diffbench.autoencoders import io as files
@@ -102,7 +104,12 @@ def test_imagenet_experiments_take_steps_at_a_reduced_size(name: str, reduced: l
 def test_an_imported_denoiser_with_an_autoencoder_makes_pictures(reduced: list[str], tmp_path: Path) -> None:
     (autoencoder,) = (word for word in reduced if word.startswith("autoencoder="))
     out = tmp_path / "dit"
-    assert main(["import", "dit", str(saved(tmp_path, "dit_a")), str(out), *words("dit", "dit_a"), autoencoder]) == 0
+    assert (
+        main(
+            ["import", "dit", str(saved(tmp_path, "dit_a")), str(out), *words(arguments(golden("dit_a"))), autoencoder]
+        )
+        == 0
+    )
     run = load(out)
     assert (run.shape, run.raw) == ((4, 8, 8), False)
     (picture,) = run.sample(n=1, steps="2")

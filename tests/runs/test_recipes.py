@@ -98,7 +98,7 @@ def test_another_process_by_one_key_brings_its_own_sampler(tmp_path: Path) -> No
 
 
 REFUSED = {
-    "process.name=edm sample.sampler=ddpm": "sample.sampler: sampler ddpm does not suit the edm process: it walks back"
+    "process.name=edm sample.sampler=ddpm": "sample.sampler: sampler ddpm does not suit the edm process: it goes back"
     " the discrete steps of vp; choose from heun, euler, dpm_solver",
     "process.name=flow sample.steps=ddim10": "sample.steps: 'ddim10' does not fit process.name=flow: steps must be a",
     "process.name=flow trainer.time_sampling=loss_aware": "trainer.time_sampling: loss_aware counts the steps of"
@@ -110,7 +110,7 @@ REFUSED = {
     "sample.sampler=ddim sample.rtol=0.1": "sample.rtol: belongs to sample.sampler=dopri5; with ddim leave it at 0.001",
     "sample.guidance_interval=[2,1]": "sample.guidance_interval: must be two rising numbers",
     "sample.guidance_channels=0": "sample.guidance_channels: must be at least 1 or null, got 0",
-    "trainer.augment=0.5": "trainer.augment: denoiser.name=dit is not told what was done to an image",
+    "trainer.augment=0.5": "trainer.augment: denoiser.name=dit takes no augmentation label",
     "trainer.augment=2": "trainer.augment: must lie in 0 to 1, got 2.0",
     "ema.ramp=0": "ema.ramp: must lie in (0, 1] or be null, got 0.0",
     "ema.half_life_images=[1000]": "ema.decays: [0.999] stands beside ema.half_life_images; give one of the two",

@@ -64,7 +64,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch, **drawn: float) -> None:
         return torch.full((len(position), *shape), drawn.get(name, 0.0))
 
     for name, function in (("key", key), ("uniform", uniform), ("normal", normal)):
-        monkeypatch.setattr(module.keyed, name, function)
+        monkeypatch.setattr(module.rng, name, function)
 
 
 def blob(dy: float, dx: float, side: int = 64) -> torch.Tensor:

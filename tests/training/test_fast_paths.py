@@ -197,8 +197,8 @@ def test_freed_memory_is_used_again() -> None:
 def test_a_run_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
     monkeypatch.setattr("diffbench.runs.base.keep_memory", lambda: calls.append(None))
-    DenoiserRun(Path("none"), load_config("experiments/digits/dit.yaml"))
-    assert len(calls) == 1
+    run = DenoiserRun(Path("none"), load_config("experiments/digits/dit.yaml"))
+    assert run.network is run.network and len(calls) == 1
 
 
 def test_the_mantissa_of_float32_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
