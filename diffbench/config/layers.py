@@ -86,6 +86,11 @@ def scalar(text: str) -> Any:
     return text
 
 
+def untyped(value: Any) -> Any:
+    """A value for code that declares no type: True and False, in any spelling of the word, are truth values."""
+    return value.lower() == "true" if isinstance(value, str) and value.lower() in ("true", "false") else value
+
+
 def _number(value: Any, kind: Callable[[Any], Any], text: str) -> Any:
     if str(value) == text:
         return value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffbench.config.kinds import AutoencoderConfig, RunConfig
-from diffbench.config.layers import COMMAND_LINE, parse_overrides
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core import distributed
@@ -121,11 +121,9 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
 
 def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
     """Make the scorer of the run's samples; errors name the `origin` of the config."""
-    try:
+    with located([(origin, {})]):
         check_evaluation(config, run.train_set)
         extractor = references.run_extractor(config, run.train_set, device_of(config.trainer.accelerator))
-    except ValueError as e:
-        raise UserError(f"{origin}: {e}") from None
     run.network.to(extractor.device)
     if config.evaluate.count < 2 * extractor.dim:
         print(

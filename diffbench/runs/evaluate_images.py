@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbench.config.layers import COMMAND_LINE, parse_overrides
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build
 from diffbench.config.sections import EvaluateConfig
 from diffbench.core.errors import UserError
@@ -57,14 +57,12 @@ def settings_of(overrides: Sequence[str], run: DenoiserRun | None) -> EvaluateCo
         theirs = run.config.evaluate
         extractor = references.suited_extractor(run.config)
         base = {"extractor": extractor, "weights": theirs.weights, "reference": theirs.reference}
-    try:
+    with located():
         if not isinstance(values, dict):
             raise ValueError(f"evaluate: must be a section with keys, got {values!r}; write evaluate.extractor=NAME")
         if (base | values).get("extractor") is None:
             raise ValueError(f"evaluate.extractor: missing; choose from {', '.join(EXTRACTORS)}")
         found = build(EvaluateConfig, base | values, "evaluate.")
-    except ValueError as e:
-        raise UserError(f"{COMMAND_LINE}: {e}") from None
     assert isinstance(found, EvaluateConfig)
     return found
 
@@ -121,10 +119,8 @@ def make_extractor(settings: EvaluateConfig, shape: tuple[int, int, int], run: D
         suited = next((source for source in SOURCES.values() if source.extractor == name), None)
         learning = suited and (lambda: references.training_of(suited.load(suited.config())[0]))
         request = Request(shape, settings.weights, learning or None, cached=references.cached_network)
-    try:
+    with located():
         return build_extractor(name, request).to(device_of("auto"))
-    except ValueError as e:
-        raise UserError(f"{COMMAND_LINE}: {e}") from None
 
 
 def _run_scorer(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, untyped
 from diffbench.config.load import from_layers, to_yaml
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import sha256, write_text
@@ -63,7 +63,7 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
     try:
         name, sets = weight_sets(source, stored, None if key is None else str(key))
         state = _without(sets[name], ignored if isinstance(ignored, list) else [ignored] if ignored else [])
-        arguments = infer(source, state, given or {})
+        arguments = infer(source, state, {k: untyped(v) for k, v in (given or {}).items()})
         plan = describe(source, arguments)
         net = from_reference(source, arguments, state)
     except ValueError as e:

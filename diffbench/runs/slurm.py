@@ -123,6 +123,8 @@ def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
     """
     if not options:
         return {}
+    from diffbench.config.layers import untyped
+
     known = [*ours, *sorted(_submitit().SlurmExecutor._valid_parameters() - {*ours, "stderr_to_stdout", "num_gpus"})]
     lists = ("setup", "teardown", "srun_args")
     for key, value in options.items():
@@ -136,7 +138,7 @@ def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"launcher.{key}: must be one value, got {value}")
         if key == "array_parallelism" and not isinstance(value, int):
             raise ValueError(f"launcher.{key}: must be a whole number, got {value!r}")
-    return {key: value for key, value in options.items() if value is not None}
+    return {key: untyped(value) for key, value in options.items() if value is not None}
 
 
 def launch(words: Sequence[str], launcher: LauncherConfig) -> str:

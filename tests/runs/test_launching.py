@@ -387,3 +387,10 @@ def test_cells_on_several_machines_are_refused(
     path.write_text(STUDY)
     assert main(["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, *words]) == 2
     assert capsys.readouterr().err.strip().removeprefix("error: ").removeprefix(f"{path}: ") == said
+
+
+def test_truth_values_of_submitit_in_any_spelling() -> None:
+    words = ["launcher=slurm", "launcher.time=30", "launcher.use_srun=False", "launcher.exclusive=TRUE"]
+    options = split([*words, "launcher.comment=no", "launcher.account=007"])[0].options
+    assert (options["use_srun"], options["exclusive"], options["comment"]) == (False, True, "no")
+    assert str(options["account"]) == "007"
