@@ -71,16 +71,20 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
             raise ValueError("raw: this network denoises images; leave it at false")
         if asked.raw:
             run.config = replace(run.config, autoencoder=None)
-        if run.raw and (asked.strip or asked.gif or Path(asked.out or "").suffix.lower() != ".npz"):
+        raw = asked.raw or run.raw
+        if raw and (asked.strip or asked.gif or Path(asked.out or "").suffix.lower() != ".npz"):
             key = "strip" if asked.strip else "gif" if asked.gif else "out"
-            raise ValueError(f"{key}: {run.shape[0]} channels make no image; give out=NAME.npz for their raw values")
+            shape = "x".join(map(str, run.shape))
+            raise ValueError(f"{key}: {shape} raw values are not an image; give out=NAME.npz alone")
         words = [f"{run.images_seen:09d}", *(word for word in overrides if not word.startswith("out="))]
         name = re.sub(r"[^\w.,=\[\]-]", "_", "-".join(["sample", *words]))[:120]
         endings = [ending for ending, asks in ((".strip.png", asked.strip), (".steps.gif", asked.gif)) if asks]
-        files = new_files(asked.out, run.folder / "samples" / f"{name}.png", endings, [*FORMATS, ".npz"])
-        sampler = run.sampler(settings)
+        default, formats = run.folder / "samples" / f"{name}.png", [*FORMATS, ".npz"]
+        new_files(asked.out, default, endings, formats)  # refused before anything is drawn
+        sampler = replace(run.sampler(settings), raw=raw)
         trajectory = Trajectory(sampler.images) if endings else None
         samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)
+        files = new_files(asked.out, default, endings, formats)  # another command may have written meanwhile
     names = run.facts.class_names
     if names not in ((), tuple(map(str, range(run.facts.num_classes)))):
         yield f"labels: {_counts(labels, names)}"

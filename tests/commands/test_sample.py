@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from diffbench.cli import main
 from diffbench.core import tensors
 from diffbench.data.facts import DataFacts
 from diffbench.runs.denoiser import labels_for
+from diffbench.sampling.sampler import Sampler
 
 Capture = pytest.CaptureFixture[str]
 CELL = 8 * 5 + 4
@@ -120,6 +122,20 @@ def test_no_two_commands_share_a_file(sampled: Callable[..., list[str]], smoke_r
     assert len(set(every)) == 7 and all(Path(file).is_file() for file in every)
     assert all(len(Path(file).name) < 150 for file in every)
     assert Path(first).stat() == before
+
+
+def test_commands_at_the_same_time_do_not_share_a_file(
+    sampled: Callable[..., list[str]], smoke_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, draw = smoke_run / "samples" / "sample-000000016-n=2-steps=2.png", Sampler.__call__
+
+    def drawn_while_another_writes(sampler: Sampler, *args: Any, **options: Any) -> torch.Tensor:
+        expected.write_text("another's")
+        return draw(sampler, *args, **options)
+
+    monkeypatch.setattr(Sampler, "__call__", drawn_while_another_writes)
+    assert sampled(smoke_run, "n=2") == [str(expected.with_stem(f"{expected.stem}-2"))]
+    assert expected.read_text() == "another's"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -141,6 +142,22 @@ def test_what_is_looked_at_is_decoded(runs: tuple[Path, Path], capsys: pytest.Ca
     picture, strip = capsys.readouterr().out.split()
     with Image.open(picture) as grid, Image.open(strip) as steps:
         assert grid.size == (4 * side, side) and steps.height == 4 * 2 * side
+
+
+def test_raw_samples_are_latents_even_of_one_channel(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = runs
+    words = ["sample", str(folder), "n=4", "raw=true", "sample.clip=false"]
+    assert main([*words, f"out={tmp_path / 'x.npz'}"]) == 0
+    values = np.load(tmp_path / "x.npz")["arr_0"]
+    assert values.dtype == np.float32 and values.shape == (4, 1, 8, 8)
+    assert len(np.unique(values)) == values.size  # not bytes
+    capsys.readouterr()
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "error: command line: out: 1x8x8 raw values are not an image; give out=NAME.npz alone\n"
+    )
 
 
 def test_scores_name_the_autoencoder_and_its_floor(runs: tuple[Path, Path]) -> None:
