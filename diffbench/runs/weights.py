@@ -7,9 +7,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffbench.config.kinds import BaseConfig
-from diffbench.core import tensors as sealed
 from diffbench.core.errors import UserError
+from diffbench.core.tensors import read as read_tensors
 from diffbench.core.tensors import read_state
+from diffbench.core.tensors import write as write_tensors
 
 
 def export_path(folder: Path, decay: float) -> Path:
@@ -28,7 +29,7 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
     path, in_checkpoint = export_path(folder, decay), _checkpoint_images(folder, config.trainer.batch_size)
     if (exported_images(folder, decay) or 0) >= in_checkpoint and path.is_file():
         try:
-            tensors, metadata = sealed.read(path)
+            tensors, metadata = read_tensors(path)
         except UserError as e:
             raise UserError(f"{e} to use the newest checkpoint") from None
         return tensors, _images(path, metadata)
@@ -89,7 +90,7 @@ def read_best(folder: Path) -> tuple[dict[str, Tensor], int, float]:
     path = folder / "best.safetensors"
     if not path.is_file():
         raise UserError(f"{folder}: snapshot: best.safetensors is missing; train with evaluate.best=fd to keep one")
-    best, metadata = sealed.read(path)
+    best, metadata = read_tensors(path)
     try:
         return best, int(metadata["images"]), float(metadata["decay"])
     except (KeyError, ValueError) as e:
@@ -106,7 +107,7 @@ def export(
 ) -> None:
     """Writes an average as safetensors; `facts` go into its metadata."""
     metadata = {"images": str(images), "decay": str(decay), **(facts or {})}
-    sealed.write(export_path(folder, decay), _with_average(network, average), metadata)
+    write_tensors(export_path(folder, decay), _with_average(network, average), metadata)
 
 
 def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int) -> None:

@@ -98,7 +98,7 @@ def test_another_process_by_one_key_brings_its_own_sampler(tmp_path: Path) -> No
 
 
 REFUSED = {
-    "process.name=edm sample.sampler=ddpm": "sample.sampler: sampler ddpm does not suit the edm process: it goes back through"
+    "process.name=edm sample.sampler=ddpm": "sample.sampler: sampler ddpm does not suit the edm process: it goes back"
     " through the discrete steps of vp; choose from heun, euler, dpm_solver",
     "process.name=flow sample.steps=ddim10": "sample.steps: 'ddim10' does not fit process.name=flow: steps must be a",
     "process.name=flow trainer.time_sampling=loss_aware": "trainer.time_sampling: loss_aware counts the steps of"
