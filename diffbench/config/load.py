@@ -18,8 +18,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffbench.config.documents import dump
 from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, keys_of
-from diffbench.config.layers import COMMAND_LINE, SMOKE_MODE, Layer, dump, located, parse_overrides, read_chain, stacked
+from diffbench.config.layers import COMMAND_LINE, SMOKE_MODE, Layer, located, parse_overrides, read_chain, stacked
 from diffbench.core.errors import suggest
 from diffbench.denoisers import DENOISERS
 

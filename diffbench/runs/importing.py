@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffbench.config.documents import untyped
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, untyped
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import from_layers, to_yaml
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import sha256, write_text

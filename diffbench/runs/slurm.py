@@ -123,7 +123,7 @@ def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
     """
     if not options:
         return {}
-    from diffbench.config.layers import untyped
+    from diffbench.config.documents import untyped
 
     known = [*ours, *sorted(_submitit().SlurmExecutor._valid_parameters() - {*ours, "stderr_to_stdout", "num_gpus"})]
     lists = ("setup", "teardown", "srun_args")

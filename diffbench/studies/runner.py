@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffbench.config.layers import dump, located, parse_overrides
+from diffbench.config.documents import dump
+from diffbench.config.layers import located, parse_overrides
 from diffbench.config.load import to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text

@@ -7,8 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffbench.config.documents import dump
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import dump, read_yaml
+from diffbench.config.layers import read_yaml
 from diffbench.config.load import from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffbench.config.layers import dump, found_from, places, read_yaml
+from diffbench.config.documents import dump
+from diffbench.config.layers import found_from, places, read_yaml
 from diffbench.config.load import load, to_yaml
 from diffbench.core.errors import UserError
 from diffbench.studies.config import load_study, variants
-from diffbench.studies.plan import groups
+from diffbench.studies.plan import training_variants
 
 ROOT = Path(__file__).parents[2]
 DIT = ROOT / "experiments/digits/dit.yaml"
@@ -81,7 +82,7 @@ def test_an_experiment_that_is_not_there_says_where_it_was_sought(elsewhere: Pat
     path = elsewhere / "study.yaml"
     path.write_text(STUDY.format("experiments/digits/dti.yaml"))
     with pytest.raises(UserError) as caught:
-        groups(load_study(path), path, {}, never)
+        training_variants(load_study(path), path, {}, never)
     assert str(caught.value) == (
         f"{path}: experiment: experiments/digits/dti.yaml: no such file; looked in {elsewhere}, {Path.cwd()}, {ROOT}"
     )
@@ -92,7 +93,7 @@ def test_axes_keep_the_text_of_their_values(tmp_path: Path) -> None:
     path.write_text(STUDY.format(DIT) + "axes: {init_from: [007, 7, 2024_11_28, on, 'a #2'], n: {010: {tag: 1e3}}}\n")
     study, typed = load_study(path), ["007", "7", "2024_11_28", "on", "a #2"]
     assert [v.name for v in variants(study)] == [f"init_from={text}, 010" for text in typed]
-    found = groups(study, path, {}, never)
+    found = training_variants(study, path, {}, never)
     assert [(g.config.init_from, g.config.tag) for g in found] == [(text, "1e3") for text in typed]
 
 

@@ -1,0 +1,129 @@
+"""YAML whose scalars keep the text that they were typed as, so that a key that holds text gets `007` and not 7.
+
+OmegaConf's loader cannot do that, as it reads numbers before anybody knows what the key holds.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import yaml
+
+from diffbench.core.errors import UserError
+
+MOST_NODES, MOST_DEEP = 100_000, 50
+"""Of a YAML file: values in all, and levels of nesting."""
+
+
+class Typed:
+    """A number that was typed in another form than Python prints it, as 007, 1e-4 or 200_000."""
+
+    typed: str
+
+    def __str__(self) -> str:
+        return self.typed
+
+
+class _Int(Typed, int):
+    pass
+
+
+class _Float(Typed, float):
+    pass
+
+
+_INT = re.compile(r"[-+]?[0-9][0-9_]*")
+_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?|\.(?=[0-9]))[0-9_]*([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_PLAIN: dict[str, Any] = {"true": True, "false": False} | dict.fromkeys(("", "~", "null", "Null", "NULL"))
+
+
+def scalar(text: str) -> Any:
+    """A scalar that stands without quotes: null, true, false, a number that keeps its text, or the text itself."""
+    bare = text.strip()
+    if bare in _PLAIN:
+        return _PLAIN[bare]
+    try:
+        if _INT.fullmatch(bare):
+            return _number(int(bare), _Int, text)
+        if _FLOAT.fullmatch(bare):
+            return _number(float(re.sub(r"\.(?=inf|nan)", "", bare.lower())), _Float, text)
+    except ValueError:  # as 1__0, or more digits than Python reads
+        pass
+    return text
+
+
+def untyped(value: Any) -> Any:
+    """A value for code that declares no type: True and False, in any spelling of the word, are truth values."""
+    return value.lower() == "true" if isinstance(value, str) and value.lower() in ("true", "false") else value
+
+
+def _number(value: Any, kind: Callable[[Any], Any], text: str) -> Any:
+    if str(value) == text:
+        return value
+    value = kind(value)
+    value.typed = text
+    return value
+
+
+class _SafeLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML whose scalars keep their text, and whose keys are text and stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                what = f"duplicate key {key.value}" if isinstance(key, yaml.ScalarNode) else "a key that is not text"
+                raise yaml.constructor.ConstructorError(None, None, f"found {what}", key.start_mark)
+            seen.add(key.value)
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+    def construct_text(self, node: yaml.ScalarNode) -> Any:
+        return node.value if node.style else scalar(node.value)
+
+
+_SafeLoader.yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
+_SafeLoader.add_constructor("tag:yaml.org,2002:str", _SafeLoader.construct_text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_SafeLoader` reads back as it was, numbers with the text that they were typed as included."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(_Int, lambda dumper, n: dumper.represent_scalar("tag:yaml.org,2002:int", n.typed))
+_Dumper.add_representer(_Float, lambda dumper, n: dumper.represent_scalar("tag:yaml.org,2002:float", n.typed))
+
+
+def dump(values: dict[str, Any]) -> str:
+    """Values as YAML, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse(text: str, where: str) -> Any:
+    try:
+        values = yaml.load(text, _SafeLoader)
+        if sum(1 for _ in itertools.islice(_nodes(values), MOST_NODES)) == MOST_NODES:  # aliases of aliases
+            raise ValueError("holds too many values")
+        return values
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as e:
+        raise UserError(f"{where}: not valid YAML: {_problem(e)}") from None
+
+
+def _nodes(value: Any, depth: int = 0) -> Iterator[Any]:
+    if depth > MOST_DEEP:
+        raise RecursionError
+    yield value
+    if isinstance(value, dict | list):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _nodes(child, depth + 1)
+
+
+def _problem(error: Exception) -> str:
+    """The message of a YAML error, without its context."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+    return str(error).strip().split("\n")[0]
