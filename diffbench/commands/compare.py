@@ -14,7 +14,7 @@ from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build
 from diffbench.core.errors import UserError
 from diffbench.metrics.registry import metric_of
-from diffbench.reports.results import Comparison, Trial, comparable_scores, guidance
+from diffbench.reports.results import Comparison, Trial, comparable_scores, guidance, settings
 from diffbench.reports.tables import IDENTITY, run_facts, run_table
 from diffbench.reports.text import counted, listed
 from diffbench.runs.base import Run
@@ -82,10 +82,11 @@ def compare(words: Sequence[str]) -> Iterator[str]:
     scored = comparable_scores(runs)
     if len(runs) <= MOST_COLUMNS:
         titles = [str(folder).removeprefix("runs/") for folder in folders]
-        sample = next(
-            (run.values["sample"] for run in runs if run.kind == "denoiser"), None
-        )  # one row for one protocol
-        yield run_table([(t, run_facts(run, s, sample)) for t, run, s in zip(titles, runs, scored, strict=True)])
+        labels: dict[tuple[bool, str], str] = {}  # of the first run's records, so that what is alike shares a row
+        for record in (record for records in scored for record in records):
+            labels.setdefault(_sampling(record), settings(record))
+        facts = [run_facts(run, s, lambda r: labels[_sampling(r)]) for run, s in zip(runs, scored, strict=True)]
+        yield run_table(list(zip(titles, facts, strict=True)))
     if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked.out is None:
         return
     try:
@@ -94,6 +95,11 @@ def compare(words: Sequence[str]) -> Iterator[str]:
         if len(runs) > MOST_COLUMNS or asked != CompareConfig():
             raise
         yield f"\nno report: {e}"
+
+
+def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
+    """What a record is of: samples or reconstructions, and their guidance."""
+    return "sample" in record, guidance(record)
 
 
 def _report(comparison: Comparison, out: Path) -> str:

@@ -85,13 +85,13 @@ def runs(tops: Sequence[Path]) -> list[str]:
 
 
 def _row(run: "Run[Any]") -> dict[str, str]:
-    from diffbench.evaluation.records import deviations, values
-    from diffbench.reports.results import newest_scores
+    from diffbench.evaluation.records import values
+    from diffbench.reports.results import newest_scores, settings
 
     trainer, error = run.values["trainer"], run.last("val/error")
     batch = int(trainer["batch_size"])
     scored = [
-        (name, f"{name} {value:.4g}" + (f" ({how})" if (how := deviations(record, run.values)) else ""))
+        (name, f"{name} {value:.4g}" + (f" ({how})" if (how := settings(record)) else ""))
         for record in newest_scores(run)
         for name, value in values(record).items()
     ]

@@ -23,8 +23,6 @@ PROTOCOL = ("format", "data", "autoencoder", "sample", "guidance", "labels", "pr
 which seed, when and on what machine is not part of the protocol."""
 LOOSE = ("sample.seed", "sample.seconds", "sample.batch_size", "extractor.licence")
 """Parts of those that need not agree."""
-NAMED_APART = ("guidance", "classifier", "classifier_scale", "batch_size", "seconds", "seed")
-"""Keys of a record's samples that `deviations` names in its own words, or that change no sample."""
 
 
 def surroundings(extractor: Extractor | None, device: torch.device) -> dict[str, Any]:
@@ -149,35 +147,6 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
         if one.get(key) != other.get(key):
             return f"{key} is {one.get(key)} in one and {other.get(key)} in the other"
     return None
-
-
-def deviations(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """How samples were drawn where that is not as their run's config says, as "ddim, 4 steps, guidance 3"; or empty.
-
-    Guidance is always named, as a guided run is scored with and without it.
-
-    Args:
-        record: of an evaluation.
-        config: the run's config as plain values.
-    """
-    sample, own = dict(record.get("sample") or {}), config.get("sample") or {}
-    if not sample:
-        return ""
-    found = []
-    guidance, scale = record.get("guidance", 1), sample.get("classifier") and sample.get("classifier_scale")
-    words = {"sampler": "{}", "steps": "{} steps"}
-    for key, value in sample.items():
-        if key.startswith(("guidance", "classifier", "weak_model")) and guidance == 1 and not scale:
-            continue  # without guidance these keys do nothing
-        if key in own and key not in NAMED_APART and str(value) != str(own[key]):
-            found.append(words.get(key, f"{key}={{}}").format(value))
-    found += [f"guidance {guidance:g}"] if guidance != 1 else []
-    found += [f"classifier {scale:g}"] if scale else []
-    seed, decay = config.get("seed"), next(iter((config.get("ema") or {}).get("decays", [])), None)
-    found += [f"seed {sample['seed']}"] if sample.get("seed", seed) != seed else []
-    found += [f"ema {record['ema']:g}"] if record.get("ema", decay) != decay else []
-    found += [f"snapshot {record['snapshot']}"] if record.get("snapshot", "last") != "last" else []
-    return ", ".join(found)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.denoisers.flops import Cost
-from diffbench.evaluation.records import difference, values
+from diffbench.evaluation.records import difference, settings_of, values
 from diffbench.evaluation.validation_error import image_errors
 from diffbench.metrics.registry import RANKING, metric_of
 from diffbench.runs.base import DATA_FACTS, Run
@@ -183,13 +183,14 @@ def full_name(trials: Sequence[Trial], metric: str) -> str | None:
 # The records of a run.
 
 
+def settings(record: dict[str, Any]) -> str:
+    """How a record's samples were drawn: their guidance, and departures from the run's own config; or nothing."""
+    return ", ".join(settings_of(record))
+
+
 def guidance(record: dict[str, Any]) -> str:
     """The guidance of a record's samples: "guidance 1.5", or nothing."""
-    sample = record.get("sample") or {}
-    how = [] if record.get("guidance", 1) == 1 else [f"guidance {record['guidance']:g}"]
-    if sample.get("classifier") and sample.get("classifier_scale"):
-        how.append(f"classifier {sample['classifier_scale']:g}")
-    return ", ".join(how)
+    return settings(record | {"departures": {}})
 
 
 def scores(run: Run[Any]) -> list[dict[str, Any]]:

@@ -1,14 +1,14 @@
 """Tables of runs and of conclusions; terminal, page and CSV show the same rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
 
-from diffbench.evaluation.records import deviations, values
+from diffbench.evaluation.records import values
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion, PairedTest
-from diffbench.reports.results import Trial, newest_scores
+from diffbench.reports.results import Trial, newest_scores, settings
 from diffbench.reports.text import interval_text, mean_text, number, percent
 from diffbench.runs.base import Run
 
@@ -52,14 +52,14 @@ def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
 
 
 def run_facts(
-    run: Run[Any], scored: Sequence[dict[str, Any]] | None = None, sample: dict[str, Any] | None = None
+    run: Run[Any], scored: Sequence[dict[str, Any]] | None = None, label: Callable[[dict[str, Any]], str] = settings
 ) -> dict[str, str]:
     """Facts about a run for a table: size, length, speed, the last validation, scores.
 
     Args:
         run: a run of any kind.
         scored: its records; by default the newest of each guidance.
-        sample: a score names how its samples were drawn where that differs from these keys; by default the run's own.
+        label: what stands beside the name of a record's scores, by default how its samples were drawn.
     """
     scored = newest_scores(run) if scored is None else scored
     seconds = run.seconds
@@ -81,7 +81,7 @@ def run_facts(
     for record in scored:
         if "numbers" in record:
             facts["numbers per image"] = f"{record['numbers']:,}"
-        how = deviations(record, run.values if sample is None else run.values | {"sample": sample})
+        how = label(record)
         for name, value in values(record).items():
             metric, real = metric_of(name), floor(record, name)
             if metric.shown:
