@@ -8,9 +8,10 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -29,6 +30,11 @@ from diffbench.denoisers.pretrained.recipe import Blueprint
 from diffbench.runs import weights
 from diffbench.runs.build import build_denoiser, load_data
 
+# What training scripts save beside weights (arguments, paths, a best score): these hold values and run nothing.
+_NUMBERS = (np.float64, np.float32, np.int64, np.int32, np.bool_)
+_SCALAR = np.float64(0).__reduce__()[0]  # under its name since numpy 2, and the one before
+HARMLESS: list[Any] = [argparse.Namespace, PosixPath, np.dtype, *(type(np.dtype(kind)) for kind in _NUMBERS)]
+HARMLESS += [_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")]
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 """What the latents of DiT, SiT, DiffiT and U-ViT are decoded with."""
 
@@ -118,8 +124,7 @@ def _without(state: dict[str, Tensor], ignored: Sequence[Any]) -> dict[str, Tens
 
 
 def _loaded(path: Path) -> Any:
-    # DiT's training saves its arguments beside the weights: a Namespace holds values and runs nothing.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on pickles that it then refuses
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -132,6 +137,8 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
     size, channels, classes = (plan.shape[key] for key in ("image_size", "channels", "num_classes"))
     null = plan.shape["null_class"] and classes > 0
     vp: dict[str, Any] = {"name": "vp", "steps": 1000, "schedule": "linear", "prediction": "eps"}
+    if source == "uvit" and channels == 4:
+        vp["schedule"] = "scaled_linear"
     if plan.shape["learn_sigma"]:
         vp |= {"variance": "learned_range", "loss": "hybrid"}
     ddpm = {"sampler": "ddpm", "steps": "250"}
@@ -144,7 +151,7 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
         "diffit": (vp, ddpm | latent | (weight if null else {})),
         "adm": (vp | ({"schedule": "cosine"} if size == 64 else {}), ddpm),
         "uvit": (
-            vp | ({"schedule": "scaled_linear"} if channels == 4 else {}),
+            vp,
             {"sampler": "dpm_solver", "steps": "50", "guidance": 1.4 if null else 1.0, "clip": False},
         ),
         "ddpmpp": ({"name": "edm"}, {"sampler": "heun", "steps": "18" if size <= 32 else "40"}),
@@ -156,6 +163,8 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
         "process": process,
         "trainer": {"label_dropout": 0.1 if null else 0.0},
         "sample": sample,
+        # Levels that the schedule reaches.
+        **({"validation": {"log_snr": [-4.0, -2.0, 0.0, 2.0, 4.0, 6.0]}} if vp["schedule"] == "scaled_linear" else {}),
     }
 
 

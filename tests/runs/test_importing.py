@@ -25,7 +25,7 @@ from diffbench.runs.importing import import_reference
 
 CASES = [("dit", "dit_a"), ("dit", "dit_b"), ("sit", "dit_a"), ("diffit", "diffit_a"), ("diffit", "diffit_c")]
 CASES += [("adm", "adm_a"), ("adm", "adm_b_legacy"), ("adm", "adm_b_neworder")]
-CASES += [("ddpmpp", "ddpmpp_a"), ("ddpmpp", "ddpmpp_b")]
+CASES += [("ddpmpp", "ddpmpp_a"), ("ddpmpp", "ddpmpp_b"), ("uvit", "uvit_a")]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -117,6 +117,19 @@ def test_ddpmpp_takes_heuns_steps_of_edm(tmp_path: Path, side: int, steps: str) 
     args = {"img_resolution": side, "in_channels": 3, "out_channels": 3, "model_channels": 16, "num_blocks": 1}
     c = config("ddpmpp", args | {"channel_mult": [1, 1]}, tmp_path)
     assert (c.process.name, c.sample.sampler, c.sample.steps, c.sample.guidance) == ("edm", "heun", steps, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "rows", "p_uncond", "schedule", "guidance"),
+    [(4, 11, 0.15, "scaled_linear", 1.4), (4, 11, 0.0, "scaled_linear", 1.0), (3, -1, 0.0, "linear", 1.0)],
+)
+def test_uvit_is_guided_where_its_training_dropped_labels(
+    channels: int, rows: int, p_uncond: float, schedule: str, guidance: float, tmp_path: Path
+) -> None:
+    args = {"img_size": 8, "patch_size": 2, "in_chans": channels, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    c = config("uvit", args | {"num_classes": rows, "p_uncond": p_uncond}, tmp_path)
+    assert (c.process.schedule, c.process.prediction, c.sample.sampler) == (schedule, "eps", "dpm_solver")
+    assert (c.sample.guidance, c.data.num_classes) == (guidance, max(rows, 0) - (p_uncond > 0))
 
 
 def test_guidance_of_imported_adm_is_refused_with_a_sentence(tmp_path: Path, capsys: Capture) -> None:

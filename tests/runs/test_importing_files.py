@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import load
@@ -48,7 +49,17 @@ def _plain(folder: Path, state: dict[str, Tensor]) -> Path:
 def _training(folder: Path, state: dict[str, Tensor]) -> Path:
     zeros = {key: torch.zeros_like(value) for key, value in state.items()}
     opt = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}
-    torch.save({"model": zeros, "ema": state, "opt": opt, "args": argparse.Namespace(lr=1e-4)}, folder / "w.pt")
+    torch.save(
+        {
+            "model": zeros,
+            "ema": state,
+            "opt": opt,
+            "args": argparse.Namespace(lr=1e-4),
+            "best": np.float64(3.1),
+            "at": folder,
+        },
+        folder / "w.pt",
+    )
     return folder / "w.pt"
 
 
