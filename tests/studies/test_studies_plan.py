@@ -9,6 +9,7 @@ import torch
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import change, load
 from diffbench.core.errors import UserError
+from diffbench.denoisers import DENOISERS
 from diffbench.runs import build
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
@@ -54,7 +55,7 @@ def test_a_rate_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert Probe(tmp_path / "rates.json", 1).training_rate(config) == rate
 
 
-@pytest.mark.parametrize("name", ["unet", "dit", "diffit", "diffit-latent", "ddpmpp"])
+@pytest.mark.parametrize("name", ["unet", "dit", "diffit", "diffit-latent", "ddpmpp", "uvit", "segformer"])
 @pytest.mark.parametrize("by", ["parameters", "gmacs"])
 def test_the_width_nearest_to_the_target_is_found(name: str, by: str) -> None:
     config = load(f"experiments/digits/{name}.yaml")
@@ -63,9 +64,9 @@ def test_the_width_nearest_to_the_target_is_found(name: str, by: str) -> None:
     target = 1.5 * size_of(config, data, by)  # type: ignore[arg-type]
     found = sized(config, data, by, target, "width")  # type: ignore[arg-type]
     sizes = []
-    key = {"unet": "model_channels", "ddpmpp": "model_channels", "diffit": "channels"}.get(name, "hidden_size")
+    key = DENOISERS[name].width
     for width in range(4, 104, 4):
-        wanted = [width, 2 * width] if key == "channels" else width
+        wanted = {"channels": [width, 2 * width], "hidden_sizes": [width, 2 * width, 4 * width]}.get(key, width)
         try:
             sizes.append(size_of(change(config, {"denoiser": {key: wanted}}), data, by))  # type: ignore[arg-type]
         except (UserError, ValueError):
