@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from diffbench.config.layers import located
 from diffbench.config.sections import (
     DenoiserTrainerConfig,
     EMAConfig,
@@ -174,10 +175,8 @@ def check_levels(process: Any, validation: ValidationConfig) -> None:
         ValueError: if not.
     """
     levels = torch.tensor(validation.log_snr, dtype=torch.float64)
-    try:
+    with located(key="validation.log_snr"):
         PROCESSES[process.name].build(process).time_at(levels)
-    except ValueError as e:
-        raise ValueError(f"validation.log_snr: {e}") from None
 
 
 def keys_of(kind: Any) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from diffbench.autoencoders import KLConfig
+from diffbench.config.layers import located
 from diffbench.denoisers.base import check_positive
 from diffbench.diffusion import PAIRS, check_pair
 
@@ -312,10 +313,8 @@ class SampleConfig:
             ValueError: if the sampler does not suit the process.
         """
         sampler = self.sampler or PAIRS[process][0]
-        try:
+        with located(key="sample.sampler"):
             check_pair(process, sampler)
-        except ValueError as e:
-            raise ValueError(f"sample.sampler: {e}") from None
         clip = pixels and sampler in ("ddpm", "ddim") if self.clip is None else self.clip
         return replace(self, sampler=sampler, clip=clip)  # type: ignore[arg-type]
 
