@@ -65,7 +65,7 @@ def test_the_width_nearest_to_the_target_is_found(name: str, by: str) -> None:
     found = sized(config, data, by, target, "width")  # type: ignore[arg-type]
     sizes = []
     key = DENOISERS[name].width
-    for width in range(4, 104, 4):
+    for width in range(4, 104, 1 if name == "segformer" else 4):  # its heads divide every width
         wanted = {"channels": [width, 2 * width], "hidden_sizes": [width, 2 * width, 4 * width]}.get(key, width)
         try:
             sizes.append(size_of(change(config, {"denoiser": {key: wanted}}), data, by))  # type: ignore[arg-type]
