@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffbench.config.documents import dump
-from diffbench.config.layers import located, parse_overrides
+from diffbench.config.layers import located, parse_overrides, read_yaml
 from diffbench.config.load import to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
@@ -77,6 +77,7 @@ def run_study(
     with located([(str(path), {"runs_dir": study.runs_dir})]):
         check_place(folder)
     with locked(folder):
+        _check_source(folder, path)
         probe = Probe(folder / "rates.json", study.jobs)
         with located([(str(path), {})]):
             tuning = tuning_trials(study, path, probe.training_rate)
@@ -86,7 +87,7 @@ def run_study(
         print(plan_text(study, folder, found, tuning, probe), flush=True)
         if dry_run:
             return folder
-        write_text(folder / "study.yaml", dump(dataclasses.asdict(study)))
+        write_text(folder / "study.yaml", dump(dataclasses.asdict(study) | {"source": str(path.resolve())}))
         _autoencoders(found, launcher)
         if not all(is_trained(trial.folder) for trial in tuning):
             if not _run(folder, tuning, study.jobs, launcher):
@@ -103,6 +104,17 @@ def run_study(
                 file.unlink()
         _run(folder, planned, study.jobs, launcher)
     return folder
+
+
+def _check_source(folder: Path, path: Path) -> None:
+    """Check that the folder does not hold the study of another YAML with the same name.
+
+    Raises:
+        UserError: if it does.
+    """
+    held = read_yaml(folder / "study.yaml").get("source") if (folder / "study.yaml").is_file() else None
+    if held is not None and Path(held).is_file() and not path.samefile(held):
+        raise UserError(f"{folder}: holds the study of {held}; give one of the two YAMLs another name or runs_dir")
 
 
 def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfig) -> None:

@@ -130,7 +130,10 @@ class TrialFile:
     def trials(self) -> list[Trial]:
         """The results of the trial so far, one row of the report for each variant evaluated on its run."""
         run, why = run_of(self.folder), self.failure
-        records = list(reversed(run.results)) if run is not None and run.complete else []
+        try:
+            records = list(reversed(run.results)) if run is not None and run.complete else []
+        except UserError as e:  # a damaged file of one run does not stop the report of the others
+            run, why, records = None, str(e), []
         found = []
         for variant, changes in self.values["evaluations"].items():
             record = next((r for r in records if self._answers(r, changes)), None)

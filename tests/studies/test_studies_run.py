@@ -103,6 +103,27 @@ def test_compare_takes_a_study_by_its_yaml_or_folder(done: Path, capsys: pytest.
     assert told[0] == told[1] and "absurd" in told[0] and str(folder / "report.html") in told[0]
 
 
+def test_a_damaged_run_is_a_row_of_the_report(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = next(p for p in done.parent.glob("runs/trials/*/ema-*.safetensors"))
+    before = sound.read_bytes()
+    sound.write_bytes(b"broken")
+    try:
+        assert main(["compare", str(done)]) == 0
+        assert f"{sound}: damaged (" in capsys.readouterr().out
+    finally:
+        sound.write_bytes(before)
+
+
+def test_two_studies_of_one_name_do_not_share_a_folder(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (done.parent / "other").mkdir()
+    other = done.parent / "other" / done.name
+    other.write_text(done.read_text())
+    assert main(["study", str(other), "--dry-run"]) == 2
+    folder = done.parent / "runs" / "studies" / "tiny"
+    said = f"error: {folder}: holds the study of {done}; give one of the two YAMLs another name or runs_dir\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_new_seed_adds_trials_and_keeps_the_study(done: Path) -> None:
     study = folder_of_study(done, ["seeds=[0,1]", "jobs=1"], load_study(done))
     assert study.name == "tiny"
