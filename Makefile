@@ -66,7 +66,7 @@ bench: $(STAMP)  ## speed here in three minutes, against BASELINE=old.json; all 
 	@$(BIN)/python -m benchmarks $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
 
 bench-gpu: $(STAMP)  ## speed of published sizes on one large GPU, in ten minutes
-	@$(BIN)/python -m benchmarks gpu=true device=gpu $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
+	@$(BIN)/python -m benchmarks gpu=true $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
 
 tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006; HOST=0.0.0.0 lets other machines in
 	@$(BIN)/python -m tensorboard.main --host $(HOST) --logdir runs --samples_per_plugin images=200

@@ -1,1 +1,5 @@
-"""`diffbench bench`: how fast everything is here, as a share of what this machine can do, measured in the same run."""
+"""Speed and memory of networks, training loop, sampling, data and scoring on this machine: `python -m benchmarks`."""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read as torch is imported: its profiler prints as it starts and stops

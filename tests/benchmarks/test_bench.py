@@ -2,167 +2,144 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks import bench as benchmark
-from benchmarks import cases, drawn, machine, models, pieces, settings, show
-from benchmarks.__main__ import main
-from benchmarks.peak import WAYS
-from benchmarks.settings import PARTS, BenchConfig
+from benchmarks import growth, loop, networks, pieces, report, steps
+from benchmarks.__main__ import bench, main, measured
+from benchmarks.config import FULL, GPU, PARTS, SHORT, BenchConfig, shared
 from diffbench.core.errors import UserError
 from diffbench.denoisers import PRESETS
-from diffbench.denoisers.linear import mkl_holds_back
 from diffbench.runs import build
 
 CPU = torch.device("cpu")
-TINY = ["tiny=true", "force=true", "repeats=2"]
-
-
-def other_network(model: str, config: Any) -> nn.Module | None:
-    """Another implementation: here ours again."""
-    return build.build_denoiser(config, build.load_data(config)[0]) if model == "DiT-S/2" else None
+TINY = ["tiny=true", "force=true"]
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All parts on tiny networks, but for fresh processes, which take seconds each."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All parts on tiny networks."""
     folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECES", pieces.PIECES[:-2])
-        own = "variants=['no channels-last: trainer.channels_last=false']"
-        asked = ["models=[DiT-S/2]", f"parts=[{','.join(PARTS)}]", f"other={__name__}:other_network", own]
-        made = benchmark.bench([*TINY, *asked, f"out={folder / 'a.json'}"])
-    return made | {"path": folder / "a.json"}
+    own = "variants=['no channels-last: trainer.channels_last=false']"
+    asked = ["models=[DiT-S/2]", f"parts=[{','.join(PARTS)}]", own, "seconds=1e6"]
+    return bench([*TINY, *asked, f"out={folder / 'a.json'}"]) | {"path": folder / "a.json"}
 
 
-def test_the_report_tells_the_machine(report: dict[str, Any]) -> None:
-    saved = json.loads(report["path"].read_text())
-    assert saved == json.loads(json.dumps({k: v for k, v in report.items() if k != "path"}))
-    told = saved["machine"]
+def test_the_report_holds_the_machine(made: dict[str, Any]) -> None:
+    saved = json.loads(made["path"].read_text())
+    assert saved == json.loads(json.dumps({k: v for k, v in made.items() if k != "path"}))
+    machine = saved["machine"]
     assert (saved["format"], saved["settings"]["force"], saved["settings"]["tiny"]) == (1, True, True)
-    assert (told["threads"], told["device"]) == (torch.get_num_threads(), "cpu")
-    assert told["versions"]["torch"] == torch.__version__
-    assert {"processor", "cores", "load_average", "commit", "memory_bytes"} <= told.keys()
-    assert report["path"].with_suffix(".png").stat().st_size > 10_000
-    assert report["path"].with_suffix(".growth.png").stat().st_size > 10_000
+    assert (machine["threads"], machine["device"]) == (torch.get_num_threads(), "cpu")
+    assert machine["versions"]["torch"] == torch.__version__
+    assert {"processor", "cores", "load_average", "commit", "memory_bytes"} <= machine.keys()
+    assert made["path"].with_suffix(".png").stat().st_size > 10_000
 
 
-def test_every_part_gives_positive_numbers(report: dict[str, Any]) -> None:
-    rows = report["rows"]
-    assert {row["part"] for row in rows} == {"models", "loop", "pieces", "growth", "sampling"}
+def test_every_part_gives_positive_numbers(made: dict[str, Any]) -> None:
+    rows = made["rows"]
+    assert {row["part"] for row in rows} == {"models", "loop", "data", "growth", "sampling"}
     assert not [row for row in rows if "skipped" in row]
     for row in rows:
-        for name in ("ms", "ms_low", "images_per_s", "bytes_per_s", "flops_per_s", "share", "roofline_ms", "bare_ms"):
+        for name in ("ms", "ms_low", "images_per_s", "flops_per_s", "share", "bare_ms"):
             assert row.get(name, 1.0) > 0 and math.isfinite(row.get(name, 1.0)), (name, row)
         if "ms_low" in row:
             assert row["ms_low"] <= row["ms"] <= row["ms_high"]
+        assert report.line(row).startswith(row["part"])
 
 
-def test_steps_of_a_network_and_its_variants(report: dict[str, Any]) -> None:
-    rows = [row for row in report["rows"] if row["part"] == "models" and row["name"] == "DiT-S/2"]
-    by_mkl = ["linear by MKL"] if mkl_holds_back() else []
-    names = ["default", "no channels-last", "attention math", "bf16", *by_mkl, "other"]
+def test_steps_of_a_network_and_its_variants(made: dict[str, Any]) -> None:
+    rows = [row for row in made["rows"] if row["part"] == "models"]
+    by_mkl = ["linear by MKL"] if networks.mkl_holds_back() else []
+    names = ["default", "no channels-last", "bf16", *by_mkl, "attention math"]
     assert [(row["variant"], row["work"]) for row in rows] == [
         (name, work) for name in names for work in ("forward", "train", "sample")
     ]
-    config = cases.run_config(BenchConfig(tiny=True), "DiT-S/2", "cpu")
+    config = networks.run_config(BenchConfig(tiny=True), "DiT-S/2", "cpu")
     cost = build.cost_of(config, build.load_data(config)[0])
     for row in rows:
         passes = {"forward": 1, "train": 3, "sample": 1}[row["work"]]
         assert row["flops_per_s"] == pytest.approx(2 * cost.macs * passes * 4 / row["ms"] * 1e3)
         assert row["share"] == pytest.approx(row["flops_per_s"] / row["peak"]["flops_per_s"])
         assert row["mm_share"] == pytest.approx(row["flops_per_s"] / row["peak"]["mm_flops_per_s"])
-        assert row["peak"]["flops_per_s"] >= row["peak"]["mm_flops_per_s"] and row["peak"]["way"] in WAYS
+        assert row["peak"]["flops_per_s"] >= row["peak"]["mm_flops_per_s"]
         assert row["peak"]["precision"] == ("bf16-mixed" if row["variant"] == "bf16" else "32-true")
-        assert (row["batch"], row["parameters"]) == (4, cost.parameters)
+        assert (row["batch"], row["parameters"], row["rounds"]) == (4, cost.parameters, 2)
         assert ("ratio" in row) == (row["variant"] != "default")
-    train = rows[1]
-    assert 0 < train["products_ms"] < train["roofline_ms"]
-    assert train["memory_bytes"] > rows[0]["memory_bytes"] > 0
-    assert train["state_bytes"] == 4 * rows[0]["state_bytes"]
+    assert rows[1]["memory_bytes"] > rows[0]["memory_bytes"] > 0
 
 
-def test_lightning_against_a_bare_loop(report: dict[str, Any]) -> None:
-    rows = [row for row in report["rows"] if row["part"] == "loop"]
+def test_lightning_against_a_bare_loop(made: dict[str, Any]) -> None:
+    rows = [row for row in made["rows"] if row["part"] == "loop"]
     assert [row["name"] for row in rows] == ["experiments/digits/dit.yaml", "DiT-S/2"]
     for row in rows:
         assert (row["pairs"], row["steps"]) == (5, 2)
         assert row["overhead_low"] <= row["overhead_ms"] <= row["overhead_high"]
         assert row["data_wait_share"] > 0
-        assert row["idle_share"] is None and row["synchronizations_per_step"] is None  # a GPU's
 
 
-def test_growth_has_a_slope_for_each_curve(report: dict[str, Any]) -> None:
-    rows = [row for row in report["rows"] if row["part"] == "growth"]
+def test_a_loop_whose_time_is_up_ends_after_two_pairs() -> None:
+    (row, _) = loop.measure(BenchConfig(tiny=True), CPU, time.monotonic() + 0.1)
+    assert row["pairs"] == 2
+
+
+def test_growth_has_a_slope_for_each_curve(made: dict[str, Any]) -> None:
+    rows = [row for row in made["rows"] if row["part"] == "growth"]
     curves = {(row["name"], row["variant"]) for row in rows}
     assert {axis for _, axis in curves} == {"area", "batch", "depth", "width", "samples"}
     assert {(row["name"], row["variant"]) for row in rows if "time_slope" in row} == curves
     (batch,) = (row for row in rows if row["variant"] == "batch" and "memory_slope" in row)
     assert 0.2 < batch["memory_slope"] < 1.1  # twice the batch: at most twice the memory
-    sampled = [row["size"] for row in rows if row["name"] == "sampling" and "size" in row]
-    assert sampled == [8, 16]
+    assert [row["size"] for row in rows if row["name"] == "sampling" and "size" in row] == [8, 16]
+    assert [row["size"] for row in rows if row["variant"] == "area" and "size" in row] == [64, 256] * 2
 
 
-def test_sampling_counts_both_halves_of_guidance(report: dict[str, Any]) -> None:
-    (row,) = (row for row in report["rows"] if row["part"] == "sampling")
+def test_sampling_counts_both_halves_of_guidance(made: dict[str, Any]) -> None:
+    (row,) = (row for row in made["rows"] if row["part"] == "sampling")
     assert (row["batch"], row["steps"], row["guidance"], row["evaluations"]) == (4, 2, 1.5, 4)
     assert row["images_per_s"] == pytest.approx(4 / row["seconds"])
 
 
 def test_sampling_without_an_end_of_time_takes_all_its_steps() -> None:
-    (row,) = drawn.measure(BenchConfig(full=True, tiny=True), CPU, math.inf)
-    assert row["steps"] == drawn.PLAN["tiny"][2]
+    (row,) = pieces.sampling(BenchConfig(full=True, tiny=True), CPU, math.inf)
+    assert row["steps"] == pieces.PLAN["tiny"][2]
 
 
-def test_a_baseline_shows_the_change(
-    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, asked = tmp_path / "b.json", ["models=[DiT-S/2]", "parts=[models]", f"baseline={report['path']}"]
+def test_a_baseline_shows_the_change(made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, asked = tmp_path / "b.json", ["models=[DiT-S/2]", "parts=[models]", f"baseline={made['path']}"]
     assert main([*TINY, *asked, f"out={out}"]) == 0
     said = capsys.readouterr().out
-    assert f"\nAgainst {report['path']} (" in said
+    assert f"\nAgainst {made['path']} (" in said
     assert len([line for line in said.splitlines() if line.endswith(" of the baseline")]) == 3
-    assert out.exists() and out.with_suffix(".png").exists() and not out.with_suffix(".growth.png").exists()
-
-
-def test_one_first_step() -> None:
-    pieces.one_step("DiT-S/2", "cpu", tiny=True)
-
-
-def test_an_import_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PACKAGES", ("json",))
-    (row,) = pieces.imports(BenchConfig(tiny=True), CPU)
-    assert row["name"] == "import json" and 0 < row["ms"] < 10_000
+    assert out.exists() and out.with_suffix(".png").exists()
 
 
 @pytest.mark.slow
 def test_the_plan_for_a_gpu_runs_at_a_small_size(tmp_path: Path) -> None:
-    report = benchmark.bench([*TINY, "gpu=true", "device=cpu", "seconds=1e6", f"out={tmp_path / 'gpu.json'}"])
-    names = {row["name"] for row in report["rows"] if row["part"] == "models" and row.get("work") == "train"}
-    assert names == set(cases.LARGE)
-    assert any(row["name"].startswith("first step") for row in report["rows"])
-    skipped = [(row["name"], row["variant"]) for row in report["rows"] if "skipped" in row]
-    assert skipped == [("DiffiT-XL/2", "attention flash")]  # it takes no bias
+    found = bench([*TINY, "gpu=true", "seconds=1e6", f"out={tmp_path / 'gpu.json'}"])
+    names = {row["name"] for row in found["rows"] if row["part"] == "models" and row.get("work") == "train"}
+    assert names == set(networks.LARGE)
+    assert [row["part"] for row in found["rows"]] == sorted((row["part"] for row in found["rows"]), key=list(GPU).index)
+    assert not [row for row in found["rows"] if "skipped" in row]
 
 
-@pytest.mark.parametrize("model", [*PRESETS, *cases.SHORT])
+@pytest.mark.parametrize("model", [*PRESETS, *networks.SHORT])
 def test_every_network_has_an_experiment(model: str) -> None:
-    config = cases.run_config(BenchConfig(), model, "cpu")
+    config = networks.run_config(BenchConfig(), model, "cpu")
     assert config.process.name == ("edm" if model.startswith(("DDPM", "DiffiT-CIFAR", "DiffiT-FFHQ")) else "vp")
     assert config.trainer.precision == "32-true"
     assert config.trainer.batch_size == (64 if model.endswith(".yaml") else 8)
-    assert cases.run_config(BenchConfig(), model, "cuda").trainer.precision == "bf16-mixed"
+    assert networks.run_config(BenchConfig(), model, "cuda").trainer.precision == "bf16-mixed"
 
 
 def test_our_own_networks_are_the_size_of_dit_s_2() -> None:
     found = {}
-    for model in ("DiT-S/2", *cases.OWN):
-        config = cases.run_config(BenchConfig(), model, "cpu")
+    for model in ("DiT-S/2", *networks.OWN):
+        config = networks.run_config(BenchConfig(), model, "cpu")
         found[model] = build.cost_of(config, build.load_data(config)[0]).gmacs
     assert found["DiT-S/2"] == pytest.approx(6.06, abs=0.01)
     assert all(5.4 < gmacs < 6.7 for gmacs in found.values()), found
@@ -171,56 +148,44 @@ def test_our_own_networks_are_the_size_of_dit_s_2() -> None:
 @pytest.mark.parametrize("form", [BenchConfig(), BenchConfig(full=True), BenchConfig(gpu=True)])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_variant_is_a_config(form: BenchConfig, device: str) -> None:
-    found = {}
-    for model in [*cases.SHORT, *cases.LARGE]:
-        base = cases.run_config(form, model, device)
-        for variant in cases.variants(form, model, base, device):
+    found: dict[str, list[str]] = {}
+    for model in [*networks.SHORT, *networks.LARGE]:
+        base = networks.run_config(form, model, device)
+        for variant in networks.variants(form, model, base, device):
             if variant.overrides:
-                assert cases.run_config(form, model, device, variant.overrides) != base
+                assert networks.run_config(form, model, device, variant.overrides) != base
             found.setdefault(model, []).append(variant.name)
     assert all(names[0] == "default" and len(set(names)) == len(names) for names in found.values())
-    brief = not (form.full or form.gpu)  # in which attention is shown at the small size
-    assert len(found["DiT-S/2"]) > (1 if brief else 2)
-    assert any(name.startswith("attention ") for name in found[cases.DIGITS[0]])
-    large = form.gpu or device == "cuda"
-    assert len(found["DiT-XL/2"]) > 1 if large else len(found["DiT-XL/2"]) == 1
+    assert {"DiT-S/2", networks.DIGITS[0]} <= {model for model, names in found.items() if len(names) > 1}
+    assert (len(found["DiT-XL/2"]) > 1) is (form.gpu or device == "cuda")
+    if form.gpu:
+        assert found["DiT-XL/2"][1] == found["DiffiT-XL/2"][1] == "compiled block"
+        assert found["DDPM++-CIFAR10-cond"][1] == "compiled model"
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_linear_layers_by_mkl_are_a_variant_where_they_are_slower(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "mkl_holds_back", lambda: held)
+    monkeypatch.setattr(networks, "mkl_holds_back", lambda: held)
 
     def there(model: str, device: str, form: BenchConfig) -> bool:
-        found = cases.variants(form, model, cases.run_config(form, model, device), device)
+        found = networks.variants(form, model, networks.run_config(form, model, device), device)
         return "linear by MKL" in [variant.name for variant in found]
 
     assert there("DiT-S/2", "cpu", BenchConfig()) is there("DiffiT-S/2", "cpu", BenchConfig(full=True)) is held
     assert not there("DiT-S/2", "cuda", BenchConfig()) and not there("ADM-S/32", "cpu", BenchConfig(full=True))
 
 
-def test_a_backend_of_ones_own_is_a_variant() -> None:
-    def found(model: str, device: str, words: str) -> cases.Variant:
-        form = BenchConfig(models=[model], variants=[f"mine: {words}"])
-        return cases.variants(form, model, cases.run_config(form, model, device), device)[1]
-
-    assert found("DiffiT-S/2", "cpu", "bench.attention=math") == cases.Variant("mine", (), "math")
-    assert found("DiffiT-S/2", "cpu", "trainer.tf32=true").overrides == ("trainer.tf32=true",)
-    assert found(cases.DIGITS[1], "cpu", "bench.attention=flash trainer.tf32=true") == cases.Variant(
-        "mine", ("trainer.tf32=true",), "flash"
-    )
+def test_a_variant_of_ones_own() -> None:
+    form = BenchConfig(models=["DiffiT-S/2"], variants=["mine: trainer.tf32=true optimizer.lr=1e-5"])
+    variant = networks.variants(form, "DiffiT-S/2", networks.run_config(form, "DiffiT-S/2", "cpu"), "cpu")[1]
+    assert (variant.name, variant.overrides) == ("mine", ("trainer.tf32=true", "optimizer.lr=1e-5"))
+    assert not variant.same_network and networks.Variant("x", ("trainer.tf32=true",)).same_network
 
 
-def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = cases.run_config(BenchConfig(), "DiT-S/2", "cpu")
-    weights = 33e6 * models.PER_PARAMETER
-    each = models.kept_bytes(config)
-    monkeypatch.setattr(models, "free_bytes", lambda device: (weights + 3 * each) / 0.9)
-    base, why = models._fitting(BenchConfig(), "DiT-S/2", CPU, 1e18)
-    assert (base.trainer.batch_size, why) == (2, "")
-    slow, why = models._fitting(BenchConfig(), "DiT-S/2", CPU, 1e9)  # 36 s a training step of one image
-    assert (slow.trainer.batch_size, why[:28]) == (8, "at batch 1 it needs about 0.")
-    _, why = models._fitting(BenchConfig(batch=8), "DiT-S/2", CPU, 1e18)
-    assert why.startswith("at batch 8 it needs about ")
+def test_a_network_whose_steps_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps.Products, "peak", lambda self: {"flops_per_s": 1e9})
+    (row,) = steps.measure(BenchConfig(models=["DiT-XL/2"], tiny=False), CPU, math.inf)
+    assert row["skipped"] == "a training step at batch 8 takes 5695 s"  # 118.6 GMACs
 
 
 @pytest.mark.parametrize(
@@ -231,51 +196,69 @@ def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> Non
         (["models=[]"], "models: must hold at least one, or be null, got []"),
         (["parts=[loops]"], "parts: unknown value 'loops'; choose from loop, models, variants"),
         (["full=true", "gpu=true"], "gpu: has a length of its own; leave out full"),
-        (["repeats=0"], "repeats: must be positive, got 0"),
+        (["batch=0"], "batch: must be positive, got 0"),
         (["out=x.txt"], "out: must end in .json, got 'x.txt'"),
-        (["out=tests/golden/figures.json"], "out: "),
+        (["out=there.json"], "out: there.json exists already; choose another name"),
         (["variants=[fast]"], "variants: must be as 'plain: trainer.channels_last=false', got 'fast'"),
         (
-            ["variants=['x: bench.attention=all']", *TINY],
-            "variants: bench.attention=all is unknown; choose from bench.attention=cudnn|efficient|flash|math|whole",
+            ["variants=['x: trainer.compiel=none']", *TINY, "parts=[variants]"],
+            "trainer.compiel: unknown key; allowed: ",
         ),
-        (["other=torch"], "other: must be package.module:function, got 'torch'"),
         (["baseline=none.json"], "baseline: none.json: No such file or directory; name a JSON that it wrote"),
-        (["device=gpu"], "device: this machine has no CUDA GPU; choose from auto, cpu"),
+        (["gpu=true"], "gpu: this machine has no CUDA GPU; leave it out"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    if arguments[0].startswith("out=tests"):
-        (tmp_path / "there.json").touch()
-        arguments, said = [f"out={tmp_path}/there.json"], f"out: {tmp_path}/there.json exists already; choose another"
-    if TINY[0] in arguments:
-        arguments = [*arguments, "models=[DiT-S/2]", "parts=[models,variants]", f"out={tmp_path}/a.json"]
-    assert main([*arguments]) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.json").touch()
+    assert (
+        main([*arguments, *([] if "DiT-S/3" in arguments[0] or "models" in arguments[0] else ["models=[DiT-S/2]"])])
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert error.removeprefix("error: ").removeprefix("command line: ").startswith(said)
 
 
 def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (2.0, 1.0, 1.0))
+    monkeypatch.setattr(report.os, "getloadavg", lambda: (2.0, 1.0, 1.0))
     with pytest.raises(UserError, match=r"^force: the load average is 2.00, above 0.5"):
-        benchmark.bench([f"out={tmp_path / 'a.json'}"])
+        bench([f"out={tmp_path / 'a.json'}"])
     assert not list(tmp_path.iterdir())
+    report.check_quiet(force=False, load=0.5)
+    report.check_quiet(force=True, load=9.0)
 
 
-def test_settings_with_and_without_their_section() -> None:
-    assert settings.read(["bench.full=true"]) == settings.read(["full=true"]) == BenchConfig(full=True)
-    assert BenchConfig().chosen_parts == ("loop", "models", "variants", "pieces")
-    assert BenchConfig(full=True).chosen_parts == PARTS
-    assert "growth" not in BenchConfig(gpu=True).chosen_parts
+def test_the_parts_and_the_time_of_each_form() -> None:
+    assert (BenchConfig().shares, BenchConfig(full=True).shares, BenchConfig(gpu=True).shares) == (SHORT, FULL, GPU)
     assert (BenchConfig().budget, BenchConfig(gpu=True).budget, BenchConfig(seconds=9).budget) == (170, 540, 9)
+    assert BenchConfig(full=True).budget == math.inf
+    assert list(BenchConfig(gpu=True, parts=["growth", "loop", "variants"]).shares) == ["models", "loop", "growth"]
+    assert next(iter(GPU)) == "models" and sum(GPU.values()) == pytest.approx(1)
+    assert not BenchConfig(parts=["models"]).with_variants and BenchConfig(parts=["variants"]).with_variants
+
+
+def test_items_share_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    found = []
+    for item, until in shared("abcd", 12.0):
+        found.append((item, until))
+        now[0] += {"a": 1.0, "b": 2.0, "c": 10.0, "d": 0.0}[item]
+    assert found == [
+        ("a", 3.0),
+        ("b", 1 + 11 / 3),
+        ("c", 3 + 9 / 2),
+        ("d", None),
+    ]  # what one leaves, the next ones have
 
 
 def test_what_no_time_is_left_for_is_said() -> None:
-    rows = list(benchmark._rows(BenchConfig(tiny=True, seconds=1e-9), CPU, began=0.0))
-    assert {row["skipped"] for row in rows if row.get("work") != "copy"} == {"the time is up"}
-    assert {row["part"] for row in rows} == {"models", "loop", "pieces"}
-    assert show.line(rows[-1]).endswith("skipped: the time is up")
+    rows = list(measured(BenchConfig(tiny=True, seconds=1e-9), CPU))
+    assert {row["skipped"] for row in rows} == {"the time is up"}
+    assert {row["part"] for row in rows} == {"models", "loop", "data"}
+    assert report.line(rows[-1]).endswith("skipped: the time is up")
+    assert [row["skipped"] for row in growth.measure(BenchConfig(), CPU, 0.0)] == ["the time is up"] * 6

@@ -1,0 +1,177 @@
+"""The machine, and the report as lines on the terminal, as JSON, and as a plot."""
+
+import io
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffbench.core.errors import UserError
+from diffbench.core.files import atomic, write_text
+
+FORMAT = 1
+BUSY = 0.5
+"""Load average above which times mean little: another process on two cores makes 0.3 ms take 20 to 32."""
+KEY = ("part", "name", "variant", "work", "batch", "size")
+"""Two rows of two reports that agree in these are the same measurement."""
+Row = Mapping[str, Any]
+
+
+def check_quiet(force: bool, load: float | None = None) -> None:
+    """Refuse a machine at work.
+
+    Args:
+        force: measure all the same.
+        load: average number of running processes over the last minute; null: what the system says.
+
+    Raises:
+        UserError: if the load is above `BUSY`.
+    """
+    load = os.getloadavg()[0] if load is None else load
+    if load > BUSY and not force:
+        raise UserError(
+            f"force: the load average is {load:.2f}, above {BUSY}: other processes would be measured too; wait, or set"
+            " force=true, which the report will say"
+        )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader of the numbers has to know of the machine."""
+    facts: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": round(os.getloadavg()[0], 2),
+        "device": device.type,
+        "versions": {name: version(name) for name in ("torch", "lightning", "numpy")},
+        "commit": _commit(),
+    }
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": card.name, "gpu_memory_bytes": card.total_memory, "cuda": torch.version.cuda}
+    return facts
+
+
+def _commit() -> str | None:
+    """The commit of the code at work, with "-dirty" where files differ from it; None outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def save(report: Mapping[str, Any], path: Path) -> None:
+    """Write a report."""
+    write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """An older report.
+
+    Raises:
+        UserError: if there is none, or the file is something else.
+    """
+    try:
+        report = json.loads(path.read_text())
+        if report["format"] != FORMAT or not isinstance(report["rows"], list):
+            raise ValueError("another format")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not a report of the benchmark"
+        raise UserError(f"baseline: {path}: {why}; name a JSON that it wrote") from None
+    return report
+
+
+def headline(facts: Mapping[str, Any]) -> str:
+    """The machine in a line."""
+    where = facts.get("gpu") or f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads"
+    load = f"load {facts['load_average']}"
+    return f"{where}; torch {facts['versions']['torch']}; {load}; commit {facts['commit'] or 'unknown'}"
+
+
+def line(row: Row, change: float | None = None) -> str:
+    """A row for the terminal."""
+    title = " ".join(str(row[k]) for k in ("name", "variant", "work") if row.get(k) not in (None, "default"))
+    size = f"{row['size']:>8}" if "size" in row else ""
+    parts = [f"{row['part']:<9}{title:<{52 - len(size)}}{size}"]
+    if "skipped" in row:
+        return f"{parts[0]} skipped: {row['skipped']}"
+    if "ms" in row:
+        around = f"({row['ms_low']:.2f} to {row['ms_high']:.2f})" if "ms_low" in row else ""
+        parts.append(f"{row['ms']:10.2f} ms {around:<22}")
+    if "images_per_s" in row:
+        parts.append(f"{row['images_per_s']:10,.1f} img/s")
+    if "share" in row:
+        parts.append(f"{row['flops_per_s'] / 1e9:9,.0f} GFLOP/s {100 * row['share']:5.1f}%")
+        if row.get("mm_share", row["share"]) != row["share"]:
+            parts.append(f"({100 * row['mm_share']:.0f}% of mm)")
+    if "memory_bytes" in row:
+        parts.append(f"{row['memory_bytes'] / 2**20:8,.1f} MiB")
+    if row.get("variant", "").startswith("compiled") and "first_s" in row:
+        parts.append(f"first {row['first_s']:.0f} s")
+    if "ratio" in row:
+        parts.append(f"x{row['ratio']['median']:.3f} of default")
+    if "overhead_ms" in row:
+        parts.append(
+            f"bare {row['bare_ms']:.2f} ms, Lightning {row['overhead_ms']:+.2f} ms"
+            f" ({row['overhead_low']:+.2f} to {row['overhead_high']:+.2f}), data {100 * row['data_wait_share']:.2f}%"
+        )
+    if "time_slope" in row:
+        memory = "-" if row["memory_slope"] is None else f"{row['memory_slope']:.2f}"
+        parts.append(f"time ~ size^{row['time_slope']:.2f}, memory ~ size^{memory}")
+    if change is not None:
+        parts.append(f"x{change:.3f} of the baseline")
+    return " ".join(parts).rstrip()
+
+
+def compared(rows: Sequence[Row], before: Sequence[Row]) -> list[str]:
+    """A line for each measurement that an older report holds too, the largest change first."""
+    old = {_key(row): row["ms"] for row in before if row.get("ms")}
+    found = [(row, row["ms"] / old[key]) for row in rows if row.get("ms") and (key := _key(row)) in old]
+    return [line(row, change) for row, change in sorted(found, key=lambda pair: -abs(pair[1] - 1))]
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in KEY)
+
+
+def plot(rows: Sequence[Row], title: str, path: Path) -> bool:
+    """Draw shares of the product peak, and variants as ratios, as a PNG; return whether there was anything to draw."""
+    steps = [row for row in rows if "share" in row and row.get("variant", "default") == "default"]
+    others = [row for row in rows if "ratio" in row]
+    if not steps:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, max(3.0, 0.22 * max(len(steps), len(others)) + 1.5)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, some, values, label in (
+        (left, steps, [100 * row["share"] for row in steps], "% of the matrix-product peak of the same run"),
+        (right, others, [row["ratio"]["median"] for row in others], "time, as a multiple of the default's"),
+    ):
+        names = [f"{row['name'].removeprefix('experiments/')} {row['work']}" for row in some]
+        names = [f"{n} ({r['variant']})" if "ratio" in r else n for n, r in zip(names, some, strict=True)]
+        axes.barh(range(len(values)), values, color="tab:blue")
+        axes.set_yticks(range(len(values)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+    right.axvline(1, color="black", linewidth=0.8)
+    figure.suptitle(title, fontsize=9)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    with atomic(path) as file:
+        file.write(drawn.getvalue())
+    return True

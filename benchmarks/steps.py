@@ -1,0 +1,153 @@
+"""Forward, training and sampling steps of the networks and their variants, in turns with the best matrix product."""
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.config import BenchConfig, Row, shared
+from benchmarks.networks import PRECISION, Subject, chosen, run_config, variants
+from benchmarks.timing import Work, in_turns, ratio, spread, synchronize
+from diffbench.denoisers.linear import convolved
+from diffbench.runs import build
+from diffbench.training.speed import float32_products
+
+DTYPES = {"32-true": torch.float32, "tf32": torch.float32, "bf16-mixed": torch.bfloat16}
+SIZES: dict[str, list[tuple[int, int, int]]] = {
+    "cpu": [(2048, 2048, 2048), (4096, 384, 1536)],
+    "cuda": [(8192, 8192, 8192), (32768, 1152, 4608)],
+    "tiny": [(128, 128, 128), (256, 128, 128)],
+}
+"""(rows, inner, columns) of products: a square one, and a tall one as tokens times weights are."""
+LONGEST = 15.0
+"""Seconds of a training step at the product peak beyond which a network is left out."""
+COMPILING = {"none": 0.0, "block": 40.0, "model": 90.0}
+"""Seconds that must be left of a network's time to compile it."""
+
+
+class Products:
+    """Large matrix products, whose rate is the ceiling; to be measured in turns with what is held against it.
+
+    On a CPU a product of float32 may be faster as a 1x1 convolution, see `denoisers.linear`: it is measured both ways.
+
+    Args:
+        kind: precision of the products, as `trainer.precision`, or tf32.
+        device: where.
+        tiny: small sizes.
+    """
+
+    def __init__(self, kind: str, device: torch.device, tiny: bool) -> None:
+        self.kind, self.flops = kind, dict[str, float]()
+        self.works: list[Work] = []
+        for rows, inner, columns in SIZES["tiny" if tiny else device.type]:
+            # Zeros would be multiplied faster than what networks hold.
+            a, b = (torch.randn(*s, device=device).to(DTYPES[kind]) for s in ((rows, inner), (inner, columns)))
+            ways: dict[str, Callable[[], Any]] = {"mm": partial(torch.mm, a, b)}
+            if device.type == "cpu" and kind == "32-true":
+                ways["convolution"] = partial(convolved, a, b.t().contiguous())
+            for way, call in ways.items():
+                name = f"{way} {rows}x{inner}x{columns}"
+                self.flops[name] = 2.0 * rows * inner * columns
+                self.works.append(Work(name, float32_products(kind == "tf32")(call)))
+
+    def peak(self) -> Row:
+        """The fastest product by its median time, its rate in FLOP/s, and that of torch.mm."""
+        rates = {work.name: self.flops[work.name] / spread(work.times)["median"] for work in self.works}
+        best = max(rates, key=lambda name: rates[name])
+        mm = max(rate for name, rate in rates.items() if name.startswith("mm "))
+        return {"precision": self.kind, "product": best, "flops_per_s": rates[best], "mm_flops_per_s": mm}
+
+
+def against(achieved: float, peak: Row) -> Row:
+    """FLOP/s beside a peak: as a share of the fastest product, and of torch.mm."""
+    shares = {"share": achieved / peak["flops_per_s"], "mm_share": achieved / peak["mm_flops_per_s"]}
+    return {"flops_per_s": achieved, "peak": peak} | shares
+
+
+def measure(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
+    """Rows of every network that fits, as they are measured.
+
+    Args:
+        config: what to measure.
+        device: where.
+        deadline: on `time.monotonic`'s clock; no network begins after it.
+    """
+    products = Products(PRECISION[device.type], device, config.tiny)
+    in_turns(products.works, device, 2, once=config.tiny)
+    rate = products.peak()["flops_per_s"]
+    for model, until in shared(chosen(config), deadline):
+        if until is None:
+            yield {"part": "models", "name": model, "skipped": "the time is up"}
+            continue
+        yield from _network(config, model, device, rate, until)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _network(config: BenchConfig, model: str, device: torch.device, rate: float, until: float) -> Iterator[Row]:
+    """A network's rows: its default, and its variants with their ratios to it."""
+    named: Row = {"part": "models", "name": model}
+    base = run_config(config, model, device.type)
+    cost, batch = build.cost_of(base, build.load_data(base)[0]), base.trainer.batch_size
+    if (step := cost.training_flops(batch) / rate) > LONGEST:
+        yield named | {"skipped": f"a training step at batch {batch} takes {step:.0f} s"}
+        return
+    subjects: list[Subject] = []
+    for variant in variants(config, model, base, device.type):
+        changed = run_config(config, model, device.type, variant.overrides)
+        if variant.overrides and changed == base:
+            continue  # that is the default
+        if subjects and time.monotonic() > until - COMPILING[changed.trainer.compile]:
+            yield named | {"variant": variant.name, "skipped": "the time is up"}
+            continue
+        like = subjects[0] if subjects and variant.same_network else None
+        # The compiler proper takes minutes, however small the network.
+        backend = "eager" if config.tiny else "inductor"
+        subject = Subject(changed, variant, device, like=like, backend=backend)
+        failed = _try(subject)
+        if failed:
+            yield named | {"variant": variant.name, "skipped": failed}
+        else:
+            subjects.append(subject)
+    if not subjects:
+        return
+    products = {kind: Products(kind, device, config.tiny) for kind in dict.fromkeys(s.products for s in subjects)}
+    works = [subject.works() for subject in subjects]
+    if not (config.full or config.gpu or config.models):  # the short form has time for variants' training steps alone
+        works[1:] = [{"train": steps["train"]} for steps in works[1:]]
+    everything = [w for steps in works for w in steps.values()] + [w for p in products.values() for w in p.works]
+    in_turns(everything, device, config.rounds, once=config.tiny, deadline=until)
+    for subject, steps in zip(subjects, works, strict=True):
+        for kind, work in steps.items():
+            calls = subject.sample_steps if kind == "sample" else 1
+            flops = {"forward": 2.0 * cost.macs, "train": cost.training_flops(1)}
+            flops["sample"] = 2.0 * cost.macs * subject.evaluations() / calls
+            row = named | {"variant": subject.variant.name, "work": kind, "batch": batch} | work.ms(1 / calls)
+            row |= {"images_per_s": batch / row["ms"] * 1e3, "memory_bytes": work.memory, "first_s": work.first}
+            row |= against(flops[kind] * row["images_per_s"], products[subject.products].peak())
+            row |= {"parameters": cost.parameters, "gmacs": cost.gmacs}
+            if subject is not subjects[0]:
+                row["ratio"] = ratio(work.times, works[0][kind].times)
+            yield row
+
+
+def _try(subject: Subject) -> str:
+    """Why a variant does not run here, or nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # why a kernel does not take a call
+            subject.ready()
+            subject.train()
+            synchronize(subject.device)
+        return ""
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except (RuntimeError, NotImplementedError) as e:  # no such kernel, or no compiler
+        return " ".join(str(e).split())[:120]
+    finally:
+        subject.optimizer.zero_grad(set_to_none=True)
