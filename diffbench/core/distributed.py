@@ -29,7 +29,7 @@ EXIT_LOST = 75
 GRACE = 3.0
 """Seconds that the other ranks have to end by themselves once one has failed."""
 STOPPING = 50.0
-"""The same once one has ended after a signal to all, or has lost another one that seems to be alive."""
+"""Seconds that they have after a signal to all ranks, or after a rank has lost another one that still runs."""
 
 
 def place() -> tuple[int, int]:

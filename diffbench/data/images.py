@@ -27,7 +27,7 @@ from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, folder_splits, h
 from diffbench.data.transforms import BrokenError, decode, quiet
 
 VERSION = 2
-"""Of what makes pixels and classes from files: another number decodes anew."""
+"""Version of the decoding code; another one invalidates the cache."""
 CIFAR10_FOLDER, CIFAR10_HUB = "data/cifar10", "uoft-cs/cifar10"
 KNOWN = {"bd98cdb37ac5797f": "cifar10-jpeg", "4a95dbec0105c740": "cifar10-jpeg"}
 """Fingerprint -> the name of a data set that its folder may be wrong about."""
@@ -81,7 +81,7 @@ def _is_fetched(config: ImagesConfig) -> bool:
 
 
 def _stamp(path: Path) -> str:
-    """What changes when files come to a folder or go, so that one process need not list it twice."""
+    """A stamp of a folder that changes when files are added or removed, so that a process lists it once."""
     if not path.is_dir():
         return ""
     with os.scandir(path) as listing:

@@ -273,7 +273,7 @@ def _computed(
         raise UserError(f"statistics of real images need at least 2 of them, got {count}")
 
     def watched() -> Iterator[Tensor]:
-        if sum(p.numel() for p in extractor.network.parameters()) < 1_000_000:  # done before it is said
+        if sum(p.numel() for p in extractor.network.parameters()) < 1_000_000:  # takes no time to speak of
             yield from batches()
             return
         print(f"{extractor.name} reads {count:,} real images, once (kept in {path})", flush=True)

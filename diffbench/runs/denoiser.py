@@ -209,7 +209,7 @@ class DenoiserRun(Run[RunConfig]):
         """The sampler of the network, guided as the settings say."""
         from diffbench.sampling.sampler import Sampler
 
-        autoencoder = self.autoencoder  # missed now rather than after hours of sampling
+        autoencoder = self.autoencoder  # loaded now, so that a missing one fails before sampling
         return Sampler(
             self.denoiser,
             self.process,

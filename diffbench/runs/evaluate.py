@@ -165,7 +165,7 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Sample
     models = run.guidance_models(how)
     what = {
         "weights": state_hash(run.network),
-        "helpers": [state_hash(n) for n in (models.weak_model, models.classifier) if n is not None],
+        "guidance_models": [state_hash(n) for n in (models.weak_model, models.classifier) if n is not None],
         "autoencoder": None if run.autoencoder is None else run.autoencoder.fingerprint,
         "process": dataclasses.asdict(config.process),
         "sample": how.numbers(),
@@ -193,7 +193,7 @@ def draw(
     Returns:
         Entries of a record: network evaluations, seconds of this call, samples drawn, share of clipped values.
     """
-    from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation  # imports Lightning
+    from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
 
     sampler, evaluations = run.sampler(how), network_evaluations(run.process, how)
     labels, started = labels_of(run, samples.count), time.perf_counter()

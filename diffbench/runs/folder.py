@@ -66,10 +66,10 @@ def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> 
     given, now = flatten(parse_overrides(overrides)), flatten(to_dict(config))
     try:
         plain = flatten(to_dict(load(path, [f"debug={config.debug}"])))
-    except UserError:  # the overrides mend a file that would not do without them
+    except UserError:  # the YAML is not valid without the overrides
         plain = {}
     chosen = [k for k in given if k.endswith((".name", ".preset")) and plain.get(k) != given[k]]
-    sections = {k.split(".")[0] for k in chosen}  # in them nothing is as the file has it
+    sections = {k.split(".")[0] for k in chosen}  # whose other keys differ from the file's too
     words = []
     for key in [*sorted(chosen), *(k for k in now if k in given and k not in chosen)]:
         value = now.get(key, given[key])

@@ -1,6 +1,6 @@
 """Non-leaking augmentation (Karras et al. 2022, appendix F.2): images are changed, and the network is told how.
 
-Asked with the label of an untouched image, a network trained so puts out untouched images.
+Sampling with the label of an unchanged image yields unaugmented images.
 """
 
 import math

@@ -18,7 +18,7 @@ def at_step_end(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 class Clock:
-    """Seconds of training, over all sittings, without what stood still for validation, sampling or saving."""
+    """Counts seconds of training over all resumes, without validation, sampling and saving."""
 
     def __init__(self) -> None:
         self.before = 0.0

@@ -51,8 +51,8 @@ def full_tensor(value: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def match_strides(optimizer: Optimizer) -> None:
-    """Brings an optimizer's state into its weights' order in memory, which fused steps take for granted: a state that
-    shards saved knows no channels-last order."""
+    """Gives an optimizer's state the memory layout of its weights, which fused steps expect: a state that was saved
+    from shards has lost the channels-last layout."""
     for weight, state in optimizer.state.items():
         for name, value in state.items() if not isinstance(weight, DTensor) else ():
             if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():

@@ -52,7 +52,7 @@ def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: 
 
 @contextlib.contextmanager
 def full_disk_reported(folder: Path) -> Iterator[None]:
-    """Makes one line of a full disk under TensorBoard's events, and keeps its writing thread from printing a traceback.
+    """Reports a full disk in TensorBoard's writer as one line, without the traceback of its thread.
 
     Raises:
         UserError: naming the events.

@@ -16,7 +16,7 @@ from diffbench.training.fsdp import full_tensor
 
 
 class Outcome:
-    """Whether an optimizer step was taken. The device knows at once; the host asks a step later, and waits for nothing.
+    """Whether an optimizer step was skipped, known on the device; the host reads it a step later, so it never waits.
 
     Args:
         skipped: on the device: whether weights and optimizer stay as they were.

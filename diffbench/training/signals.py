@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):
-    """A signal stopped what was under way; it is to be done again."""
+    """Raised when a signal interrupts an evaluation, which the resumed run repeats."""
 
 
 class StopOnSignal(L.Callback):

@@ -21,7 +21,7 @@ def compile_network(network: nn.Module, how: Literal["none", "block", "model"], 
     import torch._dynamo  # seconds
     import torch._inductor.config
 
-    torch._inductor.config.fallback_random = True  # dropout as it falls uncompiled
+    torch._inductor.config.fallback_random = True  # the dropout of uncompiled code
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 64)  # a U-Net has as many kinds of blocks
     for module in [network] if how == "model" else blocks(network):
