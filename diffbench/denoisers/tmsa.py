@@ -25,7 +25,7 @@ TimeIn = Literal["qkv", "qk", "qv", "kv", "q", "k", "v", "separate", "bias", "ml
 
 qkv: queries, keys and values, the paper's TMSA (Eq. 3 to 5); or only the ones named. As the softmax removes what is
     the same for every key, `k` alone leaves no time at all and `qv` equals `qkv`.
-separate: as a token of its own among the keys and values (Table 7). If it attended only to itself, this would equal `v`.
+separate: as a token of its own among the keys and values (Table 7). Attending only to itself, it would equal `v`.
 bias: a time-dependent part of the relative-position bias (Table 6, F).
 mlp: added to the input of the MLP (Table 6, G).
 adaln: the norms' shift, scale and gate, as in DiT.

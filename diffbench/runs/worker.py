@@ -1,4 +1,4 @@
-"""One rank of a job that our own launcher (`core.distributed.launch`) started: `python -m diffbench.runs.worker WHAT ...`.
+"""One rank of a job that `core.distributed.launch` started: `python -m diffbench.runs.worker WHAT ...`.
 
 The launcher has checked the config, holds the run folder, and says what happens.
 """
