@@ -282,8 +282,6 @@ class SampleConfig:
     """Clamp the predicted image to [-1, 1] at each step; null does so for ddpm and ddim on pixels, not on latents."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed: the network's products in bfloat16."""
-    cuda_graphs: bool = False
-    """On a CUDA GPU, records the network's kernels once for each batch shape and replays them."""
     batch_size: int = 500
 
     def __post_init__(self) -> None:
@@ -325,7 +323,7 @@ class SampleConfig:
 
     def numbers(self) -> dict[str, Any]:
         """The keys on which the samples depend, not only their speed; a precision of 32-true is left out."""
-        idle = {"batch_size", "cuda_graphs"} | ({"precision"} if self.precision == "32-true" else set())
+        idle = {"batch_size"} | ({"precision"} if self.precision == "32-true" else set())
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
 
     def unguided(self) -> "SampleConfig":

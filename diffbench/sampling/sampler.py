@@ -15,7 +15,6 @@ from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
 from diffbench.diffusion import SAMPLERS, Grid, Predict, Process, StepLimitError, ddim, ddpm, dopri5, predictor
 from diffbench.diffusion.samplers import Callback, Noise
-from diffbench.sampling.cuda_graphs import Graphed, Network
 from diffbench.sampling.guided import GuidanceModels, guided
 
 
@@ -130,16 +129,13 @@ class Sampler:
         return to_uint8(self.pixels(x))
 
     def _network(self, config: SampleConfig, device: torch.device) -> Network:
-        """The denoiser in the precision that the config asks for, as CUDA graphs if it asks for them."""
+        """The denoiser in the precision that the config asks for."""
 
         def in_bfloat16(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16):
                 return self.denoiser(x, t, y).to(x.dtype)
 
-        network: Network = in_bfloat16 if config.precision == "bf16-mixed" else self.denoiser
-        if config.cuda_graphs and device.type != "cuda":
-            print(f"note: sample.cuda_graphs: off, the network is on {device.type}")
-        return Graphed(network) if config.cuda_graphs and device.type == "cuda" else network
+        return in_bfloat16 if config.precision == "bf16-mixed" else self.denoiser
 
     def _until_broken(self, predict: Predict, config: SampleConfig) -> Predict:
         """Wrap a predictor so that it raises at the first prediction that is not finite, naming the step.

@@ -5,23 +5,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_networks import CLASSES, small
-from torch import Tensor
 
-from diffbench.config.sections import EvaluateConfig, SampleConfig
+from diffbench.config.sections import EvaluateConfig
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS
-from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.evaluation import reference
 from diffbench.metrics.suite import Suite
 from diffbench.runs.lifecycle import load, train
-from diffbench.sampling.cuda_graphs import Graphed
-from diffbench.sampling.sampler import Sampler
 from diffbench.training.ema import EMA
 
 pytestmark = [
@@ -127,31 +121,6 @@ def test_distances_in_training_and_the_best_weights_on_the_gpu(tmp_path: Path) -
     assert [line["images"] for line in lines if "fd/digits-cnn@40" in line] == [3_200, 6_400]
     assert "best/fd/digits-cnn@40" in lines[-1]
     assert (run.folder / "best.safetensors").is_file()
-
-
-@pytest.mark.parametrize("name", DENOISERS)
-def test_recorded_sampling_equals_plain_sampling(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    net, process = small(name).cuda(), DiscreteVP(VPConfig())
-
-    def sample(**changes: Any) -> Tensor:
-        config = SampleConfig(sampler="ddpm", steps="8", guidance=2.0, batch_size=3, **changes)
-        labels = torch.arange(7) % CLASSES  # two whole batches and a shorter one
-        return Sampler(net, process, (3, 8, 8), CLASSES, raw=True)(labels, config)
-
-    for precision in ("32-true", "bf16-mixed"):
-        want, recorded = sample(precision=precision), sample(precision=precision, cuda_graphs=True)
-        assert torch.allclose(recorded, want, atol=1e-5)
-    assert "cuda_graphs" not in capsys.readouterr().out
-
-
-def test_a_network_that_waits_for_the_gpu_is_sampled_unrecorded(capsys: pytest.CaptureFixture[str]) -> None:
-    def waits(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return x * float(t.mean().item())
-
-    fast, x = Graphed(waits), torch.ones(2, 1, 1, 1).cuda()
-    with torch.no_grad():
-        assert torch.equal(fast(x, torch.ones(2).cuda(), torch.zeros(2).cuda()), x)
-    assert capsys.readouterr().out.startswith("note: sample.cuda_graphs: off, the network cannot be recorded")
 
 
 def test_a_gpu_trains_in_bfloat16_by_itself(tmp_path: Path) -> None:
