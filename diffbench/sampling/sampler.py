@@ -128,7 +128,7 @@ class Sampler:
         """Decode it to images uint8."""
         return to_uint8(self.pixels(x))
 
-    def _network(self, config: SampleConfig, device: torch.device) -> Network:
+    def _network(self, config: SampleConfig, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The denoiser in the precision that the config asks for."""
 
         def in_bfloat16(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
