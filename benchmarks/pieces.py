@@ -26,7 +26,7 @@ PLAN = {"cpu": ("DiT-S/2", 8, 10), "cuda": ("DiT-XL/2", 256, 250), "tiny": ("DiT
 """Of the whole sampler: network, images and steps."""
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {"default": {}},
-    "cuda": {"default": {}, "CUDA graphs": {"cuda_graphs": True}},
+    "cuda": {"default": {}},
 }
 """Changes of the section `sample`."""
 GUIDANCE = 1.5
