@@ -41,6 +41,8 @@ DIGITS = tuple(f"experiments/digits/{name}.yaml" for name in ("dit", "diffit", "
 SHORT = ("DiT-S/2", "DiffiT-S/2", "ADM-S/32", *DIGITS)
 LARGE = {"DiT-XL/2": 128, "DiffiT-XL/2": 128, "DDPM++-CIFAR10-cond": 512, "DiffiT-CIFAR10-H1": 512}
 """The networks for a GPU, and their batch."""
+SAMPLE_STEPS = 2
+"""Of the sampler in one measurement: vp refuses one, and Heun takes one evaluation for it where two take three."""
 PRECISION = {"cpu": "32-true", "cuda": "bf16-mixed"}
 CONVOLUTIONAL = ("unet", "ddpmpp", "diffit")
 TINY: dict[str, dict[str, Any]] = {
@@ -209,9 +211,7 @@ class Subject:
         self.y = self.position % max(1, self.run.train_set.num_classes)
         self.products = "tf32" if config.trainer.tf32 else config.trainer.precision
         """Precision of products: `trainer.precision`, or tf32."""
-        # A single step of Heun takes one evaluation, two take three.
-        self.sample_steps = 2 if self.process.name == "edm" else 1
-        self.settings = replace(config.sample, steps=str(self.sample_steps)).unguided()
+        self.settings = replace(config.sample, steps=str(SAMPLE_STEPS)).unguided()
 
     @cached_property
     def ema(self) -> EMA:
@@ -258,7 +258,7 @@ class Subject:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """`sample_steps` steps of the sampler, without guidance."""
+        """`SAMPLE_STEPS` steps of the sampler, without guidance."""
         key = rng.key("bench", "sample")
 
         def noise(step: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.config import BenchConfig, Row, shared
-from benchmarks.networks import PRECISION, Subject, chosen, run_config, variants
+from benchmarks.networks import PRECISION, SAMPLE_STEPS, Subject, chosen, run_config, variants
 from benchmarks.timing import Work, in_turns, ratio, spread, synchronize
 from diffbench.denoisers.linear import convolved
 from diffbench.runs import build
@@ -124,7 +124,7 @@ def _network(config: BenchConfig, model: str, device: torch.device, rate: float,
     in_turns(everything, device, config.rounds, once=config.tiny, deadline=until)
     for subject, steps in zip(subjects, works, strict=True):
         for kind, work in steps.items():
-            calls = subject.sample_steps if kind == "sample" else 1
+            calls = SAMPLE_STEPS if kind == "sample" else 1
             flops = {"forward": 2.0 * cost.macs, "train": cost.training_flops(1)}
             flops["sample"] = 2.0 * cost.macs * subject.evaluations() / calls
             row = named | {"variant": subject.variant.name, "work": kind, "batch": batch} | work.ms(1 / calls)

@@ -3,6 +3,8 @@
 import re
 import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,74 @@ def test_help_lists_every_target_and_variable(arguments: list[str]) -> None:
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")] == recipes()
     for text in ("MODEL=dit", "DATA=digits", "SEED=0", "SEEDS=0", 'ARGS=""', "PYTHON=", "RUN=runs/digits/dit-s0"):
         assert text in done.stdout
+
+
+DRY = {
+    "help": "Variables (now): ",
+    "setup": "",
+    "train": "-m diffbench train experiments/digits/dit.yaml seed=$seed",
+    "ablation": "-m diffbench study experiments/studies/backbones.yaml",
+    "evaluate": "-m diffbench evaluate runs/digits/dit-s0",
+    "sample": "-m diffbench sample runs/digits/dit-s0",
+    "compare": "-m diffbench compare runs/digits/dit-s0",
+    "bench": "-m benchmarks baseline=old.json",
+    "bench-gpu": "-m benchmarks gpu=true baseline=old.json",
+    "tensorboard": "-m tensorboard.main --host localhost --logdir runs",
+    "test": "-m pytest",
+    "test-all": "-m pytest -m 'not gpu' --cov=diffbench",
+    "test-gpu": "-m pytest -m gpu -rs",
+    "docker-build": "docker build --file docker/Dockerfile --target cpu --tag diffbench:cpu .",
+    "docker-train": "diffbench:cpu train experiments/digits/dit.yaml seed=0",
+    "lint": "-m ruff check . &&",
+    "types": "-m mypy",
+    "format": "-m ruff check --fix .",
+    "clean": "rm -rf .venv .mypy_cache",
+}
+
+
+@pytest.mark.parametrize("target", DRY)
+def test_every_target_says_what_it_would_run(target: str) -> None:
+    assert list(DRY) == recipes()
+    done = make("-n", target, "BASELINE=old.json", "RUNS=runs/digits/dit-s0")
+    assert done.returncode == 0, done.stderr
+    assert DRY[target] in done.stdout
+
+
+def test_targets_name_files_that_exist() -> None:
+    text = "".join(make("-n", target, "RUNS=x").stdout for target in DRY)
+    for path in ("experiments/digits/dit.yaml", "experiments/studies/backbones.yaml", "docker/Dockerfile"):
+        assert path in text and (ROOT / path).is_file()
+    for module in ("diffbench", "benchmarks"):
+        assert f"-m {module} " in text and (ROOT / module / "__main__.py").is_file()
+    assert " find diffbench benchmarks tests " in f" {text}".replace("\n", " ")
+
+
+def test_the_image_and_the_continuous_integration_name_what_exists() -> None:
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    assert re.findall(r"^FROM base AS (\w+)$", dockerfile, re.MULTILINE) == ["cpu", "cuda"]
+    assert "pyproject.toml docker/requirements.py docker/wheels*" in dockerfile
+    kept = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert {"diffbench", "benchmarks", "experiments", "tests", "docs", "docker", "Makefile", "pyproject.toml"} <= {
+        *kept
+    }
+    assert all((ROOT / path).exists() for path in kept)
+    command = [sys.executable, str(ROOT / "docker" / "requirements.py"), str(ROOT / "pyproject.toml")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert any(line.startswith("torch>=") for line in printed) and any(
+        line.startswith("lightning>=") for line in printed
+    )
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    targets = re.findall(r"run: make ([\w-]+)", workflow)
+    assert targets == ["test", "lint", "types"] and {*targets} <= {*recipes()}
+
+
+def test_the_wheel_holds_the_package_alone() -> None:
+    from setuptools import find_packages
+
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = find_packages(str(ROOT), include=found["include"])
+    assert {"diffbench", "diffbench.core", "diffbench.commands"} <= {*packages}
+    assert {name.split(".")[0] for name in packages} == {"diffbench"}
 
 
 def test_an_unknown_model_lists_the_choices_and_runs_nothing() -> None:

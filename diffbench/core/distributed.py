@@ -7,6 +7,7 @@ inherit the lock of a run folder, and lets them outlive a launcher that is kille
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -30,6 +31,10 @@ GRACE = 3.0
 """Seconds that the other ranks have to end by themselves once one has failed."""
 STOPPING = 50.0
 """Seconds that they have after a signal to all ranks, or after a rank has lost another one that still runs."""
+
+
+AGAIN = 1.0
+"""Seconds after a signal in which others count as the same one: `timeout`, scancel and Ctrl-C on a study send two."""
 
 
 def place() -> tuple[int, int]:
@@ -223,7 +228,7 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> 
             failed = next((rank for rank, code in enumerate(codes) if code not in expected | {EXIT_LOST}), None)
         if None not in codes:
             return failed if failed is not None else codes.index(EXIT_LOST) if EXIT_LOST in codes else None
-        if failed is not None:
+        if failed is not None or len(signals) > 1:
             deadlines.setdefault("failed", time.monotonic() + GRACE)
         elif any(codes):
             deadlines.setdefault("stopping", time.monotonic() + STOPPING)
@@ -245,13 +250,18 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def _signals_reach(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Forward SIGTERM and SIGINT to all ranks, and collect them in the list; a third one kills."""
+    """Forward SIGTERM and SIGINT to all ranks, and collect them in the list; after the second, ranks have `GRACE`."""
     signals: list[int] = []
+    last = -math.inf
 
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() - last < AGAIN:
+            return
+        last = time.monotonic()
         signals.append(number)
         for rank in ranks:
-            rank.send_signal(number if len(signals) < 3 else signal.SIGKILL)
+            rank.send_signal(number)
 
     before: dict[int, Any] = {}
     with contextlib.suppress(ValueError):  # signals reach the main thread only

@@ -198,12 +198,22 @@ def _run(folder: Path, plan: Sequence[PlannedTrial], jobs: int, launcher: Launch
                 took = span(time.monotonic() - begun)
                 print(f"[{done}/{total}] {trial.name}: {how} in {took}, {span(left)} to go", flush=True)
     finally:
-        for process in running:
-            process.terminate()  # saves its state
-        for process in running:
-            process.wait()
-        signal.signal(signal.SIGTERM, previous)
+        try:
+            _end(running)
+        except (KeyboardInterrupt, SystemExit):
+            _end(running)  # the second signal to a trial: it stops without saving
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
     return True
+
+
+def _end(running: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Have trials save their state, and wait for them."""
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.wait()
 
 
 def _hand_over(folder: Path, asked: Sequence[tuple[Path, LauncherConfig]]) -> None:

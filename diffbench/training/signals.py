@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in training: the first saves the state and stops, the second stops at once."""
+"""SIGTERM and SIGINT in training: the first saves the state and stops, a later second one stops at once."""
 
 import contextlib
 import os
@@ -41,6 +41,7 @@ class StopOnSignal(L.Callback):
         """Of the first signal; on several ranks known to all once they have looked."""
         self.owed: list[str] = []
         """State keys of the callbacks whose evaluation was interrupted."""
+        self._since = 0.0  # when the first signal came
         self._agreed = False
         self._looked, self._look_at = (0, 0.0), 0  # step and time of the last look, step of the next
         self._previous: dict[int, Any] = {}
@@ -54,11 +55,17 @@ class StopOnSignal(L.Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
+            if time.monotonic() - self._since < distributed.AGAIN:
+                return
             self._restore_handlers()
             self._answer("stopped without saving the state")
             raise SystemExit(128 + number)
-        self.number = number
+        self._note(number)
         self._answer("saving state; again to stop without")
+
+    def _note(self, number: float) -> None:
+        if number and self.number is None:
+            self.number, self._since = int(number), time.monotonic()
 
     def _answer(self, text: str) -> None:
         if distributed.rank() == 0:  # not by print, which may be under way itself
@@ -81,7 +88,8 @@ class StopOnSignal(L.Callback):
             found.append(work())
         stopped, number = distributed.all_reduce_max([float(not found), float(self.number or 0)])
         if stopped:
-            self.number, self._agreed = int(number), True
+            self._note(number)
+            self._agreed = True
             raise Interrupted
         return found[0]
 
@@ -97,7 +105,7 @@ class StopOnSignal(L.Callback):
                 return False
             now, (before, since) = time.monotonic(), self._looked
             number, pace = distributed.all_reduce_max([self.number or 0, (now - since) / max(1, step - before)])
-            self.number = int(number) or None
+            self._note(number)
             self._looked, self._look_at = (step, now), step + min(1000, max(1, int(1 / max(pace, 1e-3))))
         return self.number is not None
 

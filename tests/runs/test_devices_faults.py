@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -79,6 +80,47 @@ def test_a_rank_that_only_lost_another_is_not_to_blame(
     assert launch([sys.executable, "-c", SAYS, "lost"], 2) == 75
     told = "error: rank 0 of 2 lost its connection to the others; the other ranks were stopped\n"
     assert capfd.readouterr().err == told
+
+
+HEARS = """
+import os, signal, sys, time
+folder, deaf = sys.argv[1], sys.argv[2] == "deaf"
+def hear(number, frame):
+    with open(os.path.join(folder, "heard-" + os.environ["RANK"]), "a") as file:
+        file.write(f"{number} ")
+    if not deaf:
+        time.sleep(0.5)
+        os._exit(128 + number)
+signal.signal(signal.SIGTERM, hear)
+open(os.path.join(folder, "up-" + os.environ["RANK"]), "w").close()
+while True:
+    time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize(("how", "again", "heard"), [("willing", 60.0, "15 "), ("deaf", 0.05, "15 15 ")])
+def test_two_signals_at_once_are_one_and_a_later_one_is_obeyed(
+    how: str,
+    again: float,
+    heard: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("diffbench.core.distributed.AGAIN", again)
+    monkeypatch.setattr("diffbench.core.distributed.GRACE", 0.5)
+
+    def stop_twice() -> None:
+        while len(list(tmp_path.glob("up-*"))) < 2:
+            time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    threading.Thread(target=stop_twice).start()
+    assert launch([sys.executable, "-c", HEARS, str(tmp_path), how], 2) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == ""
+    assert [(tmp_path / f"heard-{rank}").read_text() for rank in (0, 1)] == [heard] * 2
 
 
 def test_ranks_hold_the_lock_and_end_with_their_launcher(tmp_path: Path) -> None:

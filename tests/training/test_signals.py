@@ -110,7 +110,7 @@ def test_what_a_signal_interrupts_is_done_after_the_resume(
 ) -> None:
     argv = [*TINY, f"runs_dir={tmp_path}"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        finished = signalled(patch, what, time, (number,))
+        finished = signalled(patch, what, time, (number, number))  # two at once count as one
         train(DIT, argv)
     assert ended.value.code == 128 + number
     folder = tmp_path / "digits" / "dit-s-s0"
@@ -129,6 +129,7 @@ def test_a_second_signal_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("diffbench.core.distributed.AGAIN", 0.0)
     signalled(monkeypatch, "validation", 1, (signal.SIGTERM, signal.SIGINT))
     with pytest.raises(SystemExit) as ended:
         main(["train", DIT, *TINY, f"runs_dir={tmp_path}"])
