@@ -100,7 +100,8 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     for how in compiled if config.full else compiled[:1] if config.gpu else ():
         found.append(Variant(f"compiled {how}", (f"trainer.compile={how}",)))
     if conv:
-        found.append(Variant("channels-first", ("trainer.channels_last=false",)))
+        name, last = ("channels-last", "true") if device == "cuda" else ("channels-first", "false")
+        found.append(Variant(name, (f"trainer.channels_last={last}",)))
     if conv and device == "cuda":
         found.append(Variant("tf32", ("trainer.precision=32-true", "trainer.tf32=true")))
     if config.full or small or (conv and config.gpu):

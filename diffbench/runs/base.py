@@ -19,7 +19,7 @@ from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
 from diffbench.evaluation import records
 from diffbench.runs import weights
-from diffbench.runs.build import load_data
+from diffbench.runs.build import device_of, load_data
 from diffbench.runs.folder import SAVED, read_values
 from diffbench.training.speed import keep_memory
 
@@ -196,7 +196,9 @@ class Run(ABC, Generic[C]):
         with self.located():
             torch.manual_seed(self.config.seed)
             network = self.build()
-        if self.config.trainer.channels_last:
+        trainer = self.config.trainer
+        on_cpu = device_of(trainer.accelerator).type == "cpu"
+        if on_cpu if trainer.channels_last is None else trainer.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
 

@@ -234,8 +234,15 @@ def queued(folder: str | Path) -> dict[tuple[str, ...], str]:
     if done.returncode:
         raise UserError(f"launcher: {(done.stderr.strip() or 'squeue failed').splitlines()[-1]}")
     there = set(done.stdout.split())
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
-    return {tuple(line["command"]): line["job"] for line in lines if line["job"] in there}
+    found = {}
+    for number, line in enumerate(record.read_text().splitlines(), 1):
+        try:
+            job, command = (json.loads(line)[key] for key in ("job", "command"))
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{record}: line {number} is damaged; remove it") from None
+        if job in there:
+            found[tuple(command)] = job
+    return found
 
 
 def summary(jobs: Sequence[str], folder: str | Path) -> str:

@@ -223,6 +223,15 @@ def test_an_array_hands_over_what_is_not_in_the_queue(cluster: Path, tmp_path: P
     assert (cluster / "count").read_text() == "9\n"  # nothing was left to hand over
 
 
+def test_a_damaged_record_names_its_line(cluster: Path, tmp_path: Path) -> None:
+    submit([["list"]], LauncherConfig(name="slurm", folder=str(tmp_path)))
+    with (tmp_path / "commands.jsonl").open("a") as file:
+        file.write('{"job": "9", "comm')
+    with pytest.raises(UserError) as caught:
+        queued(tmp_path)
+    assert str(caught.value) == f"{tmp_path}/commands.jsonl: line 2 is damaged; remove it"
+
+
 def test_how_to_look() -> None:
     assert summary(["12"], "runs/slurm").splitlines() == [
         "job 12 is in SLURM's queue",

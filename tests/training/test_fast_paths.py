@@ -17,6 +17,7 @@ from test_reference import network as golden_network
 from test_resume import CASES, KILL, TINY, assert_equal, only, state
 from torch import Tensor, nn
 
+from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load as load_config
 from diffbench.config.sections import OptimizerConfig, SampleConfig, TrainerConfig, precision_here
 from diffbench.core.errors import UserError
@@ -125,6 +126,19 @@ def test_a_run_ends_with_the_same_weights_to_rounding(plain: dict[str, Any], tmp
     a, b = plain["state_dict"], trained(tmp_path, "trainer.channels_last=false")["state_dict"]
     assert a.keys() == b.keys()
     assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
+
+
+@pytest.mark.parametrize(("device", "given", "last"), [("cpu", "", True), ("cuda", "", False), ("cuda", "true", True)])
+def test_channels_last_is_for_a_cpu_unless_asked_for(
+    device: str, given: str, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffbench.runs.base.device_of", lambda accelerator: torch.device(device))
+    words = [f"trainer.channels_last={given}"] if given else []
+    config = load_config("experiments/digits/ddpmpp.yaml", words)
+    assert isinstance(config, RunConfig)
+    network = DenoiserRun(Path("x"), config).network
+    weights = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert weights and {w.is_contiguous(memory_format=torch.channels_last) for w in weights} == {last}
 
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffit-latent", "unet", "ddpmpp")]
