@@ -152,7 +152,7 @@ def launch(command: Sequence[str], count: int, keep: Sequence[int] = ()) -> int:
         signals = stack.enter_context(_signals_reach(ranks))
         failed = _watch(ranks, signals)
         if failed is None:
-            return 128 + signals[0] if signals and any(r.returncode for r in ranks) else 0
+            return 128 + signals[0] if signals and any(r.returncode != 0 for r in ranks) else 0
         code = ranks[failed].poll()
         own_error = code is not None and code > 0 and code != EXIT_LOST
         if not (own_error and ranks[0].poll() == code):  # else rank 0 has printed the same here
