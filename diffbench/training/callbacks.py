@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffbench.autoencoders import KLAutoencoder
 from diffbench.config.sections import SampleConfig
@@ -104,12 +104,10 @@ class Validation(EveryNImages):
         self.logger.record(as_metrics("error", mean_errors(self.log_snr, sums)))
 
 
-class Accuracy(EveryNImages):
+class Accuracy(Validation):
     """Records a noise-aware classifier's accuracy on held-out images."""
 
-    def __init__(self, logger: RunLogger, ema: EMA, data: ImageSet, log_snr: Sequence[float], every: int) -> None:
-        super().__init__(logger, ema, every)
-        self.data, self.log_snr = data, log_snr
+    data: ImageSet
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
         right = self.stop.interruptible(
@@ -252,7 +250,7 @@ class Distance(EveryNImages):
     def run(self, trainer: L.Trainer, module: Any) -> None:
         with self.ema.applied():
             values = self.measure(trainer, "distance")
-        self._keep_if_best(values)
+        self._keep_if_best(module.network, values)
         if is_last(trainer) and self.best:
             with self._best_weights(module):
                 again = self.measure(trainer, "fresh distance")
@@ -275,7 +273,7 @@ class Distance(EveryNImages):
             )
             suite.update(images, index)
 
-    def _keep_if_best(self, values: dict[str, float]) -> None:
+    def _keep_if_best(self, network: nn.Module, values: dict[str, float]) -> None:
         if self.best_by is None:
             return
         found = {name: metric_of(name) for name in values}
@@ -284,7 +282,8 @@ class Distance(EveryNImages):
             return
         self.best = {"images": self.logger.images, "value": values[name]}
         decay = self.ema.config.decays[0]
-        weights = self.ema.buffers | dict(zip(self.ema.names, self.ema.full_average(decay), strict=True))
+        names = [name for name, _ in network.named_parameters()]
+        weights = network.state_dict() | dict(zip(names, self.ema.full_average(decay), strict=True))
         if distributed.rank() == 0:
             facts = {k: str(v) for k, v in self.best.items()} | {"metric": name, "decay": str(decay)}
             tensors.write(self.path, weights, facts)

@@ -29,9 +29,6 @@ class EMA(L.Callback):
         self.config = config
         self.updates = 0
         self.averages: dict[float, list[Tensor]] = {}
-        self.names: list[str] = []
-        """Of the weights; with `buffers`, what else belongs to the network's state."""
-        self.buffers: dict[str, Tensor] = {}
         self._parameters: list[Tensor] = []
         self._network = nn.Module()
         self._pending: Outcome | None = None
@@ -40,8 +37,6 @@ class EMA(L.Callback):
     def attach(self, network: nn.Module) -> None:
         """Starts the averages at the network's present weights, on its device."""
         self._network, self._parameters = network, list(network.parameters())
-        self.names = [name for name, _ in network.named_parameters()]
-        self.buffers = {name: value for name, value in network.state_dict().items() if name not in self.names}
         self.averages = {d: [local_shard(p).clone() for p in self._parameters] for d in self.config.decays}
 
     def decay_at(self, update: int, decay: float) -> float:
