@@ -9,7 +9,6 @@ from diffbench.config.sections import OptimizerConfig
 from diffbench.core import distributed, rng
 from diffbench.diffusion import LossAware, Process, stratified
 from diffbench.training.augment import augment
-from diffbench.training.clock import at_step_end
 from diffbench.training.module import TrainingModule
 
 
@@ -80,15 +79,15 @@ class DiffusionModule(TrainingModule):
         losses = self.process.losses(self.network(x, time, y, **inputs), x0, t, eps)
         if self.history is None or weight is None:
             return losses.mean()
-        self._remember(t, losses.detach().double(), batch_idx)
+        self._remember(t, losses.detach().double())
         return (losses * weight.to(losses.dtype)).mean()
 
-    def _remember(self, t: Tensor, losses: Tensor, batch_idx: int) -> None:
+    def _remember(self, t: Tensor, losses: Tensor) -> None:
         """Takes a step's losses into the history once it has all of them, in the order of the global batch."""
         assert self.history is not None
         times, per_image = distributed.all_gather_rows(t).tolist(), distributed.all_gather_rows(losses).tolist()
         self._step_losses += zip(times, per_image, strict=True)
-        if self._trainer is None or at_step_end(self._trainer, batch_idx):
+        if len(self._step_losses) >= self.batch_size:
             steps, values = zip(*self._step_losses, strict=True)
             self.history.update(torch.tensor(steps), torch.tensor(values, dtype=torch.float64))
             self._step_losses = []
