@@ -110,7 +110,6 @@ class RunLogger(L.Callback):
         folder: the run folder.
         batch_size: images of a step.
         every: images between lines of training loss.
-        clock: measures images/s.
         config_text: the resolved config, shown in TensorBoard's text tab.
         hparams: entries of TensorBoard's hparams tab.
     """
@@ -120,13 +119,13 @@ class RunLogger(L.Callback):
         folder: Path,
         batch_size: int,
         every: int,
-        clock: Clock,
-        config_text: str,
+        config_text: str = "",
         hparams: dict[str, str | float] | None = None,
     ) -> None:
         self.hparams = hparams or {}
         self.path, self.folder = folder / METRICS, folder
-        self.batch_size, self.every, self.clock, self.config_text = batch_size, every, clock, config_text
+        self.batch_size, self.every, self.config_text = batch_size, every, config_text
+        self.clock = Clock()
         self.images = 0
         self._losses: list[Tensor] = []  # not yet counted: to read each at once would wait for the device
         self._loss: Tensor | None = None  # sum and number of the finite losses since the last line

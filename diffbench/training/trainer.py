@@ -21,7 +21,6 @@ from diffbench.config.sections import EMAConfig, TrainerConfig, precision_here
 from diffbench.core import distributed
 from diffbench.core.errors import LostError
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState, step_of
-from diffbench.training.clock import Clock
 from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
 from diffbench.training.fsdp import restore
@@ -69,14 +68,14 @@ def fit(
         logging.getLogger(name).setLevel(logging.WARNING)
     if settings.precision == "64-true":
         module.double()  # Lightning would only after a state was read into it, and into the averages
-    clock, averages = Clock(), EMA(ema)
-    log = RunLogger(folder, settings.batch_size, settings.log_images, clock, config_text, hparams)
+    averages = EMA(ema)
+    log = RunLogger(folder, settings.batch_size, settings.log_images, config_text, hparams)
     guard = NonFiniteGuard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
     on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
     precision = precision_here(settings, low=isinstance(module, DiffusionModule))
     stop = StopOnSignal(folder, settings.max_steps)
-    save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, clock, stop)
+    save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, log.clock, stop)
     seen = step_of(checkpoint) * settings.batch_size if checkpoint else 0
     if warning := decayed_early(module.settings, seen, settings.max_images):
         print(warning)
