@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
+from diffbench.data.places import some
 from diffbench.data.sets import ImageSet
 
 
@@ -63,8 +64,8 @@ class DataFacts:
 
     def difference(self, other: "DataFacts") -> str | None:
         """How other training data differs from this, in words; None where it is the same."""
+        if self.class_names != other.class_names:
+            return f"classes {some(self.class_names, 10)}, now {some(other.class_names, 10)}"
         if self.fingerprint != other.fingerprint:
             return f"{self.fingerprint}, now {other.fingerprint}"
-        if self.class_names != other.class_names:
-            return f"classes {', '.join(self.class_names)}, now {', '.join(other.class_names)}"
         return None

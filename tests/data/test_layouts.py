@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from own_images import folder, load, numbers, pixels, png, table
 
+from diffbench.data.facts import DataFacts
 from diffbench.data.sets import ImageSet, describe
 from diffbench.data.splits import by_number, hold_out
 
@@ -162,3 +163,15 @@ def test_what_was_understood_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     many = ImageSet(train.images, train.labels, 30, "many", tuple(f"c{i}" for i in range(30)))
     empty = "".join(f"c{i} 0, " for i in range(2, 10))
     assert describe(many, many).endswith(f"; 30 classes: c0 9, c1 8, {empty}... c29 0 (0 to 9 images each)")
+
+
+def test_a_renamed_class_is_named_where_a_runs_data_has_changed(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pets", {"cat": 6, "dog": 6})
+    before = DataFacts.of(load(root)[0])
+    (root / "cat").rename(root / "emu")
+    assert before.difference(DataFacts.of(load(root)[0])) == "classes cat, dog, now dog, emu"
+    (root / "emu").rename(root / "cat")
+    assert before.difference(DataFacts.of(load(root)[0])) is None
+    (root / "cat" / "new.png").write_bytes(png(pixels(99)))
+    after = DataFacts.of(load(root)[0])
+    assert before.difference(after) == f"{before.fingerprint}, now {after.fingerprint}"
