@@ -11,6 +11,10 @@ from diffbench.data.places import some
 from diffbench.data.sets import ImageSet
 
 
+class OtherDataError(UserError):
+    """The data are not those that the run was trained on."""
+
+
 @dataclass(frozen=True)
 class DataFacts:
     """What a network must know of its images, and what identifies them.

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from diffbench.core import rng
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.pixels import from_uint8
+from diffbench.data.facts import OtherDataError
 from diffbench.denoisers.attention_maps import AttentionMap, record_attention
 from diffbench.reports.figures import new_figure
 from diffbench.runs.denoiser import DenoiserRun
@@ -69,8 +70,8 @@ class Attention:
 def attention(runs: Sequence[DenoiserRun], config: AttentionConfig) -> tuple[list[float], list[Attention]]:
     """The attention maps of runs on one noised image, or its latent.
 
-    The image is a held-out one of each run's data, with its label; its noise is keyed by its number, the same at all
-    levels and for all runs.
+    The image is a held-out one of each run's data, with its label, or a sample of a run whose data are not at hand. Its
+    noise is keyed by its number, the same at all levels and for all runs.
 
     Returns:
         The log-SNRs, noisiest first, and one `Attention` a run.
@@ -105,24 +106,37 @@ def _reached(run: DenoiserRun) -> tuple[float, float]:
     return float(log_snr.min()), float(log_snr.max())
 
 
+def _image(run: DenoiserRun, number: int) -> tuple[Tensor, Tensor]:
+    """A held-out image (1, C, H, W) uint8 and its label (1,); a sample of the run where its images are not at hand."""
+    try:
+        held_out = run.held_out
+    except OtherDataError:
+        raise
+    except UserError as e:
+        print(f"note: {run.folder}: a sample stands in for a held-out image ({e})")
+        label = torch.tensor([number % max(1, run.facts.num_classes)])
+        return run.sampler(run.config.sample)(label, run.config.sample, first=number), label
+    if not len(held_out):
+        raise ValueError(f"data.name: {run.folder} has no images (data.name={run.config.data.name}) to be noised")
+    if not 0 <= number < len(held_out):
+        raise ValueError(f"image: {number} is not one of the {len(held_out)} held-out images of {run.folder}")
+    return held_out.images[number : number + 1], held_out.labels[number : number + 1]
+
+
 @torch.no_grad()
 def _of(run: DenoiserRun, config: AttentionConfig, levels: list[float]) -> Attention:
-    if not len(run.held_out):
-        raise ValueError(f"data.name: {run.folder} has no images (data.name={run.config.data.name}) to be noised")
-    if not 0 <= config.image < len(run.held_out):
-        raise ValueError(f"image: {config.image} is not one of the {len(run.held_out)} held-out images of {run.folder}")
+    image, label = _image(run, config.image)
     parameter = next(run.denoiser.parameters())
     try:
         t = run.process.time_at(torch.tensor(levels, dtype=torch.float64))
     except ValueError as e:
         raise ValueError(f"times: {e}") from None
-    index = torch.tensor([config.image])
-    x0 = from_uint8(run.held_out.images[index])
+    index, x0 = torch.tensor([config.image]), from_uint8(image)
     if run.autoencoder is not None:
         x0 = run.autoencoder.scaled(run.autoencoder.encode(x0)[0])
     eps = rng.normal(rng.key("attention"), index, tuple(x0.shape[1:]))
     x0, eps = (v.to(parameter).expand(len(t), -1, -1, -1) for v in (x0, eps))
-    label = run.held_out.labels[index].to(parameter.device).expand(len(t))
+    label = label.to(parameter.device).expand(len(t))
     x, time = run.process.inputs(run.process.add_noise(x0, t, eps), t.to(parameter.device))
     height, width = x0.shape[2:]
     tokens = [(row, column) for row, column in config.tokens or [[height // 2, width // 2]]]

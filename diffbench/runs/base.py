@@ -14,7 +14,7 @@ from diffbench.config.kinds import BaseConfig
 from diffbench.config.layers import located
 from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
-from diffbench.data.facts import DataFacts
+from diffbench.data.facts import DataFacts, OtherDataError
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
 from diffbench.evaluation import records
@@ -182,7 +182,7 @@ class Run(ABC, Generic[C]):
         path = self.folder / DATA_FACTS
         changed = DataFacts.read(path).difference(DataFacts.of(train_set)) if path.is_file() else None
         if changed:
-            raise UserError(
+            raise OtherDataError(
                 f"data: the run began with other training data ({changed}); bring it back, or choose another tag=NAME"
             )
         return train_set, held_out
