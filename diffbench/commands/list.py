@@ -42,10 +42,11 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
     from diffbench.config.layers import experiments
 
     yield "\nexperiments"
-    for path in experiments():
+    paths = experiments()
+    for path in paths:
         lines = Path(path).read_text().splitlines()
         purpose = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
-        yield f"  {path:<36} {purpose}"
+        yield f"  {path:<{max(map(len, paths))}} {purpose}"
 
 
 def run_folders(top: Path) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from typing import Any
 from diffbench.commands.evaluate import score
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError
+from diffbench.data.facts import OtherDataError
 from diffbench.reports.results import newest_scores
 from diffbench.reports.tables import run_facts, run_table
 from diffbench.runs.denoiser import DenoiserRun
@@ -37,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not _is_scored(run):
         try:
             score(run)
+        except OtherDataError:
+            raise
         except UserError as e:  # the run itself is complete
             print(f"not scored: {e}", flush=True)
     if not grid.exists():
