@@ -13,7 +13,7 @@ from torch import Tensor
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build, change
 from diffbench.core.errors import UserError, suggest
-from diffbench.runs.denoiser import labels_for
+from diffbench.data.facts import labels_for
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import FORMATS, Trajectory, new_files, save_grid, save_image, save_npz
 

@@ -1,4 +1,4 @@
-"""Reference statistics of real images, and the scores of samples against them.
+"""Reference statistics of real images, and which images they are made of.
 
 Statistics are made once and cached. The key of a cached file holds everything that its numbers depend on; damage or a
 mismatch is an error.
@@ -6,10 +6,8 @@ mismatch is an error.
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +15,23 @@ import torch
 from torch import Tensor
 
 from diffbench.config.kinds import AutoencoderConfig, RunConfig
-from diffbench.config.sections import EvaluateConfig
-from diffbench.core import files, rng, tensors
+from diffbench.core import files, tensors
 from diffbench.core.errors import UserError
-from diffbench.core.files import cache_folder, write_text
+from diffbench.core.files import cache_folder
 from diffbench.core.progress import progress
 from diffbench.data.registry import SOURCES
 from diffbench.data.sets import ImageSet, rows
 from diffbench.metrics import Extractor, Request
 from diffbench.metrics import extractor as build_extractor
-from diffbench.metrics.base import KEPT, Comparison, Gaussian, ReferenceStatistics
+from diffbench.metrics.base import KEPT, Gaussian, ReferenceStatistics
 from diffbench.metrics.extractors.base import VERSION, check
-from diffbench.metrics.memorisation import nearest_distance
-from diffbench.metrics.registry import metric_name
-from diffbench.metrics.suite import Suite, reference_statistics
+from diffbench.metrics.suite import reference_statistics
 
 FORMAT = 1
 BATCH = 256
 """Images that an extractor takes at once."""
-PATIENCE = 15
-"""Seconds that may pass without a sign of progress."""
-LEAST = 20
-"""Real images without which a comparison is left out."""
 BALANCED = 1.25
 """A data set is balanced whose largest class has at most so many times the images of its smallest."""
-
-Numbered = tuple[Tensor, Tensor, Tensor | None]
-"""Numbers (B,), images (B, C, H, W) uint8, labels (B,) or None."""
 
 
 def run_extractor(
@@ -312,147 +300,3 @@ def read(path: Path) -> tuple[dict[str, Any], ReferenceStatistics]:
         return key, ReferenceStatistics(fit, held["rows"], spatial)
     except (KeyError, ValueError) as e:
         raise UserError(f"{path}: holds no statistics of real images ({e}); remove the file") from None
-
-
-def permutation(n: int, *key: str | int) -> Tensor:
-    """A fixed permutation of n numbers."""
-    return rng.permutation(rng.key(*key), n)
-
-
-@dataclass
-class Scorer:
-    """Scores samples against real images.
-
-    Attributes:
-        comparison: the samples, and the statistics of real images.
-        reference: what a record says of the main statistics: the digest of their key, where they come from, how many
-            images.
-        floor: what as many real images score against them, and how many those are.
-        extra: further values that every record holds.
-    """
-
-    comparison: Comparison
-    reference: dict[str, Any]
-    floor: dict[str, Any] | None = None
-    extra: dict[str, float] = field(default_factory=dict)
-
-    def scores(self, batches: Iterable[Numbered]) -> dict[str, float]:
-        """Score samples: full name of each metric -> value."""
-        suite = Suite(self.comparison)
-        for index, images, labels in watched("scored", batches, self.comparison.count):
-            suite.update(images, index, labels)
-        values = suite.compute()
-        if "fd_held_out" in values:
-            values["fd_gap"] = values["fd_held_out"] - values.pop("fd_train", values["fd"])
-        extractor, count = self.comparison.extractor, self.comparison.count
-        return {metric_name(name, extractor, count): value for name, value in values.items()} | self.extra
-
-    def facts(self) -> dict[str, Any]:
-        """Entries of a record about the reference."""
-        return {"reference": self.reference, "floor": self.floor}
-
-
-def run_scorer(
-    settings: EvaluateConfig,
-    extractor: Extractor,
-    train: ImageSet,
-    held_out: ImageSet,
-    counts: Tensor | None = None,
-) -> Scorer:
-    """Make the scorer of `settings.count` samples against the training and the held-out images of a run.
-
-    The held-out distance and the training distance from which its gap is taken use equal numbers of images of each
-    class.
-
-    Args:
-        settings: how many samples, and which training images.
-        extractor: whose features.
-        train: the training images.
-        held_out: the others.
-        counts: samples of each class; by default as `sample_labels` has them.
-    """
-    count, everybody = settings.count, settings.reference == "all"
-    counts = class_counts(train.labels, count) if counts is None else counts
-    keep = min(count, KEPT)
-    main = everything(train, "train") if everybody else chosen(train, "train", counts)
-    near = chosen(held_out, "held-out", counts)
-    test = everything(held_out, "held-out") if everybody else near
-    reference, key = statistics_of(extractor, main, keep)
-    references = {"fd": reference}
-    if len(test) >= LEAST:
-        references["fd_held_out"] = statistics_of(extractor, test, keep)[0]
-        alike = chosen(train, "train", test.labels.bincount(minlength=1))
-        if len(alike) != len(main):
-            references["fd_train"] = statistics_of(extractor, alike, keep)[0]
-    compared = Comparison(
-        extractor,
-        references,
-        count,
-        training=train.images,
-        infinity=settings.infinity,
-        by_class=True,
-        permutation=permutation,
-    )
-    scorer = Scorer(compared, {"key": key, "split": main.split, "count": len(main)})
-    left = others(main)
-    beside = left if len(left) >= min(count, len(near)) else near  # real images apart from the reference
-    if len(beside) >= LEAST:
-        scorer.floor = _cached_numbers(extractor, key, "floor", beside, lambda: _floor(compared, beside))
-    scorer.extra = _cached_numbers(extractor, key, "nearest", near, lambda: _nearest(near, train))
-    return scorer
-
-
-def _floor(compared: Comparison, part: Part) -> dict[str, Any]:
-    suite = Suite(replace(compared, references={"fd": compared.main}, count=len(part), training=None, infinity=False))
-    for index in torch.arange(len(part)).split(BATCH):
-        suite.update(rows(part.data.images, part.index[index]), index, part.labels[index])
-    return {"count": len(part), "images": f"{part.split}: {part.which}", **suite.compute()}
-
-
-def _nearest(part: Part, train: ImageSet) -> dict[str, Any]:
-    distances = [nearest_distance(batch, train.images) for batch in part.batches()]
-    return {"nearest_train_held_out": float(torch.cat(distances).mean())} if distances else {}
-
-
-def _cached_numbers(
-    extractor: Extractor, key: str, what: str, part: Part, make: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """Numbers that follow from a reference and a part of real images, computed once."""
-    source = [what, key, part.data.fingerprint(), part.split, part.which, len(part)]
-    name = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
-    path = reference_folder() / f"{extractor.name}-{what}-{len(part)}-{name}.json"
-    found: dict[str, Any] = json.loads(
-        files.cached(path, lambda: write_text(path, json.dumps(make()) + "\n")).read_text()
-    )
-    return found
-
-
-def training_comparison(settings: EvaluateConfig, extractor: Extractor, train: ImageSet) -> Comparison:
-    """Comparison of samples drawn in training with as many training images."""
-    statistics = statistics_of(extractor, first(train, "train", settings.every_count))[0]
-    return Comparison(extractor, {"fd": statistics}, settings.every_count, permutation=permutation)
-
-
-def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:
-    """Yield the batches; show progress if the first one suggests that all take longer than `PATIENCE`."""
-    started = time.perf_counter()
-    advance: Callable[[int], Any] | None = None
-    with ExitStack() as stack:
-        for batch in batches:
-            yield batch
-            done = len(batch[0])
-            if advance is not None:
-                advance(done)
-            elif (time.perf_counter() - started) * total / done > PATIENCE:
-                advance = stack.enter_context(progress(what, total, done))
-            else:
-                advance = int  # a function that ignores the count
-
-
-def numbered(batches: Iterator[Tensor], labels: Tensor | None) -> Iterator[Numbered]:
-    """Yield batches of images with their numbers and labels."""
-    done = 0
-    for images in batches:
-        index = torch.arange(done, done + len(images))
-        yield index, images, None if labels is None else labels[index]
-        done += len(images)

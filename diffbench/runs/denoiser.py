@@ -1,7 +1,6 @@
 """The run of a denoiser: what trains it, and samples from it."""
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -18,14 +17,15 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import located
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
-from diffbench.core.errors import UserError, suggest
+from diffbench.core.errors import UserError
 from diffbench.data.coding import decode
-from diffbench.data.facts import DataFacts
+from diffbench.data.facts import labels_for
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
 from diffbench.diffusion import Process
 from diffbench.evaluation import reference
+from diffbench.evaluation import scorer as scorers
 from diffbench.metrics.suite import Suite
 from diffbench.runs import build, checks, weights
 from diffbench.runs.base import Run, open_run
@@ -197,7 +197,7 @@ class DenoiserRun(Run[RunConfig]):
         from diffbench.training.callbacks import Distance
 
         extractor = reference.run_extractor(c, self.train_set, build.device_of(c.trainer.accelerator))
-        suite = partial(Suite, reference.training_comparison(e, extractor, self.train_set), brief=True)
+        suite = partial(Suite, scorers.training_comparison(e, extractor, self.train_set), brief=True)
         labels, how = reference.sample_labels(self.train_set, e.every_count), c.sample.unguided()
         return [Distance(log, ema, suite, self.sampler(how), how, labels, e.every_images, c.seed, e.best)]
 
@@ -271,54 +271,6 @@ class DenoiserRun(Run[RunConfig]):
         settings = change(self.config, {"sample": changes}, "arguments").sample
         y = labels_for(n, labels, self.facts)
         return self.sampler(settings)(y, settings, seed=seed, progress=progress, callback=callback)
-
-
-def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor | None, facts: DataFacts) -> Tensor:
-    """Labels (N,) of samples: those given, one for all, or by default the classes in turn.
-
-    Args:
-        n: how many samples; None for one each.
-        labels: a class or a list of them, by name, or by number where no name is a number; a tensor holds numbers.
-        facts: of the data set that has the classes.
-
-    Raises:
-        ValueError: if there is no such class, or the counts disagree.
-    """
-    if n is not None and n < 1:
-        raise ValueError(f"n: must be at least 1, got {n}")
-    if labels is None:
-        return torch.arange(16 if n is None else n) % max(1, facts.num_classes)
-    if not facts.num_classes:
-        raise ValueError("labels: this network was trained without classes; leave them out")
-    if isinstance(labels, Tensor):
-        y = labels.long()
-    else:
-        one = isinstance(labels, int | str)
-        found = [_class_number(label, facts) for label in ((labels,) if isinstance(labels, int | str) else labels)]
-        y = torch.tensor(found[0] if one else found, dtype=torch.int64)
-    if y.ndim == 0:
-        y = y.repeat(1 if n is None else n)
-    if not len(y) or (n is not None and len(y) != n):
-        raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
-    if not 0 <= int(y.min()) <= int(y.max()) < facts.num_classes:
-        raise ValueError(f"labels: must lie in 0 to {facts.num_classes - 1}, got {int(y.min())} to {int(y.max())}")
-    return y
-
-
-def _class_number(label: int | str, facts: DataFacts) -> int:
-    """The number of a class that a user names."""
-    names, text = facts.class_names, str(label)
-    if text in names:
-        return names.index(text)
-    numbers = [int(name) if name.isdecimal() else None for name in names]
-    plain = numbers == list(range(len(names)))
-    if re.fullmatch(r"-?\d+", text) and int(text) in numbers:  # as 7 for a folder 007
-        return numbers.index(int(text))
-    if re.fullmatch(r"-?\d+", text) and (plain or not any(number is not None for number in numbers)):
-        return int(text)
-    known = names if names and not plain else (f"0 to {facts.num_classes - 1}",)
-    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-    raise ValueError(f"labels: {text!r} is not a class; choose from {listed}{suggest(text, names)}")
 
 
 def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "GuidanceModels":

@@ -23,9 +23,10 @@ from diffbench.core.progress import progress, span
 from diffbench.data.coding import reconstruct
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
+from diffbench.evaluation import scorer as scorers
 from diffbench.evaluation.images import refuse_to_overwrite, write_npz
-from diffbench.evaluation.reference import Scorer
 from diffbench.evaluation.samples import SIZE, Samples
+from diffbench.evaluation.scorer import Scorer
 from diffbench.metrics import Extractor
 from diffbench.metrics.base import evenly_spaced
 from diffbench.metrics.extractors.base import state_hash
@@ -130,7 +131,7 @@ def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
             f"note: {config.evaluate.count:,} samples against {extractor.dim:,} features of {extractor.name}: most of a"
             " Fréchet distance is then bias; compare it at this count only"
         )
-    return references.run_scorer(config.evaluate, extractor, run.train_set, run.held_out)
+    return scorers.run_scorer(config.evaluate, extractor, run.train_set, run.held_out)
 
 
 def _record(
@@ -215,7 +216,7 @@ def draw(
             f"{left:,} samples by {how.sampler}, {evaluations} network evaluations each: about {span(estimate)}",
             flush=True,
         )
-    shown = progress("samples", samples.count) if estimate > references.PATIENCE else nullcontext(lambda count: None)
+    shown = progress("samples", samples.count) if estimate > scorers.PATIENCE else nullcontext(lambda count: None)
     with shown as advance:
 
         def one(first: int, count: int) -> Tensor:
@@ -297,7 +298,7 @@ def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, A
 
 def _export(run: DenoiserRun, config: RunConfig, how: SampleConfig, path: Path) -> None:
     samples = samples_of(run, config, how)
-    order = references.permutation(samples.count, "order of samples", "export")
+    order = scorers.permutation(samples.count, "order of samples", "export")
     write_npz(path, samples.count, samples.shape, samples.rows(order), labels_of(run, samples.count)[order])
     print(f"{path}: {samples.count:,} samples as arr_0, shuffled in a fixed order, their labels as arr_1")
 

@@ -18,6 +18,7 @@ from diffbench.core.files import sha256, write_bytes
 from diffbench.data.registry import SOURCES
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
+from diffbench.evaluation import scorer as scorers
 from diffbench.evaluation.images import (
     ImageSource,
     compression_note,
@@ -27,7 +28,7 @@ from diffbench.evaluation.images import (
     refuse_to_overwrite,
     write_adm_reference,
 )
-from diffbench.evaluation.reference import Scorer
+from diffbench.evaluation.scorer import Scorer
 from diffbench.metrics import EXTRACTORS, Extractor, Request
 from diffbench.metrics import extractor as build_extractor
 from diffbench.metrics.base import KEPT, Comparison, ReferenceStatistics, evenly_spaced
@@ -82,14 +83,14 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
     run = run_of(against)
     settings = settings_of(overrides, run)
     images = open_images(what)
-    if len(images) < references.LEAST:
-        raise UserError(f"{what}: holds {len(images)} images; at least {references.LEAST} are needed")
+    if len(images) < scorers.LEAST:
+        raise UserError(f"{what}: holds {len(images)} images; at least {scorers.LEAST} are needed")
     settings.count = len(images)
     extractor = make_extractor(settings, images.shape, run)
     scorer = _run_scorer(settings, extractor, run, images, what) if run else _scorer(extractor, against, len(images))
     scorer.comparison = replace(scorer.comparison, labels=images.labels is not None, by_class=False)
     started = time.perf_counter()
-    values = scorer.scores(references.numbered(images.batches(references.BATCH), images.labels))
+    values = scorer.scores(scorers.numbered(images.batches(references.BATCH), images.labels))
     formats = images.formats()
     record = {
         **records.surroundings(extractor, extractor.device),
@@ -134,7 +135,7 @@ def _run_scorer(
                 f" {train.num_classes - 1}"
             )
         counts = images.labels.bincount()
-    scorer = references.run_scorer(settings, extractor, train, run.held_out, counts)
+    scorer = scorers.run_scorer(settings, extractor, train, run.held_out, counts)
     if train.shape != images.shape:
         scorer.comparison.training = None  # pixels of two sizes cannot be compared
     scorer.reference["formats"] = train.formats
@@ -148,7 +149,7 @@ def _scorer(extractor: Extractor, against: Path, count: int) -> Scorer:
             f"note: {count:,} images against {facts['count'] or 'an unknown number of'} real ones: a Fréchet distance"
             " depends on both counts; compare it with others of the same counts only"
         )
-    compared = Comparison(extractor, {"fd": reference}, count, permutation=references.permutation)
+    compared = Comparison(extractor, {"fd": reference}, count, permutation=scorers.permutation)
     return Scorer(compared, facts)
 
 

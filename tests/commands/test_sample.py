@@ -13,8 +13,7 @@ from PIL import Image
 from diffbench import load
 from diffbench.cli import main
 from diffbench.core import tensors
-from diffbench.data.facts import DataFacts
-from diffbench.runs.denoiser import labels_for
+from diffbench.data.facts import DataFacts, labels_for
 from diffbench.sampling.sampler import Sampler
 
 Capture = pytest.CaptureFixture[str]

@@ -17,6 +17,7 @@ from diffbench.core.errors import UserError
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.sets import ImageSet, balanced
 from diffbench.evaluation import reference as references
+from diffbench.evaluation import scorer as scorers
 from diffbench.metrics import Extractor
 from diffbench.metrics.base import ReferenceStatistics
 from diffbench.metrics.extractors.base import plain
@@ -206,9 +207,9 @@ def test_samples_have_the_classes_of_the_real_images_they_are_compared_with() ->
 def scores(extractor: Extractor, fresh: ImageSet, **settings: Any) -> dict[str, float]:
     train, held_out = two_classes(900, 60, 0), two_classes(90, 6, 1)
     config = EvaluateConfig(count=len(fresh), **settings)
-    scorer = references.run_scorer(config, extractor, train, held_out)
+    scorer = scorers.run_scorer(config, extractor, train, held_out)
     assert scorer.floor is not None
-    found = scorer.scores(references.numbered(iter(fresh.images.split(100)), fresh.labels))
+    found = scorer.scores(scorers.numbered(iter(fresh.images.split(100)), fresh.labels))
     return {name.split("/")[0]: value for name, value in found.items()} | {"real": scorer.floor["fd"]}
 
 

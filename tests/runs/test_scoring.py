@@ -19,6 +19,7 @@ from diffbench.core.store import Store
 from diffbench.data.sets import balanced
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
+from diffbench.evaluation import scorer as scorers
 from diffbench.metrics import Extractor, Features
 from diffbench.metrics.base import Comparison, ReferenceStatistics
 from diffbench.metrics.classification import inception_score
@@ -92,7 +93,7 @@ def test_held_out_images_are_compared_in_equal_number(smoke_run: Path) -> None:
     run = load(smoke_run)
     (record, _) = evaluate.evaluate(run, ["evaluate.count=400"])  # more than the 360 held-out digits
     features = references.make_extractor("digits-cnn", None, run.train_set)
-    scorer = references.run_scorer(run.config.evaluate, features, run.train_set, run.held_out)
+    scorer = scorers.run_scorer(run.config.evaluate, features, run.train_set, run.held_out)
     assert scorer.comparison.references.keys() == {"fd", "fd_held_out"}  # of the smoke run's 20 there are enough
     ((_, samples),) = evaluate.samples_of(
         run, evaluate.change(run.config, {"evaluate": {"count": 400}}), run.config.sample.unguided()
@@ -230,9 +231,9 @@ def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patie
         yield shown.append
 
     monkeypatch.setattr(references, "progress", progress)
-    monkeypatch.setattr(references, "PATIENCE", patience)
-    batches = list(references.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
-    assert [len(b[0]) for b in references.watched("scored", batches, 30)] == [10, 10, 10]
+    monkeypatch.setattr(scorers, "PATIENCE", patience)
+    batches = list(scorers.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
+    assert [len(b[0]) for b in scorers.watched("scored", batches, 30)] == [10, 10, 10]
     assert shown == told
 
 
@@ -254,12 +255,12 @@ def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
     images = torch.randint(0, 256, (count, 3, 2, 2), generator=generator).to(torch.uint8)
     images[:, 1], images[:, 2] = (numbers // 256)[:, None, None], (numbers % 256)[:, None, None]
     statistics = ReferenceStatistics(gaussian(torch.randn(9, 2)), torch.zeros(0, 2))
-    comparison = Comparison(judge, {"fd": statistics}, count, by_class=True, permutation=references.permutation)
-    found = references.Scorer(comparison, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
-    order = references.permutation(count, "order of samples", "export")
+    comparison = Comparison(judge, {"fd": statistics}, count, by_class=True, permutation=scorers.permutation)
+    found = scorers.Scorer(comparison, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
+    order = scorers.permutation(count, "order of samples", "export")
     assert found == pytest.approx(inception_score(logits[order].split(5000)))
     comparison.by_class = False
-    plain = references.Scorer(comparison, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
+    plain = scorers.Scorer(comparison, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
     assert plain == pytest.approx(inception_score(logits.split(5000))) and plain < found - 0.5
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from diffbench.cli import main
 from diffbench.core import rng
 from diffbench.evaluation import reference
+from diffbench.evaluation import scorer as scorers
 from diffbench.metrics.suite import Suite
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load, train
@@ -59,7 +60,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> DenoiserRun:
 
 def suite_of(run: DenoiserRun) -> Suite:
     extractor = reference.run_extractor(run.config, run.train_set)
-    return Suite(reference.training_comparison(run.config.evaluate, extractor, run.train_set), brief=True)
+    return Suite(scorers.training_comparison(run.config.evaluate, extractor, run.train_set), brief=True)
 
 
 def test_distances_come_every_so_many_images_and_at_the_end(unbroken: DenoiserRun) -> None:

@@ -14,6 +14,7 @@ from diffbench.config.sections import EvaluateConfig
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.denoisers import DENOISERS
 from diffbench.evaluation import reference
+from diffbench.evaluation import scorer as scorers
 from diffbench.metrics.suite import Suite
 from diffbench.runs.lifecycle import load, train
 from diffbench.training.ema import EMA
@@ -98,7 +99,7 @@ def test_distances_on_the_gpu_equal_those_on_the_cpu(name: str) -> None:
     found = {}
     for device in ("cpu", "cuda"):
         extractor = reference.make_extractor(name, None, train_set, device)
-        scorer = reference.run_scorer(EvaluateConfig(count=300, extractor=name), extractor, train_set, held_out)
+        scorer = scorers.run_scorer(EvaluateConfig(count=300, extractor=name), extractor, train_set, held_out)
         suite = Suite(scorer.comparison)
         assert {m.n.device.type for _, m in suite.metrics if hasattr(m, "n")} == {device}
         with torch.autocast(device, torch.bfloat16):  # what surrounds it must not matter
