@@ -25,14 +25,21 @@ Rows = list[dict[str, str]]
 def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
     """A head and a line for each row, in columns; the first column is set to the left, the others to the right."""
     first = next(iter(rows[0]))
-    frame = pd.DataFrame(rows).set_index(first).rename_axis(index=None, columns=first)
-    heads = {name: len(name) + 1 for name in frame.columns}  # pandas leaves one space beside a wide head
+    return _lines(pd.DataFrame(rows).set_index(first).rename_axis(index=None, columns=first))
+
+
+def _lines(frame: pd.DataFrame) -> list[str]:
+    heads = [len(name) + 1 for name in frame.columns]  # pandas leaves one space beside a wide head
     return [line.rstrip() for line in frame.to_string(na_rep="-", col_space=heads).split("\n")]
 
 
 def as_text(rows: Sequence[dict[str, str]]) -> str:
     """Aligned rows with a rule below the head."""
-    head, *rest = aligned(rows)
+    return _ruled(aligned(rows))
+
+
+def _ruled(lines: Sequence[str]) -> str:
+    head, *rest = lines
     return "\n".join([head, "-" * max(map(len, (head, *rest))), *rest])
 
 
@@ -48,7 +55,9 @@ def transposed(rows: Sequence[dict[str, str]], corner: str = "") -> Rows:
 
 def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
     """Facts about runs as lines, runs as columns; a missing fact is a dash."""
-    return as_text(transposed([{"run": title} | facts for title, facts in runs]))
+    frame = pd.DataFrame([facts for _, facts in runs]).T
+    frame.columns = pd.Index([title for title, _ in runs])  # a run may be named twice
+    return _ruled(_lines(frame))
 
 
 def run_facts(

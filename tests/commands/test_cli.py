@@ -265,7 +265,7 @@ def test_evaluate_appends_records_and_prints_them(smoke_run: Path, capsys: Captu
     argv = ["sample.sampler=ddim", "sample.steps=3", "sample.guidance=3", "evaluate.count=30", "seed=1"]
     assert main(["evaluate", str(smoke_run), *argv]) == 0
     out = capsys.readouterr().out
-    assert "fd/digits-cnn@30" in out and "(guidance 3)" in out
+    assert "fd/digits-cnn@30" in out and "(guidance 3, sample.sampler=ddim, " in out
     after = (smoke_run / "results.jsonl").read_text()
     assert after.startswith(before)
     new = [json.loads(line) for line in after[len(before) :].splitlines()]
