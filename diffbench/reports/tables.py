@@ -1,5 +1,6 @@
 """Tables of runs and of conclusions; terminal, page and CSV show the same rows."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def run_facts(
         facts |= {name.removeprefix("val/"): f"{v:.4f}" for name, v in last.items() if name.startswith("val/")}
     for record in scored:
         if "numbers" in record:
-            facts["numbers per image"] = f"{record['numbers']:,}"
+            facts["numbers per image"] = f"{record['numbers']:,} for {math.prod(run.facts.shape):,}"
         how = label(record)
         for name, value in values(record).items():
             metric, real = metric_of(name), floor(record, name)
