@@ -230,7 +230,7 @@ def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patie
         shown.append((total, done))
         yield shown.append
 
-    monkeypatch.setattr(references, "progress", progress)
+    monkeypatch.setattr(scorers, "progress", progress)
     monkeypatch.setattr(scorers, "PATIENCE", patience)
     batches = list(scorers.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
     assert [len(b[0]) for b in scorers.watched("scored", batches, 30)] == [10, 10, 10]
