@@ -71,6 +71,10 @@ class BaseConfig:
             )
         if not self.runs_dir:
             raise ValueError("runs_dir: must be a folder, got ''")
+        if self.optimizer.name == "muon" and self.trainer.strategy == "fsdp":
+            raise ValueError(
+                "optimizer.name: muon takes whole matrices, which trainer.strategy=fsdp divides; choose adamw, or ddp"
+            )
         self.runs_dir = os.path.expanduser(self.runs_dir)  # no shell does so after an equals sign
         self.ema = self.ema.in_steps(self.trainer.batch_size)
         precision = precision_here(self.trainer, low=self.kind == "denoiser")

@@ -32,9 +32,11 @@ AUGMENT_WIDTH = 9
 class OptimizerConfig:
     """Optimizer and learning rate; the rate follows the number of images seen."""
 
-    name: Literal["adamw", "adam"] = "adamw"
+    name: Literal["adamw", "adam", "muon"] = "adamw"
+    """muon: for the matrices of linear layers in blocks; the rest, convolutions too, gets AdamW at the same rate."""
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Of Adam and AdamW; Muon's momentum is 0.95."""
     weight_decay: float = 0.0
     warmup_images: int = 0
     """Images over which the rate rises linearly from zero."""

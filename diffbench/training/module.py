@@ -8,13 +8,14 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffbench.config.sections import OptimizerConfig
 from diffbench.core import rng
 from diffbench.training.fsdp import full_tensor, match_strides, shard
 from diffbench.training.nan_guard import Outcome, decide, scaler_of
+from diffbench.training.optimizers import build_optimizer
 
 
 class TrainingModule(L.LightningModule):
@@ -64,9 +65,7 @@ class TrainingModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the learning rate as a function of images seen, stepped once an optimizer step."""
         s = self.settings
-        kind = AdamW if s.name == "adamw" else Adam
-        betas = (s.betas[0], s.betas[1])
-        optimizer = kind(self.network.parameters(), lr=s.lr, betas=betas, weight_decay=s.weight_decay, fused=True)
+        optimizer = build_optimizer(s, self.network)
         schedule = LambdaLR(optimizer, lambda step: lr_factor(s, (step + 1) * self.batch_size))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -84,7 +83,7 @@ class TrainingModule(L.LightningModule):
         scaler = scaler_of(self.trainer)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        weights = optimizer.param_groups[0]["params"]
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         if self.settings.grad_clip_norm is not None:
             nn.utils.clip_grads_with_norm_(weights, self.settings.grad_clip_norm, norm)

@@ -50,12 +50,12 @@ class Outcome:
 def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> Outcome:
     """Makes the optimizer leave weights and state alone if a loss or the gradient is not finite.
 
-    Off the CPU a fused optimizer reads the decision on the device, and nothing waits for it; on a CPU it gets no
-    gradients.
+    Off the CPU a fused optimizer reads the decision on the device, and nothing waits for it; on a CPU, and any that is
+    not fused (Muon), it gets no gradients.
 
     Args:
         trainer: whose ranks decide together.
-        optimizer: a fused one, about to step.
+        optimizer: about to step.
         loss: the sum of the step's losses.
         norm: of the gradient, unscaled.
     """
@@ -65,7 +65,7 @@ def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor)
 
     skipped, scaler = anywhere_infinite(loss + norm), scaler_of(trainer)
     if scaler is None:
-        if not skipped.is_cpu:
+        if not skipped.is_cpu and all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
         elif skipped:
             optimizer.zero_grad(set_to_none=True)

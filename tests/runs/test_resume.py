@@ -29,7 +29,7 @@ TINY = [
     "sample.steps='3'",
 ]
 CASES = {
-    "dit": ["denoiser.hidden_size=32", "denoiser.depth=2", "denoiser.dropout=0.1"],
+    "dit": ["denoiser.hidden_size=32", "denoiser.depth=2", "denoiser.dropout=0.1", "optimizer.name=muon"],
     "unet": [
         "denoiser.model_channels=8",
         "denoiser.dropout=0.1",

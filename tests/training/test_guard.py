@@ -66,12 +66,19 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("how", "precision"), [("loss", "32-true"), ("gradient", "32-true"), ("loss", "bf16-mixed")])
+@pytest.mark.parametrize(
+    ("how", "precision", "optimizer"),
+    [
+        ("loss", "32-true", "adamw"),
+        ("gradient", "32-true", "muon"),
+        ("loss", "bf16-mixed", "adamw"),
+    ],
+)
 def test_a_step_is_skipped_with_everything_as_it_was(
-    how: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, precision: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = broken(monkeypatch, {3, 4, 6}, how)
-    run = train(DIT, [*TINY, f"trainer.precision={precision}", f"runs_dir={tmp_path}"])
+    run = train(DIT, [*TINY, f"trainer.precision={precision}", f"optimizer.name={optimizer}", f"runs_dir={tmp_path}"])
     same = [all(torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in pairwise(seen)]
     assert same == [False, True, True, False, True, False, False]  # between steps 1 and 2, 2 and 3, ...
     logged = [line for line in lines(run.folder) if "train/skipped_steps" in line]
@@ -82,7 +89,7 @@ def test_a_step_is_skipped_with_everything_as_it_was(
     state = torch.load(run.folder / "checkpoints" / "step-8.ckpt", weights_only=True)
     assert state["callbacks"]["NonFiniteGuard"] == {"skipped": 3, "row": 0}
     assert state["callbacks"]["EMA"]["updates"] == 5 and state["global_step"] == 8
-    assert {float(s["step"]) for s in state["optimizer_states"][0]["state"].values()} == {5.0}
+    assert {float(s["step"]) for s in state["optimizer_states"][0]["state"].values() if "step" in s} == {5.0}
 
 
 def test_a_row_of_them_ends_training_and_can_be_seen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
