@@ -16,9 +16,6 @@ from diffbench.denoisers import DENOISERS, PRESETS
 if TYPE_CHECKING:
     from diffbench.runs.base import Run
 
-SCORES = ("fd/", "fid/", "psnr@")
-"""The newest score is the first of these that a run has."""
-
 
 def run(arguments: argparse.Namespace) -> None:
     """List the runs in `arguments.folders`, or what there is to train."""
@@ -87,14 +84,16 @@ def runs(tops: Sequence[Path]) -> list[str]:
 
 def _row(run: "Run[Any]") -> dict[str, str]:
     from diffbench.evaluation.records import values
+    from diffbench.metrics.registry import metric_of
     from diffbench.reports.results import newest_scores, settings
 
     trainer, error = run.values["trainer"], run.last("val/error")
     batch = int(trainer["batch_size"])
     scored = [
-        (name, f"{name} {value:.4g}" + (f" ({how})" if (how := settings(record)) else ""))
+        f"{name} {value:.4g}" + (f" ({how})" if (how := settings(record)) else "")
         for record in newest_scores(run)
         for name, value in values(record).items()
+        if metric_of(name).listed
     ]
     changed = max(p.stat().st_mtime for p in (*run.folder.glob("*.jsonl"), run.folder / "config.yaml"))
     return {
@@ -102,6 +101,6 @@ def _row(run: "Run[Any]") -> dict[str, str]:
         "images": f"{run.images_seen:,}",
         "of": f"{-(-int(trainer['max_images']) // batch) * batch:,}",
         "validation error": "-" if error is None else f"{error:.4f}",
-        "newest score": next((text for prefix in SCORES for name, text in scored if name.startswith(prefix)), "-"),
+        "newest score": next(iter(scored), "-"),
         "last change": f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}",
     }

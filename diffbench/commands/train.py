@@ -2,9 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from diffbench.commands.evaluate import score
 from diffbench.config.layers import COMMAND_LINE
@@ -13,7 +11,7 @@ from diffbench.data.facts import OtherDataError
 from diffbench.reports.results import newest_scores
 from diffbench.reports.tables import run_facts, run_table
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.evaluate import scores_as
+from diffbench.runs.evaluate import is_scored
 from diffbench.runs.lifecycle import load_any, train
 
 
@@ -35,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     from diffbench.sampling.images import save_grid
 
     grid = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
-    if not _is_scored(run):
+    if not (is_scored(run) if isinstance(run, DenoiserRun) else newest_scores(run)):
         try:
             score(run)
         except OtherDataError:
@@ -48,16 +46,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\n{run_table([(run.folder.name, run_facts(run))])}\n")
     print(f"samples: {grid}")
     print(f"curves:  {python()} -m tensorboard.main --logdir {run.config.runs_dir}")
-
-
-def _is_scored(run: Any) -> bool:
-    """True if the weights are scored as the config says, without and, where it guides, with guidance."""
-    if not isinstance(run, DenoiserRun):
-        return bool(newest_scores(run))
-    trainer = replace(run.config.trainer, max_images=run.images_seen)  # of a longer run, whatever is asked for now
-    wanted = [run.config.sample.unguided(), run.config.sample][: 1 + run.config.sample.guided]
-    configs = [replace(run.config, trainer=trainer, sample=sample) for sample in wanted]
-    return all(any(scores_as(record, config, run.ema) for record in run.results) for config in configs)
 
 
 def python() -> str:

@@ -333,6 +333,10 @@ class SampleConfig:
         """A copy without guidance."""
         return replace(self, guidance=1.0, weak_model=None, classifier=None)
 
+    def scored(self) -> "list[SampleConfig]":
+        """The settings that are scored: without guidance and, where samples are guided, with it."""
+        return [self.unguided(), *([self] if self.guided else [])]
+
 
 @dataclass
 class EvaluateConfig:

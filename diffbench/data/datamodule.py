@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffbench.core import rng
-from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
+from diffbench.data.facts import other_data
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 
@@ -169,10 +169,7 @@ class PositionDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before, now = state_dict["data"], self.train.fingerprint()
         if before != now:
-            raise UserError(
-                f"data: the run began with other training data ({before}, now {now}); bring it back, or choose another"
-                " tag=NAME"
-            )
+            raise other_data(f"{before}, now {now}")
         self.samples_seen = state_dict["samples_seen"]
 
 

@@ -80,6 +80,13 @@ class DataFacts:
         return None
 
 
+def other_data(change: str) -> OtherDataError:
+    """The error for training data that changed, in words such as `difference`'s."""
+    return OtherDataError(
+        f"data: the run began with other training data ({change}); bring it back, or choose another tag=NAME"
+    )
+
+
 def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor | None, facts: DataFacts) -> Tensor:
     """Labels (N,) of samples: those given, one for all, or by default the classes in turn.
 

@@ -34,7 +34,6 @@ class LatentSet:
         name: of the data set.
         class_names: by label, or none.
         digest: the fingerprint, where it is known already.
-        spread: mean and standard deviation over all latents drawn, unscaled.
     """
 
     mean: Tensor
@@ -47,7 +46,6 @@ class LatentSet:
     name: str = "images"
     class_names: tuple[str, ...] = ()
     digest: str | None = None
-    spread: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -148,9 +146,8 @@ def encode(
     known = {"scale": scale, "shift": shift, "name": images.name, "class_names": images.class_names}
     common: dict[str, Any] = known | {"labels": arrays["labels"], "num_classes": images.num_classes}
     mirrored = LatentSet(arrays["flipped_mean"], arrays["flipped_log_variance"], **common) if flip else None
-    spread = (facts["mean"], facts["std"])
     moments_of = arrays["mean"], arrays["log_variance"]
-    return LatentSet(*moments_of, **common, flipped=mirrored, digest=facts["fingerprint"], spread=spread)
+    return LatentSet(*moments_of, **common, flipped=mirrored, digest=facts["fingerprint"])
 
 
 @torch.inference_mode()
@@ -206,16 +203,7 @@ def _finish(filling: Filling, patience: float) -> None:
 
 
 def _facts(arrays: dict[str, np.ndarray], chunks: list[Any]) -> dict[str, Any]:
-    """Fingerprint, and mean and standard deviation of z = mean + exp(log_variance / 2) noise over all elements."""
-    first, second = [], []
-    for start in range(0, len(arrays["labels"]), 1024):
-        mean, log_variance = (arrays[n][start : start + 1024].astype(np.float64) for n in ("mean", "log_variance"))
-        first.append(mean.sum())
-        second.append((mean**2 + np.exp(log_variance)).sum())
-    size = arrays["mean"].size
-    centre = float(sum(first)) / size
-    std = (float(sum(second)) / size - centre**2) ** 0.5
-    return {"fingerprint": _digest(list(arrays.values())), "mean": centre, "std": std}
+    return {"fingerprint": _digest(list(arrays.values()))}
 
 
 def _digest(arrays: list[np.ndarray]) -> str:

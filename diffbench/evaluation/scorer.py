@@ -28,7 +28,7 @@ from diffbench.evaluation.reference import (
     statistics_of,
 )
 from diffbench.metrics import Extractor
-from diffbench.metrics.base import KEPT, Comparison
+from diffbench.metrics.base import KEPT, Measurement
 from diffbench.metrics.memorisation import nearest_distance
 from diffbench.metrics.registry import metric_name
 from diffbench.metrics.suite import Suite
@@ -52,27 +52,27 @@ class Scorer:
     """Scores samples against real images.
 
     Attributes:
-        comparison: the samples, and the statistics of real images.
+        measurement: the samples, and the statistics of real images.
         reference: what a record says of the main statistics: the digest of their key, where they come from, how many
             images.
         floor: what as many real images score against them, and how many those are.
         extra: further values that every record holds.
     """
 
-    comparison: Comparison
+    measurement: Measurement
     reference: dict[str, Any]
     floor: dict[str, Any] | None = None
     extra: dict[str, float] = field(default_factory=dict)
 
     def scores(self, batches: Iterable[Numbered]) -> dict[str, float]:
         """Score samples: full name of each metric -> value."""
-        suite = Suite(self.comparison)
-        for index, images, labels in watched("scored", batches, self.comparison.count):
+        suite = Suite(self.measurement)
+        for index, images, labels in watched("scored", batches, self.measurement.count):
             suite.update(images, index, labels)
         values = suite.compute()
         if "fd_held_out" in values:
             values["fd_gap"] = values["fd_held_out"] - values.pop("fd_train", values["fd"])
-        extractor, count = self.comparison.extractor, self.comparison.count
+        extractor, count = self.measurement.extractor, self.measurement.count
         return {metric_name(name, extractor, count): value for name, value in values.items()} | self.extra
 
     def facts(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def run_scorer(
         alike = chosen(train, "train", test.labels.bincount(minlength=1))
         if len(alike) != len(main):
             references["fd_train"] = statistics_of(extractor, alike, keep)[0]
-    compared = Comparison(
+    compared = Measurement(
         extractor,
         references,
         count,
@@ -130,7 +130,7 @@ def run_scorer(
     return scorer
 
 
-def _floor(compared: Comparison, part: Part) -> dict[str, Any]:
+def _floor(compared: Measurement, part: Part) -> dict[str, Any]:
     suite = Suite(replace(compared, references={"fd": compared.main}, count=len(part), training=None, infinity=False))
     for index in torch.arange(len(part)).split(BATCH):
         suite.update(rows(part.data.images, part.index[index]), index, part.labels[index])
@@ -155,10 +155,10 @@ def _cached_numbers(
     return found
 
 
-def training_comparison(settings: EvaluateConfig, extractor: Extractor, train: ImageSet) -> Comparison:
-    """Comparison of samples drawn in training with as many training images."""
+def training_measurement(settings: EvaluateConfig, extractor: Extractor, train: ImageSet) -> Measurement:
+    """Measurement of samples drawn in training with as many training images."""
     statistics = statistics_of(extractor, first(train, "train", settings.every_count))[0]
-    return Comparison(extractor, {"fd": statistics}, settings.every_count, permutation=permutation)
+    return Measurement(extractor, {"fd": statistics}, settings.every_count, permutation=permutation)
 
 
 def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:

@@ -52,7 +52,7 @@ def _permutation(n: int, *key: str | int) -> Tensor:
 
 
 @dataclass
-class Comparison:
+class Measurement:
     """Samples and what they are compared with: all that a metric is made from.
 
     Attributes:
@@ -106,8 +106,8 @@ class SampleMetric(Metric):
         super().__init__(compute_with_cache=False)
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Self | None:
-        """Make the metric for a comparison; None where it cannot be measured."""
+    def of(cls, measurement: Measurement) -> Self | None:
+        """Make the metric for a measurement; None where it cannot be measured."""
         raise NotImplementedError
 
     def arguments(self, batch: Batch) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Batch, Comparison, SampleMetric, finite_rows
+from diffbench.metrics.base import Batch, Measurement, SampleMetric, finite_rows
 
 
 def inception_score(logits: Sequence[Tensor]) -> float:
@@ -54,11 +54,11 @@ class InceptionScore(SampleMetric):
         self.add_sum("negative_entropy", chunks)
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Self | None:
-        classes, count = comparison.extractor.classes, comparison.count
+    def of(cls, measurement: Measurement) -> Self | None:
+        classes, count = measurement.extractor.classes, measurement.count
         if classes is None:
             return None
-        exported = comparison.permutation(count, "order of samples", "export") if comparison.by_class else None
+        exported = measurement.permutation(count, "order of samples", "export") if measurement.by_class else None
         return cls(classes, count, places=None if exported is None else exported.argsort())
 
     def arguments(self, batch: Batch) -> tuple[Any, ...]:
@@ -97,8 +97,8 @@ class LabelAccuracy(SampleMetric):
             self.add_sum(name)
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Self | None:
-        return cls(comparison.count) if comparison.extractor.predicts_labels and comparison.labels else None
+    def of(cls, measurement: Measurement) -> Self | None:
+        return cls(measurement.count) if measurement.extractor.predicts_labels and measurement.labels else None
 
     def arguments(self, batch: Batch) -> tuple[Any, ...]:
         return batch.features.logits, batch.labels

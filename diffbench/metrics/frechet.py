@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Batch, Comparison, Gaussian, Rows, SampleMetric, finite_rows
+from diffbench.metrics.base import Batch, Gaussian, Measurement, Rows, SampleMetric, finite_rows
 
 
 def gaussian(features: Tensor) -> Gaussian:
@@ -133,8 +133,8 @@ class FrechetDistance(Moments):
         self.references = dict(references)
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Self | None:
-        return cls({name: r.fit for name, r in comparison.references.items()}, comparison.count)
+    def of(cls, measurement: Measurement) -> Self | None:
+        return cls({name: r.fit for name, r in measurement.references.items()}, measurement.count)
 
     def compute(self) -> dict[str, Tensor]:
         """name -> distance, a float64 scalar."""
@@ -146,9 +146,9 @@ class SpatialFrechetDistance(FrechetDistance):
     """The Fréchet distance of the extractor's spatial layer: sFID (Nash et al. 2021)."""
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Self | None:
-        spatial = comparison.main.spatial
-        return None if spatial is None else cls({"fd_spatial": spatial}, comparison.count)
+    def of(cls, measurement: Measurement) -> Self | None:
+        spatial = measurement.main.spatial
+        return None if spatial is None else cls({"fd_spatial": spatial}, measurement.count)
 
     def arguments(self, batch: Batch) -> tuple[Any, ...]:
         return (batch.features.spatial,)
@@ -166,11 +166,11 @@ class FrechetInfinity(Rows):
         self.reference, self.order = reference, order
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Self | None:
-        if not comparison.infinity:
+    def of(cls, measurement: Measurement) -> Self | None:
+        if not measurement.infinity:
             return None
-        order = comparison.permutation(comparison.count, "order of samples", "fd_infinity")
-        return cls(comparison.main.fit, comparison.count, order)
+        order = measurement.permutation(measurement.count, "order of samples", "fd_infinity")
+        return cls(measurement.main.fit, measurement.count, order)
 
     def compute(self) -> float:
         """The extrapolated distance."""

@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Comparison, Rows
+from diffbench.metrics.base import Measurement, Rows
 
 SUBSETS, SUBSET = 100, 1000
 """The kernel distance is a mean over so many subsets of so many images, as is common; of fewer images it takes all."""
@@ -32,16 +32,16 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
     return within - 2 * total(x, y) / (n * m)
 
 
-def subsets_of(comparison: Comparison) -> list[tuple[Tensor, Tensor]] | None:
+def subsets_of(measurement: Measurement) -> list[tuple[Tensor, Tensor]] | None:
     """Row numbers of the subsets, the same for all samples; None where all rows make one subset."""
-    samples, real = comparison.keep, len(comparison.main.rows)
+    samples, real = measurement.keep, len(measurement.main.rows)
     size = min(SUBSET, samples, real)
     if size == samples == real:
         return None
     return [
         (
-            comparison.permutation(samples, "kid", "samples", i)[:size],
-            comparison.permutation(real, "kid", "real", i)[:size],
+            measurement.permutation(samples, "kid", "samples", i)[:size],
+            measurement.permutation(real, "kid", "real", i)[:size],
         )
         for i in range(SUBSETS)
     ]
@@ -71,9 +71,9 @@ class KernelDistance(Rows):
         self.reference, self.subsets = reference, subsets
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Self | None:
-        rows = comparison.main.rows
-        return cls(rows, comparison.count, comparison.keep, subsets_of(comparison)) if len(rows) else None
+    def of(cls, measurement: Measurement) -> Self | None:
+        rows = measurement.main.rows
+        return cls(rows, measurement.count, measurement.keep, subsets_of(measurement)) if len(rows) else None
 
     def compute(self) -> dict[str, Tensor]:
         """{"kid", "kid_sd"}, float64 scalars; the second only where there are subsets."""

@@ -5,7 +5,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Batch, Comparison, SampleMetric, squared_distances
+from diffbench.metrics.base import Batch, Measurement, SampleMetric, squared_distances
 
 
 def nearest(images: Tensor, reference: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,8 @@ class NearestDistance(SampleMetric):
             self.add_sum(name)
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Self | None:
-        return None if comparison.training is None else cls(comparison.training, comparison.count)
+    def of(cls, measurement: Measurement) -> Self | None:
+        return None if measurement.training is None else cls(measurement.training, measurement.count)
 
     def arguments(self, batch: Batch) -> tuple[Any, ...]:
         return (batch.images,)

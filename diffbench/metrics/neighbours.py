@@ -5,7 +5,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Comparison, Rows, squared_distances
+from diffbench.metrics.base import Measurement, Rows, squared_distances
 
 
 class Neighbours(NamedTuple):
@@ -69,9 +69,9 @@ class PrecisionRecall(Rows):
         self.reference, self.k = reference, k
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Self | None:
-        rows = comparison.main.rows
-        return cls(rows, comparison.count, comparison.keep) if len(rows) else None
+    def of(cls, measurement: Measurement) -> Self | None:
+        rows = measurement.main.rows
+        return cls(rows, measurement.count, measurement.keep) if len(rows) else None
 
     def compute(self) -> dict[str, float]:
         """{"precision", "recall"}; of the subclass {"density", "coverage"}."""

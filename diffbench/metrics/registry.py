@@ -36,6 +36,7 @@ class Metric:
         watched: whether a conclusion says so where this metric contradicts the primary one.
         swept: whether plots over a sampling key draw it.
         tie: relative gap under which two values are a tie, since training anew moves them by as much.
+        listed: whether a list of runs shows it as the score of a run.
         floor: whether tables put the value of as many real images beside it.
         note: what the report's glossary says of it.
     """
@@ -53,6 +54,7 @@ class Metric:
     watched: bool = False
     swept: bool = False
     tie: float = 0.0
+    listed: bool = False
     floor: bool = False
     note: str = ""
 
@@ -76,7 +78,10 @@ class Metric:
 
 
 _FRECHET: dict[str, Any] = {"tie": 0.013, "note": _DISTANCES}
-_MAIN: dict[str, Any] = {"measure": FrechetDistance, "in_training": True, "watched": True, "swept": True, "floor": True}
+_MAIN: dict[str, Any] = {
+    "measure": FrechetDistance,
+    **dict.fromkeys(("in_training", "watched", "swept", "listed", "floor"), True),
+}
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -138,7 +143,7 @@ METRICS: dict[str, Metric] = {
             floor=True,
         ),
         Metric("reconstruction_fd", "Fréchet distance of reconstructions", **_FRECHET),
-        Metric("psnr", "PSNR of reconstructions", "higher", digits=2, of_pixels=True),
+        Metric("psnr", "PSNR of reconstructions", "higher", digits=2, of_pixels=True, listed=True),
         Metric("ssim", "SSIM of reconstructions", "higher", digits=4, of_pixels=True),
     )
 }

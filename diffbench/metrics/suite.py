@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Batch, Comparison, ReferenceStatistics, Rows, states_device
+from diffbench.metrics.base import Batch, Measurement, ReferenceStatistics, Rows, states_device
 from diffbench.metrics.extractors.base import Extractor
 from diffbench.metrics.frechet import Moments
 from diffbench.metrics.registry import METRICS
@@ -15,17 +15,17 @@ class Suite:
     """The registered metrics of samples against real images.
 
     Args:
-        comparison: the samples, and what they are compared with.
+        measurement: the samples, and what they are compared with.
         brief: only the metrics that are also measured in training.
     """
 
-    def __init__(self, comparison: Comparison, brief: bool = False) -> None:
-        self.extractor, self.count = comparison.extractor, comparison.count
+    def __init__(self, measurement: Measurement, brief: bool = False) -> None:
+        self.extractor, self.count = measurement.extractor, measurement.count
         device = states_device(self.extractor.device)
         rows = [m for m in METRICS.values() if m.measure and (m.in_training or not brief)]
         # A class may compute several metrics; where it computes one, this is its name.
         names = {m.measure: m.computed or m.name for m in rows if m.measure}
-        made = [(name, measure.of(comparison)) for measure, name in names.items()]
+        made = [(name, measure.of(measurement)) for measure, name in names.items()]
         self.metrics = [(name, metric.to(device)) for name, metric in made if metric is not None]
 
     def update(self, images: Tensor, index: Tensor, labels: Tensor | None = None) -> None:

@@ -14,7 +14,7 @@ from diffbench.config.kinds import BaseConfig
 from diffbench.config.layers import located
 from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
-from diffbench.data.facts import DataFacts, OtherDataError
+from diffbench.data.facts import DataFacts, other_data
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
 from diffbench.evaluation import records
@@ -182,9 +182,7 @@ class Run(ABC, Generic[C]):
         path = self.folder / DATA_FACTS
         changed = DataFacts.read(path).difference(DataFacts.of(train_set)) if path.is_file() else None
         if changed:
-            raise OtherDataError(
-                f"data: the run began with other training data ({changed}); bring it back, or choose another tag=NAME"
-            )
+            raise other_data(changed)
         return train_set, held_out
 
     # The network.
@@ -271,7 +269,9 @@ class Run(ABC, Generic[C]):
 
     def prepare(self) -> None:
         """Writes what the run needs besides its config, before training; the first process calls it."""
-        DataFacts.of(self.train_set).write(self.folder / DATA_FACTS)
+        train_set, path = self.train_set, self.folder / DATA_FACTS  # whose images are checked where the file is there
+        if not path.is_file():
+            DataFacts.of(train_set).write(path)
 
     def finish(self) -> None:
         """Writes what training ends with besides the averages; the first process calls it."""

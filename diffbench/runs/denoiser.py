@@ -197,7 +197,7 @@ class DenoiserRun(Run[RunConfig]):
         from diffbench.training.callbacks import Distance
 
         extractor = reference.run_extractor(c, self.train_set, build.device_of(c.trainer.accelerator))
-        suite = partial(Suite, scorers.training_comparison(e, extractor, self.train_set), brief=True)
+        suite = partial(Suite, scorers.training_measurement(e, extractor, self.train_set), brief=True)
         labels, how = reference.sample_labels(self.train_set, e.every_count), c.sample.unguided()
         return [Distance(log, ema, suite, self.sampler(how), how, labels, e.every_images, c.seed, e.best)]
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core import distributed
-from diffbench.core.distributed import launch
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.progress import progress, span
 from diffbench.data.coding import reconstruct
@@ -38,6 +37,7 @@ from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.build import device_of
 from diffbench.runs.checks import check_evaluation
 from diffbench.runs.denoiser import DenoiserRun
+from diffbench.runs.ranks import run_ranks
 
 ALLOWED = ("sample", "evaluate", "seed", "ema", "snapshot", "export")
 
@@ -72,9 +72,7 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     if snapshot == "best":
         run.use_best()
     scorer = _scorer(run, config, COMMAND_LINE if overrides else str(run.folder))
-    settings = [config.sample.unguided()]
-    if config.sample.guided:
-        settings.append(config.sample)
+    settings = config.sample.scored()
     found = [_record(run, config, how, scorer) for how in settings]
     if export is not None:
         _export(run, config, settings[-1], Path(str(export)))
@@ -102,9 +100,20 @@ def evaluate_as(run: DenoiserRun, config: RunConfig, measured: Callable[[], dict
     Raises:
         UserError: if the extractor or real images are missing.
     """
-    before = reversed(records.results(run.folder))
-    known = next((r for r in before if scores_as(r, config, run.ema, run.snapshot)), None)
+    known = find_record(run, config)
     return known or _record(run, config, config.sample, _scorer(run, config, str(run.folder)), measured())
+
+
+def find_record(run: DenoiserRun, config: RunConfig) -> dict[str, Any] | None:
+    """The newest record of a run's samples exactly as `config.sample` and `config.evaluate` say."""
+    return next((r for r in reversed(records.results(run.folder)) if scores_as(r, config, run.ema, run.snapshot)), None)
+
+
+def is_scored(run: DenoiserRun) -> bool:
+    """Whether the weights are scored as the run's config says, without and, where it guides, with guidance."""
+    trainer = replace(run.config.trainer, max_images=run.images_seen)  # of a longer run, whatever is asked for now
+    configs = [replace(run.config, trainer=trainer, sample=how) for how in run.config.sample.scored()]
+    return all(find_record(run, config) for config in configs)
 
 
 def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot: str = "last") -> bool:
@@ -141,7 +150,7 @@ def _record(
     from diffbench.training.logger import show_scores  # imports Lightning
 
     found = _score(run, config, how, scorer) | {"departures": departures(run, config, how)}
-    found |= {**_restored(run, config.evaluate.count, scorer.comparison.extractor), **(more or {})}
+    found |= {**_restored(run, config.evaluate.count, scorer.measurement.extractor), **(more or {})}
     run.add_result(found)
     show_scores(run.folder, run.images_seen, records.values(found), records.tag_prefix(found))
     return found
@@ -204,10 +213,8 @@ def draw(
     if left > SIZE and processes > 1 and distributed.place()[1] == 1:
         wanted = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
         wanted |= {"sample": dataclasses.asdict(how)}
-        command = [sys.executable, "-m", "diffbench.runs.worker", "draw", str(run.folder), json.dumps(wanted)]
         print(f"{left:,} samples in {processes} processes", flush=True)
-        if code := launch(command, processes):
-            raise SystemExit(code)
+        run_ranks(processes, "draw", str(run.folder), json.dumps(wanted))
         left = samples.count - samples.present()
     if left:
         batch = min(how.batch_size, left)
@@ -247,7 +254,7 @@ def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Score
     values = scorer.scores(batches)
     _draw_neighbours(samples, run.train_set.images)
     return {
-        **_facts(run, scorer.comparison.extractor),
+        **_facts(run, scorer.measurement.extractor),
         "snapshot": run.snapshot,
         "guidance": how.guidance,
         "sample": how.numbers() | {"batch_size": how.batch_size, "seed": config.seed, "seconds": drawn.pop("seconds")},

@@ -31,7 +31,7 @@ from diffbench.evaluation.images import (
 from diffbench.evaluation.scorer import Scorer
 from diffbench.metrics import EXTRACTORS, Extractor, Request
 from diffbench.metrics import extractor as build_extractor
-from diffbench.metrics.base import KEPT, Comparison, ReferenceStatistics, evenly_spaced
+from diffbench.metrics.base import KEPT, Measurement, ReferenceStatistics, evenly_spaced
 from diffbench.runs.base import open_run
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
@@ -88,7 +88,7 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
     settings.count = len(images)
     extractor = make_extractor(settings, images.shape, run)
     scorer = _run_scorer(settings, extractor, run, images, what) if run else _scorer(extractor, against, len(images))
-    scorer.comparison = replace(scorer.comparison, labels=images.labels is not None, by_class=False)
+    scorer.measurement = replace(scorer.measurement, labels=images.labels is not None, by_class=False)
     started = time.perf_counter()
     values = scorer.scores(scorers.numbered(images.batches(references.BATCH), images.labels))
     formats = images.formats()
@@ -137,7 +137,7 @@ def _run_scorer(
         counts = images.labels.bincount()
     scorer = scorers.run_scorer(settings, extractor, train, run.held_out, counts)
     if train.shape != images.shape:
-        scorer.comparison.training = None  # pixels of two sizes cannot be compared
+        scorer.measurement.training = None  # pixels of two sizes cannot be compared
     scorer.reference["formats"] = train.formats
     return scorer
 
@@ -149,7 +149,7 @@ def _scorer(extractor: Extractor, against: Path, count: int) -> Scorer:
             f"note: {count:,} images against {facts['count'] or 'an unknown number of'} real ones: a Fréchet distance"
             " depends on both counts; compare it with others of the same counts only"
         )
-    compared = Comparison(extractor, {"fd": reference}, count, permutation=scorers.permutation)
+    compared = Measurement(extractor, {"fd": reference}, count, permutation=scorers.permutation)
     return Scorer(compared, facts)
 
 

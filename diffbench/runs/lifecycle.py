@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,6 @@ from diffbench.config.kinds import BaseConfig, RunConfig
 from diffbench.config.layers import Layer, located
 from diffbench.config.load import from_layers, read_layers, to_yaml
 from diffbench.core import distributed
-from diffbench.core.distributed import launch
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, sweep
 from diffbench.data.latents import LatentSet
@@ -36,6 +34,7 @@ from diffbench.runs.folder import (
     set_aside,
     update_config,
 )
+from diffbench.runs.ranks import run_ranks
 
 C = TypeVar("C", bound=BaseConfig)
 
@@ -90,9 +89,7 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
         DenoiserRun.check(config)
     if config.trainer.processes > 1 and distributed.place()[1] == 1:
         with_autoencoder(config)
-        command = [sys.executable, "-m", "diffbench.runs.worker", "encode", str(path), *overrides]
-        if code := launch(command, config.trainer.processes):
-            raise SystemExit(code)
+        run_ranks(config.trainer.processes, "encode", str(path), *overrides)
     run = DenoiserRun(folder_for(Path(path), overrides, config), with_autoencoder(config))
     for part in run.sets:
         assert isinstance(part, LatentSet)
@@ -201,17 +198,10 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     print(f"data: {describe(run.train_set, run.held_out)}")
     print(f"{run.folder}: {state}, {cost}, {settings.precision}")
     if settings.processes > 1 and distributed.place()[1] == 1:
-        _launch(run, checkpoint, lock)
+        words = [str(run.folder), *([str(checkpoint)] if checkpoint else [])]
+        run_ranks(settings.processes, "train", *words, keep=[] if lock is None else [lock])
     else:
         train_here(run, checkpoint, start)
-
-
-def _launch(run: Run[Any], checkpoint: Path | None, lock: int | None) -> None:
-    command = [sys.executable, "-m", "diffbench.runs.worker", "train", str(run.folder)]
-    command += [str(checkpoint)] if checkpoint else []
-    code = launch(command, run.config.trainer.processes, keep=[] if lock is None else [lock])
-    if code:
-        raise SystemExit(code)
 
 
 def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] | None) -> None:

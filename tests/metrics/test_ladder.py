@@ -8,7 +8,7 @@ from diffbench.core import rng
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.evaluation import reference as references
 from diffbench.metrics import Extractor, Request, extractor
-from diffbench.metrics.base import Comparison
+from diffbench.metrics.base import Measurement
 from diffbench.metrics.registry import metric_name
 from diffbench.metrics.suite import Suite, reference_statistics
 
@@ -25,7 +25,7 @@ def climbed(judge: Extractor, images: Tensor) -> list[dict[str, float]]:
     reference = reference_statistics(judge, images.split(100), len(images), len(images))
     found = []
     for level in LADDER:
-        suite = Suite(Comparison(judge, {"fd": reference}, len(images), labels=False))
+        suite = Suite(Measurement(judge, {"fd": reference}, len(images), labels=False))
         for index in torch.arange(len(images)).split(64):
             suite.update(noisy(images[index], level) if level else images[index], index)
         found.append(suite.compute())
@@ -57,7 +57,7 @@ def test_missing_classes_show_in_recall_and_coverage() -> None:
     reference = reference_statistics(judge, real.batches(), 300, 300)
 
     def scores(images: Tensor) -> dict[str, float]:
-        suite = Suite(Comparison(judge, {"fd": reference}, len(images), labels=False))
+        suite = Suite(Measurement(judge, {"fd": reference}, len(images), labels=False))
         suite.update(images, torch.arange(len(images)))
         return suite.compute()
 
@@ -93,7 +93,7 @@ def test_a_suite_is_the_same_in_any_batch_and_order(size: int) -> None:
     reference = reference_statistics(judge, [train.images[:400]], 400, 300)
 
     def scores(order: Tensor, size: int) -> dict[str, float]:
-        suite = Suite(Comparison(judge, {"fd": reference}, 300, training=train.images))
+        suite = Suite(Measurement(judge, {"fd": reference}, 300, training=train.images))
         for index in order.split(size):
             suite.update(test.images[index], index, test.labels[index])
         return suite.compute()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffbench.cli import main
 from diffbench.evaluation import records
-from diffbench.metrics.base import Batch, Comparison, SampleMetric
+from diffbench.metrics.base import Batch, Measurement, SampleMetric
 from diffbench.metrics.registry import METRICS, Metric
 from diffbench.runs.lifecycle import load
 
@@ -27,7 +27,7 @@ class Brightness(SampleMetric):
         self.add_sum("values")
 
     @classmethod
-    def of(cls, comparison: Comparison) -> "Brightness":
+    def of(cls, measurement: Measurement) -> "Brightness":
         return cls()
 
     def arguments(self, batch: Batch) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from diffbench.core.errors import UserError
 from diffbench.evaluation import images
 from diffbench.evaluation.records import values
 from diffbench.metrics import Extractor, Features
-from diffbench.metrics.base import Comparison
+from diffbench.metrics.base import Measurement
 from diffbench.metrics.extractors.base import state_hash
 from diffbench.metrics.registry import metric_name
 from diffbench.metrics.suite import Suite, reference_statistics
@@ -98,7 +98,7 @@ def test_numbers_by_independent_formulas(files: tuple[Path, Path], judge: Extrac
     }
     samples = images.open_images(files[0])
     reference, _ = load_reference(judge, files[1])
-    suite = Suite(Comparison(judge, {"fd": reference}, len(samples)))
+    suite = Suite(Measurement(judge, {"fd": reference}, len(samples)))
     suite.update(next(samples.batches(50)), torch.arange(50))
     found = {metric_name(name, judge, 50).split("/")[0]: value for name, value in suite.compute().items()}
     assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-6)

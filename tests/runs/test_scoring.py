@@ -21,7 +21,7 @@ from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
 from diffbench.evaluation import scorer as scorers
 from diffbench.metrics import Extractor, Features
-from diffbench.metrics.base import Comparison, ReferenceStatistics
+from diffbench.metrics.base import Measurement, ReferenceStatistics
 from diffbench.metrics.classification import inception_score
 from diffbench.metrics.frechet import frechet_distance, gaussian
 from diffbench.metrics.kernel import kernel_distance
@@ -94,7 +94,7 @@ def test_held_out_images_are_compared_in_equal_number(smoke_run: Path) -> None:
     (record, _) = evaluate.evaluate(run, ["evaluate.count=400"])  # more than the 360 held-out digits
     features = references.make_extractor("digits-cnn", None, run.train_set)
     scorer = scorers.run_scorer(run.config.evaluate, features, run.train_set, run.held_out)
-    assert scorer.comparison.references.keys() == {"fd", "fd_held_out"}  # of the smoke run's 20 there are enough
+    assert scorer.measurement.references.keys() == {"fd", "fd_held_out"}  # of the smoke run's 20 there are enough
     ((_, samples),) = evaluate.samples_of(
         run, evaluate.change(run.config, {"evaluate": {"count": 400}}), run.config.sample.unguided()
     ).batches(400)
@@ -255,12 +255,12 @@ def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
     images = torch.randint(0, 256, (count, 3, 2, 2), generator=generator).to(torch.uint8)
     images[:, 1], images[:, 2] = (numbers // 256)[:, None, None], (numbers % 256)[:, None, None]
     statistics = ReferenceStatistics(gaussian(torch.randn(9, 2)), torch.zeros(0, 2))
-    comparison = Comparison(judge, {"fd": statistics}, count, by_class=True, permutation=scorers.permutation)
-    found = scorers.Scorer(comparison, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
+    measurement = Measurement(judge, {"fd": statistics}, count, by_class=True, permutation=scorers.permutation)
+    found = scorers.Scorer(measurement, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
     order = scorers.permutation(count, "order of samples", "export")
     assert found == pytest.approx(inception_score(logits[order].split(5000)))
-    comparison.by_class = False
-    plain = scorers.Scorer(comparison, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
+    measurement.by_class = False
+    plain = scorers.Scorer(measurement, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
     assert plain == pytest.approx(inception_score(logits.split(5000))) and plain < found - 0.5
 
 

@@ -1,0 +1,22 @@
+"""Start the ranks of a job that `diffbench.runs.worker` carries out."""
+
+import sys
+from collections.abc import Sequence
+
+from diffbench.core.distributed import launch
+
+
+def run_ranks(count: int, what: str, *words: str, keep: Sequence[int] = ()) -> None:
+    """Run a job of `runs.worker` in several processes on this machine and wait for them; see `launch`.
+
+    Args:
+        count: processes.
+        what: train, encode or draw.
+        words: arguments of the job.
+        keep: open files that the ranks inherit.
+
+    Raises:
+        SystemExit: with the code of a process that failed, which has said why.
+    """
+    if code := launch([sys.executable, "-m", "diffbench.runs.worker", what, *words], count, keep):
+        raise SystemExit(code)
