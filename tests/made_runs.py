@@ -11,12 +11,15 @@ import torch
 from diffbench.config.load import load, to_yaml
 from diffbench.core import tensors
 from diffbench.core.store import Store
+from diffbench.evaluation.validation_error import bound, bound_metrics
 from diffbench.reports.results import Trial
 from diffbench.runs.lifecycle import look
 
 LEVELS = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
-PROFILE = np.array([0.42, 0.26, 0.13, 0.055, 0.021, 0.0085, 0.0034])
-"""Validation error of a trained network at these levels."""
+PROFILE = np.array([0.0012, 0.005, 0.018, 0.055, 0.15, 0.4, 0.75])
+"""Squared error of eps of a trained network at these levels."""
+PARTS = {"val": 1.0, "train": 0.9}
+"""Errors on held-out and on training images, as shares of the profile."""
 
 
 def make_run(
@@ -30,13 +33,13 @@ def make_run(
     rate: float = 2400.0,
     image_errors: bool = True,
 ) -> Path:
-    """A trained run whose validation error ends at `error`; `tilt` moves it between the noise levels."""
+    """A trained run whose validation bound ends at `error`; `tilt` moves it between the noise levels."""
     folder.mkdir(parents=True)
     config = load(f"experiments/digits/{experiment}.yaml", [f"seed={seed}", f"trainer.max_images={images}", *overrides])
     (folder / "config.yaml").write_text(to_yaml(config))
     noise = np.random.default_rng(seed)
     profile = PROFILE * np.exp(tilt * np.linspace(-1, 1, len(LEVELS)))
-    profile *= error / profile.mean()
+    profile *= error / bound(LEVELS, profile)
     lines: list[dict[str, Any]] = []
     for i in range(1, 13):
         seen = images * i // 12
@@ -44,8 +47,8 @@ def make_run(
         values = profile * rest
         speed = rate * float(noise.uniform(0.97, 1.03))
         lines.append({"images": seen, "train/loss": error * rest, "train/lr": 1e-3, "perf/images_per_s": speed})
-        told = {f"val/error_log_snr_{level:g}": float(v) for level, v in zip(LEVELS, values, strict=True)}
-        lines.append({"images": seen, "val/error": float(values.mean()), **told})
+        parts = [bound_metrics(part, dict(zip(LEVELS, share * values, strict=True))) for part, share in PARTS.items()]
+        lines.append({"images": seen, **parts[0], **parts[1]})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tensors.write(folder / f"ema-{config.ema.decays[0]}.safetensors", {"x": torch.zeros(1)}, {"images": str(images)})
     if image_errors:

@@ -38,7 +38,7 @@ class CompareConfig:
     out: str | None = None
     """Folder of the report; null: runs/reports/ and a name made of the runs'."""
     primary: str | None = None
-    """Metric that decides; null: val/error where all have it, else fd."""
+    """Metric that decides; null: val/bound where all have it, else fd."""
     baseline: str | None = None
     """Variant that all others are compared with; null for all pairs."""
 
@@ -159,8 +159,8 @@ def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]
             trials.append(Trial(name, seed, "unfinished", run, record, f"stopped at {run.images_seen:,} images"))
     order = list(dict.fromkeys(t.variant for t in trials))
     trials.sort(key=lambda t: (order.index(t.variant) if len(order) < 100 else 0, t.seed))
-    measured = all(run.last("val/error") is not None for run in denoisers) or not any(t.record for t in trials)
-    primary = asked.primary or ("val/error" if measured else "fd")
+    measured = all(run.last("val/bound") is not None for run in denoisers) or not any(t.record for t in trials)
+    primary = asked.primary or ("val/bound" if measured else "fd")
     backbones = {run.flat.get("denoiser.name") for run in denoisers}
     besides = _differing([run.flat for run in denoisers], apart="denoiser.") if len(backbones) > 1 else []
     notes = _notes(denoisers, besides)

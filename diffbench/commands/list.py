@@ -87,7 +87,7 @@ def _row(run: "Run[Any]") -> dict[str, str]:
     from diffbench.metrics.registry import metric_of
     from diffbench.reports.results import newest_scores, settings
 
-    trainer, error = run.values["trainer"], run.last("val/error")
+    trainer, bound = run.values["trainer"], run.last("val/bound")
     batch = int(trainer["batch_size"])
     scored = [
         f"{name} {value:.4g}" + (f" ({how})" if (how := settings(record)) else "")
@@ -100,7 +100,7 @@ def _row(run: "Run[Any]") -> dict[str, str]:
         "run": str(run.folder),
         "images": f"{run.images_seen:,}",
         "of": f"{-(-int(trainer['max_images']) // batch) * batch:,}",
-        "validation error": "-" if error is None else f"{error:.4f}",
+        "validation bound": "-" if bound is None else f"{bound:.4f}",
         "newest score": next(iter(scored), "-"),
         "last change": f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}",
     }

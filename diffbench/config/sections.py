@@ -207,17 +207,17 @@ class DenoiserTrainerConfig(TrainerConfig):
 
 @dataclass
 class ValidationConfig:
-    """Squared error of the denoised image on held-out images with fixed noise."""
+    """Squared error of eps on held-out images with fixed noise; half its integral over log-SNR is the bound."""
 
     log_snr: list[float] = field(default_factory=lambda: [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
-    """Noise levels, log(alpha^2 / sigma^2)."""
+    """Noise levels, log(alpha^2 / sigma^2), rising: those that the bound covers."""
     count: int = 2_000
     """Held-out images to use, spread evenly over the classes; all where there are fewer."""
 
     def __post_init__(self) -> None:
         check_positive(self, "count", section="validation")
-        if not self.log_snr:
-            raise ValueError("validation.log_snr: must name at least one level")
+        if len(self.log_snr) < 2 or sorted(set(self.log_snr)) != self.log_snr:
+            raise ValueError(f"validation.log_snr: must be at least two rising levels, got {self.log_snr}")
 
 
 # Keys of one sampler alone: key, sampler, the value that does nothing with the others.

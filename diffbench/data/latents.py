@@ -17,7 +17,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
 from diffbench.core.progress import progress
 from diffbench.core.store import DamagedError, Filling, Store
-from diffbench.data.sets import ImageSet, rows
+from diffbench.data.sets import ImageSet, balanced, rows
 
 Dtype = Literal["float16", "float32"]
 
@@ -74,6 +74,14 @@ class LatentSet:
         mean, log_variance, labels = (a[:count] for a in (self.mean, self.log_variance, self.labels))
         flipped = self.flipped.first(count) if self.flipped else None
         return replace(self, mean=mean, log_variance=log_variance, labels=labels, flipped=flipped, digest=None)
+
+    def evenly(self, count: int) -> "LatentSet":
+        """Those of at most `count` images, spread evenly over the classes, as they are without a flip."""
+        if count >= len(self):
+            return self
+        index = balanced(self.labels, count)
+        mean, log_variance, labels = (rows(a, index) for a in (self.mean, self.log_variance, self.labels))
+        return replace(self, mean=mean, log_variance=log_variance, labels=labels, flipped=None, digest=None)
 
     def gather(self, index: Tensor) -> dict[str, Tensor]:
         """The batch of the images with numbers `index` (B,)."""

@@ -70,7 +70,7 @@ class ImageSet:
         """The first `count` images, or all if there are fewer."""
         return replace(self, images=self.images[:count], labels=self.labels[:count], digest=None)
 
-    def spread(self, count: int) -> "ImageSet":
+    def evenly(self, count: int) -> "ImageSet":
         """At most `count` images, spread evenly over the classes."""
         if count >= len(self):
             return self

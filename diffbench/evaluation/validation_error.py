@@ -1,11 +1,16 @@
-"""Errors on held-out images at fixed noise levels and fixed noise: a denoiser's squared error, a classifier's accuracy.
+"""Errors on fixed images at fixed noise levels and fixed noise: a denoiser's squared error, a classifier's accuracy.
 
-The squared error of the denoised image has one unit for every process and prediction, so that it compares backbones
-and shows at which noise level one is better.
+The squared error of the noise eps, which is SNR times that of the denoised image, weighs every log-SNR as the
+variational bound does, whatever the schedule: half its integral over log-SNR is the bound's diffusion loss (Kingma et
+al. 2021; Kingma & Gao 2023, Eq. 2). So one number in nats per dimension compares every process and prediction, and the
+curve below it shows at which noise level a denoiser is better.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,13 +19,14 @@ from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.diffusion import Process, predictor
 
+Data = ImageSet | LatentSet
 BATCH = 512
 
 
 def denoising_error(
-    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = BATCH
+    denoiser: nn.Module, process: Process, data: Data, log_snr: Sequence[float], batch_size: int = BATCH
 ) -> dict[float, float]:
-    """Mean squared error per number of the denoised image or latent, as the data set gives it, at each log-SNR.
+    """Mean squared error of eps, per number of an image or latent, at each log-SNR.
 
     The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels. Of several
     ranks each takes a slice of the images, and all get the result.
@@ -31,7 +37,7 @@ def denoising_error(
 def error_sums(
     denoiser: nn.Module,
     process: Process,
-    data: ImageSet | LatentSet,
+    data: Data,
     log_snr: Sequence[float],
     batch_size: int = BATCH,
     check: Callable[[], None] = lambda: None,
@@ -56,7 +62,7 @@ def mean_errors(log_snr: Sequence[float], sums: Tensor) -> dict[float, float]:
 
 
 def image_errors(
-    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, log_snr: Sequence[float], batch_size: int = BATCH
+    denoiser: nn.Module, process: Process, data: Data, log_snr: Sequence[float], batch_size: int = BATCH
 ) -> Tensor:
     """The same for each image alone: (levels, N) float64 on the CPU, whose means over images are `denoising_error`.
 
@@ -72,9 +78,9 @@ def image_errors(
 
 @torch.no_grad()
 def _squares(
-    denoiser: nn.Module, process: Process, data: ImageSet | LatentSet, level: float, batches: Sequence[Tensor]
+    denoiser: nn.Module, process: Process, data: Data, level: float, batches: Sequence[Tensor]
 ) -> Iterator[Tensor]:
-    """Squared errors at one noise level of batches of images (B,): (B, ...) float64 on the denoiser's device."""
+    """Squared errors of eps at one noise level of batches of images (B,): (B, ...) float64 on the denoiser's device."""
     parameter = next(denoiser.parameters())
     predict = predictor(process, denoiser)
     training = denoiser.training
@@ -87,7 +93,7 @@ def _squares(
             y = data.labels[index].to(parameter.device)
             x_t, t = _noised(process, x0, index, level)
             denoised = predict(x_t, t, y).x0
-            yield (denoised - x0).double().square()
+            yield math.exp(level) * (denoised - x0).double().square()
     finally:
         denoiser.train(training)
 
@@ -133,7 +139,32 @@ def _noised(process: Process, x0: Tensor, index: Tensor, level: float) -> tuple[
     return process.add_noise(x0, t, eps), t
 
 
-def as_metrics(name: str, values: dict[float, float]) -> dict[str, float]:
-    """{"val/<name>": mean over the levels, "val/<name>_log_snr_-2": ..., ...}."""
+def bound(log_snr: Sequence[float] | np.ndarray, errors: Sequence[float] | np.ndarray) -> Any:
+    """The variational bound's diffusion loss over the covered levels: half the integral of the error of eps.
+
+    Args:
+        log_snr: (levels,), rising; the integral ends at the first and the last, and joins them by straight lines.
+        errors: (levels, ...) squared errors of eps per number.
+
+    Returns:
+        (...) nats per number.
+    """
+    each = np.asarray(errors)
+    return 0.25 * np.tensordot(np.diff(log_snr), each[1:] + each[:-1], axes=1)
+
+
+def validation_sets(held_out: Data, train: Data | None = None) -> dict[str, Data]:
+    """What is validated on: "val", the held-out images, and "train", as many training images, to see overfitting."""
+    return {"val": held_out} | ({} if train is None else {"train": train.evenly(len(held_out))})
+
+
+def bound_metrics(part: str, errors: Mapping[float, float]) -> dict[str, float]:
+    """{"<part>/bound": nats per dimension, "<part>/level/-2": squared error of eps at log-SNR -2, ...}."""
+    each = {f"{part}/level/{level:g}": error for level, error in errors.items()}
+    return {f"{part}/bound": float(bound(list(errors), list(errors.values()))), **each}
+
+
+def accuracy_metrics(values: Mapping[float, float]) -> dict[str, float]:
+    """{"val/accuracy": mean over the levels, "val/accuracy_log_snr_-2": ..., ...}."""
     mean = sum(values.values()) / len(values)
-    return {f"val/{name}": mean, **{f"val/{name}_log_snr_{level:g}": v for level, v in values.items()}}
+    return {"val/accuracy": mean, **{f"val/accuracy_log_snr_{level:g}": v for level, v in values.items()}}

@@ -15,6 +15,11 @@ _DISTANCES = (
     "Fréchet and kernel distances compare the features of generated and real images. They depend on the number of"
     " samples and on the extractor, both of which stand in their names; what as many real images score is the floor."
 )
+_BOUND = (
+    "The bound is the diffusion loss of the variational bound on -log p(x) over the validation's noise levels: half the"
+    " integral over log-SNR of the squared error of the noise, in nats per dimension, which no schedule changes (Kingma"
+    " et al. 2021; Kingma & Gao 2023). What held-out images score above training images is overfitting."
+)
 _SHARES = "Precision tells how real samples look, recall and coverage how much of the real variety they reach."
 
 
@@ -25,6 +30,7 @@ class Metric:
     Attributes:
         name: under which values are recorded, without extractor and count: "fd" of "fd/digits-cnn@500".
         title: the name in words.
+        unit: of the values; empty for a plain number.
         direction: which values are better; None for a metric that ranks nothing.
         shown: whether tables have a row or column for it; the records hold every metric.
         percent: whether a value in 0 to 1 is written as a percentage.
@@ -56,6 +62,7 @@ class Metric:
     tie: float = 0.0
     listed: bool = False
     floor: bool = False
+    unit: str = ""
     note: str = ""
 
     @property
@@ -66,7 +73,7 @@ class Metric:
     @property
     def is_validation(self) -> bool:
         """Whether training logs the metric, rather than an evaluation of samples."""
-        return self.name.startswith("val/")
+        return self.name.startswith(("val/", "train/"))
 
     def better(self) -> str:
         """ "lower is better" or "higher is better"; empty for a metric that ranks nothing."""
@@ -87,13 +94,14 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric(
-            "val/error",
-            "validation error",
+            "val/bound",
+            "validation bound",
+            unit="nats/dim",
             digits=4,
             watched=True,
-            note="Validation error is the mean squared error of the denoised image on held-out images at fixed noise"
-            " levels: one unit for every process and prediction.",
+            note=_BOUND,
         ),
+        Metric("train/bound", "bound on training images", None, unit="nats/dim", digits=4, note=_BOUND),
         Metric("fd", "Fréchet distance", **_MAIN, **_FRECHET),
         Metric("fid", "FID", computed="fd", **_MAIN, **_FRECHET),
         Metric("fd_spatial", "spatial Fréchet distance", measure=SpatialFrechetDistance, **_FRECHET),
@@ -153,11 +161,11 @@ RANKING = [name for name, metric in METRICS.items() if metric.direction]
 
 
 def metric_of(name: str) -> Metric:
-    """Find the row of a metric by its full or short name: "fd/digits-cnn@500", "psnr@200", "val/error".
+    """Find the row of a metric by its full or short name: "fd/digits-cnn@500", "psnr@200", "val/bound".
 
     A name without a row gets one of its own that is not shown and ranks nothing.
     """
-    short = name if name.startswith("val/") else name.split("/")[0].split("@")[0]
+    short = name if name.startswith(("val/", "train/")) else name.split("/")[0].split("@")[0]
     return METRICS.get(short) or Metric(short, short.replace("_", " "), None, shown=False)
 
 

@@ -1,6 +1,6 @@
 """The conclusion of a comparison: summaries of every variant, paired differences, the answer in a sentence or two."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
@@ -29,7 +29,7 @@ class PairedTest:
         paired: their differences, seed by seed.
         verdict: which one is better.
         detectable: the smallest true difference that would have been found, at least what counts as a tie.
-        by_image: differences of validation errors, paired by image and noise, seeds averaged: how sure the difference
+        by_image: differences of validation bounds, paired by image and noise, seeds averaged: how sure the difference
             is for these trained networks.
         resampled: the bootstrap's 95% interval of the same.
     """
@@ -132,7 +132,7 @@ def conclude(comparison: Comparison) -> Conclusion:
     check_comparable(trials, comparison.primary)
     name = full_name(trials, comparison.primary) or comparison.primary
     if metric_of(name).is_validation and (differing := validation_difference(trials)) is not None:
-        raise UserError(f"validation errors were measured differently: {differing}; choose another primary metric")
+        raise UserError(f"validations were measured differently: {differing}; choose another primary metric")
     variants: dict[str, list[Trial]] = {}
     for trial in trials:
         variants.setdefault(trial.variant, []).append(trial)
@@ -144,6 +144,8 @@ def conclude(comparison: Comparison) -> Conclusion:
         _answer_against(c, comparison.baseline)
     else:
         _answer(c)
+    if crossings := _crossings(c):
+        c.answer += f" Along the noise levels they cross: {'; '.join(crossings[:3])}."
     if disputed := _disputed(c):
         c.answer += f" Other measures disagree: {'; '.join(disputed)}."
         c.outcome = "disputed" if c.outcome == "winner" else c.outcome
@@ -180,22 +182,22 @@ def _tests(c: Conclusion) -> list[PairedTest]:
         detectable = None if paired.detectable is None else max(paired.detectable, tie)
         resampled = None
         if (a, b) in images and len(images) <= MOST_RESAMPLED:
-            resampled = statistics.bootstrap(images[a, b], "validation error by image")
+            resampled = statistics.bootstrap(images[a, b], "bound by image")
         found.append(PairedTest(a, b, paired, verdict, detectable, by_image.get((a, b)), resampled))
     return found
 
 
 def _by_image(c: Conclusion, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], np.ndarray]:
-    """Pair -> (images,) differences of validation error, averaged over noise levels and the seeds that both have."""
-    errors: dict[str, dict[int, np.ndarray]] = {}
+    """Pair -> (images,) differences of the bound, averaged over the seeds that both have."""
+    bounds: dict[str, dict[int, np.ndarray]] = {}
     for variant, trials in c.variants.items():
-        measured = {t.seed: t.image_errors for t in trials if t.complete}
-        errors[variant] = {seed: e for seed, e in measured.items() if e is not None and np.isfinite(e).all()}
+        measured = {t.seed: t.image_bounds for t in trials if t.complete}
+        bounds[variant] = {seed: b for seed, b in measured.items() if b is not None and np.isfinite(b).all()}
     rows = {}
     for a, b in pairs:
-        shapes = {errors[v][seed].shape for seed in errors[a].keys() & errors[b].keys() for v in (a, b)}
+        shapes = {bounds[v][seed].shape for seed in bounds[a].keys() & bounds[b].keys() for v in (a, b)}
         if len(shapes) == 1 and network_key(c.variants[a]) != network_key(c.variants[b]):
-            rows[a, b] = statistics.by_image(errors[a], errors[b]).mean(axis=0)
+            rows[a, b] = statistics.by_image(bounds[a], bounds[b])
     return rows
 
 
@@ -277,6 +279,37 @@ def _disputed(c: Conclusion) -> list[str]:
         if best is not None and statistics.verdict(paired, metric.lower_is_better, tie) == "first":
             found.append(f"by {metric.title} {c.mean(rival, name)} is better than {c.mean(best, name)}")
     return found
+
+
+def levels_of(names: Iterable[str], part: str = "val") -> dict[str, float]:
+    """Name -> log-SNR of the errors at single noise levels, rising."""
+    start = f"{part}/level/"
+    found = {name: float(name.removeprefix(start)) for name in names if name.startswith(start)}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _crossings(c: Conclusion) -> list[str]:
+    """Which variants predict the noise better than the best by the primary metric at some noise levels and worse at
+    others, Holm's correction over all levels and variants.
+    """
+    best, levels = next(iter(c.ranked()), None), levels_of(c.metrics)
+    if best is None or len({network_key(trials) for trials in c.variants.values()}) < 2:
+        return []
+    pairs = {
+        (rival, level): statistics.differences(c.by_seed(rival, name), c.by_seed(best, name))
+        for rival in c.variants
+        if network_key(c.variants[rival]) != network_key(c.variants[best])
+        for name, level in levels.items()
+    }
+    better: dict[str, dict[str, list[str]]] = {}
+    for (rival, level), paired in statistics.paired(pairs).items():
+        verdict = statistics.verdict(paired, lower_is_better=True)
+        better.setdefault(rival, {}).setdefault(verdict, []).append(f"{level:g}")
+    return [
+        f"{rival} is better at log-SNR {listed(at['first'])}, {best} at {listed(at['second'])}"
+        for rival, at in better.items()
+        if at.keys() >= {"first", "second"}
+    ]
 
 
 def confidence(tests: Sequence[PairedTest]) -> str:

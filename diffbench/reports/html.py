@@ -62,7 +62,8 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         seeds=sorted({t.seed for t in c.trials}),
         tables=tables,
         quality=_quality(c),
-        titles={name: metric_of(name).title for name in c.metrics},
+        agreement=tables.agreement(c),
+        titles={name: _title(name) for name in c.metrics},
         best=c.ranked()[:1] if c.outcome in ("winner", "disputed") else [],
         decided=[f"{x.first} - {x.second}" for x in c.tests if x.winner],
         confidence=confidence(c.tests),
@@ -72,6 +73,12 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         counted=counted,
         most_open=MOST_OPEN,
     )
+
+
+def _title(name: str) -> str:
+    """The title of a metric, with its unit."""
+    metric = metric_of(name)
+    return f"{metric.title}, {metric.unit}" if metric.unit else metric.title
 
 
 def _quality(c: Conclusion) -> tables.Rows:

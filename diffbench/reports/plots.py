@@ -45,7 +45,7 @@ def draw(c: Conclusion, folder: Path) -> list[Plot]:
     found: list[Plot | None] = [answer(c, style, folder / "answer.png")] if c.ranked() else []
     found += [sweep_plot(c, sweep, folder / f"{sweep.key}.png") for sweep in sweeps(c)]
     if len(chosen) > 1 or len(c.variants) == 1:  # else variants differ in sampling alone
-        for name in dict.fromkeys((c.name, "val/error")):
+        for name in dict.fromkeys((c.name, "val/bound")):
             path = folder / f"budget-{metric_of(name).name.replace('/', '-')}.png"
             found.append(budget_plot(c, chosen, style, name, path, folded))
         found.append(level_plot(c, chosen, style, folder / "noise-levels.png", folded))
@@ -148,7 +148,7 @@ def budget_plot(
 def level_plot(
     c: Conclusion, trained: dict[str, list[Trial]], style: dict[str, Style], path: Path, folded: str
 ) -> Plot | None:
-    """Validation error per noise level, and relative to the baseline or the mean of networks."""
+    """Error of eps per noise level: as it is, relative to the baseline or the mean of networks, and above training."""
     levels = {name: noise_levels(trials) for name, trials in trained.items()}
     levels = {name: (at, rows) for name, (at, rows) in levels.items() if rows and len(at) > 1}
     at = next((at for at, _ in levels.values()), [])
@@ -158,30 +158,38 @@ def level_plot(
     base = c.comparison.baseline if c.comparison.baseline in found else None
     against = base or "the mean of all"
     alone = len(found) == 1
-    figure = new_figure(5 if alone else 9.6, 3.6)
-    panels = figure.subplots(1, 1 if alone else 2, squeeze=False)[0]
+    figure = new_figure(9.6 if alone else 13.2, 3.6)
+    panels = figure.subplots(1, 2 if alone else 3, squeeze=False)[0]
     compared = [found[base]] if base else list(found.values())
     shared = set.intersection(*(set(rows) for rows in compared))
     reference = {seed: np.mean([rows[seed] for rows in compared], axis=0) for seed in shared}
     for name, rows in found.items():
-        _line(panels[0], style[name], at, np.array(list(rows.values())), name, markers=True, lowest=0.2)
+        _line(panels[0], style[name], at, np.array(list(rows.values())), name, markers=True)
+        seen = noise_levels(trained[name], "train")[1]
+        if seen:
+            panels[0].plot(at, np.mean(list(seen.values()), axis=0), ":", color=style[name].colour, linewidth=1.2)
+            gaps = np.array([100 * (rows[s] / seen[s] - 1) for s in rows.keys() & seen.keys()])
+            _line(panels[-1], style[name], at, gaps, name, markers=True)
         seeds = sorted(rows.keys() & reference.keys())
         if not alone and seeds:
             percent = np.array([100 * (rows[s] / reference[s] - 1) for s in seeds])
             _line(panels[1], style[name], at, percent, name, markers=True)
-    log_scale(panels[0])
-    where = "log-SNR (left: nearly noise, right: nearly the image)"
-    label(panels[0], where, _axis("val/error"))
+    where = "log-SNR (left: noise, right: image)"
+    label(panels[0], where, "squared error of eps")
+    panels[0].set_ylim(bottom=0)
     if not alone:
-        panels[1].axhline(0, color=INK, linewidth=1)
         label(panels[1], where, f"error against {against} (%)")
+    label(panels[-1], where, "held-out above training error (%)")
+    for panel in panels[1:]:
+        panel.axhline(0, color=INK, linewidth=1)
     legend(figure, panels[0])
-    right = "" if alone else f" Right: in percent of {against}, paired by seed; below zero is better."
+    middle = "" if alone else f" Middle: in percent of {against}, paired by seed; below zero is better."
     caption = (
-        f"Validation error at each noise level, on the same held-out images with the same noise.{right} Bands are 95%"
-        f" intervals over seeds.{folded}"
+        "Squared error of the noise at each level, on the same held-out images with the same noise; dotted: on as many"
+        f" training images. Half the area below a line is its bound.{middle} Right: how far held-out images lie above"
+        f" training images, which is overfitting. Bands are 95% intervals over seeds.{folded}"
     )
-    return save(figure, path, "Validation error by noise level" if alone else "Where it is better", caption)
+    return save(figure, path, "Error by noise level" if alone else "Where it is better", caption)
 
 
 def _line(
@@ -191,13 +199,11 @@ def _line(
     values: np.ndarray,
     name: str,
     markers: bool = False,
-    lowest: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A line with its band over seeds (seeds, points), which ends above `lowest` times the line; returns both."""
+    """A line with its band over seeds (seeds, points); returns both."""
     mean, low, high = found = band(values)
     marker = {"marker": style.marker, "markersize": 5} if markers else {"linewidth": 1.8}
     axis.plot(x, mean, style.dash, color=style.colour, label=plain(name), **marker)
-    low = low if lowest is None else low.clip(min=lowest * mean)
     axis.fill_between(x, low, high, color=style.colour, alpha=0.16, linewidth=0)
     return found
 
@@ -235,5 +241,5 @@ def sweep_plot(c: Conclusion, sweep: Sweep, path: Path) -> Plot:
 
 def _axis(name: str, unit: str = "") -> str:
     """The label of an axis: the metric's title, its better direction and the unit."""
-    facts = ", ".join(text for text in (metric_of(name).better(), unit) if text)
+    facts = ", ".join(text for text in (metric_of(name).better(), unit or metric_of(name).unit) if text)
     return f"{metric_of(name).title} ({facts})" if facts else metric_of(name).title

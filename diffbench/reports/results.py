@@ -13,7 +13,7 @@ from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.denoisers.flops import Cost
 from diffbench.evaluation.records import difference, settings_of, values
-from diffbench.evaluation.validation_error import image_errors
+from diffbench.evaluation.validation_error import bound, image_errors
 from diffbench.metrics.registry import RANKING, metric_of
 from diffbench.runs.base import DATA_FACTS, Run
 from diffbench.runs.build import device_of
@@ -21,11 +21,13 @@ from diffbench.runs.denoiser import DenoiserRun
 
 Status = Literal["complete", "unfinished", "failed", "not begun"]
 IMAGE_ERRORS = "validation.safetensors"
-"""The file of a run that holds the validation error of every held-out image."""
+"""The file of a run that holds the errors of every held-out image by noise level."""
+VALIDATION = ("val/", "train/bound", "train/level/")
+"""What a validation logs begins with these."""
 VALIDATED = ("data.", "validation.", "autoencoder")
-"""Keys on which the validation error depends begin with these."""
+"""Keys on which the validation bound depends begin with these."""
 NOT_PROTOCOL = ("data.num_workers", "data.flip", "data.path")
-"""Keys among those that leave the validation error comparable."""
+"""Keys among those that leave the validation bound comparable."""
 
 
 @dataclass(eq=False)
@@ -55,10 +57,10 @@ class Trial:
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """Every number under its full name: the last validation errors, then the record's."""
+        """Every number under its full name: those of the last validation, then the record's."""
         found: dict[str, float] = {}
         for line in self.run.metrics if self.run else ():
-            found |= {name: value for name, value in line.items() if name.startswith("val/")}
+            found |= {name: value for name, value in line.items() if name.startswith(VALIDATION)}
         return found | values(self.record or {})
 
     @cached_property
@@ -83,10 +85,12 @@ class Trial:
         return max(logged, default=None)
 
     @cached_property
-    def image_errors(self) -> np.ndarray | None:
-        """(levels, images) validation errors of single images, of the weights that the run holds now."""
+    def image_bounds(self) -> np.ndarray | None:
+        """(images,) bounds of single held-out images in nats per dimension, of the weights that the run holds now."""
         found = read_image_errors(self.run.folder) if self.run else None
-        return found.error if found and self.run and found.images == self.run.images_seen else None
+        if not found or self.run is None or found.images != self.run.images_seen:
+            return None
+        return np.asarray(bound(found.log_snr, found.error.astype(np.float64)))
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Comparison:
         title: the report's headline.
         question: what it asks, in a sentence or two.
         trials: all variants and seeds, in the order of tables.
-        primary: the metric that decides: "val/error", or a score's name up to its extractor or count, as "fd",
+        primary: the metric that decides: "val/bound", or a score's name up to its extractor or count, as "fd",
             "label_accuracy", "kid".
         baseline: the variant that all others are compared with; None for all pairs.
         like_for_like: False where variants differ in more than the question, which the report then says.
@@ -107,7 +111,7 @@ class Comparison:
     title: str
     question: str
     trials: list[Trial]
-    primary: str = "val/error"
+    primary: str = "val/bound"
     baseline: str | None = None
     like_for_like: bool = True
     notes: list[str] = field(default_factory=list)
@@ -233,17 +237,17 @@ def comparable_scores(runs: Sequence[Run[Any]]) -> list[list[dict[str, Any]]]:
     return chosen
 
 
-# Validation errors of single images.
+# Errors of single images.
 
 
 @dataclass(frozen=True)
 class ImageErrors:
-    """Validation errors of a run's averaged weights.
+    """Errors of a run's averaged weights on single held-out images.
 
     Attributes:
         images: images that the weights had seen.
         log_snr: (levels,).
-        error: (levels, images) float32, mean squared error per value of each held-out image, at its fixed noise.
+        error: (levels, images) float32, mean squared error of eps on each held-out image, at its fixed noise.
     """
 
     images: int
@@ -252,7 +256,7 @@ class ImageErrors:
 
 
 def save_image_errors(run: DenoiserRun) -> Path:
-    """Write the validation error of every held-out image at every noise level, unless it is there for these weights.
+    """Write the errors of every held-out image at every noise level, unless they are there for these weights.
 
     Args:
         run: with averaged weights.
@@ -277,7 +281,7 @@ def save_image_errors(run: DenoiserRun) -> Path:
 
 
 def read_image_errors(folder: Path) -> ImageErrors | None:
-    """The validation errors of single images in a run folder, or None.
+    """The errors of single images in a run folder, or None.
 
     Raises:
         UserError: if the file is damaged.

@@ -7,12 +7,9 @@ from typing import Any
 import numpy as np
 
 from diffbench.metrics.registry import metric_of
-from diffbench.reports.conclusions import Conclusion, network_key
+from diffbench.reports.conclusions import Conclusion, levels_of, network_key
 from diffbench.reports.results import Trial
 from diffbench.reports.statistics import summary
-
-LEVEL = "val/error_log_snr_"
-"""The start of the names of validation errors at single noise levels."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,12 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, mean - half, mean + half
 
 
-def noise_levels(trials: Sequence[Trial]) -> tuple[list[float], dict[int, np.ndarray]]:
-    """Log-SNRs, and seed -> validation error at each, of complete trials."""
+def noise_levels(trials: Sequence[Trial], part: str = "val") -> tuple[list[float], dict[int, np.ndarray]]:
+    """Log-SNRs, and seed -> squared error of eps at each, of complete trials on held-out ("val") or "train" images."""
     complete = [t for t in trials if t.complete and t.values]
-    names = [n for n in complete[0].values if n.startswith(LEVEL)] if complete else []
-    names.sort(key=lambda n: float(n.removeprefix(LEVEL)))
-    rows = {t.seed: np.array([t.values[n] for n in names]) for t in complete if all(n in t.values for n in names)}
-    return [float(n.removeprefix(LEVEL)) for n in names], rows
+    levels = levels_of(complete[0].values, part) if complete else {}
+    rows = {t.seed: np.array([t.values[n] for n in levels]) for t in complete if levels.keys() <= t.values.keys()}
+    return list(levels.values()), rows
 
 
 @dataclass(frozen=True)

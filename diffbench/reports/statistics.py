@@ -174,10 +174,10 @@ def differences(first: Mapping[int, float], second: Mapping[int, float]) -> list
 
 
 def by_image(first: Mapping[int, Array], second: Mapping[int, Array]) -> Array:
-    """Differences (levels, images) of errors on the same images and noise, averaged over the seeds that both have.
+    """Differences (images,) of bounds on the same images and noise, averaged over the seeds that both have.
 
     Args:
-        first: seed -> errors (levels, images).
+        first: seed -> bounds (images,).
         second: the same of the other variant.
     """
     shared = sorted(first.keys() & second.keys())

@@ -8,7 +8,7 @@ import pandas as pd
 
 from diffbench.evaluation.records import values
 from diffbench.metrics.registry import metric_of
-from diffbench.reports.conclusions import Conclusion, PairedTest
+from diffbench.reports.conclusions import Conclusion, PairedTest, levels_of
 from diffbench.reports.results import Trial, newest_scores, settings
 from diffbench.reports.text import interval_text, mean_text, number, percent
 from diffbench.runs.base import Run
@@ -17,6 +17,8 @@ WIDEST = 6
 """Variants beyond which a table has a row for each, not a column."""
 PAIRS_SHOWN = 12
 """Pairs that the terminal shows."""
+LEAST_RANKED = 5
+"""Results from which on ranks are correlated."""
 IDENTITY = ("seed", "tag", "runs_dir", "format", "kind", "debug")
 """Keys of the config that do not make two runs different variants."""
 
@@ -81,8 +83,9 @@ def run_facts(
         "images/s": f"{run.images_seen / seconds:,.0f}" if seconds else "-",
     }
     if run.kind == "denoiser":
-        error = run.last("val/error")
-        facts["validation error"] = "-" if error is None else f"{error:.4f}"
+        for part, name in (("val", "validation bound"), ("train", "bound on training images")):
+            bound = run.last(f"{part}/bound")
+            facts[f"{name} (nats/dim)"] = "-" if bound is None else f"{bound:.4f}"
         if run.flat.get("trainer.time_sampling") == "loss_aware":
             facts["pairing"] = "none: its times follow its losses"
     elif run.kind == "classifier":
@@ -133,6 +136,22 @@ def quality(c: Conclusion) -> Rows:
     return [*rows, {"variant": "real images", "seeds": "", **real}] if real else rows
 
 
+def agreement(c: Conclusion) -> Rows:
+    """Spearman's rank correlation of measures over all complete results, 1 where they rank alike; a row a measure."""
+    ranking = [name for name in shown(c) if metric_of(name).direction]
+    watched = [name for name in ranking if metric_of(name).watched]
+    names = [*ranking, *(levels_of(c.metrics) if "val/bound" in ranking else ())]
+    signs = {name: 1 if metric_of(name).lower_is_better else -1 for name in names}
+    values = [{name: signs[name] * t.values.get(name, math.nan) for name in names} for t in c.trials if t.complete]
+    if len(values) < LEAST_RANKED or len(watched) < 2:
+        return []
+    found = pd.DataFrame(values).corr("spearman", min_periods=LEAST_RANKED)
+    return [
+        {"measure": name, **{other: f"{r:.2f}" for other in watched if math.isfinite(r := found.loc[name, other])}}
+        for name in names
+    ]
+
+
 def floors(c: Conclusion) -> dict[str, float]:
     """Full name of a metric -> the score of as many real images."""
     records = [t.record for t in c.trials if t.record]
@@ -156,7 +175,7 @@ def pairs(c: Conclusion, tests: Sequence[PairedTest] | None = None) -> Rows:
             "detectable": "-" if x.detectable is None else number(x.detectable, c.name, x.paired.half),
         }
         if x.by_image is not None:
-            row["by image and noise"] = interval_text(x.by_image, "val/error")
+            row["by image and noise"] = interval_text(x.by_image, "val/bound")
         rows.append(row)
     return rows
 

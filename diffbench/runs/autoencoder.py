@@ -84,7 +84,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
     def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
         from diffbench.training.callbacks import ReconstructionGrid, Reconstructions
 
-        t, data = self.config.trainer, self.held_out.spread(VALIDATED)
+        t, data = self.config.trainer, self.held_out.evenly(VALIDATED)
         return [Reconstructions(log, ema, data, t.validate_images), ReconstructionGrid(log, ema, data, t.sample_images)]
 
     def finish(self) -> None:

@@ -65,7 +65,7 @@ class ClassifierRun(Run[ClassifierRunConfig]):
         from diffbench.training.callbacks import Accuracy
 
         c = self.config
-        held_out = self.held_out.spread(c.validation.count)
+        held_out = self.held_out.evenly(c.validation.count)
         return [Accuracy(log, ema, held_out, c.validation.log_snr, c.trainer.validate_images)]
 
 

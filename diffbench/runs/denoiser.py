@@ -172,7 +172,7 @@ class DenoiserRun(Run[RunConfig]):
     @cached_property
     def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
         """The data of training and validation: images, or their latents, which are encoded if they are not yet."""
-        held_out = self.held_out.spread(self.config.validation.count)
+        held_out = self.held_out.evenly(self.config.validation.count)
         if self.autoencoder is None:
             return self.train_set, held_out
         c, net, device = self.config, self.autoencoder, build.device_of(self.config.trainer.accelerator)
@@ -185,7 +185,7 @@ class DenoiserRun(Run[RunConfig]):
         c, t = self.config, self.config.trainer
         classes = self.facts.num_classes
         return [
-            Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images),
+            Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images, self.sets[0]),
             *self._distances(log, ema),
             SampleGrid(log, ema, self.sampler(c.sample), c.sample, classes, t.sample_images),
         ]

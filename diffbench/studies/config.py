@@ -58,7 +58,7 @@ class MatchConfig:
 
 @dataclass
 class TuneConfig:
-    """A grid that is tried alike for each value of an axis, and chosen from by validation error."""
+    """A grid that is tried alike for each value of an axis, and chosen from by the validation bound."""
 
     axis: str | None = None
     """Whose values are tuned, each by itself; null takes the first axis."""
@@ -99,8 +99,8 @@ class StudyConfig:
     stop: StopConfig = field(default_factory=lambda: StopConfig(images=100_000))
     match: MatchConfig = field(default_factory=MatchConfig)
     tune: TuneConfig | None = None
-    primary: str = "val/error"
-    """The metric that decides: val/error, or a score as fd, kid, label_accuracy."""
+    primary: str = "val/bound"
+    """The metric that decides: val/bound, or a score as fd, kid, label_accuracy."""
     baseline: str | None = None
     """The variant that all others are compared with; null compares all pairs."""
     like_for_like: bool = True

@@ -98,7 +98,7 @@ def _tuning_note(
     ]
     at_edge = f" At the edge of the grid, where more might be gained: {', '.join(edges)}." if edges else ""
     return (
-        f"Each {study.tune.axis} was tuned alike: {grid}, by validation error with seed {study.tune.seed}, which is not"
+        f"Each {study.tune.axis} was tuned alike: {grid}, by validation bound with seed {study.tune.seed}, which is not"
         f" reported, for {100 * study.tune.share:g}% of the length; that took {100 * cost:.0f}% of the training FLOPs"
         f" of the reported runs. Chosen: {chosen}.{at_edge}"
     )

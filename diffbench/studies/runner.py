@@ -37,7 +37,7 @@ from diffbench.studies.plan import (
     training_variants,
     tuning_trials,
 )
-from diffbench.studies.trials import FOLDER, TrialFile, is_trained, last_validation_error
+from diffbench.studies.trials import FOLDER, TrialFile, is_trained, last_bound
 
 UNNAMED = ("jobs", "runs_dir", "seeds")
 """Overrides that do not make another study."""
@@ -144,13 +144,13 @@ def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfi
 
 
 def _tuned(tuning: Iterable[PlannedTrial]) -> Tuned:
-    """The choice of tuning for each label so far: the least validation error of the grid."""
+    """The choice of tuning for each label so far: the least validation bound of the grid."""
     best: dict[str, tuple[float, dict[str, Any]]] = {}
     for trial in tuning:
         if is_trained(trial.folder):
-            error = last_validation_error(trial.folder)
-            if trial.label not in best or error < best[trial.label][0]:
-                best[trial.label] = error, trial.tuning or {}
+            bound = last_bound(trial.folder)
+            if trial.label not in best or bound < best[trial.label][0]:
+                best[trial.label] = bound, trial.tuning or {}
     return {label: values for label, (_, values) in best.items()}
 
 

@@ -13,7 +13,7 @@ from diffbench.config.layers import read_yaml
 from diffbench.config.load import from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
-from diffbench.evaluation.validation_error import as_metrics, denoising_error
+from diffbench.evaluation.validation_error import bound_metrics, denoising_error, validation_sets
 from diffbench.reports.results import IMAGE_ERRORS, Comparison, Status, Trial, save_image_errors
 from diffbench.runs.base import Run
 from diffbench.runs.evaluate import evaluate_as, scores_as
@@ -39,16 +39,16 @@ def is_trained(folder: Path) -> bool:
     return run is not None and run.complete
 
 
-def last_validation_error(folder: Path) -> float:
-    """The last validation error of a run.
+def last_bound(folder: Path) -> float:
+    """The last validation bound of a run.
 
     Raises:
         UserError: if it has none.
     """
-    error = look(folder).last("val/error")
-    if error is None:
-        raise UserError(f"{folder}: no validation error in metrics.jsonl")
-    return error
+    bound = look(folder).last("val/bound")
+    if bound is None:
+        raise UserError(f"{folder}: no validation bound in metrics.jsonl")
+    return bound
 
 
 class TrialFile:
@@ -120,9 +120,12 @@ class TrialFile:
             run.use_average(changes.get(AVERAGE, self.config.ema.decays[0]))
 
             def errors() -> dict[str, float]:
-                # metrics.jsonl has the validation error of the first average alone
-                found = denoising_error(run.network, run.process, run.sets[1], run.config.validation.log_snr)
-                return as_metrics("error", found)
+                # metrics.jsonl has those of the first average alone
+                found: dict[str, float] = {}
+                for part, data in validation_sets(run.sets[1], run.sets[0]).items():
+                    levels = run.config.validation.log_snr
+                    found |= bound_metrics(part, denoising_error(run.network, run.process, data, levels))
+                return found
 
             evaluate_as(run, evaluated(self.config, changes, str(self.path)), errors if AVERAGE in changes else dict)
             print(f"{variant}: scored in {time.perf_counter() - started:.1f} s", flush=True)

@@ -17,7 +17,15 @@ from diffbench.core.progress import span
 from diffbench.data.coding import at_once, reconstruct, side_by_side
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
-from diffbench.evaluation.validation_error import accuracy, as_metrics, classified, error_sums, mean_errors
+from diffbench.evaluation.validation_error import (
+    accuracy,
+    accuracy_metrics,
+    bound_metrics,
+    classified,
+    error_sums,
+    mean_errors,
+    validation_sets,
+)
 from diffbench.metrics.reconstruction import psnr, ssim
 from diffbench.metrics.registry import metric_name, metric_of
 from diffbench.metrics.suite import Suite
@@ -89,31 +97,54 @@ def is_last(trainer: L.Trainer) -> bool:
 
 
 class Validation(EveryNImages):
-    """Records a denoiser's validation error."""
+    """Records a denoiser's bound and its errors by noise level, on held-out and on as many training images.
+
+    Args:
+        logger: records the values.
+        ema: the averages; the first is measured.
+        held_out: images or latents.
+        log_snr: (levels,) rising.
+        every: images between two measurements.
+        train: what is trained on; None measures held-out images alone.
+    """
 
     def __init__(
-        self, logger: RunLogger, ema: EMA, data: ImageSet | LatentSet, log_snr: Sequence[float], every: int
+        self,
+        logger: RunLogger,
+        ema: EMA,
+        held_out: ImageSet | LatentSet,
+        log_snr: Sequence[float],
+        every: int,
+        train: ImageSet | LatentSet | None = None,
     ) -> None:
         super().__init__(logger, ema, every)
-        self.data, self.log_snr = data, log_snr
+        self.sets, self.log_snr = validation_sets(held_out, train), log_snr
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        sums = self.stop.interruptible(
-            lambda: error_sums(module.network, module.process, self.data, self.log_snr, check=self.stop.check)
-        )
-        self.logger.record(as_metrics("error", mean_errors(self.log_snr, sums)))
+        values: dict[str, float] = {}
+        for part, sums in self.stop.interruptible(lambda: self._sums(module)).items():
+            values |= bound_metrics(part, mean_errors(self.log_snr, sums))
+        self.logger.record(values)
+
+    def _sums(self, module: Any) -> dict[str, Tensor]:
+        return {
+            part: error_sums(module.network, module.process, data, self.log_snr, check=self.stop.check)
+            for part, data in self.sets.items()
+        }
 
 
-class Accuracy(Validation):
+class Accuracy(EveryNImages):
     """Records a noise-aware classifier's accuracy on held-out images."""
 
-    data: ImageSet
+    def __init__(self, logger: RunLogger, ema: EMA, data: ImageSet, log_snr: Sequence[float], every: int) -> None:
+        super().__init__(logger, ema, every)
+        self.data, self.log_snr = data, log_snr
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
         right = self.stop.interruptible(
             lambda: classified(module.network, module.process, self.data, self.log_snr, check=self.stop.check)
         )
-        self.logger.record(as_metrics("accuracy", accuracy(self.log_snr, right, len(self.data))))
+        self.logger.record(accuracy_metrics(accuracy(self.log_snr, right, len(self.data))))
 
 
 class Reconstructions(EveryNImages):

@@ -29,7 +29,7 @@ from diffbench.training.clock import Clock, at_step_end, due
 from diffbench.training.module import TrainingModule
 
 LAYOUT = {
-    "Where it is better": {"validation error by log-SNR": ["Multiline", ["val/error_log_snr_.*"]]},
+    "Where it is better": {"error of eps by log-SNR": ["Multiline", ["val/level/.*"]]},
     "How it trains": {
         "training loss": ["Multiline", ["train/loss"]],
         "gradient norm": ["Multiline", ["train/grad_norm"]],
@@ -39,7 +39,7 @@ LAYOUT = {
 }
 """Charts of training that lay the chosen runs over each other, in TensorBoard's custom-scalars tab."""
 METRICS = "metrics.jsonl"
-FINAL = ("val/error", "train/loss")
+FINAL = ("val/bound", "train/loss")
 """Metrics of the hparams tab: their last values."""
 
 

@@ -120,7 +120,7 @@ FOUND_BEFORE_TRAINING = {
     "evaluate.every_images=100 evaluate.every_count=1e6": "evaluate.every_count: must be at most 1437, as",
     "sample.steps=abc": "sample.steps: must be like 250, ddim25 or 10,15,20, got 'abc'",
     "sample.steps=5000": "sample.steps: '5000' does not fit process.steps=1000",
-    "validation.log_snr=[50]": "validation.log_snr: log-SNR must lie in ",
+    "validation.log_snr=[0,50]": "validation.log_snr: log-SNR must lie in ",
     "trainer.batch_size=many": "trainer.batch_size: must be a whole number, got 'many'",
     "init_from=/nowhere": "init_from: /nowhere: no run here (config.yaml is missing); train one first",
     "sedd=1": "sedd: unknown key",
@@ -169,7 +169,7 @@ def test_smoke_run_of_every_backbone(name: str, tmp_path: Path, capsys: Capture)
     run = tmp_path / "digits" / f"{name}-smoke-s0"
     out = capsys.readouterr().out
     assert f"{run}: starting, " in out
-    for fact in ("parameters", "GMACs", "images seen", "images/s", "validation error", "fd/digits-cnn@20", "coverage/"):
+    for fact in ("parameters", "GMACs", "images seen", "images/s", "validation bound", "fd/digits-cnn@20", "coverage/"):
         assert re.search(rf"^{re.escape(fact)}\S* .*[\d.]+", out, re.MULTILINE), fact
     picture = run / "samples" / "final-000000016.png"
     assert f"samples: {picture}" in out

@@ -34,7 +34,7 @@ def test_each_run_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         os.utime(path, (0, 0))
     head, *rows = listed(capsys, tmp_path, tmp_path / "digits")
     assert [part.strip() for part in head] == [
-        "run", "images", "of", "validation error", "newest score", "last change",
+        "run", "images", "of", "validation bound", "newest score", "last change",
     ]  # fmt: skip
     assert [part.strip() for part in rows[0]][:5] == [str(done), "98,304", "98,304", "0.1000", "fd/digits-cnn@500 0.83"]
     assert rows[0][5].strip().startswith("1970-01-01")

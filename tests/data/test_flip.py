@@ -67,7 +67,7 @@ def test_rows_are_copies() -> None:
 
 def test_a_spread_part_has_all_classes_alike() -> None:
     data = squares(50, classes=5)
-    part = data.spread(20)
+    part = data.evenly(20)
     assert part.labels.bincount().tolist() == [4] * 5
     assert isinstance(part, ImageSet) and part.digest is None and part.name == "squares"
-    assert data.spread(50) is data
+    assert data.evenly(50) is data

@@ -42,7 +42,7 @@ def test_a_folder_with_classes_trains_resumes_and_samples(tmp_path: Path, capsys
     assert main(command(root)) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    assert "decoding train 36 of 36 images" in said.out and "validation error" in said.out
+    assert "decoding train 36 of 36 images" in said.out and "validation bound" in said.out
     assert main(command(root, "trainer.max_images=24")) == 0
     assert "decoding" not in (said := capsys.readouterr().out) and "resuming at 16 images" in said
     run = load(run_folder(tmp_path))

@@ -8,14 +8,14 @@ from diffbench.metrics.registry import METRICS, metric_of
 @pytest.mark.parametrize(
     ("name", "short", "title", "better"),
     [
-        ("val/error", "val/error", "validation error", "lower is better"),
+        ("val/bound", "val/bound", "validation bound", "lower is better"),
         ("fd/digits-cnn@500", "fd", "Fréchet distance", "lower is better"),
         ("fid/inception-tf1@50000", "fid", "FID", "lower is better"),
         ("label_accuracy/digits-cnn@500", "label_accuracy", "label accuracy", "higher is better"),
         ("nearest_train@500", "nearest_train", "distance to the nearest training image", ""),
         ("psnr@200", "psnr", "PSNR of reconstructions", "higher is better"),
         ("my_own/digits-cnn@500", "my_own", "my own", ""),
-        ("val/error_log_snr_-2", "val/error_log_snr_-2", "val/error log snr -2", ""),
+        ("val/level/-2", "val/level/-2", "val/level/-2", ""),
     ],
 )
 def test_a_metric_is_found_by_its_full_name(name: str, short: str, title: str, better: str) -> None:
@@ -28,7 +28,7 @@ def test_a_metric_is_found_by_its_full_name(name: str, short: str, title: str, b
 def test_values_as_tables_show_them() -> None:
     assert metric_of("fd/digits-cnn@500").text(12.34567) == "12.346"
     assert metric_of("label_accuracy/digits-cnn@500").text(0.9312) == "93.1%"
-    assert metric_of("val/error").text(0.123456) == "0.1235"
+    assert metric_of("val/bound").text(0.123456) == "0.1235"
 
 
 def test_which_metrics_tables_show_and_which_may_decide() -> None:

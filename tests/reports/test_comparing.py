@@ -30,7 +30,7 @@ def test_runs_are_grouped_by_config_apart_from_the_seed(tmp_path: Path) -> None:
     assert [(r.variant, r.seed, r.status) for r in c.trials] == [
         (name, seed, "complete") for name in ("dit", "unet") for seed in (0, 1)
     ]
-    assert (c.title, c.primary, c.like_for_like) == ("dit and unet on digits", "val/error", True)
+    assert (c.title, c.primary, c.like_for_like) == ("dit and unet on digits", "val/bound", True)
     assert all(r.record is not None and r.record["fd/digits-cnn@500"] == 0.5 for r in c.trials)
     assert c.notes == []  # equal sizes within a tenth, nothing else differs
 
@@ -85,7 +85,7 @@ def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture)
     report = tmp_path / "reports" / "digits-dit-unet" / "report.html"
     assert out.endswith(f"report: {report}\n") and report.is_file()
     assert out.splitlines()[0].split() == folders  # run by run first
-    assert "WINNER BY VALIDATION ERROR. dit (" in out and "Which of these runs has the better validation error?" in out
+    assert "WINNER BY VALIDATION BOUND. dit (" in out and "Which of these runs has the better validation bound?" in out
     chosen = tmp_path / "mine"
     assert main(["compare", *folders, f"out={chosen}", "baseline=dit"]) == 0
     assert "Against dit (" in capsys.readouterr().out and (chosen / "report.csv").is_file()
@@ -95,7 +95,7 @@ def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture)
     )
     for wrong, told in (
         ("outt=x", "outt: unknown key; "),
-        ("primary=accuracy", "primary: accuracy does not rank variants; choose from val/error"),
+        ("primary=accuracy", "primary: accuracy does not rank variants; choose from val/bound"),
         ("baseline=vit", "baseline: vit is not a variant; choose from dit, unet"),
     ):
         assert main(["compare", *folders, wrong]) == 2
@@ -106,8 +106,8 @@ def test_other_data_has_a_table_but_no_report(tmp_path: Path, capsys: Capture) -
     one, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", overrides=["validation.count=50"])
     assert main(["compare", str(one), str(other)]) == 0
     out = capsys.readouterr().out
-    assert "validation error" in out
-    assert "no report: validation errors were measured differently: validation.count is 2000 in one and 50" in out
+    assert "validation bound" in out
+    assert "no report: validations were measured differently: validation.count is 2000 in one and 50" in out
 
 
 def test_a_run_seen_is_the_run_loaded(finished: Path) -> None:

@@ -1,4 +1,4 @@
-"""Validation errors of single images: what is written for comparisons, and when it is written anew."""
+"""Errors of single images: what is written for comparisons, and when it is written anew."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_errors_of_images_average_to_the_logged_ones(smoke_run: Path) -> None:
     assert found.error.dtype == np.float32 and found.error.shape == (7, 20)
     last = metrics(smoke_run)[-1]
     for level, row in zip(found.log_snr, found.error.astype(np.float64), strict=True):
-        assert row.mean() == pytest.approx(last[f"val/error_log_snr_{level:g}"], rel=1e-6)
+        assert row.mean() == pytest.approx(last[f"val/level/{level:g}"], rel=1e-6)
 
 
 def test_errors_do_not_depend_on_the_batch(finished: Path) -> None:

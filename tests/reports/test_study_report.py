@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from made_runs import LEVELS, backbones, make_run, record, save_record, save_samples
+from scipy.stats import spearmanr
 
 from diffbench.core.errors import UserError
+from diffbench.evaluation.validation_error import bound
 from diffbench.reports.conclusions import conclude
 from diffbench.reports.html import render, write
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.statistics import by_image, paired, summary
-from diffbench.reports.tables import as_csv, costs, for_terminal, pairs, quality
+from diffbench.reports.tables import agreement, as_csv, costs, for_terminal, pairs, quality
 from diffbench.runs.lifecycle import look
 
 
@@ -32,22 +34,22 @@ def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
         save_samples(result.run.folder, result.record, torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8))
     text = write(asked(results, notes=["Tuned alike."]), tmp_path / "out")
     c = conclude(asked(results))
-    values = {v: [t.values["val/error"] for t in found] for v, found in c.variants.items()}
+    values = {v: [t.values["val/bound"] for t in found] for v, found in c.variants.items()}
     means = {v: float(np.mean(x)) for v, x in values.items()}
     half = summary(values["diffit"]).half
     assert c.outcome == "winner" and c.ranked()[0] == "diffit"
     mean = f"diffit ({means['diffit']:.4f} ± {half:.4f})"
-    assert f"WINNER BY VALIDATION ERROR. {mean} has the lowest validation error, better than" in text
+    assert f"WINNER BY VALIDATION BOUND. {mean} has the lowest validation bound, better than" in text
     assert "note: Tuned alike." in text
     page = (tmp_path / "out" / "report.html").read_text()
     assert "A winner" in page and c.answer in page and "Tuned alike." in page
     assert not re.search(r"(src|href)=\"(?!data:image/png;base64,)", page)  # opens offline
     assert page.count("<img ") == 4
     plots = sorted(p.name for p in (tmp_path / "out" / "plots").glob("*.png"))
-    assert plots == ["answer.png", "budget-val-error.png", "noise-levels.png", "samples.png"]
+    assert plots == ["answer.png", "budget-val-bound.png", "noise-levels.png", "samples.png"]
     rows = list(csv.DictReader((tmp_path / "out" / "report.csv").read_text().splitlines()))
     assert [(r["variant"], r["seed"]) for r in rows] == [(r.variant, str(r.seed)) for r in results]
-    assert [float(r["val/error"]) for r in rows[:5]] == values["unet"]
+    assert [float(r["val/bound"]) for r in rows[:5]] == values["unet"]
     assert float(rows[0]["fd/digits-cnn@500"]) == results[0].record["fd/digits-cnn@500"]  # type: ignore[index]
     assert float(rows[0]["training_flops"]) == 6 * int(rows[0]["macs"]) * 98_304
     assert {r["config.denoiser.name"] for r in rows} == {"unet", "dit", "diffit"}
@@ -73,19 +75,32 @@ def test_a_winner_whom_other_measures_contradict_is_no_winner(tmp_path: Path) ->
 def test_pairs_are_tested_by_seed_and_by_image(tmp_path: Path) -> None:
     results = backbones(tmp_path)
     c = conclude(asked(results))
-    one, two = (c.by_seed(v, "val/error") for v in ("unet", "diffit"))
-    rows = {(a, b): [c.by_seed(a, "val/error")[s] - c.by_seed(b, "val/error")[s] for s in range(5)]
+    one, two = (c.by_seed(v, "val/bound") for v in ("unet", "diffit"))
+    rows = {(a, b): [c.by_seed(a, "val/bound")[s] - c.by_seed(b, "val/bound")[s] for s in range(5)]
             for a, b in (("unet", "dit"), ("unet", "diffit"), ("dit", "diffit"))}  # fmt: skip
     expected = paired(rows)
     for contest in c.tests:
         assert contest.paired == expected[contest.first, contest.second]
     (contest,) = (x for x in c.tests if (x.first, x.second) == ("unet", "diffit"))
     assert contest.paired.mean == pytest.approx(np.mean([one[s] - two[s] for s in range(5)]))
-    errors = [{t.seed: t.image_errors for t in c.variants[v] if t.image_errors is not None} for v in ("unet", "diffit")]
+    errors = [{t.seed: t.image_bounds for t in c.variants[v] if t.image_bounds is not None} for v in ("unet", "diffit")]
     assert contest.by_image is not None and contest.by_image.n == 60
     assert contest.by_image.mean == pytest.approx(by_image(*errors).mean())
     assert contest.resampled is not None and contest.by_image.interval is not None
     assert contest.resampled == pytest.approx(contest.by_image.interval, rel=0.25)
+
+
+def test_crossings_along_noise_levels_and_the_agreement_of_measures(tmp_path: Path) -> None:
+    c = conclude(asked(backbones(tmp_path)))  # made with a tilt for the U-Net, and a distance that follows the bound
+    told = " Along the noise levels they cross: unet is better at log-SNR -6 and -4, diffit at -2, 0, 2, 4 and 6."
+    assert c.answer.endswith(told)
+    rows = {row["measure"]: row for row in agreement(c)}
+    errors, distances = ([t.values[name] for t in c.trials] for name in ("val/bound", "fd/digits-cnn@500"))
+    assert rows["fd/digits-cnn@500"]["val/bound"] == f"{spearmanr(errors, distances).statistic:.2f}" == "1.00"
+    assert rows["label_accuracy/digits-cnn@500"]["val/bound"] == "1.00"  # higher is better there
+    lowest = [t.values["val/level/-6"] for t in c.trials]
+    assert rows["val/level/-6"]["val/bound"] == f"{spearmanr(lowest, errors).statistic:.2f}"
+    assert agreement(conclude(asked(c.trials[:4]))) == []
 
 
 def test_equal_variants_tie_and_close_frechet_distances_too(tmp_path: Path) -> None:
@@ -116,7 +131,7 @@ def test_against_a_baseline(tmp_path: Path) -> None:
     results = backbones(tmp_path)
     c = conclude(asked(results, baseline="dit"))
     assert [(x.first, x.second) for x in c.tests] == [("unet", "dit"), ("diffit", "dit")]
-    assert re.match(r"Against dit \(0\.1\d+ ± 0\.\d+\) by validation error: better: diffit \(by 0\.00\d+\)", c.answer)
+    assert re.match(r"Against dit \(0\.1\d+ ± 0\.\d+\) by validation bound: better: diffit \(by 0\.00\d+\)", c.answer)
     with pytest.raises(UserError, match="baseline: vit is not a variant; choose from unet, dit, diffit"):
         conclude(asked(results, baseline="vit"))
 
@@ -134,7 +149,7 @@ def test_an_unfinished_study_with_failures(tmp_path: Path) -> None:
     assert {(x.first, x.second): x.paired.n for x in c.tests}["unet", "dit"] == 3
     assert "Not decided against edm: fewer than 3 shared seeds" in c.answer
     rows = list(csv.DictReader(as_csv(c).splitlines()))
-    assert (rows[6]["status"], rows[6]["val/error"]) == ("not begun", "")
+    assert (rows[6]["status"], rows[6]["val/bound"]) == ("not begun", "")
 
 
 def test_nothing_measured_yet(tmp_path: Path) -> None:
@@ -182,7 +197,7 @@ def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
     assert c.ranked() == ["dit, steps=20", "dit, steps=10", "dit, steps=5"]
     assert all(x.by_image is None for x in c.tests)  # the same networks
     assert [row["network evaluations a sample"] for row in costs(c)] == ["5", "10", "20"]
-    assert "val/error" not in quality(c)[0]
+    assert "val/bound" not in quality(c)[0]
 
 
 def test_variants_that_share_runs_may_be_measured_differently(tmp_path: Path) -> None:
@@ -222,7 +237,7 @@ def test_other_held_out_images_have_no_common_validation_error(tmp_path: Path) -
     results = [Trial(f.name, 0, "complete", look(f)) for f in (one, other)]
     with pytest.raises(UserError, match=r"validation\.count is 2000 in one and 100 in the other"):
         conclude(asked(results))
-    with pytest.raises(UserError, match="primary: nearest_train does not rank variants; choose from val/error, fd,"):
+    with pytest.raises(UserError, match="primary: nearest_train does not rank variants; choose from val/bound, fd,"):
         conclude(asked(results, primary="nearest_train"))
 
 
@@ -248,5 +263,6 @@ def test_the_made_runs_are_what_they_claim(tmp_path: Path) -> None:
     save_record(folder, record(0.5))
     c = conclude(asked([Trial("a", 0, "complete", look(folder))]))
     values = c.trials[0].values
-    assert values["val/error"] == pytest.approx(0.12)
-    assert np.mean([values[f"val/error_log_snr_{level:g}"] for level in LEVELS]) == pytest.approx(0.12)
+    assert values["val/bound"] == pytest.approx(0.12)
+    assert bound(LEVELS, [values[f"val/level/{level:g}"] for level in LEVELS]) == pytest.approx(0.12)
+    assert values["train/bound"] == pytest.approx(0.9 * 0.12)

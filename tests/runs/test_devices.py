@@ -134,7 +134,7 @@ def test_more_processes_and_other_networks_in_single_precision(model: str, proce
     run = trained(tmp_path / "more", 50, *more, f"trainer.devices={processes}", model=model)
     a, b = series(alone)["train/loss"], series(run)["train/loss"]
     assert len(a) == 50 and b == pytest.approx(a, rel=1e-4)
-    a, b = series(alone)["val/error"], series(run)["val/error"]
+    a, b = series(alone)["val/bound"], series(run)["val/bound"]
     assert b == pytest.approx(a, rel=1e-3)
 
 
@@ -147,7 +147,7 @@ def test_reduced_precision_in_two_processes(precision: str, tmp_path: Path) -> N
     a, b = series(alone), series(run)
     assert b["train/skipped_steps"] == a["train/skipped_steps"]
     assert b["train/loss"] == pytest.approx(a["train/loss"], rel=0.02)
-    assert b["val/error"] == pytest.approx(a["val/error"], rel=0.02)
+    assert b["val/bound"] == pytest.approx(a["val/bound"], rel=0.02)
 
 
 @pytest.mark.slow

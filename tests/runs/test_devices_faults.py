@@ -190,7 +190,7 @@ def test_a_signal_to_one_rank_interrupts_the_validation_of_all(tmp_path: Path) -
     assert saved is not None and saved.name == "step-7.ckpt" and owed(saved) == ["Validation"]
     train(DIT, argv)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["images"] for line in lines if "val/error" in line] == [112, 160]
+    assert [line["images"] for line in lines if "val/bound" in line] == [112, 160]
 
 
 @pytest.mark.slow

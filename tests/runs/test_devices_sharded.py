@@ -36,7 +36,7 @@ def passed_on(folder: Path, model: str, *given: str) -> tuple[Path, Path]:
 def test_a_run_passes_from_one_process_to_shards_and_back(tmp_path: Path) -> None:
     alone, run = passed_on(tmp_path, "diffit", "optimizer.grad_clip_norm=1")
     a, b = series(alone), series(run)
-    for name in ("train/loss", "train/grad_norm", "val/error"):
+    for name in ("train/loss", "train/grad_norm", "val/bound"):
         assert {at: b[name][at] for at in a[name]} == pytest.approx(a[name], rel=1e-4), name
     fd, best = "fd/digits-cnn@21", b["best/images"]
     assert {at: b[fd][at] for at in a[fd]} == pytest.approx(a[fd], rel=1e-2)

@@ -94,7 +94,7 @@ def test_the_tasks_of_a_job_are_the_ranks_of_a_run(
     run = only(tmp_path)
     assert f"samples: {run}/samples/final-" in logs[0] and "samples:" not in logs[1]
     one, two = ({key: value for line in series(r) for key, value in line.items()} for r in (finished, run))
-    for name in ("train/loss", "val/error"):
+    for name in ("train/loss", "val/bound"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
 
 

@@ -147,7 +147,7 @@ def test_tuning_chooses_by_validation_error_and_the_report_says_so(tmp_path: Pat
     errors = {}
     for cell in sorted((folder / "trials").glob("tuning*.yaml")):
         values = yaml.safe_load(cell.read_text())
-        lines = [m["val/error"] for m in records.metrics(Path(values["folder"])) if "val/error" in m]
+        lines = [m["val/bound"] for m in records.metrics(Path(values["folder"])) if "val/bound" in m]
         errors[values["tuning"]["optimizer.lr"]] = lines[-1]
         assert values["seed"] == 1000 and values["config"]["trainer"]["max_images"] == 160
     best = min(errors, key=lambda lr: errors[lr])
@@ -190,7 +190,7 @@ def test_a_study_runs_from_any_folder(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"primary": "accuracy"}, "primary: accuracy does not rank variants; choose from val/error, fd, "),
+        ({"primary": "accuracy"}, "primary: accuracy does not rank variants; choose from val/bound, fd, "),
         ({"axes": {"evaluate.count": [20, 5000]}}, "evaluate.count: must be at most 1437"),
         ({"set": {"data.name": "images", "data.path": "/nowhere"}}, "tiny.yaml: data.path: no file or folder /nowhere"),
         ({"axes": {"denoiser.num_heads": [1, 3]}}, "denoiser.num_heads"),

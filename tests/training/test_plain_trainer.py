@@ -43,7 +43,7 @@ def test_with_lightnings_own_trainer(tmp_path: Path) -> None:
     trainer.fit(module, datamodule=ImageDataModule(train, held_out, seed=0, batch_size=8))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines if "train/loss" in line] == [16, 32, 40]
-    errors = {line["images"]: line["val/error_log_snr_2"] for line in lines if "val/error" in line}
+    errors = {line["images"]: line["val/level/2"] for line in lines if "val/bound" in line}
     assert list(errors) == [24, 40]
     with ema.applied():
         assert denoising_error(net, process, held_out, [2.0])[2.0] == pytest.approx(errors[40], rel=1e-6)

@@ -1,4 +1,4 @@
-"""Paired randomness, the learning rate in images, validation error, sampling by number, resume states, signals."""
+"""Paired randomness, the learning rate in images, validation, sampling by number, resume states, signals."""
 
 import math
 import os
@@ -126,7 +126,7 @@ def test_validation_error_is_the_same_for_every_process_and_prediction(schedule:
     for level, error in errors.items():
         eps = rng.normal(rng.key("validation", str(level)), torch.arange(len(x0)), (1, 8, 8)).double()
         alpha, sigma = math.sqrt(1 / (1 + math.exp(-level))), math.sqrt(1 / (1 + math.exp(level)))
-        expected = (alpha * (alpha * x0 + sigma * eps) - x0).square().mean()
+        expected = math.exp(level) * (alpha * (alpha * x0 + sigma * eps) - x0).square().mean()
         assert error == pytest.approx(float(expected), rel=1e-9)
 
 
