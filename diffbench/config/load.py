@@ -81,6 +81,7 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
                 name = before.get("name", DEFAULT_NAMES.get(section))
                 if now.get("name", name) != name or now.get("preset") is not None:
                     merged[section] = {"name": name}
+        _drop_other_averages(merged, values)
         with located(stack):
             merged = stacked(merged, values)
     with located(stack):
@@ -90,6 +91,15 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
         config = build(root, plain, kinds={section: _chosen(plain, section) for section in sections})
     assert isinstance(config, BaseConfig)
     return config
+
+
+def _drop_other_averages(merged: dict[str, Any], values: dict[str, Any]) -> None:
+    """Decays and half-lives take each other's place."""
+    before, now = merged.get("ema"), values.get("ema")
+    if isinstance(before, dict) and isinstance(now, dict):
+        given = {"decays", "half_life"} & now.keys()
+        if len(given) == 1:
+            merged["ema"] = {k: v for k, v in before.items() if k not in {"decays", "half_life"} - given}
 
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:

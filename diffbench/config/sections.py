@@ -3,6 +3,7 @@
 They stand apart from the code that they configure, which needs Lightning, so that a config is checked within a second.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -67,31 +68,54 @@ class EMAConfig:
 
     decays: list[float] = field(default_factory=lambda: [0.9999])
     """One average for each decay per optimizer step, in (0, 1)."""
-    half_life_images: list[int] | None = None
-    """Half-lives in images, in place of `decays` (EDM)."""
+    half_life: list[float] | None = None
+    """Half-lives in place of `decays`: from 1 on in images (EDM), below 1 as a share of the images seen so far, so that
+    an average fits a run of any length and every point of it (EDM2's power functions)."""
     warmup: bool = True
     """At update n the decay is at most (1 + n) / (10 + n)."""
     ramp: float | None = None
     """Instead: the half-life is at most this share of the images seen (EDM: 0.05)."""
 
     def in_steps(self, batch_size: int) -> "EMAConfig":
-        """Fill in `decays` from the half-lives.
+        """Fill in `decays` from the half-lives; a share is its own name there.
 
         Raises:
             ValueError: if other decays were given too.
         """
-        if self.half_life_images is None:
+        if self.half_life is None:
             return self
-        decays = [round(0.5 ** (batch_size / n), 8) for n in self.half_life_images]
+        decays = [h if h < 1 else round(0.5 ** (batch_size / h), 8) for h in self.half_life]
         if self.decays not in (EMAConfig().decays, decays):
-            raise ValueError(f"ema.decays: {self.decays} stands beside ema.half_life_images; give one of the two")
+            raise ValueError(f"ema.decays: {self.decays} stands beside ema.half_life; give one of the two")
         return replace(self, decays=decays)
 
+    def decay_at(self, update: int, decay: float) -> float:
+        """The decay of update 0, 1, ... of an average, one of `decays`.
+
+        Half-lives that are a share h of the n updates so far have 0.5^(1 / (h n)), which weighs update i as i^(ln 2 / h
+        - 1) (Karras et al. 2024, Eq. 1). Others are at most (1 + n) / (10 + n) while warming up, or that of a half-life
+        of `ramp` times n (Karras et al. 2022).
+        """
+        if self.half_life is not None and decay < 1 and decay in self.half_life:
+            return _halved(decay * update)
+        if self.ramp is not None:
+            return min(decay, _halved(self.ramp * update))
+        return min(decay, (1 + update) / (10 + update)) if self.warmup else decay
+
+    def half_life_at(self, images: int, batch_size: int, decay: float) -> float:
+        """The half-life in images that an average has after so many."""
+        return -batch_size * math.log(2) / math.log(self.decay_at(max(1, images // batch_size), decay))
+
     def __post_init__(self) -> None:
-        check(self, "ema", "be numbers of at least 1", lambda v: v and min(v) >= 1, "half_life_images")
+        check(self, "ema", "be positive numbers", lambda v: v and min(v) > 0, "half_life")
         check(self, "ema", "lie in (0, 1] or be null", lambda v: 0 < v <= 1, "ramp")
         different = "be different numbers between 0 and 1"
         check(self, "ema", different, lambda v: v and min(v) > 0 and max(v) < 1 and len({*v}) == len(v), "decays")
+
+
+def _halved(updates: float) -> float:
+    """The decay of one update where a half-life is so many."""
+    return float(0.5 ** (1 / max(updates, 1e-8)))
 
 
 @dataclass

@@ -122,7 +122,7 @@ def _measured(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "real images against these", f"{floor.get('count')}, {floor.get('images', '')}" if floor else None
     yield "sampler", f"{sample.get('sampler')}, {sample.get('steps')} steps" if sample else None
     yield "guidance", f"{record['guidance']:g}" if "guidance" in record else None
-    yield "decay of averaged weights (EMA)", record.get("ema")
+    yield "averaged weights (ema: decay, or half-life as a share)", record.get("ema")
     yield "labels", record.get("labels")
     yield "precision of sampling", record.get("precision")
     weights = str(extractor.get("weights"))[:12]

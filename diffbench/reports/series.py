@@ -100,21 +100,32 @@ class Sweep:
     metrics: list[str]
 
 
-Place = Callable[[dict[str, Any]], float | None]
-"""A record's place on an axis, or None."""
+Place = Callable[[Trial, dict[str, Any]], float | None]
+"""The place of a trial with its record on an axis, or None."""
+
+
+def _half_life(trial: Trial, record: dict[str, Any]) -> float | None:
+    """The half-life of a record's average at the end, as a share of the images seen."""
+    run = trial.run
+    if run is None or not record["images_seen"]:
+        return None
+    images = int(record["images_seen"])
+    return float(run.config.ema.half_life_at(images, run.config.trainer.batch_size, record["ema"]) / images)
+
+
 AXES: list[tuple[str, str, str, Place]] = [
     (
         "steps",
         "Quality against sampling steps",
         "network evaluations a sample",
-        lambda r: (r.get("drawing") or {}).get("network_evaluations"),
+        lambda _, r: (r.get("drawing") or {}).get("network_evaluations"),
     ),
-    ("guidance", "Quality against guidance", "weight of guidance (1 is none)", lambda r: r.get("guidance")),
+    ("guidance", "Quality against guidance", "weight of guidance (1 is none)", lambda _, r: r.get("guidance")),
     (
         "ema",
         "Quality against the length of the average",
-        "steps averaged over, 1 / (1 - decay)",
-        lambda r: 1 / (1 - r["ema"]) if r.get("ema", 1) < 1 else None,
+        "half-life of the average (share of the images)",
+        _half_life,
     ),
 ]
 
@@ -133,8 +144,9 @@ def _lines(c: Conclusion, key: str, place: Place) -> dict[str, list[tuple[float,
     lines: dict[str, list[tuple[float, str]]] = {}
     settings: dict[str, dict[str, str]] = {}
     for variant, trials in c.variants.items():
-        record = next((t.record for t in trials if t.complete and t.record), None)
-        at = None if record is None else place(record)
+        trial = next((t for t in trials if t.complete and t.record), None)
+        record = trial.record if trial else None
+        at = place(trial, record) if trial and record else None
         if record is None or at is None:
             continue
         sample = {"ema": record.get("ema"), **(record.get("sample") or {})}

@@ -14,7 +14,7 @@ from diffbench.core.errors import suggest
 from diffbench.metrics.registry import RANKING, metric_of
 
 AVERAGE = "average"
-"""Key of a variant: the decay of the average that it evaluates, one of ema.decays."""
+"""Key of a variant: the average that it evaluates, one of ema.decays or a share of ema.half_life."""
 EVALUATED = ("sample", "evaluate", AVERAGE)
 """Sections that change no weights: axes over them reuse the trained runs."""
 EXPERIMENT = "experiment"

@@ -7,7 +7,7 @@ from diffbench.core.progress import span
 from diffbench.reports.tables import as_text
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig
-from diffbench.studies.plan import PlannedTrial, TrainingVariant, Tuned
+from diffbench.studies.plan import PlannedTrial, TrainingVariant, Tuned, equal_by_construction
 from diffbench.studies.trials import is_trained
 
 
@@ -49,6 +49,7 @@ def plan_text(
             f"tuning: {len(tuning)} runs with seed {tuning[0].seed}, {left} of them to do, about"
             f" {span(tuning_seconds / study.jobs)} in all"
         )
+    lines += [f"warning: {text}" for text in equal_by_construction(list(found))]
     at_once = f", {study.jobs} runs at a time" if study.jobs > 1 else ""
     lines.append(f"about {span(seconds / study.jobs)} for all that is new{at_once}; {folder}")
     return "\n".join(lines)
@@ -69,6 +70,7 @@ def notes_of(
     which = next(name for name, value in vars(study.stop).items() if value is not None)
     lengths = "; ".join(f"{v.name} {v.images:,}" for v in found)
     notes = [f"Training stops at {budget[which]}. Images seen: {lengths}."]
+    notes += [f"Variants {text}." for text in equal_by_construction(list(found))]
     if study.match.by != "none":
         sizes = "; ".join(f"{v.name} {100 * (v.residual or 0):+.1f}% ({v.sized})" for v in found)
         notes.append(

@@ -215,6 +215,24 @@ def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunCon
     return changed
 
 
+def equal_by_construction(found: list[TrainingVariant]) -> list[str]:
+    """A sentence for each group of variants that cannot differ: one config, or averages that a cap makes one."""
+    groups: dict[str, list[str]] = {}
+    for variant in found:
+        c = variant.config
+        for name, changes in variant.evaluations.items():
+            average = changes.get(AVERAGE, c.ema.decays[0])
+            # A cap only rises: averages that it holds at the last update have had the same decays all along.
+            last = c.ema.decay_at(c.trainer.max_steps - 1, average)
+            values = to_dict(evaluated(c, changes, "study")) | {"ema": last, "average": last}
+            groups.setdefault(json.dumps(values, sort_keys=True), []).append(name)
+    return [
+        f"{', '.join(names)}: the same by construction (one config, or averages whose decays a warm-up caps alike)"
+        for names in groups.values()
+        if len(names) > 1
+    ]
+
+
 def planned_trials(study: StudyConfig, found: list[TrainingVariant]) -> list[PlannedTrial]:
     """The reported runs: all variants with one seed, then with the next, so that a stopped study compares all."""
     return [

@@ -39,21 +39,12 @@ class EMA(L.Callback):
         self._network, self._parameters = network, list(network.parameters())
         self.averages = {d: [local_shard(p).clone() for p in self._parameters] for d in self.config.decays}
 
-    def decay_at(self, update: int, decay: float) -> float:
-        """The decay of update number 0, 1, ...: min(decay, (1 + n) / (10 + n)) while warming up.
-
-        With a ramp it is at most that of a half-life of `ramp` times the updates so far (Karras et al. 2022).
-        """
-        if self.config.ramp is not None:
-            return min(decay, 0.5 ** (1 / max(self.config.ramp * update, 1e-8)))
-        return min(decay, (1 + update) / (10 + update)) if self.config.warmup else decay
-
     @torch.no_grad()
     def update(self) -> None:
         """Moves every average towards the present weights."""
         current = [local_shard(p) for p in self._parameters]
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(average, current, 1 - self.decay_at(self.updates, decay))
+            torch._foreach_lerp_(average, current, 1 - self.config.decay_at(self.updates, decay))
         self.updates += 1
 
     def catch_up(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffbench.cli import main
-from diffbench.config.load import load
+from diffbench.config.load import from_layers, load
 from diffbench.config.sections import EMAConfig, OptimizerConfig
 from diffbench.core.pixels import from_uint8
 from diffbench.data.datamodule import PositionDataset, PositionSampler
@@ -19,7 +19,6 @@ from diffbench.data.digits import DigitsConfig, digits
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.runs.lifecycle import train
 from diffbench.training.diffusion import DiffusionModule
-from diffbench.training.ema import EMA
 
 Capture = pytest.CaptureFixture[str]
 DIT = "experiments/digits/dit.yaml"
@@ -78,13 +77,14 @@ def test_recipes_state_what_the_papers_do() -> None:
     dit, sit, adm = recipe["dit"], recipe["sit"], recipe["adm"]
     assert (dit.process.schedule, dit.process.variance, dit.process.loss) == ("linear", "learned_range", "hybrid")
     assert (dit.optimizer.name, dit.optimizer.weight_decay, dit.optimizer.grad_clip_norm) == ("adamw", 0.0, None)
-    assert (dit.optimizer.decay_images, dit.optimizer.warmup_images, dit.ema.warmup) == (None, 0, False)
+    assert (dit.optimizer.decay_images, dit.optimizer.warmup_images, dit.ema.decays) == (None, 0, [0.017])
     assert (sit.process.name, sit.process.path, sit.sample.sampler) == ("flow", "linear", "euler_maruyama")
     assert (adm.process.schedule, adm.denoiser.resblock_updown, adm.trainer.label_dropout) == ("cosine", True, 0.0)
     for name in ("ddpmpp", "diffit"):
         edm = recipe[name]
         assert (edm.process.name, edm.process.p_mean, edm.process.sigma_data) == ("edm", -1.2, 0.5)
-        assert (edm.sample.sampler, edm.sample.steps, edm.ema.ramp, edm.trainer.augment) == ("heun", "18", 0.05, 0.12)
+        assert (edm.sample.sampler, edm.sample.steps) == ("heun", "18")
+        assert (edm.ema.half_life, edm.trainer.augment) == ([0.0025], 0.12)
 
 
 def test_another_process_by_one_key_brings_its_own_sampler(tmp_path: Path) -> None:
@@ -113,7 +113,8 @@ REFUSED = {
     "trainer.augment=0.5": "trainer.augment: denoiser.name=dit takes no augmentation label",
     "trainer.augment=2": "trainer.augment: must lie in 0 to 1, got 2.0",
     "ema.ramp=0": "ema.ramp: must lie in (0, 1] or be null, got 0.0",
-    "ema.half_life_images=[1000]": "ema.decays: [0.999] stands beside ema.half_life_images; give one of the two",
+    "ema.half_life=[1000] ema.decays=[0.9]": "ema.decays: [0.9] stands beside ema.half_life; give one of the two",
+    "ema.half_life=[0]": "ema.half_life: must be positive numbers, got [0.0]",
     "kind=classifer": "kind: unknown value 'classifer'; choose from denoiser, classifier",
     "process.name=vpp": "process.name: unknown name 'vpp'; choose from vp, edm, flow; did you mean 'vp'?",
     "process=3": "process: must be a section with keys, got 3; write process.name=vp",
@@ -147,14 +148,29 @@ def test_stratified_times_cover_the_steps_in_every_batch() -> None:
 
 
 def test_ema_half_lives_and_their_ramp() -> None:
-    config = EMAConfig(half_life_images=[500_000], ramp=0.05).in_steps(512)
+    config = EMAConfig(half_life=[500_000], ramp=0.05).in_steps(512)
     assert config.decays == pytest.approx([0.5 ** (512 / 500_000)], abs=1e-8)
     assert config.in_steps(512) == config
-    average = EMA(config)
     # After n steps the half-life is 0.05 n steps: after 20, one; long after, the full 500,000 images.
-    assert average.decay_at(20, config.decays[0]) == pytest.approx(0.5)
-    assert average.decay_at(0, config.decays[0]) == 0
-    assert average.decay_at(10**6, config.decays[0]) == config.decays[0]
+    assert config.decay_at(20, config.decays[0]) == pytest.approx(0.5)
+    assert config.decay_at(0, config.decays[0]) == 0
+    assert config.decay_at(10**6, config.decays[0]) == config.decays[0]
+    assert config.half_life_at(10**9, 512, config.decays[0]) == pytest.approx(500_000, rel=1e-4)
+
+
+def test_a_half_life_as_a_share_fits_every_length_and_forgets_the_first_weights() -> None:
+    config = EMAConfig(half_life=[0.05, 0.2, 500_000]).in_steps(512)
+    assert config.decays[:2] == [0.05, 0.2]
+    for images in (51_200, 5_120_000):
+        assert config.half_life_at(images, 512, 0.05) == pytest.approx(0.05 * images)
+    decays = [config.decay_at(n, 0.2) for n in range(1000)]
+    weights = [(1 - d) * math.prod(decays[i + 1 :]) for i, d in enumerate(decays)]
+    assert sum(weights) == pytest.approx(1)
+    assert weights[0] < 1e-8 and weights[499] / weights[999] == pytest.approx(0.5 ** (math.log(2) / 0.2 - 1), rel=0.02)
+    base = ("base", {"denoiser": {"name": "dit"}, "ema": {"decays": [0.999]}})
+    by_share = ("share", {"ema": {"half_life": [0.1]}})
+    assert from_layers([base, by_share]).ema.decays == [0.1]
+    assert from_layers([by_share, base]).ema == EMAConfig([0.999])
 
 
 def test_a_loss_aware_run_resumes_exactly_and_is_marked_unpaired(tmp_path: Path, capsys: Capture) -> None:

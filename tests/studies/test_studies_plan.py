@@ -15,7 +15,7 @@ from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, load_study, variants
 from diffbench.studies.matching import size_of, sized
-from diffbench.studies.plan import evaluated, planned_trials, training_variants, tuning_trials
+from diffbench.studies.plan import equal_by_construction, evaluated, planned_trials, training_variants, tuning_trials
 
 STUDIES = sorted(p for p in Path("experiments/studies").glob("*.yaml") if p.name[0] != "_")
 DIGITS = [p for p in STUDIES if "cifar" not in p.name]
@@ -125,8 +125,22 @@ def test_what_tuning_chose_reaches_every_seed() -> None:
 
 def test_an_average_that_no_run_keeps_is_refused() -> None:
     study, path = planned("ema", axes={"average": [0.123]})
-    with pytest.raises(UserError, match=r"ema.yaml: average: 0.123 is not one of ema.decays=\[0.999, 0.9, "):
+    with pytest.raises(UserError, match=r"ema.yaml: average: 0.123 is not one of ema.decays=\[0.05, 0.005, "):
         training_variants(study, path, {}, lambda config: 1.0)
+
+
+def test_variants_that_cannot_differ_are_told_apart_from_those_that_can() -> None:
+    def equal(name: str, **changes: object) -> list[str]:
+        study, path = planned(name, **changes)
+        return equal_by_construction(training_variants(study, path, {}, lambda config: 1.0))
+
+    said = ": the same by construction (one config, or averages whose decays a warm-up caps alike)"
+    assert equal("ema") == []
+    capped = {"set": {"ema.decays": [0.999, 0.9, 0.99, 0.9999]}, "axes": {"average": [0.9, 0.99, 0.999, 0.9999]}}
+    # At the last of 800 updates the warm-up allows 800 / 809 = 0.9889.
+    assert equal("ema", **capped) == ["average=0.99, average=0.999, average=0.9999" + said]
+    twice = {"axes": {"net": {"a": {"denoiser.window": 2}, "b": {"denoiser.window": 2, "denoiser.num_heads": 2}}}}
+    assert equal("window", **twice) == ["a, b" + said]
 
 
 @pytest.mark.parametrize("path", DIGITS, ids=lambda p: p.stem)

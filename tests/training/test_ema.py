@@ -78,8 +78,8 @@ def test_averages_follow_their_closed_form_for_several_decays() -> None:  # trap
 
 def test_warm_up_moves_the_average_from_the_first_step() -> None:  # trap 4: no stretch of initial weights
     ema = EMA(EMAConfig([0.9999]))
-    assert [ema.decay_at(n, 0.9999) for n in (0, 1, 90)] == [1 / 10, 2 / 11, 91 / 100]
-    assert ema.decay_at(10**6, 0.9999) == 0.9999
+    assert [ema.config.decay_at(n, 0.9999) for n in (0, 1, 90)] == [1 / 10, 2 / 11, 91 / 100]
+    assert ema.config.decay_at(10**6, 0.9999) == 0.9999
     lm, weights = module(), Weights()
     start = lm.network.conv.weight.detach().clone()  # type: ignore[union-attr]
     fit(ema, lm, 1, weights)
