@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffbench.cli import main
-from diffbench.config.load import from_layers, load
+from diffbench.config.load import load
 from diffbench.config.sections import EMAConfig, OptimizerConfig
 from diffbench.core.pixels import from_uint8
 from diffbench.data.datamodule import PositionDataset, PositionSampler
@@ -167,10 +167,8 @@ def test_a_half_life_as_a_share_fits_every_length_and_forgets_the_first_weights(
     weights = [(1 - d) * math.prod(decays[i + 1 :]) for i, d in enumerate(decays)]
     assert sum(weights) == pytest.approx(1)
     assert weights[0] < 1e-8 and weights[499] / weights[999] == pytest.approx(0.5 ** (math.log(2) / 0.2 - 1), rel=0.02)
-    base = ("base", {"denoiser": {"name": "dit"}, "ema": {"decays": [0.999]}})
-    by_share = ("share", {"ema": {"half_life": [0.1]}})
-    assert from_layers([base, by_share]).ema.decays == [0.1]
-    assert from_layers([by_share, base]).ema == EMAConfig([0.999])
+    assert load(DIT, ["ema.half_life=[0.1]"]).ema.decays == [0.1]  # in place of the YAML's decays, and back
+    assert load("experiments/digits-papers/dit.yaml", ["ema.decays=[0.9]"]).ema == EMAConfig([0.9])
 
 
 def test_a_loss_aware_run_resumes_exactly_and_is_marked_unpaired(tmp_path: Path, capsys: Capture) -> None:
