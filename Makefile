@@ -71,11 +71,11 @@ bench-gpu: $(STAMP)  ## speed of published sizes on one large GPU, in ten minute
 tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006; HOST=0.0.0.0 lets other machines in
 	@$(BIN)/python -m tensorboard.main --host $(HOST) --logdir runs --samples_per_plugin images=200
 
-test: $(STAMP)  ## the tests, without the slow ones
-	@$(BIN)/python -m pytest
+test: $(STAMP)  ## the tests, without the slow ones, on all cores
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(STAMP)  ## every test, with the coverage of diffbench/ (at least 90%)
-	@$(BIN)/python -m pytest -m 'not gpu' --cov=diffbench --cov-report=term --cov-fail-under=90
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu' --cov=diffbench --cov-report=term --cov-fail-under=90
 
 test-gpu: $(STAMP)  ## the tests that need a GPU; skipped with a reason where there is none
 	@$(BIN)/python -m pytest -m gpu -rs

@@ -13,7 +13,7 @@ class Cost:
     """Size of a network for one image."""
 
     parameters: int
-    """Values in parameters and saved buffers (DiT's published sizes count its fixed position table)."""
+    """As `parameters` counts them."""
     macs: int
     """Multiply-accumulates of a forward pass at batch 1, attention included; papers call 1e9 of them a Gflop."""
 
@@ -42,4 +42,9 @@ def measure(net: nn.Module, *inputs: Tensor) -> Cost:
     """The cost of a network on the meta device for inputs of batch 1."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(*inputs)
-    return Cost(sum(v.numel() for v in net.state_dict().values()), counter.get_total_flops() // 2)
+    return Cost(parameters(net), counter.get_total_flops() // 2)
+
+
+def parameters(net: nn.Module) -> int:
+    """Values in parameters and saved buffers (DiT's published sizes count its fixed position table)."""
+    return sum(v.numel() for v in net.state_dict().values())

@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
+
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import change
 from diffbench.core.errors import UserError
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import DENOISERS
+from diffbench.denoisers.flops import parameters
 from diffbench.runs import build
 
 LARGEST = 4
@@ -17,8 +20,10 @@ LARGEST = 4
 
 def size_of(config: RunConfig, data: ImageSet, by: Literal["parameters", "gmacs"]) -> float:
     """Parameters, or multiply-accumulates in 1e9."""
-    cost = build.cost_of(config, data)
-    return float(cost.parameters) if by == "parameters" else cost.gmacs
+    if by == "gmacs":
+        return build.cost_of(config, data).gmacs
+    with torch.device("meta"):
+        return float(parameters(build.build_denoiser(config, data)))
 
 
 def sized(

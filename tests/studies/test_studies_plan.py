@@ -63,14 +63,17 @@ def test_the_width_nearest_to_the_target_is_found(name: str, by: str) -> None:
     data, _ = build.load_data(config)
     target = 1.5 * size_of(config, data, by)  # type: ignore[arg-type]
     found = sized(config, data, by, target, "width")  # type: ignore[arg-type]
-    sizes = []
     key = DENOISERS[name].width
-    for width in range(4, 104, 1 if name == "segformer" else 4):  # its heads divide every width
-        wanted = {"channels": [width, 2 * width], "hidden_sizes": [width, 2 * width, 4 * width]}.get(key, width)
+    given = getattr(found.denoiser, key)
+    first = given[0] if isinstance(given, list) else given
+    sizes = []
+    for width in range(max(1, first - 8), first + 9):  # sizes rise with the width: none beyond these is nearer
+        wanted = [width * value // first for value in given] if isinstance(given, list) else width
         try:
             sizes.append(size_of(change(config, {"denoiser": {key: wanted}}), data, by))  # type: ignore[arg-type]
         except (UserError, ValueError):
             continue
+    assert len(sizes) > 2 and min(sizes) < target < max(sizes)
     best = min(abs(size / target - 1) for size in sizes)
     assert abs(size_of(found, data, by) / target - 1) == pytest.approx(best)  # type: ignore[arg-type]
 
