@@ -135,7 +135,8 @@ def run_config(config: BenchConfig, model: str, device: str, overrides: Sequence
     Raises:
         UserError: if an override is wrong.
     """
-    trainer: dict[str, Any] = {"accelerator": "gpu" if device == "cuda" else "cpu", "precision": PRECISION[device]}
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    trainer: dict[str, Any] = {"accelerator": accelerator, "precision": PRECISION[device], "compile": "none"}
     if Path(model).suffix == ".yaml":
         found = from_layers(read_layers(model))
         if not isinstance(found, RunConfig) or found.autoencoder is not None:
@@ -200,7 +201,9 @@ class Subject:
         self.run: DenoiserRun = DenoiserRun(Path("bench"), config) if like is None else like.run
         self.network = self.run.network.to(device)
         self.module = self.run.module()
-        compile_network(self.network, config.trainer.compile, backend)
+        how = config.trainer.compile
+        assert how != "auto"  # see `run_config`
+        compile_network(self.network, how, backend)
         made: Any = like.optimizer if like else self.module.configure_optimizers()["optimizer"]
         self.optimizer: torch.optim.Optimizer = made
         if like is not None:

@@ -215,14 +215,15 @@ class DenoiserTrainerConfig(TrainerConfig):
     by the size of past losses (Nichol & Dhariwal 2021, §3.3), which unpairs the run from others."""
     augment: float = 0.0
     """Probability of each non-leaking change of EDM's augmentation; needs a network with an augmentation input."""
-    compile: Literal["none", "block", "model"] = "none"
-    """Compiles the network, or each of its blocks (less waiting): the same to rounding. Needs a C++ compiler."""
+    compile: Literal["auto", "none", "block", "model"] = "auto"
+    """Compiles the network, or each of its blocks (less waiting): the same to rounding. Needs a C++ compiler. `auto`
+    takes the faster of the two on a GPU where the run is long enough to pay for it, and none elsewhere."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.strategy == "fsdp" and self.compile != "none":
+        if self.strategy == "fsdp" and self.compile not in ("auto", "none"):
             raise ValueError(
-                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: none, or"
+                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: auto, none, or"
                 " trainer.strategy=ddp"
             )
         check(self, "trainer", "lie in 0 to 1", lambda v: 0 <= v <= 1, "augment")

@@ -1,8 +1,6 @@
 """Checks of a config against this machine and its data, in seconds and before anything is written."""
 
 import contextlib
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +15,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.data.sets import ImageSet
 from diffbench.runs.build import build_denoiser, cost_of, denoised_shape, device_of, load_data
+from diffbench.training.speed import missing_compiler
 
 
 def check(config: RunConfig) -> None:
@@ -175,6 +174,5 @@ def check_device(trainer: TrainerConfig) -> None:
 
 def check_compiler(how: str) -> None:
     """Raises ValueError, naming the key, where `trainer.compile` finds no C++ compiler: $CXX, or g++."""
-    name = os.environ.get("CXX", "g++")
-    if how != "none" and shutil.which(name) is None:
-        raise ValueError(f"trainer.compile: {how} needs a C++ compiler, and there is no {name}; allowed: none")
+    if how in ("block", "model") and (name := missing_compiler()) is not None:
+        raise ValueError(f"trainer.compile: {how} needs a C++ compiler, and there is no {name}; allowed: auto, none")

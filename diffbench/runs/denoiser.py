@@ -44,6 +44,7 @@ class DenoiserRun(Run[RunConfig]):
     """A denoiser's run."""
 
     kind = "denoiser"
+    _compiled = False
 
     @property
     def denoiser(self) -> nn.Module:
@@ -150,10 +151,9 @@ class DenoiserRun(Run[RunConfig]):
 
     def module(self) -> "DiffusionModule":
         from diffbench.training.diffusion import DiffusionModule
-        from diffbench.training.speed import compile_network
 
         c, t = self.config, self.config.trainer
-        compile_network(self.network, t.compile)
+        self.compile(self.cost.training_flops(t.max_images) / t.processes)
         return DiffusionModule(
             self.network,
             self.process,
@@ -165,6 +165,16 @@ class DenoiserRun(Run[RunConfig]):
             time_sampling=t.time_sampling,
             augment=t.augment,
         )
+
+    def compile(self, flops: float) -> None:
+        """Compiles the network in place as `trainer.compile` says, for work of so many FLOPs on each device."""
+        from diffbench.training.speed import compile_here, compile_network
+
+        t = self.config.trainer
+        if not self._compiled and t.strategy != "fsdp":
+            how = compile_here(self.network, t.compile, flops, build.device_of(t.accelerator).type == "cuda")
+            compile_network(self.network, how)
+            self._compiled = how != "none"
 
     def data_module(self) -> "PositionDataModule":
         return build.data_module(self.config, *self.sets)

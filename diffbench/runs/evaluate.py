@@ -217,6 +217,7 @@ def draw(
         run_ranks(processes, "draw", str(run.folder), json.dumps(wanted))
         left = samples.count - samples.present()
     if left:
+        run.compile(2.0 * run.cost.macs * evaluations * left / world)
         batch = min(how.batch_size, left)
         estimate = left * evaluations * seconds_per_evaluation(sampler, batch)
         print(

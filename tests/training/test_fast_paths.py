@@ -17,6 +17,7 @@ from test_reference import network as golden_network
 from test_resume import CASES, KILL, TINY, assert_equal, only, state
 from torch import Tensor, nn
 
+from diffbench.cli import main
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load as load_config
 from diffbench.config.sections import OptimizerConfig, SampleConfig, TrainerConfig, precision_here
@@ -27,11 +28,11 @@ from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.runs.build import data_module, load_data
 from diffbench.runs.checks import check_compiler
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.lifecycle import train
+from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.checkpoint import AtomicCheckpointIO, all_steps
 from diffbench.training.diffusion import DiffusionModule
-from diffbench.training.speed import blocks, compile_network, float32_products
+from diffbench.training.speed import blocks, compile_here, compile_network, float32_products
 
 DIT = "experiments/digits/dit.yaml"
 SHORT = [*TINY, *CASES["dit"], "trainer.max_images=40", "sample.steps='2'"]  # 5 steps
@@ -165,6 +166,45 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     check_compiler("none")
     with pytest.raises(UserError, match=r"trainer\.compile: block needs a C\+\+ compiler, and there is no no-such-c"):
         train(DIT, ["trainer.compile=block"])
+
+
+@pytest.mark.parametrize(
+    ("name", "flops", "gpu", "how"),
+    [
+        ("dit", 1e17, True, "block"),
+        ("segformer", 1e17, True, "block"),
+        ("diffit-latent", 1e17, True, "block"),
+        ("unet", 1e17, True, "model"),
+        ("ddpmpp", 1e17, True, "model"),
+        ("dit", 1e13, True, "none"),
+        ("dit", 1e17, False, "none"),
+    ],
+)
+def test_auto_compiles_long_runs_on_a_gpu(name: str, flops: float, gpu: bool, how: str) -> None:
+    assert compile_here(small(name), "auto", flops, gpu) == how
+    assert compile_here(small(name), "none", flops, gpu) == "none"
+
+
+def test_auto_says_once_that_there_is_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compile_here(small("dit"), "auto", 1e17, True) == "none"
+    assert capsys.readouterr().out == "note: trainer.compile=auto compiles nothing: there is no no-such-compiler\n"
+
+
+def test_a_run_compiles_for_training_and_for_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def recorded(network: nn.Module, how: str, flops: float, gpu: bool) -> str:
+        asked.append(flops)
+        return "none"
+
+    monkeypatch.setattr("diffbench.training.speed.compile_here", recorded)
+    assert main(["train", DIT, *SHORT, "evaluate.count=20", f"runs_dir={tmp_path}"]) == 0
+    macs = load(only(tmp_path)).cost.macs
+    assert asked[0] == 6.0 * macs * 40
+    assert asked[1] == 2.0 * macs * 2 * 20  # two steps for each of twenty samples
 
 
 def test_auto_means_bfloat16_on_a_gpu_for_denoisers(monkeypatch: pytest.MonkeyPatch) -> None:
