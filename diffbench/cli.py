@@ -1,33 +1,23 @@
 """The command line: verbs that parse, call and print. Heavy imports wait until a verb needs them."""
 
 import argparse
+import contextlib
+import json
+import math
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from diffbench.commands.verbs import VERBS
+from diffbench.config.keys import key_lines, read_keys
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError, report, suggest
 from diffbench.runs import slurm
-
-VERBS = {
-    "train": "train an experiment; the same command resumes it",
-    "encode": "encode an experiment's data into latents ahead of training",
-    "show": "print an experiment's resolved config; runs nothing",
-    "list": "list backbones, presets and experiments; or the runs in folders",
-    "evaluate": "score samples of a run, or anyone's images",
-    "reference": "make statistics of real images",
-    "sample": "draw samples of a run into a PNG",
-    "study": "train every variant of a study with every seed",
-    "compare": "a table and a report of several runs, or of a study",
-    "attention": "draw where a run's tokens look along sampling",
-    "import": "turn a published checkpoint into a run folder",
-}
-
-MODULES = {"import": "import_checkpoint"}
-"""Verb -> its module in commands/, where that has another name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +28,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     launcher, argv = slurm.split(argv)
-    arguments = _parser().parse_args(_checked_verb(argv))
+    arguments = _parser().parse_args(_checked(argv))
     arguments.launcher = launcher
     if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its trials itself
         print(slurm.launch(argv, launcher))
         return 0
-    return int(import_module(f"diffbench.commands.{MODULES.get(arguments.verb, arguments.verb)}").run(arguments) or 0)
+    module = import_module(f"diffbench.commands.{VERBS[arguments.verb].module or arguments.verb}")
+    if getattr(arguments, "json", False):
+        with contextlib.redirect_stdout(sys.stderr):  # so that standard output holds the result alone
+            found = module.as_json(arguments)
+        print(json.dumps(_finite(found), indent=1, default=str))
+        return 0
+    return int(module.run(arguments) or 0)
+
+
+def _finite(value: Any) -> Any:
+    """A value whose numbers JSON has: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def exit_code(work: Callable[[], int]) -> int:
@@ -74,7 +79,9 @@ class _Help(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose options are not abbreviated."""
+    """A parser whose errors are one line, whose options are not abbreviated, and whose help shows a verb's keys."""
+
+    verb = ""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
@@ -82,12 +89,30 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{COMMAND_LINE}: {message}; see {self.prog} --help")
 
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self.verb:
+            return text
+        about, width = VERBS[self.verb], shutil.get_terminal_size().columns
+        keys = [key for place, prefix in about.keys.items() for key in read_keys(place, prefix)]
+        parts = [text.rstrip()]
+        if keys or about.more:
+            wrapped = [textwrap.fill(more, width, initial_indent="  ", subsequent_indent="  ") for more in about.more]
+            parts.append("\n".join(["keys, as key=value, with their defaults:", *key_lines(keys, width), *wrapped]))
+        examples = [f"  diffbench {self.verb} {words}".rstrip() for words in about.examples]
+        return "\n\n".join([*parts, "\n".join(["examples:", *examples])]) + "\n"
 
-def _checked_verb(argv: list[str]) -> list[str]:
+
+def _checked(argv: list[str]) -> list[str]:
+    """The words of a command whose verb is known; `--help` may stand anywhere after it."""
     verb = argv[0] if argv else "--help"
     if verb not in VERBS and verb not in ("-h", "--help", "--version"):
         near = suggest(verb, VERBS)
         raise UserError(f"{COMMAND_LINE}: unknown command {verb!r}; choose from {', '.join(VERBS)}{near}")
+    if verb in VERBS and {"-h", "--help"} & {*argv}:
+        return [verb, "--help"]
+    if "--json" in argv and verb in VERBS and VERBS[verb].json:  # argparse would leave it to what follows the run
+        return [verb, "--json", *(word for word in argv[1:] if word != "--json")]
     return argv or ["--help"]
 
 
@@ -97,7 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="diffbench", description="Compare diffusion denoisers fairly.", formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"diffbench {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    parsers = {name: verbs.add_parser(name, help=text, description=text) for name, text in VERBS.items()}
+    parsers: dict[str, _Parser] = {}
+    for name, verb in VERBS.items():
+        parsers[name] = verbs.add_parser(name, help=verb.text, description=verb.text)
+        parsers[name].verb = name
+        if verb.json:
+            parsers[name].add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+    parsers["init"].add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="by default this one")
     parsers["study"].add_argument("study", metavar="STUDY", help="YAML, as experiments/studies/backbones.yaml")
     for name in ("train", "encode", "show"):
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML, as experiments/digits/dit.yaml")
@@ -111,28 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     parsers["reference"].add_argument("what", metavar="REAL", help="run folder, folder of images, or npz with arr_0")
     parsers["list"].add_argument("folders", nargs="*", metavar="FOLDER", help="list the runs in it or below, as runs")
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
-    parsers["compare"].add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN [key=value]",
-        help="run folders, or a study's YAML or folder, then keys as out=FOLDER primary=fd baseline=dit",
-    )
+    what = "run folders, or a study's YAML or folder"
+    parsers["compare"].add_argument("runs", nargs="+", metavar="RUN [key=value]", help=f"{what}, then keys")
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm, ddpmpp or uvit")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")
     parsers["import"].add_argument("out", metavar="OUT", help="the new run folder")
-    parsers["attention"].add_argument(
-        "runs", nargs="+", metavar="RUN [key=value]", help="run folders, then keys as layers=[blocks.0] times=6"
-    )
-    values = {
-        "import": "arguments.num_heads=16 sample.steps=50",
-        "train": "trainer.max_images=900_000, or launcher=slurm launcher.time=90",
-        "study": "--dry-run seeds=[0,1] stop.images=20_000 jobs=2",
-        "encode": "latent_dtype=float32",
-        "show": "denoiser.depth=2",
-        "evaluate": "sample.steps=50 ema=0.999 snapshot=best export=samples.npz evaluate.extractor=efficientnet-lite0",
-        "reference": "evaluate.count=1000 out=stats.safetensors",
-        "sample": "n=16 labels=3 guidance=2 seed=0 out=digits.png strip=true gif=true, or keys of `sample` as steps=50",
-    }
-    for name, example in values.items():
-        parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help=f"as {example}")
+    parsers["attention"].add_argument("runs", nargs="+", metavar="RUN [key=value]", help="run folders, then keys")
+    for name in ("import", "train", "study", "encode", "show", "evaluate", "reference", "sample"):
+        parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help="see keys below")
     return parser

@@ -1,10 +1,12 @@
-"""`diffbench show`: print an experiment's resolved config; runs nothing."""
+"""`diffbench show`: print an experiment's resolved config, and where each value comes from; runs nothing."""
 
 import argparse
 
-from diffbench.config.load import load, to_yaml
+from diffbench.config.load import from_layers, read_layers
+from diffbench.config.origins import annotated
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the config of `arguments.config`."""
-    print(to_yaml(load(arguments.config, arguments.overrides)), end="")
+    """Print the config of `arguments.config` as YAML, with origins in comments."""
+    stack = read_layers(arguments.config, arguments.overrides)
+    print(annotated(from_layers(stack), stack), end="")

@@ -101,6 +101,12 @@ def dump(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def dump_line(key: str, value: Any) -> str:
+    """A key and its value as one line of YAML."""
+    text = yaml.dump({key: value}, Dumper=_Dumper, allow_unicode=True, default_flow_style=True, width=2**20)
+    return text.strip()[1:-1]
+
+
 def parse(text: str, where: str) -> Any:
     try:
         values = yaml.load(text, _SafeLoader)
@@ -111,6 +117,19 @@ def parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as e:
         raise UserError(f"{where}: not valid YAML: {_problem(e)}") from None
+
+
+def line_numbers(text: str) -> dict[str, int]:
+    """Dotted key -> its line, counted from 1, of a YAML document that `parse` accepts."""
+    found: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            found[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            walk(value, f"{prefix}{key.value}.")
+
+    walk(yaml.compose(text, _SafeLoader), "")
+    return found
 
 
 def _nodes(value: Any, depth: int = 0) -> Iterator[Any]:

@@ -12,6 +12,8 @@ from diffbench.config.documents import Typed, parse, scalar
 from diffbench.core.errors import UserError, suggest
 
 COMMAND_LINE, SMOKE_MODE = "command line", "debug=smoke"
+SHIPPED = Path(__file__).parents[1] / "experiments"
+"""The experiments that come with the package; in a checkout a link to the folder that is edited."""
 Layer = tuple[str, dict[str, Any]]
 """Where values come from (a file, the command line), and the values as written."""
 
@@ -84,18 +86,11 @@ PATHS = re.compile(
 
 
 def places(file: Path) -> list[Path]:
-    """The folders in which paths of a YAML file are looked up: its own, its repository, the working folder, and the
-    checkout of this package, where the shipped experiments lie."""
+    """The folders in which paths of a YAML file are looked up: its own, its repository, the working folder, and this
+    package, where the shipped experiments lie."""
     own = file.resolve().parent
     marked = (p for p in (own, *own.parents) if any((p / name).exists() for name in (".git", "pyproject.toml")))
-    checkout = Path(__file__).parents[2]
-    found = [
-        own,
-        *itertools.islice(marked, 1),
-        Path.cwd(),
-        *([checkout] if (checkout / "experiments").is_dir() else []),
-    ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([own, *itertools.islice(marked, 1), Path.cwd(), SHIPPED.parent]))
 
 
 def found_from(path: str, file: Path | None) -> str:
@@ -130,7 +125,8 @@ def _missing(path: Path, chain: tuple[Path, ...]) -> UserError:
     near = sorted(map(str, beside)) or experiments()
     named_so = sorted((n for n in near if Path(n).stem == path.stem), key=lambda n: (Path(n).parent != folder, len(n)))
     hint = f"; did you mean {named_so[0]!r}?" if named_so else suggest(str(path), near)
-    return UserError(f"{where}: {wrong}; choose from {', '.join(near) or 'files that exist'}{hint}")
+    choices = f"choose from {', '.join(near)}" if near else "`diffbench init` copies the shipped experiments here"
+    return UserError(f"{where}: {wrong}; {choices}{hint}")
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

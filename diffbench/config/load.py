@@ -74,14 +74,7 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
     """The checked config of layers, later ones on top: the dataclass of its `kind`, a `RunConfig` for denoisers."""
     merged: dict[str, Any] = {}
     for _, values in stack:
-        for section in REGISTRIES:
-            before, now = merged.get(section), values.get(section)
-            # The sizes of another network or data set do not carry over, nor do sizes below a preset.
-            if isinstance(before, dict) and isinstance(now, dict):
-                name = before.get("name", DEFAULT_NAMES.get(section))
-                if now.get("name", name) != name or now.get("preset") is not None:
-                    merged[section] = {"name": name}
-        _drop_other_averages(merged, values)
+        merged = kept_below(merged, values)
         with located(stack):
             merged = stacked(merged, values)
     with located(stack):
@@ -93,13 +86,25 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
     return config
 
 
-def _drop_other_averages(merged: dict[str, Any], values: dict[str, Any]) -> None:
-    """Decays and half-lives take each other's place."""
-    before, now = merged.get("ema"), values.get("ema")
+def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """What a layer leaves of the values below it.
+
+    The sizes of another network or data set do not carry over, nor do sizes below a preset; decays and half-lives take
+    each other's place.
+    """
+    kept = dict(lower)
+    for section in REGISTRIES:
+        before, now = lower.get(section), upper.get(section)
+        if isinstance(before, dict) and isinstance(now, dict):
+            name = before.get("name", DEFAULT_NAMES.get(section))
+            if now.get("name", name) != name or now.get("preset") is not None:
+                kept[section] = {"name": name}
+    before, now = lower.get("ema"), upper.get("ema")
     if isinstance(before, dict) and isinstance(now, dict):
         given = {"decays", "half_life"} & now.keys()
         if len(given) == 1:
-            merged["ema"] = {k: v for k, v in before.items() if k not in {"decays", "half_life"} - given}
+            kept["ema"] = {k: v for k, v in before.items() if k not in {"decays", "half_life"} - given}
+    return kept
 
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_help_lists_the_verbs(argv: list[str], capsys: Capture) -> None:
         main(argv)
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"{verb} " in out and text in out for verb, text in VERBS.items())
+    assert all(f"{name} " in out and verb.text.split()[0] in out for name, verb in VERBS.items())
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -61,7 +61,10 @@ def test_help_of_a_verb(verb: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "-h"])
     assert caught.value.code == 0
-    assert VERBS[verb] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert VERBS[verb].text in " ".join(out.split())
+    assert all(f"diffbench {verb} {words}".rstrip() in out for words in VERBS[verb].examples)
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_version_and_module(capsys: Capture) -> None:
