@@ -5,17 +5,19 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffbench.commands.list import run_values
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build
 from diffbench.core.errors import UserError
 from diffbench.metrics.registry import metric_of
+from diffbench.reports.plain import plain
 from diffbench.reports.results import Comparison, Trial, comparable_scores, guidance, settings
-from diffbench.reports.tables import IDENTITY, run_facts, run_table
+from diffbench.reports.tables import IDENTITY, for_terminal, run_facts, run_table
 from diffbench.reports.text import counted, listed
 from diffbench.runs.base import Run
 from diffbench.runs.lifecycle import look
@@ -45,8 +47,12 @@ class CompareConfig:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compare `arguments.runs`."""
-    for text in compare(arguments.runs):
-        print(text, flush=True)
+    print(compare(arguments.runs)[0])
+
+
+def as_json(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The runs, and the conclusion where there is one, as values."""
+    return compare(arguments.runs)[1]
 
 
 def split_words(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Path], T]:
@@ -63,8 +69,8 @@ def split_words(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Pa
         return folders, build(keys, values)
 
 
-def compare(words: Sequence[str]) -> Iterator[str]:
-    """Compare runs, or a study, given first, then key=value; yields texts for the terminal one by one.
+def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Compare runs, or a study, given first, then key=value; return the text for the terminal, and values for scripts.
 
     Raises:
         UserError: naming a folder without a run, records that were measured differently, or a wrong key.
@@ -76,25 +82,32 @@ def compare(words: Sequence[str]) -> Iterator[str]:
 
         found = comparison_of_study(study)
         found = replace(found, primary=asked.primary or found.primary, baseline=asked.baseline or found.baseline)
-        yield _report(found, Path(asked.out) if asked.out else study)
-        return
+        return _report(found, Path(asked.out) if asked.out else study)
     runs = [_trained(folder) for folder in folders]
     scored = comparable_scores(runs)
-    if len(runs) <= MOST_COLUMNS:
-        titles = [str(folder).removeprefix("runs/") for folder in folders]
-        labels: dict[tuple[bool, str], str] = {}  # of the first run's records, so that what is alike shares a row
-        for record in (record for records in scored for record in records):
-            labels.setdefault(_sampling(record), settings(record))
-        facts = [run_facts(run, s, lambda r: labels[_sampling(r)]) for run, s in zip(runs, scored, strict=True)]
-        yield run_table(list(zip(titles, facts, strict=True)))
+    table = _side_by_side(folders, runs, scored) if len(runs) <= MOST_COLUMNS else None
+    values = {"runs": [run_values(run) for run in runs]}
     if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked.out is None:
-        return
+        return table or "", values
     try:
-        yield _report(_comparison(runs, scored, asked), report_folder(asked.out, runs))
+        comparison = _comparison(runs, scored, asked)
+        once = len({t.variant for t in comparison.trials}) == len(runs)  # no means over seeds to show
+        text, more = _report(comparison, report_folder(asked.out, runs), table if once else None)
     except UserError as e:
-        if len(runs) > MOST_COLUMNS or asked != CompareConfig():
+        if table is None or asked != CompareConfig():
             raise
-        yield f"\nno report: {e}"
+        return f"{table}\n\nno report: {e}", values
+    return text, values | more
+
+
+def _side_by_side(folders: Sequence[Path], runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]) -> str:
+    """A column for each run."""
+    titles = [str(folder).removeprefix("runs/") for folder in folders]
+    labels: dict[tuple[bool, str], str] = {}  # of the first run's records, so that what is alike shares a row
+    for record in (record for records in scored for record in records):
+        labels.setdefault(_sampling(record), settings(record))
+    facts = [run_facts(run, s, lambda r: labels[_sampling(r)]) for run, s in zip(runs, scored, strict=True)]
+    return run_table(list(zip(titles, facts, strict=True)))
 
 
 def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
@@ -102,10 +115,12 @@ def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
     return "sample" in record, guidance(record)
 
 
-def _report(comparison: Comparison, out: Path) -> str:
+def _report(comparison: Comparison, out: Path, runs: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Write the report; return its text, with a table of `runs` where that says more, and its values."""
     from diffbench.reports.html import write
 
-    return f"\n{write(comparison, out)}\n\nreport: {out / 'report.html'}"
+    page, conclusion = out / "report.html", write(comparison, out)
+    return f"{for_terminal(conclusion, runs)}\n\nreport: {page}", plain(conclusion) | {"report": str(page)}
 
 
 def _trained(folder: Path) -> Run[Any]:
@@ -166,7 +181,8 @@ def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]
     notes = _notes(denoisers, besides)
     if len(denoisers) < len(runs):
         others = sorted({run.kind for run in runs if run.kind != "denoiser"})
-        notes.append(f"Left out: runs of kind {listed(others)}, and folders that were named twice.")
+        kinds = f"runs of kind {listed(others)}, and " if others else ""
+        notes.append(f"Left out: {kinds}folders that were named twice.")
     data = listed(list(dict.fromkeys(str(run.flat.get("data.name")) for run in denoisers)))
     return Comparison(
         title=f"{listed(order) if len(order) <= 4 else counted(len(order), 'variant')} on {data}",

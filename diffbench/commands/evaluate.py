@@ -15,23 +15,34 @@ from diffbench.runs.lifecycle import load_any
 
 def run(arguments: argparse.Namespace) -> None:
     """Score the run or the images of `arguments.what`."""
+    (record, *_), scored = _evaluate(arguments)
+    if scored is not None:
+        print(run_table([(scored.folder.name, run_facts(scored))]))
+        return
+    print("\n".join(f"{name:<40} {value:>12.6g}" for name, value in values(record).items()))
+    if record["compression"]:
+        print(f"note: {record['compression']}")
+
+
+def as_json(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The records of the scores."""
+    return _evaluate(arguments)[0]
+
+
+def _evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
+    """The new records, and the run that was scored, or None for images."""
     overrides = list(arguments.overrides)
     if "--against" in overrides[:-1]:  # argparse leaves what follows the folder to the overrides
         arguments.against = overrides.pop(overrides.index("--against") + 1)
         overrides.remove("--against")
     if arguments.against is not None:
-        record = evaluate_images(Path(arguments.what), Path(arguments.against), overrides)
-        print("\n".join(f"{name:<40} {value:>12.6g}" for name, value in values(record).items()))
-        if record["compression"]:
-            print(f"note: {record['compression']}")
-        return
+        return [evaluate_images(Path(arguments.what), Path(arguments.against), overrides)], None
     run = load_any(arguments.what)
-    score(run, overrides)
-    print(run_table([(run.folder.name, run_facts(run))]))
+    return score(run, overrides), run
 
 
-def score(run: Any, overrides: Sequence[str] = ()) -> None:
-    """Append a run's scores to its records, as its kind is scored."""
+def score(run: Any, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Append a run's scores to its records, as its kind is scored; return the new ones."""
     kinds: dict[str, tuple[str, Callable[[Any, Sequence[str]], Any]]] = {
         "denoiser": ("drawing and scoring samples", evaluate.evaluate),
         "autoencoder": ("scoring reconstructions", evaluate.evaluate_autoencoder),
@@ -40,4 +51,5 @@ def score(run: Any, overrides: Sequence[str] = ()) -> None:
         raise UserError(f"{run.folder}: a run of kind {run.config.kind}; choose a denoiser's or an autoencoder's")
     what, scored = kinds[run.config.kind]
     print(f"{run.folder}: {what}", flush=True)
-    scored(run, overrides)
+    found = scored(run, overrides)
+    return found if isinstance(found, list) else [found]

@@ -10,11 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffbench.config.layers import experiments
 from diffbench.core.errors import UserError
 from diffbench.denoisers import DENOISERS, PRESETS
 
 if TYPE_CHECKING:
     from diffbench.runs.base import Run
+
+UNREADABLE = (UserError, ValueError, OSError)
+"""What a damaged run folder raises."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -22,6 +26,17 @@ def run(arguments: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in arguments.folders]
     for line in runs(folders) if folders else catalogue(only_models=arguments.models):
         print(line, flush=True)
+
+
+def as_json(arguments: argparse.Namespace) -> Any:
+    """The same as values: a list of runs, or backbones, presets and experiments."""
+    if arguments.folders:
+        return [_values_or_error(folder) for folder in _folders([Path(folder) for folder in arguments.folders])]
+    presets = {name: {"parameters": p.cost.parameters, "gmacs": p.cost.gmacs} for name, p in PRESETS.items()}
+    if arguments.models:
+        return {"presets": presets}
+    backbones = {name: entry.summary for name, entry in DENOISERS.items()}
+    return {"backbones": backbones, "presets": presets, "experiments": {path: _purpose(path) for path in experiments()}}
 
 
 def catalogue(only_models: bool = False) -> Iterator[str]:
@@ -36,14 +51,18 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
         yield f"  {name:<24} {size}  ({preset.source})"
     if only_models:
         return
-    from diffbench.config.layers import experiments
-
     yield "\nexperiments"
     paths = experiments()
+    if not paths:
+        yield "  none here; `diffbench init` copies the shipped ones"
     for path in paths:
-        lines = Path(path).read_text().splitlines()
-        purpose = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
-        yield f"  {path:<{max(map(len, paths))}} {purpose}"
+        yield f"  {path:<{max(map(len, paths))}} {_purpose(path)}"
+
+
+def _purpose(path: str) -> str:
+    """The first line of an experiment's YAML, a comment."""
+    line = Path(path).read_text().partition("\n")[0]
+    return line.lstrip("# ") if line.startswith("#") else ""
 
 
 def run_folders(top: Path) -> Iterator[Path]:
@@ -67,19 +86,50 @@ def runs(tops: Sequence[Path]) -> list[str]:
     Raises:
         UserError: if there is no run.
     """
-    from diffbench.reports.tables import aligned
+    from diffbench.reports.tables import as_text
     from diffbench.runs.lifecycle import look
 
+    rows, unreadable = [], []
+    for folder in _folders(tops):
+        try:
+            rows.append(_row(look(folder)))
+        except UNREADABLE as e:
+            unreadable.append(f"{folder}  {' '.join(str(e).split()).removeprefix(f'{folder}: ')}")
+    return [*([as_text(rows, ("last change", "of"), rule=False)] if rows else []), *unreadable]
+
+
+def _folders(tops: Sequence[Path]) -> list[Path]:
     folders = list(dict.fromkeys(folder for top in tops for folder in run_folders(top)))
     if not folders:
         raise UserError(f"{', '.join(map(str, tops))}: no run folder here or below (none has a config.yaml)")
-    rows, unreadable = [], []
-    for folder in folders:
-        try:
-            rows.append(_row(look(folder)))
-        except (UserError, ValueError, OSError) as e:
-            unreadable.append(f"{folder}  {' '.join(str(e).split()).removeprefix(f'{folder}: ')}")
-    return [*(aligned(rows) if rows else []), *unreadable]
+    return folders
+
+
+def _values_or_error(folder: Path) -> dict[str, Any]:
+    from diffbench.runs.lifecycle import look
+
+    try:
+        return run_values(look(folder))
+    except UNREADABLE as e:
+        return {"run": str(folder), "error": str(e)}
+
+
+def run_values(run: "Run[Any]") -> dict[str, Any]:
+    """A run for scripts: how far it came, its last validation, its newest scores without and with guidance."""
+    from diffbench.evaluation.records import values
+    from diffbench.reports.results import newest_scores, settings
+
+    validation = {name: value for line in run.metrics for name, value in line.items() if name.startswith("val/")}
+    return {
+        "run": str(run.folder),
+        "kind": run.kind,
+        "seed": run.values["seed"],
+        "images_seen": run.images_seen,
+        "complete": run.complete,
+        "seconds": run.seconds,
+        "validation": validation,
+        "scores": [{"settings": settings(record), **values(record)} for record in newest_scores(run)],
+    }
 
 
 def _row(run: "Run[Any]") -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffbench.config.layers import read_yaml
 from diffbench.reports.html import write
+from diffbench.reports.tables import for_terminal
 from diffbench.runs import slurm
 from diffbench.studies.runner import run_study, slurm_folder
 from diffbench.studies.trials import KIND, TrialFile, comparison_of_study
@@ -21,5 +22,5 @@ def run(arguments: argparse.Namespace) -> int:
     if dry_run or (launcher.name == "slurm" and slurm.queued(slurm_folder(folder, launcher))):
         return 0
     comparison = comparison_of_study(folder)
-    print(f"\n{write(comparison, folder)}\n\nreport: {folder / 'report.html'}")
+    print(f"\n{for_terminal(write(comparison, folder))}\n\nreport: {folder / 'report.html'}")
     return int(any(t.status != "complete" for t in comparison.trials))

@@ -34,7 +34,7 @@ VERBS = {
     "init": Verb("copy the shipped experiments into a folder, to begin from", ("", "my-project")),
     "train": Verb(
         "train an experiment; the same command resumes it",
-        ("experiments/digits/dit.yaml", "experiments/digits/diffit.yaml seed=1 trainer.max_images=100_000"),
+        ("experiments/digits/dit.yaml", "experiments/digits/diffit.yaml seed=1 optimizer.lr=1e-3"),
         {RUN: ""},
         ("restart=true sets an earlier run of that name aside and begins anew.", _KINDS, _SLURM),
     ),
@@ -92,7 +92,7 @@ VERBS = {
     ),
     "attention": Verb(
         "draw where a run's tokens look along sampling",
-        ("runs/digits/diffit-s0", "runs/digits/diffit-s0 runs/digits/dit-s0 times=6 layers=[blocks.0]"),
+        ("runs/digits/diffit-s0", "runs/digits/diffit-s0 times=6 layers=[blocks.0]"),
         {"reports/attention.py:AttentionConfig": ""},
     ),
     "import": Verb(

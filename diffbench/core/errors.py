@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Iterable
 from importlib.metadata import version
 
+from diffbench.core.terminal import coloured
+
 
 class UserError(Exception):
     """One line that names the key or file, says what is allowed, and suggests the nearest; exit code 2."""
@@ -27,7 +29,7 @@ def report(error: Exception) -> int:
     """Print an error as one line, whatever characters it holds; return the exit code: 2, or 1 for a bug."""
     text, code = _explained(error)
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    print(f"error: {shown}", file=sys.stderr, flush=True)
+    print(coloured("error:", "red", sys.stderr), shown, file=sys.stderr, flush=True)
     return code
 
 

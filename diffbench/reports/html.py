@@ -27,13 +27,10 @@ VERDICTS = {
 }
 
 
-def write(comparison: Comparison, folder: Path) -> str:
+def write(comparison: Comparison, folder: Path) -> Conclusion:
     """Write report.html, report.csv and plots/*.png into a folder; earlier ones of the same names are replaced.
 
     Works on a study that is not finished, and on runs without evaluations.
-
-    Returns:
-        The same in short, for the terminal.
 
     Raises:
         UserError: if trials were measured differently, or a file is damaged.
@@ -42,7 +39,7 @@ def write(comparison: Comparison, folder: Path) -> str:
     plots = draw(conclusion, folder / "plots")
     write_text(folder / "report.csv", tables.as_csv(conclusion))
     write_text(folder / "report.html", render(conclusion, plots))
-    return tables.for_terminal(conclusion)
+    return conclusion
 
 
 def render(c: Conclusion, plots: Sequence[Plot]) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from diffbench.evaluation.records import values
 from diffbench.metrics.registry import metric_of
+from diffbench.reports.columns import columns, filled
 from diffbench.reports.conclusions import Conclusion, PairedTest, levels_of
 from diffbench.reports.results import Trial, newest_scores, settings
 from diffbench.reports.text import interval_text, mean_text, number, percent
@@ -25,25 +26,10 @@ IDENTITY = ("seed", "tag", "runs_dir", "format", "kind", "debug")
 Rows = list[dict[str, str]]
 
 
-def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
-    """A head and a line for each row, in columns; the first column is set to the left, the others to the right."""
-    first = next(iter(rows[0]))
-    return _lines(pd.DataFrame(rows).set_index(first).rename_axis(index=None, columns=first))
-
-
-def _lines(frame: pd.DataFrame) -> list[str]:
-    heads = [len(name) + 1 for name in frame.columns]  # pandas leaves one space beside a wide head
-    return [line.rstrip() for line in frame.to_string(na_rep="-", col_space=heads).split("\n")]
-
-
-def as_text(rows: Sequence[dict[str, str]]) -> str:
-    """Aligned rows with a rule below the head."""
-    return _ruled(aligned(rows))
-
-
-def _ruled(lines: Sequence[str]) -> str:
-    head, *rest = lines
-    return "\n".join([head, "-" * max(map(len, (head, *rest))), *rest])
+def as_text(rows: Sequence[dict[str, str]], optional: Sequence[str] = (), rule: bool = True) -> str:
+    """Rows in columns, whose heads are the rows' keys; a missing cell is a dash. See `columns`."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return columns([names, *([row.get(name, "-") for name in names] for row in rows)], optional, rule)
 
 
 def transposed(rows: Sequence[dict[str, str]], corner: str = "") -> Rows:
@@ -58,9 +44,9 @@ def transposed(rows: Sequence[dict[str, str]], corner: str = "") -> Rows:
 
 def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
     """Facts about runs as lines, runs as columns; a missing fact is a dash."""
-    frame = pd.DataFrame([facts for _, facts in runs]).T
-    frame.columns = pd.Index([title for title, _ in runs])  # a run may be named twice
-    return _ruled(_lines(frame))
+    names = dict.fromkeys(name for _, facts in runs for name in facts)
+    head = ["", *(title for title, _ in runs)]  # a run may be named twice
+    return columns([head, *([name, *(facts.get(name, "-") for _, facts in runs)] for name in names)])
 
 
 def run_facts(
@@ -255,19 +241,21 @@ def as_csv(c: Conclusion) -> str:
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
-def for_terminal(c: Conclusion) -> str:
-    """Answer, variants, pairs and what is missing, as text."""
+def for_terminal(c: Conclusion, runs: str | None = None) -> str:
+    """Answer, variants, pairs and what is missing, as text; a table of `runs` may stand in place of the variants'."""
     heads = {
         "winner": f"WINNER BY {c.metric.title.upper()}",
         "disputed": "MEASURES DISAGREE",
         "partly": "PARTLY DECIDED",
     }
     head = heads.get(c.outcome, c.outcome.upper())
-    parts = [c.comparison.title, c.comparison.question, "", f"{head}. {c.answer}"]
+    parts = [filled(text) for text in (c.comparison.title, c.comparison.question, "", f"{head}. {c.answer}")]
     if not c.comparison.like_for_like:
         parts.append("Not like for like: the variants differ in more than the question.")
     rows = quality(c)
-    if len(c.variants) <= WIDEST:
+    if runs is not None:
+        parts += ["", runs]
+    elif len(c.variants) <= WIDEST:
         cost = {row["variant"]: row for row in costs(c)}
         for row in rows:
             found = cost.get(row["variant"], {})
@@ -292,4 +280,4 @@ def for_terminal(c: Conclusion) -> str:
             parts.append(f"all {len(c.tests)} pairs stand in the report")
     if absent := missing(c):
         parts += ["", "not counted", as_text(absent[: 2 * PAIRS_SHOWN])]
-    return "\n".join(parts + [f"note: {note}" for note in [*c.comparison.notes, *c.notes]])
+    return "\n".join(parts + [filled(f"note: {note}") for note in [*c.comparison.notes, *c.notes]])

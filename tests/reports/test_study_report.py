@@ -32,7 +32,7 @@ def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
     for result in results:
         assert result.record is not None and result.run is not None
         save_samples(result.run.folder, result.record, torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8))
-    text = write(asked(results, notes=["Tuned alike."]), tmp_path / "out")
+    text = for_terminal(write(asked(results, notes=["Tuned alike."]), tmp_path / "out"))
     c = conclude(asked(results))
     values = {v: [t.values["val/bound"] for t in found] for v, found in c.variants.items()}
     means = {v: float(np.mean(x)) for v, x in values.items()}
@@ -154,7 +154,7 @@ def test_an_unfinished_study_with_failures(tmp_path: Path) -> None:
 
 def test_nothing_measured_yet(tmp_path: Path) -> None:
     results = [Trial(v, 0, "not begun") for v in ("a", "b")]
-    text = write(asked(results, primary="fd"), tmp_path / "out")
+    text = for_terminal(write(asked(results, primary="fd"), tmp_path / "out"))
     assert "NOT DECIDED. Not decided: no result has Fréchet distance yet." in text
     assert "none are scored yet" in (tmp_path / "out" / "report.html").read_text()
 

@@ -1,0 +1,18 @@
+"""What a command may assume of where it prints: its width, and colours on a terminal alone."""
+
+import os
+import shutil
+import sys
+from typing import TextIO
+
+
+def width() -> int | None:
+    """Columns of the terminal that standard output is; None for a pipe or a file, which take lines of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def coloured(text: str, colour: str, stream: TextIO) -> str:
+    """Text in "red", "green" or "yellow" where the stream is a terminal and NO_COLOR is not set."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\033[{ {'red': 31, 'green': 32, 'yellow': 33}[colour] }m{text}\033[0m"

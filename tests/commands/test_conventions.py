@@ -1,0 +1,124 @@
+"""Conventions of a command line: help with keys, shipped experiments, where values come from, completion."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffbench.cli import main
+from diffbench.commands.verbs import VERBS
+from diffbench.config.keys import read_keys
+from diffbench.config.load import flatten, load, to_dict
+
+ROOT = Path(__file__).parents[2]
+DIT = "experiments/digits/dit.yaml"
+Capture = pytest.CaptureFixture[str]
+
+
+def test_the_keys_of_help_are_those_of_the_config() -> None:
+    keys = {key.name: key for key in read_keys("config/kinds.py:RunConfig")}
+    real = flatten(to_dict(load(DIT)))
+    named = {k for k in real if k.split(".")[0] not in ("data", "denoiser", "process")}
+    assert {k for k in keys if not k.endswith(".name") or k == "optimizer.name"} == named - {"format", "kind"}
+    assert keys["trainer.max_images"].default == "1_000_000"
+    assert keys["trainer.label_dropout"].default == "0.1"  # of a subclass
+    assert keys["optimizer.name"].choices[:2] == ("adamw", "adam")
+    assert keys["evaluate.count"].text == "Samples, spread evenly over the classes."
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.keys])
+def test_every_key_of_help_is_described_or_speaks_for_itself(verb: str) -> None:
+    keys = [key for place, prefix in VERBS[verb].keys.items() for key in read_keys(place, prefix)]
+    assert len({key.name for key in keys}) == len(keys) > 2
+    assert sum(not key.text for key in keys) <= len(keys) // 5
+
+
+def test_help_of_a_verb_needs_no_torch() -> None:
+    code = (
+        "import sys; from diffbench.cli import main\ntry: main(['train', 'x.yaml', '--help'])\nexcept SystemExit: pass"
+    )
+    code += "\nprint({'torch', 'omegaconf', 'numpy', 'lightning'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "trainer.batch_size=128" in done.stdout and done.stdout.endswith("\nset()\n")
+
+
+def test_init_copies_the_experiments_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", DIT]) == 2
+    assert f"{DIT}: no such file; `diffbench init` copies the shipped experiments here" in capsys.readouterr().err
+    assert main(["init"]) == 0
+    assert capsys.readouterr().out.endswith("files; try: diffbench train experiments/digits/dit.yaml\n")
+    theirs = sorted(p.relative_to(ROOT) for p in ROOT.glob("experiments/*/*.yaml"))
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.glob("experiments/*/*.yaml")) == theirs
+    assert load(DIT) == load(ROOT / DIT)
+    assert main(["init"]) == 2
+    assert "command line: experiments exists already; name another FOLDER" in capsys.readouterr().err
+
+
+def test_show_says_where_each_value_comes_from(tmp_path: Path, capsys: Capture) -> None:
+    words = ["denoiser.depth=2", "tag=007", "debug=smoke", "ema.decays=[0.9, 0.99]"]
+    assert main(["show", DIT, *words]) == 0
+    text = capsys.readouterr().out
+    found = {line.split("#")[0].strip(): line.split("# ")[1] for line in text.splitlines() if "# " in line}
+    assert found["depth: 2"] == found["tag: '007'"] == found["decays: [0.9, 0.99]"] == "command line"
+    assert found["hidden_size: 64"] == f"{DIT}:9"
+    assert found["grad_clip_norm: 1.0"] == "experiments/digits/_base.yaml:9"
+    assert found["log_images: 8"] == "debug=smoke"
+    assert found["timeout_s: 1800"] == "default"
+    (tmp_path / "again.yaml").write_text(text)
+    assert load(tmp_path / "again.yaml") == load(DIT, words)
+
+
+def test_show_of_a_preset_and_of_another_network(capsys: Capture) -> None:
+    assert main(["show", "experiments/imagenet256-latent/dit-xl-2.yaml", "denoiser.depth=3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        "num_heads: 16" in x and x.endswith("# preset, experiments/imagenet256-latent/dit-xl-2.yaml:8") for x in lines
+    )
+    assert any("depth: 3" in x and x.endswith("# command line") for x in lines)
+    assert main(["show", DIT, "denoiser.name=unet"]) == 0
+    assert not [x for x in capsys.readouterr().out.splitlines() if f"{DIT}:1" in x]  # none of DiT's sizes
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("diffbench co", {"compare", "completion"}),
+        ("diffbench train trainer.max_i", {"trainer.max_images="}),
+        ("diffbench sample RUN guidance_p", {"guidance_power="}),
+        (
+            "diffbench train experiments/digits/di",
+            {DIT, "experiments/digits/diffit.yaml", "experiments/digits/diffit-latent.yaml"},
+        ),
+        ("diffbench compare RUN out=exp", {"experiments/"}),
+    ],
+)
+def test_completion(line: str, completed: set[str], capsys: Capture, tmp_path: Path) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("needs bash")
+    assert main(["completion"]) == 0
+    words = line.split()
+    script = tmp_path / "script"
+    script.write_text(
+        f"{capsys.readouterr().out}\ncompopt() {{ :; }}\nCOMP_LINE='{line}' COMP_POINT={len(line)}\n"
+        f"COMP_WORDS=({line}) COMP_CWORD={len(words) - 1}\n_diffbench\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
+    )
+    done = subprocess.run([bash, str(script)], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert set(done.stdout.split()) == completed
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_what_a_user_needs(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    shipped = tmp_path / "site" / "diffbench"
+    assert (shipped / "py.typed").is_file() and (shipped / "reports/report.html.j2").is_file()
+    assert (shipped / DIT).read_text() == (ROOT / DIT).read_text()
+    assert {p.name for p in (tmp_path / "site").iterdir() if not p.name.endswith(".dist-info")} <= {"diffbench", "bin"}

@@ -1,0 +1,67 @@
+"""Tables fit a terminal of 80 columns, and are left alone in a pipe."""
+
+import sys
+
+import pytest
+
+from diffbench.core import terminal
+from diffbench.reports.columns import columns, filled
+
+HEAD = ["run", "images", "of", "newest score", "last change"]
+ROWS = [
+    [
+        "runs/digits/dit-hidden_size_32-s0",
+        "6,400",
+        "400,000",
+        "fd/digits-cnn@500 0.0123 (guidance 1.5)",
+        "2026-01-02 10:00",
+    ],
+    ["runs/digits/unet-s1", "400,000", "400,000", "-", "2026-01-02"],
+]
+
+
+def on(monkeypatch: pytest.MonkeyPatch, room: int | None) -> None:
+    monkeypatch.setattr(terminal, "width", lambda: room)
+
+
+def test_a_pipe_takes_any_width() -> None:
+    lines = columns([HEAD, *ROWS], optional=["of"], rule=False).splitlines()
+    assert len(lines) == 3 and len(lines[0]) > 105
+    assert lines[1].split()[:3] == ["runs/digits/dit-hidden_size_32-s0", "6,400", "400,000"]
+
+
+def test_optional_columns_go_first_then_long_cells_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, 90)
+    lines = columns([HEAD, *ROWS], optional=["last change", "of"], rule=False).splitlines()
+    assert lines[0].split() == ["run", "images", "newest", "score"] and len(lines) == 3
+    on(monkeypatch, 60)
+    text = columns([HEAD, *ROWS], optional=["last change", "of"], rule=False)
+    assert max(map(len, text.splitlines())) <= 60
+    assert all(word in text for word in ("hidden_size_32-s0", "0.0123", "400,000"))  # numbers stay whole
+
+
+def test_many_columns_stand_below_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, 80)
+    names = [f"variant-{i}" for i in range(9)]
+    table = [["metric", *names], ["val/bound", *[f"{i}.1234 ± 0.0{i}" for i in range(9)]]]
+    blocks = columns(table).split("\n\n")
+    assert len(blocks) == 3
+    assert all(block.startswith("metric ") and "\nval/bound " in block for block in blocks)
+    assert all(len(line) <= 80 for block in blocks for line in block.splitlines())
+    assert [name for block in blocks for name in names if f"{name}\n" in block or f"{name} " in block] == names
+
+
+def test_a_paragraph_is_wrapped_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "one two three " * 20
+    assert filled(text) == text
+    on(monkeypatch, 40)
+    assert max(map(len, filled(text).splitlines())) <= 40
+
+
+def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert terminal.coloured("error:", "red", sys.stderr) == "error:"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert terminal.coloured("error:", "red", sys.stderr) == "\033[31merror:\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.coloured("error:", "red", sys.stderr) == "error:"
