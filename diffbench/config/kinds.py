@@ -38,6 +38,27 @@ DEFAULT_NAMES = {"process": "vp"}
 """The name of a section that gives none; other sections must give one."""
 
 
+def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """What a layer leaves of the values below it.
+
+    The sizes of another network or data set do not carry over, nor do sizes below a preset; decays and half-lives take
+    each other's place.
+    """
+    kept = dict(lower)
+    for section in REGISTRIES:
+        before, now = lower.get(section), upper.get(section)
+        if isinstance(before, dict) and isinstance(now, dict):
+            name = before.get("name", DEFAULT_NAMES.get(section))
+            if now.get("name", name) != name or now.get("preset") is not None:
+                kept[section] = {"name": name}
+    before, now = lower.get("ema"), upper.get("ema")
+    if isinstance(before, dict) and isinstance(now, dict):
+        given = {"decays", "half_life"} & now.keys()
+        if len(given) == 1:
+            kept["ema"] = {k: v for k, v in before.items() if k not in {"decays", "half_life"} - given}
+    return kept
+
+
 LAST = ("optimizer", "ema", "trainer", "validation", "sample", "evaluate")
 """The sections that config.yaml ends with, whatever the kind; its network comes before."""
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffbench.config.documents import dump
-from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, keys_of
+from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, kept_below, keys_of
 from diffbench.config.layers import COMMAND_LINE, SMOKE_MODE, Layer, located, parse_overrides, read_chain, stacked
 from diffbench.core.errors import suggest
 from diffbench.denoisers import DENOISERS
@@ -84,27 +84,6 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
         config = build(root, plain, kinds={section: _chosen(plain, section) for section in sections})
     assert isinstance(config, BaseConfig)
     return config
-
-
-def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """What a layer leaves of the values below it.
-
-    The sizes of another network or data set do not carry over, nor do sizes below a preset; decays and half-lives take
-    each other's place.
-    """
-    kept = dict(lower)
-    for section in REGISTRIES:
-        before, now = lower.get(section), upper.get(section)
-        if isinstance(before, dict) and isinstance(now, dict):
-            name = before.get("name", DEFAULT_NAMES.get(section))
-            if now.get("name", name) != name or now.get("preset") is not None:
-                kept[section] = {"name": name}
-    before, now = lower.get("ema"), upper.get("ema")
-    if isinstance(before, dict) and isinstance(now, dict):
-        given = {"decays", "half_life"} & now.keys()
-        if len(given) == 1:
-            kept["ema"] = {k: v for k, v in before.items() if k not in {"decays", "half_life"} - given}
-    return kept
 
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:

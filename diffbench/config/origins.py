@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from diffbench.config.documents import dump_line, line_numbers
-from diffbench.config.kinds import BaseConfig
+from diffbench.config.kinds import BaseConfig, kept_below
 from diffbench.config.layers import Layer, stacked
-from diffbench.config.load import flatten, kept_below, to_dict
+from diffbench.config.load import flatten, to_dict
 
 
 def origins(stack: Sequence[Layer]) -> dict[str, str]:
