@@ -1,5 +1,6 @@
 """The root dataclass of each `kind` of run, and the registries from which its sections choose by `name`."""
 
+import math
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
@@ -130,14 +131,21 @@ class RunConfig(BaseConfig):
         if self.autoencoder is not None and self.trainer.augment:
             raise ValueError("trainer.augment: changes images, not the latents of autoencoder; leave it at 0")
         self._check_guidance()
-        if self.trainer.time_sampling == "loss_aware" and self.process.name != "vp":
-            raise ValueError(
-                f"trainer.time_sampling: loss_aware counts the steps of process.name=vp, not {self.process.name};"
-                " choose uniform or stratified"
-            )
+        if self.trainer.time_sampling == "loss_aware":
+            p = self.process
+            if p.name != "vp":
+                raise ValueError(
+                    f"trainer.time_sampling: loss_aware counts the steps of process.name=vp, not {p.name};"
+                    " choose uniform or stratified"
+                )
+            if p.times != "uniform" or p.shift != 1:
+                raise ValueError(
+                    "trainer.time_sampling: loss_aware takes the place of process.times and process.shift; leave them"
+                    f" at uniform and 1, got {p.times} and {p.shift}"
+                )
+        shape = self.data.shape if self.autoencoder is None else None
+        self.process = settled_process(self.process, self.pixels, shape)
         self._settle_sampler()
-        if self.process.name == "edm" and self.process.sigma_data is None:
-            self.process = replace(self.process, sigma_data=0.5 if self.pixels else 1.0)
         check_levels(self.process, self.validation)
 
     @property
@@ -190,7 +198,28 @@ class ClassifierRunConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.process = settled_process(self.process, pixels=True, shape=self.data.shape)
         check_levels(self.process, self.validation)
+
+
+def settled_process(process: Any, pixels: bool, shape: tuple[int, int, int] | None) -> Any:
+    """A process's config with what follows from the data: `sigma_data` where it is used, and a shift of null.
+
+    Args:
+        process: the config.
+        pixels: whether the data are pixels in [-1, 1].
+        shape: (C, H, W), or None where it is not known yet.
+
+    Raises:
+        ValueError: if the shift is to follow an unknown shape.
+    """
+    if process.sigma_data is None and "edm" in (process.name, process.weighting):
+        process = replace(process, sigma_data=0.5 if pixels else 1.0)
+    if process.shift is not None:
+        return process
+    if shape is None:
+        raise ValueError("process.shift: null follows the shape of images; with autoencoder give a number")
+    return replace(process, shift=math.sqrt(math.prod(shape) / 4096))
 
 
 def check_levels(process: Any, validation: ValidationConfig) -> None:

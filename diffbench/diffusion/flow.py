@@ -1,4 +1,4 @@
-"""Flow matching (Lipman et al. 2023; SiT, Ma et al. 2024): the network predicts the velocity along a path.
+"""Flow matching (Lipman et al. 2023; SiT, Ma et al. 2024): a path from noise to image in time 0 to 1.
 
 x_t = alpha_t x_0 + sigma_t eps where time runs from 0, all noise, to 1, the image x_0.
 """
@@ -10,32 +10,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import Grid, Point, Prediction, Process, per_sample, step_count
-from diffbench.diffusion.timesteps import normal_quantiles
+from diffbench.diffusion.objective import ObjectiveConfig, Space
+from diffbench.diffusion.process import Grid, Point, Process, step_count
 
 
-@dataclass
-class FlowConfig:
+@dataclass(kw_only=True)
+class FlowConfig(ObjectiveConfig):
     """Flow matching as in SiT (Ma et al. 2024)."""
 
     path: Literal["linear", "gvp"] = "linear"
     """`linear`: alpha = t, sigma = 1 - t. `gvp`: sin(pi t / 2) and cos(pi t / 2), whose variances add up to one."""
-    times: Literal["uniform", "logit_normal"] = "uniform"
-    """Distribution of training times; logit-normal as in Esser et al. 2024."""
-    logit_mean: float = 0.0
-    """Mean of the logit of logit-normal times; above 0 they lie nearer to the image."""
-    logit_std: float = 1.0
-    """Standard deviation of the logit of logit-normal times."""
-
-    def __post_init__(self) -> None:
-        if self.logit_std <= 0:
-            raise ValueError(f"process.logit_std must be positive, got {self.logit_std}")
+    prediction: Space = "velocity"
+    """The network's output: the velocity alpha' x0 + sigma' eps (SiT), the image (JiT), the noise, or v."""
 
 
 class Flow(Process):
     """The process of a `FlowConfig`. Times are 0 (noise) to 1 (image); the network sees them as they are."""
 
     name = "flow"
+    towards_image = True
 
     def __init__(self, config: FlowConfig) -> None:
         self.config = config
@@ -44,11 +37,9 @@ class Flow(Process):
         """The path."""
         return self.name, self.config.path
 
-    def time(self, u: Tensor) -> Tensor:
-        """Training times (B,) float64 for u (B,) uniform in (0, 1)."""
-        if self.config.times == "uniform":
-            return u.double()
-        return normal_quantiles(u, self.config.logit_mean, self.config.logit_std).sigmoid()
+    def even_time(self, u: Tensor) -> Tensor:
+        """u itself, float64."""
+        return u.double()
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2), float64; infinite at the ends."""
@@ -70,39 +61,24 @@ class Flow(Process):
         alpha, sigma = angle.sin(), rest.sin()
         return Point(t, t, alpha, sigma, sigma * (math.pi / 2), -alpha * (math.pi / 2))
 
-    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at times t (B,), shaped to broadcast over `like`."""
-        point = self.path(t)
-        return per_sample(point.alpha, like), per_sample(point.sigma, like)
-
-    def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """Image and noise, from x = alpha x_0 + sigma eps and the velocity alpha' x_0 + sigma' eps.
-
-        Of an output with twice the channels the first half is the velocity (SiT keeps DiT's doubled last layer).
-        """
-        velocity, p = out[:, : x_t.shape[1]], self.path(t)
-        scale = p.alpha * p.sigma_rate - p.sigma * p.alpha_rate
-        x0 = per_sample(p.sigma_rate / scale, x_t) * x_t - per_sample(p.sigma / scale, x_t) * velocity
-        eps = per_sample(p.alpha / scale, x_t) * velocity - per_sample(p.alpha_rate / scale, x_t) * x_t
-        return Prediction(x0, eps)
-
-    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The velocity alpha' x_0 + sigma' eps, (B, C, H, W)."""
-        p = self.path(t)
-        return per_sample(p.alpha_rate, x0) * x0 + per_sample(p.sigma_rate, x0) * eps
-
     def grid(self, steps: int | str) -> Grid:
-        """Times evenly spread from 0 to 1."""
-        return Grid(self.path(torch.linspace(0, 1, step_count(steps) + 1, dtype=torch.float64)), open_end=False)
+        """Times evenly spread from 0 to 1, then shifted."""
+        times = torch.linspace(0, 1, step_count(steps) + 1, dtype=torch.float64)
+        return Grid(self.path(self._shifted(times)), open_end=self.config.prediction == "x0")
 
     def sde_grid(self, steps: int | str, last: float = 0.04) -> Grid:
-        """Times evenly spread from 0 to 1 - last, then 1: the SDE ends with one step of that size without noise.
+        """Times evenly spread from 0 to 1 - last, then 1, and shifted: the SDE's last step is without noise.
 
         Args:
             steps: of all, the last included; at least 2.
-            last: size of the last step.
+            last: size of the last step before the shift.
         """
         if not 0 < last < 1:
             raise ValueError(f"the last step must lie between 0 and 1, got {last}")
         even = torch.linspace(0, 1 - last, step_count(steps, least=2), dtype=torch.float64)
-        return Grid(self.path(torch.cat([even, torch.ones(1, dtype=torch.float64)])), open_end=False)
+        times = torch.cat([even, torch.ones(1, dtype=torch.float64)])
+        return Grid(self.path(self._shifted(times)), open_end=False)
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        shift = self.config.shift
+        return t if shift == 1 else self.time_at(self.log_snr(t) - 2 * math.log(shift))

@@ -1,10 +1,12 @@
 """The interface of all processes: the path from image to noise, the loss, and the points that samplers visit.
 
 Every process is x_t = alpha_t x_0 + sigma_t eps. They differ in the meaning of time, the distribution of training
-times, the network's input and output, and the weight of the loss. A process is not an nn.Module: its tables stay
-float64 and out of checkpoints. It draws no random numbers: callers pass u and eps.
+times and the network's input. What the network predicts, and in which space its error counts, is converted here for
+all of them. A process is not an nn.Module: its tables stay float64 and out of checkpoints. It draws no random numbers:
+callers pass u and eps.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from diffbench.diffusion.objective import MAX_WEIGHT
+from diffbench.diffusion.timesteps import normal_quantiles
 
 
 class Prediction(NamedTuple):
@@ -51,6 +56,26 @@ class Point(NamedTuple):
         x0, eps = prediction.x0, prediction.eps
         return self.alpha_rate.to(x0.dtype) * x0 + self.sigma_rate.to(eps.dtype) * eps
 
+    def coefficients(self, space: str, sigma_data: float = 1.0) -> tuple[Tensor, Tensor]:
+        """a and b of a x_0 + b eps, which is what a network predicts in a `Space`, or in "edm".
+
+        "edm" is the F of EDM's preconditioning, (x_0 - c_skip x) / c_out, for data of standard deviation `sigma_data`;
+        with 1 it is -v.
+        """
+        if space == "velocity":
+            return self.alpha_rate, self.sigma_rate
+        if space in ("x0", "eps"):
+            one, zero = torch.ones_like(self.alpha), torch.zeros_like(self.alpha)
+            return (one, zero) if space == "x0" else (zero, one)
+        if space == "v":
+            return -self.sigma / self.total(), self.alpha / self.total()
+        total = self.total(sigma_data)
+        return self.sigma / (sigma_data * total), -sigma_data * self.alpha / total
+
+    def total(self, sigma_data: float = 1.0) -> Tensor:
+        """Standard deviation of x for data of standard deviation `sigma_data`."""
+        return (self.sigma**2 + (sigma_data * self.alpha) ** 2).sqrt()
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -61,7 +86,8 @@ class Grid:
     scale: float = 1.0
     """Standard deviation of x at the first point."""
     open_end: bool = True
-    """Whether the last point, where no noise is left, has no time of its own: the network cannot be evaluated there."""
+    """Whether the network is not evaluated at the last point, where no noise is left: the point has no time of its own,
+    or a predicted image says nothing about the noise there."""
 
     def __len__(self) -> int:
         return len(self.points.s) - 1
@@ -83,16 +109,19 @@ class Process(ABC):
     """A diffusion process. Times t are (B,) tensors in its own unit, images (B, C, H, W)."""
 
     name: ClassVar[str]
+    towards_image: ClassVar[bool] = False
+    """Whether time runs from noise to image."""
     learn_sigma: bool = False
     """Whether the network also puts out a variance, in as many channels again."""
+    config: Any
 
     @abstractmethod
     def noising(self) -> tuple[Any, ...]:
         """Identity of the noisy images and times that a network sees; where it is equal, a classifier serves both."""
 
     @abstractmethod
-    def time(self, u: Tensor) -> Tensor:
-        """Training times (B,) for u (B,) uniform in (0, 1)."""
+    def even_time(self, u: Tensor) -> Tensor:
+        """Training times (B,) spread evenly over the process's own time for u (B,) in (0, 1)."""
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
@@ -103,33 +132,105 @@ class Process(ABC):
         """The times (B,), float64, with these log-SNRs; inverse of `log_snr`."""
 
     @abstractmethod
-    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at times t (B,), in the dtype of `like` and shaped to broadcast over it."""
-
-    @abstractmethod
-    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The output (B, C, H, W) that the network should give at add_noise(x0, t, eps), without a learned variance."""
-
-    @abstractmethod
-    def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """A network's output at x_t and times t (B,) as image and noise."""
+    def path(self, t: Tensor) -> Point:
+        """alpha, sigma and their derivatives at times t (B,), float64."""
 
     @abstractmethod
     def grid(self, steps: int | str) -> Grid:
         """The points of a sampler of that many steps."""
 
+    def time(self, u: Tensor) -> Tensor:
+        """Training times (B,) of the config's distribution for u (B,) uniform in (0, 1)."""
+        c = self.config
+        if c.times == "log_normal":
+            t = self.training_time_at(-2 * normal_quantiles(u, c.p_mean, c.p_std))
+        elif c.times == "logit_normal":
+            mean = c.logit_mean if self.towards_image else -c.logit_mean
+            t = self.even_time(normal_quantiles(u, mean, c.logit_std).sigmoid())
+        else:
+            t = self.even_time(u)
+        return t if c.shift == 1 else self.training_time_at(self.log_snr(t) - 2 * math.log(c.shift))
+
+    def training_time_at(self, log_snr: Tensor) -> Tensor:
+        """The training times (B,) nearest to these log-SNRs."""
+        return self.time_at(log_snr)
+
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The network's input: the noisy image as scaled for it, and its conditioning time (B,) in that dtype."""
         return x_t, t.to(x_t.dtype)
 
-    def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The loss of each sample's network output at add_noise(x0, t, eps), (B,): the squared error of its target."""
-        return mean_square(out[:, : x0.shape[1]] - self.target(x0, t, eps))
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at times t (B,), in the dtype of `like` and shaped to broadcast over it."""
+        p = self.path(t)
+        return per_sample(p.alpha, like), per_sample(p.sigma, like)
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t of images x0 and noise eps (B, C, H, W) at times t (B,)."""
         alpha, sigma = self.alpha_sigma(t, x0)
         return alpha * x0 + sigma * eps
+
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The output (B, C, H, W) that the network should give at add_noise(x0, t, eps), without a learned variance."""
+        if self.config.prediction in ("x0", "eps"):
+            return x0 if self.config.prediction == "x0" else eps
+        a, b = self.path(t).coefficients(self.config.prediction, self.sigma_data)
+        return per_sample(a, x0) * x0 + per_sample(b, x0) * eps
+
+    def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """A network's output (B, C, H, W) at x_t and times t (B,) as image and noise.
+
+        The two solve x_t = alpha x_0 + sigma eps and out = a x_0 + b eps. At the very end where that is impossible,
+        because a predicted noise has no part in the image or a predicted image none in the noise, the other is 0.
+
+        Of an output with more channels the first C count (SiT keeps DiT's doubled last layer).
+        """
+        out, p, prediction = out[:, : x_t.shape[1]], self.path(t), self.config.prediction
+        alpha, sigma = per_sample(p.alpha, x_t), per_sample(p.sigma, x_t)
+        if prediction == "x0":
+            return Prediction(out, (x_t - alpha * out) / per_sample(_divisor(p.sigma), x_t))
+        if prediction == "eps":
+            return Prediction((x_t - sigma * out) / per_sample(_divisor(p.alpha), x_t), out)
+        a, b = p.coefficients(prediction, self.sigma_data)
+        scale = p.alpha * b - p.sigma * a
+        x0 = per_sample(b / scale, x_t) * x_t - per_sample(p.sigma / scale, x_t) * out
+        eps = per_sample(p.alpha / scale, x_t) * out - per_sample(a / scale, x_t) * x_t
+        return Prediction(x0, eps)
+
+    def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The loss of each sample's network output at add_noise(x0, t, eps), (B,): its weighted squared error."""
+        loss = mean_square(out[:, : x0.shape[1]] - self.target(x0, t, eps))
+        weight = self.weight(t)
+        return loss if weight is None else loss * weight.to(loss.dtype)
+
+    def weight(self, t: Tensor) -> Tensor | None:
+        """Weights (B,) float64 of the output's squared error at times t (B,), `MAX_WEIGHT` at most; None for all 1.
+
+        At a given x_t all errors are one: those of x_0 and eps are sigma k and -alpha k, that of a x_0 + b eps is
+        (a sigma - b alpha) k. A weight is what the objective makes of k^2 over what the output makes of it.
+        """
+        c, p = self.config, self.path(t)
+        if c.weighting == "none" and c.loss_space in (None, c.prediction):
+            return None
+        signal, noise = p.alpha**2, p.sigma**2
+        if c.weighting == "min_snr":
+            wanted = torch.minimum(signal, (c.min_snr_gamma or 5.0) * noise)
+        elif c.weighting == "edm":
+            wanted = signal + noise / self.sigma_data**2
+        elif c.weighting == "sigmoid":
+            bias = 2.0 if c.sigmoid_bias is None else c.sigmoid_bias
+            wanted = signal * noise / (noise + math.exp(-bias) * signal)
+        else:
+            wanted = self._error(p, c.loss_space)
+        return (wanted / self._error(p, c.prediction).clamp(min=1e-300)).clamp(max=MAX_WEIGHT)
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the data."""
+        return 0.5 if self.config.sigma_data is None else float(self.config.sigma_data)
+
+    def _error(self, p: Point, space: str) -> Tensor:
+        a, b = p.coefficients(space, self.sigma_data)
+        return (a * p.sigma - b * p.alpha) ** 2
 
 
 def predictor(process: Process, network: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LabelledPredict:
@@ -148,6 +249,11 @@ def _on(t: Tensor, device: torch.device) -> Tensor:
     if t.device == device or t.device.type != "cpu" or bool((t != t[0]).any()):
         return t.to(device)
     return torch.full(t.shape, t[0].item(), dtype=t.dtype, device=device)
+
+
+def _divisor(values: Tensor) -> Tensor:
+    """Values with 0 replaced by infinity, by which anything divides to 0, its gradient too."""
+    return values.masked_fill(values == 0, math.inf)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffbench.diffusion.likelihood import bound_term
-from diffbench.diffusion.process import Grid, Point, Prediction, Process, mean_square, per_sample
+from diffbench.diffusion.objective import ObjectiveConfig, Space
+from diffbench.diffusion.process import Grid, Point, Prediction, Process
 from diffbench.diffusion.schedules import SCHEDULES, Tables, Variance, at, zero_terminal_snr
 
 # Stands for a log-SNR of minus infinity, which could not be interpolated: its sigmoid is exactly 0 in float64.
@@ -19,27 +20,26 @@ NO_SIGNAL = -1000.0
 
 
 @dataclass
-class VPConfig:
+class VPConfig(ObjectiveConfig):
     """Discrete VP diffusion (DDPM, Ho et al. 2020; improved DDPM, Nichol & Dhariwal 2021)."""
 
     steps: int = 1000
     """T, the number of noise levels."""
     schedule: Literal["linear", "cosine", "scaled_linear", "given"] = "linear"
-    prediction: Literal["eps", "x0", "v"] = "eps"
-    """The network's output: the noise, the image, or v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
+    prediction: Space = "eps"
+    """The network's output: the noise, the image, or v = alpha eps - sigma x0 (velocity is the same here)."""
     variance: Variance = "fixed_large"
     """Of the reverse steps in the loss; `learned_range` needs a network with two outputs a channel."""
     loss: Literal["mse", "hybrid", "rescaled_hybrid", "kl", "rescaled_kl"] = "mse"
     """`hybrid` adds a step's term of the variational bound, by which only the variance learns, to the MSE;
     `rescaled_hybrid` adds T / 1000 of it. `kl` is only that term, `rescaled_kl` T times it: the bound's estimate."""
-    min_snr_gamma: float | None = None
-    """Weighs the MSE by min(SNR, gamma) in units of the image (Hang et al. 2023)."""
     zero_terminal_snr: bool = False
     """Rescales the schedule so that the last step holds no signal (Lin et al. 2024)."""
     betas: list[float] = field(default_factory=list)
     """The betas of schedule `given`, one a step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 2:
             raise ValueError(f"process.steps must be at least 2, got {self.steps}")
         if self.schedule == "linear" and self.steps <= 20:  # its last beta is 20 / steps: no signal would be left
@@ -51,9 +51,10 @@ class VPConfig:
                 f"process.betas must hold process.steps={self.steps} values with schedule given and none with any "
                 f"other, got {len(self.betas)} with schedule {self.schedule}"
             )
-        if self.zero_terminal_snr and self.prediction == "eps":
+        if self.zero_terminal_snr and "eps" in (self.prediction, self.loss_space):
+            key = "prediction" if self.prediction == "eps" else "loss_space"
             raise ValueError(
-                "process.prediction=eps says nothing about the image where no signal is left: "
+                f"process.{key}=eps says nothing about the image where no signal is left: "
                 "with zero_terminal_snr take v or x0"
             )
         learned, hybrid = self.variance == "learned_range", self.loss.endswith("hybrid")
@@ -61,8 +62,11 @@ class VPConfig:
             raise ValueError("process.loss=mse would leave a learned variance untrained: take hybrid")
         if hybrid and not learned:
             raise ValueError(f"process.loss={self.loss} trains a learned variance: set process.variance=learned_range")
-        if self.min_snr_gamma is not None and (self.min_snr_gamma <= 0 or self.loss.endswith("kl")):
-            raise ValueError("process.min_snr_gamma must be positive and needs process.loss=mse or a hybrid")
+        if self.loss.endswith("kl") and (self.loss_space is not None or self.weighting != "none"):
+            raise ValueError(
+                f"process.loss={self.loss} weighs the noise levels itself: leave process.loss_space at null and"
+                " process.weighting at none, or take mse or a hybrid"
+            )
 
 
 class DiscreteVP(Process):
@@ -107,31 +111,24 @@ class DiscreteVP(Process):
         fraction = (log_snr - falling[i - 1]) / (falling[i] - falling[i - 1])
         return len(table) - 1 - (i - 1 + fraction)
 
-    def time(self, u: Tensor) -> Tensor:
-        """Training times (B,) int64, uniform over the steps for u (B,) uniform in (0, 1)."""
+    def training_time_at(self, log_snr: Tensor) -> Tensor:
+        """The steps (B,) int64 nearest to these log-SNRs."""
+        return self.time_at(log_snr.clamp(float(self._log_snr[-1]), float(self._log_snr[0]))).round().long()
+
+    def even_time(self, u: Tensor) -> Tensor:
+        """Steps (B,) int64, each as often."""
         return (u * self.config.steps).long().clamp(max=self.config.steps - 1)
 
-    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at times t (B,), in the dtype of `like` and shaped to broadcast over it."""
+    def path(self, t: Tensor) -> Point:
+        """alpha and sigma with their derivatives in the angle whose cosine is alpha, in which velocity is v."""
         log_snr = self.log_snr(t)
-        return per_sample(log_snr.sigmoid().sqrt(), like), per_sample((-log_snr).sigmoid().sqrt(), like)
-
-    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Noise, image or v, as `prediction` says."""
-        if self.config.prediction == "v":
-            alpha, sigma = self.alpha_sigma(t, x0)
-            return alpha * eps - sigma * x0
-        return eps if self.config.prediction == "eps" else x0
+        alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+        return Point(t, torch.atan2(sigma, alpha), alpha, sigma, alpha_rate=-sigma, sigma_rate=alpha)
 
     def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """A network's output (B, C or 2C, H, W) at x_t and times t (B,) as image, noise and share of the variance."""
         out, variance = self._split(out, x_t)
-        alpha, sigma = self.alpha_sigma(t, x_t)
-        if self.config.prediction == "eps":
-            return Prediction((x_t - sigma * out) / alpha, out, variance)
-        if self.config.prediction == "x0":
-            return Prediction(out, (x_t - alpha * out) / sigma, variance)
-        return Prediction(alpha * x_t - sigma * out, sigma * x_t + alpha * out, variance)
+        return super().convert(out, x_t, t)._replace(variance=variance)
 
     def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The loss of each sample's network output at add_noise(x0, t, eps), (B,).
@@ -142,9 +139,7 @@ class DiscreteVP(Process):
             scale = self.config.steps if self.config.loss == "rescaled_kl" else 1.0
             return self._bound(out, x0, t, eps) * scale
         mean, share = self._split(out, x0)
-        loss = mean_square(mean - self.target(x0, t, eps))
-        if self.config.min_snr_gamma is not None:
-            loss = loss * self._min_snr(t, self.config.min_snr_gamma).to(loss.dtype)
+        loss = super().losses(mean, x0, t, eps)
         if share is None:
             return loss
         variance_only = torch.cat([mean.detach(), out[:, mean.shape[1] :]], dim=1)
@@ -182,12 +177,6 @@ class DiscreteVP(Process):
         else:
             log_variance = at(tables.log_variances(self.config.variance), t, x_t)
         return bound_term(tables, t, x0, x_t, prediction, log_variance)
-
-    def _min_snr(self, t: Tensor, gamma: float) -> Tensor:
-        snr = self.log_snr(t).exp()
-        # The image's error is the noise's by 1 / SNR and v's by 1 / (SNR + 1).
-        error = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[self.config.prediction]
-        return snr.clamp(max=gamma) / error
 
     def _split(self, out: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
         learned = self.learn_sigma

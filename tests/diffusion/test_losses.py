@@ -164,7 +164,7 @@ def test_the_bound_trains_the_variance_alone(prediction: Any) -> None:
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_min_snr_is_one_weight_of_the_images_error(prediction: Any) -> None:
-    process = DiscreteVP(VPConfig(prediction=prediction, min_snr_gamma=5.0))
+    process = DiscreteVP(VPConfig(prediction=prediction, weighting="min_snr"))
     t, x0, eps = torch.tensor([0, 60, 400, 999]), drawn(4, 2, 3, 3), drawn(4, 2, 3, 3, seed=1)
     out = drawn(4, 2, 3, 3, seed=2)
     x_t = process.add_noise(x0, t, eps)
@@ -202,7 +202,11 @@ def test_eps_is_refused_where_no_signal_is_left() -> None:
         ({"loss": "hybrid"}, "loss=hybrid trains a learned variance: set process.variance=learned_range"),
         ({"loss": "rescaled_hybrid"}, "loss=rescaled_hybrid trains a learned variance"),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma must be positive"),
-        ({"min_snr_gamma": 5.0, "loss": "kl"}, "needs process.loss=mse or a hybrid"),
+        ({"min_snr_gamma": 5.0}, "min_snr_gamma belongs to process.weighting=min_snr; with none leave it at null"),
+        ({"p_mean": 0.0}, "p_mean belongs to process.times=log_normal; with uniform leave it at -1.2"),
+        ({"loss_space": "v", "weighting": "edm"}, "loss_space=v weighs the noise levels, and so does .*weighting=edm"),
+        ({"weighting": "min_snr", "loss": "kl"}, "loss=kl weighs the noise levels itself"),
+        ({"loss_space": "eps", "prediction": "v", "zero_terminal_snr": True}, "loss_space=eps says nothing"),
         ({"schedule": "given"}, "must hold process.steps=1000 values with schedule given .* got 0 with schedule given"),
         ({"betas": [0.1, 0.2]}, "none with any other, got 2 with schedule linear"),
         ({"schedule": "scaled_linear", "steps": 12}, "above 12 with the scaled_linear schedule, got 12"),

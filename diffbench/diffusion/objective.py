@@ -1,0 +1,67 @@
+"""The keys of every process's objective: the space and the weight of its squared error, and its training times."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Space = Literal["x0", "eps", "v", "velocity"]
+"""The image, the noise, v = (alpha eps - sigma x0) / sqrt(alpha^2 + sigma^2) (Salimans & Ho 2022), or the rate dx/ds of
+the path, see `Point`: v itself in vp, the noise in edm."""
+
+MAX_WEIGHT = 400.0
+"""Largest weight of an error: 1 / 0.05^2, with which JiT clips the 1 / (1 - t) of its velocity (Li & He 2025)."""
+
+# Keys that belong to one value of another key: the key, the other, its value, and what the key is left at elsewhere.
+_OWNED = (
+    ("min_snr_gamma", "weighting", "min_snr", None),
+    ("sigmoid_bias", "weighting", "sigmoid", None),
+    ("p_mean", "times", "log_normal", -1.2),
+    ("p_std", "times", "log_normal", 1.2),
+    ("logit_mean", "times", "logit_normal", 0.0),
+    ("logit_std", "times", "logit_normal", 1.0),
+)
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """Keys that all processes have beside `prediction`, what the network puts out."""
+
+    loss_space: Space | None = None
+    """Space of the squared error; null: that of the prediction."""
+    weighting: Literal["none", "min_snr", "edm", "sigmoid"] = "none"
+    """Instead of a loss space: the image's squared error times min(SNR, gamma) (Hang et al. 2023), SNR +
+    1 / sigma_data^2 (Karras et al. 2022), or SNR sigmoid(bias - log SNR) (Kingma & Gao 2023). No weight passes 400."""
+    min_snr_gamma: float | None = None
+    """Gamma of min_snr; null: 5."""
+    sigmoid_bias: float | None = None
+    """Bias of sigmoid; null: 2."""
+    sigma_data: float | None = None
+    """Standard deviation of the data, for EDM's scaling and weighting; null is 0.5, that of pixels in [-1, 1], or 1 for
+    latents, which are scaled."""
+    times: Literal["uniform", "log_normal", "logit_normal"] = "uniform"
+    """Distribution of training times: even over the process's own time (of edm, over ln sigma), log-normal in
+    sigma / alpha (Karras et al. 2022), or logit-normal in the share of that time (Esser et al. 2024)."""
+    p_mean: float = -1.2
+    """Mean of ln(sigma / alpha) of log-normal times."""
+    p_std: float = 1.2
+    """Standard deviation of ln(sigma / alpha) of log-normal times."""
+    logit_mean: float = 0.0
+    """Mean of the logit of logit-normal times; above 0 they lie nearer to the image."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit of logit-normal times."""
+    shift: float | None = 1.0
+    """Multiplies sigma / alpha of the training times, and of a flow's sampling steps (Esser et al. 2024, Eq. 23).
+    null follows the image: sqrt(channels x height x width / 4096)."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_snr_gamma", "sigma_data", "p_std", "logit_std", "shift"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"process.{name} must be positive, got {getattr(self, name)}")
+        for name, owner, wanted, idle in _OWNED:
+            if getattr(self, name) != idle and getattr(self, owner) != wanted:
+                other, left = getattr(self, owner), "null" if idle is None else f"{idle:g}"
+                raise ValueError(f"process.{name} belongs to process.{owner}={wanted}; with {other} leave it at {left}")
+        if self.loss_space is not None and self.weighting != "none":
+            raise ValueError(
+                f"process.loss_space={self.loss_space} weighs the noise levels, and so does"
+                f" process.weighting={self.weighting}; choose one and leave the other at null or none"
+            )
