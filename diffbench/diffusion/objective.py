@@ -55,13 +55,15 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("min_snr_gamma", "sigma_data", "p_std", "logit_std", "shift"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"process.{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"process.{name}: must be positive, got {getattr(self, name)}")
         for name, owner, wanted, idle in _OWNED:
             if getattr(self, name) != idle and getattr(self, owner) != wanted:
                 other, left = getattr(self, owner), "null" if idle is None else f"{idle:g}"
-                raise ValueError(f"process.{name} belongs to process.{owner}={wanted}; with {other} leave it at {left}")
+                raise ValueError(
+                    f"process.{name}: belongs to process.{owner}={wanted}; with {other} leave it at {left}"
+                )
         if self.loss_space is not None and self.weighting != "none":
             raise ValueError(
-                f"process.loss_space={self.loss_space} weighs the noise levels, and so does"
-                f" process.weighting={self.weighting}; choose one and leave the other at null or none"
+                f"process.loss_space: {self.loss_space} weighs the noise levels, and so does"
+                f" process.weighting={self.weighting}; leave one of them at null or none"
             )

@@ -54,8 +54,8 @@ class VPConfig(ObjectiveConfig):
         if self.zero_terminal_snr and "eps" in (self.prediction, self.loss_space):
             key = "prediction" if self.prediction == "eps" else "loss_space"
             raise ValueError(
-                f"process.{key}=eps says nothing about the image where no signal is left: "
-                "with zero_terminal_snr take v or x0"
+                f"process.{key}: eps says nothing about the image where no signal is left;"
+                " with process.zero_terminal_snr=true choose v or x0"
             )
         learned, hybrid = self.variance == "learned_range", self.loss.endswith("hybrid")
         if learned and self.loss == "mse":
@@ -64,8 +64,8 @@ class VPConfig(ObjectiveConfig):
             raise ValueError(f"process.loss={self.loss} trains a learned variance: set process.variance=learned_range")
         if self.loss.endswith("kl") and (self.loss_space is not None or self.weighting != "none"):
             raise ValueError(
-                f"process.loss={self.loss} weighs the noise levels itself: leave process.loss_space at null and"
-                " process.weighting at none, or take mse or a hybrid"
+                f"process.loss: {self.loss} weighs the noise levels itself; leave process.loss_space at null and"
+                " process.weighting at none, or choose mse or a hybrid"
             )
 
 

@@ -497,7 +497,7 @@ def test_labels_in_python(finished: Path) -> None:
         ["process.variance=learned_range", "process.loss=hybrid"],
         ["process.variance=learned_range", "process.loss=rescaled_kl"],
         ["process.loss=kl", "process.schedule=scaled_linear", "validation.log_snr=[-4.0,0.0]"],
-        ["process.prediction=v", "process.min_snr_gamma=5", "process.zero_terminal_snr=true"],
+        ["process.prediction=v", "process.weighting=min_snr", "process.zero_terminal_snr=true"],
     ],
 )
 def test_every_loss_and_variance_trains_and_samples(process: list[str], tmp_path: Path) -> None:

@@ -49,3 +49,19 @@ def test_edm_takes_the_standard_deviation_of_what_it_denoises(path: str, unit: f
     words = ["process.name=edm", "sample.sampler=heun", "sample.steps='18'"]
     assert config(path, *words).process.sigma_data == unit
     assert config(path, *words, "process.sigma_data=0.7").process.sigma_data == 0.7
+    assert (
+        config(path, "process.variance=fixed_large", "process.loss=mse", "process.weighting=edm").process.sigma_data
+        == unit
+    )
+    assert config(path, "process.variance=fixed_large", "process.loss=mse").process.sigma_data is None
+
+
+def test_a_shift_of_null_follows_the_image() -> None:
+    assert [config(PIXELS, f"data.size={size}", "process.shift=null").process.shift for size in (8, 32)] == [
+        1 / 8,
+        1 / 2,
+    ]
+    with pytest.raises(
+        UserError, match=r"process\.shift: null follows the shape of images; with autoencoder give a number"
+    ):
+        config(LATENT, "process.shift=null")

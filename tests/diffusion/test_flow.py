@@ -129,7 +129,7 @@ def test_bad_requests_are_refused() -> None:
         process.sde_grid(10, last=0)
     with pytest.raises(ValueError, match=r"at least 2 .*, got '1'"):
         process.sde_grid(1)
-    with pytest.raises(ValueError, match="logit_std must be positive"):
+    with pytest.raises(ValueError, match="logit_std: must be positive"):
         FlowConfig(logit_std=0)
 
 

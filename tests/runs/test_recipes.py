@@ -43,6 +43,7 @@ LARGE = {
     "diffit": ["denoiser.channels=[16,16,16]", "denoiser.blocks=[1,1,1]", "denoiser.norm_groups=8"],
     "unet": ["denoiser.model_channels=16", "denoiser.num_res_blocks=1", "denoiser.norm_groups=8"],
 }
+LARGE |= {"jit-b-16": [*LARGE["dit"], "data.image_size=32"]}
 LARGE |= {"sit": LARGE["dit"], "adm": [*LARGE["unet"], "denoiser.num_head_channels=8"]}
 
 
@@ -59,7 +60,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(str(p) for p in Path("experiments").glob("cifar10*/[!_]*.yaml") if "latent" not in str(p))
+    "path",
+    sorted(
+        str(p)
+        for f in ("cifar10*", "imagenet256")
+        for p in Path("experiments").glob(f"{f}/[!_]*.yaml")
+        if "latent" not in str(p)
+    ),
 )
 def test_every_large_recipe_takes_steps_and_samples_at_a_reduced_size(
     path: str, pictures: Path, tmp_path: Path, capsys: Capture
@@ -68,7 +75,7 @@ def test_every_large_recipe_takes_steps_and_samples_at_a_reduced_size(
     assert config.trainer.max_images >= 25_600_000
     small = [*LARGE[Path(path).stem], "trainer.precision=32-true", f"data.path={pictures}", f"runs_dir={tmp_path}"]
     assert main(["train", path, "debug=smoke", *small]) == 0, capsys.readouterr().err
-    (run,) = tmp_path.glob("cifar10*/*")
+    (run,) = tmp_path.glob("*/*")
     assert main(["sample", str(run), "n=2", "steps=3", f"out={tmp_path / 'x.png'}"]) == 0
 
 
@@ -80,6 +87,12 @@ def test_recipes_state_what_the_papers_do() -> None:
     assert (dit.optimizer.decay_images, dit.optimizer.warmup_images, dit.ema.decays) == (None, 0, [0.017])
     assert (sit.process.name, sit.process.path, sit.sample.sampler) == ("flow", "linear", "euler_maruyama")
     assert (adm.process.schedule, adm.denoiser.resblock_updown, adm.trainer.label_dropout) == ("cosine", True, 0.0)
+    for jit in (recipe["jit"], load("experiments/imagenet256/jit-b-16.yaml")):
+        p = jit.process
+        assert (p.prediction, p.loss_space, p.times, p.logit_mean, p.logit_std) == (
+            "x0", "velocity", "logit_normal", -0.8, 0.8,
+        )  # fmt: skip
+        assert (jit.optimizer.betas, jit.sample.sampler, jit.sample.steps) == ([0.9, 0.95], "heun", "50")
     for name in ("ddpmpp", "diffit"):
         edm = recipe[name]
         assert (edm.process.name, edm.process.p_mean, edm.process.sigma_data) == ("edm", -1.2, 0.5)
@@ -103,6 +116,14 @@ REFUSED = {
     "process.name=flow sample.steps=ddim10": "sample.steps: 'ddim10' does not fit process.name=flow: steps must be a",
     "process.name=flow trainer.time_sampling=loss_aware": "trainer.time_sampling: loss_aware counts the steps of"
     " process.name=vp, not flow; choose uniform or stratified",
+    "process.zero_terminal_snr=true": "process.prediction: eps says nothing about the image where no signal is left;"
+    " with process.zero_terminal_snr=true choose v or x0",
+    "process.loss_space=v process.weighting=edm": "process.loss_space: v weighs the noise levels, and so does"
+    " process.weighting=edm; leave one of them at null or none",
+    "process.prediction=edm": "process.prediction: unknown value 'edm'; choose from x0, eps, v, velocity",
+    "process.name=edm process.prediction=velocty": "choose from edm, x0, eps, v, velocity; did you mean 'velocity'?",
+    "process.logit_std=2": "process.logit_std: belongs to process.times=logit_normal; with uniform leave it at 1",
+    "process.shift=2 trainer.time_sampling=loss_aware": "trainer.time_sampling: loss_aware takes the place of",
     "process.name=flow sample.guidance_schedule=power_cosine": "sample.guidance_schedule: power_cosine follows the"
     " steps of process.name=vp, not flow; choose constant",
     "sample.sampler=ddpm sample.s_churn=3": "sample.s_churn: belongs to sample.sampler=heun; with ddpm leave it at 0",

