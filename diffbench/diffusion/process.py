@@ -185,11 +185,10 @@ class Process(ABC):
         Of an output with more channels the first C count (SiT keeps DiT's doubled last layer).
         """
         out, p, prediction = out[:, : x_t.shape[1]], self.path(t), self.config.prediction
-        alpha, sigma = per_sample(p.alpha, x_t), per_sample(p.sigma, x_t)
         if prediction == "x0":
-            return Prediction(out, (x_t - alpha * out) / per_sample(_divisor(p.sigma), x_t))
+            return Prediction(out, (x_t - per_sample(p.alpha, x_t) * out) / per_sample(_divisor(p.sigma), x_t))
         if prediction == "eps":
-            return Prediction((x_t - sigma * out) / per_sample(_divisor(p.alpha), x_t), out)
+            return Prediction((x_t - per_sample(p.sigma, x_t) * out) / per_sample(_divisor(p.alpha), x_t), out)
         a, b = p.coefficients(prediction, self.sigma_data)
         scale = p.alpha * b - p.sigma * a
         x0 = per_sample(b / scale, x_t) * x_t - per_sample(p.sigma / scale, x_t) * out
@@ -208,9 +207,10 @@ class Process(ABC):
         At a given x_t all errors are one: those of x_0 and eps are sigma k and -alpha k, that of a x_0 + b eps is
         (a sigma - b alpha) k. A weight is what the objective makes of k^2 over what the output makes of it.
         """
-        c, p = self.config, self.path(t)
+        c = self.config
         if c.weighting == "none" and c.loss_space in (None, c.prediction):
             return None
+        p = self.path(t)
         signal, noise = p.alpha**2, p.sigma**2
         if c.weighting == "min_snr":
             wanted = torch.minimum(signal, (c.min_snr_gamma or 5.0) * noise)
