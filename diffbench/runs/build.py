@@ -65,14 +65,26 @@ def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] 
         channels=channels,
         num_classes=data.num_classes,
         null_class=null_label(config, data) is not None,
-        learn_sigma=getattr(config.process, "variance", None) == "learned_range",
+        learn_sigma=_learns_variance(config),
     )
+
+
+def _learns_variance(config: RunConfig) -> bool:
+    return getattr(config.process, "variance", None) == "learned_range"
+
+
+_COSTS: dict[str, Cost] = {}
+"""What was counted so far: a study asks for the same networks under many objectives."""
 
 
 def cost_of(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Cost:
     """Parameters and multiply-accumulates of the config's network."""
     channels, size, _ = shape = shape or denoised_shape(config, data)
-    return count(lambda: build_denoiser(config, data, shape), channels, size)
+    null = null_label(config, data)
+    key = repr((config.denoiser, shape, data.num_classes, null, _learns_variance(config)))
+    if key not in _COSTS:
+        _COSTS[key] = count(lambda: build_denoiser(config, data, shape), channels, size)
+    return _COSTS[key]
 
 
 def data_module(
