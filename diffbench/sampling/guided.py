@@ -86,7 +86,7 @@ def gradient_of(classifier: nn.Module, process: Process, y: Tensor) -> Callable[
 def _weight(process: Process, config: SampleConfig) -> Weight:
     weight: Weight = config.guidance
     if config.guidance_schedule == "power_cosine":
-        weight = power_cosine(config.guidance, config.guidance_power, process.config.steps)  # type: ignore[attr-defined]
+        weight = power_cosine(config.guidance, config.guidance_power, process.config.steps)
     if config.guidance_interval is not None:
         weight = interval(process, weight, *config.guidance_interval)
     return weight

@@ -50,7 +50,7 @@ class DiffusionModule(TrainingModule):
         self.process = process
         self.label_dropout, self.null_label = label_dropout, null_label
         self.time_sampling, self.augment = time_sampling, augment
-        self.history = LossAware(process.config.steps) if time_sampling == "loss_aware" else None  # type: ignore[attr-defined]
+        self.history = LossAware(process.config.steps) if time_sampling == "loss_aware" else None
         self._step_losses: list[tuple[int, float]] = []
         self._keys = {what: rng.key(seed, what) for what in ("noise", "time", "label")}
 
