@@ -6,11 +6,12 @@ from functools import cache
 import torch
 from torch.nn.functional import interpolate
 
+from diffbench.data.planted import PlantedConfig
 from diffbench.data.sets import ImageSet
 
 
 @dataclass
-class DigitsConfig:
+class DigitsConfig(PlantedConfig):
     """scikit-learn's handwritten digits: 1,797 real 8x8 grey images in ten classes, inside the package."""
 
     held_out: int = 360
@@ -21,6 +22,7 @@ class DigitsConfig:
     """Side of the images; above 8 they are enlarged, bilinearly."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 8 <= self.size <= 512:
             raise ValueError(f"data.size must lie in 8 to 512, got {self.size}")
         if self.num_workers < 0:

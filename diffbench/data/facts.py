@@ -108,7 +108,7 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
         y = labels.long()
     else:
         one = isinstance(labels, int | str)
-        found = [_class_number(label, facts) for label in ((labels,) if isinstance(labels, int | str) else labels)]
+        found = [class_number(label, facts) for label in ((labels,) if isinstance(labels, int | str) else labels)]
         y = torch.tensor(found[0] if one else found, dtype=torch.int64)
     if y.ndim == 0:
         y = y.repeat(1 if n is None else n)
@@ -119,17 +119,22 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
     return y
 
 
-def _class_number(label: int | str, facts: DataFacts) -> int:
-    """The number of a class that a user names."""
+def class_number(label: int | str, facts: DataFacts, key: str = "labels") -> int:
+    """The number of a class that a user names, or gives by its number where no name is another number.
+
+    Raises:
+        ValueError: beginning with `key`, if there is no such class.
+    """
     names, text = facts.class_names, str(label)
     if text in names:
         return names.index(text)
     numbers = [int(name) if name.isdecimal() else None for name in names]
-    plain = numbers == list(range(len(names)))
     if re.fullmatch(r"-?\d+", text) and int(text) in numbers:  # as 7 for a folder 007
         return numbers.index(int(text))
-    if re.fullmatch(r"-?\d+", text) and (plain or not any(number is not None for number in numbers)):
+    by_number = all(number in (None, i) for i, number in enumerate(numbers))
+    if by_number and re.fullmatch(r"\d+", text) and int(text) < facts.num_classes:
         return int(text)
+    plain = numbers == list(range(len(names)))
     known = names if names and not plain else (f"0 to {facts.num_classes - 1}",)
     listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-    raise ValueError(f"labels: {text!r} is not a class; choose from {listed}{suggest(text, names)}")
+    raise ValueError(f"{key}: {text!r} is not a class; choose from {listed}{suggest(text, names)}")

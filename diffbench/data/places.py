@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from diffbench.data.planted import PlantedConfig
 from diffbench.data.transforms import SUFFIXES
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass
-class ImagesConfig:
+class ImagesConfig(PlantedConfig):
     """Images of one's own: a folder (class sub-folders or none), parquet files, or a Hugging Face hub name."""
 
     path: str | None = None
@@ -46,6 +47,7 @@ class ImagesConfig:
     """Loader processes; 0 loads in the training process, the fastest for data in memory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.channels not in (1, 3):
             raise ValueError(f"data.channels: must be 1 (grey) or 3 (colour), got {self.channels}")
         for name, least in (("image_size", 1), ("num_workers", 0), ("held_out", 1)):
@@ -61,7 +63,7 @@ class ImagesConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that decide every byte of the decoded images."""
-        free = {"path", "flip", "skip_broken", "num_workers"}
+        free = {"path", "flip", "skip_broken", "num_workers", "planted"}
         return {f.name: getattr(self, f.name) for f in fields(ImagesConfig) if f.name not in free}
 
 

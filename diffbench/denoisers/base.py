@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffbench.denoisers.flops import Cost
+from diffbench.denoisers.layers import LabelTable
 
 
 class Denoiser(nn.Module):
@@ -32,15 +33,21 @@ class Denoiser(nn.Module):
         Args:
             x: (B, C, H, W) noisy input.
             t: (B,) time in the process's units.
-            y: (B,) int64 labels, `num_classes` for "no class"; None for no class at all.
+            y: (B,) int64 labels, `num_classes` for "no class"; or (B, num_classes + null_class) float weights over the
+                rows of the label table, a mixture of classes, of which a one-hot row is a label; None for no class.
 
         Returns:
             (B, C, H, W), or (B, 2C, H, W) with a learned variance.
 
         Raises:
-            ValueError: if the image has a size that the network does not take, or labels are missing.
+            ValueError: if the image has a size that the network does not take, or labels are missing, or weights have
+                another shape.
         """
         raise NotImplementedError
+
+    def label_rows(self) -> Tensor | None:
+        """Rows of the label table, (num_classes + null_class, D); None for a network without one."""
+        return next((module.weight for module in self.modules() if isinstance(module, LabelTable)), None)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,13 @@ class DDPMpp(Denoiser):
         self.out_norm = group_norm(width)
         self.out = xavier_conv(width, self.out_channels, 3, scale=1e-5)
 
+    def label_rows(self) -> Tensor | None:
+        """See `Denoiser.label_rows`: the columns of the label's layer, whose null class is zero."""
+        if self.embedding.label is None:
+            return None
+        rows = self.embedding.label.weight.T * math.sqrt(self.num_classes)
+        return nn.functional.pad(rows, (0, 0, 0, int(self.null_class)))
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """See `Denoiser.forward`; `augment` is (B, augment_dim), what was done to the images, or None for nothing."""
         check_sides(x, self.channels, self.divisor)
@@ -142,13 +149,13 @@ class Embedding(nn.Module):
         self.layer2 = xavier_linear(emb, emb)
 
     def forward(self, t: Tensor, y: Tensor | None, augment: Tensor | None) -> Tensor:
-        """(B,) times, (B,) labels and (B, augment_dim) augmentation labels to the activated (B, emb)."""
+        """(B,) times, labels or their weights, and (B, augment_dim) augmentation labels to the activated (B, emb)."""
         features = self.fourier(t) if self.fourier else timestep_embedding(t, self.width, 10_000.0, True, True)
         h = features.to(self.layer1.weight.dtype)
         if self.label is not None and y is not None:
-            # One column more than classes, then dropped: the null class is a row of zeros.
-            hot = one_hot(y, self.num_classes + 1)[:, :-1].to(h.dtype)
-            h = h + self.label(hot * math.sqrt(self.num_classes))
+            # The null class, where there is one, is a row of zeros.
+            weights = y if y.is_floating_point() else one_hot(y, self.num_classes + 1)
+            h = h + self.label(weights[:, : self.num_classes].to(h.dtype) * math.sqrt(self.num_classes))
         if augment is not None:
             h = h + augmented(self.augment, augment, h.dtype)
         return silu(self.layer2(silu(self.layer1(h))))

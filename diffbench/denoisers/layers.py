@@ -102,9 +102,9 @@ class ConditionEmbedding(nn.Module):
         augment_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.frequencies, self.num_classes, self.null_class = frequencies, num_classes, null_class
+        self.frequencies = frequencies
         self.time = nn.Sequential(Linear(frequencies, dim), nn.SiLU(), Linear(dim, dim))
-        self.label = nn.Embedding(num_classes + null_class, dim) if num_classes else None
+        self.label = LabelTable(num_classes, null_class, dim) if num_classes else None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -116,18 +116,18 @@ class ConditionEmbedding(nn.Module):
             nn.init.normal_(self.augment.weight, std=0.02)
 
     def parts(self, t: Tensor, y: Tensor | None, augment: Tensor | None = None) -> list[Tensor]:
-        """(B,) times and (B,) labels (None: no class) to (B, dim) each; no label part without classes.
+        """(B,) times and labels (see `LabelTable.forward`) to (B, dim) each; no label part without classes.
 
         Raises:
-            ValueError: if `y` is None and the network knows classes but no null class, or if it does not know
-                augmentation labels (B, augment_dim) of that width.
+            ValueError: as `LabelTable.forward`, or if the network does not know augmentation labels (B, augment_dim)
+                of that width.
         """
         features = timestep_embedding(t, self.frequencies) if self.fourier is None else self.fourier(t)
         features = features.to(next(self.time.parameters()).dtype)
         time = self.time(features if augment is None else features + augmented(self.augment, augment, features.dtype))
         if self.label is None:
             return [time]
-        return [time, self.label(labels_or_null(y, len(t), self.num_classes, self.null_class, t.device))]
+        return [time, self.label(y, len(t))]
 
     def forward(self, t: Tensor, y: Tensor | None, augment: Tensor | None = None) -> Tensor:
         """The sum of `parts`, (B, dim)."""
@@ -148,13 +148,44 @@ def augmented(layer: nn.Linear | None, augment: Tensor, dtype: torch.dtype) -> T
     return out
 
 
+class LabelTable(nn.Embedding):
+    """One embedding for each class, and with `null_class` one more, the last row, for "no class"."""
+
+    def __init__(self, num_classes: int, null_class: bool, dim: int) -> None:
+        super().__init__(num_classes + null_class, dim)
+        self.num_classes, self.null_class = num_classes, null_class
+
+    def forward(self, y: Tensor | None, batch: int) -> Tensor:  # type: ignore[override]
+        """(B,) labels, (B, rows) weights over the table's rows, or None for no class at all, to (B, dim).
+
+        Raises:
+            ValueError: if `y` is None and there is no null class, or if weights are not one for each row.
+        """
+        y = labels_or_null(y, batch, self.num_classes, self.null_class, self.weight.device)
+        if not y.is_floating_point():
+            return super().forward(y)
+        # Unlike a matrix product it keeps the table's precision under autocast, so that a one-hot row gives the row.
+        every = torch.arange(self.num_embeddings, device=y.device).expand_as(y)
+        return nn.functional.embedding_bag(every, self.weight, per_sample_weights=y.to(self.weight.dtype), mode="sum")
+
+
 def labels_or_null(y: Tensor | None, batch: int, num_classes: int, null_class: bool, device: torch.device) -> Tensor:
-    """`y`, or for None the null label `num_classes` for each sample.
+    """`y`, checked, or for None the null label `num_classes` for each sample.
+
+    Args:
+        y: (B,) int64 labels, or (B, num_classes + null_class) float weights, a mixture of classes.
+        batch: B.
+        num_classes: classes.
+        null_class: whether label `num_classes` means "no class".
+        device: of the labels that stand in for None.
 
     Raises:
-        ValueError: if `y` is None and there is no null class.
+        ValueError: if `y` is None and there is no null class, or if weights have another shape.
     """
     if y is not None:
+        rows = num_classes + null_class
+        if y.is_floating_point() and y.shape != (batch, rows):
+            raise ValueError(f"weights of labels must be ({batch}, {rows}), one for each label, got {tuple(y.shape)}")
         return y
     if not null_class:
         raise ValueError(f"this network has no null class: give labels y in 0..{num_classes - 1}")

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffbench.denoisers.base import Denoiser, Preset, check_divides, check_shape
 from diffbench.denoisers.flops import Cost
-from diffbench.denoisers.layers import both_sides, labels_or_null, mlp, timestep_embedding
+from diffbench.denoisers.layers import LabelTable, both_sides, mlp, timestep_embedding
 from diffbench.denoisers.linear import Linear
 from diffbench.denoisers.patches import IMAGENET_LATENT, PatchConfig
 
@@ -56,7 +56,7 @@ class UViT(Denoiser):
         self.patch = nn.Conv2d(channels, d, kernel_size=p, stride=p)
         mlp_time = nn.Sequential(Linear(d, 4 * d), nn.SiLU(), Linear(4 * d, d))
         self.time = mlp_time if config.mlp_time_embed else nn.Identity()
-        self.label = nn.Embedding(num_classes + null_class, d) if num_classes else None
+        self.label = LabelTable(num_classes, null_class, d) if num_classes else None
         self.position = nn.Parameter(torch.empty(1, self.extras + self.grid[0] * self.grid[1], d))
         half = config.depth // 2
         self.encoder = nn.ModuleList([Block(config, joins=False) for _ in range(half)])
@@ -78,7 +78,7 @@ class UViT(Denoiser):
         tokens = rearrange(self.patch(x), "b d h w -> b (h w) d")
         extras = [self.time(timestep_embedding(t, tokens.shape[-1]).to(tokens.dtype))]
         if self.label is not None:
-            extras.insert(0, self.label(labels_or_null(y, len(t), self.num_classes, self.null_class, t.device)))
+            extras.insert(0, self.label(y, len(t)))
         tokens = torch.cat([torch.stack(extras, dim=1), tokens], dim=1) + self.position
         skips = []
         for block in self.encoder:

@@ -22,7 +22,7 @@ def classifier_free(
 
     Args:
         predict: (x, t, y) -> Prediction.
-        y: (B,) labels of the samples.
+        y: (B,) labels of the samples, or (B, labels) weights over them.
         null_label: the label that means "no class".
         weight: 1 is the plain conditional model.
         channels: how many channels are guided, None for all; the others are the conditional model's. The DiT and
@@ -33,7 +33,7 @@ def classifier_free(
     """
     if weight == 1:
         return lambda x, t: predict(x, t, y)
-    labels = torch.cat([y, torch.full_like(y, null_label)])
+    labels = torch.cat([y, null_labels(y, null_label)])
 
     def guided(x: Tensor, t: Tensor) -> Prediction:
         w = _at(weight, t)
@@ -45,6 +45,13 @@ def classifier_free(
         return _extrapolate(Prediction(x0, eps, variance), Prediction(x0_null, eps_null), w, channels)
 
     return guided
+
+
+def null_labels(y: Tensor, null_label: int) -> Tensor:
+    """The null label in the form of `y`: (B,) labels, or (B, labels) weights."""
+    if not y.is_floating_point():
+        return torch.full_like(y, null_label)
+    return torch.zeros_like(y).index_fill(1, torch.tensor(null_label, device=y.device), 1)
 
 
 def autoguidance(

@@ -15,6 +15,7 @@ from diffbench.core.files import cache_folder
 from diffbench.core.store import Store
 from diffbench.data.coding import at_once
 from diffbench.data.latents import LatentSet, encode
+from diffbench.data.planted import plant
 from diffbench.data.registry import SOURCES
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import build
@@ -41,8 +42,10 @@ class Shaped(Protocol):
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
-    """Loads the training and held-out parts of the config's data set."""
-    return SOURCES[config.data.name].load(config.data)
+    """Loads the training and held-out parts of the config's data set, with the classes that it plants."""
+    train, held_out = SOURCES[config.data.name].load(config.data)
+    planted = getattr(config.data, "planted", {})
+    return plant(train, planted), plant(held_out, planted)
 
 
 def null_label(config: RunConfig, data: Shaped) -> int | None:

@@ -46,10 +46,11 @@ def guided(
     null_label: int | None = None,
     models: GuidanceModels = GuidanceModels(),
 ) -> Predict:
-    """Wrap a labelled predictor into one for labels y (B,), guided as the config says.
+    """Wrap a labelled predictor into one for labels y (B,), or weights over them, guided as the config says.
 
     Raises:
-        ValueError: where guidance needs a null class, a weaker model or a classifier that is not there.
+        ValueError: where guidance needs a null class, a weaker model or a classifier that is not there, or a classifier
+            would guide towards a mixture of classes.
     """
     if config.guidance == 1:
         plain: Predict = lambda x, t: predict(x, t, y)  # noqa: E731
@@ -66,6 +67,8 @@ def guided(
         return plain
     if models.classifier is None:
         raise ValueError(f"sample.classifier: {config.classifier} was not loaded")
+    if y.is_floating_point():
+        raise ValueError("sample.classifier: guides towards one class, not towards a mixture of classes")
     return classifier_guidance(plain, gradient_of(models.classifier, process, y), process, config.classifier_scale)
 
 

@@ -61,7 +61,7 @@ class Sampler:
         """Draw an image of each label, in batches of `config.batch_size`, halved where a GPU's memory is too small.
 
         Args:
-            labels: (N,) classes.
+            labels: (N,) classes, or (N, labels) weights over the network's label table.
             config: sampler, steps, guidance and the rest.
             seed: with a sample's number it fixes its noise.
             first: number of the first sample.

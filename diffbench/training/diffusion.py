@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffbench.config.sections import OptimizerConfig
 from diffbench.core import distributed, rng
 from diffbench.diffusion import LossAware, Process, stratified
+from diffbench.diffusion.guidance import null_labels
 from diffbench.training.augment import augment
 from diffbench.training.module import TrainingModule
 
@@ -15,7 +16,8 @@ from diffbench.training.module import TrainingModule
 class DiffusionModule(TrainingModule):
     """Trains `denoiser` on the process's loss, every random number keyed by (seed, position).
 
-    A batch holds x0 (B, C, H, W), label (B,) and position (B,), and may hold `first`, the first position as a number.
+    A batch holds x0 (B, C, H, W), label (B,) or weights over labels (B, labels), and position (B,), and may hold
+    `first`, the first position as a number.
 
     Args:
         denoiser: network (x, t, y) -> output; its label `null_label` means "no class".
@@ -62,7 +64,9 @@ class DiffusionModule(TrainingModule):
             u = stratified(u, position % self.batch_size, self.batch_size)
         eps = rng.normal(self._keys["noise"], position, tuple(x0.shape[1:]))
         if self.label_dropout:
-            y = torch.where(drop < self.label_dropout, self.null_label, y)  # type: ignore[arg-type]
+            dropped = drop < self.label_dropout
+            null = null_labels(y, self.null_label)  # type: ignore[arg-type]
+            y = torch.where(dropped[:, None] if y.ndim > 1 else dropped, null, y)
         dtype = next(self.network.parameters()).dtype
         return x0.to(dtype), u, eps.to(dtype), y
 

@@ -318,8 +318,8 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("labels=10", "labels: must lie in 0 to 9, got 10 to 10"),
-        ("labels=-1", "labels: must lie in 0 to 9, got -1 to -1"),
+        ("labels=10", "labels: '10' is not a class; choose from 0 to 9"),
+        ("labels=-1", "labels: '-1' is not a class; choose from 0 to 9"),
         ("labels=abc", "labels: 'abc' is not a class; choose from 0 to 9"),
         ("labels=[]", "labels: 0 labels"),
         ("n=0", "n: must be at least 1, got 0"),
@@ -485,7 +485,7 @@ def test_labels_in_python(finished: Path) -> None:
     assert run.sample_tensor(labels=torch.tensor([1, 2])).dtype == torch.uint8
     assert len(run.sample()) == 16
     assert isinstance(np.asarray(run.sample(n=1)[0]), np.ndarray)
-    with pytest.raises(ValueError, match=r"labels: must lie in 0 to 9, got 3 to 12"):
+    with pytest.raises(ValueError, match=r"labels: '12' is not a class; choose from 0 to 9"):
         run.sample(labels=[3, 12])
     with pytest.raises(ValueError, match=r"labels: 2 labels for n=3 samples"):
         run.sample(n=3, labels=[1, 2])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_networks import CHANNELS, CLASSES, SIZE, SMALL, inputs, small
 from torch import nn
+from torch.nn.functional import one_hot
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffbench.denoisers import DENOISERS, DiTConfig, build
@@ -48,6 +49,45 @@ def test_without_a_null_class_labels_are_needed(name: str) -> None:
     assert net(x, t, y).shape == x.shape
     with pytest.raises(ValueError, match=r"no null class: give labels y in 0\.\.4"):
         net(x, t, None)
+
+
+@EACH
+@pytest.mark.parametrize("null_class", [True, False])
+def test_a_one_hot_row_is_the_label_and_other_weights_mix_the_table(name: str, null_class: bool) -> None:
+    net, (x, t, y) = small(name, null_class=null_class), inputs()
+    y[0] = CLASSES if null_class else 4
+    weights = one_hot(y, CLASSES + null_class).float()
+    assert torch.equal(net(x, t, weights), net(x, t, y))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x, t, weights), net(x, t, y))
+    assert torch.equal(net.double()(x.double(), t, weights), net(x.double(), t, y))
+    # The table's row 3 set to a mixture of others is that mixture.
+    net, mixture = small(name, null_class=null_class), torch.tensor([0.5, 0.3, -0.2, 0.0, 1.1] + [0.0] * null_class)
+    labels = next(p for key, p in net.named_parameters() if key.endswith("label.weight"))
+    table = labels.T if name == "ddpmpp" else labels
+    assert net.label_rows().shape == (CLASSES + null_class, table.shape[1])
+    before = net(x, t, mixture.expand(4, -1))
+    table[3] = mixture[:CLASSES] @ table[:CLASSES]
+    assert (net(x, t, torch.full_like(y, 3)) - before).abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"weights of labels must be \(4, \d\), one for each label, got \(4, 9\)"):
+        net(x, t, torch.ones(4, 9))
+
+
+@EACH
+def test_weights_of_labels_have_gradients(name: str) -> None:
+    net, (x, t, y) = small(name), inputs()
+    weights = one_hot(y, CLASSES + 1).float().requires_grad_()
+    net(x, t, weights).square().sum().backward()
+    assert weights.grad is not None
+    assert weights.grad[:, :CLASSES].abs().amin() > 1e-6
+
+
+@pytest.mark.parametrize(("name", "part"), [("dit", "condition"), ("ddpmpp", "embedding")])
+def test_weights_of_labels_compile(name: str, part: str) -> None:
+    net, (_, t, y) = getattr(small(name), part), inputs()
+    augment = (None,) if name == "ddpmpp" else ()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(t, one_hot(y, CLASSES + 1).float(), *augment), net(t, y, *augment))
 
 
 @EACH

@@ -126,6 +126,19 @@ def test_samples_of_weight_one_are_left_as_they_are() -> None:
         assert (guided.eps[i] - (null + weights[i] * (plain.eps[i] - null))).abs().max() < 1e-12
 
 
+def test_weights_of_labels_are_guided_as_labels_are() -> None:
+    (x, t, y), seen = inputs(), []
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Prediction:
+        seen.append(y)
+        return Prediction(x * y.argmax(1)[:, None, None, None], x)
+
+    weights = torch.nn.functional.one_hot(y, 11).double()
+    guided = classifier_free(predict, weights, 10, 2.0)(x, t)
+    assert torch.equal(seen[0], torch.cat([weights, torch.eye(11).double()[10].expand(len(y), -1)]))
+    assert torch.allclose(guided.x0, x * (2 * y - 10)[:, None, None, None])
+
+
 def test_channels_that_are_not_guided_are_the_conditional_models() -> None:
     (x, t, y), net = inputs(channels=4), Net(learned=True)
     plain = net(x, t, y)

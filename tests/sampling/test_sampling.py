@@ -156,6 +156,12 @@ def test_a_classifier_moves_samples_towards_its_class() -> None:
     )
 
 
+def test_a_classifier_refuses_a_mixture_of_classes() -> None:
+    config, models = SampleConfig(classifier="x"), GuidanceModels(classifier=Linear())
+    with pytest.raises(ValueError, match=r"sample\.classifier: guides towards one class, not towards a mixture"):
+        guided(lambda x, t, y: None, torch.ones(1, 3), PROCESSES["vp"], config, models=models)  # type: ignore[arg-type,return-value]
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

@@ -82,6 +82,18 @@ def test_draws_do_not_depend_on_the_batch() -> None:
         assert torch.equal(x, torch.cat([p[i] for p in parts]))
 
 
+def test_weights_of_labels_are_dropped_as_labels_are() -> None:
+    batch = batches(0, 1)[0]
+    weights = torch.nn.functional.one_hot(batch["label"], 11).float()
+    labels, mixed = (
+        module(label_dropout=0.5).draw(batch)[3],
+        module(label_dropout=0.5).draw(batch | {"label": weights})[3],
+    )
+    assert torch.equal(mixed.argmax(1), labels)
+    assert torch.equal(mixed.sum(1), torch.ones(64))
+    assert 0 < (labels == 10).sum() < 64
+
+
 def test_label_dropout_needs_a_null_class() -> None:
     with pytest.raises(ValueError, match=r"trainer\.label_dropout needs a denoiser with a null class"):
         module(null_label=None)

@@ -1,0 +1,51 @@
+"""Planted classes: whose images they have, under which label and name, and what is refused."""
+
+import pytest
+import torch
+
+from diffbench.config.load import load
+from diffbench.core.errors import UserError
+from diffbench.data.digits import DigitsConfig, digits
+from diffbench.data.facts import DataFacts, labels_for
+from diffbench.data.planted import plant
+from diffbench.runs.build import load_data
+
+PLANTED = {"0 or 1": ["0", "1"], "copy of 3": ["3"]}
+
+
+def test_a_planted_class_has_the_images_of_its_parts() -> None:
+    own, _ = digits(DigitsConfig())
+    found = plant(own, PLANTED)
+    assert (found.num_classes, found.class_names[9:]) == (12, ("9", "0 or 1", "copy of 3"))
+    assert torch.equal(found.images[: len(own)], own.images)
+    assert torch.equal(found.images[found.labels == 10], own.images[own.labels < 2])
+    assert torch.equal(found.images[found.labels == 11], own.images[own.labels == 3])
+    assert len(found) == len(own) + int((own.labels < 2).sum()) + int((own.labels == 3).sum())
+    assert len({own.fingerprint(), found.fingerprint(), plant(own, {"0 or 1": ["0", "2"]}).fingerprint()}) == 3
+    assert plant(own, {}) is own
+
+
+def test_both_parts_of_an_experiment_have_them_by_name_and_by_number() -> None:
+    config = load("experiments/digits/dit.yaml", ["data.planted={0 or 1: [0, 1], copy of 3: [3]}"])
+    train, held_out = load_data(config)
+    assert train.class_names == held_out.class_names
+    assert int((held_out.labels == 11).sum()) == int((held_out.labels == 3).sum()) > 0
+    facts = DataFacts.of(train)
+    assert labels_for(None, ["copy of 3", "11", "3", "0 or 1"], facts).tolist() == [11, 11, 3, 10]
+    with pytest.raises(ValueError, match=r"labels: 'copy of 4' is not a class; .*; did you mean 'copy of 3'\?"):
+        labels_for(None, "copy of 4", facts)
+
+
+@pytest.mark.parametrize(
+    ("planted", "text"),
+    [
+        ("{3: [4]}", "data.planted.3: digits has a class of that name; choose another"),
+        ("{x: [0, ten]}", "data.planted.x: 'ten' is not a class; choose from 0, 1, 2"),
+        ("{x: []}", "data.planted.x: must be a list of different classes, as [0, 1], got []"),
+        ("{x: [2, 2]}", "data.planted.x: must be a list of different classes, as [0, 1], got ['2', '2']"),
+    ],
+)
+def test_what_cannot_be_planted_is_refused_by_name(planted: str, text: str) -> None:
+    with pytest.raises((UserError, ValueError)) as e:
+        load_data(load("experiments/digits/dit.yaml", [f"data.planted={planted}"]))
+    assert text in str(e.value)
