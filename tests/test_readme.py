@@ -60,7 +60,8 @@ def test_make_commands(command: str) -> None:
 def test_diffbench_commands(command: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(clone)
     verb, *rest = shlex.split(command)[1:]
-    small = {"train": SMALL, "evaluate": SMALL[1:], "sample": ["steps=3"]}.get(verb, [])
+    quick = ["images=4", "steps=2", "sample.steps=2"]
+    small = {"train": SMALL, "evaluate": SMALL[1:], "sample": ["steps=3"], "explain": quick}.get(verb, [])
     kept = small[:1] if "classifier" in command else small  # a classifier knows no samples
     if "latent" in command:  # the autoencoder before it in two steps too
         kept = ["debug=smoke"]

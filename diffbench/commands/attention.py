@@ -4,7 +4,8 @@ import argparse
 
 from diffbench.commands.compare import split_words
 from diffbench.config.layers import COMMAND_LINE, located
-from diffbench.reports.attention import AttentionConfig, attention, attention_figure, save_attention
+from diffbench.reports.attention import AttentionConfig, attention, attention_figure
+from diffbench.reports.figures import save_beside_curves
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import new_files
 
@@ -17,5 +18,5 @@ def run(arguments: argparse.Namespace) -> None:
         default = runs[0].folder / "samples" / f"attention-{runs[0].images_seen:09d}.png"
         (path,) = new_files(config.out, default)
         levels, found = attention(runs, config)
-    save_attention(attention_figure(levels, found), path, runs)
+    save_beside_curves(attention_figure(levels, found), path, runs, "attention")
     print(path)

@@ -95,6 +95,15 @@ VERBS = {
         ("runs/digits/diffit-s0", "runs/digits/diffit-s0 times=6 layers=[blocks.0]"),
         {"reports/attention.py:AttentionConfig": ""},
     ),
+    "explain": Verb(
+        "show which other classes a class is made of",
+        ("runs/digits/dit-s0 class=8", "runs/digits/dit-s0 class=8 n=2 target=noise out=eight.png"),
+        {"evaluation/explain.py:ExplainConfig": ""},
+        (
+            "class=8 is the class, by name or number; it has no default.",
+            f"sample.KEY=VALUE changes how its samples are drawn, by default without guidance. {_THE_RUNS}",
+        ),
+    ),
     "import": Verb(
         "turn a published checkpoint into a run folder",
         ("dit DiT-XL-2-256x256.pt runs/imported/dit-xl-2", "adm model.pt runs/imported/adm arguments.num_heads=16"),

@@ -92,7 +92,8 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
 
     Args:
         n: how many samples; None for one each.
-        labels: a class or a list of them, by name, or by number where no name is a number; a tensor holds numbers.
+        labels: a class or a list of them, by name, or by number where no name is another number; a tensor holds
+            numbers, or weights over the network's label table (N, labels), which are returned as they are.
         facts: of the data set that has the classes.
 
     Raises:
@@ -104,6 +105,8 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
         return torch.arange(16 if n is None else n) % max(1, facts.num_classes)
     if not facts.num_classes:
         raise ValueError("labels: this network was trained without classes; leave them out")
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        return labels
     if isinstance(labels, Tensor):
         y = labels.long()
     else:
@@ -136,5 +139,6 @@ def class_number(label: int | str, facts: DataFacts, key: str = "labels") -> int
         return int(text)
     plain = numbers == list(range(len(names)))
     known = names if names and not plain else (f"0 to {facts.num_classes - 1}",)
+    near = "" if plain else suggest(text, names)
     listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-    raise ValueError(f"{key}: {text!r} is not a class; choose from {listed}{suggest(text, names)}")
+    raise ValueError(f"{key}: {text!r} is not a class; choose from {listed}{near}")

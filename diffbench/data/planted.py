@@ -56,4 +56,5 @@ def plant(data: ImageSet, planted: Mapping[str, Sequence[str]]) -> ImageSet:
         num_classes=len(own) + len(planted),
         class_names=(*own, *planted),
         digest=digest,
+        base=data,
     )

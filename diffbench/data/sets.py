@@ -21,6 +21,7 @@ class ImageSet:
         digest: the fingerprint, where it is known already.
         formats: file format -> number of images that came in it; empty where they did not come from files.
         origin: which part of the data set this is, in words.
+        base: the set as it was before classes were planted into it; extractors are made for that.
     """
 
     images: Tensor
@@ -31,6 +32,7 @@ class ImageSet:
     digest: str | None = None
     formats: dict[str, int] = field(default_factory=dict)
     origin: str = ""
+    base: "ImageSet | None" = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -60,7 +60,8 @@ def check_run_extractor(config: RunConfig | AutoencoderConfig, data: ImageSet) -
 
 
 def extractor_request(data: ImageSet, weights: str | None) -> Request:
-    """Request for an extractor of images like those of a data set."""
+    """Request for an extractor of images like those of a data set, whose planted classes it need not know."""
+    data = data.base or data
     channels, height, width = data.images.shape[1:]
     return Request(
         (channels, height, width),

@@ -116,6 +116,7 @@ def run_scorer(
         extractor,
         references,
         count,
+        labels=train.base is None,  # no extractor tells a planted class from its parts
         training=train.images,
         infinity=settings.infinity,
         by_class=True,

@@ -22,6 +22,11 @@ _BOUND = (
 )
 _SHARES = "Precision tells how real samples look, recall and coverage how much of the real variety they reach."
 
+_PLANTED = (
+    "A planted class has the images of others; its explanation, a mixture of label embeddings, should put these first"
+    " and give them all of the coefficients."
+)
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -150,6 +155,15 @@ METRICS: dict[str, Metric] = {
             of_pixels=True,
             floor=True,
         ),
+        Metric(
+            "planted_found",
+            "planted classes whose parts come first",
+            "higher",
+            percent=True,
+            of_pixels=True,
+            note=_PLANTED,
+        ),
+        Metric("planted_share", "coefficients on planted parts", "higher", percent=True, of_pixels=True, note=_PLANTED),
         Metric("reconstruction_fd", "Fréchet distance of reconstructions", **_FRECHET),
         Metric("psnr", "PSNR of reconstructions", "higher", digits=2, of_pixels=True, listed=True),
         Metric("ssim", "SSIM of reconstructions", "higher", digits=4, of_pixels=True),

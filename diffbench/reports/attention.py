@@ -1,9 +1,7 @@
 """Attention over time, as Fig. 2 of DiffiT: where chosen tokens look along sampling, several runs side by side."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,9 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
-from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from diffbench.core import rng
 from diffbench.core.errors import UserError, suggest
@@ -24,7 +20,6 @@ from diffbench.data.facts import OtherDataError
 from diffbench.denoisers.attention_maps import AttentionMap, record_attention
 from diffbench.reports.figures import new_figure
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.sampling.images import save_image
 
 
 @dataclass
@@ -214,14 +209,3 @@ def _displayed(x: Tensor) -> np.ndarray:
     """(C, H, W) as the network sees it, to (H, W, 3) in 0..1 for display; of latents the first three channels."""
     rgb = x[:3] if len(x) >= 3 else x[:1].expand(3, -1, -1)
     return (rearrange(rgb.float(), "c h w -> h w c") / rgb.abs().max() / 2 + 0.5).numpy()
-
-
-def save_attention(figure: Figure, path: Path, runs: Sequence[DenoiserRun]) -> None:
-    """Write the figure to a file and into each run's TensorBoard, in a folder `attention` beside its curves."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    pixels = np.asarray(Image.open(buffer).convert("RGB"))
-    save_image(pixels, path)
-    for run in runs:
-        with SummaryWriter(str(run.folder / "attention")) as writer:
-            writer.add_image(f"attention/{path.stem}", pixels, run.images_seen, dataformats="HWC")

@@ -4,12 +4,18 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from diffbench.core.files import write_bytes
+from diffbench.runs.base import Run
+from diffbench.sampling.images import save_image
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
 """Colours of Okabe and Ito (2008), without the yellow, which is hard to see on white."""
@@ -92,6 +98,17 @@ def short_numbers(axis: Axes) -> None:
 def plain(text: str) -> str:
     """A name as it is written: matplotlib would read formulas between dollar signs."""
     return text.replace("$", r"\$")
+
+
+def save_beside_curves(figure: Figure, path: Path, runs: Sequence[Run[Any]], what: str) -> None:
+    """Write a figure to a file, in the format of its suffix, and into each run's TensorBoard, in a folder `what`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    pixels = np.asarray(Image.open(buffer).convert("RGB"))
+    save_image(pixels, path)
+    for run in runs:
+        with SummaryWriter(str(run.folder / what)) as writer:
+            writer.add_image(f"{what}/{path.stem}", pixels, run.images_seen, dataformats="HWC")
 
 
 def save(figure: Figure, path: Path, heading: str = "", caption: str = "") -> Plot:

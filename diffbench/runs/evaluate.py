@@ -150,6 +150,7 @@ def _record(
     from diffbench.training.logger import show_scores  # imports Lightning
 
     found = _score(run, config, how, scorer) | {"departures": departures(run, config, how)}
+    found |= _planted(run, config, how)
     found |= {**_restored(run, config.evaluate.count, scorer.measurement.extractor), **(more or {})}
     run.add_result(found)
     show_scores(run.folder, run.images_seen, records.values(found), records.tag_prefix(found))
@@ -302,6 +303,17 @@ def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, A
         after.append(extractor(reconstruct(autoencoder, batch)[0]).pooled)
     distance = frechet_distance(torch.cat(after), torch.cat(before))
     return {"autoencoder": autoencoder.fingerprint, name: distance}
+
+
+def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str, float]:
+    """How well the run explains the classes that its data plants, from unguided samples."""
+    planted = getattr(config.data, "planted", {})
+    if not planted or how.guided:
+        return {}
+    from diffbench.evaluation.explain import ExplainConfig, planted_scores
+
+    print(f"explaining {len(planted)} planted classes", flush=True)
+    return planted_scores(run.sampler(how), how, run.facts, planted, ExplainConfig(seed=config.seed))
 
 
 def _export(run: DenoiserRun, config: RunConfig, how: SampleConfig, path: Path) -> None:

@@ -1,0 +1,58 @@
+"""`diffbench explain`: decompose a class of a run into the other classes' label embeddings."""
+
+import argparse
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.load import build, change
+from diffbench.core.errors import UserError, suggest
+from diffbench.core.files import write_text
+from diffbench.data.facts import class_number
+from diffbench.evaluation.explain import ExplainConfig, drawn, explain
+from diffbench.evaluation.records import versions
+from diffbench.reports.explain import changes, explanation_figure, explanation_table
+from diffbench.reports.figures import save_beside_curves
+from diffbench.runs.build import device_of
+from diffbench.runs.lifecycle import load
+from diffbench.sampling.images import new_files
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Explain a class of `arguments.run`: print its elements, write figure and JSON."""
+    label, sample, config = _asked(parse_overrides(arguments.overrides))
+    run = load(Path(arguments.run))
+    how = change(run.config, {"sample": asdict(run.config.sample.unguided()) | sample}).sample
+    with located([(COMMAND_LINE, {"class": label} | vars(config))]):
+        number = class_number(label, run.facts, "class") if run.facts.num_classes else 0
+        default = run.folder / "explain" / f"class-{number}.png"
+        figure, listing = new_files(config.out, default, [".json"])
+        run.network.to(device_of(run.config.trainer.accelerator))
+        sampler = run.sampler(how)
+        explanation = explain(sampler, how, run.facts, number, config)
+        print(explanation_table(explanation), flush=True)
+        images = {} if run.raw else drawn(explanation, sampler, how, config.seed)
+    told = {"run": run.folder.name, "images_seen": run.images_seen, "ema": run.ema, "settings": vars(config)}
+    told |= {"sample": how.numbers(), "versions": versions(), "change": changes(images)} | explanation.as_dict()
+    write_text(listing, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    save_beside_curves(explanation_figure(explanation, images), figure, [run], "explain")
+    print(f"{figure}\n{listing}")
+
+
+def _asked(values: dict[str, Any]) -> tuple[str, dict[str, Any], ExplainConfig]:
+    """The class, the keys of `sample`, and the others.
+
+    Raises:
+        UserError: if there is no class, or a key is wrong.
+    """
+    known = ["class", *(f.name for f in fields(ExplainConfig)), "sample"]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{COMMAND_LINE}: {key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
+    if values.get("class") is None:
+        raise UserError(f"{COMMAND_LINE}: class: missing; name one or give its number, as class=8")
+    label, sample = values.pop("class"), values.pop("sample", {})
+    with located([(COMMAND_LINE, values)]):
+        return str(label), sample, build(ExplainConfig, values)

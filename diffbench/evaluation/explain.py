@@ -1,0 +1,297 @@
+"""What a class is made of: a sparse mixture of the other classes' label embeddings (Conceptor, Chefer et al. 2024).
+
+The network is frozen. Coefficients come from a small MLP over the embeddings, trained on the denoising loss of samples
+of the class, which the network sees under the mixture in place of the class's own label.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, one_hot
+
+from diffbench.config.sections import SampleConfig
+from diffbench.core import rng
+from diffbench.data.facts import DataFacts, class_number
+from diffbench.diffusion.process import mean_square
+from diffbench.metrics.registry import metric_name
+from diffbench.sampling.sampler import Sampler, eval_mode
+
+HIDDEN, LEARNING_RATE = 100, 1e-3
+"""Width of the MLP, and the rate of its AdamW, as in the paper's code."""
+EVERY = 50
+"""Steps between validations, of which the best is kept, as in the paper's code."""
+HELD_OUT, NOISES = 20, 12
+"""Samples of the class that only validation sees, and noises of each, drawn once."""
+SHOWN = 8
+"""Images in a row of the figure."""
+SAID = 0.5
+"""Share of the gap between the mean of the others and the class that a mixture must close to be called one."""
+TWINS = 0.9
+"""Cosine of two embeddings from which they share a weight at will."""
+
+
+@dataclass
+class ExplainConfig:
+    """Keys of `diffbench explain` besides the class."""
+
+    n: int | None = None
+    """Elements of the reconstruction, those with the largest coefficients; null: a third of the other classes, at most
+    50."""
+    target: Literal["teacher", "noise"] = "teacher"
+    """What the network should denoise to under the mixture: what it gives under the class (ours; no noise in the loss,
+    and the minimum is exact where a mixture is), or the sample itself, by the process's own loss, as in the paper."""
+    images: int = 100
+    """Samples of the class to train on."""
+    steps: int = 500
+    batch_size: int = 16
+    sparsity: float = 1e-3
+    """Weight of the loss 1 - cos(reconstruction, mixture of all others)."""
+    seed: int = 0
+    out: str | None = None
+    """The figure, .png, .jpg, .webp or .gif, with a .json beside it; null: in the folder `explain` of the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "images", "steps", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
+        if self.sparsity < 0:
+            raise ValueError(f"sparsity: must be at least 0, got {self.sparsity:g}")
+
+
+@dataclass(frozen=True)
+class Element:
+    """Another class in the mixture.
+
+    Attributes:
+        label: its number.
+        name: its name.
+        coefficient: of its embedding in the mixture.
+        cosine: of its embedding and the class's.
+        nearest: its coefficient in the least-squares mixture of embeddings (non-negative), which knows no images.
+    """
+
+    label: int
+    name: str
+    coefficient: float
+    cosine: float
+    nearest: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A class as a mixture of others.
+
+    Attributes:
+        label: its number.
+        name: its name.
+        rows: of the label table.
+        elements: the other classes, largest coefficient first.
+        n: how many of them are the reconstruction.
+        losses: denoising loss of the validation images under the class ("own"), the reconstruction, the mixture of all
+            others, and the plain mean of them.
+        history: (step, validation loss of the reconstruction).
+        twins: pairs of elements that share a weight at will, with the cosine of their embeddings.
+    """
+
+    label: int
+    name: str
+    rows: int
+    elements: list[Element]
+    n: int
+    losses: dict[str, float]
+    history: list[tuple[int, float]]
+    twins: list[tuple[str, str, float]]
+
+    @property
+    def top(self) -> list[Element]:
+        """The elements of the reconstruction."""
+        return self.elements[: self.n]
+
+    @property
+    def gap_closed(self) -> float | None:
+        """How far the reconstruction comes from the mean of the others (0) to the class itself (1), in loss."""
+        gap = self.losses["mean of the others"] - self.losses["own"]
+        return (self.losses["mean of the others"] - self.losses["reconstruction"]) / gap if gap > 0 else None
+
+    @property
+    def verdict(self) -> str:
+        """The answer in a sentence."""
+        closed = self.gap_closed
+        if closed is None or closed < SAID:
+            share = "does not come nearer" if closed is None else f"closes {closed:.0%} of the gap"
+            return f"{self.name} is not a mixture of the others: the reconstruction {share}"
+        parts = ", ".join(f"{e.coefficient:.2f} {e.name}" for e in self.top)
+        return f"{self.name} is about {parts}: this closes {closed:.0%} of the gap to the class"
+
+    def weights(self, without: int | None = None) -> Tensor:
+        """Weights (rows,) of the reconstruction over the label table, without the element number `without`."""
+        found = torch.zeros(self.rows)
+        for place, element in enumerate(self.top):
+            found[element.label] = element.coefficient if place != without else 0.0
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self) | {"gap_closed": self.gap_closed, "verdict": self.verdict}
+
+
+def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, config: ExplainConfig) -> Explanation:
+    """Decompose a class into the others; the same arguments give the same numbers to the bit.
+
+    Args:
+        sampler: of the run, whose averaged weights are explained.
+        how: how samples of the class are drawn.
+        facts: of the run's data.
+        label: the class.
+        config: the rest.
+
+    Raises:
+        ValueError: a line that begins with the key, where the run has no other classes or no table of labels.
+    """
+    net, process = sampler.denoiser, sampler.process
+    table = _table(net, facts)
+    others = [i for i in range(facts.num_classes) if i != label]
+    n = config.n or min(50, -(-len(others) // 3))
+    if n > len(others):
+        raise ValueError(f"n: must be at most {len(others)}, the number of other classes, got {n}")
+    rows, device = table[others], table.device
+    own = one_hot(torch.tensor(label, device=device), len(table)).to(table.dtype)
+
+    labels = torch.full((config.images + HELD_OUT,), label)
+    x0 = replace(sampler, raw=True)(labels, how, seed=rng.key(config.seed, "explain", "images")).to(table)
+    train, held_out = x0[: config.images], x0[config.images :]
+
+    def loss(weights: Tensor, x: Tensor, u: Tensor, eps: Tensor, target: str) -> Tensor:
+        t = process.time(u)
+        inputs = process.inputs(process.add_noise(x, t, eps), t)
+        out = net(*inputs, weights.expand(len(x), -1))
+        if target == "noise":
+            return process.losses(out, x, t, eps).mean()
+        with torch.no_grad():
+            taught = net(*inputs, own.expand(len(x), -1))
+        return mean_square(out - taught).mean()
+
+    key = {what: rng.key(config.seed, "explain", what) for what in ("image", "time", "noise", "mlp", "validation")}
+    number = torch.arange(HELD_OUT * NOISES, device=device)
+    validation = (
+        held_out[number % HELD_OUT],
+        (rng.permutation(key["validation"], len(number)).to(device).double() + 0.5) / len(number),
+        rng.normal(key["validation"], number, sampler.shape).to(table),
+    )
+
+    def weights_of(coefficients: Tensor, kept: int) -> Tensor:
+        chosen = coefficients.topk(kept).indices
+        return torch.zeros_like(own).index_put((torch.tensor(others, device=device)[chosen],), coefficients[chosen])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key["mlp"])
+        mlp = nn.Sequential(nn.Linear(table.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)).to(table)
+    parameters = list(mlp.parameters())
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE)
+    features = rows / rows.square().mean().sqrt()  # tables of any scale suit the MLP's initial weights
+    best, history = torch.zeros(len(others), device=device), []
+    with eval_mode(net):
+        for step in range(1, config.steps + 1):
+            position = torch.arange((step - 1) * config.batch_size, step * config.batch_size, device=device)
+            u, image = rng.uniforms((key["time"], key["image"]), position)
+            x = train[(image * len(train)).long()]
+            coefficients = mlp(features)[:, 0].abs()
+            mixture, reconstruction = weights_of(coefficients, len(others)), weights_of(coefficients, n)
+            sparsity = 1 - cosine_similarity(reconstruction @ table, mixture @ table, dim=0)
+            fit = loss(mixture, x, u, rng.normal(key["noise"], position, sampler.shape).to(table), config.target)
+            optimizer.zero_grad()
+            (fit + config.sparsity * sparsity).backward(inputs=parameters)
+            optimizer.step()
+            if step % EVERY == 0 or step == config.steps:
+                with torch.no_grad():
+                    now = mlp(features)[:, 0].abs()
+                    history.append((step, float(loss(weights_of(now, n), *validation, config.target))))
+                if history[-1][1] <= min(error for _, error in history):
+                    best = now
+        shown = {
+            "own": own,
+            "reconstruction": weights_of(best, n),
+            "all others": weights_of(best, len(others)),
+            "mean of the others": weights_of(torch.full_like(best, 1 / len(others)), len(others)),
+        }
+        with torch.no_grad():
+            losses = {name: float(loss(weights, *validation, "noise")) for name, weights in shown.items()}
+    cosines = cosine_similarity(rows, table[label], dim=1).tolist()
+    nearest = nnls(rows.T.double().cpu().numpy(), table[label].double().cpu().numpy())[0].tolist()
+    elements = [
+        Element(i, name_of(facts, i), float(coefficient), cosine, near)
+        for i, coefficient, cosine, near in zip(others, best.tolist(), cosines, nearest, strict=True)
+    ]
+    elements.sort(key=lambda e: -e.coefficient)
+    twins = _twins(elements[:n], elements, table)
+    return Explanation(label, name_of(facts, label), len(table), elements, n, losses, history, twins)
+
+
+def name_of(facts: DataFacts, label: int) -> str:
+    """The name of a class, its number where it has none."""
+    return facts.class_names[label] if facts.class_names else str(label)
+
+
+def _table(net: nn.Module, facts: DataFacts) -> Tensor:
+    """The label table of a network, (labels, D)."""
+    if facts.num_classes < 2:
+        has = "no classes" if not facts.num_classes else "one class"
+        raise ValueError(f"class: this run was trained with {has}; choose a run with at least two")
+    rows = getattr(net, "label_rows", lambda: None)()
+    if rows is None:
+        raise ValueError("class: this network has no table of label embeddings; choose a run of another denoiser")
+    table: Tensor = rows.detach()
+    return table
+
+
+def _twins(top: Sequence[Element], elements: Sequence[Element], table: Tensor) -> list[tuple[str, str, float]]:
+    """Pairs of an element of the reconstruction and a later one whose embeddings are nearly parallel."""
+    found = []
+    for i, one in enumerate(top):
+        for other in elements[i + 1 :]:
+            cosine = float(cosine_similarity(table[one.label], table[other.label], dim=0))
+            if cosine > TWINS:
+                found.append((one.name, other.name, cosine))
+    return found
+
+
+def drawn(explanation: Explanation, sampler: Sampler, how: SampleConfig, seed: int) -> dict[str, Tensor]:
+    """Images from the same noise: of the class, of its reconstruction, and of that without each of its elements.
+
+    Returns:
+        Title -> (SHOWN, C, H, W) uint8, or (SHOWN, C, H, W) float32 where samples are not images.
+    """
+    own = one_hot(torch.tensor(explanation.label), explanation.rows).float()
+    rows = {explanation.name: own, "reconstruction": explanation.weights()}
+    rows |= {f"without {e.name}": explanation.weights(without=i) for i, e in enumerate(explanation.top)}
+    key = rng.key(seed, "explain", "figure")
+    return {title: sampler(weights.expand(SHOWN, -1), how, seed=key) for title, weights in rows.items()}
+
+
+def planted_scores(
+    sampler: Sampler,
+    how: SampleConfig,
+    facts: DataFacts,
+    planted: Mapping[str, Sequence[str]],
+    config: ExplainConfig,
+) -> dict[str, float]:
+    """How well explanations of planted classes find what these are made of.
+
+    Returns:
+        planted_found: share of planted classes whose parts are the first elements; planted_share: what their parts
+        hold of the sum of coefficients, on average.
+    """
+    found, shares = [], []
+    for name, parts in planted.items():
+        explanation = explain(sampler, how, facts, class_number(name, facts), config)
+        first = [e.name for e in explanation.elements[: len(parts)]]
+        found.append(float(set(first) == set(parts)))
+        total = sum(e.coefficient for e in explanation.elements)
+        shares.append(sum(e.coefficient for e in explanation.elements if e.name in parts) / max(total, 1e-12))
+        print(f"{name}: {', '.join(f'{e.coefficient:.2f} {e.name}' for e in explanation.elements[:4])}", flush=True)
+    measured = {"planted_found": found, "planted_share": shares}
+    return {metric_name(key, None, len(found)): sum(values) / len(values) for key, values in measured.items()}

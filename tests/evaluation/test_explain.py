@@ -1,0 +1,88 @@
+"""Explanations: label embeddings that are mixtures by construction are taken apart, and the same call repeats."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_networks import CHANNELS, CLASSES, SIZE, small
+from torch import nn
+
+from diffbench.config.sections import SampleConfig
+from diffbench.data.facts import DataFacts
+from diffbench.diffusion import Flow, FlowConfig
+from diffbench.evaluation.explain import ExplainConfig, drawn, explain, planted_scores
+from diffbench.sampling.sampler import Sampler
+
+FACTS = DataFacts("made", (CHANNELS, SIZE, SIZE), CLASSES, ("ant", "bee", "cat", "dog", "elk"), 100, "")
+HOW = SampleConfig("euler", "4")
+QUICK = ExplainConfig(n=2, target="teacher", images=40, steps=150, batch_size=16)
+
+
+def sampler_of(name: str) -> Sampler:
+    """A small network whose "elk" is 0.6 bee + 0.4 cat by construction."""
+    net = small(name)
+    labels = next(p for key, p in net.named_parameters() if key.endswith("label.weight"))
+    table = labels.T if name == "ddpmpp" else labels
+    table.normal_(generator=torch.Generator().manual_seed(3))
+    table[4] = 0.6 * table[1] + 0.4 * table[2]
+    return Sampler(net, Flow(FlowConfig()), (CHANNELS, SIZE, SIZE), CLASSES)
+
+
+@pytest.mark.parametrize("name", ["unet", "dit", "diffit", "segformer", "uvit", "ddpmpp"])
+def test_a_constructed_mixture_is_taken_apart(name: str) -> None:
+    found = explain(sampler_of(name), HOW, FACTS, 4, QUICK)
+    assert [e.name for e in found.top] == ["bee", "cat"]
+    assert [e.coefficient for e in found.elements] == pytest.approx([0.6, 0.4, 0, 0], abs=0.05)
+    assert {e.name: e.nearest for e in found.elements} == pytest.approx(
+        {"bee": 0.6, "cat": 0.4, "ant": 0, "dog": 0}, abs=1e-5
+    )
+    assert found.losses["reconstruction"] == pytest.approx(found.losses["own"], rel=0.01)
+    assert found.weights(without=0).tolist() == [0, 0, found.top[1].coefficient, 0, 0, 0]
+
+
+def test_the_same_call_gives_the_same_bits_and_leaves_the_network() -> None:
+    sampler, quick = sampler_of("dit"), replace(QUICK, steps=5, target="noise")
+    before = {key: value.clone() for key, value in sampler.denoiser.state_dict().items()}
+    torch.manual_seed(7)
+    first = explain(sampler, HOW, FACTS, 4, quick)
+    torch.rand(3)
+    assert explain(sampler, HOW, FACTS, 4, quick) == first
+    assert explain(sampler, HOW, FACTS, 4, replace(quick, seed=1)) != first
+    assert all(torch.equal(value, before[key]) for key, value in sampler.denoiser.state_dict().items())
+    assert all(p.grad is None for p in sampler.denoiser.parameters())
+
+
+def test_images_are_of_the_class_its_reconstruction_and_that_without_each_element() -> None:
+    sampler = sampler_of("dit")
+    found = explain(sampler, HOW, FACTS, 4, replace(QUICK, steps=100))
+    images = drawn(found, sampler, HOW, 0)
+    assert list(images) == ["elk", "reconstruction", "without bee", "without cat"]
+    moved = [float((x.float() - images["elk"].float()).square().mean()) for x in images.values()]
+    assert moved[0] == 0 and moved[1] < moved[3] < moved[2]
+
+
+def test_planted_classes_are_scored_by_their_parts() -> None:
+    planted = {"elk": ["bee", "cat"], "dog": ["cat", "elk"]}
+    sampler, quick = sampler_of("dit"), replace(QUICK, steps=100)
+    found = planted_scores(sampler, HOW, FACTS, planted, quick)
+    first, second = (explain(sampler, HOW, FACTS, label, quick).elements for label in (4, 3))
+    assert {e.name for e in first[:2]} == {"bee", "cat"}
+    right = {e.name for e in second[:2]} == {"cat", "elk"}
+    assert found["planted_found@2"] == (1 + right) / 2
+    shares = [
+        sum(e.coefficient for e in elements if e.name in parts) / sum(e.coefficient for e in elements)
+        for elements, parts in zip((first, second), planted.values(), strict=True)
+    ]
+    assert found["planted_share@2"] == pytest.approx(sum(shares) / 2)
+
+
+def test_what_cannot_be_explained_is_refused() -> None:
+    sampler = sampler_of("dit")
+    with pytest.raises(ValueError, match="n: must be at most 4, the number of other classes, got 5"):
+        explain(sampler, HOW, FACTS, 4, replace(QUICK, n=5))
+    with pytest.raises(ValueError, match="class: this run was trained with no classes; choose a run with at least two"):
+        explain(sampler, HOW, replace(FACTS, num_classes=0), 0, QUICK)
+    with pytest.raises(ValueError, match="class: this network has no table of label embeddings"):
+        explain(replace(sampler, denoiser=nn.Conv2d(3, 3, 1)), HOW, FACTS, 0, QUICK)
+    with pytest.raises(ValueError, match="steps: must be at least 1, got 0"):
+        ExplainConfig(steps=0)
