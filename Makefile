@@ -15,6 +15,7 @@ RUNS ?= $(sort $(patsubst %/checkpoints/,%,$(dir $(wildcard runs/$(DATA)/*/check
 BIN := .venv/bin
 STAMP := .venv/.installed
 CONFIG := experiments/$(DATA)/$(MODEL).yaml
+MODELS := $(filter-out _%,$(sort $(basename $(notdir $(wildcard experiments/$(DATA)/*.yaml)))))
 DOCKER_GPUS := $(if $(filter cuda,$(DEVICE)),--gpus all)
 DIFFBENCH := $(BIN)/python -m diffbench
 
@@ -24,6 +25,7 @@ DIFFBENCH := $(BIN)/python -m diffbench
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@printf '\nVariables (now): MODEL=%s DATA=%s SEED=%s SEEDS=%s ARGS="%s" PYTHON=%s STUDY=%s RUN=%s\n' '$(MODEL)' '$(DATA)' '$(SEED)' '$(SEEDS)' '$(ARGS)' '$(PYTHON)' '$(STUDY)' '$(RUN)'
+	@printf 'MODEL with DATA=%s: %s\n' '$(DATA)' '$(MODELS)'
 	@printf 'Example: make train MODEL=diffit SEED=1 ARGS="denoiser.window=2"\n'
 
 setup: $(STAMP)  ## make .venv and install (done by itself where needed)

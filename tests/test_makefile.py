@@ -33,6 +33,8 @@ def test_help_lists_every_target_and_variable(arguments: list[str]) -> None:
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")] == recipes()
     for text in ("MODEL=dit", "DATA=digits", "SEED=0", "SEEDS=0", 'ARGS=""', "PYTHON=", "RUN=runs/digits/dit-s0"):
         assert text in done.stdout
+    models = "MODEL with DATA=digits: classifier ddpmpp diffit diffit-latent dit segformer unet uvit"
+    assert models in done.stdout.splitlines()
 
 
 DRY = {

@@ -10,9 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffbench.denoisers.base import Preset
 from diffbench.denoisers.flops import Cost
-from diffbench.denoisers.layers import mlp, modulate, xavier_, zero_
+from diffbench.denoisers.layers import SwiGLU, mlp, modulate, xavier_, zero_
 from diffbench.denoisers.linear import Linear
 from diffbench.denoisers.patches import IMAGENET_LATENT, PatchConfig, PatchTransformer
+from diffbench.denoisers.positions import RotaryPosition
 
 
 @dataclass
@@ -21,6 +22,28 @@ class DiTConfig(PatchConfig):
 
     conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
     """How time and class enter a block (§3.2, Fig. 3)."""
+    qk_norm: bool = False
+    """Normalise queries and keys, by head; their products stay small in long training and low precision."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """swiglu: gated, of two thirds of the hidden width."""
+    position: Literal["sincos", "rope"] = "sincos"
+    """sincos: a table added to the tokens; rope: queries and keys are rotated as well, in every block."""
+    norm: Literal["layer", "rms"] = "layer"
+    """rms: no mean is taken, and a scale is learned under adaLN too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        width = self.hidden_size // self.num_heads
+        if self.position == "rope" and width % 4:
+            raise ValueError(
+                f"denoiser.position: rope needs heads whose width 4 divides, not {width}="
+                "denoiser.hidden_size/denoiser.num_heads"
+            )
+
+    def make_norm(self, dim: int, affine: bool = True) -> nn.Module:
+        """The norm over `dim` features; `affine` is whether a LayerNorm learns a scale and shift."""
+        rms = self.norm == "rms"
+        return nn.RMSNorm(dim, eps=1e-6) if rms else nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
 
 
 class DiT(PatchTransformer):
@@ -36,12 +59,12 @@ class DiT(PatchTransformer):
         learn_sigma: bool = False,
     ) -> None:
         super().__init__(
-            config, image_size, channels, num_classes, null_class, learn_sigma, lambda _grid: DiTBlock(config)
+            config, image_size, channels, num_classes, null_class, learn_sigma, lambda grid: DiTBlock(config, grid)
         )
         d, adaptive = config.hidden_size, config.conditioning.startswith("adaln")
         self.in_context = config.conditioning == "in-context"
         self.final_modulation = nn.Sequential(nn.SiLU(), Linear(d, 2 * d)) if adaptive else None
-        self.final_norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
+        self.final_norm = config.make_norm(d, affine=not adaptive)
         self.final = Linear(d, self.patch_values)
         xavier_(self.blocks)
         for block in self.blocks:
@@ -75,20 +98,22 @@ class DiTBlock(nn.Module):
     attend to time and class between the two; in-context: time and class are tokens, the block is a plain one.
     """
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, grid: tuple[int, int]) -> None:
         super().__init__()
-        d = config.hidden_size
+        d, head = config.hidden_size, config.hidden_size // config.num_heads
         adaptive = config.conditioning.startswith("adaln")
         self.heads = config.num_heads
-        self.norm1 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
+        self.norm1 = config.make_norm(d, affine=not adaptive)
         self.qkv = Linear(d, 3 * d)
+        self.q_norm, self.k_norm = (config.make_norm(head) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.rope = RotaryPosition(head, grid) if config.position == "rope" else nn.Identity()
         self.proj = Linear(d, d)
-        self.norm2 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=not adaptive)
-        self.mlp = mlp(d, config.mlp_ratio)
+        self.norm2 = config.make_norm(d, affine=not adaptive)
+        self.mlp = SwiGLU(d, config.mlp_ratio) if config.mlp == "swiglu" else mlp(d, config.mlp_ratio)
         parts = 6 if config.conditioning == "adaln-zero" else 4
         self.modulation = nn.Sequential(nn.SiLU(), Linear(d, parts * d)) if adaptive else None
         self.dropout = nn.Dropout(config.dropout)
-        self.cross = CrossAttention(d, config.num_heads) if config.conditioning == "cross-attention" else None
+        self.cross = CrossAttention(config) if config.conditioning == "cross-attention" else None
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, N, D) tokens and (B, D) condition, or (B, 1 or 2, D) time and class, to (B, N, D)."""
@@ -108,6 +133,7 @@ class DiTBlock(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k = (self.rope(norm(part)).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
         out: Tensor = self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
         return out
 
@@ -115,10 +141,10 @@ class DiTBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the image's tokens to those of time and class, after a norm (DiT §3.2)."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.heads, dim = config.num_heads, config.hidden_size
+        self.norm = config.make_norm(dim)
         self.q = Linear(dim, dim)
         self.kv = Linear(dim, 2 * dim)
         self.proj = Linear(dim, dim)
@@ -171,5 +197,15 @@ PRESETS |= {
         ("in-context", "449M, 119.37", Cost(449_457_440, 119_353_946_112)),
         ("cross-attention", "598M, 137.62", Cost(598_286_624, 137_602_842_624)),
         ("adaln", "600M, 118.56", Cost(600_747_296, 118_547_103_744)),
+    )
+}
+# LightningDiT (Yao et al. 2025): its last table and code; the autoencoder of XL/1 has latents of 16x16x32.
+_LIGHTNING = {"mlp": "swiglu", "position": "rope", "norm": "rms"}
+_SD_LATENT = IMAGENET_LATENT | {"learn_sigma": False}
+PRESETS |= {
+    f"LightningDiT-{size}/{patch}": Preset(_config(size, patch, **_LIGHTNING), shape, f"LightningDiT: {stated}", cost)
+    for size, patch, shape, stated, cost in (
+        ("XL", 1, _SD_LATENT | {"image_size": 16, "channels": 32}, "675.26M", Cost(675_256_736, 118_626_140_160)),
+        ("XL", 2, _SD_LATENT, "on Stable Diffusion's latents", Cost(675_219_856, 118_616_702_976)),
     )
 }

@@ -53,28 +53,6 @@ class FourierFeatures(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def sincos_position_table(width: int, height_tokens: int, width_tokens: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (DiT, DiffiT latent).
-
-    Returns:
-        (height_tokens * width_tokens, width) float64, row-major; the first half of the features encodes the
-        column, the second the row, sines before cosines, as in the released tables.
-
-    Raises:
-        ValueError: if `width` is not divisible by 4.
-    """
-    if width % 4:
-        raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, got {width}")
-    frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, col = torch.meshgrid(
-        torch.arange(height_tokens, dtype=torch.float64),
-        torch.arange(width_tokens, dtype=torch.float64),
-        indexing="ij",
-    )
-    parts = [f(p.reshape(-1, 1) * frequency) for p in (col, row) for f in (torch.sin, torch.cos)]
-    return torch.cat(parts, dim=1)
-
-
 TimeFeatures = Literal["sinusoidal", "fourier"]
 
 
@@ -243,6 +221,28 @@ def mlp(dim: int, ratio: float, approximate: Literal["tanh", "none"] = "tanh") -
     if hidden < 1:
         raise ValueError(f"denoiser.mlp_ratio: {ratio} of a width of {dim} is less than one")
     return nn.Sequential(Linear(dim, hidden), nn.GELU(approximate), Linear(hidden, dim))
+
+
+class SwiGLU(nn.Module):
+    """An MLP with a gate, SiLU(W x) * V x, of two thirds of `mlp`'s hidden width (Shazeer 2020), so as many weights.
+
+    Raises:
+        ValueError: if nothing is left of the width.
+    """
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * int(dim * ratio))
+        if hidden < 1:
+            raise ValueError(f"denoiser.mlp_ratio: two thirds of {ratio} of a width of {dim} is less than one")
+        self.inner = Linear(dim, 2 * hidden)
+        self.outer = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to the same."""
+        gate, value = self.inner(x).chunk(2, dim=-1)
+        out: Tensor = self.outer(nn.functional.silu(gate) * value)
+        return out
 
 
 Direction = Literal["down", "up"]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffbench.denoisers.base import Denoiser, check_divides, check_shape, check_sizes
-from diffbench.denoisers.layers import ConditionEmbedding, both_sides, sincos_position_table, zero_
+from diffbench.denoisers.layers import ConditionEmbedding, both_sides, zero_
+from diffbench.denoisers.positions import sincos_position_table
 
 IMAGENET_LATENT = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
 """ImageNet at 256x256, encoded: what the latent transformers were published for."""

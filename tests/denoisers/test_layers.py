@@ -10,10 +10,10 @@ from small_networks import small
 from diffbench.denoisers.layers import (
     from_windows,
     relative_position_index,
-    sincos_position_table,
     timestep_embedding,
     to_windows,
 )
+from diffbench.denoisers.positions import sincos_position_table
 
 
 @pytest.mark.parametrize("call", load("timestep_embedding").info["calls"], ids=lambda c: c["name"])

@@ -39,7 +39,7 @@ COUNTED = {
     "U-ViT-H/4-512": (500_942_656, "133.23"),
 }
 # Where only the parameters stand, or the paper's millions and Gflops.
-PARAMETERS = {"ADM-256-uncond": 552_814_086, "DDPM++-CIFAR10-cond": 55_735_299}
+PARAMETERS = {"ADM-256-uncond": 552_814_086, "DDPM++-CIFAR10-cond": 55_735_299, "LightningDiT-XL/1": 675_256_736}
 ROUNDED = {
     "DiT-XL/2-in-context": (449, "119.37"),
     "DiT-XL/2-cross-attention": (598, "137.62"),
@@ -58,6 +58,7 @@ SEGMENTING = {
 # Networks of which no source states the size: ours, so that a change shows.
 OURS = {
     "DiffiT-XL/2-512": 563_562_464,
+    "LightningDiT-XL/2": 675_219_856,
     "SegFormer-S": 48_200_972,
     "SegFormer-B": 192_348_300,
     "DiffiT-CIFAR10-H1": 28_747_987,

@@ -11,6 +11,7 @@ from diffbench.denoisers.tmsa import TimeIn
 TIMES_IN = get_args(TimeIn)
 ABLATIONS: list[tuple[str, dict[str, Any]]] = [
     *(("dit", {"conditioning": way}) for way in ("adaln-zero", "adaln", "cross-attention", "in-context")),
+    ("dit", {"qk_norm": True, "mlp": "swiglu", "position": "rope", "norm": "rms"}),
     ("dit", {"gradient_checkpointing": True, "dropout": 0.1}),
     *(("diffit-latent", {"time_in": way}) for way in TIMES_IN),
     ("diffit-latent", {"head_silu": False}),

@@ -29,7 +29,7 @@ def planned(name: str, **changes: object) -> tuple[StudyConfig, Path]:
 def test_equal_flops_mean_equal_products_over_all_images() -> None:
     study, path = planned("backbones")
     found = training_variants(study, path, {}, lambda config: 1.0)
-    assert [g.name for g in found] == ["unet", "dit", "diffit"]
+    assert [g.name for g in found] == ["unet", "dit", "diffit", "ddpmpp", "uvit", "segformer"]
     for group in found:
         images = group.config.trainer.max_steps * group.config.trainer.batch_size
         assert group.flops == 6 * group.cost.macs * images
@@ -108,7 +108,9 @@ def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -
     study, path = planned("backbones")
     made = tuning_trials(study, path, lambda config: 1.0)
     assert [(c.label, c.config.optimizer.lr) for c in made] == [
-        (label, lr) for label in ("unet", "dit", "diffit") for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)
+        (label, lr)
+        for label in ("unet", "dit", "diffit", "ddpmpp", "uvit", "segformer")
+        for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)
     ]
     assert {c.seed for c in made} == {1000} and not {c.seed for c in made} & set(study.seeds)
     reported = folders(study, path)

@@ -56,6 +56,7 @@ def test_a_dropout_that_is_no_share(name: str, value: float) -> None:
     [
         (DiTConfig, {"num_heads": 5}, "num_heads: 5 does not divide denoiser.hidden_size=384"),
         (DiTConfig, {"hidden_size": 30, "num_heads": 5}, "hidden_size: must be divisible by 4 for its table of positions, got 30"),  # noqa: E501
+        (DiTConfig, {"hidden_size": 24, "num_heads": 4, "position": "rope"}, "position: rope needs heads whose width 4 divides, not 6=denoiser.hidden_size/denoiser.num_heads"),  # noqa: E501
         (DiffiTLatentConfig, {"num_heads": 5}, "num_heads: 5 does not divide denoiser.hidden_size=384"),
         (DiffiTConfig, {"num_heads": 3}, "num_heads: 3 does not divide 128, of denoiser.channels"),
         (DiffiTConfig, {"num_heads": 3, "token_dim": 64}, "num_heads: 3 does not divide 64, of denoiser.token_dim"),
