@@ -59,7 +59,7 @@ def test_a_block_computes_what_the_formulas_say(norm: Any) -> None:
     h = x + gate1 * layer(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), "proj")
     gate, value = layer(normed(h, "norm2") * (1 + scale2) + shift2, "mlp.inner").chunk(2, dim=-1)
     h = h + gate2 * layer(silu(gate) * value, "mlp.outer")
-    assert (block(x, c) - h).abs().max() < 1e-6
+    assert (block(x, c) - h).abs().max() < 1e-6 * h.abs().max()  # the rotations are kept in float32
     assert {name.split(".")[0] for name in w} == (
         {"qkv", "proj", "q_norm", "k_norm", "mlp", "modulation"} | ({"norm1", "norm2"} if norm == "rms" else set())
     )

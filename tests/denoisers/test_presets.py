@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from diffbench.denoisers import DENOISERS, PRESETS, SegFormer
+from diffbench.config.kinds import RunConfig
+from diffbench.config.load import load
+from diffbench.denoisers import DENOISERS, PRESETS, SegFormer, build
 from diffbench.denoisers.flops import Cost, count
 
 # Parameters and GMACs, counted on the official code (saved position tables included), or from the paper where only
@@ -134,6 +136,20 @@ def test_the_two_image_networks_of_the_paper_are_one_config_apart() -> None:
     for data in ("CIFAR10", "FFHQ64"):
         first, second = (vars(PRESETS[f"DiffiT-{data}-{reading}"].config) for reading in ("H1", "I1"))
         assert {key for key in first if first[key] != second[key]} == {"blocks"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "channels", "side"), [("digits", 1, 8), ("digits-latent", 1, 4), ("cifar10", 3, 32)]
+)
+@pytest.mark.parametrize("name", ["uvit", "segformer"])
+def test_experiments_of_a_folder_cost_alike(folder: str, channels: int, side: int, name: str) -> None:
+    def macs(name: str) -> int:
+        c = load(f"experiments/{folder}/{name}.yaml")
+        assert isinstance(c, RunConfig)
+        shape = {"image_size": side, "channels": channels, "num_classes": 10}
+        return count(lambda: build(c.denoiser.name, c.denoiser, **shape), channels, side).macs
+
+    assert macs(name) == pytest.approx(macs("dit"), rel=0.1)
 
 
 def test_every_preset_names_its_source() -> None:

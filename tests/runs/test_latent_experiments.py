@@ -22,6 +22,7 @@ from diffbench.runs.lifecycle import load, train
 
 PUBLISHED = {
     "dit-xl-2": (675_129_632, 118.6, ["denoiser.hidden_size=16", "denoiser.depth=1", "denoiser.num_heads=2"]),
+    "lightningdit-xl-2": (675_223_888, 118.6, ["denoiser.hidden_size=16", "denoiser.depth=1", "denoiser.num_heads=2"]),
     "diffit-xl-2": (561_330_144, 118.5, ["denoiser.hidden_size=16", "denoiser.depth=1", "denoiser.num_heads=2"]),
     "unet": (
         372_620_552,
@@ -46,8 +47,9 @@ def config(name: str) -> RunConfig:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_imagenet_networks_have_their_published_sizes(name: str) -> None:
     c = config(name)
-    assert c.process.variance == "learned_range" and c.trainer.label_dropout > 0
-    shape = {"image_size": 32, "channels": 4, "num_classes": 1000, "null_class": True, "learn_sigma": True}
+    learned = c.process.name == "vp"
+    assert (not learned or c.process.variance == "learned_range") and c.trainer.label_dropout > 0
+    shape = {"image_size": 32, "channels": 4, "num_classes": 1000, "null_class": True, "learn_sigma": learned}
     cost = count(lambda: build(c.denoiser.name, c.denoiser, **shape), 4, 32)
     parameters, gmacs, _ = PUBLISHED[name]
     assert cost.parameters == parameters
@@ -67,6 +69,10 @@ def test_imagenet_recipes_are_the_papers() -> None:
         assert (c.data.image_size, c.data.flip, c.autoencoder) == (256, True, "stabilityai/sd-vae-ft-ema")
     assert (dit.optimizer.lr, dit.trainer.max_images, dit.sample.guidance) == (1e-4, 400_000 * 256, 1.5)
     assert (diffit.optimizer.lr, diffit.sample.guidance_schedule, diffit.sample.guidance) == (3e-4, "power_cosine", 4.4)
+    lightning = config("lightningdit-xl-2")
+    o, t, p, s = lightning.optimizer, lightning.trainer, lightning.process, lightning.sample
+    assert (o.lr, o.betas, t.batch_size, t.max_images) == (2e-4, [0.9, 0.95], 1024, 80_000 * 1024)
+    assert (p.name, p.path, p.times, s.sampler, s.steps) == ("flow", "linear", "logit_normal", "euler", "250")
 
 
 @pytest.fixture(scope="module")
