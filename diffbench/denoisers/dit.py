@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffbench.denoisers.base import Preset
 from diffbench.denoisers.flops import Cost
-from diffbench.denoisers.layers import SwiGLU, mlp, modulate, xavier_, zero_
+from diffbench.denoisers.layers import mlp, modulate, xavier_, zero_
 from diffbench.denoisers.linear import Linear
 from diffbench.denoisers.patches import IMAGENET_LATENT, PatchConfig, PatchTransformer
 from diffbench.denoisers.positions import RotaryPosition
@@ -43,7 +43,7 @@ class DiTConfig(PatchConfig):
     def make_norm(self, dim: int, affine: bool = True) -> nn.Module:
         """The norm over `dim` features; `affine` is whether a LayerNorm learns a scale and shift."""
         rms = self.norm == "rms"
-        return nn.RMSNorm(dim, eps=1e-6) if rms else nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
+        return RMSNorm(dim, eps=1e-6) if rms else nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
 
 
 class DiT(PatchTransformer):
@@ -154,6 +154,37 @@ class CrossAttention(nn.Module):
         q = rearrange(self.q(self.norm(x)), "b n (h d) -> b h n d", h=self.heads)
         k, v = rearrange(self.kv(c), "b m (two h d) -> two b h m d", two=2, h=self.heads)
         out: Tensor = self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return out
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation, in float32 where input and weight differ in precision, as under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return nn.functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """An MLP with a gate, SiLU(W x) * V x, of two thirds of `mlp`'s hidden width (Shazeer 2020), so as many weights.
+
+    Raises:
+        ValueError: if nothing is left of the width.
+    """
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * int(dim * ratio))
+        if hidden < 1:
+            raise ValueError(f"denoiser.mlp_ratio: two thirds of {ratio} of a width of {dim} is less than one")
+        self.inner = Linear(dim, 2 * hidden)
+        self.outer = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to the same."""
+        gate, value = self.inner(x).chunk(2, dim=-1)
+        out: Tensor = self.outer(nn.functional.silu(gate) * value)
         return out
 
 

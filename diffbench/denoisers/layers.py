@@ -223,28 +223,6 @@ def mlp(dim: int, ratio: float, approximate: Literal["tanh", "none"] = "tanh") -
     return nn.Sequential(Linear(dim, hidden), nn.GELU(approximate), Linear(hidden, dim))
 
 
-class SwiGLU(nn.Module):
-    """An MLP with a gate, SiLU(W x) * V x, of two thirds of `mlp`'s hidden width (Shazeer 2020), so as many weights.
-
-    Raises:
-        ValueError: if nothing is left of the width.
-    """
-
-    def __init__(self, dim: int, ratio: float) -> None:
-        super().__init__()
-        hidden = int(2 / 3 * int(dim * ratio))
-        if hidden < 1:
-            raise ValueError(f"denoiser.mlp_ratio: two thirds of {ratio} of a width of {dim} is less than one")
-        self.inner = Linear(dim, 2 * hidden)
-        self.outer = Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) to the same."""
-        gate, value = self.inner(x).chunk(2, dim=-1)
-        out: Tensor = self.outer(nn.functional.silu(gate) * value)
-        return out
-
-
 Direction = Literal["down", "up"]
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product_attention, silu
 
 from diffbench.denoisers import DiTConfig
-from diffbench.denoisers.dit import DiTBlock
-from diffbench.denoisers.layers import SwiGLU
+from diffbench.denoisers.dit import DiTBlock, SwiGLU
 from diffbench.denoisers.positions import RotaryPosition
 
 LIGHTNING = {"qk_norm": True, "mlp": "swiglu", "position": "rope", "norm": "rms"}
