@@ -35,8 +35,7 @@ def test_equal_flops_mean_equal_products_over_all_images() -> None:
         assert group.flops == 6 * group.cost.macs * images
         assert abs(group.flops - 1.3e12) <= 6 * group.cost.macs * (group.config.trainer.batch_size / 2 + 1)
         assert group.config.optimizer.decay_images == images  # the schedule ends with the run
-        # DDPM++'s norm groups leave few widths between which to choose.
-        assert group.residual is not None and abs(group.residual) < (0.16 if group.name == "ddpmpp" else 0.1)
+        assert group.residual is not None and abs(group.residual) < 0.1
 
 
 def test_seconds_become_images_by_the_measured_rate() -> None:
