@@ -125,7 +125,8 @@ def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -
 def test_what_tuning_chose_reaches_every_seed() -> None:
     study, path = planned("backbones")
     found = training_variants(study, path, {"dit": {"optimizer.lr": 4e-3}}, lambda config: 1.0)
-    assert {g.name: g.config.optimizer.lr for g in found} == {"unet": 2e-3, "dit": 4e-3, "diffit": 2e-3}
+    assert {g.config.optimizer.lr for g in found if g.name != "dit"} == {2e-3}
+    assert [g.config.optimizer.lr for g in found if g.name == "dit"] == [4e-3]
 
 
 def test_an_average_that_no_run_keeps_is_refused() -> None:
