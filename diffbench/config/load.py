@@ -6,7 +6,9 @@ roots are in kinds.py.
 
 import contextlib
 import dataclasses
+import itertools
 import math
+import os
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -20,9 +22,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffbench.config.documents import dump
 from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, kept_below, keys_of
-from diffbench.config.layers import COMMAND_LINE, SMOKE_MODE, Layer, located, parse_overrides, read_chain, stacked
+from diffbench.config.layers import (
+    COMMAND_LINE,
+    SMOKE_MODE,
+    Layer,
+    located,
+    parse_overrides,
+    places,
+    read_chain,
+    stacked,
+)
 from diffbench.core.errors import suggest
 from diffbench.denoisers import DENOISERS
+from diffbench.denoisers import registry as denoisers
 
 C = TypeVar("C", bound=BaseConfig)
 T = TypeVar("T")
@@ -81,7 +93,7 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
         plain = _resolved(merged)
         root = _root(plain)
         sections = [key for key in keys_of(root) if key in REGISTRIES]
-        config = build(root, plain, kinds={section: _chosen(plain, section) for section in sections})
+        config = build(root, plain, kinds={section: _chosen(plain, section, stack) for section in sections})
     assert isinstance(config, BaseConfig)
     return config
 
@@ -140,27 +152,37 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _chosen(values: dict[Any, Any], section: str) -> type:
-    """The dataclass of a section's `name`; fills in its preset."""
+def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> type:
+    """The dataclass of a section's `name`; fills in its preset.
+
+    A denoiser named package.module:Class is looked up beside the files of the layers, the last first.
+    """
     registry, given = REGISTRIES[section], values.get(section)
     first = next(iter(registry))
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"{section}: must be a section with keys, got {shown(given)}; write {section}.name={first}")
     given = values[section] = {"name": DEFAULT_NAMES.get(section)} | (given or {})
     name = given["name"]
-    if not isinstance(name, str) or name not in registry:
+    outside = section == "denoiser" and isinstance(name, str) and ":" in name
+    if not isinstance(name, str) or not (name in registry or outside):
         said = "missing" if name is None else f"unknown name {name!r}"
         near = "" if name is None else suggest(str(name), registry)
-        raise ValueError(f"{section}.name: {said}; choose from {', '.join(registry)}{near}")
+        others = ", or write package.module:Class" if section == "denoiser" else ""
+        raise ValueError(f"{section}.name: {said}; choose from {', '.join(registry)}{others}{near}")
     preset = given.pop("preset", None)
     if preset is not None:
-        presets = DENOISERS[name].presets if section == "denoiser" else {}
+        presets = DENOISERS[name].presets if section == "denoiser" and not outside else {}
         if not isinstance(preset, str) or preset not in presets:
             allowed = f"choose from {', '.join(presets)}" if presets else f"{section}.name={name} has none"
             near = suggest(str(preset), presets)
             raise ValueError(f"{section}.preset: unknown preset {preset!r}; {allowed}{near}")
         values[section] = dataclasses.asdict(presets[preset].config) | given
-    return _named(registry[name], name)
+    if not outside:
+        return _named(registry[name], name)
+    files = [Path(origin) for origin, _ in reversed(stack) if os.path.isfile(origin)]
+    folders = list(dict.fromkeys(folder for file in files for folder in places(file))) or [Path.cwd()]
+    values[section] = {"args": {}} | given  # a dataclass of its own may lack defaults
+    return _named(denoisers.section(name, given.get("code"), folders), name)
 
 
 @cache
@@ -199,6 +221,9 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapp
         else:
             keys = ", ".join(keys_of(kind))
             raise ValueError(f"{key}: must be a section with keys, got {shown(value)}; allowed: {keys}")
+    for field_ in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field_.name not in made and field_.default is field_.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{prefix}{field_.name}: missing")
     return cls(**made)
 
 
@@ -242,6 +267,10 @@ def _convert(kind: Any, value: Any) -> Any:
     elif origin is list:
         if isinstance(value, list):
             return [_convert(options[0], v) for v in value]
+    elif origin is tuple:
+        kinds = [options[0]] * len(value) if isinstance(value, list | tuple) and options[1:] == (...,) else options
+        if isinstance(value, list | tuple) and len(value) == len(kinds):
+            return tuple(itertools.starmap(_convert, zip(kinds, value, strict=True)))
     elif origin is dict:
         if isinstance(value, dict):
             return {str(k): _convert(options[1], v) for k, v in value.items()}
@@ -250,6 +279,8 @@ def _convert(kind: Any, value: Any) -> Any:
     elif kind is type(None):
         if value is None:
             return None
+    elif kind not in (bool, int, float, str):  # which only a network from outside declares
+        return value
     elif kind is bool:
         if isinstance(value, bool | str) and str(value).lower() in _BOOLS:
             return _BOOLS[str(value).lower()]

@@ -22,6 +22,9 @@ class Denoiser(nn.Module):
         learn_sigma: whether the output carries C more channels for a learned variance.
     """
 
+    shards_blocks = True
+    """Whether FSDP may shard each block by itself: nothing uses a block's parameters but its own forward."""
+
     def __init__(self, channels: int, num_classes: int, null_class: bool, learn_sigma: bool) -> None:
         super().__init__()
         self.channels, self.num_classes, self.null_class = channels, num_classes, null_class
@@ -142,6 +145,15 @@ def check_sides(x: Tensor, channels: int, divisor: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % divisor or x.shape[3] % divisor:
         raise ValueError(
             f"this network takes images of {channels} channels and sides divisible by {divisor}, got {_times(x)}"
+        )
+
+
+def check_output(out: Tensor, channels: int, like: Tensor) -> None:
+    """Raise ValueError unless an output is (B, channels, H, W) for the input `like` (B, C, H, W)."""
+    wanted = like[:, :1].expand(-1, channels, -1, -1)
+    if out.shape != wanted.shape:
+        raise ValueError(
+            f"denoiser: this network puts out {_times(out)} where {_times(wanted)} is needed; choose another"
         )
 
 

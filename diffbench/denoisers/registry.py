@@ -1,10 +1,17 @@
-"""The denoisers by name: adding one takes its file and its row here."""
+"""The denoisers by name: adding one takes its file and its row here; any other `name` is a network from outside."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, segformer, unet, uvit
-from diffbench.denoisers.base import Denoiser, Preset
+import torch
+from torch import Tensor
+
+from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, foreign, segformer, unet, uvit
+from diffbench.denoisers.base import Denoiser, Preset, check_output
+from diffbench.denoisers.flops import Cost, count
+from diffbench.denoisers.foreign import Foreign, ForeignConfig
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,72 @@ DENOISERS = {
 PRESETS = {name: preset for entry in DENOISERS.values() for name, preset in entry.presets.items()}
 
 
-def build(name: str, config: Any, **shape: Any) -> Denoiser:
-    """Build a registered denoiser; `shape` is image_size, channels, num_classes, null_class, learn_sigma."""
+def section(name: str, code: str | None, folders: Sequence[Path]) -> type:
+    """The dataclass of the section `denoiser`, by its `name`: a registered one, or package.module:Class.
+
+    Args:
+        name: the denoiser's.
+        code: `denoiser.code` of a network from outside, where a saved config says it.
+        folders: where its module is looked up before installed ones.
+
+    Raises:
+        ValueError: if a network from outside cannot be had; begins with the key.
+    """
+    return DENOISERS[name].config if name in DENOISERS else foreign.section(name, code, folders)
+
+
+def build(name: str, config: Any, noise_level: Callable[[Tensor], Tensor] | None = None, **shape: Any) -> Denoiser:
+    """Build a denoiser.
+
+    Args:
+        name: registered; ignored for the config of a network from outside.
+        config: its dataclass.
+        noise_level: (B,) times as the network gets them -> (B,) sigma / alpha, for networks from outside.
+        **shape: image_size, channels, num_classes, null_class, learn_sigma.
+    """
+    if isinstance(config, ForeignConfig):
+        return Foreign(config, noise_level=noise_level, **shape)
     return DENOISERS[name].build(config, **shape)
+
+
+def cost(config: Any, make: Callable[[], Denoiser], channels: int, image_size: int) -> Cost:
+    """The cost of the network that `make` builds of a config."""
+    return (foreign.count if isinstance(config, ForeignConfig) else count)(make, channels, image_size)
+
+
+def check(config: Any, make: Callable[[], Denoiser], x: Tensor, t: Tensor, out_channels: int) -> None:
+    """Checks the output of the network that `make` builds of a config; one from outside is run, see `foreign.probe`.
+
+    Args:
+        config: its dataclass.
+        make: builds it.
+        x: (2, C, H, W) input.
+        t: (2,) times as the network gets them.
+        out_channels: that it should put out.
+
+    Raises:
+        ValueError: if the output is not what it should be; begins with the key.
+    """
+    if isinstance(config, ForeignConfig):
+        with torch.random.fork_rng():
+            network = make().to(x.device)
+            assert isinstance(network, Foreign)
+            foreign.probe(network, x, t, out_channels)
+        return
+    with torch.device("meta"), torch.no_grad():
+        check_output(make()(x.to("meta"), t.to("meta"), torch.zeros(len(x), dtype=torch.int64)), out_channels, x)
+
+
+def size_key(config: Any, what: Literal["width", "depth"]) -> str:
+    """The dotted key of a denoiser's config that widens or deepens it; empty where none does."""
+    if isinstance(config, ForeignConfig):
+        name = getattr(config, what)
+        return f"args.{name}" if name else ""
+    key: str = getattr(DENOISERS[config.name], what)
+    return key
+
+
+def keep_source(config: Any, folder: Path) -> None:
+    """Copies the source of a network from outside below a folder, unless it is installed: configs there find it."""
+    if isinstance(config, ForeignConfig):
+        config.factory.source.keep(folder)

@@ -74,6 +74,10 @@ class EDM(Process):
         """c_in x = x / sqrt(sigma^2 + sigma_data^2) and c_noise = ln(sigma) / 4."""
         return x_t / per_sample(self.path(t).total(self.sigma_data), x_t), (t.double().log() / 4).to(x_t.dtype)
 
+    def noise_level(self, time: Tensor) -> Tensor:
+        """sigma = exp(4 c_noise), float64."""
+        return (4 * time.double()).exp()
+
     def grid(self, steps: int | str) -> Grid:
         """Noise levels evenly spread in sigma^(1 / rho) from sigma_max to sigma_min, then 0 (Eq. 5)."""
         count, c = step_count(steps), self.config

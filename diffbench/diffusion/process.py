@@ -159,6 +159,10 @@ class Process(ABC):
         """The network's input: the noisy image as scaled for it, and its conditioning time (B,) in that dtype."""
         return x_t, t.to(x_t.dtype)
 
+    def noise_level(self, time: Tensor) -> Tensor:
+        """sigma / alpha (B,), float64, at a network's conditioning time (B,), as `inputs` gives it."""
+        return (-0.5 * self.log_snr(time)).exp()
+
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at times t (B,), in the dtype of `like` and shaped to broadcast over it."""
         p = self.path(t)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
 from diffbench.autoencoders import KLAutoencoder, KLConfig, io
 from diffbench.config.kinds import AutoencoderConfig, BaseConfig, RunConfig
@@ -18,8 +17,9 @@ from diffbench.data.latents import LatentSet, encode
 from diffbench.data.planted import plant
 from diffbench.data.registry import SOURCES
 from diffbench.data.sets import ImageSet
-from diffbench.denoisers import build
-from diffbench.denoisers.flops import Cost, count
+from diffbench.denoisers import build, registry
+from diffbench.denoisers.base import Denoiser
+from diffbench.denoisers.flops import Cost
 from diffbench.diffusion import PROCESSES, Process
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def build_process(config: Any) -> Process:
     return PROCESSES[config.name].build(config)
 
 
-def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> nn.Module:
+def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Denoiser:
     """The config's network for images like those of `data`, or for their latents; `shape` where that is known."""
     channels, size, _ = shape or denoised_shape(config, data)
     return build(
@@ -69,6 +69,7 @@ def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] 
         num_classes=data.num_classes,
         null_class=null_label(config, data) is not None,
         learn_sigma=_learns_variance(config),
+        noise_level=build_process(config.process).noise_level,
     )
 
 
@@ -86,7 +87,7 @@ def cost_of(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None 
     null = null_label(config, data)
     key = repr((config.denoiser, shape, data.num_classes, null, _learns_variance(config)))
     if key not in _COSTS:
-        _COSTS[key] = count(lambda: build_denoiser(config, data, shape), channels, size)
+        _COSTS[key] = registry.cost(config.denoiser, lambda: build_denoiser(config, data, shape), channels, size)
     return _COSTS[key]
 
 

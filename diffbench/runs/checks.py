@@ -14,7 +14,8 @@ from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.data.sets import ImageSet
-from diffbench.runs.build import build_denoiser, cost_of, denoised_shape, device_of, load_data
+from diffbench.denoisers import registry
+from diffbench.runs.build import build_denoiser, build_process, cost_of, denoised_shape, device_of, load_data
 from diffbench.training.speed import missing_compiler
 
 
@@ -74,16 +75,18 @@ def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int,
 
 
 def check_output(config: RunConfig, data: ImageSet) -> None:
-    """Raise ValueError unless the config's network puts out what it denoises, twice over for a learned variance."""
+    """Raise ValueError unless the config's network puts out what it denoises, twice over for a learned variance.
+
+    A network from outside is run with two images on the device on which it will train.
+    """
     channels, height, width = denoised_shape(config, data)
-    with torch.device("meta"), torch.no_grad():
-        network = build_denoiser(config, data)
-        found = network(torch.empty(1, channels, height, width), torch.empty(1), torch.zeros(1, dtype=torch.int64))
-    learned = getattr(config.process, "variance", None) == "learned_range"
-    wanted = (2 * channels if learned else channels, height, width)
-    if tuple(found.shape[1:]) != wanted:
-        shapes = ["x".join(map(str, shape)) for shape in (found.shape[1:], wanted)]
-        raise ValueError(f"denoiser: this network puts out {shapes[0]} where {shapes[1]} is needed; choose another")
+    process, device = build_process(config.process), device_of(config.trainer.accelerator)
+    u = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    x, t = process.inputs(
+        torch.linspace(-1, 1, 2 * channels * height * width).reshape(2, channels, height, width), process.time(u)
+    )
+    out_channels = 2 * channels if process.learn_sigma else channels
+    registry.check(config.denoiser, lambda: build_denoiser(config, data), x.to(device), t.to(device), out_channels)
 
 
 class Unscored(ValueError):

@@ -22,6 +22,7 @@ from diffbench.data.coding import decode
 from diffbench.data.facts import labels_for
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
+from diffbench.denoisers import registry
 from diffbench.denoisers.flops import Cost
 from diffbench.diffusion import Process
 from diffbench.evaluation import reference
@@ -144,8 +145,9 @@ class DenoiserRun(Run[RunConfig]):
         return found
 
     def prepare(self) -> None:
-        """Writes what every kind does; a run in latent space keeps its autoencoder."""
+        """Writes what every kind does; a run keeps its autoencoder, and the source of a network from outside."""
         super().prepare()
+        registry.keep_source(self.config.denoiser, self.folder)
         if self.config.autoencoder is not None:
             self._keep_autoencoder()
 

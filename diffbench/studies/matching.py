@@ -1,18 +1,18 @@
 """Networks sized alike: the width or depth at which a backbone's parameters or multiply-accumulates meet a target."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
 from diffbench.config.kinds import RunConfig
-from diffbench.config.load import change
+from diffbench.config.load import change, flatten, to_dict
 from diffbench.core.errors import UserError
 from diffbench.data.sets import ImageSet
-from diffbench.denoisers import DENOISERS
+from diffbench.denoisers import registry
 from diffbench.denoisers.flops import parameters
 from diffbench.runs import build
+from diffbench.studies.config import nested
 
 LARGEST = 4
 """The largest factor by which a network may grow."""
@@ -41,17 +41,22 @@ def sized(
     Raises:
         UserError: if the backbone does not say which key that is, or no size fits.
     """
-    name = config.denoiser.name
-    key = getattr(DENOISERS[name], what)
+    name, key = config.denoiser.name, registry.size_key(config.denoiser, what)
     if not key:
-        raise UserError(f"match.change: denoiser.name={name} has no key for its {what}; choose match.by=none")
-    given = getattr(config.denoiser, key)
-    now = given[0] if isinstance(given, list) else given
+        raise UserError(
+            f"match.change: denoiser.name={name} has no key for its {what}; name one as denoiser.{what}=KEY where the"
+            " network is from outside, or choose match.by=none"
+        )
+    given = flatten(to_dict(config))[f"denoiser.{key}"]
+    first = given[0] if isinstance(given, list) and given else given
+    if not isinstance(first, int):
+        raise UserError(f"match.change: denoiser.{key}: must be a whole number or a list of them, got {given!r}")
+    now = first
 
     def at(n: int) -> tuple[float, RunConfig] | None:
         """Size and config at n, or None where the network refuses it."""
         try:
-            candidate = change(config, {"denoiser": {key: _scaled(given, n)}})
+            candidate = change(config, nested({f"denoiser.{key}": _scaled(given, n)}))
             return size_of(candidate, data, by), candidate
         except (UserError, ValueError, RuntimeError, ArithmeticError):
             return None
@@ -95,5 +100,5 @@ def _scaled(given: Any, n: int) -> Any:
 
 def size_text(config: RunConfig, what: Literal["width", "depth"]) -> str:
     """The key and value that matching settled, as "hidden_size=64"."""
-    key = getattr(DENOISERS[config.denoiser.name], what)
-    return f"{key}={dataclasses.asdict(config.denoiser)[key]}"
+    key = registry.size_key(config.denoiser, what)
+    return f"{key.removeprefix('args.')}={flatten(to_dict(config))[f'denoiser.{key}']}"

@@ -13,6 +13,7 @@ from diffbench.config.layers import read_yaml
 from diffbench.config.load import from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
+from diffbench.denoisers import registry
 from diffbench.evaluation.validation_error import bound_metrics, denoising_error, validation_sets
 from diffbench.reports.results import IMAGE_ERRORS, Comparison, Status, Trial, save_image_errors
 from diffbench.runs.base import Run
@@ -75,6 +76,7 @@ class TrialFile:
             "evaluations": {} if trial.tuning else trial.variant.evaluations,
             "config": to_dict(trial.config),
         }
+        registry.keep_source(trial.config.denoiser, path.parent)
         text = dump(values)
         if not path.exists() or path.read_text() != text:
             write_text(path, text)

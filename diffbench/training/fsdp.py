@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     """Leaves each rank its shard of every weight; a block's are gathered when it computes, and freed after it."""
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    for module in reversed(list(network.modules())):  # blocks before the blocks that hold them
-        for block in module if isinstance(module, nn.ModuleList) else ():
+    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+    for module in reversed(lists if getattr(network, "shards_blocks", True) else []):  # blocks before what holds them
+        for block in module:
             if not isinstance(block, nn.ModuleList) and any(True for _ in block.parameters()):
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=False)

@@ -1,0 +1,350 @@
+"""Networks from outside: any `package.module:Class` or function, its arguments, and how its forward is called."""
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffbench.denoisers import flops
+from diffbench.denoisers.base import Denoiser, check_output
+from diffbench.denoisers.layers import labels_or_null
+from diffbench.denoisers.source import Source, load
+
+LEVELS = 1e-4, 1e4
+"""Noise levels that a network is given at the ends of a process, where they may be 0 or infinite."""
+
+
+@dataclass
+class CallConfig:
+    """How forward is called: each input goes to a place among the arguments or to a name; null: it takes none."""
+
+    x: int | str = 0
+    """The noisy image (B, C, H, W)."""
+    t: int | str | None = 1
+    """The time (B,)."""
+    y: int | str | None = 2
+    """The labels (B,) int64; null for a network without labels."""
+    t_as: Literal["time", "step", "noise_level", "log_snr"] = "time"
+    """What t is: the time as the process gives it, rounded to an int64, sigma / alpha, or log(alpha^2 / sigma^2)."""
+    output: int | str | None = None
+    """The place or name of the output in what forward returns; null: that is the output itself."""
+
+    def __post_init__(self) -> None:
+        given = [target for target in (self.x, self.t, self.y) if target is not None]
+        if len(set(given)) < len(given):
+            raise ValueError("denoiser.call: x, t and y must go to different places or names")
+
+
+@dataclass(frozen=True)
+class Factory:
+    """What makes a network.
+
+    Attributes:
+        name: package.module:Class, or a function's.
+        make: the class or function.
+        parameters: of it, by name.
+        source: the module.
+        config: the parameter that takes a dataclass, and that dataclass; None where it takes plain arguments.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    parameters: Mapping[str, inspect.Parameter]
+    source: Source
+    config: tuple[str, type] | None
+
+
+SHAPE = ("image_size", "channels", "num_classes", "null_class", "learn_sigma")
+"""Arguments that a network gets where its signature names them."""
+
+
+@dataclass
+class ForeignConfig:
+    """A network from outside."""
+
+    factory: ClassVar[Factory]
+    args: Any = field(default_factory=dict)
+    """Arguments of the class or function, besides those of the image's shape that it names."""
+    call: CallConfig = field(default_factory=CallConfig)
+    width: str | None = None
+    """The argument that widens the network, a number or a list that grows in proportion; studies match sizes by it."""
+    depth: str | None = None
+    """The argument that deepens it."""
+    code: str | None = None
+    """Hash of the source, filled in; null for an installed module."""
+
+    def __post_init__(self) -> None:
+        self.code = self.factory.source.digest
+        plain = self.factory.config is None
+        if plain:
+            self.args = {name: _plain(value) for name, value in self.args.items()}
+            self._check_arguments()
+        known = list(self.args if plain else [f.name for f in dataclasses.fields(self.args)])
+        for key in ("width", "depth"):
+            name = getattr(self, key)
+            parameter = self.factory.parameters.get(name) if plain else None
+            if name is None or name in known:
+                continue
+            if parameter is None or parameter.default is parameter.empty:
+                choices = [*known, *([] if not plain else self.factory.parameters)]
+                raise ValueError(f"denoiser.{key}: no argument {name!r}; choose from {_listed(choices, name)}")
+            default = parameter.default
+            self.args[name] = list(default) if isinstance(default, tuple) else default
+
+    def _check_arguments(self) -> None:
+        named, made = self.factory.parameters, self.factory.name
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in named.values())
+        names = [p.name for p in named.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for name in self.args:
+            if name not in names and not takes_any:
+                raise ValueError(
+                    f"denoiser.args.{name}: {made} takes no such argument; allowed: {_listed(names, name)}"
+                )
+        for name in names:
+            if named[name].default is inspect.Parameter.empty and name not in (*self.args, *SHAPE):
+                raise ValueError(f"denoiser.args.{name}: missing; {made} needs it")
+
+
+def section(name: str, code: str | None, folders: Sequence[Path]) -> type[ForeignConfig]:
+    """The dataclass of the section `denoiser` for a network from outside.
+
+    Args:
+        name: package.module:Class, or a function's name.
+        code: hash of its source, where that is known already.
+        folders: where modules are looked up before installed ones.
+
+    Raises:
+        ValueError: if there is no such thing, or it cannot be imported; begins with the key.
+    """
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        raise ValueError(f"denoiser.name: {name!r} is not a name; write package.module:Class")
+    module, _, attribute = name.partition(":")
+    try:
+        found = load(module, code, folders)
+    except ValueError as e:
+        raise ValueError(f"denoiser.name: {e}") from None
+    return _section(name, attribute, found)
+
+
+@cache
+def _section(name: str, attribute: str, found: Source) -> type[ForeignConfig]:
+    module = found.module
+    made = getattr(module, attribute, None)
+    if made is None:
+        near = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)]
+        raise ValueError(f"denoiser.name: {module.__name__} has no {attribute}; choose from {_listed(near, attribute)}")
+    if not callable(made) or (isinstance(made, type) and not issubclass(made, nn.Module)):
+        raise ValueError(f"denoiser.name: {name} is neither a torch.nn.Module nor a function that returns one")
+    factory = Factory(name, made, _parameters(made), found, _config(made, module, attribute))
+    kind = dict[str, Any] if factory.config is None else factory.config[1]
+    args: Any = field(default_factory=dict if factory.config is None else factory.config[1])
+    section: Any = dataclasses.make_dataclass("ForeignConfig", [("args", kind, args)], bases=(ForeignConfig,))
+    section.factory = factory
+    kind_of: type[ForeignConfig] = section
+    return kind_of
+
+
+def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    for evaluated in (True, False):
+        try:
+            return inspect.signature(made, eval_str=evaluated).parameters
+        except Exception:  # of annotations that cannot be evaluated, or something without a signature
+            continue
+    return {}
+
+
+def _config(made: Any, module: Any, attribute: str) -> tuple[str, type] | None:
+    """The parameter annotated with a dataclass, or called `config` where the module has a `<Class>Config`."""
+    for name, parameter in _parameters(made).items():
+        kind = parameter.annotation
+        if kind is parameter.empty and name == "config":
+            kind = getattr(module, f"{attribute}Config", None)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return name, kind
+    return None
+
+
+class Foreign(Denoiser):
+    """A network from outside behind the interface of `Denoiser`.
+
+    Args:
+        noise_level: (B,) times as the network gets them -> (B,) sigma / alpha; needed where `call.t_as` asks for it.
+    """
+
+    shards_blocks = False  # one block may use another's parameters
+
+    def __init__(
+        self,
+        config: ForeignConfig,
+        image_size: int,
+        channels: int,
+        num_classes: int = 0,
+        null_class: bool = True,
+        learn_sigma: bool = False,
+        noise_level: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(channels, num_classes, null_class, learn_sigma)
+        self.call, self.noise_level = config.call, noise_level
+        shape = dict(zip(SHAPE, (image_size, channels, num_classes, null_class, learn_sigma), strict=True))
+        self.network = _network(config, shape)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """See `Denoiser.forward`."""
+        call = self.call
+        y = labels_or_null(y, len(t), self.num_classes, self.null_class, t.device) if self.num_classes else None
+        given = [(target, value) for target, value in ((call.x, x), (call.t, self._time(t)), (call.y, y))]
+        places = sorted((target, i) for i, (target, _) in enumerate(given) if isinstance(target, int))
+        names = {target: value for target, value in given if isinstance(target, str)}
+        out = self.network(*(given[i][1] for _, i in places), **names)
+        if call.output is None:
+            return out
+        if isinstance(call.output, int) or isinstance(out, Mapping):
+            return out[call.output]
+        found: Tensor = getattr(out, call.output)
+        return found
+
+    def _time(self, t: Tensor) -> Tensor:
+        if self.call.t_as == "time":
+            return t
+        if self.call.t_as == "step":
+            return t.round().long()
+        if self.noise_level is None:
+            raise ValueError(f"denoiser.call.t_as: {self.call.t_as} needs the process's noise levels")
+        level = self.noise_level(t).clamp(*LEVELS)
+        return (level if self.call.t_as == "noise_level" else -2 * level.log()).to(t.dtype)
+
+
+def _network(config: ForeignConfig, shape: Mapping[str, Any]) -> nn.Module:
+    """The network itself; on the meta device also one that reads values as it is built, as `.item()` does."""
+    factory = config.factory
+    given = {name: value for name, value in shape.items() if name in factory.parameters}
+    args = copy.deepcopy(config.args)
+    given |= args if factory.config is None else {factory.config[0]: args}
+    try:
+        try:
+            network = factory.make(**given)
+        except Exception:
+            if torch.get_default_device().type != "meta":
+                raise
+            with torch.device("cpu"):
+                network = factory.make(**given).to("meta")
+    except Exception as e:
+        raise ValueError(f"denoiser: {factory.name} cannot be built ({_described(e)})") from None
+    if not isinstance(network, nn.Module):
+        kind = type(network).__name__
+        raise ValueError(f"denoiser.name: {factory.name} returns a value of type {kind}, not a torch.nn.Module")
+    return network
+
+
+def count(make: Callable[[], nn.Module], channels: int, image_size: int) -> flops.Cost:
+    """The cost of a network from outside; on the CPU where it cannot run without values, as one that calls `.item()`.
+
+    Raises:
+        ValueError: if it cannot run at all.
+    """
+    try:
+        return flops.count(make, channels, image_size)
+    except Exception:
+        x = torch.zeros(1, channels, image_size, image_size)
+        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted on a CPU
+            return _run(make(), flops.measure, x, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+
+
+def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
+    """Runs a network once in training mode and twice in evaluation, and checks its output and gradients.
+
+    Its weights are changed, so that an output layer of zeros hides nothing.
+
+    Args:
+        network: on the device of x.
+        x: (2, C, H, W).
+        t: (2,) times as the network gets them.
+        out_channels: C, or 2C for a learned variance.
+
+    Raises:
+        ValueError: for an output of another kind or shape, a parameter without a gradient, or a second pass that
+            differs from the first.
+    """
+    last = network.num_classes - (not network.null_class)
+    y = torch.tensor([0, last], device=x.device) if network.num_classes else None
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    out = _run(network.train(), nn.Module.__call__, x, t, y)
+    if not isinstance(out, Tensor):
+        held = f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
+        kind = f"{type(out).__name__}{held}"
+        raise ValueError(f"denoiser.call.output: forward returns a {kind}; name the tensor in it, as sample or 0")
+    check_output(out, out_channels, x)
+    if out.requires_grad:
+        out.float().square().sum().backward()
+    named = network.network.named_parameters()
+    missing = [name for name, p in named if p.requires_grad and p.grad is None]
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(
+            f"denoiser: no gradient reaches the parameter {missing[0]}{more}; use it in forward, remove it, or set its"
+            " requires_grad to False"
+        )
+    network.eval()
+    with torch.no_grad():
+        first, second = network(x, t, y), network(x, t, y)
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max()), equal_nan=True):
+        raise ValueError(
+            "denoiser: a second forward pass in evaluation gives another output: this network draws random numbers or"
+            " keeps a state; only dropout in training may"
+        )
+
+
+def _run(network: Any, how: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor | None) -> Any:
+    """how(network, x, t, y).
+
+    Raises:
+        ValueError: for whatever that raises, with a hint where the null label may be the reason.
+    """
+    try:
+        return how(network, x, t, y)
+    except Exception as e:
+        hint = ""
+        if isinstance(e, IndexError) and network.num_classes and network.null_class:
+            hint = (
+                f"; label {network.num_classes} means no class: its table needs {network.num_classes + 1} rows, or set"
+                " trainer.label_dropout=0"
+            )
+        shape = "x".join(map(str, x.shape[1:]))
+        call = ", ".join(f"{name}: {value}" for name, value in vars(network.call).items())
+        raise ValueError(
+            f"denoiser.call: forward fails at an image of {shape} with {{{call}}} ({_described(e)}){hint}"
+        ) from None
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python code expects it: plain numbers, and truth values in any spelling of the word."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    kinds = [kind for kind in (bool, int, float) if isinstance(value, kind)]
+    return kinds[0](value) if kinds else value
+
+
+def _listed(choices: Sequence[str], near: Any) -> str:
+    found = difflib.get_close_matches(str(near), choices, n=1)
+    hint = f"; did you mean {found[0]!r}?" if found else ""
+    return f"{', '.join(choices) or 'none'}{hint}"

@@ -1,0 +1,302 @@
+"""Networks from outside: what is refused before training, and that all a registered denoiser does works for them."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffbench.cli import main
+from diffbench.config.load import load
+from diffbench.core.errors import UserError
+from diffbench.runs import build as runs_build
+from diffbench.runs.denoiser import DenoiserRun
+from diffbench.runs.lifecycle import load as load_run
+from diffbench.studies.config import load_study
+from diffbench.studies.plan import training_variants
+
+NETS = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from parts import conv  # beside this file
+
+
+class Plain(nn.Module):
+    def __init__(self, image_size, channels, num_classes, width=4, widths=(2, 4)):
+        super().__init__()
+        self.shape = image_size, channels, num_classes
+        self.inside, self.out = conv(channels, width), conv(width, channels)
+        self.label = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, x, t, y):
+        return self.out((self.inside(x) + self.label(y)[..., None, None] * t[:, None, None, None] / 1000).relu())
+
+
+class Values(Plain):  # that needs values to be built and run, which the meta device has not
+    def __init__(self, channels, num_classes):
+        super().__init__(8, channels, num_classes)
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+        self.heads = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.scale = torch.ones(())
+
+    def forward(self, x, t, y):
+        tokens = self.inside(x).flatten(2).transpose(1, 2)
+        tokens = self.heads(tokens, tokens, tokens, need_weights=False)[0] * self.scale + self.label(y)[:, None]
+        return self.out(tokens.transpose(1, 2).unflatten(2, (8, 8))) * (1 if t.max().item() > 0 else 2)
+
+
+class Keywords(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.layer = conv(channels, channels)
+
+    def forward(self, *, sigma, image):
+        return {"image": self.layer(image) / (1 + sigma[:, None, None, None])}
+
+
+class Unused(Plain):
+    def __init__(self, channels, num_classes):
+        super().__init__(8, channels, num_classes)
+        self.spare = nn.Linear(2, 2)
+
+
+class Noisy(Plain):
+    def forward(self, x, t, y):
+        return super().forward(x + torch.randn_like(x), t, y)
+
+
+class Smaller(Plain):
+    def forward(self, x, t, y):
+        return super().forward(x, t, y)[:, :, :4]
+
+
+class FewRows(Plain):
+    def __init__(self, image_size, channels, num_classes):
+        super().__init__(image_size, channels, num_classes - 1)
+
+
+class Broken(Plain):
+    def __init__(self, channels):
+        raise KeyError("no such thing")
+
+
+@dataclass
+class ConfiguredConfig:
+    width: int = 4
+    sizes: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"denoiser.args.width: must be positive, got {self.width}")
+
+
+class Configured(Plain):
+    def __init__(self, config: ConfiguredConfig, image_size, channels, num_classes):
+        super().__init__(image_size, channels, num_classes, config.width)
+        self.sizes = config.sizes
+
+
+def function(channels, num_classes, width: int):
+    return Plain(8, channels, num_classes, width)
+
+
+def number():
+    return 3
+
+
+class Other:
+    pass
+"""
+PARTS = "from torch import nn\n\n\ndef conv(a, b):\n    return nn.Conv2d(a, b, 3, padding=1)\n"
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Path:
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "parts.py").write_text(PARTS)
+    (tmp_path / "wrong.py").write_text("import nothing_of_this_name\n")
+    base = Path("experiments/digits/_base.yaml").resolve()
+    (tmp_path / "e.yaml").write_text(f"base: {base}\ndenoiser: {{name: 'nets:Plain'}}\nruns_dir: {tmp_path / 'runs'}\n")
+    return tmp_path / "e.yaml"
+
+
+def denoiser(*words: str) -> list[str]:
+    return [f"denoiser.{word}" for word in words]
+
+
+REFUSED = {
+    "no module": (["name=nowhere:Net"], "denoiser.name: nowhere cannot be imported (ModuleNotFoundError"),
+    "import fails": (["name=wrong:Net"], "wrong cannot be imported (ModuleNotFoundError: No module named 'nothing_of"),
+    "no attribute": (["name=nets:Plane"], "denoiser.name: nets has no Plane; choose from Plain,"),
+    "no name": (["name=nets/x:Net"], "write package.module:Class"),
+    "no module class": (["name=nets:Other"], "nets:Other is neither a torch.nn.Module nor a function"),
+    "no network": (["name=nets:number"], "nets:number returns a value of type int, not a torch.nn.Module"),
+    "unknown argument": (
+        ["args.widht=4"],
+        "denoiser.args.widht: nets:Plain takes no such argument; allowed: image_size",
+    ),
+    "missing argument": (["name=nets:function"], "denoiser.args.width: missing; nets:function needs it"),
+    "unknown key": (
+        ["name=nets:Configured", "args.widht=4"],
+        "denoiser.args.widht: unknown key; allowed: width, sizes",
+    ),
+    "wrong type": (["name=nets:Configured", "args.width=x"], "denoiser.args.width: must be a whole number, got 'x'"),
+    "wrong value": (["name=nets:Configured", "args.width=0"], "denoiser.args.width: must be positive, got 0"),
+    "size": (["width=widht"], "denoiser.width: no argument 'widht'; choose from"),
+    "preset": (["preset=S"], "denoiser.name=nets:Plain has none"),
+    "twice": (["call.t=0"], "denoiser.call: x, t and y must go to different places or names"),
+    "not built": (["name=nets:Broken"], "nets:Broken cannot be built (KeyError: 'no such thing')"),
+    "shape": (["name=nets:Smaller"], "puts out 1x4x8 where 1x8x8 is needed"),
+    "no gradient": (["name=nets:Unused"], "no gradient reaches the parameter spare.weight and 1 more"),
+    "random": (["name=nets:Noisy"], "a second forward pass in evaluation gives another output"),
+    "null label": (["name=nets:FewRows"], "label 10 means no class: its table needs 11 rows"),
+    "call": (["name=nets:Keywords"], "denoiser.call: forward fails at an image of 1x8x8 with {x: 0, t: 1, y: 2,"),
+    "output": (["name=nets:Keywords", "call={x: image, t: sigma, y: null}"], "forward returns a dict with image; name"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_train_is_refused_in_one_line(case: str, yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, message = REFUSED[case]
+    assert main(["train", str(yaml), *denoiser(*words)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (yaml.parent / "runs").exists()
+
+
+def test_the_hint_names_the_nearest_argument(yaml: Path) -> None:
+    with pytest.raises(UserError, match=r"did you mean 'width'\?$"):
+        load(yaml, ["denoiser.args.widht=4"])
+
+
+def made(yaml: Path, *words: str) -> tuple[DenoiserRun, nn.Module]:
+    config = load(yaml, denoiser(*words))
+    run = DenoiserRun(yaml.parent / "unwritten", config)  # type: ignore[arg-type]
+    run.check(config)
+    return run, run.network.eval()
+
+
+X, T, Y = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8), torch.tensor([100.0, 600.0]), torch.tensor([3, 10])
+
+
+def test_the_network_gets_its_arguments_and_its_inputs(yaml: Path) -> None:
+    run, net = made(yaml, "args.width=6")
+    inner = net.network
+    assert inner.shape == (8, 1, 10) and inner.out.in_channels == 6
+    assert torch.equal(net(X, T, Y), inner(X, T, Y))
+    assert torch.equal(net(X, T), inner(X, T, torch.tensor([10, 10])))  # no labels: no class
+    assert run.cost.parameters == sum(p.numel() for p in inner.parameters())
+    assert run.cost.macs == 64 * 9 * 6 * 2
+    _, configured = made(yaml, "name=nets:Configured", "args={width: 3, sizes: [5, 6]}")
+    assert configured.network.out.in_channels == 3 and configured.network.sizes == (5, 6)
+    _, plain = made(yaml, "name=nets:function", "args.width=2")
+    assert plain.network.out.in_channels == 2
+
+
+def test_a_network_that_needs_values_is_counted_too(yaml: Path) -> None:
+    run, _ = made(yaml, "name=nets:Values")
+    attention = 64 * 4 * 12 + 2 * 64 * 64 * 4 + 64 * 4 * 4
+    assert run.cost.macs == 2 * 64 * 9 * 4 + attention
+
+
+@pytest.mark.parametrize("process", ["vp", "edm", "flow"])
+@pytest.mark.parametrize("t_as", ["noise_level", "log_snr"])
+def test_times_become_noise_levels(process: str, t_as: str, yaml: Path) -> None:
+    config = load(
+        yaml,
+        [
+            *denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}"),
+            f"denoiser.call.t_as={t_as}",
+            f"process.name={process}",
+        ],
+    )
+    net = DenoiserRun(yaml.parent / "unwritten", config).network  # type: ignore[arg-type]
+    given = []
+    net.network.register_forward_pre_hook(lambda _, args, named: given.append(named["sigma"]), with_kwargs=True)
+    process_of = runs_build.build_process(config.process)  # type: ignore[attr-defined]
+    levels = torch.tensor([-4.0, 2.0], dtype=torch.float64)
+    net(*process_of.inputs(X, process_of.time_at(levels)))
+    wanted = levels if t_as == "log_snr" else (-levels / 2).exp()
+    assert given[0].numpy() == pytest.approx(wanted.numpy(), rel=1e-5)
+    if process == "flow":  # which begins where the level is infinite
+        assert net(X, torch.zeros(2)).isfinite().all()
+
+
+def test_code_is_kept_apart_by_folder_and_known_by_its_hash(yaml: Path, tmp_path: Path) -> None:
+    first = load(yaml)
+    assert load(yaml).denoiser == first.denoiser  # type: ignore[attr-defined]
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path, other, ignore=shutil.ignore_patterns("other"))
+    same = load(other / "e.yaml").denoiser.code  # type: ignore[attr-defined]
+    (other / "parts.py").write_text(PARTS.replace("3, padding=1", "1"))
+    second = load(other / "e.yaml")
+    assert same == first.denoiser.code != second.denoiser.code  # type: ignore[attr-defined]
+    for config, side in ((first, 3), (second, 1), (first, 3)):
+        network = DenoiserRun(tmp_path / "unwritten", config).network  # type: ignore[arg-type]
+        assert network.network.out.kernel_size == (side, side)
+
+
+def test_a_run_lives_on_without_its_yaml(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs, folder = yaml.parent / "runs", yaml.parent
+    assert main(["train", str(yaml), "debug=smoke"]) == 0
+    (run,) = (runs / folder.name).iterdir()
+    before = load_run(run).sample_tensor(4, steps="3")
+    (run / "ema-0.999.safetensors").unlink()
+    assert main(["train", str(yaml), "debug=smoke"]) == 0  # complete; the average comes from the checkpoint
+    (folder / "parts.py").write_text(PARTS + "# changed\n")
+    assert main(["train", str(yaml), "debug=smoke"]) == 2
+    assert "denoiser.code=" in capsys.readouterr().err
+    for path in (yaml, folder / "nets.py", folder / "parts.py"):
+        path.unlink()
+    from diffbench.denoisers import source
+
+    source._loaded.clear()  # as in another process
+    assert torch.equal(load_run(run).sample_tensor(4, steps="3"), before)
+    capsys.readouterr()
+    shutil.rmtree(run / "code")
+    source._loaded.clear()
+    assert main(["sample", str(run), f"out={folder / 'x.png'}"]) == 2
+    error = capsys.readouterr().err
+    assert "denoiser.name: no module nets whose hash is" in error and error.count("\n") == 1
+
+
+STUDY = """
+kind: study
+title: Two networks
+experiment: e.yaml
+axes:
+  network:
+    plain: {denoiser.width: width}
+    dit: {experiment: experiments/digits/dit.yaml, denoiser: {hidden_size: 8, depth: 1, num_heads: 1}}
+set: {sample.steps: "3", sample.guidance: 1.0, evaluate.count: 20, validation.count: 20}
+match: {by: gmacs, to: dit}
+seeds: [0]
+stop: {images: 128}
+"""
+
+
+def test_a_network_from_outside_joins_a_study(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = yaml.parent / "s.yaml"
+    study.write_text(STUDY + f"runs_dir: {yaml.parent / 'runs'}\n")
+    plain, dit = training_variants(load_study(study), study, {}, lambda config: 1.0)
+    assert plain.sized == f"width={plain.config.denoiser.args['width']}"
+    assert abs(plain.cost.macs / dit.cost.macs - 1) < 0.5 / plain.config.denoiser.args["width"] + 1e-9
+    assert main(["study", str(study)]) == 0, capsys.readouterr().out
+    report = (yaml.parent / "runs" / "studies" / "s" / "report.html").read_text()
+    assert "plain" in report and "dit" in report
+
+
+FOREIGN = sorted(Path("experiments/foreign").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FOREIGN, ids=lambda path: path.stem)
+def test_the_shipped_networks_train_in_less_than_twenty_lines(path: Path, tmp_path: Path) -> None:
+    if "diffusers" in path.read_text() and importlib.util.find_spec("diffusers") is None:
+        pytest.skip("diffusers is missing")
+    assert len([line for line in path.read_text().splitlines() if not line.startswith("#")]) < 20
+    assert main(["train", str(path), "debug=smoke", f"runs_dir={tmp_path}"]) == 0
