@@ -59,6 +59,8 @@ def load(name: str, digest: str | None, folders: Sequence[Path]) -> Source:
     if digest is not None and (name, digest) in _loaded:
         return _loaded[name, digest]
     for place in folders:
+        if place.resolve() == Path(__file__).resolve().parents[1]:  # its rooms are not modules of their own
+            continue
         for folder in (place, *([place / KEPT / digest] if digest else [])):
             files = _needed(folder, name)
             if files and (found := _digest(files)) and digest in (None, found):

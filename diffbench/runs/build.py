@@ -61,6 +61,8 @@ def build_process(config: Any) -> Process:
 def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Denoiser:
     """The config's network for images like those of `data`, or for their latents; `shape` where that is known."""
     channels, size, _ = shape or denoised_shape(config, data)
+    with torch.device("cpu"):  # tables need values, also where the network is to have none
+        process = build_process(config.process)
     return build(
         config.denoiser.name,
         config.denoiser,
@@ -69,7 +71,7 @@ def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] 
         num_classes=data.num_classes,
         null_class=null_label(config, data) is not None,
         learn_sigma=_learns_variance(config),
-        noise_level=build_process(config.process).noise_level,
+        noise_level=process.noise_level,
     )
 
 

@@ -48,6 +48,8 @@ def test_every_experiment_loads_and_survives_saving(path: str) -> None:
     if "studies" in path:  # test_studies_plan.py takes a step of each of their variants
         assert load_study(path).kind == "study"
         return
+    if "diffusers:" in Path(path).read_text():
+        pytest.importorskip("diffusers")
     config = load(path)
     again = from_dict(yaml.safe_load(to_yaml(config)), "saved")
     assert again == config
