@@ -180,7 +180,7 @@ REFUSED = {
     "trainer=null": "trainer: must be a section with keys, got null; allowed: max_images, ",
     "optimizer=[1]": "optimizer: must be a section with keys, got [1]; allowed: name, ",
     "denoiser=dit": "denoiser: must be a section with keys, got 'dit'; write denoiser.name=",
-    "denoiser.name=ditt": f"unknown name 'ditt'; choose from {', '.join(DENOISERS)}; did you mean 'dit'?",
+    "denoiser.name=ditt": f"choose from {', '.join(DENOISERS)}, or write package.module:Class; did you mean 'dit'?",
     "denoiser.name=[dit]": "denoiser.name: unknown name ['dit']; choose from ",
     "denoiser.name=": f"denoiser.name: missing; choose from {', '.join(DENOISERS)}",
     "data.name=cifar": f"data.name: unknown name 'cifar'; choose from {', '.join(REGISTRIES['data'])}",
