@@ -147,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm, ddpmpp or uvit")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")
     parsers["import"].add_argument("out", metavar="OUT", help="the new run folder")
-    parsers["attention"].add_argument("runs", nargs="+", metavar="RUN [key=value]", help="run folders, then keys")
+    for name in ("attention", "curves"):
+        parsers[name].add_argument("runs", nargs="+", metavar="RUN [key=value]", help="run folders, then keys")
     parsers["explain"].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
     for name in ("import", "train", "study", "encode", "show", "evaluate", "reference", "sample", "explain"):
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help="see keys below")

@@ -131,6 +131,7 @@ OPTIONAL = [
     "submitit",
     "torch_fidelity",
     "torchvision",
+    "wandb",
 ]
 
 

@@ -90,6 +90,11 @@ VERBS = {
         {"commands/compare.py:CompareConfig": ""},
         json=True,
     ),
+    "curves": Verb(
+        "write the reference curves of an experiment from runs that differ in their seed",
+        ("runs/digits/dit-s0 runs/digits/dit-s1 runs/digits/dit-s2", "runs/digits/dit-s? out=curves.csv"),
+        {"commands/curves.py:CurvesConfig": ""},
+    ),
     "attention": Verb(
         "draw where a run's tokens look along sampling",
         ("runs/digits/diffit-s0", "runs/digits/diffit-s0 times=6 layers=[blocks.0]"),

@@ -132,6 +132,8 @@ class TrainerConfig:
     validate_images: int = 128_000
     checkpoint_images: int = 128_000
     sample_images: int = 256_000
+    logger: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    """Where numbers and images go besides the run folder; wandb (Weights & Biases) stays offline without a login."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int = 1
     """Processes on each machine, each with a device of its own; they share a step's images."""

@@ -119,6 +119,10 @@ def budget_plot(
     panels = figure.subplots(1, len(kept), sharey=True, squeeze=False)[0]
     for panel, key in zip(panels, kept, strict=True):
         for variant, found in curves.items():
+            healthy = next((t.run.bands[name] for t in trained[variant] if t.run and name in t.run.bands), None)
+            if healthy and key == "images":
+                ends = healthy.images, healthy.low, healthy.high
+                panel.fill_between(*ends, color=style[variant].colour, alpha=0.13, linewidth=0, zorder=0)
             x = getattr(found, key)
             if x is not None:
                 mean, *_ = _line(panel, style[variant], x, found.values, variant)
@@ -140,6 +144,8 @@ def budget_plot(
         f" x 3 x images. Lines are means over seeds, bands their 95% intervals (from {LEAST} seeds on). Which line is"
         f" {'lower' if metric.lower_is_better else 'higher'} can depend on the budget.{folded}"
     )
+    if any(t.run and name in t.run.bands for trials in trained.values() for t in trials):
+        caption += " Shaded over images: where 99% of runs of the experiment as shipped lie (its reference curves)."
     return save(
         figure, path, "What it takes to get there" if name == c.name else f"{title} against each budget", caption
     )

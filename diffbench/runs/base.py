@@ -18,6 +18,8 @@ from diffbench.data.facts import DataFacts, other_data
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
 from diffbench.evaluation import records
+from diffbench.evaluation.curves import NAME as CURVES
+from diffbench.evaluation.curves import Band, read_curves
 from diffbench.runs import weights
 from diffbench.runs.build import device_of, load_data
 from diffbench.runs.folder import SAVED, read_values
@@ -116,6 +118,11 @@ class Run(ABC, Generic[C]):
     def seconds(self) -> float:
         """Seconds of training; 0 where nothing was logged."""
         return self.timeline[-1][1] if self.timeline else 0.0
+
+    @cached_property
+    def bands(self) -> dict[str, Band]:
+        """The reference curves that the run is held against, by metric; none where its experiment has none."""
+        return read_curves(self.folder / CURVES)
 
     def last(self, name: str) -> float | None:
         """The newest logged value of a metric."""

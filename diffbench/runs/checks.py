@@ -1,6 +1,7 @@
 """Checks of a config against this machine and its data, in seconds and before anything is written."""
 
 import contextlib
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -52,6 +53,16 @@ def check(config: RunConfig) -> None:
         check_evaluation(config, train_set)
     except Unscored as e:
         print(f"note: samples will not be scored: {e}")
+
+
+def check_logger(trainer: TrainerConfig) -> None:
+    """Check that the loggers asked for are installed.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    if "wandb" in trainer.logger and importlib.util.find_spec("wandb") is None:
+        raise ValueError("trainer.logger: wandb is not installed; `pip install wandb`, or leave it at [tensorboard]")
 
 
 def undecoded(config: BaseConfig) -> ImageSet:

@@ -153,7 +153,8 @@ def _record(
     found |= _planted(run, config, how)
     found |= {**_restored(run, config.evaluate.count, scorer.measurement.extractor), **(more or {})}
     run.add_result(found)
-    show_scores(run.folder, run.images_seen, records.values(found), records.tag_prefix(found))
+    if "tensorboard" in run.config.trainer.logger:
+        show_scores(run.folder, run.images_seen, records.values(found), records.tag_prefix(found))
     return found
 
 

@@ -26,6 +26,7 @@ FREE = {
     "trainer.validate_images",
     "trainer.checkpoint_images",
     "trainer.sample_images",
+    "trainer.logger",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -77,6 +78,14 @@ def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> 
         if not is_free(key) and key not in ("seed", "debug") and not same and (key in now or value is not None):
             words.append(f"{_leaf(key, now)}_{_text(value)}")
     return _short("-".join(words))
+
+
+def reference_curves(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path | None:
+    """The curves beside an experiment's YAML, where nothing else changes what is trained; see `evaluation.curves`."""
+    found = path.resolve().parent / "curves" / f"{path.stem}.csv"
+    if config.debug != "none" or not found.is_file():
+        return None
+    return None if _automatic_tag(path, overrides, config) else found
 
 
 def _leaf(key: str, known: dict[str, Any]) -> str:

@@ -15,12 +15,15 @@ from diffbench.config.layers import Layer, located
 from diffbench.config.load import from_layers, read_layers, to_yaml
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
-from diffbench.core.files import locked, sweep
+from diffbench.core.files import locked, sweep, write_bytes
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import describe
+from diffbench.evaluation.curves import NAME as CURVES
+from diffbench.evaluation.curves import read_curves
 from diffbench.runs import build, weights
 from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.base import Run, open_run
+from diffbench.runs.checks import check_logger
 from diffbench.runs.classifier import ClassifierRun
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.folder import (
@@ -30,6 +33,7 @@ from diffbench.runs.folder import (
     check_same,
     folder_for,
     has_checkpoint,
+    reference_curves,
     refuse_links,
     set_aside,
     update_config,
@@ -115,10 +119,13 @@ def train(path: str | Path, overrides: Sequence[str] = (), restart: bool = False
     """
     stack = read_layers(path, overrides)
     config = from_layers(stack)
-    return train_in(folder_for(Path(path), overrides, config), config, stack, restart)
+    curves = reference_curves(Path(path), overrides, config)
+    return train_in(folder_for(Path(path), overrides, config), config, stack, restart, curves)
 
 
-def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), restart: bool = False) -> Any:
+def train_in(
+    folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), restart: bool = False, curves: Path | None = None
+) -> Any:
     """Trains a config in a run folder, resumes it, or finds it complete; see `train`.
 
     Args:
@@ -126,10 +133,12 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), rest
         config: what is trained.
         stack: the layers that the config consists of, named in errors.
         restart: see `train`.
+        curves: reference curves that the run is held against; it keeps a copy.
     """
     kind = KINDS[config.kind]
     with located(stack):  # all that can be found before the folder is made, or Lightning imported
         check_place(folder)
+        check_logger(config.trainer)
         fresh = restart or not has_checkpoint(folder)
         if fresh and isinstance(config, RunConfig) and config.init_from is not None:
             with located(key="init_from"):
@@ -149,6 +158,9 @@ def train_in(folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), rest
         existed = check_same(folder, config)
         if existed:
             check_resumable(folder, config)
+        if curves is not None and not (folder / CURVES).exists():
+            read_curves(curves)
+            write_bytes(folder / CURVES, curves.read_bytes())
         fit(kind(folder, config), existed, start, lock)
         kind(folder, config).finish()
         trained = kind(folder, config)

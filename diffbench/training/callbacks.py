@@ -50,6 +50,8 @@ class EveryNImages(L.Callback):
         every: images between two calls.
     """
 
+    stage = "validating"
+    """What a bar says meanwhile."""
     at_end = True
     """Whether to act after the last step too, wherever it falls."""
 
@@ -84,7 +86,7 @@ class EveryNImages(L.Callback):
     def _run(self, trainer: L.Trainer, module: Any) -> None:
         owed = [key for key in self.stop.owed if key != self.state_key]
         try:
-            with self.logger.clock.paused():
+            with self.logger.paused(self.stage):
                 self.run(trainer, module)
         except Interrupted:
             owed.append(self.state_key)
@@ -184,7 +186,7 @@ class ReconstructionGrid(EveryNImages):
 class SampleGrid(EveryNImages):
     """Draws a grid of samples with fixed noise, a column for each class; PNG and TensorBoard."""
 
-    at_end = False
+    stage, at_end = "sampling", False
 
     def __init__(
         self,

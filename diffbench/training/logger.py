@@ -7,13 +7,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -23,10 +24,15 @@ from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import FULL, room_for
 from diffbench.core.tensors import read_state
+from diffbench.evaluation import records
+from diffbench.evaluation.curves import NAME as CURVES
+from diffbench.evaluation.curves import read_curves
 from diffbench.metrics import registry
 from diffbench.sampling.images import grid, save_grid
 from diffbench.training.clock import Clock, at_step_end, due
+from diffbench.training.health import mark_between, verdict
 from diffbench.training.module import TrainingModule
+from diffbench.training.wandb_log import WandbLog
 
 LAYOUT = {
     "Where it is better": {"error of eps by log-SNR": ["Multiline", ["val/level/.*"]]},
@@ -38,7 +44,7 @@ LAYOUT = {
     },
 }
 """Charts of training that lay the chosen runs over each other, in TensorBoard's custom-scalars tab."""
-METRICS = "metrics.jsonl"
+METRICS, TRAINING = "metrics.jsonl", "training"
 FINAL = ("val/bound", "train/loss")
 """Metrics of the hparams tab: their last values."""
 
@@ -112,6 +118,7 @@ class RunLogger(L.Callback):
         every: images between lines of training loss.
         config_text: the resolved config, shown in TensorBoard's text tab.
         hparams: entries of TensorBoard's hparams tab.
+        loggers: "tensorboard", "wandb", both or none.
     """
 
     def __init__(
@@ -121,7 +128,10 @@ class RunLogger(L.Callback):
         every: int,
         config_text: str = "",
         hparams: dict[str, str | float] | None = None,
+        loggers: Sequence[str] = ("tensorboard",),
     ) -> None:
+        self.loggers = loggers
+        self._wandb: WandbLog | None = None
         self.hparams = hparams or {}
         self.path, self.folder = folder / METRICS, folder
         self.batch_size, self.every, self.config_text = batch_size, every, config_text
@@ -134,12 +144,7 @@ class RunLogger(L.Callback):
         self._resumed = False
         self._bar: tqdm[Any] | None = None
         self._last = ""
-
-    @property
-    def writer(self) -> SummaryWriter:
-        """TensorBoard's writer, there while training runs."""
-        assert self._writer is not None
-        return self._writer
+        self._bands = read_curves(folder / CURVES)
 
     def _open_writer(self) -> None:
         """A new event file, which drops the points of earlier files past the images resumed at."""
@@ -147,7 +152,9 @@ class RunLogger(L.Callback):
         if not self._resumed:
             self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
             watched = {m.title: ["Multiline", [f"{m.name}($|[/@])"]] for m in registry.METRICS.values() if m.watched}
-            self._writer.add_custom_scalars({"Which backbone is better": watched, **LAYOUT})
+            margins = {name: ["Margin", [name, f"band/{name}/low", f"band/{name}/high"]] for name in self._bands}
+            healthy = {"Does it go as healthy runs did": margins} if margins else {}
+            self._writer.add_custom_scalars({"Which backbone is better": watched, **LAYOUT, **healthy})
             for summary in hparams(self.hparams, dict.fromkeys(FINAL, 0.0)):  # add_hparams would make a run of its own
                 self._writer._get_file_writer().add_summary(summary)
 
@@ -158,8 +165,16 @@ class RunLogger(L.Callback):
         line = json.dumps({"images": self.images, **values}) + "\n"
         with room_for(self.path, len(line)), self.path.open("a") as file:
             file.write(line)
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, self.images)
+        if self._wandb is not None:
+            self._wandb.record(values, self.images)
+        for tag, value in values.items() if self._writer is not None else ():
+            self._writer.add_scalar(tag, value, self.images)
+            for end, at in zip(("low", "high"), self._band(tag) or (), strict=False):
+                self._writer.add_scalar(f"band/{tag}/{end}", at, self.images)
+
+    def _band(self, name: str) -> tuple[float, float] | None:
+        """The reference curves of a metric at the present image count."""
+        return self._bands[name].at(self.images) if name in self._bands else None
 
     def record_grid(self, images: Tensor, columns: int) -> None:
         """Saves images (N, C, H, W) uint8 as a grid at the present image count: samples/*.png and TensorBoard."""
@@ -168,9 +183,21 @@ class RunLogger(L.Callback):
             self.show_image("samples/ema", grid(images, columns))
 
     def show_image(self, tag: str, image: np.ndarray) -> None:
-        """Shows an image (H, W, 3) uint8 in TensorBoard."""
-        if distributed.rank() == 0:
-            self.writer.add_image(tag, image, self.images, dataformats="HWC")
+        """Shows an image (H, W, 3) uint8 where numbers go."""
+        if self._writer is not None:
+            self._writer.add_image(tag, image, self.images, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.show_image(tag, image, self.images)
+
+    @contextlib.contextmanager
+    def paused(self, stage: str) -> Iterator[None]:
+        """Stop the training clock in a block, and name what happens there in front of the bar."""
+        with self.clock.paused():
+            if self._bar is not None:
+                self._bar.set_description(stage)
+            yield
+            if self._bar is not None:
+                self._bar.set_description(TRAINING)
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -188,9 +215,14 @@ class RunLogger(L.Callback):
     def _begin(self, total: int) -> None:
         if self.path.exists() and not self._resumed:
             self.path.unlink()  # left by a sitting that ended before its first checkpoint
-        self._open_writer()
+        if "tensorboard" in self.loggers:
+            self._open_writer()
+        if "wandb" in self.loggers:
+            self._wandb = WandbLog(self.folder, yaml.safe_load(self.config_text) or {})
         if sys.stdout.isatty():
-            self._bar = tqdm(total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True)
+            self._bar = tqdm(
+                desc=TRAINING, total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -210,7 +242,8 @@ class RunLogger(L.Callback):
         assert self._loss is not None
         total, count = self._loss.tolist()
         loss, self._loss = total / count if count else math.nan, None
-        rate = (self.images - self._logged_images) / max(1e-9, self.clock.seconds - self._seconds)
+        before = self._logged_images
+        rate = (self.images - before) / max(1e-9, self.clock.seconds - self._seconds)
         self._logged_images, self._seconds = self.images, self.clock.seconds
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         values = {"train/loss": loss, "train/grad_norm": float(module.grad_norm), "train/lr": lr}
@@ -219,6 +252,9 @@ class RunLogger(L.Callback):
         if torch.cuda.is_available():
             values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.record({name: value for name, value in values.items() if math.isfinite(value)})
+        if self._bands and (mark := mark_between(before, self.images, trainer.max_steps * self.batch_size)):
+            for line in verdict(records.metrics(self.folder), self._bands, mark) if not distributed.rank() else ():
+                self.say(line)
         left = trainer.max_steps * self.batch_size - self.images
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}")
@@ -272,3 +308,5 @@ class RunLogger(L.Callback):
         if self._writer is not None:
             with contextlib.suppress(OSError):  # a full disk was reported when it was found
                 self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close()

@@ -69,7 +69,7 @@ def fit(
     if settings.precision == "64-true":
         module.double()  # Lightning would only after a state was read into it, and into the averages
     averages = EMA(ema)
-    log = RunLogger(folder, settings.batch_size, settings.log_images, config_text, hparams)
+    log = RunLogger(folder, settings.batch_size, settings.log_images, config_text, hparams, settings.logger)
     guard = NonFiniteGuard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
     on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)

@@ -426,7 +426,7 @@ def test_a_bug_says_that_it_is_one(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("diffbench.commands.show.load", fail)
+    monkeypatch.setattr("diffbench.commands.show.read_layers", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert main(["show", DIT]) == code
     err = capsys.readouterr().err

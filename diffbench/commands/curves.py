@@ -1,0 +1,53 @@
+"""`diffbench curves`: write the reference curves of an experiment from runs that differ in their seed."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffbench.commands.compare import split_words
+from diffbench.config.layers import COMMAND_LINE
+from diffbench.core.errors import UserError
+from diffbench.evaluation.curves import LEAST, bands_of, write_curves
+from diffbench.metrics.registry import METRICS, metric_of
+from diffbench.runs.folder import is_free
+from diffbench.runs.lifecycle import look
+
+NAMES = ["train/loss", *(metric.name for metric in METRICS.values() if metric.is_validation and metric.direction)]
+"""The metrics that have a band."""
+
+
+@dataclass
+class CurvesConfig:
+    """Keys of `diffbench curves` besides runs."""
+
+    out: str | None = None
+    """The file; null: curves/ beside the experiment of the runs, as experiments/digits/curves/dit.csv."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the curves of `arguments.runs`.
+
+    Raises:
+        UserError: if there are too few runs, or they differ in more than their seed.
+    """
+    folders, config = split_words(arguments.runs, CurvesConfig, "curves")
+    runs = {(found := look(folder)).folder.resolve(): found for folder in folders}.values()
+    if len(runs) < LEAST:
+        raise UserError(f"{COMMAND_LINE}: {len(runs)} runs; a band needs at least {LEAST}, with different seeds")
+    first, *others = runs
+    for other in others:
+        keys = sorted(first.flat | other.flat)
+        changed = [k for k in keys if k != "seed" and not is_free(k) and first.flat.get(k) != other.flat.get(k)]
+        if changed:
+            raise UserError(f"{first.folder} and {other.folder}: differ in {', '.join(changed[:4])}; only the seed may")
+    if unfinished := [str(found.folder) for found in runs if not found.complete]:
+        raise UserError(f"{unfinished[0]}: not complete; train it to its end first")
+    stem = first.folder.name.removesuffix(f"-s{first.values['seed']}")
+    beside = Path("experiments") / first.folder.resolve().parent.name / "curves" / f"{stem}.csv"
+    out = beside if config.out is None else Path(config.out)
+    bands = bands_of([found.metrics for found in runs], NAMES)
+    write_curves(out, bands)
+    for name, band in bands.items():
+        title, last = metric_of(name).title, f"{band.low[-1]:.4g} to {band.high[-1]:.4g}"
+        print(f"{title}: {len(band.images)} points, at {band.images[-1]:,} images {last}")
+    print(f"{out}: band of {len(runs)} runs")

@@ -1,0 +1,60 @@
+"""Weights & Biases as one more place for a run's numbers and images."""
+
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffbench.core.files import write_text
+
+ID = "wandb-id.txt"
+"""The run's name at W&B, in its folder, so that a resumed run goes on there."""
+
+
+class WandbLog:
+    """Sends numbers and images to W&B, over images seen.
+
+    Without a login, or where W&B does not answer, everything is written to `wandb/` in the run folder, for `wandb sync`
+    later; WANDB_MODE, WANDB_PROJECT and the like act as W&B says.
+
+    Args:
+        folder: the run folder.
+        config: its resolved config, under dotted keys.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        if not (folder / ID).exists():
+            write_text(folder / ID, uuid.uuid4().hex[:12])
+        known = {"id": (folder / ID).read_text().strip(), "resume": "allow", "dir": str(folder), "config": dict(config)}
+        known |= {
+            "project": os.environ.get("WANDB_PROJECT", "diffbench"),
+            "name": f"{folder.parent.name}/{folder.name}",
+        }
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        try:
+            self._run = wandb.init(mode=mode, **known)
+        except (wandb.Error, OSError) as e:
+            print(
+                f"warning: W&B does not answer ({' '.join(str(e).split())}); written to {folder / 'wandb'}", flush=True
+            )
+            self._run = wandb.init(mode="offline", **known)
+        self._image = wandb.Image
+        self._run.define_metric("images")
+        self._run.define_metric("*", step_metric="images")
+
+    def record(self, values: Mapping[str, float], images: int) -> None:
+        """Log values at an image count."""
+        self._run.log({"images": images, **values})
+
+    def show_image(self, tag: str, image: np.ndarray, images: int) -> None:
+        """Log an image (H, W, 3) uint8 at an image count."""
+        self._run.log({"images": images, tag: self._image(image)})
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._run.finish()

@@ -1,0 +1,82 @@
+"""Reference curves: bands over seeds, their file, and what training says of a run that leaves them."""
+
+from pathlib import Path
+
+import made_runs
+import pytest
+
+from diffbench.cli import main
+from diffbench.config.load import load
+from diffbench.core.errors import UserError
+from diffbench.evaluation.curves import Band, bands_of, read_curves, write_curves
+from diffbench.runs.folder import reference_curves
+from diffbench.training.health import mark_between, verdict
+
+LINES = [
+    [{"images": 64, "train/loss": 1.0 + d}, {"images": 128, "train/loss": 0.5 + d, "val/bound": 2.0 - d}]
+    for d in (-0.1, 0.0, 0.1)
+]
+HALF = 9.92484 * 0.1 * (4 / 3) ** 0.5  # t(0.995, 2), standard deviation, one more run than three
+
+
+def test_a_band_holds_one_more_run_with_99_percent() -> None:
+    bands = bands_of(LINES, ["train/loss", "val/bound", "val/absent"])
+    assert list(bands) == ["train/loss", "val/bound"]
+    assert bands["train/loss"].images == [64, 128] and bands["val/bound"].images == [128]
+    assert bands["train/loss"].low == pytest.approx([1 - HALF, 0.5 - HALF])
+    assert bands["val/bound"].high == pytest.approx([2 + HALF])
+    with pytest.raises(ValueError, match="at least 3 runs, got 2"):
+        bands_of(LINES[:2], ["train/loss"])
+
+
+def test_a_file_comes_back_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "curves" / "x.csv"
+    bands = {"train/loss": Band([64, 128], [1, 0.5], [2, 1.5]), "val/bound": Band([128], [0.25], [0.75])}
+    write_curves(path, bands)
+    assert path.read_text().splitlines()[:2] == [
+        "images,train/loss low,train/loss high,val/bound low,val/bound high",
+        "64,1,2,,",
+    ]
+    assert read_curves(path) == bands
+    assert bands["train/loss"].at(96) == (0.75, 1.75) and bands["train/loss"].at(129) is None
+    path.write_text("images,train/loss low,train/loss high\n64,low,2\n")
+    with pytest.raises(UserError, match=r"x\.csv: damaged"):
+        read_curves(path)
+    assert read_curves(tmp_path / "none.csv") == {}
+
+
+def test_the_verdict() -> None:
+    bands = {"train/loss": Band([0, 100], [1, 1], [2, 2]), "val/bound": Band([0, 100], [0.12, 0.12], [0.14, 0.14])}
+    lines = [{"images": 20, "train/loss": 1.5}, {"images": 10, "val/bound": 0.31}, {"images": 20, "train/lr": 1}]
+    (warning,) = verdict(lines, bands, 0.2)
+    assert warning == (
+        "warning: at 20%: validation bound 0.31, band 0.12 to 0.14: something is wrong; see docs/health.md"
+    )
+    (fine,) = verdict(lines[:1], bands, 0.5)
+    assert fine == "at 50%: as healthy runs are: train/loss 1.5, band 1 to 2"
+    assert verdict([], bands, 0.5) == []
+    marks = [mark_between(before, before + 100, 1000) for before in range(0, 1000, 100)]
+    assert marks == [None, 0.2, None, None, 0.5, None, None, None, None, None]
+
+
+def test_a_run_as_shipped_is_held_against_the_curves(tmp_path: Path) -> None:
+    path = tmp_path / "dit.yaml"
+    path.write_text(f"base: {Path('experiments/digits/dit.yaml').resolve()}\n")
+    assert reference_curves(path, [], load(path)) is None
+    write_curves(tmp_path / "curves" / "dit.csv", {"train/loss": Band([0], [1], [2])})
+    for words, held in (([], True), (["seed=3", "sample.steps=50"], True), (["optimizer.lr=1"], False)):
+        assert (reference_curves(path, words, load(path, words)) is not None) == held
+    assert reference_curves(path, ["debug=smoke"], load(path, ["debug=smoke"])) is None
+
+
+def test_curves_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [str(made_runs.make_run(tmp_path / "digits" / f"dit-s{s}", "dit", s, 0.1 + 0.01 * s)) for s in range(3)]
+    other = made_runs.make_run(tmp_path / "digits" / "other-s3", "dit", 3, overrides=["denoiser.depth=2"])
+    assert main(["curves", *runs[:2]]) == 2
+    assert "2 runs; a band needs at least 3" in capsys.readouterr().err
+    assert main(["curves", *runs, str(other)]) == 2
+    assert "differ in denoiser.depth; only the seed may" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["curves", *runs]) == 0
+    assert capsys.readouterr().out.endswith("experiments/digits/curves/dit.csv: band of 3 runs\n")
+    assert "val/bound" in read_curves(tmp_path / "experiments/digits/curves/dit.csv")
