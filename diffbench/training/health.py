@@ -22,7 +22,8 @@ def verdict(lines: Sequence[Mapping[str, Any]], bands: Mapping[str, Band], mark:
         bands: metric -> its band.
         mark: the share of training that is done.
     """
-    inside, outside = [], []
+    inside: list[str] = []
+    outside: list[str] = []
     for name, band in bands.items():
         found = next(((line["images"], line[name]) for line in reversed(lines) if name in line), None)
         ends = band.at(found[0]) if found else None

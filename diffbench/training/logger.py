@@ -167,7 +167,9 @@ class RunLogger(L.Callback):
             file.write(line)
         if self._wandb is not None:
             self._wandb.record(values, self.images)
-        for tag, value in values.items() if self._writer is not None else ():
+        if self._writer is None:
+            return
+        for tag, value in values.items():
             self._writer.add_scalar(tag, value, self.images)
             for end, at in zip(("low", "high"), self._band(tag) or (), strict=False):
                 self._writer.add_scalar(f"band/{tag}/{end}", at, self.images)
