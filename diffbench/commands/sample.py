@@ -15,7 +15,7 @@ from diffbench.config.load import build, change
 from diffbench.core.errors import UserError, suggest
 from diffbench.data.facts import labels_for
 from diffbench.runs.lifecycle import load
-from diffbench.sampling.images import FORMATS, Trajectory, new_files, save_grid, save_image, save_npz
+from diffbench.sampling.images import FORMATS, Trajectory, class_columns, new_files, save_grid, save_image, save_npz
 
 
 @dataclass
@@ -85,10 +85,13 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         trajectory = Trajectory(sampler.images) if endings else None
         samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)
         files = new_files(asked.out, default, endings, formats)  # another command may have written meanwhile
-    names = run.facts.class_names
-    if names not in ((), tuple(map(str, range(run.facts.num_classes)))):
+    names = run.facts.names
+    if names != tuple(map(str, range(run.facts.num_classes))):
         yield f"labels: {_counts(labels, names)}"
-    writers: list[Callable[[Path], None]] = [partial(save_grid, samples, min(10, len(samples)))]
+    in_turn = asked.labels is None and len(names) > 1
+    columns = min(class_columns(len(names)) if in_turn else 10, len(samples))
+    captions = [names[label] for label in labels] if names else None
+    writers: list[Callable[[Path], None]] = [partial(save_grid, samples, columns, captions=captions)]
     if files[0].suffix.lower() == ".npz":
         writers = [partial(save_npz, samples, labels)]
     if trajectory and asked.strip:

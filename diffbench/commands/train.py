@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     if run.config.kind == "classifier":
         print(f"\n{run_table([(run.folder.name, run_facts(run))])}\n")
         return
-    from diffbench.sampling.images import save_grid
+    from diffbench.sampling.images import class_columns, save_grid
 
     grid = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     if not (is_scored(run) if isinstance(run, DenoiserRun) else newest_scores(run)):
@@ -41,8 +41,13 @@ def run(arguments: argparse.Namespace) -> None:
         except UserError as e:  # the run itself is complete
             print(f"not scored: {e}", flush=True)
     if not grid.exists():
-        images = run.sample_tensor(100) if isinstance(run, DenoiserRun) else run.side_by_side(50)
-        save_grid(images, columns=10, path=grid)
+        if isinstance(run, DenoiserRun):
+            names, columns = run.facts.names, class_columns(len(run.facts.names))
+            labels = [i % columns % max(1, len(names)) for i in range(columns * (100 // columns))]
+            captions = [names[label] for label in labels] if names else None
+            save_grid(run.sample_tensor(len(labels), labels if names else None), columns, grid, captions)
+        else:
+            save_grid(run.side_by_side(50), 10, grid)
     print(f"\n{run_table([(run.folder.name, run_facts(run))])}\n")
     print(f"samples: {grid}")
     print(f"curves:  {python()} -m tensorboard.main --logdir {run.config.runs_dir}")

@@ -52,6 +52,11 @@ class DataFacts:
             train.fingerprint() if len(train) else "",
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What to call the classes: by name, or by number where they have none."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
+
     def write(self, path: Path) -> None:
         """Writes the facts as JSON."""
         write_text(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")

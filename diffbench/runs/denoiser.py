@@ -195,11 +195,10 @@ class DenoiserRun(Run[RunConfig]):
         from diffbench.training.callbacks import SampleGrid, Validation
 
         c, t = self.config, self.config.trainer
-        classes = self.facts.num_classes
         return [
             Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images, self.sets[0]),
             *self._distances(log, ema),
-            SampleGrid(log, ema, self.sampler(c.sample), c.sample, classes, t.sample_images),
+            SampleGrid(log, ema, self.sampler(c.sample), c.sample, self.facts.names, t.sample_images),
         ]
 
     def _distances(self, log: "RunLogger", ema: "EMA") -> "list[Any]":

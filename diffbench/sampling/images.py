@@ -2,13 +2,15 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from diffbench.core.files import atomic
@@ -55,18 +57,67 @@ def new_files(
     return files
 
 
-def grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
+def class_columns(num_classes: int) -> int:
+    """Columns of a grid of samples: one for each of the first 16 classes; eight where there is only one, or none."""
+    return min(num_classes, 16) if num_classes > 1 else 8
+
+
+def grid(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> np.ndarray:
     """Images (N, C, H, W) uint8, one or three channels, as rows of `columns` with a thin border.
 
+    Args:
+        images: of any count; the last row is filled up with grey.
+        columns: images in a row.
+        scale: pixels a side that each pixel is enlarged to.
+        captions: a text above each image. Where they are the same in all rows, they stand above the first one alone.
+
     Returns:
-        (rows * H', columns * W', 3) uint8, each pixel enlarged to `scale` pixels a side.
+        (rows * H', columns * W', 3) uint8, with the captions' height besides.
     """
     rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
     rgb = rgb.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     rgb = nn.functional.pad(rgb, (2, 2, 2, 2), value=128)
     missing = -len(rgb) % columns
     rgb = torch.cat([rgb, rgb.new_full((missing, *rgb.shape[1:]), 128)])
-    return rearrange(rgb, "(r k) c h w -> (r h) (k w) c", k=columns).numpy()
+    rows = rearrange(rgb, "(r k) c h w -> r h (k w) c", k=columns).numpy()
+    if captions is None:
+        return np.concatenate(rows)
+    lines = [list(captions[i : i + columns]) for i in range(0, len(captions), columns)]
+    repeated = all(line == lines[0][: len(line)] for line in lines)
+    parts: list[np.ndarray] = []
+    for i, row in enumerate(rows):
+        parts += [row] if repeated and i else [_caption_line(lines[i], rgb.shape[-1], columns), row]
+    return np.concatenate(parts)
+
+
+CAPTION_HEIGHT = 16
+
+
+def _caption_line(texts: Sequence[str], width: int, columns: int) -> np.ndarray:
+    """Texts above the cells of a row, each made smaller, then cut, to fit its cell: (16, columns * width, 3) uint8."""
+    line = Image.new("RGB", (columns * width, CAPTION_HEIGHT), "white")
+    draw = ImageDraw.Draw(line)
+    for i, text in enumerate(texts):
+        font, shown = _font(11), text
+        for size in (11, 10, 9, 8):
+            font = _font(size)
+            if font.getlength(text) <= width - 2:
+                break
+        while len(shown) > 1 and font.getlength(shown) > width - 2:
+            shown = shown.removesuffix("…")[:-1] + "…"
+        draw.text((i * width + width / 2, CAPTION_HEIGHT / 2), shown, "black", font, anchor="mm")
+    return np.asarray(line)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of matplotlib's plots, which knows more letters than Pillow's own."""
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+
+
+def enlarged(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> np.ndarray:
+    """A `grid` of images (N, C, H, W) uint8, small ones enlarged for the eye to about 64 pixels a side."""
+    return grid(images, columns, max(1, 64 // max(images.shape[-2:])), captions)
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
@@ -75,9 +126,9 @@ def save_image(image: np.ndarray, path: Path) -> None:
         Image.fromarray(image).save(file, **FORMATS[path.suffix.lower()])
 
 
-def save_grid(images: Tensor, columns: int, path: Path) -> None:
-    """Write images (N, C, H, W) uint8 as a grid, small ones enlarged for the eye."""
-    save_image(grid(images, columns, scale=max(1, 40 // images.shape[-1])), path)
+def save_grid(images: Tensor, columns: int, path: Path, captions: Sequence[str] | None = None) -> None:
+    """Write images (N, C, H, W) uint8 as an `enlarged` grid."""
+    save_image(enlarged(images, columns, captions), path)
 
 
 def save_npz(samples: Tensor, labels: Tensor, path: Path) -> None:

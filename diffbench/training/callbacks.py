@@ -30,7 +30,7 @@ from diffbench.metrics.reconstruction import psnr, ssim
 from diffbench.metrics.registry import metric_name, metric_of
 from diffbench.metrics.suite import Suite
 from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation, timed
-from diffbench.sampling.images import Trajectory
+from diffbench.sampling.images import Trajectory, class_columns
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.clock import at_step_end, due
 from diffbench.training.ema import EMA
@@ -184,7 +184,11 @@ class ReconstructionGrid(EveryNImages):
 
 
 class SampleGrid(EveryNImages):
-    """Draws a grid of samples with fixed noise, a column for each class; PNG and TensorBoard."""
+    """Draws a grid of samples with fixed noise, a named column for each class; PNG and TensorBoard.
+
+    Args:
+        class_names: by label; none for a network without classes.
+    """
 
     stage, at_end = "sampling", False
 
@@ -194,15 +198,16 @@ class SampleGrid(EveryNImages):
         ema: EMA,
         sampler: Sampler,
         config: SampleConfig,
-        num_classes: int,
+        class_names: Sequence[str],
         every: int,
     ) -> None:
         super().__init__(logger, ema, every)
-        self.sampler, self.config, self.columns = sampler, config, max(1, min(num_classes, 10))
+        self.sampler, self.config, self.class_names = sampler, config, class_names
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
         trajectory = Trajectory(self.sampler.images)
-        labels = torch.arange(self.columns).repeat(4)
+        columns, names = class_columns(len(self.class_names)), self.class_names
+        labels = torch.arange(columns).repeat(4) % max(1, len(names))
 
         def watch(step: int, x: Tensor, x0: Tensor) -> None:
             self.stop.check()
@@ -214,7 +219,7 @@ class SampleGrid(EveryNImages):
             lambda: self.sampler(labels[mine], self.config, first=int(mine[0]), callback=watch)
         )
         images = distributed.all_gather_rows(images) if split else images
-        self.logger.record_grid(images, self.columns)
+        self.logger.record_grid(images, columns, [names[label] for label in labels] if names else None)
         self.logger.show_image("samples/steps", trajectory.strip())
 
 

@@ -28,7 +28,7 @@ from diffbench.evaluation import records
 from diffbench.evaluation.curves import NAME as CURVES
 from diffbench.evaluation.curves import read_curves
 from diffbench.metrics import registry
-from diffbench.sampling.images import grid, save_grid
+from diffbench.sampling.images import enlarged, save_image
 from diffbench.training.clock import Clock, at_step_end, due
 from diffbench.training.health import mark_between, verdict
 from diffbench.training.module import TrainingModule
@@ -178,11 +178,12 @@ class RunLogger(L.Callback):
         """The reference curves of a metric at the present image count."""
         return self._bands[name].at(self.images) if name in self._bands else None
 
-    def record_grid(self, images: Tensor, columns: int) -> None:
+    def record_grid(self, images: Tensor, columns: int, captions: Sequence[str] | None = None) -> None:
         """Saves images (N, C, H, W) uint8 as a grid at the present image count: samples/*.png and TensorBoard."""
         if distributed.rank() == 0:
-            save_grid(images, columns, self.folder / "samples" / f"images-{self.images:09d}.png")
-            self.show_image("samples/ema", grid(images, columns))
+            image = enlarged(images, columns, captions)
+            save_image(image, self.folder / "samples" / f"images-{self.images:09d}.png")
+            self.show_image("samples/ema", image)
 
     def show_image(self, tag: str, image: np.ndarray) -> None:
         """Shows an image (H, W, 3) uint8 where numbers go."""

@@ -14,11 +14,14 @@ from diffbench import load
 from diffbench.cli import main
 from diffbench.core import tensors
 from diffbench.data.facts import DataFacts, labels_for
+from diffbench.sampling.images import CAPTION_HEIGHT
 from diffbench.sampling.sampler import Sampler
 
 Capture = pytest.CaptureFixture[str]
-CELL = 8 * 5 + 4
+CELL = 8 * 8 + 4
 """Side of a digit in a grid."""
+STRIP = 8 * 5 + 4
+"""And in a strip."""
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_the_suffix_names_the_format(
     path = tmp_path / f"x{suffix}"
     assert sampled(smoke_run, "n=3", f"out={path}") == [str(path)]
     with Image.open(path) as image:
-        assert (image.format, image.size) == (kind, (3 * CELL, CELL))
+        assert (image.format, image.size) == (kind, (3 * CELL, CAPTION_HEIGHT + CELL))
         pixels = np.asarray(image.convert("L")).astype(int)
     sampled(smoke_run, "n=3", f"out={tmp_path / 'exact.png'}")
     with Image.open(tmp_path / "exact.png") as image:
@@ -108,7 +111,7 @@ def test_a_grid_may_be_called_like_a_strip(sampled: Callable[..., list[str]], sm
         with Image.open(file) as image:
             sizes.append(image.size)
     assert [Path(file).name for file in files] == ["x.strip.png", "x.strip.strip.png"]
-    assert sizes == [(CELL, CELL), (2 * CELL, 2 * CELL)]
+    assert sizes == [(CELL, CAPTION_HEIGHT + CELL), (2 * STRIP, 2 * STRIP)]
 
 
 def test_no_two_commands_share_a_file(sampled: Callable[..., list[str]], smoke_run: Path) -> None:

@@ -28,7 +28,7 @@ def test_with_lightnings_own_trainer(tmp_path: Path) -> None:
     sampler = Sampler(net, process, (1, 8, 8), null_label=10)
     evaluations = [
         Validation(logger, ema, held_out, [0.0, 2.0], every=24),
-        SampleGrid(logger, ema, sampler, SampleConfig(steps="2"), num_classes=10, every=32),
+        SampleGrid(logger, ema, sampler, SampleConfig(steps="2"), class_names="0123456789", every=32),
     ]
     trainer = L.Trainer(
         accelerator="cpu",

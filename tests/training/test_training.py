@@ -21,7 +21,7 @@ from diffbench.denoisers import DENOISERS, build
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.evaluation.validation_error import denoising_error
 from diffbench.runs.lifecycle import train
-from diffbench.sampling.images import grid
+from diffbench.sampling.images import CAPTION_HEIGHT, class_columns, grid
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState, newest, verified
 from diffbench.training.clock import due
@@ -169,6 +169,19 @@ def test_grid_places_images_in_rows() -> None:
     picture = grid(images, columns=2, scale=3)
     assert picture.shape == (2 * (2 * 3 + 4), 2 * (2 * 3 + 4), 3)
     assert [int(picture[y, x, 0]) for y, x in ((2, 2), (2, 12), (12, 2), (12, 12))] == [0, 1, 2, 128]
+
+
+def test_captions_stand_above_columns_or_above_each_image() -> None:
+    images = torch.full((6, 1, 4, 4), 200, dtype=torch.uint8)
+    plain = grid(images, columns=3, scale=10)
+    columns = grid(images, columns=3, scale=10, captions=["cat", "an endless name", "dog"] * 2)
+    assert columns.shape == (plain.shape[0] + CAPTION_HEIGHT, *plain.shape[1:])
+    assert (columns[CAPTION_HEIGHT:] == plain).all()
+    text = columns[:CAPTION_HEIGHT].min(axis=(0, 2)).reshape(3, 44)  # darkest pixel of each column of pixels
+    assert (text.min(axis=1) < 100).all() and (text[:, [0, -1]] == 255).all()  # a text in each cell, and none beyond
+    each = grid(images, columns=3, scale=10, captions=list("abcdef"))
+    assert each.shape[0] == plain.shape[0] + 2 * CAPTION_HEIGHT
+    assert [class_columns(n) for n in (0, 1, 2, 10, 100)] == [8, 8, 2, 10, 16]
 
 
 def save(folder: Path, step: int) -> Path:
