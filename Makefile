@@ -1,9 +1,10 @@
 # One-line recipes: the logic lives in Python, so that a person, CI and Docker call the same thing.
 MODEL ?= dit
-DATA ?= digits
+ARGS ?=
+# Images of one's own, named by data.path, have experiments of their own.
+DATA ?= $(if $(findstring data.path=,$(ARGS)),own,digits)
 SEED ?= 0
 SEEDS ?= $(SEED)
-ARGS ?=
 PYTHON ?= python3
 DEVICE ?= cpu
 STUDY ?= backbones

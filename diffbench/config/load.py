@@ -35,10 +35,13 @@ from diffbench.config.layers import (
 from diffbench.core.errors import suggest
 from diffbench.denoisers import DENOISERS
 from diffbench.denoisers import registry as denoisers
+from diffbench.denoisers.laptop import laptop
 
 C = TypeVar("C", bound=BaseConfig)
 T = TypeVar("T")
 
+LAPTOP = "laptop"
+"""The preset of every backbone whose sizes follow the images; see `denoisers.laptop`."""
 SMOKE: dict[str, dict[str, Any]] = {
     "trainer": {
         "max_images": 16,
@@ -172,8 +175,11 @@ def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> typ
     preset = given.pop("preset", None)
     if preset is not None:
         presets = DENOISERS[name].presets if section == "denoiser" and not outside else {}
+        if section == "denoiser" and preset == LAPTOP and (fitted := _laptop(values, name)) is not None:
+            values[section] = fitted | given
+            return _named(registry[name], name)
         if not isinstance(preset, str) or preset not in presets:
-            allowed = f"choose from {', '.join(presets)}" if presets else f"{section}.name={name} has none"
+            allowed = f"choose from {', '.join([*presets, LAPTOP])}" if presets else f"{section}.name={name} has none"
             near = suggest(str(preset), presets)
             raise ValueError(f"{section}.preset: unknown preset {preset!r}; {allowed}{near}")
         values[section] = dataclasses.asdict(presets[preset].config) | given
@@ -183,6 +189,15 @@ def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> typ
     folders = list(dict.fromkeys(folder for file in files for folder in places(file))) or [Path.cwd()]
     values[section] = {"args": {}} | given  # a dataclass of its own may lack defaults
     return _named(denoisers.section(name, given.get("code"), folders), name)
+
+
+def _laptop(values: dict[Any, Any], name: str) -> dict[str, Any] | None:
+    """The sizes of a denoiser for a laptop and these images; None for a denoiser that has none."""
+    if values.get("autoencoder") is not None:
+        raise ValueError(f"denoiser.preset: {LAPTOP} sizes a network by the image, not by latents of autoencoder")
+    kind: type[Any] = _chosen(values, "data", ())
+    data = build(kind, values["data"], "data.")
+    return laptop(*data.shape[1:]).get(name)
 
 
 @cache
@@ -212,7 +227,8 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapp
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in known:
-            raise ValueError(f"{key}: unknown key; allowed: {', '.join(known)}{suggest(name, known)}")
+            near = suggest(name, known) or _elsewhere(prefix, name)
+            raise ValueError(f"{key}: unknown key; allowed: {', '.join(known)}{near}")
         kind = hints[name]
         if not dataclasses.is_dataclass(kind):
             made[name] = convert(kind, value, key)
@@ -225,6 +241,13 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapp
         if field_.name not in made and field_.default is field_.default_factory is dataclasses.MISSING:
             raise ValueError(f"{prefix}{field_.name}: missing")
     return cls(**made)
+
+
+def _elsewhere(prefix: str, key: str) -> str:
+    """A hint that other choices of a section have a key, as "; data.path is a key of data.name=images"."""
+    section = prefix.rstrip(".")
+    others = [name for name, kind in REGISTRIES.get(section, {}).items() if key in keys_of(kind)]
+    return f"; {prefix}{key} is a key of {section}.name={' or '.join(others)}" if others else ""
 
 
 def convert(kind: Any, value: Any, key: str) -> Any:

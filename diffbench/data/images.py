@@ -21,12 +21,12 @@ from diffbench.core import rng
 from diffbench.core.files import cache_folder
 from diffbench.core.progress import progress
 from diffbench.core.store import Chunk, Contents, Store
-from diffbench.data.places import ImagesConfig, Place, locate
+from diffbench.data.places import ImagesConfig, Place, locate, stamp
 from diffbench.data.sets import ImageSet, describe_parts
 from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, folder_splits, hold_out, training_split
 from diffbench.data.transforms import BrokenError, decode, quiet
 
-VERSION = 2
+VERSION = 3
 """Version of the decoding code; another one invalidates the cache."""
 CIFAR10_FOLDER, CIFAR10_HUB = "data/cifar10", "uoft-cs/cifar10"
 KNOWN = {"bd98cdb37ac5797f": "cifar10-jpeg", "4a95dbec0105c740": "cifar10-jpeg"}
@@ -42,6 +42,10 @@ class CIFAR10Config(ImagesConfig):
     A `path` of null means the folder data/cifar10, or what the hub's uoft-cs/cifar10 left on this machine.
     """
 
+    image_size: int | list[int] | None = 32
+    """As of other images."""
+    channels: int | None = 3
+
 
 def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
     """Load the training and the held-out part; decode what is not decoded yet.
@@ -53,7 +57,7 @@ def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
     if not config.path:
         raise ValueError("data.path: missing; allowed: a folder of images, .parquet files, or a hub name")
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(ImagesConfig)}
-    return _images(json.dumps(values), str(cache_folder()), os.getcwd(), _stamp(Path(os.path.expanduser(config.path))))
+    return _images(json.dumps(values), str(cache_folder()), os.getcwd(), stamp(Path(os.path.expanduser(config.path))))
 
 
 def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:
@@ -78,15 +82,6 @@ def _is_fetched(config: ImagesConfig) -> bool:
 
     left = (HF_DATASETS_CACHE, CIFAR10_HUB.replace("/", "___")), (HF_HUB_CACHE, "datasets--uoft-cs--cifar10")
     return any(Path(folder, sub).is_dir() for folder, sub in left)
-
-
-def _stamp(path: Path) -> str:
-    """A stamp of a folder that changes when files are added or removed, so that a process lists it once."""
-    if not path.is_dir():
-        return ""
-    with os.scandir(path) as listing:
-        folders = [str(path), *(entry.path for entry in listing if entry.is_dir())]
-    return ",".join(str(os.stat(folder).st_mtime_ns) for folder in folders)
 
 
 @lru_cache(maxsize=4)
@@ -169,7 +164,7 @@ def _image_set(contents: Contents, place: Place, config: ImagesConfig) -> ImageS
     # A JPEG copy is not the original, whatever its folder is called.
     lossy = "-jpeg" if place.name == "cifar10" and "JPEG" in facts["formats"] else ""
     name = KNOWN.get(digest, place.name + lossy)
-    more = {"formats": facts["formats"], "origin": facts["origin"]}
+    more = {key: facts[key] for key in ("formats", "origin", "sizes")}
     return ImageSet(arrays["images"], arrays["labels"], len(names), name, names, digest, **more)
 
 
@@ -204,28 +199,34 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
         ValueError: naming the first broken image, unless they are skipped, or where none is left.
         UserError: where the disk is full.
     """
-    channels, size = config.channels, config.image_size
-    columns = {"images": ("|u1", (channels, size, size)), "labels": ("<i8", ())}
+    channels, height, width = config.shape
+    columns = {"images": ("|u1", config.shape), "labels": ("<i8", ())}
     with store.fill(_identity(config, place), columns, len(part.rows)) as filling, quiet():
         done = sum(line["rows"] + line["facts"]["count"] for line in filling.present.values())
         with progress(f"decoding {store.folder.name}", len(part.rows), done) as advance:
-            for chunk, outcomes in _decoded(part, filling.missing, size, channels):
-                broken = [(name, why) for name, why in outcomes if isinstance(name, str)]
+            for chunk, outcomes in _decoded(part, filling.missing, (height, width), channels):
+                broken = [(name, why) for name, why, _ in outcomes if isinstance(name, str)]
                 if broken and not config.skip_broken:
                     raise ValueError(_refusal(*broken[0]))
                 good = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome[0], str)]
-                pixels = np.zeros((len(good), channels, size, size), np.uint8)
+                pixels = np.zeros((len(good), *config.shape), np.uint8)
                 for row, i in enumerate(good):
                     pixels[row] = outcomes[i][0]
                 formats = Counter(outcomes[i][1] for i in good)
-                facts = {"formats": dict(sorted(formats.items())), "count": len(broken), "broken": broken[:NAMED]}
+                sizes = Counter("x".join(map(str, outcomes[i][2])) for i in good)
+                facts = {
+                    "formats": dict(sorted(formats.items())),
+                    "sizes": dict(sorted(sizes.items())),
+                    "count": len(broken),
+                    "broken": broken[:NAMED],
+                }
                 filling.add(chunk, {"images": pixels, "labels": part.labels[chunk.first : chunk.last][good]}, facts)
                 advance(len(outcomes))
         if not any(line["rows"] for line in filling.written.values()):
             raise ValueError(f"data.path: every one of {len(part.rows):,} images is broken")
 
         def merged(arrays: dict[str, np.ndarray], facts: list[dict[str, Any]]) -> dict[str, Any]:
-            formats: Counter[str] = sum((Counter(f["formats"]) for f in facts), Counter())
+            formats, sizes = (sum((Counter(f[key]) for f in facts), Counter[str]()) for key in ("formats", "sizes"))
             digest = hashlib.sha256(arrays["images"].data.cast("B"))
             digest.update(arrays["labels"].data.cast("B"))
             return {
@@ -233,6 +234,7 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
                 "classes": classes,
                 "origin": part.origin,
                 "formats": dict(sorted(formats.items())),
+                "sizes": dict(sorted(sizes.items())),
                 "count": sum(f["count"] for f in facts),
                 "broken": list(chain.from_iterable(f["broken"] for f in facts))[:NAMED],
             }
@@ -240,11 +242,14 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
         filling.finish(merged)
 
 
-Outcome = tuple[np.ndarray | str, str]
-"""Pixels and the file's format; or the name of a broken image and what is wrong with it."""
+Outcome = tuple[np.ndarray | str, str, tuple[int, int]]
+"""Pixels, the file's format, and height and width in it; or the name of a broken image, what is wrong with it, and
+(0, 0)."""
 
 
-def _decoded(part: Part, chunks: list[Chunk], size: int, channels: int) -> Iterator[tuple[Chunk, list[Outcome]]]:
+def _decoded(
+    part: Part, chunks: list[Chunk], size: tuple[int, int], channels: int
+) -> Iterator[tuple[Chunk, list[Outcome]]]:
     """What comes of each chunk, decoded by threads while the next is read."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Pillow lets other threads run while it decodes and resamples: processes would gain little and cost a start each.
@@ -271,10 +276,10 @@ def _collected(chunk: Chunk, futures: list[Future[list[Outcome]]]) -> tuple[Chun
     return chunk, [outcome for future in futures for outcome in future.result()]
 
 
-def _outcome(item: Item, size: int, channels: int) -> Outcome:
+def _outcome(item: Item, size: tuple[int, int], channels: int) -> Outcome:
     if item.encoded is None:
-        return item.name, item.why
+        return item.name, item.why, (0, 0)
     try:
         return decode(item.encoded, size, channels)
     except BrokenError as e:
-        return item.name, str(e)
+        return item.name, str(e), (0, 0)

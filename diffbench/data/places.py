@@ -1,18 +1,26 @@
 """Where images lie: in a folder, in parquet files, or on the Hugging Face hub; which files count, and which do not."""
 
+import contextlib
 import glob
 import hashlib
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from diffbench.data.planted import PlantedConfig
-from diffbench.data.transforms import SUFFIXES
+from PIL import Image
 
+from diffbench.data.planted import PlantedConfig
+
+from diffbench.data.transforms import FORMATS, SUFFIXES, both_sides, is_grey
+
+SIDE = 32
+"""Side to which images are brought where none is named, or less."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -22,10 +30,11 @@ class ImagesConfig(PlantedConfig):
 
     path: str | None = None
     """A folder of images or of parquet files, one .parquet file, a pattern of them, or a hub name."""
-    image_size: int = 32
-    """Side of the square at the centre that is kept, in pixels; other sizes are brought to it as in ADM."""
-    channels: int = 3
-    """3 for colour, 1 for grey."""
+    image_size: int | list[int] | None = None
+    """Side of the square at the centre that is kept, in pixels, or [height, width]; other sizes are brought to it as in
+    ADM. null takes what suits a folder's images, 32 at most; 32 for tables and the hub."""
+    channels: int | None = None
+    """3 for colour, 1 for grey; null takes what a folder's images have, 3 for tables and the hub."""
     labels: bool = True
     """Whether classes are used where the data has them; false trains without."""
     flip: bool = False
@@ -48,23 +57,71 @@ class ImagesConfig(PlantedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.channels not in (1, 3):
+        if self.channels not in (1, 3, None):
             raise ValueError(f"data.channels: must be 1 (grey) or 3 (colour), got {self.channels}")
-        for name, least in (("image_size", 1), ("num_workers", 0), ("held_out", 1)):
+        for name, least in (("num_workers", 0), ("held_out", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data.{name}: must be at least {least}, got {value}")
+        self.image_size = checked_sides(self.image_size)
+        if self.path is not None and None in (self.image_size, self.channels):
+            side, channels = suitable(os.path.expanduser(self.path))
+            self.image_size, self.channels = self.image_size or side, self.channels or channels
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image, known before any is read."""
-        return self.channels, self.image_size, self.image_size
+        """(C, H, W) of an image, known before any is decoded."""
+        return self.channels or 3, *both_sides(self.image_size or SIDE)
 
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that decide every byte of the decoded images."""
         free = {"path", "flip", "skip_broken", "num_workers", "planted"}
         return {f.name: getattr(self, f.name) for f in fields(ImagesConfig) if f.name not in free}
+
+
+def checked_sides(size: int | list[int] | None) -> int | list[int] | None:
+    """An image size, one number where both sides are the same.
+
+    Raises:
+        ValueError: if it is neither a positive number nor two of them.
+    """
+    sides = [] if size is None else [size] if isinstance(size, int) else size
+    if size is not None and (not 1 <= len(sides) <= 2 or min(sides) < 1):
+        raise ValueError(f"data.image_size: must be a positive number, or [height, width] of such, got {size}")
+    return sides[0] if sides and len(set(sides)) == 1 else size
+
+
+def suitable(path: str) -> tuple[int, int]:
+    """The side (8 to 32, a multiple of 8) and the channels that suit the images of a folder, from 200 files' headers.
+
+    Their shorter sides decide, and whether all are grey. Tables and hub data, which are not read, get 32 and 3.
+    """
+    return _suitable(path, stamp(Path(path)))
+
+
+@lru_cache(maxsize=16)
+def _suitable(path: str, _stamp: str) -> tuple[int, int]:
+    if not os.path.isdir(path):
+        return SIDE, 3
+    place, sides, grey = locate(path), [], []
+    for file in place.files[:: -(-len(place.files) // 200)] if place.kind == "folder" else []:
+        with contextlib.suppress(Exception), Image.open(os.path.join(place.root, file), formats=FORMATS) as image:
+            sides.append(min(image.size))
+            grey.append(is_grey(image))
+    if not sides:
+        return SIDE, 3
+    middle = sorted(sides)[len(sides) // 2]
+    return min(SIDE, 8 * math.ceil(middle / 8)), 1 if all(grey) else 3
+
+
+def stamp(path: Path) -> str:
+    """A stamp of a folder that changes when files are added or removed, so that a process lists it once."""
+    if not path.is_dir():
+        return ""
+    with os.scandir(path) as listing:
+        folders = [str(path), *(entry.path for entry in listing if entry.is_dir())]
+    return ",".join(str(os.stat(folder).st_mtime_ns) for folder in folders)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class ImageSet:
         formats: file format -> number of images that came in it; empty where they did not come from files.
         origin: which part of the data set this is, in words.
         base: the set as it was before classes were planted into it; extractors are made for that.
+        sizes: "HEIGHTxWIDTH" in a file -> number of images; empty where they did not come from files.
     """
 
     images: Tensor
@@ -33,6 +34,7 @@ class ImageSet:
     formats: dict[str, int] = field(default_factory=dict)
     origin: str = ""
     base: "ImageSet | None" = None
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,6 +105,39 @@ def describe_parts(
             each = [*each[: most // 2], f"... {each[-1]} ({min(counts):,} to {max(counts):,} images each)"]
         classes += f": {', '.join(each)}"
     return f"{', '.join(parts)}; {classes}"
+
+
+def describe_sizes(data: ImageSet) -> str | None:
+    """A line on the sizes that images had in their files, and what became of them; None where nothing is known."""
+    if not data.sizes:
+        return None
+    _, height, width = data.shape
+    found = [(*map(int, size.split("x")), count) for size, count in data.sizes.items()]
+    total = sum(count for _, _, count in found)
+    heights, widths = sorted(h for h, _, _ in found), sorted(w for _, w, _ in found)
+    if len(found) == 1:
+        seen = f"all {heights[0]}x{widths[0]}"
+    else:
+        common = max(data.sizes, key=lambda size: data.sizes[size])
+        seen = f"{heights[0]} to {heights[-1]} high and {widths[0]} to {widths[-1]} wide, most often {common}"
+    if [(h, w) for h, w, _ in found] == [(height, width)]:
+        return f"{seen}, used as they are"
+    lost, cropped = 0.0, 0
+    for h, w, count in found:
+        scale = max(height / h, width / w)
+        share = 1 - height * width / (h * scale * w * scale)
+        lost, cropped = max(lost, share), cropped + count * (share > 0.005)
+    line = f"{seen}; brought to {height}x{width}"
+    line += f", {cropped:,} of {total:,} cropped at the centre (up to {lost:.0%} of an image)" if cropped else ""
+    shorter = sorted(min(h, w) for h, w, count in found for _ in range(min(count, 1000)))
+    middle, side = shorter[len(shorter) // 2], min(height, width)
+    hints = [f"data.image_size={2 * side} keeps more detail"] if middle >= 2 * side else []
+    ratio = sum(h / w * count for h, w, count in found) / total
+    alike = sum(count for h, w, count in found if abs(h / w / ratio - 1) < 0.05)
+    if height == width and alike > 0.8 * total and abs(ratio - 1) > 0.1:
+        other = 8 * round(side * max(ratio, 1 / ratio) / 8)
+        hints += [f"data.image_size={[other, side] if ratio > 1 else [side, other]} crops less"]
+    return "; ".join([line, *hints])
 
 
 def rows(array: Tensor, index: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""An encoded image to pixels: decoded, converted, cropped to a square at its centre, and resized."""
+"""An encoded image to pixels: decoded, converted, cropped at its centre, and resized."""
 
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,20 @@ class BrokenError(ValueError):
     """An image that cannot be decoded; the text says why."""
 
 
-def decode(encoded: bytes | str, size: int | None = None, channels: int | None = None) -> tuple[np.ndarray, str]:
+def decode(
+    encoded: bytes | str, size: int | tuple[int, int] | None = None, channels: int | None = None
+) -> tuple[np.ndarray, str, tuple[int, int]]:
     """Decode an image, for training as for scoring: upright as its EXIF says, 8 bits a channel, without transparency.
 
     Args:
         encoded: the file's bytes, or its path.
-        size: side of the square at the centre that is kept; None keeps the image's own height and width.
+        size: side of the square, or height and width of the part, at the centre that is kept; None keeps the image's
+            own height and width.
         channels: 3 for colour, 1 for grey; what the file has is converted (transparency is dropped, as ADM does). None
             keeps grey images grey and gives colour for all others.
 
     Returns:
-        (channels, height, width) uint8, and the file's format.
+        (channels, height, width) uint8, the file's format, and the height and width that the image had.
 
     Raises:
         BrokenError: whatever the reason.
@@ -42,32 +45,46 @@ def decode(encoded: bytes | str, size: int | None = None, channels: int | None =
             check_size(image.size)
             kind = str(image.format)
             upright = ImageOps.exif_transpose(image)
-            grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
-            converted = _converted(upright, channels or (1 if grey else 3))
+            converted = _converted(upright, channels or (1 if is_grey(image) else 3))
             pixels = np.asarray(converted if size is None else centre_crop(converted, size))
     except BrokenError:
         raise
     except Exception as e:  # decoders of a hostile file raise anything
         text = " ".join(str(e).split()) or type(e).__name__
         raise BrokenError("no image of a known format" if "cannot identify" in text else text) from None
-    return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1), kind
+    return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1), kind, (upright.height, upright.width)
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Crop the largest square at an image's centre, `size` pixels a side, as ADM does (Dhariwal & Nichol 2021).
+def is_grey(image: Image.Image) -> bool:
+    """Whether a file holds a grey image."""
+    return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
 
-    The image is halved by box averaging while the shorter side is at least twice as long as needed, then brought to it
-    by bicubic resampling, then cropped. An image of the right size stays as it is.
+
+def both_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width that `image_size` means: one number is both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def centre_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """Crop the largest part of a shape at an image's centre, and bring it to that size, as ADM does for squares.
+
+    The image is halved by box averaging while both sides are at least twice as long as needed, then brought to the
+    size by bicubic resampling, then cropped. An image of the right size stays as it is. (Dhariwal & Nichol 2021)
+
+    Args:
+        image: of any size.
+        size: side of a square, or height and width.
     """
-    while min(image.size) >= 2 * size:
+    height, width = both_sides(size)
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        width, height = round(image.width * scale), round(image.height * scale)
-        check_size((width, height))
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    scale = max(width / image.width, height / image.height)
+    if scale != 1:
+        enlarged = round(image.width * scale), round(image.height * scale)
+        check_size(enlarged)
+        image = image.resize(enlarged, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 @contextlib.contextmanager

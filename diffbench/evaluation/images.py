@@ -95,7 +95,7 @@ class ImageFolder:
 
 def _read(path: Path) -> Tensor:
     try:
-        pixels, _ = decode(str(path))
+        pixels, *_ = decode(str(path))
     except BrokenError as e:
         raise UserError(f"{path}: broken image ({e})") from None
     return torch.from_numpy(pixels.copy())

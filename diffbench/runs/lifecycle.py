@@ -17,7 +17,7 @@ from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, sweep, write_bytes
 from diffbench.data.latents import LatentSet
-from diffbench.data.sets import describe
+from diffbench.data.sets import describe, describe_sizes
 from diffbench.evaluation.curves import NAME as CURVES
 from diffbench.evaluation.curves import read_curves
 from diffbench.runs import build, weights
@@ -208,6 +208,8 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     state = f"resuming at {images:,} images" if checkpoint else "starting"
     cost = f"{run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs"
     print(f"data: {describe(run.train_set, run.held_out)}")
+    if sizes := describe_sizes(run.train_set):
+        print(f"sizes (height x width): {sizes}")
     print(f"{run.folder}: {state}, {cost}, {settings.precision}")
     if settings.processes > 1 and distributed.place()[1] == 1:
         words = [str(run.folder), *([str(checkpoint)] if checkpoint else [])]

@@ -23,7 +23,7 @@ def noise(*shape: int) -> np.ndarray:
 
 def test_an_image_of_the_right_size_is_left_alone() -> None:
     pixels = noise(9, 9, 3)
-    out, kind = decode(encoded(pixels), 9, 3)
+    out, kind, _ = decode(encoded(pixels), 9, 3)
     assert kind == "PNG"
     assert out.dtype == np.uint8 and out.shape == (3, 9, 9)
     assert np.array_equal(out, pixels.transpose(2, 0, 1))
@@ -31,15 +31,15 @@ def test_an_image_of_the_right_size_is_left_alone() -> None:
 
 def test_a_longer_side_is_cropped_at_the_centre() -> None:
     pixels = noise(8, 13, 3)
-    out, _ = decode(encoded(pixels), 8, 3)
+    out, *_ = decode(encoded(pixels), 8, 3)
     assert np.array_equal(out, pixels[:, 2:10].transpose(2, 0, 1))  # (13 - 8) // 2 = 2
-    out, _ = decode(encoded(pixels.transpose(1, 0, 2)), 8, 3)
+    out, *_ = decode(encoded(pixels.transpose(1, 0, 2)), 8, 3)
     assert np.array_equal(out, pixels.transpose(1, 0, 2)[2:10].transpose(2, 0, 1))
 
 
 def test_twice_the_size_is_halved_by_box_averaging() -> None:
     pixels = noise(16, 16, 1)
-    out, _ = decode(encoded(pixels[..., 0]), 8, 1)
+    out, *_ = decode(encoded(pixels[..., 0]), 8, 1)
     means = pixels.reshape(8, 2, 8, 2).mean(axis=(1, 3))
     assert np.abs(out[0] - means).max() <= 1  # Pillow rounds after each direction
 
@@ -57,30 +57,30 @@ def test_other_sizes_are_halved_while_they_can_be_then_resampled_bicubically() -
 
 def test_colour_and_grey_are_converted() -> None:
     grey = noise(4, 4)
-    out, _ = decode(encoded(grey), 4, 3)
+    out, *_ = decode(encoded(grey), 4, 3)
     assert all(np.array_equal(out[c], grey) for c in range(3))
     red = np.zeros((4, 4, 3), np.uint8)
     red[..., 0] = 255
-    out, _ = decode(encoded(red), 4, 1)
+    out, *_ = decode(encoded(red), 4, 1)
     assert out.shape == (1, 4, 4)
     assert set(out.flatten().tolist()) == {76}  # 0.299 * 255, ITU-R 601
 
 
 def test_transparency_is_dropped_and_palettes_are_followed() -> None:
     pixels = noise(4, 4, 4)
-    out, _ = decode(encoded(pixels), 4, 3)
+    out, *_ = decode(encoded(pixels), 4, 3)
     assert np.array_equal(out, pixels[..., :3].transpose(2, 0, 1))
     palette = Image.fromarray(noise(4, 4, 3)).quantize(8)
     file = io.BytesIO()
     palette.save(file, "PNG", transparency=b"\x00\x80")
-    out, _ = decode(file.getvalue(), 4, 3)
+    out, *_ = decode(file.getvalue(), 4, 3)
     assert np.array_equal(out, np.asarray(palette.convert("RGB")).transpose(2, 0, 1))
 
 
 def test_sixteen_bits_are_scaled_not_clamped() -> None:
     levels = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
     for kind in ("PNG", "TIFF"):
-        out, _ = decode(encoded(levels, kind), 2, 1)
+        out, *_ = decode(encoded(levels, kind), 2, 1)
         assert out[0].tolist() == [[0, 100], [200, 255]]
 
 
@@ -88,7 +88,7 @@ def test_a_turned_photograph_is_set_upright() -> None:
     pixels = noise(6, 6, 3)
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera lay on its side
-    out, _ = decode(encoded(pixels, exif=turned), 6, 3)
+    out, *_ = decode(encoded(pixels, exif=turned), 6, 3)
     assert np.array_equal(out, np.rot90(pixels, -1).transpose(2, 0, 1))
 
 
