@@ -122,6 +122,11 @@ def test_train_passes_model_seed_and_arguments_on() -> None:
     assert "-m diffbench train experiments/digits/unet.yaml seed=$seed denoiser.num_res_blocks=2 tag=x" in done.stdout
 
 
+def test_own_images_have_experiments_of_their_own() -> None:
+    done = make("-n", "train", "MODEL=unet", "ARGS=data.path=pets")
+    assert "train experiments/own/unet.yaml seed=$seed data.path=pets" in done.stdout
+
+
 def test_seeds_are_three_commands() -> None:
     (loop,) = (line for line in make("-n", "train", "SEEDS=0,1,2").stdout.splitlines() if "for seed in" in line)
     command = re.sub(r"\S+/python -m diffbench", "echo", loop.lstrip("@"))

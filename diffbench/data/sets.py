@@ -119,7 +119,8 @@ def describe_sizes(data: ImageSet) -> str | None:
         seen = f"all {heights[0]}x{widths[0]}"
     else:
         common = max(data.sizes, key=lambda size: data.sizes[size])
-        seen = f"{heights[0]} to {heights[-1]} high and {widths[0]} to {widths[-1]} wide, most often {common}"
+        high, wide = (" to ".join(map(str, dict.fromkeys((a[0], a[-1])))) for a in (heights, widths))
+        seen = f"{high} high and {wide} wide, most often {common}"
     if [(h, w) for h, w, _ in found] == [(height, width)]:
         return f"{seen}, used as they are"
     lost, cropped = 0.0, 0
