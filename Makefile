@@ -72,6 +72,7 @@ bench-gpu: $(STAMP)  ## speed of published sizes on one large GPU, in ten minute
 	@$(BIN)/python -m benchmarks gpu=true $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
 
 tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006; HOST=0.0.0.0 lets other machines in
+	@echo 'lines as they were logged: http://localhost:6006/?smoothing=0'
 	@$(BIN)/python -m tensorboard.main --host $(HOST) --logdir runs --samples_per_plugin images=200
 
 test: $(STAMP)  ## the tests, without the slow ones, on all cores

@@ -23,6 +23,7 @@ from diffbench.runs import slurm
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _find_own_modules()
     return exit_code(lambda: _run(words))
 
 
@@ -49,6 +50,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _find_own_modules() -> None:
+    """Finds an extractor or network of the working folder, named as module:function, as `python -m diffbench` does."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
 
 
 def exit_code(work: Callable[[], int]) -> int:

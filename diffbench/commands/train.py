@@ -7,21 +7,21 @@ from pathlib import Path
 from diffbench.commands.evaluate import score
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError
+from diffbench.core.progress import span
 from diffbench.data.facts import OtherDataError
 from diffbench.reports.results import newest_scores
 from diffbench.reports.tables import run_facts, run_table
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.evaluate import is_scored
+from diffbench.runs.evaluate import drawing_seconds, is_scored
 from diffbench.runs.lifecycle import load_any, train
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains the experiment of `arguments.config`."""
-    words = [word for word in arguments.overrides if not word.startswith("restart=")]
-    restart = [word.partition("=")[2] for word in arguments.overrides if word not in words]
-    if restart and restart[-1] not in ("true", "false"):
-        raise UserError(f"{COMMAND_LINE}: restart: must be true or false, got {restart[-1]!r}")
-    run = train(arguments.config, words, restart=restart[-1:] == ["true"])
+    words = list(arguments.overrides)
+    restart = _switch(words, "restart", "true", "false") == "true"
+    scored = _switch(words, "evaluate", "null", "false") is None
+    run = train(arguments.config, words, restart=restart)
     builds_on = getattr(run.config, "autoencoder", None)
     if builds_on is not None and (Path(builds_on) / "config.yaml").is_file():
         autoencoder = load_any(builds_on)
@@ -33,8 +33,14 @@ def run(arguments: argparse.Namespace) -> None:
     from diffbench.sampling.images import class_columns, save_grid
 
     grid = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
-    if not (is_scored(run) if isinstance(run, DenoiserRun) else newest_scores(run)):
+    patience = max(60.0, run.seconds)
+    if scored and not (is_scored(run) if isinstance(run, DenoiserRun) else newest_scores(run)):
         try:
+            if isinstance(run, DenoiserRun) and (seconds := drawing_seconds(run)) > patience:
+                raise UserError(
+                    f"{run.config.evaluate.count:,} samples would take about {span(seconds)}, longer than training; to"
+                    f" draw and score them: diffbench evaluate {run.folder}"
+                )
             score(run)
         except OtherDataError:
             raise
@@ -43,7 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not grid.exists():
         if isinstance(run, DenoiserRun):
             names, columns = run.facts.names, class_columns(len(run.facts.names))
-            labels = [i % columns % max(1, len(names)) for i in range(columns * (100 // columns))]
+            each = drawing_seconds(run) / run.config.evaluate.count
+            rows = max(1, min(100 // columns, int(patience / max(columns * each, 1e-9))))
+            labels = [i % columns % max(1, len(names)) for i in range(columns * rows)]
             captions = [names[label] for label in labels] if names else None
             save_grid(run.sample_tensor(len(labels), labels if names else None), columns, grid, captions)
         else:
@@ -51,6 +59,18 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\n{run_table([(run.folder.name, run_facts(run))])}\n")
     print(f"samples: {grid}")
     print(f"curves:  {python()} -m tensorboard.main --logdir {run.config.runs_dir}")
+    print("         then http://localhost:6006/?smoothing=0")
+    if isinstance(run, DenoiserRun):
+        print(f"more:    diffbench evaluate {run.folder} sample.steps=50")
+
+
+def _switch(words: list[str], name: str, *allowed: str) -> str | None:
+    """The last value that a word of the command alone has, which is taken out of the overrides; None without one."""
+    given = [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
+    if given and given[-1] not in allowed:
+        raise UserError(f"{COMMAND_LINE}: {name}: must be {' or '.join(allowed)}, got {given[-1]!r}")
+    words[:] = [word for word in words if word.partition("=")[0] != name]
+    return given[-1] if given else None
 
 
 def python() -> str:

@@ -372,8 +372,8 @@ class EvaluateConfig:
     count: int = 500
     """Samples, spread evenly over the classes."""
     extractor: str | None = None
-    """digits-cnn, efficientnet-lite0, inception, or package.module:function of one's own; null takes digits-cnn for the
-    digits and efficientnet-lite0, where it is installed, for other images."""
+    """digits-cnn, efficientnet-lite0, random-cnn, inception, or package.module:function of one's own; null takes
+    digits-cnn for the digits, and for other images efficientnet-lite0 where it is installed, else random-cnn."""
     weights: str | None = None
     """File of weights, for an extractor that reads one (inception)."""
     reference: Literal["same", "all"] = "same"

@@ -50,12 +50,12 @@ class Source:
 
     config: type
     load: Callable[[Any], tuple[ImageSet, ImageSet]]
-    extractor: str = "efficientnet-lite0"
-    """The feature extractor that suits its images, where a config names none."""
+    extractors: tuple[str, ...] = ("efficientnet-lite0", "random-cnn")
+    """The feature extractors that suit its images, where a config names none; the first that is installed is taken."""
 
 
 SOURCES = {
-    "digits": Source(DigitsConfig, digits, "digits-cnn"),
+    "digits": Source(DigitsConfig, digits, ("digits-cnn",)),
     "images": Source(ImagesConfig, images),
     "cifar10": Source(CIFAR10Config, cifar10),
     "none": Source(NoneConfig, no_images),

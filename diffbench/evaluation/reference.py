@@ -21,7 +21,7 @@ from diffbench.core.files import cache_folder
 from diffbench.core.progress import progress
 from diffbench.data.registry import SOURCES
 from diffbench.data.sets import ImageSet, rows
-from diffbench.metrics import Extractor, Request
+from diffbench.metrics import EXTRACTORS, Extractor, Request
 from diffbench.metrics import extractor as build_extractor
 from diffbench.metrics.base import KEPT, Gaussian, ReferenceStatistics
 from diffbench.metrics.extractors.base import VERSION, check
@@ -47,7 +47,8 @@ def run_extractor(
 
 def suited_extractor(config: RunConfig | AutoencoderConfig) -> str:
     """Name of the extractor that `run_extractor` makes."""
-    return config.evaluate.extractor or SOURCES[config.data.name].extractor
+    suited = SOURCES[config.data.name].extractors
+    return config.evaluate.extractor or next((name for name in suited if EXTRACTORS[name].installed()), suited[-1])
 
 
 def check_run_extractor(config: RunConfig | AutoencoderConfig, data: ImageSet) -> None:

@@ -193,11 +193,13 @@ class DenoiserRun(Run[RunConfig]):
 
     def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
         from diffbench.training.callbacks import SampleGrid, Validation
+        from diffbench.training.estimate import TimeEstimate
 
         c, t = self.config, self.config.trainer
         return [
             Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images, self.sets[0]),
             *self._distances(log, ema),
+            *([TimeEstimate(log, self.shape)] if t.compile == "none" else []),
             SampleGrid(log, ema, self.sampler(c.sample), c.sample, self.facts.names, t.sample_images),
         ]
 

@@ -194,6 +194,16 @@ def labels_of(run: DenoiserRun, count: int) -> Tensor:
     return references.sample_labels(run.train_set, count)
 
 
+def drawing_seconds(run: DenoiserRun) -> float:
+    """About how long the samples take that the run's config scores, on this machine."""
+    from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
+
+    run.network.to(device_of(run.config.trainer.accelerator))
+    c = run.config
+    evaluations = sum(network_evaluations(run.process, how) for how in c.sample.scored())
+    return c.evaluate.count * evaluations * seconds_per_evaluation(run.sampler(c.sample), c.sample.batch_size)
+
+
 def draw(
     run: DenoiserRun, how: SampleConfig, samples: Samples, seed: int, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:

@@ -76,7 +76,9 @@ def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> 
         value = now.get(key, given[key])
         same = key in plain and plain[key] == value and key.split(".")[0] not in sections
         if not is_free(key) and key not in ("seed", "debug") and not same and (key in now or value is not None):
-            words.append(f"{_leaf(key, now)}_{_text(value)}")
+            words.append(
+                _text(Path(value).name) if key == "data.path" and value else f"{_leaf(key, now)}_{_text(value)}"
+            )
     return _short("-".join(words))
 
 

@@ -121,6 +121,7 @@ class Validation(EveryNImages):
     ) -> None:
         super().__init__(logger, ema, every)
         self.sets, self.log_snr = validation_sets(held_out, train), log_snr
+        logger.levels = log_snr
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
         values: dict[str, float] = {}

@@ -35,7 +35,6 @@ from diffbench.training.module import TrainingModule
 from diffbench.training.wandb_log import WandbLog
 
 LAYOUT = {
-    "Where it is better": {"error of eps by log-SNR": ["Multiline", ["val/level/.*"]]},
     "How it trains": {
         "training loss": ["Multiline", ["train/loss"]],
         "gradient norm": ["Multiline", ["train/grad_norm"]],
@@ -47,6 +46,11 @@ LAYOUT = {
 METRICS, TRAINING = "metrics.jsonl", "training"
 FINAL = ("val/bound", "train/loss")
 """Metrics of the hparams tab: their last values."""
+
+
+def _line(tag: str) -> list[Any]:
+    """A chart of one value, a line for each run: a margin of no width, as TensorBoard smooths all other charts."""
+    return ["Margin", [tag, tag, tag]]
 
 
 def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: str = "") -> None:
@@ -135,6 +139,8 @@ class RunLogger(L.Callback):
         self.hparams = hparams or {}
         self.path, self.folder = folder / METRICS, folder
         self.batch_size, self.every, self.config_text = batch_size, every, config_text
+        self.levels: Sequence[float] = ()
+        """Noise levels, log-SNR, that validation records; each has a chart."""
         self.clock = Clock()
         self.images = 0
         self._losses: list[Tensor] = []  # not yet counted: to read each at once would wait for the device
@@ -151,10 +157,13 @@ class RunLogger(L.Callback):
         self._writer = _new_writer(self.folder, purge_step=self.images + 1 if self._resumed else 0)
         if not self._resumed:
             self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
-            watched = {m.title: ["Multiline", [f"{m.name}($|[/@])"]] for m in registry.METRICS.values() if m.watched}
+            watched = [metric for metric in registry.METRICS.values() if metric.watched]
+            better = {m.title: _line(m.name) if "/" in m.name else ["Multiline", [f"{m.name}[/@]"]] for m in watched}
+            levels = {f"error of eps at log-SNR {level:g}": _line(f"val/level/{level:g}") for level in self.levels}
+            where = {"Where it is better, from noise (low log-SNR) to image": levels} if levels else {}
             margins = {name: ["Margin", [name, f"band/{name}/low", f"band/{name}/high"]] for name in self._bands}
             healthy = {"Does it go as healthy runs did": margins} if margins else {}
-            self._writer.add_custom_scalars({"Which backbone is better": watched, **LAYOUT, **healthy})
+            self._writer.add_custom_scalars({"Which backbone is better": better, **where, **LAYOUT, **healthy})
             for summary in hparams(self.hparams, dict.fromkeys(FINAL, 0.0)):  # add_hparams would make a run of its own
                 self._writer._get_file_writer().add_summary(summary)
 

@@ -126,10 +126,12 @@ class Entry:
     Attributes:
         build: makes it; or a plain nn.Module that maps uint8 images (B, C, H, W) of the data's size to features (B, D).
         check: raises ValueError, one line that says what to install or where to put which file; takes no time.
+        installed: whether the packages that it needs are there.
     """
 
     build: Callable[[Request], Extractor | nn.Module]
     check: Callable[[Request], None] = lambda request: None
+    installed: Callable[[], bool] = lambda: True
 
 
 EXTRACTORS: dict[str, Entry] = {}

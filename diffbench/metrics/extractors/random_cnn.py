@@ -1,0 +1,50 @@
+"""random-cnn: an untrained convolutional network with fixed weights, which scores any images and needs no download.
+
+Features of random networks tell blur, noise, colour and texture apart, and rank samples outside ImageNet's world about
+as trained ones do (Naeem et al. 2020, §5.2); they know nothing of objects, so that small differences mean little.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from diffbench.metrics.extractors.base import Extractor, Features, Request, state_hash
+from diffbench.metrics.extractors.resize import antialiased
+
+SIZE = 32
+
+
+def build(request: Request) -> Extractor:
+    """Make the extractor: 32 channels of the last layer in each quarter of an image at 32x32, 128 features."""
+    widths = (3, 32, 64, 64, 32)
+    layers: list[nn.Module] = []
+    generator = torch.Generator().manual_seed(0)
+    for i, (c_in, c_out) in enumerate(pairwise(widths)):
+        layer = nn.Conv2d(c_in, c_out, 3, stride=1 + (i > 0), padding=1, bias=False)
+        nn.init.normal_(layer.weight, std=(2 / (9 * c_in)) ** 0.5, generator=generator)  # keeps the variance (He 2015)
+        layers += [layer, nn.ReLU()]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()).requires_grad_(False)
+
+    def prepare(images: Tensor) -> Tensor:
+        return antialiased(images, SIZE) / 127.5 - 1
+
+    return Extractor(
+        name="random-cnn",
+        network=network,
+        run=lambda x: Features(network(x)),
+        dim=128,
+        weights=state_hash(network),
+        licence="none: random numbers",
+        prepare=prepare,
+    )
+
+
+def check(request: Request) -> None:
+    """Check that the images are grey or in colour.
+
+    Raises:
+        ValueError: if they are neither.
+    """
+    if request.shape[0] not in (1, 3):
+        raise ValueError(f"random-cnn reads grey or RGB images, got {request.shape[0]} channels")

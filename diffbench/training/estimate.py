@@ -1,0 +1,69 @@
+"""How long training will take, said before its first step."""
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from diffbench.core import distributed
+from diffbench.core.progress import span
+from diffbench.sampling.cost import timed
+from diffbench.training.logger import RunLogger
+
+WORTH_SAYING = 30.0
+"""Seconds of training below which nothing is said."""
+
+
+class TimeEstimate(L.Callback):
+    """Times a step of zeros, which leaves no trace, and says how long all of them take here.
+
+    Args:
+        logger: prints the line; its clock stands still meanwhile.
+        shape: (C, H, W) of what the network is trained on.
+    """
+
+    def __init__(self, logger: RunLogger, shape: tuple[int, int, int]) -> None:
+        self.logger, self.shape = logger, shape
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        left = trainer.max_steps * self.logger.batch_size - self.logger.images
+        if distributed.world_size() > 1 or left <= 0:  # several processes would have to do it together
+            return
+        with self.logger.clock.paused():
+            each = self._seconds(trainer, pl_module)
+        if left * each >= WORTH_SAYING:
+            self.logger.say(
+                f"time: {left:,} images at about {1 / each:,.0f} images/s here, {span(left * each)} of training"
+                f" (trainer.max_images={_round(600 / each):_} takes ten minutes)"
+            )
+
+    def _seconds(self, trainer: L.Trainer, module: Any) -> float:
+        """Seconds of training for an image; of a few images where a whole micro-batch takes long."""
+        network, process = module.network, module.process
+        weight = next(network.parameters())
+
+        def step(size: int) -> float:
+            x = torch.zeros(size, *self.shape, device=weight.device, dtype=weight.dtype)
+            t = process.time(torch.full((size,), 0.5, dtype=torch.float64, device=weight.device)).to(x)
+            y = torch.zeros(size, dtype=torch.int64, device=weight.device)
+
+            def work() -> None:
+                with trainer.precision_plugin.forward_context():
+                    loss = network(x, t, y).square().mean()
+                loss.backward()
+
+            return timed(work, weight.device) / size
+
+        size = self.logger.batch_size // trainer.accumulate_grad_batches
+        with torch.random.fork_rng(devices=[]):
+            found = step(min(8, size))
+            if found * size < 1:
+                found = step(size)
+        network.zero_grad(set_to_none=True)
+        return found
+
+
+def _round(images: float) -> int:
+    """A number of images with one digit that is not zero, at least 100."""
+    size = 10 ** max(2, len(str(int(images))) - 1)
+    return max(100, int(images // size * size))
