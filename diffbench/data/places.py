@@ -102,11 +102,13 @@ def suitable(path: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=16)
 def _suitable(path: str, _stamp: str) -> tuple[int, int]:
-    if not os.path.isdir(path):
-        return SIDE, 3
-    place, sides, grey = locate(path), [], []
-    for file in place.files[:: -(-len(place.files) // 200)] if place.kind == "folder" else []:
-        with contextlib.suppress(Exception), Image.open(os.path.join(place.root, file), formats=FORMATS) as image:
+    files: list[str] = []
+    if os.path.isdir(path):
+        with contextlib.suppress(ValueError):  # reported where the images are needed
+            files = list_files(Path(path)).images
+    sides, grey = [], []
+    for file in files[:: -(-len(files) // 200) or 1]:
+        with contextlib.suppress(Exception), Image.open(os.path.join(path, file), formats=FORMATS) as image:
             sides.append(min(image.size))
             grey.append(is_grey(image))
     if not sides:

@@ -114,24 +114,33 @@ def check_halves(key: str, levels: int, sides: tuple[int, ...], section: str = "
             raise ValueError(f"{section}.{key}: {levels} levels need an image whose sides {factor} divides, got {side}")
 
 
-def unet_levels(config: Any, image_size: int, section: str = "denoiser") -> tuple[list[int], list[int]]:
-    """Width of each level of a U-Net, and the resolutions with attention; null means 16, where the network has that.
+def unet_levels(
+    config: Any, image_size: int | tuple[int, int], section: str = "denoiser"
+) -> tuple[list[int], list[int], int]:
+    """Width of each level of a U-Net, the resolutions with attention, and the resolution of the image, its longer side.
+
+    Attention of null means 16, where the network has that.
 
     Raises:
-        ValueError: if the levels do not halve the image, or a resolution with attention occurs at none of them.
+        ValueError: if the levels do not halve the image, a resolution with attention occurs at none of them, or TMSA
+            meets an image that is not square.
     """
     widths = [int(config.model_channels * factor) for factor in config.channel_mult]
-    check_halves("channel_mult", len(widths), (image_size,), section)
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    check_halves("channel_mult", len(widths), sides, section)
+    if getattr(config, "tmsa", False) and sides[0] != sides[1]:
+        raise ValueError(f"{section}.tmsa: needs a square image, got {sides[0]}x{sides[1]}; leave it at false")
+    longer = max(sides)
     if config.attention_resolutions is None:
-        return widths, [16]
-    there = [image_size >> level for level in range(len(widths))]
+        return widths, [16], longer
+    there = [longer >> level for level in range(len(widths))]
     for side in config.attention_resolutions:
         if side not in there:
             choices = ", ".join(map(str, there))
             raise ValueError(
                 f"{section}.attention_resolutions: {side} never occurs; the levels are {choices} pixels a side"
             )
-    return widths, config.attention_resolutions
+    return widths, config.attention_resolutions, longer
 
 
 def check_shape(x: Tensor, channels: int, height: int, width: int) -> None:

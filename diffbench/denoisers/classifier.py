@@ -45,9 +45,11 @@ class NoisyClassifier(nn.Module):
         ValueError: if the levels do not divide the image, or heads or norm groups a level's width.
     """
 
-    def __init__(self, config: ClassifierConfig, image_size: int, channels: int, num_classes: int) -> None:
+    def __init__(
+        self, config: ClassifierConfig, image_size: int | tuple[int, int], channels: int, num_classes: int
+    ) -> None:
         super().__init__()
-        widths, attended = unet_levels(config, image_size, "classifier")
+        widths, attended, longer = unet_levels(config, image_size, "classifier")
         self.channels, self.divisor = channels, 2 ** (len(widths) - 1)
         emb = 4 * config.model_channels
         self.condition = ConditionEmbedding(emb, config.model_channels, 0, False, config.time_features)
@@ -56,7 +58,7 @@ class NoisyClassifier(nn.Module):
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.encoder = nn.ModuleList()
         for level, c in enumerate(widths):
-            size = image_size >> level
+            size = longer >> level
             heads = config.num_heads if size in attended else None
             check_divides("norm_groups", config.norm_groups, c, "a level's width", "classifier")
             if heads is not None:

@@ -36,8 +36,8 @@ class DDPMppConfig:
     num_blocks: int = 4
     """Residual blocks a level in the encoder; the decoder has one more."""
     attention_resolutions: list[int] | None = None
-    """Resolutions (pixels a side) with attention; the first block of the decoder always has it. null: 16, where the
-    network has that."""
+    """Resolutions (pixels of the longer side) with attention; the first block of the decoder always has it. null: 16,
+    where the network has that."""
     dropout: float = 0.13
     """0.13 for CIFAR-10, 0.05 for FFHQ-64."""
     augment_dim: int | None = None
@@ -66,29 +66,28 @@ class DDPMpp(Denoiser):
     def __init__(
         self,
         config: DDPMppConfig,
-        image_size: int,
+        image_size: int | tuple[int, int],
         channels: int,
         num_classes: int = 0,
         null_class: bool = True,
         learn_sigma: bool = False,
     ) -> None:
         super().__init__(channels, num_classes, null_class, learn_sigma)
-        self.image_size = image_size
-        widths, attended = unet_levels(config, image_size)
+        widths, attended, longer = unet_levels(config, image_size)
         levels = len(widths)
-        self.divisor = image_size if config.tmsa else 2 ** (levels - 1)
+        self.divisor = longer if config.tmsa else 2 ** (levels - 1)
         self.embedding = Embedding(config, num_classes)
         emb = config.embedding_mult * config.model_channels
 
         def block(c_in: int, c_out: int, level: int, attention: bool = False, **where: Any) -> Block:
-            return Block(config, c_in, c_out, emb, image_size >> level if attention else None, **where)
+            return Block(config, c_in, c_out, emb, longer >> level if attention else None, **where)
 
         width = config.model_channels
         self.stem = xavier_conv(channels, width, 3)
         self.encoder = nn.ModuleList()
         skips = [width]
         for level, c in enumerate(widths):
-            attention = image_size >> level in attended
+            attention = longer >> level in attended
             if level:
                 self.encoder.append(block(width, width, level, direction="down"))
                 skips.append(width)
@@ -98,7 +97,7 @@ class DDPMpp(Denoiser):
                 skips.append(width)
         self.decoder = nn.ModuleList()
         for level, c in reversed(list(enumerate(widths))):
-            attention = image_size >> level in attended
+            attention = longer >> level in attended
             if level == levels - 1:
                 self.decoder.extend([block(width, width, level, attention=True), block(width, width, level)])
             else:

@@ -32,8 +32,8 @@ class UNetConfig:
     num_res_blocks: int = 2
     """Residual blocks a level in the encoder; the decoder has one more."""
     attention_resolutions: list[int] | None = None
-    """Resolutions (pixels a side) at which attention follows each residual block; the middle always has it. null: 16,
-    where the network has that."""
+    """Resolutions (pixels of the longer side) at which attention follows each residual block; the middle always has it.
+    null: 16, where the network has that."""
     num_heads: int = 4
     """Attention heads; ignored where `num_head_channels` is set."""
     num_head_channels: int | None = None
@@ -67,16 +67,16 @@ class UNet(Denoiser):
     def __init__(
         self,
         config: UNetConfig,
-        image_size: int,
+        image_size: int | tuple[int, int],
         channels: int,
         num_classes: int = 0,
         null_class: bool = True,
         learn_sigma: bool = False,
     ) -> None:
         super().__init__(channels, num_classes, null_class, learn_sigma)
-        widths, attended = unet_levels(config, image_size)
+        widths, attended, longer = unet_levels(config, image_size)
         levels = len(widths)
-        self.divisor = image_size if config.tmsa else 2 ** (levels - 1)
+        self.divisor = longer if config.tmsa else 2 ** (levels - 1)
         emb = 4 * config.model_channels
         self.condition = ConditionEmbedding(
             emb, config.model_channels, num_classes, null_class, config.time_features, config.fourier_scale
@@ -106,7 +106,7 @@ class UNet(Denoiser):
         skips = [width]
         for level, c in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                self.encoder.append(stage(width, c, image_size >> level))
+                self.encoder.append(stage(width, c, longer >> level))
                 width = c
                 skips.append(width)
             if level < levels - 1:
@@ -114,14 +114,14 @@ class UNet(Denoiser):
                 skips.append(width)
         self.middle = nn.ModuleList(
             [
-                Stage(config, width, width, emb, heads(width), image_size >> (levels - 1)),
-                Stage(config, width, width, emb, None, image_size >> (levels - 1)),
+                Stage(config, width, width, emb, heads(width), longer >> (levels - 1)),
+                Stage(config, width, width, emb, None, longer >> (levels - 1)),
             ]
         )
         self.decoder = nn.ModuleList()
         for level, c in reversed(list(enumerate(widths))):
             for _ in range(config.num_res_blocks + 1):
-                self.decoder.append(stage(width + skips.pop(), c, image_size >> level, decoder=True))
+                self.decoder.append(stage(width + skips.pop(), c, longer >> level, decoder=True))
                 width = c
             if level:
                 self.decoder.append(between(width, "up"))

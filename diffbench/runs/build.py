@@ -60,19 +60,24 @@ def build_process(config: Any) -> Process:
 
 def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Denoiser:
     """The config's network for images like those of `data`, or for their latents; `shape` where that is known."""
-    channels, size, _ = shape or denoised_shape(config, data)
+    shape = shape or denoised_shape(config, data)
     with torch.device("cpu"):  # tables need values, also where the network is to have none
         process = build_process(config.process)
     return build(
         config.denoiser.name,
         config.denoiser,
-        image_size=size,
-        channels=channels,
+        image_size=image_size(shape),
+        channels=shape[0],
         num_classes=data.num_classes,
         null_class=null_label(config, data) is not None,
         learn_sigma=_learns_variance(config),
         noise_level=process.noise_level,
     )
+
+
+def image_size(shape: tuple[int, int, int]) -> int | tuple[int, int]:
+    """What a network is built for: the side of a square (C, H, W), else height and width."""
+    return shape[1] if shape[1] == shape[2] else shape[1:]
 
 
 def _learns_variance(config: RunConfig) -> bool:
@@ -85,11 +90,13 @@ _COSTS: dict[str, Cost] = {}
 
 def cost_of(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Cost:
     """Parameters and multiply-accumulates of the config's network."""
-    channels, size, _ = shape = shape or denoised_shape(config, data)
+    shape = shape or denoised_shape(config, data)
     null = null_label(config, data)
     key = repr((config.denoiser, shape, data.num_classes, null, _learns_variance(config)))
     if key not in _COSTS:
-        _COSTS[key] = registry.cost(config.denoiser, lambda: build_denoiser(config, data, shape), channels, size)
+        _COSTS[key] = registry.cost(
+            config.denoiser, lambda: build_denoiser(config, data, shape), shape[0], image_size(shape)
+        )
     return _COSTS[key]
 
 

@@ -70,10 +70,8 @@ class ClassifierRun(Run[ClassifierRunConfig]):
 
 
 def _network(config: ClassifierRunConfig, data: build.Shaped) -> NoisyClassifier:
-    channels, size, _ = data.shape
-    return NoisyClassifier(config.classifier, size, channels, data.num_classes)
+    return NoisyClassifier(config.classifier, build.image_size(data.shape), data.shape[0], data.num_classes)
 
 
 def _cost(config: ClassifierRunConfig, data: build.Shaped) -> Cost:
-    channels, size, _ = data.shape
-    return count(lambda: _network(config, data), channels, size)
+    return count(lambda: _network(config, data), data.shape[0], build.image_size(data.shape))

@@ -520,3 +520,11 @@ def test_another_average_is_sampled_and_scored(tmp_path: Path, refused: Callable
     assert not torch.equal(averages[0]["final.weight"], averages[1]["final.weight"])
     wanted = f"{run.folder}: ema: no average has decay 0.7; choose from 0.9, 0.5"
     assert refused("evaluate", run.folder, "ema=0.7") == refused("sample", run.folder, "ema=0.7") == wanted
+
+
+def test_own_modules_are_found_beside_the_console_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script has its own folder first on the path, where `python -m` has the working one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    assert main(["list", "--models"]) == 0
+    assert sys.path[-1] == str(tmp_path)

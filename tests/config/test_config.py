@@ -322,7 +322,8 @@ def test_a_missing_experiment_suggests_the_nearest() -> None:
     ):
         near = [path for path in experiments() if path.startswith("experiments/digits/")]
         choices = ", ".join(near if wrong.startswith("experiments/digits") else experiments())
-        assert refusal(wrong) == f"{wrong}: {said}; choose from {choices}; did you mean '{DIT}'?"
+        meant = "experiments/own/dit.yaml" if wrong == "dit" else DIT
+        assert refusal(wrong) == f"{wrong}: {said}; choose from {choices}; did you mean '{meant}'?"
 
 
 def test_defaults_that_do_not_fit_blame_the_file(tmp_path: Path) -> None:

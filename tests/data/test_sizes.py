@@ -82,6 +82,19 @@ def test_laptop_sizes_fit_the_image(name: str) -> None:
         assert 0.004 < cost.gmacs < (0.2 if side <= 32 else 0.6), side
 
 
+@pytest.mark.parametrize("name", DENOISERS)
+def test_images_need_not_be_square(name: str) -> None:
+    for height, width in ((16, 24), (48, 40)):
+        config = DENOISERS[name].config(**laptop(height, width)[name])
+        shape = {"image_size": (height, width), "channels": 3, "num_classes": 2}
+        with torch.device("meta"):
+            network = build(name, config, **shape, null_class=True, learn_sigma=False)
+            x = torch.empty(2, 3, height, width)
+            assert network(x, torch.empty(2), torch.zeros(2, dtype=torch.int64)).shape == x.shape
+    with pytest.raises(ValueError, match=r"denoiser\.tmsa: needs a square image, got 16x24"):
+        build("unet", DENOISERS["unet"].config(tmsa=True), image_size=(16, 24), channels=3)
+
+
 def test_a_laptop_preset_follows_the_images_and_keeps_overrides() -> None:
     config = load_config("experiments/own/dit.yaml", ["data.image_size=64", "denoiser.depth=2"])
     assert (config.denoiser.patch_size, config.denoiser.depth, config.denoiser.hidden_size) == (4, 2, 128)

