@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from own_images import folder as own_folder
 
 from diffbench.cli import main
 from diffbench.runs.lifecycle import train
@@ -35,6 +36,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         for model in ("dit", "unet"):
             train(f"experiments/digits/{model}.yaml", ["trainer.max_images=128"])
+        own_folder(folder / "pets", {"cat": 30, "dog": 30}, height=16, width=16)
+        (code,) = re.findall(r"```python\n(.*?)```", PAGES[Path("docs/evaluation.md")], re.DOTALL)
+        (folder / "features.py").write_text(code)
     return folder
 
 
@@ -87,6 +91,21 @@ def test_files_that_are_named_exist() -> None:
     for page, text in PAGES.items():
         for path in named.findall(text):
             assert (ROOT / path).is_file(), f"{page}: {path}"
+
+
+def test_the_study_of_own_images_is_one(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffbench.studies.config import load_study
+    from diffbench.studies.plan import training_variants
+
+    monkeypatch.chdir(clone)
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGES[Path("docs/data.md")], re.DOTALL)
+    path = clone / "pets.yaml"
+    path.write_text(block)
+    found = training_variants(load_study(path), path, {}, lambda config: 1.0)
+    assert [(g.name, g.config.denoiser.name, g.config.data.path) for g in found] == [
+        ("dit", "dit", "pets"),
+        ("unet", "unet", "pets"),
+    ]
 
 
 def test_the_study_of_the_docs_is_one(tmp_path: Path) -> None:
