@@ -74,7 +74,7 @@ class DDPMpp(Denoiser):
     ) -> None:
         super().__init__(channels, num_classes, null_class, learn_sigma)
         widths, attended, longer = unet_levels(config, image_size)
-        levels = len(widths)
+        levels, self.side = len(widths), longer
         self.divisor = longer if config.tmsa else 2 ** (levels - 1)
         self.embedding = Embedding(config, num_classes)
         emb = config.embedding_mult * config.model_channels

@@ -41,13 +41,21 @@ def sample_grid(c: Conclusion, path: Path) -> Plot | None:
         return None
     (shape, _), *_ = Counter(images.shape for images in rows.values()).most_common(1)
     rows = {name: images for name, images in rows.items() if images.shape == shape}
-    figure = new_figure(9.6, 0.35 + len(rows) * 8.6 / COLUMNS)
+    named = next((t for t in drawn if t.variant in rows and _seed(t) == seed), drawn[0])
+    classes = _classes(named, len(next(iter(rows.values()))))
+    figure = new_figure(9.6, (0.9 if classes else 0.35) + len(rows) * 8.6 / COLUMNS)
     panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for panel, (name, images) in zip(panels, rows.items(), strict=True):
         panel.imshow(grid(images, columns=len(images)), interpolation="nearest")
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
         panel.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=9, color=INK)
+    if classes:
+        width = shape[3] + 4  # of an image with its border
+        middles = {name: width * (classes.index(name) + classes.count(name) / 2) for name in classes}
+        panels[0].xaxis.tick_top()
+        panels[0].set_xticks(list(middles.values()), list(middles), rotation=45, ha="left", fontsize=8, color=INK)
+        panels[0].tick_params(length=0)
     caption = (
         f"Samples of each variant, seed {seed}, not chosen by hand: evenly spaced among those that were scored. A"
         " column starts from the same noise and asks for the same label, so that differences are the variants' own."
@@ -78,6 +86,18 @@ def _samples(trial: Trial) -> Tensor | None:
         return images[evenly_spaced(len(images), min(COLUMNS, len(images)))]
     except (OSError, DamagedError, KeyError):
         return None
+
+
+def _classes(trial: Trial, count: int) -> list[str]:
+    """Names of the classes of `_samples`, column by column; none where there are no classes or they are not known."""
+    folder, run = _samples_folder(trial), trial.run
+    try:
+        assert folder is not None and run is not None
+        sizes = Store(folder).identity()["labels"]  # samples are drawn class by class
+        names = [name for name, size in zip(run.facts.names, sizes, strict=True) for _ in range(size)]
+        return [names[i] for i in evenly_spaced(sum(sizes), count)]
+    except (OSError, DamagedError, KeyError, TypeError, ValueError, UserError):
+        return []
 
 
 def attention_maps(networks: dict[str, list[Trial]], path: Path) -> Plot | None:

@@ -117,7 +117,7 @@ def make_extractor(settings: EvaluateConfig, shape: tuple[int, int, int], run: D
     if run is not None:
         request = replace(references.extractor_request(run.train_set, settings.weights), shape=shape)
     else:
-        suited = next((source for source in SOURCES.values() if source.extractor == name), None)
+        suited = next((source for source in SOURCES.values() if name in source.extractors), None)
         learning = suited and (lambda: references.training_of(suited.load(suited.config())[0]))
         request = Request(shape, settings.weights, learning or None, cached=references.cached_network)
     with located():

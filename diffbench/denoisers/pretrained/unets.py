@@ -215,7 +215,7 @@ def _song_blueprint(arguments: dict[str, Any]) -> Blueprint:
 
 def _song_places(net: DDPMpp) -> dict[str, str]:
     """Our blocks in order, each with the name that its resolution and number give it."""
-    side = net.image_size
+    side = net.side
     places, name, number = {}, "", 0
     for half, blocks in {"enc": net.encoder, "dec": net.decoder}.items():
         for i, block in enumerate(blocks):
@@ -232,7 +232,7 @@ def _song_places(net: DDPMpp) -> dict[str, str]:
 
 
 def _song_rules(net: DDPMpp) -> Rules:
-    side = f"{net.image_size}x{net.image_size}"
+    side = f"{net.side}x{net.side}"
     places = {"stem": f"enc.{side}_conv", "out_norm": f"dec.{side}_aux_norm", "out": f"dec.{side}_aux_conv"}
     places |= {"embedding.label": "map_label", "embedding.augment": "map_augment"}
     places |= {"embedding.layer1": "map_layer0", "embedding.layer2": "map_layer1"} | _song_places(net)
