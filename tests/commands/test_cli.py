@@ -21,6 +21,7 @@ from diffbench.cli import VERBS, main
 from diffbench.config.layers import experiments
 from diffbench.config.load import load as load_config
 from diffbench.denoisers import DENOISERS
+from diffbench.sampling.images import CAPTION_HEIGHT
 
 ROOT = Path(__file__).parents[2]
 DIT = "experiments/digits/dit.yaml"
@@ -307,12 +308,12 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
     assert main(["sample", str(smoke_run), "n=12", "labels=3", "guidance=2", "seed=4", "steps=3"]) == 0
     path = Path(capsys.readouterr().out.strip())
     assert path.parent == smoke_run / "samples"
-    cell = 8 * 5 + 4  # 8 pixels, enlarged five times, with a border of 2
-    assert size(path) == (10 * cell, 2 * cell)
+    cell = 8 * 8 + 4  # 8 pixels, enlarged eight times, with a border of 2
+    assert size(path) == (10 * cell, 2 * cell + CAPTION_HEIGHT)
     out = tmp_path / "new" / "digits.png"
     assert main(["sample", str(smoke_run), "n=1", "sample.steps=3", f"out={out}"]) == 0
     assert capsys.readouterr().out == f"{out}\n"
-    assert size(out) == (cell, cell)
+    assert size(out) == (cell, cell + CAPTION_HEIGHT)
 
 
 @pytest.mark.parametrize(
