@@ -20,6 +20,7 @@ from diffbench.core import distributed
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.progress import progress, span
 from diffbench.data.coding import reconstruct
+from diffbench.data.sets import ImageSet
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
 from diffbench.evaluation import scorer as scorers
@@ -265,7 +266,7 @@ def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Score
     started = time.perf_counter()
     batches = ((index, images, labels[index]) for index, images in samples.batches(references.BATCH))
     values = scorer.scores(batches)
-    _draw_neighbours(samples, run.train_set.images)
+    _draw_neighbours(samples, labels, run.train_set, run.facts.names)
     return {
         **_facts(run, scorer.measurement.extractor),
         "snapshot": run.snapshot,
@@ -291,15 +292,17 @@ def _facts(run: DenoiserRun | AutoencoderRun, extractor: Extractor | None) -> di
     }
 
 
-def _draw_neighbours(samples: Samples, training: Tensor) -> None:
-    """Save nearest.png: sixteen samples above, the training image nearest to each below."""
+def _draw_neighbours(samples: Samples, labels: Tensor, training: ImageSet, names: Sequence[str]) -> None:
+    """Save nearest.png: sixteen samples above, the training image nearest to each below, both with their classes."""
     from diffbench.sampling.images import save_grid
 
     path, shown = samples.folder / "nearest.png", min(16, samples.count)
     if not path.exists():
-        images = samples.images()[evenly_spaced(samples.count, shown)]
-        beside = training[nearest(images, training)[1]]
-        save_grid(torch.cat([images, beside]), columns=shown, path=path)
+        index = evenly_spaced(samples.count, shown)
+        images = samples.images()[index]
+        found = nearest(images, training.images)[1]
+        captions = [names[label] for label in torch.cat([labels[index], training.labels[found]])] if names else None
+        save_grid(torch.cat([images, training.images[found]]), shown, path, captions)
 
 
 def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, Any]:
