@@ -16,7 +16,6 @@ from typing import Any, Literal
 from PIL import Image
 
 from diffbench.data.planted import PlantedConfig
-
 from diffbench.data.transforms import FORMATS, SUFFIXES, both_sides, is_grey
 
 SIDE = 32

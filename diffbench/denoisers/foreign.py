@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffbench.denoisers import flops
 from diffbench.denoisers.base import Denoiser, check_output
-from diffbench.denoisers.layers import labels_or_null
+from diffbench.denoisers.layers import both_sides, labels_or_null
 from diffbench.denoisers.source import Source, load
 
 LEVELS = 1e-4, 1e4
@@ -186,7 +186,7 @@ class Foreign(Denoiser):
     def __init__(
         self,
         config: ForeignConfig,
-        image_size: int,
+        image_size: int | tuple[int, int],
         channels: int,
         num_classes: int = 0,
         null_class: bool = True,
@@ -246,7 +246,7 @@ def _network(config: ForeignConfig, shape: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def count(make: Callable[[], nn.Module], channels: int, image_size: int) -> flops.Cost:
+def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[int, int]) -> flops.Cost:
     """The cost of a network from outside; on the CPU where it cannot run without values, as one that calls `.item()`.
 
     Raises:
@@ -255,7 +255,7 @@ def count(make: Callable[[], nn.Module], channels: int, image_size: int) -> flop
     try:
         return flops.count(make, channels, image_size)
     except Exception:
-        x = torch.zeros(1, channels, image_size, image_size)
+        x = torch.zeros(1, channels, *both_sides(image_size))
         with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted on a CPU
             return _run(make(), flops.measure, x, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 

@@ -116,7 +116,7 @@ def build(name: str, config: Any, noise_level: Callable[[Tensor], Tensor] | None
     return DENOISERS[name].build(config, **shape)
 
 
-def cost(config: Any, make: Callable[[], Denoiser], channels: int, image_size: int) -> Cost:
+def cost(config: Any, make: Callable[[], Denoiser], channels: int, image_size: int | tuple[int, int]) -> Cost:
     """The cost of the network that `make` builds of a config."""
     return (foreign.count if isinstance(config, ForeignConfig) else count)(make, channels, image_size)
 
