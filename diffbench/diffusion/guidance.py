@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffbench.diffusion.process import LabelledPredict, Predict, Prediction, Process, per_sample
+from diffbench.diffusion.process import LabelledPredict, Predict, Prediction, Process, divisor, per_sample
 
 Weight = float | Callable[[Tensor], Tensor]
 
@@ -92,7 +92,7 @@ def classifier_guidance(
     def guided(x: Tensor, t: Tensor) -> Prediction:
         prediction, towards = predict(x, t), scale * gradient(x, t)
         alpha, sigma = process.alpha_sigma(t.to(x.device), x)
-        x0, eps = prediction.x0 + sigma**2 / alpha * towards, prediction.eps - sigma * towards
+        x0, eps = prediction.x0 + sigma**2 / divisor(alpha) * towards, prediction.eps - sigma * towards
         return Prediction(x0, eps, prediction.variance)
 
     return guided

@@ -190,9 +190,9 @@ class Process(ABC):
         """
         out, p, prediction = out[:, : x_t.shape[1]], self.path(t), self.config.prediction
         if prediction == "x0":
-            return Prediction(out, (x_t - per_sample(p.alpha, x_t) * out) / per_sample(_divisor(p.sigma), x_t))
+            return Prediction(out, (x_t - per_sample(p.alpha, x_t) * out) / per_sample(divisor(p.sigma), x_t))
         if prediction == "eps":
-            return Prediction((x_t - per_sample(p.sigma, x_t) * out) / per_sample(_divisor(p.alpha), x_t), out)
+            return Prediction((x_t - per_sample(p.sigma, x_t) * out) / per_sample(divisor(p.alpha), x_t), out)
         a, b = p.coefficients(prediction, self.sigma_data)
         scale = p.alpha * b - p.sigma * a
         x0 = per_sample(b / scale, x_t) * x_t - per_sample(p.sigma / scale, x_t) * out
@@ -255,7 +255,7 @@ def _on(t: Tensor, device: torch.device) -> Tensor:
     return torch.full(t.shape, t[0].item(), dtype=t.dtype, device=device)
 
 
-def _divisor(values: Tensor) -> Tensor:
+def divisor(values: Tensor) -> Tensor:
     """Values with 0 replaced by infinity, by which anything divides to 0, its gradient too."""
     return values.masked_fill(values == 0, math.inf)
 

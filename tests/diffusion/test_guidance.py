@@ -175,6 +175,8 @@ def test_a_perfect_classifier_at_scale_one_makes_the_model_conditional(process: 
     got, want = classifier_guidance(plain, gradient, process, 1.0)(x, t), mixture.only(1).denoiser(process)(x, t)
     assert (got.x0 - want.x0).abs().max() < 1e-10
     assert (got.eps - want.eps).abs().max() < 1e-10
+    start = process.grid(5)[0].time.expand(3)  # of a flow: no image at all
+    assert bool(classifier_guidance(plain, gradient, process, 1.0)(x, start).x0.isfinite().all())
     assert classifier_guidance(plain, gradient, process, 0.0) is plain
 
 
