@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffbench.config.layers import experiments
 from diffbench.core.errors import UserError
+from diffbench.core.terminal import beside
 from diffbench.denoisers import DENOISERS, PRESETS
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
     """Lines on backbones, presets and experiments, or on the presets alone."""
     if not only_models:
         yield "backbones (denoiser.name)"
-        yield from (f"  {name:<14} {entry.summary}" for name, entry in DENOISERS.items())
+        yield from (beside(f"  {name:<14}", entry.summary) for name, entry in DENOISERS.items())
         yield ""
-    yield "presets (denoiser.preset), each counted at its own input; GMACs are what papers call Gflops"
+    yield beside("presets", "(denoiser.preset), each counted at its own input; GMACs are what papers call Gflops")
     for name, preset in PRESETS.items():
         size = f"{preset.cost.parameters:>12,} parameters  {preset.cost.gmacs:>7.2f} GMACs"
-        yield f"  {name:<24} {size}  ({preset.source})"
+        yield beside(f"  {name:<24} {size} ", f"({preset.source})")
     if only_models:
         return
     yield "\nexperiments"
@@ -56,7 +57,7 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
     if not paths:
         yield "  none here; `diffbench init` copies the shipped ones"
     for path in paths:
-        yield f"  {path:<{max(map(len, paths))}} {_purpose(path)}"
+        yield beside(f"  {path:<{max(map(len, paths))}}", _purpose(path))
 
 
 def _purpose(path: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import textwrap
 from typing import TextIO
 
 
@@ -16,3 +17,13 @@ def coloured(text: str, colour: str, stream: TextIO) -> str:
     if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\033[{ {'red': 31, 'green': 32, 'yellow': 33}[colour] }m{text}\033[0m"
+
+
+def beside(left: str, text: str) -> str:
+    """A line of two parts; on a terminal that is too narrow, the second one is wrapped beside or below the first."""
+    room = width()
+    if room is None or len(left) + 1 + len(text) <= room:
+        return f"{left} {text}"
+    if len(left) > room // 2:
+        return f"{left.rstrip()}\n{textwrap.fill(text, room, initial_indent='    ', subsequent_indent='    ')}"
+    return textwrap.fill(text, room, initial_indent=f"{left} ", subsequent_indent=" " * (len(left) + 1))

@@ -1,11 +1,13 @@
 """Conventions of a command line: help with keys, shipped experiments, where values come from, completion."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from made_runs import make_run
 
 from diffbench.cli import main
 from diffbench.commands.verbs import VERBS
@@ -110,6 +112,40 @@ def test_completion(line: str, completed: set[str], capsys: Capture, tmp_path: P
     )
     done = subprocess.run([bash, str(script)], capture_output=True, text=True, check=True, cwd=ROOT)
     assert set(done.stdout.split()) == completed
+
+
+def test_json_for_scripts(tmp_path: Path, capsys: Capture) -> None:
+    runs = [
+        str(
+            make_run(
+                tmp_path / "digits" / f"{name}-s{seed}", name, seed, error + 0.001 * seed, [f"runs_dir={tmp_path}"]
+            )
+        )
+        for name, error in (("dit", 0.1), ("unet", 0.2))
+        for seed in range(3)
+    ]
+    (tmp_path / "digits" / "broken").mkdir()
+    (tmp_path / "digits" / "broken" / "config.yaml").write_text("[")
+    assert main(["list", str(tmp_path), "--json"]) == 0
+    broken, first, *_ = json.loads(capsys.readouterr().out)
+    assert "error" in broken and first["run"] == runs[0] and first["complete"] is True
+    assert first["validation"]["val/bound"] == pytest.approx(0.1)
+    assert main(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["presets"]["DiT-S/2"]["gmacs"] == pytest.approx(6.06, abs=0.005)
+    assert main(["compare", *runs, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["outcome"], found["primary"], len(found["runs"])) == ("winner", "val/bound", 6)
+    assert found["variants"]["unet"]["val/bound"]["mean"] == pytest.approx(0.201)
+    (test,) = found["tests"]
+    assert test["winner"] == "dit" and test["n"] == 3 and test["mean"] == pytest.approx(-0.1)
+    assert Path(found["report"]).is_file()
+
+
+@pytest.mark.parametrize("words", [[], ["--models"]])
+def test_a_list_fits_80_columns(words: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffbench.core.terminal.width", lambda: 80)
+    assert main(["list", *words]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.slow
