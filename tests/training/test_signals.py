@@ -62,7 +62,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def signalled(patch: pytest.MonkeyPatch, what: str, time: int, numbers: tuple[int, ...]) -> list[str]:
-    """Sends this process signals when it is about to validate, or to draw with so many labels, for the n-th time; what
+    """Sends this process signals when it is about to validate on a set, or to draw with so many labels, for the n-th time; what
     is returned fills with what was finished."""
     met, finished = [0], list[str]()
 
@@ -90,8 +90,8 @@ def signalled(patch: pytest.MonkeyPatch, what: str, time: int, numbers: tuple[in
 @pytest.mark.parametrize(
     ("what", "time", "step", "number", "left"),
     [
-        ("validation", 2, 8, signal.SIGINT, ["Validation"]),
-        ("validation", 3, 12, signal.SIGTERM, ["Validation", "Distance", "SampleGrid"]),  # the last step's
+        ("validation", 4, 8, signal.SIGINT, ["Validation"]),  # each measures held-out, then training images
+        ("validation", 5, 12, signal.SIGTERM, ["Validation", "Distance", "SampleGrid"]),  # the last step's
         ("distance", 2, 5, signal.SIGTERM, ["Distance"]),  # the second of two batches
         ("distance", 8, 12, signal.SIGINT, ["Distance", "SampleGrid"]),  # the best weights', on fresh noise
         ("grid", 1, 6, signal.SIGINT, ["SampleGrid"]),
