@@ -1,7 +1,7 @@
 """The conclusion of a comparison: summaries of every variant, paired differences, the answer in a sentence or two."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Literal
 
@@ -75,6 +75,7 @@ class Conclusion:
         outcome: of the comparison.
         answer: in a sentence or two.
         notes: what the statistics have to say besides the comparison's own notes.
+        rungs: budget -> the conclusion there, rising, where runs pass several budgets; the last is this one.
     """
 
     comparison: Comparison
@@ -85,6 +86,7 @@ class Conclusion:
     outcome: Literal["winner", "disputed", "tie", "partly", "not decided"] = "not decided"
     answer: str = ""
     notes: list[str] = field(default_factory=list)
+    rungs: "dict[str, Conclusion]" = field(default_factory=dict)
 
     @property
     def trials(self) -> list[Trial]:
@@ -149,7 +151,31 @@ def conclude(comparison: Comparison) -> Conclusion:
     if disputed := _disputed(c):
         c.answer += f" Other measures disagree: {'; '.join(disputed)}."
         c.outcome = "disputed" if c.outcome == "winner" else c.outcome
+    for budget, rung in comparison.rungs.items():
+        c.rungs[budget] = conclude(replace(comparison, trials=rung, rungs={}))
+    if c.rungs:
+        c.answer = f"At {list(c.rungs)[-1]}: {c.answer} {_at_each_rung(c)}"
     return c
+
+
+def holds_at(c: Conclusion, x: PairedTest) -> list[str]:
+    """The budgets of a ladder at which a pair has the same verdict, the same variant better."""
+    same = []
+    for budget, rung in c.rungs.items():
+        tests = (y for y in rung.tests if (y.first, y.second) == (x.first, x.second))
+        if any((y.verdict, y.winner) == (x.verdict, x.winner) for y in tests):
+            same.append(budget)
+    return same
+
+
+def _at_each_rung(c: Conclusion) -> str:
+    """Who is best at each budget, and against how many others that is decided."""
+    parts = []
+    for budget, rung in c.rungs.items():
+        if ranked := rung.ranked():
+            won = sum(x.winner == ranked[0] for x in rung.tests_of(ranked[0]).values())
+            parts.append(f"{ranked[0]} at {budget} (decided against {won} of {len(rung.variants) - 1})")
+    return f"The best by budget: {', '.join(parts)}." if parts else ""
 
 
 def _summaries(trials: Sequence[Trial]) -> dict[str, Summary]:

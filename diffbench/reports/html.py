@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffbench.core.files import write_text
 from diffbench.metrics.registry import metric_of
-from diffbench.reports import tables
+from diffbench.reports import ladder, tables, tuning
 from diffbench.reports.conclusions import Conclusion, conclude, confidence
 from diffbench.reports.figures import Plot
 from diffbench.reports.plots import draw
@@ -60,6 +60,8 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         tables=tables,
         quality=_quality(c),
         agreement=tables.agreement(c),
+        tuning=tuning.table(c),
+        ladder=ladder.tables(c),
         titles={name: _title(name) for name in c.metrics},
         best=c.ranked()[:1] if c.outcome in ("winner", "disputed") else [],
         decided=[f"{x.first} - {x.second}" for x in c.tests if x.winner],

@@ -24,10 +24,12 @@ from diffbench.reports.figures import (
     styles,
 )
 from diffbench.reports.images import attention_maps, sample_grid
+from diffbench.reports.ladder import ladder_plot
 from diffbench.reports.results import Trial
 from diffbench.reports.series import Sweep, band, curve, networks, noise_levels, sweeps
 from diffbench.reports.statistics import LEAST
 from diffbench.reports.tables import floors
+from diffbench.reports.tuning import tuning_plot
 
 GREEN, RED = "#009e73", "#d55e00"
 MOST_ROWS = 40
@@ -49,6 +51,8 @@ def draw(c: Conclusion, folder: Path) -> list[Plot]:
             path = folder / f"budget-{metric_of(name).name.replace('/', '-')}.png"
             found.append(budget_plot(c, chosen, style, name, path, folded))
         found.append(level_plot(c, chosen, style, folder / "noise-levels.png", folded))
+    found.append(ladder_plot(c, style, folder / "ladder.png"))
+    found.append(tuning_plot(c, folder / "tuning.png"))
     found += [sample_grid(c, folder / "samples.png"), attention_maps(chosen, folder / "attention.png")]
     return [plot for plot in found if plot is not None]
 

@@ -41,6 +41,7 @@ class Trial:
         run: its run, which trials that differ only in sampling share; None where there is none yet.
         record: the evaluation that belongs to the variant, as results.jsonl holds it; None where there is none.
         why: why it failed or is unfinished, in one line.
+        at: images of the rung that it is of, where the run passes several.
     """
 
     variant: str
@@ -49,6 +50,12 @@ class Trial:
     run: Run[Any] | None = None
     record: dict[str, Any] | None = None
     why: str = ""
+    at: int | None = None
+
+    @property
+    def images(self) -> int:
+        """Images that the weights in question have seen; 0 without a run."""
+        return self.at or (self.run.images_seen if self.run else 0)
 
     @property
     def complete(self) -> bool:
@@ -60,6 +67,8 @@ class Trial:
         """Every number under its full name: those of the last validation, then the record's."""
         found: dict[str, float] = {}
         for line in self.run.metrics if self.run else ():
+            if self.at is not None and line["images"] > self.at:
+                break
             found |= {name: value for name, value in line.items() if name.startswith(VALIDATION)}
         return found | values(self.record or {})
 
@@ -74,7 +83,14 @@ class Trial:
     @property
     def flops(self) -> float | None:
         """Training FLOPs so far."""
-        return None if self.cost is None or self.run is None else self.cost.training_flops(self.run.images_seen)
+        return None if self.cost is None or self.run is None else self.cost.training_flops(self.images)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of training so far, where they were logged."""
+        if self.run is None or not self.run.timeline:
+            return None
+        return float(np.interp(self.images, *np.array([(0.0, 0.0), *self.run.timeline]).T))
 
     @cached_property
     def peak_gb(self) -> float | None:
@@ -88,9 +104,29 @@ class Trial:
     def image_bounds(self) -> np.ndarray | None:
         """(images,) bounds of single held-out images in nats per dimension, of the weights that the run holds now."""
         found = read_image_errors(self.run.folder) if self.run else None
-        if not found or self.run is None or found.images != self.run.images_seen:
+        if not found or self.run is None or found.images != self.images:
             return None
         return np.asarray(bound(found.log_snr, found.error.astype(np.float64)))
+
+
+@dataclass(frozen=True)
+class TriedPoint:
+    """A point of a tuning grid.
+
+    Attributes:
+        label: whose values are tuned.
+        values: key -> value.
+        name: of the metric that chooses, in full.
+        value: of it; None where the run failed, or has not come so far.
+        flops, seconds: of training; 0 where a run is sampled in another way.
+    """
+
+    label: str
+    values: dict[str, Any]
+    name: str
+    value: float | None
+    flops: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -106,6 +142,8 @@ class Comparison:
         baseline: the variant that all others are compared with; None for all pairs.
         like_for_like: False where variants differ in more than the question, which the report then says.
         notes: what a reader must know: budgets, residuals of matching, costs of tuning, failures.
+        tried: what tuning measured.
+        rungs: budget in words -> its trials, rising, where runs pass several; `trials` are those of the last.
     """
 
     title: str
@@ -115,6 +153,8 @@ class Comparison:
     baseline: str | None = None
     like_for_like: bool = True
     notes: list[str] = field(default_factory=list)
+    tried: list[TriedPoint] = field(default_factory=list)
+    rungs: dict[str, list[Trial]] = field(default_factory=dict)
 
 
 def check_comparable(trials: Sequence[Trial], primary: str) -> None:

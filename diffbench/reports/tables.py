@@ -9,7 +9,7 @@ import pandas as pd
 from diffbench.evaluation.records import values
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.columns import columns, filled
-from diffbench.reports.conclusions import Conclusion, PairedTest, levels_of
+from diffbench.reports.conclusions import Conclusion, PairedTest, holds_at, levels_of
 from diffbench.reports.results import Trial, newest_scores, settings
 from diffbench.reports.text import interval_text, mean_text, number, percent
 from diffbench.runs.base import Run
@@ -160,6 +160,8 @@ def pairs(c: Conclusion, tests: Sequence[PairedTest] | None = None) -> Rows:
             "verdict": f"{x.winner} is better" if x.winner else tie if x.verdict == "tie" else "not decided",
             "detectable": "-" if x.detectable is None else number(x.detectable, c.name, x.paired.half),
         }
+        if c.rungs:
+            row["same verdict at"] = ", ".join(holds_at(c, x)) or "-"
         if x.by_image is not None:
             row["by image and noise"] = interval_text(x.by_image, "val/bound")
         rows.append(row)

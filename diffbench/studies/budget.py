@@ -62,7 +62,7 @@ class Probe:
         forwards = FORWARDS * variant.images
         for changes in variant.evaluations.values() if evaluations else ():
             how = evaluated(c, changes, "study")
-            forwards += how.evaluate.count * network_evaluations(run.process, how.sample)
+            forwards += max(1, len(variant.rungs)) * how.evaluate.count * network_evaluations(run.process, how.sample)
         return forwards * self._forward[name]
 
 

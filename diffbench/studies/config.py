@@ -21,24 +21,47 @@ EXPERIMENT = "experiment"
 """Key of a variant: the YAML that it varies in place of the study's."""
 
 
+def is_sampled(key: str) -> bool:
+    """Whether a dotted key changes samples alone, not the weights."""
+    return key.split(".")[0] in EVALUATED
+
+
 @dataclass
 class StopConfig:
-    """When training ends: exactly one of these, alike for all variants."""
+    """When training ends: exactly one of these, alike for all variants; a rising list is a ladder, whose rungs one run
+    passes at a constant rate, each of them scored."""
 
-    images: int | None = None
+    images: Any = None
     """Images seen."""
-    flops: float | None = None
+    flops: Any = None
     """Training FLOPs: 2 a multiply-accumulate, 3 forward passes an image."""
-    seconds: float | None = None
+    seconds: Any = None
     """Seconds of training, turned into images by each variant's rate, which the plan measures."""
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
             raise ValueError(f"stop: must hold one of images, flops and seconds, got {', '.join(given) or 'none'}")
-        name, value = next(iter(given.items()))
-        if value <= 0:
-            raise ValueError(f"stop.{name}: must be positive, got {value:g}")
+        rungs = self.rungs
+        numbers = all(isinstance(r, int | float) and not isinstance(r, bool) and r > 0 for r in rungs)
+        if not rungs or not numbers or sorted(set(rungs)) != rungs:
+            raise ValueError(f"stop.{self.unit}: must be a positive number or a rising list, got {shown(rungs)}")
+
+    @property
+    def unit(self) -> str:
+        """images, flops or seconds."""
+        return next(name for name, value in vars(self).items() if value is not None)
+
+    @property
+    def rungs(self) -> list[float]:
+        """The budgets, one or several, rising."""
+        value = getattr(self, self.unit)
+        return value if isinstance(value, list) else [value]
+
+    def text(self, rung: float) -> str:
+        """A budget in words."""
+        words = {"images": f"{rung:,} images", "flops": f"{rung:.3g} training FLOPs", "seconds": f"{rung:g} seconds"}
+        return words[self.unit]
 
 
 @dataclass
@@ -58,12 +81,14 @@ class MatchConfig:
 
 @dataclass
 class TuneConfig:
-    """A grid that is tried alike for each value of an axis, and chosen from by the validation bound."""
+    """A grid that is tried alike for each value of an axis, and chosen from by the validation bound; keys of sampling
+    (sample.guidance, average) are chosen after training, by the primary metric."""
 
     axis: str | None = None
     """Whose values are tuned, each by itself; null takes the first axis."""
     grid: dict[str, Any] = field(default_factory=dict)
-    """Keys and the values to try, as optimizer.lr: [1e-3, 2e-3]; all combinations are."""
+    """Keys and the values to try, as optimizer.lr: [1e-3, 2e-3, 4e-3]; all combinations are. From three rising values
+    on the grid grows for all where one's best stands at its edge, by its ratio there and up to two values."""
     seed: int = 1000
     """Seed of the tuning runs, which is not reported."""
     share: float = 1.0
@@ -127,6 +152,9 @@ class StudyConfig:
                 raise ValueError(f"tune.seed: {self.tune.seed} is reported (seeds={self.seeds}); choose another")
             if self.tune.axis is None:
                 self.tune.axis = next(iter(self.axes), None)
+            unseen = [key for key in self.tune.grid if is_sampled(key) and key != AVERAGE]
+            if unseen and metric_of(self.primary).is_validation:
+                raise ValueError(f"tune.grid.{unseen[0]}: changes samples, which primary={self.primary} is not of")
             if self.tune.axis not in self.axes:
                 raise ValueError(f"tune.axis: must be one of the axes {', '.join(self.axes)}, got {self.tune.axis}")
         self._check_names()
@@ -236,7 +264,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     with located(stack):
         if merged.get("kind") != "study":
             raise ValueError(f"kind: must be study, got {shown(merged.get('kind'))}")
-        hints = {"stop": StopConfig, "match": MatchConfig}
+        hints: dict[str, type] = {"stop": StopConfig, "match": MatchConfig}
         if merged.get("tune") is not None:
             hints["tune"] = TuneConfig
         study = build(StudyConfig, merged, kinds=hints)

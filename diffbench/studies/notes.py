@@ -6,16 +6,16 @@ from pathlib import Path
 from diffbench.core.progress import span
 from diffbench.reports.tables import as_text
 from diffbench.studies.budget import Probe
-from diffbench.studies.config import StudyConfig
-from diffbench.studies.plan import PlannedTrial, TrainingVariant, Tuned, equal_by_construction
-from diffbench.studies.trials import is_trained
+from diffbench.studies.config import StudyConfig, is_sampled
+from diffbench.studies.plan import TrainingVariant, equal_by_construction
+from diffbench.studies.tuning import Tuning
 
 
 def plan_text(
     study: StudyConfig,
     folder: Path,
     found: Sequence[TrainingVariant],
-    tuning: Sequence[PlannedTrial],
+    tuning: Tuning,
     probe: Probe,
 ) -> str:
     """The plan: a line for each network, and what all of it will take."""
@@ -41,13 +41,12 @@ def plan_text(
         as_text(rows),
         "",
     ]
-    if tuning:
-        left = sum(not is_trained(trial.folder) for trial in tuning)
-        tuning_seconds = sum(probe.seconds(trial.variant, evaluations=False) for trial in tuning)
+    if tuning.trials:
+        tuning_seconds = sum(probe.seconds(trial.variant) for trial in tuning.trials)
         seconds += tuning_seconds
         lines.append(
-            f"tuning: {len(tuning)} runs with seed {tuning[0].seed}, {left} of them to do, about"
-            f" {span(tuning_seconds / study.jobs)} in all"
+            f"tuning: {len(tuning.trials)} runs with seed {tuning.trials[0].seed}, {len(tuning.todo)} of them to do,"
+            f" about {span(tuning_seconds / study.jobs)} in all; more where the best stands at an edge of the grid"
         )
     lines += [f"warning: {text}" for text in equal_by_construction(list(found))]
     at_once = f", {study.jobs} runs at a time" if study.jobs > 1 else ""
@@ -58,18 +57,18 @@ def plan_text(
 def notes_of(
     study: StudyConfig,
     found: Sequence[TrainingVariant],
-    tuning: Sequence[PlannedTrial],
-    tuned: Tuned,
+    tuning: Tuning,
 ) -> list[str]:
     """Notes that a reader of the report needs."""
-    budget = {
-        "images": f"{study.stop.images or 0:,} images",
-        "flops": f"{study.stop.flops or 0:.3g} training FLOPs (6 for each multiply-accumulate of a forward pass)",
-        "seconds": f"{study.stop.seconds or 0:g} seconds of training at each network's measured rate",
-    }
-    which = next(name for name, value in vars(study.stop).items() if value is not None)
-    lengths = "; ".join(f"{v.name} {v.images:,}" for v in found)
-    notes = [f"Training stops at {budget[which]}. Images seen: {lengths}."]
+    how = {
+        "images": "",
+        "flops": " (6 for each multiply-accumulate of a forward pass)",
+        "seconds": " of training at each network's measured rate",
+    }[study.stop.unit]
+    lengths = "; ".join(f"{v.name} {', '.join(f'{images:,}' for images, _ in v.rungs)}" for v in found)
+    notes = [f"Training stops at {study.stop.text(study.stop.rungs[-1])}{how}. Images seen: {lengths}."]
+    if len(study.stop.rungs) > 1:
+        notes.append("One run passes all budgets at a constant learning rate; averaged weights are scored at each.")
     notes += [f"Variants {text}." for text in equal_by_construction(list(found))]
     if study.match.by != "none":
         sizes = "; ".join(f"{v.name} {100 * (v.residual or 0):+.1f}% ({v.sized})" for v in found)
@@ -77,30 +76,28 @@ def notes_of(
             f"Networks are sized by {study.match.change} to the {study.match.by} of {study.match.to}: {sizes}."
         )
     if study.tune is not None:
-        notes.append(_tuning_note(study, found, tuning, tuned))
+        notes.append(_tuning_note(study, found, tuning))
     if study.jobs > 1:
         notes.append(f"{study.jobs} runs at a time shared the machine: seconds and images/s are of that.")
     return notes
 
 
-def _tuning_note(
-    study: StudyConfig,
-    found: Sequence[TrainingVariant],
-    tuning: Sequence[PlannedTrial],
-    tuned: Tuned,
-) -> str:
+def _tuning_note(study: StudyConfig, found: Sequence[TrainingVariant], tuning: Tuning) -> str:
     assert study.tune is not None
-    grid = " x ".join(f"{key} in {values}" for key, values in study.tune.grid.items())
-    cost = sum(trial.variant.flops for trial in tuning) / max(1.0, sum(v.flops for v in found) * len(study.seeds))
-    chosen = "; ".join(f"{label} {', '.join(f'{k}={v}' for k, v in v.items())}" for label, v in tuned.items())
+    grid = " x ".join(f"{key} in {values}" for key, values in tuning.grid.items())
+    cost = sum(t.variant.flops for t in tuning.trials) / max(1.0, sum(v.flops for v in found) * len(study.seeds))
+    chosen = "; ".join(f"{label} {', '.join(f'{k}={v}' for k, v in c.items())}" for label, c in tuning.chosen.items())
+    longer = [key for key, values in tuning.grid.items() if len(values) > len(study.tune.grid[key])]
+    grown = f" {', '.join(longer)} grew for all, as a best value stood at an edge." if longer else ""
     edges = [
         label
-        for label, values in tuned.items()
-        if any(len(grid) > 2 and values[key] in (grid[0], grid[-1]) for key, grid in study.tune.grid.items())
+        for label, c in tuning.chosen.items()
+        if any(len(values) > 2 and c.get(key) in (values[0], values[-1]) for key, values in tuning.grid.items())
     ]
-    at_edge = f" At the edge of the grid, where more might be gained: {', '.join(edges)}." if edges else ""
+    at_edge = f" Still at an edge, where more might be gained: {', '.join(edges)}." if edges else ""
+    sampling = f", of sampling by {study.primary}," if any(map(is_sampled, tuning.grid)) else ""
     return (
-        f"Each {study.tune.axis} was tuned alike: {grid}, by validation bound with seed {study.tune.seed}, which is not"
-        f" reported, for {100 * study.tune.share:g}% of the length; that took {100 * cost:.0f}% of the training FLOPs"
-        f" of the reported runs. Chosen: {chosen}.{at_edge}"
+        f"Each {study.tune.axis} was tuned alike: {grid}, by validation bound{sampling} with seed {study.tune.seed},"
+        f" which is not reported, for {100 * study.tune.share:g}% of the length; that took {100 * cost:.0f}% of the"
+        f" training FLOPs of the reported runs.{grown} Chosen: {chosen}.{at_edge}"
     )

@@ -1,7 +1,6 @@
 """The plan of a study: every run that it trains, with its resolved config, and every evaluation of it."""
 
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from diffbench.config.load import flatten, from_layers, read_layers, to_dict
 from diffbench.core.errors import UserError, suggest
 from diffbench.denoisers.flops import Cost
 from diffbench.runs import build
-from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, nested, value_text, variants
+from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, is_sampled, nested, variants
 from diffbench.studies.matching import size_of, size_text, sized
 
 Rate = Callable[[RunConfig], float]
@@ -37,6 +36,7 @@ class TrainingVariant:
         sized: the key that matching settled, as "hidden_size=64".
         evaluations: variant -> what it changes of sampling and evaluation.
         at: axis -> label, of the first variant.
+        rungs: images at which it is scored, rising up to its length, and the budget each stands for.
     """
 
     name: str
@@ -47,6 +47,7 @@ class TrainingVariant:
     sized: str
     evaluations: dict[str, dict[str, Any]]
     at: dict[str, str]
+    rungs: list[tuple[int, str]]
 
     @property
     def images(self) -> int:
@@ -91,6 +92,8 @@ class PlannedTrial:
     def folder(self) -> Path:
         """The run folder: equal configs meet in it, whichever study asks for them."""
         values = {k: v for k, v in to_dict(self.config).items() if k not in ("runs_dir", "tag", "seed")}
+        if len(self.variant.rungs) > 1:  # a run of one length cannot be scored at shorter ones
+            values["rungs"] = [images for images, _ in self.variant.rungs]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         experiment = self.variant.experiment
         name = f"{experiment.resolve().parent.name}-{experiment.stem}-{digest}-s{self.seed}"
@@ -113,11 +116,11 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
     for variant in variants(study):
         changes = str(sorted((key, str(value)) for key, value in flatten(variant.trained).items()))  # 007 is not 7
         shared.setdefault(changes, []).append(variant)
-    target = _target(study, path)
-    return [_training_variant(study, path, same, tuned, target, rate) for same in shared.values()]
+    target = target_size(study, path)
+    return [training_variant(study, path, same, tuned, target, rate) for same in shared.values()]
 
 
-def _training_variant(
+def training_variant(
     study: StudyConfig,
     path: Path,
     same: list[Variant],
@@ -125,8 +128,12 @@ def _training_variant(
     target: float | None,
     rate: Rate,
 ) -> TrainingVariant:
+    """The network that some variants share, with what tuning chose for them, sized and stopped."""
     first, match = same[0], study.match
     chosen = tuned.get(first.at[study.tune.axis], {}) if study.tune and study.tune.axis else {}
+    sampled = nested({key: value for key, value in chosen.items() if is_sampled(key)})
+    chosen = {key: value for key, value in chosen.items() if not is_sampled(key)}
+    same = [replace(v, sampled=merge(sampled, v.sampled)) for v in same]
     config = _config(study, path, first, chosen)
     data, _ = build.load_data(config)
     over, settled = None, ""
@@ -134,19 +141,25 @@ def _training_variant(
         config = sized(config, data, match.by, target, match.change)
         over, settled = size_of(config, data, match.by) / target - 1, size_text(config, match.change)
     cost = build.cost_of(config, data)
-    images = study.stop.images
-    if study.stop.flops is not None:
-        images = round(study.stop.flops / cost.training_flops(1))
-    if study.stop.seconds is not None:
-        images = round(study.stop.seconds * rate(config))
+    one = {"images": 1.0, "flops": 1 / cost.training_flops(1), "seconds": 0.0}[study.stop.unit] or rate(config)
+    lengths = [max(1, round(rung * one)) for rung in study.stop.rungs]
     changes = merge(nested(study.set), {k: v for k, v in first.trained.items() if k != EXPERIMENT})
-    config = stopped(config, images or 1, merge(changes, nested(chosen)))
+    config = stopped(config, lengths[-1], merge(changes, nested(chosen)))
+    if len(lengths) > 1:  # no rung may lie on the slope of a rate that decays towards another
+        ramp = min(config.optimizer.warmup_images, lengths[0] // 10)
+        config = replace(config, optimizer=replace(config.optimizer, decay_images=None, warmup_images=ramp))
+    batch = config.trainer.batch_size
+    rungs = [
+        (max(1, round(n / batch)) * batch, study.stop.text(r)) for n, r in zip(lengths, study.stop.rungs, strict=True)
+    ]
     for variant in same:
         evaluated(config, variant.sampled, str(path))  # what cannot be sampled is found now
     axes = [axis for axis in study.axes if len({v.at[axis] for v in same}) == 1]
     experiment = experiment_of(study, first)
     name = first.name if len(same) == 1 else ", ".join(first.at[axis] for axis in axes) or experiment.stem
-    return TrainingVariant(name, experiment, config, cost, over, settled, {v.name: v.sampled for v in same}, first.at)
+    return TrainingVariant(
+        name, experiment, config, cost, over, settled, {v.name: v.sampled for v in same}, first.at, rungs
+    )
 
 
 def experiment_of(study: StudyConfig, variant: Variant) -> Path:
@@ -171,7 +184,7 @@ def _config(study: StudyConfig, path: Path, variant: Variant, chosen: dict[str, 
     return config
 
 
-def _target(study: StudyConfig, path: Path) -> float | None:
+def target_size(study: StudyConfig, path: Path) -> float | None:
     """The size that all networks are brought to."""
     if study.match.by == "none" or study.match.to is None:
         return None
@@ -240,24 +253,3 @@ def planned_trials(study: StudyConfig, found: list[TrainingVariant]) -> list[Pla
         for seed in study.seeds
         for variant in found
     ]
-
-
-def tuning_trials(study: StudyConfig, path: Path, rate: Rate) -> list[PlannedTrial]:
-    """The runs from which tuning chooses: the grid for each value of the tuned axis, with other axes at their first."""
-    if study.tune is None:
-        return []
-    tune = study.tune
-    first: dict[str, Variant] = {}
-    for variant in variants(study):
-        first.setdefault(variant.at[str(tune.axis)], variant)
-    target = _target(study, path)
-    made = []
-    for label, variant in first.items():
-        for values in itertools.product(*tune.grid.values()):
-            tried = dict(zip(tune.grid, values, strict=True))
-            trained = _training_variant(study, path, [variant], {label: tried}, target, rate)
-            images = round(tune.share * trained.config.trainer.max_images)
-            config = replace(stopped(trained.config, images, nested(study.set)), seed=tune.seed)
-            keys = ", ".join(f"{key.rsplit('.', 1)[-1]}={value_text(value)}" for key, value in tried.items())
-            made.append(PlannedTrial(f"tuning {label} {keys}", replace(trained, config=config), config, tried, label))
-    return made

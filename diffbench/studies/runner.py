@@ -31,13 +31,12 @@ from diffbench.studies.notes import notes_of, plan_text
 from diffbench.studies.plan import (
     PlannedTrial,
     TrainingVariant,
-    Tuned,
     evaluated,
     planned_trials,
     training_variants,
-    tuning_trials,
 )
-from diffbench.studies.trials import FOLDER, TrialFile, is_trained, last_bound
+from diffbench.studies.trials import FOLDER, TrialFile
+from diffbench.studies.tuning import tuning_so_far
 
 UNNAMED = ("jobs", "runs_dir", "seeds")
 """Overrides that do not make another study."""
@@ -80,25 +79,26 @@ def run_study(
         _check_source(folder, path)
         probe = Probe(folder / "rates.json", study.jobs)
         with located([(str(path), {})]):
-            tuning = tuning_trials(study, path, probe.training_rate)
-            tuned = _tuned(tuning)
-            found = training_variants(study, path, tuned, probe.training_rate)
+            tuning = tuning_so_far(study, path, probe.training_rate, folder)
+            found = training_variants(study, path, tuning.chosen, probe.training_rate)
         _check(path, found, launcher)
         print(plan_text(study, folder, found, tuning, probe), flush=True)
         if dry_run:
             return folder
         write_text(folder / "study.yaml", dump(dataclasses.asdict(study) | {"source": str(path.resolve())}))
         _autoencoders(found, launcher)
-        if not all(is_trained(trial.folder) for trial in tuning):
-            if not _run(folder, tuning, study.jobs, launcher):
+        tried: set[str] = set()
+        while todo := [trial for trial in tuning.todo if repr(trial) not in tried]:
+            if not _run(folder, tuning.trials, study.jobs, launcher):
                 return folder
-            tuned = _tuned(tuning)
-            for label, values in tuned.items():
-                print(f"tuning chose {', '.join(f'{k}={v}' for k, v in values.items())} for {label}", flush=True)
-            found = training_variants(study, path, tuned, probe.training_rate)
+            tried |= {repr(trial) for trial in todo}  # one that fails again is left
+            tuning = tuning_so_far(study, path, probe.training_rate, folder)
+            found = training_variants(study, path, tuning.chosen, probe.training_rate)
+        for label, values in tuning.chosen.items():
+            print(f"tuning chose {', '.join(f'{k}={v}' for k, v in values.items())} for {label}", flush=True)
         planned = planned_trials(study, found)
-        write_text(folder / "notes.json", json.dumps(notes_of(study, found, tuning, tuned), ensure_ascii=False) + "\n")
-        kept = {trial.slug for trial in (*tuning, *planned)}
+        write_text(folder / "notes.json", json.dumps(notes_of(study, found, tuning), ensure_ascii=False) + "\n")
+        kept = {trial.slug for trial in (*tuning.trials, *planned)}
         for file in (folder / FOLDER).glob("*.yaml"):
             if file.stem not in kept:  # of an earlier plan; its run stays
                 file.unlink()
@@ -143,17 +143,6 @@ def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfi
             )
 
 
-def _tuned(tuning: Iterable[PlannedTrial]) -> Tuned:
-    """The choice of tuning for each label so far: the least validation bound of the grid."""
-    best: dict[str, tuple[float, dict[str, Any]]] = {}
-    for trial in tuning:
-        if is_trained(trial.folder):
-            bound = last_bound(trial.folder)
-            if trial.label not in best or bound < best[trial.label][0]:
-                best[trial.label] = bound, trial.tuning or {}
-    return {label: values for label, (_, values) in best.items()}
-
-
 def _autoencoders(found: Iterable[TrainingVariant], launcher: LauncherConfig) -> None:
     """Train the autoencoders that experiments name before any trial, since trials would train them side by side.
 
@@ -172,7 +161,7 @@ def _run(folder: Path, plan: Sequence[PlannedTrial], jobs: int, launcher: Launch
     Returns:
         Whether all have had their turn: not those that SLURM was given, or has already.
     """
-    files = [(TrialFile.write(folder, trial, order), trial) for order, trial in enumerate(plan)]
+    files = [(TrialFile.of(folder, trial, order).write(), trial) for order, trial in enumerate(plan)]
     waiting = deque((file, trial) for file, trial in files if not file.complete)
     if len(waiting) < len(files):
         print(f"{len(files) - len(waiting)} of {len(files)} trials are complete already", flush=True)

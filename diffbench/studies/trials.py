@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 from diffbench.config.documents import dump
 from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import read_yaml
-from diffbench.config.load import from_dict, to_dict
+from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.denoisers import registry
 from diffbench.evaluation.validation_error import bound_metrics, denoising_error, validation_sets
-from diffbench.reports.results import IMAGE_ERRORS, Comparison, Status, Trial, save_image_errors
+from diffbench.reports.results import IMAGE_ERRORS, Comparison, Status, Trial, TriedPoint, full_name, save_image_errors
 from diffbench.runs.base import Run
 from diffbench.runs.evaluate import evaluate_as, scores_as
 from diffbench.runs.folder import SAVED
@@ -63,24 +64,31 @@ class TrialFile:
         self.path = path
 
     @classmethod
-    def write(cls, study: Path, trial: PlannedTrial, order: int) -> "TrialFile":
-        """Write a trial's file into a study's folder, unless it is there already."""
-        path = study / FOLDER / f"{trial.slug}.yaml"
-        values = {
+    def of(cls, study: Path, trial: PlannedTrial, order: int = 0) -> "TrialFile":
+        """The file of a trial in a study's folder, not written yet; `order` is its place in the plan."""
+        file = cls(study / FOLDER / f"{trial.slug}.yaml")
+        file.values = {
             "kind": KIND,
             "order": order,
             "name": trial.name,
             "seed": trial.seed,
             "folder": str(trial.folder),
             "tuning": trial.tuning,
-            "evaluations": {} if trial.tuning else trial.variant.evaluations,
+            "label": trial.label,
+            "evaluations": trial.variant.evaluations,
+            "rungs": [list(rung) for rung in trial.variant.rungs] if len(trial.variant.rungs) > 1 else [],
             "config": to_dict(trial.config),
         }
-        registry.keep_source(trial.config.denoiser, path.parent)
-        text = dump(values)
-        if not path.exists() or path.read_text() != text:
-            write_text(path, text)
-        return cls(path)
+        file.config = trial.config
+        return file
+
+    def write(self) -> "TrialFile":
+        """Write the file, unless it is there already, and beside it the source of a network from outside."""
+        registry.keep_source(self.config.denoiser, self.path.parent)
+        text = dump(self.values)
+        if not self.path.exists() or self.path.read_text() != text:
+            write_text(self.path, text)
+        return self
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -93,6 +101,12 @@ class TrialFile:
         config = from_dict(self.values["config"], str(self.path))
         assert isinstance(config, RunConfig)
         return config
+
+    @cached_property
+    def lengths(self) -> list[RunConfig]:
+        """The config at each rung of the ladder, the shortest first; without a ladder the config alone."""
+        images = [n for n, _ in self.values["rungs"]] or [self.config.trainer.max_images]
+        return [replace(self.config, trainer=replace(self.config.trainer, max_images=n)) for n in images]
 
     @property
     def folder(self) -> Path:
@@ -115,7 +129,14 @@ class TrialFile:
             raise
 
     def _train_and_evaluate(self) -> None:
-        run = train_in(self.folder, self.config, [(str(self.path), self.values["config"])])
+        for config in self.lengths:
+            known = run_of(self.folder)
+            behind = known is not None and known.images_seen > config.trainer.max_images
+            if not behind:  # a run goes on from a rung when all of it is scored
+                self._train_to(config)
+
+    def _train_to(self, config: RunConfig) -> None:
+        run = train_in(self.folder, config, [(str(self.path), self.values["config"])])
         save_image_errors(run)
         for variant, changes in self.values["evaluations"].items():
             started = time.perf_counter()
@@ -129,26 +150,28 @@ class TrialFile:
                     found |= bound_metrics(part, denoising_error(run.network, run.process, data, levels))
                 return found
 
-            evaluate_as(run, evaluated(self.config, changes, str(self.path)), errors if AVERAGE in changes else dict)
+            evaluate_as(run, evaluated(config, changes, str(self.path)), errors if AVERAGE in changes else dict)
             print(f"{variant}: scored in {time.perf_counter() - started:.1f} s", flush=True)
 
     def trials(self) -> list[Trial]:
         """The results of the trial so far, one row of the report for each variant evaluated on its run."""
         run, why = run_of(self.folder), self.failure
         try:
-            records = list(reversed(run.results)) if run is not None and run.complete else []
+            records = list(reversed(run.results)) if run is not None and (run.complete or self.values["rungs"]) else []
         except UserError as e:  # a damaged file of one run does not stop the report of the others
             run, why, records = None, str(e), []
         found = []
-        for variant, changes in self.values["evaluations"].items():
-            record = next((r for r in records if self._answers(r, changes)), None)
-            status: Status = "complete" if record else "failed" if why else "unfinished" if run else "not begun"
-            found.append(Trial(variant, int(self.values["seed"]), status, run, record, "" if record else why))
+        for config in self.lengths:
+            at = config.trainer.max_images if self.values["rungs"] else None
+            for variant, changes in self.values["evaluations"].items():
+                record = next((r for r in records if self._answers(r, config, changes)), None)
+                status: Status = "complete" if record else "failed" if why else "unfinished" if run else "not begun"
+                found.append(Trial(variant, int(self.values["seed"]), status, run, record, "" if record else why, at))
         return found
 
-    def _answers(self, record: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
-        """Whether a record is the evaluation that a variant asks for."""
-        wanted = evaluated(self.config, dict(changes), str(self.path))
+    def _answers(self, record: Mapping[str, Any], config: RunConfig, changes: Mapping[str, Any]) -> bool:
+        """Whether a record is the evaluation that a variant asks for, of a run of that length."""
+        wanted = evaluated(config, dict(changes), str(self.path))
         return scores_as(record, wanted, changes.get(AVERAGE, self.config.ema.decays[0]))
 
     @property
@@ -192,21 +215,45 @@ def comparison_of_study(folder: Path) -> Comparison:
     if not (folder / "study.yaml").is_file():
         raise UserError(f"{folder}: no study here (study.yaml is missing); run diffbench study on its YAML first")
     study = read_yaml(folder / "study.yaml")
-    files = [
-        file for path in sorted((folder / FOLDER).glob("*.yaml")) if not (file := TrialFile(path)).values["tuning"]
-    ]
+    every = [TrialFile(path) for path in sorted((folder / FOLDER).glob("*.yaml"))]
+    every.sort(key=lambda file: file.values["order"])
+    files = [file for file in every if file.values["tuning"] is None]
     if not files:
         raise UserError(f"{folder}: no trials yet; run diffbench study on its YAML first")
-    files.sort(key=lambda file: file.values["order"])
-    trials = [trial for file in files for trial in file.trials()]
-    order = list(dict.fromkeys(t.variant for t in trials))
+    budgets = [text for _, text in files[0].values["rungs"]] or [""]
+    rungs: list[list[Trial]] = [[] for _ in budgets]
+    for file in files:
+        found, each = file.trials(), len(file.values["evaluations"])
+        for i, rung in enumerate(rungs):
+            rung += found[i * each : (i + 1) * each]
+    order = list(dict.fromkeys(t.variant for t in rungs[-1]))
+    for rung in rungs:
+        rung.sort(key=lambda t: (order.index(t.variant), t.seed))
     notes = folder / "notes.json"
     return Comparison(
         title=study["title"] or folder.name,
         question=study["question"],
-        trials=sorted(trials, key=lambda t: (order.index(t.variant), t.seed)),
+        trials=rungs[-1],
+        rungs=dict(zip(budgets, rungs, strict=True)) if len(rungs) > 1 else {},
         primary=study["primary"],
         baseline=study["baseline"],
         like_for_like=study["like_for_like"],
         notes=json.loads(notes.read_text()) if notes.exists() else [],
+        tried=[
+            point for file in every if file.values["tuning"] is not None for point in _points(file, study["primary"])
+        ],
     )
+
+
+def _points(file: TrialFile, primary: str) -> list[TriedPoint]:
+    """What a tuning run measured: its bound, and the primary metric of each way of sampling it."""
+    label, run = file.values["label"], run_of(file.folder)
+    if run is None or not run.complete:
+        return [TriedPoint(label, file.values["tuning"], "val/bound", None, 0.0, 0.0)]
+    flops = run.cost.training_flops(run.images_seen)
+    points = [TriedPoint(label, file.values["tuning"], "val/bound", run.last("val/bound"), flops, run.seconds)]
+    trials = file.trials()
+    name = full_name(trials, primary) or primary
+    for trial, changes in zip(trials, file.values["evaluations"].values(), strict=True):
+        points.append(TriedPoint(label, flatten(changes), name, trial.values.get(name), 0.0, 0.0))
+    return points

@@ -15,7 +15,8 @@ from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, load_study, variants
 from diffbench.studies.matching import size_of, sized
-from diffbench.studies.plan import equal_by_construction, evaluated, planned_trials, training_variants, tuning_trials
+from diffbench.studies.plan import PlannedTrial, equal_by_construction, evaluated, planned_trials, training_variants
+from diffbench.studies.tuning import Tried, extended, tuning_so_far
 
 STUDIES = sorted(p for p in Path("experiments/studies").glob("*.yaml") if p.name[0] != "_")
 DIGITS = [p for p in STUDIES if "cifar" not in p.name]
@@ -106,7 +107,7 @@ def test_studies_share_their_baseline_runs() -> None:
 
 def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -> None:
     study, path = planned("backbones")
-    made = tuning_trials(study, path, lambda config: 1.0)
+    made = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).trials
     assert [(c.label, c.config.optimizer.lr) for c in made] == [
         (label, lr)
         for label in ("unet", "dit", "diffit", "ddpmpp", "uvit", "segformer")
@@ -122,11 +123,36 @@ def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -
     assert all(abs(share - 0.5) < 0.01 for share in half)
 
 
+def tried(**bounds: list[float]) -> list[Tried]:
+    """Labels with their values over the rates 1e-3, 2e-3, ..."""
+    trial = PlannedTrial("t", None, None)  # type: ignore[arg-type]
+    return [Tried(b, {"lr": 1e-3 * 2**i}, v, trial) for b, values in bounds.items() for i, v in enumerate(values)]
+
+
+def test_a_grid_grows_at_its_edges_alike_for_all_by_two_values_at_most() -> None:
+    given = {"lr": [1e-3, 2e-3, 4e-3]}
+    assert extended(given, given, tried(a=[3.0, 2, 3], b=[3.0, 1, 2])) == given
+    assert extended(given, given, tried(a=[3.0, 2, 1], b=[3.0, 1, 2])) == {"lr": [1e-3, 2e-3, 4e-3, 8e-3]}
+    assert extended(given, given, tried(a=[3.0, 2, 1], b=[1.0, 2, 3])) == {"lr": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]}
+    longest = {"lr": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]}
+    assert extended(given, longest, tried(a=[5.0, 4, 3, 2, 1])) == longest
+    pair = {"lr": [1e-3, 2e-3]}  # two values have nothing but edges
+    assert extended(pair, pair, tried(a=[2.0, 1])) == pair
+    batch = {"lr": [1, 3, 9]}
+    points = [replace(t, values={"lr": n}) for t, n in zip(tried(a=[3.0, 2, 1]), batch["lr"], strict=True)]
+    assert extended(batch, batch, points) == {"lr": [1, 3, 9, 27]}
+
+
 def test_what_tuning_chose_reaches_every_seed() -> None:
     study, path = planned("backbones")
     found = training_variants(study, path, {"dit": {"optimizer.lr": 4e-3}}, lambda config: 1.0)
     assert {g.config.optimizer.lr for g in found if g.name != "dit"} == {2e-3}
     assert [g.config.optimizer.lr for g in found if g.name == "dit"] == [4e-3]
+    plain = {g.name: g.evaluations for g in found}
+    found = training_variants(study, path, {"dit": {"sample.guidance": 2.0, "average": 0.1}}, lambda config: 1.0)
+    assert {g.name: g.evaluations for g in found} == plain | {
+        "dit": {"dit": {"sample": {"guidance": 2.0}, "average": 0.1}}
+    }
 
 
 def test_an_average_that_no_run_keeps_is_refused() -> None:

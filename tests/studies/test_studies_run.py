@@ -9,6 +9,7 @@ import yaml
 
 from diffbench.cli import main
 from diffbench.evaluation import records
+from diffbench.runs.lifecycle import look
 from diffbench.studies.config import load_study
 from diffbench.studies.runner import folder_of_study, run_study
 from diffbench.studies.trials import TrialFile, comparison_of_study
@@ -35,6 +36,25 @@ def written(tmp_path: Path, **changes: Any) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | {"runs_dir": str(tmp_path / "runs")} | changes, sort_keys=False))
     return path
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials run in the test's own process, one after the other: a process of its own takes seconds to start."""
+
+    class Ended:
+        returncode = 0
+
+        def poll(self) -> int:
+            return 0
+
+    def start(file: TrialFile, jobs: int) -> Ended:
+        file.run()
+        file.log.touch()
+        return Ended()
+
+    monkeypatch.setattr("diffbench.studies.runner._start", start)
+    monkeypatch.setattr("diffbench.studies.runner._end", lambda running: None)
 
 
 @pytest.fixture(scope="module")
@@ -139,25 +159,58 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not list(tmp_path.glob("runs/trials/*"))
 
 
-def test_tuning_chooses_by_validation_error_and_the_report_says_so(tmp_path: Path) -> None:
-    tune = {"grid": {"optimizer.lr": [1e-5, 3e-3]}, "share": 0.5}
-    path = written(tmp_path, axes={"net": {"dit": {}}}, tune=tune, stop={"images": 320})
+def test_tuning_grows_the_grid_and_chooses_training_by_the_bound_and_sampling_by_the_primary(
+    in_process: None, tmp_path: Path
+) -> None:
+    grid = {"optimizer.lr": [3e-5, 3e-4, 3e-3], "sample.guidance": [1.0, 4.0]}
+    tune = {"grid": grid, "share": 0.5}
+    path = written(tmp_path, axes={"net": {"dit": {}}}, tune=tune, stop={"images": 320}, primary="fd")
     assert main(["study", str(path)]) == 0
     folder = tmp_path / "runs" / "studies" / "tiny"
-    errors = {}
-    for cell in sorted((folder / "trials").glob("tuning*.yaml")):
-        values = yaml.safe_load(cell.read_text())
-        lines = [m["val/bound"] for m in records.metrics(Path(values["folder"])) if "val/bound" in m]
-        errors[values["tuning"]["optimizer.lr"]] = lines[-1]
-        assert values["seed"] == 1000 and values["config"]["trainer"]["max_images"] == 160
-    best = min(errors, key=lambda lr: errors[lr])
-    reported = yaml.safe_load((folder / "trials" / "dit_s0.yaml").read_text())
-    assert reported["config"]["optimizer"]["lr"] == best == 3e-3
-    notes = json.loads((folder / "notes.json").read_text())
-    assert any(f"Chosen: dit optimizer.lr={best}" in note and "100% of the training FLOPs" in note for note in notes)
+    files = [TrialFile(file) for file in sorted((folder / "trials").glob("tuning*.yaml"))]
+    bounds = {f.values["tuning"]["optimizer.lr"]: look(f.folder).last("val/bound") for f in files}
+    assert {f.values["seed"] for f in files} == {1000}
+    assert {f.values["config"]["trainer"]["max_images"] for f in files} == {160}
+    assert len(bounds) > 3 and {3e-5, 3e-4, 3e-3, 3e-2} <= bounds.keys()  # the best of the grid stood at its end
+    best = min(bounds, key=lambda lr: bounds[lr] or 0.0)
+    (sampled,) = (f for f in files if f.values["evaluations"])
+    assert sampled.values["tuning"] == {"optimizer.lr": best}
+    fds = {t.variant: t.values["fd/digits-cnn@20"] for t in sampled.trials()}
+    assert fds.keys() == {"guidance=1", "guidance=4"}
+    guidance = 1.0 if fds["guidance=1"] < fds["guidance=4"] else 4.0
+    reported = TrialFile(folder / "trials" / "dit_s0.yaml")
+    assert reported.values["config"]["optimizer"]["lr"] == best
+    assert reported.values["config"]["sample"]["guidance"] == 1.0  # of evaluations alone
+    assert reported.values["evaluations"] == {"dit": {"sample": {"guidance": guidance}}}
+    (note,) = (n for n in json.loads((folder / "notes.json").read_text()) if n.startswith("Each net was tuned alike"))
+    assert (
+        f"Chosen: dit optimizer.lr={best}, sample.guidance={guidance}" in note and "optimizer.lr grew for all" in note
+    )
+    assert reported.complete and not reported.failure
+    found = comparison_of_study(folder)
+    assert [r.seed for r in found.trials] == [0] and len(found.tried) == len(bounds) + 2
+    assert (folder / "plots" / "tuning.png").is_file()
+    page = (folder / "report.html").read_text()
+    assert "How it was tuned" in page and f"{bounds[best]:.4g}"[:5] in page
+
+
+def test_one_run_passes_every_rung_and_is_scored_at_each(in_process: None, tmp_path: Path) -> None:
+    path = written(tmp_path, axes={"net": {"dit": {}}}, stop={"images": [32, 96]})
+    assert main(["study", str(path)]) == 0
+    folder = tmp_path / "runs" / "studies" / "tiny"
+    (run,) = (tmp_path / "runs" / "trials").glob("digits*")
+    assert [r["images_seen"] for r in records.results(run)] == [32, 96]
+    losses = [m["images"] for m in records.metrics(run) if "train/loss" in m]
+    assert losses == sorted(set(losses)) and losses[-1] == 96  # no image is trained on twice
+    found = comparison_of_study(folder)
+    assert list(found.rungs) == ["32 images", "96 images"]
+    first, last = (rung[0] for rung in found.rungs.values())
+    assert (first.images, last.images) == (32, 96) and first.values["val/bound"] != last.values["val/bound"]
     file = TrialFile(folder / "trials" / "dit_s0.yaml")
-    assert file.complete and not file.failure
-    assert [r.seed for r in comparison_of_study(folder).trials] == [0]
+    assert file.complete and file.config.optimizer.decay_images is None
+    before = (run / "metrics.jsonl").read_bytes()
+    file.run()  # as after a kill: nothing is left to do
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,8 +62,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def signalled(patch: pytest.MonkeyPatch, what: str, time: int, numbers: tuple[int, ...]) -> list[str]:
-    """Sends this process signals when it is about to validate on a set, or to draw with so many labels, for the n-th time; what
-    is returned fills with what was finished."""
+    """Sends this process signals when it is about to validate on a set, or to draw with so many labels, for the n-th
+    time; what is returned fills with what was finished."""
     met, finished = [0], list[str]()
 
     def interrupts(

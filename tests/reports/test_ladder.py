@@ -1,0 +1,72 @@
+"""Ladders of budgets: fits, crossings and ranks of known answers, and the report of runs that pass several budgets."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_runs import backbones, record
+
+from diffbench.reports import ladder, scaling
+from diffbench.reports.conclusions import conclude, holds_at
+from diffbench.reports.html import write
+from diffbench.reports.results import Comparison, Trial
+
+BUDGETS = np.array([1e10, 3e10, 1e11, 3e11, 1e12])
+
+
+def test_a_fit_finds_the_law_with_an_interval_around_it() -> None:
+    noise = np.random.default_rng(0).normal(1, 0.003, (5, 1))
+    values = noise * (0.5 + 0.2 * (BUDGETS / 1e12) ** -0.4)
+    found = scaling.fit(BUDGETS, values)
+    assert found is not None
+    for estimate, true in ((found.a, 0.5), (found.b, 0.2), (found.c, 0.4)):
+        assert estimate.value == pytest.approx(true, rel=0.01)
+        assert estimate.interval is not None and estimate.interval[0] <= true * 1.002
+        assert estimate.interval[1] >= true * 0.998
+    assert found.at(np.array([0.01])) == pytest.approx(values.mean(0)[:1], rel=1e-3)
+    assert scaling.fit(BUDGETS[:3], values[:, :3]) is None
+    two = scaling.fit(BUDGETS, values[:2])
+    assert two is not None and two.a.interval is None
+
+
+def test_crossings_lie_where_the_difference_changes_sign() -> None:
+    first = np.log(BUDGETS / 1e11)[None] + np.linspace(-0.2, 0.2, 5)[:, None] + 0.1  # zero at 1e11 exp(-shift)
+    (found,) = scaling.crossings(BUDGETS, first, np.zeros_like(first))
+    assert found.value == pytest.approx(1e11 * np.exp(-0.1), rel=1e-6)
+    assert found.interval is not None
+    assert 1e11 * np.exp(-0.3) < found.interval[0] < found.value < found.interval[1] < 1e11 * np.exp(0.1)
+    assert scaling.crossings(BUDGETS, first + 10, np.zeros_like(first)) == []
+    ranks = scaling.kendall({"a": [1, 2, 3, 4], "b": [1, 2, 4, 3], "c": [4, 3, 2, 1]})
+    assert ranks["a"] == pytest.approx({"a": 1, "b": 2 / 3, "c": -1})
+
+
+def test_the_report_of_a_ladder(tmp_path: Path) -> None:
+    """By distance the U-Net is ahead early, and falls behind DiffiT at seven twelfths of the run."""
+    rungs: dict[str, list[Trial]] = {}
+    final = backbones(tmp_path / "runs")
+    for step in (2, 4, 8, 12):
+        early, images = 0.1 * (12 - step), step * 8192
+        fds = {"unet": 1.5, "dit": 1.6 + 0.3 * early, "diffit": 1.0 + early}
+        made = {t: record(fds[t.variant] + 0.01 * t.seed, t.seed, images) for t in final}
+        rungs[f"{images:,} images"] = [replace(t, at=images, record=r) for t, r in made.items()]
+    comparison = Comparison("Ladder", "Which?", rungs["98,304 images"], primary="fd", rungs=rungs)
+    write(comparison, tmp_path / "out")
+    c = conclude(comparison)
+    assert c.answer.startswith("At 98,304 images: diffit (1.020 ± 0.020) has the lowest Fréchet distance")
+    assert "The best by budget: unet at 16,384 images (decided against 2 of 2)" in c.answer
+    bounds = {budget: rung.trials[0].values["val/bound"] for budget, rung in c.rungs.items()}
+    assert bounds["16,384 images"] > bounds["98,304 images"] == final[0].values["val/bound"]
+    (unet_diffit,) = (x for x in c.tests if (x.first, x.second) == ("unet", "diffit"))
+    assert holds_at(c, unet_diffit) == ["65,536 images", "98,304 images"]
+    tables = ladder.tables(c)
+    assert [row["budget"] for row in tables["Fréchet distance"]] == list(rungs)
+    rows = {(row["pair"], row["metric"]): row["FLOPs"] for row in tables["Where variants cross"]}
+    assert final[0].cost is not None
+    between = [6 * final[0].cost.macs * 8192 * step for step in (6, 8)]  # straight lines over log C
+    assert between[0] < float(rows["unet, diffit", "Fréchet distance"].split()[0]) < between[1]
+    assert float(tables["Kendall's tau between budgets"][0]["98,304 images"]) < 0.5
+    assert {row["fit"] for row in tables["Fits"]} >= {"dit, validation bound", "diffit, Fréchet distance"}
+    assert (tmp_path / "out" / "plots" / "ladder.png").is_file()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert c.answer in page and "By budget" in page and "same verdict at" in page
