@@ -28,9 +28,10 @@ RECIPES = sorted(str(p) for p in Path("experiments/digits-papers").glob("[!_]*.y
 
 @pytest.mark.parametrize("path", RECIPES)
 def test_every_recipe_trains_and_samples(path: str, tmp_path: Path, capsys: Capture) -> None:
-    assert main(["train", path, "debug=smoke", f"runs_dir={tmp_path}"]) == 0
+    small = ["data.size=8"] if "jit" in path else []  # spares the extractor of larger digits
+    assert main(["train", path, "debug=smoke", f"runs_dir={tmp_path}", *small]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^label_accuracy/digits-cnn(-area8)?@20 .*%$", out, re.MULTILINE)
+    assert re.search(r"^label_accuracy/digits-cnn@20 .*%$", out, re.MULTILINE)
     (run,) = (tmp_path / "digits-papers").iterdir()
     assert (run / "samples" / "final-000000016.png").exists()
     assert main(["sample", str(run), "n=3", "steps=3", f"out={tmp_path / 'x.png'}", "strip=true", "gif=true"]) == 0
