@@ -54,7 +54,7 @@ def test_a_later_budget_takes_the_place_of_an_earlier_one(tmp_path: Path) -> Non
         ),
         ({"axes": {"denoiser.depth": [2, 2]}}, "axes: two variants are called 'depth=2'; name them apart"),
         ({"stop": {"images": 5, "flops": 1.0}}, "stop: must hold one of images, flops and seconds, got images, flops"),
-        ({"stop": {"seconds": -1}}, "stop.seconds: must be positive, got -1"),
+        ({"stop": {"seconds": -1}}, "stop.seconds: must be a positive number or a rising list, got [-1]"),
         (
             {"stop": {"seconds": 5}, "jobs": 2},
             "jobs: 2 runs at a time would share what stop.seconds measures; leave it at 1",

@@ -35,9 +35,18 @@ def test_equal_flops_mean_equal_products_over_all_images() -> None:
     for group in found:
         images = group.config.trainer.max_steps * group.config.trainer.batch_size
         assert group.flops == 6 * group.cost.macs * images
-        assert abs(group.flops - 1.3e12) <= 6 * group.cost.macs * (group.config.trainer.batch_size / 2 + 1)
-        assert group.config.optimizer.decay_images == images  # the schedule ends with the run
+        assert group.rungs[1][1] == "1.3e+12 training FLOPs"
+        assert [n for n, _ in group.rungs] == sorted(n for n, _ in group.rungs) and group.rungs[-1][0] == images
+        for (seen, _), flops in zip(group.rungs, study.stop.rungs, strict=True):
+            assert abs(seen - flops / (6 * group.cost.macs)) <= group.config.trainer.batch_size / 2 + 1
+        assert group.config.optimizer.decay_images is None  # no rung lies on the slope towards another
         assert group.residual is not None and abs(group.residual) < 0.1
+
+
+def test_the_schedule_of_a_single_budget_ends_with_the_run() -> None:
+    study, path = planned("window")
+    (first, *_) = training_variants(study, path, {}, lambda config: 1.0)
+    assert first.config.optimizer.decay_images == first.images == 51_200 and first.rungs == [(51_200, "51,200 images")]
 
 
 def test_seconds_become_images_by_the_measured_rate() -> None:
@@ -117,11 +126,11 @@ def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -
     assert {c.seed for c in made} == {1000} and not {c.seed for c in made} & set(study.seeds)
     reported = folders(study, path)
     assert not reported & {c.folder for c in made}
-    half = {
+    shares = {
         c.config.trainer.max_images / g.config.trainer.max_images
         for c, g in zip(made[::4], training_variants(study, path, {}, lambda config: 1.0), strict=True)
     }
-    assert all(abs(share - 0.5) < 0.01 for share in half)
+    assert all(abs(share - 0.1) < 0.01 for share in shares)
 
 
 def tried(**bounds: list[float]) -> list[Tried]:
