@@ -150,7 +150,7 @@ def run_config(config: BenchConfig, model: str, device: str, overrides: Sequence
     if config.batch or config.tiny:
         trainer["batch_size"] = config.batch or 4
     if config.tiny:
-        base["denoiser"] |= TINY[base["denoiser"]["name"]]
+        base["denoiser"] |= TINY.get(base["denoiser"]["name"], {})
         base["data"]["image_size"] = 16 if base["data"]["image_size"] > 8 else 8
     changed = from_layers([(model, merge(base, {"trainer": trainer})), (COMMAND_LINE, parse_overrides(overrides))])
     assert isinstance(changed, RunConfig)

@@ -6,8 +6,9 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -198,10 +199,29 @@ class Foreign(Denoiser):
         shape = dict(zip(SHAPE, (image_size, channels, num_classes, null_class, learn_sigma), strict=True))
         self.network = _network(config, shape)
 
+    def label_rows(self) -> Tensor | None:
+        """See `Denoiser.label_rows`: of all tables with a row for each label, beside one another."""
+        tables = [table.weight for table in self._tables()]
+        return torch.cat(tables, dim=1) if tables else None
+
+    def _tables(self) -> list[nn.Embedding]:
+        rows = self.num_classes + self.null_class
+        return [m for m in self.network.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == rows > 1]
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """See `Denoiser.forward`."""
-        call = self.call
+        """See `Denoiser.forward`; weights over labels mix the rows of every table that has one for each label."""
         y = labels_or_null(y, len(t), self.num_classes, self.null_class, t.device) if self.num_classes else None
+        if y is None or not y.is_floating_point():
+            return self._output(x, t, y)
+        if not (tables := self._tables()):
+            raise ValueError(f"this network has no table of {y.shape[1]} label embeddings: give labels, not weights")
+        with ExitStack() as stack:
+            for table in tables:
+                stack.enter_context(table.register_forward_hook(partial(_mixture, y)))
+            return self._output(x, t, y.argmax(1))
+
+    def _output(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        call = self.call
         given = [(target, value) for target, value in ((call.x, x), (call.t, self._time(t)), (call.y, y))]
         places = sorted((target, i) for i, (target, _) in enumerate(given) if isinstance(target, int))
         names = {target: value for target, value in given if isinstance(target, str)}
@@ -222,6 +242,14 @@ class Foreign(Denoiser):
             raise ValueError(f"denoiser.call.t_as: {self.call.t_as} needs the process's noise levels")
         level = self.noise_level(t).clamp(*LEVELS)
         return (level if self.call.t_as == "noise_level" else -2 * level.log()).to(t.dtype)
+
+
+def _mixture(weights: Tensor, table: nn.Embedding, _labels: Any, _rows: Tensor) -> Tensor:
+    """In place of a table's rows for labels: their mixture, (B, D); see `LabelTable`."""
+    every = torch.arange(table.num_embeddings, device=weights.device).expand_as(weights)
+    return nn.functional.embedding_bag(
+        every, table.weight, per_sample_weights=weights.to(table.weight.dtype), mode="sum"
+    )
 
 
 def _network(config: ForeignConfig, shape: Mapping[str, Any]) -> nn.Module:

@@ -38,10 +38,11 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{folder}: no weights yet; train the run first")
-    average = _averages(checkpoint).get(str(decay), [])
+    averages, state = _averages(checkpoint)
+    average = averages.get(str(decay), [])
     if [tuple(a.shape) for a in average] != [tuple(p.shape) for p in network.parameters()]:
         raise UserError(f"{checkpoint}: holds another network's averages than {folder / 'config.yaml'} says; remove it")
-    return _with_average(network, average), step_of(checkpoint) * config.trainer.batch_size
+    return _with_average(network, average, state), step_of(checkpoint) * config.trainer.batch_size
 
 
 def images_seen(folder: Path, decay: float, batch_size: int) -> int:
@@ -112,8 +113,10 @@ def export(
 
 def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int) -> None:
     """Writes all averages of a checkpoint as safetensors."""
-    for decay, average in _averages(checkpoint).items():
-        export(folder, network, float(decay), average, images)
+    averages, state = _averages(checkpoint)
+    for decay, average in averages.items():
+        metadata = {"images": str(images), "decay": decay}
+        write_tensors(export_path(folder, float(decay)), _with_average(network, average, state), metadata)
 
 
 def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -127,17 +130,25 @@ def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     return f"{wrong[0]} is {shapes}, {len(wrong)} differ in all"
 
 
-def _averages(checkpoint: Path) -> dict[str, list[Tensor]]:
+def _averages(checkpoint: Path) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """The averages of a checkpoint by decay, and the network's raw state, whose buffers they leave out."""
     try:
-        averages: dict[str, list[Tensor]] = read_state(checkpoint)["callbacks"]["EMA"]["averages"]
-        return {str(decay): list(average) for decay, average in averages.items()}
+        state = read_state(checkpoint)
+        averages: dict[str, list[Tensor]] = state["callbacks"]["EMA"]["averages"]
+        raw = {name.removeprefix("network."): value for name, value in state["state_dict"].items()}
+        return {str(decay): list(average) for decay, average in averages.items()}, raw
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{checkpoint}: holds no averages of training; remove it") from None
 
 
-def _with_average(network: nn.Module, average: Sequence[Tensor]) -> dict[str, Tensor]:
+def _with_average(
+    network: nn.Module, average: Sequence[Tensor], state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The average as a state dict, with buffers from a raw state or, without one, from the network."""
+    own = network.state_dict()
     names = [name for name, _ in network.named_parameters()]
-    return dict(network.state_dict()) | dict(zip(names, average, strict=True))
+    buffers = {name: (state or own).get(name, value) for name, value in own.items()}
+    return buffers | dict(zip(names, average, strict=True))
 
 
 def _listed(decays: Sequence[float]) -> str:

@@ -32,9 +32,12 @@ class Plain(nn.Module):
         self.shape = image_size, channels, num_classes
         self.inside, self.out = conv(channels, width), conv(width, channels)
         self.label = nn.Embedding(num_classes + 1, width)
+        self.norm = nn.BatchNorm2d(width)  # which has buffers that training changes
+        self.fixed = nn.Parameter(torch.ones(()), requires_grad=False)
 
     def forward(self, x, t, y):
-        return self.out((self.inside(x) + self.label(y)[..., None, None] * t[:, None, None, None] / 1000).relu())
+        condition = self.label(y) * t[:, None] / 1000 * self.fixed
+        return self.out(self.norm(self.inside(x) + condition[..., None, None]).relu())
 
 
 class Values(Plain):  # that needs values to be built and run, which the meta device has not
@@ -190,7 +193,15 @@ def test_the_network_gets_its_arguments_and_its_inputs(yaml: Path) -> None:
     assert inner.shape == (8, 1, 10) and inner.out.in_channels == 6
     assert torch.equal(net(X, T, Y), inner(X, T, Y))
     assert torch.equal(net(X, T), inner(X, T, torch.tensor([10, 10])))  # no labels: no class
-    assert run.cost.parameters == sum(p.numel() for p in inner.parameters())
+    assert run.cost.parameters == sum(p.numel() for p in inner.state_dict().values())
+    one_hot = torch.eye(11)[Y]
+    assert torch.equal(net(X, T, one_hot), net(X, T, Y))
+    halves = (torch.eye(11)[3] + torch.eye(11)[5]).repeat(2, 1) / 2
+    table = inner.label.weight.data
+    assert torch.equal(net.label_rows(), table)
+    mixed = net(X, T, halves)
+    table[0] = (table[3] + table[5]) / 2
+    assert torch.equal(mixed, net(X, T, torch.tensor([0, 0])))
     assert run.cost.macs == 64 * 9 * 6 * 2
     _, configured = made(yaml, "name=nets:Configured", "args={width: 3, sizes: [5, 6]}")
     assert configured.network.out.in_channels == 3 and configured.network.sizes == (5, 6)
@@ -245,7 +256,9 @@ def test_a_run_lives_on_without_its_yaml(yaml: Path, capsys: pytest.CaptureFixtu
     runs, folder = yaml.parent / "runs", yaml.parent
     assert main(["train", str(yaml), "debug=smoke"]) == 0
     (run,) = (runs / folder.name).iterdir()
-    before = load_run(run).sample_tensor(4, steps="3")
+    trained = load_run(run)
+    assert trained.network.state_dict()["network.norm.num_batches_tracked"] == 2
+    before = trained.sample_tensor(4, steps="3")
     (run / "ema-0.999.safetensors").unlink()
     assert main(["train", str(yaml), "debug=smoke"]) == 0  # complete; the average comes from the checkpoint
     (folder / "parts.py").write_text(PARTS + "# changed\n")
