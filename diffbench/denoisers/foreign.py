@@ -149,10 +149,9 @@ def _section(name: str, attribute: str, found: Source) -> type[ForeignConfig]:
     factory = Factory(name, made, _parameters(made), found, _config(made, module, attribute))
     kind = dict[str, Any] if factory.config is None else factory.config[1]
     args: Any = field(default_factory=dict if factory.config is None else factory.config[1])
-    section: Any = dataclasses.make_dataclass("ForeignConfig", [("args", kind, args)], bases=(ForeignConfig,))
-    section.factory = factory
-    kind_of: type[ForeignConfig] = section
-    return kind_of
+    config: Any = dataclasses.make_dataclass("ForeignConfig", [("args", kind, args)], bases=(ForeignConfig,))
+    config.factory = factory
+    return config
 
 
 def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -168,8 +167,8 @@ def _config(made: Any, module: Any, attribute: str) -> tuple[str, type] | None:
     """The parameter annotated with a dataclass, or called `config` where the module has a `<Class>Config`."""
     for name, parameter in _parameters(made).items():
         kind = parameter.annotation
-        if kind is parameter.empty and name == "config":
-            kind = getattr(module, f"{attribute}Config", None)
+        if isinstance(kind, str) or (kind is parameter.empty and name == "config"):
+            kind = getattr(module, kind if isinstance(kind, str) else f"{attribute}Config", None)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             return name, kind
     return None
