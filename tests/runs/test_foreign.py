@@ -50,7 +50,7 @@ class Values(Plain):  # that needs values to be built and run, which the meta de
     def forward(self, x, t, y):
         tokens = self.inside(x).flatten(2).transpose(1, 2)
         tokens = self.heads(tokens, tokens, tokens, need_weights=False)[0] * self.scale + self.label(y)[:, None]
-        return self.out(tokens.transpose(1, 2).unflatten(2, (8, 8))) * (1 if t.max().item() > 0 else 2)
+        return self.out(self.norm(tokens.transpose(1, 2).unflatten(2, (8, 8)))) * (1 if t.max().item() > 0 else 2)
 
 
 class Keywords(nn.Module):
