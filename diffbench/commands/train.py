@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         if isinstance(run, DenoiserRun):
             names, columns = run.facts.names, class_columns(len(run.facts.names))
             each = drawing_seconds(run) / run.config.evaluate.count
-            rows = max(1, min(100 // columns, int(patience / max(columns * each, 1e-9))))
+            rows = max(1, min(10, 100 // columns, int(patience / max(columns * each, 1e-9))))
             labels = [i % columns % max(1, len(names)) for i in range(columns * rows)]
             captions = [names[label] for label in labels] if names else None
             save_grid(run.sample_tensor(len(labels), labels if names else None), columns, grid, captions)
