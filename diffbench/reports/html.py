@@ -62,7 +62,7 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         agreement=tables.agreement(c),
         tuning=tuning.table(c),
         ladder=ladder.tables(c),
-        titles={name: _title(name) for name in c.metrics},
+        titles={name: title for name in c.metrics if (title := _title(name)) != name},
         best=c.ranked()[:1] if c.outcome in ("winner", "disputed") else [],
         decided=[f"{x.first} - {x.second}" for x in c.tests if x.winner],
         confidence=confidence(c.tests),

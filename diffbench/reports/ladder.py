@@ -107,7 +107,7 @@ def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | No
     kept = [what for what in AXES if any(budgets(c, v, what) is not None for v in drawn)]
     if not drawn or not kept:
         return None
-    figure = new_figure(3.6 * len(kept) + 0.4, 2.9 * len(names) + 0.5)
+    figure = new_figure(3.6 * len(kept) + 0.4, 3.3 * len(names) + 0.5)
     panels = figure.subplots(len(names), len(kept), sharey="row", squeeze=False)
     for name, row in zip(names, panels, strict=True):
         for what, panel in zip(kept, row, strict=True):
