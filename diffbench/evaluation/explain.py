@@ -120,12 +120,12 @@ class Explanation:
     @property
     def verdict(self) -> str:
         """The answer in a sentence."""
-        closed = self.gap_closed
-        if closed is None or closed < SAID:
-            share = "does not come nearer" if closed is None else f"closes {closed:.0%} of the gap"
-            return f"{self.name} is not a mixture of the others: the reconstruction {share}"
-        parts = ", ".join(f"{e.coefficient:.2f} {e.name}" for e in self.top)
-        return f"{self.name} is about {parts}: this closes {closed:.0%} of the gap to the class"
+        closed = max(0.0, self.gap_closed or 0.0)
+        how_far = f"the reconstruction closes {closed:.0%} of the gap in loss between the others' mean and the class"
+        if closed < SAID:
+            return f"{self.name} is not a mixture of the others: {how_far}"
+        parts = ", ".join(f"{e.coefficient:.2f} of {e.name}" for e in self.top if e.coefficient >= 0.05)
+        return f"{self.name} is about {parts}: {how_far}"
 
     def weights(self, without: int | None = None) -> Tensor:
         """Weights (rows,) of the reconstruction over the label table, without the element number `without`."""
