@@ -46,7 +46,7 @@ class ExplainConfig:
     and the minimum is exact where a mixture is), or the sample itself, by the process's own loss, as in the paper."""
     images: int = 100
     """Samples of the class to train on."""
-    steps: int = 500
+    steps: int = 200
     batch_size: int = 16
     sparsity: float = 1e-3
     """Weight of the loss 1 - cos(reconstruction, mixture of all others)."""
