@@ -20,8 +20,10 @@ from diffbench.diffusion.process import mean_square
 from diffbench.metrics.registry import metric_name
 from diffbench.sampling.sampler import Sampler, eval_mode
 
-HIDDEN, LEARNING_RATE = 100, 1e-3
-"""Width of the MLP, and the rate of its AdamW, as in the paper's code."""
+HIDDEN = 100
+"""Width of the MLP, as in the paper's code."""
+LEARNING_RATE = 3e-3
+"""Of its AdamW: three times the paper's, for fewer steps."""
 EVERY = 50
 """Steps between validations, of which the best is kept, as in the paper's code."""
 HELD_OUT, NOISES = 20, 12
