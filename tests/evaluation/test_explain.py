@@ -15,7 +15,7 @@ from diffbench.sampling.sampler import Sampler
 
 FACTS = DataFacts("made", (CHANNELS, SIZE, SIZE), CLASSES, ("ant", "bee", "cat", "dog", "elk"), 100, "")
 HOW = SampleConfig("euler", "4")
-QUICK = ExplainConfig(n=2, target="teacher", images=20, steps=200, batch_size=8)
+QUICK = ExplainConfig(n=2, target="teacher", images=40, steps=300, batch_size=16)
 
 
 def sampler_of(name: str) -> Sampler:
