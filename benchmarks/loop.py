@@ -64,7 +64,7 @@ def compare(config: RunConfig, device: torch.device, steps: int, until: float) -
     quiet = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, contextlib.suppress(Enough):
         module = build.data_module(config, data, data)
-        fit(trained.module, module, Path(folder), trainer, config.ema, to_yaml(config), lambda *_: [turns])
+        fit(trained.module, module, Path(folder), trainer, config.ema, to_yaml(config), [turns])
     return turns.row(batch)
 
 

@@ -52,7 +52,7 @@ def data(config: BenchConfig, device: torch.device, deadline: float) -> Iterator
         if until is None:
             yield row | {"skipped": "the time is up"}
             continue
-        module = kind(part, part, 0, BATCH, flip=flip, data_on_device=False)
+        module = kind(part, part, BATCH, flip=flip, data_on_device=False, endless=True)
         (work,) = in_turns([Work(name, _loading(module, device))], device, config.rounds, once=config.tiny)
         row |= work.ms()
         yield row | {"batch": BATCH, "images_per_s": BATCH / row["ms"] * 1e3}

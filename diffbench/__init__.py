@@ -1,19 +1,69 @@
-"""diffbench: compare diffusion denoisers behind one common diffusion module."""
+"""diffbench: compare diffusion denoisers behind one common diffusion module.
 
+docs/api.md lists the public names with an example each.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffbench.data.datamodule import ImageDataModule, LatentDataModule
+    from diffbench.denoisers import DDPMpp, DiffiT, DiT, SegFormer, UNet, UViT, from_preset
+    from diffbench.diffusion import EDM, Flow
+    from diffbench.diffusion import DiscreteVP as VP
+    from diffbench.metrics import DensityCoverage, FrechetDistance, KernelDistance, PrecisionRecall
     from diffbench.runs.base import Run
     from diffbench.runs.lifecycle import load, train
+    from diffbench.sampling.sampler import sample
+    from diffbench.training import EMA, DiffusionModule, SampleGrid, ValidationError
 
 __version__ = "0.1.0"
-__all__ = ["Run", "load", "train"]
+__all__ = [
+    "EDM",
+    "EMA",
+    "VP",
+    "DDPMpp",
+    "DensityCoverage",
+    "DiT",
+    "DiffiT",
+    "DiffusionModule",
+    "Flow",
+    "FrechetDistance",
+    "ImageDataModule",
+    "KernelDistance",
+    "LatentDataModule",
+    "PrecisionRecall",
+    "Run",
+    "SampleGrid",
+    "SegFormer",
+    "UNet",
+    "UViT",
+    "ValidationError",
+    "from_preset",
+    "load",
+    "sample",
+    "train",
+]
+_PLACES = {
+    "data.datamodule": ["ImageDataModule", "LatentDataModule"],
+    "denoisers": ["DDPMpp", "DiT", "DiffiT", "SegFormer", "UNet", "UViT", "from_preset"],
+    "diffusion": ["EDM", "Flow", "VP"],
+    "metrics": ["DensityCoverage", "FrechetDistance", "KernelDistance", "PrecisionRecall"],
+    "runs.base": ["Run"],
+    "runs.lifecycle": ["load", "train"],
+    "sampling.sampler": ["sample"],
+    "training": ["EMA", "DiffusionModule", "SampleGrid", "ValidationError"],
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch and the rest only when something of theirs is asked for."""
-    if name in __all__:
-        from diffbench.runs import base, lifecycle
-
-        return getattr(base if name == "Run" else lifecycle, name)
+    for place, names in _PLACES.items():
+        if name in names:
+            module = importlib.import_module(f"diffbench.{place}")
+            return getattr(module, "DiscreteVP" if name == "VP" else name)
     raise AttributeError(f"module 'diffbench' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -36,7 +36,7 @@ from diffbench.denoisers.dit import DiT
 from diffbench.evaluation import records, samples
 from diffbench.runs import evaluate
 from diffbench.runs.lifecycle import load, train
-from diffbench.training import callbacks, trainer  # noqa: F401
+from diffbench.training import callbacks, distances, trainer  # noqa: F401
 
 RUN = [
     "trainer.batch_size=8",
@@ -131,7 +131,7 @@ class Killer:
 
         DiT.forward = forward  # type: ignore[method-assign]
         callbacks.error_sums = within("validation", callbacks.error_sums)
-        callbacks.Distance.measure = within("distance", callbacks.Distance.measure)  # type: ignore[method-assign]
+        distances.FrechetDistance.measure = within("distance", distances.FrechetDistance.measure)  # type: ignore[method-assign]
 
 
 class Watched:
@@ -201,7 +201,7 @@ def outcome(run: Path) -> dict[str, str]:
     """All that must be the same at the end: hashes of states, weights, pictures and series, and no file left over."""
     (state,) = [torch.load(path, weights_only=True) for path in sorted(run.glob("checkpoints/step-12.ckpt"))]
     parts = {p: state[p] for p in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ImageDataModule")}
-    parts |= {name: state["callbacks"][name] for name in ("EMA", "NonFiniteGuard", "Distance")}
+    parts |= {name: state["callbacks"][name] for name in ("EMA", "NonFiniteGuard", "FrechetDistance")}
     parts["metrics"] = [{k: v for k, v in line.items() if k[:5] != "perf/"} for line in records.metrics(run)]
     scalars = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     tags = sorted(t for t in scalars.Tags()["scalars"] if t[:5] != "perf/")

@@ -1,7 +1,9 @@
 """The position-indexed loader: which image comes when is a function of (seed, position), so any run can start
 anywhere and two backbones with one seed see the same images in the same order."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -10,39 +12,73 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from diffbench.core import rng
+from diffbench.core import distributed, rng
 from diffbench.core.pixels import from_uint8
+from diffbench.data.batches import image_set, latent_set
 from diffbench.data.facts import other_data
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 
 
 class PositionSampler(Sampler[list[int]]):
-    """Endless micro-batches of positions, starting anywhere.
+    """Micro-batches of positions, starting anywhere.
 
     Optimizer step s of any process layout covers the positions [s * batch_size, (s + 1) * batch_size).
 
     Args:
         batch_size: images of an optimizer step, over all ranks and micro-batches.
         accumulate: micro-batches in a step, on each rank.
-        start: first position, a multiple of batch_size.
+        start: first position of the next iteration.
         rank: this process.
         world: number of processes.
+        steps: optimizer steps in an iteration; None for endless ones.
     """
 
-    def __init__(self, batch_size: int, accumulate: int = 1, start: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        accumulate: int = 1,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        steps: int | None = None,
+    ) -> None:
         if batch_size % (accumulate * world):
             raise ValueError(f"batch_size {batch_size} must be a multiple of accumulate {accumulate} x world {world}")
-        if start % batch_size:
-            raise ValueError(f"start {start} must be a multiple of batch_size {batch_size}")
         self.micro = batch_size // (accumulate * world)
         self.start, self.rank, self.world = start, rank, world
+        self.batches = None if steps is None else steps * accumulate
+
+    def __len__(self) -> int:
+        if self.batches is None:
+            raise TypeError("positions have no end")
+        return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.start + self.rank * self.micro
-        while True:
+        for _ in itertools.count() if self.batches is None else range(self.batches):
             yield list(range(first, first + self.micro))
             first += self.micro * self.world
+
+
+class PositionLoader:
+    """A DataLoader that Lightning leaves as it is: it would replace the sampler by position by its own."""
+
+    def __init__(self, loader: DataLoader[dict[str, Any]]) -> None:
+        self.loader, self.dataset = loader, loader.dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module's state says where to go on. Lightning takes a loader with states as resumable."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
 
 
 class PositionDataset(Dataset[dict[str, Any]]):
@@ -98,73 +134,109 @@ class PositionDataModule(L.LightningDataModule):
     """Training batches by position, and the held-out part: the base of image and latent data.
 
     A training batch holds x0 (B, C, H, W) float32, label (B,) and position (B,) on its device, and `first`, the first
-    position as a number, as reading it from a GPU would wait for the GPU.
-    The state in a checkpoint is the number of samples seen, where a resumed run goes on, and the data's fingerprint.
+    position as a number, as reading it from a GPU would wait for the GPU. A held-out batch holds x0, label and index,
+    the numbers of its images. Both are read by `DiffusionModule`, or by any other LightningModule.
+
+    Positions count the images seen since training began, over all epochs and fits, so no two batches are alike, and a
+    checkpoint resumes with the very next image, in any layout of devices and micro-batches. An epoch is as many whole
+    optimizer steps as it takes to see each image once. With `overfit_batches` the first so many batches come again and
+    again, at ever new positions.
+    The state in a checkpoint is the number of samples seen and the data's fingerprint.
 
     Args:
         train: the part to train on.
-        held_out: the other.
+        held_out: the other, for `validate`, `test` and `predict`; None for none.
+        batch_size: images of an optimizer step, over all devices and micro-batches.
         seed: of the run; with a sample's position it fixes which image it is and how it is drawn.
-        batch_size: images of an optimizer step.
-        accumulate: micro-batches in a step.
         num_workers: loader processes.
-        only_first_batch: train on the first `batch_size` images only (debug=overfit).
         flip: mirror half of the training images, drawn anew each epoch.
         data_on_device: keep the training part on the device; None: on a GPU with four times the room.
+        endless: never end an epoch, for trainers that count steps alone.
     """
 
     def __init__(
         self,
-        train: ImageSet | LatentSet,
-        held_out: ImageSet | LatentSet,
-        seed: int,
-        batch_size: int,
-        accumulate: int = 1,
+        train: ImageSet | LatentSet | Dataset[Any],
+        held_out: ImageSet | LatentSet | Dataset[Any] | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
         num_workers: int = 0,
-        only_first_batch: bool = False,
         flip: bool = False,
         data_on_device: bool | None = None,
+        endless: bool = False,
     ) -> None:
         super().__init__()
-        self.train = train.first(batch_size) if only_first_batch else train
-        self.held_out, self.seed, self.flip = held_out, seed, flip
-        self.batch_size, self.accumulate, self.num_workers = batch_size, accumulate, num_workers
-        self.data_on_device = data_on_device
+        self.train = self.read(train)
+        self.held_out = None if held_out is None else self.read(held_out)
+        self.seed, self.flip = seed, flip
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.data_on_device, self.endless = data_on_device, endless
         self.samples_seen = 0
+        self._sampler: PositionSampler | None = None
         self._on_device: Any = None
-        for name, part in (("training", self.train), ("held-out", held_out)):
+        if flip and getattr(self.train, "flipped", self.train) is None:
+            raise ValueError("flip: these latents hold no mirrored ones; encode with flip=True, or leave it out")
+        if held_out is None:  # as if there were no such loaders
+            for loader in ("val_dataloader", "test_dataloader", "predict_dataloader"):
+                setattr(self, loader, getattr(super(), loader))
+        for name, part in (("training", self.train), ("held-out", self.held_out)):
+            if part is None:
+                continue
             low, high, classes = int(part.labels.min()), int(part.labels.max()), max(1, part.num_classes)
             if low < 0 or high >= classes:
                 raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{classes - 1}")
+
+    def read(self, data: Any) -> Any:
+        """A data set in memory."""
+        raise NotImplementedError
 
     def x0(self, batch: dict[str, Any]) -> Tensor:
         """What a batch on the device trains on, (B, C, H, W) float32; its `flipped` (B,) says which to mirror."""
         raise NotImplementedError
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = PositionSampler(self.batch_size, self.accumulate, self.samples_seen, rank, world)
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        on_device = _fits(self.train, device) if self.data_on_device is None else self.data_on_device
-        self._on_device = self.train.to(device) if on_device else None
-        return DataLoader(
-            PositionDataset(self.train, self.seed, self.flip, only_index=on_device),
-            batch_sampler=sampler,
-            collate_fn=_as_is,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+    def train_dataloader(self) -> PositionLoader:
+        trainer, part = self.trainer, self.train
+        rank, world, accumulate, device = 0, 1, 1, torch.device("cpu")
+        if trainer is not None:
+            rank, world, device = trainer.global_rank, trainer.world_size, trainer.strategy.root_device
+            accumulate = int(trainer.accumulate_grad_batches)
+            if repeated := trainer.overfit_batches:  # type: ignore[attr-defined]
+                micro = self.batch_size // accumulate
+                part = part.first(repeated * micro if isinstance(repeated, int) else round(repeated * len(part)))
+        steps = None if self.endless else -(-len(self.train) // self.batch_size)
+        self._sampler = PositionSampler(self.batch_size, accumulate, self.samples_seen, rank, world, steps)
+        on_device = _fits(part, device) if self.data_on_device is None else self.data_on_device
+        self._on_device = part.to(device) if on_device else None
+        return PositionLoader(
+            DataLoader(
+                PositionDataset(part, self.seed, self.flip, only_index=on_device),
+                batch_sampler=self._sampler,
+                collate_fn=_as_is,
+                num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
+            )
         )
+
+    def val_dataloader(self) -> Any:
+        """Batches of the held-out part, in its order; of several ranks each reads a slice."""
+        assert self.held_out is not None
+        return HeldOut(self.held_out, self.batch_size)
+
+    test_dataloader = predict_dataloader = val_dataloader
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Bytes travel to the device, or lie there, and become numbers there."""
+        if "x0" in batch:
+            return batch
         if "index" in batch:
             batch = batch | self._on_device.gather(batch["index"])
+        if (s := self._sampler) is not None and "first" in batch:
+            self.samples_seen = s.start = batch["first"] + s.micro * (s.world - s.rank)
         kept: dict[str, Any] = {name: batch[name] for name in ("label", "position", "first") if name in batch}
         return {"x0": self.x0(batch), **kept}
 
     def state_dict(self) -> dict[str, Any]:
-        seen = self.trainer.global_step * self.batch_size if self.trainer else self.samples_seen
-        return {"samples_seen": seen, "data": self.train.fingerprint()}
+        return {"samples_seen": self.samples_seen, "data": self.train.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before, now = state_dict["data"], self.train.fingerprint()
@@ -174,7 +246,13 @@ class PositionDataModule(L.LightningDataModule):
 
 
 class ImageDataModule(PositionDataModule):
-    """Images: x0 holds pixels in [-1, 1]."""
+    """Images: x0 holds pixels in [-1, 1].
+
+    `train` and `held_out` may be any torch Dataset, whose images are then read into memory, see `image_set`; of a set
+    that does not fit, give `DiffusionModule` a DataLoader of your own. Arguments as for `PositionDataModule`.
+    """
+
+    read = staticmethod(image_set)
 
     def x0(self, batch: dict[str, Any]) -> Tensor:
         images = batch["image"]
@@ -186,9 +264,14 @@ class ImageDataModule(PositionDataModule):
 
 
 class LatentDataModule(PositionDataModule):
-    """Latents of images: x0 is drawn from each one's posterior, anew each epoch, and scaled to about unit variance."""
+    """Latents of images: x0 is drawn from each one's posterior, anew each epoch, and scaled to about unit variance.
+
+    `train` and `held_out` may be any torch Dataset of latents, which are then read into memory, see `latent_set`.
+    """
 
     train: LatentSet
+
+    read = staticmethod(latent_set)
 
     def x0(self, batch: dict[str, Any]) -> Tensor:
         mean, log_variance = batch["mean"], batch["log_variance"]
@@ -198,6 +281,24 @@ class LatentDataModule(PositionDataModule):
             log_variance = torch.where(mirror, batch["flipped_log_variance"], log_variance)
         noise = rng.normal(rng.key(self.seed, "posterior"), batch["position"], tuple(mean.shape[1:]))
         return self.train.scaled(mean.float() + (0.5 * log_variance.float()).exp() * noise)
+
+
+@dataclass
+class HeldOut:
+    """Batches of images as validation restores them: x0, label and index; of several ranks each gets a slice."""
+
+    data: ImageSet | LatentSet
+    batch_size: int
+
+    def _slices(self) -> Sequence[Tensor]:
+        return distributed.rank_slice(len(self.data)).split(self.batch_size)
+
+    def __len__(self) -> int:
+        return len(self._slices())
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for index in self._slices():
+            yield {"x0": self.data.clean(index), "label": self.data.labels[index], "index": index}
 
 
 def _fits(data: ImageSet | LatentSet, device: torch.device) -> bool:

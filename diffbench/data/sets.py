@@ -36,6 +36,12 @@ class ImageSet:
     base: "ImageSet | None" = None
     sizes: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"images must be uint8 (N, C, H, W) in 0..255, got {self.images.dtype} {tuple(self.images.shape)}"
+            )
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -5,7 +5,7 @@ from diffbench.denoisers.diffit import DiffiT, DiffiTConfig
 from diffbench.denoisers.diffit_latent import DiffiTLatent, DiffiTLatentConfig
 from diffbench.denoisers.dit import DiT, DiTConfig
 from diffbench.denoisers.pretrained.convert import from_reference
-from diffbench.denoisers.registry import DENOISERS, PRESETS, build
+from diffbench.denoisers.registry import DENOISERS, PRESETS, build, from_preset
 from diffbench.denoisers.segformer import SegFormer, SegFormerConfig
 from diffbench.denoisers.unet import UNet, UNetConfig
 from diffbench.denoisers.uvit import UViT, UViTConfig
@@ -28,5 +28,6 @@ __all__ = [
     "UViT",
     "UViTConfig",
     "build",
+    "from_preset",
     "from_reference",
 ]

@@ -1,5 +1,7 @@
 """What every denoiser offers, a published size of one, and the checks of a config that end in one line."""
 
+import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,30 @@ class Denoiser(nn.Module):
 
     shards_blocks = True
     """Whether FSDP may shard each block by itself: nothing uses a block's parameters but its own forward."""
+
+    built_from: dict[str, Any]
+    """The arguments that it was made with."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Makes a network keep the arguments that it is made with."""
+        super().__init_subclass__(**options)
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def recorded(self: Denoiser, *args: Any, **given: Any) -> None:
+            if "built_from" not in vars(self):  # not again in a base class
+                names = inspect.signature(init).bind_partial(self, *args, **given).arguments
+                vars(self)["built_from"] = {name: names[name] for name in list(names)[1:]}
+            init(self, *args, **given)
+
+        cls.__init__ = recorded  # type: ignore[method-assign]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the input that it was made for."""
+        size = self.built_from["image_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.channels, height, width
 
     def __init__(self, channels: int, num_classes: int, null_class: bool, learn_sigma: bool) -> None:
         super().__init__()

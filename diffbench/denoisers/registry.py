@@ -1,7 +1,8 @@
 """The denoisers by name: adding one takes its file and its row here; any other `name` is a network from outside."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,3 +158,36 @@ def keep_source(config: Any, folder: Path) -> None:
     """Copies the source of a network from outside below a folder, unless it is installed: configs there find it."""
     if isinstance(config, ForeignConfig):
         config.factory.source.keep(folder)
+
+
+def from_preset(name: str, **shape: Any) -> Denoiser:
+    """Build a published network, such as "DiT-S/2", untrained.
+
+    Args:
+        name: one of `PRESETS`.
+        shape: changes of what it was made for: image_size, channels, num_classes, null_class, learn_sigma.
+
+    Raises:
+        ValueError: if there is no such network, or it does not take such images.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}{hint}")
+    kind = next(kind for kind, entry in DENOISERS.items() if name in entry.presets)
+    return build(kind, PRESETS[name].config, **PRESETS[name].shape | shape)
+
+
+def as_values(network: Any) -> dict[str, Any] | None:
+    """A registered network as plain values, from which `from_values` makes such a one; None for any other."""
+    name = next((name for name, entry in DENOISERS.items() if type(network) is entry.build), None)
+    if name is None:
+        return None
+    return {"name": name, **network.built_from, "config": asdict(network.built_from["config"])}
+
+
+def from_values(values: Mapping[str, Any]) -> Denoiser:
+    """A new network of such values."""
+    given = dict(values)
+    name = given.pop("name")
+    return build(name, DENOISERS[name].config(**given.pop("config")), **given)

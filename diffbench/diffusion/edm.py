@@ -44,8 +44,8 @@ class EDM(Process):
 
     name = "edm"
 
-    def __init__(self, config: EDMConfig) -> None:
-        self.config = config
+    def __init__(self, config: EDMConfig | None = None) -> None:
+        self.config = config or EDMConfig()
 
     def noising(self) -> tuple[Any, ...]:
         """Noise levels, and the scale of the network's input."""

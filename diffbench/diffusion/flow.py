@@ -30,8 +30,8 @@ class Flow(Process):
     name = "flow"
     towards_image = True
 
-    def __init__(self, config: FlowConfig) -> None:
-        self.config = config
+    def __init__(self, config: FlowConfig | None = None) -> None:
+        self.config = config or FlowConfig()
 
     def noising(self) -> tuple[Any, ...]:
         """The path."""

@@ -74,7 +74,8 @@ class DiscreteVP(Process):
 
     name = "vp"
 
-    def __init__(self, config: VPConfig) -> None:
+    def __init__(self, config: VPConfig | None = None) -> None:
+        config = config or VPConfig()
         self.config, self.learn_sigma = config, config.variance == "learned_range"
         given = config.schedule == "given"
         betas = torch.tensor(config.betas, dtype=torch.float64) if given else SCHEDULES[config.schedule](config.steps)

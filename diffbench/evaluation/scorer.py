@@ -156,10 +156,10 @@ def _cached_numbers(
     return found
 
 
-def training_measurement(settings: EvaluateConfig, extractor: Extractor, train: ImageSet) -> Measurement:
-    """Measurement of samples drawn in training with as many training images."""
-    statistics = statistics_of(extractor, first(train, "train", settings.every_count))[0]
-    return Measurement(extractor, {"fd": statistics}, settings.every_count, permutation=permutation)
+def training_measurement(extractor: Extractor, train: ImageSet, count: int) -> Measurement:
+    """Measurement of `count` samples drawn in training with as many training images."""
+    statistics = statistics_of(extractor, first(train, "train", count))[0]
+    return Measurement(extractor, {"fd": statistics}, count, permutation=permutation)
 
 
 def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffbench.core import distributed, rng
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
-from diffbench.diffusion import Process, predictor
+from diffbench.diffusion import LabelledPredict, Process, predictor
 
 Data = ImageSet | LatentSet
 BATCH = 512
@@ -91,11 +91,27 @@ def _squares(
                 continue
             x0 = data.clean(index).to(parameter)
             y = data.labels[index].to(parameter.device)
-            x_t, t = _noised(process, x0, index, level)
-            denoised = predict(x_t, t, y).x0
-            yield math.exp(level) * (denoised - x0).double().square()
+            yield _square(predict, process, x0, y, index, level)
     finally:
         denoiser.train(training)
+
+
+@torch.no_grad()
+def batch_errors(
+    denoiser: nn.Module, process: Process, x0: Tensor, y: Tensor | None, index: Tensor, log_snr: Sequence[float]
+) -> Tensor:
+    """The errors of a batch x0 (B, C, H, W) with labels y (B,), of images number `index` (B,): (levels, B) float64."""
+    x0, predict = x0.to(next(denoiser.parameters()).dtype), predictor(process, denoiser)
+    errors = [_square(predict, process, x0, y, index, level).flatten(1).mean(1) for level in log_snr]
+    return torch.stack(errors)
+
+
+def _square(
+    predict: LabelledPredict, process: Process, x0: Tensor, y: Tensor | None, index: Tensor, level: float
+) -> Tensor:
+    x_t, t = _noised(process, x0, index, level)
+    denoised = predict(x_t, t, y).x0  # type: ignore[arg-type]
+    return math.exp(level) * (denoised - x0).double().square()
 
 
 @torch.no_grad()

@@ -1,11 +1,27 @@
 """Evaluation: feature extractors by name, distances as functions, and the same distances as torchmetrics."""
 
 from diffbench.metrics.extractors import digits_cnn, efficientnet, inception, random_cnn
-from diffbench.metrics.extractors.base import EXTRACTORS, Entry, Extractor, Features, Request, extractor
+from diffbench.metrics.extractors.base import EXTRACTORS, Entry, Extractor, Features, Request, extractor, plain
+from diffbench.metrics.frechet import FrechetDistance, gaussian
+from diffbench.metrics.kernel import KernelDistance
+from diffbench.metrics.neighbours import DensityCoverage, PrecisionRecall
 
 EXTRACTORS["digits-cnn"] = Entry(digits_cnn.build, digits_cnn.check)
 EXTRACTORS["efficientnet-lite0"] = Entry(efficientnet.build, efficientnet.check, efficientnet.installed)
 EXTRACTORS["random-cnn"] = Entry(random_cnn.build, random_cnn.check)
 EXTRACTORS["inception"] = Entry(inception.build, inception.check)
 
-__all__ = ["EXTRACTORS", "Entry", "Extractor", "Features", "Request", "extractor"]
+__all__ = [
+    "EXTRACTORS",
+    "DensityCoverage",
+    "Entry",
+    "Extractor",
+    "Features",
+    "FrechetDistance",
+    "KernelDistance",
+    "PrecisionRecall",
+    "Request",
+    "extractor",
+    "gaussian",
+    "plain",
+]

@@ -118,28 +118,31 @@ class Moments(SampleMetric):
 
 
 class FrechetDistance(Moments):
-    """Squared Fréchet distances to Gaussians (Heusel et al. 2017), by name.
+    """Squared Fréchet distance to a Gaussian fit of real images (Heusel et al. 2017), or to several by name.
 
     Args:
-        references: name -> fit of real images; all of one feature space.
+        references: fit of real images; or several by name, all of one feature space.
         count: how many samples there will be, checked in the end; None for any number.
     """
 
     higher_is_better = False
 
-    def __init__(self, references: Mapping[str, Gaussian], count: int | None = None) -> None:
-        first = next(iter(references.values()))
+    def __init__(self, references: Gaussian | Mapping[str, Gaussian], count: int | None = None) -> None:
+        self.alone = isinstance(references, Gaussian)
+        named = {"fd": references} if isinstance(references, Gaussian) else dict(references)
+        first = next(iter(named.values()))
         super().__init__(len(first.mean), count, center=first.mean)
-        self.references = dict(references)
+        self.references = named
 
     @classmethod
     def of(cls, measurement: Measurement) -> Self | None:
         return cls({name: r.fit for name, r in measurement.references.items()}, measurement.count)
 
-    def compute(self) -> dict[str, Tensor]:
-        """name -> distance, a float64 scalar."""
+    def compute(self) -> Tensor | dict[str, Tensor]:
+        """The distance, a float64 scalar; of several references name -> distance."""
         fit = self.gaussian()
-        return {name: frechet(fit, reference.like(fit.mean)) for name, reference in self.references.items()}
+        found = {name: frechet(fit, reference.like(fit.mean)) for name, reference in self.references.items()}
+        return found["fd"] if self.alone else found
 
 
 class SpatialFrechetDistance(FrechetDistance):

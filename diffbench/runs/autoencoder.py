@@ -22,8 +22,6 @@ from diffbench.runs.build import INSIDE
 if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.autoencoder import AutoencoderModule, Features
-    from diffbench.training.ema import EMA
-    from diffbench.training.logger import RunLogger
 
 
 VALIDATED = 1000
@@ -64,7 +62,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
 
         c, net = self.config, self.network
         assert isinstance(net, KLAutoencoder)
-        return AutoencoderModule(net, c.loss, c.optimizer, c.seed, c.trainer.batch_size, self._features())
+        return AutoencoderModule(net, c.loss, c.optimizer, c.seed, self._features())
 
     def _features(self) -> "Features | None":
         if self.config.loss.perceptual is None:
@@ -81,11 +79,11 @@ class AutoencoderRun(Run[AutoencoderConfig]):
     def data_module(self) -> "PositionDataModule":
         return build.data_module(self.config, self.train_set, self.held_out)
 
-    def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
+    def callbacks(self) -> "list[Any]":
         from diffbench.training.callbacks import ReconstructionGrid, Reconstructions
 
         t, data = self.config.trainer, self.held_out.evenly(VALIDATED)
-        return [Reconstructions(log, ema, data, t.validate_images), ReconstructionGrid(log, ema, data, t.sample_images)]
+        return [Reconstructions(data, t.validate_images), ReconstructionGrid(data, t.sample_images)]
 
     def finish(self) -> None:
         """Writes the averaged network with its scale into `<folder>/autoencoder`."""

@@ -27,8 +27,6 @@ from diffbench.training.speed import keep_memory
 
 if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
-    from diffbench.training.ema import EMA
-    from diffbench.training.logger import RunLogger
     from diffbench.training.module import TrainingModule
 
 DATA_FACTS = "data.json"
@@ -271,7 +269,7 @@ class Run(ABC, Generic[C]):
         """The batches."""
 
     @abstractmethod
-    def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
+    def callbacks(self) -> "list[Any]":
         """The callbacks that measure and draw in training."""
 
     def prepare(self) -> None:

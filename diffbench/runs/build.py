@@ -107,15 +107,14 @@ def data_module(
     from diffbench.data.datamodule import ImageDataModule, LatentDataModule
 
     return (LatentDataModule if isinstance(train_set, LatentSet) else ImageDataModule)(
-        train=train_set,
-        held_out=held_out,
-        seed=config.seed,
-        batch_size=config.trainer.batch_size,
-        accumulate=config.trainer.accumulate_grad_batches,
+        train_set.first(config.trainer.batch_size) if config.debug == "overfit" else train_set,
+        held_out,
+        config.trainer.batch_size,
+        config.seed,
         num_workers=config.data.num_workers,
-        only_first_batch=config.debug == "overfit",
         flip=getattr(config.data, "flip", False),
         data_on_device=config.trainer.data_on_device,
+        endless=True,
     )
 
 

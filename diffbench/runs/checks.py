@@ -67,7 +67,7 @@ def check_logger(trainer: TrainerConfig) -> None:
 
 def undecoded(config: BaseConfig) -> ImageSet:
     """An empty set of the data set's shape."""
-    return ImageSet(torch.empty(0, *config.data.shape), torch.empty(0), 2)
+    return ImageSet(torch.empty(0, *config.data.shape, dtype=torch.uint8), torch.empty(0), 2)
 
 
 def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int, int]) -> None:

@@ -15,8 +15,6 @@ from diffbench.runs.base import Run
 if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.classifier import ClassifierModule
-    from diffbench.training.ema import EMA
-    from diffbench.training.logger import RunLogger
 
 
 class ClassifierRun(Run[ClassifierRunConfig]):
@@ -56,17 +54,17 @@ class ClassifierRun(Run[ClassifierRunConfig]):
         from diffbench.training.classifier import ClassifierModule
 
         c = self.config
-        return ClassifierModule(self.network, self.process, c.optimizer, c.seed, c.trainer.batch_size)
+        return ClassifierModule(self.network, self.process, c.optimizer, c.seed)
 
     def data_module(self) -> "PositionDataModule":
         return build.data_module(self.config, self.train_set, self.held_out)
 
-    def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
+    def callbacks(self) -> "list[Any]":
         from diffbench.training.callbacks import Accuracy
 
         c = self.config
         held_out = self.held_out.evenly(c.validation.count)
-        return [Accuracy(log, ema, held_out, c.validation.log_snr, c.trainer.validate_images)]
+        return [Accuracy(held_out, c.trainer.validate_images, c.validation.log_snr)]
 
 
 def _network(config: ClassifierRunConfig, data: build.Shaped) -> NoisyClassifier:

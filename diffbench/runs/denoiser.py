@@ -26,8 +26,6 @@ from diffbench.denoisers import registry
 from diffbench.denoisers.flops import Cost
 from diffbench.diffusion import Process
 from diffbench.evaluation import reference
-from diffbench.evaluation import scorer as scorers
-from diffbench.metrics.suite import Suite
 from diffbench.runs import build, checks, weights
 from diffbench.runs.base import Run, open_run
 from diffbench.runs.classifier import ClassifierRun
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from diffbench.sampling.guided import GuidanceModels
     from diffbench.sampling.sampler import Sampler
     from diffbench.training.diffusion import DiffusionModule
-    from diffbench.training.ema import EMA
-    from diffbench.training.logger import RunLogger
 
 
 class DenoiserRun(Run[RunConfig]):
@@ -160,8 +156,7 @@ class DenoiserRun(Run[RunConfig]):
             self.network,
             self.process,
             c.optimizer,
-            c.seed,
-            t.batch_size,
+            seed=c.seed,
             label_dropout=t.label_dropout if self.null_label is not None else 0.0,
             null_label=self.null_label,
             time_sampling=t.time_sampling,
@@ -191,28 +186,29 @@ class DenoiserRun(Run[RunConfig]):
         flip = getattr(c.data, "flip", False)
         return build.encoded(c, self.train_set, net, device, flip), build.encoded(c, held_out, net, device)
 
-    def callbacks(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
-        from diffbench.training.callbacks import SampleGrid, Validation
+    def callbacks(self) -> "list[Any]":
+        from diffbench.training import SampleGrid, ValidationError
         from diffbench.training.estimate import TimeEstimate
 
         c, t = self.config, self.config.trainer
+        train, held_out = self.sets
         return [
-            Validation(log, ema, self.sets[1], c.validation.log_snr, t.validate_images, self.sets[0]),
-            *self._distances(log, ema),
-            *([TimeEstimate(log, self.shape)] if t.compile == "none" else []),
-            SampleGrid(log, ema, self.sampler(c.sample), c.sample, self.facts.names, t.sample_images),
+            ValidationError(held_out, t.validate_images, c.validation.log_snr, train),
+            *self._distances(),
+            *([TimeEstimate(self.shape)] if t.compile == "none" else []),
+            SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.facts.names),
         ]
 
-    def _distances(self, log: "RunLogger", ema: "EMA") -> "list[Any]":
+    def _distances(self) -> "list[Any]":
         c, e = self.config, self.config.evaluate
         if e.every_images is None:
             return []
-        from diffbench.training.callbacks import Distance
+        from diffbench.training import FrechetDistance
 
         extractor = reference.run_extractor(c, self.train_set, build.device_of(c.trainer.accelerator))
-        suite = partial(Suite, scorers.training_measurement(e, extractor, self.train_set), brief=True)
-        labels, how = reference.sample_labels(self.train_set, e.every_count), c.sample.unguided()
-        return [Distance(log, ema, suite, self.sampler(how), how, labels, e.every_images, c.seed, e.best)]
+        how = c.sample.unguided()
+        sampler, real = self.sampler(how), self.train_set
+        return [FrechetDistance(real, e.every_images, extractor, e.every_count, sampler, how, c.seed, e.best)]
 
     def guidance_models(self, settings: SampleConfig) -> "GuidanceModels":
         """The networks that guide besides the denoiser; see `guidance_models`."""

@@ -226,7 +226,7 @@ def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] 
         run.network.load_state_dict(start, strict=True)
     c, data = run.config, run.data_module()
     ema = trainer.fit(
-        run.module(), data, run.folder, c.trainer, c.ema, to_yaml(c), run.callbacks, checkpoint, run.hparams()
+        run.module(), data, run.folder, c.trainer, c.ema, to_yaml(c), run.callbacks(), checkpoint, run.hparams()
     )
     for decay in ema.averages:
         average = ema.full_average(decay)

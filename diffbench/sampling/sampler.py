@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -197,3 +197,49 @@ def run_sampler(
     return SAMPLERS[str(c.sampler)](
         predict, grid.start(x), grid, noise, clip=bool(c.clip), callback=callback, **options
     )
+
+
+def sample(
+    network: nn.Module,
+    process: Process,
+    n: int | None = None,
+    labels: Sequence[int] | Tensor | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    null_label: int | None = None,
+    seed: int = 0,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Draw samples from a denoiser, on the device that it is on.
+
+    Args:
+        network: (x, t, y) -> output, trained under `process`.
+        process: noise and prediction.
+        n: how many; one for each label by default.
+        labels: (N,) classes; by default the network's classes in turn, all 0 where it says none.
+        shape: (C, H, W) of what it denoises; a denoiser of this package knows its own.
+        null_label: its null class, for guidance; a denoiser of this package knows its own.
+        seed: sample i's noise is a function of (seed, i), whatever the batch or device.
+        callback: called after each step of each batch with (step, x, predicted x0).
+        settings: keys of `SampleConfig`, such as steps="50", sampler="ddim", guidance=2.0 or batch_size=100.
+
+    Returns:
+        (N, C, H, W) uint8; float32 as denoised where there are neither one nor three channels.
+
+    Raises:
+        ValueError: if the shape is not known, counts disagree, or a setting is not allowed.
+    """
+    shape = getattr(network, "shape", None) if shape is None else shape
+    if shape is None:
+        raise ValueError("shape: give (C, H, W) of the images; this network does not say it")
+    if null_label is None and getattr(network, "null_class", False):
+        null_label = int(network.num_classes)  # type: ignore[arg-type]
+    if labels is None:
+        labels = torch.arange(16 if n is None else n) % max(1, int(getattr(network, "num_classes", 1)))
+    y = torch.as_tensor(labels)
+    if n not in (None, len(y)):
+        raise ValueError(f"n: {n} samples, but {len(y)} labels")
+    raw = shape[0] not in (1, 3)
+    sampler = Sampler(network, process, shape, null_label, raw=raw, name=type(network).__name__)
+    return sampler(y, SampleConfig(**settings), seed=seed, callback=callback)

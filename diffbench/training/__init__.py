@@ -1,0 +1,20 @@
+"""LightningModules and callbacks for any Lightning Trainer; imported as they are asked for."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffbench.training.callbacks import SampleGrid, ValidationError
+    from diffbench.training.diffusion import DiffusionModule
+    from diffbench.training.distances import FrechetDistance
+    from diffbench.training.ema import EMA
+
+__all__ = ["EMA", "DiffusionModule", "FrechetDistance", "SampleGrid", "ValidationError"]
+_PLACES = dict(zip(__all__, ("ema", "diffusion", "distances", "callbacks", "callbacks"), strict=True))
+
+
+def __getattr__(name: str) -> Any:
+    """Imports Lightning only when something of it is asked for."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"diffbench.training.{_PLACES[name]}"), name)
+    raise AttributeError(f"module 'diffbench.training' has no attribute {name!r}")

@@ -1,14 +1,15 @@
 """Training of an autoencoder."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder, kl
-from diffbench.config.sections import LossConfig, OptimizerConfig
+from diffbench.config.sections import LossConfig
 from diffbench.core import rng
-from diffbench.training.module import TrainingModule
+from diffbench.training.module import OptimizerLike, TrainingModule
 
 Features = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [-1, 1] -> features (B, D), through which gradients flow."""
@@ -22,7 +23,6 @@ class AutoencoderModule(TrainingModule):
         loss: weights of the loss's terms.
         optimizer: settings.
         seed: of the run.
-        batch_size: images of an optimizer step.
         features: of the perceptual term, where the loss has one.
 
     Raises:
@@ -35,18 +35,18 @@ class AutoencoderModule(TrainingModule):
         self,
         autoencoder: KLAutoencoder,
         loss: LossConfig,
-        optimizer: OptimizerConfig,
-        seed: int,
-        batch_size: int,
+        optimizer: OptimizerLike | None = None,
+        seed: int = 0,
         features: Features | None = None,
     ) -> None:
-        super().__init__(autoencoder, optimizer, seed, batch_size)
+        super().__init__(autoencoder, optimizer, seed=seed)
         if (loss.perceptual is None) != (features is None):
             raise ValueError("loss.perceptual: an extractor and its features come together")
         self.loss, self.features = loss, features
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The batch's mean loss per number of an image."""
+        batch = self.take(batch)
         x = batch["x0"].to(next(self.network.parameters()).dtype)
         noise = None
         if self.loss.kl_weight:  # a plain autoencoder decodes the mean

@@ -16,7 +16,8 @@ from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256, write_text
 from diffbench.core.tensors import read_state
-from diffbench.training.clock import Clock, at_step_end, due
+from diffbench.training.clock import Clock, at_step_end
+from diffbench.training.order import Ordered
 from diffbench.training.signals import StopOnSignal
 
 
@@ -132,21 +133,22 @@ def _checksum(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-class SaveState(L.Callback):
+class SaveState(Ordered):
     """Saves every `every` images, at the last step, and at the next step's end after a signal.
 
-    Must stand last among the callbacks, so that a state holds what the others did at its step.
+    It acts last, so that a state holds what the others did at its step.
 
     Args:
         folder: where step-N.ckpt go.
-        batch_size: images of a step.
         every: images between saves.
         clock: paused while saving.
         stop: knows of signals.
     """
 
-    def __init__(self, folder: Path, batch_size: int, every: int, clock: Clock, stop: StopOnSignal) -> None:
-        self.folder, self.batch_size, self.every, self.clock, self.stop = folder, batch_size, every, clock, stop
+    place = 5
+
+    def __init__(self, folder: Path, every: int, clock: Clock, stop: StopOnSignal) -> None:
+        self.folder, self.every, self.clock, self.stop = folder, every, clock, stop
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -162,7 +164,7 @@ class SaveState(L.Callback):
         if not at_step_end(trainer, batch_idx):
             return
         step, asked = trainer.global_step, self.stop.asked(trainer.global_step)
-        if asked or step == trainer.max_steps or due(step, self.batch_size, self.every):
+        if asked or step == trainer.max_steps or pl_module.is_due(self.every):  # type: ignore[operator]
             with self.clock.paused():
                 self.save(trainer)
         if asked:

@@ -7,14 +7,20 @@ from collections.abc import Iterator
 import lightning as L
 
 
-def due(step: int, batch_size: int, every: int) -> bool:
-    """Whether the images seen after `step` steps have just reached a multiple of `every`."""
-    return step * batch_size // every > (step - 1) * batch_size // every
+def due(before: int, now: int, every: int) -> bool:
+    """Whether the images seen, `before` the last step and `now`, have just reached a multiple of `every`."""
+    return now // every > before // every
 
 
 def at_step_end(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch ended an optimizer step."""
-    return (batch_idx + 1) % int(trainer.accumulate_grad_batches) == 0
+    """Whether this micro-batch ended an optimizer step; an epoch's last one always does."""
+    return (batch_idx + 1) % int(trainer.accumulate_grad_batches) == 0 or trainer.is_last_batch
+
+
+def is_last(trainer: L.Trainer) -> bool:
+    """Whether all steps are done, or all epochs."""
+    ended = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or ended
 
 
 class Clock:

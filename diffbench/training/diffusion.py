@@ -1,84 +1,135 @@
 """Training of any denoiser under any process."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffbench.config.sections import OptimizerConfig
+from diffbench.config.sections import SampleConfig, ValidationConfig
 from diffbench.core import distributed, rng
-from diffbench.diffusion import LossAware, Process, stratified
+from diffbench.data.batches import unpack
+from diffbench.denoisers.registry import as_values, from_values
+from diffbench.diffusion import PROCESSES, LossAware, Process, stratified
 from diffbench.diffusion.guidance import null_labels
+from diffbench.evaluation.validation_error import batch_errors, bound_metrics
+from diffbench.sampling.sampler import Sampler
 from diffbench.training.augment import augment
-from diffbench.training.module import TrainingModule
+from diffbench.training.module import OptimizerLike, SchedulerLike, TrainingModule, named
 
 
 class DiffusionModule(TrainingModule):
-    """Trains `denoiser` on the process's loss, every random number keyed by (seed, position).
+    """Trains a denoiser on the process's loss, under any Lightning Trainer and from any loader.
 
-    A batch holds x0 (B, C, H, W), label (B,) or weights over labels (B, labels), and position (B,), and may hold
-    `first`, the first position as a number.
+    A batch is images, (images, labels), or a mapping with `image` and `label`; images are (B, C, H, W), float in
+    [-1, 1] or uint8, and labels (B,) integers or (B, labels) weights. Every random number is a function of the seed and
+    an image's position. The data modules' batches carry positions; any other batch continues those of all images seen
+    before, rank after rank, over epochs and fits. So a resumed run draws the very noise, times, dropped labels and
+    dropout that an unbroken one would; it sees the same images too where the loader resumes at its batch, as the data
+    modules do.
+
+    `validate` and `test` log the variational bound "val/bound" in nats per dimension and the squared error of the noise
+    at each log-SNR, "val/level/<log-SNR>", with fixed noise. `predict` gives samples, (B, C, H, W) uint8, for the
+    labels of its batches; a batch may be labels alone.
+
+    A checkpoint holds the settings, and those of networks and processes of this package, as plain values;
+    `load_from_checkpoint` asks for others: load_from_checkpoint(path, network=..., optimizer=...).
 
     Args:
-        denoiser: network (x, t, y) -> output; its label `null_label` means "no class".
+        network: (x, t, y) -> output; its label `null_label` means "no class". y is None where batches have no labels.
         process: how images are noised, and the loss.
-        optimizer: settings.
-        seed: of the run.
-        batch_size: images of an optimizer step.
+        optimizer: settings, or a callable from parameters to an optimizer; None for AdamW.
+        lr_scheduler: a callable from an optimizer to a scheduler, stepped with it.
+        lr: learning rate in place of the optimizer's own.
+        seed: of all random numbers.
         label_dropout: share of labels replaced by the null label.
-        null_label: the null class, or None where the network has none.
+        null_label: the null class; None for the network's own, where it has one.
         time_sampling: "uniform", "stratified" over each batch, or "loss_aware" with its history in checkpoints.
         augment: probability of each of EDM's changes, which the network gets as a label.
+        log_snr: levels at which `validate` and `test` measure, rising; None for those of `ValidationConfig`.
+        sample: how `predict` samples; None for `SampleConfig()`.
 
     Raises:
-        ValueError: if labels are dropped for a network without a null class.
+        ValueError: if labels are dropped for a network without a null class, or a checkpoint cannot hold the network.
     """
 
     def __init__(
         self,
-        denoiser: nn.Module,
-        process: Process,
-        optimizer: OptimizerConfig,
-        seed: int,
-        batch_size: int,
+        network: nn.Module | dict[str, Any] | str,
+        process: Process | dict[str, Any] | str,
+        optimizer: OptimizerLike | None = None,
+        lr_scheduler: SchedulerLike | None = None,
+        lr: float | None = None,
+        seed: int = 0,
         label_dropout: float = 0.0,
         null_label: int | None = None,
         time_sampling: Literal["uniform", "stratified", "loss_aware"] = "uniform",
         augment: float = 0.0,
+        log_snr: Sequence[float] | None = None,
+        sample: SampleConfig | dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(denoiser, optimizer, seed, batch_size)
+        if isinstance(network, str) or isinstance(process, str):
+            missing = f"network={network}" if isinstance(network, str) else f"process={process}"
+            raise ValueError(f"the checkpoint does not hold {missing}; pass load_from_checkpoint(path, {missing})")
+        net = from_values(network) if isinstance(network, dict) else network
+        super().__init__(net, optimizer, lr_scheduler, lr, seed)
+        self.process = _process(process)
+        if null_label is None and getattr(net, "null_class", False):
+            null_label = int(net.num_classes)  # type: ignore[arg-type]
         if label_dropout and null_label is None:
             raise ValueError("trainer.label_dropout needs a denoiser with a null class")
-        self.process = process
         self.label_dropout, self.null_label = label_dropout, null_label
         self.time_sampling, self.augment = time_sampling, augment
-        self.history = LossAware(process.config.steps) if time_sampling == "loss_aware" else None
+        self.log_snr = list(ValidationConfig().log_snr if log_snr is None else log_snr)
+        self.sample = SampleConfig(**(sample or {})) if isinstance(sample, dict | None) else sample
+        self.shape: tuple[int, ...] | None = getattr(net, "shape", None)
+        """(C, H, W) of what is denoised: the network's own, else the last batch's."""
+        self.history = LossAware(self.process.config.steps) if time_sampling == "loss_aware" else None
         self._step_losses: list[tuple[int, float]] = []
         self._keys = {what: rng.key(seed, what) for what in ("noise", "time", "label")}
+        self._measured = 0
+        self.save_hyperparameters(
+            {
+                "network": as_values(net) or type(net).__qualname__,
+                "process": _described(self.process),
+                "optimizer": named(self.optimizer),
+                "lr_scheduler": named(lr_scheduler),
+                "lr": lr,
+                "seed": seed,
+                "label_dropout": label_dropout,
+                "null_label": null_label,
+                "time_sampling": time_sampling,
+                "augment": augment,
+                "log_snr": self.log_snr,
+                "sample": named(self.sample),
+            }
+        )
 
-    def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What a batch trains on: images (B, C, H, W), uniform numbers (B,), noise (B, C, H, W), labels (B,)."""
         x0, position, y = batch["x0"], batch["position"], batch["label"]
         u, drop = rng.uniforms((self._keys["time"], self._keys["label"]), position)
         if self.time_sampling == "stratified":
             u = stratified(u, position % self.batch_size, self.batch_size)
         eps = rng.normal(self._keys["noise"], position, tuple(x0.shape[1:]))
-        if self.label_dropout:
+        if self.label_dropout and y is not None:
             dropped = drop < self.label_dropout
             null = null_labels(y, self.null_label)  # type: ignore[arg-type]
             y = torch.where(dropped[:, None] if y.ndim > 1 else dropped, null, y)
         dtype = next(self.network.parameters()).dtype
         return x0.to(dtype), u, eps.to(dtype), y
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The batch's mean loss."""
+        batch = self.take(batch)
         x0, u, eps, y = self.draw(batch)
+        self.shape = tuple(x0.shape[1:])
         inputs: dict[str, Tensor] = {}
         if self.augment:
             x0, inputs["augment"] = augment(x0, batch["position"], self.seed, self.augment)
         t, weight = (self.process.time(u), None) if self.history is None else self.history.time(u)
         self.seed_dropout(batch)
-        self.times = t
+        batch["time"] = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
         losses = self.process.losses(self.network(x, time, y, **inputs), x0, t, eps)
         if self.history is None or weight is None:
@@ -96,10 +147,75 @@ class DiffusionModule(TrainingModule):
             self.history.update(torch.tensor(steps), torch.tensor(values, dtype=torch.float64))
             self._step_losses = []
 
+    def on_validation_epoch_start(self) -> None:
+        self._measured = 0
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs "val/bound" and "val/level/<log-SNR>"; see the class."""
+        self._measure("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs the same as `validation_step`, under "test/"."""
+        self._measure("test", batch)
+
+    def _measure(self, part: str, batch: Any) -> None:
+        """Logs a batch's errors; the noise of each image is that of its number in the data set."""
+        found = unpack(batch)
+        count, index = len(found["x0"]), found.get("index")
+        if index is None:  # as Lightning deals images to ranks
+            index = (self._measured + torch.arange(count)) * distributed.world_size() + distributed.rank()
+        self._measured += count
+        errors = batch_errors(self.network, self.process, found["x0"], found["label"], index, self.log_snr).mean(1)
+        values = bound_metrics(part, dict(zip(self.log_snr, errors.tolist(), strict=True)))
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
+
+    def sampler(self) -> Sampler:
+        """The sampler of the network as it is now.
+
+        Raises:
+            ValueError: if the shape is not known: the network does not say it, and no batch came yet.
+        """
+        if self.shape is None:
+            raise ValueError("the shape of samples is not known before a batch was trained on; set module.shape")
+        return Sampler(self.network, self.process, self.shape, self.null_label, raw=self.shape[0] not in (1, 3))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Samples for the labels of a batch, or for labels (B,): (B, C, H, W) uint8, float32 if they are no images."""
+        alone = isinstance(batch, Tensor) and batch.ndim == 1
+        found = {"x0": batch, "label": batch} if alone else unpack(batch)
+        labels, count = found["label"], len(found["x0"])
+        if labels is None:
+            labels = torch.full((count,), 0 if self.null_label is None else self.null_label)
+        first = self._measured * distributed.world_size() + distributed.rank() * count
+        self._measured += count
+        labels = labels if labels.is_floating_point() else labels.long()
+        return self.sampler()(labels, self.sample, seed=self.seed, first=first)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["shape"] = self.shape
         if self.history is not None:
             checkpoint["loss_history"] = self.history.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.shape = checkpoint["shape"]
         if self.history is not None:
             self.history.load_state_dict(checkpoint["loss_history"])
+
+
+def _process(process: Process | dict[str, Any]) -> Process:
+    if isinstance(process, Process):
+        return process
+    entry = PROCESSES[process["name"]]
+    return entry.build(entry.config(**{key: value for key, value in process.items() if key != "name"}))
+
+
+def _described(process: Process) -> dict[str, Any] | str:
+    """A registered process as plain values; another's name."""
+    entry = PROCESSES.get(getattr(process, "name", ""))
+    if entry is None or type(process) is not entry.build:
+        return type(process).__qualname__
+    return {"name": process.name, **named(process.config)}

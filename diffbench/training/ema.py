@@ -1,7 +1,8 @@
 """Exponential moving averages of a network's weights, one or several in a run."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,19 +14,31 @@ from diffbench.config.sections import EMAConfig
 from diffbench.core import distributed
 from diffbench.training.clock import at_step_end
 from diffbench.training.fsdp import full_tensor, local_shard, shard_of, weights_replaced
+from diffbench.training.module import TrainingModule
 from diffbench.training.nan_guard import Outcome
+from diffbench.training.order import Ordered
 
 
-class EMA(L.Callback):
-    """Averages the parameters of a module's `network` after each optimizer step, for several decays at once.
+class EMA(Ordered):
+    """Averages the weights of a LightningModule after each optimizer step, for several decays at once.
 
-    Lightning's WeightAveraging copies the whole module, takes one decay, and leaves averaged weights in a checkpoint's
-    `state_dict` and in the module after `fit`. Here a checkpoint's `state_dict` and the module hold the raw weights;
-    the averages are in this callback's state, and in the module only inside `applied()`. Of a sharded network (FSDP)
-    each rank averages its shards; states and exports hold full tensors.
+    `validate`, `test` and `predict` see the first average, and so do our callbacks that measure in training. Training
+    goes on with the raw weights, which a checkpoint's `state_dict` and the module hold at all other times; the averages
+    are in this callback's state. `applied()` puts one in place for a block, `load` reads one from a checkpoint.
+    (Lightning's WeightAveraging copies the whole module, takes one decay, and leaves averaged weights in a checkpoint's
+    `state_dict` and in the module after `fit`.) Of our modules the `network` is averaged, of any other LightningModule
+    all parameters; buffers stay as they are. Of a sharded network (FSDP) each rank averages its shards; states and
+    exports hold full tensors.
+
+    Args:
+        config: a decay of each step in (0, 1), several of them, or an `EMAConfig` with all settings.
     """
 
-    def __init__(self, config: EMAConfig) -> None:
+    place = 2
+
+    def __init__(self, config: float | Sequence[float] | EMAConfig = 0.9999) -> None:
+        if not isinstance(config, EMAConfig):
+            config = EMAConfig([config] if isinstance(config, float) else list(config))
         self.config = config
         self.updates = 0
         self.averages: dict[float, list[Tensor]] = {}
@@ -33,11 +46,44 @@ class EMA(L.Callback):
         self._network = nn.Module()
         self._pending: Outcome | None = None
         self._restored: dict[str, Any] | None = None
+        self._applied = contextlib.ExitStack()
 
     def attach(self, network: nn.Module) -> None:
         """Starts the averages at the network's present weights, on its device."""
         self._network, self._parameters = network, list(network.parameters())
         self.averages = {d: [local_shard(p).clone() for p in self._parameters] for d in self.config.decays}
+
+    def _find(self, module: nn.Module) -> None:
+        """Attaches to a module's network with the state that was loaded, if any; in a second fit the averages stay."""
+        network = module.network if isinstance(module, TrainingModule) else module
+        if network is self._network and self._restored is None:
+            for average in self.averages.values():  # the network may have moved to another device and back
+                average[:] = [a.to(p.device) for a, p in zip(average, self._parameters, strict=True)]
+            return
+        self.attach(network)
+        state, self._restored = self._restored, None
+        if state is None:
+            return
+        self.updates = state["updates"]
+        for decay, average in self.averages.items():
+            for target, source, p in zip(average, state["averages"][str(decay)], self._parameters, strict=True):
+                target.copy_(shard_of(source, p))
+
+    @staticmethod
+    def load(checkpoint: str | Path, module: nn.Module, decay: float | None = None) -> None:
+        """Puts an average of a checkpoint (by default the first) into the module that the checkpoint is of, for good.
+
+        Raises:
+            ValueError: if the checkpoint holds no such average.
+        """
+        states = torch.load(checkpoint, map_location="cpu", weights_only=True).get("callbacks", {})
+        averages = states.get("EMA", {}).get("averages", {})
+        if not averages or str(decay or next(iter(averages))) not in averages:
+            kept = ", ".join(averages) or "none"
+            raise ValueError(f"{checkpoint}: holds no average with decay {decay}; there are: {kept}")
+        network = module.network if isinstance(module, TrainingModule) else module
+        for parameter, average in zip(network.parameters(), averages[str(decay or next(iter(averages)))], strict=True):
+            parameter.data.copy_(average)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -80,22 +126,33 @@ class EMA(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts from the weights as they lie on the device by now, or from the state that was loaded before."""
-        self.attach(pl_module.network)  # type: ignore[arg-type]
-        state, self._restored = self._restored, None
-        if state is None:
-            return
-        self.updates = state["updates"]
-        for decay, average in self.averages.items():
-            for target, source, p in zip(average, state["averages"][str(decay)], self._parameters, strict=True):
-                target.copy_(shard_of(source, p))
+        self._find(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if at_step_end(trainer, batch_idx):
-            self._pending = pl_module.outcome  # type: ignore[assignment]
-            if self._pending is not None and self._pending.on_host:
-                self.catch_up()
+        if not at_step_end(trainer, batch_idx):
+            return
+        self._pending = getattr(pl_module, "outcome", None)
+        if self._pending is None:  # another module skips no steps
+            self.update()
+        elif self._pending.on_host:
+            self.catch_up()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Puts the first average in place until the end of validation, test or prediction."""
+        if self.averages or self._restored is not None:
+            self._find(pl_module)
+            self._applied.enter_context(self.applied())
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._applied.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._applied.close()
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

@@ -9,6 +9,8 @@ from diffbench.core import distributed
 from diffbench.core.progress import span
 from diffbench.sampling.cost import timed
 from diffbench.training.logger import RunLogger
+from diffbench.training.module import TrainingModule
+from diffbench.training.order import find
 
 WORTH_SAYING = 30.0
 """Seconds of training below which nothing is said."""
@@ -18,21 +20,22 @@ class TimeEstimate(L.Callback):
     """Times a step of zeros, which leaves no trace, and says how long all of them take here.
 
     Args:
-        logger: prints the line; its clock stands still meanwhile.
         shape: (C, H, W) of what the network is trained on.
     """
 
-    def __init__(self, logger: RunLogger, shape: tuple[int, int, int]) -> None:
-        self.logger, self.shape = logger, shape
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        left = trainer.max_steps * self.logger.batch_size - self.logger.images
+        logger = find(trainer, RunLogger)
+        assert logger is not None and isinstance(pl_module, TrainingModule)
+        left = trainer.max_steps * pl_module.batch_size - pl_module.images_seen
         if distributed.world_size() > 1 or left <= 0:  # several processes would have to do it together
             return
-        with self.logger.clock.paused():
+        with logger.clock.paused():
             each = self._seconds(trainer, pl_module)
         if left * each >= WORTH_SAYING:
-            self.logger.say(
+            logger.say(
                 f"time: {left:,} images at about {1 / each:,.0f} images/s here, {span(left * each)} of training"
                 f" (trainer.max_images={_round(600 / each):_} takes ten minutes)"
             )
@@ -54,7 +57,7 @@ class TimeEstimate(L.Callback):
 
             return timed(work, weight.device) / size
 
-        size = self.logger.batch_size // trainer.accumulate_grad_batches
+        size = module.batch_size // trainer.accumulate_grad_batches
         with torch.random.fork_rng(devices=[]):
             found = step(min(8, size))
             if found * size < 1:

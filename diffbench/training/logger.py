@@ -28,10 +28,10 @@ from diffbench.evaluation import records
 from diffbench.evaluation.curves import NAME as CURVES
 from diffbench.evaluation.curves import read_curves
 from diffbench.metrics import registry
-from diffbench.sampling.images import enlarged, save_image
-from diffbench.training.clock import Clock, at_step_end, due
+from diffbench.training.clock import Clock, at_step_end
 from diffbench.training.health import mark_between, verdict
 from diffbench.training.module import TrainingModule
+from diffbench.training.order import Ordered
 from diffbench.training.wandb_log import WandbLog
 
 LAYOUT = {
@@ -110,7 +110,7 @@ def _size(path: Path, wanted: int) -> int:
     return size
 
 
-class RunLogger(L.Callback):
+class RunLogger(Ordered):
     """Writes every logged number once; after a resume the series go on as if nothing had happened.
 
     A checkpoint stores how long metrics.jsonl was; resuming cuts it there, and TensorBoard drops what came later.
@@ -118,17 +118,17 @@ class RunLogger(L.Callback):
 
     Args:
         folder: the run folder.
-        batch_size: images of a step.
         every: images between lines of training loss.
         config_text: the resolved config, shown in TensorBoard's text tab.
         hparams: entries of TensorBoard's hparams tab.
         loggers: "tensorboard", "wandb", both or none.
     """
 
+    place = 3
+
     def __init__(
         self,
         folder: Path,
-        batch_size: int,
         every: int,
         config_text: str = "",
         hparams: dict[str, str | float] | None = None,
@@ -138,11 +138,11 @@ class RunLogger(L.Callback):
         self._wandb: WandbLog | None = None
         self.hparams = hparams or {}
         self.path, self.folder = folder / METRICS, folder
-        self.batch_size, self.every, self.config_text = batch_size, every, config_text
+        self.every, self.config_text = every, config_text
         self.levels: Sequence[float] = ()
         """Noise levels, log-SNR, that validation records; each has a chart."""
         self.clock = Clock()
-        self.images = 0
+        self.images = self._total = 0
         self._losses: list[Tensor] = []  # not yet counted: to read each at once would wait for the device
         self._loss: Tensor | None = None  # sum and number of the finite losses since the last line
         self._seconds, self._logged_images = 0.0, 0
@@ -187,13 +187,6 @@ class RunLogger(L.Callback):
         """The reference curves of a metric at the present image count."""
         return self._bands[name].at(self.images) if name in self._bands else None
 
-    def record_grid(self, images: Tensor, columns: int, captions: Sequence[str] | None = None) -> None:
-        """Saves images (N, C, H, W) uint8 as a grid at the present image count: samples/*.png and TensorBoard."""
-        if distributed.rank() == 0:
-            image = enlarged(images, columns, captions)
-            save_image(image, self.folder / "samples" / f"images-{self.images:09d}.png")
-            self.show_image("samples/ema", image)
-
     def show_image(self, tag: str, image: np.ndarray) -> None:
         """Shows an image (H, W, 3) uint8 where numbers go."""
         if self._writer is not None:
@@ -218,13 +211,15 @@ class RunLogger(L.Callback):
             sys.stdout.flush()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.images = trainer.global_step * self.batch_size
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.logs_steps = False
+        self.images, self._total = pl_module.images_seen, trainer.max_steps * pl_module.batch_size
         self._logged_images, self._seconds = self.images, self.clock.seconds
         if distributed.rank() == 0:
-            self._begin(trainer.max_steps * self.batch_size)
+            self._begin()
         self.clock.start()
 
-    def _begin(self, total: int) -> None:
+    def _begin(self) -> None:
         if self.path.exists() and not self._resumed:
             self.path.unlink()  # left by a sitting that ended before its first checkpoint
         if "tensorboard" in self.loggers:
@@ -233,7 +228,7 @@ class RunLogger(L.Callback):
             self._wandb = WandbLog(self.folder, yaml.safe_load(self.config_text) or {})
         if sys.stdout.isatty():
             self._bar = tqdm(
-                desc=TRAINING, total=total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True
+                desc=TRAINING, total=self._total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True
             )
 
     def on_train_batch_end(
@@ -242,11 +237,11 @@ class RunLogger(L.Callback):
         self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
         if not at_step_end(trainer, batch_idx):
             return
-        self.images = trainer.global_step * self.batch_size
+        assert isinstance(pl_module, TrainingModule)
         if self._bar is not None:
-            self._bar.update(self.batch_size)
-        if due(trainer.global_step, self.batch_size, self.every) or trainer.global_step == trainer.max_steps:
-            assert isinstance(pl_module, TrainingModule)
+            self._bar.update(pl_module.images_seen - self.images)
+        self.images = pl_module.images_seen
+        if pl_module.is_due(self.every) or trainer.global_step == trainer.max_steps:
             self._log_training(trainer, pl_module)
 
     def _log_training(self, trainer: L.Trainer, module: TrainingModule) -> None:
@@ -264,14 +259,14 @@ class RunLogger(L.Callback):
         if torch.cuda.is_available():
             values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.record({name: value for name, value in values.items() if math.isfinite(value)})
-        if self._bands and (mark := mark_between(before, self.images, trainer.max_steps * self.batch_size)):
+        if self._bands and (mark := mark_between(before, self.images, self._total)):
             for line in verdict(records.metrics(self.folder), self._bands, mark) if not distributed.rank() else ():
                 self.say(line)
-        left = trainer.max_steps * self.batch_size - self.images
+        left = self._total - self.images
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}")
             return
-        percent = 100 * self.images // (trainer.max_steps * self.batch_size)
+        percent = 100 * self.images // self._total
         if f"{percent // 5}" != self._last or not left:  # a line for each twentieth
             self._last = f"{percent // 5}"
             eta = left / rate if rate else 0.0

@@ -1,57 +1,141 @@
 """The LightningModule behind every kind of training: one network, its optimizer, and steps that are not finite."""
 
 import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from diffbench.config.sections import OptimizerConfig
-from diffbench.core import rng
+from diffbench.core import distributed, rng
+from diffbench.data.batches import unpack, unscaled
+from diffbench.data.datamodule import PositionDataModule
+from diffbench.training.clock import due
 from diffbench.training.fsdp import full_tensor, match_strides, shard
 from diffbench.training.nan_guard import Outcome, decide, scaler_of
 from diffbench.training.optimizers import build_optimizer
 
+OptimizerLike = OptimizerConfig | Callable[[Iterable[nn.Parameter]], Optimizer] | dict[str, Any] | str
+SchedulerLike = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | str
+MONITORED = "val/bound"
+"""What a scheduler that waits for a plateau looks at."""
+
 
 class TrainingModule(L.LightningModule):
-    """Trains one network; a subclass adds its `training_step`.
+    """Trains one network; a subclass adds its `training_step`, which begins with `take`.
 
     Args:
         network: what is trained, averaged and exported.
-        optimizer: settings.
+        optimizer: settings, or a callable from parameters to an optimizer; None for AdamW as `OptimizerConfig` has it.
+        lr_scheduler: a callable from an optimizer to a scheduler, which is stepped after each optimizer step (one that
+            waits for a plateau: after each validation); None for the rate of the settings.
+        lr: learning rate in place of the optimizer's own; `Tuner.lr_find` sets it.
         seed: of the run; with a sample's position it fixes all its random numbers.
-        batch_size: images of an optimizer step, to measure the learning rate in images.
 
     Attributes:
+        images_seen: images trained on over all devices and fits; a checkpoint keeps it.
+        images_before: those before the last optimizer step.
         grad_norm: of the last step, before clipping.
         outcome: whether the last step was taken.
         skipped_steps: how many were not, as `NonFiniteGuard` counts them.
-        times: of the last micro-batch, (B,), where the subclass noises images.
+        batch: the last micro-batch, as `take` gives it, with its times (B,) where the subclass noises images.
     """
 
-    def __init__(self, network: nn.Module, optimizer: OptimizerConfig, seed: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerLike | None = None,
+        lr_scheduler: SchedulerLike | None = None,
+        lr: float | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        self.network, self.settings, self.seed, self.batch_size = network, optimizer, seed, batch_size
+        self.network, self.lr_scheduler, self.lr, self.seed = network, lr_scheduler, lr, seed
+        self.optimizer: Any = OptimizerConfig(**(optimizer or {})) if isinstance(optimizer, dict | None) else optimizer
+        s = self.optimizer
+        if lr_scheduler is not None and isinstance(s, OptimizerConfig) and (s.warmup_images or s.decay_images):
+            raise ValueError("give either lr_scheduler or an optimizer with warmup_images or decay_images, not both")
+        self.images_seen = self.images_before = self.skipped_steps = 0
         self.grad_norm = torch.zeros(())
         self.outcome: Outcome | None = None
-        self.skipped_steps = 0
-        self.times: Tensor | None = None
+        self.batch: dict[str, Any] = {}
+        self.logs_steps = True
         self._loss: Tensor | None = None
 
     def configure_model(self) -> None:
         """Shards the network over the ranks where trainer.strategy says so."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard(self.network, self.trainer.strategy.device_mesh["data_parallel"])
+        try:
+            strategy = self.trainer.strategy
+        except RuntimeError:  # no trainer: load_from_checkpoint
+            return
+        if isinstance(strategy, ModelParallelStrategy):
+            shard(self.network, strategy.device_mesh["data_parallel"])
+
+    def setup(self, stage: str) -> None:
+        """Forgets the batch size and the unfinished step of an earlier fit."""
+        vars(self).pop("batch_size", None)
+        self._loss = None
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Images of an optimizer step, over all devices and micro-batches.
+
+        Raises:
+            ValueError: if the loader does not say how large its batches are.
+        """
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # no trainer: a step by hand
+            return len(self.batch["x0"])
+        if isinstance(trainer.datamodule, PositionDataModule):  # type: ignore[attr-defined]
+            return trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        trainer.fit_loop.setup_data()
+        loader: Any = trainer.train_dataloader
+        places = loader, getattr(loader, "batch_sampler", None)
+        size = next((n for n in (getattr(place, "batch_size", None) for place in places) if n), None)
+        if size is None:
+            raise ValueError(
+                "warmup_images, decay_images and time_sampling need the batch size, which this loader does not say:"
+                " take lr_scheduler and uniform times, or a DataLoader with batch_size"
+            )
+        return int(size) * int(trainer.accumulate_grad_batches) * trainer.world_size
 
     def on_train_start(self) -> None:
-        """Fits a restored optimizer state to the weights' memory layout."""
+        """Fits a restored optimizer state to the weights' memory layout.
+
+        Raises:
+            ValueError: if weights have 16 bits, in which times and small noise levels would be rounded.
+        """
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.network.parameters()):
+            raise ValueError("precision: times and noise need more than 16 bits; choose bf16-mixed or 16-mixed")
         for optimizer in self.trainer.optimizers:
             match_strides(optimizer)
+
+    def take(self, batch: Any) -> dict[str, Any]:
+        """A batch of any loader as `unpack` reads it, with a position for each image, and counted as seen.
+
+        A batch that carries no positions continues those of all images seen before, rank after rank.
+        """
+        found = unpack(batch)
+        x0, world = found["x0"], distributed.world_size()
+        if self._loss is None:  # the first micro-batch of a step
+            self.images_before = self.images_seen
+        if "position" not in found:
+            if not self.images_seen:
+                self._check(x0, found["label"])
+            first = self.images_seen + distributed.rank() * len(x0)
+            found |= {"first": first, "position": torch.arange(first, first + len(x0), device=x0.device)}
+        self.images_seen += len(x0) * world
+        self.batch = found
+        return found
 
     def seed_dropout(self, batch: dict[str, Any]) -> None:
         """Seeds the default generator, from which only network dropout draws, by the batch's first position."""
@@ -62,11 +146,46 @@ class TrainingModule(L.LightningModule):
         if not position.is_cpu:
             torch.get_device_module(position.device).manual_seed(seed)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer, and the learning rate as a function of images seen, stepped once an optimizer step."""
-        s = self.settings
-        optimizer = build_optimizer(s, self.network)
-        schedule = LambdaLR(optimizer, lambda step: lr_factor(s, (step + 1) * self.batch_size))
+    def _check(self, x0: Tensor, label: Tensor | None) -> None:
+        """Warns of images in another range than [-1, 1]; raises ValueError where labels are not the network's."""
+        if wrong := unscaled(x0):
+            rank_zero_warn(wrong)
+        classes = getattr(self.network, "num_classes", 0)
+        if classes and label is not None and not label.is_floating_point():
+            low, high = int(label.min()), int(label.max())
+            if low < 0 or high >= classes:
+                raise ValueError(f"labels lie in {low}..{high}, allowed are 0..{classes - 1}")
+
+    def is_due(self, every: int) -> bool:
+        """Whether the last step reached a multiple of `every` images seen."""
+        return due(self.images_before, self.images_seen, every)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the learning rate as a function of images seen or as `lr_scheduler` has it.
+
+        Raises:
+            ValueError: if a checkpoint named an optimizer or scheduler that it could not hold.
+        """
+        s = self.optimizer
+        for name in ("optimizer", "lr_scheduler"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(
+                    f"the checkpoint was trained with {name} {value}; pass {name}= to load_from_checkpoint"
+                )
+        optimizer = build_optimizer(s, self.network) if isinstance(s, OptimizerConfig) else s(self.network.parameters())
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+        if self.lr_scheduler is not None:
+            schedule: Any = self.lr_scheduler(optimizer)  # type: ignore[operator]
+            if isinstance(schedule, ReduceLROnPlateau):
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": MONITORED}}
+        elif isinstance(s, OptimizerConfig):
+            changes = s.warmup_images or s.decay_images
+            size = self.batch_size if changes else 0
+            schedule = LambdaLR(optimizer, lambda step: lr_factor(s, (step + 1) * size))
+        else:
+            return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -79,17 +198,47 @@ class TrainingModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Keeps the gradient's norm for the log, clips where the settings say so, skips a step that is not finite."""
+        """Clips the gradient of all parameters as trainer or settings say, keeps its norm, skips a step not finite.
+
+        Raises:
+            ValueError: if both say so.
+        """
         scaler = scaler_of(self.trainer)
         if scaler is not None:
             scaler.unscale_(optimizer)
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-        if self.settings.grad_clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(weights, self.settings.grad_clip_norm, norm)
+        largest = getattr(self.optimizer, "grad_clip_norm", None)
+        if largest is not None and gradient_clip_val:
+            raise ValueError(f"give either grad_clip_norm={largest:g} or gradient_clip_val={gradient_clip_val:g}")
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(weights, gradient_clip_val)
+        elif largest := largest or gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(weights, largest, norm)
         self.grad_norm = full_tensor(norm)
         assert self._loss is not None
         self.outcome, self._loss = decide(self.trainer, optimizer, self._loss, self.grad_norm), None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs the loss of each step, unless a `RunLogger` does."""
+        if self.logs_steps:
+            loss = outputs["loss"] * self.trainer.accumulate_grad_batches
+            self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["images_seen"] = self.images_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.images_seen = checkpoint["images_seen"]
+
+
+def named(value: Any) -> Any:
+    """What a checkpoint keeps of a setting: plain values as they are, a dataclass as a dictionary, else a name."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if value is None or isinstance(value, str | int | float | list | dict):
+        return value
+    return getattr(value, "__qualname__", None) or str(getattr(value, "func", None) or type(value).__qualname__)
 
 
 def lr_factor(settings: OptimizerConfig, images: int) -> float:

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
-from diffbench.training.clock import at_step_end, due
+from diffbench.training.clock import at_step_end
 from diffbench.training.fsdp import full_tensor
+from diffbench.training.order import Ordered
 
 
 class Outcome:
@@ -82,23 +83,22 @@ def scaler_of(trainer: L.Trainer) -> GradScaler | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-class NonFiniteGuard(L.Callback):
+class NonFiniteGuard(Ordered):
     """Counts skipped steps; after `most` in a row that fp16's scale does not explain, saves the batch and stops.
-
-    Must stand first among the callbacks.
 
     Args:
         folder: where the batch is saved.
-        batch_size: images of a step.
         every: images between looks at the count that is logged.
         most: steps in a row.
     """
 
-    def __init__(self, folder: Path, batch_size: int, every: int, most: int) -> None:
-        self.folder, self.batch_size, self.every, self.most = folder, batch_size, every, most
+    place = 1
+
+    def __init__(self, folder: Path, every: int, most: int) -> None:
+        self.folder, self.every, self.most = folder, every, most
         self.skipped = self.row = 0
-        self._parts: list[dict[str, Tensor]] = []
-        self._open: tuple[L.Trainer, int, list[dict[str, Tensor]], Outcome] | None = None
+        self._parts: list[dict[str, Any]] = []
+        self._open: tuple[L.Trainer, int, int, list[dict[str, Any]], Outcome] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.skipped_steps = self.skipped  # type: ignore[assignment]
@@ -106,14 +106,14 @@ class NonFiniteGuard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        times = getattr(pl_module, "times", None)
-        self._parts.append({**batch} if times is None else {**batch, "time": times})
+        module: Any = pl_module
+        self._parts.append(module.batch)
         if not at_step_end(trainer, batch_idx):
             return
-        step, outcome = trainer.global_step, pl_module.outcome
+        step, outcome = trainer.global_step, module.outcome
         assert isinstance(outcome, Outcome)
-        self._open, self._parts = (trainer, step, self._parts, outcome), []
-        if outcome.on_host or step == trainer.max_steps or due(step, self.batch_size, self.every):
+        self._open, self._parts = (trainer, step, module.images_seen, self._parts, outcome), []
+        if outcome.on_host or step == trainer.max_steps or module.is_due(self.every):
             self.settle()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -127,16 +127,15 @@ class NonFiniteGuard(L.Callback):
         """
         if self._open is None:
             return
-        (trainer, step, parts, outcome), self._open = self._open, None
+        (trainer, step, images, parts, outcome), self._open = self._open, None
         self.skipped += outcome.skipped
         self.row = self.row + outcome.diverged if outcome.skipped else 0
         trainer.lightning_module.skipped_steps = self.skipped  # type: ignore[assignment]
         if self.row >= self.most:
-            raise UserError(self._save(trainer.global_rank, step, parts, trainer.lightning_module))
+            raise UserError(self._save(trainer.global_rank, step, images, parts, trainer.lightning_module))
 
-    def _save(self, rank: int, step: int, parts: list[dict[str, Tensor]], module: Any) -> str:
+    def _save(self, rank: int, step: int, images: int, parts: list[dict[str, Any]], module: Any) -> str:
         """Saves a step's batch and the weights; returns what is said of them."""
-        images = step * self.batch_size
         path = self.folder / f"nonfinite-{images:09d}{f'-rank{rank}' if rank else ''}.safetensors"
         names = [name for name, value in parts[0].items() if isinstance(value, Tensor)]
         batch = {name: torch.cat([part[name] for part in parts]) for name in names}

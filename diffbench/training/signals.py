@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import lightning as L
 
 from diffbench.core import distributed
+from diffbench.training.order import Ordered
 
 T = TypeVar("T")
 
@@ -20,14 +21,12 @@ class Interrupted(Exception):
     """Raised when a signal interrupts an evaluation, which the resumed run repeats."""
 
 
-class StopOnSignal(L.Callback):
+class StopOnSignal(Ordered):
     """Handles SIGTERM and SIGINT while training runs.
 
     The first signal asks for a stop: at the next step's end, or, where a validation or a grid is under way, between two
     of its batches. What was interrupted is written into the checkpoint as owed, and done first after a resume. Several
     ranks look together whether one of them got a signal, about once a second, and stop at the same step.
-
-    Must stand before the callbacks that evaluate.
 
     Args:
         folder: named when a signal is answered.

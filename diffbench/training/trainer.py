@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,6 @@ from diffbench.training.nan_guard import NonFiniteGuard
 from diffbench.training.signals import StopOnSignal
 from diffbench.training.speed import float32_products
 
-Scores = Callable[[RunLogger, EMA], list[L.Callback]]
-
 
 def fit(
     module: TrainingModule,
@@ -40,7 +38,7 @@ def fit(
     settings: TrainerConfig,
     ema: EMAConfig,
     config_text: str,
-    scores: Scores,
+    callbacks: Sequence[L.Callback],
     checkpoint: Path | None = None,
     hparams: dict[str, str | float] | None = None,
 ) -> EMA:
@@ -53,7 +51,7 @@ def fit(
         settings: length, batch, cadence, device.
         ema: which averages are kept.
         config_text: the resolved config, for TensorBoard.
-        scores: makes the kind's own callbacks (validation, grids) from the log and the averages.
+        callbacks: the kind's own, which measure and draw.
         checkpoint: the state to resume from.
         hparams: what TensorBoard's hparams tab says of the run.
 
@@ -69,15 +67,15 @@ def fit(
     if settings.precision == "64-true":
         module.double()  # Lightning would only after a state was read into it, and into the averages
     averages = EMA(ema)
-    log = RunLogger(folder, settings.batch_size, settings.log_images, config_text, hparams, settings.logger)
-    guard = NonFiniteGuard(folder, settings.batch_size, settings.log_images, settings.max_skipped)
+    log = RunLogger(folder, settings.log_images, config_text, hparams, settings.logger)
+    guard = NonFiniteGuard(folder, settings.log_images, settings.max_skipped)
     on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
     precision = precision_here(settings, low=isinstance(module, DiffusionModule))
     stop = StopOnSignal(folder, settings.max_steps)
-    save_state = SaveState(folder / "checkpoints", settings.batch_size, settings.checkpoint_images, log.clock, stop)
+    save_state = SaveState(folder / "checkpoints", settings.checkpoint_images, log.clock, stop)
     seen = step_of(checkpoint) * settings.batch_size if checkpoint else 0
-    if warning := decayed_early(module.settings, seen, settings.max_images):
+    if warning := decayed_early(module.optimizer, seen, settings.max_images):
         print(warning)
     at_end = checkpoint is not None and step_of(checkpoint) == settings.max_steps  # evaluations alone are left
     with warnings.catch_warnings(), float32_products(settings.tf32):
@@ -95,14 +93,14 @@ def fit(
             max_steps=settings.max_steps + at_end,
             max_epochs=-1,
             accumulate_grad_batches=settings.accumulate_grad_batches,
-            # Order matters: guard, averages, logger, evaluations, and the state that holds what all of them did.
-            callbacks=[stop, guard, averages, log, *scores(log, averages), save_state],
+            callbacks=[stop, guard, averages, log, *callbacks, save_state],
             plugins=[states, _environment(), *_scaled(settings)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            use_distributed_sampler=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
             default_root_dir=str(folder),
         )
         try:

@@ -36,7 +36,7 @@ def encode(images: ImageSet, net: KLAutoencoder) -> LatentSet:
 def module(loss: LossConfig, features: bool = False) -> AutoencoderModule:
     net = tiny().train().requires_grad_(True)
     project = (lambda x: x.flatten(1)[:, :3]) if features else None
-    return AutoencoderModule(net, loss, OptimizerConfig(), seed=3, batch_size=4, features=project)
+    return AutoencoderModule(net, loss, OptimizerConfig(), seed=3, features=project)
 
 
 def batch(first: int = 0, count: int = 4) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def test_the_scale_makes_drawn_latents_standard() -> None:
 
 
 def latents(train: LatentSet, held_out: LatentSet, seed: int = 5) -> LatentDataModule:
-    return LatentDataModule(train, held_out, seed, batch_size=8)
+    return LatentDataModule(train, held_out, 8, seed, endless=True)
 
 
 def hooked(data: LatentDataModule, rows: dict[str, Tensor], position: Tensor) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ def hooked(data: LatentDataModule, rows: dict[str, Tensor], position: Tensor) ->
 
 def test_latents_come_in_the_order_of_their_pictures() -> None:
     net, (train, held_out) = tiny(2.0, 0.3), digits(DigitsConfig())
-    pictures = ImageDataModule(train, held_out, 5, 8)
+    pictures = ImageDataModule(train, held_out, 8, 5, endless=True)
     coded = latents(encode(train, net), encode(held_out, net))
     for _, image_batch, latent_batch in zip(
         range(3), pictures.train_dataloader(), coded.train_dataloader(), strict=False

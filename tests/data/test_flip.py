@@ -13,7 +13,7 @@ from diffbench.data.sets import ImageSet, rows
 
 
 def batches(seed: int = 0, count: int = 13, **options: bool) -> dict[str, torch.Tensor]:
-    module = ImageDataModule(squares(), squares(), seed, 8, **options)  # type: ignore[arg-type]
+    module = ImageDataModule(squares(), squares(), 8, seed, endless=True, **options)  # type: ignore[arg-type]
     found = [module.on_after_batch_transfer(b, 0) for b in islice(module.train_dataloader(), count)]
     return {key: torch.cat([b[key] for b in found]) for key in found[0] if key != "first"}
 
@@ -29,7 +29,7 @@ def test_half_of_the_images_are_mirrored_by_seed_and_position() -> None:
 
 
 def test_an_image_is_mirrored_anew_each_epoch() -> None:
-    module = ImageDataModule(squares(), squares(), 0, 50, flip=True)
+    module = ImageDataModule(squares(), batch_size=50, flip=True, endless=True)
     epochs = [module.on_after_batch_transfer(b, 0)["x0"] for b in islice(module.train_dataloader(), 8)]
     dataset = module.train_dataloader().dataset
     first = from_uint8(squares().images[0])
@@ -46,13 +46,13 @@ def test_a_set_on_the_device_gives_the_same_batches() -> None:
         one, two = batches(flip=flip), batches(flip=flip, data_on_device=True)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
-    module = ImageDataModule(squares(), squares(), 0, 8, data_on_device=True)
+    module = ImageDataModule(squares(), batch_size=8, data_on_device=True)
     assert set(next(iter(module.train_dataloader()))) == {"first", "position", "index"}
 
 
 def test_images_without_classes_are_labelled_zero() -> None:
     data = dataclasses.replace(squares(), labels=torch.zeros(50, dtype=torch.int64), num_classes=0)
-    module = ImageDataModule(data, data, 0, 8)
+    module = ImageDataModule(data, batch_size=8)
     assert next(iter(module.train_dataloader()))["label"].tolist() == [0] * 8
 
 

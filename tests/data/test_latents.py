@@ -199,8 +199,8 @@ def latents(flip: bool = False) -> LatentSet:
 
 
 def test_a_latent_batch_is_like_an_image_batch_but_for_x0() -> None:
-    pictures = ImageDataModule(squares(), squares(), 3, 8)
-    ours = LatentDataModule(latents(), latents(), 3, 8)
+    pictures = ImageDataModule(squares(), squares(), 8, 3, endless=True)
+    ours = LatentDataModule(latents(), latents(), 8, 3, endless=True)
     for a, b in islice(zip(pictures.train_dataloader(), ours.train_dataloader(), strict=False), 15):
         one, two = pictures.on_after_batch_transfer(a, 0), ours.on_after_batch_transfer(b, 0)
         assert one.keys() == two.keys() == {"x0", "label", "position", "first"}
@@ -209,14 +209,14 @@ def test_a_latent_batch_is_like_an_image_batch_but_for_x0() -> None:
 
 
 def drawn(data: LatentSet, seed: int = 3, batches: int = 13, **options: bool) -> dict[str, Tensor]:
-    module = LatentDataModule(data, data, seed, 8, **options)  # type: ignore[arg-type]
+    module = LatentDataModule(data, data, 8, seed, endless=True, **options)  # type: ignore[arg-type]
     found = [module.on_after_batch_transfer(b, 0) for b in islice(module.train_dataloader(), batches)]
     return {key: torch.cat([b[key] for b in found]) for key in found[0] if key != "first"}
 
 
 def test_the_draw_is_a_function_of_seed_and_position() -> None:
     data, batch = latents(), drawn(latents())
-    index = LatentDataModule(data, data, 3, 8).train_dataloader().dataset.index(0, len(batch["position"]))  # type: ignore[attr-defined]
+    index = LatentDataModule(data, data, 8, 3).train_dataloader().dataset.index(0, len(batch["position"]))  # type: ignore[attr-defined]
     noise = rng.normal(rng.key(3, "posterior"), batch["position"], (3, 2, 2))
     z = data.mean[index] + (data.log_variance[index] / 2).exp() * noise
     assert torch.allclose(batch["x0"], (z - 0.25) * 1.7, atol=1e-6)

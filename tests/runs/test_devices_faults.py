@@ -187,7 +187,7 @@ def test_a_signal_to_one_rank_interrupts_the_validation_of_all(tmp_path: Path) -
     assert end.value.code == 128 + signal.SIGTERM
     (run,) = (tmp_path / "digits").iterdir()
     saved = newest(run / "checkpoints")
-    assert saved is not None and saved.name == "step-7.ckpt" and owed(saved) == ["Validation"]
+    assert saved is not None and saved.name == "step-7.ckpt" and owed(saved) == ["ValidationError"]
     train(DIT, argv)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines if "val/bound" in line] == [112, 160]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffbench.cli import main
 from diffbench.config.load import load
-from diffbench.config.sections import EMAConfig, OptimizerConfig
+from diffbench.config.sections import EMAConfig
 from diffbench.core.pixels import from_uint8
 from diffbench.data.datamodule import PositionDataset, PositionSampler
 from diffbench.data.digits import DigitsConfig, digits
@@ -155,12 +155,13 @@ def test_what_makes_no_sense_is_refused_before_a_folder_is_made(argument: str, t
 
 def module(**options: Any) -> DiffusionModule:
     net = torch.nn.Linear(1, 1)
-    return DiffusionModule(net, DiscreteVP(VPConfig()), OptimizerConfig(), 0, 64, **options)
+    return DiffusionModule(net, DiscreteVP(VPConfig()), **options)
 
 
 def test_stratified_times_cover_the_steps_in_every_batch() -> None:
     data = PositionDataset(digits(DigitsConfig())[0], 0)
     stratified = module(time_sampling="stratified")
+    stratified.batch_size = 64
     for positions, _ in zip(PositionSampler(64, start=128), range(3), strict=False):
         batch = data.__getitems__(positions)
         u = stratified.draw({**batch, "x0": from_uint8(batch["image"])})[1]

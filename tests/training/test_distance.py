@@ -17,8 +17,8 @@ from diffbench.metrics.suite import Suite
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.sampler import Sampler
-from diffbench.training.callbacks import Distance
 from diffbench.training.checkpoint import SaveState
+from diffbench.training.distances import FrechetDistance
 from diffbench.training.ema import EMA
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> DenoiserRun:
 
 def suite_of(run: DenoiserRun) -> Suite:
     extractor = reference.run_extractor(run.config, run.train_set)
-    return Suite(scorers.training_comparison(run.config.evaluate, extractor, run.train_set), brief=True)
+    return Suite(scorers.training_measurement(extractor, run.train_set, run.config.evaluate.every_count), brief=True)
 
 
 def test_distances_come_every_so_many_images_and_at_the_end(unbroken: DenoiserRun) -> None:
@@ -135,7 +135,7 @@ def test_no_weight_of_the_extractor_enters_module_or_checkpoint(unbroken: Denois
     state = torch.load(unbroken.folder / "checkpoints" / "step-20.ckpt", weights_only=True)
     names = {f"network.{name}" for name in unbroken.network.state_dict()}
     assert set(state["state_dict"]) == names
-    assert set(state["callbacks"]["Distance"]) == {"best"}
+    assert set(state["callbacks"]["FrechetDistance"]) == {"best"}
 
 
 class Stop(Exception):
@@ -159,9 +159,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, A
         )
         raise Stop
 
-    callbacks: list[Distance] = []
+    callbacks: list[FrechetDistance] = []
     monkeypatch.setattr(Sampler, "__call__", draw)
-    monkeypatch.setattr(Distance, "on_train_start", lambda self, *_: callbacks.append(self))
+    monkeypatch.setattr(FrechetDistance, "on_train_start", lambda self, *_: callbacks.append(self))
     before: list[list[torch.Tensor]] = []
     update = EMA.update
 

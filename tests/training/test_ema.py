@@ -33,11 +33,11 @@ class Tiny(nn.Module):
 
 def module() -> DiffusionModule:
     torch.manual_seed(0)
-    return DiffusionModule(Tiny(), DiscreteVP(VPConfig(100)), OptimizerConfig(lr=0.1), seed=0, batch_size=8)
+    return DiffusionModule(Tiny(), DiscreteVP(VPConfig(100)), OptimizerConfig(lr=0.1))
 
 
 def fit(ema: EMA | None, lm: DiffusionModule, steps: int, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    train, held_out = digits(DigitsConfig())
+    train, _ = digits(DigitsConfig())
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -48,9 +48,8 @@ def fit(ema: EMA | None, lm: DiffusionModule, steps: int, *callbacks: L.Callback
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,
     )
-    trainer.fit(lm, datamodule=ImageDataModule(train, held_out, seed=0, batch_size=8), **options)
+    trainer.fit(lm, datamodule=ImageDataModule(train, batch_size=8), **options)
     return trainer
 
 
@@ -77,7 +76,7 @@ def test_averages_follow_their_closed_form_for_several_decays() -> None:  # trap
 
 
 def test_warm_up_moves_the_average_from_the_first_step() -> None:  # trap 4: no stretch of initial weights
-    ema = EMA(EMAConfig([0.9999]))
+    ema = EMA(0.9999)
     assert [ema.config.decay_at(n, 0.9999) for n in (0, 1, 90)] == [1 / 10, 2 / 11, 91 / 100]
     assert ema.config.decay_at(10**6, 0.9999) == 0.9999
     lm, weights = module(), Weights()
@@ -87,13 +86,13 @@ def test_warm_up_moves_the_average_from_the_first_step() -> None:  # trap 4: no 
 
 
 def test_averages_live_on_the_training_device() -> None:  # trap 1: setup runs before the module moves there
-    ema = EMA(EMAConfig([0.9]))
+    ema = EMA([0.9])
     ema.on_train_start(SimpleNamespace(), module().to("meta"))  # type: ignore[arg-type]
     assert {a.device.type for a in ema.averages[0.9]} == {"meta"}
 
 
 def test_checkpoint_holds_raw_weights_and_averages(tmp_path: Path) -> None:  # traps 2 and 5
-    lm, ema = module(), EMA(EMAConfig([0.9]))
+    lm, ema = module(), EMA([0.9])
     trainer = fit(ema, lm, 3)
     raw = lm.network.conv.weight.detach().clone()  # type: ignore[union-attr]
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -107,12 +106,12 @@ def test_checkpoint_holds_raw_weights_and_averages(tmp_path: Path) -> None:  # t
     with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
         fit(None, resumed, 4, weights, ckpt_path=str(tmp_path / "a.ckpt"))
     whole, all_weights = module(), Weights()
-    fit(EMA(EMAConfig([0.9])), whole, 4, all_weights)
+    fit(EMA([0.9]), whole, 4, all_weights)
     assert torch.equal(weights.seen[0], all_weights.seen[3])
 
 
 def test_training_ends_with_the_raw_weights() -> None:  # trap 5: raw weights survive `fit`
-    lm, ema, weights = module(), EMA(EMAConfig([0.9])), Weights()
+    lm, ema, weights = module(), EMA([0.9]), Weights()
     fit(ema, lm, 3, weights)
     assert torch.equal(lm.network.conv.weight, weights.seen[-1])  # type: ignore[union-attr]
 
@@ -131,7 +130,7 @@ def test_applied_restores_the_raw_weights_after_an_exception() -> None:  # trap 
 
 
 def test_a_failing_evaluation_leaves_raw_weights_in_the_saved_state(tmp_path: Path) -> None:  # trap 3, in training
-    lm, ema, weights = module(), EMA(EMAConfig([0.9])), Weights()
+    lm, ema, weights = module(), EMA([0.9]), Weights()
 
     class Fails(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -148,7 +147,7 @@ def test_a_failing_evaluation_leaves_raw_weights_in_the_saved_state(tmp_path: Pa
 
 
 def test_only_the_denoiser_is_averaged() -> None:  # trap 6: no copy of metrics or encoders, no averaged buffers
-    lm, ema = module(), EMA(EMAConfig([0.9]))
+    lm, ema = module(), EMA([0.9])
     lm.encoder = nn.Linear(1000, 1000)
     fit(ema, lm, 2)
     assert [tuple(a.shape) for a in ema.averages[0.9]] == [(1, 1, 3, 3), (1,)]
@@ -158,9 +157,9 @@ def test_only_the_denoiser_is_averaged() -> None:  # trap 6: no copy of metrics 
 
 
 def test_an_update_for_each_optimizer_step_not_micro_batch() -> None:
-    train, held_out = digits(DigitsConfig())
-    ema = EMA(EMAConfig([0.9]))
-    data = ImageDataModule(train, held_out, seed=0, batch_size=8, accumulate=2)
+    train, _ = digits(DigitsConfig())
+    ema = EMA([0.9])
+    data = ImageDataModule(train, batch_size=8)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=3,

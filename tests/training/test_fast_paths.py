@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffbench.cli import main
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load as load_config
-from diffbench.config.sections import OptimizerConfig, SampleConfig, TrainerConfig, precision_here
+from diffbench.config.sections import SampleConfig, TrainerConfig, precision_here
 from diffbench.core.errors import UserError
 from diffbench.core.tensors import read_state
 from diffbench.denoisers import tmsa
@@ -297,7 +297,7 @@ def test_sampling_in_bfloat16() -> None:
 
 
 def test_dropout_is_seeded_by_the_first_position() -> None:
-    module = DiffusionModule(small("dit"), DiscreteVP(VPConfig()), OptimizerConfig(), seed=3, batch_size=4)
+    module = DiffusionModule(small("dit"), DiscreteVP(VPConfig()), seed=3)
     states = []
     for batch in ({"position": torch.arange(8, 12)}, {"position": torch.arange(4), "first": 8}):
         module.seed_dropout(batch)

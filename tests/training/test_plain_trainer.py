@@ -1,50 +1,444 @@
-"""The module, the data and the callbacks in a script of one's own, with Lightning's trainer as it is."""
+"""The modules, data and callbacks in a script of one's own, with Lightning's trainer as it is."""
 
+import csv
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.tuner import Tuner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from diffbench.config.sections import EMAConfig, OptimizerConfig, SampleConfig
-from diffbench.data.datamodule import ImageDataModule
-from diffbench.data.registry import DigitsConfig, digits
-from diffbench.denoisers import DiTConfig, build
-from diffbench.diffusion import DiscreteVP, VPConfig
-from diffbench.evaluation.validation_error import denoising_error
-from diffbench.sampling.sampler import Sampler
-from diffbench.training.callbacks import SampleGrid, Validation
-from diffbench.training.diffusion import DiffusionModule
-from diffbench.training.ema import EMA
-from diffbench.training.logger import RunLogger
+from diffbench import (
+    EMA,
+    VP,
+    DiffusionModule,
+    DiT,
+    ImageDataModule,
+    LatentDataModule,
+    SampleGrid,
+    ValidationError,
+    metrics,
+)
+from diffbench.config.sections import OptimizerConfig, SampleConfig
+from diffbench.data.sets import ImageSet
+from diffbench.denoisers import DiTConfig
+from diffbench.evaluation.validation_error import bound_metrics, denoising_error
+from diffbench.training import FrechetDistance
+
+IMAGES = torch.randint(0, 256, (48, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(48) % 4
+LEVELS, QUICK = [0.0, 2.0], SampleConfig(steps="2")
 
 
-def test_with_lightnings_own_trainer(tmp_path: Path) -> None:
-    train, held_out = digits(DigitsConfig(held_out=40))
+class Own(nn.Module):
+    """A network of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.conv(x)
+
+
+class Recorded(DiffusionModule):
+    """Keeps what each micro-batch trained on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        steps.append({"position": self.batch["position"].tolist(), "x0": self.batch["x0"], "time": self.batch["time"]})
+        return loss
+
+
+steps: list[dict[str, Any]] = []
+
+
+def positions() -> list[int]:
+    return [p for step in steps for p in step["position"]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
     torch.manual_seed(0)
-    net = build("dit", DiTConfig(hidden_size=16, depth=1, num_heads=2), image_size=8, channels=1, num_classes=10)
-    process, ema, logger = DiscreteVP(VPConfig(100)), EMA(EMAConfig([0.9])), RunLogger(tmp_path, batch_size=8, every=16)
-    sampler = Sampler(net, process, (1, 8, 8), null_label=10)
-    evaluations = [
-        Validation(logger, ema, held_out, [0.0, 2.0], every=24),
-        SampleGrid(logger, ema, sampler, SampleConfig(steps="2"), class_names="0123456789", every=32),
-    ]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=5,
-        callbacks=[ema, logger, *evaluations],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
+    steps.clear()
+
+
+def dit() -> DiT:
+    return DiT(DiTConfig(hidden_size=16, depth=1, num_heads=2), image_size=8, channels=1, num_classes=4)
+
+
+def module(network: nn.Module | None = None, **options: Any) -> Recorded:
+    return Recorded(network or Own(), VP(), log_snr=LEVELS, sample=QUICK, **options)
+
+
+def loader(batch_size: int = 8, **options: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(IMAGES, LABELS), batch_size, **options)
+
+
+def one(batch: Any) -> DataLoader[Any]:
+    return DataLoader([batch], batch_size=None)
+
+
+def trainer(folder: Path | None = None, **options: Any) -> L.Trainer:
+    plain: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        "log_every_n_steps": 1,
+    }
+    return L.Trainer(**plain | options)
+
+
+FLOATS = IMAGES / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    "batch", [[FLOATS, LABELS], FLOATS, IMAGES, {"image": IMAGES, "label": LABELS.int()}, (FLOATS.double(), LABELS)]
+)
+def test_a_batch_of_any_loader(batch: Any) -> None:
+    trainer(max_steps=1).fit(module(dit()), one(batch))
+    assert torch.allclose(steps[0]["x0"].float(), FLOATS, atol=1e-6) and positions() == list(range(48))
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [("images", "str"), ([LABELS, LABELS], r"torch.int64 (48,)"), ({"pixels": IMAGES}, "NoneType")],
+)
+def test_another_batch_is_refused(batch: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"of shape (B, C, H, W); got {got}")):
+        module().training_step(batch, 0)
+
+
+def test_labels_that_the_network_does_not_know_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"labels lie in 0\.\.4, allowed are 0\.\.3"):
+        trainer(max_steps=1).fit(module(dit()), one([FLOATS, torch.arange(48) % 5]))
+
+
+def test_floats_in_0_to_1_are_told_apart() -> None:
+    with pytest.warns(UserWarning, match=r"images lie in 0\.\.1: give uint8, or float in -1\.\.1, as 2 \* x - 1 makes"):
+        trainer(max_steps=1).fit(module(), one(IMAGES / 255))
+    with pytest.raises(ValueError, match=r"images lie in 0\.\.1: give uint8"):
+        ImageDataModule(TensorDataset(IMAGES / 255))
+    with pytest.raises(ValueError, match=r"images must be uint8 \(N, C, H, W\) in 0\.\.255, got torch\.float32"):
+        ImageSet(IMAGES / 255, LABELS, 4)
+
+
+EPOCHS = [
+    ({"limit_train_batches": 2, "max_epochs": 3}, 48),
+    ({"limit_train_batches": 0.5, "max_epochs": 2}, 48),
+    ({"overfit_batches": 2, "max_epochs": 3}, 48),
+    ({"max_epochs": 1}, 48),
+    ({"max_steps": 8}, 64),
+    ({"fast_dev_run": True}, 8),
+    ({"accumulate_grad_batches": 2, "max_steps": 4}, 64),
+]
+
+
+@pytest.mark.parametrize(("options", "images"), EPOCHS)
+def test_positions_go_on_over_epochs_and_fits(options: dict[str, Any], images: int) -> None:
+    lm = module()
+    for _ in range(2):
+        trainer(**options).fit(lm, loader())
+    assert positions() == list(range(2 * images)) and lm.images_seen == 2 * images
+    assert len({round(float(t), 6) for step in steps for t in step["time"]}) > images // 2
+
+
+@pytest.mark.parametrize(("options", "images"), EPOCHS)
+def test_the_data_module_too(options: dict[str, Any], images: int) -> None:
+    lm, data = (
+        module(),
+        ImageDataModule(TensorDataset(IMAGES, LABELS), batch_size=16 if "accumulate" in str(options) else 8),
     )
-    module = DiffusionModule(net, process, OptimizerConfig(), seed=0, batch_size=8)
-    trainer.fit(module, datamodule=ImageDataModule(train, held_out, seed=0, batch_size=8))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["images"] for line in lines if "train/loss" in line] == [16, 32, 40]
-    errors = {line["images"]: line["val/level/2"] for line in lines if "val/bound" in line}
-    assert list(errors) == [24, 40]
+    for _ in range(2):
+        trainer(**options).fit(lm, datamodule=data)
+    assert positions() == list(range(2 * images)) and lm.images_seen == data.samples_seen == 2 * images
+    seen = torch.cat([step["x0"] for step in steps])
+    distinct = len(seen.flatten(1).unique(dim=0))
+    assert distinct == (16 if "overfit_batches" in options else min(48, 2 * images))
+
+
+def test_a_resumed_fit_is_the_unbroken_one(tmp_path: Path) -> None:
+    def fit(ckpt: str | None, *callbacks: L.Callback) -> list[Tensor]:
+        torch.manual_seed(0)
+        lm, data = module(dit(), label_dropout=0.2), ImageDataModule(TensorDataset(IMAGES, LABELS), batch_size=8)
+        ema = EMA(0.9)
+        trainer(max_epochs=2, callbacks=[ema, *callbacks]).fit(lm, datamodule=data, ckpt_path=ckpt)
+        return [*lm.parameters(), *ema.averages[0.9]]
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 8:  # within the second epoch
+                trainer.save_checkpoint(tmp_path / "8.ckpt")
+
+    whole, resumed = fit(None, Saves()), fit(str(tmp_path / "8.ckpt"))
+    assert positions()[96:] == list(range(64, 96))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_learning_rate_and_clipping_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    class Rates(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    ramp = OptimizerConfig(lr=1.0, warmup_images=64)
+    trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[Rates()]).fit(module(optimizer=ramp), loader())
+    assert rates[::2] == [0.25, 0.5, 0.75, 1.0]  # 16 images a step
+    rates.clear()
+    halving = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
+    own = module(optimizer=torch.optim.SGD, lr_scheduler=halving, lr=0.8)
+    trainer(max_steps=3, callbacks=[Rates()]).fit(own, loader())
+    assert rates == [0.8, 0.4, 0.2] and isinstance(own.optimizers().optimizer, torch.optim.SGD)  # type: ignore[union-attr]
+
+
+class Groups(L.Callback):
+    """Remembers the gradients of an optimizer step."""
+
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.gradients = [p.grad for p in pl_module.parameters() if p.grad is not None] or self.gradients
+
+
+def test_every_group_is_clipped_as_trainer_or_settings_say() -> None:
+    def groups(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": [p]} for p in parameters], lr=1.0)
+
+    def moved(by: str | None = None, **options: Any) -> Tensor:
+        torch.manual_seed(0)
+        lm = module(optimizer=groups)
+        before = [p.detach().clone() for p in lm.parameters()]
+        trainer(max_steps=1, gradient_clip_algorithm=by, **options).fit(lm, loader())
+        return torch.cat([(p - b).detach().flatten() for p, b in zip(lm.parameters(), before, strict=True)])
+
+    whole = moved()
+    assert moved(gradient_clip_val=0.01).norm() == pytest.approx(0.01, rel=1e-4) and whole.norm() > 0.02
+    assert moved("value", gradient_clip_val=0.001).abs().max() == pytest.approx(0.001, rel=1e-3)
+    both = module(optimizer=OptimizerConfig(grad_clip_norm=1.0))
+    with pytest.raises(ValueError, match=r"give either grad_clip_norm=1 or gradient_clip_val=2"):
+        trainer(max_steps=1, gradient_clip_val=2.0).fit(both, loader())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_precisions(precision: Any) -> None:
+    lm = module()
+    trainer(max_steps=2, precision=precision).fit(lm, loader())
+    assert next(lm.network.parameters()).dtype == (torch.float64 if precision == "64-true" else torch.float32)
+
+
+def test_sixteen_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="times and noise need more than 16 bits; choose bf16-mixed"):
+        trainer(max_steps=1, precision="bf16-true").fit(module(), loader())
+
+
+def test_load_from_checkpoint(tmp_path: Path) -> None:
+    fitter = trainer(max_steps=2, callbacks=[EMA(0.5)])
+    lm = module(dit(), seed=3, label_dropout=0.1, optimizer=torch.optim.SGD, lr=0.1)
+    fitter.fit(lm, loader())
+    fitter.save_checkpoint(path := tmp_path / "a.ckpt")
+    again = DiffusionModule.load_from_checkpoint(path)
+    assert (again.seed, again.null_label, again.images_seen, again.log_snr) == (3, 4, 16, LEVELS)
+    assert torch.equal(again.network.final.weight, lm.network.final.weight)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="trained with optimizer SGD; pass optimizer= to load_from_checkpoint"):
+        trainer(max_steps=1).fit(again, loader())
+    EMA.load(path, again)
+    average = fitter.callbacks[0].averages[0.5]  # type: ignore[attr-defined]
+    assert all(torch.equal(p, a) for p, a in zip(again.network.parameters(), average, strict=True))
+    trainer(max_steps=1).fit(own := module(), loader())
+    own.trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match="does not hold network=Own; pass load_from_checkpoint"):
+        DiffusionModule.load_from_checkpoint(path)
+    loaded = DiffusionModule.load_from_checkpoint(path, network=Own())
+    assert torch.equal(loaded.network.conv.weight, own.network.conv.weight)  # type: ignore[union-attr]
+    assert loaded.shape == (1, 8, 8)
+
+
+def test_validate_test_and_predict() -> None:
+    lm = module(dit())
+    fitter = trainer()
+    wanted = bound_metrics("val", denoising_error(lm.network, lm.process, ImageSet(IMAGES, LABELS, 4), LEVELS))
+    (found,) = fitter.validate(lm, loader(20), verbose=False)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    data = ImageDataModule(TensorDataset(IMAGES), TensorDataset(IMAGES, LABELS), batch_size=20)
+    (tested,) = fitter.test(lm, datamodule=data, verbose=False)
+    assert tested["test/bound"] == pytest.approx(wanted["val/bound"], rel=1e-5)
+    samples = torch.cat(fitter.predict(lm, DataLoader(LABELS[:6], batch_size=4)))  # type: ignore[arg-type]
+    assert samples.shape == (6, 1, 8, 8) and samples.dtype == torch.uint8
+    assert torch.equal(samples, torch.cat(fitter.predict(lm, loader(48)))[:6])  # type: ignore[arg-type]
+
+
+def test_loggers_and_monitors_see_the_metrics(tmp_path: Path) -> None:
+    log = CSVLogger(tmp_path, "log")
+    best = ModelCheckpoint(tmp_path / "best", "best", monitor="val/bound")
+    stop = EarlyStopping("val/bound", patience=1, min_delta=100)
+    measured = ValidationError(TensorDataset(IMAGES, LABELS), every=16, log_snr=[0.0, 1.0])
+    data = ImageDataModule(TensorDataset(IMAGES, LABELS), TensorDataset(IMAGES, LABELS), batch_size=8)
+    fitter = trainer(tmp_path, max_epochs=5, logger=log, callbacks=[best, stop, measured], enable_checkpointing=True)
+    fitter.fit(module(dit()), datamodule=data)
+    assert fitter.current_epoch == 2 and best.best_model_path == str(tmp_path / "best" / "best.ckpt")
+    with (Path(log.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/loss"]]) == 12
+    assert (
+        len([row for row in rows if row["val/level/1"]]) == 6 and len([row for row in rows if row["val/level/2"]]) == 2
+    )
+
+
+def test_callbacks_work_alone_in_any_order(tmp_path: Path) -> None:
+    held_out = TensorDataset(IMAGES, LABELS)
+    lm, ema = module(dit()), EMA(0.9)
+    alone = ValidationError(held_out, every=24, log_snr=LEVELS)
+    fd = FrechetDistance(held_out, every=24, extractor=Pixels(), count=20, settings=QUICK, best="fd")
+    fitter = trainer(
+        tmp_path,
+        max_steps=5,
+        callbacks=[fd, SampleGrid(32, settings=QUICK), alone, ema],
+        logger=[CSVLogger(tmp_path), TensorBoardLogger(tmp_path, "tb")],
+    )
+    fitter.fit(lm, loader())
     with ema.applied():
-        assert denoising_error(net, process, held_out, [2.0])[2.0] == pytest.approx(errors[40], rel=1e-6)
-    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["images-000000032.png"]
+        wanted = bound_metrics("val", denoising_error(lm.network, lm.process, ImageSet(IMAGES, LABELS, 4), LEVELS))
+    assert float(fitter.callback_metrics["val/bound"]) == pytest.approx(wanted["val/bound"], rel=1e-5)
+    assert {"fd/Pixels@20", "kid/Pixels@20", "best/fd/Pixels@20"} <= set(fitter.callback_metrics)
+    folder = Path(str(fitter.log_dir))
+    assert (folder / "best.safetensors").is_file()
+    assert [path.name for path in (folder / "samples").iterdir()] == ["images-000000032.png"]
+    (events,) = (tmp_path / "tb").rglob("events*")
+    shown = EventAccumulator(str(events)).Reload().Tags()  # type: ignore[no-untyped-call]
+    assert set(shown["images"]) == {"samples/ema", "samples/steps"} and "val/bound" in shown["scalars"]
+
+
+class Pixels(nn.Module):
+    """Features of an image: its pixels, four of them."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().flatten(1)[:, :4] / 255
+
+
+class Regression(L.LightningModule):
+    """Another LightningModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(64, 4)
+        self.fd = metrics.FrechetDistance(metrics.gaussian(IMAGES.flatten(1)[:, :4]))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.line(batch[0].flatten(1) / 255), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        seen.append(self.line.weight.detach().clone())
+        self.fd.update(batch[0].flatten(1)[:, :4])
+        self.log("fd", self.fd)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+seen: list[Tensor] = []
+
+
+def test_ema_of_another_module() -> None:
+    lm, ema = Regression(), EMA(0.5)
+    seen.clear()
+    fitter = trainer(max_steps=6, callbacks=[ema], num_sanity_val_steps=0)
+    fitter.fit(lm, loader(), loader(24))
+    assert ema.updates == 6
+    assert torch.equal(seen[0], ema.averages[0.5][0]) and not torch.equal(seen[0], lm.line.weight)
+    assert fitter.callback_metrics["fd"] < 1e-6  # a torchmetric, logged as such
+    with pytest.raises(
+        TypeError, match="SampleGrid works with diffbench's DiffusionModule and its like, got Regression"
+    ):
+        trainer(max_steps=1, callbacks=[SampleGrid(8)]).fit(lm, loader())
+
+
+def test_two_devices(tmp_path: Path) -> None:
+    """Ranks share positions, with Lightning's own sampler of any loader and with ours."""
+
+    class Writes(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            (tmp_path / f"{kind}-{trainer.global_rank}.json").write_text(json.dumps(positions()))
+
+    for kind, data in {
+        "loader": loader(4),
+        "module": ImageDataModule(TensorDataset(IMAGES, LABELS), batch_size=8),
+    }.items():
+        trainer(devices=2, strategy="ddp_fork", max_epochs=1, callbacks=[Writes()]).fit(module(), data)
+        first, second = (json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1))
+        assert sorted(first + second) == list(range(48)) and first[:4] == [0, 1, 2, 3] and second[:4] == [4, 5, 6, 7]
+
+
+def test_the_command_line_of_lightning(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    network = {
+        "config": {"hidden_size": 16, "depth": 1, "num_heads": 2},
+        "image_size": 8,
+        "channels": 1,
+        "num_classes": 4,
+    }
+    options = {"max_steps": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    config = {
+        "trainer": options | {"enable_progress_bar": False, "enable_model_summary": False},
+        "model": {
+            "network": {"class_path": "diffbench.DiT", "init_args": network},
+            "process": {"class_path": "diffbench.EDM", "init_args": {"config": {"sigma_max": 60.0}}},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+            "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
+        },
+        "data": {"train": {"class_path": f"{__name__}.Squares"}, "batch_size": 8},
+    }
+    words = ["fit", "--config", str(tmp_path / "c.yaml")]
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    cli = LightningCLI(DiffusionModule, ImageDataModule, args=words, save_config_callback=None)
+    assert cli.model.process.config.sigma_max == 60 and cli.model.images_seen == 16
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+class Squares(TensorDataset):
+    """A data set that a command line can name."""
+
+    def __init__(self) -> None:
+        super().__init__(IMAGES, LABELS)
+
+
+def test_lr_find(tmp_path: Path) -> None:
+    lm = module(dit())
+    fitter = trainer(tmp_path, max_steps=20)
+    found = Tuner(fitter).lr_find(lm, ImageDataModule(TensorDataset(IMAGES, LABELS), batch_size=8), num_training=12)
+    assert found is not None and len(found.results["lr"]) >= 10
+    assert lm.images_seen == 0 and lm.lr in (None, found.suggestion())
+
+
+def test_latents_of_any_data_set() -> None:
+    latents = torch.randn(24, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    data = LatentDataModule(TensorDataset(latents, LABELS[:24]), batch_size=8)
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    index = data.train_dataloader().dataset.index(0, 8)  # type: ignore[attr-defined]
+    assert torch.equal(batch["x0"], latents[index]) and torch.equal(batch["label"], LABELS[index])
+    with pytest.raises(ValueError, match="flip: these latents hold no mirrored ones"):
+        LatentDataModule(TensorDataset(latents), flip=True)
+
+
+def test_a_loader_without_a_batch_size_cannot_measure_a_warm_up() -> None:
+    with pytest.raises(ValueError, match="need the batch size, which this loader does not say"):
+        trainer(max_steps=1).fit(module(optimizer=OptimizerConfig(warmup_images=8)), one(IMAGES))
+
+
+def test_a_plateau_is_waited_for() -> None:
+    plateau = lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10)  # noqa: E731
+    lm = module(lr_scheduler=plateau, lr=0.1)
+    trainer(max_epochs=4).fit(lm, loader(24), loader(48))
+    assert lm.optimizers().param_groups[0]["lr"] < 0.1 and math.isfinite(lm.lr)  # type: ignore[union-attr, arg-type]

@@ -90,10 +90,10 @@ def signalled(patch: pytest.MonkeyPatch, what: str, time: int, numbers: tuple[in
 @pytest.mark.parametrize(
     ("what", "time", "step", "number", "left"),
     [
-        ("validation", 4, 8, signal.SIGINT, ["Validation"]),  # each measures held-out, then training images
-        ("validation", 5, 12, signal.SIGTERM, ["Validation", "Distance", "SampleGrid"]),  # the last step's
-        ("distance", 2, 5, signal.SIGTERM, ["Distance"]),  # the second of two batches
-        ("distance", 8, 12, signal.SIGINT, ["Distance", "SampleGrid"]),  # the best weights', on fresh noise
+        ("validation", 4, 8, signal.SIGINT, ["ValidationError"]),  # each measures held-out, then training images
+        ("validation", 5, 12, signal.SIGTERM, ["ValidationError", "FrechetDistance", "SampleGrid"]),  # the last step's
+        ("distance", 2, 5, signal.SIGTERM, ["FrechetDistance"]),  # the second of two batches
+        ("distance", 8, 12, signal.SIGINT, ["FrechetDistance", "SampleGrid"]),  # the best weights', on fresh noise
         ("grid", 1, 6, signal.SIGINT, ["SampleGrid"]),
     ],
 )

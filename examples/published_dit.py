@@ -1,0 +1,29 @@
+"""A published DiT by preset, sampled: python examples/published_dit.py [STEPS] [CHECKPOINT OF THE REFERENCE].
+
+Without a checkpoint the weights are fresh, and so are the samples.
+"""
+
+import sys
+
+import torch
+
+from diffbench import VP, from_preset, sample
+from diffbench.denoisers import from_reference
+from diffbench.diffusion import VPConfig
+
+torch.manual_seed(0)
+steps = sys.argv[1] if sys.argv[1:] else "50"
+if sys.argv[2:]:
+    weights = torch.load(sys.argv[2], map_location="cpu", weights_only=True)
+    network = from_reference("dit", {"depth": 12, "hidden_size": 384, "patch_size": 2, "num_heads": 6}, weights)
+else:
+    network = from_preset("DiT-S/2", image_size=32)
+network.to("cuda" if torch.cuda.is_available() else "cpu")
+process = VP(VPConfig(variance="learned_range", loss="hybrid"))
+print(
+    f"{sum(p.numel() for p in network.parameters()):,} parameters, input {network.shape}, classes {network.num_classes}"
+)
+
+latents = sample(network, process, labels=[207, 360], steps=steps, guidance=4.0)
+print(f"latents {tuple(latents.shape)}, mean {latents.mean():.3f}, standard deviation {latents.std():.3f}")
+torch.save(latents, "latents.pt")  # an autoencoder such as stabilityai/sd-vae-ft-ema decodes latents / 0.18215
