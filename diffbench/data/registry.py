@@ -10,6 +10,7 @@ from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.images import CIFAR10Config, cifar10, images
 from diffbench.data.places import ImagesConfig
 from diffbench.data.sets import ImageSet
+from diffbench.data.shapes import ShapesConfig, shapes
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Source:
 
 SOURCES = {
     "digits": Source(DigitsConfig, digits, ("digits-cnn",)),
+    "shapes": Source(ShapesConfig, shapes, ("random-cnn",)),
     "images": Source(ImagesConfig, images),
     "cifar10": Source(CIFAR10Config, cifar10),
     "none": Source(NoneConfig, no_images),

@@ -3,11 +3,15 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffbench.core.pixels import from_uint8
+
+if TYPE_CHECKING:
+    from diffbench.metrics.classification import Rule
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class ImageSet:
         origin: which part of the data set this is, in words.
         base: the set as it was before classes were planted into it; extractors are made for that.
         sizes: "HEIGHTxWIDTH" in a file -> number of images; empty where they did not come from files.
+        rule: what decides by rule whether an image solves the task of its label, where the data set has tasks.
     """
 
     images: Tensor
@@ -35,6 +40,7 @@ class ImageSet:
     origin: str = ""
     base: "ImageSet | None" = None
     sizes: dict[str, int] = field(default_factory=dict)
+    rule: "Rule | None" = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:

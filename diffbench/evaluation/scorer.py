@@ -121,6 +121,7 @@ def run_scorer(
         infinity=settings.infinity,
         by_class=True,
         permutation=permutation,
+        rule=train.rule,
     )
     scorer = Scorer(compared, {"key": key, "split": main.split, "count": len(main)})
     left = others(main)
@@ -159,7 +160,7 @@ def _cached_numbers(
 def training_measurement(extractor: Extractor, train: ImageSet, count: int) -> Measurement:
     """Measurement of `count` samples drawn in training with as many training images."""
     statistics = statistics_of(extractor, first(train, "train", count))[0]
-    return Measurement(extractor, {"fd": statistics}, count, permutation=permutation)
+    return Measurement(extractor, {"fd": statistics}, count, permutation=permutation, rule=train.rule)
 
 
 def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:

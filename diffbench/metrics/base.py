@@ -7,7 +7,7 @@ checkpoint. A metric holds statistics only and no network: one feature extractor
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from diffbench.metrics.extractors.base import Extractor, Features
+
+if TYPE_CHECKING:
+    from diffbench.metrics.classification import Rule
 
 KEPT = 10_000
 """Feature vectors kept of either side, at most, for metrics that need the vectors themselves."""
@@ -65,6 +68,7 @@ class Measurement:
         by_class: whether samples are numbered class by class. The Inception score's chunks are then taken of them as
             they are shuffled for export.
         permutation: (n, *key) -> a permutation of n numbers that follows from the key alone.
+        rule: of the data set, where its labels are tasks.
     """
 
     extractor: Extractor
@@ -75,6 +79,7 @@ class Measurement:
     infinity: bool = False
     by_class: bool = False
     permutation: Callable[..., Tensor] = _permutation
+    rule: "Rule | None" = None
 
     @property
     def main(self) -> ReferenceStatistics:

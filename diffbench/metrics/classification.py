@@ -1,6 +1,7 @@
-"""Inception score and label accuracy: metrics of the classes that the extractor predicts for samples."""
+"""Whether samples are what their labels say: by the classes that the extractor predicts, or by a data set's rule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -112,3 +113,53 @@ class LabelAccuracy(SampleMetric):
     def compute(self) -> Tensor:
         """The share, in 0 to 1."""
         return self.right / self.checked_count(self.n, self.bad, self.count)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Decides without a network whether images solve the tasks of their labels.
+
+    Attributes:
+        holds: (images (B, C, H, W) uint8 on the CPU, labels (B,)) -> (B,) bool.
+        abilities: the ability that each label's task asks for.
+    """
+
+    holds: Callable[[Tensor, Tensor], Tensor]
+    abilities: tuple[str, ...]
+
+
+class SolvedTasks(SampleMetric):
+    """Share of samples that solve the task of their label, by a data set's rule: of all, and for each ability."""
+
+    higher_is_better = True
+    n: Tensor
+    right: Tensor
+
+    def __init__(self, rule: Rule, count: int | None = None) -> None:
+        super().__init__()
+        self.rule, self.count = rule, count
+        for name in ("n", "right"):
+            self.add_sum(name, len(rule.abilities))
+
+    @classmethod
+    def of(cls, measurement: Measurement) -> Self | None:
+        return cls(measurement.rule, measurement.count) if measurement.rule and measurement.labels else None
+
+    def arguments(self, batch: Batch) -> tuple[Any, ...]:
+        return batch.images, batch.labels
+
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        """Add samples (B, C, H, W) uint8 and their labels (B,)."""
+        right = self.rule.holds(images.cpu(), labels.cpu())
+        self.n += labels.bincount(minlength=len(self.n)).to(self.n)
+        self.right += labels.cpu()[right].bincount(minlength=len(self.n)).to(self.right)
+
+    def compute(self) -> dict[str, Tensor]:
+        """ "solved" and "solved_ABILITY", in 0 to 1; an ability none of whose labels came is left out."""
+        self.checked_count(self.n.sum(), torch.tensor(0), self.count)
+        shares = {"solved": self.right.sum() / self.n.sum()}
+        for ability in dict.fromkeys(self.rule.abilities):
+            of = torch.tensor([a == ability for a in self.rule.abilities], device=self.n.device)
+            if self.n[of].sum():
+                shares[f"solved_{ability}"] = self.right[of].sum() / self.n[of].sum()
+        return shares

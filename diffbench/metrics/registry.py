@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffbench.metrics.base import SampleMetric
-from diffbench.metrics.classification import InceptionScore, LabelAccuracy
+from diffbench.metrics.classification import InceptionScore, LabelAccuracy, SolvedTasks
 from diffbench.metrics.extractors.base import Extractor
 from diffbench.metrics.frechet import FrechetDistance, FrechetInfinity, SpatialFrechetDistance
 from diffbench.metrics.kernel import KernelDistance
@@ -20,6 +20,11 @@ _BOUND = (
     " integral over log-SNR of the squared error of the noise, in nats per dimension, which no schedule changes (Kingma"
     " et al. 2021; Kingma & Gao 2023). What held-out images score above training images is overfitting."
 )
+_TASKS: dict[str, Any] = {
+    "percent": True,
+    "of_pixels": True,
+    "note": "Tasks are solved where a rule finds in the sample what its label asks for; no network decides.",
+}
 _SHARES = "Precision tells how real samples look, recall and coverage how much of the real variety they reach."
 
 _PLANTED = (
@@ -132,6 +137,21 @@ METRICS: dict[str, Metric] = {
             watched=True,
             swept=True,
         ),
+        Metric(
+            "solved",
+            "tasks solved",
+            "higher",
+            measure=SolvedTasks,
+            in_training=True,
+            watched=True,
+            swept=True,
+            listed=True,
+            **_TASKS,
+        ),
+        Metric("solved_texture", "tasks solved, local texture", "higher", **_TASKS),
+        Metric("solved_symmetry", "tasks solved, symmetry of the image", "higher", **_TASKS),
+        Metric("solved_corners", "tasks solved, far corners agree", "higher", **_TASKS),
+        Metric("solved_count", "tasks solved, number of objects", "higher", **_TASKS),
         Metric(
             "kid",
             "kernel distance (KID)",

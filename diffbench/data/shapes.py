@@ -1,0 +1,225 @@
+"""Drawn images of known composition, as many as one wants: each class is a task whose solution can be checked."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from diffbench.core import rng
+from diffbench.data.sets import ImageSet
+
+TASKS = {
+    "texture": ("horizontal stripes", "vertical stripes", "checks"),
+    "symmetry": ("left-right mirror", "top-bottom mirror"),
+    "corners": ("main diagonal agrees", "other diagonal agrees"),
+    "count": ("one", "two", "three"),
+}
+"""Ability -> its classes, in the order of the labels. Texture is local, the mirrors span the image, two far corners
+agree in colour (and the others do not), and one to three separate objects are counted."""
+CLASSES = tuple(name for names in TASKS.values() for name in names)
+ABILITIES = tuple(ability for ability, names in TASKS.items() for _ in names)
+"""Ability of each label."""
+COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=torch.float32)
+"""Red, green, blue, yellow, magenta, cyan; the background is black."""
+
+
+@dataclass
+class ShapesConfig:
+    """Drawn colour images in ten classes, each a task that is checked by rule: no download, and no image repeats."""
+
+    image_size: int = 16
+    """Pixels a side: 16 or 32."""
+    count: int = 50_000
+    """Images to train on; with at least `trainer.max_images` of them none is seen twice."""
+    held_out: int = 2_000
+    """Images for validation; a multiple of ten holds all classes alike."""
+    seed: int = 0
+    """Of the images, whatever the run's seed is."""
+    num_workers: int = 0
+    """Loader processes; 0 loads in the training process, the fastest for data in memory."""
+
+    def __post_init__(self) -> None:
+        if self.image_size not in (16, 32):
+            raise ValueError(f"data.image_size: must be 16 or 32, got {self.image_size}")
+        for name, least in {"count": 10, "held_out": 10, "num_workers": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return 3, self.image_size, self.image_size
+
+
+def shapes(config: ShapesConfig) -> tuple[ImageSet, ImageSet]:
+    """Draw the training and the held-out part."""
+    size, seed = config.image_size, config.seed
+    return _part("train", config.count, size, seed), _part("held-out", config.held_out, size, seed)
+
+
+@cache
+def _part(part: str, count: int, size: int, seed: int) -> ImageSet:
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    labels = torch.arange(count) % len(CLASSES)
+    for index in torch.arange(count).split(10_000):
+        images[index] = draw(index, labels[index], size, rng.key("shapes", seed, part))
+    from diffbench.metrics.classification import Rule  # torchmetrics takes a second
+
+    rule = Rule(holds, ABILITIES)
+    return ImageSet(images, labels, len(CLASSES), f"shapes{size}", CLASSES, origin="drawn", rule=rule)
+
+
+# Drawing: coordinates in pixels, y down; an edge is one pixel wide, so that shapes are anti-aliased.
+
+
+def draw(number: Tensor, labels: Tensor, size: int, key: int) -> Tensor:
+    """Draw images (B, 3, size, size) uint8 of the classes `labels` (B,), a function of key and `number` (B,) alone."""
+    u = (rng.words(key, number, 48).float() + 0.5) * 2.0**-32
+    image = torch.zeros(len(number), 3, size, size)
+    for ability, of in {"texture": _texture, "symmetry": _mirrored, "corners": _corners, "count": _counted}.items():
+        first = ABILITIES.index(ability)
+        mine = (labels >= first) & (labels < first + len(TASKS[ability]))
+        image[mine] = of(labels[mine] - first, u[mine], size)
+    return (255 * image).round().to(torch.uint8)
+
+
+def _texture(kind: Tensor, u: Tensor, size: int) -> Tensor:
+    """Stripes or checks, size/8 wide, of any phase and one colour over the entire image."""
+    step = size // 8
+    y, x = (torch.arange(size)[None] + (u[:, i : i + 1] * 2 * step).long() for i in (0, 1))
+    bands = torch.stack([y // step % 2, x // step % 2], dim=1)  # of rows, of columns
+    rows, columns = bands[:, 0, :, None].expand(-1, -1, size), bands[:, 1, None].expand(-1, size, -1)
+    lit = torch.stack([rows, columns, rows ^ columns], dim=1)[torch.arange(len(kind)), kind]
+    return lit[:, None] * _colour(u[:, 2])[:, :, None, None]
+
+
+def _mirrored(kind: Tensor, u: Tensor, size: int) -> Tensor:
+    """Three shapes, each beside its mirror image: across the vertical middle, or the horizontal one."""
+    image = torch.zeros(len(kind), 3, size, size)
+    for a in rearrange(u[:, :15], "b (shape values) -> shape values b", shape=3):
+        centre = torch.stack([a[0], 0.5 * a[1]]) * size
+        radius = (0.12 + 0.08 * a[2]) * size
+        for mirrored in (False, True):
+            place = torch.stack([centre[0], size - centre[1]]) if mirrored else centre
+            image = _over(image, place, radius, a[3], _colour(a[4]))
+    # Two shapes of one pair meet at the middle in the order of drawing; the half that was drawn first decides.
+    half = image[..., : size // 2]
+    image = torch.cat([half, half.flip(3)], dim=3)
+    return torch.where((kind == 0)[:, None, None, None], image, image.transpose(2, 3))
+
+
+def _corners(kind: Tensor, u: Tensor, size: int) -> Tensor:
+    """A shape in each corner: those of one diagonal have one colour, the other two have others."""
+    order = u[:, :6].argsort(1)[:, :3]  # three different colours
+    main = (kind == 0)[:, None]
+    picked = torch.where(main, order[:, [0, 1, 2, 0]], order[:, [1, 0, 0, 2]])
+    image = torch.zeros(len(kind), 3, size, size)
+    for i, (top, left) in enumerate(((0.16, 0.16), (0.16, 0.84), (0.84, 0.16), (0.84, 0.84))):
+        a = u[:, 6 + 4 * i : 10 + 4 * i].T
+        centre = torch.stack([top + 0.06 * (a[0] - 0.5), left + 0.06 * (a[1] - 0.5)]) * size
+        image = _over(image, centre, (0.10 + 0.04 * a[2]) * size, a[3], COLOURS[picked[:, i]])
+    return image
+
+
+def _counted(kind: Tensor, u: Tensor, size: int) -> Tensor:
+    """One to three shapes in different quarters of the image, with a gap between them."""
+    quarters = u[:, :4].argsort(1)[:, :3]
+    image = torch.zeros(len(kind), 3, size, size)
+    for i in range(3):
+        a = u[:, 4 + 5 * i : 9 + 5 * i].T
+        radius = (0.11 + 0.06 * a[2]) * size
+        corner = (torch.stack([quarters[:, i] // 2, quarters[:, i] % 2]) + 0.5) * size / 2
+        drawn = _over(image, corner + (2 * a[:2] - 1) * (0.18 * size - radius), radius, a[3], _colour(a[4]))
+        image = torch.where((kind >= i)[:, None, None, None], drawn, image)
+    return image
+
+
+def _over(image: Tensor, centre: Tensor, radius: Tensor, which: Tensor, colour: Tensor) -> Tensor:
+    """Paint a disc, square or diamond (by `which`, (B,) in 0..1) over images; centre (2, B), colour (B, 3)."""
+    at = torch.arange(image.shape[-1]) + 0.5
+    dy, dx = (at - centre[0][:, None])[:, :, None].abs(), (at - centre[1][:, None])[:, None].abs()
+    disc, square, diamond = (dy**2 + dx**2).sqrt(), torch.maximum(dy, dx) + 0 * dy, 0.75 * (dy + dx)
+    w = which[:, None, None]
+    distance = torch.where(w < 1 / 3, disc, torch.where(w < 2 / 3, square, diamond))
+    cover = (radius[:, None, None] - distance + 0.5).clamp(0, 1)[:, None]
+    return image * (1 - cover) + cover * colour[:, :, None, None]
+
+
+def _colour(u: Tensor) -> Tensor:
+    return COLOURS[(u * len(COLOURS)).long()]
+
+
+# Checking.
+
+
+def holds(images: Tensor, labels: Tensor) -> Tensor:
+    """Whether each image solves the task of its label, by rule: (B,) bool.
+
+    The rules bear noise and JPEG compression, and read nothing from training images.
+
+    Args:
+        images: (B, 3, S, S) uint8.
+        labels: (B,) in 0..9.
+    """
+    x = images.float() / 255
+    lit, count = x.amax(1) > 0.5, objects(x.amax(1) > 0.45)
+    found = torch.stack(
+        [
+            *(_bands(lit, kind) for kind in range(3)),
+            *(_agrees(x, x.flip(dim)) & _some(lit) for dim in (3, 2)),
+            *_diagonals(x),
+            *(count == n for n in (1, 2, 3)),
+        ]
+    )
+    return found[labels, torch.arange(len(labels))]
+
+
+def _bands(lit: Tensor, kind: int, share: float = 0.95) -> Tensor:
+    """Whether 95% of the pixels are those of stripes or checks of one phase."""
+    size = lit.shape[-1]
+    step = size // 8
+    at = torch.arange(size)
+    rows, columns = ((at[None] + torch.arange(2 * step)[:, None]) // step % 2 for _ in range(2))
+    if kind == 2:
+        patterns = (rows[:, None, :, None] ^ columns[None, :, None, :]).flatten(0, 1)
+    else:
+        patterns = rows[:, :, None].expand(-1, -1, size) if kind == 0 else rows[:, None].expand(-1, size, -1)
+    same = lit[:, None] == patterns.bool()
+    return same.float().mean((2, 3)).amax(1) >= share
+
+
+def _agrees(x: Tensor, y: Tensor, share: float = 0.94) -> Tensor:
+    """Whether 94% of the pixels differ by less than 0.4 in every channel."""
+    return ((x - y).abs().amax(1) < 0.4).float().mean((1, 2)) >= share
+
+
+def _some(lit: Tensor) -> Tensor:
+    return lit.float().mean((1, 2)) >= 0.05
+
+
+def corner_colours(x: Tensor) -> Tensor:
+    """Index into COLOURS for each corner, (B, 4) from top left to bottom right; -1 for a dark one."""
+    patch = round(0.28 * x.shape[-1])
+    ends = slice(0, patch), slice(-patch, None)
+    mean = torch.stack([x[:, :, top, left].mean((2, 3)) for top in ends for left in ends], dim=1)
+    brightest = mean.amax(2)
+    colour = torch.cdist(mean / brightest[..., None].clamp_min(1e-6), COLOURS.expand(len(x), -1, -1)).argmin(2)
+    return torch.where(brightest > 0.2, colour, -1)
+
+
+def _diagonals(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether exactly one diagonal's corners have one colour, in images with a shape in each corner: for either."""
+    a, b, c, d = corner_colours(x).T
+    there = torch.stack([a, b, c, d]).amin(0) >= 0
+    return there & (a == d) & (b != a) & (c != a) & (b != c), there & (b == c) & (a != b) & (d != b) & (a != d)
+
+
+def objects(lit: Tensor, least: float = 0.016) -> Tensor:
+    """Number of connected objects of at least 1.6% of the pixels in each image (B, S, S)."""
+    from scipy.ndimage import label
+
+    sizes = (np.bincount(label(image)[0].ravel())[1:] for image in lit.numpy())
+    return torch.tensor([int((found >= least * lit[0].numel()).sum()) for found in sizes])

@@ -1,0 +1,103 @@
+"""Drawn shapes: every image solves its task, the rules bear noise and compression, and none is solved by chance."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffbench.config.load import load
+from diffbench.core import rng
+from diffbench.core.errors import UserError
+from diffbench.data.shapes import ABILITIES, CLASSES, ShapesConfig, corner_colours, draw, holds, objects, shapes
+from diffbench.metrics.classification import Rule, SolvedTasks
+
+SIZES = pytest.mark.parametrize("size", [16, 32])
+
+
+def drawn(size: int, count: int = 2_000) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(count) % len(CLASSES)
+    return draw(torch.arange(count), labels, size, rng.key("test")), labels
+
+
+def compressed(images: Tensor, quality: int) -> Tensor:
+    found = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+        found.append(torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1))
+    return torch.stack(found)
+
+
+@SIZES
+def test_every_image_solves_its_task(size: int) -> None:
+    images, labels = drawn(size)
+    assert holds(images, labels).all()
+
+
+@SIZES
+def test_the_rules_bear_noise_and_compression(size: int) -> None:
+    images, labels = drawn(size)
+    noise = 20 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (images + noise).clamp(0, 255).to(torch.uint8)
+    assert holds(noisy, labels).double().mean() >= 0.999
+    assert holds(compressed(images, 75), labels).double().mean() >= 0.999
+
+
+def test_a_task_is_not_solved_by_images_of_another_ability() -> None:
+    images, labels = drawn(16)
+    for ability, most in {"texture": 0, "corners": 0.02, "count": 0.12}.items():  # mirrored blobs may be two objects
+        wanted = torch.tensor([i for i, a in enumerate(ABILITIES) if a == ability])
+        others = torch.tensor([ABILITIES[label] != ability for label in labels])
+        guesses = wanted[torch.arange(int(others.sum())) % len(wanted)]
+        assert holds(images[others], guesses).double().mean() <= most
+    swapped = {0: 1, 1: 2, 2: 0, 3: 4, 4: 3, 5: 6, 6: 5, 7: 8, 8: 9, 9: 7}
+    wrong = torch.tensor([swapped[int(label)] for label in labels])
+    assert holds(images, wrong).double().mean() < 0.005
+    assert not holds(torch.zeros(10, 3, 16, 16, dtype=torch.uint8), torch.arange(10)).any()
+
+
+def test_one_patch_breaks_a_symmetry() -> None:
+    images, labels = drawn(16)
+    mirrored = (labels == 3) | (labels == 4)
+    broken = images[mirrored].clone()
+    broken[:, :, 2:6, 0:4] = 255 - broken[:, :, 2:6, 0:4]
+    assert holds(broken, labels[mirrored]).double().mean() < 0.02
+
+
+def test_factors_are_read_back() -> None:
+    images, labels = drawn(16)
+    x = images.float() / 255
+    counted = labels >= 7
+    assert torch.equal(objects(x[counted].amax(1) > 0.45), labels[counted] - 6)
+    colours = corner_colours(x[labels == 5])
+    assert torch.equal(colours[:, 0], colours[:, 3]) and (colours[:, 0] != colours[:, 1]).all()
+
+
+def test_images_follow_from_the_seed_and_their_number() -> None:
+    images, labels = drawn(16, 40)
+    few = torch.tensor([31, 3])
+    assert torch.equal(draw(few, labels[few], 16, rng.key("test")), images[few])
+    train, held_out = shapes(ShapesConfig(count=200, held_out=50))
+    assert train.images.shape == (200, 3, 16, 16) and train.class_names == CLASSES
+    assert train.labels.bincount().tolist() == [20] * 10
+    assert len(torch.cat([train.images, held_out.images]).flatten(1).unique(dim=0)) > 225  # stripes have few forms
+    assert not torch.equal(shapes(ShapesConfig(count=200, held_out=50, seed=1))[0].images, train.images)
+
+
+def test_solved_tasks_are_counted_by_ability() -> None:
+    images, labels = drawn(16, 100)
+    images[labels == 7] = 0
+    metric = SolvedTasks(Rule(holds, ABILITIES), 100)
+    for part in torch.arange(100).split(33):
+        metric.update(images[part], labels[part])
+    assert {k: float(v) for k, v in metric.compute().items()} == pytest.approx(
+        {"solved": 0.9, "solved_texture": 1, "solved_symmetry": 1, "solved_corners": 1, "solved_count": 2 / 3}
+    )
+
+
+def test_what_is_not_offered_is_one_line() -> None:
+    with pytest.raises(UserError, match="data.image_size: must be 16 or 32, got 24"):
+        load("experiments/shapes/dit.yaml", ["data.image_size=24"])
