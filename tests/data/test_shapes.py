@@ -99,5 +99,5 @@ def test_solved_tasks_are_counted_by_ability() -> None:
 
 
 def test_what_is_not_offered_is_one_line() -> None:
-    with pytest.raises(UserError, match="data.image_size: must be 16 or 32, got 24"):
+    with pytest.raises(UserError, match=r"data\.image_size: must be 16 or 32, got 24"):
         load("experiments/shapes/dit.yaml", ["data.image_size=24"])
