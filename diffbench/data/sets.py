@@ -11,7 +11,7 @@ from torch import Tensor
 from diffbench.core.pixels import from_uint8
 
 if TYPE_CHECKING:
-    from diffbench.metrics.classification import Rule
+    from diffbench.metrics.rules import Rule
 
 
 @dataclass(frozen=True)

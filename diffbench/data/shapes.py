@@ -66,7 +66,7 @@ def _part(part: str, count: int, size: int, seed: int) -> ImageSet:
     labels = torch.arange(count) % len(CLASSES)
     for index in torch.arange(count).split(10_000):
         images[index] = draw(index, labels[index], size, rng.key("shapes", seed, part))
-    from diffbench.metrics.classification import Rule  # torchmetrics takes a second
+    from diffbench.metrics.rules import Rule  # torchmetrics takes a second
 
     rule = Rule(holds, ABILITIES)
     return ImageSet(images, labels, len(CLASSES), f"shapes{size}", CLASSES, origin="drawn", rule=rule)

@@ -7,7 +7,7 @@ checkpoint. A metric holds statistics only and no network: one feature extractor
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from diffbench.metrics.extractors.base import Extractor, Features
-
-if TYPE_CHECKING:
-    from diffbench.metrics.classification import Rule
+from diffbench.metrics.rules import Rule
 
 KEPT = 10_000
 """Feature vectors kept of either side, at most, for metrics that need the vectors themselves."""
@@ -79,7 +77,7 @@ class Measurement:
     infinity: bool = False
     by_class: bool = False
     permutation: Callable[..., Tensor] = _permutation
-    rule: "Rule | None" = None
+    rule: Rule | None = None
 
     @property
     def main(self) -> ReferenceStatistics:

@@ -1,13 +1,13 @@
 """Whether samples are what their labels say: by the classes that the extractor predicts, or by a data set's rule."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from diffbench.metrics.base import Batch, Measurement, SampleMetric, finite_rows
+from diffbench.metrics.rules import Rule
 
 
 def inception_score(logits: Sequence[Tensor]) -> float:
@@ -113,19 +113,6 @@ class LabelAccuracy(SampleMetric):
     def compute(self) -> Tensor:
         """The share, in 0 to 1."""
         return self.right / self.checked_count(self.n, self.bad, self.count)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Decides without a network whether images solve the tasks of their labels.
-
-    Attributes:
-        holds: (images (B, C, H, W) uint8 on the CPU, labels (B,)) -> (B,) bool.
-        abilities: the ability that each label's task asks for.
-    """
-
-    holds: Callable[[Tensor, Tensor], Tensor]
-    abilities: tuple[str, ...]
 
 
 class SolvedTasks(SampleMetric):
