@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffbench.core.pixels import from_uint8
-from diffbench.metrics.rules import Rule
+
+if TYPE_CHECKING:
+    from diffbench.metrics.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class ImageSet:
     origin: str = ""
     base: "ImageSet | None" = None
     sizes: dict[str, int] = field(default_factory=dict)
-    rule: Rule | None = None
+    rule: "Rule | None" = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from diffbench.core import rng
 from diffbench.data.sets import ImageSet
-from diffbench.metrics.rules import Rule
 
 TASKS = {
     "texture": ("horizontal stripes", "vertical stripes", "checks"),
@@ -67,6 +66,8 @@ def _part(part: str, count: int, size: int, seed: int) -> ImageSet:
     labels = torch.arange(count) % len(CLASSES)
     for index in torch.arange(count).split(10_000):
         images[index] = draw(index, labels[index], size, rng.key("shapes", seed, part))
+    from diffbench.metrics.rules import Rule  # a config loads without the metrics
+
     rule = Rule(holds, ABILITIES)
     return ImageSet(images, labels, len(CLASSES), f"shapes{size}", CLASSES, origin="drawn", rule=rule)
 
