@@ -195,7 +195,7 @@ class DenoiserRun(Run[RunConfig]):
         return [
             ValidationError(held_out, t.validate_images, c.validation.log_snr, train),
             *self._distances(),
-            *([TimeEstimate(self.shape)] if t.compile == "none" else []),
+            *([] if self._compiled else [TimeEstimate(self.shape)]),
             SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.facts.names),
         ]
 

@@ -64,13 +64,15 @@ def test_scoring_never_takes_longer_than_training(pets: Path, capsys: Capture, m
 
 
 def test_the_estimate_leaves_no_trace_and_images_need_not_be_square(
-    pets: Path, monkeypatch: pytest.MonkeyPatch
+    pets: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
+    monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
     weights = []
     for tag in ("with", "without"):
         words = command(pets, f"tag={tag}", "evaluate=false", "data.image_size=[20,16]", "denoiser.dropout=0.5")
         words.append("denoiser.attention_resolutions=[10]")
         assert main(words) == 0
+        assert ("time: 16 images at about" in capsys.readouterr().out) == (tag == "with")
         weights.append(tensors.read(pets.parent / f"runs/own/unet-smoke-{tag}-s0/ema-0.995.safetensors")[0])
         monkeypatch.setattr(estimate.TimeEstimate, "on_train_start", lambda *_: None)
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
