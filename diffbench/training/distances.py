@@ -51,6 +51,8 @@ class FrechetDistance(EveryNImages):
         brief: only these two distances, not precision, recall and the rest.
     """
 
+    stage = "scoring"
+
     def __init__(
         self,
         real: ImageSet | Dataset[Any],
