@@ -166,7 +166,8 @@ def _published(model: str) -> Any:
         name = next(name for name, entry in DENOISERS.items() if model in entry.presets)
         denoiser = {"name": name} | vars(PRESETS[model].config)
     classes, learned = shape.get("num_classes", 0), shape.get("learn_sigma")
-    plain = {"name": "vp" if model.startswith(("U-ViT", "MiT")) else "edm"}
+    starts = {"U-ViT": "vp", "MiT": "vp", "LightningDiT": "flow"}
+    plain = {"name": next((name for start, name in starts.items() if model.startswith(start)), "edm")}
     values = {
         "data": {"name": "none", "num_classes": classes} | {k: shape[k] for k in ("image_size", "channels")},
         "denoiser": denoiser,
@@ -201,6 +202,7 @@ class Subject:
         self.run: DenoiserRun = DenoiserRun(Path("bench"), config) if like is None else like.run
         self.network = self.run.network.to(device)
         self.module = self.run.module()
+        self.module.batch_size = config.trainer.batch_size  # no trainer says it
         how = config.trainer.compile
         assert how != "auto"  # see `run_config`
         compile_network(self.network, how, backend)

@@ -9,6 +9,7 @@ import torch
 
 from diffbench import VP, from_preset, sample
 from diffbench.denoisers import from_reference
+from diffbench.denoisers.flops import parameters
 from diffbench.diffusion import VPConfig
 
 torch.manual_seed(0)
@@ -20,9 +21,7 @@ else:
     network = from_preset("DiT-S/2", image_size=32)
 network.to("cuda" if torch.cuda.is_available() else "cpu")
 process = VP(VPConfig(variance="learned_range", loss="hybrid"))
-print(
-    f"{sum(p.numel() for p in network.parameters()):,} parameters, input {network.shape}, classes {network.num_classes}"
-)
+print(f"{parameters(network):,} parameters, input {network.shape}, classes {network.num_classes}")
 
 latents = sample(network, process, labels=[207, 360], steps=steps, guidance=4.0)
 print(f"latents {tuple(latents.shape)}, mean {latents.mean():.3f}, standard deviation {latents.std():.3f}")

@@ -90,7 +90,7 @@ def places(file: Path) -> list[Path]:
     package, where the shipped experiments lie."""
     own = file.resolve().parent
     marked = (p for p in (own, *own.parents) if any((p / name).exists() for name in (".git", "pyproject.toml")))
-    return list(dict.fromkeys([own, *itertools.islice(marked, 1), Path.cwd(), SHIPPED.parent]))
+    return list(dict.fromkeys([own, *itertools.islice(marked, 1), Path.cwd(), SHIPPED.resolve().parent]))
 
 
 def found_from(path: str, file: Path | None) -> str:

@@ -8,6 +8,7 @@ import torch
 from diffbench.core import distributed
 from diffbench.core.progress import span
 from diffbench.sampling.cost import timed
+from diffbench.sampling.sampler import eval_mode
 from diffbench.training.logger import RunLogger
 from diffbench.training.module import TrainingModule
 from diffbench.training.order import find
@@ -58,7 +59,7 @@ class TimeEstimate(L.Callback):
             return timed(work, weight.device) / size
 
         size = module.batch_size // trainer.accumulate_grad_batches
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), eval_mode(network):  # no batch statistics change
             found = step(min(8, size))
             if found * size < 1:
                 found = step(size)

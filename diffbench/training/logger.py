@@ -225,7 +225,7 @@ class RunLogger(Ordered):
         if "tensorboard" in self.loggers:
             self._open_writer()
         if "wandb" in self.loggers:
-            self._wandb = WandbLog(self.folder, yaml.safe_load(self.config_text) or {})
+            self._wandb = WandbLog(self.folder, yaml.load(self.config_text, yaml.SafeLoader) or {})
         if sys.stdout.isatty():
             self._bar = tqdm(
                 desc=TRAINING, total=self._total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True

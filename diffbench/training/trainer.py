@@ -81,6 +81,7 @@ def fit(
     with warnings.catch_warnings(), float32_products(settings.tf32):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*no `validation_step`.*")  # our callbacks measure
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is newer than torch 2.11
         warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a cluster's login node is fine
         trainer = L.Trainer(

@@ -130,7 +130,8 @@ def test_the_plan_for_a_gpu_runs_at_a_small_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [*PRESETS, *networks.SHORT])
 def test_every_network_has_an_experiment(model: str) -> None:
     config = networks.run_config(BenchConfig(), model, "cpu")
-    assert config.process.name == ("edm" if model.startswith(("DDPM", "DiffiT-CIFAR", "DiffiT-FFHQ")) else "vp")
+    edm = model.startswith(("DDPM", "DiffiT-CIFAR", "DiffiT-FFHQ"))
+    assert config.process.name == ("edm" if edm else "flow" if model.startswith("Lightning") else "vp")
     assert config.trainer.precision == "32-true"
     assert config.trainer.batch_size == (64 if model.endswith(".yaml") else 8)
     assert networks.run_config(BenchConfig(), model, "cuda").trainer.precision == "bf16-mixed"

@@ -19,6 +19,7 @@ from diffbench.cli import main
 from diffbench.core.pixels import from_uint8
 from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.lifecycle import load, load_any, train
+from diffbench.sampling.images import CAPTION_HEIGHT
 from diffbench.training.checkpoint import SaveState
 
 ROOT = Path(__file__).parents[2]
@@ -134,14 +135,14 @@ def test_what_is_looked_at_is_decoded(runs: tuple[Path, Path], capsys: pytest.Ca
     assert run.shape == (1, 8, 8)
     pictures = run.sample_tensor(4, steps="2")
     assert pictures.shape == (4, 1, 16, 16) and pictures.dtype == torch.uint8
-    side = 16 * 2 + 4  # enlarged twice, with a border
+    side = 16 * 4 + 4  # enlarged four times, with a border
     for name in ("images-000000064.png", "final-000000064.png"):
         with Image.open(folder / "samples" / name) as grid:
             assert grid.width == 10 * side
     assert main(["sample", str(folder), "n=4", "strip=true", "steps='3'"]) == 0
     picture, strip = capsys.readouterr().out.split()
     with Image.open(picture) as grid, Image.open(strip) as steps:
-        assert grid.size == (4 * side, side) and steps.height == 4 * 2 * side
+        assert grid.size == (4 * side, CAPTION_HEIGHT + side) and steps.height == 4 * 2 * 36
 
 
 def test_raw_samples_are_latents_even_of_one_channel(
@@ -186,7 +187,7 @@ def test_an_autoencoders_run_ends_with_its_scores_and_its_folder(runs: tuple[Pat
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["images"] for m in lines if "val/psnr" in m] == [160, 320]
     with Image.open(folder / "samples" / "images-000000320.png") as grid:
-        assert grid.size == (10 * 36, 8 * 36)
+        assert grid.size == (10 * 68, 8 * 68)
 
 
 def test_evaluate_and_compare_take_any_kind(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

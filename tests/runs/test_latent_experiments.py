@@ -19,6 +19,7 @@ from diffbench.config.load import load as load_config
 from diffbench.denoisers import build
 from diffbench.denoisers.flops import count
 from diffbench.runs.lifecycle import load, train
+from diffbench.sampling.images import CAPTION_HEIGHT
 
 PUBLISHED = {
     "dit-xl-2": (675_129_632, 118.6, ["denoiser.hidden_size=16", "denoiser.depth=1", "denoiser.num_heads=2"]),
@@ -122,7 +123,7 @@ def test_an_imported_denoiser_with_an_autoencoder_makes_pictures(reduced: list[s
     assert (picture.size, picture.mode) == ((16, 16), "RGB")
     assert main(["sample", str(out), "n=2", "steps=2", f"out={tmp_path / 'two.png'}"]) == 0
     with Image.open(tmp_path / "two.png") as grid:
-        assert grid.size == (2 * 36, 36)
+        assert grid.size == (2 * 68, CAPTION_HEIGHT + 68)
 
 
 def test_the_cifar10_autoencoder_is_what_its_denoisers_name() -> None:

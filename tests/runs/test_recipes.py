@@ -44,6 +44,10 @@ LARGE = {
     "diffit": ["denoiser.channels=[16,16,16]", "denoiser.blocks=[1,1,1]", "denoiser.norm_groups=8"],
     "unet": ["denoiser.model_channels=16", "denoiser.num_res_blocks=1", "denoiser.norm_groups=8"],
 }
+LARGE |= {
+    "uvit": ["denoiser.hidden_size=32", "denoiser.num_heads=2", "denoiser.depth=2"],
+    "segformer": ["denoiser.hidden_sizes=[16,32,32]", "denoiser.depths=[1,1,1]", "denoiser.num_heads=[1,2,2]"],
+}
 LARGE |= {"jit-b-16": [*LARGE["dit"], "data.image_size=32"]}
 LARGE |= {"sit": LARGE["dit"], "adm": [*LARGE["unet"], "denoiser.num_head_channels=8"]}
 

@@ -29,6 +29,7 @@ from diffbench.metrics.memorisation import nearest_distance
 from diffbench.metrics.neighbours import neighbours
 from diffbench.runs import evaluate
 from diffbench.runs.lifecycle import load
+from diffbench.sampling.images import CAPTION_HEIGHT
 from diffbench.sampling.sampler import Sampler
 
 Capture = pytest.CaptureFixture[str]
@@ -134,8 +135,8 @@ def test_all_training_images_may_be_the_reference(smoke_run: Path) -> None:
 def test_the_nearest_neighbours_are_pictured(smoke_run: Path) -> None:
     (record, _) = evaluate.evaluate(load(smoke_run), ["evaluate.count=20"])
     with Image.open(smoke_run / record["drawing"]["folder"] / "nearest.png") as picture:
-        cell = 8 * 5 + 4
-        assert picture.size == (16 * cell, 2 * cell)
+        cell = 8 * 8 + 4
+        assert picture.size == (16 * cell, 2 * (CAPTION_HEIGHT + cell))
 
 
 def test_export_is_what_the_adm_evaluator_reads(smoke_run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -379,7 +379,8 @@ def test_two_devices(tmp_path: Path) -> None:
         assert sorted(first + second) == list(range(48)) and first[:4] == [0, 1, 2, 3] and second[:4] == [4, 5, 6, 7]
 
 
-def test_the_command_line_of_lightning(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's calls of jsonargparse
+def test_the_command_line_of_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
     from lightning.pytorch.cli import LightningCLI
 
@@ -398,20 +399,22 @@ def test_the_command_line_of_lightning(tmp_path: Path) -> None:
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
             "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
         },
-        "data": {"train": {"class_path": f"{__name__}.Squares"}, "batch_size": 8},
+        "data": {"batch_size": 8},
     }
+    monkeypatch.setattr("sys.argv", ["train.py"])
     words = ["fit", "--config", str(tmp_path / "c.yaml")]
     (tmp_path / "c.yaml").write_text(json.dumps(config))
-    cli = LightningCLI(DiffusionModule, ImageDataModule, args=words, save_config_callback=None)
+    kept: dict[str, Any] = {"save_config_callback": None, "seed_everything_default": 0}
+    cli = LightningCLI(DiffusionModule, Squares, args=words, **kept)
     assert cli.model.process.config.sigma_max == 60 and cli.model.images_seen == 16
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
 
 
-class Squares(TensorDataset):
-    """A data set that a command line can name."""
+class Squares(ImageDataModule):
+    """Data that a command line can name."""
 
-    def __init__(self) -> None:
-        super().__init__(IMAGES, LABELS)
+    def __init__(self, batch_size: int = 4) -> None:
+        super().__init__(TensorDataset(IMAGES, LABELS), batch_size=batch_size)
 
 
 def test_lr_find(tmp_path: Path) -> None:
