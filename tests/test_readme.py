@@ -68,7 +68,7 @@ def test_diffbench_commands(command: str, clone: Path, monkeypatch: pytest.Monke
     small = {"train": SMALL, "evaluate": SMALL[1:], "sample": ["steps=3"], "explain": quick}.get(verb, [])
     kept = small[:1] if "classifier" in command else small  # a classifier knows no samples
     if "shapes" in command:
-        kept = [*kept, "data.count=500"]
+        kept = [*kept, "data.count=500", "data.held_out=100"]
     if "latent" in command:  # the autoencoder before it in two steps too
         kept = ["debug=smoke"]
     assert main([verb, *rest, *kept]) == 0
