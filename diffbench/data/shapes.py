@@ -1,7 +1,8 @@
 """Drawn images of known composition, as many as one wants: each class is a task whose solution can be checked."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -165,21 +166,20 @@ def holds(images: Tensor, labels: Tensor) -> Tensor:
         labels: (B,) in 0..9.
     """
     x = images.float() / 255
-    lit, count = x.amax(1) > 0.5, objects(x.amax(1) > 0.45)
-    found = torch.stack(
-        [
-            *(_bands(lit, kind) for kind in range(3)),
-            *(_agrees(x, x.flip(dim)) & _some(lit) for dim in (3, 2)),
-            *_diagonals(x),
-            *(count == n for n in (1, 2, 3)),
-        ]
-    )
-    return found[labels, torch.arange(len(labels))]
+    found = torch.zeros(len(x), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        mine = labels == label
+        found[mine] = _RULES[label](x[mine])
+    return found
 
 
-def _bands(lit: Tensor, kind: int, share: float = 0.95) -> Tensor:
+def _lit(x: Tensor) -> Tensor:
+    return x.amax(1) > 0.5
+
+
+def _bands(x: Tensor, kind: int, share: float = 0.95) -> Tensor:
     """Whether 95% of the pixels are those of stripes or checks of one phase."""
-    size = lit.shape[-1]
+    size = x.shape[-1]
     step = size // 8
     at = torch.arange(size)
     rows, columns = ((at[None] + torch.arange(2 * step)[:, None]) // step % 2 for _ in range(2))
@@ -187,17 +187,14 @@ def _bands(lit: Tensor, kind: int, share: float = 0.95) -> Tensor:
         patterns = (rows[:, None, :, None] ^ columns[None, :, None, :]).flatten(0, 1)
     else:
         patterns = rows[:, :, None].expand(-1, -1, size) if kind == 0 else rows[:, None].expand(-1, size, -1)
-    same = lit[:, None] == patterns.bool()
+    same = _lit(x)[:, None] == patterns.bool()
     return same.float().mean((2, 3)).amax(1) >= share
 
 
-def _agrees(x: Tensor, y: Tensor, share: float = 0.94) -> Tensor:
-    """Whether 94% of the pixels differ by less than 0.4 in every channel."""
-    return ((x - y).abs().amax(1) < 0.4).float().mean((1, 2)) >= share
-
-
-def _some(lit: Tensor) -> Tensor:
-    return lit.float().mean((1, 2)) >= 0.05
+def _mirrors(x: Tensor, dim: int, share: float = 0.94) -> Tensor:
+    """Whether 94% of the pixels differ by less than 0.4 from their mirror image in every channel, and some are lit."""
+    same = ((x - x.flip(dim)).abs().amax(1) < 0.4).float().mean((1, 2))
+    return (same >= share) & (_lit(x).float().mean((1, 2)) >= 0.05)
 
 
 def corner_colours(x: Tensor) -> Tensor:
@@ -210,11 +207,11 @@ def corner_colours(x: Tensor) -> Tensor:
     return torch.where(brightest > 0.2, colour, -1)
 
 
-def _diagonals(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether exactly one diagonal's corners have one colour, in images with a shape in each corner: for either."""
-    a, b, c, d = corner_colours(x).T
-    there = torch.stack([a, b, c, d]).amin(0) >= 0
-    return there & (a == d) & (b != a) & (c != a) & (b != c), there & (b == c) & (a != b) & (d != b) & (a != d)
+def _diagonal(x: Tensor, ends: tuple[int, int], others: tuple[int, int]) -> Tensor:
+    """Whether the corners `ends` have one colour and the `others` two different ones, with a shape in each."""
+    colours = corner_colours(x)
+    (a, b), (c, d) = colours[:, ends].T, colours[:, others].T
+    return (colours.amin(1) >= 0) & (a == b) & (c != a) & (d != a) & (c != d)
 
 
 def objects(lit: Tensor, least: float = 0.016) -> Tensor:
@@ -223,3 +220,18 @@ def objects(lit: Tensor, least: float = 0.016) -> Tensor:
 
     sizes = (np.bincount(label(image)[0].ravel())[1:] for image in lit.numpy())
     return torch.tensor([int((found >= least * lit[0].numel()).sum()) for found in sizes])
+
+
+def _counts(x: Tensor, wanted: int) -> Tensor:
+    return objects(x.amax(1) > 0.45) == wanted
+
+
+_RULES: tuple[Callable[[Tensor], Tensor], ...] = (
+    *(partial(_bands, kind=kind) for kind in range(3)),
+    partial(_mirrors, dim=3),
+    partial(_mirrors, dim=2),
+    partial(_diagonal, ends=(0, 3), others=(1, 2)),
+    partial(_diagonal, ends=(1, 2), others=(0, 3)),
+    *(partial(_counts, wanted=n) for n in (1, 2, 3)),
+)
+"""Whether images solve the task of each label."""
