@@ -12,7 +12,7 @@ from diffbench.reports.figures import Plot, Style, label, legend, log_scale, new
 from diffbench.reports.scaling import Estimate
 from diffbench.reports.statistics import Array, summary
 from diffbench.reports.tables import Rows
-from diffbench.reports.text import mean_text, number
+from diffbench.reports.text import mean_text
 
 AXES = {"flops": "training FLOPs", "images": "training images", "seconds": "seconds of training"}
 
@@ -88,16 +88,19 @@ def _text(estimate: Estimate, form: str = "{:.4g}") -> str:
 
 
 def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
-    """Kendall's tau between rankings of the variants by their means, those that all have."""
-    having = [
-        {v for v, s in rung.summaries.items() if name in s} for rung, name in columns.values() if name in rung.metrics
-    ]
-    shared = sorted(set.intersection(*having)) if len(having) == len(columns) else []
-    if len(shared) < 2:
+    """Kendall's tau between rankings of the variants by their means, of variants and seeds that all columns have."""
+    seeds = [{v: by_seed for v in at.variants if (by_seed := at.by_seed(v, name))} for at, name in columns.values()]
+    shared = sorted(set.intersection(*map(set, seeds)))
+    kept = sorted(set.intersection(*(set(of[v]) for of in seeds for v in shared))) if shared else []
+    if len(shared) < 2 or not kept:
         return []
-    signs = {key: 1 if metric_of(name).lower_is_better else -1 for key, (_, name) in columns.items()}
-    means = {key: [signs[key] * rung.summaries[v][name].mean for v in shared] for key, (rung, name) in columns.items()}
-    return [{"": a, **{b: number(tau) for b, tau in row.items()}} for a, row in scaling.kendall(means).items()]
+    signs = [1 if metric_of(name).lower_is_better else -1 for _, name in columns.values()]
+    values = [[[sign * of[v][s] for v in shared] for sign, of in zip(signs, seeds, strict=True)] for s in kept]
+    found = scaling.kendall(np.array(values))
+    return [
+        {"": a, **{b: "1" if a == b else _text(tau, "{:.2f}") for b, tau in zip(columns, row, strict=True)}}
+        for a, row in zip(columns, found, strict=True)
+    ]
 
 
 def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | None:

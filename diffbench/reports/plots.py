@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from diffbench.metrics.registry import metric_of
-from diffbench.reports.conclusions import Conclusion, PairedTest
+from diffbench.reports.conclusions import Conclusion, PairedTest, network_key
 from diffbench.reports.figures import (
     COLOURS,
     FAINT,
@@ -219,7 +219,7 @@ def _line(
 
 
 def sweep_plot(c: Conclusion, sweep: Sweep, path: Path) -> Plot:
-    """Scores against a key of sampling: a panel a metric, a line for each network or sampler."""
+    """Scores against a key: a panel a metric, a line for each network or sampler, or for each value of other axes."""
     chosen = dict(list(sweep.lines.items())[:MOST_LINES])
     style = styles(list(chosen))
     figure = new_figure(max(4.6, 3.6 * len(sweep.metrics)), 3.5)
@@ -238,14 +238,18 @@ def sweep_plot(c: Conclusion, sweep: Sweep, path: Path) -> Plot:
         real = floors(c).get(name)
         if real is not None:
             panel.axhline(unit * real, color=FAINT, linestyle=":", linewidth=1.2)
-        if sweep.key != "guidance":
+        ticks = sorted({at for places in chosen.values() for at, _ in places})
+        if sweep.key != "guidance" and ticks[0] > 0:
             log_scale(panel, "x")
+        if len(ticks) < len(COLOURS):
+            panel.set_xticks(ticks, [f"{at:g}" for at in ticks])
+            panel.minorticks_off()
         label(panel, sweep.label, _axis(name, "%" if unit == 100 else ""))
     legend(figure, panels[0])
     folded = "" if len(chosen) == len(sweep.lines) else f" {len(chosen)} of {len(sweep.lines)} lines are drawn."
-    caption = (
-        f"Scores of samples of the same trained runs. Bands are 95% intervals over seeds; dotted: real images.{folded}"
-    )
+    runs = [{network_key(c.variants[v]) for _, v in places} for places in chosen.values()]
+    same = "Scores of samples of the same trained runs. " if all(len(keys) == 1 for keys in runs) else ""
+    caption = f"{same}Bands are 95% intervals over seeds; dotted: real images.{folded}"
     return save(figure, path, sweep.title, caption)
 
 

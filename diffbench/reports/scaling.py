@@ -3,7 +3,7 @@
 Intervals are of 95% from resampled seeds, whole runs at a time, since the rungs of a run share its weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -109,15 +109,30 @@ def _resampled(values: Array, of: Callable[[Array], T]) -> list[T]:
     return [of(values[rows]) for rows in drawn.long().numpy().reshape(RESAMPLES, n)]
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float] | None:
-    if not values:
+def _interval(values: Sequence[float] | Array) -> tuple[float, float] | None:
+    if not len(values):
         return None
     low, high = np.quantile(values, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)
 
 
-def kendall(columns: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Kendall's tau-b between columns, of which each holds a value for every variant."""
-    import pandas as pd
+def kendall(values: Array) -> list[list[Estimate]]:
+    """Kendall's tau-b between the rankings of variants in each pair of columns, by the means over seeds.
 
-    return pd.DataFrame(columns).corr("kendall").to_dict()
+    Args:
+        values: (seeds, columns, variants), paired by seed.
+    """
+    found = _tau_b(values.mean(0))
+    drawn = np.array(_resampled(values, lambda rows: _tau_b(rows.mean(0))))
+    return [
+        [Estimate(float(tau), _interval(drawn[:, i, j]) if len(drawn) else None) for j, tau in enumerate(row)]
+        for i, row in enumerate(found)
+    ]
+
+
+def _tau_b(columns: Array) -> Array:
+    """(columns, columns) of (columns, variants)."""
+    signs = np.sign(columns[:, :, None] - columns[:, None])
+    products = np.einsum("aij,bij->ab", signs, signs)
+    norms = np.sqrt(products.diagonal().clip(min=1))  # 0 where all variants are equal
+    return np.asarray(products / (norms[:, None] * norms))

@@ -1,5 +1,6 @@
 """The data of plots: networks trained once, their curves over training, and sweeps of sampling."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +84,10 @@ def noise_levels(trials: Sequence[Trial], part: str = "val") -> tuple[list[float
 
 @dataclass(frozen=True)
 class Sweep:
-    """Variants along one key of sampling.
+    """Variants along one key.
 
     Attributes:
-        key: "steps", "guidance" or "ema".
+        key: "steps", "guidance" or "ema"; or an axis of the study, as "patch_size".
         title: the heading of its plot.
         label: of the axis, with its unit.
         lines: name -> [(place on the axis, variant), ...] in rising order.
@@ -131,11 +132,34 @@ AXES: list[tuple[str, str, str, Place]] = [
 
 
 def sweeps(c: Conclusion) -> list[Sweep]:
-    """The keys of sampling along which variants of one network differ, with at least two places on a line."""
+    """The keys of sampling along which variants of one network differ, and the numeric axes of a study, with at least
+    two places on a line.
+    """
     scores = [name for name in c.metrics if not metric_of(name).is_validation]
     metrics = [n for n in scores if n == c.name] + [n for n in scores if metric_of(n).swept and n != c.name]
     found = [Sweep(key, title, label, _lines(c, key, place), metrics[:3]) for key, title, label, place in AXES]
-    return [sweep for sweep in found if sweep.lines and metrics]
+    sampled = {key for key, *_ in AXES} | {"average"}
+    trained = [c.name, *(name for name in metrics if name != c.name)] if c.name in c.metrics else metrics
+    found += [
+        Sweep(key, f"Quality against {key.replace('_', ' ')}", key.replace("_", " "), lines, trained[:3])
+        for key, lines in _axes(c).items()
+        if key not in sampled
+    ]
+    return [sweep for sweep in found if sweep.lines and sweep.metrics]
+
+
+def _axes(c: Conclusion) -> dict[str, dict[str, list[tuple[float, str]]]]:
+    """Key -> line -> places, of the keys that stand with a number in the names of variants: "patch_size=4, x0"."""
+    found: dict[str, dict[str, list[tuple[float, str]]]] = {}
+    for variant in c.variants:
+        parts = variant.split(", ")
+        for part in parts:
+            key, _, value = part.partition("=")
+            if re.fullmatch(r"\d+(\.\d+)?(e[+-]\d+)?", value):
+                line = ", ".join(other for other in parts if other != part) or metric_of(c.name).title
+                found.setdefault(key, {}).setdefault(line, []).append((float(value), variant))
+    several = {key: {k: sorted(v) for k, v in lines.items() if len(v) > 1} for key, lines in found.items()}
+    return {key: lines for key, lines in several.items() if lines}
 
 
 def _lines(c: Conclusion, key: str, place: Place) -> dict[str, list[tuple[float, str]]]:

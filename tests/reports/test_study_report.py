@@ -17,7 +17,9 @@ from diffbench.core.errors import UserError
 from diffbench.evaluation.validation_error import bound
 from diffbench.reports.conclusions import conclude
 from diffbench.reports.html import render, write
+from diffbench.reports.plots import sweep_plot
 from diffbench.reports.results import Comparison, Trial
+from diffbench.reports.series import sweeps
 from diffbench.reports.statistics import by_image, paired, summary
 from diffbench.reports.tables import agreement, as_csv, costs, for_terminal, pairs, quality
 from diffbench.runs.lifecycle import look
@@ -198,6 +200,22 @@ def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
     assert all(x.by_image is None for x in c.tests)  # the same networks
     assert [row["network evaluations a sample"] for row in costs(c)] == ["5", "10", "20"]
     assert "val/bound" not in quality(c)[0]
+
+
+def test_a_numeric_axis_is_drawn_with_a_line_for_each_value_of_the_other(tmp_path: Path) -> None:
+    results = [
+        Trial(f"patch_size={size}, {what}", seed, "complete", None, record(fd * size + 0.01 * seed, seed))
+        for size in (16, 4)
+        for what, fd in (("x0", 0.1), ("eps", 0.2))
+        for seed in range(3)
+    ]
+    c = conclude(asked(results, primary="fd"))
+    (found,) = sweeps(c)
+    places = [(4.0, "patch_size=4, x0"), (16.0, "patch_size=16, x0")]
+    assert (found.key, found.label, found.lines["x0"]) == ("patch_size", "patch size", places)
+    assert list(found.lines) == ["x0", "eps"] and found.metrics[0] == "fd/digits-cnn@500"
+    drawn = sweep_plot(c, found, tmp_path / "patch_size.png")
+    assert drawn.caption.startswith("Bands are 95% intervals") and drawn.path.is_file()
 
 
 def test_variants_that_share_runs_may_be_measured_differently(tmp_path: Path) -> None:
