@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from diffbench.commands.verbs import VERBS
 from diffbench.config.keys import key_lines, read_keys
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError, report, suggest
+from diffbench.core.files import finite
 from diffbench.runs import slurm
 
 
@@ -38,18 +38,9 @@ def _run(argv: list[str]) -> int:
     if getattr(arguments, "json", False):
         with contextlib.redirect_stdout(sys.stderr):  # so that standard output holds the result alone
             found = module.as_json(arguments)
-        print(json.dumps(_finite(found), indent=1, default=str))
+        print(json.dumps(finite(found), indent=1, default=str))
         return 0
     return int(module.run(arguments) or 0)
-
-
-def _finite(value: Any) -> Any:
-    """A value whose numbers JSON has: NaN and infinity become null."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _find_own_modules() -> None:
@@ -151,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     parsers["list"].add_argument("--models", action="store_true", help="only the presets, with their sizes")
     what = "run folders, or a study's YAML or folder"
     parsers["compare"].add_argument("runs", nargs="+", metavar="RUN [key=value]", help=f"{what}, then keys")
+    parsers["reproduce"].add_argument("report", metavar="REPORT", help="report.html of a study or of compare")
+    parsers["reproduce"].add_argument(
+        "cells", nargs="*", metavar="CELL [key=value]", help="as dit/0, or all; then keys"
+    )
     parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm, ddpmpp or uvit")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="a state dict, as DiT-XL-2-256x256.pt")
     parsers["import"].add_argument("out", metavar="OUT", help="the new run folder")

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from diffbench.reports.text import counted, listed
 from diffbench.runs.base import Run
 from diffbench.runs.lifecycle import look
 from diffbench.studies.config import load_study
+from diffbench.studies.trials import comparison_of_study, recipe_of
 
 MOST_COLUMNS = 8
 """Runs that are shown one by one, before their variants."""
@@ -78,8 +80,6 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     folders, asked = split_words(words, CompareConfig, "compare")
     study = _study(folders[0])
     if study is not None:
-        from diffbench.studies.trials import comparison_of_study
-
         found = comparison_of_study(study)
         found = replace(found, primary=asked.primary or found.primary, baseline=asked.baseline or found.baseline)
         return _report(found, Path(asked.out) if asked.out else study)
@@ -92,6 +92,7 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     try:
         comparison = _comparison(runs, scored, asked)
         once = len({t.variant for t in comparison.trials}) == len(runs)  # no means over seeds to show
+        comparison = replace(comparison, command=shlex.join(["diffbench", "compare", *words]))
         text, more = _report(comparison, report_folder(asked.out, runs), table if once else None)
     except UserError as e:
         if table is None or asked != CompareConfig():
@@ -169,7 +170,7 @@ def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]
         taken.add((name, seed))
         record = next((r for r in records if guidance(r) == chosen), None)
         if run.complete:
-            trials.append(Trial(name, seed, "complete", run, record))
+            trials.append(Trial(name, seed, "complete", run, record, recipe=recipe_of(run, record, name)))
         else:
             trials.append(Trial(name, seed, "unfinished", run, record, f"stopped at {run.images_seen:,} images"))
     order = list(dict.fromkeys(t.variant for t in trials))

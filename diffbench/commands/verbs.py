@@ -90,6 +90,15 @@ VERBS = {
         {"commands/compare.py:CompareConfig": ""},
         json=True,
     ),
+    "reproduce": Verb(
+        "train cells of a report again from its page alone, and compare every value",
+        ("runs/studies/backbones/report.html", "report.html dit/0 out=again"),
+        {"commands/reproduce.py:ReproduceConfig": ""},
+        (
+            "A cell is a variant and a seed, as dit/0; a variant alone is all its seeds, and all is every cell. Without"
+            " any, the cells are listed with what they cost. Exit code 1: something differs.",
+        ),
+    ),
     "curves": Verb(
         "write the reference curves of an experiment from runs that differ in their seed",
         ("runs/digits/dit-s0 runs/digits/dit-s1 runs/digits/dit-s2", "runs/digits/dit-s? out=curves.csv"),

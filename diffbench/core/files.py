@@ -4,12 +4,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from diffbench.core.errors import UserError
 
@@ -69,6 +71,20 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file atomically."""
     with atomic(path, len(data)) as file:
         file.write(data)
+
+
+def finite(value: Any) -> Any:
+    """A value whose numbers JSON has: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def digest(value: Any) -> str:
+    """The hash of a value that JSON has, whatever the order of its keys, hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

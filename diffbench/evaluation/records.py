@@ -35,9 +35,21 @@ def surroundings(extractor: Extractor | None, device: torch.device) -> dict[str,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} {platform.machine()}",
+        "platform": platform.platform(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
     }
+
+
+@cache
+def processor() -> str:
+    """Name and vector instructions of the CPU, which decide in what order numbers are added."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.processor())} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 @cache

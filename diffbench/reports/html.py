@@ -13,6 +13,7 @@ from diffbench.reports import ladder, tables, tuning
 from diffbench.reports.conclusions import Conclusion, conclude, confidence
 from diffbench.reports.figures import Plot
 from diffbench.reports.plots import draw
+from diffbench.reports.record import embed
 from diffbench.reports.results import Comparison
 from diffbench.reports.text import counted
 
@@ -38,7 +39,7 @@ def write(comparison: Comparison, folder: Path) -> Conclusion:
     conclusion = conclude(comparison)
     plots = draw(conclusion, folder / "plots")
     write_text(folder / "report.csv", tables.as_csv(conclusion))
-    write_text(folder / "report.html", render(conclusion, plots))
+    write_text(folder / "report.html", embed(render(conclusion, plots), conclusion))
     return conclusion
 
 
@@ -60,6 +61,8 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         tables=tables,
         quality=_quality(c),
         agreement=tables.agreement(c),
+        points=tables.points(c),
+        hyperparameters=tables.hyperparameters(c),
         tuning=tuning.table(c),
         ladder=ladder.tables(c),
         titles={name: title for name in c.metrics if (title := _title(name)) != name},
@@ -129,3 +132,6 @@ def _measured(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "versions", ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items())
     yield "commit", record.get("commit")
     yield "device", record.get("device")
+    yield "platform", record.get("platform")
+    yield "processor", record.get("processor")
+    yield "threads", record.get("threads")

@@ -42,6 +42,7 @@ class Trial:
         record: the evaluation that belongs to the variant, as results.jsonl holds it; None where there is none.
         why: why it failed or is unfinished, in one line.
         at: images of the rung that it is of, where the run passes several.
+        recipe: all that it takes to train and score it again, as the file of a study's trial has it.
     """
 
     variant: str
@@ -51,6 +52,7 @@ class Trial:
     record: dict[str, Any] | None = None
     why: str = ""
     at: int | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -144,6 +146,7 @@ class Comparison:
         notes: what a reader must know: budgets, residuals of matching, costs of tuning, failures.
         tried: what tuning measured.
         rungs: budget in words -> its trials, rising, where runs pass several; `trials` are those of the last.
+        command: what was typed for it.
     """
 
     title: str
@@ -155,6 +158,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     tried: list[TriedPoint] = field(default_factory=list)
     rungs: dict[str, list[Trial]] = field(default_factory=dict)
+    command: str = ""
 
 
 def check_comparable(trials: Sequence[Trial], primary: str) -> None:

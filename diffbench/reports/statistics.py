@@ -70,6 +70,7 @@ class Paired:
         p: of no difference, two-sided, before the correction.
         adjusted: the same after it: found where this is at most 0.05.
         detectable: the smallest true difference found with 80% power, given how much these differences scatter.
+        effect: the mean over the standard deviation of the differences (Cohen's d of pairs); None where they are equal.
     """
 
     n: int
@@ -79,6 +80,7 @@ class Paired:
     p: float | None = None
     adjusted: float | None = None
     detectable: float | None = None
+    effect: float | None = None
 
     @property
     def half(self) -> float | None:
@@ -110,7 +112,8 @@ def paired(differences: Mapping[K, Sequence[float]]) -> dict[K, Paired]:
         alpha, n, sd = alphas[key], len(x), float(x.std(ddof=1))
         half = _quantile(alpha, n) * sd / n**0.5
         interval = (mean - half, mean + half)
-        found[key] = Paired(n, mean, interval, 1 - alpha, p[key], adjusted[key], detectable(sd, n, alpha))
+        effect = mean / sd if sd else None
+        found[key] = Paired(n, mean, interval, 1 - alpha, p[key], adjusted[key], detectable(sd, n, alpha), effect)
     return found
 
 

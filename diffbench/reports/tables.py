@@ -20,6 +20,8 @@ PAIRS_SHOWN = 12
 """Pairs that the terminal shows."""
 LEAST_RANKED = 5
 """Results from which on ranks are correlated."""
+SEED_BY_SEED = "Seed by seed"
+"""Heading of the table of single results in the page."""
 IDENTITY = ("seed", "tag", "runs_dir", "format", "kind", "debug")
 """Keys of the config that do not make two runs different variants."""
 
@@ -122,6 +124,29 @@ def quality(c: Conclusion) -> Rows:
     return [*rows, {"variant": "real images", "seeds": "", **real}] if real else rows
 
 
+def points(c: Conclusion) -> Rows:
+    """A row for each complete result, named as `diffbench reproduce` takes it."""
+    return [
+        {"cell": f"{t.variant}/{t.seed}"} | {n: number(t.values[n], n) for n in shown(c) if n in t.values}
+        for t in c.trials
+        if t.complete
+    ]
+
+
+def hyperparameters(c: Conclusion) -> tuple[Rows, Rows]:
+    """Keys of the config in which variants differ, a column or row a variant; and those that all share."""
+    flats = {v: run.flat for v, found in c.variants.items() if (run := next((t.run for t in found if t.run), None))}
+    keys, every = differing_keys(c.trials), dict.fromkeys(key for flat in flats.values() for key in flat)
+    rows = [{"variant": v} | {k: _plain(flat[k]) for k in keys if k in flat} for v, flat in flats.items()]
+    first: dict[str, Any] = next(iter(flats.values()), {})
+    shared = [{"key": k, "value": _plain(first[k])} for k in every if k in first and k not in (*keys, *IDENTITY)]
+    return (rows if len(rows) > WIDEST or not keys else transposed(rows, "key")), shared
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
 def agreement(c: Conclusion) -> Rows:
     """Spearman's rank correlation of measures over all complete results, 1 where they rank alike; a row a measure."""
     ranking = [name for name in shown(c) if metric_of(name).direction]
@@ -157,6 +182,7 @@ def pairs(c: Conclusion, tests: Sequence[PairedTest] | None = None) -> Rows:
             "difference": number(x.paired.mean, c.name, x.paired.half),
             "interval": interval_text(x.paired, c.name),
             "p (Holm)": "-" if p is None else f"{p:.4f}" if p >= 0.0001 else "< 0.0001",
+            "effect": "-" if x.paired.effect is None else f"{x.paired.effect:.2f}",
             "verdict": f"{x.winner} is better" if x.winner else tie if x.verdict == "tie" else "not decided",
             "detectable": "-" if x.detectable is None else number(x.detectable, c.name, x.paired.half),
         }

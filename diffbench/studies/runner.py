@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,7 +86,10 @@ def run_study(
         print(plan_text(study, folder, found, tuning, probe), flush=True)
         if dry_run:
             return folder
-        write_text(folder / "study.yaml", dump(dataclasses.asdict(study) | {"source": str(path.resolve())}))
+        command = shlex.join(["diffbench", "study", str(path), *overrides])
+        write_text(
+            folder / "study.yaml", dump(dataclasses.asdict(study) | {"source": str(path.resolve()), "command": command})
+        )
         _autoencoders(found, launcher)
         tried: set[str] = set()
         while todo := [trial for trial in tuning.todo if repr(trial) not in tried]:

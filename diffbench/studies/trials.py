@@ -15,7 +15,9 @@ from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.denoisers import registry
+from diffbench.evaluation.records import values
 from diffbench.evaluation.validation_error import bound_metrics, denoising_error, validation_sets
+from diffbench.metrics import EXTRACTORS
 from diffbench.reports.results import IMAGE_ERRORS, Comparison, Status, Trial, TriedPoint, full_name, save_image_errors
 from diffbench.runs.base import Run
 from diffbench.runs.evaluate import evaluate_as, scores_as
@@ -51,6 +53,33 @@ def last_bound(folder: Path) -> float:
     if bound is None:
         raise UserError(f"{folder}: no validation bound in metrics.jsonl")
     return bound
+
+
+def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> dict[str, Any]:
+    """What the file of a trial would say of a run that no study planned, and of how a record of it was scored."""
+    changes: dict[str, Any] = {}
+    if record is not None:
+        own, extractor = run.values.get("evaluate") or {}, record["extractor"]["name"]
+        count = next(int(name.rpartition("@")[2]) for name in values(record))
+        every = record["reference"]["count"] != count
+        changes["evaluate"] = {"count": count, "reference": "all" if every else "same"}
+        if own.get("extractor") is None and extractor in EXTRACTORS:
+            changes["evaluate"]["extractor"] = extractor
+        changes["sample"] = {k: v for k, v in record["sample"].items() if k in run.values["sample"]}
+        if record["sample"]["seed"] != run.values["seed"]:
+            changes["seed"] = record["sample"]["seed"]
+    return {
+        "kind": KIND,
+        "order": 0,
+        "name": f"{variant} s{run.values['seed']}",
+        "seed": run.values["seed"],
+        "folder": str(run.folder),
+        "tuning": None,
+        "label": "",
+        "evaluations": {variant: changes} if record is not None else {},
+        "rungs": [],
+        "config": run.values,
+    }
 
 
 class TrialFile:
@@ -166,7 +195,10 @@ class TrialFile:
             for variant, changes in self.values["evaluations"].items():
                 record = next((r for r in records if self._answers(r, config, changes)), None)
                 status: Status = "complete" if record else "failed" if why else "unfinished" if run else "not begun"
-                found.append(Trial(variant, int(self.values["seed"]), status, run, record, "" if record else why, at))
+                recipe = self.values | {"evaluations": {variant: changes}}
+                found.append(
+                    Trial(variant, int(self.values["seed"]), status, run, record, "" if record else why, at, recipe)
+                )
         return found
 
     def _answers(self, record: Mapping[str, Any], config: RunConfig, changes: Mapping[str, Any]) -> bool:
@@ -237,6 +269,7 @@ def comparison_of_study(folder: Path) -> Comparison:
         rungs=dict(zip(budgets, rungs, strict=True)) if len(rungs) > 1 else {},
         primary=study["primary"],
         baseline=study["baseline"],
+        command=study.get("command", ""),
         like_for_like=study["like_for_like"],
         notes=json.loads(notes.read_text()) if notes.exists() else [],
         tried=[

@@ -1,0 +1,206 @@
+"""`diffbench reproduce`: train cells of a report again from its page alone, and compare every value."""
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import special
+
+from diffbench.config.layers import COMMAND_LINE, SHIPPED, located
+from diffbench.config.load import build
+from diffbench.core.errors import UserError, suggest
+from diffbench.core.files import digest, finite
+from diffbench.core.progress import span
+from diffbench.data.facts import DataFacts
+from diffbench.denoisers import source
+from diffbench.evaluation import records
+from diffbench.metrics.registry import metric_of
+from diffbench.reports.columns import filled
+from diffbench.reports.record import Change, read
+from diffbench.reports.results import VALIDATION, Trial
+from diffbench.reports.statistics import ALPHA
+from diffbench.reports.tables import as_text
+from diffbench.runs.build import load_data
+from diffbench.runs.lifecycle import look
+from diffbench.studies.trials import FOLDER, TrialFile
+
+VERDICTS = ("equal to the bit", "within tolerance", "DIFFERENT")
+
+
+@dataclass
+class ReproduceConfig:
+    """Keys of `reproduce` besides the report and its cells."""
+
+    out: str | None = None
+    """Folder of the new runs; null: runs/reproduced/ and a name made of the report's. The same command resumes."""
+    data_path: str | None = None
+    """Where the images lie here, for data with a path."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check a report, and rebuild the cells that are named; 1 where something differs."""
+    path = Path(arguments.report)
+    keys = [word for word in arguments.cells if re.match(r"(out|data_path)=", word)]
+    values = dict(word.split("=", 1) for word in keys)
+    with located([(COMMAND_LINE, values)]):
+        asked = build(ReproduceConfig, values)
+    record, changes = read(path)
+    chosen = _chosen(record["cells"], [word for word in arguments.cells if word not in keys])
+    _introduce(path, record, changes)
+    if not chosen:
+        _list(path, record)
+        return int(bool(changes))
+    out = Path(asked.out) if asked.out else Path("runs/reproduced") / f"{path.stem}-{record['sha256'][:8]}"
+    if out.exists() and any(out.iterdir()) and not (out / FOLDER).is_dir():
+        raise UserError(f"{COMMAND_LINE}: out: {out} holds something else than reproduced cells; choose another name")
+    different = 0
+    groups: dict[str, list[str]] = {}  # cells that are sampled differently share a run
+    for name in chosen:
+        shared = {k: v for k, v in record["cells"][name]["recipe"].items() if k != "evaluations"}
+        groups.setdefault(digest(shared), []).append(name)
+    for key, names in groups.items():
+        found = _rebuild(path, record, names, out, key[:10], asked.data_path)
+        for name in names:
+            different += _compare(record, name, found[name])
+    return int(bool(different or changes))
+
+
+def _chosen(cells: dict[str, Any], words: Sequence[str]) -> list[str]:
+    """The cells that words name: by variant and seed, by variant alone, or all."""
+    found: dict[str, None] = {}
+    for word in words:
+        names = [name for name, cell in cells.items() if word in (name, cell["variant"], "all")]
+        if not names:
+            raise UserError(
+                f"{COMMAND_LINE}: no cell {word!r}; choose from {', '.join([*list(cells)[:20], 'all'])}"
+                f"{suggest(word, cells)}"
+            )
+        found |= dict.fromkeys(names)
+    return list(found)
+
+
+def _introduce(path: Path, record: dict[str, Any], changes: Sequence[Change]) -> None:
+    """Say what the report is of, how this machine differs from its, and where its page was changed by hand."""
+    made, here = record["made"], records.surroundings(None, torch.device("cpu"))
+    print(filled(f"{record['title']}: {len(record['cells'])} cells, reported {made['time'][:10]}"))
+    print(filled(f"command: {record['command'] or 'not known'}; commit {made['commit']}"))
+    before, now = ({**x["versions"], **{k: x[k] for k in ("platform", "processor")}} for x in (made, here))
+    for name in before:
+        if before[name] != now.get(name):
+            print(filled(f"warning: {name} is {now.get(name)} here, {before[name]} in the report"))
+    if changes:
+        print(f"\n{path}: CHANGED by hand since it was written")
+        print(as_text([{"where": c.where, "recorded": c.recorded, "found": c.found} for c in changes]))
+    else:
+        print("the page shows what its record holds, and the record is whole")
+
+
+def _list(path: Path, record: dict[str, Any]) -> None:
+    """Say which cells there are, and what they cost."""
+    cells = record["cells"].items()
+    seconds = [(cell["seconds"] or 0) + (cell["record"].get("sample") or {}).get("seconds", 0) for _, cell in cells]
+    rows = [
+        {"cell": n, "images": f"{c['images']:,}", "about": span(s), "values": str(sum(map(len, c["values"].values())))}
+        for (n, c), s in zip(cells, seconds, strict=True)
+    ]
+    first = next(iter(record["cells"]), "all")
+    print(f"\n{as_text(rows)}\n\nall of them: about {span(sum(seconds))}")
+    print(f'name cells to train them again: diffbench reproduce {path} "{first}", or all')
+
+
+def _rebuild(
+    path: Path, record: dict[str, Any], names: Sequence[str], out: Path, key: str, data_path: str | None
+) -> dict[str, list[Trial]]:
+    """Train the run that cells share, and score it; cell -> its results, one for each budget."""
+    cells = [record["cells"][name] for name in names]
+    first, config = cells[0], cells[0]["recipe"]["config"]
+    threads = first["record"].get("threads") or record["made"]["threads"]
+    torch.set_num_threads(threads)
+    evaluations = {k: v for cell in cells for k, v in cell["recipe"]["evaluations"].items()}
+    _find_source(config["denoiser"], path, out / FOLDER)
+    if data_path is not None:
+        config["data"]["path"] = data_path
+    name = re.sub(r"\W+", "_", f"{config['denoiser']['name']}")
+    file = TrialFile(out / FOLDER / f"{name}-{key}.yaml")
+    file.values = first["recipe"] | {"evaluations": evaluations, "folder": str(out / f"{name}-{key}")}
+    file.values["config"] = config | {"runs_dir": str(out), "tag": None}
+    with located([(str(path), config)]):
+        facts = DataFacts.of(load_data(file.config)[0])
+    if (found := facts.fingerprint) != first.get("data", found):
+        raise UserError(f"{path}: data: the report's images are {first['data']}, those here are {found}")
+    print(f"\n{', '.join(names)}: again, on {threads} thread{'s' if threads > 1 else ''}", flush=True)
+    file.write().run()
+    trials = file.trials()
+    if not evaluations:  # of a run that was never scored
+        trials = [Trial(first["variant"], first["seed"], "complete", look(file.folder))]
+    return {n: [t for t in trials if t.variant == cell["variant"]] for n, cell in zip(names, cells, strict=True)}
+
+
+def _find_source(denoiser: dict[str, Any], path: Path, folder: Path) -> None:
+    """Copy the source of a network from outside to where the run finds it: a page has its hash alone, no code to run.
+
+    Raises:
+        UserError: if no file has that hash.
+    """
+    if denoiser.get("code") is None:
+        return
+    places = [folder, path.parent, Path.cwd(), *sorted(p for p in SHIPPED.iterdir() if p.is_dir())]
+    try:
+        source.load(denoiser["name"].partition(":")[0], denoiser["code"], places).keep(folder)
+    except ValueError as e:
+        raise UserError(f"{path}: denoiser.name: {e}; put the file beside the report") from None
+
+
+def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
+    """Print every value of a cell with its verdict; return how many differ."""
+    cell, rows = record["cells"][name], []
+    other = cell["record"] and records.difference(cell["record"], {**(found[-1].record or {})})
+    for (budget, reported), trial in zip(cell["values"].items(), found, strict=True):
+        now = finite(trial.values)
+        near = tolerances(record, cell["variant"], budget)
+        equal = {k for k in reported if k in now and reported[k] == now[k]}
+        for key in [*reported, *(k for k in now if k not in reported)]:
+            a, b = reported.get(key), now.get(key)
+            # No rounding differs where a real number of the same weights, or samples, has the same bits.
+            alike = [k for k in equal if k.startswith(VALIDATION) == key.startswith(VALIDATION)]
+            exact = any(not metric_of(k).percent for k in alike)
+            tolerance = 0.0 if exact else near.get(key, 0.0)
+            close = a is not None and b is not None and abs(a - b) <= tolerance
+            verdict = VERDICTS[0 if key in equal else 1 if close else 2]
+            at = {"budget": budget} if budget else {}
+            row = {"value": key, "reported": str(a), "found": str(b), "tolerance": f"{tolerance:.2g}"}
+            rows.append(at | row | {"verdict": verdict})
+    counts = {v: sum(row["verdict"] == v for row in rows) for v in VERDICTS}
+    print(f"\n{name}\n{as_text(rows)}")
+    if other:
+        print(filled(f"warning: {name} was measured differently: {other}"))
+    print(f"{name}: {', '.join(f'{n} {verdict}' for verdict, n in counts.items() if n)} of {len(rows)} values")
+    return counts["DIFFERENT"]
+
+
+def tolerances(record: dict[str, Any], variant: str, budget: str) -> dict[str, float]:
+    """Metric -> how far a value may lie off where the machine or its threads round differently; none where unknown.
+
+    Rounding grows in training until a run differs from its twin as another seed's does at most: so 95% of the
+    differences of two seeds, by Student's t over the variant's seeds, or over all variants' where it has but one.
+    """
+    groups: dict[str, dict[str, list[float]]] = {}
+    for cell in record["cells"].values():
+        for key, value in cell["values"].get(budget, {}).items():
+            if value is not None:
+                groups.setdefault(key, {}).setdefault(cell["variant"], []).append(value)
+    found = {}
+    for key, by_variant in groups.items():
+        own = by_variant.get(variant, [])
+        parts = [x for x in ([own] if len(own) > 1 else by_variant.values()) if len(x) > 1]
+        degrees = sum(len(x) - 1 for x in parts)
+        if degrees:
+            sd = math.sqrt(sum((len(x) - 1) * float(np.var(x, ddof=1)) for x in parts) / degrees)
+            found[key] = float(special.stdtrit(degrees, 1 - ALPHA / 2)) * math.sqrt(2) * sd
+    return found
