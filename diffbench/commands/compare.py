@@ -15,7 +15,9 @@ from diffbench.commands.list import run_values
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build
 from diffbench.core.errors import UserError
+from diffbench.core.files import write_text
 from diffbench.metrics.registry import metric_of
+from diffbench.reports.export import check_export, exported
 from diffbench.reports.plain import plain
 from diffbench.reports.results import Comparison, Trial, comparable_scores, guidance, settings
 from diffbench.reports.tables import IDENTITY, for_terminal, run_facts, run_table
@@ -45,6 +47,8 @@ class CompareConfig:
     """Metric that decides; null: val/bound where all have it, else fd."""
     baseline: str | None = None
     """Variant that all others are compared with; null for all pairs."""
+    export: str | None = None
+    """File for the main tables, .tex (booktabs) or .md; null writes none."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -78,22 +82,24 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         UserError: naming a folder without a run, records that were measured differently, or a wrong key.
     """
     folders, asked = split_words(words, CompareConfig, "compare")
+    if asked.export is not None:
+        check_export(Path(asked.export))
     study = _study(folders[0])
     if study is not None:
         found = comparison_of_study(study)
         found = replace(found, primary=asked.primary or found.primary, baseline=asked.baseline or found.baseline)
-        return _report(found, Path(asked.out) if asked.out else study)
+        return _report(found, Path(asked.out) if asked.out else study, asked.export)
     runs = [_trained(folder) for folder in folders]
     scored = comparable_scores(runs)
     table = _side_by_side(folders, runs, scored) if len(runs) <= MOST_COLUMNS else None
     values = {"runs": [run_values(run) for run in runs]}
-    if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked.out is None:
+    if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked == CompareConfig():
         return table or "", values
     try:
         comparison = _comparison(runs, scored, asked)
         once = len({t.variant for t in comparison.trials}) == len(runs)  # no means over seeds to show
         comparison = replace(comparison, command=shlex.join(["diffbench", "compare", *words]))
-        text, more = _report(comparison, report_folder(asked.out, runs), table if once else None)
+        text, more = _report(comparison, report_folder(asked.out, runs), asked.export, table if once else None)
     except UserError as e:
         if table is None or asked != CompareConfig():
             raise
@@ -116,11 +122,15 @@ def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
     return "sample" in record, guidance(record)
 
 
-def _report(comparison: Comparison, out: Path, runs: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Write the report; return its text, with a table of `runs` where that says more, and its values."""
+def _report(
+    comparison: Comparison, out: Path, export: str | None, runs: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Write the report and tables; return its text, with a table of `runs` where that says more, and its values."""
     from diffbench.reports.html import write
 
     page, conclusion = out / "report.html", write(comparison, out)
+    if export is not None:
+        write_text(Path(export), exported(conclusion, Path(export).suffix))
     return f"{for_terminal(conclusion, runs)}\n\nreport: {page}", plain(conclusion) | {"report": str(page)}
 
 

@@ -1,0 +1,89 @@
+"""The main tables of a report for a paper: LaTeX (needs booktabs) or Markdown."""
+
+import re
+from pathlib import Path
+
+from diffbench.core.errors import UserError
+from diffbench.evaluation.images import refuse_to_overwrite
+from diffbench.metrics.registry import metric_of
+from diffbench.reports.conclusions import Conclusion
+from diffbench.reports.tables import WIDEST, Rows, pairs, quality, shown, transposed
+
+SUFFIXES = (".tex", ".md")
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "†": r"$^\dagger$",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
+    "<": "$<$",
+    ">": "$>$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
+def check_export(path: Path) -> None:
+    """Check the name of a file of tables before anything is computed.
+
+    Raises:
+        UserError: if it ends otherwise than in `SUFFIXES`, or exists.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"export: must end in {' or '.join(SUFFIXES)}, got {path}")
+    refuse_to_overwrite(path)
+
+
+def exported(c: Conclusion, suffix: str) -> str:
+    """The tables of variants and of pairs, the best mean of each metric in bold, ties with the best marked †."""
+    write = _latex if suffix == ".tex" else _markdown
+    note = (
+        f"{c.comparison.title}. Mean over seeds ± half of its 95% interval; bold: the best mean;"
+        f" †: a tie with the best by {c.metric.title}."
+    )
+    parts = [write(_marked(c), note)]
+    if c.tests:
+        note = f"{c.comparison.title}. First minus second by {c.metric.title}, paired by seed; Holm's correction."
+        parts.append(write(pairs(c), note))
+    return "\n".join(parts)
+
+
+def _marked(c: Conclusion) -> Rows:
+    """The table of variants, the best in **bold**, heads with an arrow towards better values."""
+    best = {}
+    for name in (n for n in shown(c) if metric_of(n).direction):
+        means = {v: c.summaries[v][name].mean for v in c.ranked(name)}
+        best[name] = [v for v, mean in means.items() if mean == next(iter(means.values()))]
+    tied = [v for first in best.get(c.name, [])[:1] for v, x in c.tests_of(first).items() if x.verdict == "tie"]
+    rows = []
+    for row in quality(c):
+        cells = {"variant": row["variant"], "seeds": row["seeds"]}
+        for name in shown(c):
+            text = row.get(name, "-") + "†" * (name == c.name and row["variant"] in tied)
+            arrow = {"lower": " ↓", "higher": " ↑", None: ""}[metric_of(name).direction]
+            cells[f"{name}{arrow}"] = f"**{text}**" if row["variant"] in best.get(name, []) else text
+        rows.append(cells)
+    return rows if len(c.variants) > WIDEST else transposed(rows, " ")
+
+
+def _table(rows: Rows) -> list[list[str]]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [names, *([row.get(name) or "-" for name in names] for row in rows)]
+
+
+def _markdown(rows: Rows, note: str) -> str:
+    head, *body = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in _table(rows))
+    rule = "|".join(["", "---", *["---:"] * (len(_table(rows)[0]) - 1), ""])
+    return "\n".join([note, "", head, rule, *body]) + "\n"
+
+
+def _latex(rows: Rows, note: str) -> str:
+    def escaped(text: str) -> str:
+        text = "".join(_LATEX.get(c, c) for c in text)
+        text = re.sub(r"^-(?=[\d.])|(?<= )-(?=[\d.])", "$-$", text)
+        return re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
+
+    head, *body = (f"{' & '.join(map(escaped, line))} \\\\" for line in _table(rows))
+    lines = [r"\begin{table}[t]", r"\centering", f"\\caption{{{escaped(note)}}}"]
+    lines += [f"\\begin{{tabular}}{{l{'r' * (len(_table(rows)[0]) - 1)}}}", r"\toprule", head, r"\midrule", *body]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
