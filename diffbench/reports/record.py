@@ -15,9 +15,9 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import digest, finite
 from diffbench.evaluation import records
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.results import DATA_FACTS
 from diffbench.reports.tables import SEED_BY_SEED
 from diffbench.reports.text import number
+from diffbench.runs.base import DATA_FACTS
 
 FORMAT = 1
 _ELEMENT = '<script type="application/json" id="record">'
