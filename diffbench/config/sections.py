@@ -316,6 +316,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "guidance_power", "rtol", "atol", "s_noise", section="sample")
+        self.steps = str(self.steps)  # a script may give a number
         if not re.fullmatch(r"ddim\d+|\d+( *, *\d+)*", self.steps):
             raise ValueError(f"sample.steps: must be like 250, ddim25 or 10,15,20, got {self.steps!r}")
         check(self, "sample", "lie in 0 to 1", lambda v: 0 <= v <= 1, "eta")

@@ -1,18 +1,25 @@
 """What loaders and data sets of other people give: images with or without labels, as batches and as sets in memory."""
 
-from collections.abc import Mapping, Sized
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from diffbench.core.pixels import from_uint8, to_uint8
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 
+IMAGE_NAMES = ("image", "img", "images", "pixel_values")
+LABEL_NAMES = ("label", "labels", "class", "target", "fine_label")
+"""What columns and entries are called, the likeliest first."""
+if TYPE_CHECKING:
+    AnyDataset = Dataset[Any]
+else:
+    AnyDataset = Dataset  # jsonargparse, and so LightningCLI, takes no subclass for Dataset[Any]
 Pair = tuple[Any, Any]
 
 
@@ -20,8 +27,9 @@ def unpack(batch: Any) -> dict[str, Any]:
     """A batch as training reads it.
 
     Args:
-        batch: images, (images, labels), or a mapping with `image` (or `x0`) and perhaps `label` and `position`. Images
-            are (B, C, H, W), float in [-1, 1] or uint8; latents are float of any range.
+        batch: images, (images, labels), or a mapping with `image` and perhaps `label` and `position` (or `x0`, and the
+            other IMAGE_NAMES and LABEL_NAMES). Images are (B, C, H, W), float in [-1, 1] or uint8; latents are float of
+            any range.
 
     Returns:
         x0 (B, C, H, W) float; label (B,) int64, or (B, labels) float weights, or None; and what else the mapping held.
@@ -30,16 +38,30 @@ def unpack(batch: Any) -> dict[str, Any]:
         ValueError: if it is something else.
     """
     found = dict(batch) if isinstance(batch, Mapping) else dict(zip(("image", "label"), _parts(batch), strict=False))
-    x0, label = found.pop("image", None) if "x0" not in found else found["x0"], found.get("label")
+    x0, label = _entry(found, ("x0", *IMAGE_NAMES)), _entry(found, LABEL_NAMES)
     if not isinstance(x0, Tensor) or x0.ndim != 4 or not (x0.is_floating_point() or x0.dtype == torch.uint8):
-        shown = f"{x0.dtype} {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
+        shown = _shown(x0) if not isinstance(batch, Mapping) or x0 is not None else f"only {', '.join(map(str, batch))}"
         raise ValueError(
             "a batch must be images, (images, labels) or a mapping with `image` and `label`, its images float in -1..1"
             f" or uint8 of shape (B, C, H, W); got {shown}"
         )
-    if isinstance(label, Tensor) and not label.is_floating_point():
-        label = label.long()
+    if label is not None:
+        if not isinstance(label, Tensor) or label.ndim != 1 + label.is_floating_point() or len(label) != len(x0):
+            raise ValueError(
+                f"labels must be whole numbers ({len(x0)},), or float weights ({len(x0)}, labels) of them;"
+                f" got {_shown(label)}"
+            )
+        label = label if label.is_floating_point() else label.long()
     return {**found, "x0": from_uint8(x0) if x0.dtype == torch.uint8 else x0, "label": label}
+
+
+def _entry(found: dict[str, Any], names: Iterable[str]) -> Any:
+    """Takes the first of the entries with these names out of a batch."""
+    return next((found.pop(name) for name in names if name in found), None)
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def unscaled(images: Tensor) -> str | None:
@@ -50,20 +72,21 @@ def unscaled(images: Tensor) -> str | None:
     return f"images lie in {low:.3g}..{high:.3g}: give uint8, or float in -1..1, as 2 * x - 1 makes of 0..1"
 
 
-def image_set(data: ImageSet | Dataset[Any]) -> ImageSet:
+def image_set(data: ImageSet | AnyDataset) -> ImageSet:
     """A data set's images in memory, as uint8.
 
     Args:
-        data: its items are images, (image, label), or mappings with `image` and `label`. An image is one of Pillow's or
-            a tensor (C, H, W), uint8 or float in [-1, 1], which is rounded to 256 levels; all have one size. Its
-            `classes` are the names of the classes, if it has them. What it draws at random is drawn once.
+        data: its items are images, (image, label), or mappings with `image` and `label` (or the other IMAGE_NAMES and
+            LABEL_NAMES). An image is one of Pillow's or a tensor (C, H, W), uint8 or float in [-1, 1], which is rounded
+            to 256 levels; all have one size. Names of classes are its `classes`, or those of its features, as Hugging
+            Face's sets have them. What it draws at random is drawn once; one that can only be iterated ends.
 
     Raises:
         ValueError: if items are something else.
     """
     if isinstance(data, ImageSet):
         return data
-    images, labels = _columns(data, "image")
+    images, labels = _columns(data, IMAGE_NAMES)
     stacked = torch.stack([_tensor(image) for image in images])
     if stacked.is_floating_point():
         if wrong := unscaled(stacked):
@@ -72,28 +95,33 @@ def image_set(data: ImageSet | Dataset[Any]) -> ImageSet:
     return ImageSet(stacked, **_labelled(data, labels))
 
 
-def latent_set(data: LatentSet | Dataset[Any]) -> LatentSet:
+def latent_set(data: LatentSet | AnyDataset) -> LatentSet:
     """A data set's latents in memory, about unit variance, (C, H, W) float each; otherwise as `image_set`."""
     if isinstance(data, LatentSet):
         return data
-    latents, labels = _columns(data, "latent")
+    latents, labels = _columns(data, ("latent", "latents"))
     mean = torch.stack([torch.as_tensor(z) for z in latents])
     return LatentSet(mean, torch.full_like(mean, -torch.inf), **_labelled(data, labels))
 
 
-def _columns(data: Dataset[Any], name: str) -> tuple[list[Any], list[Any]]:
-    items = [_item(data[i], name) for i in range(len(cast(Sized, data)))]
+def _columns(data: Any, names: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    numbered = hasattr(data, "__len__") and not isinstance(data, IterableDataset)
+    items = [_item(item, names) for item in ((data[i] for i in range(len(data))) if numbered else data)]
     if not items:
         raise ValueError(f"{type(data).__name__} is empty")
     images, labels = zip(*items, strict=True)
     return list(images), list(labels)
 
 
-def _item(item: Any, name: str) -> Pair:
-    if isinstance(item, Mapping):
-        return item[name], item.get("label")
-    parts = _parts(item)
-    return parts[0], parts[1] if len(parts) > 1 else None
+def _item(item: Any, names: Sequence[str]) -> Pair:
+    if not isinstance(item, Mapping):
+        parts = _parts(item)
+        return parts[0], parts[1] if len(parts) > 1 else None
+    found = dict(item)
+    value = _entry(found, names)
+    if value is None:
+        raise ValueError(f"an item must have one of {', '.join(names)}; it has {', '.join(map(str, item))}")
+    return value, _entry(found, LABEL_NAMES)
 
 
 def _parts(batch: Any) -> tuple[Any, ...]:
@@ -114,8 +142,12 @@ def _labelled(data: Any, labels: list[Any]) -> dict[str, Any]:
     name = type(data).__name__
     if labels[0] is None:
         return {"labels": torch.zeros(len(labels), dtype=torch.int64), "num_classes": 0, "name": name}
-    numbers = torch.tensor([int(label) for label in labels])
-    names = tuple(map(str, getattr(data, "classes", ())))
+    try:
+        numbers = torch.tensor([int(label) for label in labels])
+    except (TypeError, ValueError, RuntimeError):
+        odd = next(label for label in labels if not isinstance(label, int))
+        raise ValueError(f"labels must be whole numbers, or all None; got {odd!r:.40}") from None
+    names = _class_names(data)
     classes = max(len(names), int(numbers.max()) + 1)
     return {
         "labels": numbers,
@@ -123,3 +155,13 @@ def _labelled(data: Any, labels: list[Any]) -> dict[str, Any]:
         "name": name,
         "class_names": names if len(names) == classes else (),
     }
+
+
+def _class_names(data: Any) -> tuple[str, ...]:
+    """Names of a data set's classes, also of one that is split; empty where it has none."""
+    features = getattr(data, "features", None)
+    columns = [features[name] for name in LABEL_NAMES if name in features] if isinstance(features, Mapping) else []
+    names = getattr(data, "classes", None) or next((c.names for c in columns if hasattr(c, "names")), None)
+    if names is None and hasattr(data, "dataset"):  # torch.utils.data.Subset
+        return _class_names(data.dataset)
+    return tuple(map(str, names or ()))

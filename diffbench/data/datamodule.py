@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffbench.core import distributed, rng
 from diffbench.core.pixels import from_uint8
-from diffbench.data.batches import image_set, latent_set
+from diffbench.data.batches import AnyDataset, image_set, latent_set
 from diffbench.data.facts import other_data
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
@@ -156,8 +156,8 @@ class PositionDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: ImageSet | LatentSet | Dataset[Any],
-        held_out: ImageSet | LatentSet | Dataset[Any] | None = None,
+        train: ImageSet | LatentSet | AnyDataset,
+        held_out: ImageSet | LatentSet | AnyDataset | None = None,
         batch_size: int = 128,
         seed: int = 0,
         num_workers: int = 0,

@@ -13,11 +13,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from diffbench.core.errors import suggest
+from diffbench.data.batches import IMAGE_NAMES, LABEL_NAMES
 from diffbench.data.places import ImagesConfig, Place
 from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, by_number, split_word, training_split
 
-LABEL_NAMES = ("label", "labels", "class", "target", "fine_label")
-IMAGE_NAMES = ("image", "img")
 READ_AHEAD = 256
 """Rows that are in memory at once, encoded."""
 
@@ -35,7 +34,7 @@ def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], 
     )
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     images = images or [name for name, kind in features.items() if _holds_bytes(kind)]
-    image = _column("image_column", features, config.image_column, images, IMAGE_NAMES)
+    image = _column("image_column", features, config.image_column, images, IMAGE_NAMES[:2])
     if image is None:
         raise ValueError(f"data.path: no column of {place.root} holds images; its columns: {', '.join(features)}")
     found = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]

@@ -203,7 +203,7 @@ def sample(
     network: nn.Module,
     process: Process,
     n: int | None = None,
-    labels: Sequence[int] | Tensor | None = None,
+    labels: int | Sequence[int] | Tensor | None = None,
     *,
     shape: tuple[int, ...] | None = None,
     null_label: int | None = None,
@@ -217,12 +217,12 @@ def sample(
         network: (x, t, y) -> output, trained under `process`.
         process: noise and prediction.
         n: how many; one for each label by default.
-        labels: (N,) classes; by default the network's classes in turn, all 0 where it says none.
+        labels: (N,) classes, or one for all; by default the network's classes in turn, all 0 where it says none.
         shape: (C, H, W) of what it denoises; a denoiser of this package knows its own.
         null_label: its null class, for guidance; a denoiser of this package knows its own.
         seed: sample i's noise is a function of (seed, i), whatever the batch or device.
         callback: called after each step of each batch with (step, x, predicted x0).
-        settings: keys of `SampleConfig`, such as steps="50", sampler="ddim", guidance=2.0 or batch_size=100.
+        settings: keys of `SampleConfig`, such as steps=50, sampler="ddim", guidance=2.0 or batch_size=100.
 
     Returns:
         (N, C, H, W) uint8; float32 as denoised where there are neither one nor three channels.
@@ -238,8 +238,12 @@ def sample(
     if labels is None:
         labels = torch.arange(16 if n is None else n) % max(1, int(getattr(network, "num_classes", 1)))
     y = torch.as_tensor(labels)
+    y = y.repeat(1 if n is None else n) if y.ndim == 0 else y
     if n not in (None, len(y)):
         raise ValueError(f"n: {n} samples, but {len(y)} labels")
+    classes = int(getattr(network, "num_classes", 0))
+    if classes and y.ndim == 1 and not 0 <= int(y.min()) <= int(y.max()) < classes + (null_label is not None):
+        raise ValueError(f"labels: lie in {int(y.min())}..{int(y.max())}, allowed are 0..{classes - 1}")
     raw = shape[0] not in (1, 3)
     sampler = Sampler(network, process, shape, null_label, raw=raw, name=type(network).__name__)
     return sampler(y, SampleConfig(**settings), seed=seed, callback=callback)

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from diffbench.autoencoders import KLAutoencoder
 from diffbench.config.sections import SampleConfig, ValidationConfig
 from diffbench.core import distributed
-from diffbench.data.batches import image_set
+from diffbench.data.batches import AnyDataset, image_set
 from diffbench.data.coding import at_once, reconstruct, side_by_side
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
@@ -38,7 +37,7 @@ from diffbench.training.module import TrainingModule
 from diffbench.training.order import Ordered, find
 from diffbench.training.signals import Interrupted, StopOnSignal
 
-Images = ImageSet | LatentSet | Dataset[Any]
+Images = ImageSet | LatentSet | AnyDataset
 """Images or latents in memory, or any data set of images, which is read into memory."""
 
 
@@ -89,6 +88,8 @@ class EveryNImages(Ordered):
             raise TypeError(f"{type(self).__name__} works with diffbench's DiffusionModule and its like, got {kind}")
         self.logger, self.ema = find(trainer, RunLogger), find(trainer, EMA)
         self.stop = find(trainer, StopOnSignal) or StopOnSignal(Path(), trainer.max_steps)
+        # Asked of the trainer by all ranks at once: it broadcasts the answer.
+        self.folder = self.logger.folder if self.logger else Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.state_key in self.stop.owed:
@@ -109,10 +110,6 @@ class EveryNImages(Ordered):
         except Interrupted:
             owed.append(self.state_key)
         self.stop.owed = owed
-
-    def folder(self, trainer: L.Trainer) -> Path:
-        """Where files go: the run folder, else the trainer's."""
-        return self.logger.folder if self.logger else Path(trainer.log_dir or trainer.default_root_dir)
 
     def record(self, trainer: L.Trainer, module: Any, values: Mapping[str, float]) -> None:
         """Logs values at the present step, for `ModelCheckpoint` and the like too."""
@@ -140,7 +137,7 @@ class EveryNImages(Ordered):
     ) -> None:
         """Saves images (N, C, H, W) uint8 as a grid, samples/images-<images seen>.png, and shows it."""
         if distributed.rank() == 0:
-            path = self.folder(trainer) / "samples" / f"images-{module.images_seen:09d}.png"
+            path = self.folder / "samples" / f"images-{module.images_seen:09d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             image = enlarged(images, columns, captions)
             save_image(image, path)

@@ -164,6 +164,8 @@ class DiffusionModule(TrainingModule):
         """Logs a batch's errors; the noise of each image is that of its number in the data set."""
         found = unpack(batch)
         count, index = len(found["x0"]), found.get("index")
+        if not self._measured:
+            self.check(found["x0"], found["label"])
         if index is None:  # as Lightning deals images to ranks
             index = (self._measured + torch.arange(count)) * distributed.world_size() + distributed.rank()
         self._measured += count
@@ -191,6 +193,8 @@ class DiffusionModule(TrainingModule):
         first = self._measured * distributed.world_size() + distributed.rank() * count
         self._measured += count
         labels = labels if labels.is_floating_point() else labels.long()
+        if labels.ndim == 1 and len(given := labels[labels != (-1 if self.null_label is None else self.null_label)]):
+            self.check(None, given)
         return self.sampler()(labels, self.sample, seed=self.seed, first=first)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from diffbench.config.sections import SampleConfig
 from diffbench.core import distributed, rng, tensors
 from diffbench.core.errors import UserError
 from diffbench.core.progress import span
-from diffbench.data.batches import image_set
+from diffbench.data.batches import AnyDataset, image_set
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation.reference import make_extractor, sample_labels
 from diffbench.evaluation.scorer import training_measurement
@@ -55,7 +54,7 @@ class FrechetDistance(EveryNImages):
 
     def __init__(
         self,
-        real: ImageSet | Dataset[Any],
+        real: ImageSet | AnyDataset,
         every: int,
         extractor: str | nn.Module | Extractor,
         count: int = 500,
@@ -79,7 +78,7 @@ class FrechetDistance(EveryNImages):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self.path = self.folder(trainer) / "best.safetensors"
+        self.path = self.folder / "best.safetensors"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.logger is not None and self.sampler is not None:

@@ -64,6 +64,8 @@ class EMA(Ordered):
         state, self._restored = self._restored, None
         if state is None:
             return
+        if missing := [d for d in self.config.decays if str(d) not in state["averages"]]:
+            raise ValueError(f"EMA: the checkpoint has decays {', '.join(state['averages'])}, not {missing[0]}")
         self.updates = state["updates"]
         for decay, average in self.averages.items():
             for target, source, p in zip(average, state["averages"][str(decay)], self._parameters, strict=True):

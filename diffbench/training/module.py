@@ -130,7 +130,7 @@ class TrainingModule(L.LightningModule):
             self.images_before = self.images_seen
         if "position" not in found:
             if not self.images_seen:
-                self._check(x0, found["label"])
+                self.check(x0, found["label"])
             first = self.images_seen + distributed.rank() * len(x0)
             found |= {"first": first, "position": torch.arange(first, first + len(x0), device=x0.device)}
         self.images_seen += len(x0) * world
@@ -146,9 +146,9 @@ class TrainingModule(L.LightningModule):
         if not position.is_cpu:
             torch.get_device_module(position.device).manual_seed(seed)
 
-    def _check(self, x0: Tensor, label: Tensor | None) -> None:
+    def check(self, x0: Tensor | None, label: Tensor | None) -> None:
         """Warns of images in another range than [-1, 1]; raises ValueError where labels are not the network's."""
-        if wrong := unscaled(x0):
+        if x0 is not None and (wrong := unscaled(x0)):
             rank_zero_warn(wrong)
         classes = getattr(self.network, "num_classes", 0)
         if classes and label is not None and not label.is_floating_point():

@@ -4,18 +4,21 @@ import csv
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from diffbench import (
     EMA,
@@ -27,8 +30,10 @@ from diffbench import (
     SampleGrid,
     ValidationError,
     metrics,
+    sample,
 )
 from diffbench.config.sections import OptimizerConfig, SampleConfig
+from diffbench.data.batches import image_set
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import DiTConfig
 from diffbench.evaluation.validation_error import bound_metrics, denoising_error
@@ -105,25 +110,66 @@ FLOATS = IMAGES / 127.5 - 1
 
 
 @pytest.mark.parametrize(
-    "batch", [[FLOATS, LABELS], FLOATS, IMAGES, {"image": IMAGES, "label": LABELS.int()}, (FLOATS.double(), LABELS)]
+    "batch",
+    [
+        [FLOATS, LABELS],
+        FLOATS,
+        IMAGES,
+        {"image": IMAGES, "label": LABELS.int()},
+        {"pixel_values": IMAGES, "labels": LABELS, "file": ["a.png"] * 48},
+        (FLOATS.double(), LABELS),
+    ],
 )
 def test_a_batch_of_any_loader(batch: Any) -> None:
-    trainer(max_steps=1).fit(module(dit()), one(batch))
+    lm = module(dit())
+    trainer(max_steps=1).fit(lm, one(batch))
+    assert (lm.batch["label"] is None) == isinstance(batch, Tensor)
     assert torch.allclose(steps[0]["x0"].float(), FLOATS, atol=1e-6) and positions() == list(range(48))
 
 
 @pytest.mark.parametrize(
     ("batch", "got"),
-    [("images", "str"), ([LABELS, LABELS], r"torch.int64 (48,)"), ({"pixels": IMAGES}, "NoneType")],
+    [
+        ("images", "str"),
+        ([LABELS, LABELS], r"torch.int64 (48,)"),
+        ({"pixels": IMAGES, "label": LABELS}, "only pixels, label"),
+    ],
 )
 def test_another_batch_is_refused(batch: Any, got: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"of shape (B, C, H, W); got {got}")):
         module().training_step(batch, 0)
 
 
-def test_labels_that_the_network_does_not_know_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"labels lie in 0\.\.4, allowed are 0\.\.3"):
-        trainer(max_steps=1).fit(module(dit()), one([FLOATS, torch.arange(48) % 5]))
+@pytest.mark.parametrize("do", ["fit", "validate", "predict"])
+def test_labels_that_the_network_does_not_know_are_refused(do: str) -> None:
+    with pytest.raises(ValueError, match=r"labels lie in 0\.\.5, allowed are 0\.\.3"):
+        getattr(trainer(max_steps=1), do)(module(dit()), one([FLOATS, torch.arange(48) % 6]))
+
+
+@pytest.mark.parametrize(("label", "got"), [(LABELS[:, None], r"int64 \(48, 1\)"), (["cat"] * 48, "list")])
+def test_labels_of_another_kind_are_refused(label: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=r"labels must be whole numbers \(48,\), or float weights .* got .*" + got):
+        module(dit()).training_step([FLOATS, label], 0)
+
+
+class Streamed(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(zip(IMAGES, LABELS, strict=True))
+
+
+def test_data_sets_of_other_people_are_read_into_memory() -> None:
+    names = ["ape", "bee", "cat", "dog"]
+    columns = {"img": [Image.fromarray(image[0].numpy()) for image in IMAGES], "fine_label": LABELS.tolist()}
+    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    for data, known in ((rows, names), (Subset(rows, range(48)), names), (Streamed(), [])):  # type: ignore[arg-type]
+        found = image_set(data)
+        assert torch.equal(found.images, IMAGES) and torch.equal(found.labels, LABELS)
+        assert (found.num_classes, list(found.class_names)) == (4, known)
+    with pytest.raises(ValueError, match="labels must be whole numbers, or all None; got 'cat'"):
+        image_set([(IMAGES[0], "cat")])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one of image, img, images, pixel_values; it has photo, label"):
+        image_set([{"photo": IMAGES[0], "label": 1}])  # type: ignore[arg-type]
 
 
 def test_floats_in_0_to_1_are_told_apart() -> None:
@@ -252,6 +298,8 @@ def test_load_from_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(again.network.final.weight, lm.network.final.weight)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="trained with optimizer SGD; pass optimizer= to load_from_checkpoint"):
         trainer(max_steps=1).fit(again, loader())
+    with pytest.raises(ValueError, match=r"EMA: the checkpoint has decays 0.5, not 0.9"):
+        trainer(max_steps=4, callbacks=[EMA(0.9)]).fit(module(dit()), loader(), ckpt_path=path)
     EMA.load(path, again)
     average = fitter.callbacks[0].averages[0.5]  # type: ignore[attr-defined]
     assert all(torch.equal(p, a) for p, a in zip(again.network.parameters(), average, strict=True))
@@ -276,6 +324,14 @@ def test_validate_test_and_predict() -> None:
     samples = torch.cat(fitter.predict(lm, DataLoader(LABELS[:6], batch_size=4)))  # type: ignore[arg-type]
     assert samples.shape == (6, 1, 8, 8) and samples.dtype == torch.uint8
     assert torch.equal(samples, torch.cat(fitter.predict(lm, loader(48)))[:6])  # type: ignore[arg-type]
+
+
+def test_samples_of_a_network() -> None:
+    net = dit()
+    several, one_label = sample(net, VP(), labels=[1, 1, 1], steps="2"), sample(net, VP(), 3, labels=1, steps=2)
+    assert several.shape == (3, 1, 8, 8) and torch.equal(several, one_label)
+    with pytest.raises(ValueError, match=r"labels: lie in 0\.\.5, allowed are 0\.\.3"):
+        sample(net, VP(), labels=[0, 5])
 
 
 def test_loggers_and_monitors_see_the_metrics(tmp_path: Path) -> None:
@@ -370,11 +426,20 @@ def test_two_devices(tmp_path: Path) -> None:
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             (tmp_path / f"{kind}-{trainer.global_rank}.json").write_text(json.dumps(positions()))
 
+    data_set = TensorDataset(IMAGES, LABELS)
     for kind, data in {
         "loader": loader(4),
         "module": ImageDataModule(TensorDataset(IMAGES, LABELS), batch_size=8),
     }.items():
-        trainer(devices=2, strategy="ddp_fork", max_epochs=1, callbacks=[Writes()]).fit(module(), data)
+        shown: list[L.Callback] = [
+            EMA(0.9),
+            SampleGrid(24, settings=QUICK),
+            ValidationError(data_set, 24, log_snr=LEVELS),
+        ]
+        shown += [FrechetDistance(data_set, 24, extractor=Pixels(), count=7, settings=QUICK)]
+        fitter = trainer(tmp_path, devices=2, strategy="ddp_fork", max_epochs=1, callbacks=[Writes(), *shown])
+        fitter.fit(module(dit()), data)
+        assert {"fd/Pixels@7", "val/bound"} <= set(fitter.callback_metrics)
         first, second = (json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1))
         assert sorted(first + second) == list(range(48)) and first[:4] == [0, 1, 2, 3] and second[:4] == [4, 5, 6, 7]
 
@@ -399,22 +464,28 @@ def test_the_command_line_of_lightning(tmp_path: Path, monkeypatch: pytest.Monke
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
             "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
         },
-        "data": {"batch_size": 8},
+        "data": {"batch_size": 8, "train": {"class_path": f"{__name__}.Squares", "init_args": {"count": 32}}},
     }
     monkeypatch.setattr("sys.argv", ["train.py"])
     words = ["fit", "--config", str(tmp_path / "c.yaml")]
     (tmp_path / "c.yaml").write_text(json.dumps(config))
     kept: dict[str, Any] = {"save_config_callback": None, "seed_everything_default": 0}
-    cli = LightningCLI(DiffusionModule, Squares, args=words, **kept)
+    cli = LightningCLI(DiffusionModule, ImageDataModule, args=words, **kept)
     assert cli.model.process.config.sigma_max == 60 and cli.model.images_seen == 16
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
 
 
-class Squares(ImageDataModule):
+class Squares(Dataset[Any]):
     """Data that a command line can name."""
 
-    def __init__(self, batch_size: int = 4) -> None:
-        super().__init__(TensorDataset(IMAGES, LABELS), batch_size=batch_size)
+    def __init__(self, count: int = 4) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return IMAGES[index], LABELS[index]
 
 
 def test_lr_find(tmp_path: Path) -> None:
