@@ -40,7 +40,7 @@ def data(config: BenchConfig, device: torch.device, deadline: float) -> Iterator
     images, some = ImageSet(pixels, position % 10, 10), position[: count // 4]
     mean, log_variance = (rng.normal(rng.key("bench", n), some, (4, 32, 32)).half() for n in ("mean", "log_variance"))
     latents = LatentSet(mean, log_variance, some % 10, 10)
-    flipped = LatentSet(mean, log_variance, some % 10, 10, flipped=latents)
+    flipped = replace(latents, flipped_mean=mean, flipped_log_variance=log_variance)
     sets: list[tuple[str, type[PositionDataModule], Any, bool]] = [
         ("images 3x32x32", ImageDataModule, images, False),
         ("images 3x32x32, flips", ImageDataModule, images, True),

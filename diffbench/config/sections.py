@@ -13,6 +13,7 @@ import torch
 
 from diffbench.autoencoders import KLConfig
 from diffbench.config.layers import located
+from diffbench.core.errors import check_least
 from diffbench.denoisers.base import check_positive
 from diffbench.diffusion import PAIRS, check_pair
 
@@ -53,7 +54,7 @@ class OptimizerConfig:
         two = "be two numbers in [0, 1)"
         check(self, "optimizer", two, lambda b: len(b) == 2 and min(b) >= 0 and max(b) < 1, "betas")
         check(self, "optimizer", "be positive or null", lambda v: v > 0, "grad_clip_norm")
-        check(self, "optimizer", "be at least 0", lambda v: v >= 0, "warmup_images", "weight_decay")
+        check_least(self, "optimizer", warmup_images=0, weight_decay=0)
         check(self, "optimizer", "lie in 0 to 1", lambda v: 0 <= v <= 1, "final_lr")
         if self.decay_images is not None and self.decay_images <= self.warmup_images:
             raise ValueError(
@@ -326,8 +327,7 @@ class SampleConfig:
                 raise ValueError(
                     f"sample.{name}: belongs to sample.sampler={owner}; with {self.sampler} leave it at {left}"
                 )
-        names = ("guidance", "classifier_scale", "s_churn", "s_min", "sde_strength")
-        check(self, "sample", "be at least 0", lambda v: v >= 0, *names)
+        check_least(self, "sample", guidance=0, classifier_scale=0, s_churn=0, s_min=0, sde_strength=0)
         rising = "be two rising numbers of at least 0"
         check(self, "sample", rising, lambda v: len(v) == 2 and 0 <= v[0] < v[1], "guidance_interval")
         check(self, "sample", "be at least 1 or null", lambda v: v >= 1, "guidance_channels")
@@ -389,7 +389,7 @@ class EvaluateConfig:
     """Keeps the averaged weights of the least such distance in best.safetensors, scored again at the end."""
 
     def __post_init__(self) -> None:
-        check(self, "evaluate", "be at least 20", lambda v: v >= 20, "count", "every_count")
+        check_least(self, "evaluate", count=20, every_count=20)
         if self.infinity and self.count < 5000:
             raise ValueError(f"evaluate.infinity: needs evaluate.count of at least 5000, got {self.count}")
         check(self, "evaluate", "be positive or null", lambda v: v > 0, "every_images")
@@ -433,4 +433,4 @@ class LossConfig:
     perceptual_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, "loss", "be at least 0", lambda v: v >= 0, "kl_weight", "perceptual_weight")
+        check_least(self, "loss", kl_weight=0, perceptual_weight=0)

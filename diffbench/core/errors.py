@@ -6,6 +6,7 @@ import tempfile
 import traceback
 from collections.abc import Iterable
 from importlib.metadata import version
+from typing import Any
 
 from diffbench.core.terminal import coloured
 
@@ -19,6 +20,14 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     known = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {known[near[0]]!r}?" if near else ""
+
+
+def check_least(config: Any, section: str, **least: float) -> None:
+    """Raise ValueError for the first named value that is below its least; null always holds."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ValueError(f"{section}.{name}: must be at least {low}, got {value}")
 
 
 class LostError(UserError):

@@ -174,7 +174,7 @@ class PositionDataModule(L.LightningDataModule):
         self.samples_seen = 0
         self._sampler: PositionSampler | None = None
         self._on_device: Any = None
-        if flip and getattr(self.train, "flipped", self.train) is None:
+        if flip and getattr(self.train, "flipped_mean", self.train) is None:
             raise ValueError("flip: these latents hold no mirrored ones; encode with flip=True, or leave it out")
         if held_out is None:  # as if there were no such loaders
             for loader in ("val_dataloader", "test_dataloader", "predict_dataloader"):

@@ -16,8 +16,6 @@ class DigitsConfig(PlantedConfig):
 
     held_out: int = 360
     """Images kept from training for validation, spread evenly over the classes; 10 to 1,000."""
-    num_workers: int = 0
-    """Loader processes; 0 loads in the training process, the fastest for data in memory."""
     size: int = 8
     """Side of the images; above 8 they are enlarged, bilinearly."""
 
@@ -25,8 +23,6 @@ class DigitsConfig(PlantedConfig):
         super().__post_init__()
         if not 8 <= self.size <= 512:
             raise ValueError(f"data.size must lie in 8 to 512, got {self.size}")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
         if not 10 <= self.held_out <= 1000:
             raise ValueError(f"data.held_out must lie in 10 to 1000, got {self.held_out}")
 

@@ -22,7 +22,7 @@ from diffbench.core.files import cache_folder
 from diffbench.core.progress import progress
 from diffbench.core.store import Chunk, Contents, Store
 from diffbench.data.places import ImagesConfig, Place, locate, stamp
-from diffbench.data.sets import ImageSet, describe_parts
+from diffbench.data.sets import ImageSet, describe_parts, digest_of
 from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, folder_splits, hold_out, training_split
 from diffbench.data.transforms import BrokenError, decode, quiet
 
@@ -227,10 +227,8 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
 
         def merged(arrays: dict[str, np.ndarray], facts: list[dict[str, Any]]) -> dict[str, Any]:
             formats, sizes = (sum((Counter(f[key]) for f in facts), Counter[str]()) for key in ("formats", "sizes"))
-            digest = hashlib.sha256(arrays["images"].data.cast("B"))
-            digest.update(arrays["labels"].data.cast("B"))
             return {
-                "fingerprint": digest.hexdigest()[:16],  # as of `ImageSet.fingerprint`
+                "fingerprint": digest_of(arrays.values()),
                 "classes": classes,
                 "origin": part.origin,
                 "formats": dict(sorted(formats.items())),

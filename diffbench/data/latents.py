@@ -1,9 +1,8 @@
 """Latents of a data set: encoded once; mean and log-variance are stored, so that each epoch draws anew."""
 
-import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,24 +16,26 @@ from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
 from diffbench.core.progress import progress
 from diffbench.core.store import DamagedError, Filling, Store
-from diffbench.data.sets import ImageSet, balanced, rows
+from diffbench.data.sets import ImageSet, InMemory, digest_of, rows
 
 Dtype = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
-class LatentSet:
+class LatentSet(InMemory):
     """Gaussian posteriors of N images: mean and log-variance (N, c, h, w), fp16 or fp32, possibly memory maps.
 
     Attributes:
         labels: (N,) int64 classes.
         num_classes: 0 for images without labels.
         scale: with `shift` it brings latents to about unit variance: (z - shift) * scale.
-        flipped: the posteriors of the mirrored images, where they were encoded too.
+        flipped_mean: of the mirrored images, where they were encoded too.
+        flipped_log_variance: likewise.
         name: of the data set.
         class_names: by label, or none.
-        digest: the fingerprint, where it is known already.
     """
+
+    FIELDS = {n: n for n in ("mean", "log_variance", "flipped_mean", "flipped_log_variance")}  # noqa: RUF012
 
     mean: Tensor
     log_variance: Tensor
@@ -42,54 +43,11 @@ class LatentSet:
     num_classes: int
     scale: float = 1.0
     shift: float = 0.0
-    flipped: "LatentSet | None" = None
+    flipped_mean: Tensor | None = None
+    flipped_log_variance: Tensor | None = None
     name: str = "images"
     class_names: tuple[str, ...] = ()
     digest: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.mean)
-
-    def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of a hash of all means, log-variances and labels."""
-        if self.digest is not None:
-            return self.digest
-        flipped = [self.flipped.mean, self.flipped.log_variance] if self.flipped else []
-        return _digest([a.numpy() for a in (self.mean, self.log_variance, *flipped, self.labels)])
-
-    def to(self, device: torch.device | str) -> "LatentSet":
-        """The set on a device."""
-        flipped = self.flipped.to(device) if self.flipped else None
-        mean, log_variance, labels = (a.to(device) for a in (self.mean, self.log_variance, self.labels))
-        return replace(self, mean=mean, log_variance=log_variance, labels=labels, flipped=flipped)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        own = self.mean.nbytes + self.log_variance.nbytes + self.labels.nbytes
-        return own + (self.flipped.nbytes if self.flipped else 0)
-
-    def first(self, count: int) -> "LatentSet":
-        """Those of the first `count` images, or all if there are fewer."""
-        mean, log_variance, labels = (a[:count] for a in (self.mean, self.log_variance, self.labels))
-        flipped = self.flipped.first(count) if self.flipped else None
-        return replace(self, mean=mean, log_variance=log_variance, labels=labels, flipped=flipped, digest=None)
-
-    def evenly(self, count: int) -> "LatentSet":
-        """Those of at most `count` images, spread evenly over the classes, as they are without a flip."""
-        if count >= len(self):
-            return self
-        index = balanced(self.labels, count)
-        mean, log_variance, labels = (rows(a, index) for a in (self.mean, self.log_variance, self.labels))
-        return replace(self, mean=mean, log_variance=log_variance, labels=labels, flipped=None, digest=None)
-
-    def gather(self, index: Tensor) -> dict[str, Tensor]:
-        """The batch of the images with numbers `index` (B,)."""
-        batch = {"mean": rows(self.mean, index), "log_variance": rows(self.log_variance, index)}
-        if self.flipped:
-            batch["flipped_mean"] = rows(self.flipped.mean, index)
-            batch["flipped_log_variance"] = rows(self.flipped.log_variance, index)
-        return batch | {"label": rows(self.labels, index)}
 
     def clean(self, index: Tensor) -> Tensor:
         """What validation restores of the images `index` (B,): the scaled means (B, c, h, w) float32."""
@@ -150,12 +108,8 @@ def encode(
             _fill(filling, moments, images.labels.numpy(), f"encoding (rank {rank})" if world > 1 else "encoding")
             _finish(filling, patience)
         found = store.open()
-    arrays, facts = dict(found.arrays), found.facts
-    known = {"scale": scale, "shift": shift, "name": images.name, "class_names": images.class_names}
-    common: dict[str, Any] = known | {"labels": arrays["labels"], "num_classes": images.num_classes}
-    mirrored = LatentSet(arrays["flipped_mean"], arrays["flipped_log_variance"], **common) if flip else None
-    moments_of = arrays["mean"], arrays["log_variance"]
-    return LatentSet(*moments_of, **common, flipped=mirrored, digest=facts["fingerprint"])
+    known: dict[str, Any] = {"scale": scale, "shift": shift, "name": images.name, "class_names": images.class_names}
+    return LatentSet(**found.arrays, **known, num_classes=images.num_classes, digest=found.facts["fingerprint"])
 
 
 @torch.inference_mode()
@@ -211,14 +165,7 @@ def _finish(filling: Filling, patience: float) -> None:
 
 
 def _facts(arrays: dict[str, np.ndarray], chunks: list[Any]) -> dict[str, Any]:
-    return {"fingerprint": _digest(list(arrays.values()))}
-
-
-def _digest(arrays: list[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data.cast("B"))
-    return digest.hexdigest()[:16]
+    return {"fingerprint": digest_of(arrays.values())}
 
 
 def _check_folder(store: Store, identity: dict[str, Any]) -> None:

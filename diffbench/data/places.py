@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from diffbench.core.errors import check_least
 from diffbench.data.planted import PlantedConfig
 from diffbench.data.transforms import FORMATS, SUFFIXES, both_sides, is_grey
 
@@ -51,17 +52,12 @@ class ImagesConfig(PlantedConfig):
     """The configuration of a hub name that has several."""
     skip_broken: bool = False
     """Leaves broken images out instead of stopping at the first."""
-    num_workers: int = 0
-    """Loader processes; 0 loads in the training process, the fastest for data in memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.channels not in (1, 3, None):
             raise ValueError(f"data.channels: must be 1 (grey) or 3 (colour), got {self.channels}")
-        for name, least in (("num_workers", 0), ("held_out", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"data.{name}: must be at least {least}, got {value}")
+        check_least(self, "data", held_out=1)
         self.image_size = checked_sides(self.image_size)
         if self.path is not None and None in (self.image_size, self.channels):
             side, channels = suitable(os.path.expanduser(self.path))

@@ -6,19 +6,31 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from diffbench.core.errors import suggest
+from diffbench.core.errors import check_least, suggest
 from diffbench.data.sets import ImageSet
 
 
 @dataclass
-class PlantedConfig:
-    """The key of every data set that has classes."""
+class DataConfig:
+    """The key of every data set."""
+
+    num_workers: int = field(default=0, kw_only=True)
+    """Loader processes; 0 loads in the training process, the fastest for data in memory."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "data", num_workers=0)
+
+
+@dataclass
+class PlantedConfig(DataConfig):
+    """The keys of every data set that has classes."""
 
     planted: dict[str, list[str]] = field(default_factory=dict, kw_only=True)
     """Classes added after the data's own, name -> classes whose images it also has: {copy of 3: [3], 0 or 1: [0, 1]}.
     The images are copied in memory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, parts in self.planted.items():
             if not parts or len(set(parts)) < len(parts):
                 raise ValueError(f"data.planted.{name}: must be a list of different classes, as [0, 1], got {parts}")

@@ -6,28 +6,27 @@ from typing import Any
 
 import torch
 
+from diffbench.core.errors import check_least
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.images import CIFAR10Config, cifar10, images
 from diffbench.data.places import ImagesConfig
+from diffbench.data.planted import DataConfig
 from diffbench.data.sets import ImageSet
 from diffbench.data.shapes import ShapesConfig, shapes
 
 
 @dataclass
-class NoneConfig:
+class NoneConfig(DataConfig):
     """Shape and class count only, for imported networks without a data set; nothing trains or is scored on it."""
 
     channels: int = 3
     image_size: int = 32
     """Pixels a side, or the side of a latent."""
     num_classes: int = 0
-    num_workers: int = 0
-    """As for other data; nothing is loaded."""
 
     def __post_init__(self) -> None:
-        for name, least in {"channels": 1, "image_size": 1, "num_classes": 0, "num_workers": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}: must be at least {least}, got {getattr(self, name)}")
+        super().__post_init__()
+        check_least(self, "data", channels=1, image_size=1, num_classes=0)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -1,10 +1,11 @@
 """What a data set of images is to the rest of the package."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,21 +15,89 @@ if TYPE_CHECKING:
     from diffbench.metrics.rules import Rule
 
 
+class InMemory:
+    """Rows of a data set in memory, or in memory maps: the base of images and latents.
+
+    Attributes:
+        FIELDS: fields that hold a row for each image -> their names in a batch; a field may be None.
+        labels: (N,) int64 classes.
+        digest: the fingerprint, where it is known already.
+    """
+
+    FIELDS: ClassVar[dict[str, str]]
+    labels: Tensor
+    digest: str | None
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """The fields' values, labels last."""
+        found = {field: getattr(self, field) for field in (*self.FIELDS, "labels")}
+        return {field: array for field, array in found.items() if array is not None}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of a hash of all rows, labels included."""
+        if self.digest is None:
+            object.__setattr__(self, "digest", digest_of(array.numpy() for array in self.arrays.values()))
+        assert self.digest is not None
+        return self.digest
+
+    def gather(self, index: Tensor) -> dict[str, Tensor]:
+        """The batch of the images with numbers `index` (B,)."""
+        names = self.FIELDS | {"labels": "label"}
+        return {names[field]: rows(array, index) for field, array in self.arrays.items()}
+
+    def to(self, device: torch.device | str) -> Self:
+        """The set on a device."""
+        return self._each(lambda array: array.to(device), self.digest)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def first(self, count: int) -> Self:
+        """The first `count` images, or all if there are fewer."""
+        return self._each(lambda array: array[:count])
+
+    def evenly(self, count: int) -> Self:
+        """At most `count` images, spread evenly over the classes."""
+        if count >= len(self):
+            return self
+        index = balanced(self.labels, count)
+        return self._each(lambda array: rows(array, index))
+
+    def _each(self, change: Callable[[Tensor], Tensor], digest: str | None = None) -> Self:
+        changed: dict[str, Any] = {field: change(array) for field, array in self.arrays.items()}
+        return replace(self, digest=digest, **changed)  # type: ignore[type-var]
+
+
+def digest_of(arrays: Iterable[np.ndarray]) -> str:
+    """The first 16 hexadecimal digits of a hash of all bytes of arrays."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data.cast("B"))
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
-class ImageSet:
+class ImageSet(InMemory):
     """Images (N, C, H, W) uint8, possibly a memory map, and labels (N,) int64 in 0..num_classes-1.
 
     Attributes:
         num_classes: 0 for images without labels, whose `labels` are all 0.
         name: of the data set; a copy compressed with loss never has the original's name.
         class_names: by label; empty where the classes have no names.
-        digest: the fingerprint, where it is known already.
         formats: file format -> number of images that came in it; empty where they did not come from files.
         origin: which part of the data set this is, in words.
         base: the set as it was before classes were planted into it; extractors are made for that.
         sizes: "HEIGHTxWIDTH" in a file -> number of images; empty where they did not come from files.
         rule: what decides by rule whether an image solves the task of its label, where the data set has tasks.
     """
+
+    FIELDS = {"images": "image"}  # noqa: RUF012
 
     images: Tensor
     labels: Tensor
@@ -48,50 +117,15 @@ class ImageSet:
                 f"images must be uint8 (N, C, H, W) in 0..255, got {self.images.dtype} {tuple(self.images.shape)}"
             )
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
-    def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of a hash of all pixels and labels."""
-        if self.digest is not None:
-            return self.digest
-        digest = hashlib.sha256(self.images.contiguous().numpy().data.cast("B"))
-        digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def gather(self, index: Tensor) -> dict[str, Tensor]:
-        """The batch of the images with numbers `index` (B,)."""
-        return {"image": rows(self.images, index), "label": rows(self.labels, index)}
-
     def clean(self, index: Tensor) -> Tensor:
         """What validation restores of the images `index` (B,): (B, C, H, W) float32 in [-1, 1]."""
         return from_uint8(rows(self.images, index))
-
-    def to(self, device: torch.device) -> "ImageSet":
-        """The set on a device."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of images and labels."""
-        return self.images.nbytes + self.labels.nbytes
-
-    def first(self, count: int) -> "ImageSet":
-        """The first `count` images, or all if there are fewer."""
-        return replace(self, images=self.images[:count], labels=self.labels[:count], digest=None)
-
-    def evenly(self, count: int) -> "ImageSet":
-        """At most `count` images, spread evenly over the classes."""
-        if count >= len(self):
-            return self
-        index = balanced(self.labels, count)
-        return replace(self, images=rows(self.images, index), labels=self.labels[index], digest=None)
 
 
 def describe(train: ImageSet, held_out: ImageSet) -> str:

@@ -10,6 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from diffbench.core import rng
+from diffbench.core.errors import check_least
+from diffbench.data.planted import DataConfig
 from diffbench.data.sets import ImageSet
 
 TASKS = {
@@ -28,7 +30,7 @@ COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [
 
 
 @dataclass
-class ShapesConfig:
+class ShapesConfig(DataConfig):
     """Drawn colour images in ten classes, each a task that is checked by rule: no download, and no image repeats."""
 
     image_size: int = 16
@@ -39,15 +41,12 @@ class ShapesConfig:
     """Images for validation; a multiple of ten holds all classes alike."""
     seed: int = 0
     """Of the images, whatever the run's seed is."""
-    num_workers: int = 0
-    """Loader processes; 0 loads in the training process, the fastest for data in memory."""
 
     def __post_init__(self) -> None:
         if self.image_size not in (16, 32):
             raise ValueError(f"data.image_size: must be 16 or 32, got {self.image_size}")
-        for name, least in {"count": 10, "held_out": 10, "num_workers": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}: must be at least {least}, got {getattr(self, name)}")
+        super().__post_init__()
+        check_least(self, "data", count=10, held_out=10)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffbench.core.errors import UserError, suggest
+from diffbench.core.errors import UserError, check_least, suggest
 
 if TYPE_CHECKING:
     import submitit
@@ -63,11 +63,8 @@ class LauncherConfig:
     """submitit's other parameters, passed through."""
 
     def __post_init__(self) -> None:
-        least = {"max_num_timeout": 0, "cpus_per_task": 1, "nodes": 1, "ntasks_per_node": 1, "signal_delay_s": 1}
-        for key, low in least.items():
-            value = getattr(self, key)
-            if value is not None and value < low:
-                raise ValueError(f"launcher.{key}: must be at least {low}, got {value}")
+        check_least(self, "launcher", max_num_timeout=0, cpus_per_task=1)
+        check_least(self, "launcher", nodes=1, ntasks_per_node=1, signal_delay_s=1)
         if self.signal_delay_s >= 60 * self.minutes:
             raise ValueError(
                 f"launcher.signal_delay_s: {self.signal_delay_s} seconds must be less than launcher.time={self.time}"

@@ -223,7 +223,7 @@ def test_a_fingerprint_sees_pixels_and_labels() -> None:
     [
         ({"held_out": 9}, r"data\.held_out must lie in 10 to 1000, got 9"),
         ({"held_out": 1001}, r"data\.held_out must lie in 10 to 1000, got 1001"),
-        ({"num_workers": -1}, r"data\.num_workers must be at least 0, got -1"),
+        ({"num_workers": -1}, r"data\.num_workers: must be at least 0, got -1"),
     ],
 )
 def test_digits_refuse_what_they_cannot_give(options: dict[str, int], text: str) -> None:
