@@ -9,6 +9,7 @@ from diffbench.core.errors import UserError
 from diffbench.evaluation.records import values
 from diffbench.reports.tables import run_facts, run_table
 from diffbench.runs import evaluate
+from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.evaluate_images import evaluate_images
 from diffbench.runs.lifecycle import load_any
 
@@ -45,7 +46,7 @@ def score(run: Any, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Append a run's scores to its records, as its kind is scored; return the new ones."""
     kinds: dict[str, tuple[str, Callable[[Any, Sequence[str]], Any]]] = {
         "denoiser": ("drawing and scoring samples", evaluate.evaluate),
-        "autoencoder": ("scoring reconstructions", evaluate.evaluate_autoencoder),
+        "autoencoder": ("scoring reconstructions", AutoencoderRun.score),
     }
     if run.config.kind not in kinds:
         raise UserError(f"{run.folder}: a run of kind {run.config.kind}; choose a denoiser's or an autoencoder's")

@@ -12,7 +12,8 @@ from diffbench.data.facts import OtherDataError
 from diffbench.reports.results import newest_scores
 from diffbench.reports.tables import run_facts, run_table
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.evaluate import drawing_seconds, is_scored
+from diffbench.runs.drawing import drawing_seconds
+from diffbench.runs.evaluate import is_scored
 from diffbench.runs.lifecycle import load_any, train
 
 

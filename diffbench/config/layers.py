@@ -152,6 +152,20 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return _with_paths(values, None)
 
 
+def parse_allowed(overrides: Sequence[str], *allowed: str) -> dict[str, Any]:
+    """As `parse_overrides`, for `evaluate`, which takes these keys alone; "sample.KEY" allows a section.
+
+    Raises:
+        UserError: for any other key.
+    """
+    values, known = parse_overrides(overrides), [name.removesuffix(".KEY") for name in allowed]
+    for key in values:
+        if key not in known:
+            hint = suggest(key, known)
+            raise UserError(f"{COMMAND_LINE}: {key}: not for evaluate; allowed: {', '.join(allowed)}{hint}")
+    return values
+
+
 def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Both together: sections merge, all else (lists too) is replaced."""
     merged = dict(lower)

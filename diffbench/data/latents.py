@@ -108,8 +108,9 @@ def encode(
             _fill(filling, moments, images.labels.numpy(), f"encoding (rank {rank})" if world > 1 else "encoding")
             _finish(filling, patience)
         found = store.open()
-    known: dict[str, Any] = {"scale": scale, "shift": shift, "name": images.name, "class_names": images.class_names}
-    return LatentSet(**found.arrays, **known, num_classes=images.num_classes, digest=found.facts["fingerprint"])
+    known: dict[str, Any] = {"name": images.name, "num_classes": images.num_classes, "class_names": images.class_names}
+    known |= {**found.arrays, "scale": scale, "shift": shift, "digest": found.facts["fingerprint"]}
+    return LatentSet(**known)
 
 
 @torch.inference_mode()

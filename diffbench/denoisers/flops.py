@@ -25,6 +25,10 @@ class Cost:
         """FLOPs of training on so many images: 2 a multiply-accumulate, and a backward pass costs two forward ones."""
         return 2.0 * 3 * self.macs * images
 
+    def sampling_flops(self, evaluations: float) -> float:
+        """FLOPs of so many network evaluations."""
+        return 2.0 * self.macs * evaluations
+
 
 def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[int, int]) -> Cost:
     """The cost of the network that `make` builds, at (1, channels, height, width); one number is both sides.

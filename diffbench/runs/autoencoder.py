@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,11 +10,17 @@ from torch import Tensor, nn
 
 from diffbench.autoencoders import KLAutoencoder, io, without_spread_
 from diffbench.config.kinds import AutoencoderConfig
+from diffbench.config.layers import COMMAND_LINE, parse_allowed
+from diffbench.config.load import change
 from diffbench.core.errors import UserError
-from diffbench.data.coding import side_by_side, spread
+from diffbench.data.coding import reconstruct, side_by_side, spread
 from diffbench.denoisers.flops import Cost, measure
 from diffbench.evaluation import reference
+from diffbench.metrics import Extractor
 from diffbench.metrics.extractors.base import check
+from diffbench.metrics.frechet import frechet_distance
+from diffbench.metrics.reconstruction import psnr, ssim
+from diffbench.metrics.registry import metric_name
 from diffbench.runs import build, checks
 from diffbench.runs.base import Run
 from diffbench.runs.build import INSIDE
@@ -115,6 +121,55 @@ class AutoencoderRun(Run[AutoencoderConfig]):
             return io.load(self.folder / INSIDE)
         except ValueError as e:
             raise UserError(str(e)) from None
+
+    def score(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
+        """Score the finished network, averaged, on `evaluate.count` held-out images, or as many as there are.
+
+        Args:
+            overrides: key=value for the section `evaluate`.
+
+        Returns:
+            The record, already appended to the run's results.jsonl: PSNR and SSIM, the Fréchet distance of the
+            reconstructions from the same images, and how many the extractor still recognises.
+        """
+        config = change(self.config, parse_allowed(overrides, "evaluate.KEY"))
+        try:
+            self.check(config)
+        except ValueError as e:
+            raise UserError(f"{COMMAND_LINE}: {e}") from None
+        device = build.device_of(config.trainer.accelerator)
+        net = self.trained.to(device)
+        part = reference.first(self.held_out, "held-out", min(config.evaluate.count, len(self.held_out)))
+        images, labels = self.held_out.images[part.index], part.labels
+        restored, divergence = reconstruct(net, images)
+        n, extractor = len(images), self._extractor(config, device)
+        c, h, w = net.config.latent_shape(tuple(images.shape[1:]))
+        record = {
+            **self.surroundings(extractor),
+            "reference": {"split": "held-out", "count": n},
+            "autoencoder": net.fingerprint,
+            "numbers": c * h * w,
+            f"psnr@{n}": psnr(restored, images),
+            f"ssim@{n}": ssim(restored, images),
+            f"kl_nats@{n}": float(divergence.double().mean()),
+        }
+        if extractor is not None:
+            found, real = ([extractor(part) for part in a.split(reference.BATCH)] for a in (restored, images))
+            pooled = [torch.cat([part.pooled.cpu() for part in parts]) for parts in (found, real)]
+            record[metric_name("reconstruction_fd", extractor, n)] = frechet_distance(*pooled)
+            if extractor.predicts_labels:
+                classes = torch.cat([part.logits.argmax(1).cpu() for part in found if part.logits is not None])
+                record[metric_name("label_accuracy", extractor, n)] = float((classes == labels).double().mean())
+        self.add_result(record)
+        return record
+
+    def _extractor(self, config: AutoencoderConfig, device: torch.device) -> Extractor | None:
+        """Make the extractor, or print why not and return None: PSNR and SSIM need none."""
+        try:
+            return reference.run_extractor(config, self.train_set, device)
+        except ValueError as e:
+            print(f"no Fréchet distance: {e}", flush=True)
+            return None
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from diffbench.denoisers.flops import Cost
 from diffbench.evaluation import records
 from diffbench.evaluation.curves import NAME as CURVES
 from diffbench.evaluation.curves import Band, read_curves
+from diffbench.metrics import Extractor
 from diffbench.runs import weights
 from diffbench.runs.build import device_of, load_data
 from diffbench.runs.folder import SAVED, read_values
@@ -99,6 +100,16 @@ class Run(ABC, Generic[C]):
         """Appends a record to results.jsonl."""
         records.append(self.folder / "results.jsonl", record)
         vars(self).pop("results", None)
+
+    def surroundings(self, extractor: Extractor | None) -> dict[str, Any]:
+        """Entries of a record about machine and code, the extractor, and the run's weights and data."""
+        return {
+            **records.surroundings(extractor, extractor.device if extractor else torch.device("cpu")),
+            "images_seen": self.images_seen,
+            "ema": self.ema,
+            "data": self.train_set.fingerprint(),
+            "data_name": self.train_set.name,
+        }
 
     @cached_property
     def timeline(self) -> list[tuple[int, float]]:
@@ -184,9 +195,8 @@ class Run(ABC, Generic[C]):
     def _parts(self) -> tuple[ImageSet, ImageSet]:
         with self.located():
             train_set, held_out = load_data(self.config)
-        path = self.folder / DATA_FACTS
-        changed = DataFacts.read(path).difference(DataFacts.of(train_set)) if path.is_file() else None
-        if changed:
+        kept = (self.folder / DATA_FACTS).is_file()
+        if kept and (changed := self.facts.difference(DataFacts.of(train_set))):
             raise other_data(changed)
         return train_set, held_out
 
@@ -274,9 +284,9 @@ class Run(ABC, Generic[C]):
 
     def prepare(self) -> None:
         """Writes what the run needs besides its config, before training; the first process calls it."""
-        train_set, path = self.train_set, self.folder / DATA_FACTS  # whose images are checked where the file is there
+        facts, path = DataFacts.of(self.train_set), self.folder / DATA_FACTS  # images that differ are refused
         if not path.is_file():
-            DataFacts.of(train_set).write(path)
+            facts.write(path)
 
     def finish(self) -> None:
         """Writes what training ends with besides the averages; the first process calls it."""

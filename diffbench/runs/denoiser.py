@@ -255,7 +255,6 @@ class DenoiserRun(Run[RunConfig]):
         labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance: float | None = None,
         seed: int = 0,
-        progress: Callable[[int], None] | None = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         **changes: Any,
     ) -> Tensor:
@@ -266,7 +265,6 @@ class DenoiserRun(Run[RunConfig]):
             labels: one class for all, or one for each, see `labels_for`; by default the classes in turn.
             guidance: weight of guidance; by default the config's.
             seed: sample i's noise follows from (seed, i).
-            progress: called with the number of images done after each batch.
             callback: called after each step of each batch with (step, x, predicted x0).
             **changes: other keys of the `sample` section, such as steps="50" or sampler="ddim".
 
@@ -279,7 +277,7 @@ class DenoiserRun(Run[RunConfig]):
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
         y = labels_for(n, labels, self.facts)
-        return self.sampler(settings)(y, settings, seed=seed, progress=progress, callback=callback)
+        return self.sampler(settings)(y, settings, seed=seed, callback=callback)
 
 
 def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "GuidanceModels":

@@ -1,10 +1,7 @@
-"""Score a run: a denoiser's samples against real images, an autoencoder's reconstructions against originals."""
+"""Score a run of a denoiser: its samples against real images."""
 
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,35 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbench.config.kinds import AutoencoderConfig, RunConfig
-from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.kinds import RunConfig
+from diffbench.config.layers import COMMAND_LINE, located, parse_allowed
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
-from diffbench.core import distributed
-from diffbench.core.errors import UserError, suggest
-from diffbench.core.progress import progress, span
+from diffbench.core.errors import UserError
 from diffbench.data.coding import reconstruct
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
 from diffbench.evaluation import scorer as scorers
 from diffbench.evaluation.images import refuse_to_overwrite, write_npz
-from diffbench.evaluation.samples import SIZE, Samples
+from diffbench.evaluation.samples import Samples
 from diffbench.evaluation.scorer import Scorer
 from diffbench.metrics import Extractor
 from diffbench.metrics.base import evenly_spaced
-from diffbench.metrics.extractors.base import state_hash
 from diffbench.metrics.frechet import frechet_distance
 from diffbench.metrics.memorisation import nearest
-from diffbench.metrics.reconstruction import psnr, ssim
 from diffbench.metrics.registry import metric_name
-from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.build import device_of
 from diffbench.runs.checks import check_evaluation
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.ranks import run_ranks
-
-ALLOWED = ("sample", "evaluate", "seed", "ema", "snapshot", "export")
+from diffbench.runs.drawing import draw, samples_of
 
 
 def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -58,7 +48,7 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     Returns:
         One record for each, already appended to the run's results.jsonl.
     """
-    changes = _changes(overrides, ALLOWED)
+    changes = parse_allowed(overrides, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export")
     decay, snapshot = changes.pop("ema", run.ema), changes.pop("snapshot", "last")
     export = changes.pop("export", None)
     config = change(run.config, changes)
@@ -78,16 +68,6 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     if export is not None:
         _export(run, config, settings[-1], Path(str(export)))
     return found
-
-
-def _changes(overrides: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]:
-    """Parse overrides; refuse keys and sections that are not allowed."""
-    changes = parse_overrides(overrides)
-    for key in changes:
-        if key not in allowed:
-            names = ", ".join(f"{name}.KEY" if name in ("sample", "evaluate") else name for name in allowed)
-            raise UserError(f"{COMMAND_LINE}: {key}: not for evaluate; allowed: {names}{suggest(key, allowed)}")
-    return changes
 
 
 def evaluate_as(run: DenoiserRun, config: RunConfig, measured: Callable[[], dict[str, float]] = dict) -> dict[str, Any]:
@@ -173,102 +153,16 @@ def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[s
     return found | {key: value for key, (value, usual_value) in others.items() if value != usual_value}
 
 
-def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Samples:
-    """Store of a run's samples; its folder is named by everything that they depend on."""
-    models = run.guidance_models(how)
-    what = {
-        "weights": state_hash(run.network),
-        "guidance_models": [state_hash(n) for n in (models.weak_model, models.classifier) if n is not None],
-        "autoencoder": None if run.autoencoder is None else run.autoencoder.fingerprint,
-        "process": dataclasses.asdict(config.process),
-        "sample": how.numbers(),
-        "seed": config.seed,
-        "labels": labels_of(run, config.evaluate.count).bincount(minlength=1).tolist(),
-        "count": config.evaluate.count,
-    }
-    channels, height, width = run.train_set.images.shape[1:]
-    return Samples(run.folder / "evaluations", what, config.evaluate.count, (channels, height, width))
-
-
-def labels_of(run: DenoiserRun, count: int) -> Tensor:
-    """Labels (N,) of a run's samples, class by class."""
-    return references.sample_labels(run.train_set, count)
-
-
-def drawing_seconds(run: DenoiserRun) -> float:
-    """About how long the samples take that the run's config scores, on this machine."""
-    from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
-
-    run.network.to(device_of(run.config.trainer.accelerator))
-    c = run.config
-    evaluations = sum(network_evaluations(run.process, how) for how in c.sample.scored())
-    return c.evaluate.count * evaluations * seconds_per_evaluation(run.sampler(c.sample), c.sample.batch_size)
-
-
-def draw(
-    run: DenoiserRun, how: SampleConfig, samples: Samples, seed: int, rank: int = 0, world: int = 1
-) -> dict[str, Any]:
-    """Draw the samples that are missing; print first how long that takes.
-
-    Several processes, as many as `trainer.devices` of the run and as this machine has devices, draw chunks of their
-    own. They are started from here; `rank` and `world` are for them alone.
-
-    Returns:
-        Entries of a record: network evaluations, seconds of this call, samples drawn, share of clipped values.
-    """
-    from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
-
-    sampler, evaluations = run.sampler(how), network_evaluations(run.process, how)
-    labels, started = labels_of(run, samples.count), time.perf_counter()
-    missing = left = samples.count - samples.present()
-    estimate = 0.0
-    processes = min(run.config.trainer.devices, torch.cuda.device_count() or run.config.trainer.devices)
-    if left > SIZE and processes > 1 and distributed.place()[1] == 1:
-        wanted = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
-        wanted |= {"sample": dataclasses.asdict(how)}
-        print(f"{left:,} samples in {processes} processes", flush=True)
-        run_ranks(processes, "draw", str(run.folder), json.dumps(wanted))
-        left = samples.count - samples.present()
-    if left:
-        run.compile(2.0 * run.cost.macs * evaluations * left / world)
-        batch = min(how.batch_size, left)
-        estimate = left * evaluations * seconds_per_evaluation(sampler, batch)
-        print(
-            f"{left:,} samples by {how.sampler}, {evaluations} network evaluations each: about {span(estimate)}",
-            flush=True,
-        )
-    shown = progress("samples", samples.count) if estimate > scorers.PATIENCE else nullcontext(lambda count: None)
-    with shown as advance:
-
-        def one(first: int, count: int) -> Tensor:
-            done = 0
-
-            def drawn(now: int) -> None:
-                nonlocal done
-                advance(now - done)
-                done = now
-
-            return sampler(labels[first : first + count], how, seed=seed, first=first, progress=drawn)
-
-        samples.fill(one, advance, rank, world)
-    return {
-        "network_evaluations": evaluations,
-        "seconds": time.perf_counter() - started,
-        "drawn": missing,
-        "clipped": sampler.clipped / sampler.values if sampler.values else None,
-    }
-
-
 def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Scorer) -> dict[str, Any]:
     samples = samples_of(run, config, how)
     drawn = draw(run, how, samples, config.seed)
-    labels = labels_of(run, samples.count)
+    labels = references.sample_labels(run.train_set, samples.count)
     started = time.perf_counter()
     batches = ((index, images, labels[index]) for index, images in samples.batches(references.BATCH))
     values = scorer.scores(batches)
     _draw_neighbours(samples, labels, run.train_set, run.facts.names)
     return {
-        **_facts(run, scorer.measurement.extractor),
+        **run.surroundings(scorer.measurement.extractor),
         "snapshot": run.snapshot,
         "guidance": how.guidance,
         "sample": how.numbers() | {"batch_size": how.batch_size, "seed": config.seed, "seconds": drawn.pop("seconds")},
@@ -278,17 +172,6 @@ def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Score
         **scorer.facts(),
         "scoring_seconds": time.perf_counter() - started,
         **values,
-    }
-
-
-def _facts(run: DenoiserRun | AutoencoderRun, extractor: Extractor | None) -> dict[str, Any]:
-    """Entries of any run's record about its surroundings, weights and data."""
-    return {
-        **records.surroundings(extractor, extractor.device if extractor else torch.device("cpu")),
-        "images_seen": run.images_seen,
-        "ema": run.ema,
-        "data": run.train_set.fingerprint(),
-        "data_name": run.train_set.name,
     }
 
 
@@ -333,58 +216,11 @@ def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str
 def _export(run: DenoiserRun, config: RunConfig, how: SampleConfig, path: Path) -> None:
     samples = samples_of(run, config, how)
     order = scorers.permutation(samples.count, "order of samples", "export")
-    write_npz(path, samples.count, samples.shape, samples.rows(order), labels_of(run, samples.count)[order])
+    write_npz(
+        path,
+        samples.count,
+        samples.shape,
+        samples.rows(order),
+        references.sample_labels(run.train_set, samples.count)[order],
+    )
     print(f"{path}: {samples.count:,} samples as arr_0, shuffled in a fixed order, their labels as arr_1")
-
-
-def evaluate_autoencoder(run: AutoencoderRun, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Score the finished autoencoder, with averaged weights, on `evaluate.count` held-out images, or as many
-    as there are.
-
-    Args:
-        run: a finished run.
-        overrides: key=value for the section `evaluate`.
-
-    Returns:
-        The record, already appended to the run's results.jsonl: PSNR and SSIM, the Fréchet distance of the
-        reconstructions from the same images, and how many the extractor still recognises.
-    """
-    config = change(run.config, _changes(overrides, ["evaluate"]))
-    try:
-        run.check(config)
-    except ValueError as e:
-        raise UserError(f"{COMMAND_LINE}: {e}") from None
-    device = device_of(config.trainer.accelerator)
-    net = run.trained.to(device)
-    part = references.first(run.held_out, "held-out", min(config.evaluate.count, len(run.held_out)))
-    images, labels = run.held_out.images[part.index], part.labels
-    restored, divergence = reconstruct(net, images)
-    n, extractor = len(images), _extractor(config, run, device)
-    c, h, w = net.config.latent_shape(tuple(images.shape[1:]))
-    record = {
-        **_facts(run, extractor),
-        "reference": {"split": "held-out", "count": n},
-        "autoencoder": net.fingerprint,
-        "numbers": c * h * w,
-        f"psnr@{n}": psnr(restored, images),
-        f"ssim@{n}": ssim(restored, images),
-        f"kl_nats@{n}": float(divergence.double().mean()),
-    }
-    if extractor is not None:
-        found, real = ([extractor(part) for part in a.split(references.BATCH)] for a in (restored, images))
-        pooled = [torch.cat([part.pooled.cpu() for part in parts]) for parts in (found, real)]
-        record[metric_name("reconstruction_fd", extractor, n)] = frechet_distance(*pooled)
-        if extractor.predicts_labels:
-            classes = torch.cat([part.logits.argmax(1).cpu() for part in found if part.logits is not None])
-            record[metric_name("label_accuracy", extractor, n)] = float((classes == labels).double().mean())
-    run.add_result(record)
-    return record
-
-
-def _extractor(config: AutoencoderConfig, run: AutoencoderRun, device: torch.device) -> Extractor | None:
-    """Make the extractor, or print why not and return None: PSNR and SSIM need none."""
-    try:
-        return references.run_extractor(config, run.train_set, device)
-    except ValueError as e:
-        print(f"no Fréchet distance: {e}", flush=True)
-        return None

@@ -12,7 +12,7 @@ from diffbench.config.sections import SampleConfig
 from diffbench.core import distributed
 from diffbench.core.distributed import EXIT_LOST, end_with_parent
 from diffbench.core.errors import LostError, report
-from diffbench.runs import evaluate
+from diffbench.runs import drawing
 from diffbench.runs.build import device_of
 from diffbench.runs.folder import read_config
 from diffbench.runs.lifecycle import KINDS, encode, load, train_here
@@ -27,7 +27,7 @@ def train(folder: str, checkpoint: str | None = None) -> None:
 
 
 def draw(folder: str, settings: str) -> None:
-    """Draws this rank's part of a run's samples; see `evaluate.draw`."""
+    """Draws this rank's part of a run's samples; see `drawing.draw`."""
     wanted = json.loads(settings)
     run = load(folder, wanted["ema"])
     if wanted["snapshot"] == "best":
@@ -35,7 +35,7 @@ def draw(folder: str, settings: str) -> None:
     config = change(run.config, {"seed": wanted["seed"], "evaluate": {"count": wanted["count"]}})
     run.network.to(device_of(config.trainer.accelerator))
     how = SampleConfig(**wanted["sample"])
-    evaluate.draw(run, how, evaluate.samples_of(run, config, how), config.seed, *distributed.place())
+    drawing.draw(run, how, drawing.samples_of(run, config, how), config.seed, *distributed.place())
 
 
 def main(what: str, *arguments: str) -> int:

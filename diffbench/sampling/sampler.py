@@ -65,7 +65,7 @@ class Sampler:
             config: sampler, steps, guidance and the rest.
             seed: with a sample's number it fixes its noise.
             first: number of the first sample.
-            progress: called with the number of images done after each batch.
+            progress: called with the number of images of each batch that is done.
             callback: called after each step of each batch with (step, x, predicted x0).
 
         Returns:
@@ -117,7 +117,7 @@ class Sampler:
                     continue
                 done = part.stop
                 if progress:
-                    progress(done)
+                    progress(part.stop - part.start)
         return torch.cat(images)
 
     def pixels(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from diffbench.autoencoders import io as files
 from diffbench.cli import main
 from diffbench.core import distributed, store
 from diffbench.evaluation import samples
-from diffbench.runs import evaluate
+from diffbench.runs import drawing, evaluate
 from diffbench.runs.lifecycle import load
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def test_two_processes_encode_what_one_encodes(tmp_path: Path, monkeypatch: pyte
 
 def test_two_processes_score_what_one_scores(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "SIZE", 16)
-    monkeypatch.setattr(evaluate, "SIZE", 16)
+    monkeypatch.setattr(drawing, "SIZE", 16)
     run, found = load(smoke_run), []
     for devices in (1, 2):
         run.config.trainer.devices = devices

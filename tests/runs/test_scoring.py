@@ -27,7 +27,7 @@ from diffbench.metrics.frechet import frechet_distance, gaussian
 from diffbench.metrics.kernel import kernel_distance
 from diffbench.metrics.memorisation import nearest_distance
 from diffbench.metrics.neighbours import neighbours
-from diffbench.runs import evaluate
+from diffbench.runs import drawing, evaluate
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import CAPTION_HEIGHT
 from diffbench.sampling.sampler import Sampler
@@ -96,7 +96,7 @@ def test_held_out_images_are_compared_in_equal_number(smoke_run: Path) -> None:
     features = references.make_extractor("digits-cnn", None, run.train_set)
     scorer = scorers.run_scorer(run.config.evaluate, features, run.train_set, run.held_out)
     assert scorer.measurement.references.keys() == {"fd", "fd_held_out"}  # of the smoke run's 20 there are enough
-    ((_, samples),) = evaluate.samples_of(
+    ((_, samples),) = drawing.samples_of(
         run, evaluate.change(run.config, {"evaluate": {"count": 400}}), run.config.sample.unguided()
     ).batches(400)
     x, test = features(samples).pooled, features(run.held_out.images).pooled

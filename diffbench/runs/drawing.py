@@ -1,0 +1,93 @@
+"""Draw the samples of a run that are scored: kept in its folder, by several processes where it trains with several."""
+
+import dataclasses
+import json
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffbench.config.kinds import RunConfig
+from diffbench.config.sections import SampleConfig
+from diffbench.core import distributed
+from diffbench.core.progress import progress, span
+from diffbench.evaluation.reference import sample_labels
+from diffbench.evaluation.samples import SIZE, Samples
+from diffbench.evaluation.scorer import PATIENCE
+from diffbench.metrics.extractors.base import state_hash
+from diffbench.runs.build import device_of
+from diffbench.runs.denoiser import DenoiserRun
+from diffbench.runs.ranks import run_ranks
+from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
+
+
+def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Samples:
+    """Store of a run's samples; its folder is named by everything that they depend on."""
+    models = run.guidance_models(how)
+    what = {
+        "weights": state_hash(run.network),
+        "guidance_models": [state_hash(n) for n in (models.weak_model, models.classifier) if n is not None],
+        "autoencoder": None if run.autoencoder is None else run.autoencoder.fingerprint,
+        "process": dataclasses.asdict(config.process),
+        "sample": how.numbers(),
+        "seed": config.seed,
+        "labels": sample_labels(run.train_set, config.evaluate.count).bincount(minlength=1).tolist(),
+        "count": config.evaluate.count,
+    }
+    channels, height, width = run.train_set.images.shape[1:]
+    return Samples(run.folder / "evaluations", what, config.evaluate.count, (channels, height, width))
+
+
+def drawing_seconds(run: DenoiserRun) -> float:
+    """About how long the samples take that the run's config scores, on this machine."""
+    run.network.to(device_of(run.config.trainer.accelerator))
+    c = run.config
+    evaluations = sum(network_evaluations(run.process, how) for how in c.sample.scored())
+    return c.evaluate.count * evaluations * seconds_per_evaluation(run.sampler(c.sample), c.sample.batch_size)
+
+
+def draw(
+    run: DenoiserRun, how: SampleConfig, samples: Samples, seed: int, rank: int = 0, world: int = 1
+) -> dict[str, Any]:
+    """Draw the samples that are missing; print first how long that takes.
+
+    Several processes, as many as `trainer.devices` of the run and as this machine has devices, draw chunks of their
+    own. They are started from here; `rank` and `world` are for them alone.
+
+    Returns:
+        Entries of a record: network evaluations, seconds of this call, samples drawn, share of clipped values.
+    """
+    sampler, evaluations = run.sampler(how), network_evaluations(run.process, how)
+    labels, started = sample_labels(run.train_set, samples.count), time.perf_counter()
+    missing = left = samples.count - samples.present()
+    estimate = 0.0
+    processes = min(run.config.trainer.devices, torch.cuda.device_count() or run.config.trainer.devices)
+    if left > SIZE and processes > 1 and distributed.place()[1] == 1:
+        wanted = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
+        wanted |= {"sample": dataclasses.asdict(how)}
+        print(f"{left:,} samples in {processes} processes", flush=True)
+        run_ranks(processes, "draw", str(run.folder), json.dumps(wanted))
+        left = samples.count - samples.present()
+    if left:
+        run.compile(run.cost.sampling_flops(evaluations * left) / world)
+        batch = min(how.batch_size, left)
+        estimate = left * evaluations * seconds_per_evaluation(sampler, batch)
+        print(
+            f"{left:,} samples by {how.sampler}, {evaluations} network evaluations each: about {span(estimate)}",
+            flush=True,
+        )
+    shown = progress("samples", samples.count) if estimate > PATIENCE else nullcontext(lambda count: None)
+    with shown as advance:
+
+        def one(first: int, count: int) -> Tensor:
+            return sampler(labels[first : first + count], how, seed=seed, first=first, progress=advance)
+
+        samples.fill(one, advance, rank, world)
+    return {
+        "network_evaluations": evaluations,
+        "seconds": time.perf_counter() - started,
+        "drawn": missing,
+        "clipped": sampler.clipped / sampler.values if sampler.values else None,
+    }
