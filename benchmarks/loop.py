@@ -16,7 +16,6 @@ from benchmarks.config import BenchConfig, Row, shared
 from benchmarks.networks import Subject, Variant, run_config
 from benchmarks.timing import spread, synchronize
 from diffbench.config.kinds import RunConfig
-from diffbench.config.load import to_yaml
 from diffbench.core import rng
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
@@ -64,7 +63,7 @@ def compare(config: RunConfig, device: torch.device, steps: int, until: float) -
     quiet = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, contextlib.suppress(Enough):
         module = build.data_module(config, data, data)
-        fit(trained.module, module, Path(folder), trainer, config.ema, to_yaml(config), [turns])
+        fit(trained.module, module, Path(folder), replace(config, trainer=trainer), [turns])
     return turns.row(batch)
 
 

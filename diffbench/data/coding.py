@@ -1,5 +1,7 @@
 """Images through an autoencoder and back, as many at a time as fit memory."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,12 @@ def at_once(height: int, width: int) -> int:
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: KLAutoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruct(
+    autoencoder: KLAutoencoder, images: Tensor, check: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) uint8 restored from their latents' means, and the KL divergence (N,) in nats.
+
+    `check` is called before each batch, and may raise.
 
     Raises:
         UserError: if a restored value is not finite.
@@ -28,6 +34,7 @@ def reconstruct(autoencoder: KLAutoencoder, images: Tensor) -> tuple[Tensor, Ten
     autoencoder.eval()
     restored_parts, divergences = [], []
     for part in images.split(at_once(*images.shape[2:])):
+        check()
         restored, mean, log_variance = autoencoder(from_uint8(part.to(parameter.device)).to(parameter.dtype))
         if broken := int((~restored.isfinite()).sum()):
             raise UserError(f"the autoencoder's output is not finite, in {broken} of {restored.numel()} values")

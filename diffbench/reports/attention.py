@@ -121,7 +121,7 @@ def _image(run: DenoiserRun, number: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _of(run: DenoiserRun, config: AttentionConfig, levels: list[float]) -> Attention:
     image, label = _image(run, config.image)
-    parameter = next(run.denoiser.parameters())
+    parameter = next(run.network.parameters())
     try:
         t = run.process.time_at(torch.tensor(levels, dtype=torch.float64))
     except ValueError as e:
@@ -135,8 +135,8 @@ def _of(run: DenoiserRun, config: AttentionConfig, levels: list[float]) -> Atten
     x, time = run.process.inputs(run.process.add_noise(x0, t, eps), t.to(parameter.device))
     height, width = x0.shape[2:]
     tokens = [(row, column) for row, column in config.tokens or [[height // 2, width // 2]]]
-    with record_attention(run.denoiser, tokens) as maps:
-        out = run.denoiser(x, time, label)
+    with record_attention(run.network, tokens) as maps:
+        out = run.network(x, time, label)
     if not bool(out.isfinite().all()):
         raise UserError(f"{run.folder}: the network's output is not finite")
     if not maps:

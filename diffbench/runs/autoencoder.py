@@ -48,8 +48,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
 
     @classmethod
     def check(cls, config: AutoencoderConfig) -> None:
-        checks.check_device(config.trainer)
-        checks.check_cache()
+        super().check(config)
         shape = config.data.shape
         try:
             config.network.for_channels(shape[0]).latent_shape(shape)

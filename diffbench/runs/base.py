@@ -23,6 +23,7 @@ from diffbench.evaluation.curves import Band, read_curves
 from diffbench.metrics import Extractor
 from diffbench.runs import weights
 from diffbench.runs.build import device_of, load_data
+from diffbench.runs.checks import check_machine
 from diffbench.runs.folder import SAVED, read_values
 from diffbench.training.speed import keep_memory
 
@@ -257,13 +258,13 @@ class Run(ABC, Generic[C]):
     # Training.
 
     @classmethod
-    @abstractmethod
     def check(cls, config: Any) -> None:
         """Finds, within seconds and before anything is written, what would fail only once a run is under way.
 
         Raises:
             ValueError: a line that begins with the key.
         """
+        check_machine(config.trainer)
 
     @classmethod
     def start(cls, config: Any) -> dict[str, Tensor] | None:

@@ -26,9 +26,6 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: a line that begins with the key.
     """
-    check_device(config.trainer)
-    check_cache()
-    check_compiler(config.trainer.compile)
     with possible("denoiser"):  # before images are decoded, which may take hours
         cost_of(config, undecoded(config))
     if config.evaluate.extractor is not None:
@@ -55,14 +52,30 @@ def check(config: RunConfig) -> None:
         print(f"note: samples will not be scored: {e}")
 
 
-def check_logger(trainer: TrainerConfig) -> None:
-    """Check that the loggers asked for are installed.
+def check_machine(trainer: TrainerConfig) -> None:
+    """Checks that devices, loggers and compiler are there as `trainer` asks for, and that the cache can be written.
 
     Raises:
-        ValueError: naming one that is not.
+        ValueError: a line that begins with the key.
+        UserError: naming the cache.
     """
     if "wandb" in trainer.logger and importlib.util.find_spec("wandb") is None:
         raise ValueError("trainer.logger: wandb is not installed; `pip install wandb`, or leave it at [tensorboard]")
+    check_device(trainer)
+    how, compiler = getattr(trainer, "compile", "none"), missing_compiler()
+    if how in ("block", "model") and compiler is not None:
+        raise ValueError(
+            f"trainer.compile: {how} needs a C++ compiler, and there is no {compiler}; allowed: auto, none"
+        )
+    folder = cache_folder()  # which scoring needs after hours of training
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"{folder}: the cache cannot be written ({e.strerror}); set DIFFBENCH_CACHE to a folder that can"
+        ) from None
 
 
 def undecoded(config: BaseConfig) -> ImageSet:
@@ -135,23 +148,6 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
         )
 
 
-def check_cache() -> None:
-    """Checks that the cache can be written, which scoring needs after hours of training.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise UserError(
-            f"{folder}: the cache cannot be written ({e.strerror}); set DIFFBENCH_CACHE to a folder that can"
-        ) from None
-
-
 @contextlib.contextmanager
 def possible(section: str) -> Iterator[None]:
     """Make whatever a network of impossible sizes raises a ValueError that begins with its section."""
@@ -184,9 +180,3 @@ def check_device(trainer: TrainerConfig) -> None:
         raise ValueError(
             "trainer.num_nodes: processes on several machines are started by torchrun or srun; see the README"
         )
-
-
-def check_compiler(how: str) -> None:
-    """Raises ValueError, naming the key, where `trainer.compile` finds no C++ compiler: $CXX, or g++."""
-    if how in ("block", "model") and (name := missing_compiler()) is not None:
-        raise ValueError(f"trainer.compile: {how} needs a C++ compiler, and there is no {name}; allowed: auto, none")

@@ -40,8 +40,7 @@ class ClassifierRun(Run[ClassifierRunConfig]):
 
     @classmethod
     def check(cls, config: ClassifierRunConfig) -> None:
-        checks.check_device(config.trainer)
-        checks.check_cache()
+        super().check(config)
         with checks.possible("classifier"):
             _cost(config, checks.undecoded(config))
         train_set, _ = build.load_data(config)

@@ -43,11 +43,6 @@ class DenoiserRun(Run[RunConfig]):
     kind = "denoiser"
     _compiled = False
 
-    @property
-    def denoiser(self) -> nn.Module:
-        """The network."""
-        return self.network
-
     @cached_property
     def process(self) -> Process:
         """The process that it is trained under."""
@@ -108,6 +103,7 @@ class DenoiserRun(Run[RunConfig]):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
+        super().check(config)
         s = config.sample  # its runs are opened before images are decoded; whether they fit is seen after it
         with located(key="sample.weak_model"):
             if s.weak_model is not None and s.guidance != 1:
@@ -210,21 +206,17 @@ class DenoiserRun(Run[RunConfig]):
         sampler, real = self.sampler(how), self.train_set
         return [FrechetDistance(real, e.every_images, extractor, e.every_count, sampler, how, c.seed, e.best)]
 
-    def guidance_models(self, settings: SampleConfig) -> "GuidanceModels":
-        """The networks that guide besides the denoiser; see `guidance_models`."""
-        return guidance_models(settings, self.config, self.shape)
-
     def sampler(self, settings: SampleConfig) -> "Sampler":
         """The sampler of the network, guided as the settings say."""
         from diffbench.sampling.sampler import Sampler
 
         autoencoder = self.autoencoder  # loaded now, so that a missing one fails before sampling
         return Sampler(
-            self.denoiser,
+            self.network,
             self.process,
             self.shape,
             self.null_label,
-            self.guidance_models(settings),
+            guidance_models(settings, self.config, self.shape),
             decode=None if autoencoder is None else partial(decode, autoencoder),
             raw=self.raw,
             name=str(self.folder),
@@ -297,7 +289,7 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
                 raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
             if other.config.autoencoder != config.autoencoder and not build.is_experiment(config.autoencoder):
                 raise UserError(f"{settings.weak_model} was trained on other latents: {other.config.autoencoder}")
-            weak_model = other.denoiser
+            weak_model = other.network
     with located(key="sample.classifier"):
         if settings.classifier is not None and settings.classifier_scale:
             found = open_run(settings.classifier, [ClassifierRun])

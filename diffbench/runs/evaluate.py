@@ -128,7 +128,7 @@ def _record(
     run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Scorer, more: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """Draw and score samples; the record is appended to results.jsonl and shown in TensorBoard."""
-    from diffbench.training.logger import show_scores  # imports Lightning
+    from diffbench.training.tensorboard_log import show_scores
 
     found = _score(run, config, how, scorer) | {"departures": departures(run, config, how)}
     found |= _planted(run, config, how)

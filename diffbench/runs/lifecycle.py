@@ -12,7 +12,7 @@ from torch import Tensor
 from diffbench.autoencoders import io
 from diffbench.config.kinds import BaseConfig, RunConfig
 from diffbench.config.layers import Layer, located
-from diffbench.config.load import from_layers, read_layers, to_yaml
+from diffbench.config.load import from_layers, read_layers
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, sweep, write_bytes
@@ -23,7 +23,6 @@ from diffbench.evaluation.curves import read_curves
 from diffbench.runs import build, weights
 from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.base import Run, open_run
-from diffbench.runs.checks import check_logger
 from diffbench.runs.classifier import ClassifierRun
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.folder import (
@@ -138,7 +137,6 @@ def train_in(
     kind = KINDS[config.kind]
     with located(stack):  # all that can be found before the folder is made, or Lightning imported
         check_place(folder)
-        check_logger(config.trainer)
         fresh = restart or not has_checkpoint(folder)
         if fresh and isinstance(config, RunConfig) and config.init_from is not None:
             with located(key="init_from"):
@@ -225,9 +223,7 @@ def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] 
     if checkpoint is None and start is not None:
         run.network.load_state_dict(start, strict=True)
     c, data = run.config, run.data_module()
-    ema = trainer.fit(
-        run.module(), data, run.folder, c.trainer, c.ema, to_yaml(c), run.callbacks(), checkpoint, run.hparams()
-    )
+    ema = trainer.fit(run.module(), data, run.folder, c, run.callbacks(), checkpoint, run.hparams())
     for decay in ema.averages:
         average = ema.full_average(decay)
         if distributed.rank() == 0:

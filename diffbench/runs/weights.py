@@ -25,7 +25,8 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
         UserError: if there is none, or it is damaged.
     """
     if decay not in config.ema.decays:
-        raise UserError(f"{folder}: ema: no average has decay {decay}; choose from {_listed(config.ema.decays)}")
+        known = ", ".join(map(str, config.ema.decays))
+        raise UserError(f"{folder}: ema: no average has decay {decay}; choose from {known}")
     path, in_checkpoint = export_path(folder, decay), _checkpoint_images(folder, config.trainer.batch_size)
     if (exported_images(folder, decay) or 0) >= in_checkpoint and path.is_file():
         try:
@@ -105,18 +106,18 @@ def export(
     average: Sequence[Tensor],
     images: int,
     facts: Mapping[str, str] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes an average as safetensors; `facts` go into its metadata."""
+    """Writes an average as safetensors; `facts` go into its metadata, buffers come from `state`, else the network."""
     metadata = {"images": str(images), "decay": str(decay), **(facts or {})}
-    write_tensors(export_path(folder, decay), _with_average(network, average), metadata)
+    write_tensors(export_path(folder, decay), _with_average(network, average, state), metadata)
 
 
 def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int) -> None:
     """Writes all averages of a checkpoint as safetensors."""
     averages, state = _averages(checkpoint)
     for decay, average in averages.items():
-        metadata = {"images": str(images), "decay": decay}
-        write_tensors(export_path(folder, float(decay)), _with_average(network, average, state), metadata)
+        export(folder, network, float(decay), average, images, state=state)
 
 
 def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -149,7 +150,3 @@ def _with_average(
     names = [name for name, _ in network.named_parameters()]
     buffers = {name: (state or own).get(name, value) for name, value in own.items()}
     return buffers | dict(zip(names, average, strict=True))
-
-
-def _listed(decays: Sequence[float]) -> str:
-    return ", ".join(map(str, decays))

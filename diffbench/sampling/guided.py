@@ -7,16 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffbench.config.sections import SampleConfig
-from diffbench.diffusion import (
-    Predict,
-    Process,
-    autoguidance,
-    classifier_free,
-    classifier_guidance,
-    interval,
-    power_cosine,
-    predictor,
-)
+from diffbench.diffusion import Predict, Process, guidance, predictor
 from diffbench.diffusion.guidance import Weight
 from diffbench.diffusion.process import LabelledPredict
 
@@ -58,18 +49,20 @@ def guided(
         if models.weak_model is None:
             raise ValueError(f"sample.weak_model: {config.weak_model} was not loaded")
         weak = predictor(process, models.weak_model)
-        plain = autoguidance(predict, weak, y, _weight(process, config), config.guidance_channels)
+        plain = guidance.autoguidance(predict, weak, y, _weight(process, config), config.guidance_channels)
     elif null_label is None:
         raise ValueError(f"guidance {config.guidance} needs a network with a null class; this one was trained without")
     else:
-        plain = classifier_free(predict, y, null_label, _weight(process, config), config.guidance_channels)
+        plain = guidance.classifier_free(predict, y, null_label, _weight(process, config), config.guidance_channels)
     if config.classifier is None or config.classifier_scale == 0:
         return plain
     if models.classifier is None:
         raise ValueError(f"sample.classifier: {config.classifier} was not loaded")
     if y.is_floating_point():
         raise ValueError("sample.classifier: guides towards one class, not towards a mixture of classes")
-    return classifier_guidance(plain, gradient_of(models.classifier, process, y), process, config.classifier_scale)
+    return guidance.classifier_guidance(
+        plain, gradient_of(models.classifier, process, y), process, config.classifier_scale
+    )
 
 
 def gradient_of(classifier: nn.Module, process: Process, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -89,7 +82,7 @@ def gradient_of(classifier: nn.Module, process: Process, y: Tensor) -> Callable[
 def _weight(process: Process, config: SampleConfig) -> Weight:
     weight: Weight = config.guidance
     if config.guidance_schedule == "power_cosine":
-        weight = power_cosine(config.guidance, config.guidance_power, process.config.steps)
+        weight = guidance.power_cosine(config.guidance, config.guidance_power, process.config.steps)
     if config.guidance_interval is not None:
-        weight = interval(process, weight, *config.guidance_interval)
+        weight = guidance.interval(process, weight, *config.guidance_interval)
     return weight

@@ -11,22 +11,13 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from diffbench.autoencoders import KLAutoencoder
 from diffbench.config.sections import SampleConfig, ValidationConfig
 from diffbench.core import distributed
 from diffbench.data.batches import AnyDataset, image_set
-from diffbench.data.coding import at_once, reconstruct, side_by_side
+from diffbench.data.coding import reconstruct, side_by_side
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
-from diffbench.evaluation.validation_error import (
-    accuracy,
-    accuracy_metrics,
-    bound_metrics,
-    classified,
-    error_sums,
-    mean_errors,
-    validation_sets,
-)
+from diffbench.evaluation import validation_error as errors
 from diffbench.metrics.reconstruction import psnr, ssim
 from diffbench.sampling.images import Trajectory, class_columns, enlarged, save_image
 from diffbench.sampling.sampler import Sampler
@@ -159,7 +150,7 @@ class ValidationError(EveryNImages):
     ) -> None:
         super().__init__(every)
         self.log_snr = ValidationConfig().log_snr if log_snr is None else log_snr
-        self.sets = validation_sets(_in_memory(held_out), None if train is None else _in_memory(train))
+        self.sets = errors.validation_sets(_in_memory(held_out), None if train is None else _in_memory(train))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -167,16 +158,16 @@ class ValidationError(EveryNImages):
             self.logger.levels = self.log_snr
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        values: dict[str, float] = {}
-        for part, sums in self.stop.interruptible(lambda: self._sums(module)).items():
-            values |= bound_metrics(part, mean_errors(self.log_snr, sums))
-        self.record(trainer, module, values)
+        def sums() -> dict[str, Tensor]:
+            return {
+                part: errors.error_sums(module.network, module.process, data, self.log_snr, check=self.stop.check)
+                for part, data in self.sets.items()
+            }
 
-    def _sums(self, module: Any) -> dict[str, Tensor]:
-        return {
-            part: error_sums(module.network, module.process, data, self.log_snr, check=self.stop.check)
-            for part, data in self.sets.items()
-        }
+        values: dict[str, float] = {}
+        for part, found in self.stop.interruptible(sums).items():
+            values |= errors.bound_metrics(part, errors.mean_errors(self.log_snr, found))
+        self.record(trainer, module, values)
 
 
 class Accuracy(EveryNImages):
@@ -188,9 +179,10 @@ class Accuracy(EveryNImages):
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
         right = self.stop.interruptible(
-            lambda: classified(module.network, module.process, self.data, self.log_snr, check=self.stop.check)
+            lambda: errors.classified(module.network, module.process, self.data, self.log_snr, check=self.stop.check)
         )
-        self.record(trainer, module, accuracy_metrics(accuracy(self.log_snr, right, len(self.data))))
+        found = errors.accuracy(self.log_snr, right, len(self.data))
+        self.record(trainer, module, errors.accuracy_metrics(found))
 
 
 class Reconstructions(EveryNImages):
@@ -202,17 +194,10 @@ class Reconstructions(EveryNImages):
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
         mine = self.images[distributed.rank_slice(len(self.images))]  # each rank has some
-        found = self.stop.interruptible(lambda: self._reconstruct(module.network, mine))
+        found = self.stop.interruptible(lambda: reconstruct(module.network, mine, self.stop.check))
         restored, divergence = map(distributed.all_gather_rows, found)
         scores = {"val/psnr": psnr(restored, self.images), "val/ssim": ssim(restored, self.images)}
         self.record(trainer, module, scores | {"val/kl": float(divergence.double().mean())})
-
-    def _reconstruct(self, autoencoder: KLAutoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
-        parts = []
-        for part in images.split(at_once(*images.shape[2:])):
-            self.stop.check()
-            parts.append(reconstruct(autoencoder, part))
-        return torch.cat([restored for restored, _ in parts]), torch.cat([divergence for _, divergence in parts])
 
 
 class ReconstructionGrid(EveryNImages):
@@ -223,8 +208,7 @@ class ReconstructionGrid(EveryNImages):
         self.images = data.images[:40]
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        autoencoder: KLAutoencoder = module.network
-        self.show_grid(trainer, module, side_by_side(autoencoder, self.images), 10)
+        self.show_grid(trainer, module, side_by_side(module.network, self.images), 10)
 
 
 class SampleGrid(EveryNImages):

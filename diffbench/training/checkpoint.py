@@ -2,9 +2,8 @@
 
 import contextlib
 import os
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import lightning as L
@@ -34,6 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self, background: bool = False, keep: int | None = None) -> None:
         super().__init__()
         self.background, self.keep = background, keep
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -42,18 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._write(checkpoint, Path(path))
             return
         copied = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint)
-        writing: Future[None] = Future()
-
-        def work() -> None:
-            try:
-                self._write(copied, Path(path))
-                writing.set_result(None)
-            except BaseException as e:
-                writing.set_exception(e)
-
-        self._writing = writing
-
-        Thread(target=work, name="checkpoint").start()  # no daemon: the process does not end before it
+        self._writing = self._writer.submit(self._write, copied, Path(path))  # the process does not end before it
 
     def join(self) -> None:
         """Waits until what was saved is written."""

@@ -5,87 +5,33 @@ import json
 import math
 import os
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from diffbench.config.kinds import BaseConfig
+from diffbench.config.load import to_dict, to_yaml
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
-from diffbench.core.files import FULL, room_for
+from diffbench.core.files import room_for
 from diffbench.core.tensors import read_state
 from diffbench.evaluation import records
 from diffbench.evaluation.curves import NAME as CURVES
 from diffbench.evaluation.curves import read_curves
-from diffbench.metrics import registry
 from diffbench.training.clock import Clock, at_step_end
 from diffbench.training.health import mark_between, verdict
 from diffbench.training.module import TrainingModule
 from diffbench.training.order import Ordered
+from diffbench.training.tensorboard_log import TensorBoardLog
 from diffbench.training.wandb_log import WandbLog
 
-LAYOUT = {
-    "How it trains": {
-        "training loss": ["Multiline", ["train/loss"]],
-        "gradient norm": ["Multiline", ["train/grad_norm"]],
-        "skipped steps": ["Multiline", ["train/skipped_steps"]],
-        "images/s": ["Multiline", ["perf/images_per_s"]],
-    },
-}
-"""Charts of training that lay the chosen runs over each other, in TensorBoard's custom-scalars tab."""
 METRICS, TRAINING = "metrics.jsonl", "training"
-FINAL = ("val/bound", "train/loss")
-"""Metrics of the hparams tab: their last values."""
-
-
-def _line(tag: str) -> list[Any]:
-    """A chart of one value, a line for each run: a margin of no width, as TensorBoard smooths all other charts."""
-    return ["Margin", [tag, tag, tag]]
-
-
-def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: str = "") -> None:
-    """Writes a trained run's scores to TensorBoard, at the images that its weights have seen."""
-    with full_disk_reported(folder), _new_writer(folder) as writer:
-        for name, value in scores.items():
-            writer.add_scalar(prefix + name, value, images)
-
-
-@contextlib.contextmanager
-def full_disk_reported(folder: Path) -> Iterator[None]:
-    """Reports a full disk in TensorBoard's writer as one line, without the traceback of its thread.
-
-    Raises:
-        UserError: naming the events.
-    """
-    before = threading.excepthook
-
-    def hook(failed: threading.ExceptHookArgs) -> None:
-        if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in FULL):
-            before(failed)
-
-    threading.excepthook = hook
-    try:
-        with room_for(folder / "events.out.tfevents"):
-            yield
-    finally:
-        threading.excepthook = before
-
-
-def _new_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
-    # TensorBoard reads event files in the order of their names, which begin with the second they were made in.
-    while any(f".tfevents.{int(time.time())}." in p.name for p in folder.glob("events.*")):
-        time.sleep(0.05)
-    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
 
 
 def check_log(folder: Path, checkpoint: Path) -> None:
@@ -119,7 +65,7 @@ class RunLogger(Ordered):
     Args:
         folder: the run folder.
         every: images between lines of training loss.
-        config_text: the resolved config, shown in TensorBoard's text tab.
+        config: the resolved config, shown in TensorBoard's text tab and at W&B.
         hparams: entries of TensorBoard's hparams tab.
         loggers: "tensorboard", "wandb", both or none.
     """
@@ -130,15 +76,14 @@ class RunLogger(Ordered):
         self,
         folder: Path,
         every: int,
-        config_text: str = "",
+        config: BaseConfig,
         hparams: dict[str, str | float] | None = None,
         loggers: Sequence[str] = ("tensorboard",),
     ) -> None:
-        self.loggers = loggers
-        self._wandb: WandbLog | None = None
-        self.hparams = hparams or {}
+        self.loggers, self.hparams = loggers, hparams or {}
         self.path, self.folder = folder / METRICS, folder
-        self.every, self.config_text = every, config_text
+        self.every, self.config = every, config
+        self._logs: list[TensorBoardLog | WandbLog] = []
         self.levels: Sequence[float] = ()
         """Noise levels, log-SNR, that validation records; each has a chart."""
         self.clock = Clock()
@@ -146,26 +91,10 @@ class RunLogger(Ordered):
         self._losses: list[Tensor] = []  # not yet counted: to read each at once would wait for the device
         self._loss: Tensor | None = None  # sum and number of the finite losses since the last line
         self._seconds, self._logged_images = 0.0, 0
-        self._writer: SummaryWriter | None = None
         self._resumed = False
         self._bar: tqdm[Any] | None = None
         self._last = ""
         self._bands = read_curves(folder / CURVES)
-
-    def _open_writer(self) -> None:
-        """A new event file, which drops the points of earlier files past the images resumed at."""
-        self._writer = _new_writer(self.folder, purge_step=self.images + 1 if self._resumed else 0)
-        if not self._resumed:
-            self._writer.add_text("config", f"```yaml\n{self.config_text}\n```", 0)
-            watched = [metric for metric in registry.METRICS.values() if metric.watched]
-            better = {m.title: _line(m.name) if "/" in m.name else ["Multiline", [f"{m.name}[/@]"]] for m in watched}
-            levels = {f"error of eps at log-SNR {level:g}": _line(f"val/level/{level:g}") for level in self.levels}
-            where = {"Where it is better, from noise (low log-SNR) to image": levels} if levels else {}
-            margins = {name: ["Margin", [name, f"band/{name}/low", f"band/{name}/high"]] for name in self._bands}
-            healthy = {"Does it go as healthy runs did": margins} if margins else {}
-            self._writer.add_custom_scalars({"Which backbone is better": better, **where, **LAYOUT, **healthy})
-            for summary in hparams(self.hparams, dict.fromkeys(FINAL, 0.0)):  # add_hparams would make a run of its own
-                self._writer._get_file_writer().add_summary(summary)
 
     def record(self, values: dict[str, float]) -> None:
         """Appends values at the present image count."""
@@ -174,25 +103,13 @@ class RunLogger(Ordered):
         line = json.dumps({"images": self.images, **values}) + "\n"
         with room_for(self.path, len(line)), self.path.open("a") as file:
             file.write(line)
-        if self._wandb is not None:
-            self._wandb.record(values, self.images)
-        if self._writer is None:
-            return
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, self.images)
-            for end, at in zip(("low", "high"), self._band(tag) or (), strict=False):
-                self._writer.add_scalar(f"band/{tag}/{end}", at, self.images)
-
-    def _band(self, name: str) -> tuple[float, float] | None:
-        """The reference curves of a metric at the present image count."""
-        return self._bands[name].at(self.images) if name in self._bands else None
+        for log in self._logs:
+            log.record(values, self.images)
 
     def show_image(self, tag: str, image: np.ndarray) -> None:
         """Shows an image (H, W, 3) uint8 where numbers go."""
-        if self._writer is not None:
-            self._writer.add_image(tag, image, self.images, dataformats="HWC")
-        if self._wandb is not None:
-            self._wandb.show_image(tag, image, self.images)
+        for log in self._logs:
+            log.show_image(tag, image, self.images)
 
     @contextlib.contextmanager
     def paused(self, stage: str) -> Iterator[None]:
@@ -223,9 +140,11 @@ class RunLogger(Ordered):
         if self.path.exists() and not self._resumed:
             self.path.unlink()  # left by a sitting that ended before its first checkpoint
         if "tensorboard" in self.loggers:
-            self._open_writer()
+            at = self.images if self._resumed else None
+            text = to_yaml(self.config)
+            self._logs.append(TensorBoardLog(self.folder, at, text, self.hparams, self.levels, self._bands))
         if "wandb" in self.loggers:
-            self._wandb = WandbLog(self.folder, yaml.load(self.config_text, yaml.SafeLoader) or {})
+            self._logs.append(WandbLog(self.folder, to_dict(self.config)))
         if sys.stdout.isatty():
             self._bar = tqdm(
                 desc=TRAINING, total=self._total, initial=self.images, unit="img", unit_scale=True, dynamic_ncols=True
@@ -291,8 +210,8 @@ class RunLogger(Ordered):
             with self.path.open("rb+") as file:
                 os.fsync(file.fileno())
             size = self.path.stat().st_size
-        if self._writer is not None:
-            self._writer.flush()
+        for log in self._logs:
+            log.flush()
         return {"bytes": size, "loss": self._loss, "seconds": self.clock.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -305,15 +224,12 @@ class RunLogger(Ordered):
             os.truncate(self.path, state_dict["bytes"])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        for log in self._logs:
+            log.flush()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.clock.stop()
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            with contextlib.suppress(OSError):  # a full disk was reported when it was found
-                self._writer.close()
-        if self._wandb is not None:
-            self._wandb.close()
+        for log in self._logs:
+            log.close()

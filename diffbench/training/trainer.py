@@ -17,40 +17,38 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from diffbench.config.sections import EMAConfig, TrainerConfig, precision_here
+from diffbench.config.kinds import BaseConfig
+from diffbench.config.sections import TrainerConfig, precision_here
 from diffbench.core import distributed
 from diffbench.core.errors import LostError
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState, step_of
 from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
 from diffbench.training.fsdp import restore
-from diffbench.training.logger import RunLogger, full_disk_reported
+from diffbench.training.logger import RunLogger
 from diffbench.training.module import TrainingModule, decayed_early
 from diffbench.training.nan_guard import NonFiniteGuard
 from diffbench.training.signals import StopOnSignal
 from diffbench.training.speed import float32_products
+from diffbench.training.tensorboard_log import full_disk_reported
 
 
 def fit(
     module: TrainingModule,
     data: L.LightningDataModule,
     folder: Path,
-    settings: TrainerConfig,
-    ema: EMAConfig,
-    config_text: str,
+    config: BaseConfig,
     callbacks: Sequence[L.Callback],
     checkpoint: Path | None = None,
     hparams: dict[str, str | float] | None = None,
 ) -> EMA:
-    """Trains to `settings.max_images`, from a resume state where one is given.
+    """Trains to `trainer.max_images` of a config, from a resume state where one is given.
 
     Args:
         module: what is trained.
         data: its batches.
         folder: the run folder.
-        settings: length, batch, cadence, device.
-        ema: which averages are kept.
-        config_text: the resolved config, for TensorBoard.
+        config: its sections `trainer` and `ema` say how it is trained; all of it is logged.
         callbacks: the kind's own, which measure and draw.
         checkpoint: the state to resume from.
         hparams: what TensorBoard's hparams tab says of the run.
@@ -62,12 +60,13 @@ def fit(
         SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
         LostError: if another process of the job has ended.
     """
+    settings = config.trainer
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if settings.precision == "64-true":
         module.double()  # Lightning would only after a state was read into it, and into the averages
-    averages = EMA(ema)
-    log = RunLogger(folder, settings.log_images, config_text, hparams, settings.logger)
+    averages = EMA(config.ema)
+    log = RunLogger(folder, settings.log_images, config, hparams, settings.logger)
     guard = NonFiniteGuard(folder, settings.log_images, settings.max_skipped)
     on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
@@ -110,9 +109,10 @@ def fit(
                     module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
                 )
         except RuntimeError as e:
-            if settings.processes == 1 or not _lost(e):
-                raise
             text = " ".join(str(e).split())
+            lost = isinstance(e, torch.distributed.DistError) or any(w in text for w in ("gloo", "NCCL", "c10d"))
+            if settings.processes == 1 or not lost:
+                raise
             raise LostError(f"{folder}: another process of this job has ended or stopped answering ({text})") from None
         finally:
             states.join()
@@ -154,9 +154,3 @@ def _environment() -> ClusterEnvironment:
     if distributed.by_srun():
         return SLURMEnvironment(auto_requeue=False)
     return TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()
-
-
-def _lost(error: RuntimeError) -> bool:
-    """Whether an error says that another rank no longer answers."""
-    text = str(error)
-    return isinstance(error, torch.distributed.DistError) or any(word in text for word in ("gloo", "NCCL", "c10d"))

@@ -55,6 +55,9 @@ class WandbLog:
         """Log an image (H, W, 3) uint8 at an image count."""
         self._run.log({"images": images, tag: self._image(image)})
 
+    def flush(self) -> None:
+        """Nothing: W&B sends by itself."""
+
     def close(self) -> None:
         """Wait until all is written."""
         self._run.finish()

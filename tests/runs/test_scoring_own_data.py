@@ -8,9 +8,10 @@ from own_images import folder
 from torch import Tensor, nn
 
 from diffbench.cli import main
+from diffbench.config.sections import TrainerConfig
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation.records import results
-from diffbench.runs.checks import check_cache
+from diffbench.runs.checks import check_machine
 from diffbench.runs.lifecycle import load
 
 SMALL = [
@@ -95,7 +96,7 @@ def test_a_cache_that_cannot_be_written_is_found_before_training(
     )
     assert not (tmp_path / "runs").exists()
     monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "new"))
-    check_cache()
+    check_machine(TrainerConfig())
 
 
 def test_changed_data_is_not_scored(tmp_path: Path, capsys: Capture) -> None:

@@ -26,7 +26,7 @@ from diffbench.core.tensors import read_state
 from diffbench.denoisers import tmsa
 from diffbench.diffusion import DiscreteVP, VPConfig
 from diffbench.runs.build import data_module, load_data
-from diffbench.runs.checks import check_compiler
+from diffbench.runs.checks import check_machine
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.sampler import Sampler
@@ -163,7 +163,7 @@ def test_compiled_in_place_with_the_same_names_and_values(name: str, how: Any) -
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    check_compiler("none")
+    check_machine(TrainerConfig())
     with pytest.raises(UserError, match=r"trainer\.compile: block needs a C\+\+ compiler, and there is no no-such-c"):
         train(DIT, ["trainer.compile=block"])
 
