@@ -154,16 +154,6 @@ def _study(path: Path) -> Path | None:
     return path if (path / "study.yaml").is_file() else None
 
 
-def comparison_of(folders: Sequence[Path]) -> Comparison:
-    """Run folders grouped by config apart from the seed; variants are named by backbone and what else differs.
-
-    Raises:
-        UserError: if a folder holds no run or no weights, or records were measured differently.
-    """
-    runs = [_trained(folder) for folder in folders]
-    return _comparison(runs, comparable_scores(runs), CompareConfig())
-
-
 def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]], asked: CompareConfig) -> Comparison:
     kept = {run.folder.resolve(): (run, s) for run, s in zip(runs, scored, strict=True) if run.kind == "denoiser"}
     if not kept:

@@ -11,7 +11,7 @@ from diffbench.reports.tables import run_facts, run_table
 from diffbench.runs import evaluate
 from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.evaluate_images import evaluate_images
-from diffbench.runs.lifecycle import load_any
+from diffbench.runs.lifecycle import look
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,7 +38,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]
         overrides.remove("--against")
     if arguments.against is not None:
         return [evaluate_images(Path(arguments.what), Path(arguments.against), overrides)], None
-    run = load_any(arguments.what)
+    run = look(arguments.what).use_average()
     return score(run, overrides), run
 
 

@@ -14,7 +14,7 @@ from diffbench.reports.tables import run_facts, run_table
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.drawing import drawing_seconds
 from diffbench.runs.evaluate import is_scored
-from diffbench.runs.lifecycle import load_any, train
+from diffbench.runs.lifecycle import look, train
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     run = train(arguments.config, words, restart=restart)
     builds_on = getattr(run.config, "autoencoder", None)
     if builds_on is not None and (Path(builds_on) / "config.yaml").is_file():
-        autoencoder = load_any(builds_on)
+        autoencoder = look(builds_on).use_average()
         if not newest_scores(autoencoder):
             score(autoencoder)
     if run.config.kind == "classifier":

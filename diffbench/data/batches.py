@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     AnyDataset = Dataset[Any]
 else:
     AnyDataset = Dataset  # jsonargparse, and so LightningCLI, takes no subclass for Dataset[Any]
-Pair = tuple[Any, Any]
 
 
 def unpack(batch: Any) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def _columns(data: Any, names: Sequence[str]) -> tuple[list[Any], list[Any]]:
     return list(images), list(labels)
 
 
-def _item(item: Any, names: Sequence[str]) -> Pair:
+def _item(item: Any, names: Sequence[str]) -> tuple[Any, Any]:
     if not isinstance(item, Mapping):
         parts = _parts(item)
         return parts[0], parts[1] if len(parts) > 1 else None

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,7 +108,7 @@ class Part:
     @property
     def labels(self) -> np.ndarray:
         """Their classes, int64."""
-        return np.zeros(len(self.rows), np.int64) if self.split.labels is None else self.split.labels[self.rows]
+        return self.split.classes[self.rows]
 
 
 def read(place: Place, config: ImagesConfig) -> tuple[Part, Part, list[str]]:
@@ -129,8 +129,7 @@ def read(place: Place, config: ImagesConfig) -> tuple[Part, Part, list[str]]:
             of_train = "" if split is train else f" that split {train.name} has"
             raise ValueError(f"data.label_column: {item.name} has no class{of_train}; mend or remove it")
     if test is None:
-        labels = np.zeros(train.count, np.int64) if train.labels is None else train.labels
-        chosen = hold_out(labels, config.held_out)
+        chosen = hold_out(train.classes, config.held_out)
         rest, how = np.setdiff1d(np.arange(train.count), chosen), f"of split {train.name}"
         by_class = how if train.labels is None else f"{how}, by class"
         if others:
@@ -212,11 +211,9 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
                 pixels = np.zeros((len(good), *config.shape), np.uint8)
                 for row, i in enumerate(good):
                     pixels[row] = outcomes[i][0]
-                formats = Counter(outcomes[i][1] for i in good)
-                sizes = Counter("x".join(map(str, outcomes[i][2])) for i in good)
                 facts = {
-                    "formats": dict(sorted(formats.items())),
-                    "sizes": dict(sorted(sizes.items())),
+                    "formats": _counted(outcomes[i][1] for i in good),
+                    "sizes": _counted("x".join(map(str, outcomes[i][2])) for i in good),
                     "count": len(broken),
                     "broken": broken[:NAMED],
                 }
@@ -226,13 +223,12 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
             raise ValueError(f"data.path: every one of {len(part.rows):,} images is broken")
 
         def merged(arrays: dict[str, np.ndarray], facts: list[dict[str, Any]]) -> dict[str, Any]:
-            formats, sizes = (sum((Counter(f[key]) for f in facts), Counter[str]()) for key in ("formats", "sizes"))
+            kinds = {key: _counted(chain(*(Counter(f[key]).elements() for f in facts))) for key in ("formats", "sizes")}
             return {
                 "fingerprint": digest_of(arrays.values()),
                 "classes": classes,
                 "origin": part.origin,
-                "formats": dict(sorted(formats.items())),
-                "sizes": dict(sorted(sizes.items())),
+                **kinds,
                 "count": sum(f["count"] for f in facts),
                 "broken": list(chain.from_iterable(f["broken"] for f in facts))[:NAMED],
             }
@@ -243,6 +239,10 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
 Outcome = tuple[np.ndarray | str, str, tuple[int, int]]
 """Pixels, the file's format, and height and width in it; or the name of a broken image, what is wrong with it, and
 (0, 0)."""
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
 
 
 def _decoded(
@@ -262,16 +262,11 @@ def _decoded(
         for chunk, items in zip(chunks, found, strict=True):
             step = max(1, math.ceil(len(items) / (4 * threads)))
             waiting.append((chunk, [pool.submit(several, items[i : i + step]) for i in range(0, len(items), step)]))
-            if len(waiting) > 1:
-                yield _collected(*waiting.popleft())
-        while waiting:
-            yield _collected(*waiting.popleft())
+            while len(waiting) > (chunk is not chunks[-1]):
+                ready, futures = waiting.popleft()
+                yield ready, [outcome for future in futures for outcome in future.result()]
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _collected(chunk: Chunk, futures: list[Future[list[Outcome]]]) -> tuple[Chunk, list[Outcome]]:
-    return chunk, [outcome for future in futures for outcome in future.result()]
 
 
 def _outcome(item: Item, size: tuple[int, int], channels: int) -> Outcome:

@@ -153,7 +153,7 @@ def _fill(
 def _finish(filling: Filling, patience: float) -> None:
     """Wait for the chunks of the other ranks, and complete the store."""
     found, since = 0, time.monotonic()
-    while not filling.finish(_facts):
+    while not filling.finish(lambda arrays, chunks: {"fingerprint": digest_of(arrays.values())}):
         if (now := len(filling.store.chunks())) > found:
             found, since = now, time.monotonic()
         if time.monotonic() - since > patience:
@@ -163,10 +163,6 @@ def _finish(filling: Filling, patience: float) -> None:
                 f" {patience:.0f} s; start the same command again"
             )
         time.sleep(0.2)
-
-
-def _facts(arrays: dict[str, np.ndarray], chunks: list[Any]) -> dict[str, Any]:
-    return {"fingerprint": digest_of(arrays.values())}
 
 
 def _check_folder(store: Store, identity: dict[str, Any]) -> None:

@@ -46,6 +46,11 @@ class Split:
     labels: np.ndarray | None
     read: Callable[[Iterable[np.ndarray]], Iterator[list[Item]]]
 
+    @property
+    def classes(self) -> np.ndarray:
+        """Class of each row; all 0 where there are none."""
+        return np.zeros(self.count, np.int64) if self.labels is None else self.labels
+
 
 def hold_out(labels: np.ndarray, count: int | None) -> np.ndarray:
     """Choose rows to hold out, ascending: of each class about the same share, and never all of its images.

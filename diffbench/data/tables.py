@@ -29,9 +29,7 @@ def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], 
     """
     data, totals = _open_tables(place, config.subset)
     train = training_split(list(data), config.split)
-    features = dict(
-        data[train].features if data[train].features is not None else data[train]._resolve_features().features
-    )
+    features = _features(data[train])
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     images = images or [name for name, kind in features.items() if _holds_bytes(kind)]
     image = _column("image_column", features, config.image_column, images, IMAGE_NAMES[:2])

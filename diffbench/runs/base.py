@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -228,8 +228,8 @@ class Run(ABC, Generic[C]):
     def count(self) -> Cost:
         """Parameters and multiply-accumulates of a network that is not built in memory."""
 
-    def use_average(self, decay: float | None = None) -> None:
-        """Loads an average into the network, by default the first decay's.
+    def use_average(self, decay: float | None = None) -> Self:
+        """Loads an average into the network, by default the first decay's; returns the run.
 
         Raises:
             UserError: if the run keeps no such average, has no weights yet, or those of another network.
@@ -240,6 +240,7 @@ class Run(ABC, Generic[C]):
         if wrong:
             raise UserError(f"{self.folder}: holds the weights of another network than its config.yaml says: {wrong}")
         self._load(averaged, images, decay, "last")
+        return self
 
     def use_best(self) -> None:
         """Loads the averaged weights of the least distance in training into the network.

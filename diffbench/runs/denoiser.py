@@ -283,8 +283,7 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
     weak_model = classifier = None
     with located(key="sample.weak_model"):
         if settings.weak_model is not None and settings.guidance != 1:
-            other = open_run(settings.weak_model, [DenoiserRun])
-            other.use_average()
+            other = open_run(settings.weak_model, [DenoiserRun]).use_average()
             if (other.shape, other.config.process) != (shape, config.process):
                 raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
             if other.config.autoencoder != config.autoencoder and not build.is_experiment(config.autoencoder):
@@ -292,8 +291,7 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
             weak_model = other.network
     with located(key="sample.classifier"):
         if settings.classifier is not None and settings.classifier_scale:
-            found = open_run(settings.classifier, [ClassifierRun])
-            found.use_average()
+            found = open_run(settings.classifier, [ClassifierRun]).use_average()
             noising = build.build_process(config.process).noising()
             if (found.shape, found.process.noising()) != (shape, noising):
                 raise UserError(f"{settings.classifier} was trained on images of another shape or noise")

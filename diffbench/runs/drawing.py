@@ -11,7 +11,6 @@ from torch import Tensor
 
 from diffbench.config.kinds import RunConfig
 from diffbench.config.sections import SampleConfig
-from diffbench.core import distributed
 from diffbench.core.progress import progress, span
 from diffbench.evaluation.reference import sample_labels
 from diffbench.evaluation.samples import SIZE, Samples
@@ -19,7 +18,7 @@ from diffbench.evaluation.scorer import PATIENCE
 from diffbench.metrics.extractors.base import state_hash
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun, guidance_models
-from diffbench.runs.ranks import run_ranks
+from diffbench.runs.ranks import in_ranks
 from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
 
 
@@ -64,11 +63,9 @@ def draw(
     missing = left = samples.count - samples.present()
     estimate = 0.0
     processes = min(run.config.trainer.devices, torch.cuda.device_count() or run.config.trainer.devices)
-    if left > SIZE and processes > 1 and distributed.place()[1] == 1:
-        wanted = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
-        wanted |= {"sample": dataclasses.asdict(how)}
-        print(f"{left:,} samples in {processes} processes", flush=True)
-        run_ranks(processes, "draw", str(run.folder), json.dumps(wanted))
+    wanted = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
+    wanted |= {"sample": dataclasses.asdict(how)}
+    if left > SIZE and in_ranks(processes, "draw", str(run.folder), json.dumps(wanted)):
         left = samples.count - samples.present()
     if left:
         run.compile(run.cost.sampling_flops(evaluations * left) / world)

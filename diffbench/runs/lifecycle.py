@@ -37,7 +37,7 @@ from diffbench.runs.folder import (
     set_aside,
     update_config,
 )
-from diffbench.runs.ranks import run_ranks
+from diffbench.runs.ranks import in_ranks
 
 C = TypeVar("C", bound=BaseConfig)
 
@@ -55,16 +55,7 @@ def load(folder: str | Path, ema: float | None = None) -> DenoiserRun:
     Raises:
         UserError: if the folder holds no denoiser's run, no weights yet, or no such average.
     """
-    run = open_run(folder, [DenoiserRun])
-    run.use_average(ema)
-    return run
-
-
-def load_any(folder: str | Path, ema: float | None = None) -> Run[Any]:
-    """A trained run of any kind; see `load`."""
-    run = look(folder)
-    run.use_average(ema)
-    return run
+    return open_run(folder, [DenoiserRun]).use_average(ema)
 
 
 def look(folder: str | Path) -> Run[Any]:
@@ -90,10 +81,8 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
                 "autoencoder: missing: nothing is encoded in pixel space; choose an experiment that has it"
             )
         DenoiserRun.check(config)
-    if config.trainer.processes > 1 and distributed.place()[1] == 1:
-        with_autoencoder(config)
-        run_ranks(config.trainer.processes, "encode", str(path), *overrides)
     run = DenoiserRun(folder_for(Path(path), overrides, config), with_autoencoder(config))
+    in_ranks(config.trainer.processes, "encode", str(path), *overrides)
     for part in run.sets:
         assert isinstance(part, LatentSet)
         numbers, size = part.mean[0].numel(), part.nbytes / 2**20
@@ -161,9 +150,7 @@ def train_in(
             write_bytes(folder / CURVES, curves.read_bytes())
         fit(kind(folder, config), existed, start, lock)
         kind(folder, config).finish()
-        trained = kind(folder, config)
-        trained.use_average()
-        return trained
+        return kind(folder, config).use_average()
 
 
 def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int | None = None) -> None:
@@ -183,21 +170,21 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     from diffbench.training.checkpoint import newest, owed, step_of
     from diffbench.training.logger import check_log
 
-    settings = run.config.trainer
+    settings, first = run.config.trainer, distributed.is_first()
     sweep(run.folder)
     checkpoint = newest(run.folder / "checkpoints") if existed else None
     done = step_of(checkpoint) if checkpoint else 0
     images = done * settings.batch_size
     if checkpoint and done >= settings.max_steps and not owed(checkpoint):
         print(f"{run.folder}: complete at {images:,} images")
-        if distributed.is_first() and not run.complete:  # a kill came between the last checkpoint and the export
+        if first and not run.complete:  # a kill came between the last checkpoint and the export
             weights.export_from(checkpoint, run.folder, run.network, images)
-        if distributed.is_first():
+        if first:
             update_config(run.folder, run.config, complete=True)
         return
     if checkpoint:
         check_log(run.folder, checkpoint)
-    if distributed.is_first():
+    if first:
         run.prepare()
         if existed:
             update_config(run.folder, run.config)
@@ -209,10 +196,8 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     if sizes := describe_sizes(run.train_set):
         print(f"sizes (height x width): {sizes}")
     print(f"{run.folder}: {state}, {cost}, {settings.precision}")
-    if settings.processes > 1 and distributed.place()[1] == 1:
-        words = [str(run.folder), *([str(checkpoint)] if checkpoint else [])]
-        run_ranks(settings.processes, "train", *words, keep=[] if lock is None else [lock])
-    else:
+    words = [str(run.folder), *([str(checkpoint)] if checkpoint else [])]
+    if not in_ranks(settings.processes, "train", *words, keep=[] if lock is None else [lock]):
         train_here(run, checkpoint, start)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffbench.config.sections import SampleConfig
 from diffbench.diffusion import Prediction, Process
@@ -40,13 +40,17 @@ def network_evaluations(process: Process, config: SampleConfig) -> int:
 @torch.no_grad()
 def seconds_per_evaluation(sampler: Sampler, batch: int) -> float:
     """Seconds of one evaluation of the denoiser for one sample, in batches of `batch` (64 at most)."""
-    parameter = next(sampler.denoiser.parameters())
-    batch = min(batch, PROBE)
-    x = torch.zeros(batch, *sampler.shape, device=parameter.device, dtype=parameter.dtype)
-    t = sampler.process.time(torch.full((batch,), 0.5, dtype=torch.float64, device=x.device)).to(x)
-    y = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    x, t, y = zeros(sampler.denoiser, sampler.process, (min(batch, PROBE), *sampler.shape))
     with eval_mode(sampler.denoiser):
-        return timed(lambda: sampler.denoiser(x, t, y), x.device) / batch
+        return timed(lambda: sampler.denoiser(x, t, y), x.device) / len(x)
+
+
+def zeros(network: nn.Module, process: Process, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (x, t, y) of a network that a step is timed with: x (B, C, H, W) and labels of 0, at a middle time."""
+    like = next(network.parameters())
+    x = torch.zeros(shape, device=like.device, dtype=like.dtype)
+    t = process.time(torch.full(shape[:1], 0.5, dtype=torch.float64, device=like.device)).to(x)
+    return x, t, torch.zeros(shape[0], dtype=torch.int64, device=like.device)
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:

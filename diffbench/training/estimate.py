@@ -7,7 +7,7 @@ import torch
 
 from diffbench.core import distributed
 from diffbench.core.progress import span
-from diffbench.sampling.cost import timed
+from diffbench.sampling.cost import timed, zeros
 from diffbench.sampling.sampler import eval_mode
 from diffbench.training.logger import RunLogger
 from diffbench.training.module import TrainingModule
@@ -43,20 +43,17 @@ class TimeEstimate(L.Callback):
 
     def _seconds(self, trainer: L.Trainer, module: Any) -> float:
         """Seconds of training for an image; of a few images where a whole micro-batch takes long."""
-        network, process = module.network, module.process
-        weight = next(network.parameters())
+        network = module.network
 
         def step(size: int) -> float:
-            x = torch.zeros(size, *self.shape, device=weight.device, dtype=weight.dtype)
-            t = process.time(torch.full((size,), 0.5, dtype=torch.float64, device=weight.device)).to(x)
-            y = torch.zeros(size, dtype=torch.int64, device=weight.device)
+            x, t, y = zeros(network, module.process, (size, *self.shape))
 
             def work() -> None:
                 with trainer.precision_plugin.forward_context():
                     loss = network(x, t, y).square().mean()
                 loss.backward()
 
-            return timed(work, weight.device) / size
+            return timed(work, x.device) / size
 
         size = module.batch_size // trainer.accumulate_grad_batches
         with torch.random.fork_rng(devices=[]), eval_mode(network):  # no batch statistics change

@@ -40,20 +40,11 @@ def check_log(folder: Path, checkpoint: Path) -> None:
     Raises:
         UserError: if it is shorter than it was.
     """
-    log = read_state(checkpoint, "meta").get("callbacks", {}).get("RunLogger", {})
-    _size(folder / METRICS, log.get("bytes", 0))
-
-
-def _size(path: Path, wanted: int) -> int:
-    """The size of metrics.jsonl in bytes, which is at least that at a checkpoint.
-
-    Raises:
-        UserError: if it is shorter.
-    """
+    wanted = read_state(checkpoint, "meta").get("callbacks", {}).get("RunLogger", {}).get("bytes", 0)
+    path = folder / METRICS
     size = path.stat().st_size if path.exists() else 0
     if size < wanted:
         raise UserError(f"{path}: {size} bytes, shorter than at the checkpoint ({wanted} bytes); restore it")
-    return size
 
 
 class RunLogger(Ordered):
@@ -218,9 +209,7 @@ class RunLogger(Ordered):
         self._resumed = True
         self._loss = state_dict["loss"]
         self.clock.before = state_dict["seconds"]
-        if distributed.rank():
-            return
-        if _size(self.path, state_dict["bytes"]) > state_dict["bytes"]:
+        if not distributed.rank() and self.path.exists():
             os.truncate(self.path, state_dict["bytes"])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -7,15 +7,20 @@ import pytest
 from made_runs import make_run, record, save_record
 
 from diffbench.cli import main
-from diffbench.commands.compare import comparison_of
+from diffbench.commands import compare
 from diffbench.core.errors import UserError
 from diffbench.denoisers.flops import Cost
 from diffbench.reports.images import attention_maps
-from diffbench.reports.results import Comparison, Trial
+from diffbench.reports.results import Comparison, Trial, comparable_scores
 from diffbench.runs import base, build
 from diffbench.runs.lifecycle import load, look
 
 Capture = pytest.CaptureFixture[str]
+
+
+def comparison_of(folders: list[Path]) -> Comparison:
+    runs = [compare._trained(folder) for folder in folders]
+    return compare._comparison(runs, comparable_scores(runs), compare.CompareConfig())
 
 
 def variants(comparison: Comparison) -> list[str]:
