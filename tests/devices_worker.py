@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from diffbench.core import distributed
+from diffbench.evaluation import validation_error
 from diffbench.runs import worker
-from diffbench.training import callbacks
 from diffbench.training.checkpoint import SaveState
 
 
@@ -19,7 +19,7 @@ def befallen(what: str, rank: int, step: int) -> Callable[..., int]:
 
 
 def _main(what: str, rank: int, step: int, *arguments: str) -> int:
-    step_end, sums = SaveState.on_train_batch_end, callbacks.error_sums
+    step_end, sums = SaveState.on_train_batch_end, validation_error.error_sums
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         if distributed.place()[0] == rank:
@@ -27,7 +27,7 @@ def _main(what: str, rank: int, step: int, *arguments: str) -> int:
         return sums(*arguments, **options)
 
     if what == "interrupt":
-        callbacks.error_sums = interrupted
+        validation_error.error_sums = interrupted
         return worker.main(*arguments)
 
     def befalls(self: SaveState, trainer: Any, *rest: Any) -> None:

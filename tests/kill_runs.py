@@ -33,10 +33,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffbench.denoisers.dit import DiT
-from diffbench.evaluation import records, samples
+from diffbench.evaluation import records, samples, validation_error
 from diffbench.runs import evaluate
 from diffbench.runs.lifecycle import load, train
-from diffbench.training import callbacks, distances, trainer  # noqa: F401
+from diffbench.training import distances, trainer  # noqa: F401
 
 RUN = [
     "trainer.batch_size=8",
@@ -130,7 +130,7 @@ class Killer:
             return run
 
         DiT.forward = forward  # type: ignore[method-assign]
-        callbacks.error_sums = within("validation", callbacks.error_sums)
+        validation_error.error_sums = within("validation", validation_error.error_sums)
         distances.FrechetDistance.measure = within("distance", distances.FrechetDistance.measure)  # type: ignore[method-assign]
 
 

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
 from diffbench.config.load import build, change
-from diffbench.core.errors import UserError, suggest
+from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.data.facts import class_number
 from diffbench.evaluation.explain import ExplainConfig, drawn, explain
@@ -21,8 +20,18 @@ from diffbench.sampling.images import new_files
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Explain a class of `arguments.run`: print its elements, write figure and JSON."""
-    label, sample, config = _asked(parse_overrides(arguments.overrides))
+    """Explain a class of `arguments.run`: print its elements, write figure and JSON.
+
+    Raises:
+        UserError: if there is no class, or a key is wrong.
+    """
+    values = parse_overrides(arguments.overrides)
+    refuse_others(values, "class", *vars(ExplainConfig()), "sample")
+    if values.get("class") is None:
+        raise UserError(f"{COMMAND_LINE}: class: missing; name one or give its number, as class=8")
+    label, sample = str(values.pop("class")), values.pop("sample", {})
+    with located([(COMMAND_LINE, values)]):
+        config = build(ExplainConfig, values)
     run = load(Path(arguments.run))
     how = change(run.config, {"sample": asdict(run.config.sample.unguided()) | sample}).sample
     with located([(COMMAND_LINE, {"class": label} | vars(config))]):
@@ -39,20 +48,3 @@ def run(arguments: argparse.Namespace) -> None:
     write_text(listing, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     save_beside_curves(explanation_figure(explanation, images), figure, [run], "explain")
     print(f"{figure}\n{listing}")
-
-
-def _asked(values: dict[str, Any]) -> tuple[str, dict[str, Any], ExplainConfig]:
-    """The class, the keys of `sample`, and the others.
-
-    Raises:
-        UserError: if there is no class, or a key is wrong.
-    """
-    known = ["class", *(f.name for f in fields(ExplainConfig)), "sample"]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{COMMAND_LINE}: {key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
-    if values.get("class") is None:
-        raise UserError(f"{COMMAND_LINE}: class: missing; name one or give its number, as class=8")
-    label, sample = values.pop("class"), values.pop("sample", {})
-    with located([(COMMAND_LINE, values)]):
-        return str(label), sample, build(ExplainConfig, values)

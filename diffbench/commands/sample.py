@@ -4,15 +4,14 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
 from diffbench.config.load import build, change
-from diffbench.core.errors import UserError, suggest
 from diffbench.data.facts import labels_for
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import FORMATS, Trajectory, class_columns, new_files, save_grid, save_image, save_npz
@@ -56,10 +55,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
     values = parse_overrides(overrides)
     section = values.pop("sample", {})  # steps=50 and sample.steps=50 are the same
     values |= section if isinstance(section, dict) else {"sample": section}
-    known = [*(f.name for f in fields(DrawConfig)), *vars(run.config.sample)]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{COMMAND_LINE}: {key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
+    refuse_others(values, *vars(DrawConfig()), *vars(run.config.sample))
     with located([(COMMAND_LINE, values)]):
         asked = build(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
     if asked.ema is not None:

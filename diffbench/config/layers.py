@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,18 +152,13 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return _with_paths(values, None)
 
 
-def parse_allowed(overrides: Sequence[str], *allowed: str) -> dict[str, Any]:
-    """As `parse_overrides`, for `evaluate`, which takes these keys alone; "sample.KEY" allows a section.
-
-    Raises:
-        UserError: for any other key.
-    """
-    values, known = parse_overrides(overrides), [name.removesuffix(".KEY") for name in allowed]
+def refuse_others(values: Mapping[str, Any], *allowed: str, said: str = "unknown key") -> None:
+    """Raise UserError for the first key of the command line that is not allowed; "sample.KEY" allows a section."""
+    known = [name.removesuffix(".KEY") for name in allowed]
     for key in values:
         if key not in known:
             hint = suggest(key, known)
-            raise UserError(f"{COMMAND_LINE}: {key}: not for evaluate; allowed: {', '.join(allowed)}{hint}")
-    return values
+            raise UserError(f"{COMMAND_LINE}: {key}: {said}; allowed: {', '.join(allowed)}{hint}")
 
 
 def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffbench.autoencoders import KLAutoencoder, io, without_spread_
 from diffbench.config.kinds import AutoencoderConfig
-from diffbench.config.layers import COMMAND_LINE, parse_allowed
+from diffbench.config.layers import COMMAND_LINE, parse_overrides, refuse_others
 from diffbench.config.load import change
 from diffbench.core.errors import UserError
 from diffbench.data.coding import reconstruct, side_by_side, spread
@@ -131,7 +131,9 @@ class AutoencoderRun(Run[AutoencoderConfig]):
             The record, already appended to the run's results.jsonl: PSNR and SSIM, the Fréchet distance of the
             reconstructions from the same images, and how many the extractor still recognises.
         """
-        config = change(self.config, parse_allowed(overrides, "evaluate.KEY"))
+        changes = parse_overrides(overrides)
+        refuse_others(changes, "evaluate.KEY", said="not for evaluate")
+        config = change(self.config, changes)
         try:
             self.check(config)
         except ValueError as e:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import COMMAND_LINE, located, parse_allowed
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core.errors import UserError
@@ -48,7 +48,8 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     Returns:
         One record for each, already appended to the run's results.jsonl.
     """
-    changes = parse_allowed(overrides, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export")
+    changes = parse_overrides(overrides)
+    refuse_others(changes, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export", said="not for evaluate")
     decay, snapshot = changes.pop("ema", run.ema), changes.pop("snapshot", "last")
     export = changes.pop("export", None)
     config = change(run.config, changes)

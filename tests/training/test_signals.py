@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from diffbench.cli import main
+from diffbench.evaluation import validation_error
 from diffbench.runs.lifecycle import train
 from diffbench.sampling.sampler import Sampler
-from diffbench.training import callbacks
 from diffbench.training.checkpoint import newest, owed
 
 Call = Callable[..., Any]
@@ -81,7 +81,7 @@ def signalled(patch: pytest.MonkeyPatch, what: str, time: int, numbers: tuple[in
 
         return run
 
-    patch.setattr(callbacks, "error_sums", interrupts("validation", callbacks.error_sums))
+    patch.setattr(validation_error, "error_sums", interrupts("validation", validation_error.error_sums))
     name, labels = ("grid", 40) if what == "grid" else ("distance", 10)
     patch.setattr(Sampler, "__call__", interrupts(name, Sampler.__call__, lambda _, y, *__: len(y) == labels))
     return finished
