@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-SECTIONS = "config/sections.py"
+SECTIONS = ("config/sections.py", "config/trainer.py")
 FIXED = ("format", "kind")
 """Keys that a file holds and nobody turns."""
 
@@ -30,7 +30,7 @@ def read_keys(place: str, prefix: str = "") -> list[Key]:
         prefix: of the names, as "sample.".
     """
     file, _, name = place.partition(":")
-    known = _classes(SECTIONS) | _classes(file)
+    known = {name: node for part in (*SECTIONS, file) for name, node in _classes(part).items()}
     found = {key.name: key for key in _keys(known, name, prefix)}  # a subclass replaces its base's
     sections = list(dict.fromkeys(key.rpartition(".")[0] for key in found))
     return sorted(found.values(), key=lambda key: sections.index(key.name.rpartition(".")[0]))

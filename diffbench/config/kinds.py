@@ -8,19 +8,10 @@ from typing import Any, Literal
 
 import torch
 
+from diffbench.config.autoencoder import LossConfig, NetworkConfig
 from diffbench.config.layers import located
-from diffbench.config.sections import (
-    DenoiserTrainerConfig,
-    EMAConfig,
-    EvaluateConfig,
-    LossConfig,
-    NetworkConfig,
-    OptimizerConfig,
-    SampleConfig,
-    TrainerConfig,
-    ValidationConfig,
-    precision_here,
-)
+from diffbench.config.sections import EMAConfig, EvaluateConfig, OptimizerConfig, SampleConfig, ValidationConfig
+from diffbench.config.trainer import DenoiserTrainerConfig, TrainerConfig, precision_here
 from diffbench.data.registry import SOURCES
 from diffbench.denoisers import DENOISERS
 from diffbench.denoisers.classifier import ClassifierConfig

@@ -4,18 +4,13 @@
 roots are in kinds.py.
 """
 
-import contextlib
 import dataclasses
-import itertools
-import math
 import os
-import re
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,6 +27,7 @@ from diffbench.config.layers import (
     read_chain,
     stacked,
 )
+from diffbench.config.types import convert, shown
 from diffbench.core.errors import suggest
 from diffbench.denoisers import DENOISERS
 from diffbench.denoisers import registry as denoisers
@@ -248,100 +244,3 @@ def _elsewhere(prefix: str, key: str) -> str:
     section = prefix.rstrip(".")
     others = [name for name, kind in REGISTRIES.get(section, {}).items() if key in keys_of(kind)]
     return f"; {prefix}{key} is a key of {section}.name={' or '.join(others)}" if others else ""
-
-
-def convert(kind: Any, value: Any, key: str) -> Any:
-    """Convert a value to the type that its key declares: 2e5 serves as a whole number, and text stays as typed.
-
-    Raises:
-        ValueError: a line that begins with the key.
-    """
-    try:
-        return _convert(kind, value)
-    except _Mismatch:
-        pass
-    options = [kind, *get_args(kind)]
-    choices = [str(c) for option in options if get_origin(option) is Literal for c in get_args(option)]
-    if choices:
-        choices += ["null"] if type(None) in options else []
-        near = suggest(str(value), choices)
-        raise ValueError(f"{key}: unknown value {shown(value)}; choose from {', '.join(choices)}{near}")
-    raise ValueError(f"{key}: must be {_wanted(kind)}, got {shown(value)}")
-
-
-def shown(value: Any) -> str:
-    """A value as YAML writes it, near enough."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-class _Mismatch(Exception):
-    pass
-
-
-def _convert(kind: Any, value: Any) -> Any:
-    origin, options = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        for option in sorted(options, key=lambda o: o is str):  # a number is text only where no number will do
-            with contextlib.suppress(_Mismatch):
-                return _convert(option, value)
-    elif origin is Literal:
-        if value in options and type(value) in map(type, options):
-            return value
-    elif origin is list:
-        if isinstance(value, list):
-            return [_convert(options[0], v) for v in value]
-    elif origin is tuple:
-        kinds = [options[0]] * len(value) if isinstance(value, list | tuple) and options[1:] == (...,) else options
-        if isinstance(value, list | tuple) and len(value) == len(kinds):
-            return tuple(itertools.starmap(_convert, zip(kinds, value, strict=True)))
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {str(k): _convert(options[1], v) for k, v in value.items()}
-    elif kind is Any:
-        return value
-    elif kind is type(None):
-        if value is None:
-            return None
-    elif kind not in (bool, int, float, str):  # which only a network from outside declares
-        return value
-    elif kind is bool:
-        if isinstance(value, bool | str) and str(value).lower() in _BOOLS:
-            return _BOOLS[str(value).lower()]
-    elif kind is str and isinstance(value, bool):
-        return str(value).lower()
-    elif kind is str and isinstance(value, str | int | float) and _is_text(str(value)):
-        return str(value)
-    elif isinstance(value, bool):
-        pass
-    elif kind is int and (isinstance(value, int) or (isinstance(value, float) and _is_whole(value))):
-        return int(value)
-    elif kind is float and isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    raise _Mismatch
-
-
-_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-def _is_text(text: str) -> bool:
-    """Whether UTF-8 and a file name can hold it: no NUL, and no half of a surrogate pair."""
-    return "\0" not in text and not re.search("[\ud800-\udfff]", text)
-
-
-def _is_whole(value: float) -> bool:
-    return value.is_integer() and abs(value) < 2**53
-
-
-def _wanted(kind: Any) -> str:
-    """A type in words."""
-    options = get_args(kind)
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_wanted(option) for option in options)
-    if get_origin(kind) is list:
-        if options[0] is str:
-            return "a list of texts, as [a, 'b: c']"
-        return f"a list of {_wanted(options[0]).split(' ', 1)[1]}s, as [1, 2]"
-    if get_origin(kind) is dict:
-        return "a section with keys of its own"
-    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-    return words.get(kind, "null")

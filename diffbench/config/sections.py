@@ -1,30 +1,17 @@
-"""The sections of a config: how a run is trained, validated, sampled and scored, and an autoencoder's network and loss.
+"""The sections of a config: optimizer, averages, validation, sampling and scores; others are in trainer.py and so on.
 
 They stand apart from the code that they configure, which needs Lightning, so that a config is checked within a second.
 """
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-import torch
-
-from diffbench.autoencoders import KLConfig
 from diffbench.config.layers import located
-from diffbench.core.errors import check_least
+from diffbench.core.errors import check, check_least
 from diffbench.denoisers.base import check_positive
 from diffbench.diffusion import PAIRS, check_pair
-
-
-def check(config: Any, section: str, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:
-    """Raise ValueError with what is wanted of the first named value for which `holds` is false; null always holds."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"{section}.{name}: must {wanted}, got {value}")
-
 
 AUGMENT_WIDTH = 9
 """Entries of the label that tells a network what augmentation did to an image."""
@@ -117,120 +104,6 @@ class EMAConfig:
 def _halved(updates: float) -> float:
     """The decay of one update where a half-life is so many."""
     return float(0.5 ** (1 / max(updates, 1e-8)))
-
-
-@dataclass
-class TrainerConfig:
-    """Length, batch and cadence; all intervals are in images and rounded up to whole steps."""
-
-    max_images: int = 1_000_000
-    """Images to see in all; a longer run extends a finished one."""
-    batch_size: int = 128
-    """Images of one optimizer step, over all devices."""
-    accumulate_grad_batches: int = 1
-    """Micro-batches that make up a step."""
-    log_images: int = 12_800
-    validate_images: int = 128_000
-    checkpoint_images: int = 128_000
-    sample_images: int = 256_000
-    logger: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
-    """Where numbers and images go besides the run folder; wandb (Weights & Biases) stays offline without a login."""
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    devices: int = 1
-    """Processes on each machine, each with a device of its own; they share a step's images."""
-    num_nodes: int = 1
-    """Machines; on several of them torchrun or srun starts the command."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the network: ddp (auto): each holds all of it; fsdp: each holds a part of the
-    weights, the averages and the optimizer's state."""
-    timeout_s: int = 1800
-    """Seconds that a process waits for the others before it gives up."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
-    """auto: bf16-mixed for a denoiser on a CUDA GPU that knows bfloat16, else 32-true; config.yaml holds which.
-    16-mixed scales the gradients, and skips steps while it looks for the scale."""
-    tf32: bool = False
-    """Products and convolutions of float32 on a CUDA GPU with 10 bits of mantissa; false: all 23, also where PyTorch
-    would not."""
-    max_skipped: int = 10
-    """Steps in a row that are skipped, because a loss or gradient is not finite, until training stops."""
-    deterministic: bool = False
-    channels_last: bool | None = None
-    """Keep convolutions in channels-last order, the same to rounding; null: on a CPU, where they are a tenth faster.
-    (DDPM++ and DiffiT on an H200 in bf16 are 31% and 10% slower so.)"""
-    data_on_device: bool | None = None
-    """Keep the training part on the device; null: on a GPU with four times the room."""
-    async_checkpoints: bool | None = None
-    """Writes resume states while training goes on, from a copy in memory; null: on a GPU."""
-
-    def __post_init__(self) -> None:
-        names = ["max_images", "batch_size", "accumulate_grad_batches", "max_skipped"]
-        names += ["devices", "num_nodes", "timeout_s"]
-        names += [f.name for f in fields(self) if f.name.endswith("_images")]
-        check_positive(self, *names, section="trainer")
-        parts = self.accumulate_grad_batches
-        if self.batch_size % parts:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches: {parts} must divide trainer.batch_size={self.batch_size}"
-            )
-        if self.batch_size % (parts * self.processes):
-            raise ValueError(
-                f"trainer.batch_size: {self.batch_size} must be a multiple of trainer.devices={self.devices} x"
-                f" trainer.num_nodes={self.num_nodes} x trainer.accumulate_grad_batches={parts}"
-            )
-        if self.strategy != "auto" and self.processes == 1:
-            raise ValueError(
-                f"trainer.strategy: {self.strategy} shares work between processes, and here is one; allowed: auto, or"
-                " trainer.devices above 1"
-            )
-        if self.strategy == "fsdp" and self.precision not in ("auto", "32-true", "bf16-mixed"):
-            raise ValueError(
-                f"trainer.precision: {self.precision} does not go with trainer.strategy=fsdp; allowed: 32-true,"
-                " bf16-mixed"
-            )
-
-    @property
-    def processes(self) -> int:
-        """Processes in all."""
-        return self.devices * self.num_nodes
-
-    @property
-    def max_steps(self) -> int:
-        """Optimizer steps in all."""
-        return -(-self.max_images // self.batch_size)
-
-
-def precision_here(settings: TrainerConfig, low: bool) -> Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]:
-    """The precision that `trainer.precision` means on this machine; `low` lets auto take bfloat16."""
-    if settings.precision != "auto":
-        return settings.precision
-    there = low and settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    return "bf16-mixed" if there and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-
-
-@dataclass
-class DenoiserTrainerConfig(TrainerConfig):
-    """A denoiser's trainer keys, beside those of every kind of run."""
-
-    label_dropout: float = 0.1
-    """Share of labels replaced by the null class, for classifier-free guidance."""
-    time_sampling: Literal["uniform", "stratified", "loss_aware"] = "uniform"
-    """Draws training times over the process's own distribution: one by one, spread evenly over each batch, or
-    by the size of past losses (Nichol & Dhariwal 2021, §3.3), which unpairs the run from others."""
-    augment: float = 0.0
-    """Probability of each non-leaking change of EDM's augmentation; needs a network with an augmentation input."""
-    compile: Literal["auto", "none", "block", "model"] = "auto"
-    """Compiles the network, or each of its blocks (less waiting): the same to rounding. Needs a C++ compiler. `auto`
-    takes the faster of the two on a GPU where the run is long enough to pay for it, and none elsewhere."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.strategy == "fsdp" and self.compile not in ("auto", "none"):
-            raise ValueError(
-                f"trainer.compile: {self.compile} does not go with trainer.strategy=fsdp; allowed: auto, none, or"
-                " trainer.strategy=ddp"
-            )
-        check(self, "trainer", "lie in 0 to 1", lambda v: 0 <= v <= 1, "augment")
-        check(self, "trainer", "lie in [0, 1)", lambda v: 0 <= v < 1, "label_dropout")
 
 
 @dataclass
@@ -395,42 +268,3 @@ class EvaluateConfig:
         check(self, "evaluate", "be positive or null", lambda v: v > 0, "every_images")
         if self.best is not None and self.every_images is None:
             raise ValueError("evaluate.best: needs distances in training; allowed: null, or set evaluate.every_images")
-
-
-@dataclass
-class NetworkConfig:
-    """Sizes of an autoencoder that is trained here; its channels are the data's, its scale is found by training."""
-
-    latent_channels: int = 4
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    """Width of each level; n levels shrink a side 2^(n-1) times."""
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    """Groups of the group normalisation; must divide every width."""
-    mid_block_add_attention: bool = True
-    """Self-attention over all positions at the coarsest level."""
-
-    def __post_init__(self) -> None:
-        self.for_channels(1)
-
-    def for_channels(self, channels: int) -> KLConfig:
-        """The network for images of this many channels."""
-        try:
-            return KLConfig(channels, channels, scaling_factor=1.0, **vars(self))
-        except ValueError as e:
-            raise ValueError(f"network.{e}") from None
-
-
-@dataclass
-class LossConfig:
-    """Sums over an image, as in latent diffusion: reconstruction + kl_weight * KL + perceptual_weight * perceptual."""
-
-    reconstruction: Literal["l1", "l2"] = "l1"
-    kl_weight: float = 1e-6
-    """0 makes a plain autoencoder, whose latents have no spread."""
-    perceptual: str | None = None
-    """An extractor whose features are compared too (their mean squared difference, times the pixels); null for none."""
-    perceptual_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_least(self, "loss", kl_weight=0, perceptual_weight=0)

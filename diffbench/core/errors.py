@@ -4,7 +4,7 @@ import difflib
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -20,6 +20,14 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     known = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {known[near[0]]!r}?" if near else ""
+
+
+def check(config: Any, section: str, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raise ValueError with what is wanted of the first named value for which `holds` is false; null always holds."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{section}.{name}: must {wanted}, got {value}")
 
 
 def check_least(config: Any, section: str, **least: float) -> None:

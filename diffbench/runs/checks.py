@@ -10,7 +10,8 @@ import torch
 
 from diffbench.config.kinds import BaseConfig, RunConfig
 from diffbench.config.layers import located
-from diffbench.config.sections import AUGMENT_WIDTH, TrainerConfig
+from diffbench.config.sections import AUGMENT_WIDTH
+from diffbench.config.trainer import TrainerConfig
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder

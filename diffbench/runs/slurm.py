@@ -26,7 +26,7 @@ from diffbench.core.errors import UserError, check_least, suggest
 if TYPE_CHECKING:
     import submitit
 
-    from diffbench.config.sections import TrainerConfig
+    from diffbench.config.trainer import TrainerConfig
 
 LAUNCHED = ("train", "encode", "evaluate")
 """Commands that can be handed over as they are; a study hands over its trials."""

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from diffbench.config.kinds import FORMAT
 from diffbench.config.layers import COMMAND_LINE, located, merge, parse_overrides, read_chain
-from diffbench.config.load import build, flatten, shown
+from diffbench.config.load import build, flatten
+from diffbench.config.types import shown
 from diffbench.core.errors import suggest
 from diffbench.metrics.registry import RANKING, metric_of
 

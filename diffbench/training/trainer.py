@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from diffbench.config.kinds import BaseConfig
-from diffbench.config.sections import TrainerConfig, precision_here
+from diffbench.config.trainer import TrainerConfig, precision_here
 from diffbench.core import distributed
 from diffbench.core.errors import LostError
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState, step_of

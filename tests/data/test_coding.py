@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder, KLConfig, kl, sample, without_spread_
-from diffbench.config.sections import LossConfig, NetworkConfig, OptimizerConfig
+from diffbench.config.autoencoder import LossConfig, NetworkConfig
+from diffbench.config.sections import OptimizerConfig
 from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8, to_uint8

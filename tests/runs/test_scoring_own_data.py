@@ -8,7 +8,7 @@ from own_images import folder
 from torch import Tensor, nn
 
 from diffbench.cli import main
-from diffbench.config.sections import TrainerConfig
+from diffbench.config.trainer import TrainerConfig
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation.records import results
 from diffbench.runs.checks import check_machine

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diffbench.cli import main
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load as load_config
-from diffbench.config.sections import SampleConfig, TrainerConfig, precision_here
+from diffbench.config.sections import SampleConfig
+from diffbench.config.trainer import TrainerConfig, precision_here
 from diffbench.core.errors import UserError
 from diffbench.core.tensors import read_state
 from diffbench.denoisers import tmsa
