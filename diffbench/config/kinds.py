@@ -171,11 +171,8 @@ class RunConfig(BaseConfig):
             else:
                 process.grid(s.steps)
         except ValueError as e:
-            raise ValueError(f"sample.steps: {s.steps!r} does not fit {_described(self.process)}: {e}") from None
-
-
-def _described(process: Any) -> str:
-    return f"process.steps={process.steps}" if process.name == "vp" else f"process.name={process.name}"
+            fixed = f"process.steps={self.process.steps}" if name == "vp" else f"process.name={name}"
+            raise ValueError(f"sample.steps: {s.steps!r} does not fit {fixed}: {e}") from None
 
 
 @dataclass

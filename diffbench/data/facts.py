@@ -43,14 +43,8 @@ class DataFacts:
     @classmethod
     def of(cls, train: ImageSet) -> "DataFacts":
         """The facts of a training set."""
-        return cls(
-            train.name,
-            train.shape,
-            train.num_classes,
-            train.class_names,
-            len(train),
-            train.fingerprint() if len(train) else "",
-        )
+        digest = train.fingerprint() if len(train) else ""
+        return cls(train.name, train.shape, train.num_classes, train.class_names, len(train), digest)
 
     @property
     def names(self) -> tuple[str, ...]:

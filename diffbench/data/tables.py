@@ -31,7 +31,9 @@ def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], 
     train = training_split(list(data), config.split)
     features = _features(data[train])
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    images = images or [name for name, kind in features.items() if _holds_bytes(kind)]
+    if not images:  # without the library's metadata
+        inner = {name: kind.get("bytes") if isinstance(kind, dict) else kind for name, kind in features.items()}
+        images = [name for name, kind in inner.items() if getattr(kind, "dtype", None) in ("binary", "large_binary")]
     image = _column("image_column", features, config.image_column, images, IMAGE_NAMES[:2])
     if image is None:
         raise ValueError(f"data.path: no column of {place.root} holds images; its columns: {', '.join(features)}")
@@ -100,12 +102,6 @@ def _column(
     if len(found) > 1 and len(preferred) != 1:
         raise ValueError(f"data.{key}: several columns fit; choose from {', '.join(found)}")
     return next(iter(preferred or found), None)
-
-
-def _holds_bytes(kind: Any) -> bool:
-    """Whether a column without the library's metadata holds encoded files."""
-    inner = kind.get("bytes") if isinstance(kind, dict) else kind
-    return getattr(inner, "dtype", None) in ("binary", "large_binary")
 
 
 def _numbers(column: str, kind: Any, values: list[Any]) -> dict[Any, int]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from diffbench.autoencoders import KLAutoencoder, KLConfig, io
+from diffbench.autoencoders import KLAutoencoder, io
 from diffbench.config.kinds import AutoencoderConfig, BaseConfig, RunConfig
 from diffbench.config.load import load
 from diffbench.core import distributed
@@ -139,7 +139,12 @@ def denoised_shape(config: RunConfig, data: Shaped) -> tuple[int, int, int]:
     if config.autoencoder is None or config.data.name == "none":  # which has the shape of what is denoised
         return data.shape
     try:
-        return _autoencoder_sizes(config).latent_shape(data.shape)
+        if is_experiment(config.autoencoder):
+            found, _ = autoencoder_experiment(config)
+            sizes = found.network.for_channels(found.data.shape[0])
+        else:
+            sizes = io.read_config(io.find(autoencoder_place(str(config.autoencoder))))
+        return sizes.latent_shape(data.shape)
     except ValueError as e:
         raise ValueError(f"autoencoder: {e}") from None
 
@@ -193,14 +198,6 @@ def autoencoder_place(source: str | Path) -> str | Path:
     if (folder / "config.yaml").is_file():
         raise ValueError(f"{source}: this run holds no trained autoencoder; choose a finished run of kind autoencoder")
     return source
-
-
-def _autoencoder_sizes(config: RunConfig) -> KLConfig:
-    source = str(config.autoencoder)
-    if not is_experiment(source):
-        return io.read_config(io.find(autoencoder_place(source)))
-    found, _ = autoencoder_experiment(config)
-    return found.network.for_channels(found.data.shape[0])
 
 
 def encoded(

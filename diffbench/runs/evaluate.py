@@ -67,7 +67,11 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     settings = config.sample.scored()
     found = [_record(run, config, how, scorer) for how in settings]
     if export is not None:
-        _export(run, config, settings[-1], Path(str(export)))
+        path, samples = Path(str(export)), samples_of(run, config, settings[-1])
+        order = scorers.permutation(samples.count, "order of samples", "export")
+        labels = references.sample_labels(run.train_set, samples.count)[order]
+        write_npz(path, samples.count, samples.shape, samples.rows(order), labels)
+        print(f"{path}: {samples.count:,} samples as arr_0, shuffled in a fixed order, their labels as arr_1")
     return found
 
 
@@ -131,9 +135,27 @@ def _record(
     """Draw and score samples; the record is appended to results.jsonl and shown in TensorBoard."""
     from diffbench.training.tensorboard_log import show_scores
 
-    found = _score(run, config, how, scorer) | {"departures": departures(run, config, how)}
-    found |= _planted(run, config, how)
-    found |= {**_restored(run, config.evaluate.count, scorer.measurement.extractor), **(more or {})}
+    samples = samples_of(run, config, how)
+    drawn = draw(run, how, samples, config.seed)
+    labels, started = references.sample_labels(run.train_set, samples.count), time.perf_counter()
+    values = scorer.scores((index, images, labels[index]) for index, images in samples.batches(references.BATCH))
+    _draw_neighbours(samples, labels, run.train_set, run.facts.names)
+    found = {
+        **run.surroundings(scorer.measurement.extractor),
+        "snapshot": run.snapshot,
+        "guidance": how.guidance,
+        "sample": how.numbers() | {"batch_size": how.batch_size, "seed": config.seed, "seconds": drawn.pop("seconds")},
+        "drawing": drawn | {"folder": str(samples.folder.relative_to(run.folder))},
+        "labels": references.spread_in_words(run.train_set, labels),
+        "precision": str(next(run.network.parameters()).dtype).removeprefix("torch."),
+        **scorer.facts(),
+        "scoring_seconds": time.perf_counter() - started,
+        **values,
+        "departures": departures(run, config, how),
+        **_planted(run, config, how),
+        **_restored(run, config.evaluate.count, scorer.measurement.extractor),
+        **(more or {}),
+    }
     run.add_result(found)
     if "tensorboard" in run.config.trainer.logger:
         show_scores(run.folder, run.images_seen, records.values(found), records.tag_prefix(found))
@@ -152,28 +174,6 @@ def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[s
         "snapshot": (run.snapshot, "last"),
     }
     return found | {key: value for key, (value, usual_value) in others.items() if value != usual_value}
-
-
-def _score(run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Scorer) -> dict[str, Any]:
-    samples = samples_of(run, config, how)
-    drawn = draw(run, how, samples, config.seed)
-    labels = references.sample_labels(run.train_set, samples.count)
-    started = time.perf_counter()
-    batches = ((index, images, labels[index]) for index, images in samples.batches(references.BATCH))
-    values = scorer.scores(batches)
-    _draw_neighbours(samples, labels, run.train_set, run.facts.names)
-    return {
-        **run.surroundings(scorer.measurement.extractor),
-        "snapshot": run.snapshot,
-        "guidance": how.guidance,
-        "sample": how.numbers() | {"batch_size": how.batch_size, "seed": config.seed, "seconds": drawn.pop("seconds")},
-        "drawing": drawn | {"folder": str(samples.folder.relative_to(run.folder))},
-        "labels": references.spread_in_words(run.train_set, labels),
-        "precision": str(next(run.network.parameters()).dtype).removeprefix("torch."),
-        **scorer.facts(),
-        "scoring_seconds": time.perf_counter() - started,
-        **values,
-    }
 
 
 def _draw_neighbours(samples: Samples, labels: Tensor, training: ImageSet, names: Sequence[str]) -> None:
@@ -212,16 +212,3 @@ def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str
 
     print(f"explaining {len(planted)} planted classes", flush=True)
     return planted_scores(run.sampler(how), how, run.facts, planted, ExplainConfig(seed=config.seed))
-
-
-def _export(run: DenoiserRun, config: RunConfig, how: SampleConfig, path: Path) -> None:
-    samples = samples_of(run, config, how)
-    order = scorers.permutation(samples.count, "order of samples", "export")
-    write_npz(
-        path,
-        samples.count,
-        samples.shape,
-        samples.rows(order),
-        references.sample_labels(run.train_set, samples.count)[order],
-    )
-    print(f"{path}: {samples.count:,} samples as arr_0, shuffled in a fixed order, their labels as arr_1")

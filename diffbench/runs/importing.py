@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from diffbench.config.documents import untyped
 from diffbench.config.kinds import RunConfig
@@ -69,7 +69,12 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
     stored = read_checkpoint(checkpoint)
     try:
         name, sets = weight_sets(source, stored, None if key is None else str(key))
-        state = _without(sets[name], ignored if isinstance(ignored, list) else [ignored] if ignored else [])
+        state = dict(sets[name])
+        for unwanted in map(str, ignored if isinstance(ignored, list) else [ignored] if ignored else []):
+            if unwanted not in state:
+                hint = suggest(unwanted, state)
+                raise ValueError(f"ignore: {unwanted} is not a name among these weights{hint}")
+            del state[unwanted]
         arguments = infer(source, state, {k: untyped(v) for k, v in (given or {}).items()})
         plan = describe(source, arguments)
         net = from_reference(source, arguments, state)
@@ -79,8 +84,10 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
     stack = [(f"import {source}", as_config(source, plan)), (COMMAND_LINE, changes)]
     config = from_layers(stack)
     assert isinstance(config, RunConfig)
-    with located(stack):
-        _check_fits(config, net, checkpoint)
+    with located(stack), torch.device("meta"):  # the command line may have changed the network
+        ours = build_denoiser(config, load_data(config)[0])
+    if wrong := weights.mismatch(ours.state_dict(), net.state_dict()):
+        raise UserError(f"{COMMAND_LINE}: the config asks for another network than {checkpoint} holds: {wrong}")
     facts = {"source": source, "checkpoint": checkpoint.name, "sha256": sha256(checkpoint), "weights": name}
     _write(out, config, net, facts)
     others = [other for other in sets if other != name]
@@ -114,13 +121,6 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
     if not isinstance(stored, Mapping):
         raise UserError(f"{path}: holds a {type(stored).__name__}, not a state dict")
     return stored
-
-
-def _without(state: dict[str, Tensor], ignored: Sequence[Any]) -> dict[str, Tensor]:
-    for name in map(str, ignored):
-        if name not in state:
-            raise ValueError(f"ignore: {name} is not a name among these weights{suggest(name, state)}")
-    return {name: value for name, value in state.items() if name not in map(str, ignored)}
 
 
 def _loaded(path: Path) -> Any:
@@ -166,15 +166,6 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
         # Levels that the schedule reaches.
         **({"validation": {"log_snr": [-4.0, -2.0, 0.0, 2.0, 4.0, 6.0]}} if vp["schedule"] == "scaled_linear" else {}),
     }
-
-
-def _check_fits(config: RunConfig, net: nn.Module, checkpoint: Path) -> None:
-    """Whether the network that the config builds takes the weights: the command line may have changed it."""
-    with torch.device("meta"):
-        ours = build_denoiser(config, load_data(config)[0])
-    wrong = weights.mismatch(ours.state_dict(), net.state_dict())
-    if wrong:
-        raise UserError(f"{COMMAND_LINE}: the config asks for another network than {checkpoint} holds: {wrong}")
 
 
 def _write(out: Path, config: RunConfig, net: nn.Module, facts: dict[str, str]) -> None:

@@ -123,18 +123,18 @@ def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
     from diffbench.config.documents import untyped
 
     known = [*ours, *sorted(_submitit().SlurmExecutor._valid_parameters() - {*ours, "stderr_to_stdout", "num_gpus"})]
-    lists = ("setup", "teardown", "srun_args")
+    kinds: dict[str, type] = dict.fromkeys(("setup", "teardown", "srun_args"), list)
+    kinds |= {"additional_parameters": dict, "array_parallelism": int}
+    wanted: dict[type | None, str] = {
+        list: "a list, as ['module load cuda']",
+        dict: "keys with values, as {nice: 10}",
+        int: "a whole number",
+    }
     for key, value in options.items():
         if key not in known:
             raise ValueError(f"launcher.{key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
-        if key in lists and not isinstance(value, list):
-            raise ValueError(f"launcher.{key}: must be a list, as ['module load cuda'], got {value!r}")
-        if key == "additional_parameters" and not isinstance(value, dict):
-            raise ValueError(f"launcher.{key}: must be keys with values, as {{nice: 10}}, got {value!r}")
-        if isinstance(value, list | dict) and key not in (*lists, "additional_parameters"):
-            raise ValueError(f"launcher.{key}: must be one value, got {value}")
-        if key == "array_parallelism" and not isinstance(value, int):
-            raise ValueError(f"launcher.{key}: must be a whole number, got {value!r}")
+        if not isinstance(value, kinds.get(key, object)) or (key not in kinds and isinstance(value, list | dict)):
+            raise ValueError(f"launcher.{key}: must be {wanted.get(kinds.get(key), 'one value')}, got {value!r}")
     return {key: untyped(value) for key, value in options.items() if value is not None}
 
 

@@ -36,9 +36,10 @@ class TimeEstimate(L.Callback):
         with logger.clock.paused():
             each = self._seconds(trainer, pl_module)
         if left * each >= WORTH_SAYING:
+            size = 10 ** max(2, len(str(int(600 / each))) - 1)  # to one digit that is not zero
             logger.say(
                 f"time: {left:,} images at about {1 / each:,.0f} images/s here, {span(left * each)} of training"
-                f" (trainer.max_images={_round(600 / each):_} takes ten minutes)"
+                f" (trainer.max_images={max(100, int(600 / each // size * size)):_} takes ten minutes)"
             )
 
     def _seconds(self, trainer: L.Trainer, module: Any) -> float:
@@ -62,9 +63,3 @@ class TimeEstimate(L.Callback):
                 found = step(size)
         network.zero_grad(set_to_none=True)
         return found
-
-
-def _round(images: float) -> int:
-    """A number of images with one digit that is not zero, at least 100."""
-    size = 10 ** max(2, len(str(int(images))) - 1)
-    return max(100, int(images // size * size))
