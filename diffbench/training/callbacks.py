@@ -21,11 +21,10 @@ from diffbench.evaluation import validation_error as errors
 from diffbench.metrics.reconstruction import psnr, ssim
 from diffbench.sampling.images import Trajectory, class_columns, enlarged, save_image
 from diffbench.sampling.sampler import Sampler
-from diffbench.training.clock import at_step_end, is_last
+from diffbench.training.clock import Ordered, find, is_last
 from diffbench.training.ema import EMA
 from diffbench.training.logger import RunLogger
 from diffbench.training.module import TrainingModule
-from diffbench.training.order import Ordered, find
 from diffbench.training.signals import Interrupted, StopOnSignal
 
 Images = ImageSet | LatentSet | AnyDataset
@@ -86,12 +85,9 @@ class EveryNImages(Ordered):
         if self.state_key in self.stop.owed:
             self._run(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, TrainingModule)
-        if at_step_end(trainer, batch_idx) and (pl_module.is_due(self.every) or (self.at_end and is_last(trainer))):
-            self._run(trainer, pl_module)
+    def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
+        if module.is_due(self.every) or (self.at_end and is_last(trainer)):
+            self._run(trainer, module)
 
     def _run(self, trainer: L.Trainer, module: Any) -> None:
         owed = [key for key in self.stop.owed if key != self.state_key]

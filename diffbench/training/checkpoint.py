@@ -15,8 +15,7 @@ from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256, write_text
 from diffbench.core.tensors import read_state
-from diffbench.training.clock import Clock, at_step_end
-from diffbench.training.order import Ordered
+from diffbench.training.clock import Clock, Ordered
 from diffbench.training.signals import StopOnSignal
 
 
@@ -147,13 +146,9 @@ class SaveState(Ordered):
             self.save(trainer)
         trainer.should_stop = self.stop.agreed
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not at_step_end(trainer, batch_idx):
-            return
+    def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
         step, asked = trainer.global_step, self.stop.asked(trainer.global_step)
-        if asked or step == trainer.max_steps or pl_module.is_due(self.every):  # type: ignore[operator]
+        if asked or step == trainer.max_steps or module.is_due(self.every):
             with self.clock.paused():
                 self.save(trainer)
         if asked:

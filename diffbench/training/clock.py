@@ -1,10 +1,13 @@
-"""When things are due, and how long training itself took."""
+"""When and in which order our callbacks act, and how long training itself took."""
 
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import lightning as L
+
+C = TypeVar("C", bound=L.Callback)
 
 
 def due(before: int, now: int, every: int) -> bool:
@@ -51,3 +54,31 @@ class Clock:
         finally:
             if running:
                 self.start()
+
+
+class Ordered(L.Callback):
+    """A callback whose place among the others matters: it puts them in order as training is set up."""
+
+    place = 0
+    """Those with a smaller number act first: stop, guard, average, log, evaluate, save."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Orders the trainer's callbacks of this kind among themselves; others stay where they are."""
+        callbacks: list[L.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
+        ours = iter(sorted((c for c in callbacks if isinstance(c, Ordered)), key=lambda c: c.place))
+        # A new list: the trainer is going through the old one.
+        trainer.callbacks = [next(ours) if isinstance(c, Ordered) else c for c in callbacks]  # type: ignore[attr-defined]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if at_step_end(trainer, batch_idx):
+            self.on_step_end(trainer, pl_module)
+
+    def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Called after the last micro-batch of each optimizer step."""
+
+
+def find(trainer: L.Trainer, kind: type[C]) -> C | None:
+    """The trainer's callback of a kind, or None."""
+    return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]

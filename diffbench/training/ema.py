@@ -12,11 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from diffbench.config.sections import EMAConfig
 from diffbench.core import distributed
-from diffbench.training.clock import at_step_end
+from diffbench.training.clock import Ordered
 from diffbench.training.fsdp import full_tensor, local_shard, shard_of, weights_replaced
 from diffbench.training.module import TrainingModule
 from diffbench.training.nan_guard import Outcome
-from diffbench.training.order import Ordered
 
 
 class EMA(Ordered):
@@ -130,12 +129,8 @@ class EMA(Ordered):
         """Starts from the weights as they lie on the device by now, or from the state that was loaded before."""
         self._find(pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not at_step_end(trainer, batch_idx):
-            return
-        self._pending = getattr(pl_module, "outcome", None)
+    def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
+        self._pending = getattr(module, "outcome", None)
         if self._pending is None:  # another module skips no steps
             self.update()
         elif self._pending.on_host:

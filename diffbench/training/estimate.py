@@ -9,9 +9,9 @@ from diffbench.core import distributed
 from diffbench.core.progress import span
 from diffbench.sampling.cost import timed, zeros
 from diffbench.sampling.sampler import eval_mode
+from diffbench.training.clock import find
 from diffbench.training.logger import RunLogger
 from diffbench.training.module import TrainingModule
-from diffbench.training.order import find
 
 WORTH_SAYING = 30.0
 """Seconds of training below which nothing is said."""

@@ -24,10 +24,9 @@ from diffbench.core.tensors import read_state
 from diffbench.evaluation import records
 from diffbench.evaluation.curves import NAME as CURVES
 from diffbench.evaluation.curves import read_curves
-from diffbench.training.clock import Clock, at_step_end
+from diffbench.training.clock import Clock, Ordered, at_step_end
 from diffbench.training.health import mark_between, verdict
 from diffbench.training.module import TrainingModule
-from diffbench.training.order import Ordered
 from diffbench.training.tensorboard_log import TensorBoardLog
 from diffbench.training.wandb_log import WandbLog
 

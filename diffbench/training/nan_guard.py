@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
-from diffbench.training.clock import at_step_end
+from diffbench.training.clock import Ordered, at_step_end
 from diffbench.training.fsdp import full_tensor
-from diffbench.training.order import Ordered
 
 
 class Outcome:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import lightning as L
 
 from diffbench.core import distributed
-from diffbench.training.order import Ordered
+from diffbench.training.clock import Ordered
 
 T = TypeVar("T")
 
