@@ -43,6 +43,11 @@ class DenoiserRun(Run[RunConfig]):
     kind = "denoiser"
     _compiled = False
 
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network."""
+        return self.network
+
     @cached_property
     def process(self) -> Process:
         """The process that it is trained under."""
