@@ -1,6 +1,6 @@
 """Images through an autoencoder and back, as many at a time as fit memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ def at_once(height: int, width: int) -> int:
     return max(1, PIXELS // (height * width))
 
 
+def _inputs(autoencoder: KLAutoencoder, images: Tensor) -> Iterator[Tensor]:
+    parameter = next(autoencoder.parameters())
+    for part in images.split(at_once(*images.shape[2:])):
+        yield from_uint8(part.to(parameter.device)).to(parameter.dtype)
+
+
 @torch.no_grad()
 def reconstruct(
     autoencoder: KLAutoencoder, images: Tensor, check: Callable[[], None] = lambda: None
@@ -29,13 +35,12 @@ def reconstruct(
     Raises:
         UserError: if a restored value is not finite.
     """
-    parameter = next(autoencoder.parameters())
     training = autoencoder.training
     autoencoder.eval()
     restored_parts, divergences = [], []
-    for part in images.split(at_once(*images.shape[2:])):
+    for x in _inputs(autoencoder, images):
         check()
-        restored, mean, log_variance = autoencoder(from_uint8(part.to(parameter.device)).to(parameter.dtype))
+        restored, mean, log_variance = autoencoder(x)
         if broken := int((~restored.isfinite()).sum()):
             raise UserError(f"the autoencoder's output is not finite, in {broken} of {restored.numel()} values")
         restored_parts.append(to_uint8(restored).cpu())
@@ -62,11 +67,9 @@ def decode(autoencoder: KLAutoencoder, latents: Tensor) -> Tensor:
 @torch.no_grad()
 def spread(autoencoder: KLAutoencoder, images: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of all latents drawn for images (N, C, H, W) uint8."""
-    parameter = next(autoencoder.parameters())
     first, second, count = 0.0, 0.0, 0
-    for part in images.split(at_once(*images.shape[2:])):
-        moments = autoencoder.encode(from_uint8(part.to(parameter.device)).to(parameter.dtype))
-        mean, log_variance = (m.double() for m in moments)
+    for x in _inputs(autoencoder, images):
+        mean, log_variance = (m.double() for m in autoencoder.encode(x))
         first += float(mean.sum())
         second += float((mean.square() + log_variance.exp()).sum())
         count += mean.numel()

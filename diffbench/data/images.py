@@ -1,6 +1,5 @@
 """Images of one's own: decoded once, in parallel, into a store that every later command maps into memory."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -9,7 +8,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -56,7 +55,7 @@ def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
     """
     if not config.path:
         raise ValueError("data.path: missing; allowed: a folder of images, .parquet files, or a hub name")
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(ImagesConfig)}
+    values = {f.name: getattr(config, f.name) for f in fields(ImagesConfig)}
     return _images(json.dumps(values), str(cache_folder()), os.getcwd(), stamp(Path(os.path.expanduser(config.path))))
 
 
@@ -64,7 +63,7 @@ def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:
     """Load CIFAR-10's training and held-out part; it is never fetched unless `path` names the hub."""
     if config.path is None:
         here = Path(CIFAR10_FOLDER).is_dir()
-        config = dataclasses.replace(config, path=CIFAR10_FOLDER if here else CIFAR10_HUB)
+        config = replace(config, path=CIFAR10_FOLDER if here else CIFAR10_HUB)
         if not here and not _is_fetched(config):
             raise ValueError(
                 f"data.path: CIFAR-10 is not on this machine; allowed: {CIFAR10_HUB}, which fetches 140 MB from the"
@@ -97,21 +96,7 @@ def _images(values: str, cache: str, folder: str, stamp: str) -> tuple[ImageSet,
     return train, held_out
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows of a split, ascending, that are trained on or held out; `origin` says in words which."""
-
-    split: Split
-    rows: np.ndarray
-    origin: str
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Their classes, int64."""
-        return self.split.classes[self.rows]
-
-
-def read(place: Place, config: ImagesConfig) -> tuple[Part, Part, list[str]]:
+def read(place: Place, config: ImagesConfig) -> tuple[Split, Split, list[str]]:
     """The training part, the held-out part, and the names of the classes (none for images without labels).
 
     Raises:
@@ -134,13 +119,13 @@ def read(place: Place, config: ImagesConfig) -> tuple[Part, Part, list[str]]:
         by_class = how if train.labels is None else f"{how}, by class"
         if others:
             by_class += f", as no image of split {others[0].name} has a class"
-        return Part(train, rest, how), Part(train, chosen, by_class), names
+        return train.part(rest, how), train.part(chosen, by_class), names
     count = test.count if config.held_out is None else config.held_out
     if count > test.count:
         raise ValueError(f"data.held_out: split {test.name} has {test.count:,} images, fewer than {count:,}")
     order = rng.permutation(rng.key("held-out"), test.count).numpy()
     where = f"split {train.name}", f"of split {test.name}" if count < test.count else f"split {test.name}"
-    return Part(train, np.arange(train.count), where[0]), Part(test, np.sort(order[:count]), where[1]), names
+    return replace(train, origin=where[0]), test.part(np.sort(order[:count]), where[1]), names
 
 
 def _stores(config: ImagesConfig, place: Place) -> tuple[Store, Store]:
@@ -176,8 +161,8 @@ def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> No
     if place.listing is not None:
         print(place.listing, flush=True)
     train, held_out, classes = read(place, config)
-    counts = np.bincount(train.labels, minlength=len(classes)).tolist()
-    parts = (len(train.rows), train.origin), (len(held_out.rows), held_out.origin)
+    counts = np.bincount(train.classes, minlength=len(classes)).tolist()
+    parts = (train.count, train.origin), (held_out.count, held_out.origin)
     print(f"{place.name}: {describe_parts(*parts, counts, classes)}", flush=True)
     for store, part in zip(stores, (train, held_out), strict=True):
         _decode_part(part, store, classes, config, place)
@@ -188,7 +173,7 @@ def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> No
         print(f"warning: {count:,} broken images left out: {', '.join(names[:5])}{', ...' * (count > 5)}", flush=True)
 
 
-def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesConfig, place: Place) -> None:
+def _decode_part(part: Split, store: Store, classes: list[str], config: ImagesConfig, place: Place) -> None:
     """Fill a store with the part's pixels ("images") and classes ("labels").
 
     Its facts are the fingerprint, the classes, how often each file format was met, the number of broken images and
@@ -200,9 +185,9 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
     """
     channels, height, width = config.shape
     columns = {"images": ("|u1", config.shape), "labels": ("<i8", ())}
-    with store.fill(_identity(config, place), columns, len(part.rows)) as filling, quiet():
+    with store.fill(_identity(config, place), columns, part.count) as filling, quiet():
         done = sum(line["rows"] + line["facts"]["count"] for line in filling.present.values())
-        with progress(f"decoding {store.folder.name}", len(part.rows), done) as advance:
+        with progress(f"decoding {store.folder.name}", part.count, done) as advance:
             for chunk, outcomes in _decoded(part, filling.missing, (height, width), channels):
                 broken = [(name, why) for name, why, _ in outcomes if isinstance(name, str)]
                 if broken and not config.skip_broken:
@@ -217,10 +202,10 @@ def _decode_part(part: Part, store: Store, classes: list[str], config: ImagesCon
                     "count": len(broken),
                     "broken": broken[:NAMED],
                 }
-                filling.add(chunk, {"images": pixels, "labels": part.labels[chunk.first : chunk.last][good]}, facts)
+                filling.add(chunk, {"images": pixels, "labels": part.classes[chunk.first : chunk.last][good]}, facts)
                 advance(len(outcomes))
         if not any(line["rows"] for line in filling.written.values()):
-            raise ValueError(f"data.path: every one of {len(part.rows):,} images is broken")
+            raise ValueError(f"data.path: every one of {part.count:,} images is broken")
 
         def merged(arrays: dict[str, np.ndarray], facts: list[dict[str, Any]]) -> dict[str, Any]:
             kinds = {key: _counted(chain(*(Counter(f[key]).elements() for f in facts))) for key in ("formats", "sizes")}
@@ -246,7 +231,7 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
 
 
 def _decoded(
-    part: Part, chunks: list[Chunk], size: tuple[int, int], channels: int
+    part: Split, chunks: list[Chunk], size: tuple[int, int], channels: int
 ) -> Iterator[tuple[Chunk, list[Outcome]]]:
     """What comes of each chunk, decoded by threads while the next is read."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -258,7 +243,7 @@ def _decoded(
 
     waiting: deque[tuple[Chunk, list[Future[list[Outcome]]]]] = deque()
     try:
-        found = part.split.read(part.rows[chunk.first : chunk.last] for chunk in chunks)
+        found = part.read(np.arange(chunk.first, chunk.last) for chunk in chunks)
         for chunk, items in zip(chunks, found, strict=True):
             step = max(1, math.ceil(len(items) / (4 * threads)))
             waiting.append((chunk, [pool.submit(several, items[i : i + step]) for i in range(0, len(items), step)]))

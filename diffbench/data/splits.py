@@ -39,12 +39,19 @@ class Split:
         count: of its rows.
         labels: class of each row, (count,) int64, -1 for none; None where the place has no classes.
         read: arrays of ascending row numbers -> their items, array by array.
+        origin: which rows of which split they are, in words.
     """
 
     name: str
     count: int
     labels: np.ndarray | None
     read: Callable[[Iterable[np.ndarray]], Iterator[list[Item]]]
+    origin: str = ""
+
+    def part(self, rows: np.ndarray, origin: str) -> "Split":
+        """Some of the rows, in ascending order."""
+        labels = None if self.labels is None else self.labels[rows]
+        return Split(self.name, len(rows), labels, lambda chunks: self.read(rows[c] for c in chunks), origin)
 
     @property
     def classes(self) -> np.ndarray:
