@@ -17,6 +17,9 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import registry
+from diffbench.evaluation.reference import check_run_extractor
+from diffbench.metrics.extractors.base import Request
+from diffbench.metrics.extractors.base import check as check_extractor
 from diffbench.runs.build import build_denoiser, build_process, cost_of, denoised_shape, device_of, load_data
 from diffbench.training.speed import missing_compiler
 
@@ -90,8 +93,6 @@ def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int,
     Raises:
         ValueError: a line that begins with evaluate.extractor.
     """
-    from diffbench.metrics.extractors.base import Request
-    from diffbench.metrics.extractors.base import check as check_extractor
 
     def unread() -> Any:
         raise AssertionError("a check reads no images")
@@ -128,8 +129,6 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
         raise ValueError(
             f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
         )
-    from diffbench.evaluation.reference import check_run_extractor  # seconds, which tables and reports need not wait
-
     e, found = config.evaluate, len(train_set)
     try:
         check_run_extractor(config, train_set)

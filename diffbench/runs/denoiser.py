@@ -29,11 +29,12 @@ from diffbench.evaluation import reference
 from diffbench.runs import build, checks, weights
 from diffbench.runs.base import Run, open_run
 from diffbench.runs.classifier import ClassifierRun
+from diffbench.sampling.guided import GuidanceModels
+from diffbench.sampling.sampler import Sampler
+from diffbench.training import speed
 
 if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
-    from diffbench.sampling.guided import GuidanceModels
-    from diffbench.sampling.sampler import Sampler
     from diffbench.training.diffusion import DiffusionModule
 
 
@@ -166,12 +167,10 @@ class DenoiserRun(Run[RunConfig]):
 
     def compile(self, flops: float) -> None:
         """Compiles the network in place as `trainer.compile` says, for work of so many FLOPs on each device."""
-        from diffbench.training.speed import compile_here, compile_network
-
         t = self.config.trainer
         if not self._compiled and t.strategy != "fsdp":
-            how = compile_here(self.network, t.compile, flops, build.device_of(t.accelerator).type == "cuda")
-            compile_network(self.network, how)
+            how = speed.compile_here(self.network, t.compile, flops, build.device_of(t.accelerator).type == "cuda")
+            speed.compile_network(self.network, how)
             self._compiled = how != "none"
 
     def data_module(self) -> "PositionDataModule":
@@ -211,10 +210,8 @@ class DenoiserRun(Run[RunConfig]):
         sampler, real = self.sampler(how), self.train_set
         return [FrechetDistance(real, e.every_images, extractor, e.every_count, sampler, how, c.seed, e.best)]
 
-    def sampler(self, settings: SampleConfig) -> "Sampler":
+    def sampler(self, settings: SampleConfig) -> Sampler:
         """The sampler of the network, guided as the settings say."""
-        from diffbench.sampling.sampler import Sampler
-
         autoencoder = self.autoencoder  # loaded now, so that a missing one fails before sampling
         return Sampler(
             self.network,
@@ -277,14 +274,12 @@ class DenoiserRun(Run[RunConfig]):
         return self.sampler(settings)(y, settings, seed=seed, callback=callback)
 
 
-def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> "GuidanceModels":
+def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> GuidanceModels:
     """The networks that guide a denoiser of this config and shape, as `weak_model` and `classifier` name them.
 
     Raises:
         ValueError: if a folder holds no such run, or one that does not fit.
     """
-    from diffbench.sampling.guided import GuidanceModels
-
     weak_model = classifier = None
     with located(key="sample.weak_model"):
         if settings.weak_model is not None and settings.guidance != 1:
