@@ -134,8 +134,7 @@ class Store:
             world: processes at work.
 
         Raises:
-            UserError: if the disk has no room for them.
-            ValueError: if the folder is being filled with something else.
+            UserError: if the disk has no room for them, or the folder is being filled with something else.
         """
         size = chunk_rows or max(1, min(8192, CHUNK_BYTES // sum(map(_row_bytes, columns.values()))))
         with locked(self.folder, wait=True):
@@ -205,7 +204,7 @@ class Filling:
             if not store.plan.exists():
                 write_text(store.plan, _dumps(self.plan))
             elif store.plan.read_text() != _dumps(self.plan):
-                raise ValueError(f"{store.plan}: another store is being filled here; choose another folder")
+                raise UserError(f"{store.plan}: another store is being filled here; remove {store.folder}")
         self.written = store.chunks() if store.is_complete() else self._intact()
         mine = self.chunks[rank::world]
         self.missing = [chunk for chunk in mine if chunk.number not in self.written]

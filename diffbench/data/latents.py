@@ -1,5 +1,6 @@
 """Latents of a data set: encoded once; mean and log-variance are stored, so that each epoch draws anew."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,14 +93,15 @@ def encode(
         patience: seconds without a new chunk of the other ranks after which they are taken for dead.
 
     Raises:
-        UserError: if the folder holds other latents (naming both) or other files, the disk is full, or another rank
-            is dead.
+        UserError: if the folder holds other latents, the disk is full, or another rank is dead.
         ValueError: if a latent is not finite in `dtype`.
     """
     data = {"name": images.name, "fingerprint": images.fingerprint(), "images": len(images)}
     identity = {"data": data, "autoencoder": autoencoder.fingerprint, "dtype": dtype, "flip": flip}
     store = Store(folder)
-    _check_folder(store, identity)
+    with contextlib.suppress(DamagedError):  # which is encoded anew
+        if store.identity() not in (None, identity):
+            raise UserError(f"{folder}: holds other latents; choose another folder, or remove it")
     if (found := store.open_intact()) is None:
         moments = partial(_moments, images, autoencoder, torch.device(device), batch_size, flip, dtype)
         kind = np.dtype(dtype).newbyteorder("<").str
@@ -163,30 +165,3 @@ def _finish(filling: Filling, patience: float) -> None:
                 f" {patience:.0f} s; start the same command again"
             )
         time.sleep(0.2)
-
-
-def _check_folder(store: Store, identity: dict[str, Any]) -> None:
-    """Refuse a folder of other latents, or of something else."""
-    folder = store.folder
-    others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
-    try:
-        found = store.identity()
-    except DamagedError as e:
-        raise UserError(f"{e}; remove {folder} to encode anew") from None
-    if found is None and others:
-        raise UserError(f"{folder}: holds {min(others)} but no latents; choose another folder")
-    if found is not None and found != identity:
-        raise UserError(
-            f"{folder}: holds {_described(found)}, not {_described(identity)}; choose another folder, or remove it"
-        )
-
-
-def _described(identity: Any) -> str:
-    try:
-        data, mirrored = identity["data"], " with mirrored ones" if identity["flip"] else ""
-        return (
-            f"{identity['dtype']} latents of data set {data['name']} ({data['fingerprint']}, {data['images']:,} images"
-            f"{mirrored}) by autoencoder {identity['autoencoder'][:16]}"
-        )
-    except (KeyError, TypeError):
-        return "something else"

@@ -26,7 +26,6 @@ from diffbench.runs.base import Run
 from diffbench.runs.build import INSIDE
 
 if TYPE_CHECKING:
-    from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.autoencoder import AutoencoderModule, Features
 
 
@@ -80,9 +79,6 @@ class AutoencoderRun(Run[AutoencoderConfig]):
             return extractor.run(extractor.prepare(((x + 1) * 127.5).expand(-1, extractor.channels, -1, -1))).pooled
 
         return features
-
-    def data_module(self) -> "PositionDataModule":
-        return build.data_module(self.config, self.train_set, self.held_out)
 
     def callbacks(self) -> "list[Any]":
         from diffbench.training.callbacks import ReconstructionGrid, Reconstructions

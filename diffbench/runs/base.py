@@ -15,6 +15,7 @@ from diffbench.config.layers import located
 from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.data.facts import DataFacts, other_data
+from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers.flops import Cost
 from diffbench.evaluation import records
@@ -22,7 +23,7 @@ from diffbench.evaluation.curves import NAME as CURVES
 from diffbench.evaluation.curves import Band, read_curves
 from diffbench.metrics import Extractor
 from diffbench.runs import weights
-from diffbench.runs.build import device_of, load_data
+from diffbench.runs.build import data_module, device_of, load_data
 from diffbench.runs.checks import check_machine
 from diffbench.runs.folder import SAVED, read_values
 from diffbench.training.speed import keep_memory
@@ -276,9 +277,14 @@ class Run(ABC, Generic[C]):
     def module(self) -> "TrainingModule":
         """The LightningModule that trains the network."""
 
-    @abstractmethod
+    @property
+    def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
+        """The data of training and validation."""
+        return self._parts
+
     def data_module(self) -> "PositionDataModule":
         """The batches."""
+        return data_module(self.config, *self.sets)
 
     @abstractmethod
     def callbacks(self) -> "list[Any]":

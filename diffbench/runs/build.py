@@ -1,7 +1,7 @@
 """Builds what a config describes: data, process, network, and the autoencoder between images and latents."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.core.store import Store
 from diffbench.data.coding import at_once
+from diffbench.data.facts import DataFacts
 from diffbench.data.latents import LatentSet, encode
 from diffbench.data.planted import plant
 from diffbench.data.registry import SOURCES
@@ -29,16 +30,8 @@ INSIDE = "autoencoder"
 """Name of a run's autoencoder in its folder, in diffusers' format: trained by the run, or copied into it."""
 
 
-class Shaped(Protocol):
-    """A data set, or the facts that a run folder keeps of one: what a network must know of its images."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
-
-    @property
-    def num_classes(self) -> int:
-        """0 for images without labels."""
+Shaped = ImageSet | DataFacts
+"""A data set, or the facts that a run folder keeps of one: what a network must know of its images."""
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:

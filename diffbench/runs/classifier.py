@@ -13,7 +13,6 @@ from diffbench.runs import build, checks
 from diffbench.runs.base import Run
 
 if TYPE_CHECKING:
-    from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.classifier import ClassifierModule
 
 
@@ -54,9 +53,6 @@ class ClassifierRun(Run[ClassifierRunConfig]):
 
         c = self.config
         return ClassifierModule(self.network, self.process, c.optimizer, c.seed)
-
-    def data_module(self) -> "PositionDataModule":
-        return build.data_module(self.config, self.train_set, self.held_out)
 
     def callbacks(self) -> "list[Any]":
         from diffbench.training.callbacks import Accuracy

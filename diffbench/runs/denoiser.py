@@ -34,7 +34,6 @@ from diffbench.sampling.sampler import Sampler
 from diffbench.training import speed
 
 if TYPE_CHECKING:
-    from diffbench.data.datamodule import PositionDataModule
     from diffbench.training.diffusion import DiffusionModule
 
 
@@ -172,9 +171,6 @@ class DenoiserRun(Run[RunConfig]):
             how = speed.compile_here(self.network, t.compile, flops, build.device_of(t.accelerator).type == "cuda")
             speed.compile_network(self.network, how)
             self._compiled = how != "none"
-
-    def data_module(self) -> "PositionDataModule":
-        return build.data_module(self.config, *self.sets)
 
     @cached_property
     def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
