@@ -17,6 +17,7 @@ from diffbench.config.keys import key_lines, read_keys
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError, report, suggest
 from diffbench.core.files import finite
+from diffbench.runs import launcher as launchers
 from diffbench.runs import slurm
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    launcher, argv = slurm.split(argv)
+    launcher, argv = launchers.split(argv)
     arguments = _parser().parse_args(_checked(argv))
     arguments.launcher = launcher
     if launcher.name == "slurm" and arguments.verb != "study":  # which hands over its trials itself

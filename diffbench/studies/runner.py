@@ -24,8 +24,9 @@ from diffbench.runs.build import load_data
 from diffbench.runs.checks import check_evaluation
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.folder import check_place
+from diffbench.runs.launcher import LauncherConfig
 from diffbench.runs.lifecycle import autoencoder_missing, with_autoencoder
-from diffbench.runs.slurm import LauncherConfig, sized, submit, summary
+from diffbench.runs.slurm import sized, submit, summary
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig, load_study
 from diffbench.studies.notes import notes_of, plan_text

@@ -15,7 +15,8 @@ from diffbench.config.load import load
 from diffbench.core.errors import UserError
 from diffbench.runs import slurm
 from diffbench.runs.folder import folder_for
-from diffbench.runs.slurm import Command, LauncherConfig, queued, sized, split, submit, summary
+from diffbench.runs.launcher import LauncherConfig, split
+from diffbench.runs.slurm import Command, queued, sized, submit, summary
 
 DIT = "experiments/digits/dit.yaml"
 SLURM = ["launcher=slurm", "launcher.time=30", "launcher.partition=debug"]

@@ -11,8 +11,9 @@ import slurm_one_node
 from test_resume import CASES, TINY, assert_equal, only, scalars, series, state
 
 from diffbench.cli import main
+from diffbench.runs.launcher import LauncherConfig
 from diffbench.runs.lifecycle import train
-from diffbench.runs.slurm import LauncherConfig, queued, submit, summary
+from diffbench.runs.slurm import queued, submit, summary
 
 DIT = "experiments/digits/dit.yaml"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}

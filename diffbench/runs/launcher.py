@@ -1,0 +1,125 @@
+"""What `launcher=slurm` and `launcher.KEY=VALUE` on a command line ask of SLURM; these words are not part of a run."""
+
+import importlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from diffbench.core.errors import UserError, check_least, suggest
+
+
+@dataclass
+class LauncherConfig:
+    """Where a command runs, and what it asks of SLURM there.
+
+    Keys are the parameters of `submitit.SlurmExecutor`, which are sbatch's options: partition, account, mem,
+    gpus_per_node, setup, ... Those that need a default or a check of ours are fields.
+    """
+
+    name: Literal["local", "slurm"] = "local"
+    """`launcher=slurm` on the command line. local: here and now, as without it."""
+    time: str = "60"
+    """Time limit: minutes, HH:MM:SS or D-HH:MM:SS; a run that needs more resumes in the next job."""
+    nodes: int | None = None
+    """null: trainer.num_nodes."""
+    ntasks_per_node: int | None = None
+    """null: trainer.devices on each of several nodes; on one node a single task, which starts the ranks itself and has
+    `cpus_per_task` for each."""
+    cpus_per_task: int = 2
+    signal_delay_s: int = 90
+    """Least seconds before the limit at which a run is asked to save its state; SLURM may be a minute early."""
+    max_num_timeout: int = 100
+    """How often a job may meet its limit and resume before it counts as failed."""
+    folder: str | None = None
+    """Where scripts and logs go, on a disk that the nodes share; null: slurm/ in the run's runs_dir."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """submitit's other parameters, passed through."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "launcher", max_num_timeout=0, cpus_per_task=1)
+        check_least(self, "launcher", nodes=1, ntasks_per_node=1, signal_delay_s=1)
+        if self.signal_delay_s >= 60 * self.minutes:
+            raise ValueError(
+                f"launcher.signal_delay_s: {self.signal_delay_s} seconds must be less than launcher.time={self.time}"
+            )
+
+    @property
+    def minutes(self) -> int:
+        """The time limit in minutes, rounded up."""
+        found = re.fullmatch(r"(\d+)|(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", self.time)
+        plain, days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0,) * 5
+        total = plain or (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60)
+        if total < 1:
+            raise ValueError(
+                f"launcher.time: {self.time!r} is not a limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a"
+                " minute or more"
+            )
+        return total
+
+
+def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
+    """Separate the launcher's words from a command's.
+
+    Returns:
+        What the launcher's words ask for, and the other words in their order.
+
+    Raises:
+        UserError: for an unknown key or a wrong value.
+    """
+    own = [word for word in words if re.match(r"launcher(\.\w+)*=", word)]
+    others = [word for word in words if word not in own]
+    if not own:
+        return LauncherConfig(), others
+    from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+    from diffbench.config.load import build
+
+    given = parse_overrides([re.sub(r"^launcher=", "launcher.name=", word) for word in own])["launcher"]
+    ours = [f.name for f in fields(LauncherConfig) if f.name != "options"]
+    options = {key: value for key, value in given.items() if key not in ours}
+    with located([(COMMAND_LINE, {"launcher": given})]):
+        checked = {key: value for key, value in given.items() if key in ours}
+        launcher: LauncherConfig = build(LauncherConfig, checked, "launcher.")
+        if launcher.name == "local" and (idle := [key for key in given if key != "name"]):
+            raise ValueError(f"launcher.{idle[0]}: belongs to launcher=slurm, not local")
+        launcher.options = _checked(options, ours)
+    return launcher, others
+
+
+def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
+    """Parameters of submitit without those that are null.
+
+    Raises:
+        ValueError: for one that submitit does not have, or of another type.
+    """
+    if not options:
+        return {}
+    from diffbench.config.documents import untyped
+
+    known = [*ours, *sorted(submitit().SlurmExecutor._valid_parameters() - {*ours, "stderr_to_stdout", "num_gpus"})]
+    kinds: dict[str, type] = dict.fromkeys(("setup", "teardown", "srun_args"), list)
+    kinds |= {"additional_parameters": dict, "array_parallelism": int}
+    wanted: dict[type | None, str] = {
+        list: "a list, as ['module load cuda']",
+        dict: "keys with values, as {nice: 10}",
+        int: "a whole number",
+    }
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"launcher.{key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
+        if not isinstance(value, kinds.get(key, object)) or (key not in kinds and isinstance(value, list | dict)):
+            raise ValueError(f"launcher.{key}: must be {wanted.get(kinds.get(key), 'one value')}, got {value!r}")
+    return {key: untyped(value) for key, value in options.items() if value is not None}
+
+
+def submitit() -> Any:
+    """The package of that name.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        return importlib.import_module("submitit")
+    except ImportError:
+        raise UserError("launcher: slurm needs submitit; pip install 'diffbench[slurm]'") from None
