@@ -144,8 +144,9 @@ def _section(name: str, attribute: str, found: Source) -> type[ForeignConfig]:
     if made is None:
         near = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)]
         raise ValueError(f"denoiser.name: {module.__name__} has no {attribute}; choose from {_listed(near, attribute)}")
-    if not callable(made) or (isinstance(made, type) and not issubclass(made, nn.Module)):
-        raise ValueError(f"denoiser.name: {name} is neither a torch.nn.Module nor a function that returns one")
+    wrong_class = isinstance(made, type) and not issubclass(made, nn.Module)
+    if not callable(made) or wrong_class or isinstance(made, nn.Module):
+        raise ValueError(f"denoiser.name: {name} is neither a torch.nn.Module class nor a function that returns one")
     factory = Factory(name, made, _parameters(made), found, _config(made, module, attribute))
     kind = dict[str, Any] if factory.config is None else factory.config[1]
     args: Any = field(default_factory=dict if factory.config is None else factory.config[1])
@@ -265,12 +266,35 @@ def _network(config: ForeignConfig, shape: Mapping[str, Any]) -> nn.Module:
                 raise
             with torch.device("cpu"):
                 network = factory.make(**given).to("meta")
-    except Exception as e:
-        raise ValueError(f"denoiser: {factory.name} cannot be built ({_described(e)})") from None
+    except (Exception, SystemExit) as e:
+        raise ValueError(f"denoiser.args: {factory.name} cannot be built ({_described(e)})") from None
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
         raise ValueError(f"denoiser.name: {factory.name} returns a value of type {kind}, not a torch.nn.Module")
+    _check_parameters(network)
     return network
+
+
+def _check_parameters(network: nn.Module) -> None:
+    """Check that there are parameters to train, all of one type in which times and noise keep their digits.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    named = list(network.named_parameters())
+    if not any(parameter.requires_grad for _, parameter in named):
+        raise ValueError("denoiser.name: this network has no parameters to train")
+    for name, parameter in named:
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(
+                f"denoiser: the parameter {name} has no shape before a first pass; give its layer its sizes"
+            )
+        if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != named[0][1].dtype:
+            kinds = " and ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for _, p in named))
+            raise ValueError(
+                f"denoiser.name: parameters are of type {kinds} ({name}); make all float32 or all float64, and"
+                " choose lower precision by trainer.precision"
+            )
 
 
 def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[int, int]) -> flops.Cost:
@@ -288,7 +312,7 @@ def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[
 
 
 def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
-    """Runs a network once in training mode and twice in evaluation, and checks its output and gradients.
+    """Runs a network in training mode and in evaluation, twice each, and checks its output and gradients.
 
     Its weights are changed, so that an output layer of zeros hides nothing.
 
@@ -299,20 +323,27 @@ def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
         out_channels: C, or 2C for a learned variance.
 
     Raises:
-        ValueError: for an output of another kind or shape, a parameter without a gradient, or a second pass that
-            differs from the first.
+        ValueError: for an output of another kind or shape, an input changed in place, a parameter without a gradient,
+            or a second pass that differs from the first.
     """
     last = network.num_classes - (not network.null_class)
     y = torch.tensor([0, last], device=x.device) if network.num_classes else None
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    inputs = {"x": x, "t": t} | ({} if y is None else {"y": y})
+    before = {name: value.clone() for name, value in inputs.items()}
     out = _run(network.train(), nn.Module.__call__, x, t, y)
     if not isinstance(out, Tensor):
         held = f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
         kind = f"{type(out).__name__}{held}"
-        raise ValueError(f"denoiser.call.output: forward returns a {kind}; name the tensor in it, as sample or 0")
+        raise ValueError(f"denoiser.call.output: forward returns {kind}; name the tensor in it, as sample or 0")
     check_output(out, out_channels, x)
+    for name, value in inputs.items():
+        if not torch.equal(value, before[name]):
+            raise ValueError(f"denoiser: forward changes its input {name} in place; have it work on a copy")
+    if not out.isfinite().all():
+        raise ValueError("denoiser: forward gives values that are not finite")
     if out.requires_grad:
         out.float().square().sum().backward()
     named = network.network.named_parameters()
@@ -323,14 +354,23 @@ def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
             f"denoiser: no gradient reaches the parameter {missing[0]}{more}; use it in forward, remove it, or set its"
             " requires_grad to False"
         )
-    network.eval()
+    state = copy.deepcopy(network.state_dict())  # passes in training may change buffers
     with torch.no_grad():
-        first, second = network(x, t, y), network(x, t, y)
-    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max()), equal_nan=True):
-        raise ValueError(
-            "denoiser: a second forward pass in evaluation gives another output: this network draws random numbers or"
-            " keeps a state; only dropout in training may"
-        )
+        seeded = [_seeded(network.train(), state, x, t, y) for _ in range(2)]
+        plain = [network.eval()(x, t, y) for _ in range(2)]
+    for (first, second), when in ((plain, "in evaluation"), (seeded, "in training with the same torch seed")):
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max()), equal_nan=True):
+            raise ValueError(
+                f"denoiser: a second forward pass {when} gives another output: this network draws random numbers or"
+                " keeps a state; only dropout in training may, by torch's own generator"
+            )
+
+
+def _seeded(network: nn.Module, state: Mapping[str, Any], x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    network.load_state_dict(state)
+    torch.manual_seed(0)  # in the caller's fork
+    out: Tensor = network(x, t, y)
+    return out
 
 
 def _run(network: Any, how: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor | None) -> Any:

@@ -23,7 +23,7 @@ def explanation_table(explanation: Explanation) -> str:
     total = sum(e.coefficient for e in explanation.elements)
     more = f" of {len(explanation.elements)} classes" if len(explanation.elements) > MOST else ""
     lines.append(f"{'':>4} {'sum':<{width}} {total:>12.3f}{more}")
-    lines.append("loss: " + ", ".join(f"{name} {value:.4f}" for name, value in explanation.losses.items()))
+    lines.append("loss: " + ", ".join(f"{name} {value:.3g}" for name, value in explanation.losses.items()))
     lines += [f"{a} and {b} share a weight at will: their cosine is {c:.2f}" for a, b, c in explanation.twins]
     return "\n".join([*lines, explanation.verdict])
 

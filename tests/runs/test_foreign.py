@@ -20,6 +20,7 @@ from diffbench.studies.plan import training_variants
 NETS = """
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -71,6 +72,31 @@ class Unused(Plain):
 class Noisy(Plain):
     def forward(self, x, t, y):
         return super().forward(x + torch.randn_like(x), t, y)
+
+
+class NoisyInTraining(Plain):  # by a generator that torch does not seed
+    def forward(self, x, t, y):
+        return super().forward(x + float(np.random.randn()) * self.training, t, y)
+
+
+class InPlace(Plain):
+    def forward(self, x, t, y):
+        return super().forward(x, t.div_(1000), y)
+
+
+class Mixed(Plain):
+    def __init__(self, channels, num_classes):
+        super().__init__(8, channels, num_classes)
+        self.norm.double()
+
+
+class Frozen(Plain):
+    def __init__(self, channels, num_classes):
+        super().__init__(8, channels, num_classes)
+        self.requires_grad_(False)
+
+
+instance = Plain(8, 1, 10)
 
 
 class Smaller(Plain):
@@ -137,7 +163,7 @@ REFUSED = {
     "import fails": (["name=wrong:Net"], "wrong cannot be imported (ModuleNotFoundError: No module named 'nothing_of"),
     "no attribute": (["name=nets:Plane"], "denoiser.name: nets has no Plane; choose from Plain,"),
     "no name": (["name=nets/x:Net"], "write package.module:Class"),
-    "no module class": (["name=nets:Other"], "nets:Other is neither a torch.nn.Module nor a function"),
+    "no module class": (["name=nets:Other"], "nets:Other is neither a torch.nn.Module class nor a function"),
     "no network": (["name=nets:number"], "nets:number returns a value of type int, not a torch.nn.Module"),
     "unknown argument": (
         ["args.widht=4"],
@@ -157,9 +183,14 @@ REFUSED = {
     "shape": (["name=nets:Smaller"], "puts out 1x4x8 where 1x8x8 is needed"),
     "no gradient": (["name=nets:Unused"], "no gradient reaches the parameter spare.weight and 1 more"),
     "random": (["name=nets:Noisy"], "a second forward pass in evaluation gives another output"),
+    "random in training": (["name=nets:NoisyInTraining"], "pass in training with the same torch seed gives another"),
+    "in place": (["name=nets:InPlace"], "denoiser: forward changes its input t in place; have it work on a copy"),
+    "types": (["name=nets:Mixed"], "denoiser.name: parameters are of type float32 and float64 (norm.weight); make all"),
+    "nothing to train": (["name=nets:Frozen"], "denoiser.name: this network has no parameters to train"),
+    "instance": (["name=nets:instance"], "nets:instance is neither a torch.nn.Module class nor a function"),
     "null label": (["name=nets:FewRows"], "label 10 means no class: its table needs 11 rows"),
     "call": (["name=nets:Keywords"], "denoiser.call: forward fails at an image of 1x8x8 with {x: 0, t: 1, y: 2,"),
-    "output": (["name=nets:Keywords", "call={x: image, t: sigma, y: null}"], "forward returns a dict with image; name"),
+    "output": (["name=nets:Keywords", "call={x: image, t: sigma, y: null}"], "forward returns dict with image; name"),
 }
 
 
