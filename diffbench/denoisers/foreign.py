@@ -395,7 +395,7 @@ def _run(network: Any, how: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor 
         ) from None
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
