@@ -21,7 +21,7 @@ DOCKER_GPUS := $(if $(filter cuda,$(DEVICE)),--gpus all)
 DIFFBENCH := $(BIN)/python -m diffbench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train ablation evaluate sample compare bench bench-gpu tensorboard test test-all test-gpu docker-build docker-train lint types format clean
+.PHONY: help setup train ablation evaluate sample compare findings bench bench-gpu tensorboard test test-all test-gpu docker-build docker-train lint types format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ sample: $(STAMP)  ## draw samples of RUN into a PNG, as ARGS="labels=3 n=16 guid
 compare: $(STAMP)  ## a table and a report of RUNS (by default all runs on DATA)
 	@test -n '$(RUNS)' || { echo "error: no runs under runs/$(DATA): train one first" >&2; exit 2; }
 	@$(DIFFBENCH) compare $(RUNS) $(ARGS)
+
+findings: $(STAMP)  ## published claims against the shipped results; RUN=1 runs what they need
+	@$(DIFFBENCH) findings $(if $(filter 1,$(RUN)),run=true) $(ARGS)
 
 bench: $(STAMP)  ## speed here in three minutes, against BASELINE=old.json; all of it: ARGS=full=true
 	@$(BIN)/python -m benchmarks $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)

@@ -153,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("attention", "curves"):
         parsers[name].add_argument("runs", nargs="+", metavar="RUN [key=value]", help="run folders, then keys")
     parsers["explain"].add_argument("run", metavar="RUN", help="run folder, as runs/digits/dit-s0")
-    for name in ("import", "train", "study", "encode", "show", "evaluate", "reference", "sample", "explain"):
+    for name in (
+        *("import", "train", "study", "encode", "show", "evaluate", "reference", "sample", "explain", "findings"),
+    ):
         parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help="see keys below")
     return parser

@@ -45,6 +45,7 @@ DRY = {
     "evaluate": "-m diffbench evaluate runs/digits/dit-s0",
     "sample": "-m diffbench sample runs/digits/dit-s0",
     "compare": "-m diffbench compare runs/digits/dit-s0",
+    "findings": "-m diffbench findings",
     "bench": "-m benchmarks baseline=old.json",
     "bench-gpu": "-m benchmarks gpu=true baseline=old.json",
     "tensorboard": "-m tensorboard.main --host localhost --logdir runs",

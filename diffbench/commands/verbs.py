@@ -99,6 +99,12 @@ VERBS = {
             " any, the cells are listed with what they cost. Exit code 1: something differs.",
         ),
     ),
+    "findings": Verb(
+        "hold published claims against the shipped results, or against studies run here",
+        ("", "run=true seeds=[0,1,2,3,4]"),
+        {"commands/findings.py:FindingsConfig": ""},
+        ("With run=true also a study's KEY=VALUE, as seeds=[0,1,2].",),
+    ),
     "curves": Verb(
         "write the reference curves of an experiment from runs that differ in their seed",
         ("runs/digits/dit-s0 runs/digits/dit-s1 runs/digits/dit-s2", "runs/digits/dit-s? out=curves.csv"),

@@ -184,8 +184,8 @@ def stacked(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 
 def experiments(root: Path = Path("experiments")) -> list[str]:
-    """The experiment YAMLs below a folder, but for shared bases (names that start with an underscore)."""
-    return sorted(str(p) for p in root.glob("**/*.yaml") if not p.name.startswith("_"))
+    """The experiment YAMLs in the folders of one, but for shared bases (names that start with an underscore)."""
+    return sorted(str(p) for p in root.glob("*/*.yaml") if not p.name.startswith("_"))
 
 
 def _holds(values: Any, key: str) -> bool:

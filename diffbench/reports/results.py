@@ -72,7 +72,8 @@ class Trial:
             if self.at is not None and line["images"] > self.at:
                 break
             found |= {name: value for name, value in line.items() if name.startswith(VALIDATION)}
-        return found | values(self.record or {})
+        record = self.record or {}
+        return found | {name: v for name, v in record.items() if name.startswith(VALIDATION)} | values(record)
 
     @cached_property
     def cost(self) -> Cost | None:

@@ -238,10 +238,14 @@ def differing_keys(trials: Sequence[Trial]) -> list[str]:
 
 
 def as_csv(c: Conclusion) -> str:
-    """A row for each trial: what it is, what it cost, how its config differs, every value under its full name."""
-    keys, names = differing_keys(c.trials), dict.fromkeys(name for t in c.trials for name in t.values)
+    """A row for each trial at each budget: what it is, what it cost, how its config differs, every value under its full
+    name.
+    """
+    rungs = c.comparison.rungs or {"": c.trials}
+    trials = [(budget, t) for budget, rung in rungs.items() for t in rung]
+    keys, names = differing_keys(c.trials), dict.fromkeys(name for _, t in trials for name in t.values)
     rows = []
-    for t in c.trials:
+    for budget, t in trials:
         record = t.record or {}
         sample = record.get("sample") or {}
         row: dict[str, Any] = {
@@ -252,9 +256,11 @@ def as_csv(c: Conclusion) -> str:
             "folder": t.run.folder if t.run else None,
             "parameters": t.cost.parameters if t.cost else None,
             "macs": t.cost.macs if t.cost else None,
-            "images": t.run.images_seen if t.run else None,
+            "data": _data(t),
+            "budget": budget or None,
+            "images": t.images or None,
             "training_flops": t.flops,
-            "training_seconds": t.run.seconds if t.run else None,
+            "training_seconds": t.seconds,
             "peak_gpu_gib": t.peak_gb,
             "sampler": sample.get("sampler"),
             "steps": sample.get("steps"),
@@ -267,6 +273,13 @@ def as_csv(c: Conclusion) -> str:
         row |= {f"config.{k}": t.run.flat.get(k) if t.run else None for k in keys}
         rows.append(row | {name: t.values.get(name) for name in names})
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _data(t: Trial) -> str | None:
+    """The data set of a trial, with the side of its images where that is a key: "digits 8x8"."""
+    flat = t.run.flat if t.run else {}
+    side = flat.get("data.size", flat.get("data.image_size"))
+    return " ".join([str(flat["data.name"]), *([f"{side}x{side}"] if isinstance(side, int) else [])]) if flat else None
 
 
 def for_terminal(c: Conclusion, runs: str | None = None) -> str:

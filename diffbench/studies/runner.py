@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,11 @@ def folder_of_study(path: Path, overrides: Sequence[str], study: StudyConfig) ->
 
 
 def run_study(
-    path: str | Path, overrides: Sequence[str] = (), dry_run: bool = False, launcher: LauncherConfig = HERE
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    dry_run: bool = False,
+    launcher: LauncherConfig = HERE,
+    only: Collection[str] = (),
 ) -> Path:
     """Plan a study, say what it will cost, and run what is missing of it; returns its folder.
 
@@ -65,13 +69,19 @@ def run_study(
         dry_run: stop after the plan.
         launcher: hands the trials to SLURM in place of running them; they and their results are the same. The same
             command again hands over what is neither complete nor in the queue, after tuning the reported trials.
+        only: variants to train and evaluate; all where none is named.
 
     Raises:
         UserError: one line that names file and key.
         SystemExit: 143 after SIGTERM, with the trials' states saved.
     """
-    path = Path(path)
+    path, only = Path(path), set(only)
     study = load_study(path, overrides)
+
+    def planned() -> list[TrainingVariant]:
+        every = training_variants(study, path, tuning.chosen, probe.training_rate)
+        return [variant for variant in every if not only or only & variant.evaluations.keys()]
+
     if launcher.name == "slurm" and study.stop.seconds is not None:
         raise UserError(f"{path}: stop.seconds: is measured on this machine, not SLURM's; choose images or flops")
     folder = folder_of_study(path, overrides, study)
@@ -82,7 +92,7 @@ def run_study(
         probe = Probe(folder / "rates.json", study.jobs)
         with located([(str(path), {})]):
             tuning = tuning_so_far(study, path, probe.training_rate, folder)
-            found = training_variants(study, path, tuning.chosen, probe.training_rate)
+            found = planned()
         _check(path, found, launcher)
         print(plan_text(study, folder, found, tuning, probe), flush=True)
         if dry_run:
@@ -98,16 +108,16 @@ def run_study(
                 return folder
             tried |= {repr(trial) for trial in todo}  # one that fails again is left
             tuning = tuning_so_far(study, path, probe.training_rate, folder)
-            found = training_variants(study, path, tuning.chosen, probe.training_rate)
+            found = planned()
         for label, values in tuning.chosen.items():
             print(f"tuning chose {', '.join(f'{k}={v}' for k, v in values.items())} for {label}", flush=True)
-        planned = planned_trials(study, found)
+        trials = planned_trials(study, found)
         write_text(folder / "notes.json", json.dumps(notes_of(study, found, tuning), ensure_ascii=False) + "\n")
-        kept = {trial.slug for trial in (*tuning.trials, *planned)}
+        kept = {trial.slug for trial in (*tuning.trials, *trials)}
         for file in (folder / FOLDER).glob("*.yaml"):
-            if file.stem not in kept:  # of an earlier plan; its run stays
+            if file.stem not in kept and not only:  # of an earlier plan; its run stays
                 file.unlink()
-        _run(folder, planned, study.jobs, launcher)
+        _run(folder, trials, study.jobs, launcher)
     return folder
 
 

@@ -1,0 +1,123 @@
+"""`diffbench findings`: published claims against the shipped results, or against studies run here."""
+
+import argparse
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
+from diffbench.config.load import build
+from diffbench.core.errors import UserError
+from diffbench.core.files import write_text
+from diffbench.reports.conclusions import Conclusion, conclude
+from diffbench.reports.results import Comparison
+from diffbench.reports.text import counted
+from diffbench.studies.findings import Claim, Finding, findings, load_claims
+from diffbench.studies.runner import run_study
+from diffbench.studies.shipped import shipped
+from diffbench.studies.trials import comparison_of_study
+
+SMALL = "seeds=[0,1,2]"
+"""The seeds of studies that are run for their claims."""
+WIDTH = 80
+PAGE = re.compile(r"(<!-- findings -->\n).*?(<!-- end of findings -->)", re.DOTALL)
+"""The part of results/README.md that is written anew."""
+
+
+@dataclass
+class FindingsConfig:
+    """Keys of `findings`."""
+
+    run: bool = False
+    """Run what the claims need of their studies, three seeds, and hold them against that; keys of a study change it."""
+    experiments: str = "experiments"
+    """Folder with findings.yaml (the claims), studies/ and results/, a folder with report.csv for each study."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table of claims; from the shipped results, also write it and their answers into results/README.md."""
+    own = [o for o in arguments.overrides if o.partition("=")[0] in vars(FindingsConfig())]
+    more, values = [o for o in arguments.overrides if o not in own], parse_overrides(own)
+    with located([(COMMAND_LINE, values)]):
+        config = build(FindingsConfig, values)
+    if more and not config.run:
+        raise UserError(f"{COMMAND_LINE}: {more[0]}: belongs to a study; write run=true to run the claims' studies")
+    root = Path(config.experiments)
+    claims = load_claims(root / "findings.yaml", root / "studies")
+    if config.run:
+        print(as_text(findings(claims, _run(claims, root / "studies", [SMALL, *more]))))
+        return
+    results = shipped(root / "results", root / "studies")
+    found = findings(claims, results)
+    print(as_text(found))
+    if (page := root / "results" / "README.md").is_file():  # not where experiments were copied by init
+        write_page(page, {name: conclude(comparison) for name, comparison in results.items()}, found)
+        print(f"\nwith the answers of the shipped studies: {page}")
+
+
+def _run(claims: Sequence[Claim], studies: Path, overrides: Sequence[str]) -> dict[str, Comparison]:
+    """Run the variants that claims name; study -> its results."""
+    named: dict[str, list[str]] = {}
+    for claim in claims:
+        named.setdefault(claim.study, []).extend(claim.variants)
+    folders = {s: run_study(studies / f"{s}.yaml", overrides, only=variants) for s, variants in named.items()}
+    return {study: comparison_of_study(folder) for study, folder in folders.items()}
+
+
+def as_text(found: Sequence[Finding]) -> str:
+    """A verdict, a claim with its source, and what was measured; lines of 80 characters."""
+    lines = ["verdict    published claim; what was measured, with its own 95% interval", "-" * WIDTH]
+    for each in found:
+        parts = (f"{each.claim.claim} [{each.claim.source}]", f"{each.claim.study}: {each.evidence}")
+        wrapped = [line for part in parts for line in textwrap.wrap(part, WIDTH - 11)]
+        lines += [
+            f"{head:10} {line}" for head, line in zip([each.verdict, *[""] * len(wrapped)], wrapped, strict=False)
+        ]
+    return "\n".join(lines)
+
+
+def write_page(page: Path, conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -> None:
+    """Write the tables of a results page, and the figure of each study beside its results."""
+    from diffbench.reports.figures import styles
+    from diffbench.reports.plots import answer
+
+    for name, c in conclusions.items():
+        if c.ranked():
+            answer(c, styles(list(c.variants)), page.parent / name / "answer.png")
+    text = page.read_text()
+    if not PAGE.search(text):
+        raise UserError(f"{page}: no lines <!-- findings --> and <!-- end of findings -->, between which it is written")
+    write_text(page, PAGE.sub(lambda m: f"{m[1]}{page_text(conclusions, found)}{m[2]}", text))
+
+
+def page_text(conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -> str:
+    """Two Markdown tables: what each study asked and found, and the published claims."""
+    answers = [["question", "answer", "holds for", "figure"]]
+    for name, c in conclusions.items():
+        against = [f for f in found if f.claim.study == name and f.verdict == "refuted"]
+        contrary = [f"**Contradicts {f.claim.source}**: {f.claim.claim} ({f.evidence})" for f in against]
+        links = [f"[plot]({name}/answer.png)", f"[report]({name}/report.html)"]
+        answers.append(
+            [f"`{name}`: {c.comparison.question}", " ".join([c.answer, *contrary]), _holds_for(c), ", ".join(links)]
+        )
+    claims = [["published claim", "source", "verdict", "measured, with its own 95% interval", "study"]]
+    claims += [[f.claim.claim, f.claim.source, f.verdict, f.evidence, f.claim.study] for f in found]
+    return f"{_markdown(answers)}\n{_markdown(claims)}"
+
+
+def _holds_for(c: Conclusion) -> str:
+    """Data, images, budgets and seeds that an answer comes from."""
+    trials = [t for t in c.trials if t.complete]
+    data = dict.fromkeys(str((t.record or {}).get("data", "")) for t in trials)
+    images = sorted({t.images for t in trials}) or [0]
+    ends = " to ".join(f"{n:,}" for n in dict.fromkeys((images[0], images[-1])))
+    parts = [*data, f"{ends} images", *(["budgets " + ", ".join(c.rungs)] if c.rungs else [])]
+    return "; ".join([*parts, counted(len({t.seed for t in trials}), "seed")])
+
+
+def _markdown(rows: Sequence[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]) + "\n"

@@ -1,0 +1,167 @@
+"""Published claims held against results of studies: confirmed, tied or refuted, each with an interval."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffbench.config.layers import located, read_yaml
+from diffbench.config.load import build
+from diffbench.core.errors import suggest
+from diffbench.metrics.registry import METRICS, metric_of
+from diffbench.reports import statistics
+from diffbench.reports.results import Comparison, full_name
+from diffbench.reports.text import counted, number
+from diffbench.studies.config import load_study, variants
+
+
+@dataclass
+class Claim:
+    """A published claim, as data.
+
+    It says that one variant is better than another, of several the best of each side (a U-curve: what lies inside is
+    better than both ends); or that a method's error falls with some power of the step.
+    """
+
+    claim: str = ""
+    """What is claimed, in a sentence."""
+    source: str = ""
+    """Paper, with section, table or figure."""
+    study: str = ""
+    """Name of the study whose results decide."""
+    metric: str = "fd"
+    """By which the variants are compared, up to its extractor and count."""
+    better: Any = None
+    """The variant that is claimed to be better, or several."""
+    worse: Any = None
+    """The other, or several."""
+    order: Any = None
+    """In place of the two: variants with N, 2N, 4N, ... steps of a deterministic sampler."""
+    above: float = 0.0
+    """What the order is claimed to exceed."""
+
+    def __post_init__(self) -> None:
+        for name in ("claim", "source", "study"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: missing")
+        for name in ("better", "worse", "order"):
+            if isinstance(given := getattr(self, name), str):
+                setattr(self, name, [given])
+        if bool(self.order) == bool(self.better and self.worse):
+            raise ValueError("better: name the variants of better and of worse, or of order")
+        if self.order and len(self.order) < 4:
+            raise ValueError(f"order: needs at least 4 variants, got {len(self.order)}")
+        if metric_of(self.metric).direction is None:
+            raise ValueError(f"metric: {self.metric} does not rank variants{suggest(self.metric, METRICS)}")
+
+    @property
+    def variants(self) -> list[str]:
+        """All that are named."""
+        return [*(self.better or ()), *(self.worse or ()), *(self.order or ())]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim and what results say of it.
+
+    Attributes:
+        claim: it.
+        verdict: "confirmed", "tied", "refuted"; "undecided" with fewer than three seeds, "not run" without results.
+        evidence: what was measured, in words.
+    """
+
+    claim: Claim
+    verdict: str
+    evidence: str
+
+
+def load_claims(path: Path, studies: Path) -> list[Claim]:
+    """Read the claims of a YAML, whose studies are YAMLs of a folder.
+
+    Raises:
+        UserError: one line that names file and key, as of a study, variant or metric that does not exist.
+    """
+    claims: list[Claim] = []
+    for i, values in enumerate(read_yaml(path).get("claims", [])):
+        with located([(f"{path}: claims[{i}]", values)]):
+            claim = build(Claim, values)
+            if not (file := studies / f"{claim.study}.yaml").is_file():
+                raise ValueError(f"study: no {file}{suggest(claim.study, [p.stem for p in studies.glob('*.yaml')])}")
+            names = [variant.name for variant in variants(load_study(file))]
+            if unknown := [name for name in claim.variants if name not in names]:
+                raise ValueError(f"study: {claim.study} has no variant {unknown[0]!r}{suggest(unknown[0], names)}")
+            claims.append(claim)
+    return claims
+
+
+def findings(claims: Sequence[Claim], results: Mapping[str, Comparison]) -> list[Finding]:
+    """Hold claims against results, each by itself, paired by seed.
+
+    Args:
+        claims: what is claimed.
+        results: of studies, by their name.
+    """
+    measured = [(claim, _measured(claim, results[claim.study]) if claim.study in results else None) for claim in claims]
+    return [
+        Finding(claim, "not run", "make findings RUN=1") if found is None else _finding(claim, found)
+        for claim, found in measured
+    ]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A value for each seed, which is claimed to differ from zero; what it is, what it is compared with."""
+
+    values: list[float]
+    what: str
+    name: str
+    tie: float
+    images: int
+
+
+def _measured(claim: Claim, results: Comparison) -> _Measured | None:
+    """What results say of a claim; None where a variant has none."""
+    name = full_name(results.trials, claim.metric) or claim.metric
+    seeds = {
+        v: {t.seed: t.values[name] for t in results.trials if t.variant == v and t.complete and name in t.values}
+        for v in claim.variants
+    }
+    if not all(seeds.values()):
+        return None
+    images = max(t.images for t in results.trials if t.variant in seeds)
+    if claim.order:
+        shared = sorted(set.intersection(*(set(found) for found in seeds.values())))
+        orders = [_order([seeds[v][seed] for v in claim.order]) - claim.above for seed in shared]
+        return _Measured(orders, f"order of {metric_of(name).title}", "", 0.0, images)
+    sign = 1 if metric_of(name).lower_is_better else -1
+    first, second = (
+        min(side, key=lambda v: sign * float(np.mean([*seeds[v].values()]))) for side in (claim.better, claim.worse)
+    )
+    differences = statistics.differences(seeds[first], seeds[second])
+    least = min(float(np.mean([*seeds[v].values()])) for v in (first, second))
+    what = f"{metric_of(name).title} of {first} minus {second}"
+    return _Measured(differences, what, name, metric_of(name).tie * least, images)
+
+
+def _order(values: Sequence[float]) -> float:
+    """The power p of C N^-p, the distance from the limit, of values at N, 2N, 4N, ...: consecutive ones differ by as
+    much times a constant.
+    """
+    gaps = np.log2(np.abs(np.diff(values)))
+    return float(-np.polyfit(np.arange(len(gaps)), gaps, 1)[0])
+
+
+def _finding(claim: Claim, found: _Measured) -> Finding:
+    # The best of several has had as many chances.
+    chances = range(max(1, len(claim.better or ())))
+    pair = statistics.paired({i: [] if i else found.values for i in chances})[0]
+    lower = not claim.order and metric_of(found.name).lower_is_better
+    verdict = statistics.verdict(pair, lower, found.tie)
+    words = {"first": "confirmed", "second": "refuted", "tie": "tied", "undecided": "undecided"}
+    how = f"{found.what}: {number(pair.mean + claim.above, found.name, pair.half)}"
+    if pair.interval is not None:
+        shifted = [end + claim.above for end in pair.interval]
+        how += f" ({' to '.join(number(end, found.name, pair.half) for end in shifted)})"
+    return Finding(claim, words[verdict], f"{how}; {counted(pair.n, 'seed')}, {found.images:,} images")

@@ -1,0 +1,121 @@
+"""Published claims held against results: verdicts of known results, claims that exist, a page that agrees with its CSV.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from made_runs import record
+
+from diffbench.cli import main
+from diffbench.commands.findings import PAGE, as_text, page_text
+from diffbench.core.errors import UserError
+from diffbench.reports.conclusions import conclude
+from diffbench.reports.results import Comparison, Trial
+from diffbench.reports.tables import as_csv
+from diffbench.studies.findings import Claim, findings, load_claims
+from diffbench.studies.shipped import comparison_of_csv, shipped
+
+EXPERIMENTS = Path("experiments")
+STUDIES, RESULTS = EXPERIMENTS / "studies", EXPERIMENTS / "results"
+
+
+def results(distances: dict[str, float], seeds: int = 5) -> Comparison:
+    """Variants by their distance, to which each seed adds as much, and each cell a little of its own."""
+    own = np.random.default_rng(0).normal(0, 0.01, (len(distances), seeds))
+    trials = [
+        Trial(variant, seed, "complete", None, record(fd + 0.2 * seed + own[i, seed], seed), at=51_200)
+        for i, (variant, fd) in enumerate(distances.items())
+        for seed in range(seeds)
+    ]
+    return Comparison("Made", "Which?", trials, primary="fd")
+
+
+def test_every_shipped_claim_names_what_there_is() -> None:
+    claims = load_claims(EXPERIMENTS / "findings.yaml", STUDIES)
+    assert len(claims) >= 8 and len({c.claim for c in claims}) == len(claims)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"study": "windows"}, "study: no experiments/studies/windows.yaml; did you mean 'window'?"),
+        ({"better": "window=3"}, "study: window has no variant 'window=3'; did you mean 'window="),
+        ({"metric": "nearest_train"}, "metric: nearest_train does not rank variants"),
+        ({"better": None}, "better: name the variants of better and of worse, or of order"),
+        ({"beter": "window=4"}, "beter: unknown key"),
+    ],
+)
+def test_a_claim_about_nothing_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    claim = {"claim": "c", "source": "s", "study": "window", "better": "window=4", "worse": "window=2"}
+    (tmp_path / "findings.yaml").write_text(yaml.safe_dump({"claims": [claim | changes]}))
+    with pytest.raises(UserError) as e:
+        load_claims(tmp_path / "findings.yaml", STUDIES)
+    assert said in str(e.value) and "claims[0]" in str(e.value)
+
+
+def test_claims_are_confirmed_tied_and_refuted_and_a_curve_needs_both_ends() -> None:
+    made = results({"a": 1.0, "b": 1.5, "same": 1.002, "mid": 0.8, "late": 1.2})
+    claims = [
+        Claim("1", "s", "made", better="a", worse="b"),
+        Claim("2", "s", "made", better="b", worse=["a", "late"]),
+        Claim("3", "s", "made", better="a", worse="same"),
+        Claim("4", "s", "made", better=["a", "mid", "late"], worse=["b", "same"]),
+        Claim("5", "s", "made", better=["b", "late"], worse=["mid", "same"]),
+        Claim("6", "s", "made", "label_accuracy", better="a", worse="b"),
+        Claim("7", "s", "elsewhere", better="a", worse="b"),
+        Claim("8", "s", "made", better="a", worse="not in the results"),
+    ]
+    found = findings(claims, {"made": made})
+    assert [f.verdict for f in found] == [
+        *("confirmed", "refuted", "tied", "confirmed", "refuted", "confirmed", "not run", "not run")
+    ]
+    assert found[3].evidence.startswith("Fréchet distance of mid minus same: -0.19")
+    (few,) = findings(claims[:1], {"made": results({"a": 1.0, "b": 2.0}, seeds=2)})
+    assert (few.verdict, few.evidence[-24:]) == ("undecided", "; 2 seeds, 51,200 images")
+    lines = as_text(found).split("\n")
+    assert max(map(len, lines)) <= 80 and lines[2].startswith("confirmed  1 [s]")
+
+
+@pytest.mark.parametrize(("power", "verdict"), [(2.0, "confirmed"), (1.0, "tied"), (0.5, "refuted")])
+def test_the_order_of_a_method_is_the_slope_over_steps(power: float, verdict: str) -> None:
+    steps = [8, 16, 32, 64]
+    noise = np.random.default_rng(1).normal(1, 0.002, (4, 4))
+    trials = [
+        Trial(str(n), seed, "complete", None, record(2.0 - 5 * noise[seed, i] * n**-power, seed))
+        for i, n in enumerate(steps)
+        for seed in range(4)
+    ]
+    claim = Claim("c", "s", "made", order=[str(n) for n in steps], above=1)
+    (found,) = findings([claim], {"made": Comparison("Made", "Which?", trials, primary="fd")})
+    assert found.verdict == verdict
+    assert float(found.evidence.split(": ")[1].split()[0]) == pytest.approx(power, abs=0.05)
+
+
+def test_results_are_read_back_from_their_csv_with_every_budget(tmp_path: Path) -> None:
+    made = results({"window=2": 1.0, "window=4": 1.2})
+    early = [Trial(t.variant, t.seed, t.status, None, record(5 - t.seed, t.seed), at=640) for t in made.trials]
+    made = Comparison("Made", "Which?", made.trials, primary="fd", rungs={"early": early, "late": made.trials})
+    (tmp_path / "window").mkdir()
+    (tmp_path / "window" / "report.csv").write_text(as_csv(conclude(made)))
+    (back,) = shipped(tmp_path, STUDIES).values()
+    assert list(back.rungs) == ["early", "late"] and back.primary == "val/bound"
+    for trial, other in zip(back.rungs["early"], early, strict=True):
+        assert (trial.values, trial.images, trial.seed) == (other.values, 640, other.seed)
+    (tmp_path / "window").rename(tmp_path / "windows")
+    with pytest.raises(UserError, match=r"no study experiments/studies/windows\.yaml"):
+        shipped(tmp_path, STUDIES)
+
+
+def test_the_shipped_page_is_what_the_shipped_results_say(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (RESULTS / "README.md").read_text()
+    conclusions = {name: conclude(found) for name, found in shipped(RESULTS, STUDIES).items()}
+    found = findings(load_claims(EXPERIMENTS / "findings.yaml", STUDIES), shipped(RESULTS, STUDIES))
+    written = PAGE.search(text)
+    assert written is not None and page_text(conclusions, found) in written[0], "run make findings"
+    for name, c in conclusions.items():
+        assert c.comparison.question in text and (RESULTS / name / "answer.png").is_file()
+        assert comparison_of_csv(RESULTS / name / "report.csv", STUDIES / f"{name}.yaml").trials
+    assert main(["findings", "seeds=[0]"]) == 2
+    assert "seeds=[0]: belongs to a study; write run=true" in capsys.readouterr().err
