@@ -1,5 +1,4 @@
-"""Published claims held against results: verdicts of known results, claims that exist, a page that agrees with its CSV.
-"""
+"""Published claims held against results: known verdicts, claims that exist, a page that agrees with its CSV."""
 
 from pathlib import Path
 
