@@ -91,14 +91,16 @@ def record(fd: float, seed: int = 0, images: int = 98_304, **changes: Any) -> di
             "recall": 0.93,
             "coverage": 0.95,
         },
-        "nearest_train_held_out": 1.07,
+        "authenticity_held_out": 0.56,
+        "memorisation": {"flagged": 5, "count": 500, "threshold": 0.6, "false_alarms": 2, "real": 360},
         "fd/digits-cnn@500": fd,
         "kid/digits-cnn@500": fd / 40,
         "label_accuracy/digits-cnn@500": 1 - fd / 30,
         "precision/digits-cnn@500": 0.96 - fd / 20,
         "recall/digits-cnn@500": 0.95 - fd / 25,
         "coverage/digits-cnn@500": 0.99 - fd / 60,
-        "nearest_train@500": 1.0 + fd / 20,
+        "copies@500": 0.0045,
+        "authenticity@500": 0.5 + fd / 20,
     }
     for key, value in changes.items():
         if key in ("steps", "sampler", "guidance"):

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ from diffbench.evaluation.reference import (
     reference_folder,
     statistics_of,
 )
-from diffbench.metrics import Extractor
+from diffbench.metrics import Extractor, memorisation
 from diffbench.metrics.base import KEPT, Measurement
-from diffbench.metrics.memorisation import nearest_distance
+from diffbench.metrics.memorisation import Calibration, CopyDetector, Memorisation
 from diffbench.metrics.registry import metric_name
 from diffbench.metrics.suite import Suite
 
@@ -57,12 +57,14 @@ class Scorer:
             images.
         floor: what as many real images score against them, and how many those are.
         extra: further values that every record holds.
+        copies: what was found about copies in the samples scored last.
     """
 
     measurement: Measurement
     reference: dict[str, Any]
     floor: dict[str, Any] | None = None
-    extra: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    copies: Memorisation | None = None
 
     def scores(self, batches: Iterable[Numbered]) -> dict[str, float]:
         """Score samples: full name of each metric -> value."""
@@ -70,14 +72,19 @@ class Scorer:
         for index, images, labels in watched("scored", batches, self.measurement.count):
             suite.update(images, index, labels)
         values = suite.compute()
+        self.copies = next((m for m in suite.metrics.values() if isinstance(m, Memorisation)), None)
         if "fd_held_out" in values:
             values["fd_gap"] = values["fd_held_out"] - values.pop("fd_train", values["fd"])
         extractor, count = self.measurement.extractor, self.measurement.count
         return {metric_name(name, extractor, count): value for name, value in values.items()} | self.extra
 
     def facts(self) -> dict[str, Any]:
-        """Entries of a record about the reference."""
-        return {"reference": self.reference, "floor": self.floor}
+        """Entries of a record about the reference and the copies."""
+        found = {"reference": self.reference, "floor": self.floor}
+        if self.copies is None:
+            return found
+        flagged = {"flagged": self.copies.flagged(), "count": self.copies.count}
+        return {**found, "memorisation": flagged | asdict(self.copies.detector.calibration)}
 
 
 def run_scorer(
@@ -117,7 +124,7 @@ def run_scorer(
         references,
         count,
         labels=train.base is None,  # no extractor tells a planted class from its parts
-        training=train.images,
+        detector=_detector(extractor, train, held_out),
         infinity=settings.infinity,
         by_class=True,
         permutation=permutation,
@@ -128,20 +135,28 @@ def run_scorer(
     beside = left if len(left) >= min(count, len(near)) else near  # real images apart from the reference
     if len(beside) >= LEAST:
         scorer.floor = _cached_numbers(extractor, key, "floor", beside, lambda: _floor(compared, beside))
-    scorer.extra = _cached_numbers(extractor, key, "nearest", near, lambda: _nearest(near, train))
+    if compared.detector is not None and compared.detector.calibration.authenticity is not None:
+        scorer.extra = {"authenticity_held_out": compared.detector.calibration.authenticity}
     return scorer
 
 
 def _floor(compared: Measurement, part: Part) -> dict[str, Any]:
-    suite = Suite(replace(compared, references={"fd": compared.main}, count=len(part), training=None, infinity=False))
+    suite = Suite(replace(compared, references={"fd": compared.main}, count=len(part), detector=None, infinity=False))
     for index in torch.arange(len(part)).split(BATCH):
         suite.update(rows(part.data.images, part.index[index]), index, part.labels[index])
     return {"count": len(part), "images": f"{part.split}: {part.which}", **suite.compute()}
 
 
-def _nearest(part: Part, train: ImageSet) -> dict[str, Any]:
-    distances = [nearest_distance(batch, train.images) for batch in part.batches()]
-    return {"nearest_train_held_out": float(torch.cat(distances).mean())} if distances else {}
+def _detector(extractor: Extractor, train: ImageSet, held_out: ImageSet) -> CopyDetector | None:
+    train = train.base or train  # a planted class holds images a second time
+    if len(train) < memorisation.LEAST:
+        return None
+    detector = CopyDetector(train.images, extractor.device)
+    part = first(held_out, "held-out", min(memorisation.CALIBRATED, len(held_out)))
+    key, what = train.fingerprint(), f"copies-{memorisation.RATE:g}"
+    found = _cached_numbers(extractor, key, what, part, lambda: asdict(detector.calibrate(part.batches())))
+    detector.calibration = Calibration(**found)
+    return detector
 
 
 def _cached_numbers(

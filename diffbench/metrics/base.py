@@ -7,7 +7,7 @@ checkpoint. A metric holds statistics only and no network: one feature extractor
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from torchmetrics import Metric
 
 from diffbench.metrics.extractors.base import Extractor, Features
 from diffbench.metrics.rules import Rule
+
+if TYPE_CHECKING:
+    from diffbench.metrics.memorisation import CopyDetector
 
 KEPT = 10_000
 """Feature vectors kept of either side, at most, for metrics that need the vectors themselves."""
@@ -61,7 +64,7 @@ class Measurement:
         references: name -> statistics for Fréchet distances; every other metric compares with "fd".
         count: samples in all.
         labels: whether samples come with the labels that they were drawn for.
-        training: (N, C, H, W) uint8 images to which copies would be close; None leaves that metric out.
+        detector: of copies of training images; None leaves that metric out.
         infinity: whether the Fréchet distance is extrapolated too.
         by_class: whether samples are numbered class by class. The Inception score's chunks are then taken of them as
             they are shuffled for export.
@@ -73,7 +76,7 @@ class Measurement:
     references: Mapping[str, ReferenceStatistics]
     count: int
     labels: bool = True
-    training: Tensor | None = None
+    detector: "CopyDetector | None" = None
     infinity: bool = False
     by_class: bool = False
     permutation: Callable[..., Tensor] = _permutation

@@ -8,7 +8,7 @@ from diffbench.metrics.classification import InceptionScore, LabelAccuracy, Solv
 from diffbench.metrics.extractors.base import Extractor
 from diffbench.metrics.frechet import FrechetDistance, FrechetInfinity, SpatialFrechetDistance
 from diffbench.metrics.kernel import KernelDistance
-from diffbench.metrics.memorisation import NearestDistance
+from diffbench.metrics.memorisation import Memorisation
 from diffbench.metrics.neighbours import DensityCoverage, PrecisionRecall
 
 _DISTANCES = (
@@ -24,6 +24,14 @@ _TASKS: dict[str, Any] = {
     "percent": True,
     "of_pixels": True,
     "note": "Tasks are solved where a rule finds in the sample what its label asks for; no network decides.",
+}
+_COPIES: dict[str, Any] = {
+    "percent": True,
+    "of_pixels": True,
+    "note": "A copy is nearer to a training image than others there, by a threshold that flags 0.5% of training images"
+    " left out in turn. The share of copies is corrected for the held-out images that it flags, and has an exact"
+    " binomial interval. Copies of an image that the training set holds many times count as new. Authentic samples are"
+    " farther from their nearest training image than that is from another one (Alaa et al. 2022).",
 }
 _SHARES = "Precision tells how real samples look, recall and coverage how much of the real variety they reach."
 
@@ -48,7 +56,7 @@ class Metric:
         measure: the class that computes the metric of samples; several rows may share one.
         computed: the name that the class gives the value, where the published Inception protocol renames it.
         in_training: whether distances in training compute it too.
-        of_pixels: whether it needs no extractor, so that its full name is "nearest_train@500".
+        of_pixels: whether it needs no extractor, so that its full name is "copies@500".
         watched: whether a conclusion says so where this metric contradicts the primary one.
         swept: whether plots over a sampling key draw it.
         tie: relative gap under which two values are a tie, since training anew moves them by as much.
@@ -167,14 +175,10 @@ METRICS: dict[str, Metric] = {
         Metric("recall", "recall", "higher", measure=PrecisionRecall, swept=True, note=_SHARES),
         Metric("density", "density", "higher", shown=False, measure=DensityCoverage),  # rises for bad samples
         Metric("coverage", "coverage", "higher", measure=DensityCoverage, watched=True, swept=True, note=_SHARES),
-        Metric(
-            "nearest_train",
-            "distance to the nearest training image",
-            None,
-            measure=NearestDistance,
-            of_pixels=True,
-            floor=True,
-        ),
+        Metric("copies", "copies of training images", None, measure=Memorisation, **_COPIES),
+        Metric("copies_low", "copies of training images, at least", None, shown=False, **_COPIES),
+        Metric("copies_high", "copies of training images, at most", None, shown=False, **_COPIES),
+        Metric("authenticity", "authentic samples", None, floor=True, **_COPIES),
         Metric(
             "planted_found",
             "planted classes whose parts come first",

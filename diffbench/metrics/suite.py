@@ -26,18 +26,18 @@ class Suite:
         # A class may compute several metrics; where it computes one, this is its name.
         names = {m.measure: m.computed or m.name for m in rows if m.measure}
         made = [(name, measure.of(measurement)) for measure, name in names.items()]
-        self.metrics = [(name, metric.to(device)) for name, metric in made if metric is not None]
+        self.metrics = {name: metric.to(device) for name, metric in made if metric is not None}
 
     def update(self, images: Tensor, index: Tensor, labels: Tensor | None = None) -> None:
         """Add samples (B, C, H, W) uint8 number `index` (B,), drawn for `labels` (B,)."""
         batch = Batch(images, index, labels, self.extractor(images))
-        for _, metric in self.metrics:
+        for metric in self.metrics.values():
             metric.update(*metric.arguments(batch))
 
     def compute(self) -> dict[str, float]:
         """Name without extractor and count -> value; every process must call it, in step, and gets the same."""
         values: dict[str, float] = {}
-        for name, metric in self.metrics:
+        for name, metric in self.metrics.items():
             found = metric.compute()
             values |= {n: float(v) for n, v in (found if isinstance(found, dict) else {name: found}).items()}
         return values

@@ -23,9 +23,8 @@ from diffbench.evaluation.images import refuse_to_overwrite, write_npz
 from diffbench.evaluation.samples import Samples
 from diffbench.evaluation.scorer import Scorer
 from diffbench.metrics import Extractor
-from diffbench.metrics.base import evenly_spaced
 from diffbench.metrics.frechet import frechet_distance
-from diffbench.metrics.memorisation import nearest
+from diffbench.metrics.memorisation import Memorisation
 from diffbench.metrics.registry import metric_name
 from diffbench.runs.build import device_of
 from diffbench.runs.checks import check_evaluation
@@ -139,7 +138,8 @@ def _record(
     drawn = draw(run, how, samples, config.seed)
     labels, started = references.sample_labels(run.train_set, samples.count), time.perf_counter()
     values = scorer.scores((index, images, labels[index]) for index, images in samples.batches(references.BATCH))
-    _draw_neighbours(samples, labels, run.train_set, run.facts.names)
+    if scorer.copies is not None:
+        _draw_nearest(samples, labels, scorer.copies, run.train_set, run.facts.names)
     found = {
         **run.surroundings(scorer.measurement.extractor),
         "snapshot": run.snapshot,
@@ -176,17 +176,22 @@ def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[s
     return found | {key: value for key, (value, usual_value) in others.items() if value != usual_value}
 
 
-def _draw_neighbours(samples: Samples, labels: Tensor, training: ImageSet, names: Sequence[str]) -> None:
-    """Save nearest.png: sixteen samples above, the training image nearest to each below, both with their classes."""
+def _draw_nearest(
+    samples: Samples, labels: Tensor, copies: Memorisation, training: ImageSet, names: Sequence[str]
+) -> None:
+    """Save nearest.png: the sixteen samples that are most like copies above, the training image nearest to each below.
+
+    Samples have their class and ratio as a caption, training images their class.
+    """
     from diffbench.sampling.images import save_grid
 
-    path, shown = samples.folder / "nearest.png", min(16, samples.count)
-    if not path.exists():
-        index = evenly_spaced(samples.count, shown)
-        images = samples.images()[index]
-        found = nearest(images, training.images)[1]
-        captions = [names[label] for label in torch.cat([labels[index], training.labels[found]])] if names else None
-        save_grid(torch.cat([images, training.images[found]]), shown, path, captions)
+    found = copies.rows().cpu()
+    worst = found[:, 0].argsort(stable=True)[:16]
+    near = found[worst, 2].long()
+    classes = [[names[label] if names else "" for label in of] for of in (labels[worst], training.labels[near])]
+    ratios = [f"{name} {ratio:.2f}".strip() for name, ratio in zip(classes[0], found[worst, 0], strict=True)]
+    images = torch.cat([samples.images()[worst], training.images[near]])
+    save_grid(images, len(worst), samples.folder / "nearest.png", ratios + classes[1])
 
 
 def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def _run_scorer(
         counts = images.labels.bincount()
     scorer = scorers.run_scorer(settings, extractor, train, run.held_out, counts)
     if train.shape != images.shape:
-        scorer.measurement.training = None  # pixels of two sizes cannot be compared
+        scorer.measurement.detector = None  # pixels of two sizes cannot be compared
     scorer.reference["formats"] = train.formats
     return scorer
 

@@ -25,7 +25,7 @@ RECORD: dict[str, Any] = {
     "extractor": {"name": "digits-cnn", "weights": "123", "licence": "trained here"},
     "reference": {"key": "f00", "split": "train", "count": 500},
     "fd/digits-cnn@500": 0.5,
-    "nearest_train_held_out": 1.0,
+    "authenticity_held_out": 1.0,
 }
 
 

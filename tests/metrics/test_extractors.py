@@ -209,7 +209,7 @@ def test_efficientnet_features(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_names_of_metrics() -> None:
     judge = made()
-    assert metric_name("nearest_train", judge, 20) == "nearest_train@20"
+    assert metric_name("copies", judge, 20) == "copies@20"
     assert metric_name("fd_spatial", judge, 20) == "fd_spatial/net@20"
     judge.published, judge.name = True, "inception-tf1"
     names = [metric_name(n, judge, 50_000) for n in ("fd", "fd_spatial", "fd_held_out", "kid")]

