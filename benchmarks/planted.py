@@ -63,27 +63,32 @@ def kinds_of(images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     return dict(zip(KINDS, [parts[0], parts[1].flip(3), *noisy], strict=True))
 
 
-def draws(train: ImageSet, held_out: ImageSet, share: float, count: int = DRAWS, seed: int = 0) -> list[Draw]:
-    """Plant a share of copies among held-out images, `count` times anew."""
+def draws(train: ImageSet, held_out: ImageSet, shares: Sequence[float], seed: int = 0) -> dict[float, list[Draw]]:
+    """Plant each share of copies among held-out images, `DRAWS` times anew."""
     generator = torch.Generator().manual_seed(seed)
     detector = CopyDetector(train.images)
     threshold = detector.calibrate().threshold
     flags = torch.cat([detector.judge(images).ratio < threshold for images in held_out.images.split(1000)])
-    found = []
-    for _ in range(count):
-        others, apart = flags[torch.randperm(len(flags), generator=generator)].chunk(2)
-        others = others[:1000]
-        number = round(share * len(others))
-        copied = train.images[torch.randperm(len(train), generator=generator)[:number]]
-        others = others[number:]
-        planted = {}
-        for kind, images in kinds_of(copied, generator).items():
-            ratio, _, nearest = detector.judge(images)
-            planted[kind] = ratio < threshold, detector.own[nearest, 0] < detector.rounding
-        flagged = sum(int(flag.sum()) for flag, _ in planted.values()) + int(others.sum())
-        reported = share_of_copies(flagged, number + len(others), int(apart.sum()), len(apart))
-        found.append(Draw(planted, float(others.double().mean()), reported))
-    return found
+    return {
+        share: [_draw(train, detector, threshold, flags, share, generator) for _ in range(DRAWS)] for share in shares
+    }
+
+
+def _draw(
+    train: ImageSet, detector: CopyDetector, threshold: float, flags: Tensor, share: float, generator: torch.Generator
+) -> Draw:
+    others, apart = flags[torch.randperm(len(flags), generator=generator)].chunk(2)
+    others = others[:1000]
+    number = round(share * len(others))
+    copied = train.images[torch.randperm(len(train), generator=generator)[:number]]
+    others = others[number:]
+    planted = {}
+    for kind, images in kinds_of(copied, generator).items():
+        ratio, _, nearest = detector.judge(images)
+        planted[kind] = ratio < threshold, detector.own[nearest, 0] < detector.rounding
+    flagged = sum(int(flag.sum()) for flag, _ in planted.values()) + int(others.sum())
+    reported = share_of_copies(flagged, number + len(others), int(apart.sum()), len(apart))
+    return Draw(planted, float(others.double().mean()), reported)
 
 
 def load(name: str) -> tuple[ImageSet, ImageSet]:
@@ -100,8 +105,7 @@ def main(names: Sequence[str]) -> None:
     for name in names:
         rows = []
         train, held_out = load(name)
-        for share in (0.0, 0.01, 0.05, 0.2):
-            drawn = draws(train, held_out, share)
+        for share, drawn in draws(train, held_out, (0.0, 0.01, 0.05, 0.2)).items():
             row = {"data": train.name, "planted": f"{share:.0%}"}
             for kind in KINDS:
                 found, planted = (sum(n) for n in zip(*(d.found([kind]) for d in drawn), strict=True))
