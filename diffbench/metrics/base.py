@@ -7,18 +7,16 @@ checkpoint. A metric holds statistics only and no network: one feature extractor
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from diffbench.metrics.copies import CopyDetector
 from diffbench.metrics.extractors.base import Extractor, Features
 from diffbench.metrics.rules import Rule
-
-if TYPE_CHECKING:
-    from diffbench.metrics.memorisation import CopyDetector
 
 KEPT = 10_000
 """Feature vectors kept of either side, at most, for metrics that need the vectors themselves."""
@@ -76,7 +74,7 @@ class Measurement:
     references: Mapping[str, ReferenceStatistics]
     count: int
     labels: bool = True
-    detector: "CopyDetector | None" = None
+    detector: CopyDetector | None = None
     infinity: bool = False
     by_class: bool = False
     permutation: Callable[..., Tensor] = _permutation

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from diffbench.metrics.base import Rows, SampleMetric, evenly_spaced, states_device
 from diffbench.metrics.classification import InceptionScore, LabelAccuracy, inception_score
+from diffbench.metrics.copies import Calibration, CopyDetector
 from diffbench.metrics.frechet import FrechetDistance, FrechetInfinity, Moments, frechet, frechet_infinity, gaussian
 from diffbench.metrics.kernel import KernelDistance, kernel_distance
-from diffbench.metrics.memorisation import Calibration, CopyDetector, Memorisation, share_of_copies
+from diffbench.metrics.memorisation import Memorisation, share_of_copies
 from diffbench.metrics.neighbours import DensityCoverage, PrecisionRecall, neighbours
 
 N, D = 60, 6

@@ -24,9 +24,9 @@ from diffbench.evaluation import scorer as scorers
 from diffbench.metrics import Extractor, Features
 from diffbench.metrics.base import Measurement, ReferenceStatistics
 from diffbench.metrics.classification import inception_score
+from diffbench.metrics.copies import CopyDetector
 from diffbench.metrics.frechet import frechet_distance, gaussian
 from diffbench.metrics.kernel import kernel_distance
-from diffbench.metrics.memorisation import CopyDetector
 from diffbench.metrics.neighbours import neighbours
 from diffbench.runs import drawing, evaluate
 from diffbench.runs.lifecycle import load
