@@ -4,17 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from diffbench.commands.evaluate import score
 from diffbench.config.layers import COMMAND_LINE
+from diffbench.config.load import load
 from diffbench.core.errors import UserError
 from diffbench.core.progress import span
-from diffbench.data.facts import OtherDataError
-from diffbench.reports.results import newest_scores
-from diffbench.reports.tables import run_facts, run_table
-from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.drawing import drawing_seconds
-from diffbench.runs.evaluate import is_scored
-from diffbench.runs.lifecycle import look, train
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -22,6 +15,16 @@ def run(arguments: argparse.Namespace) -> None:
     words = list(arguments.overrides)
     restart = _switch(words, "restart", "true", "false") == "true"
     scored = _switch(words, "evaluate", "null", "false") is None
+    load(arguments.config, words)  # whose errors need not wait for what comes next
+    from diffbench.commands.evaluate import score
+    from diffbench.data.facts import OtherDataError
+    from diffbench.reports.results import newest_scores
+    from diffbench.reports.tables import run_facts, run_table
+    from diffbench.runs.denoiser import DenoiserRun
+    from diffbench.runs.drawing import drawing_seconds
+    from diffbench.runs.evaluate import is_scored
+    from diffbench.runs.lifecycle import look, train
+
     run = train(arguments.config, words, restart=restart)
     builds_on = getattr(run.config, "autoencoder", None)
     if builds_on is not None and (Path(builds_on) / "config.yaml").is_file():

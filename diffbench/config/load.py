@@ -12,9 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from diffbench.config.documents import dump
 from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, kept_below, keys_of
 from diffbench.config.layers import (
@@ -101,6 +98,9 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
     """Replace each ${key} by that key's value."""
     if "${" not in repr(values):
         return values
+    from omegaconf import OmegaConf  # takes a quarter of a second, and few configs refer to other keys
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         config = OmegaConf.create(values, flags={"allow_objects": True})
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]

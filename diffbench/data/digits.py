@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 
 import torch
+from torch import Tensor
 from torch.nn.functional import interpolate
 
+from diffbench.core import files, tensors
+from diffbench.core.errors import UserError
 from diffbench.data.planted import PlantedConfig
 from diffbench.data.sets import ImageSet
 
@@ -39,6 +43,18 @@ def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
 
 @cache
 def _digits(held_out: int, size: int) -> tuple[ImageSet, ImageSet]:
+    name = f"digits-{version('scikit-learn')}-{held_out}-{size}.safetensors"
+    path = files.cache_folder() / name  # as scikit-learn takes most of a second to import
+    try:
+        held = tensors.read(files.cached(path, lambda: tensors.write(path, _split(held_out, size))))[0]
+    except (UserError, OSError):  # a cache that is damaged, or cannot be written
+        held = _split(held_out, size)
+    names = tuple("0123456789")
+    train, test = (ImageSet(held[f"{p}.images"], held[f"{p}.labels"], 10, "digits", names) for p in ("train", "test"))
+    return train, test
+
+
+def _split(held_out: int, size: int) -> dict[str, Tensor]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -48,6 +64,5 @@ def _digits(held_out: int, size: int) -> tuple[ImageSet, ImageSet]:
     pixels = interpolate(pixels.float(), size=size, mode="bilinear").round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=0)
-    names = tuple("0123456789")
-    parts = [ImageSet(pixels[p], labels[p], 10, "digits", names) for p in (train, test)]
-    return parts[0], parts[1]
+    parts = {"train": train, "test": test}
+    return {f"{p}.{k}": v[i] for p, i in parts.items() for k, v in (("images", pixels), ("labels", labels))}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
+from scipy import special  # scipy.stats takes several times as long to import
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
@@ -52,7 +52,7 @@ def bands_of(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) 
     """
     if len(runs) < LEAST:
         raise ValueError(f"a band needs at least {LEAST} runs, got {len(runs)}")
-    factor = float(student.ppf((1 + CONFIDENCE) / 2, len(runs) - 1)) * math.sqrt(1 + 1 / len(runs))
+    factor = float(special.stdtrit(len(runs) - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(1 + 1 / len(runs))
     found = {}
     for name in names:
         series = [{line["images"]: line[name] for line in lines if name in line} for lines in runs]

@@ -9,13 +9,15 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import room_for
-from diffbench.metrics import Extractor
+
+if TYPE_CHECKING:
+    from diffbench.metrics import Extractor
 
 FORMAT = 1
 PROTOCOL = ("format", "data", "autoencoder", "sample", "guidance", "labels", "precision", "extractor", "reference")
@@ -25,7 +27,7 @@ LOOSE = ("sample.seed", "sample.seconds", "sample.batch_size", "extractor.licenc
 """Parts of those that need not agree."""
 
 
-def surroundings(extractor: Extractor | None, device: torch.device) -> dict[str, Any]:
+def surroundings(extractor: "Extractor | None", device: torch.device) -> dict[str, Any]:
     """Entries of a record about code, machine and extractor."""
     looking = extractor and {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence}
     return {

@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pandas as pd
-
 from diffbench.evaluation.records import values
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.columns import columns, filled
@@ -156,6 +154,8 @@ def agreement(c: Conclusion) -> Rows:
     values = [{name: signs[name] * t.values.get(name, math.nan) for name in names} for t in c.trials if t.complete]
     if len(values) < LEAST_RANKED or len(watched) < 2:
         return []
+    import pandas as pd  # half a second, which few tables need
+
     found = pd.DataFrame(values).corr("spearman", min_periods=LEAST_RANKED)
     return [
         {"measure": name, **{other: f"{r:.2f}" for other in watched if math.isfinite(r := found.loc[name, other])}}
@@ -272,6 +272,8 @@ def as_csv(c: Conclusion) -> str:
         }
         row |= {f"config.{k}": t.run.flat.get(k) if t.run else None for k in keys}
         rows.append(row | {name: t.values.get(name) for name in names})
+    import pandas as pd
+
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
 

@@ -25,7 +25,6 @@ from diffbench.data.sets import ImageSet
 from diffbench.denoisers import registry
 from diffbench.denoisers.flops import Cost
 from diffbench.diffusion import Process
-from diffbench.evaluation import reference
 from diffbench.runs import build, checks, weights
 from diffbench.runs.base import Run, open_run
 from diffbench.runs.classifier import ClassifierRun
@@ -199,6 +198,7 @@ class DenoiserRun(Run[RunConfig]):
         c, e = self.config, self.config.evaluate
         if e.every_images is None:
             return []
+        from diffbench.evaluation import reference
         from diffbench.training import FrechetDistance
 
         extractor = reference.run_extractor(c, self.train_set, build.device_of(c.trainer.accelerator))
