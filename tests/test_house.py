@@ -143,7 +143,7 @@ def test_every_module_imports_with_the_base_dependencies_only() -> None:
     assert set(modules) <= loaded
 
 
-HEAVY = {"torch", "lightning", "omegaconf", "sklearn", "tensorboard", "matplotlib"}
+HEAVY = {"torch", "lightning", "omegaconf", "torchmetrics", "pandas", "sklearn", "tensorboard", "matplotlib"}
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -158,7 +158,7 @@ def test_the_command_line_starts_without_torch() -> None:
     assert not loaded & HEAVY
 
 
-def test_the_config_loads_without_lightning() -> None:
-    loaded = loaded_after("import diffbench.config.load")
-    assert {"torch", "omegaconf"} <= loaded
-    assert not loaded & (HEAVY - {"torch", "omegaconf"})
+def test_a_wrong_value_is_found_before_anything_but_torch_is_imported() -> None:
+    words = ["train", str(PACKAGE / "experiments" / "digits" / "dit.yaml"), "trainer.compile=false"]
+    loaded = loaded_after(f"from diffbench.cli import main; assert main({words}) == 2")
+    assert loaded & HEAVY == {"torch"}
