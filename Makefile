@@ -17,6 +17,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CONFIG := experiments/$(DATA)/$(MODEL).yaml
 MODELS := $(filter-out _%,$(sort $(basename $(notdir $(wildcard experiments/$(DATA)/*.yaml)))))
+SETS := $(filter-out studies,$(sort $(patsubst experiments/%/,%,$(dir $(wildcard experiments/*/*.yaml)))))
 DOCKER_GPUS := $(if $(filter cuda,$(DEVICE)),--gpus all)
 DIFFBENCH := $(BIN)/python -m diffbench
 
@@ -41,7 +42,7 @@ $(STAMP): pyproject.toml
 # An unknown MODEL or DATA must not start a long installation.
 .PHONY: check-config
 check-config:
-	@test -f '$(CONFIG)' || { echo "error: no $(CONFIG); MODEL and DATA name one of:" >&2; ls experiments/*/[!_]*.yaml | sed -E 's|experiments/([^/]+)/(.*)\.yaml|  DATA=\1 MODEL=\2|' >&2; exit 2; }
+	@test -f '$(CONFIG)' || { printf 'error: no %s; with DATA=%s, MODEL is one of: %s\n  DATA is one of: %s\n' '$(CONFIG)' '$(DATA)' '$(or $(MODELS),none)' '$(SETS)' >&2; exit 2; }
 
 train: check-config $(STAMP)  ## train MODEL on DATA with SEED (or each of SEEDS=0,1,2); again: resume
 	@set -e; for seed in $(subst $(comma), ,$(SEEDS)); do $(DIFFBENCH) train $(CONFIG) seed=$$seed $(ARGS); done

@@ -95,6 +95,7 @@ class TensorBoardLog:
             return
         self._writer.add_text("config", f"```yaml\n{config_text}\n```", 0)
         watched = [metric for metric in registry.METRICS.values() if metric.watched]
+        watched.sort(key=lambda metric: metric.name not in FINAL)  # what every run has comes first
         better = {m.title: _line(m.name) if "/" in m.name else ["Multiline", [f"{m.name}[/@]"]] for m in watched}
         charts = {f"error of eps at log-SNR {level:g}": _line(f"val/level/{level:g}") for level in levels}
         where = {"Where it is better, from noise (low log-SNR) to image": charts} if charts else {}
