@@ -10,7 +10,15 @@ import torch
 
 from diffbench.config.autoencoder import LossConfig, NetworkConfig
 from diffbench.config.layers import located
-from diffbench.config.sections import EMAConfig, EvaluateConfig, OptimizerConfig, SampleConfig, ValidationConfig
+from diffbench.config.sections import (
+    DenoiserSeedsConfig,
+    EMAConfig,
+    EvaluateConfig,
+    OptimizerConfig,
+    SampleConfig,
+    SeedsConfig,
+    ValidationConfig,
+)
 from diffbench.config.trainer import DenoiserTrainerConfig, TrainerConfig, precision_here
 from diffbench.data.registry import SOURCES
 from diffbench.denoisers import DENOISERS
@@ -62,6 +70,7 @@ class BaseConfig:
     format: int = FORMAT
     kind: str = ""
     seed: int = 0
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
     tag: str | None = None
     """Added to the run folder's name; overrides of anything but the length add one by themselves."""
     runs_dir: str = "runs"
@@ -93,6 +102,11 @@ class BaseConfig:
         precision = precision_here(self.trainer, low=self.kind == "denoiser")
         self.trainer = replace(self.trainer, precision=precision)
 
+    def seed_of(self, source: str) -> int:
+        """The seed of a source of randomness, one of `seeds`."""
+        own = getattr(self.seeds, source)
+        return self.seed if own is None else int(own)
+
 
 @dataclass
 class RunConfig(BaseConfig):
@@ -108,6 +122,7 @@ class RunConfig(BaseConfig):
     """Type in which the latents' means and log-variances are stored."""
     denoiser: Any = None
     process: Any = None
+    seeds: DenoiserSeedsConfig = field(default_factory=DenoiserSeedsConfig)
     trainer: DenoiserTrainerConfig = field(default_factory=DenoiserTrainerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -51,6 +51,29 @@ class OptimizerConfig:
 
 
 @dataclass
+class SeedsConfig:
+    """Seeds of single sources of randomness; null for the run's own `seed`."""
+
+    init: int | None = None
+    """Initial weights."""
+    data: int | None = None
+    """Order and flips of images; which latents of their posterior."""
+    noise: int | None = None
+    """Noise and its times, dropped labels, dropout, augmentation."""
+
+    def __post_init__(self) -> None:
+        check(self, "seeds", "lie in 0 to 2^63 - 1 or be null", lambda v: 0 <= v < 2**63, *vars(self))
+
+
+@dataclass
+class DenoiserSeedsConfig(SeedsConfig):
+    """A denoiser's seeds, beside those of every kind of run."""
+
+    sample: int | None = None
+    """Noise of the samples that are scored: changes no weights, so that a run is scored anew without being trained."""
+
+
+@dataclass
 class EMAConfig:
     """Exponential moving averages of the weights; the first one validates and samples by default."""
 

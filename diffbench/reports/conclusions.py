@@ -12,7 +12,7 @@ from diffbench.metrics.registry import Metric, metric_of
 from diffbench.reports import statistics
 from diffbench.reports.results import Comparison, Trial, check_comparable, full_name, validation_difference
 from diffbench.reports.statistics import LEAST, Paired, Summary, Verdict
-from diffbench.reports.text import listed, mean_text, number, percent
+from diffbench.reports.text import counted, listed, mean_text, number, percent
 
 MOST_IN_PAIRS = 16
 """Variants beyond which not every pair is tested: a baseline is named then."""
@@ -74,6 +74,7 @@ class Conclusion:
         tests: pairs by the primary metric.
         outcome: of the comparison.
         answer: in a sentence or two.
+        luck: below which difference by the primary metric nothing is found, in a sentence; empty where it is not known.
         notes: what the statistics have to say besides the comparison's own notes.
         rungs: budget -> the conclusion there, rising, where runs pass several budgets; the last is this one.
     """
@@ -85,6 +86,7 @@ class Conclusion:
     tests: list[PairedTest] = field(default_factory=list)
     outcome: Literal["winner", "disputed", "tie", "partly", "not decided"] = "not decided"
     answer: str = ""
+    luck: str = ""
     notes: list[str] = field(default_factory=list)
     rungs: "dict[str, Conclusion]" = field(default_factory=dict)
 
@@ -197,7 +199,9 @@ def _tests(c: Conclusion) -> list[PairedTest]:
         )
         return []
     seeds = {name: c.by_seed(name, c.name) for name in names}
-    tested = statistics.paired({(a, b): statistics.differences(seeds[a], seeds[b]) for a, b in pairs})
+    rows = {(a, b): statistics.differences(seeds[a], seeds[b]) for a, b in pairs}
+    tested = statistics.paired(rows)
+    c.luck = _luck(c, list(rows.values()))
     images = _by_image(c, pairs)
     by_image = statistics.paired({pair: row.tolist() for pair, row in images.items()})
     found = []
@@ -211,6 +215,20 @@ def _tests(c: Conclusion) -> list[PairedTest]:
             resampled = statistics.bootstrap(images[a, b], "bound by image")
         found.append(PairedTest(a, b, paired, verdict, detectable, by_image.get((a, b)), resampled))
     return found
+
+
+def _luck(c: Conclusion, rows: Sequence[Sequence[float]]) -> str:
+    """The smallest difference that so many seeds find, at least what counts as a tie, in a sentence."""
+    if (least := statistics.luck(rows)) is None:
+        return ""
+    means = [abs(s[c.name].mean) for s in c.summaries.values() if c.name in s]
+    least = max(least, c.metric.tie * min(means))
+    seeds = min(map(len, rows))
+    return (
+        f"With {seeds} seeds, a difference in {c.metric.title} below {number(least, c.name, least)} is luck:"
+        f" only a larger one is found in {percent(statistics.POWER)} of such studies"
+        f" ({percent(1 - statistics.ALPHA / len(rows))} confidence, {counted(len(rows), 'pair')})."
+    )
 
 
 def _by_image(c: Conclusion, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], np.ndarray]:

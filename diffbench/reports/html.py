@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffbench.core.files import write_text
 from diffbench.metrics.registry import metric_of
-from diffbench.reports import ladder, tables, tuning
+from diffbench.reports import ladder, tables, tuning, variance
 from diffbench.reports.conclusions import Conclusion, conclude, confidence
 from diffbench.reports.figures import Plot
 from diffbench.reports.plots import draw
@@ -64,6 +64,8 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         points=tables.points(c),
         hyperparameters=tables.hyperparameters(c),
         tuning=tuning.table(c),
+        variance=variance.table(c),
+        published_ratio=variance.PUBLISHED_RATIO,
         ladder=ladder.tables(c),
         titles={name: title for name in c.metrics if (title := _title(name)) != name},
         best=c.ranked()[:1] if c.outcome in ("winner", "disputed") else [],

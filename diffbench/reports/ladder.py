@@ -9,7 +9,6 @@ from diffbench.metrics.registry import metric_of
 from diffbench.reports import scaling
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.figures import Plot, Style, label, legend, log_scale, new_figure, plain, save
-from diffbench.reports.scaling import Estimate
 from diffbench.reports.statistics import Array, summary
 from diffbench.reports.tables import Rows
 from diffbench.reports.text import mean_text
@@ -64,7 +63,7 @@ def _fits(c: Conclusion) -> Rows:
             values, at = grid(c, variant, name), budgets(c, variant)
             found = None if values is None or at is None else scaling.fit(at, values)
             if found is not None and metric_of(name).lower_is_better:
-                parts = {"a": _text(found.a), "b": _text(found.b), "c": _text(found.c)}
+                parts = {"a": found.a.text(), "b": found.b.text(), "c": found.c.text()}
                 rows.append({"fit": f"{variant}, {metric_of(name).title}", **parts})
     return rows
 
@@ -77,14 +76,8 @@ def _crossings(c: Conclusion) -> Rows:
             if first is None or second is None or at is None or first.shape != second.shape:
                 continue
             for zero in scaling.crossings(at, first, second):
-                rows.append({"pair": f"{a}, {b}", "metric": metric_of(name).title, "FLOPs": _text(zero, "{:.2g}")})
+                rows.append({"pair": f"{a}, {b}", "metric": metric_of(name).title, "FLOPs": zero.text("{:.2g}".format)})
     return rows
-
-
-def _text(estimate: Estimate, form: str = "{:.4g}") -> str:
-    """A value with its interval: 0.51 [0.42, 0.60]."""
-    ends = "" if estimate.interval is None else f" [{', '.join(form.format(end) for end in estimate.interval)}]"
-    return (form.format(estimate.value) + ends).replace("e+", "e")
 
 
 def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
@@ -98,7 +91,7 @@ def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
     values = [[[sign * of[v][s] for v in shared] for sign, of in zip(signs, seeds, strict=True)] for s in kept]
     found = scaling.kendall(np.array(values))
     return [
-        {"": a, **{b: "1" if a == b else _text(tau, "{:.2f}") for b, tau in zip(columns, row, strict=True)}}
+        {"": a, **{b: "1" if a == b else tau.text("{:.2f}".format) for b, tau in zip(columns, row, strict=True)}}
         for a, row in zip(columns, found, strict=True)
     ]
 

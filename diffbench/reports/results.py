@@ -43,6 +43,7 @@ class Trial:
         why: why it failed or is unfinished, in one line.
         at: images of the rung that it is of, where the run passes several.
         recipe: all that it takes to train and score it again, as the file of a study's trial has it.
+        more: records of the same weights sampled with further seeds.
     """
 
     variant: str
@@ -53,6 +54,12 @@ class Trial:
     why: str = ""
     at: int | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
+    more: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All records, a sampling seed each."""
+        return [self.record, *self.more] if self.record else []
 
     @property
     def images(self) -> int:
@@ -66,14 +73,16 @@ class Trial:
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """Every number under its full name: those of the last validation, then the record's."""
+        """Every number under its full name: those of the last validation, then the means over the records'."""
         found: dict[str, float] = {}
         for line in self.run.metrics if self.run else ():
             if self.at is not None and line["images"] > self.at:
                 break
             found |= {name: value for name, value in line.items() if name.startswith(VALIDATION)}
-        record = self.record or {}
-        return found | {name: v for name, v in record.items() if name.startswith(VALIDATION)} | values(record)
+        found |= {n: v for n, v in (self.record or {}).items() if n.startswith(VALIDATION)}
+        scores = [values(record) for record in self.records] or [{}]
+        shared = (name for name in scores[0] if all(name in each for each in scores))
+        return found | {name: sum(each[name] for each in scores) / len(scores) for name in shared}
 
     @cached_property
     def cost(self) -> Cost | None:

@@ -28,6 +28,11 @@ class Estimate:
     value: float
     interval: tuple[float, float] | None
 
+    def text(self, form: Callable[[float], str] = "{:.4g}".format) -> str:
+        """The value with its interval: 0.51 [0.42, 0.60]."""
+        ends = "" if self.interval is None else f" [{', '.join(map(form, self.interval))}]"
+        return (form(self.value) + ends).replace("e+", "e")
+
 
 @dataclass(frozen=True)
 class Fit:

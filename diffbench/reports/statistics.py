@@ -4,7 +4,7 @@ smallest difference that would have been found.
 Never a minimum over seeds, and no bootstrap of a Fréchet distance: duplicates among resampled images bias it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -154,6 +154,19 @@ def detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) ->
     # The shift of the noncentral t; that a difference is found the wrong way round has no chance worth counting then.
     shift = special.nctdtrinc(n - 1, 1 - power, _quantile(alpha, n))
     return float(shift) * sd / n**0.5
+
+
+def luck(differences: Collection[Sequence[float]]) -> float | None:
+    """The true mean difference that pairs which scatter like these would show with 80% power; any smaller may be luck.
+
+    At the level of the first of Holm's steps over all of them, with their pooled spread and the least number of seeds;
+    None of no pairs, or fewer than three seeds.
+    """
+    n = min(map(len, differences), default=0)
+    if n < LEAST or not all(np.isfinite(row).all() for row in differences):
+        return None
+    spread = float(np.mean([np.var(row, ddof=1) for row in differences])) ** 0.5
+    return detectable(spread, n, ALPHA / len(differences))
 
 
 def verdict(pair: Paired, lower_is_better: bool, tie: float = 0.0) -> Verdict:

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffbench.evaluation.records import values
 from diffbench.metrics.registry import metric_of
+from diffbench.reports import variance
 from diffbench.reports.columns import columns, filled
 from diffbench.reports.conclusions import Conclusion, PairedTest, holds_at, levels_of
 from diffbench.reports.results import Trial, newest_scores, settings
@@ -238,15 +239,14 @@ def differing_keys(trials: Sequence[Trial]) -> list[str]:
 
 
 def as_csv(c: Conclusion) -> str:
-    """A row for each trial at each budget: what it is, what it cost, how its config differs, every value under its full
-    name.
+    """A row for each trial at each budget and sampling seed: what it is, what it cost, how its config differs, every
+    value under its full name.
     """
     rungs = c.comparison.rungs or {"": c.trials}
     trials = [(budget, t) for budget, rung in rungs.items() for t in rung]
     keys, names = differing_keys(c.trials), dict.fromkeys(name for _, t in trials for name in t.values)
     rows = []
-    for budget, t in trials:
-        record = t.record or {}
+    for budget, t, record in ((b, trial, record) for b, trial in trials for record in trial.records or [{}]):
         sample = record.get("sample") or {}
         row: dict[str, Any] = {
             "variant": t.variant,
@@ -271,7 +271,7 @@ def as_csv(c: Conclusion) -> str:
             "commit": record.get("commit"),
         }
         row |= {f"config.{k}": t.run.flat.get(k) if t.run else None for k in keys}
-        rows.append(row | {name: t.values.get(name) for name in names})
+        rows.append(row | {name: (t.values | values(record)).get(name) for name in names})
     import pandas as pd
 
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
@@ -293,6 +293,8 @@ def for_terminal(c: Conclusion, runs: str | None = None) -> str:
     }
     head = heads.get(c.outcome, c.outcome.upper())
     parts = [filled(text) for text in (c.comparison.title, c.comparison.question, "", f"{head}. {c.answer}")]
+    if c.luck:
+        parts.append(filled(c.luck))
     if not c.comparison.like_for_like:
         parts.append("Not like for like: the variants differ in more than the question.")
     rows = quality(c)
@@ -321,6 +323,8 @@ def for_terminal(c: Conclusion, runs: str | None = None) -> str:
         parts.append(as_text(pairs(c, tests)))
         if len(tests) < len(c.tests):
             parts.append(f"all {len(c.tests)} pairs stand in the report")
+    if scatter := variance.table(c):
+        parts += ["", "where the scatter comes from (standard deviations)", as_text(scatter)]
     if absent := missing(c):
         parts += ["", "not counted", as_text(absent[: 2 * PAIRS_SHOWN])]
     return "\n".join(parts + [filled(f"note: {note}") for note in [*c.comparison.notes, *c.notes]])

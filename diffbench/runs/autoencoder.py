@@ -66,7 +66,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
 
         c, net = self.config, self.network
         assert isinstance(net, KLAutoencoder)
-        return AutoencoderModule(net, c.loss, c.optimizer, c.seed, self._features())
+        return AutoencoderModule(net, c.loss, c.optimizer, c.seed_of("noise"), self._features())
 
     def _features(self) -> "Features | None":
         if self.config.loss.perceptual is None:

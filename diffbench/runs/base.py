@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 DATA_FACTS = "data.json"
 """The facts of the run's training data, in its folder."""
 HPARAMS = ("denoiser.name", "process.name", "sample.sampler", "optimizer.lr", "trainer.batch_size", "seed")
-NO_SIZE = ("seed", "tag", "runs_dir", "debug", "optimizer", "ema", "trainer", "validation", "sample", "evaluate")
+NO_SIZE = (
+    *("seed", "seeds", "tag", "runs_dir", "debug", "optimizer", "ema", "trainer", "validation", "sample", "evaluate"),
+)
 """Sections that leave the network's size as it is."""
 
 C = TypeVar("C", bound=BaseConfig)
@@ -206,10 +208,10 @@ class Run(ABC, Generic[C]):
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network, initialised from the run's seed until weights are loaded."""
+        """The network, initialised from the run's seed of `init` until weights are loaded."""
         keep_memory()
         with self.located():
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(self.config.seed_of("init"))
             network = self.build()
         trainer = self.config.trainer
         on_cpu = device_of(trainer.accelerator).type == "cpu"

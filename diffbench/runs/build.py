@@ -103,7 +103,7 @@ def data_module(
         train_set.first(config.trainer.batch_size) if config.debug == "overfit" else train_set,
         held_out,
         config.trainer.batch_size,
-        config.seed,
+        config.seed_of("data"),
         num_workers=config.data.num_workers,
         flip=getattr(config.data, "flip", False),
         data_on_device=config.trainer.data_on_device,

@@ -52,7 +52,7 @@ class ClassifierRun(Run[ClassifierRunConfig]):
         from diffbench.training.classifier import ClassifierModule
 
         c = self.config
-        return ClassifierModule(self.network, self.process, c.optimizer, c.seed)
+        return ClassifierModule(self.network, self.process, c.optimizer, c.seed_of("noise"))
 
     def callbacks(self) -> "list[Any]":
         from diffbench.training.callbacks import Accuracy

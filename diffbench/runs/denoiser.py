@@ -156,7 +156,7 @@ class DenoiserRun(Run[RunConfig]):
             self.network,
             self.process,
             c.optimizer,
-            seed=c.seed,
+            seed=c.seed_of("noise"),
             label_dropout=t.label_dropout if self.null_label is not None else 0.0,
             null_label=self.null_label,
             time_sampling=t.time_sampling,
@@ -204,7 +204,9 @@ class DenoiserRun(Run[RunConfig]):
         extractor = reference.run_extractor(c, self.train_set, build.device_of(c.trainer.accelerator))
         how = c.sample.unguided()
         sampler, real = self.sampler(how), self.train_set
-        return [FrechetDistance(real, e.every_images, extractor, e.every_count, sampler, how, c.seed, e.best)]
+        return [
+            FrechetDistance(real, e.every_images, extractor, e.every_count, sampler, how, c.seed_of("sample"), e.best)
+        ]
 
     def sampler(self, settings: SampleConfig) -> Sampler:
         """The sampler of the network, guided as the settings say."""

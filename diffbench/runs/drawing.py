@@ -31,7 +31,7 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Sample
         "autoencoder": None if run.autoencoder is None else run.autoencoder.fingerprint,
         "process": dataclasses.asdict(config.process),
         "sample": how.numbers(),
-        "seed": config.seed,
+        "seed": config.seed_of("sample"),
         "labels": sample_labels(run.train_set, config.evaluate.count).bincount(minlength=1).tolist(),
         "count": config.evaluate.count,
     }

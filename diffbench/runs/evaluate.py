@@ -40,9 +40,9 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
 
     Args:
         run: a loaded run.
-        overrides: key=value for the sections `sample` and `evaluate`; `seed`; `ema` (the decay of the average);
-            `snapshot` (last, or best for the weights of the least distance in training); `export` (an npz to write
-            the last drawn samples to, in a fixed shuffled order, as the ADM evaluator takes them).
+        overrides: key=value for the sections `sample` and `evaluate`; `seed` (of the samples); `ema` (the decay of the
+            average); `snapshot` (last, or best for the weights of the least distance in training); `export` (an npz to
+            write the last drawn samples to, in a fixed shuffled order, as the ADM evaluator takes them).
 
     Returns:
         One record for each, already appended to the run's results.jsonl.
@@ -51,6 +51,8 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     refuse_others(changes, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export", said="not for evaluate")
     decay, snapshot = changes.pop("ema", run.ema), changes.pop("snapshot", "last")
     export = changes.pop("export", None)
+    if "seed" in changes:
+        changes["seeds"] = {"sample": changes.pop("seed")}
     config = change(run.config, changes)
     if snapshot not in ("last", "best"):
         raise UserError(f"{COMMAND_LINE}: snapshot: must be last or best, got {snapshot!r}")
@@ -105,7 +107,7 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     """Return whether a record scores an average of the finished run, sampled and evaluated as the config says."""
     images = config.trainer.max_steps * config.trainer.batch_size
     held = (record["images_seen"], record["ema"], record.get("snapshot", "last"))
-    wanted = config.sample.numbers() | {"seed": config.seed}
+    wanted = config.sample.numbers() | {"seed": config.seed_of("sample")}
     sampled = {k: record["sample"].get(k) for k in wanted}
     e, extractor = config.evaluate, (record.get("extractor") or {}).get("name", "")
     counted = any(name.endswith(f"@{e.count}") for name in records.values(record))
@@ -135,7 +137,7 @@ def _record(
     from diffbench.training.tensorboard_log import show_scores
 
     samples = samples_of(run, config, how)
-    drawn = draw(run, how, samples, config.seed)
+    drawn = draw(run, how, samples, config.seed_of("sample"))
     labels, started = references.sample_labels(run.train_set, samples.count), time.perf_counter()
     values = scorer.scores((index, images, labels[index]) for index, images in samples.batches(references.BATCH))
     if scorer.copies is not None:
@@ -144,7 +146,8 @@ def _record(
         **run.surroundings(scorer.measurement.extractor),
         "snapshot": run.snapshot,
         "guidance": how.guidance,
-        "sample": how.numbers() | {"batch_size": how.batch_size, "seed": config.seed, "seconds": drawn.pop("seconds")},
+        "sample": how.numbers()
+        | {"batch_size": how.batch_size, "seed": config.seed_of("sample"), "seconds": drawn.pop("seconds")},
         "drawing": drawn | {"folder": str(samples.folder.relative_to(run.folder))},
         "labels": references.spread_in_words(run.train_set, labels),
         "precision": str(next(run.network.parameters()).dtype).removeprefix("torch."),
@@ -169,7 +172,7 @@ def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[s
     found = {key: value for key, value in found.items() if value != getattr(usual, key.removeprefix("sample."))}
     others = {
         "evaluate.reference": (config.evaluate.reference, own.evaluate.reference),
-        "seed": (config.seed, own.seed),
+        "seed": (config.seed_of("sample"), own.seed_of("sample")),
         "ema": (run.ema, own.ema.decays[0]),
         "snapshot": (run.snapshot, "last"),
     }
@@ -216,4 +219,4 @@ def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str
     from diffbench.evaluation.explain import ExplainConfig, planted_scores
 
     print(f"explaining {len(planted)} planted classes", flush=True)
-    return planted_scores(run.sampler(how), how, run.facts, planted, ExplainConfig(seed=config.seed))
+    return planted_scores(run.sampler(how), how, run.facts, planted, ExplainConfig(seed=config.seed_of("sample")))

@@ -20,6 +20,7 @@ FREE_SECTIONS = {"sample", "evaluate"}
 FREE = {
     "runs_dir",
     "tag",
+    "seeds.sample",
     "data.num_workers",
     "trainer.max_images",
     "trainer.log_images",

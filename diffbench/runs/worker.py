@@ -32,10 +32,10 @@ def draw(folder: str, settings: str) -> None:
     run = load(folder, wanted["ema"])
     if wanted["snapshot"] == "best":
         run.use_best()
-    config = change(run.config, {"seed": wanted["seed"], "evaluate": {"count": wanted["count"]}})
+    config = change(run.config, {"seeds": {"sample": wanted["seed"]}, "evaluate": {"count": wanted["count"]}})
     run.network.to(device_of(config.trainer.accelerator))
     how = SampleConfig(**wanted["sample"])
-    drawing.draw(run, how, drawing.samples_of(run, config, how), config.seed, *distributed.place())
+    drawing.draw(run, how, drawing.samples_of(run, config, how), wanted["seed"], *distributed.place())
 
 
 def main(what: str, *arguments: str) -> int:

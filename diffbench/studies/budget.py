@@ -44,7 +44,7 @@ class Probe:
             write_text(self.path, json.dumps(self.rates) + "\n")
         return self.rates[name]
 
-    def seconds(self, variant: TrainingVariant, evaluations: bool = True) -> float:
+    def seconds(self, variant: TrainingVariant, samplings: int = 1) -> float:
         """About how long one seed of a variant trains and, with its evaluations, samples; `jobs` of them at a time."""
         from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
         from diffbench.sampling.sampler import Sampler
@@ -60,9 +60,10 @@ class Probe:
         finally:
             torch.set_num_threads(before)
         forwards = FORWARDS * variant.images
-        for changes in variant.evaluations.values() if evaluations else ():
+        for changes in variant.evaluations.values():
             how = evaluated(c, changes, "study")
-            forwards += max(1, len(variant.rungs)) * how.evaluate.count * network_evaluations(run.process, how.sample)
+            drawn = how.evaluate.count * max(1, len(variant.rungs)) * samplings
+            forwards += drawn * network_evaluations(run.process, how.sample)
         return forwards * self._forward[name]
 
 

@@ -18,13 +18,16 @@ AVERAGE = "average"
 """Key of a variant: the average that it evaluates, one of ema.decays or a share of ema.half_life."""
 EVALUATED = ("sample", "evaluate", AVERAGE)
 """Sections that change no weights: axes over them reuse the trained runs."""
+SAMPLE_SEED = "seeds.sample"
+APART = 1_000_000
+"""Between the sampling seeds of one trained network, so that no two networks share any; seeds lie below it."""
 EXPERIMENT = "experiment"
 """Key of a variant: the YAML that it varies in place of the study's."""
 
 
 def is_sampled(key: str) -> bool:
     """Whether a dotted key changes samples alone, not the weights."""
-    return key.split(".")[0] in EVALUATED
+    return key == SAMPLE_SEED or key.split(".")[0] in EVALUATED
 
 
 @dataclass
@@ -122,6 +125,9 @@ class StudyConfig:
     """A config key with a list of values, or any name with variants: name -> the keys it sets, `experiment` among them.
     Axes over `sample` and `evaluate` alone reuse the trained runs."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    samplings: int = 1
+    """How often each trained network is sampled and scored, each time with another seed: its scores are their means,
+    and the report says how much of the variance is training's and how much sampling's."""
     stop: StopConfig = field(default_factory=lambda: StopConfig(images=100_000))
     match: MatchConfig = field(default_factory=MatchConfig)
     tune: TuneConfig | None = None
@@ -142,6 +148,12 @@ class StudyConfig:
             raise ValueError("experiment: missing; name the YAML of an experiment, as experiments/digits/dit.yaml")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds: must be different whole numbers of at least 0, got {self.seeds}")
+        if self.samplings < 1:
+            raise ValueError(f"samplings: must be at least 1, got {self.samplings}")
+        if self.samplings > 1 and max(self.seeds) >= APART:
+            raise ValueError(f"seeds: must lie below {APART:,} with samplings={self.samplings}, got {max(self.seeds)}")
+        if self.samplings > 1 and any(SAMPLE_SEED in flatten(v.sampled) for v in variants(self)):
+            raise ValueError(f"axes: {SAMPLE_SEED} stands beside samplings={self.samplings}; give one of the two")
         if metric_of(self.primary).direction is None:
             raise ValueError(f"primary: {self.primary} does not rank variants; choose from {', '.join(RANKING)}")
         if self.jobs < 1:
@@ -199,6 +211,8 @@ def variants(study: StudyConfig) -> list[Variant]:
         for _, keys in chosen:
             changes = merge(changes, keys)
         sampled = {section: changes.pop(section) for section in EVALUATED if section in changes}
+        if "sample" in (seeds := changes.get("seeds", {})):
+            sampled["seeds"] = {"sample": seeds.pop("sample")}
         labels = [label for label, _ in chosen]
         found.append(
             Variant(", ".join(labels) or "as it is", changes, sampled, dict(zip(study.axes, labels, strict=True)))

@@ -22,7 +22,7 @@ def plan_text(
     rows = []
     seconds = 0.0
     for variant in found:
-        each = probe.seconds(variant)
+        each = probe.seconds(variant, study.samplings)
         seconds += each * len(study.seeds)
         row = {
             "network": variant.name,
@@ -34,7 +34,7 @@ def plan_text(
         row |= {"images": f"{variant.images:,}", "training FLOPs": f"{variant.flops:.3g}"}
         rows.append(row | {"seconds a seed": f"{each:,.0f}"})
     runs, evaluations = len(found) * len(study.seeds), sum(len(v.evaluations) for v in found) * len(study.seeds)
-    evaluations *= len(study.stop.rungs)
+    evaluations *= len(study.stop.rungs) * study.samplings
     lines = [
         f"{study.title or folder.name}: {len(found)} networks x {len(study.seeds)} seeds = {runs} runs,"
         f" {evaluations} evaluations",

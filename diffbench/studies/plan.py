@@ -70,6 +70,7 @@ class PlannedTrial:
         config: its config, with the seed.
         tuning: the grid's values that it tries, or None for a reported run.
         label: the label of the tuned axis' value.
+        samplings: how often it is sampled, each time with another seed.
     """
 
     name: str
@@ -77,6 +78,7 @@ class PlannedTrial:
     config: RunConfig
     tuning: dict[str, Any] | None = None
     label: str = ""
+    samplings: int = 1
 
     @property
     def seed(self) -> int:
@@ -249,7 +251,7 @@ def equal_by_construction(found: list[TrainingVariant]) -> list[str]:
 def planned_trials(study: StudyConfig, found: list[TrainingVariant]) -> list[PlannedTrial]:
     """The reported runs: all variants with one seed, then with the next, so that a stopped study compares all."""
     return [
-        PlannedTrial(f"{variant.name} s{seed}", variant, replace(variant.config, seed=seed))
+        PlannedTrial(f"{variant.name} s{seed}", variant, replace(variant.config, seed=seed), samplings=study.samplings)
         for seed in study.seeds
         for variant in found
     ]

@@ -38,10 +38,12 @@ def comparison_of_csv(path: Path, study: Path) -> Comparison:
         known = {str(key): value for key, value in row.items() if not pd.isna(value)}
         values = {k: float(v) for k, v in known.items() if "@" in k or k.startswith(VALIDATION)}
         record = {**values, "data": known.get("data", "")} if values else None
-        trial = Trial(
-            known["variant"], int(known["seed"]), known["status"], None, record, at=int(known.get("images", 0))
-        )
-        rungs.setdefault(known.get("budget", ""), []).append(trial)
+        variant, seed, rung = known["variant"], int(known["seed"]), rungs.setdefault(known.get("budget", ""), [])
+        first = next((t for t in rung if (t.variant, t.seed) == (variant, seed)), None)
+        if first is not None and record is not None:  # another sampling seed of it
+            first.more.append(record)
+        else:
+            rung.append(Trial(variant, seed, known["status"], None, record, at=int(known.get("images", 0))))
     trials = rungs[list(rungs)[-1]]
     variants = {t.variant for t in trials}
     return Comparison(

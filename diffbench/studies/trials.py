@@ -23,7 +23,7 @@ from diffbench.runs.base import Run
 from diffbench.runs.evaluate import evaluate_as, scores_as
 from diffbench.runs.folder import SAVED
 from diffbench.runs.lifecycle import look, train_in
-from diffbench.studies.config import AVERAGE
+from diffbench.studies.config import APART, AVERAGE
 from diffbench.studies.plan import PlannedTrial, evaluated
 
 KIND = "trial"
@@ -66,8 +66,7 @@ def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> 
         if own.get("extractor") is None and extractor in EXTRACTORS:
             changes["evaluate"]["extractor"] = extractor
         changes["sample"] = {k: v for k, v in record["sample"].items() if k in run.values["sample"]}
-        if record["sample"]["seed"] != run.values["seed"]:
-            changes["seed"] = record["sample"]["seed"]
+        changes["seeds"] = {"sample": record["sample"]["seed"]}
     return {
         "kind": KIND,
         "order": 0,
@@ -76,6 +75,7 @@ def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> 
         "folder": str(run.folder),
         "tuning": None,
         "label": "",
+        "samplings": 1,
         "evaluations": {variant: changes} if record is not None else {},
         "rungs": [],
         "config": run.values,
@@ -104,6 +104,7 @@ class TrialFile:
             "folder": str(trial.folder),
             "tuning": trial.tuning,
             "label": trial.label,
+            "samplings": trial.samplings,
             "evaluations": trial.variant.evaluations,
             "rungs": [list(rung) for rung in trial.variant.rungs] if len(trial.variant.rungs) > 1 else [],
             "config": to_dict(trial.config),
@@ -136,6 +137,12 @@ class TrialFile:
         """The config at each rung of the ladder, the shortest first; without a ladder the config alone."""
         images = [n for n, _ in self.values["rungs"]] or [self.config.trainer.max_images]
         return [replace(self.config, trainer=replace(self.config.trainer, max_images=n)) for n in images]
+
+    def ways(self, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What each sampling of a variant changes: the variant's keys, and from the second on a seed of its own."""
+        first = self.config.seed_of("sample")
+        more = [{"seeds": {"sample": first + k * APART}} for k in range(1, self.values["samplings"])]
+        return [dict(changes), *({**changes, **seeds} for seeds in more)]
 
     @property
     def folder(self) -> Path:
@@ -179,7 +186,8 @@ class TrialFile:
                     found |= bound_metrics(part, denoising_error(run.network, run.process, data, levels))
                 return found
 
-            evaluate_as(run, evaluated(config, changes, str(self.path)), errors if AVERAGE in changes else dict)
+            for way in self.ways(changes):
+                evaluate_as(run, evaluated(config, way, str(self.path)), errors if AVERAGE in changes else dict)
             print(f"{variant}: scored in {time.perf_counter() - started:.1f} s", flush=True)
 
     def trials(self) -> list[Trial]:
@@ -193,12 +201,13 @@ class TrialFile:
         for config in self.lengths:
             at = config.trainer.max_images if self.values["rungs"] else None
             for variant, changes in self.values["evaluations"].items():
-                record = next((r for r in records if self._answers(r, config, changes)), None)
-                status: Status = "complete" if record else "failed" if why else "unfinished" if run else "not begun"
+                held = [next((r for r in records if self._answers(r, config, w)), None) for w in self.ways(changes)]
+                scored = [r for r in held if r is not None]
+                done = len(scored) == len(held)
+                status: Status = "complete" if done else "failed" if why else "unfinished" if run else "not begun"
+                seed, said, first = int(self.values["seed"]), "" if done else why, scored[0] if scored else None
                 recipe = self.values | {"evaluations": {variant: changes}}
-                found.append(
-                    Trial(variant, int(self.values["seed"]), status, run, record, "" if record else why, at, recipe)
-                )
+                found.append(Trial(variant, seed, status, run, first, said, at, recipe, scored[1:]))
         return found
 
     def _answers(self, record: Mapping[str, Any], config: RunConfig, changes: Mapping[str, Any]) -> bool:

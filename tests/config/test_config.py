@@ -150,7 +150,7 @@ def test_smoke_is_two_steps_and_yields_to_the_command_line() -> None:
 
 
 TOP = (
-    "format, kind, seed, tag, runs_dir, debug, data, init_from, autoencoder, latent_dtype, denoiser, process,"
+    "format, kind, seed, seeds, tag, runs_dir, debug, data, init_from, autoencoder, latent_dtype, denoiser, process,"
     " optimizer, ema, trainer, validation, sample, evaluate"
 )
 REFUSED = {

@@ -29,7 +29,10 @@ TINY = [
     "sample.steps='3'",
 ]
 CASES = {
-    "dit": ["denoiser.hidden_size=32", "denoiser.depth=2", "denoiser.dropout=0.1", "optimizer.name=muon"],
+    "dit": [
+        *("denoiser.hidden_size=32", "denoiser.depth=2", "denoiser.dropout=0.1", "optimizer.name=muon"),
+        *("seeds.init=3", "seeds.data=4", "seeds.noise=5"),
+    ],
     "unet": [
         "denoiser.model_channels=8",
         "denoiser.dropout=0.1",

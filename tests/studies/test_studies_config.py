@@ -59,6 +59,15 @@ def test_a_later_budget_takes_the_place_of_an_earlier_one(tmp_path: Path) -> Non
             {"stop": {"seconds": 5}, "jobs": 2},
             "jobs: 2 runs at a time would share what stop.seconds measures; leave it at 1",
         ),
+        ({"samplings": 0}, "samplings: must be at least 1, got 0"),
+        (
+            {"samplings": 2, "seeds": [0, 1_000_000]},
+            "seeds: must lie below 1,000,000 with samplings=2, got 1000000",
+        ),
+        (
+            {"samplings": 2, "axes": {"seeds.sample": [0, 1]}},
+            "axes: seeds.sample stands beside samplings=2; give one of the two",
+        ),
         ({"seeds": [1, 1]}, "seeds: must be different whole numbers of at least 0, got [1, 1]"),
         (
             {"match": {"by": "gmacs"}},

@@ -1,5 +1,6 @@
 """Studies as commands: every trial in a process of its own, failures beside the rest, the same command resumes."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,28 @@ def test_one_run_passes_every_rung_and_is_scored_at_each(in_process: None, tmp_p
     before = (run / "metrics.jsonl").read_bytes()
     file.run()  # as after a kill: nothing is left to do
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_network_is_trained_once_and_sampled_with_seeds_of_its_own(in_process: None, tmp_path: Path) -> None:
+    path = written(tmp_path, axes={"seeds.init": [5], "seeds.sample": [7, 8]})
+    assert main(["study", str(path)]) == 0
+    (run,) = (tmp_path / "runs" / "trials").glob("digits*")  # an axis over sampling seeds alone
+    assert [r["sample"]["seed"] for r in records.results(run)] == [7, 8]
+    path = written(tmp_path, axes={"seeds.init": [5]}, samplings=3, seeds=[0, 1])
+    assert main(["study", str(path)]) == 0
+    found = comparison_of_study(tmp_path / "runs" / "studies" / "tiny").trials
+    assert [[r["sample"]["seed"] for r in t.records] for t in found] == [
+        [0, 1_000_000, 2_000_000],
+        [1, 1_000_001, 2_000_001],
+    ]
+    assert len({t.run.folder for t in found if t.run}) == 2 and run in {t.run.folder for t in found if t.run}
+    fd = "fd/digits-cnn@20"
+    for trial in found:
+        each = [r[fd] for r in trial.records]
+        assert len(set(each)) == 3 and trial.values[fd] == pytest.approx(sum(each) / 3)
+    rows = list(csv.DictReader((tmp_path / "runs/studies/tiny/report.csv").read_text().splitlines()))
+    assert [float(r[fd]) for r in rows] == [r[fd] for t in found for r in t.records]
+    assert [r["sample_seed"] for r in rows[:3]] == ["0", "1000000", "2000000"]
 
 
 def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
