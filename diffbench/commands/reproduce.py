@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy import special
 
-from diffbench.config.layers import COMMAND_LINE, SHIPPED, located
+from diffbench.config.layers import COMMAND_LINE, SHIPPED, located, with_paths
 from diffbench.config.load import build
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest, finite
@@ -22,10 +22,10 @@ from diffbench.denoisers import source
 from diffbench.evaluation import records
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.columns import filled
-from diffbench.reports.record import Change, read
+from diffbench.reports.record import read
 from diffbench.reports.results import VALIDATION, Trial
 from diffbench.reports.statistics import ALPHA
-from diffbench.reports.tables import as_text
+from diffbench.reports.tables import Rows, as_text
 from diffbench.runs.build import load_data
 from diffbench.runs.lifecycle import look
 from diffbench.studies.trials import FOLDER, TrialFile
@@ -85,7 +85,7 @@ def _chosen(cells: dict[str, Any], words: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _introduce(path: Path, record: dict[str, Any], changes: Sequence[Change]) -> None:
+def _introduce(path: Path, record: dict[str, Any], changes: Rows) -> None:
     """Say what the report is of, how this machine differs from its, and where its page was changed by hand."""
     made, here = record["made"], records.surroundings(None, torch.device("cpu"))
     print(filled(f"{record['title']}: {len(record['cells'])} cells, reported {made['time'][:10]}"))
@@ -96,7 +96,7 @@ def _introduce(path: Path, record: dict[str, Any], changes: Sequence[Change]) ->
             print(filled(f"warning: {name} is {now.get(name)} here, {before[name]} in the report"))
     if changes:
         print(f"\n{path}: CHANGED by hand since it was written")
-        print(as_text([{"where": c.where, "recorded": c.recorded, "found": c.found} for c in changes]))
+        print(as_text(changes))
     else:
         print("the page shows what its record holds, and the record is whole")
 
@@ -119,7 +119,7 @@ def _rebuild(
 ) -> dict[str, list[Trial]]:
     """Train the run that cells share, and score it; cell -> its results, one for each budget."""
     cells = [record["cells"][name] for name in names]
-    first, config = cells[0], cells[0]["recipe"]["config"]
+    first, config = cells[0], with_paths(cells[0]["recipe"]["config"], path)
     threads = first["record"].get("threads") or record["made"]["threads"]
     torch.set_num_threads(threads)
     evaluations = {k: v for cell in cells for k, v in cell["recipe"]["evaluations"].items()}

@@ -71,7 +71,7 @@ def read_chain(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
         raise _missing(path, chain)
     values = read_yaml(path)
     base = values.pop("base", None)
-    values = _with_paths(values, path)
+    values = with_paths(values, path)
     if base is None:
         return [(str(path), values)]
     if not isinstance(base, str) or not base:
@@ -109,11 +109,12 @@ def found_from(path: str, file: Path | None) -> str:
     return path
 
 
-def _with_paths(value: Any, file: Path | None, key: str = "") -> Any:
+def with_paths(value: Any, file: Path | None, key: str = "") -> Any:
+    """Values of a config with their paths as they are reached from the working folder; see `found_from`."""
     if isinstance(value, dict):
-        return {k: _with_paths(v, file, f"{key}.{k}" if key else k) for k, v in value.items()}
+        return {k: with_paths(v, file, f"{key}.{k}" if key else k) for k, v in value.items()}
     if isinstance(value, list):
-        return [_with_paths(v, file, key) for v in value]
+        return [with_paths(v, file, key) for v in value]
     return found_from(str(value), file) if isinstance(value, str | Typed) and PATHS.search(key) else value
 
 
@@ -149,7 +150,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             value = {part: value}
         with located():
             values = stacked(values, value)
-    return _with_paths(values, None)
+    return with_paths(values, None)
 
 
 def refuse_others(values: Mapping[str, Any], *allowed: str, said: str = "unknown key") -> None:

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from difflib import SequenceMatcher
-from html.parser import HTMLParser
+from html import unescape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,12 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import digest, finite
 from diffbench.evaluation import records
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.tables import SEED_BY_SEED
+from diffbench.reports.tables import SEED_BY_SEED, Rows
 from diffbench.reports.text import number
 from diffbench.runs.base import DATA_FACTS
 
 FORMAT = 1
 _ELEMENT = '<script type="application/json" id="record">'
-Place = tuple[str, str, str]
-"""Where a text stands in a page: heading, row, column; empty outside tables."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """Something that a page says now and its record does not, or the other way round."""
-
-    where: str
-    recorded: str
-    found: str
 
 
 # Writing.
@@ -75,75 +65,36 @@ def embed(page: str, c: Conclusion) -> str:
     return page.replace("</body>", f"{_ELEMENT}{text}</script>\n</body>")
 
 
-class _Reader(HTMLParser):
-    """Collects the visible texts of a page with their places, and hashes of its images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[Place, str]] = []
-        self.text, self.heading, self.row, self.columns, self.column = "", "", "", [""], 0
-        self.silent, self.in_head = False, False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _INLINE:
-            self.text += " "
-            return
-        self._end()
-        self.silent |= tag in ("script", "style")
-        if tag == "img":
-            source = dict(attrs).get("src") or ""
-            self.found.append(((self.heading, "", ""), f"image {hashlib.sha256(source.encode()).hexdigest()[:16]}"))
-        elif tag == "table":
-            self.columns = []
-        elif tag == "thead":
-            self.in_head = True
-        elif tag == "tr":
-            self.row, self.column = "", 0
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in _INLINE:
-            return
-        text = self._end()
-        self.silent &= tag not in ("script", "style")
-        if tag in ("h1", "h2", "h3"):
-            self.heading = text
-        elif tag == "thead":
-            self.in_head = False
-        elif tag == "table":
-            self.row, self.columns = "", [""]
-        elif tag in ("th", "td"):
-            if self.in_head:
-                self.columns.append(text)
-            elif not self.column:
-                self.row = text
-            self.column += 1
-
-    def handle_data(self, data: str) -> None:
-        if not self.silent:
-            self.text += data
-
-    def _end(self) -> str:
-        text, self.text = " ".join(self.text.split()), ""
-        if text:
-            column = self.columns[min(self.column, len(self.columns) - 1)] if self.row and self.columns else ""
-            self.found.append(((self.heading, self.row, column), text))
-        return text
-
-
-_INLINE = ("b", "small", "sub", "sup", "code")
-
-
 def _texts(page: str) -> list[list[str]]:
-    reader = _Reader()
-    reader.feed(page)
-    reader.close()
-    return [[*place, text] for place, text in reader.found]
+    """[heading, row, column, text] of all that a page shows; row and column are empty outside tables."""
+    found: list[list[str]] = []
+    heading, row, heads, column = "", "", [""], 0
+    page = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL)
+    page = re.sub(r"</?(b|small|sub|sup|code)\b[^>]*>", " ", page)
+    for tag, following in re.findall(r"<(/?\w+[^>]*)>([^<]*)", page):
+        name, text = tag.split()[0], " ".join(unescape(following).split())
+        if name == "img":
+            text = f"image {hashlib.sha256(tag.encode()).hexdigest()[:16]}"
+        elif name in ("table", "/table"):
+            row, heads = "", []
+        elif name == "tr":
+            row, column = "", -1
+        elif name in ("th", "td"):
+            column += 1
+            if name == "th" and "scope" in tag:
+                row = text
+            elif name == "th":
+                heads.append(text)
+        if text:
+            found.append([heading, row, heads[column] if row and 0 < column < len(heads) else "", text])
+        heading = text if name in ("h1", "h2", "h3") else heading
+    return found
 
 
 # Reading.
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Change]]:
+def read(path: Path) -> tuple[dict[str, Any], Rows]:
     """The record of a page, each cell with its config, and where page and record have been changed since.
 
     Raises:
@@ -168,37 +119,38 @@ def read(path: Path) -> tuple[dict[str, Any], list[Change]]:
             cell["recipe"]["config"] = record["configs"][config["number"]] | {"seed": config["seed"]}
             own = cell.pop("sha256")
             if (now := digest(cell)) != own:
-                changes.append(Change(f"record of {name}: hash", own[:16], now[:16]))
+                changes.append(_change(f"record of {name}: hash", own[:16], now[:16]))
             changes += _cell_changes(name, cell, shown)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path}: its record cannot be read ({e!r}); get the report again") from None
     if held != said and not changes:
-        changes.append(Change("record: hash", said[:16], held[:16]))
+        changes.append(_change("record: hash", said[:16], held[:16]))
     return record, changes
 
 
-def _shown_changes(before: list[list[str]], now: list[list[str]]) -> list[Change]:
+def _shown_changes(before: list[list[str]], now: list[list[str]]) -> Rows:
     """What a page shows differently from what it showed when it was written."""
     old, new = [tuple(x) for x in before], [tuple(x) for x in now]
     changes = []
     for tag, a, b, x, y in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        for i in range(max(b - a, y - x) if tag != "equal" else 0):
-            was = old[a + i] if a + i < b else None
-            is_ = new[x + i] if x + i < y else None
-            place = ", ".join(part for part in (was or is_ or ())[:3] if part)
-            changes.append(Change(f"page: {place or 'top'}", was[3] if was else "-", is_[3] if is_ else "-"))
+        for was, found in zip_longest(old[a:b], new[x:y]) if tag != "equal" else ():
+            place = ", ".join(filter(None, (was or found)[:3])) or "top"
+            changes.append(_change(f"page: {place}", was[3] if was else "-", found[3] if found else "-"))
     return changes
 
 
-def _cell_changes(name: str, cell: dict[str, Any], shown: list[list[str]]) -> list[Change]:
+def _cell_changes(name: str, cell: dict[str, Any], shown: list[list[str]]) -> Rows:
     """Where the table of single seeds shows another value than the record of a cell holds."""
     values = list(cell["values"].values())[-1]
-    changes = []
-    for heading, row, column, text in shown:
-        key = column.rpartition(" ")[2]
-        if (heading, row) == (SEED_BY_SEED, name) and key in values and text != row:
-            value = values[key]
-            expected = "-" if value is None else number(value, key)
-            if text != expected:
-                changes.append(Change(f"page: {heading}, {name}, {key}", expected, text))
-    return changes
+    texts = {key: "-" if value is None else number(value, key) for key, value in values.items()}
+    here = {
+        column.rpartition(" ")[2]: text
+        for heading, row, column, text in shown
+        if [heading, row] == [SEED_BY_SEED, name]
+    }
+    differing = (key for key in texts if here.get(key, texts[key]) != texts[key])
+    return [_change(f"page: {SEED_BY_SEED}, {name}, {key}", texts[key], here[key]) for key in differing]
+
+
+def _change(where: str, recorded: str, found: str) -> dict[str, str]:
+    return {"where": where, "recorded": recorded, "found": found}
