@@ -21,7 +21,7 @@ STUDY = {
         "denoiser": {"depth": 1, "hidden_size": 32},
         "trainer.batch_size": 8,
         "sample.guidance": 1.0,
-        "evaluate.count": 20,
+        "evaluate": {"count": 20, "extractor": "random-cnn"},
         "validation.count": 20,
     },
     "seeds": [0, 1],
@@ -78,7 +78,7 @@ def test_cells_are_rebuilt_to_the_bit_in_a_folder_of_their_own(
     said = capsys.readouterr().out
     count = re.findall(r"\nsteps=(\d)/1: (\d+) equal to the bit of (\d+) values\n", said)
     assert [steps for steps, *_ in count] == ["2", "3"] and all(n == total for _, n, total in count)
-    assert said.count("fd/digits-cnn@20") == 4 and len(list((tmp_path / "again").glob("dit-*/config.yaml"))) == 1
+    assert said.count("fd/random-cnn@20") == 4 and len(list((tmp_path / "again").glob("dit-*/config.yaml"))) == 1
     assert {p: p.stat().st_mtime_ns for p in report.parent.rglob("*") if p.is_file()} == before
     assert main(words) == 0 and "complete at 32 images" in capsys.readouterr().out  # the same command goes on
     (tmp_path / "mine").mkdir()
@@ -90,7 +90,7 @@ def test_cells_are_rebuilt_to_the_bit_in_a_folder_of_their_own(
 def test_what_was_changed_by_hand_is_found(report: Path, tmp_path: Path, capsys: Capture) -> None:
     page, changed = report.read_text(), tmp_path / "changed.html"
     cell = record_of(page)["cells"]["steps=2/0"]  # type: ignore[index]
-    name = "fd/digits-cnn@20"
+    name = "fd/random-cnn@20"
     value = list(cell["values"].values())[-1][name]
     shown = number(value, name)
 
