@@ -199,10 +199,9 @@ def check_comparable(trials: Sequence[Trial], primary: str) -> None:
 
 def measured_differently(one: Path, other: Path, difference: str, which: str = "") -> UserError:
     """The error for two run folders whose records cannot stand side by side."""
-    return UserError(
-        f"{one} and {other}: measured differently{which}: {difference}; evaluate both with the same keys to compare"
-        " them"
-    )
+    evaluated = "evaluate both with the same keys to compare them"
+    mend = "compare runs on the same images" if difference.startswith("data is ") else evaluated
+    return UserError(f"{one} and {other}: measured differently{which}: {difference}; {mend}")
 
 
 def _sampling_differs(trials: Sequence[Trial]) -> bool:

@@ -207,6 +207,10 @@ def test_compare_refuses_to_mix_protocols(smoke_run: Path, capsys: Capture) -> N
         f"error: {smoke_run} and {other}: measured differently: reference.count is 20 in one and 30 in the other;"
         " evaluate both with the same keys to compare them\n"
     )
+    records = [json.loads(line) | {"data": "0" * 16} for line in lines[:2]]
+    (other / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main(["compare", str(smoke_run), str(other)]) == 2
+    assert capsys.readouterr().err.endswith(f"and {'0' * 16} in the other; compare runs on the same images\n")
     (other / "results.jsonl").unlink()
     assert main(["compare", str(smoke_run), str(other)]) == 0  # nothing to mix
 
