@@ -30,6 +30,8 @@ from diffbench.runs.build import load_data
 from diffbench.runs.lifecycle import look
 from diffbench.studies.trials import FOLDER, TrialFile
 
+MOST_CHANGES = 30
+"""Changes of a page that are shown."""
 VERDICTS = ("equal to the bit", "within tolerance", "DIFFERENT")
 
 
@@ -96,7 +98,9 @@ def _introduce(path: Path, record: dict[str, Any], changes: Rows) -> None:
             print(filled(f"warning: {name} is {now.get(name)} here, {before[name]} in the report"))
     if changes:
         print(f"\n{path}: CHANGED by hand since it was written")
-        print(as_text(changes))
+        print(as_text(changes[:MOST_CHANGES]))
+        if len(changes) > MOST_CHANGES:
+            print(f"and {len(changes) - MOST_CHANGES:,} more")
     else:
         print("the page shows what its record holds, and the record is whole")
 
