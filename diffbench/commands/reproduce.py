@@ -171,9 +171,8 @@ def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
         equal = {k for k in reported if k in now and reported[k] == now[k]}
         for key in [*reported, *(k for k in now if k not in reported)]:
             a, b = reported.get(key), now.get(key)
-            # No rounding differs where a real number of the same weights, or samples, has the same bits.
-            alike = [k for k in equal if k.startswith(VALIDATION) == key.startswith(VALIDATION)]
-            exact = any(not metric_of(k).percent for k in alike)
+            # No rounding differs where an error or distance, which no chance makes equal, has the same bits.
+            exact = any(k.startswith(VALIDATION) == key.startswith(VALIDATION) and _continuous(k) for k in equal)
             tolerance = 0.0 if exact else near.get(key, 0.0)
             close = a is not None and b is not None and abs(a - b) <= tolerance
             verdict = VERDICTS[0 if key in equal else 1 if close else 2]
@@ -188,11 +187,17 @@ def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
     return counts["DIFFERENT"]
 
 
+def _continuous(name: str) -> bool:
+    """Whether a metric is an error or a distance, not a share of counted samples."""
+    metric = metric_of(name)
+    return name.startswith(VALIDATION) or (metric.direction == "lower" and not metric.percent)
+
+
 def tolerances(record: dict[str, Any], variant: str, budget: str) -> dict[str, float]:
     """Metric -> how far a value may lie off where the machine or its threads round differently; none where unknown.
 
-    Rounding grows in training until a run differs from its twin as another seed's does at most: so 95% of the
-    differences of two seeds, by Student's t over the variant's seeds, or over all variants' where it has but one.
+    Rounding grows in training until a run differs from its twin as much as from another seed's (Summers & Dinneen
+    2021): so 95% of the differences of two seeds, by Student's t over the variant's seeds, or over all variants' where it has but one.
     """
     groups: dict[str, dict[str, list[float]]] = {}
     for cell in record["cells"].values():
