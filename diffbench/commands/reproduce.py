@@ -197,7 +197,8 @@ def tolerances(record: dict[str, Any], variant: str, budget: str) -> dict[str, f
     """Metric -> how far a value may lie off where the machine or its threads round differently; none where unknown.
 
     Rounding grows in training until a run differs from its twin as much as from another seed's (Summers & Dinneen
-    2021): so 95% of the differences of two seeds, by Student's t over the variant's seeds, or over all variants' where it has but one.
+    2021): so 95% of the differences of two seeds, by Student's t over the variant's seeds, or over all variants'
+    where it has but one.
     """
     groups: dict[str, dict[str, list[float]]] = {}
     for cell in record["cells"].values():
