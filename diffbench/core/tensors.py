@@ -4,14 +4,14 @@ import hashlib
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_bytes
@@ -63,6 +63,13 @@ def read_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a training state; remove it")
     return state
+
+
+def by_name(network: nn.Module, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Values of a network's parameters, in their order, under all of their names: tied weights have several."""
+    values, first = dict(zip(network.parameters(), weights, strict=True)), dict(network.named_parameters())
+    every = network.named_parameters(remove_duplicate=False)  # a file holds no tensor twice
+    return {name: values[p] if name in first else values[p].clone() for name, p in every}
 
 
 def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

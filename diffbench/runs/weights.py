@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from diffbench.config.kinds import BaseConfig
 from diffbench.core.errors import UserError
+from diffbench.core.tensors import by_name, read_state
 from diffbench.core.tensors import read as read_tensors
-from diffbench.core.tensors import read_state
 from diffbench.core.tensors import write as write_tensors
 
 
@@ -147,6 +147,4 @@ def _with_average(
 ) -> dict[str, Tensor]:
     """The average as a state dict, with buffers from a raw state or, without one, from the network."""
     own = network.state_dict()
-    names = [name for name, _ in network.named_parameters()]
-    buffers = {name: (state or own).get(name, value) for name, value in own.items()}
-    return buffers | dict(zip(names, average, strict=True))
+    return {name: (state or own).get(name, value) for name, value in own.items()} | by_name(network, average)

@@ -139,8 +139,7 @@ class FrechetDistance(EveryNImages):
         weights, decay = module.network.state_dict(), "none"
         if self.ema is not None:
             first = self.ema.config.decays[0]
-            names = [name for name, _ in module.network.named_parameters()]
-            weights |= dict(zip(names, self.ema.full_average(first), strict=True))
+            weights |= tensors.by_name(module.network, self.ema.full_average(first))
             decay = str(first)
         if distributed.rank() == 0:
             facts = {k: str(v) for k, v in self.best.items()} | {"metric": name, "decay": decay}

@@ -10,8 +10,10 @@ from torch import nn
 
 from diffbench.cli import main
 from diffbench.config.load import load
+from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.runs import build as runs_build
+from diffbench.runs import weights
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load as load_run
 from diffbench.studies.config import load_study
@@ -345,3 +347,12 @@ def test_the_shipped_networks_train_in_less_than_twenty_lines(path: Path, tmp_pa
         pytest.skip("diffusers is missing")
     assert len([line for line in path.read_text().splitlines() if not line.startswith("#")]) < 20
     assert main(["train", str(path), "debug=smoke", f"runs_dir={tmp_path}"]) == 0
+
+
+def test_tied_weights_are_averaged_under_both_names(tmp_path: Path) -> None:
+    network = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    network["b"].weight = network["a"].weight
+    average = torch.full((2, 2), 3.0)
+    weights.export(tmp_path, network, 0.9, [average], 64)
+    network.load_state_dict(tensors.read(weights.export_path(tmp_path, 0.9))[0])
+    assert torch.equal(network["a"].weight, average)
