@@ -4,7 +4,10 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from diffbench.core.errors import UserError
@@ -61,6 +64,43 @@ def sample_grid(c: Conclusion, path: Path) -> Plot | None:
         " column starts from the same noise and asks for the same label, so that differences are the variants' own."
     )
     return save(figure, path, "The same noise, side by side", caption)
+
+
+def nearest_images(c: Conclusion, path: Path) -> Plot | None:
+    """The samples of each variant that are most like copies, above the training images that they are nearest to."""
+    found: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
+    for trial in sorted((t for t in c.trials if t.complete), key=lambda t: -_judged(t).get("flagged", 0)):
+        folder = _samples_folder(trial)
+        if folder is not None and _judged(trial) and trial.variant not in found:
+            try:
+                found[trial.variant] = _judged(trial), np.asarray(Image.open(folder / "nearest.png").convert("RGB"))
+            except OSError:
+                continue
+    shown = [v for v in dict.fromkeys([*c.ranked(), *c.variants]) if v in found][:MOST_ROWS]
+    if not shown:
+        return None
+    heights = [8.6 * image.shape[0] / image.shape[1] + 0.2 for _, image in (found[v] for v in shown)]
+    figure = new_figure(9.6, sum(heights))
+    panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, name in zip(panels, shown, strict=True):
+        judged, image = found[name]
+        panel.imshow(image)
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+        text = f"{plain(name)}\n{judged['flagged']} of {judged['count']:,}\nflagged"
+        panel.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, color=INK)
+    thresholds = dict.fromkeys(f"{judged['threshold']:.2f}" for judged, _ in (found[v] for v in shown))
+    caption = (
+        "For each variant, of the seed with most copies, the samples most like copies (above; asked-for class and"
+        " distance to the nearest training image over what is usual there) and those training images (below). Ratios"
+        f" under {' or '.join(thresholds)} are flagged, which happens to about 0.5% of new images too."
+    )
+    return save(figure, path, "The samples nearest to training images", caption)
+
+
+def _judged(trial: Trial) -> dict[str, Any]:
+    """What the trial's record says of copies."""
+    return (trial.record or {}).get("memorisation") or {}
 
 
 def _seed(trial: Trial) -> int:

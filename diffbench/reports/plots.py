@@ -23,7 +23,7 @@ from diffbench.reports.figures import (
     short_numbers,
     styles,
 )
-from diffbench.reports.images import attention_maps, sample_grid
+from diffbench.reports.images import attention_maps, nearest_images, sample_grid
 from diffbench.reports.ladder import ladder_plot
 from diffbench.reports.results import Trial
 from diffbench.reports.series import Sweep, band, curve, networks, noise_levels, sweeps
@@ -53,7 +53,8 @@ def draw(c: Conclusion, folder: Path) -> list[Plot]:
         found.append(level_plot(c, chosen, style, folder / "noise-levels.png", folded))
     found.append(ladder_plot(c, style, folder / "ladder.png"))
     found.append(tuning_plot(c, folder / "tuning.png"))
-    found += [sample_grid(c, folder / "samples.png"), attention_maps(chosen, folder / "attention.png")]
+    found += [sample_grid(c, folder / "samples.png"), nearest_images(c, folder / "nearest.png")]
+    found.append(attention_maps(chosen, folder / "attention.png"))
     return [plot for plot in found if plot is not None]
 
 

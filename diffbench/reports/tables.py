@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffbench.evaluation.records import values
+from diffbench.metrics.memorisation import Share, share_of_copies
 from diffbench.metrics.registry import metric_of
 from diffbench.reports import variance
 from diffbench.reports.columns import columns, filled
@@ -86,6 +87,8 @@ def run_facts(
             metric, real = metric_of(name), floor(record, name)
             if metric.shown:
                 beside = "" if real is None or not metric.floor else f" (real {metric.text(real)})"
+                if metric.name == "copies" and (share := copies([record])):
+                    beside = f" ({metric.text(share.low)} to {metric.text(share.high)})"
                 facts[f"{name} ({how})" if how else name] = metric.text(value) + beside
     samplers = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored if r.get("sample")]
     return facts | ({"sampler": ", ".join(dict.fromkeys(samplers))} if samplers else {})
@@ -96,6 +99,16 @@ def floor(record: dict[str, Any], name: str) -> float | None:
     metric = metric_of(name)
     found = record.get(f"{metric.name}_held_out", (record.get("floor") or {}).get(metric.computed or metric.name))
     return found if isinstance(found, int | float) else None
+
+
+def copies(records: Sequence[dict[str, Any] | None]) -> Share | None:
+    """The share of copies in the samples of all records, with its interval; None where none were looked for.
+
+    Records that were judged alike share the real images that tell the false alarms.
+    """
+    found = [r["memorisation"] for r in records if r and "memorisation" in r]
+    flagged, count = (sum(one[key] for one in found) for key in ("flagged", "count"))
+    return share_of_copies(flagged, count, found[0]["false_alarms"], found[0]["real"]) if found else None
 
 
 # Conclusions.
@@ -112,13 +125,20 @@ def shown(c: Conclusion) -> list[str]:
 
 
 def quality(c: Conclusion) -> Rows:
-    """A row for each variant: complete seeds, then mean ± half of the 95% interval; real images last."""
+    """A row for each variant: complete seeds, then mean ± half of the 95% interval; real images last.
+
+    The share of copies is that of the samples of all seeds together, with its exact interval.
+    """
     rows = []
     for variant, trials in c.variants.items():
         done = sum(t.complete for t in trials)
         row = {"variant": variant, "seeds": f"{done}" if done == len(trials) else f"{done} of {len(trials)}"}
         summaries = c.summaries[variant]
-        rows.append(row | {name: mean_text(summaries[name], name) for name in shown(c) if name in summaries})
+        row |= {name: mean_text(summaries[name], name) for name in shown(c) if name in summaries}
+        if share := copies([t.record for t in trials if t.complete]):
+            name = next(name for name in c.metrics if metric_of(name).name == "copies")
+            row[name] = "{} ({} to {})".format(*(number(end, name, 0.001) for end in share))
+        rows.append(row)
     real = {name: number(value, name) for name, value in floors(c).items()}
     return [*rows, {"variant": "real images", "seeds": "", **real}] if real else rows
 

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 
 from diffbench.core.errors import UserError
 from diffbench.evaluation.validation_error import bound
+from diffbench.metrics.memorisation import share_of_copies
 from diffbench.reports.conclusions import conclude
 from diffbench.reports.html import render, write
 from diffbench.reports.plots import sweep_plot
@@ -23,6 +24,7 @@ from diffbench.reports.series import sweeps
 from diffbench.reports.statistics import by_image, paired, summary
 from diffbench.reports.tables import agreement, as_csv, costs, for_terminal, pairs, quality
 from diffbench.runs.lifecycle import look
+from diffbench.sampling.images import save_grid
 
 
 def asked(results: list[Trial], **changes: object) -> Comparison:
@@ -34,21 +36,26 @@ def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
     for result in results:
         assert result.record is not None and result.run is not None
         save_samples(result.run.folder, result.record, torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8))
+        save_grid(
+            torch.zeros(32, 1, 8, 8, dtype=torch.uint8), 16, result.run.folder / "evaluations" / "made" / "nearest.png"
+        )
     text = for_terminal(write(asked(results, notes=["Tuned alike."]), tmp_path / "out"))
     c = conclude(asked(results))
     values = {v: [t.values["val/bound"] for t in found] for v, found in c.variants.items()}
     means = {v: float(np.mean(x)) for v, x in values.items()}
     half = summary(values["diffit"]).half
     assert c.outcome == "winner" and c.ranked()[0] == "diffit"
+    share = share_of_copies(25, 2500, 2, 360)  # of the five seeds together
+    assert quality(c)[0]["copies@500"] == f"{share.value:.2%} ({share.low:.2%} to {share.high:.2%})"
     mean = f"diffit ({means['diffit']:.4f} ± {half:.4f})"
     assert f"WINNER BY VALIDATION BOUND. {mean} has the lowest validation bound, better than" in text
     assert "note: Tuned alike." in text
     page = (tmp_path / "out" / "report.html").read_text()
     assert "A winner" in page and c.answer in page and "Tuned alike." in page
     assert not re.search(r"(src|href)=\"(?!data:image/png;base64,)", page)  # opens offline
-    assert page.count("<img ") == 4
+    assert page.count("<img ") == 5
     plots = sorted(p.name for p in (tmp_path / "out" / "plots").glob("*.png"))
-    assert plots == ["answer.png", "budget-val-bound.png", "noise-levels.png", "samples.png"]
+    assert plots == ["answer.png", "budget-val-bound.png", "nearest.png", "noise-levels.png", "samples.png"]
     rows = list(csv.DictReader((tmp_path / "out" / "report.csv").read_text().splitlines()))
     assert [(r["variant"], r["seed"]) for r in rows] == [(r.variant, str(r.seed)) for r in results]
     assert [float(r["val/bound"]) for r in rows[:5]] == values["unet"]
