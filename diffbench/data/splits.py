@@ -80,8 +80,13 @@ def hold_out(labels: np.ndarray, count: int | None) -> np.ndarray:
     if count is None:
         count = max(1, min(len(labels) // 10, LARGEST_HELD_OUT, room))
     if count > room:
-        why = "none to train on" if len(sizes) == 1 else "a class without an image to train on"
-        allowed = f"allowed: 1 to {room:,}" if room else "add images, or set data.labels=false to train without classes"
+        why, mend = "none to train on", "add images"
+        if len(sizes) > 1:
+            why, mend = (
+                "a class without an image to train on",
+                f"{mend}, or set data.labels=false to train without classes",
+            )
+        allowed = f"allowed: 1 to {room:,}" if room else mend
         raise ValueError(f"data.held_out: {count:,} of {len(labels):,} images leave {why}; {allowed}")
     share = np.where(place == sizes[classes] - 1, np.inf, (place + 0.5) / sizes[classes])
     return np.sort(order[np.argsort(share, kind="stable")[:count]])

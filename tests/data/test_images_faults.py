@@ -87,7 +87,10 @@ def test_a_pipe_named_like_an_image_is_no_image(tmp_path: Path) -> None:
         (lambda p: str(p / "none"), r"^data\.path: no file or folder .*none; allowed: a folder"),
         (lambda p: str(p), r"^data\.path: no image in .* \(0 other files\); allowed: \.bmp"),
         (lambda p: str(p / "*.parquet"), r"^data\.path: no \.parquet file matches"),
-        (lambda p: str(folder(p / "f", {"": 1})), r"^data\.held_out: 1 of 1 images leave none to train on"),
+        (
+            lambda p: str(folder(p / "f", {"": 1})),
+            r"^data\.held_out: 1 of 1 images leave none to train on; add images$",
+        ),
         (lambda p: f"{folder(p / 'f', {'': 1})}/000.png", r"^data\.path: .*000\.png is a file; allowed: a folder"),
         (lambda p: str(_text(p / "a.parquet")), r"^data\.path: .*a\.parquet: not a readable parquet file"),
         (lambda p: str(table(p / "a.parquet", [0]).with_name("b.parquet")), r"^data\.path: no file or folder"),
