@@ -92,7 +92,7 @@ def _introduce(path: Path, record: dict[str, Any], changes: Rows) -> None:
     made, here = record["made"], records.surroundings(None, torch.device("cpu"))
     print(filled(f"{record['title']}: {len(record['cells'])} cells, reported {made['time'][:10]}"))
     print(filled(f"command: {record['command'] or 'not known'}; commit {made['commit']}"))
-    before, now = ({**x["versions"], **{k: x[k] for k in ("platform", "processor")}} for x in (made, here))
+    before, now = ({**x["versions"], **{k: x[k] for k in ("commit", "platform", "processor")}} for x in (made, here))
     for name in before:
         if before[name] != now.get(name):
             print(filled(f"warning: {name} is {now.get(name)} here, {before[name]} in the report"))
@@ -169,15 +169,20 @@ def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
         now = finite(trial.values)
         near = tolerances(record, cell["variant"], budget)
         equal = {k for k in reported if k in now and reported[k] == now[k]}
-        for key in [*reported, *(k for k in now if k not in reported)]:
-            a, b = reported.get(key), now.get(key)
+        for key, a in reported.items():  # another version may measure more
+            b = now.get(key)
             # No rounding differs where an error or distance, which no chance makes equal, has the same bits.
             exact = any(k.startswith(VALIDATION) == key.startswith(VALIDATION) and _continuous(k) for k in equal)
             tolerance = 0.0 if exact else near.get(key, 0.0)
             close = a is not None and b is not None and abs(a - b) <= tolerance
             verdict = VERDICTS[0 if key in equal else 1 if close else 2]
             at = {"budget": budget} if budget else {}
-            row = {"value": key, "reported": str(a), "found": str(b), "tolerance": f"{tolerance:.2g}"}
+            row = {
+                "value": key,
+                "reported": str(a),
+                "found": str(b) if key in now else "-",
+                "tolerance": f"{tolerance:.2g}",
+            }
             rows.append(at | row | {"verdict": verdict})
     counts = {v: sum(row["verdict"] == v for row in rows) for v in VERDICTS}
     print(f"\n{name}\n{as_text(rows)}")
