@@ -112,6 +112,11 @@ def line(row: Row, change: float | None = None) -> str:
     if "ms" in row:
         around = f"({row['ms_low']:.2f} to {row['ms_high']:.2f})" if "ms_low" in row else ""
         parts.append(f"{row['ms']:10.2f} ms {around:<22}")
+    if "cpu_s" in row:
+        parts.append(f"{row['cpu_s']:8.2f} s of CPU")
+        parts.append(f"{100 * row['cpu_share']:5.1f}%" if "cpu_share" in row else f"{row['wall_s']:.2f} s by the clock")
+    if "first_step_s" in row:
+        parts.append(f"first step after {row['first_step_s']:.2f} s of CPU")
     if "images_per_s" in row:
         parts.append(f"{row['images_per_s']:10,.1f} img/s")
     if "share" in row:
@@ -139,9 +144,13 @@ def line(row: Row, change: float | None = None) -> str:
 
 def compared(rows: Sequence[Row], before: Sequence[Row]) -> list[str]:
     """A line for each measurement that an older report holds too, the largest change first."""
-    old = {_key(row): row["ms"] for row in before if row.get("ms")}
-    found = [(row, row["ms"] / old[key]) for row in rows if row.get("ms") and (key := _key(row)) in old]
+    old = {_key(row): took for row in before if (took := _took(row))}
+    found = [(row, took / old[key]) for row in rows if (took := _took(row)) and (key := _key(row)) in old]
     return [line(row, change) for row, change in sorted(found, key=lambda pair: -abs(pair[1] - 1))]
+
+
+def _took(row: Row) -> float | None:
+    return row.get("ms", row.get("cpu_s"))
 
 
 def _key(row: Row) -> tuple[Any, ...]:

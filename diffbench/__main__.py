@@ -1,5 +1,7 @@
 """`python -m diffbench`, and the `diffbench` command."""
 
+import atexit
+import gc
 import sys
 
 from diffbench.cli import main
@@ -7,6 +9,10 @@ from diffbench.cli import main
 
 def run() -> None:
     """Runs the command line and exits with its code."""
+    # Python looks for garbage a hundred times while torch and Lightning are imported, and through all of it at the end:
+    # two seconds of CPU in which there is nothing to find.
+    gc.set_threshold(20_000)
+    atexit.register(gc.freeze)
     sys.exit(main())
 
 

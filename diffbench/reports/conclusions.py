@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Literal
 
@@ -100,7 +101,7 @@ class Conclusion:
         """The primary metric."""
         return metric_of(self.name)
 
-    @property
+    @cached_property
     def metrics(self) -> list[str]:
         """The full names of all metrics that some variant has."""
         return list(dict.fromkeys(name for found in self.summaries.values() for name in found))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import growth, loop, networks, pieces, report, steps
+from benchmarks import command, growth, loop, networks, pieces, report, steps, watch
 from benchmarks.__main__ import bench, main, measured
 from benchmarks.config import FULL, GPU, PARTS, SHORT, BenchConfig, shared
 from diffbench.core.errors import UserError
@@ -22,10 +22,10 @@ TINY = ["tiny=true", "force=true"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All parts on tiny networks."""
+    """All parts but whole commands, on tiny networks."""
     folder = tmp_path_factory.mktemp("bench")
     own = "variants=['no channels-last: trainer.channels_last=false']"
-    asked = ["models=[DiT-S/2]", f"parts=[{','.join(PARTS)}]", own, "seconds=1e6"]
+    asked = ["models=[DiT-S/2]", f"parts=[{','.join(PARTS[:-1])}]", own, "seconds=1e6"]
     return bench([*TINY, *asked, f"out={folder / 'a.json'}"]) | {"path": folder / "a.json"}
 
 
@@ -96,6 +96,28 @@ def test_growth_has_a_slope_for_each_curve(made: dict[str, Any]) -> None:
     assert 0.2 < batch["memory_slope"] < 1.1  # twice the batch: at most twice the memory
     assert [row["size"] for row in rows if row["name"] == "sampling" and "size" in row] == [8, 16]
     assert [row["size"] for row in rows if row["variant"] == "area" and "size" in row] == [64, 256] * 2
+
+
+@pytest.mark.slow
+def test_the_seconds_of_whole_commands_by_stage() -> None:
+    rows = list(command.measure(BenchConfig(tiny=True), CPU, math.inf))
+    assert not [row for row in rows if "skipped" in row]
+    whole = {row["name"]: row for row in rows if row["work"] == "all of it"}
+    assert list(whole) == list(command.plan(BenchConfig(), Path()))
+    for name, row in whole.items():
+        stages = {r["work"]: r["cpu_s"] for r in rows if r["name"] == name and "cpu_share" in r}
+        assert sum(stages.values()) == pytest.approx(row["cpu_s"], rel=0.05, abs=0.1)
+        assert stages["imports"] > 0
+        assert ("first_step_s" in row) == (name in ("train, an empty cache", "train, another seed"))
+    assert whole["--help"]["cpu_s"] < whole["train, another seed"]["cpu_s"]
+    first = [r["work"] for r in rows if r["name"] == "train, an empty cache"]
+    assert {"feature extractor", "samples", "validation"} <= {*first}
+
+
+def test_every_stage_is_a_function() -> None:
+    text = "".join(path.read_text() for path in (Path(command.__file__).parents[1] / "diffbench").rglob("*.py"))
+    ours = [name for name in watch.STAGES if name not in ("_find_and_load", "_TrainingEpochLoop.advance")]
+    assert [name for name in ours if f"def {name.split('.')[-1]}(" not in text] == []
 
 
 def test_sampling_counts_both_halves_of_guidance(made: dict[str, Any]) -> None:
