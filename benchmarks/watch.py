@@ -30,7 +30,7 @@ STAGES = {
     "cached_network": "feature extractor",
     "run_scorer": "statistics of real images",
     "draw": "samples",
-    "_score": "scores",
+    "Scorer.scores": "scores",
     "DenoiserRun.sample_tensor": "final grid",
     "save_grid": "final grid",
     "show_scores": "records",
