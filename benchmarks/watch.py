@@ -7,7 +7,6 @@ import json
 import signal
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from types import FrameType
 
@@ -46,7 +45,7 @@ class Watch:
     """Share out the CPU seconds of this process from its start on; `first_step` is when training began."""
 
     def __init__(self) -> None:
-        self.spent, self.first_step = Counter[str](), 0.0
+        self.spent, self.first_step = dict[str, float](), 0.0
         self.last = time.process_time()
         self.spent["interpreter"] = self.last
         signal.signal(signal.SIGPROF, self._look)
@@ -67,7 +66,7 @@ class Watch:
         now = time.process_time()
         if stage == "training" and not self.first_step:
             self.first_step = now
-        self.spent[stage or "rest"] += now - self.last
+        self.spent[stage or "rest"] = self.spent.get(stage or "rest", 0.0) + now - self.last
         self.last = now
 
 
