@@ -273,6 +273,9 @@ class EvaluateConfig:
     digits-cnn for the digits, and for other images efficientnet-lite0 where it is installed, else random-cnn."""
     weights: str | None = None
     """File of weights, for an extractor that reads one (inception)."""
+    judge: str | None = None
+    """Run folder of a classifier that says which samples are what their labels say; it sees them as it does real images
+    at the last level of its validation."""
     reference: Literal["same", "all"] = "same"
     """Training images to compare with: as many as samples, evenly over the classes; or all of them."""
     infinity: bool = False

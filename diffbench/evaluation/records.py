@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from diffbench.metrics import Extractor
 
 FORMAT = 1
-PROTOCOL = ("format", "data", "autoencoder", "sample", "guidance", "labels", "precision", "extractor", "reference")
+PROTOCOL = (
+    *("format", "data", "autoencoder", "sample", "guidance", "labels", "precision", "extractor", "reference", "judge"),
+)
 """Parts of a record that must agree before its values are compared with another's. Which weights were scored, by
 which seed, when and on what machine is not part of the protocol."""
-LOOSE = ("sample.seed", "sample.seconds", "sample.batch_size", "extractor.licence")
+LOOSE = ("sample.seed", "sample.seconds", "sample.batch_size", "extractor.licence", "judge.run", "judge.accuracy")
 """Parts of those that need not agree."""
 
 

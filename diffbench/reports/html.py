@@ -131,6 +131,8 @@ def _measured(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "precision of sampling", record.get("precision")
     weights = str(extractor.get("weights"))[:12]
     yield "feature extractor", f"{extractor.get('name')}, weights {weights}" if extractor else None
+    if judge := record.get("judge"):
+        yield "judge of labels", f"{judge['run']}, {judge['accuracy']:.1%} of held-out images right"
     yield "versions", ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items())
     yield "commit", record.get("commit")
     yield "device", record.get("device")

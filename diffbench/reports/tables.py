@@ -95,8 +95,10 @@ def run_facts(
 
 
 def floor(record: dict[str, Any], name: str) -> float | None:
-    """The score of as many real images, where a record has it."""
+    """The score of as many real images, or a judge's accuracy on held-out ones, where a record has it."""
     metric = metric_of(name)
+    if "/judge@" in name:
+        return float(record["judge"]["accuracy"]) if "judge" in record else None
     found = record.get(f"{metric.name}_held_out", (record.get("floor") or {}).get(metric.computed or metric.name))
     return found if isinstance(found, int | float) else None
 

@@ -115,6 +115,11 @@ class DenoiserRun(Run[RunConfig]):
         with located(key="sample.classifier"):
             if s.classifier is not None and s.classifier_scale:
                 open_run(s.classifier, [ClassifierRun])
+        with located(key="evaluate.judge"):
+            if config.evaluate.judge is not None:
+                judge = open_run(config.evaluate.judge, [ClassifierRun])
+                if judge.shape != (shape := build.load_data(config)[0].shape):
+                    raise UserError(f"{judge.folder} classifies images {judge.shape}, not {shape}")
         checks.check(config)
         if config.sample.weak_model is not None or config.sample.classifier is not None:
             guidance_models(config.sample, config, build.denoised_shape(config, build.load_data(config)[0]))

@@ -22,12 +22,16 @@ from diffbench.evaluation import scorer as scorers
 from diffbench.evaluation.images import refuse_to_overwrite, write_npz
 from diffbench.evaluation.samples import Samples
 from diffbench.evaluation.scorer import Scorer
+from diffbench.evaluation.validation_error import classified
 from diffbench.metrics import Extractor
+from diffbench.metrics.extractors.base import state_hash
 from diffbench.metrics.frechet import frechet_distance
 from diffbench.metrics.memorisation import Memorisation
 from diffbench.metrics.registry import metric_name
+from diffbench.runs.base import open_run
 from diffbench.runs.build import device_of
 from diffbench.runs.checks import check_evaluation
+from diffbench.runs.classifier import ClassifierRun
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.drawing import draw, samples_of
 
@@ -113,6 +117,7 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     counted = any(name.endswith(f"@{e.count}") for name in records.values(record))
     asked = e.extractor is None or extractor.startswith(e.extractor)
     asked &= (record["reference"]["count"] == e.count) == (e.reference == "same")
+    asked &= e.judge is None or (record.get("judge") or {}).get("run") == e.judge
     return held == (images, ema, snapshot) and sampled == wanted and counted and asked
 
 
@@ -156,6 +161,7 @@ def _record(
         **values,
         "departures": departures(run, config, how),
         **_planted(run, config, how),
+        **_judged(run, config.evaluate.judge, samples, labels),
         **_restored(run, config.evaluate.count, scorer.measurement.extractor),
         **(more or {}),
     }
@@ -220,3 +226,20 @@ def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str
 
     print(f"explaining {len(planted)} planted classes", flush=True)
     return planted_scores(run.sampler(how), how, run.facts, planted, ExplainConfig(seed=config.seed_of("sample")))
+
+
+def _judged(run: DenoiserRun, folder: str | None, samples: Samples, labels: Tensor) -> dict[str, Any]:
+    """The share of samples that a classifier's run takes for what they were drawn as, and its share of held-out images
+    that it classifies rightly.
+    """
+    if folder is None:
+        return {}
+    judge = open_run(folder, [ClassifierRun]).use_average()
+    network, level = judge.network.to(device_of(run.config.trainer.accelerator)), judge.config.validation.log_snr[-1:]
+    drawn = replace(run.held_out, images=samples.images(), labels=labels)
+    share, real = (
+        int(classified(network, judge.process, images, level)) / len(images) for images in (drawn, run.held_out)
+    )
+    print(f"judge {folder}: {share:.1%} of samples are what they were drawn as; of held-out images {real:.1%} right")
+    found = {"run": folder, "weights": state_hash(network), "accuracy": real}
+    return {"judge": found, f"label_accuracy/judge@{samples.count}": share}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from diffbench.cli import main
 from diffbench.config.trainer import TrainerConfig
 from diffbench.data.sets import ImageSet
-from diffbench.evaluation.records import results
+from diffbench.evaluation.records import metrics, results
+from diffbench.runs.base import open_run
 from diffbench.runs.checks import check_machine
 from diffbench.runs.lifecycle import load
 
@@ -117,3 +118,22 @@ def test_counts_of_an_image_set_without_labels() -> None:
     from diffbench.evaluation import reference
 
     assert reference.spread_in_words(images, reference.sample_labels(images, 5)) == "none"
+
+
+def test_a_judge_of_ones_own_scores_samples_and_says_how_good_it_is(tmp_path: Path, capsys: Capture) -> None:
+    runs = f"runs_dir={tmp_path / 'runs'}"
+    assert main(["train", "experiments/digits/classifier.yaml", "debug=smoke", runs]) == 0
+    judge, run = (tmp_path / "runs" / "digits" / f"{name}-smoke-s0" for name in ("classifier", "dit"))
+    dit = ["train", "experiments/digits/dit.yaml", "debug=smoke", "evaluate.count=20", "sample.guidance=1", runs]
+    assert main([*dit, f"evaluate.judge={tmp_path}"]) == 2
+    assert not run.exists() and "evaluate.judge" in capsys.readouterr().err
+    assert main([*dit, "data.size=16", f"evaluate.judge={judge}"]) == 2
+    assert "classifies images (1, 8, 8), not (1, 16, 16)" in capsys.readouterr().err
+    assert main([*dit, f"evaluate.judge={judge}"]) == 0
+    (run,) = (tmp_path / "runs" / "digits").glob("dit*")
+    (found,) = results(run)[-1:]
+    assert (20 * found["label_accuracy/judge@20"]).is_integer() and found["judge"]["run"] == str(judge)
+    level = open_run(judge, [ClassifierRun]).config.validation.log_snr[-1]
+    known = [m for m in metrics(judge) if "val/accuracy" in m][-1]
+    assert found["judge"]["accuracy"] == pytest.approx(known[f"val/accuracy_log_snr_{level:g}"])
+    assert f"held-out images {found['judge']['accuracy']:.1%} right" in capsys.readouterr().out
