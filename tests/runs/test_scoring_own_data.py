@@ -13,6 +13,7 @@ from diffbench.data.sets import ImageSet
 from diffbench.evaluation.records import metrics, results
 from diffbench.runs.base import open_run
 from diffbench.runs.checks import check_machine
+from diffbench.runs.classifier import ClassifierRun
 from diffbench.runs.lifecycle import load
 
 SMALL = [
