@@ -95,7 +95,7 @@ def table(c: Conclusion) -> list[dict[str, str]]:
     names = [c.name, *(name for name in c.metrics if metric_of(name).watched and name != c.name)][:2]
     for name in names if any(t.more for t in c.trials) else ():
         for variant, trials in c.variants.items():
-            values = _scores([t for t in trials if t.complete], name)
+            values = scores([t for t in trials if t.complete], name)
             if len(values) < 2:
                 continue
             found, mean = components(values), float(values.mean())
@@ -111,7 +111,7 @@ def table(c: Conclusion) -> list[dict[str, str]]:
     return rows
 
 
-def _scores(trials: list[Trial], name: str) -> Array:
+def scores(trials: list[Trial], name: str) -> Array:
     """(training seeds, sampling seeds) of a metric, of those that all have; one column of what is not of samples."""
     if metric_of(name).is_validation:
         return np.array([[t.values[name]] for t in trials if name in t.values])

@@ -14,6 +14,7 @@ from diffbench.metrics.registry import METRICS, metric_of
 from diffbench.reports import statistics
 from diffbench.reports.results import Comparison, full_name
 from diffbench.reports.text import counted, number
+from diffbench.reports.variance import components, scores
 from diffbench.studies.config import load_study, variants
 
 
@@ -39,18 +40,20 @@ class Claim:
     """The other, or several."""
     order: Any = None
     """In place of the two: variants with N, 2N, 4N, ... steps of a deterministic sampler."""
+    retrained: Any = None
+    """In place of them: variants whose scores scatter more over trainings than over samples of one network."""
     above: float = 0.0
-    """What the order is claimed to exceed."""
+    """What the order, or the ratio of standard deviations, is claimed to exceed."""
 
     def __post_init__(self) -> None:
         for name in ("claim", "source", "study"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
-        for name in ("better", "worse", "order"):
+        for name in ("better", "worse", "order", "retrained"):
             if isinstance(given := getattr(self, name), str):
                 setattr(self, name, [given])
-        if bool(self.order) == bool(self.better and self.worse):
-            raise ValueError("better: name the variants of better and of worse, or of order")
+        if [bool(self.order), bool(self.retrained), bool(self.better and self.worse)].count(True) != 1:
+            raise ValueError("better: name the variants of better and of worse, or of order, or of retrained")
         if self.order and len(self.order) < 4:
             raise ValueError(f"order: needs at least 4 variants, got {len(self.order)}")
         if metric_of(self.metric).direction is None:
@@ -59,7 +62,7 @@ class Claim:
     @property
     def variants(self) -> list[str]:
         """All that are named."""
-        return [*(self.better or ()), *(self.worse or ()), *(self.order or ())]
+        return [*(self.better or ()), *(self.worse or ()), *(self.order or ()), *(self.retrained or ())]
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,16 @@ def findings(claims: Sequence[Claim], results: Mapping[str, Comparison]) -> list
         claims: what is claimed.
         results: of studies, by their name.
     """
-    measured = [(claim, _measured(claim, results[claim.study]) if claim.study in results else None) for claim in claims]
     return [
-        Finding(claim, "not run", "make findings RUN=1") if found is None else _finding(claim, found)
-        for claim, found in measured
+        _held(claim, results.get(claim.study)) or Finding(claim, "not run", "make findings RUN=1") for claim in claims
     ]
+
+
+def _held(claim: Claim, results: Comparison | None) -> Finding | None:
+    if results is None or claim.retrained:
+        return results and _scatter(claim, results)
+    found = _measured(claim, results)
+    return found and _finding(claim, found)
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,24 @@ def _measured(claim: Claim, results: Comparison) -> _Measured | None:
     least = min(float(np.mean([*seeds[v].values()])) for v in (first, second))
     what = f"{metric_of(name).title} of {first} minus {second}"
     return _Measured(differences, what, name, metric_of(name).tie * least, images)
+
+
+def _scatter(claim: Claim, results: Comparison) -> Finding | None:
+    """A claim on the ratio of training's scatter to sampling's, which has to hold for every variant named."""
+    name, parts, ends, images = full_name(results.trials, claim.metric) or claim.metric, [], [], 0
+    for variant in claim.retrained:
+        trials = [t for t in results.trials if t.variant == variant and t.complete]
+        values = scores(trials, name)
+        ratio = components(values).ratio if values.ndim == 2 and min(values.shape) > 1 else None
+        if ratio is None:
+            return None
+        images = max(images, *(t.images for t in trials))
+        ends.append(ratio.interval or (0.0, float("inf")))
+        parts.append(f"{variant} {ratio.value:.2g} ({ends[-1][0]:.2g} to {ends[-1][1]:.2g})")
+    above, below = min(low for low, _ in ends) > claim.above, max(high for _, high in ends) < claim.above
+    what = f"{metric_of(name).title}, standard deviation over trainings by that over samples"
+    how = f"{what}: {', '.join(parts)}; {values.shape[0]} x {values.shape[1]} seeds, {images:,} images"
+    return Finding(claim, "confirmed" if above else "refuted" if below else "tied", how)
 
 
 def _order(values: Sequence[float]) -> float:

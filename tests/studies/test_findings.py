@@ -42,7 +42,7 @@ def test_every_shipped_claim_names_what_there_is() -> None:
         ({"study": "windows"}, "study: no experiments/studies/windows.yaml; did you mean 'window'?"),
         ({"better": "window=3"}, "study: window has no variant 'window=3'; did you mean 'window="),
         ({"metric": "copies"}, "metric: copies does not rank variants"),
-        ({"better": None}, "better: name the variants of better and of worse, or of order"),
+        ({"better": None}, "better: name the variants of better and of worse, or of order, or of retrained"),
         ({"beter": "window=4"}, "beter: unknown key"),
     ],
 )
@@ -90,6 +90,18 @@ def test_the_order_of_a_method_is_the_slope_over_steps(power: float, verdict: st
     (found,) = findings([claim], {"made": Comparison("Made", "Which?", trials, primary="fd")})
     assert found.verdict == verdict
     assert float(found.evidence.split(": ")[1].split()[0]) == pytest.approx(power, abs=0.05)
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(5.0, "confirmed"), (0.05, "refuted")])
+def test_training_is_held_against_sampling_read_back_from_the_csv(tmp_path: Path, ratio: float, verdict: str) -> None:
+    draw = np.random.default_rng(2).normal(size=(10, 6))
+    rows = [[record(9 + ratio * row[0] + one, seed) for one in row[1:]] for seed, row in enumerate(draw)]
+    trials = [Trial("dit", i, "complete", None, first, at=640, more=more) for i, (first, *more) in enumerate(rows)]
+    (tmp_path / "lottery").mkdir()
+    made = conclude(Comparison("Made", "Which?", trials, primary="fd"))
+    (tmp_path / "lottery" / "report.csv").write_text(as_csv(made))
+    (found,) = findings([Claim("c", "s", "lottery", retrained="dit", above=1)], shipped(tmp_path, STUDIES))
+    assert found.verdict == verdict and "10 x 5 seeds" in found.evidence
 
 
 def test_results_are_read_back_from_their_csv_with_every_budget(tmp_path: Path) -> None:
