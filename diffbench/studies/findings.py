@@ -112,10 +112,12 @@ def findings(claims: Sequence[Claim], results: Mapping[str, Comparison]) -> list
 
 
 def _held(claim: Claim, results: Comparison | None) -> Finding | None:
-    if results is None or claim.retrained:
-        return results and _scatter(claim, results)
+    if results is None:
+        return None
+    if claim.retrained:
+        return _scatter(claim, results)
     found = _measured(claim, results)
-    return found and _finding(claim, found)
+    return None if found is None else _finding(claim, found)
 
 
 @dataclass(frozen=True)
