@@ -9,6 +9,7 @@ from diffbench.data.digits import DigitsConfig, digits
 from diffbench.evaluation import reference as references
 from diffbench.metrics import Extractor, Request, extractor
 from diffbench.metrics.base import Measurement
+from diffbench.metrics.copies import CopyDetector
 from diffbench.metrics.registry import metric_name
 from diffbench.metrics.suite import Suite, reference_statistics
 
@@ -104,8 +105,11 @@ def test_a_suite_is_the_same_in_any_batch_and_order(size: int) -> None:
     judge = references.make_extractor("digits-cnn", None, train)
     reference = reference_statistics(judge, [train.images[:400]], 400, 300)
 
+    detector = CopyDetector(train.images)
+    detector.calibration = detector.calibrate()
+
     def scores(order: Tensor, size: int) -> dict[str, float]:
-        suite = Suite(Measurement(judge, {"fd": reference}, 300, training=train.images))
+        suite = Suite(Measurement(judge, {"fd": reference}, 300, detector=detector))
         for index in order.split(size):
             suite.update(test.images[index], index, test.labels[index])
         return suite.compute()
