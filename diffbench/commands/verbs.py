@@ -86,7 +86,7 @@ VERBS = {
     ),
     "compare": Verb(
         "a table and a report of several runs, or of a study",
-        ("runs/digits/dit-s0 runs/digits/unet-s0", "runs/studies/backbones primary=fd baseline=dit export=table.tex"),
+        ("runs/digits/dit-s0 runs/digits/unet-s0", "runs/studies/backbones primary=fd export=table.tex"),
         {"commands/compare.py:CompareConfig": ""},
         json=True,
     ),

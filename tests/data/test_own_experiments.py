@@ -54,7 +54,7 @@ def test_train_look_score_and_ask_for_a_class(pets: Path, capsys: Capture, monke
 
 
 def test_scoring_never_takes_longer_than_training(pets: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffbench.commands.train.drawing_seconds", lambda run: 900.0)
+    monkeypatch.setattr("diffbench.runs.drawing.drawing_seconds", lambda run: 900.0)
     assert main(command(pets, "tag=slow")) == 0
     assert "not scored: 20 samples would take about 15.0 min, longer than training; to" in capsys.readouterr().out
     run = pets.parent / "runs" / "own" / "unet-smoke-slow-s0"
