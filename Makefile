@@ -80,10 +80,10 @@ tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006; HOST=0.0
 	@$(BIN)/python -m tensorboard.main --host $(HOST) --logdir runs --samples_per_plugin images=200
 
 test: $(STAMP)  ## the tests, without the slow ones, on all cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)  ## every test, with the coverage of diffbench/ (at least 90%)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu' --cov=diffbench --cov-report=term --cov-fail-under=90
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu' --cov=diffbench --cov-report=term --cov-fail-under=90
 
 test-gpu: $(STAMP)  ## the tests that need a GPU; skipped with a reason where there is none
 	@$(BIN)/python -m pytest -m gpu -rs

@@ -50,7 +50,7 @@ DRY = {
     "bench-gpu": "-m benchmarks gpu=true baseline=old.json",
     "tensorboard": "-m tensorboard.main --host localhost --logdir runs",
     "test": "-m pytest",
-    "test-all": "-m pytest -n auto --dist loadfile -m 'not gpu' --cov=diffbench",
+    "test-all": "-m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu' --cov=diffbench",
     "test-gpu": "-m pytest -m gpu -rs",
     "docker-build": "docker build --file docker/Dockerfile --target cpu --tag diffbench:cpu .",
     "docker-train": "diffbench:cpu train experiments/digits/dit.yaml seed=0",
