@@ -130,7 +130,7 @@ def _rebuild(
     _find_source(config["denoiser"], path, out / FOLDER)
     if data_path is not None:
         config["data"]["path"] = data_path
-    name = re.sub(r"\W+", "_", f"{config['denoiser']['name']}")
+    name = re.sub(r"\W+", "_", config["denoiser"]["name"])
     file = TrialFile(out / FOLDER / f"{name}-{key}.yaml")
     file.values = first["recipe"] | {"evaluations": evaluations, "folder": str(out / f"{name}-{key}")}
     file.values["config"] = config | {"runs_dir": str(out), "tag": None}
@@ -164,7 +164,7 @@ def _find_source(denoiser: dict[str, Any], path: Path, folder: Path) -> None:
 def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
     """Print every value of a cell with its verdict; return how many differ."""
     cell, rows = record["cells"][name], []
-    other = cell["record"] and records.difference(cell["record"], {**(found[-1].record or {})})
+    other = cell["record"] and records.difference(cell["record"], found[-1].record or {})
     for (budget, reported), trial in zip(cell["values"].items(), found, strict=True):
         now = finite(trial.values)
         near = tolerances(record, cell["variant"], budget)

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffbench.config.kinds import AutoencoderConfig, RunConfig
 from diffbench.core import files, tensors
 from diffbench.core.errors import UserError
-from diffbench.core.files import cache_folder
+from diffbench.core.files import cache_folder, digest
 from diffbench.core.progress import progress
 from diffbench.data.registry import SOURCES
 from diffbench.data.sets import ImageSet, rows
@@ -242,18 +242,13 @@ def cached_statistics(
         "count": count,
         "rows": keep,
     }
-    path = reference_folder() / f"{extractor.name}-{count}-{digest(key)}.safetensors"
+    path = reference_folder() / f"{extractor.name}-{count}-{digest(key)[:16]}.safetensors"
     files.cached(path, lambda: write(path, key, _computed(extractor, count, batches, keep, path)))
     found, reference = read(path)
     if found != key:
         wrong = next(k for k in key if found.get(k) != key[k])
         raise UserError(f"{path}: {wrong} is {found.get(wrong)!r}, not {key[wrong]!r}; remove the file")
-    return reference, digest(key)
-
-
-def digest(key: dict[str, Any]) -> str:
-    """The first 16 hexadecimal digits of a key's hash."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return reference, digest(key)[:16]
 
 
 def _computed(

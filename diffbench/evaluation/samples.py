@@ -1,7 +1,5 @@
 """Samples on disk, drawn in chunks: a killed command goes on where it stopped, and nothing is drawn twice."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffbench.core.errors import UserError
+from diffbench.core.files import digest
 from diffbench.core.store import DamagedError, Store
 
 SIZE = 1000
@@ -27,8 +26,7 @@ class Samples:
     """
 
     def __init__(self, parent: Path, what: dict[str, Any], count: int, shape: tuple[int, int, int]) -> None:
-        text = json.dumps(what, sort_keys=True)
-        self.folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = parent / digest(what)[:16]
         self.what, self.count, self.shape = what, count, shape
         self.store = Store(self.folder)
 

@@ -14,7 +14,7 @@ from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build
 from diffbench.config.sections import EvaluateConfig
 from diffbench.core.errors import UserError
-from diffbench.core.files import sha256, write_bytes
+from diffbench.core.files import digest, sha256, write_bytes
 from diffbench.data.registry import SOURCES
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
@@ -164,7 +164,7 @@ def load_reference(extractor: Extractor, path: Path, keep: int = KEPT) -> tuple[
         for name, mine in (("extractor", extractor.name), ("weights", extractor.weights)):
             if key.get(name) != mine:
                 raise UserError(f"{path}: {name} is {key.get(name)!r}, not {mine!r}; build it with this extractor")
-        return reference, {"key": references.digest(key), "count": key["count"]}
+        return reference, {"key": digest(key)[:16], "count": key["count"]}
     fits = read_statistics(path)
     if fits is None:
         return statistics_of_images(extractor, path, keep)

@@ -1,6 +1,5 @@
 """The time that a study will take, from rates measured on this machine before anything is trained."""
 
-import hashlib
 import json
 import os
 import time
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import to_dict
-from diffbench.core.files import write_text
+from diffbench.core.files import digest, write_text
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.plan import TrainingVariant, evaluated
@@ -71,7 +70,7 @@ def _name(config: RunConfig) -> str:
     values = to_dict(config)
     kept = {key: values[key] for key in ("data", "denoiser", "process", "autoencoder")}
     kept["batch"] = [config.trainer.batch_size, config.trainer.accumulate_grad_batches, config.trainer.precision]
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(kept)[:16]
 
 
 def _training_rate(config: RunConfig) -> float:

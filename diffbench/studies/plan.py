@@ -1,6 +1,5 @@
 """The plan of a study: every run that it trains, with its resolved config, and every evaluation of it."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import experiments, merge, places
 from diffbench.config.load import flatten, from_layers, read_layers, to_dict
 from diffbench.core.errors import UserError, suggest
+from diffbench.core.files import digest
 from diffbench.denoisers.flops import Cost
 from diffbench.runs import build
 from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, is_sampled, nested, variants
@@ -96,9 +96,8 @@ class PlannedTrial:
         values = {k: v for k, v in to_dict(self.config).items() if k not in ("runs_dir", "tag", "seed")}
         if len(self.variant.rungs) > 1:  # a run of one length cannot be scored at shorter ones
             values["rungs"] = [images for images, _ in self.variant.rungs]
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         experiment = self.variant.experiment
-        name = f"{experiment.resolve().parent.name}-{experiment.stem}-{digest}-s{self.seed}"
+        name = f"{experiment.resolve().parent.name}-{experiment.stem}-{digest(values)[:10]}-s{self.seed}"
         return Path(self.config.runs_dir) / "trials" / name
 
 
