@@ -1,12 +1,10 @@
 """Images and statistics in files: folders and npz files of any origin, and files for the ADM evaluator."""
 
 import hashlib
-import math
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +16,7 @@ from torch import Tensor
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, sha256
 from diffbench.data.places import list_files
-from diffbench.data.transforms import FORMATS, SUFFIXES, BrokenError, check_size, decode, quiet
+from diffbench.data.transforms import FORMATS, SUFFIXES, BrokenError, decode, quiet
 from diffbench.metrics import Extractor
 from diffbench.metrics.base import Gaussian, ReferenceStatistics
 
@@ -120,53 +118,22 @@ class ImageNpz:
     """The array `arr_0` (N, H, W, C) uint8 of an npz file, as the ADM evaluator takes it; `arr_1` may hold labels."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._open() as file:
-            try:
-                dims, fortran, dtype = _header(file)
-            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
-                raise UserError(f"{path}: arr_0 is damaged, or not an array") from None
-        if len(dims) != 4 or dtype != np.uint8 or fortran or dims[3] not in (1, 3):
-            raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), got {dtype} {dims}")
-        with zipfile.ZipFile(path) as archive:
-            held = archive.getinfo("arr_0.npy").file_size
-        if min(dims) < 1 or math.prod(dims) > held:
-            raise UserError(f"{path}: arr_0 says {dims} and holds {held:,} bytes")
-        check_size((dims[2], dims[1]))
-        self._count = dims[0]
-        self.shape = (dims[3], dims[1], dims[2])
-        labels = _arrays(path, ("arr_1",)).get("arr_1")
-        self.labels = None if labels is None else _labels(path, labels, dims[0])
+        self.path, arrays = path, _arrays(path, ("arr_0", "arr_1"))
+        if (pixels := arrays.get("arr_0")) is None:
+            raise UserError(f"{path}: holds no array arr_0")
+        if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[3] not in (1, 3) or pixels.size == 0:
+            raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), got {pixels.dtype} {pixels.shape}")
+        self.images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        channels, height, width = self.images.shape[1:]
+        self.shape = (channels, height, width)
+        self.labels = _labels(path, arrays["arr_1"], len(pixels)) if "arr_1" in arrays else None
 
     def __len__(self) -> int:
-        return self._count
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        with ExitStack() as stack:
-            try:
-                archive = stack.enter_context(zipfile.ZipFile(self.path))
-                file = stack.enter_context(archive.open("arr_0.npy"))
-            except (zipfile.BadZipFile, KeyError, OSError) as e:
-                raise UserError(f"{self.path}: not an npz file with an array arr_0 ({e})") from None
-            yield file
+        return len(self.images)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield all images, read as they are asked for."""
-        channels, height, width = self.shape
-        with self._open() as file:
-            _header(file)
-            for start in range(0, len(self), size):
-                count = min(size, len(self) - start)
-                wanted = count * height * width * channels
-                try:
-                    data = file.read(wanted)
-                except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
-                    raise UserError(f"{self.path}: arr_0 is damaged ({e})") from None
-                if len(data) != wanted:
-                    raise UserError(f"{self.path}: arr_0 is damaged (it ends too early)")
-                pixels = np.frombuffer(bytearray(data), np.uint8).reshape(count, height, width, channels)
-                yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        """Yield all images, (B, C, H, W) uint8."""
+        yield from self.images.split(size)
 
     def formats(self) -> dict[str, int]:
         """Empty: the origin of the pixels is not known."""
@@ -195,18 +162,17 @@ def _labels(path: Path, array: np.ndarray, count: int) -> Tensor:
 
 
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read those of the named arrays that an npz file holds; objects, which would be code, are refused."""
+    """Those of the named arrays that an npz file holds; objects, which would be code, are refused."""
+    found: dict[str, np.ndarray] = {}
+    name = "file"
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: np.asarray(arrays[name]) for name in names if name in arrays}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"{path}: damaged, or holds objects instead of numbers ({' '.join(str(e).split())})") from None
-
-
-def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
+            for name in (n for n in names if n in arrays):
+                found[name] = np.asarray(arrays[name])
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as e:
+        why = " ".join(str(e).split())
+        raise UserError(f"{path}: {name} is damaged, or holds objects instead of numbers ({why})") from None
+    return found
 
 
 def open_images(path: Path) -> ImageSource:
@@ -217,7 +183,7 @@ def open_images(path: Path) -> ImageSource:
     """
     if path.is_dir():
         return ImageFolder(path)
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix == ".npz" and zipfile.is_zipfile(path):
         return ImageNpz(path)
     raise UserError(f"{path}: no images here; allowed: a run folder, a folder of images, or an npz with arr_0")
 
@@ -226,24 +192,6 @@ def has_images(path: Path) -> bool:
     """Return whether an npz file has an array arr_0."""
     with zipfile.ZipFile(path) as archive:
         return "arr_0.npy" in archive.namelist()
-
-
-def write_npz(path: Path, count: int, shape: tuple[int, int, int], rows: Iterator[Tensor], labels: Tensor) -> None:
-    """Write images (C, H, W) uint8 as arr_0 (N, H, W, C), and their labels as arr_1, without holding them all.
-
-    Raises:
-        UserError: if the file exists already.
-    """
-    refuse_to_overwrite(path)
-    channels, height, width = shape
-    head = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, channels)}
-    with atomic(path) as out, zipfile.ZipFile(out, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, head)
-            for image in rows:
-                file.write(np.ascontiguousarray(image.permute(1, 2, 0).numpy()).tobytes())
-        with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
 
 
 def refuse_to_overwrite(path: Path) -> None:
@@ -272,20 +220,14 @@ def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None] | None:
             raise UserError(f"{path}: {name} must be numbers (D) or (D, D), got {array.dtype} {array.shape}")
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} holds numbers that are not finite")
-    found = {name: torch.from_numpy(array.astype(np.float64)) for name, array in arrays.items()}
-    fits: list[Gaussian | None] = []
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if (mean in found) != (cov in found):
-            raise UserError(f"{path}: holds {mean if mean in found else cov} without its partner")
-        if mean not in found:
-            fits.append(None)
-            continue
-        d = len(found[mean])
-        if found[cov].shape != (d, d):
-            raise UserError(f"{path}: {cov} is {tuple(found[cov].shape)}, but {mean} has {d} numbers")
-        fits.append(Gaussian(0, found[mean], found[cov]))
-    assert fits[0] is not None
-    return fits[0], fits[1]
+        if (mean in arrays) != (cov in arrays):
+            raise UserError(f"{path}: holds {mean if mean in arrays else cov} without its partner")
+        if mean in arrays and arrays[cov].shape != (d := len(arrays[mean]), d):
+            raise UserError(f"{path}: {cov} is {arrays[cov].shape}, but {mean} has {d} numbers")
+    numbers = {name: torch.from_numpy(array.astype(np.float64)) for name, array in arrays.items()}
+    spatial = Gaussian(0, numbers["mu_s"], numbers["sigma_s"]) if "mu_s" in numbers else None
+    return Gaussian(0, numbers["mu"], numbers["sigma"]), spatial
 
 
 def write_adm_reference(

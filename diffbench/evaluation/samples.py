@@ -83,9 +83,3 @@ class Samples:
         images = self.images()
         for index in torch.arange(len(images)).split(size):
             yield index, images[index]
-
-    def rows(self, order: Tensor) -> Iterator[Tensor]:
-        """Single samples (C, H, W) in another order, read as they are asked for."""
-        images = self.images()
-        for number in order.tolist():
-            yield images[number]

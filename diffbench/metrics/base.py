@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from diffbench.metrics.copies import CopyDetector
-from diffbench.metrics.extractors.base import Extractor, Features
+from diffbench.metrics.extractors.base import Extractor
 from diffbench.metrics.rules import Rule
 
 KEPT = 10_000
@@ -91,17 +91,12 @@ class Measurement:
         return min(self.count, KEPT)
 
 
-class Batch(NamedTuple):
-    """Samples (B, C, H, W) uint8, their numbers (B,), their labels (B,) or None, and their features."""
-
-    images: Tensor
-    number: Tensor
-    labels: Tensor | None
-    features: Features
-
-
 class SampleMetric(Metric):
-    """A metric of samples whose states are float64 sums."""
+    """A metric of samples whose states are float64 sums.
+
+    Its `update` takes what it needs of a batch, by these names: `images` (B, C, H, W) uint8, `index` (B,) the numbers
+    of the samples, `labels` (B,), and what the extractor gives: `features` (B, D), `logits` (B, K), `spatial` (B, S).
+    """
 
     full_state_update = False
 
@@ -113,10 +108,6 @@ class SampleMetric(Metric):
     def of(cls, measurement: Measurement) -> Self | None:
         """Make the metric for a measurement; None where it cannot be measured."""
         raise NotImplementedError
-
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        """Arguments of `update` for a batch: the features, unless a metric takes others."""
-        return (batch.features.pooled,)
 
     def add_sum(self, name: str, *shape: int) -> None:
         """Register a state of zeros."""
@@ -175,9 +166,6 @@ class Rows(SampleMetric):
         self.add_sum("seen", count)
         self.add_sum("bad")
         self.add_sum("table", len(kept), dim)
-
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        return batch.features.pooled, batch.number
 
     def update(self, features: Tensor, index: Tensor) -> None:
         """Add features (B, dim) of samples number `index` (B,)."""

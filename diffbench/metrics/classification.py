@@ -1,12 +1,12 @@
 """Whether samples are what their labels say: by the classes that the extractor predicts, or by a data set's rule."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Batch, Measurement, SampleMetric, finite_rows
+from diffbench.metrics.base import Measurement, SampleMetric, finite_rows
 from diffbench.metrics.rules import Rule
 
 
@@ -62,9 +62,6 @@ class InceptionScore(SampleMetric):
         exported = measurement.permutation(count, "order of samples", "export") if measurement.by_class else None
         return cls(classes, count, places=None if exported is None else exported.argsort())
 
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        return batch.features.logits, batch.number
-
     def update(self, logits: Tensor, index: Tensor) -> None:
         """Add logits (B, classes) of samples number `index` (B,)."""
         x, finite = finite_rows(logits, self.p)
@@ -101,9 +98,6 @@ class LabelAccuracy(SampleMetric):
     def of(cls, measurement: Measurement) -> Self | None:
         return cls(measurement.count) if measurement.extractor.predicts_labels and measurement.labels else None
 
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        return batch.features.logits, batch.labels
-
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add logits (B, classes) and labels (B,)."""
         self.n += len(labels)
@@ -131,9 +125,6 @@ class SolvedTasks(SampleMetric):
     @classmethod
     def of(cls, measurement: Measurement) -> Self | None:
         return cls(measurement.rule, measurement.count) if measurement.rule and measurement.labels else None
-
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        return batch.images, batch.labels
 
     def update(self, images: Tensor, labels: Tensor) -> None:
         """Add samples (B, C, H, W) uint8 and their labels (B,)."""

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Batch, Gaussian, Measurement, Rows, SampleMetric, finite_rows
+from diffbench.metrics.base import Gaussian, Measurement, Rows, SampleMetric, finite_rows
 
 
 def gaussian(features: Tensor) -> Gaussian:
@@ -153,8 +153,9 @@ class SpatialFrechetDistance(FrechetDistance):
         spatial = measurement.main.spatial
         return None if spatial is None else cls({"fd_spatial": spatial}, measurement.count)
 
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        return (batch.features.spatial,)
+    def update(self, spatial: Tensor) -> None:
+        """Add the spatial layer (B, S) of samples."""
+        super().update(spatial)
 
 
 class FrechetInfinity(Rows):

@@ -1,11 +1,11 @@
 """The share of copies among samples, with its interval, and authenticity."""
 
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Batch, Measurement, Rows
+from diffbench.metrics.base import Measurement, Rows
 from diffbench.metrics.copies import CopyDetector
 
 
@@ -52,9 +52,6 @@ class Memorisation(Rows):
     @classmethod
     def of(cls, measurement: Measurement) -> Self | None:
         return None if measurement.detector is None else cls(measurement.detector, measurement.count)
-
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        return batch.images, batch.number
 
     def update(self, images: Tensor, index: Tensor) -> None:
         """Add images (B, C, H, W) uint8 of samples number `index` (B,)."""

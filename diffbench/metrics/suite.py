@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torchmetrics import MetricCollection
 
-from diffbench.metrics.base import Batch, Measurement, ReferenceStatistics, Rows, states_device
+from diffbench.metrics.base import Measurement, ReferenceStatistics, Rows, states_device
 from diffbench.metrics.extractors.base import Extractor
 from diffbench.metrics.frechet import Moments
 from diffbench.metrics.registry import METRICS
@@ -26,21 +27,20 @@ class Suite:
         # A class may compute several metrics; where it computes one, this is its name.
         names = {m.measure: m.computed or m.name for m in rows if m.measure}
         made = [(name, measure.of(measurement)) for measure, name in names.items()]
-        self.metrics = {name: metric.to(device) for name, metric in made if metric is not None}
+        measured = {name: metric for name, metric in made if metric is not None}
+        self.metrics = MetricCollection(measured, compute_groups=False).to(device)
 
     def update(self, images: Tensor, index: Tensor, labels: Tensor | None = None) -> None:
         """Add samples (B, C, H, W) uint8 number `index` (B,), drawn for `labels` (B,)."""
-        batch = Batch(images, index, labels, self.extractor(images))
-        for metric in self.metrics.values():
-            metric.update(*metric.arguments(batch))
+        found = self.extractor(images)
+        of_network = {"features": found.pooled, "logits": found.logits, "spatial": found.spatial}
+        self.metrics.update(images=images, index=index, labels=labels, **of_network)
 
     def compute(self) -> dict[str, float]:
         """Name without extractor and count -> value; every process must call it, in step, and gets the same."""
-        values: dict[str, float] = {}
-        for name, metric in self.metrics.items():
-            found = metric.compute()
-            values |= {n: float(v) for n, v in (found if isinstance(found, dict) else {name: found}).items()}
-        return values
+        values = {name: float(value) for name, value in self.metrics.compute().items()}
+        known = list(METRICS)
+        return dict(sorted(values.items(), key=lambda item: known.index(item[0]) if item[0] in METRICS else len(known)))
 
 
 def reference_statistics(extractor: Extractor, batches: Iterable[Tensor], count: int, keep: int) -> ReferenceStatistics:

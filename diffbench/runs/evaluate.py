@@ -19,7 +19,7 @@ from diffbench.data.sets import ImageSet
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
 from diffbench.evaluation import scorer as scorers
-from diffbench.evaluation.images import refuse_to_overwrite, write_npz
+from diffbench.evaluation.images import refuse_to_overwrite
 from diffbench.evaluation.samples import Samples
 from diffbench.evaluation.scorer import Scorer
 from diffbench.evaluation.validation_error import classified
@@ -72,10 +72,12 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     settings = config.sample.scored()
     found = [_record(run, config, how, scorer) for how in settings]
     if export is not None:
+        from diffbench.sampling.images import save_npz
+
         path, samples = Path(str(export)), samples_of(run, config, settings[-1])
         order = scorers.permutation(samples.count, "order of samples", "export")
         labels = references.sample_labels(run.train_set, samples.count)[order]
-        write_npz(path, samples.count, samples.shape, samples.rows(order), labels)
+        save_npz(samples.images()[order], labels, path)
         print(f"{path}: {samples.count:,} samples as arr_0, shuffled in a fixed order, their labels as arr_1")
     return found
 

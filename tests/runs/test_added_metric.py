@@ -1,7 +1,6 @@
 """A metric of one's own is a class and a row: it is measured, and found in the table, the report and TensorBoard."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from diffbench.cli import main
 from diffbench.evaluation import records
-from diffbench.metrics.base import Batch, Measurement, SampleMetric
+from diffbench.metrics.base import Measurement, SampleMetric
 from diffbench.metrics.registry import METRICS, Metric
 from diffbench.runs.lifecycle import load
 
@@ -29,9 +28,6 @@ class Brightness(SampleMetric):
     @classmethod
     def of(cls, measurement: Measurement) -> "Brightness":
         return cls()
-
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        return (batch.images,)
 
     def update(self, images: Tensor) -> None:
         self.total += images.sum()
