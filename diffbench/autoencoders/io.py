@@ -58,7 +58,6 @@ def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencode
 
 
 def find(source: str | Path, say: Callable[[str], None] = print) -> Path:
-    """The folder of a source; see `load`."""
     return Path(source) if Path(source).is_dir() else _from_hub(str(source), say)
 
 
@@ -146,7 +145,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _from_hub(name: str, say: Callable[[str], None]) -> Path:
-    """The cached snapshot of a hub name, fetched where it is not there."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).parent.is_dir():
         raise ValueError(
             f"{name}: no such folder; give a folder with {CONFIG} and {WEIGHTS}, or a hub name such as"
@@ -177,7 +175,6 @@ def _snapshot(download: Callable[..., str], name: str, local_files_only: bool) -
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file that is never half there."""
     staged = path.with_name(f".{path.name}.staged")
     staged.write_bytes(data)
     os.replace(staged, path)

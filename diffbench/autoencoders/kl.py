@@ -117,11 +117,9 @@ class KLAutoencoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def scaled(self, z: Tensor) -> Tensor:
-        """Latents as denoisers see them."""
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def unscaled(self, z: Tensor) -> Tensor:
-        """The inverse of `scaled`."""
         return z / self.config.scaling_factor + self.config.shift_factor
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

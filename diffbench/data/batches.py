@@ -55,7 +55,6 @@ def unpack(batch: Any) -> dict[str, Any]:
 
 
 def _entry(found: dict[str, Any], names: Iterable[str]) -> Any:
-    """Takes the first of the entries with these names out of a batch."""
     return next((found.pop(name) for name in names if name in found), None)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from diffbench.autoencoders import KLAutoencoder, kl
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8, to_uint8
+from diffbench.core.tensors import eval_mode
 
 PIXELS = 2**19
 """Pixels that pass through an autoencoder at once: 512 images of 32x32, 8 of 256x256."""
@@ -35,17 +36,15 @@ def reconstruct(
     Raises:
         UserError: if a restored value is not finite.
     """
-    training = autoencoder.training
-    autoencoder.eval()
     restored_parts, divergences = [], []
-    for x in _inputs(autoencoder, images):
-        check()
-        restored, mean, log_variance = autoencoder(x)
-        if broken := int((~restored.isfinite()).sum()):
-            raise UserError(f"the autoencoder's output is not finite, in {broken} of {restored.numel()} values")
-        restored_parts.append(to_uint8(restored).cpu())
-        divergences.append(kl(mean, log_variance).cpu())
-    autoencoder.train(training)
+    with eval_mode(autoencoder):
+        for x in _inputs(autoencoder, images):
+            check()
+            restored, mean, log_variance = autoencoder(x)
+            if broken := int((~restored.isfinite()).sum()):
+                raise UserError(f"the autoencoder's output is not finite, in {broken} of {restored.numel()} values")
+            restored_parts.append(to_uint8(restored).cpu())
+            divergences.append(kl(mean, log_variance).cpu())
     return torch.cat(restored_parts), torch.cat(divergences)
 
 

@@ -302,7 +302,6 @@ class HeldOut:
 
 
 def _fits(data: ImageSet | LatentSet, device: torch.device) -> bool:
-    """Whether a set may stay on a GPU: it must leave three quarters of what is free."""
     return device.type == "cuda" and 4 * data.nbytes <= torch.cuda.mem_get_info(device)[0]
 
 

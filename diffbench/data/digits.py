@@ -37,7 +37,6 @@ class DigitsConfig(PlantedConfig):
 
 
 def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
-    """Load the training and the held-out part."""
     return _digits(config.held_out, config.size)
 
 

@@ -52,7 +52,6 @@ class DataFacts:
         return self.class_names or tuple(map(str, range(self.num_classes)))
 
     def write(self, path: Path) -> None:
-        """Writes the facts as JSON."""
         write_text(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod

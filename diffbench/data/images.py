@@ -73,7 +73,6 @@ def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:
 
 
 def _is_fetched(config: ImagesConfig) -> bool:
-    """Whether CIFAR-10 was decoded or downloaded from the hub before."""
     if all(store.is_complete() for store in _stores(config, locate(CIFAR10_HUB))):
         return True
     from datasets.config import HF_DATASETS_CACHE
@@ -129,7 +128,6 @@ def read(place: Place, config: ImagesConfig) -> tuple[Split, Split, list[str]]:
 
 
 def _stores(config: ImagesConfig, place: Place) -> tuple[Store, Store]:
-    """Where the training and the held-out part lie."""
     digest = hashlib.sha256(json.dumps(_identity(config, place)).encode()).hexdigest()
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", place.name)[:60]
     folder = cache_folder() / "images" / f"{name}-{digest[:16]}"
@@ -157,7 +155,6 @@ def _refusal(name: str, why: str) -> str:
 
 
 def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> None:
-    """Decode what is missing or damaged of both parts."""
     if place.listing is not None:
         print(place.listing, flush=True)
     train, held_out, classes = read(place, config)

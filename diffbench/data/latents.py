@@ -126,7 +126,6 @@ def _moments(
     first: int,
     last: int,
 ) -> dict[str, np.ndarray]:
-    """Means and log-variances of the images first to last - 1, and of their mirror images."""
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(first, last, batch_size):
         x = from_uint8(images.images[start : min(start + batch_size, last)].to(device))
@@ -153,7 +152,6 @@ def _fill(
 
 
 def _finish(filling: Filling, patience: float) -> None:
-    """Wait for the chunks of the other ranks, and complete the store."""
     found, since = 0, time.monotonic()
     while not filling.finish(lambda arrays, chunks: {"fingerprint": digest_of(arrays.values())}):
         if (now := len(filling.store.chunks())) > found:

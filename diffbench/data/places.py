@@ -259,5 +259,4 @@ def _is_text(path: str) -> bool:
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first of many names, for a message."""
     return ", ".join(names[:most]) + ", ..." * (len(names) > most)

@@ -50,12 +50,10 @@ class InMemory:
         return {names[field]: rows(array, index) for field, array in self.arrays.items()}
 
     def to(self, device: torch.device | str) -> Self:
-        """The set on a device."""
         return self._each(lambda array: array.to(device), self.digest)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
     def first(self, count: int) -> Self:

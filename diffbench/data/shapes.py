@@ -55,7 +55,6 @@ class ShapesConfig(DataConfig):
 
 
 def shapes(config: ShapesConfig) -> tuple[ImageSet, ImageSet]:
-    """Draw the training and the held-out part."""
     size, seed = config.image_size, config.seed
     return _part("train", config.count, size, seed), _part("held-out", config.held_out, size, seed)
 
@@ -177,7 +176,6 @@ def _lit(x: Tensor) -> Tensor:
 
 
 def _bands(x: Tensor, kind: int, share: float = 0.95) -> Tensor:
-    """Whether 95% of the pixels are those of stripes or checks of one phase."""
     size = x.shape[-1]
     step = size // 8
     at = torch.arange(size)

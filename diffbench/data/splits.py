@@ -93,7 +93,6 @@ def hold_out(labels: np.ndarray, count: int | None) -> np.ndarray:
 
 
 def training_split(there: list[str], wanted: str | None) -> str:
-    """The split to train on: the wanted one, or "train", or the only one."""
     if wanted is not None and wanted not in there:
         raise ValueError(f"data.split: no split {wanted!r}; choose from {', '.join(there)}{suggest(wanted, there)}")
     if wanted is None and "train" not in there and len(there) > 1:

@@ -92,7 +92,6 @@ def _features(data: Any) -> dict[str, Any]:
 def _column(
     key: str, features: dict[str, Any], wanted: str | None, found: list[str], usual: Sequence[str]
 ) -> str | None:
-    """The column that a key names, or the one that fits."""
     if wanted is not None:
         if wanted not in features:
             choices = ", ".join(features)
@@ -105,7 +104,6 @@ def _column(
 
 
 def _numbers(column: str, kind: Any, values: list[Any]) -> dict[Any, int]:
-    """Value in a label column -> class."""
     if isinstance(kind, datasets.ClassLabel):
         return {i: i for i in range(len(kind.names))}
     there = [v for v in values if v is not None]

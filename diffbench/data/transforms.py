@@ -56,7 +56,6 @@ def decode(
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether a file holds a grey image."""
     return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
 
 

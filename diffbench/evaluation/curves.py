@@ -1,7 +1,5 @@
 """Reference curves: the band of a metric over training in which a healthy run of an experiment lies."""
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy import special  # scipy.stats takes several times as long to import
 
 from diffbench.core.errors import UserError
@@ -32,12 +31,10 @@ class Band:
 
     def at(self, images: float) -> tuple[float, float] | None:
         """The band at a number of images, linear between its points; None outside them."""
-        for i, (first, last) in enumerate(zip(self.images, self.images[1:], strict=False)):
-            if first <= images <= last:
-                share = (images - first) / (last - first)
-                low, high = ((1 - share) * v[i] + share * v[i + 1] for v in (self.low, self.high))
-                return low, high
-        return None
+        if not self.images or not self.images[0] <= images <= self.images[-1]:
+            return None
+        low, high = (float(np.interp(images, self.images, ends)) for ends in (self.low, self.high))
+        return low, high
 
 
 def bands_of(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) -> dict[str, Band]:
@@ -68,17 +65,13 @@ def bands_of(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) 
 
 def write_curves(path: Path, bands: Mapping[str, Band]) -> None:
     """Write bands as CSV: images, then the low and the high end of each metric; empty where it was not measured."""
-    table: dict[int, dict[str, str]] = {}
+    import pandas as pd
+
+    ends: dict[str, pd.Series[float]] = {}
     for name, band in bands.items():
-        for images, low, high in zip(band.images, band.low, band.high, strict=True):
-            table.setdefault(images, {}).update({f"{name} low": f"{low:.6g}", f"{name} high": f"{high:.6g}"})
-    text = io.StringIO()
-    heads = ["images", *(f"{name} {end}" for name in bands for end in ("low", "high"))]
-    writer = csv.DictWriter(text, heads, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"images": images, **row} for images, row in sorted(table.items()))
+        ends |= {f"{name} low": pd.Series(band.low, band.images), f"{name} high": pd.Series(band.high, band.images)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text.getvalue())
+    write_text(path, pd.DataFrame(ends).rename_axis("images").to_csv(float_format="%.6g"))
 
 
 def read_curves(path: Path) -> dict[str, Band]:
@@ -89,16 +82,17 @@ def read_curves(path: Path) -> dict[str, Band]:
     """
     if not path.is_file():
         return {}
+    import pandas as pd
+
+    found = {}
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
-        names = [head.removesuffix(" low") for head in (rows[0] if rows else ()) if head.endswith(" low")]
-        found = {}
-        for name in names:
-            kept = [row for row in rows if row[f"{name} low"]]
-            low, high = ([float(row[f"{name} {end}"]) for row in kept] for end in ("low", "high"))
-            found[name] = Band([int(row["images"]) for row in kept], low, high)
-        return found
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as e:
+        table = pd.read_csv(path, index_col="images").astype(float)
+        for name in (head.removesuffix(" low") for head in table if head.endswith(" low")):
+            low, high = f"{name} low", f"{name} high"
+            known = table[[low, high]].dropna()
+            found[name] = Band([int(images) for images in known.index], known[low].tolist(), known[high].tolist())
+    except (ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{path}: damaged ({' '.join(str(e).split())}); write it anew with `diffbench curves`"
         ) from None
+    return found

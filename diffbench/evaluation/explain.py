@@ -5,8 +5,8 @@ of the class, which the network sees under the mixture in place of the class's o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from scipy.optimize import nnls
@@ -15,10 +15,11 @@ from torch.nn.functional import cosine_similarity, one_hot
 
 from diffbench.config.sections import SampleConfig
 from diffbench.core import rng
+from diffbench.core.tensors import eval_mode
 from diffbench.data.facts import DataFacts, class_number
 from diffbench.diffusion.process import mean_square
 from diffbench.metrics.registry import metric_name
-from diffbench.sampling.sampler import Sampler, eval_mode
+from diffbench.sampling.sampler import Sampler
 
 HIDDEN, LEARNING_RATE = 100, 2e-3
 """Width of the MLP, as in the paper's code, and the rate of its AdamW, twice that of the code for half its steps."""
@@ -112,7 +113,6 @@ class Explanation:
 
     @property
     def top(self) -> list[Element]:
-        """The elements of the reconstruction."""
         return self.elements[: self.n]
 
     @property
@@ -137,10 +137,6 @@ class Explanation:
         for place, element in enumerate(self.top):
             found[element.label] = element.coefficient if place != without else 0.0
         return found
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
-        return asdict(self) | {"gap_closed": self.gap_closed, "verdict": self.verdict}
 
 
 def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, config: ExplainConfig) -> Explanation:
@@ -238,21 +234,15 @@ def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, c
     cosines = cosine_similarity(rows, table[label], dim=1).tolist()
     nearest = nnls(rows.T.double().cpu().numpy(), table[label].double().cpu().numpy())[0].tolist()
     elements = [
-        Element(i, name_of(facts, i), float(coefficient), cosine, near)
+        Element(i, facts.names[i], float(coefficient), cosine, near)
         for i, coefficient, cosine, near in zip(others, best.tolist(), cosines, nearest, strict=True)
     ]
     elements.sort(key=lambda e: -e.coefficient)
     twins = _twins(elements[:n], elements, table)
-    return Explanation(label, name_of(facts, label), len(table), elements, n, losses, history, twins)
-
-
-def name_of(facts: DataFacts, label: int) -> str:
-    """The name of a class, its number where it has none."""
-    return facts.class_names[label] if facts.class_names else str(label)
+    return Explanation(label, facts.names[label], len(table), elements, n, losses, history, twins)
 
 
 def _table(net: nn.Module, facts: DataFacts) -> Tensor:
-    """The label table of a network, (labels, D)."""
     if facts.num_classes < 2:
         has = "no classes" if not facts.num_classes else "one class"
         raise ValueError(f"class: this run was trained with {has}; choose a run with at least two")
@@ -265,13 +255,9 @@ def _table(net: nn.Module, facts: DataFacts) -> Tensor:
 
 def _twins(top: Sequence[Element], elements: Sequence[Element], table: Tensor) -> list[tuple[str, str, float]]:
     """Pairs of an element of the reconstruction and a later one whose embeddings are nearly parallel."""
-    found = []
-    for i, one in enumerate(top):
-        for other in elements[i + 1 :]:
-            cosine = float(cosine_similarity(table[one.label], table[other.label], dim=0))
-            if cosine > TWINS:
-                found.append((one.name, other.name, cosine))
-    return found
+    pairs = [(one, other) for i, one in enumerate(top) for other in elements[i + 1 :]]
+    cosines = [float(cosine_similarity(table[a.label], table[b.label], dim=0)) for a, b in pairs]
+    return [(a.name, b.name, cosine) for (a, b), cosine in zip(pairs, cosines, strict=True) if cosine > TWINS]
 
 
 def drawn(explanation: Explanation, sampler: Sampler, how: SampleConfig, seed: int) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,26 +22,6 @@ from diffbench.metrics.base import Gaussian, ReferenceStatistics
 
 LOSSLESS = {"PNG", "BMP", "GIF", "TIFF", "PPM"}
 """Formats whose pixels are what was written; JPEG's are not, and WebP's may not be."""
-
-
-class ImageSource(Protocol):
-    """Images of one size; what `evaluate` and `reference` read."""
-
-    shape: tuple[int, int, int]
-    """(C, H, W)."""
-    labels: Tensor | None
-    """(N,) classes, where the images come with them."""
-
-    def __len__(self) -> int: ...
-
-    def formats(self) -> dict[str, int]:
-        """File format -> number of images; empty where they did not come from image files."""
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield all images in order, (B, C, H, W) uint8."""
-
-    def identity(self) -> str:
-        """A hash of them all."""
 
 
 class ImageFolder:
@@ -132,7 +112,6 @@ class ImageNpz:
         return len(self.images)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield all images, (B, C, H, W) uint8."""
         yield from self.images.split(size)
 
     def formats(self) -> dict[str, int]:
@@ -140,7 +119,6 @@ class ImageNpz:
         return {}
 
     def identity(self) -> str:
-        """A hash of the file."""
         return sha256(self.path)
 
 
@@ -175,6 +153,10 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     return found
 
 
+ImageSource = ImageFolder | ImageNpz
+"""Images of one size; what `evaluate` and `reference` read."""
+
+
 def open_images(path: Path) -> ImageSource:
     """Open the images of a folder or an npz file.
 
@@ -189,7 +171,6 @@ def open_images(path: Path) -> ImageSource:
 
 
 def has_images(path: Path) -> bool:
-    """Return whether an npz file has an array arr_0."""
     with zipfile.ZipFile(path) as archive:
         return "arr_0.npy" in archive.namelist()
 

@@ -99,12 +99,10 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """Read the records of a run folder, oldest first."""
     return read(folder / "results.jsonl")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl."""
     return read(folder / "metrics.jsonl")
 
 
@@ -151,7 +149,6 @@ def tag_prefix(record: Mapping[str, Any]) -> str:
 
 
 def protocol(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Protocol by which a record's values were measured, as flat keys."""
     flat = dict(_flat({part: record.get(part) for part in PROTOCOL}))
     return {key: value for key, value in flat.items() if key not in LOOSE}
 

@@ -44,7 +44,6 @@ Numbered = tuple[Tensor, Tensor, Tensor | None]
 
 
 def permutation(n: int, *key: str | int) -> Tensor:
-    """A fixed permutation of n numbers."""
     return rng.permutation(rng.key(*key), n)
 
 
@@ -80,7 +79,6 @@ class Scorer:
         return {metric_name(name, extractor, count): value for name, value in values.items()} | self.extra
 
     def facts(self) -> dict[str, Any]:
-        """Entries of a record about the reference and the copies."""
         found = {"reference": self.reference, "floor": self.floor}
         if self.copies is None:
             return found

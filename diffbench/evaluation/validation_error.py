@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffbench.core import distributed, rng
+from diffbench.core.tensors import eval_mode
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.diffusion import LabelledPredict, Process, predictor
@@ -83,17 +84,12 @@ def _squares(
     """Squared errors of eps at one noise level of batches of images (B,): (B, ...) float64 on the denoiser's device."""
     parameter = next(denoiser.parameters())
     predict = predictor(process, denoiser)
-    training = denoiser.training
-    denoiser.eval()
-    try:
+    with eval_mode(denoiser):
         for index in batches:
-            if not len(index):
-                continue
-            x0 = data.clean(index).to(parameter)
-            y = data.labels[index].to(parameter.device)
-            yield _square(predict, process, x0, y, index, level)
-    finally:
-        denoiser.train(training)
+            if len(index):
+                x0 = data.clean(index).to(parameter)
+                y = data.labels[index].to(parameter.device)
+                yield _square(predict, process, x0, y, index, level)
 
 
 @torch.no_grad()
@@ -128,18 +124,14 @@ def classified(
     The noise is keyed by (level, image), as in `denoising_error`; `check` is called before each batch.
     """
     parameter = next(classifier.parameters())
-    training = classifier.training
-    classifier.eval()
     right, mine = torch.zeros(len(log_snr), dtype=torch.int64), distributed.rank_slice(len(data))
-    try:
+    with eval_mode(classifier):
         for i, level in enumerate(log_snr):
             for index in mine.split(batch_size) if len(mine) else ():
                 check()
                 x_t, t = _noised(process, data.clean(index).to(parameter), index, level)
                 x, time = process.inputs(x_t, t)
                 right[i] += (classifier(x, time).argmax(-1).cpu() == data.labels[index]).sum()
-    finally:
-        classifier.train(training)
     return right
 
 

@@ -30,7 +30,6 @@ class Gaussian(NamedTuple):
     cov: Tensor
 
     def like(self, other: Tensor) -> "Gaussian":
-        """Move the fit to the device and type of a tensor."""
         return Gaussian(self.n, self.mean.to(other), self.cov.to(other))
 
 
@@ -110,7 +109,6 @@ class SampleMetric(Metric):
         raise NotImplementedError
 
     def add_sum(self, name: str, *shape: int) -> None:
-        """Register a state of zeros."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
 
     @property
@@ -189,7 +187,6 @@ class Rows(SampleMetric):
         return self.table
 
     def compute(self) -> Any:
-        """The kept vectors."""
         return self.rows()
 
 

@@ -99,13 +99,11 @@ class LabelAccuracy(SampleMetric):
         return cls(measurement.count) if measurement.extractor.predicts_labels and measurement.labels else None
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add logits (B, classes) and labels (B,)."""
         self.n += len(labels)
         self.bad += (~logits.isfinite().all(1)).sum().to(self.bad)
         self.right += (logits.argmax(1) == labels.to(logits.device)).sum().to(self.right)
 
     def compute(self) -> Tensor:
-        """The share, in 0 to 1."""
         return self.right / self.checked_count(self.n, self.bad, self.count)
 
 
@@ -127,7 +125,6 @@ class SolvedTasks(SampleMetric):
         return cls(measurement.rule, measurement.count) if measurement.rule and measurement.labels else None
 
     def update(self, images: Tensor, labels: Tensor) -> None:
-        """Add samples (B, C, H, W) uint8 and their labels (B,)."""
         right = self.rule.holds(images.cpu(), labels.cpu())
         self.n += labels.bincount(minlength=len(self.n)).to(self.n)
         self.right += labels.cpu()[right].bincount(minlength=len(self.n)).to(self.right)

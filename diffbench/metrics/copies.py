@@ -122,14 +122,12 @@ class CopyDetector:
         return Judged(ratio, distance[:, 0] > own[:, 0], near[:, 0])
 
     def _own(self, numbers: Tensor) -> Tensor:
-        """(..., 2) distances of training images to their two nearest others."""
         unknown = numbers[self.own[numbers, 0].isnan()].unique()
         self.own[unknown], others = self._nearest(self.points[unknown], 2, unknown)
         self.other[unknown] = others[:, 0]
         return self.own[numbers]
 
     def _nearest(self, points: Tensor, k: int, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, k) distances to the k nearest training images in either orientation, rising, and (B, k) their numbers."""
         found = [torch.zeros(0, k, device=self.device)], [torch.zeros(0, k, dtype=torch.int64, device=self.device)]
         n, e = len(self.points), self.even
         for rows in torch.arange(len(points), device=self.device).split(max(1, _CELLS // n)):

@@ -91,7 +91,6 @@ class Moments(SampleMetric):
         self.add_sum("outer", dim, dim)
 
     def update(self, features: Tensor) -> None:
-        """Add features (B, dim)."""
         x, finite = finite_rows(features, self.total)
         x = torch.where(finite[:, None], x - self.center.to(x), 0)
         self.n += len(x)
@@ -113,7 +112,6 @@ class Moments(SampleMetric):
         return Gaussian(n, self.center.to(mean) + mean, cov)
 
     def compute(self) -> Any:
-        """The Gaussian fit."""
         return self.gaussian()
 
 
@@ -177,6 +175,5 @@ class FrechetInfinity(Rows):
         return cls(measurement.main.fit, measurement.count, order)
 
     def compute(self) -> float:
-        """The extrapolated distance."""
         x = self.rows()
         return frechet_infinity(x, self.reference.like(x), self.order.to(x.device))

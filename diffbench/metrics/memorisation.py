@@ -62,7 +62,6 @@ class Memorisation(Rows):
         return int((self.rows()[:, 0] < self.detector.calibration.threshold).sum())
 
     def compute(self) -> dict[str, float]:
-        """{"copies", "copies_low", "copies_high", "authenticity"}."""
         known = self.detector.calibration
         share = share_of_copies(self.flagged(), self.count, known.false_alarms, known.real)
         authenticity = float(self.rows()[:, 1].mean())

@@ -74,7 +74,6 @@ class PrecisionRecall(Rows):
         return cls(rows, measurement.count, measurement.keep) if len(rows) else None
 
     def compute(self) -> dict[str, float]:
-        """{"precision", "recall"}; of the subclass {"density", "coverage"}."""
         x = self.rows()
         found = neighbours(x, self.reference.to(x), self.k)
         return {name: getattr(found, name) for name in self.names}

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from diffbench.config.sections import SampleConfig
+from diffbench.core.tensors import eval_mode
 from diffbench.diffusion import Prediction, Process
 from diffbench.sampling.guided import guided
-from diffbench.sampling.sampler import Sampler, eval_mode, run_sampler
+from diffbench.sampling.sampler import Sampler, run_sampler
 
 PROBE = 64
 """Samples in a timed batch, at most."""

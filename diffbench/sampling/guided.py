@@ -22,7 +22,6 @@ class GuidanceModels:
     """(x, t) -> logits (B, num_classes) of noisy images, scaled as the process scales them."""
 
     def to(self, device: torch.device) -> "GuidanceModels":
-        """Move them to a device."""
         for network in (self.weak_model, self.classifier):
             if network is not None:
                 network.to(device)

@@ -111,7 +111,6 @@ def _caption_line(texts: Sequence[str], width: int, columns: int) -> np.ndarray:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of matplotlib's plots, which knows more letters than Pillow's own."""
     return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
@@ -127,7 +126,6 @@ def save_image(image: np.ndarray, path: Path) -> None:
 
 
 def save_grid(images: Tensor, columns: int, path: Path, captions: Sequence[str] | None = None) -> None:
-    """Write images (N, C, H, W) uint8 as an `enlarged` grid."""
     save_image(enlarged(images, columns, captions), path)
 
 

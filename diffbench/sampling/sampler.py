@@ -1,8 +1,7 @@
 """The sampler of a trained denoiser. Sample i's noise is a function of (seed, i), whatever the batch or device."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from diffbench.config.sections import SampleConfig
 from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.core.pixels import to_uint8
+from diffbench.core.tensors import eval_mode
 from diffbench.diffusion import SAMPLERS, Grid, Predict, Process, StepLimitError, ddim, ddpm, dopri5, predictor
 from diffbench.diffusion.samplers import Callback, Noise
 from diffbench.sampling.guided import GuidanceModels, guided
@@ -125,11 +125,9 @@ class Sampler:
         return x if self.decode is None else self.decode(x)
 
     def images(self, x: Tensor) -> Tensor:
-        """Decode it to images uint8."""
         return to_uint8(self.pixels(x))
 
     def _network(self, config: SampleConfig, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The denoiser in the precision that the config asks for."""
 
         def in_bfloat16(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16):
@@ -157,17 +155,6 @@ class Sampler:
             return prediction
 
         return watched
-
-
-@contextlib.contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode inside the block."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
 
 
 def run_sampler(

@@ -7,8 +7,8 @@ import torch
 
 from diffbench.core import distributed
 from diffbench.core.progress import span
+from diffbench.core.tensors import eval_mode
 from diffbench.sampling.cost import timed, zeros
-from diffbench.sampling.sampler import eval_mode
 from diffbench.training.clock import find
 from diffbench.training.logger import RunLogger
 from diffbench.training.module import TrainingModule

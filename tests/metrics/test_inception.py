@@ -1,10 +1,10 @@
-"""The FID network: its size and layers, what files it is read from, and what it says when there is none."""
+"""The FID network: its size and layers, what file it is read from, and what it says when there is none."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from diffbench.metrics import Request, extractor
@@ -101,27 +101,8 @@ def test_without_a_file_one_line_says_where_to_put_which(monkeypatch: pytest.Mon
     assert str(caught.value) == (
         "evaluate.extractor: inception needs a file of weights; set evaluate.weights or $DIFFBENCH_INCEPTION to"
         " pt_inception-2015-12-05-6726825d.pth (pytorch-fid; torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
-        " is the same) or to inception-2015-12-05.pt (TorchScript)"
+        " is the same)"
     )
-
-
-class Script(nn.Module):
-    """Called as the TorchScript release is: bytes in, features out where they are asked for."""
-
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
-        out = x.float().mean(dim=(2, 3)).repeat(1, 683)[:, :2048]
-        return out if return_features else out[:, :1008]
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_torchscript_gives_features_alone(tmp_path: Path) -> None:
-    path = tmp_path / "inception-2015-12-05.pt"
-    torch.jit.script(Script()).save(str(path))
-    judge = extractor("inception", Request((3, 32, 32), str(path)))
-    found = judge(PICTURES)
-    assert found.pooled.shape == (2, 2048) and found.logits is None and found.spatial is None
-    assert torch.equal(found.pooled[:, :3], PICTURES.float().mean((2, 3)))  # it resizes and scales by itself
-    assert (judge.classes, judge.spatial) == (None, None)
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", "other"])

@@ -85,7 +85,6 @@ class Extractor:
     device: torch.device = field(default=torch.device("cpu"), init=False)
 
     def to(self, device: torch.device | str) -> "Extractor":
-        """Move the network; return the extractor."""
         self.device = torch.device(device)
         self.network.to(self.device)
         return self
@@ -203,6 +202,5 @@ def state_hash(network: nn.Module) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

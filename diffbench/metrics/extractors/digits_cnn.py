@@ -33,12 +33,10 @@ class DigitsCNN(nn.Module):
         self.head = nn.Linear(self.num_features, self.num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 1, 8, 8), 0 to 255, to (B, 64) float32."""
         out: Tensor = self.body(images.float() / 127.5 - 1)
         return out
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 1, 8, 8), 0 to 255, to (B, 10) logits."""
         out: Tensor = self.head(self.features(images))
         return out
 

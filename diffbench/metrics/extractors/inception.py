@@ -8,7 +8,6 @@ a learned scale, and images are resized as TensorFlow 1 does.
 import os
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from diffbench.metrics.extractors.base import Extractor, Features, Request, file
 from diffbench.metrics.extractors.resize import tf1
 
 VARIABLE = "DIFFBENCH_INCEPTION"
-STATE_DICT, TORCHSCRIPT = "pt_inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pt"
+STATE_DICT = "pt_inception-2015-12-05-6726825d.pth"
 
 
 class Conv(nn.Module):
@@ -32,7 +31,6 @@ class Conv(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, H', W')."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -52,7 +50,6 @@ class BlockA(nn.Module):
         self.branch_pool = Conv(inputs, pooled, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, 35, 35) to (B, 224 + pooled, 35, 35)."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         five = self.branch5x5_2(self.branch5x5_1(x))
         return torch.cat([self.branch1x1(x), five, double, self.branch_pool(_mean3(x))], 1)
@@ -68,7 +65,6 @@ class BlockB(nn.Module):
         self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 288, 35, 35) to (B, 768, 17, 17)."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
 
@@ -89,7 +85,6 @@ class BlockC(nn.Module):
         self.branch_pool = Conv(768, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 768, 17, 17) to the same."""
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
@@ -108,7 +103,6 @@ class BlockD(nn.Module):
         self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 768, 17, 17) to (B, 1280, 8, 8)."""
         seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
         return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, stride=2)], 1)
 
@@ -129,7 +123,6 @@ class BlockE(nn.Module):
         self.branch_pool = Conv(inputs, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, 8, 8) to (B, 2048, 8, 8)."""
         three, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = _mean3(x) if self.pool == "mean" else F.max_pool2d(x, 3, stride=1, padding=1)
         parts = [self.branch1x1(x), self.branch3x3_2a(three), self.branch3x3_2b(three)]
@@ -168,7 +161,6 @@ class Inception(nn.Module):
 
 
 def weights_file(request: Request) -> Path | None:
-    """Path of the weights: `evaluate.weights`, else $DIFFBENCH_INCEPTION, else None."""
     named = request.weights or os.environ.get(VARIABLE)
     return Path(os.path.expanduser(named)) if named else None
 
@@ -177,34 +169,27 @@ def check(request: Request) -> None:
     """Check that the file of weights exists.
 
     Raises:
-        ValueError: if not, saying which files serve.
+        ValueError: if not, saying which file serves.
     """
     path = weights_file(request)
     if path is None or not path.is_file():
         wrong = "needs a file of weights" if path is None else f"finds no file {path}"
         raise ValueError(
             f"inception {wrong}; set evaluate.weights or ${VARIABLE} to {STATE_DICT} (pytorch-fid; torch-fidelity's"
-            f" weights-{STATE_DICT[3:]} is the same) or to {TORCHSCRIPT} (TorchScript)"
+            f" weights-{STATE_DICT[3:]} is the same)"
         )
     if request.shape[0] not in (1, 3):
         raise ValueError(f"inception reads grey or RGB images, got {request.shape[0]} channels")
 
 
 def build(request: Request) -> Extractor:
-    """Make the extractor from a state dict or a TorchScript file.
-
-    TorchScript resizes inside itself and gives the features alone: no Inception score, no sFID.
+    """Make the extractor from a state dict.
 
     Raises:
         ValueError: if the file holds something else.
     """
     path = weights_file(request)
     assert path is not None
-    common: Any = {"name": "inception-tf1", "dim": 2048, "weights": file_hash(path), "published": True}
-    common["licence"] = "Apache-2.0"
-    if _is_torchscript(path):
-        script = torch.jit.load(path, map_location="cpu").eval()
-        return Extractor(network=script, run=lambda x: Features(script(x, return_features=True)), **common)
     network = Inception()
     try:
         with warnings.catch_warnings():
@@ -216,18 +201,14 @@ def build(request: Request) -> Extractor:
         raise ValueError(f"evaluate.weights: {path} holds no state dict of the FID network ({shown})") from None
     network.eval().requires_grad_(False)
     return Extractor(
+        name="inception-tf1",
         network=network,
         run=network,
+        dim=2048,
+        weights=file_hash(path),
+        licence="Apache-2.0",
         prepare=lambda images: (tf1(images, 299) - 128) / 128,
         classes=1008,
         spatial=7 * 17 * 17,
-        **common,
+        published=True,
     )
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive with TorchScript code inside, which torch.save never writes."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
