@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from diffbench.metrics.base import Measurement, ReferenceStatistics, Rows, states_device
 from diffbench.metrics.extractors.base import Extractor
@@ -27,7 +27,7 @@ class Suite:
         # A class may compute several metrics; where it computes one, this is its name.
         names = {m.measure: m.computed or m.name for m in rows if m.measure}
         made = [(name, measure.of(measurement)) for measure, name in names.items()]
-        measured = {name: metric for name, metric in made if metric is not None}
+        measured: dict[str, Metric | MetricCollection] = {name: metric for name, metric in made if metric is not None}
         self.metrics = MetricCollection(measured, compute_groups=False).to(device)
 
     def update(self, images: Tensor, index: Tensor, labels: Tensor | None = None) -> None:
