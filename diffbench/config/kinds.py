@@ -209,12 +209,8 @@ def settled_process(process: Any, pixels: bool, shape: tuple[int, int, int] | No
     """A process's config with what follows from the data: `sigma_data` where it is used, and a shift of null.
 
     Args:
-        process: the config.
         pixels: whether the data are pixels in [-1, 1].
-        shape: (C, H, W), or None where it is not known yet.
-
-    Raises:
-        ValueError: if the shift is to follow an unknown shape.
+        shape: (C, H, W), or None where it is not known yet; a shift of null is then a ValueError.
     """
     if process.sigma_data is None and "edm" in (process.name, process.weighting):
         process = replace(process, sigma_data=0.5 if pixels else 1.0)
@@ -226,11 +222,7 @@ def settled_process(process: Any, pixels: bool, shape: tuple[int, int, int] | No
 
 
 def check_levels(process: Any, validation: ValidationConfig) -> None:
-    """Check that the process reaches the noise levels of validation.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Raise ValueError unless the process reaches the noise levels of validation."""
     levels = torch.tensor(validation.log_snr, dtype=torch.float64)
     with located(key="validation.log_snr"):
         PROCESSES[process.name].build(process).time_at(levels)

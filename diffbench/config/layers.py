@@ -172,11 +172,7 @@ def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 
 def stacked(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """Merge one layer over others.
-
-    Raises:
-        ValueError: if keys of a section would replace a value that stood in its place without a word.
-    """
+    """Merge one layer over others; keys of a section where a value stood are a ValueError."""
     for key, value in upper.items():
         below = lower.get(key)
         if isinstance(value, dict) and below is not None and not isinstance(below, dict):

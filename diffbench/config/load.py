@@ -52,11 +52,7 @@ SMOKE: dict[str, dict[str, Any]] = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> BaseConfig:
-    """Read a YAML file, merge its bases and the overrides, and check everything.
-
-    Args:
-        path: the experiment's YAML.
-        overrides: `key=value` arguments, dotted keys.
+    """Read a YAML file, merge its bases and the `key=value` overrides, and check everything.
 
     Raises:
         UserError: one line that names the file and the key, and says what is allowed.

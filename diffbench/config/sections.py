@@ -88,11 +88,7 @@ class EMAConfig:
     """Instead: the half-life is at most this share of the images seen (EDM: 0.05)."""
 
     def in_steps(self, batch_size: int) -> "EMAConfig":
-        """Fill in `decays` from the half-lives; a share is its own name there.
-
-        Raises:
-            ValueError: if other decays were given too.
-        """
+        """Fill in `decays` from the half-lives, a share as it is; ValueError if other decays were given too."""
         if self.half_life is None:
             return self
         decays = [h if h < 1 else round(0.5 ** (batch_size / h), 8) for h in self.half_life]

@@ -94,9 +94,7 @@ def sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of what can be made again (decoded images, latents, small networks).
-
-    It is $DIFFBENCH_CACHE, or diffbench in $XDG_CACHE_HOME or ~/.cache.
+    """$DIFFBENCH_CACHE, else diffbench in $XDG_CACHE_HOME or ~/.cache: what can be made again, as decoded images.
 
     Raises:
         UserError: if neither is set and the user has no home folder.
@@ -183,12 +181,7 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[in
 def cached(path: Path, make: Callable[[], None]) -> Path:
     """Have `make` write a file if it is missing, and return its path; other processes wait for the one that makes it.
 
-    Args:
-        path: the file. If it is there, nothing is locked or made.
-        make: called without arguments; writes the file atomically.
-
-    Raises:
-        UserError: if the folder cannot be locked.
+    Where it is there, nothing is locked. `make` writes it atomically.
     """
     if not path.exists():
         with locked(path.parent, wait=True, name=f".{path.name}.lock"):

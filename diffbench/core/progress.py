@@ -10,15 +10,12 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show images done, images/s and the time left.
+    """Show images done of `total`, images/s and the time left; yields a function to call with the number just done.
 
     Args:
         what: the word in front, as "decoding".
         total: images in all.
         done: images that were there before.
-
-    Yields:
-        A function to call with the number of images done since the last call.
     """
     if sys.stdout.isatty():
         with tqdm(total=total, initial=done, desc=what, unit="img", unit_scale=True, dynamic_ncols=True) as bar:

@@ -73,11 +73,7 @@ class Store:
         return self.manifest.is_file()
 
     def identity(self) -> Any:
-        """What the store is made of, complete or not; None where there is none.
-
-        Raises:
-            DamagedError: if the file that says so cannot be read.
-        """
+        """What the store is made of, complete or not; None where there is none. DamagedError if that cannot be read."""
         if self.is_complete():
             return _read_manifest(self.manifest)["identity"]
         try:
@@ -86,11 +82,7 @@ class Store:
             raise DamagedError(f"{self.plan}: damaged: not the JSON that was written") from None
 
     def chunks(self) -> dict[int, dict[str, Any]]:
-        """Chunks on the disk by number: first row, number of rows, checksums and facts; not compared.
-
-        Raises:
-            DamagedError: if the manifest cannot be read.
-        """
+        """Chunks on the disk by number: first row, number of rows, checksums and facts; not compared."""
         if self.is_complete():
             return dict(enumerate(_read_manifest(self.manifest)["chunks"]))
         try:
@@ -165,11 +157,7 @@ class Store:
         return self.folder / f"chunk-{number:06d}.json"
 
     def arrays(self, columns: Columns, rows: int) -> dict[str, np.ndarray]:
-        """Memory maps of arrays of so many rows.
-
-        Raises:
-            DamagedError: if a file has another size.
-        """
+        """Memory maps of arrays of so many rows; DamagedError if a file has another size."""
         arrays: dict[str, np.ndarray] = {}
         for name, (kind, shape) in columns.items():
             path, due = self.path(name), rows * _row_bytes((kind, shape))
@@ -215,11 +203,7 @@ class Filling:
             raise UserError(f"{store.folder}: needs {needed:,} bytes where {free:,} are free; make room")
 
     def add(self, chunk: Chunk, arrays: Mapping[str, np.ndarray], facts: Any = None) -> None:
-        """Write the rows of a chunk, fewer than it spans where some are left out; they survive a power cut.
-
-        Raises:
-            UserError: if the disk is full.
-        """
+        """Write the rows of a chunk, fewer than it spans where some are left out; they survive a power cut."""
         before = (self.written.get(i, {"rows": self.size})["rows"] for i in range(chunk.number))
         start, sums, rows = sum(before), {}, 0
         for name, column in self.columns.items():

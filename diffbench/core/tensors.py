@@ -22,11 +22,7 @@ HASH = "content_sha256"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors, metadata and a hash of both, atomically.
-
-    Raises:
-        UserError: if the disk is full.
-    """
+    """Write tensors, metadata and a hash of both, atomically."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     stated = dict(metadata or {})
     write_bytes(path, save(on_cpu, stated | {HASH: _hash(on_cpu, stated)}))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffbench.config.kinds import BaseConfig
+from diffbench.config.kinds import LAST, BaseConfig
 from diffbench.config.layers import located
 from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
@@ -35,10 +35,8 @@ if TYPE_CHECKING:
 DATA_FACTS = "data.json"
 """The facts of the run's training data, in its folder."""
 HPARAMS = ("denoiser.name", "process.name", "sample.sampler", "optimizer.lr", "trainer.batch_size", "seed")
-NO_SIZE = (
-    *("seed", "seeds", "tag", "runs_dir", "debug", "optimizer", "ema", "trainer", "validation", "sample", "evaluate"),
-)
-"""Sections that leave the network's size as it is."""
+NO_SIZE = {"seed", "seeds", "tag", "runs_dir", "debug", *LAST}
+"""Keys that leave the network's size as it is."""
 
 C = TypeVar("C", bound=BaseConfig)
 R = TypeVar("R", bound="Run[Any]")
@@ -57,7 +55,6 @@ class Run(ABC, Generic[C]):
         values: the same as plain values, where they have been read already.
 
     Attributes:
-        kind: denoiser, classifier or autoencoder, as the config says.
         ema: decay of the average that `network` holds after `use_average`, and by which records are chosen.
         snapshot: "last", or "best" after `use_best`.
     """
@@ -143,11 +140,7 @@ class Run(ABC, Generic[C]):
 
     @cached_property
     def images_seen(self) -> int:
-        """Images that the weights have seen: of those that were loaded, else of the folder's newest.
-
-        Raises:
-            UserError: if the exported weights are damaged.
-        """
+        """Images that the weights have seen: of those that were loaded, else of the folder's newest."""
         return weights.images_seen(self.folder, self.ema, int(self.values["trainer"]["batch_size"]))
 
     @property
@@ -183,11 +176,7 @@ class Run(ABC, Generic[C]):
 
     @property
     def train_set(self) -> ImageSet:
-        """The training part of the data set.
-
-        Raises:
-            UserError: if it is not what the run was trained on.
-        """
+        """The training part of the data set; UserError if it is not what the run was trained on."""
         return self._parts[0]
 
     @property
@@ -199,8 +188,7 @@ class Run(ABC, Generic[C]):
     def _parts(self) -> tuple[ImageSet, ImageSet]:
         with self.located():
             train_set, held_out = load_data(self.config)
-        kept = (self.folder / DATA_FACTS).is_file()
-        if kept and (changed := self.facts.difference(DataFacts.of(train_set))):
+        if (self.folder / DATA_FACTS).is_file() and (changed := self.facts.difference(DataFacts.of(train_set))):
             raise other_data(changed)
         return train_set, held_out
 
@@ -246,11 +234,7 @@ class Run(ABC, Generic[C]):
         return self
 
     def use_best(self) -> None:
-        """Loads the averaged weights of the least distance in training into the network.
-
-        Raises:
-            UserError: if the run keeps none.
-        """
+        """Loads the averaged weights of the least distance in training; UserError if the run keeps none."""
         best, images, decay = weights.read_best(self.folder)
         self._load(best, images, decay, "best")
 
@@ -294,9 +278,9 @@ class Run(ABC, Generic[C]):
 
     def prepare(self) -> None:
         """Writes what the run needs besides its config, before training; the first process calls it."""
-        facts, path = DataFacts.of(self.train_set), self.folder / DATA_FACTS  # images that differ are refused
+        train_set, path = self.train_set, self.folder / DATA_FACTS  # images that differ are refused
         if not path.is_file():
-            facts.write(path)
+            DataFacts.of(train_set).write(path)
 
     def finish(self) -> None:
         """Writes what training ends with besides the averages; the first process calls it."""
@@ -308,11 +292,7 @@ class Run(ABC, Generic[C]):
 
 
 def open_run(folder: str | Path, kinds: Sequence[type[R]]) -> R:
-    """The run of a folder, of one of these kinds; its network is not built yet.
-
-    Raises:
-        UserError: if the folder holds no run of such a kind.
-    """
+    """The run of a folder, of one of these kinds, its network not built yet; UserError if it holds no such run."""
     values = read_values(Path(folder))
     for kind in kinds:
         if kind.kind == values["kind"]:

@@ -167,24 +167,8 @@ def autoencoder_experiment(config: RunConfig) -> tuple[AutoencoderConfig, list[s
     return found, overrides
 
 
-def load_autoencoder(source: str | Path) -> KLAutoencoder:
-    """The autoencoder of a run folder, a folder in diffusers' format or a hub name, with its scale, in eval mode.
-
-    Raises:
-        UserError: if there is none.
-    """
-    try:
-        return io.load(autoencoder_place(source))
-    except ValueError as e:
-        raise UserError(f"autoencoder: {e}") from None
-
-
 def autoencoder_place(source: str | Path) -> str | Path:
-    """The folder of a run's autoencoder; other sources as they are.
-
-    Raises:
-        ValueError: if the run has none.
-    """
+    """The folder of a run's autoencoder, ValueError if it has none; other sources as they are."""
     folder = Path(source)
     if (folder / INSIDE / io.CONFIG).is_file():
         return folder / INSIDE
@@ -196,11 +180,7 @@ def autoencoder_place(source: str | Path) -> str | Path:
 def encoded(
     config: RunConfig, data: ImageSet, autoencoder: KLAutoencoder, device: torch.device, flip: bool = False
 ) -> LatentSet:
-    """The latents of a data set: from the cache, or encoded into it on a device; the ranks of a job encode shares.
-
-    Raises:
-        UserError: if the disk is full, or the cache holds something else.
-    """
+    """The latents of a data set: from the cache, or encoded into it on a device; the ranks of a job encode shares."""
     mirrored = "-flipped" if flip else ""
     name = f"{data.name}-{data.fingerprint()}-{autoencoder.fingerprint}-{config.latent_dtype}{mirrored}"
     folder = cache_folder() / "latents" / name

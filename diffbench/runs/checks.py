@@ -25,11 +25,7 @@ from diffbench.training.speed import missing_compiler
 
 
 def check(config: RunConfig) -> None:
-    """Checks what would otherwise fail only once a run is under way.
-
-    Raises:
-        ValueError: a line that begins with the key.
-    """
+    """Raise ValueError, naming the key, for what would otherwise fail only once a run is under way."""
     with possible("denoiser"):  # before images are decoded, which may take hours
         cost_of(config, undecoded(config))
     if config.evaluate.extractor is not None:
@@ -88,11 +84,7 @@ def undecoded(config: BaseConfig) -> ImageSet:
 
 
 def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int, int]) -> None:
-    """Checks all of an extractor that does not depend on the images: its name, its packages, its file of weights.
-
-    Raises:
-        ValueError: a line that begins with evaluate.extractor.
-    """
+    """Check all of an extractor that does not depend on the images: its name, its packages, its file of weights."""
 
     def unread() -> Any:
         raise AssertionError("a check reads no images")
@@ -120,11 +112,7 @@ class Unscored(ValueError):
 
 
 def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
-    """Checks that the extractor is available, and that there are as many real images as samples.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Raise ValueError unless the extractor is available, and there are as many real images as samples."""
     if not len(train_set):
         raise ValueError(
             f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"

@@ -25,6 +25,7 @@ from diffbench.data.sets import ImageSet
 from diffbench.denoisers import registry
 from diffbench.denoisers.flops import Cost
 from diffbench.diffusion import Process
+from diffbench.evaluation import reference
 from diffbench.runs import build, checks, weights
 from diffbench.runs.base import Run, open_run
 from diffbench.runs.classifier import ClassifierRun
@@ -73,15 +74,14 @@ class DenoiserRun(Run[RunConfig]):
 
     @cached_property
     def autoencoder(self) -> KLAutoencoder | None:
-        """The autoencoder between images and latents, from the folder's own copy if it has one; None in pixel space.
-
-        Raises:
-            UserError: if there is none.
-        """
+        """The autoencoder between images and latents, the folder's own copy if it has one; None in pixel space."""
         if self.config.autoencoder is None:
             return None
         own = self.folder / build.INSIDE
-        return build.load_autoencoder(own if (own / io.CONFIG).is_file() else self.config.autoencoder)
+        try:
+            return io.load(own if (own / io.CONFIG).is_file() else build.autoencoder_place(self.config.autoencoder))
+        except ValueError as e:
+            raise UserError(f"autoencoder: {e}") from None
 
     def _keep_autoencoder(self) -> None:
         """Puts a copy of the autoencoder into the folder, unless it comes from the hub; says if it changed since."""
@@ -108,21 +108,14 @@ class DenoiserRun(Run[RunConfig]):
     @classmethod
     def check(cls, config: RunConfig) -> None:
         super().check(config)
-        s = config.sample  # its runs are opened before images are decoded; whether they fit is seen after it
-        with located(key="sample.weak_model"):
-            if s.weak_model is not None and s.guidance != 1:
-                open_run(s.weak_model, [DenoiserRun])
-        with located(key="sample.classifier"):
-            if s.classifier is not None and s.classifier_scale:
-                open_run(s.classifier, [ClassifierRun])
+        if config.sample.weak_model is not None or config.sample.classifier is not None:
+            guidance_models(config.sample, config, build.denoised_shape(config, checks.undecoded(config)))
         with located(key="evaluate.judge"):
             if config.evaluate.judge is not None:
                 judge = open_run(config.evaluate.judge, [ClassifierRun])
-                if judge.shape != (shape := build.load_data(config)[0].shape):
-                    raise UserError(f"{judge.folder} classifies images {judge.shape}, not {shape}")
+                if judge.shape != config.data.shape:
+                    raise UserError(f"{judge.folder} classifies images {judge.shape}, not {config.data.shape}")
         checks.check(config)
-        if config.sample.weak_model is not None or config.sample.classifier is not None:
-            guidance_models(config.sample, config, build.denoised_shape(config, build.load_data(config)[0]))
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
@@ -187,31 +180,20 @@ class DenoiserRun(Run[RunConfig]):
         return build.encoded(c, self.train_set, net, device, flip), build.encoded(c, held_out, net, device)
 
     def callbacks(self) -> "list[Any]":
-        from diffbench.training import SampleGrid, ValidationError
+        from diffbench.training import FrechetDistance, SampleGrid, ValidationError
         from diffbench.training.estimate import TimeEstimate
 
-        c, t = self.config, self.config.trainer
+        c, t, e = self.config, self.config.trainer, self.config.evaluate
         train, held_out = self.sets
-        return [
-            ValidationError(held_out, t.validate_images, c.validation.log_snr, train),
-            *self._distances(),
-            *([] if self._compiled else [TimeEstimate(self.shape)]),
-            SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.facts.names),
-        ]
-
-    def _distances(self) -> "list[Any]":
-        c, e = self.config, self.config.evaluate
-        if e.every_images is None:
-            return []
-        from diffbench.evaluation import reference
-        from diffbench.training import FrechetDistance
-
-        extractor = reference.run_extractor(c, self.train_set, build.device_of(c.trainer.accelerator))
-        how = c.sample.unguided()
-        sampler, real = self.sampler(how), self.train_set
-        return [
-            FrechetDistance(real, e.every_images, extractor, e.every_count, sampler, how, c.seed_of("sample"), e.best)
-        ]
+        found: list[Any] = [ValidationError(held_out, t.validate_images, c.validation.log_snr, train)]
+        if e.every_images is not None:
+            extractor = reference.run_extractor(c, self.train_set, build.device_of(t.accelerator))
+            how, seed = c.sample.unguided(), c.seed_of("sample")
+            drawn = self.sampler(how), how, seed, e.best
+            found.append(FrechetDistance(self.train_set, e.every_images, extractor, e.every_count, *drawn))
+        if not self._compiled:
+            found.append(TimeEstimate(self.shape))
+        return [*found, SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.facts.names)]
 
     def sampler(self, settings: SampleConfig) -> Sampler:
         """The sampler of the network, guided as the settings say."""

@@ -87,11 +87,7 @@ def evaluate_as(run: DenoiserRun, config: RunConfig, measured: Callable[[], dict
 
     Args:
         run: with the weights that are scored.
-        config: how they are sampled and evaluated.
         measured: gives further values of a new record.
-
-    Raises:
-        UserError: if the extractor or real images are missing.
     """
     known = find_record(run, config)
     return known or _record(run, config, config.sample, _scorer(run, config, str(run.folder)), measured())
@@ -190,10 +186,7 @@ def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[s
 def _draw_nearest(
     samples: Samples, labels: Tensor, copies: Memorisation, training: ImageSet, names: Sequence[str]
 ) -> None:
-    """Save nearest.png: the sixteen samples that are most like copies above, the training image nearest to each below.
-
-    Samples have their class and ratio as a caption, training images their class.
-    """
+    """Save nearest.png: the sixteen samples most like copies above, the training image nearest to each below."""
     from diffbench.sampling.images import save_grid
 
     found = copies.rows().cpu()
@@ -231,9 +224,7 @@ def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str
 
 
 def _judged(run: DenoiserRun, folder: str | None, samples: Samples, labels: Tensor) -> dict[str, Any]:
-    """The share of samples that a classifier's run takes for what they were drawn as, and its share of held-out images
-    that it classifies rightly.
-    """
+    """Share of samples that a classifier takes for what they were drawn as, and of held-out images it gets right."""
     if folder is None:
         return {}
     judge = open_run(folder, [ClassifierRun]).use_average()

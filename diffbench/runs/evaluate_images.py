@@ -108,9 +108,6 @@ def make_extractor(settings: EvaluateConfig, shape: tuple[int, int, int], run: D
     """Make the extractor of the settings for images of a shape.
 
     One that learns from data learns from the run's images, or else from the data set whose registry row names it.
-
-    Raises:
-        UserError: one line that begins with the key.
     """
     name = settings.extractor
     assert name is not None
@@ -154,11 +151,7 @@ def _scorer(extractor: Extractor, against: Path, count: int) -> Scorer:
 
 
 def load_reference(extractor: Extractor, path: Path, keep: int = KEPT) -> tuple[ReferenceStatistics, dict[str, Any]]:
-    """Load statistics of a folder, an npz, or a file of statistics, and the entries of a record about them.
-
-    Raises:
-        UserError: if they are another extractor's.
-    """
+    """Load statistics of a folder, an npz, or a file of statistics, and the entries of a record about them."""
     if path.suffix == ".safetensors" and path.is_file():
         key, reference = references.read(path)
         for name, mine in (("extractor", extractor.name), ("weights", extractor.weights)):

@@ -111,11 +111,7 @@ def _short(tag: str) -> str:
 
 
 def check_place(folder: Path) -> None:
-    """Checks that a run can be written here.
-
-    Raises:
-        ValueError: if a file is in the way, or the folder is not writable.
-    """
+    """Raise ValueError where a run cannot be written: a file is in the way, or the folder is not writable."""
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise ValueError(f"runs_dir: {there} is a file, not a folder; choose another runs_dir")
@@ -124,11 +120,7 @@ def check_place(folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Checks that no link leads out of a run folder: one from elsewhere could name any file of this machine.
-
-    Raises:
-        UserError: naming a link that leads out of it.
-    """
+    """Raise UserError for a link that leaves a run folder: one from elsewhere could name any file of this machine."""
     real = os.path.realpath(folder)
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -167,7 +159,7 @@ def check_same(folder: Path, config: BaseConfig) -> bool:
 
 
 def check_resumable(folder: Path, config: BaseConfig) -> None:
-    """Checks that a run of which no checkpoint is left has not come past its first one, since it would begin anew.
+    """Refuse to begin a run anew that has lost its checkpoints after its first one.
 
     Raises:
         UserError: naming what there is and what can be done.
@@ -207,21 +199,13 @@ def update_config(folder: Path, config: BaseConfig, complete: bool = False) -> N
 
 
 def read_config(folder: Path) -> BaseConfig:
-    """The checked config of a run folder.
-
-    Raises:
-        UserError: if the folder holds no run, or its config is damaged.
-    """
+    """The checked config of a run folder; UserError if there is none, or it is damaged."""
     saved = _config_file(folder)
     return from_dict(read_yaml(saved), str(saved))
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """The config of a run folder as plain values, checked only where it looks damaged: a check takes ten times as long.
-
-    Raises:
-        UserError: if the folder holds no run, or its config is damaged.
-    """
+    """The config of a run folder as plain values, checked only where it looks damaged: that takes ten times as long."""
     saved = _config_file(folder)
     try:
         values = yaml.load(saved.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))

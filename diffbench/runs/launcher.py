@@ -60,14 +60,7 @@ class LauncherConfig:
 
 
 def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
-    """Separate the launcher's words from a command's.
-
-    Returns:
-        What the launcher's words ask for, and the other words in their order.
-
-    Raises:
-        UserError: for an unknown key or a wrong value.
-    """
+    """Separate the launcher's words from a command's: what they ask for, and the other words in their order."""
     own = [word for word in words if re.match(r"launcher(\.\w+)*=", word)]
     others = [word for word in words if word not in own]
     if not own:
@@ -88,11 +81,7 @@ def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
 
 
 def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
-    """Parameters of submitit without those that are null.
-
-    Raises:
-        ValueError: for one that submitit does not have, or of another type.
-    """
+    """Parameters of submitit without those that are null; ValueError for one that it does not have, or a wrong type."""
     if not options:
         return {}
     from diffbench.config.documents import untyped
@@ -114,11 +103,7 @@ def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
 
 
 def submitit() -> Any:
-    """The package of that name.
-
-    Raises:
-        UserError: if it is not installed.
-    """
+    """The package of that name; UserError if it is not installed."""
     try:
         return importlib.import_module("submitit")
     except ImportError:

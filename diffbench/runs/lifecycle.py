@@ -59,20 +59,12 @@ def load(folder: str | Path, ema: float | None = None) -> DenoiserRun:
 
 
 def look(folder: str | Path) -> Run[Any]:
-    """The run of a folder, of any kind, as tables and reports see it: no network is built.
-
-    Raises:
-        UserError: if it holds no run.
-    """
+    """The run of a folder, of any kind, as tables and reports see it: no network is built."""
     return open_run(folder, list(KINDS.values()))
 
 
 def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Encodes the data of an experiment in latent space, so that training finds the latents; see `DenoiserRun.sets`.
-
-    Raises:
-        UserError: for anything in the config that the user can mend.
-    """
+    """Encodes the data of an experiment in latent space, so that training finds the latents; see `DenoiserRun.sets`."""
     stack = read_layers(path, overrides)
     config = from_layers(stack)
     with located(stack):
@@ -117,10 +109,7 @@ def train_in(
     """Trains a config in a run folder, resumes it, or finds it complete; see `train`.
 
     Args:
-        folder: the run folder.
-        config: what is trained.
         stack: the layers that the config consists of, named in errors.
-        restart: see `train`.
         curves: reference curves that the run is held against; it keeps a copy.
     """
     kind = KINDS[config.kind]
@@ -159,13 +148,9 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     Several processes are started from here, unless torchrun or srun has started them: then each calls this.
 
     Args:
-        run: the run.
         existed: whether its folder holds it already.
         start: weights to start from, or None.
         lock: open file that holds the folder, inherited by the processes that train.
-
-    Raises:
-        SystemExit: if one of them failed, which has said why.
     """
     from diffbench.training.checkpoint import newest, owed, step_of
     from diffbench.training.logger import check_log

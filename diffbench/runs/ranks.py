@@ -7,13 +7,7 @@ from diffbench.core.distributed import launch, place
 
 
 def in_ranks(count: int, what: str, *words: str, keep: Sequence[int] = ()) -> bool:
-    """Run a job of `runs.worker` in several processes on this machine and wait for them; see `launch`.
-
-    Args:
-        count: processes.
-        what: train, encode or draw.
-        words: arguments of the job.
-        keep: open files that the ranks inherit.
+    """Run a job of `runs.worker` in `count` processes on this machine and wait for them; see `launch`.
 
     Returns:
         Whether it did: not for one process, nor in one of several that torchrun or srun has started.

@@ -35,14 +35,9 @@ COMMANDS = "commands.jsonl"
 
 
 def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
-    """Hand one command to SLURM; return where to look for it.
+    """Hand one command, the words after `diffbench`, to SLURM; return where to look for it.
 
-    Args:
-        words: what follows `diffbench`, without the launcher's words.
-        launcher: what it gets.
-
-    Raises:
-        UserError: for what `submit` refuses, and for what is wrong with the config, which the queue need not find out.
+    A wrong config is a UserError here: the queue need not find it out.
     """
     from diffbench.config.layers import COMMAND_LINE
     from diffbench.config.load import load
@@ -91,9 +86,6 @@ def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: st
 
     Returns:
         The job id of each command, as "12" or "12_3".
-
-    Raises:
-        UserError: if there is no SLURM, no submitit, or sbatch refuses.
     """
     executor = _executor(launcher, name)
     folder = Path(executor.folder)
@@ -114,11 +106,7 @@ def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: st
 
 
 def queued(folder: str | Path) -> dict[tuple[str, ...], str]:
-    """The commands submitted from a launcher's folder that wait or run now, and their job ids.
-
-    Raises:
-        UserError: if SLURM does not answer.
-    """
+    """The commands submitted from a launcher's folder that wait or run now, and their job ids."""
     record = Path(folder) / COMMANDS
     if not record.is_file():
         return {}
@@ -151,9 +139,7 @@ def summary(jobs: Sequence[str], folder: str | Path) -> str:
 class Command:
     """A command as a SLURM task: submitit pickles it, calls it, and asks it for a checkpoint before the time limit.
 
-    Args:
-        words: what follows `diffbench`.
-        patience: seconds that a checkpoint may take.
+    `patience` is the time in seconds that a checkpoint may take.
     """
 
     def __init__(self, words: Sequence[str], patience: float) -> None:

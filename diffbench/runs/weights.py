@@ -47,20 +47,12 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
 
 
 def images_seen(folder: Path, decay: float, batch_size: int) -> int:
-    """Images that the newest weights of a folder have seen, exported or in a checkpoint; 0 without any.
-
-    Raises:
-        UserError: if the export is damaged.
-    """
+    """Images that the newest weights of a folder have seen, exported or in a checkpoint; 0 without any."""
     return max(exported_images(folder, decay) or 0, _checkpoint_images(folder, batch_size))
 
 
 def exported_images(folder: Path, decay: float) -> int | None:
-    """Images that an exported average has seen; 0 for imported weights, None where there is no export.
-
-    Raises:
-        UserError: if the export is damaged.
-    """
+    """Images that an exported average has seen; 0 for imported weights, None where there is no export."""
     path = export_path(folder, decay)
     if not path.is_file():
         return None

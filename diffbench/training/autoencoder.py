@@ -18,15 +18,7 @@ Features = Callable[[Tensor], Tensor]
 class AutoencoderModule(TrainingModule):
     """Trains an autoencoder to restore x0; the noise of its latents is keyed by (seed, position).
 
-    Args:
-        autoencoder: the network.
-        loss: weights of the loss's terms.
-        optimizer: settings.
-        seed: of the run.
-        features: of the perceptual term, where the loss has one.
-
-    Raises:
-        ValueError: if the loss has a perceptual term but no features are given, or the reverse.
+    `features` are those of the perceptual term, where the loss has one.
     """
 
     network: KLAutoencoder

@@ -58,7 +58,6 @@ class EveryNImages(Ordered):
         raise NotImplementedError
 
     def run(self, trainer: L.Trainer, module: Any) -> None:
-        """Calls `act` with averaged weights in place."""
         with self.averaged():
             self.act(trainer, module)
 
@@ -67,11 +66,6 @@ class EveryNImages(Ordered):
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds the callbacks that it works with.
-
-        Raises:
-            TypeError: if the module is none of ours.
-        """
         super().setup(trainer, pl_module, stage)
         if not isinstance(pl_module, TrainingModule):
             kind = type(pl_module).__name__

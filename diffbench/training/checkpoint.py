@@ -125,12 +125,6 @@ class SaveState(Ordered):
     """Saves every `every` images, at the last step, and at the next step's end after a signal.
 
     It acts last, so that a state holds what the others did at its step.
-
-    Args:
-        folder: where step-N.ckpt go.
-        every: images between saves.
-        clock: paused while saving.
-        stop: knows of signals.
     """
 
     place = 5
@@ -155,5 +149,4 @@ class SaveState(Ordered):
             trainer.should_stop = True
 
     def save(self, trainer: L.Trainer) -> None:
-        """Writes the state of the present step."""
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")

@@ -18,11 +18,7 @@ WORTH_SAYING = 30.0
 
 
 class TimeEstimate(L.Callback):
-    """Times a step of zeros, which leaves no trace, and says how long all of them take here.
-
-    Args:
-        shape: (C, H, W) of what the network is trained on.
-    """
+    """Times a step of zeros (C, H, W), which leaves no trace, and says how long all of them take here."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape = shape

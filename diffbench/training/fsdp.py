@@ -77,12 +77,8 @@ def restore(network: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[
 def weights_replaced(network: nn.Module, weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """The network with other values of its weights while the block runs; undone after an exception too.
 
-    A sharded network is gathered on each rank meanwhile, so each may compute as often as it likes, out of step.
-
-    Args:
-        network: whose weights they are.
-        weights: its parameters.
-        values: this rank's shards of other values.
+    `values` are this rank's shards. A sharded network is gathered on each rank meanwhile, so each may compute as often
+    as it likes, out of step.
     """
     shards = [m for m in network.modules() if isinstance(m, FSDPModule)]
     if not shards:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,52 @@ from diffbench.core.files import room_for
 from diffbench.core.tensors import read_state
 from diffbench.evaluation import records
 from diffbench.evaluation.curves import NAME as CURVES
-from diffbench.evaluation.curves import read_curves
+from diffbench.evaluation.curves import Band, read_curves
+from diffbench.metrics.registry import metric_of
 from diffbench.training.clock import Clock, Ordered, at_step_end
-from diffbench.training.health import mark_between, verdict
 from diffbench.training.module import TrainingModule
 from diffbench.training.tensorboard_log import TensorBoardLog
 from diffbench.training.wandb_log import WandbLog
 
 METRICS, TRAINING = "metrics.jsonl", "training"
+MARKS = (0.2, 0.5)
+"""Shares of training at which a run is held against its reference curves."""
 
 
 def check_log(folder: Path, checkpoint: Path) -> None:
-    """Checks that metrics.jsonl can be resumed from a checkpoint, before anything is written.
-
-    Raises:
-        UserError: if it is shorter than it was.
-    """
+    """Raise UserError if metrics.jsonl is shorter than at a checkpoint, before anything is written."""
     wanted = read_state(checkpoint, "meta").get("callbacks", {}).get("RunLogger", {}).get("bytes", 0)
     path = folder / METRICS
     size = path.stat().st_size if path.exists() else 0
     if size < wanted:
         raise UserError(f"{path}: {size} bytes, shorter than at the checkpoint ({wanted} bytes); restore it")
+
+
+def mark_between(before: int, now: int, total: int) -> float | None:
+    """The share of training that was passed since `before` images, or None."""
+    return next((mark for mark in MARKS if before < mark * total <= now), None)
+
+
+def verdict(lines: Sequence[Mapping[str, Any]], bands: Mapping[str, Band], mark: float) -> list[str]:
+    """A warning for each metric whose newest value left its band, or one line that all lie inside.
+
+    Args:
+        lines: of metrics.jsonl, so far.
+        bands: metric -> its band.
+        mark: the share of training that is done.
+    """
+    inside: list[str] = []
+    outside: list[str] = []
+    for name, band in bands.items():
+        found = next(((line["images"], line[name]) for line in reversed(lines) if name in line), None)
+        ends = band.at(found[0]) if found else None
+        if found is None or ends is None:
+            continue
+        text = f"{metric_of(name).title} {found[1]:.4g}, band {ends[0]:.4g} to {ends[1]:.4g}"
+        (inside if ends[0] <= found[1] <= ends[1] else outside).append(text)
+    if outside:
+        return [f"warning: at {mark:.0%}: {text}: something is wrong; see docs/health.md" for text in outside]
+    return [f"at {mark:.0%}: as healthy runs are: {'; '.join(inside)}"] if inside else []
 
 
 class RunLogger(Ordered):
@@ -53,9 +78,7 @@ class RunLogger(Ordered):
     Of several ranks the first one writes, with losses averaged over all.
 
     Args:
-        folder: the run folder.
         every: images between lines of training loss.
-        config: the resolved config, shown in TensorBoard's text tab and at W&B.
         hparams: entries of TensorBoard's hparams tab.
         loggers: "tensorboard", "wandb", both or none.
     """
@@ -103,7 +126,7 @@ class RunLogger(Ordered):
 
     @contextlib.contextmanager
     def paused(self, stage: str) -> Iterator[None]:
-        """Stop the training clock in a block, and name what happens there in front of the bar."""
+        """Stops the training clock in a block, and names what happens there in front of the bar."""
         with self.clock.paused():
             if self._bar is not None:
                 self._bar.set_description(stage)
@@ -168,8 +191,9 @@ class RunLogger(Ordered):
         if torch.cuda.is_available():
             values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.record({name: value for name, value in values.items() if math.isfinite(value)})
-        if self._bands and (mark := mark_between(before, self.images, self._total)):
-            for line in verdict(records.metrics(self.folder), self._bands, mark) if not distributed.rank() else ():
+        mark = mark_between(before, self.images, self._total)
+        if self._bands and mark and not distributed.rank():
+            for line in verdict(records.metrics(self.folder), self._bands, mark):
                 self.say(line)
         left = self._total - self.images
         if self._bar is not None:

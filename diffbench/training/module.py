@@ -252,13 +252,7 @@ def lr_factor(settings: OptimizerConfig, images: int) -> float:
 
 
 def decayed_early(settings: OptimizerConfig, images: int, most: int) -> str | None:
-    """A warning where images are trained on after the learning rate has decayed, or None.
-
-    Args:
-        settings: of the optimizer.
-        images: seen already.
-        most: that will have been seen at the end.
-    """
+    """A warning where a run that has seen `images` goes on, to `most`, after its learning rate has decayed, or None."""
     end = settings.decay_images
     if end is None or most <= end or images >= most:
         return None

@@ -48,16 +48,10 @@ class Outcome:
 
 
 def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> Outcome:
-    """Makes the optimizer leave weights and state alone if a loss or the gradient is not finite.
+    """Makes the optimizer leave weights and state alone if a loss or the gradient is not finite on any rank.
 
     Off the CPU a fused optimizer reads the decision on the device, and nothing waits for it; on a CPU, and any that is
-    not fused (Muon), it gets no gradients.
-
-    Args:
-        trainer: whose ranks decide together.
-        optimizer: about to step.
-        loss: the sum of the step's losses.
-        norm: of the gradient, unscaled.
+    not fused (Muon), it gets no gradients. `loss` sums the step's losses; `norm` is that of the unscaled gradient.
     """
 
     def anywhere_infinite(value: Tensor) -> Tensor:
@@ -83,13 +77,7 @@ def scaler_of(trainer: L.Trainer) -> GradScaler | None:
 
 
 class NonFiniteGuard(Ordered):
-    """Counts skipped steps; after `most` in a row that fp16's scale does not explain, saves the batch and stops.
-
-    Args:
-        folder: where the batch is saved.
-        every: images between looks at the count that is logged.
-        most: steps in a row.
-    """
+    """Counts skipped steps; after `most` in a row that fp16's scale does not explain, saves the batch and stops."""
 
     place = 1
 
@@ -119,11 +107,7 @@ class NonFiniteGuard(Ordered):
         self.settle()
 
     def settle(self) -> None:
-        """Counts the last step, if that has not been done.
-
-        Raises:
-            UserError: if it was one too many in a row, naming the file that the batch was saved to.
-        """
+        """Counts the last step, if that has not been done; UserError if it was one too many in a row."""
         if self._open is None:
             return
         (trainer, step, images, parts, outcome), self._open = self._open, None

@@ -12,11 +12,7 @@ from diffbench.core.errors import UserError
 
 
 def build_optimizer(settings: OptimizerConfig, network: nn.Module) -> Optimizer:
-    """The optimizer of a network's parameters.
-
-    Raises:
-        UserError: if the optimizer has nothing to do in this network.
-    """
+    """The optimizer of a network's parameters; UserError if it has nothing to do in this network."""
     lr, betas, weight_decay = settings.lr, (settings.betas[0], settings.betas[1]), settings.weight_decay
     if settings.name == "muon":
         return MuonAdamW(network, lr, betas, weight_decay)
@@ -37,15 +33,7 @@ class MuonAdamW(Optimizer):
 
     Muon's steps have the root mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), so
     one learning rate and weight decay serve both. torch's Muon takes matrices alone: convolutions are AdamW's.
-
-    Args:
-        network: its parameters; see `hidden_matrices`.
-        lr: learning rate.
-        betas: of AdamW; Muon's momentum is 0.95.
-        weight_decay: decoupled.
-
-    Raises:
-        UserError: if no parameter is for Muon.
+    `betas` are AdamW's; Muon's momentum is 0.95.
     """
 
     def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> None:

@@ -28,10 +28,8 @@ class StopOnSignal(Ordered):
     of its batches. What was interrupted is written into the checkpoint as owed, and done first after a resume. Several
     ranks look together whether one of them got a signal, about once a second, and stop at the same step.
 
-    Args:
-        folder: named when a signal is answered.
-        max_steps: of the whole run. A trainer that resumes after the last step needs one more as its own limit, since
-            Lightning would call no hook; the limit is put right before the others act.
+    A trainer that resumes after the last of `max_steps` needs one more as its own limit, since Lightning would call no
+    hook; the limit is put right before the others act.
     """
 
     def __init__(self, folder: Path, max_steps: int) -> None:

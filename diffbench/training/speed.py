@@ -23,12 +23,6 @@ def compile_here(network: nn.Module, asked: Literal["auto", "none", "block", "mo
 
     A transformer is compiled by block, a network of convolutions (most of its weights) as a whole: the faster way for
     each, on an H200.
-
-    Args:
-        network: to be compiled.
-        asked: the key's value.
-        flops: of all the work to come.
-        gpu: whether it is done on one.
     """
     if asked != "auto":
         return asked

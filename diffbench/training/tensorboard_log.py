@@ -42,11 +42,7 @@ def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: 
 
 @contextlib.contextmanager
 def full_disk_reported(folder: Path) -> Iterator[None]:
-    """Reports a full disk in TensorBoard's writer as one line, without the traceback of its thread.
-
-    Raises:
-        UserError: naming the events.
-    """
+    """Reports a full disk in TensorBoard's writer as a UserError of one line, without the traceback of its thread."""
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:
@@ -72,9 +68,7 @@ class TensorBoardLog:
     """Writes a new event file, which drops the points of earlier files past the images resumed at.
 
     Args:
-        folder: the run folder.
         resumed_at: images resumed at; None for a new run.
-        config_text: the resolved config, shown in the text tab.
         facts: entries of the hparams tab.
         levels: noise levels, log-SNR, that validation records; each has a chart.
         bands: metric -> its reference curves, drawn around it.

@@ -42,19 +42,12 @@ def fit(
     checkpoint: Path | None = None,
     hparams: dict[str, str | float] | None = None,
 ) -> EMA:
-    """Trains to `trainer.max_images` of a config, from a resume state where one is given.
+    """Trains to `trainer.max_images` of a config, from a resume state where one is given; returns the averages.
 
     Args:
-        module: what is trained.
-        data: its batches.
-        folder: the run folder.
         config: its sections `trainer` and `ema` say how it is trained; all of it is logged.
         callbacks: the kind's own, which measure and draw.
-        checkpoint: the state to resume from.
         hparams: what TensorBoard's hparams tab says of the run.
-
-    Returns:
-        The averages at the end.
 
     Raises:
         SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.

@@ -19,10 +19,6 @@ class WandbLog:
 
     Without a login, or where W&B does not answer, everything is written to `wandb/` in the run folder, for `wandb sync`
     later; WANDB_MODE, WANDB_PROJECT and the like act as W&B says.
-
-    Args:
-        folder: the run folder.
-        config: its resolved config, under dotted keys.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:

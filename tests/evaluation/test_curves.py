@@ -10,7 +10,7 @@ from diffbench.config.load import load
 from diffbench.core.errors import UserError
 from diffbench.evaluation.curves import Band, bands_of, read_curves, write_curves
 from diffbench.runs.folder import reference_curves
-from diffbench.training.health import mark_between, verdict
+from diffbench.training.logger import mark_between, verdict
 
 LINES = [
     [{"images": 64, "train/loss": 1.0 + d}, {"images": 128, "train/loss": 0.5 + d, "val/bound": 2.0 - d}]
