@@ -1,6 +1,7 @@
 """The trials that a report compares, with their runs and scores, and checks that they were measured alike."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +130,7 @@ class TriedPoint:
         label: whose values are tuned.
         values: key -> value.
         name: of the metric that chooses, in full.
-        value: of it; None where the run failed, or has not come so far.
+        value: of it; None until it is measured, infinite where the run failed.
         flops, seconds: of training; 0 where a run is sampled in another way.
     """
 
@@ -137,8 +138,19 @@ class TriedPoint:
     values: dict[str, Any]
     name: str
     value: float | None
-    flops: float
-    seconds: float
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+def best_of(points: Iterable[TriedPoint]) -> dict[str, TriedPoint]:
+    """Label -> the point that tuning chooses, the first one among equals; none for labels of which nothing succeeded."""
+    best: dict[str, TriedPoint] = {}
+    for p in points:
+        sign = 1 if metric_of(p.name).lower_is_better else -1
+        if p.value is not None and math.isfinite(p.value):
+            if p.label not in best or sign * p.value < sign * (best[p.label].value or 0.0):
+                best[p.label] = p
+    return best
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.figures import Plot, label, legend, log_scale, new_figure, plain, save, styles
-from diffbench.reports.results import TriedPoint
+from diffbench.reports.results import TriedPoint, best_of
 from diffbench.reports.tables import Rows
 from diffbench.reports.text import number
 
@@ -23,23 +23,16 @@ def _groups(c: Conclusion) -> dict[tuple[str, tuple[str, ...]], dict[str, list[T
     return groups
 
 
-def _best(points: list[TriedPoint]) -> TriedPoint | None:
-    """The point that tuning chooses."""
-    sign = 1 if metric_of(points[0].name).lower_is_better else -1
-    measured = [p for p in points if p.value is not None and math.isfinite(p.value)]
-    return min(measured, key=lambda p: sign * (p.value or 0.0), default=None)
-
-
 def table(c: Conclusion) -> Rows:
     """A row for each label and metric: every value that was tried, and what training cost."""
     rows: Rows = []
     for (name, _), labels in _groups(c).items():
         for tuned, points in labels.items():
-            best = _best(points)
+            best = best_of(points).get(tuned)
             row = {"tuned": f"{tuned}, {metric_of(name).title}"}
             for p in points:
                 head = ", ".join(f"{key}={value}" for key, value in p.values.items()) or "as it is"
-                row[head] = "failed" if p.value is None else number(p.value, name) + "*" * (p is best)
+                row[head] = "failed" if p.value in (None, math.inf) else number(p.value, name) + "*" * (p is best)
             flops = sum(p.flops for p in points)
             if flops:
                 row |= {"training FLOPs": f"{flops:.3g}".replace("e+", "e")}
@@ -62,7 +55,7 @@ def tuning_plot(c: Conclusion, path: Path) -> Plot | None:
     style = styles(list(dict.fromkeys(p.label for p in c.comparison.tried)))
     for panel, ((name, key), labels) in zip(panels, groups.items(), strict=True):
         for tuned, points in labels.items():
-            look, best = style[tuned], _best(points)
+            look, best = style[tuned], best_of(points).get(tuned)
             x = np.array([float(p.values[key]) for p in points])
             y = np.array([math.nan if p.value is None else p.value for p in points])
             panel.plot(x, y, look.dash, color=look.colour, marker=look.marker, markersize=4, label=plain(tuned))

@@ -106,53 +106,45 @@ def findings(claims: Sequence[Claim], results: Mapping[str, Comparison]) -> list
         claims: what is claimed.
         results: of studies, by their name.
     """
-    return [
-        _held(claim, results.get(claim.study)) or Finding(claim, "not run", "make findings RUN=1") for claim in claims
-    ]
+    held = [_held(claim, results[claim.study]) if claim.study in results else None for claim in claims]
+    missing = "make findings RUN=1"
+    return [found or Finding(claim, "not run", missing) for claim, found in zip(claims, held, strict=True)]
 
 
-def _held(claim: Claim, results: Comparison | None) -> Finding | None:
-    if results is None:
-        return None
+def _held(claim: Claim, results: Comparison) -> Finding | None:
+    """What results say of a claim; None where a variant has none."""
     if claim.retrained:
         return _scatter(claim, results)
-    found = _measured(claim, results)
-    return None if found is None else _finding(claim, found)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A value for each seed, which is claimed to differ from zero; what it is, what it is compared with."""
-
-    values: list[float]
-    what: str
-    name: str
-    tie: float
-    images: int
-
-
-def _measured(claim: Claim, results: Comparison) -> _Measured | None:
-    """What results say of a claim; None where a variant has none."""
     name = full_name(results.trials, claim.metric) or claim.metric
+    metric = metric_of(name)
     seeds = {
         v: {t.seed: t.values[name] for t in results.trials if t.variant == v and t.complete and name in t.values}
         for v in claim.variants
     }
     if not all(seeds.values()):
         return None
-    images = max(t.images for t in results.trials if t.variant in seeds)
     if claim.order:
-        shared = sorted(set.intersection(*(set(found) for found in seeds.values())))
-        orders = [_order([seeds[v][seed] for v in claim.order]) - claim.above for seed in shared]
-        return _Measured(orders, f"order of {metric_of(name).title}", "", 0.0, images)
-    sign = 1 if metric_of(name).lower_is_better else -1
-    first, second = (
-        min(side, key=lambda v: sign * float(np.mean([*seeds[v].values()]))) for side in (claim.better, claim.worse)
-    )
-    differences = statistics.differences(seeds[first], seeds[second])
-    least = min(float(np.mean([*seeds[v].values()])) for v in (first, second))
-    what = f"{metric_of(name).title} of {first} minus {second}"
-    return _Measured(differences, what, name, metric_of(name).tie * least, images)
+        shared = sorted(set.intersection(*map(set, seeds.values())))
+        values = [_order([seeds[v][seed] for v in claim.order]) - claim.above for seed in shared]
+        what, tie, lower = f"order of {metric.title}", 0.0, False
+        name = ""
+    else:
+        means = {v: float(np.mean([*found.values()])) for v, found in seeds.items()}
+        choose = min if metric.lower_is_better else max
+        first, second = (choose(side, key=means.__getitem__) for side in (claim.better, claim.worse))
+        values = statistics.differences(seeds[first], seeds[second])
+        what, tie = f"{metric.title} of {first} minus {second}", metric.tie * min(means[first], means[second])
+        lower = metric.lower_is_better
+    # The best of several has had as many chances.
+    chances = range(max(1, len(claim.better or ())))
+    pair = statistics.paired({i: [] if i else values for i in chances})[0]
+    words = {"first": "confirmed", "second": "refuted", "tie": "tied", "undecided": "undecided"}
+    how = f"{what}: {number(pair.mean + claim.above, name, pair.half)}"
+    if pair.interval is not None:
+        how += f" ({' to '.join(number(end + claim.above, name, pair.half) for end in pair.interval)})"
+    images = max(t.images for t in results.trials if t.variant in seeds)
+    how += f"; {counted(pair.n, 'seed')}, {images:,} images"
+    return Finding(claim, words[statistics.verdict(pair, lower, tie)], how)
 
 
 def _scatter(claim: Claim, results: Comparison) -> Finding | None:
@@ -179,17 +171,3 @@ def _order(values: Sequence[float]) -> float:
     """
     gaps = np.log2(np.abs(np.diff(values)))
     return float(-np.polyfit(np.arange(len(gaps)), gaps, 1)[0])
-
-
-def _finding(claim: Claim, found: _Measured) -> Finding:
-    # The best of several has had as many chances.
-    chances = range(max(1, len(claim.better or ())))
-    pair = statistics.paired({i: [] if i else found.values for i in chances})[0]
-    lower = not claim.order and metric_of(found.name).lower_is_better
-    verdict = statistics.verdict(pair, lower, found.tie)
-    words = {"first": "confirmed", "second": "refuted", "tie": "tied", "undecided": "undecided"}
-    how = f"{found.what}: {number(pair.mean + claim.above, found.name, pair.half)}"
-    if pair.interval is not None:
-        shifted = [end + claim.above for end in pair.interval]
-        how += f" ({' to '.join(number(end, found.name, pair.half) for end in shifted)})"
-    return Finding(claim, words[verdict], f"{how}; {counted(pair.n, 'seed')}, {found.images:,} images")

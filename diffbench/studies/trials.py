@@ -1,6 +1,7 @@
 """The trials of a study on disk: files that say what to train and evaluate, their runs and their results."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -43,16 +44,23 @@ def is_trained(folder: Path) -> bool:
     return run is not None and run.complete
 
 
-def last_bound(folder: Path) -> float:
-    """The last validation bound of a run.
-
-    Raises:
-        UserError: if it has none.
-    """
-    bound = look(folder).last("val/bound")
-    if bound is None:
-        raise UserError(f"{folder}: no validation bound in metrics.jsonl")
-    return bound
+def trial_values(
+    name: str, config: dict[str, Any], folder: Path, evaluations: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """The content of a trial's file; `more` is what a study plans besides."""
+    return {
+        "kind": KIND,
+        "order": 0,
+        "name": name,
+        "seed": config["seed"],
+        "folder": str(folder),
+        "tuning": None,
+        "label": "",
+        "samplings": 1,
+        "evaluations": evaluations,
+        "rungs": [],
+        "config": config,
+    } | more
 
 
 def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> dict[str, Any]:
@@ -67,19 +75,8 @@ def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> 
             changes["evaluate"]["extractor"] = extractor
         changes["sample"] = {k: v for k, v in record["sample"].items() if k in run.values["sample"]}
         changes["seeds"] = {"sample": record["sample"]["seed"]}
-    return {
-        "kind": KIND,
-        "order": 0,
-        "name": f"{variant} s{run.values['seed']}",
-        "seed": run.values["seed"],
-        "folder": str(run.folder),
-        "tuning": None,
-        "label": "",
-        "samplings": 1,
-        "evaluations": {variant: changes} if record is not None else {},
-        "rungs": [],
-        "config": run.values,
-    }
+    evaluations = {variant: changes} if record is not None else {}
+    return trial_values(f"{variant} s{run.values['seed']}", run.values, run.folder, evaluations)
 
 
 class TrialFile:
@@ -96,19 +93,17 @@ class TrialFile:
     def of(cls, study: Path, trial: PlannedTrial, order: int = 0) -> "TrialFile":
         """The file of a trial in a study's folder, not written yet; `order` is its place in the plan."""
         file = cls(study / FOLDER / f"{trial.slug}.yaml")
-        file.values = {
-            "kind": KIND,
-            "order": order,
-            "name": trial.name,
-            "seed": trial.seed,
-            "folder": str(trial.folder),
-            "tuning": trial.tuning,
-            "label": trial.label,
-            "samplings": trial.samplings,
-            "evaluations": trial.variant.evaluations,
-            "rungs": [list(rung) for rung in trial.variant.rungs] if len(trial.variant.rungs) > 1 else [],
-            "config": to_dict(trial.config),
-        }
+        file.values = trial_values(
+            trial.name,
+            to_dict(trial.config),
+            trial.folder,
+            trial.variant.evaluations,
+            order=order,
+            tuning=trial.tuning,
+            label=trial.label,
+            samplings=trial.samplings,
+            rungs=[list(rung) for rung in trial.variant.rungs] if len(trial.variant.rungs) > 1 else [],
+        )
         file.config = trial.config
         return file
 
@@ -215,6 +210,22 @@ class TrialFile:
         wanted = evaluated(config, dict(changes), str(self.path))
         return scores_as(record, wanted, changes.get(AVERAGE, self.config.ema.decays[0]))
 
+    def points(self, primary: str) -> list[TriedPoint]:
+        """What a tuning run measured: its bound, then the primary metric of each way of sampling it."""
+        label, run, trained = self.values["label"], run_of(self.folder), is_trained(self.folder)
+        missing = math.inf if self.failure else None
+        bound = run.last("val/bound") if run and trained else missing
+        if bound is not None and not math.isfinite(bound):
+            bound = math.inf
+        cost = (run.cost.training_flops(run.images_seen), run.seconds) if run and trained else ()
+        points = [TriedPoint(label, self.values["tuning"], "val/bound", bound, *cost)]
+        trials = self.trials()
+        name = full_name(trials, primary) or primary
+        for trial, changes in zip(trials, self.values["evaluations"].values(), strict=True):
+            value = trial.values.get(name, missing) if trial.complete else missing
+            points.append(TriedPoint(label, flatten(changes), name, value))
+        return points
+
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
@@ -281,21 +292,5 @@ def comparison_of_study(folder: Path) -> Comparison:
         command=study.get("command", ""),
         like_for_like=study["like_for_like"],
         notes=json.loads(notes.read_text()) if notes.exists() else [],
-        tried=[
-            point for file in every if file.values["tuning"] is not None for point in _points(file, study["primary"])
-        ],
+        tried=[point for file in every if file.values["tuning"] is not None for point in file.points(study["primary"])],
     )
-
-
-def _points(file: TrialFile, primary: str) -> list[TriedPoint]:
-    """What a tuning run measured: its bound, and the primary metric of each way of sampling it."""
-    label, run = file.values["label"], run_of(file.folder)
-    if run is None or not run.complete:
-        return [TriedPoint(label, file.values["tuning"], "val/bound", None, 0.0, 0.0)]
-    flops = run.cost.training_flops(run.images_seen)
-    points = [TriedPoint(label, file.values["tuning"], "val/bound", run.last("val/bound"), flops, run.seconds)]
-    trials = file.trials()
-    name = full_name(trials, primary) or primary
-    for trial, changes in zip(trials, file.values["evaluations"].values(), strict=True):
-        points.append(TriedPoint(label, flatten(changes), name, trial.values.get(name), 0.0, 0.0))
-    return points

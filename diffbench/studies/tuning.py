@@ -5,16 +5,13 @@ they are chosen by the study's primary metric on the samples of the chosen one o
 """
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffbench.config.load import flatten
 from diffbench.core.errors import UserError
-from diffbench.metrics.registry import metric_of
-from diffbench.reports.results import full_name
+from diffbench.reports.results import TriedPoint, best_of
 from diffbench.studies.config import StudyConfig, Variant, is_sampled, nested, value_text, variants
 from diffbench.studies.plan import (
     PlannedTrial,
@@ -25,7 +22,7 @@ from diffbench.studies.plan import (
     target_size,
     training_variant,
 )
-from diffbench.studies.trials import TrialFile, is_trained, last_bound
+from diffbench.studies.trials import TrialFile, is_trained
 
 MOST_ADDED = 2
 """Values that a grid may gain at each end."""
@@ -33,6 +30,7 @@ LEAST_VALUES = 3
 """Values of a grid from which on its edges say something."""
 
 Grid = Mapping[str, Sequence[Any]]
+Measured = tuple[PlannedTrial, TriedPoint]
 
 
 @dataclass(frozen=True)
@@ -67,75 +65,48 @@ def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> T
     trained = {key: values for key, values in given.items() if not is_sampled(key)}
     sampled = {key: values for key, values in given.items() if is_sampled(key)}
 
-    def runs(grid: Grid) -> list[PlannedTrial]:
-        return _training_trials(study, path, rate, grid)
+    def bounds(grid: Grid) -> list[Measured]:
+        planned = _training_trials(study, path, rate, grid)
+        return [(trial, TrialFile.of(folder, trial).points(study.primary)[0]) for trial in planned]
 
-    def bounds(trials: Sequence[PlannedTrial]) -> list[Tried]:
-        return [Tried(t.label, t.tuning or {}, _bound(folder, t), t) for t in trials]
+    trained, runs = _explored(trained, bounds)
+    trials = [trial for trial, _ in runs]
+    best = best_of(point for _, point in runs)
+    chosen = {label: point.values for label, point in best.items()}
+    if not sampled or any(point.value is None for _, point in runs):
+        return Tuning(trained | sampled, trials, chosen, [trial for trial in trials if not is_trained(trial.folder)])
 
-    trained, tried = _explored(trained, runs, bounds)
-    trials = [t.trial for t in tried]
-    todo = [trial for trial in trials if not is_trained(trial.folder)]
-    best = best_of(tried)
-    chosen = {label: t.values for label, t in best.items()}
-    if not sampled or not all(t.value is not None for t in tried):
-        return Tuning(trained | sampled, trials, chosen, todo)
+    def scores(grid: Grid) -> list[Measured]:
+        ways = {_named(values): nested(values) for values in _combinations(grid)}
+        tuned = [trial for trial, point in runs if best.get(trial.label) is point]
+        planned = [replace(trial, variant=replace(trial.variant, evaluations=ways)) for trial in tuned]
+        return [(trial, p) for trial in planned for p in TrialFile.of(folder, trial).points(study.primary)[1:]]
 
-    def scored(grid: Grid) -> list[PlannedTrial]:
-        named = {_named(values): nested(values) for values in _combinations(grid)}
-        return [replace(t.trial, variant=replace(t.trial.variant, evaluations=named)) for t in best.values()]
-
-    def scores(trials: Sequence[PlannedTrial]) -> list[Tried]:
-        return [point for trial in trials for point in _scores(folder, trial, study.primary)]
-
-    sampled, found = _explored(sampled, scored, scores)
-    sign = 1 if metric_of(study.primary).lower_is_better else -1
-    for label, point in best_of(found, sign).items():
+    sampled, found = _explored(sampled, scores)
+    for label, point in best_of(point for _, point in found).items():
         chosen[label] = chosen[label] | point.values
-    evaluated = {point.trial.slug: point.trial for point in found}
-    todo = list({p.trial.slug: p.trial for p in found if p.value is None}.values())
-    return Tuning(trained | sampled, [evaluated.get(t.slug, t) for t in trials], chosen, todo)
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One point of the grid: its value is None until it is measured, infinite where its run failed."""
-
-    label: str
-    values: dict[str, Any]
-    value: float | None
-    trial: PlannedTrial
-
-
-def best_of(tried: Sequence[Tried], sign: int = 1) -> dict[str, Tried]:
-    """Label -> its best point so far."""
-    best: dict[str, Tried] = {}
-    for t in tried:
-        if t.value is not None and (t.label not in best or sign * t.value < sign * (best[t.label].value or 0.0)):
-            best[t.label] = t
-    return best
+    scored = {trial.slug: trial for trial, _ in found}
+    todo = list({trial.slug: trial for trial, point in found if point.value is None}.values())
+    return Tuning(trained | sampled, [scored.get(trial.slug, trial) for trial in trials], chosen, todo)
 
 
 def _explored(
-    given: dict[str, list[Any]],
-    plan: Callable[[Grid], list[PlannedTrial]],
-    measure: Callable[[Sequence[PlannedTrial]], list[Tried]],
-) -> tuple[dict[str, list[Any]], list[Tried]]:
+    given: dict[str, list[Any]], measured: Callable[[Grid], list[Measured]]
+) -> tuple[dict[str, list[Any]], list[Measured]]:
     """The grid, longer while a label's best stands at an edge, and its points, up to those that are not measured."""
-    grid, tried = given, measure(plan(given))
-    while all(t.value is not None for t in tried):
-        longer = extended(given, grid, tried)
+    grid, found = given, measured(given)
+    while all(point.value is not None for _, point in found):
+        if (longer := extended(given, grid, [point for _, point in found])) == grid:
+            break
         try:
-            points = measure(plan(longer)) if longer != grid else []
+            found = measured(longer)
         except UserError:  # a value that no config takes
             break
-        if not points:
-            break
-        grid, tried = longer, points
-    return grid, tried
+        grid = longer
+    return grid, found
 
 
-def extended(given: Grid, grid: Grid, tried: Sequence[Tried]) -> dict[str, list[Any]]:
+def extended(given: Grid, grid: Grid, tried: Sequence[TriedPoint]) -> dict[str, list[Any]]:
     """The grid with one value more at each end where some label has its best, by the ratio of the first grid there.
 
     Only rising positive numbers are extended, three or more of them, and by two values at each end at most.
@@ -187,24 +158,3 @@ def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> 
                 )
             )
     return made
-
-
-def _bound(folder: Path, trial: PlannedTrial) -> float | None:
-    """The last validation bound of a run; infinite where it failed, None where it is not trained."""
-    if is_trained(trial.folder):
-        bound = last_bound(trial.folder)
-        return bound if math.isfinite(bound) else math.inf
-    return math.inf if TrialFile.of(folder, trial).failure else None
-
-
-def _scores(folder: Path, trial: PlannedTrial, primary: str) -> list[Tried]:
-    """The primary metric of each way of sampling a tuning run."""
-    file = TrialFile.of(folder, trial) if is_trained(trial.folder) else None
-    found = file.trials() if file else []
-    name, measured = full_name(found, primary), {t.variant: t.values for t in found if t.complete}
-    failed = file is not None and bool(file.failure)
-    points = []
-    for variant, changes in trial.variant.evaluations.items():
-        value = measured.get(variant, {}).get(name or primary, math.inf if failed else None)
-        points.append(Tried(trial.label, flatten(changes), value, trial))
-    return points

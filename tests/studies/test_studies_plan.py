@@ -10,13 +10,14 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.load import change, load
 from diffbench.core.errors import UserError
 from diffbench.denoisers import DENOISERS
+from diffbench.reports.results import TriedPoint
 from diffbench.runs import build
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, load_study, variants
 from diffbench.studies.matching import size_of, sized
-from diffbench.studies.plan import PlannedTrial, equal_by_construction, evaluated, planned_trials, training_variants
-from diffbench.studies.tuning import Tried, extended, tuning_so_far
+from diffbench.studies.plan import equal_by_construction, evaluated, planned_trials, training_variants
+from diffbench.studies.tuning import extended, tuning_so_far
 
 STUDIES = sorted(p for p in Path("experiments/studies").glob("*.yaml") if p.name[0] != "_")
 # objectives is objectives-dit for each backbone of processes.
@@ -133,10 +134,11 @@ def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -
     assert all(abs(share - 0.1) < 0.01 for share in shares)
 
 
-def tried(**bounds: list[float]) -> list[Tried]:
+def tried(**bounds: list[float]) -> list[TriedPoint]:
     """Labels with their values over the rates 1e-3, 2e-3, ..."""
-    trial = PlannedTrial("t", None, None)  # type: ignore[arg-type]
-    return [Tried(b, {"lr": 1e-3 * 2**i}, v, trial) for b, values in bounds.items() for i, v in enumerate(values)]
+    return [
+        TriedPoint(b, {"lr": 1e-3 * 2**i}, "val/bound", v) for b, values in bounds.items() for i, v in enumerate(values)
+    ]
 
 
 def test_a_grid_grows_at_its_edges_alike_for_all_by_two_values_at_most() -> None:
