@@ -20,7 +20,7 @@ from diffbench.data.sets import ImageSet
 from diffbench.data.shapes import ShapesConfig, shapes
 from diffbench.metrics.copies import CopyDetector
 from diffbench.metrics.memorisation import Share, share_of_copies
-from diffbench.reports.tables import as_text
+from diffbench.reports.text import as_text
 
 KINDS = ("exact", "flipped", "noise 0.05", "noise 0.1")
 DRAWS = 20

@@ -19,8 +19,9 @@ from diffbench.core.files import write_text
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.export import check_export, exported
 from diffbench.reports.plain import plain
-from diffbench.reports.results import Comparison, Trial, comparable_scores, guidance, settings
-from diffbench.reports.tables import IDENTITY, for_terminal, run_facts, run_table
+from diffbench.reports.results import Comparison, Trial
+from diffbench.reports.runs import comparable_scores, guidance, run_facts, run_table, settings
+from diffbench.reports.tables import IDENTITY, for_terminal
 from diffbench.reports.text import counted, listed
 from diffbench.runs.base import Run
 from diffbench.runs.lifecycle import look

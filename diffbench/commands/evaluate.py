@@ -7,7 +7,7 @@ from typing import Any
 
 from diffbench.core.errors import UserError
 from diffbench.evaluation.records import values
-from diffbench.reports.tables import run_facts, run_table
+from diffbench.reports.runs import run_facts, run_table
 from diffbench.runs import evaluate
 from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.evaluate_images import evaluate_images

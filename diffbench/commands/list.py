@@ -87,7 +87,7 @@ def runs(tops: Sequence[Path]) -> list[str]:
     Raises:
         UserError: if there is no run.
     """
-    from diffbench.reports.tables import as_text
+    from diffbench.reports.text import as_text
     from diffbench.runs.lifecycle import look
 
     rows, unreadable = [], []
@@ -118,7 +118,7 @@ def _values_or_error(folder: Path) -> dict[str, Any]:
 def run_values(run: "Run[Any]") -> dict[str, Any]:
     """A run for scripts: how far it came, its last validation, its newest scores without and with guidance."""
     from diffbench.evaluation.records import values
-    from diffbench.reports.results import newest_scores, settings
+    from diffbench.reports.runs import newest_scores, settings
 
     validation = {name: value for line in run.metrics for name, value in line.items() if name.startswith("val/")}
     return {
@@ -136,7 +136,7 @@ def run_values(run: "Run[Any]") -> dict[str, Any]:
 def _row(run: "Run[Any]") -> dict[str, str]:
     from diffbench.evaluation.records import values
     from diffbench.metrics.registry import metric_of
-    from diffbench.reports.results import newest_scores, settings
+    from diffbench.reports.runs import newest_scores, settings
 
     trainer, bound = run.values["trainer"], run.last("val/bound")
     batch = int(trainer["batch_size"])

@@ -21,11 +21,10 @@ from diffbench.data.facts import DataFacts
 from diffbench.denoisers import source
 from diffbench.evaluation import records
 from diffbench.metrics.registry import metric_of
-from diffbench.reports.columns import filled
 from diffbench.reports.record import read
 from diffbench.reports.results import VALIDATION, Trial
 from diffbench.reports.statistics import ALPHA
-from diffbench.reports.tables import Rows, as_text
+from diffbench.reports.text import Rows, as_text, filled
 from diffbench.runs.build import load_data
 from diffbench.runs.lifecycle import look
 from diffbench.studies.trials import FOLDER, TrialFile

@@ -18,8 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
     load(arguments.config, words)  # whose errors need not wait for what comes next
     from diffbench.commands.evaluate import score
     from diffbench.data.facts import OtherDataError
-    from diffbench.reports.results import newest_scores
-    from diffbench.reports.tables import run_facts, run_table
+    from diffbench.reports.runs import newest_scores, run_facts, run_table
     from diffbench.runs.denoiser import DenoiserRun
     from diffbench.runs.drawing import drawing_seconds
     from diffbench.runs.evaluate import is_scored

@@ -1,66 +1,30 @@
 """The conclusion of a comparison: summaries of every variant, paired differences, the answer in a sentence or two."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Literal
 
-import numpy as np
-
 from diffbench.core.errors import UserError
 from diffbench.metrics.registry import Metric, metric_of
 from diffbench.reports import statistics
-from diffbench.reports.results import Comparison, Trial, check_comparable, full_name, validation_difference
-from diffbench.reports.statistics import LEAST, Paired, Summary, Verdict
+from diffbench.reports.pairs import PairedTest, paired_tests
+from diffbench.reports.results import (
+    Comparison,
+    Trial,
+    by_seed,
+    check_comparable,
+    full_name,
+    levels_of,
+    network_key,
+    validation_difference,
+)
+from diffbench.reports.statistics import LEAST, Summary
 from diffbench.reports.text import counted, listed, mean_text, number, percent
 
 MOST_IN_PAIRS = 16
 """Variants beyond which not every pair is tested: a baseline is named then."""
-MOST_RESAMPLED = 12
-"""Pairs whose interval over images is checked by the bootstrap."""
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """Two variants by the primary metric, first minus second.
-
-    Attributes:
-        first, second: the variants.
-        paired: their differences, seed by seed.
-        verdict: which one is better.
-        detectable: the smallest true difference that would have been found, at least what counts as a tie.
-        by_image: differences of validation bounds, paired by image and noise, seeds averaged: how sure the difference
-            is for these trained networks.
-        resampled: the bootstrap's 95% interval of the same.
-    """
-
-    first: str
-    second: str
-    paired: Paired
-    verdict: Verdict
-    detectable: float | None
-    by_image: Paired | None = None
-    resampled: tuple[float, float] | None = None
-
-    @property
-    def winner(self) -> str | None:
-        """The better one, or None."""
-        return {"first": self.first, "second": self.second}.get(self.verdict)
-
-    @property
-    def bootstrap_agrees(self) -> bool:
-        """Whether the bootstrap over images finds a difference exactly where the t test does."""
-        assert self.resampled is not None and self.by_image is not None
-        return (self.resampled[0] > 0 or self.resampled[1] < 0) == self.by_image.found
-
-    def other(self, name: str) -> str:
-        """The variant that `name` is tested against."""
-        return self.second if name == self.first else self.first
-
-    def gap(self, name: str) -> str:
-        """The size of the difference, to the digits that its interval leaves."""
-        return number(abs(self.paired.mean), name, self.paired.half)
 
 
 @dataclass
@@ -115,7 +79,7 @@ class Conclusion:
 
     def by_seed(self, variant: str, name: str) -> dict[int, float]:
         """Seed -> value of the complete trials."""
-        return {t.seed: t.values[name] for t in self.variants[variant] if t.complete and name in t.values}
+        return by_seed(self.variants[variant], name)
 
     def tests_of(self, variant: str) -> dict[str, PairedTest]:
         """Other variant -> its test against this one."""
@@ -144,7 +108,8 @@ def conclude(comparison: Comparison) -> Conclusion:
     if comparison.baseline is not None and comparison.baseline not in variants:
         raise UserError(f"baseline: {comparison.baseline} is not a variant; choose from {', '.join(variants)}")
     c = Conclusion(comparison, name, variants, {v: _summaries(found) for v, found in variants.items()})
-    c.tests = _tests(c)
+    c.tests = paired_tests(variants, name, _pairs(c))
+    c.luck = _luck(c)
     if comparison.baseline is not None and c.ranked() and c.tests:
         _answer_against(c, comparison.baseline)
     else:
@@ -187,39 +152,23 @@ def _summaries(trials: Sequence[Trial]) -> dict[str, Summary]:
     return {name: statistics.summary([v[name] for v in complete if name in v]) for name in names}
 
 
-def _tests(c: Conclusion) -> list[PairedTest]:
+def _pairs(c: Conclusion) -> list[tuple[str, str]]:
+    """The pairs to test: each variant with the baseline, or all."""
     base, names = c.comparison.baseline, list(c.variants)
     if base is not None:
-        pairs = [(name, base) for name in names if name != base]
-    elif len(names) <= MOST_IN_PAIRS:
-        pairs = list(combinations(names, 2))
-    else:
-        c.notes.append(
-            f"{len(names)} variants make {len(names) * (len(names) - 1) // 2:,} pairs, too many to test: name a"
-            " baseline, and each is compared with it."
-        )
-        return []
-    seeds = {name: c.by_seed(name, c.name) for name in names}
-    rows = {(a, b): statistics.differences(seeds[a], seeds[b]) for a, b in pairs}
-    tested = statistics.paired(rows)
-    c.luck = _luck(c, list(rows.values()))
-    images = _by_image(c, pairs)
-    by_image = statistics.paired({pair: row.tolist() for pair, row in images.items()})
-    found = []
-    for (a, b), paired in tested.items():
-        shared = sorted(seeds[a].keys() & seeds[b].keys())
-        tie = c.metric.tie * min((float(np.mean([seeds[v][s] for s in shared])) for v in (a, b) if shared), default=0.0)
-        verdict = statistics.verdict(paired, c.metric.lower_is_better, tie)
-        detectable = None if paired.detectable is None else max(paired.detectable, tie)
-        resampled = None
-        if (a, b) in images and len(images) <= MOST_RESAMPLED:
-            resampled = statistics.bootstrap(images[a, b], "bound by image")
-        found.append(PairedTest(a, b, paired, verdict, detectable, by_image.get((a, b)), resampled))
-    return found
+        return [(name, base) for name in names if name != base]
+    if len(names) <= MOST_IN_PAIRS:
+        return list(combinations(names, 2))
+    c.notes.append(
+        f"{len(names)} variants make {len(names) * (len(names) - 1) // 2:,} pairs, too many to test: name a"
+        " baseline, and each is compared with it."
+    )
+    return []
 
 
-def _luck(c: Conclusion, rows: Sequence[Sequence[float]]) -> str:
+def _luck(c: Conclusion) -> str:
     """The smallest difference that so many seeds find, at least what counts as a tie, in a sentence."""
+    rows = [x.differences for x in c.tests]
     if (least := statistics.luck(rows)) is None:
         return ""
     means = [abs(s[c.name].mean) for s in c.summaries.values() if c.name in s]
@@ -230,25 +179,6 @@ def _luck(c: Conclusion, rows: Sequence[Sequence[float]]) -> str:
         f" only a larger one is found in {percent(statistics.POWER)} of such studies"
         f" ({percent(1 - statistics.ALPHA / len(rows))} confidence, {counted(len(rows), 'pair')})."
     )
-
-
-def _by_image(c: Conclusion, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], np.ndarray]:
-    """Pair -> (images,) differences of the bound, averaged over the seeds that both have."""
-    bounds: dict[str, dict[int, np.ndarray]] = {}
-    for variant, trials in c.variants.items():
-        measured = {t.seed: t.image_bounds for t in trials if t.complete}
-        bounds[variant] = {seed: b for seed, b in measured.items() if b is not None and np.isfinite(b).all()}
-    rows = {}
-    for a, b in pairs:
-        shapes = {bounds[v][seed].shape for seed in bounds[a].keys() & bounds[b].keys() for v in (a, b)}
-        if len(shapes) == 1 and network_key(c.variants[a]) != network_key(c.variants[b]):
-            rows[a, b] = statistics.by_image(bounds[a], bounds[b])
-    return rows
-
-
-def network_key(trials: Sequence[Trial]) -> tuple[str, ...]:
-    """The run folders of a variant, which variants that only sample differently share; its name without any."""
-    return tuple(sorted({str(t.run.folder) for t in trials if t.run})) or (trials[0].variant,)
 
 
 def _answer(c: Conclusion) -> None:
@@ -265,30 +195,29 @@ def _answer(c: Conclusion) -> None:
     if not c.tests:
         c.answer = f"Not decided: {c.mean(best)} has the {word} {what}, untested: too many variants for all pairs."
         return
-    won = [v for v in c.variants if v in against and against[v].winner == best]
-    lost = [v for v in c.variants if v in against and against[v].winner == v]
-    tied = [v for v in c.variants if v in against and against[v].verdict == "tie"]
-    undecided = [v for v in c.variants if v in against and against[v].verdict == "undecided"]
-    sentences = [f"{c.mean(best)} has the {word} {what}"]
+    found: dict[str, list[str]] = {"won": [], "lost": [], "tie": [], "undecided": []}
+    for v in (v for v in c.variants if v in against):
+        decided = {best: "won", v: "lost"}.get(against[v].winner or "", against[v].verdict)
+        found[decided].append(v)
+    won = found["won"]
+    answer = f"{c.mean(best)} has the {word} {what}"
+    c.outcome = "partly" if won else "tie" if found["tie"] else "not decided"
     if len(won) == len(c.variants) - 1:
         c.outcome = "winner"
         gaps = sorted((against[v] for v in won), key=lambda x: abs(x.paired.mean))
         ends = dict.fromkeys(x.gap(c.name) for x in (gaps[0], gaps[-1]))
-        sentences[0] += f", better than {won[0] if len(won) == 1 else 'every other variant'} by {' to '.join(ends)}"
-    elif tied:
-        c.outcome = "partly" if won else "tie"
-        found = all(against[v].paired.found for v in tied)
-        why = f"gaps under {percent(c.metric.tie)} decide nothing" if found else "these seeds do not tell them apart"
-        sentences[0] += f", but ties with {listed([c.mean(v) for v in tied])}: {why}"
-    elif won:
-        c.outcome = "partly"
-    if c.outcome == "partly" and won:
-        sentences.append(f"{best} is better than {listed(won)}")
-    if lost:
-        sentences.append(f"On the seeds that both have, {listed(lost)} did better")
-    if undecided:
-        sentences.append(f"Not decided against {listed(undecided)}: fewer than {LEAST} shared seeds")
-    c.answer = ". ".join(sentences) + "."
+        answer += f", better than {won[0] if len(won) == 1 else 'every other variant'} by {' to '.join(ends)}"
+    elif found["tie"]:
+        too_near = all(against[v].paired.found for v in found["tie"])
+        why = f"gaps under {percent(c.metric.tie)} decide nothing" if too_near else "these seeds do not tell them apart"
+        answer += f", but ties with {listed([c.mean(v) for v in found['tie']])}: {why}"
+    if c.outcome == "partly":
+        answer += f". {best} is better than {listed(won)}"
+    if found["lost"]:
+        answer += f". On the seeds that both have, {listed(found['lost'])} did better"
+    if found["undecided"]:
+        answer += f". Not decided against {listed(found['undecided'])}: fewer than {LEAST} shared seeds"
+    c.answer = f"{answer}."
 
 
 def _answer_against(c: Conclusion, base: str) -> None:
@@ -326,13 +255,6 @@ def _disputed(c: Conclusion) -> list[str]:
     return found
 
 
-def levels_of(names: Iterable[str], part: str = "val") -> dict[str, float]:
-    """Name -> log-SNR of the errors at single noise levels, rising."""
-    start = f"{part}/level/"
-    found = {name: float(name.removeprefix(start)) for name in names if name.startswith(start)}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
 def _crossings(c: Conclusion) -> list[str]:
     """Which variants predict the noise better than the best by the primary metric at some noise levels and worse at
     others, Holm's correction over all levels and variants.
@@ -355,9 +277,3 @@ def _crossings(c: Conclusion) -> list[str]:
         for rival, at in better.items()
         if at.keys() >= {"first", "second"}
     ]
-
-
-def confidence(tests: Sequence[PairedTest]) -> str:
-    """The confidence of intervals: 95%, or 95% to 98.3%."""
-    levels = sorted({x.paired.confidence for x in tests if x.paired.confidence is not None})
-    return " to ".join(dict.fromkeys(percent(level) for level in (levels[0], levels[-1]))) if levels else ""

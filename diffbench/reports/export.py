@@ -7,7 +7,8 @@ from diffbench.core.errors import UserError
 from diffbench.evaluation.images import refuse_to_overwrite
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.tables import WIDEST, Rows, pairs, quality, shown, transposed
+from diffbench.reports.tables import WIDEST, pairs, quality, shown
+from diffbench.reports.text import Rows, transposed
 
 SUFFIXES = (".tex", ".md")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {

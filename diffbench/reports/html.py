@@ -10,22 +10,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from diffbench.core.files import write_text
 from diffbench.metrics.registry import metric_of
 from diffbench.reports import ladder, tables, tuning, variance
-from diffbench.reports.conclusions import Conclusion, conclude, confidence
+from diffbench.reports.conclusions import Conclusion, conclude
 from diffbench.reports.figures import Plot
+from diffbench.reports.pairs import PairedTest
 from diffbench.reports.plots import draw
 from diffbench.reports.record import embed
 from diffbench.reports.results import Comparison
-from diffbench.reports.text import counted
+from diffbench.reports.text import Rows, counted, percent, transposed
 
 MOST_OPEN = 15
 """Rows beyond which a table is folded away."""
-VERDICTS = {
-    "winner": "A winner",
-    "disputed": "Measures disagree",
-    "tie": "A tie",
-    "partly": "Partly decided",
-    "not decided": "Not decided",
-}
 
 
 def write(comparison: Comparison, folder: Path) -> Conclusion:
@@ -56,7 +50,7 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
     return environment.get_template("report.html.j2").render(
         c=c,
         plots=plots,
-        verdict=VERDICTS[c.outcome],
+        verdict=tables.VERDICTS[c.outcome],
         seeds=sorted({t.seed for t in c.trials}),
         tables=tables,
         quality=_quality(c),
@@ -70,7 +64,7 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         titles={name: title for name in c.metrics if (title := _title(name)) != name},
         best=c.ranked()[:1] if c.outcome in ("winner", "disputed") else [],
         decided=[f"{x.first} - {x.second}" for x in c.tests if x.winner],
-        confidence=confidence(c.tests),
+        confidence=_confidence(c.tests),
         checked=[x for x in c.tests if x.resampled and x.by_image and x.by_image.interval],
         protocol=_protocol(c),
         metric_notes=dict.fromkeys(note for name in c.metrics if (note := metric_of(name).note)),
@@ -85,10 +79,16 @@ def _title(name: str) -> str:
     return f"{metric.title}, {metric.unit}" if metric.unit else metric.title
 
 
-def _quality(c: Conclusion) -> tables.Rows:
+def _quality(c: Conclusion) -> Rows:
     """A row a variant where there are many, else a column."""
     rows = tables.quality(c)
-    return rows if len(c.variants) > tables.WIDEST else tables.transposed(rows, "metric")
+    return rows if len(c.variants) > tables.WIDEST else transposed(rows, "metric")
+
+
+def _confidence(tests: Sequence[PairedTest]) -> str:
+    """The confidence of intervals: 95%, or 95% to 98.3%."""
+    levels = sorted({x.paired.confidence for x in tests if x.paired.confidence is not None})
+    return " to ".join(dict.fromkeys(percent(level) for level in (levels[0], levels[-1]))) if levels else ""
 
 
 def _protocol(c: Conclusion) -> dict[str, str]:

@@ -10,8 +10,7 @@ from diffbench.reports import scaling
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.figures import Plot, Style, label, legend, log_scale, new_figure, plain, save
 from diffbench.reports.statistics import Array, summary
-from diffbench.reports.tables import Rows
-from diffbench.reports.text import mean_text
+from diffbench.reports.text import Rows, mean_text
 
 AXES = {"flops": "training FLOPs", "images": "training images", "seconds": "seconds of training"}
 

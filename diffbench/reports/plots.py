@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from diffbench.metrics.registry import metric_of
-from diffbench.reports.conclusions import Conclusion, PairedTest, network_key
+from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.figures import (
     COLOURS,
     FAINT,
@@ -25,7 +25,8 @@ from diffbench.reports.figures import (
 )
 from diffbench.reports.images import attention_maps, nearest_images, sample_grid
 from diffbench.reports.ladder import ladder_plot
-from diffbench.reports.results import Trial
+from diffbench.reports.pairs import PairedTest
+from diffbench.reports.results import Trial, network_key
 from diffbench.reports.series import Sweep, band, curve, networks, noise_levels, sweeps
 from diffbench.reports.statistics import LEAST
 from diffbench.reports.tables import floors

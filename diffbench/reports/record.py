@@ -16,8 +16,8 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import digest, finite
 from diffbench.evaluation import records
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.tables import SEED_BY_SEED, Rows
-from diffbench.reports.text import number
+from diffbench.reports.tables import SEED_BY_SEED
+from diffbench.reports.text import Rows, number
 from diffbench.runs.base import DATA_FACTS
 
 FORMAT = 1

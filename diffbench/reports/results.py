@@ -1,28 +1,23 @@
 """The trials that a report compares, with their runs and scores, and checks that they were measured alike."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.denoisers.flops import Cost
-from diffbench.evaluation.records import difference, settings_of, values
-from diffbench.evaluation.validation_error import bound, image_errors
+from diffbench.evaluation.records import difference, values
+from diffbench.evaluation.validation_error import bound
 from diffbench.metrics.registry import RANKING, metric_of
+from diffbench.reports.image_errors import read_image_errors
 from diffbench.runs.base import DATA_FACTS, Run
-from diffbench.runs.build import device_of
-from diffbench.runs.denoiser import DenoiserRun
 
 Status = Literal["complete", "unfinished", "failed", "not begun"]
-IMAGE_ERRORS = "validation.safetensors"
-"""The file of a run that holds the errors of every held-out image by noise level."""
 VALIDATION = ("val/", "train/bound", "train/level/")
 """What a validation logs begins with these."""
 VALIDATED = ("data.", "validation.", "autoencoder")
@@ -143,14 +138,14 @@ class TriedPoint:
 
 
 def best_of(points: Iterable[TriedPoint]) -> dict[str, TriedPoint]:
-    """Label -> the point that tuning chooses, the first one among equals; none for labels of which nothing succeeded."""
-    best: dict[str, TriedPoint] = {}
+    """Label -> the point that tuning chooses, the first one among equals; none where nothing succeeded."""
+    best: dict[str, tuple[float, TriedPoint]] = {}
     for p in points:
-        sign = 1 if metric_of(p.name).lower_is_better else -1
         if p.value is not None and math.isfinite(p.value):
-            if p.label not in best or sign * p.value < sign * (best[p.label].value or 0.0):
-                best[p.label] = p
-    return best
+            error = p.value if metric_of(p.name).lower_is_better else -p.value
+            if p.label not in best or error < best[p.label][0]:
+                best[p.label] = error, p
+    return {label: point for label, (_, point) in best.items()}
 
 
 @dataclass(frozen=True)
@@ -222,17 +217,22 @@ def _sampling_differs(trials: Sequence[Trial]) -> bool:
     return len({tuple(t.run.flat.get(key) for key in keys) for t in trials if t.run}) > 1
 
 
+def differing(flats: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that are not the same in all of several flat configs."""
+    keys = dict.fromkeys(key for flat in flats for key in flat)
+    return [key for key in keys if any(flat.get(key) != flats[0].get(key) for flat in flats)]
+
+
 def validation_difference(trials: Sequence[Trial]) -> str | None:
     """The first difference in held-out images or levels of validation between runs, in words; None where they agree."""
-    configs: list[dict[str, Any]] = []
+    runs = [trial.run for trial in trials if trial.run]
     images: dict[str, Path] = {}
-    for run in (trial.run for trial in trials if trial.run):
-        configs.append({k: v for k, v in run.flat.items() if k.startswith(VALIDATED) and k not in NOT_PROTOCOL})
+    for run in runs:
         if (run.folder / DATA_FACTS).is_file():  # else its images would have to be read
             images.setdefault(run.facts.fingerprint, run.folder)
-        for key in sorted(configs[0] | configs[-1]):
-            if configs[0].get(key) != configs[-1].get(key):
-                return f"{key} is {configs[0].get(key)} in one and {configs[-1].get(key)} in the other"
+        for key in sorted(differing([runs[0].flat, run.flat])):
+            if key.startswith(VALIDATED) and key not in NOT_PROTOCOL:
+                return f"{key} is {runs[0].flat.get(key)} in one and {run.flat.get(key)} in the other"
     if len(images) > 1:
         one, other, *_ = images.values()
         return f"{one} and {other} were trained on other images, though their configs name the same"
@@ -249,110 +249,18 @@ def full_name(trials: Sequence[Trial], metric: str) -> str | None:
     return next((name for name in names if name == metric or metric_of(name).name in alike), None)
 
 
-# The records of a run.
+def by_seed(trials: Sequence[Trial], name: str) -> dict[int, float]:
+    """Seed -> value of a metric, of the complete trials of a variant."""
+    return {t.seed: t.values[name] for t in trials if t.complete and name in t.values}
 
 
-def settings(record: dict[str, Any]) -> str:
-    """How a record's samples were drawn: their guidance, and departures from the run's own config; or nothing."""
-    return ", ".join(settings_of(record))
+def network_key(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """The run folders of a variant, which variants that only sample differently share; its name without any."""
+    return tuple(sorted({str(t.run.folder) for t in trials if t.run})) or (trials[0].variant,)
 
 
-def guidance(record: dict[str, Any]) -> str:
-    """The guidance of a record's samples: "guidance 1.5", or nothing."""
-    return settings(record | {"departures": {}})
-
-
-def scores(run: Run[Any]) -> list[dict[str, Any]]:
-    """The records of the weights that the run holds, oldest first."""
-    held = (run.images_seen, run.ema, run.snapshot)
-    return [r for r in run.results if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
-
-
-def newest_scores(run: Run[Any]) -> list[dict[str, Any]]:
-    """The newest record of each guidance for the weights that the run holds, unguided first."""
-    chosen = {guidance(r): r for r in scores(run)}
-    return [chosen[guided] for guided in sorted(chosen)]
-
-
-def comparable_scores(runs: Sequence[Run[Any]]) -> list[list[dict[str, Any]]]:
-    """For each run the newest records of each guidance that were measured alike in all runs of its kind.
-
-    Raises:
-        UserError: where runs have records of a guidance but none by the same protocol, saying how they differ.
-    """
-    held = [[(run.kind, guidance(r), r) for r in reversed(scores(run))] for run in runs]
-    chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
-    for what in sorted({(kind, guided) for records in held for kind, guided, _ in records}):
-        groups = [[r for kind, guided, r in records if (kind, guided) == what] for records in held]
-        first = next(i for i, group in enumerate(groups) if group)
-        for candidate in groups[first]:
-            alike = [next((r for r in group if difference(candidate, r) is None), None) for group in groups]
-            if all(a is not None for a, group in zip(alike, groups, strict=True) if group):
-                break
-        else:
-            newest = groups[first][0]
-            differing = ((i, difference(newest, group[0])) for i, group in enumerate(groups) if group)
-            other, found = next((i, found) for i, found in differing if found)
-            raise measured_differently(
-                runs[first].folder, runs[other].folder, found, f" ({what[1]})" if what[1] else ""
-            )
-        for records, record in zip(chosen, alike, strict=True):
-            if record is not None:
-                records.append(record)
-    return chosen
-
-
-# Errors of single images.
-
-
-@dataclass(frozen=True)
-class ImageErrors:
-    """Errors of a run's averaged weights on single held-out images.
-
-    Attributes:
-        images: images that the weights had seen.
-        log_snr: (levels,).
-        error: (levels, images) float32, mean squared error of eps on each held-out image, at its fixed noise.
-    """
-
-    images: int
-    log_snr: np.ndarray
-    error: np.ndarray
-
-
-def save_image_errors(run: DenoiserRun) -> Path:
-    """Write the errors of every held-out image at every noise level, unless they are there for these weights.
-
-    Args:
-        run: with averaged weights.
-
-    Returns:
-        `validation.safetensors` in the run folder: "error" (levels, images) float32 and "log_snr" (levels,) float64.
-
-    Raises:
-        UserError: if the run has no held-out images.
-    """
-    path, levels = run.folder / IMAGE_ERRORS, run.config.validation.log_snr
-    metadata = {"images": str(run.images_seen), "ema": str(run.ema), "snapshot": run.snapshot, "log_snr": str(levels)}
-    if path.is_file() and tensors.read(path)[1] == metadata:
-        return path
-    data = run.sets[1]
-    if not len(data):
-        raise UserError(f"{run.folder}: data.name={run.config.data.name} has no held-out images")
-    network = run.network.to(device_of(run.config.trainer.accelerator))
-    error = image_errors(network, run.process, data, levels).float()
-    tensors.write(path, {"error": error, "log_snr": torch.tensor(levels, dtype=torch.float64)}, metadata)
-    return path
-
-
-def read_image_errors(folder: Path) -> ImageErrors | None:
-    """The errors of single images in a run folder, or None.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
-    path = folder / IMAGE_ERRORS
-    if not path.is_file():
-        return None
-    found, metadata = tensors.read(path)
-    return ImageErrors(int(metadata.get("images", -1)), found["log_snr"].numpy(), found["error"].numpy())
+def levels_of(names: Iterable[str], part: str = "val") -> dict[str, float]:
+    """Name -> log-SNR of the errors at single noise levels, rising."""
+    start = f"{part}/level/"
+    found = {name: float(name.removeprefix(start)) for name in names if name.startswith(start)}
+    return dict(sorted(found.items(), key=lambda item: item[1]))

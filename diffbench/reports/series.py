@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from diffbench.metrics.registry import metric_of
-from diffbench.reports.conclusions import Conclusion, levels_of, network_key
-from diffbench.reports.results import Trial
+from diffbench.reports.conclusions import Conclusion
+from diffbench.reports.results import Trial, levels_of, network_key
 from diffbench.reports.statistics import summary
 
 

@@ -1,18 +1,17 @@
-"""Tables of runs and of conclusions; terminal, page and CSV show the same rows."""
+"""Tables of conclusions; terminal, page and CSV show the same rows."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from diffbench.evaluation.records import values
-from diffbench.metrics.memorisation import Share, share_of_copies
 from diffbench.metrics.registry import metric_of
 from diffbench.reports import variance
-from diffbench.reports.columns import columns, filled
-from diffbench.reports.conclusions import Conclusion, PairedTest, holds_at, levels_of
-from diffbench.reports.results import Trial, newest_scores, settings
-from diffbench.reports.text import interval_text, mean_text, number, percent
-from diffbench.runs.base import Run
+from diffbench.reports.conclusions import Conclusion, holds_at
+from diffbench.reports.pairs import PairedTest
+from diffbench.reports.results import Trial, differing, levels_of
+from diffbench.reports.runs import copies, floor
+from diffbench.reports.text import Rows, as_text, filled, interval_text, mean_text, number, percent, transposed
 
 WIDEST = 6
 """Variants beyond which a table has a row for each, not a column."""
@@ -20,100 +19,17 @@ PAIRS_SHOWN = 12
 """Pairs that the terminal shows."""
 LEAST_RANKED = 5
 """Results from which on ranks are correlated."""
+VERDICTS = {
+    "winner": "A winner",
+    "disputed": "Measures disagree",
+    "tie": "A tie",
+    "partly": "Partly decided",
+    "not decided": "Not decided",
+}
 SEED_BY_SEED = "Seed by seed"
 """Heading of the table of single results in the page."""
 IDENTITY = ("seed", "tag", "runs_dir", "format", "kind", "debug")
 """Keys of the config that do not make two runs different variants."""
-
-Rows = list[dict[str, str]]
-
-
-def as_text(rows: Sequence[dict[str, str]], optional: Sequence[str] = (), rule: bool = True) -> str:
-    """Rows in columns, whose heads are the rows' keys; a missing cell is a dash. See `columns`."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return columns([names, *([row.get(name, "-") for name in names] for row in rows)], optional, rule)
-
-
-def transposed(rows: Sequence[dict[str, str]], corner: str = "") -> Rows:
-    """Columns as rows, below each other; `corner` heads the first column."""
-    first = next(iter(rows[0]))
-    names = dict.fromkeys(name for row in rows for name in row if name != first)
-    return [{corner: name} | {row[first]: row[name] for row in rows if name in row} for name in names]
-
-
-# Runs.
-
-
-def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
-    """Facts about runs as lines, runs as columns; a missing fact is a dash."""
-    names = dict.fromkeys(name for _, facts in runs for name in facts)
-    head = ["", *(title for title, _ in runs)]  # a run may be named twice
-    return columns([head, *([name, *(facts.get(name, "-") for _, facts in runs)] for name in names)])
-
-
-def run_facts(
-    run: Run[Any], scored: Sequence[dict[str, Any]] | None = None, label: Callable[[dict[str, Any]], str] = settings
-) -> dict[str, str]:
-    """Facts about a run for a table: size, length, speed, the last validation, scores.
-
-    Args:
-        run: a run of any kind.
-        scored: its records; by default the newest of each guidance.
-        label: what stands beside the name of a record's scores, by default how its samples were drawn.
-    """
-    scored = newest_scores(run) if scored is None else scored
-    seconds = run.seconds
-    facts = {
-        "parameters": f"{run.cost.parameters:,}",
-        "GMACs": f"{run.cost.gmacs:.4f}",
-        "images seen": f"{run.images_seen:,}",
-        "seconds": f"{seconds:,.0f}" if seconds else "-",
-        "images/s": f"{run.images_seen / seconds:,.0f}" if seconds else "-",
-    }
-    if run.kind == "denoiser":
-        for part, name in (("val", "validation bound"), ("train", "bound on training images")):
-            bound = run.last(f"{part}/bound")
-            facts[f"{name} (nats/dim)"] = "-" if bound is None else f"{bound:.4f}"
-        if run.flat.get("trainer.time_sampling") == "loss_aware":
-            facts["pairing"] = "none: its times follow its losses"
-    elif run.kind == "classifier":
-        last: dict[str, Any] = next((m for m in reversed(run.metrics) if any(k.startswith("val/") for k in m)), {})
-        facts |= {name.removeprefix("val/"): f"{v:.4f}" for name, v in last.items() if name.startswith("val/")}
-    for record in scored:
-        if "numbers" in record:
-            facts["numbers per image"] = f"{record['numbers']:,} for {math.prod(run.facts.shape):,}"
-        how = label(record)
-        for name, value in values(record).items():
-            metric, real = metric_of(name), floor(record, name)
-            if metric.shown:
-                beside = "" if real is None or not metric.floor else f" (real {metric.text(real)})"
-                if metric.name == "copies" and (share := copies([record])):
-                    beside = f" ({metric.text(share.low)} to {metric.text(share.high)})"
-                facts[f"{name} ({how})" if how else name] = metric.text(value) + beside
-    samplers = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored if r.get("sample")]
-    return facts | ({"sampler": ", ".join(dict.fromkeys(samplers))} if samplers else {})
-
-
-def floor(record: dict[str, Any], name: str) -> float | None:
-    """The score of as many real images, or a judge's accuracy on held-out ones, where a record has it."""
-    metric = metric_of(name)
-    if "/judge@" in name:
-        return float(record["judge"]["accuracy"]) if "judge" in record else None
-    found = record.get(f"{metric.name}_held_out", (record.get("floor") or {}).get(metric.computed or metric.name))
-    return found if isinstance(found, int | float) else None
-
-
-def copies(records: Sequence[dict[str, Any] | None]) -> Share | None:
-    """The share of copies in the samples of all records, with its interval; None where none were looked for.
-
-    Records that were judged alike share the real images that tell the false alarms.
-    """
-    found = [r["memorisation"] for r in records if r and "memorisation" in r]
-    flagged, count = (sum(one[key] for one in found) for key in ("flagged", "count"))
-    return share_of_copies(flagged, count, found[0]["false_alarms"], found[0]["real"]) if found else None
-
-
-# Conclusions.
 
 
 def shown(c: Conclusion) -> list[str]:
@@ -256,8 +172,7 @@ def missing(c: Conclusion) -> Rows:
 def differing_keys(trials: Sequence[Trial]) -> list[str]:
     """Keys of the config that are not the same in all runs, apart from seed and place."""
     flats = [run.flat for run in {id(t.run): t.run for t in trials}.values() if run]
-    keys = dict.fromkeys(key for flat in flats for key in flat)
-    return [k for k in keys if k not in IDENTITY and any(flat.get(k) != flats[0].get(k) for flat in flats)]
+    return [key for key in differing(flats) if key not in IDENTITY]
 
 
 def as_csv(c: Conclusion) -> str:
@@ -308,12 +223,8 @@ def _data(t: Trial) -> str | None:
 
 def for_terminal(c: Conclusion, runs: str | None = None) -> str:
     """Answer, variants, pairs and what is missing, as text; a table of `runs` may stand in place of the variants'."""
-    heads = {
-        "winner": f"WINNER BY {c.metric.title.upper()}",
-        "disputed": "MEASURES DISAGREE",
-        "partly": "PARTLY DECIDED",
-    }
-    head = heads.get(c.outcome, c.outcome.upper())
+    head = VERDICTS[c.outcome].removeprefix("A ").upper()
+    head += f" BY {c.metric.title.upper()}" if c.outcome == "winner" else ""
     parts = [filled(text) for text in (c.comparison.title, c.comparison.question, "", f"{head}. {c.answer}")]
     if c.luck:
         parts.append(filled(c.luck))

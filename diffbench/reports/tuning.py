@@ -9,8 +9,7 @@ from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.figures import Plot, label, legend, log_scale, new_figure, plain, save, styles
 from diffbench.reports.results import TriedPoint, best_of
-from diffbench.reports.tables import Rows
-from diffbench.reports.text import number
+from diffbench.reports.text import Rows, number
 
 
 def _groups(c: Conclusion) -> dict[tuple[str, tuple[str, ...]], dict[str, list[TriedPoint]]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffbench.core.progress import span
-from diffbench.reports.tables import as_text
+from diffbench.reports.text import as_text
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig, is_sampled
 from diffbench.studies.plan import TrainingVariant, equal_by_construction

@@ -19,7 +19,8 @@ from diffbench.denoisers import registry
 from diffbench.evaluation.records import values
 from diffbench.evaluation.validation_error import bound_metrics, denoising_error, validation_sets
 from diffbench.metrics import EXTRACTORS
-from diffbench.reports.results import IMAGE_ERRORS, Comparison, Status, Trial, TriedPoint, full_name, save_image_errors
+from diffbench.reports.image_errors import IMAGE_ERRORS, save_image_errors
+from diffbench.reports.results import Comparison, Status, Trial, TriedPoint, full_name
 from diffbench.runs.base import Run
 from diffbench.runs.evaluate import evaluate_as, scores_as
 from diffbench.runs.folder import SAVED

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from diffbench.core import terminal
-from diffbench.reports.columns import columns, filled
+from diffbench.reports.text import columns, filled
 
 HEAD = ["run", "images", "of", "newest score", "last change"]
 ROWS = [

@@ -11,7 +11,8 @@ from diffbench.commands import compare
 from diffbench.core.errors import UserError
 from diffbench.denoisers.flops import Cost
 from diffbench.reports.images import attention_maps
-from diffbench.reports.results import Comparison, Trial, comparable_scores
+from diffbench.reports.results import Comparison, Trial
+from diffbench.reports.runs import comparable_scores
 from diffbench.runs import base, build
 from diffbench.runs.lifecycle import load, look
 

@@ -9,7 +9,7 @@ import torch
 from diffbench.core.errors import UserError
 from diffbench.evaluation.records import metrics
 from diffbench.evaluation.validation_error import image_errors
-from diffbench.reports.results import read_image_errors, save_image_errors
+from diffbench.reports.image_errors import read_image_errors, save_image_errors
 from diffbench.runs.lifecycle import load
 
 

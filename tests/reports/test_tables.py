@@ -11,7 +11,8 @@ from diffbench.metrics.registry import METRICS, Metric
 from diffbench.reports.conclusions import conclude
 from diffbench.reports.html import render
 from diffbench.reports.results import Comparison, Trial
-from diffbench.reports.tables import as_text, run_facts, transposed
+from diffbench.reports.runs import run_facts
+from diffbench.reports.text import as_text, transposed
 from diffbench.runs.lifecycle import look
 
 

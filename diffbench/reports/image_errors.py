@@ -1,0 +1,69 @@
+"""Errors of single held-out images, kept in a run folder for comparisons by image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffbench.core import tensors
+from diffbench.core.errors import UserError
+from diffbench.evaluation.validation_error import image_errors
+from diffbench.runs.build import device_of
+from diffbench.runs.denoiser import DenoiserRun
+
+IMAGE_ERRORS = "validation.safetensors"
+"""The file of a run that holds the errors of every held-out image by noise level."""
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """Errors of a run's averaged weights on single held-out images.
+
+    Attributes:
+        images: images that the weights had seen.
+        log_snr: (levels,).
+        error: (levels, images) float32, mean squared error of eps on each held-out image, at its fixed noise.
+    """
+
+    images: int
+    log_snr: np.ndarray
+    error: np.ndarray
+
+
+def save_image_errors(run: DenoiserRun) -> Path:
+    """Write the errors of every held-out image at every noise level, unless they are there for these weights.
+
+    Args:
+        run: with averaged weights.
+
+    Returns:
+        `validation.safetensors` in the run folder: "error" (levels, images) float32 and "log_snr" (levels,) float64.
+
+    Raises:
+        UserError: if the run has no held-out images.
+    """
+    path, levels = run.folder / IMAGE_ERRORS, run.config.validation.log_snr
+    metadata = {"images": str(run.images_seen), "ema": str(run.ema), "snapshot": run.snapshot, "log_snr": str(levels)}
+    if path.is_file() and tensors.read(path)[1] == metadata:
+        return path
+    data = run.sets[1]
+    if not len(data):
+        raise UserError(f"{run.folder}: data.name={run.config.data.name} has no held-out images")
+    network = run.network.to(device_of(run.config.trainer.accelerator))
+    error = image_errors(network, run.process, data, levels).float()
+    tensors.write(path, {"error": error, "log_snr": torch.tensor(levels, dtype=torch.float64)}, metadata)
+    return path
+
+
+def read_image_errors(folder: Path) -> ImageErrors | None:
+    """The errors of single images in a run folder, or None.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = folder / IMAGE_ERRORS
+    if not path.is_file():
+        return None
+    found, metadata = tensors.read(path)
+    return ImageErrors(int(metadata.get("images", -1)), found["log_snr"].numpy(), found["error"].numpy())

@@ -1,0 +1,131 @@
+"""Runs side by side: their newest records, measured alike, and facts about them in a table."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffbench.evaluation.records import difference, settings_of, values
+from diffbench.metrics.memorisation import Share, share_of_copies
+from diffbench.metrics.registry import metric_of
+from diffbench.reports.results import measured_differently
+from diffbench.reports.text import columns
+from diffbench.runs.base import Run
+
+
+def settings(record: dict[str, Any]) -> str:
+    """How a record's samples were drawn: their guidance, and departures from the run's own config; or nothing."""
+    return ", ".join(settings_of(record))
+
+
+def guidance(record: dict[str, Any]) -> str:
+    """The guidance of a record's samples: "guidance 1.5", or nothing."""
+    return settings(record | {"departures": {}})
+
+
+def scores(run: Run[Any]) -> list[dict[str, Any]]:
+    """The records of the weights that the run holds, oldest first."""
+    held = (run.images_seen, run.ema, run.snapshot)
+    return [r for r in run.results if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
+
+
+def newest_scores(run: Run[Any]) -> list[dict[str, Any]]:
+    """The newest record of each guidance for the weights that the run holds, unguided first."""
+    chosen = {guidance(r): r for r in scores(run)}
+    return [chosen[guided] for guided in sorted(chosen)]
+
+
+def comparable_scores(runs: Sequence[Run[Any]]) -> list[list[dict[str, Any]]]:
+    """For each run the newest records of each guidance that were measured alike in all runs of its kind.
+
+    Raises:
+        UserError: where runs have records of a guidance but none by the same protocol, saying how they differ.
+    """
+    held = [[(run.kind, guidance(r), r) for r in reversed(scores(run))] for run in runs]
+    chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
+    for what in sorted({(kind, guided) for records in held for kind, guided, _ in records}):
+        groups = [[r for kind, guided, r in records if (kind, guided) == what] for records in held]
+        first = next(i for i, group in enumerate(groups) if group)
+        for candidate in groups[first]:
+            alike = [next((r for r in group if difference(candidate, r) is None), None) for group in groups]
+            if all(a is not None for a, group in zip(alike, groups, strict=True) if group):
+                break
+        else:
+            newest = groups[first][0]
+            differing = ((i, difference(newest, group[0])) for i, group in enumerate(groups) if group)
+            other, found = next((i, found) for i, found in differing if found)
+            raise measured_differently(
+                runs[first].folder, runs[other].folder, found, f" ({what[1]})" if what[1] else ""
+            )
+        for records, record in zip(chosen, alike, strict=True):
+            if record is not None:
+                records.append(record)
+    return chosen
+
+
+def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
+    """Facts about runs as lines, runs as columns; a missing fact is a dash."""
+    names = dict.fromkeys(name for _, facts in runs for name in facts)
+    head = ["", *(title for title, _ in runs)]  # a run may be named twice
+    return columns([head, *([name, *(facts.get(name, "-") for _, facts in runs)] for name in names)])
+
+
+def run_facts(
+    run: Run[Any], scored: Sequence[dict[str, Any]] | None = None, label: Callable[[dict[str, Any]], str] = settings
+) -> dict[str, str]:
+    """Facts about a run for a table: size, length, speed, the last validation, scores.
+
+    Args:
+        run: a run of any kind.
+        scored: its records; by default the newest of each guidance.
+        label: what stands beside the name of a record's scores, by default how its samples were drawn.
+    """
+    scored = newest_scores(run) if scored is None else scored
+    seconds = run.seconds
+    facts = {
+        "parameters": f"{run.cost.parameters:,}",
+        "GMACs": f"{run.cost.gmacs:.4f}",
+        "images seen": f"{run.images_seen:,}",
+        "seconds": f"{seconds:,.0f}" if seconds else "-",
+        "images/s": f"{run.images_seen / seconds:,.0f}" if seconds else "-",
+    }
+    if run.kind == "denoiser":
+        for part, name in (("val", "validation bound"), ("train", "bound on training images")):
+            bound = run.last(f"{part}/bound")
+            facts[f"{name} (nats/dim)"] = "-" if bound is None else f"{bound:.4f}"
+        if run.flat.get("trainer.time_sampling") == "loss_aware":
+            facts["pairing"] = "none: its times follow its losses"
+    elif run.kind == "classifier":
+        last: dict[str, Any] = next((m for m in reversed(run.metrics) if any(k.startswith("val/") for k in m)), {})
+        facts |= {name.removeprefix("val/"): f"{v:.4f}" for name, v in last.items() if name.startswith("val/")}
+    for record in scored:
+        if "numbers" in record:
+            facts["numbers per image"] = f"{record['numbers']:,} for {math.prod(run.facts.shape):,}"
+        how = label(record)
+        for name, value in values(record).items():
+            metric, real = metric_of(name), floor(record, name)
+            if metric.shown:
+                beside = "" if real is None or not metric.floor else f" (real {metric.text(real)})"
+                if metric.name == "copies" and (share := copies([record])):
+                    beside = f" ({metric.text(share.low)} to {metric.text(share.high)})"
+                facts[f"{name} ({how})" if how else name] = metric.text(value) + beside
+    samplers = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored if r.get("sample")]
+    return facts | ({"sampler": ", ".join(dict.fromkeys(samplers))} if samplers else {})
+
+
+def floor(record: dict[str, Any], name: str) -> float | None:
+    """The score of as many real images, or a judge's accuracy on held-out ones, where a record has it."""
+    metric = metric_of(name)
+    if "/judge@" in name:
+        return float(record["judge"]["accuracy"]) if "judge" in record else None
+    found = record.get(f"{metric.name}_held_out", (record.get("floor") or {}).get(metric.computed or metric.name))
+    return found if isinstance(found, int | float) else None
+
+
+def copies(records: Sequence[dict[str, Any] | None]) -> Share | None:
+    """The share of copies in the samples of all records, with its interval; None where none were looked for.
+
+    Records that were judged alike share the real images that tell the false alarms.
+    """
+    found = [r["memorisation"] for r in records if r and "memorisation" in r]
+    flagged, count = (sum(one[key] for one in found) for key in ("flagged", "count"))
+    return share_of_copies(flagged, count, found[0]["false_alarms"], found[0]["real"]) if found else None
