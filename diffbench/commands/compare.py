@@ -7,7 +7,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +17,9 @@ from diffbench.config.load import build
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.metrics.registry import metric_of
+from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.export import check_export, exported
-from diffbench.reports.plain import plain
-from diffbench.reports.results import Comparison, Trial
+from diffbench.reports.results import Comparison, Trial, differing
 from diffbench.reports.runs import comparable_scores, guidance, run_facts, run_table, settings
 from diffbench.reports.tables import IDENTITY, for_terminal
 from diffbench.reports.text import counted, listed
@@ -132,7 +132,27 @@ def _report(
     page, conclusion = out / "report.html", write(comparison, out)
     if export is not None:
         write_text(Path(export), exported(conclusion, Path(export).suffix))
-    return f"{for_terminal(conclusion, runs)}\n\nreport: {page}", plain(conclusion) | {"report": str(page)}
+    return f"{for_terminal(conclusion, runs)}\n\nreport: {page}", _plain(conclusion) | {"report": str(page)}
+
+
+def _plain(c: Conclusion) -> dict[str, Any]:
+    """The answer, every variant's means, the tests between them, the trials, as values for scripts."""
+    return {
+        "title": c.comparison.title,
+        "outcome": c.outcome,
+        "answer": c.answer,
+        "primary": c.name,
+        "variants": {v: {name: asdict(found) for name, found in c.summaries[v].items()} for v in c.variants},
+        "tests": [
+            {"first": x.first, "second": x.second, "winner": x.winner, "verdict": x.verdict, **asdict(x.paired)}
+            for x in c.tests
+        ],
+        "trials": [
+            {"variant": t.variant, "seed": t.seed, "status": t.status, "run": t.run and str(t.run.folder), **t.values}
+            for t in c.trials
+        ],
+        "notes": [*c.comparison.notes, *c.notes],
+    }
 
 
 def _trained(folder: Path) -> Run[Any]:
@@ -179,7 +199,8 @@ def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]
     measured = all(run.last("val/bound") is not None for run in denoisers) or not any(t.record for t in trials)
     primary = asked.primary or ("val/bound" if measured else "fd")
     backbones = {run.flat.get("denoiser.name") for run in denoisers}
-    besides = _differing([run.flat for run in denoisers], apart="denoiser.") if len(backbones) > 1 else []
+    keys = _differing(denoisers)
+    besides = [key for key in keys if not key.startswith("denoiser.")] if len(backbones) > 1 else []
     notes = _notes(denoisers, besides)
     if len(denoisers) < len(runs):
         others = sorted({run.kind for run in runs if run.kind != "denoiser"})
@@ -197,23 +218,21 @@ def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]
     )
 
 
-def _differing(flats: Sequence[dict[str, Any]], apart: str = " ") -> list[str]:
-    """Keys in which configs differ, apart from a section and from what does not make another variant."""
-    keys = dict.fromkeys(key for flat in flats for key in flat if key not in SAME_VARIANT and not key.startswith(apart))
-    return [key for key in keys if any(flat.get(key) != flats[0].get(key) for flat in flats)]
+def _differing(runs: Sequence[Run[Any]]) -> list[str]:
+    return [key for key in differing([run.flat for run in runs]) if key not in SAME_VARIANT]
 
 
 def _names(runs: Sequence[Run[Any]]) -> list[str]:
     """A variant's name for each run: its backbone, then the keys in which runs of that backbone differ."""
-    by_backbone: dict[str, list[dict[str, Any]]] = {}
+    by_backbone: dict[str, list[Run[Any]]] = {}
     for run in runs:
-        by_backbone.setdefault(str(run.flat.get("denoiser.name")), []).append(run.flat)
-    differing = {backbone: _differing(flats) for backbone, flats in by_backbone.items()}
+        by_backbone.setdefault(str(run.flat.get("denoiser.name")), []).append(run)
+    keys_of = {backbone: _differing(alike) for backbone, alike in by_backbone.items()}
     names: list[str] = []
     configs: dict[str, str] = {}
     for run in runs:
         backbone = str(run.flat.get("denoiser.name"))
-        keys = differing[backbone]
+        keys = keys_of[backbone]
         parts = [f"{key.rsplit('.', 1)[-1]}={_value(run.flat.get(key))}" for key in keys]
         if len(keys) > MOST_KEYS:
             parts = [run.folder.name.removesuffix(f"-s{run.values['seed']}")]

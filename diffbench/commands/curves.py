@@ -9,6 +9,7 @@ from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError
 from diffbench.evaluation.curves import LEAST, bands_of, write_curves
 from diffbench.metrics.registry import METRICS, metric_of
+from diffbench.reports.results import differing
 from diffbench.runs.folder import is_free
 from diffbench.runs.lifecycle import look
 
@@ -36,9 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{COMMAND_LINE}: {len(runs)} runs; a band needs at least {LEAST}, with different seeds")
     first, *others = runs
     for other in others:
-        keys = sorted(first.flat | other.flat)
-        changed = [k for k in keys if k != "seed" and not is_free(k) and first.flat.get(k) != other.flat.get(k)]
-        if changed:
+        if changed := sorted(k for k in differing([first.flat, other.flat]) if k != "seed" and not is_free(k)):
             raise UserError(f"{first.folder} and {other.folder}: differ in {', '.join(changed[:4])}; only the seed may")
     if unfinished := [str(found.folder) for found in runs if not found.complete]:
         raise UserError(f"{unfinished[0]}: not complete; train it to its end first")

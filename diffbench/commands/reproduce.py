@@ -1,16 +1,13 @@
 """`diffbench reproduce`: train cells of a report again from its page alone, and compare every value."""
 
 import argparse
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import special
 
 from diffbench.config.layers import COMMAND_LINE, SHIPPED, located, with_paths
 from diffbench.config.load import build
@@ -23,7 +20,7 @@ from diffbench.evaluation import records
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.record import read
 from diffbench.reports.results import VALIDATION, Trial
-from diffbench.reports.statistics import ALPHA
+from diffbench.reports.statistics import twin_tolerance
 from diffbench.reports.text import Rows, as_text, filled
 from diffbench.runs.build import load_data
 from diffbench.runs.lifecycle import look
@@ -198,7 +195,7 @@ def _continuous(name: str) -> bool:
 
 
 def tolerances(record: dict[str, Any], variant: str, budget: str) -> dict[str, float]:
-    """Metric -> how far a value may lie off where the machine or its threads round differently; none where unknown.
+    """Metric -> how far a value may lie off where the machine or its threads round differently; 0 where unknown.
 
     Rounding grows in training until a run differs from its twin as much as from another seed's (Summers & Dinneen
     2021): so 95% of the differences of two seeds, by Student's t over the variant's seeds, or over all variants'
@@ -212,9 +209,5 @@ def tolerances(record: dict[str, Any], variant: str, budget: str) -> dict[str, f
     found = {}
     for key, by_variant in groups.items():
         own = by_variant.get(variant, [])
-        parts = [x for x in ([own] if len(own) > 1 else by_variant.values()) if len(x) > 1]
-        degrees = sum(len(x) - 1 for x in parts)
-        if degrees:
-            sd = math.sqrt(sum((len(x) - 1) * float(np.var(x, ddof=1)) for x in parts) / degrees)
-            found[key] = float(special.stdtrit(degrees, 1 - ALPHA / 2)) * math.sqrt(2) * sd
+        found[key] = twin_tolerance([own] if len(own) > 1 else by_variant.values()) or 0.0
     return found

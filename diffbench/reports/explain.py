@@ -6,7 +6,7 @@ from matplotlib.figure import Figure, FigureBase
 from torch import Tensor
 
 from diffbench.evaluation.explain import Explanation
-from diffbench.reports.figures import COLOURS, FAINT, INK, label, new_figure, plain
+from diffbench.reports.figures import COLOURS, FAINT, INK, label, name_row, new_figure, plain
 from diffbench.sampling.images import grid
 
 MOST = 12
@@ -60,8 +60,5 @@ def _draw_rows(panel: FigureBase, rows: Mapping[str, Tensor]) -> None:
         zip(panel.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True)
     ):
         axis.imshow(grid(x, len(x), scale=max(1, 40 // x.shape[-1])), interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        moved = f"\nmoved by {differences[title]:.0f}" if place else ""
-        axis.set_ylabel(plain(title) + moved, fontsize=8, rotation=0, ha="right", va="center", color=INK)
-        axis.spines[:].set_visible(False)
+        name_row(axis, plain(title) + (f"\nmoved by {differences[title]:.0f}" if place else ""), 8)
     panel.supxlabel("same noise in every row; moved: RMS from the first row, of 255 levels", fontsize=8, color=INK)

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +14,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from diffbench.core.files import write_bytes
+from diffbench.metrics.registry import metric_of
+from diffbench.reports.statistics import Summary
 from diffbench.runs.base import Run
 from diffbench.sampling.images import save_image
 
@@ -33,8 +35,7 @@ class Plot:
     caption: str
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """The look of one variant in every figure."""
 
     colour: str
@@ -71,6 +72,37 @@ def label(axis: Axes, xlabel: str, ylabel: str = "") -> None:
     axis.tick_params(colors=INK, labelsize=8.5)
 
 
+def axis_label(name: str, unit: str = "") -> str:
+    """The label of a metric's axis: its title, its better direction and the unit."""
+    facts = ", ".join(text for text in (metric_of(name).better(), unit or metric_of(name).unit) if text)
+    return f"{metric_of(name).title} ({facts})" if facts else metric_of(name).title
+
+
+def mean_line(
+    axis: Axes,
+    style: Style,
+    x: Sequence[float] | np.ndarray,
+    found: Sequence[Summary],
+    name: str | None,
+    unit: float = 1.0,
+    **look: Any,
+) -> np.ndarray:
+    """Draw means with a band of their 95% intervals; of fewer than three seeds the mean alone. Returns the means."""
+    mean = unit * np.array([s.mean for s in found])
+    half = unit * np.array([s.half or 0.0 for s in found])
+    legend_name = {} if name is None else {"label": plain(name)}
+    axis.plot(x, mean, **{"linestyle": style.dash, "color": style.colour} | legend_name | look)
+    axis.fill_between(x, mean - half, mean + half, color=style.colour, alpha=0.16, linewidth=0)
+    return mean
+
+
+def name_row(axis: Axes, name: str, size: float = 9) -> None:
+    """Turn a panel into a row of images: its name at the left, no ticks and no box."""
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=size, color=INK)
+
+
 def log_scale(axis: Axes, which: str = "y") -> None:
     """A logarithmic axis with plain numbers at its ticks, even where it spans less than a decade."""
     axis.set(**{f"{which}scale": "log"})
@@ -102,9 +134,7 @@ def plain(text: str) -> str:
 
 def save_beside_curves(figure: Figure, path: Path, runs: Sequence[Run[Any]], what: str) -> None:
     """Write a figure to a file, in the format of its suffix, and into each run's TensorBoard, in a folder `what`."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    pixels = np.asarray(Image.open(buffer).convert("RGB"))
+    pixels = np.asarray(Image.open(io.BytesIO(_png(figure))).convert("RGB"))
     save_image(pixels, path)
     for run in runs:
         with SummaryWriter(str(run.folder / what)) as writer:
@@ -113,7 +143,11 @@ def save_beside_curves(figure: Figure, path: Path, runs: Sequence[Run[Any]], wha
 
 def save(figure: Figure, path: Path, heading: str = "", caption: str = "") -> Plot:
     """Write a figure as PNG."""
+    write_bytes(path, _png(figure))
+    return Plot(path, heading, caption)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
-    return Plot(path, heading, caption)
+    return buffer.getvalue()

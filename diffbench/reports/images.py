@@ -16,7 +16,7 @@ from diffbench.core.store import DamagedError, Store
 from diffbench.metrics.base import evenly_spaced
 from diffbench.reports.attention import AttentionConfig, attention, attention_figure
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.figures import INK, Plot, new_figure, plain, save
+from diffbench.reports.figures import INK, Plot, name_row, new_figure, plain, save
 from diffbench.reports.results import Trial
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load
@@ -50,9 +50,7 @@ def sample_grid(c: Conclusion, path: Path) -> Plot | None:
     panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for panel, (name, images) in zip(panels, rows.items(), strict=True):
         panel.imshow(grid(images, columns=len(images)), interpolation="nearest")
-        panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
-        panel.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=9, color=INK)
+        name_row(panel, plain(name))
     if classes:
         width = shape[3] + 4  # of an image with its border
         middles = {name: width * (classes.index(name) + classes.count(name) / 2) for name in classes}
@@ -85,10 +83,7 @@ def nearest_images(c: Conclusion, path: Path) -> Plot | None:
     for panel, name in zip(panels, shown, strict=True):
         judged, image = found[name]
         panel.imshow(image)
-        panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
-        text = f"{plain(name)}\n{judged['flagged']} of {judged['count']:,}\nflagged"
-        panel.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, color=INK)
+        name_row(panel, f"{plain(name)}\n{judged['flagged']} of {judged['count']:,}\nflagged", 8)
     thresholds = dict.fromkeys(f"{judged['threshold']:.2f}" for judged, _ in (found[v] for v in shown))
     caption = (
         "For each variant, of the seed with most copies, the samples most like copies (above; asked-for class and"

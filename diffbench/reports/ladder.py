@@ -1,17 +1,41 @@
-"""A study over several budgets: tables of means, fits, crossings and rank correlations, and measures against budget."""
+"""A study over several budgets: error = a + b C^-c, where variants cross, and whether budgets rank them alike.
 
+Intervals are of 95% from resampled seeds, whole runs at a time, since the rungs of a run share its weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
 
+from diffbench.core import rng
 from diffbench.metrics.registry import metric_of
-from diffbench.reports import scaling
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.figures import Plot, Style, label, legend, log_scale, new_figure, plain, save
-from diffbench.reports.statistics import Array, summary
+from diffbench.reports.figures import (
+    Plot,
+    Style,
+    axis_label,
+    label,
+    legend,
+    log_scale,
+    mean_line,
+    new_figure,
+    plain,
+    save,
+)
+from diffbench.reports.statistics import LEAST, Array, Estimate, by_column, middle
 from diffbench.reports.text import Rows, mean_text
 
+T = TypeVar("T")
+RESAMPLES = 200
+EXPONENTS = np.geomspace(0.01, 5, 1000)
+"""The exponents c that are tried."""
+LEAST_RUNGS = 4
+"""Rungs from which on three parameters are fitted."""
 AXES = {"flops": "training FLOPs", "images": "training images", "seconds": "seconds of training"}
 
 
@@ -49,7 +73,7 @@ def tables(c: Conclusion) -> dict[str, Rows]:
         ]
         made[f"{title[0].upper()}{title[1:]}"] = rows
     made["Fits"] = _fits(c)
-    made["Where variants cross"] = _crossings(c)
+    made["Where variants cross"] = _crossing_rows(c)
     made["Kendall's tau between budgets"] = _tau({b: (rung, c.name) for b, rung in c.rungs.items()})
     made["Kendall's tau between measures at the last budget"] = _tau({n: (c, n) for n in measures(c)})
     return {heading: rows for heading, rows in made.items() if rows}
@@ -60,21 +84,21 @@ def _fits(c: Conclusion) -> Rows:
     for name in measures(c):
         for variant in c.variants:
             values, at = grid(c, variant, name), budgets(c, variant)
-            found = None if values is None or at is None else scaling.fit(at, values)
+            found = None if values is None or at is None else fit(at, values)
             if found is not None and metric_of(name).lower_is_better:
                 parts = {"a": found.a.text(), "b": found.b.text(), "c": found.c.text()}
                 rows.append({"fit": f"{variant}, {metric_of(name).title}", **parts})
     return rows
 
 
-def _crossings(c: Conclusion) -> Rows:
+def _crossing_rows(c: Conclusion) -> Rows:
     rows: Rows = []
     for name in measures(c):
         for a, b in combinations(c.variants, 2):
             first, second, at = grid(c, a, name), grid(c, b, name), budgets(c, a)
             if first is None or second is None or at is None or first.shape != second.shape:
                 continue
-            for zero in scaling.crossings(at, first, second):
+            for zero in crossings(at, first, second):
                 rows.append({"pair": f"{a}, {b}", "metric": metric_of(name).title, "FLOPs": zero.text("{:.2g}".format)})
     return rows
 
@@ -88,7 +112,7 @@ def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
         return []
     signs = [1 if metric_of(name).lower_is_better else -1 for _, name in columns.values()]
     values = [[[sign * of[v][s] for v in shared] for sign, of in zip(signs, seeds, strict=True)] for s in kept]
-    found = scaling.kendall(np.array(values))
+    found = kendall(np.array(values))
     return [
         {"": a, **{b: "1" if a == b else tau.text("{:.2f}".format) for b, tau in zip(columns, row, strict=True)}}
         for a, row in zip(columns, found, strict=True)
@@ -110,20 +134,121 @@ def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | No
                 x, values = budgets(c, variant, what), grid(c, variant, name)
                 if x is None or values is None:
                     continue
-                look, each = style[variant], [summary(column.tolist()) for column in values.T]
-                mean, half = np.array([s.mean for s in each]), np.array([s.half or 0.0 for s in each])
-                panel.plot(x, mean, look.marker, color=look.colour, markersize=5)
-                panel.fill_between(x, mean - half, mean + half, color=look.colour, alpha=0.16, linewidth=0)
-                found = scaling.fit(x, values) if metric_of(name).lower_is_better else None
+                look = style[variant]
+                mean = mean_line(
+                    panel, look, x, by_column(values), None, linestyle="", marker=look.marker, markersize=5
+                )
+                found = fit(x, values) if metric_of(name).lower_is_better else None
                 line = np.geomspace(x[0], x[-1], 50) if found else x
                 y = found.at(line / x[-1]) if found else mean
                 panel.plot(line, y, look.dash, color=look.colour, linewidth=1.5, label=plain(variant))
             log_scale(panel, "x")
-            facts = ", ".join(t for t in (metric_of(name).better(), metric_of(name).unit) if t)
-            label(panel, AXES[what], f"{metric_of(name).title} ({facts})" if panel is row[0] else "")
+            label(panel, AXES[what], axis_label(name) if panel is row[0] else "")
     legend(figure, panels[0][0])
     caption = (
         "Points are means over seeds at each budget, bands their 95% intervals, lines the fitted a + b C^-c, or"
-        f" straight from point to point below {scaling.LEAST_RUNGS} budgets."
+        f" straight from point to point below {LEAST_RUNGS} budgets."
     )
     return save(figure, path, "Which variant is better at which budget", caption)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """error = a + b (C / C_last)^-c: a is what no budget removes, b what the last rung leaves above it."""
+
+    a: Estimate
+    b: Estimate
+    c: Estimate
+
+    def at(self, share: Array) -> Array:
+        """The error at budgets given as shares of the last rung's."""
+        return np.asarray(self.a.value + self.b.value * share**-self.c.value)
+
+
+def fit(budgets: Array, values: Array) -> Fit | None:
+    """Fit a power law with an offset to the mean over seeds, each rung weighted by its relative error.
+
+    Args:
+        budgets: (rungs,) rising.
+        values: (seeds, rungs) errors.
+    """
+    if len(budgets) < LEAST_RUNGS:
+        return None
+    share = budgets / budgets[-1]
+    means = np.stack([values.mean(0), *_resampled(values, lambda rows: rows.mean(0))])
+    found = _parameters(share, means)
+    a, b, c = (Estimate(float(column[0]), middle(column[1:]) if len(column) > 1 else None) for column in found.T)
+    return Fit(a, b, c)
+
+
+def _parameters(share: Array, means: Array) -> Array:
+    """(fits, 3): a, b and c of least squares for each row of means (fits, rungs): linear in a and b for each c."""
+    u = share ** -EXPONENTS[:, None]  # (exponents, rungs)
+    y, w = means[:, None], 1 / means[:, None] ** 2
+    total, su, sy = w.sum(-1), (w * u).sum(-1), (w * y).sum(-1)
+    suu, suy = (w * u * u).sum(-1), (w * u * y).sum(-1)
+    b = (total * suy - su * sy) / (total * suu - su**2)
+    b = np.where(b * su > sy, suy / suu, b.clip(min=0))  # neither is negative
+    a = ((sy - b * su) / total).clip(min=0)
+    best = (w * (y - a[..., None] - b[..., None] * u) ** 2).sum(-1).argmin(1)
+    rows = np.arange(len(means))
+    return np.stack([a[rows, best], b[rows, best], EXPONENTS[best]], axis=1)
+
+
+def crossings(budgets: Array, first: Array, second: Array) -> list[Estimate]:
+    """Budgets at which the sign of first minus second changes, by straight lines over log C.
+
+    The interval of each is of the crossings nearest to it in resamples of the seeds, of which most must have one.
+
+    Args:
+        budgets: (rungs,) rising.
+        first, second: (seeds, rungs) of two variants, paired by seed.
+    """
+    difference = first - second
+    found = _zeros(budgets, difference.mean(0))
+    drawn = _resampled(difference, lambda rows: _zeros(budgets, rows.mean(0)))
+    estimates = []
+    for zero in found:
+        near = [min(zeros, key=lambda z: abs(np.log(z / zero))) for zeros in drawn if zeros]
+        estimates.append(Estimate(zero, middle(near) if 2 * len(near) > RESAMPLES else None))
+    return estimates
+
+
+def _zeros(budgets: Array, difference: Array) -> list[float]:
+    log, zeros = np.log(budgets), []
+    for i in range(len(log) - 1):
+        low, high = difference[i], difference[i + 1]
+        if low * high < 0:
+            zeros.append(float(np.exp(log[i] + (log[i + 1] - log[i]) * low / (low - high))))
+    return zeros
+
+
+def _resampled(values: Array, of: Callable[[Array], T]) -> list[T]:
+    """A function of seeds (rows) drawn with replacement, the same draws each time; nothing of fewer than three."""
+    n = len(values)
+    if n < LEAST:
+        return []
+    drawn = rng.uniform(rng.key("rungs", n), torch.arange(RESAMPLES * n)) * n
+    return [of(values[rows]) for rows in drawn.long().numpy().reshape(RESAMPLES, n)]
+
+
+def kendall(values: Array) -> list[list[Estimate]]:
+    """Kendall's tau-b between the rankings of variants in each pair of columns, by the means over seeds.
+
+    Args:
+        values: (seeds, columns, variants), paired by seed.
+    """
+    found = _tau_b(values.mean(0))
+    drawn = np.array(_resampled(values, lambda rows: _tau_b(rows.mean(0))))
+    return [
+        [Estimate(float(tau), middle(drawn[:, i, j]) if len(drawn) else None) for j, tau in enumerate(row)]
+        for i, row in enumerate(found)
+    ]
+
+
+def _tau_b(columns: Array) -> Array:
+    """(columns, columns) of (columns, variants)."""
+    signs = np.sign(columns[:, :, None] - columns[:, None])
+    products = np.einsum("aij,bij->ab", signs, signs)
+    norms = np.sqrt(products.diagonal().clip(min=1))  # 0 where all variants are equal
+    return np.asarray(products / (norms[:, None] * norms))

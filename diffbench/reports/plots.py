@@ -1,6 +1,5 @@
 """The plots of a report: the answer, quality against each budget, noise levels, sweeps of sampling, images."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,11 @@ from diffbench.reports.figures import (
     INK,
     Plot,
     Style,
+    axis_label,
     label,
     legend,
     log_scale,
+    mean_line,
     new_figure,
     plain,
     save,
@@ -27,8 +28,8 @@ from diffbench.reports.images import attention_maps, nearest_images, sample_grid
 from diffbench.reports.ladder import ladder_plot
 from diffbench.reports.pairs import PairedTest
 from diffbench.reports.results import Trial, network_key
-from diffbench.reports.series import Sweep, band, curve, networks, noise_levels, sweeps
-from diffbench.reports.statistics import LEAST
+from diffbench.reports.series import Sweep, curve, networks, noise_levels, sweeps
+from diffbench.reports.statistics import LEAST, by_column
 from diffbench.reports.tables import floors
 from diffbench.reports.tuning import tuning_plot
 
@@ -91,7 +92,7 @@ def answer(c: Conclusion, style: dict[str, Style], path: Path) -> Plot:
         left.annotate("real images", (real, -0.55), fontsize=8, color=FAINT, ha="left", va="center")
     left.set_yticks(range(len(shown)), [plain(name) for name in shown])
     left.set_ylim(len(shown) - 0.4, -0.75)
-    label(left, _axis(c.name))
+    label(left, axis_label(c.name))
     right.axvline(0, color=INK, linewidth=1)
     label(right, f"difference from {base if len(base) < 24 else f'{base[:22]}…'}, by seed")
     right.tick_params(left=False)
@@ -131,14 +132,14 @@ def budget_plot(
                 panel.fill_between(*ends, color=style[variant].colour, alpha=0.13, linewidth=0, zorder=0)
             x = getattr(found, key)
             if x is not None:
-                mean, *_ = _line(panel, style[variant], x, found.values, variant)
+                mean = mean_line(panel, style[variant], x, by_column(found.values), variant, linewidth=1.8)
                 panel.plot(x[-1], mean[-1], style[variant].marker, color=style[variant].colour, markersize=5)
-        label(panel, axes[key], _axis(name) if panel is panels[0] else "")
+        label(panel, axes[key], axis_label(name) if panel is panels[0] else "")
         panel.set_xlim(left=0)
         short_numbers(panel)
     if all((found.values > 0).all() for found in curves.values()):
         lowest = min(found.values.min() for found in curves.values())
-        highest = max(band(found.values)[0][0] for found in curves.values())
+        highest = max(found.values[:, 0].mean() for found in curves.values())
         panels[0].set_yscale("log")
         panels[0].set_ylim(0.96 * lowest, 1.04 * highest)
         log_scale(panels[0])
@@ -175,17 +176,21 @@ def level_plot(
     compared = [found[base]] if base else list(found.values())
     shared = set.intersection(*(set(rows) for rows in compared))
     reference = {seed: np.mean([rows[seed] for rows in compared], axis=0) for seed in shared}
+
+    def marked_line(panel: Axes, name: str, values: np.ndarray) -> None:
+        mean_line(panel, style[name], at, by_column(values), name, marker=style[name].marker, markersize=5)
+
     for name, rows in found.items():
-        _line(panels[0], style[name], at, np.array(list(rows.values())), name, markers=True)
+        marked_line(panels[0], name, np.array(list(rows.values())))
         seen = noise_levels(trained[name], "train")[1]
         if seen:
             panels[0].plot(at, np.mean(list(seen.values()), axis=0), ":", color=style[name].colour, linewidth=1.2)
             gaps = np.array([100 * (rows[s] / seen[s] - 1) for s in rows.keys() & seen.keys()])
-            _line(panels[-1], style[name], at, gaps, name, markers=True)
+            marked_line(panels[-1], name, gaps)
         seeds = sorted(rows.keys() & reference.keys())
         if not alone and seeds:
             percent = np.array([100 * (rows[s] / reference[s] - 1) for s in seeds])
-            _line(panels[1], style[name], at, percent, name, markers=True)
+            marked_line(panels[1], name, percent)
     where = "log-SNR (left: noise, right: image)"
     label(panels[0], where, "squared error of eps")
     panels[0].set_ylim(bottom=0)
@@ -204,22 +209,6 @@ def level_plot(
     return save(figure, path, "Error by noise level" if alone else "Where it is better", caption)
 
 
-def _line(
-    axis: Axes,
-    style: Style,
-    x: Sequence[float] | np.ndarray,
-    values: np.ndarray,
-    name: str,
-    markers: bool = False,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A line with its band over seeds (seeds, points); returns both."""
-    mean, low, high = found = band(values)
-    marker = {"marker": style.marker, "markersize": 5} if markers else {"linewidth": 1.8}
-    axis.plot(x, mean, style.dash, color=style.colour, label=plain(name), **marker)
-    axis.fill_between(x, low, high, color=style.colour, alpha=0.16, linewidth=0)
-    return found
-
-
 def sweep_plot(c: Conclusion, sweep: Sweep, path: Path) -> Plot:
     """Scores against a key: a panel a metric, a line for each network or sampler, or for each value of other axes."""
     chosen = dict(list(sweep.lines.items())[:MOST_LINES])
@@ -232,11 +221,8 @@ def sweep_plot(c: Conclusion, sweep: Sweep, path: Path) -> Plot:
             kept = [(at, c.summaries[v][name]) for at, v in places if name in c.summaries[v]]
             if not kept:
                 continue
-            x, mean = np.array([at for at, _ in kept]), unit * np.array([s.mean for _, s in kept])
-            half = unit * np.array([s.half or 0.0 for _, s in kept])
-            look = style[line]
-            panel.plot(x, mean, look.dash, color=look.colour, marker=look.marker, markersize=5, label=plain(line))
-            panel.fill_between(x, mean - half, mean + half, color=look.colour, alpha=0.16, linewidth=0)
+            x, found, look = [at for at, _ in kept], [s for _, s in kept], style[line]
+            mean_line(panel, look, x, found, line, unit, marker=look.marker, markersize=5)
         real = floors(c).get(name)
         if real is not None:
             panel.axhline(unit * real, color=FAINT, linestyle=":", linewidth=1.2)
@@ -246,16 +232,10 @@ def sweep_plot(c: Conclusion, sweep: Sweep, path: Path) -> Plot:
         if len(ticks) < len(COLOURS):
             panel.set_xticks(ticks, [f"{at:g}" for at in ticks])
             panel.minorticks_off()
-        label(panel, sweep.label, _axis(name, "%" if unit == 100 else ""))
+        label(panel, sweep.label, axis_label(name, "%" if unit == 100 else ""))
     legend(figure, panels[0])
     folded = "" if len(chosen) == len(sweep.lines) else f" {len(chosen)} of {len(sweep.lines)} lines are drawn."
     runs = [{network_key(c.variants[v]) for _, v in places} for places in chosen.values()]
     same = "Scores of samples of the same trained runs. " if all(len(keys) == 1 for keys in runs) else ""
     caption = f"{same}Bands are 95% intervals over seeds; dotted: real images.{folded}"
     return save(figure, path, sweep.title, caption)
-
-
-def _axis(name: str, unit: str = "") -> str:
-    """The label of an axis: the metric's title, its better direction and the unit."""
-    facts = ", ".join(text for text in (metric_of(name).better(), unit or metric_of(name).unit) if text)
-    return f"{metric_of(name).title} ({facts})" if facts else metric_of(name).title

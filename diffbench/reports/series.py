@@ -10,7 +10,6 @@ import numpy as np
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.results import Trial, levels_of, network_key
-from diffbench.reports.statistics import summary
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,6 @@ def curve(trials: Sequence[Trial], name: str) -> Curve | None:
         np.mean(times, axis=0) if times else None,
         np.array([[values[i] for i in shared] for _, values in logged]),
     )
-
-
-def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and 95% interval over seeds (seeds, points) at each point; of fewer than three seeds the mean alone."""
-    found = [summary(column.tolist()) for column in values.T]
-    mean = np.array([s.mean for s in found])
-    half = np.array([s.half or 0.0 for s in found])
-    return mean, mean - half, mean + half
 
 
 def noise_levels(trials: Sequence[Trial], part: str = "val") -> tuple[list[float], dict[int, np.ndarray]]:

@@ -4,7 +4,8 @@ smallest difference that would have been found.
 Never a minimum over seeds, and no bootstrap of a Fréchet distance: duplicates among resampled images bias it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -42,12 +43,30 @@ class Summary:
     half: float | None
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval, None where there are too few seeds."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+    def text(self, form: Callable[[float], str] = "{:.4g}".format) -> str:
+        """The value with its interval: 0.51 [0.42, 0.60]."""
+        ends = "" if self.interval is None else f" [{', '.join(map(form, self.interval))}]"
+        return (form(self.value) + ends).replace("e+", "e")
+
+
 def summary(values: Sequence[float]) -> Summary:
     """Mean, standard deviation and interval of at least one value."""
     x = np.asarray(values, dtype=np.float64)
     sd = float(x.std(ddof=1)) if len(x) > 1 else None
     half = None if sd is None or len(x) < LEAST else _quantile(ALPHA, len(x)) * sd / len(x) ** 0.5
     return Summary(len(x), float(x.mean()), sd, half)
+
+
+def by_column(values: Array) -> list[Summary]:
+    """The summary of each column of (seeds, points)."""
+    return [summary(column.tolist()) for column in values.T]
 
 
 def _quantile(alpha: float, n: int) -> float:
@@ -212,5 +231,23 @@ def bootstrap(values: Sequence[float] | Array, what: str, resamples: int = 2000)
         positions = torch.arange(int(rows[0]) * len(x), (int(rows[-1]) + 1) * len(x))
         drawn = (rng.uniform(key, positions) * len(x)).long().numpy()
         means.append(x[drawn].reshape(len(rows), len(x)).mean(1))
-    low, high = np.quantile(np.concatenate(means), [ALPHA / 2, 1 - ALPHA / 2])
+    return middle(np.concatenate(means))
+
+
+def middle(values: Sequence[float] | Array) -> tuple[float, float]:
+    """Where the middle 95% of resampled values lie."""
+    low, high = np.quantile(values, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)
+
+
+def twin_tolerance(groups: Iterable[Sequence[float]]) -> float | None:
+    """How far two values of one group lie apart in 95% of cases, by Student's t over the pooled standard deviation.
+
+    None where no group has two values.
+    """
+    parts = [x for x in groups if len(x) > 1]
+    degrees = sum(len(x) - 1 for x in parts)
+    if not degrees:
+        return None
+    sd = math.sqrt(sum((len(x) - 1) * float(np.var(x, ddof=1)) for x in parts) / degrees)
+    return float(special.stdtrit(degrees, 1 - ALPHA / 2)) * math.sqrt(2) * sd

@@ -15,8 +15,7 @@ from diffbench.evaluation.records import values as scores_of
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.results import Trial
-from diffbench.reports.scaling import Estimate
-from diffbench.reports.statistics import ALPHA, LEAST, Array
+from diffbench.reports.statistics import ALPHA, LEAST, Array, Estimate
 from diffbench.reports.text import number
 
 PUBLISHED_RATIO = 3.2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from made_runs import backbones, record
 
-from diffbench.reports import ladder, scaling
+from diffbench.reports import ladder
 from diffbench.reports.conclusions import conclude, holds_at
 from diffbench.reports.html import write
 from diffbench.reports.results import Comparison, Trial
@@ -18,36 +18,36 @@ BUDGETS = np.array([1e10, 3e10, 1e11, 3e11, 1e12])
 def test_a_fit_finds_the_law_with_an_interval_around_it() -> None:
     noise = np.random.default_rng(0).normal(1, 0.003, (5, 1))
     values = noise * (0.5 + 0.2 * (BUDGETS / 1e12) ** -0.4)
-    found = scaling.fit(BUDGETS, values)
+    found = ladder.fit(BUDGETS, values)
     assert found is not None
     for estimate, true in ((found.a, 0.5), (found.b, 0.2), (found.c, 0.4)):
         assert estimate.value == pytest.approx(true, rel=0.01)
         assert estimate.interval is not None and estimate.interval[0] <= true * 1.002
         assert estimate.interval[1] >= true * 0.998
     assert found.at(np.array([0.01])) == pytest.approx(values.mean(0)[:1], rel=1e-3)
-    assert scaling.fit(BUDGETS[:3], values[:, :3]) is None
-    two = scaling.fit(BUDGETS, values[:2])
+    assert ladder.fit(BUDGETS[:3], values[:, :3]) is None
+    two = ladder.fit(BUDGETS, values[:2])
     assert two is not None and two.a.interval is None
 
 
 def test_crossings_lie_where_the_difference_changes_sign() -> None:
     first = np.log(BUDGETS / 1e11)[None] + np.linspace(-0.2, 0.2, 5)[:, None] + 0.1  # zero at 1e11 exp(-shift)
-    (found,) = scaling.crossings(BUDGETS, first, np.zeros_like(first))
+    (found,) = ladder.crossings(BUDGETS, first, np.zeros_like(first))
     assert found.value == pytest.approx(1e11 * np.exp(-0.1), rel=1e-6)
     assert found.interval is not None
     assert 1e11 * np.exp(-0.3) < found.interval[0] < found.value < found.interval[1] < 1e11 * np.exp(0.1)
-    assert scaling.crossings(BUDGETS, first + 10, np.zeros_like(first)) == []
+    assert ladder.crossings(BUDGETS, first + 10, np.zeros_like(first)) == []
 
 
 def test_ranks_are_as_sure_as_the_seeds_that_they_come_from() -> None:
     ranks = np.array([[1, 2, 3, 4], [1, 2, 4, 3], [4, 3, 2, 1], [1, 1, 2, 2]])  # columns x variants
-    (row, *_) = scaling.kendall(ranks[None])
+    (row, *_) = ladder.kendall(ranks[None])
     assert [tau.value for tau in row] == pytest.approx([1, 2 / 3, -1, 4 / np.sqrt(24)])
     assert row[0].interval is None
     noise = np.random.default_rng(0).normal(size=(6, 4, 4))
-    (row, *_) = scaling.kendall(ranks + 0.01 * noise)
+    (row, *_) = ladder.kendall(ranks + 0.01 * noise)
     assert row[1].interval == pytest.approx((2 / 3, 2 / 3))
-    (row, *_) = scaling.kendall(ranks + 3 * noise)
+    (row, *_) = ladder.kendall(ranks + 3 * noise)
     assert row[1].interval is not None and row[1].interval[0] < row[1].interval[1] - 0.3
 
 
