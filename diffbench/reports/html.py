@@ -16,7 +16,7 @@ from diffbench.reports.pairs import PairedTest
 from diffbench.reports.plots import draw
 from diffbench.reports.record import embed
 from diffbench.reports.results import Comparison
-from diffbench.reports.text import Rows, counted, percent, transposed
+from diffbench.reports.text import counted, percent, title_and_unit, transposed
 
 MOST_OPEN = 15
 """Rows beyond which a table is folded away."""
@@ -46,6 +46,7 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    rows = tables.quality(c)
     environment.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     return environment.get_template("report.html.j2").render(
         c=c,
@@ -53,7 +54,7 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         verdict=tables.VERDICTS[c.outcome],
         seeds=sorted({t.seed for t in c.trials}),
         tables=tables,
-        quality=_quality(c),
+        quality=rows if len(c.variants) > tables.WIDEST else transposed(rows, "metric"),
         agreement=tables.agreement(c),
         points=tables.points(c),
         hyperparameters=tables.hyperparameters(c),
@@ -61,7 +62,7 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         variance=variance.table(c),
         published_ratio=variance.PUBLISHED_RATIO,
         ladder=ladder.tables(c),
-        titles={name: title for name in c.metrics if (title := _title(name)) != name},
+        titles={name: title for name in c.metrics if (title := title_and_unit(name)) != name},
         best=c.ranked()[:1] if c.outcome in ("winner", "disputed") else [],
         decided=[f"{x.first} - {x.second}" for x in c.tests if x.winner],
         confidence=_confidence(c.tests),
@@ -71,18 +72,6 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         counted=counted,
         most_open=MOST_OPEN,
     )
-
-
-def _title(name: str) -> str:
-    """The title of a metric, with its unit."""
-    metric = metric_of(name)
-    return f"{metric.title}, {metric.unit}" if metric.unit else metric.title
-
-
-def _quality(c: Conclusion) -> Rows:
-    """A row a variant where there are many, else a column."""
-    rows = tables.quality(c)
-    return rows if len(c.variants) > tables.WIDEST else transposed(rows, "metric")
 
 
 def _confidence(tests: Sequence[PairedTest]) -> str:

@@ -1,6 +1,5 @@
 """Images in a report: samples of every variant from the same noise, and attention over time."""
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -34,18 +33,16 @@ def sample_grid(c: Conclusion, path: Path) -> Plot | None:
         return None
     seed = Counter(_seed(t) for t in drawn).most_common(1)[0][0]
     rank = {variant: i for i, variant in enumerate(c.ranked())}
-    rows: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, list[str]]] = {}
     for trial in sorted(drawn, key=lambda t: rank.get(t.variant, len(rank))):
-        if len(rows) < MOST_ROWS and trial.variant not in rows and _seed(trial) == seed:
-            images = _samples(trial)
-            if images is not None:
-                rows[trial.variant] = images
-    if not rows:
+        wanted = len(found) < MOST_ROWS and trial.variant not in found and _seed(trial) == seed
+        if wanted and (samples := _samples(trial)) is not None:
+            found[trial.variant] = samples
+    if not found:
         return None
-    (shape, _), *_ = Counter(images.shape for images in rows.values()).most_common(1)
-    rows = {name: images for name, images in rows.items() if images.shape == shape}
-    named = next((t for t in drawn if t.variant in rows and _seed(t) == seed), drawn[0])
-    classes = _classes(named, len(next(iter(rows.values()))))
+    shape = Counter(images.shape for images, _ in found.values()).most_common(1)[0][0]
+    rows = {name: images for name, (images, _) in found.items() if images.shape == shape}
+    classes = found[next(iter(rows))][1]
     figure = new_figure(9.6, (0.9 if classes else 0.35) + len(rows) * 8.6 / COLUMNS)
     panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for panel, (name, images) in zip(panels, rows.items(), strict=True):
@@ -112,27 +109,25 @@ def _samples_folder(trial: Trial) -> Path | None:
     return folder if folder.resolve().is_relative_to(trial.run.folder.resolve()) else None  # records come from anywhere
 
 
-def _samples(trial: Trial) -> Tensor | None:
-    """Evenly spaced samples (COLUMNS, C, H, W), read without the rest; None where they are not all there."""
-    folder = _samples_folder(trial)
-    try:
-        assert folder is not None
-        images = Store(folder).open().arrays["images"]
-        return images[evenly_spaced(len(images), min(COLUMNS, len(images)))]
-    except (OSError, DamagedError, KeyError):
-        return None
+def _samples(trial: Trial) -> tuple[Tensor, list[str]] | None:
+    """Evenly spaced samples (COLUMNS, C, H, W), read without the rest, with their classes' names; none without classes.
 
-
-def _classes(trial: Trial, count: int) -> list[str]:
-    """Names of the classes of `_samples`, column by column; none where there are no classes or they are not known."""
+    None where the samples are not all there.
+    """
     folder, run = _samples_folder(trial), trial.run
     try:
         assert folder is not None and run is not None
+        images = Store(folder).open().arrays["images"]
+        chosen = evenly_spaced(len(images), min(COLUMNS, len(images)))
+        shown = images[chosen]
+    except (OSError, DamagedError, KeyError):
+        return None
+    try:
         sizes = Store(folder).identity()["labels"]  # samples are drawn class by class
         names = [name for name, size in zip(run.facts.names, sizes, strict=True) for _ in range(size)]
-        return [names[i] for i in evenly_spaced(sum(sizes), count)]
+        return shown, [names[i] for i in evenly_spaced(sum(sizes), len(shown))]
     except (OSError, DamagedError, KeyError, TypeError, ValueError, UserError):
-        return []
+        return shown, []
 
 
 def attention_maps(networks: dict[str, list[Trial]], path: Path) -> Plot | None:
@@ -142,12 +137,12 @@ def attention_maps(networks: dict[str, list[Trial]], path: Path) -> Plot | None:
     if not runs:
         return None
     state = [[str(run.folder), run.images_seen] for run in runs]
-    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()
     kept = path.with_suffix(".json")
-    if not (kept.is_file() and json.loads(kept.read_text()).get("of") == digest):
-        drawn = _draw_attention([run.folder for run in runs], path)
-        write_text(kept, json.dumps({"of": digest, "drawn": drawn}) + "\n")
-    if not json.loads(kept.read_text())["drawn"] or not path.is_file():
+    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    if known.get("of") != state:
+        known = {"of": state, "drawn": _draw_attention([run.folder for run in runs], path)}
+        write_text(kept, json.dumps(known) + "\n")
+    if not known["drawn"] or not path.is_file():
         return None
     caption = (
         "Where the framed token of a held-out image looks, from noise (left) to image (right): red more than evenly,"

@@ -16,15 +16,11 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import digest, finite
 from diffbench.evaluation import records
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.tables import SEED_BY_SEED
-from diffbench.reports.text import Rows, number
+from diffbench.reports.text import Rows
 from diffbench.runs.base import DATA_FACTS
 
 FORMAT = 1
 _ELEMENT = '<script type="application/json" id="record">'
-
-
-# Writing.
 
 
 def embed(page: str, c: Conclusion) -> str:
@@ -91,9 +87,6 @@ def _texts(page: str) -> list[list[str]]:
     return found
 
 
-# Reading.
-
-
 def read(path: Path) -> tuple[dict[str, Any], Rows]:
     """The record of a page, each cell with its config, and where page and record have been changed since.
 
@@ -110,17 +103,15 @@ def read(path: Path) -> tuple[dict[str, Any], Rows]:
     try:
         record = json.loads(found[-1])
         held, said = digest({k: v for k, v in record.items() if k != "sha256"}), record["sha256"]
-        shown = record["shown"]
         if record["format"] != FORMAT:
             raise UserError(f"{path}: a report of format {record['format']}; this diffbench reads {FORMAT}")
-        changes = _shown_changes(shown, _texts(page.replace(f"{_ELEMENT}{found[-1]}</script>\n", "")))
+        changes = _shown_changes(record["shown"], _texts(page.replace(f"{_ELEMENT}{found[-1]}</script>\n", "")))
         for name, cell in record["cells"].items():
             config = cell["recipe"]["config"]
             cell["recipe"]["config"] = record["configs"][config["number"]] | {"seed": config["seed"]}
             own = cell.pop("sha256")
             if (now := digest(cell)) != own:
                 changes.append(_change(f"record of {name}: hash", own[:16], now[:16]))
-            changes += _cell_changes(name, cell, shown)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path}: its record cannot be read ({e!r}); get the report again") from None
     if held != said and not changes:
@@ -137,19 +128,6 @@ def _shown_changes(before: list[list[str]], now: list[list[str]]) -> Rows:
             place = ", ".join(filter(None, (was or found)[:3])) or "top"
             changes.append(_change(f"page: {place}", was[3] if was else "-", found[3] if found else "-"))
     return changes
-
-
-def _cell_changes(name: str, cell: dict[str, Any], shown: list[list[str]]) -> Rows:
-    """Where the table of single seeds shows another value than the record of a cell holds."""
-    values = list(cell["values"].values())[-1]
-    texts = {key: "-" if value is None else number(value, key) for key, value in values.items()}
-    here = {
-        column.rpartition(" ")[2]: text
-        for heading, row, column, text in shown
-        if [heading, row] == [SEED_BY_SEED, name]
-    }
-    differing = (key for key in texts if here.get(key, texts[key]) != texts[key])
-    return [_change(f"page: {SEED_BY_SEED}, {name}, {key}", texts[key], here[key]) for key in differing]
 
 
 def _change(where: str, recorded: str, found: str) -> dict[str, str]:

@@ -26,8 +26,6 @@ VERDICTS = {
     "partly": "Partly decided",
     "not decided": "Not decided",
 }
-SEED_BY_SEED = "Seed by seed"
-"""Heading of the table of single results in the page."""
 IDENTITY = ("seed", "tag", "runs_dir", "format", "kind", "debug")
 """Keys of the config that do not make two runs different variants."""
 

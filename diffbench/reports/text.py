@@ -44,6 +44,12 @@ def mean_text(found: Summary, name: str) -> str:
     return f"{' ± '.join(parts)}{unit}"
 
 
+def title_and_unit(name: str) -> str:
+    """A metric in words: "validation bound, nats/dim"."""
+    metric = metric_of(name)
+    return ", ".join(text for text in (metric.title, metric.unit) if text)
+
+
 def interval_text(pair: Paired, name: str) -> str:
     """The interval of a difference, "-0.0071 to -0.0045"; in words where there is none."""
     if pair.interval is None:

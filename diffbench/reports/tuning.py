@@ -9,7 +9,7 @@ from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.figures import Plot, label, legend, log_scale, new_figure, plain, save, styles
 from diffbench.reports.results import TriedPoint, best_of
-from diffbench.reports.text import Rows, number
+from diffbench.reports.text import Rows, number, title_and_unit
 
 
 def _groups(c: Conclusion) -> dict[tuple[str, tuple[str, ...]], dict[str, list[TriedPoint]]]:
@@ -62,7 +62,7 @@ def tuning_plot(c: Conclusion, path: Path) -> Plot | None:
                 where = float(best.values[key]), best.value
                 panel.plot(*where, look.marker, color=look.colour, markersize=9, markeredgecolor="black")
         log_scale(panel, "x")
-        label(panel, key, ", ".join(t for t in (metric_of(name).title, metric_of(name).unit) if t))
+        label(panel, key, title_and_unit(name))
     legend(figure, panels[0])
     caption = "What tuning measured over its grid, which is the same for all; large marks are what it chose."
     return save(figure, path, "The grids of tuning", caption)
