@@ -2,8 +2,7 @@
 anywhere and two backbones with one seed see the same images in the same order."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -211,7 +210,7 @@ class PositionDataModule(L.LightningDataModule):
             DataLoader(
                 PositionDataset(part, self.seed, self.flip, only_index=on_device),
                 batch_sampler=self._sampler,
-                collate_fn=_as_is,
+                collate_fn=dict,
                 num_workers=self.num_workers,
                 pin_memory=torch.cuda.is_available(),
             )
@@ -283,27 +282,19 @@ class LatentDataModule(PositionDataModule):
         return self.train.scaled(mean.float() + (0.5 * log_variance.float()).exp() * noise)
 
 
-@dataclass
 class HeldOut:
     """Batches of images as validation restores them: x0, label and index; of several ranks each gets a slice."""
 
-    data: ImageSet | LatentSet
-    batch_size: int
-
-    def _slices(self) -> Sequence[Tensor]:
-        return distributed.rank_slice(len(self.data)).split(self.batch_size)
+    def __init__(self, data: ImageSet | LatentSet, batch_size: int) -> None:
+        self.data, self.slices = data, distributed.rank_slice(len(data)).split(batch_size)
 
     def __len__(self) -> int:
-        return len(self._slices())
+        return len(self.slices)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for index in self._slices():
+        for index in self.slices:
             yield {"x0": self.data.clean(index), "label": self.data.labels[index], "index": index}
 
 
 def _fits(data: ImageSet | LatentSet, device: torch.device) -> bool:
     return device.type == "cuda" and 4 * data.nbytes <= torch.cuda.mem_get_info(device)[0]
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def read(place: Place, config: ImagesConfig) -> tuple[Split, Split, list[str]]:
     test = next((s for s in others if s.labels is None or (s.count and s.labels.max() >= 0)), None)
     for split in [train] if test is None else [train, test]:
         if split.labels is not None and (split.labels < 0).any():
-            item = next(split.read([(split.labels < 0).nonzero()[0][:1]]))[0]
+            item = next(compress(split.items(), split.labels < 0))
             of_train = "" if split is train else f" that split {train.name} has"
             raise ValueError(f"data.label_column: {item.name} has no class{of_train}; mend or remove it")
     if test is None:
@@ -240,8 +240,10 @@ def _decoded(
 
     waiting: deque[tuple[Chunk, list[Future[list[Outcome]]]]] = deque()
     try:
-        found = part.read(np.arange(chunk.first, chunk.last) for chunk in chunks)
-        for chunk, items in zip(chunks, found, strict=True):
+        rows, position = iter(part.items()), 0
+        for chunk in chunks:
+            items = list(islice(rows, chunk.first - position, chunk.last - position))
+            position = chunk.last
             step = max(1, math.ceil(len(items) / (4 * threads)))
             waiting.append((chunk, [pool.submit(several, items[i : i + step]) for i in range(0, len(items), step)]))
             while len(waiting) > (chunk is not chunks[-1]):

@@ -7,12 +7,14 @@ brackets (tests/data/test_layouts.py).
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from diffbench.core import rng
 from diffbench.core.errors import suggest
@@ -38,20 +40,22 @@ class Split:
     Attributes:
         count: of its rows.
         labels: class of each row, (count,) int64, -1 for none; None where the place has no classes.
-        read: arrays of ascending row numbers -> their items, array by array.
+        items: reads all rows, in order.
         origin: which rows of which split they are, in words.
     """
 
     name: str
     count: int
     labels: np.ndarray | None
-    read: Callable[[Iterable[np.ndarray]], Iterator[list[Item]]]
+    items: Callable[[], Iterable[Item]]
     origin: str = ""
 
     def part(self, rows: np.ndarray, origin: str) -> "Split":
         """Some of the rows, in ascending order."""
+        chosen = np.zeros(self.count, bool)
+        chosen[rows] = True
         labels = None if self.labels is None else self.labels[rows]
-        return Split(self.name, len(rows), labels, lambda chunks: self.read(rows[c] for c in chunks), origin)
+        return Split(self.name, len(rows), labels, lambda: compress(self.items(), chosen), origin)
 
     @property
     def classes(self) -> np.ndarray:
@@ -72,10 +76,9 @@ def hold_out(labels: np.ndarray, count: int | None) -> np.ndarray:
         ValueError: if so many would leave a class without an image to train on.
     """
     order = rng.permutation(rng.key("held-out"), len(labels)).numpy()
-    classes, by_class = labels[order], np.argsort(labels[order], kind="stable")
+    classes = labels[order]
     sizes = np.bincount(classes)
-    place = np.empty(len(labels))
-    place[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the class
+    place = pd.Series(classes).groupby(classes).cumcount().to_numpy()  # within the class
     room = len(labels) - int(np.count_nonzero(sizes))
     if count is None:
         count = max(1, min(len(labels) // 10, LARGEST_HELD_OUT, room))
@@ -146,8 +149,8 @@ def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split],
     splits = {}
     for split, found in files.items():
         labels = np.array([number.get(name, -1) for name in given[split]] or [-1] * len(found), np.int64)
-        read = partial(_read_folder, [str(root / file) for file in found])
-        splits[split] = Split(split, len(found), labels if names else None, read)
+        paths = [str(root / file) for file in found]
+        splits[split] = Split(split, len(found), labels if names else None, partial(map, Item, paths, paths))
     return splits, names
 
 
@@ -173,8 +176,3 @@ def _classes(root: Path, files: list[str], depth: int) -> list[str]:
             f" classes choose data.path={here / folders[0]}, or set data.labels=false to train without classes"
         )
     return [parts[0] for parts in inner] if len(folders) > 1 else []
-
-
-def _read_folder(files: list[str], chunks: Iterable[np.ndarray]) -> Iterator[list[Item]]:
-    for rows in chunks:
-        yield [Item(files[row], files[row]) for row in rows]

@@ -3,7 +3,7 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,22 +113,16 @@ def _numbers(column: str, kind: Any, values: list[Any]) -> dict[Any, int]:
     return {value: i for i, value in enumerate(ordered)}
 
 
-def _read_table(
-    data: Any, column: str, split: str, base: Path | None, chunks: Iterable[np.ndarray]
-) -> Iterator[list[Item]]:
-    batches, position = data.iter(batch_size=READ_AHEAD), 0
-    batch: list[Any] = []  # rows from `position` on
-    for rows in chunks:
-        found = []
-        try:
-            for row in rows:
-                while row >= position + len(batch):
-                    position, batch = position + len(batch), next(batches)[column]
-                found.append(_item(batch[row - position], f"row {row} of split {split}", base))
-        except (ValueError, OSError, IndexError, StopIteration) as e:
-            where = f"rows {rows[0]:,} and on of split {split}"
-            raise ValueError(f"data.path: cannot read {where} ({' '.join(str(e).split())[:200]})") from None
-        yield found
+def _read_table(data: Any, column: str, split: str, base: Path | None) -> Iterator[Item]:
+    row = 0
+    try:
+        for batch in data.iter(batch_size=READ_AHEAD):
+            for value in batch[column]:
+                yield _item(value, f"row {row} of split {split}", base)
+                row += 1
+    except (ValueError, OSError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise ValueError(f"data.path: cannot read split {split} from row {row:,} on ({why})") from None
 
 
 def _item(value: Any, name: str, base: Path | None) -> Item:

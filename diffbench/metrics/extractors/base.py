@@ -166,6 +166,16 @@ def check(name: str, request: Request) -> None:
         raise ValueError(f"evaluate.extractor: {e}") from None
 
 
+def check_channels(name: str, request: Request) -> None:
+    """Check that the images are grey or in colour.
+
+    Raises:
+        ValueError: if they are neither.
+    """
+    if request.shape[0] not in (1, 3):
+        raise ValueError(f"{name} reads grey or RGB images, got {request.shape[0]} channels")
+
+
 def extractor(name: str, request: Request) -> Extractor:
     """Make the extractor of a name.
 

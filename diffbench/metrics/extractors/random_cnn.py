@@ -38,13 +38,3 @@ def build(request: Request) -> Extractor:
         licence="none: random numbers",
         prepare=prepare,
     )
-
-
-def check(request: Request) -> None:
-    """Check that the images are grey or in colour.
-
-    Raises:
-        ValueError: if they are neither.
-    """
-    if request.shape[0] not in (1, 3):
-        raise ValueError(f"random-cnn reads grey or RGB images, got {request.shape[0]} channels")
