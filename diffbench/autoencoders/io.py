@@ -95,11 +95,7 @@ def read_notes(folder: Path) -> dict[str, str]:
 
 
 def read_config(folder: Path) -> KLConfig:
-    """The sizes that a folder's config.json states; what it leaves out takes diffusers' defaults.
-
-    Raises:
-        ValueError: in one line, for a file that is missing, or that describes another network.
-    """
+    """The sizes that a folder's config.json states; what it leaves out takes diffusers' defaults."""
     path = folder / CONFIG
     try:
         values: dict[str, Any] = dict(json.loads(path.read_text()))

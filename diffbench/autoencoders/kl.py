@@ -58,11 +58,7 @@ class KLConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The latents' (c, h, w) for images of (C, H, W).
-
-        Raises:
-            ValueError: for other channels, or sides that `factor` does not divide.
-        """
+        """The latents' (c, h, w) for images of (C, H, W); ValueError where these do not fit."""
         channels, *sides = shape
         if channels != self.in_channels or len(sides) != 2 or any(side % self.factor for side in sides):
             wanted = f"{self.in_channels} channels and sides divisible by {self.factor}"

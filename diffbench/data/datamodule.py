@@ -28,8 +28,6 @@ class PositionSampler(Sampler[list[int]]):
         batch_size: images of an optimizer step, over all ranks and micro-batches.
         accumulate: micro-batches in a step, on each rank.
         start: first position of the next iteration.
-        rank: this process.
-        world: number of processes.
         steps: optimizer steps in an iteration; None for endless ones.
     """
 
@@ -84,8 +82,6 @@ class PositionDataset(Dataset[dict[str, Any]]):
     """Fetches batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
 
     Args:
-        data: what batches are made of.
-        seed: of the order.
         flip: whether batches say which images are to be mirrored, half of them, drawn anew each epoch.
         only_index: whether batches hold image numbers alone, for a set that is on the device already.
     """

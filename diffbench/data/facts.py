@@ -25,7 +25,6 @@ class DataFacts:
     """What a network must know of its images, and what identifies them.
 
     Attributes:
-        name: of the data set.
         shape: (C, H, W) of an image.
         num_classes: 0 for images without labels.
         class_names: by label; empty where the classes have no names.
@@ -56,11 +55,7 @@ class DataFacts:
 
     @classmethod
     def read(cls, path: Path) -> "DataFacts":
-        """The facts that `write` wrote.
-
-        Raises:
-            UserError: if the file is damaged.
-        """
+        """The facts that `write` wrote; a damaged file is a UserError."""
         try:
             values = json.loads(path.read_text())
             channels, height, width = (int(n) for n in values.pop("shape"))
@@ -92,7 +87,6 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
         n: how many samples; None for one each.
         labels: a class or a list of them, by name, or by number where no name is another number; a tensor holds
             numbers, or weights over the network's label table (N, labels), which are returned as they are.
-        facts: of the data set that has the classes.
 
     Raises:
         ValueError: if there is no such class, or the counts disagree.

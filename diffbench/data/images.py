@@ -96,11 +96,7 @@ def _images(values: str, cache: str, folder: str, stamp: str) -> tuple[ImageSet,
 
 
 def read(place: Place, config: ImagesConfig) -> tuple[Split, Split, list[str]]:
-    """The training part, the held-out part, and the names of the classes (none for images without labels).
-
-    Raises:
-        ValueError: one line that begins with the key, where the layout is unknown or ambiguous.
-    """
+    """The training part, the held-out part, and the names of the classes (none for images without labels)."""
     from diffbench.data.tables import table_splits  # seconds to import
 
     splits, names = (folder_splits if place.kind == "folder" else table_splits)(place, config)

@@ -27,13 +27,9 @@ class LatentSet(InMemory):
     """Gaussian posteriors of N images: mean and log-variance (N, c, h, w), fp16 or fp32, possibly memory maps.
 
     Attributes:
-        labels: (N,) int64 classes.
         num_classes: 0 for images without labels.
         scale: with `shift` it brings latents to about unit variance: (z - shift) * scale.
         flipped_mean: of the mirrored images, where they were encoded too.
-        flipped_log_variance: likewise.
-        name: of the data set.
-        class_names: by label, or none.
     """
 
     FIELDS = {n: n for n in ("mean", "log_variance", "flipped_mean", "flipped_log_variance")}  # noqa: RUF012
@@ -79,17 +75,10 @@ def encode(
     A killed command goes on where it stopped, to the same bytes for the same batch size.
 
     Args:
-        images: what to encode.
         autoencoder: in evaluation mode, on `device`.
-        folder: of these latents.
-        dtype: of the stored moments.
-        batch_size: images encoded at a time.
-        device: where to encode.
         flip: whether the mirrored images are encoded too.
         scale: see `LatentSet`; not stored, so that it may change.
-        shift: see `LatentSet`.
         rank: of this process; each encodes chunks of its own.
-        world: processes at work.
         patience: seconds without a new chunk of the other ranks after which they are taken for dead.
 
     Raises:

@@ -76,11 +76,7 @@ class ImagesConfig(PlantedConfig):
 
 
 def checked_sides(size: int | list[int] | None) -> int | list[int] | None:
-    """An image size, one number where both sides are the same.
-
-    Raises:
-        ValueError: if it is neither a positive number nor two of them.
-    """
+    """An image size, one number where both sides are the same; ValueError where it is not positive."""
     sides = [] if size is None else [size] if isinstance(size, int) else size
     if size is not None and (not 1 <= len(sides) <= 2 or min(sides) < 1):
         raise ValueError(f"data.image_size: must be a positive number, or [height, width] of such, got {size}")
@@ -201,11 +197,7 @@ class Place:
 
 
 def locate(path: str) -> Place:
-    """List what a path, a pattern of parquet files or a hub name stands for; nothing is opened.
-
-    Raises:
-        ValueError: one line that begins with data.path.
-    """
+    """What a path, a pattern of parquet files or a hub name stands for; nothing is opened."""
     local = Path(os.path.expanduser(path))
     if local.is_dir():
         try:

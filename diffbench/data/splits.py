@@ -117,11 +117,7 @@ def by_number(names: Iterable[str]) -> list[str]:
 
 
 def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], list[str]]:
-    """The splits of a folder of images, and the names of the classes.
-
-    Raises:
-        ValueError: one line that begins with the key, where it is not clear which folders are splits or classes.
-    """
+    """The splits of a folder of images, and the names of the classes; ambiguous layouts are refused."""
     root = Path(place.root)
     top: dict[str, list[str]] = {}
     for file in place.files:
@@ -155,11 +151,7 @@ def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split],
 
 
 def _classes(root: Path, files: list[str], depth: int) -> list[str]:
-    """The class of each file: its folder below the split's; none where all lie in one folder.
-
-    Raises:
-        ValueError: where it is not clear whether folders are classes.
-    """
+    """The class of each file: its folder below the split's; none where all lie in one folder."""
     inner = [file.split(os.sep)[depth:] for file in files]
     folders = by_number({parts[0] for parts in inner if len(parts) > 1})
     loose = [file for file, parts in zip(files, inner, strict=True) if len(parts) == 1]

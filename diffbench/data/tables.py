@@ -22,11 +22,7 @@ READ_AHEAD = 256
 
 
 def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], list[str]]:
-    """The splits of parquet files or a hub name, and the names of the classes.
-
-    Raises:
-        ValueError: one line that begins with the key.
-    """
+    """The splits of parquet files or a hub name, and the names of the classes."""
     data, totals = _open_tables(place, config.subset)
     train = training_split(list(data), config.split)
     features = _features(data[train])

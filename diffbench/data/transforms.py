@@ -109,11 +109,7 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Check that an image of (width, height) is safe to decode.
-
-    Raises:
-        BrokenError: if it has more pixels than Pillow takes for safe.
-    """
+    """Refuse an image of (width, height) that Pillow takes for too large to be safe, by a BrokenError."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and size[0] * size[1] > limit:
         raise BrokenError(f"{size[0]}x{size[1]} pixels, more than the {limit:,} that Pillow takes for safe")

@@ -42,7 +42,6 @@ def bands_of(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) 
 
     Args:
         runs: the lines of metrics.jsonl of each run.
-        names: metrics.
 
     Raises:
         ValueError: if there are fewer than three runs.
@@ -75,11 +74,7 @@ def write_curves(path: Path, bands: Mapping[str, Band]) -> None:
 
 
 def read_curves(path: Path) -> dict[str, Band]:
-    """The bands of a file, none if there is no file.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
+    """The bands of a file, none if there is no file; a damaged file is a UserError."""
     if not path.is_file():
         return {}
     import pandas as pd

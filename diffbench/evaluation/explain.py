@@ -72,8 +72,6 @@ class Element:
     """Another class in the mixture.
 
     Attributes:
-        label: its number.
-        name: its name.
         coefficient: of its embedding in the mixture.
         cosine: of its embedding and the class's.
         nearest: its coefficient in the least-squares mixture of embeddings (non-negative), which knows no images.
@@ -91,8 +89,6 @@ class Explanation:
     """A class as a mixture of others.
 
     Attributes:
-        label: its number.
-        name: its name.
         rows: of the label table.
         elements: the other classes, largest coefficient first.
         n: how many of them are the reconstruction.
@@ -145,9 +141,6 @@ def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, c
     Args:
         sampler: of the run, whose averaged weights are explained.
         how: how samples of the class are drawn.
-        facts: of the run's data.
-        label: the class.
-        config: the rest.
 
     Raises:
         ValueError: a line that begins with the key, where the run has no other classes or no table of labels.

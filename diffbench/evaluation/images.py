@@ -158,11 +158,7 @@ ImageSource = ImageFolder | ImageNpz
 
 
 def open_images(path: Path) -> ImageSource:
-    """Open the images of a folder or an npz file.
-
-    Raises:
-        UserError: if there are none.
-    """
+    """Open the images of a folder or an npz file."""
     if path.is_dir():
         return ImageFolder(path)
     if path.suffix == ".npz" and zipfile.is_zipfile(path):
@@ -176,21 +172,13 @@ def has_images(path: Path) -> bool:
 
 
 def refuse_to_overwrite(path: Path) -> None:
-    """Check that a file that a user named does not exist yet.
-
-    Raises:
-        UserError: if something stands there.
-    """
+    """Raise UserError if a file that a user named is there already."""
     if path.exists():
         raise UserError(f"{path}: exists already; choose another name")
 
 
 def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None] | None:
-    """Read the fits `mu`, `sigma` and perhaps `mu_s`, `sigma_s` of an npz file; None for any other file.
-
-    Raises:
-        UserError: if they do not fit together.
-    """
+    """The fits `mu`, `sigma` and perhaps `mu_s`, `sigma_s` of an npz file; None for any other file."""
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return None
     arrays = _arrays(path, ("mu", "sigma", "mu_s", "sigma_s"))

@@ -24,7 +24,7 @@ from diffbench.data.sets import ImageSet, rows
 from diffbench.metrics import EXTRACTORS, Extractor, Request
 from diffbench.metrics import extractor as build_extractor
 from diffbench.metrics.base import KEPT, Gaussian, ReferenceStatistics
-from diffbench.metrics.extractors.base import VERSION, check
+from diffbench.metrics.extractors.base import VERSION
 from diffbench.metrics.suite import reference_statistics
 
 FORMAT = 1
@@ -37,11 +37,7 @@ BALANCED = 1.25
 def run_extractor(
     config: RunConfig | AutoencoderConfig, data: ImageSet, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """Make the extractor that a run's config names, or else the one that suits its data set.
-
-    Raises:
-        ValueError: if it lacks something; one line that begins with the key.
-    """
+    """Make the extractor that a run's config names, or else the one that suits its data set."""
     return make_extractor(suited_extractor(config), config.evaluate.weights, data, device)
 
 
@@ -49,15 +45,6 @@ def suited_extractor(config: RunConfig | AutoencoderConfig) -> str:
     """Name of the extractor that `run_extractor` makes."""
     suited = SOURCES[config.data.name].extractors
     return config.evaluate.extractor or next((name for name in suited if EXTRACTORS[name].installed()), suited[-1])
-
-
-def check_run_extractor(config: RunConfig | AutoencoderConfig, data: ImageSet) -> None:
-    """Check that `run_extractor` can make its extractor, without making it.
-
-    Raises:
-        ValueError: one line that begins with the key.
-    """
-    check(suited_extractor(config), extractor_request(data, config.evaluate.weights))
 
 
 def extractor_request(data: ImageSet, weights: str | None) -> Request:
@@ -78,11 +65,7 @@ def training_of(data: ImageSet) -> tuple[Tensor, Tensor, str]:
 
 
 def make_extractor(name: str, weights: str | None, data: ImageSet, device: torch.device | str = "cpu") -> Extractor:
-    """Make an extractor by name for images like those of a data set, on a device.
-
-    Raises:
-        ValueError: if it lacks something; one line that begins with the key.
-    """
+    """Make an extractor by name for images like those of a data set, on a device; a ValueError begins with the key."""
     return build_extractor(name, extractor_request(data, weights)).to(device)
 
 
@@ -102,9 +85,7 @@ class Part:
     """Real images of a data set: which ones, and in what words.
 
     Attributes:
-        data: the set.
         split: "train" or "held-out".
-        index: numbers of the images.
         which: how they were chosen.
     """
 
@@ -219,7 +200,6 @@ def cached_statistics(
     """Statistics of images that `source` identifies, and the digest of their key.
 
     Args:
-        extractor: whose features.
         source: what identifies the images.
         count: how many they are.
         batches: reads them, (B, C, H, W) uint8.
@@ -276,11 +256,7 @@ def write(path: Path, key: dict[str, Any], reference: ReferenceStatistics) -> No
 
 
 def read(path: Path) -> tuple[dict[str, Any], ReferenceStatistics]:
-    """Read the key and the statistics of a file that `write` wrote.
-
-    Raises:
-        UserError: if it is something else, or damaged.
-    """
+    """The key and the statistics of a file that `write` wrote; UserError for any other file."""
     held, metadata = tensors.read(path)
     try:
         key: dict[str, Any] = json.loads(metadata["key"])

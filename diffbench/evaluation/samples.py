@@ -19,10 +19,7 @@ class Samples:
     """`count` samples in a folder named by a hash of all that they depend on.
 
     Args:
-        parent: the folder that holds it.
         what: all that the samples depend on, plain values.
-        count: samples in all.
-        shape: (C, H, W) of a sample.
     """
 
     def __init__(self, parent: Path, what: dict[str, Any], count: int, shape: tuple[int, int, int]) -> None:
@@ -50,7 +47,6 @@ class Samples:
             draw: (first, count) -> (count, C, H, W) uint8 samples number `first` and on.
             skipped: called with the number of samples that are there already.
             rank: of this process; each draws chunks of its own.
-            world: processes at work.
 
         Raises:
             UserError: if the disk has no room for them.
@@ -68,11 +64,7 @@ class Samples:
             filling.finish()
 
     def images(self) -> Tensor:
-        """All samples, (N, C, H, W) uint8, a memory map.
-
-        Raises:
-            UserError: if they are damaged.
-        """
+        """All samples, (N, C, H, W) uint8, a memory map; UserError if they are damaged."""
         try:
             return self.store.open().arrays["images"]
         except DamagedError as e:

@@ -100,9 +100,6 @@ def run_scorer(
 
     Args:
         settings: how many samples, and which training images.
-        extractor: whose features.
-        train: the training images.
-        held_out: the others.
         counts: samples of each class; by default as `sample_labels` has them.
     """
     count, everybody = settings.count, settings.reference == "all"

@@ -59,7 +59,6 @@ class Measurement:
     Attributes:
         extractor: whose features are compared.
         references: name -> statistics for Fréchet distances; every other metric compares with "fd".
-        count: samples in all.
         labels: whether samples come with the labels that they were drawn for.
         detector: of copies of training images; None leaves that metric out.
         infinity: whether the Fréchet distance is extrapolated too.
@@ -129,11 +128,7 @@ class SampleMetric(Metric):
             setattr(self, name, part.view_as(getattr(self, name)))
 
     def checked_count(self, found: Tensor, bad: Tensor, count: int | None = None) -> int:
-        """Return the number of samples after checking it.
-
-        Raises:
-            ValueError: if it differs from the announced `count`, or if some samples are not finite.
-        """
+        """The number of samples; ValueError if it is not the announced `count`, or some are not finite."""
         n, name = int(found), type(self).__name__
         if int(bad):
             raise ValueError(f"{name}: {int(bad)} of {n} samples have non-finite features")
@@ -146,7 +141,6 @@ class Rows(SampleMetric):
     """A table of feature vectors by the number of their sample, so that neither order nor process matters.
 
     Args:
-        dim: of a feature vector.
         count: samples in all; each must come exactly once.
         keep: how many are kept, evenly spaced over the count; None for all.
     """
@@ -174,11 +168,7 @@ class Rows(SampleMetric):
         self.table.index_add_(0, slot[slot >= 0], torch.where(finite[:, None], x, 0)[slot >= 0])
 
     def rows(self) -> Tensor:
-        """Kept vectors (keep, dim).
-
-        Raises:
-            ValueError: unless every sample came exactly once and is finite.
-        """
+        """Kept vectors (keep, dim); ValueError unless every sample came exactly once and is finite."""
         self.checked_count(self.seen.sum(), self.bad, self.count)
         wrong = (self.seen != 1).nonzero()[:, 0].tolist()
         if wrong:

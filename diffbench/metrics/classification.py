@@ -1,6 +1,5 @@
 """Whether samples are what their labels say: by the classes that the extractor predicts, or by a data set's rule."""
 
-from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -8,20 +7,6 @@ from torch import Tensor
 
 from diffbench.metrics.base import Measurement, SampleMetric, finite_rows
 from diffbench.metrics.rules import Rule
-
-
-def inception_score(logits: Sequence[Tensor]) -> float:
-    """exp of the mean divergence of p(y|x) from p(y) (Salimans et al. 2016), averaged over chunks of logits (N, K).
-
-    The ADM evaluator takes consecutive chunks of 5,000 in the file's order, a shorter last one counting like the rest.
-    """
-    scores = []
-    for chunk in logits:
-        log_p = chunk.double().log_softmax(1)
-        p = log_p.exp()
-        marginal = p.mean(0)
-        scores.append(((p * log_p).sum(1).mean() - torch.special.xlogy(marginal, marginal).sum()).exp())
-    return float(torch.stack(scores).mean())
 
 
 class InceptionScore(SampleMetric):
@@ -32,9 +17,6 @@ class InceptionScore(SampleMetric):
     takes ten splits.)
 
     Args:
-        classes: of the logits.
-        count: samples in all.
-        chunk: samples of a chunk.
         places: (count,) where each sample stands in that order; None for the order of their numbers.
     """
 

@@ -10,11 +10,7 @@ from diffbench.metrics.base import Gaussian, Measurement, Rows, SampleMetric, fi
 
 
 def gaussian(features: Tensor) -> Gaussian:
-    """Fit a Gaussian to features (N, D).
-
-    Raises:
-        ValueError: with fewer than two samples.
-    """
+    """Fit a Gaussian to features (N, D), N at least 2."""
     if len(features) < 2:
         raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
     x = features.double()
@@ -50,9 +46,7 @@ def frechet_infinity(features: Tensor, reference: Gaussian, order: Tensor, point
 
     Args:
         features: (N, D) of samples.
-        reference: what they are compared with.
         order: (N,) a permutation of the samples.
-        points: how many distances the line goes through.
 
     Raises:
         ValueError: under 5,000 samples, where the bias is not linear in 1/N.
@@ -71,7 +65,6 @@ class Moments(SampleMetric):
     """Gaussian fit of features.
 
     Args:
-        dim: of a feature vector.
         count: how many samples there will be, checked in the end; None for any number.
         center: (dim,) a point near the mean, the same on every process; sums about it lose no digits.
     """
@@ -99,11 +92,7 @@ class Moments(SampleMetric):
         self.outer += x.T @ x
 
     def gaussian(self) -> Gaussian:
-        """Gaussian fit of all samples so far.
-
-        Raises:
-            ValueError: with fewer than two samples, another number than announced, or features that are not finite.
-        """
+        """Gaussian fit of all samples so far; ValueError if they are fewer than two, or not those announced."""
         n = self.checked_count(self.n, self.bad, self.count)
         if n < 2:
             raise ValueError(f"{type(self).__name__}: a covariance needs at least 2 samples, got {n}")

@@ -12,11 +12,7 @@ SUBSETS, SUBSET = 100, 1000
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (KID; Binkowski et al. 2018), float64 scalar.
-
-    Raises:
-        ValueError: with fewer than two samples on either side.
-    """
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (KID; Binkowski et al. 2018), N and M at least 2."""
     x, y = features.double(), reference.double()
     n, m, width = len(x), len(y), x.shape[1]
     if min(n, m) < 2:
@@ -52,7 +48,6 @@ class KernelDistance(Rows):
 
     Args:
         reference: (M, dim) features of real images.
-        count: samples in all.
         keep: how many of them are kept.
         subsets: pairs of row numbers, of the kept samples and of the reference; None compares all with all.
             The spread between subsets is not a confidence interval.

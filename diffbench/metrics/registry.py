@@ -111,14 +111,7 @@ _MAIN: dict[str, Any] = {
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            "val/bound",
-            "validation bound",
-            unit="nats/dim",
-            digits=4,
-            watched=True,
-            note=_BOUND,
-        ),
+        Metric("val/bound", "validation bound", unit="nats/dim", digits=4, watched=True, note=_BOUND),
         Metric("train/bound", "bound on training images", None, unit="nats/dim", digits=4, note=_BOUND),
         Metric("fd", "Fréchet distance", **_MAIN, **_FRECHET),
         Metric("fid", "FID", computed="fd", **_MAIN, **_FRECHET),
@@ -137,13 +130,7 @@ METRICS: dict[str, Metric] = {
             **_FRECHET,
         ),
         Metric(
-            "label_accuracy",
-            "label accuracy",
-            "higher",
-            percent=True,
-            measure=LabelAccuracy,
-            watched=True,
-            swept=True,
+            "label_accuracy", "label accuracy", "higher", percent=True, measure=LabelAccuracy, watched=True, swept=True
         ),
         Metric(
             "solved",

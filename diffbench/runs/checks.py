@@ -17,7 +17,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import registry
-from diffbench.evaluation.reference import check_run_extractor
+from diffbench.evaluation.reference import extractor_request, suited_extractor
 from diffbench.metrics.extractors.base import Request
 from diffbench.metrics.extractors.base import check as check_extractor
 from diffbench.runs.build import build_denoiser, build_process, cost_of, denoised_shape, device_of, load_data
@@ -119,7 +119,7 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
         )
     e, found = config.evaluate, len(train_set)
     try:
-        check_run_extractor(config, train_set)
+        check_extractor(suited_extractor(config), extractor_request(train_set, e.weights))
     except ValueError as error:
         if e.extractor is not None or e.every_images is not None:
             raise

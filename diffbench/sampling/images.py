@@ -67,7 +67,6 @@ def grid(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] |
 
     Args:
         images: of any count; the last row is filled up with grey.
-        columns: images in a row.
         scale: pixels a side that each pixel is enlarged to.
         captions: a text above each image. Where they are the same in all rows, they stand above the first one alone.
 

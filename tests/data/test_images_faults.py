@@ -100,7 +100,9 @@ def test_a_pipe_named_like_an_image_is_no_image(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_not_there_is_one_line(make: Any, text: str, tmp_path: Path) -> None:
+def test_what_is_not_there_is_one_line(make: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=text) as caught:
         load(make(tmp_path))
     assert "\n" not in str(caught.value)

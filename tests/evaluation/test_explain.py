@@ -29,6 +29,12 @@ def sampler_of(name: str) -> Sampler:
 
 
 @pytest.mark.parametrize("name", ["unet", "dit", "diffit", "segformer", "uvit", "ddpmpp"])
+def test_every_network_shows_its_table_of_labels(name: str) -> None:
+    rows = sampler_of(name).denoiser.label_rows()  # type: ignore[operator]
+    assert torch.allclose(rows[4], 0.6 * rows[1] + 0.4 * rows[2], atol=1e-6) and len(rows) == CLASSES + 1
+
+
+@pytest.mark.parametrize("name", ["unet", "ddpmpp"])
 def test_a_constructed_mixture_is_taken_apart(name: str) -> None:
     found = explain(sampler_of(name), HOW, FACTS, 4, QUICK)
     assert [e.name for e in found.top] == ["bee", "cat"]

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from formulas import inception_score
 from torch import Tensor
 
 from diffbench.metrics.base import Rows, SampleMetric, evenly_spaced, states_device
-from diffbench.metrics.classification import InceptionScore, LabelAccuracy, inception_score
+from diffbench.metrics.classification import InceptionScore, LabelAccuracy
 from diffbench.metrics.copies import Calibration, CopyDetector
 from diffbench.metrics.frechet import FrechetDistance, FrechetInfinity, Moments, frechet, frechet_infinity, gaussian
 from diffbench.metrics.kernel import KernelDistance, kernel_distance

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from formulas import inception_score
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.evaluation import reference as references
 from diffbench.metrics.base import Gaussian, squared_distances
-from diffbench.metrics.classification import inception_score
 from diffbench.metrics.extractors.digits_cnn import DigitsCNN, train_digits_cnn
 from diffbench.metrics.frechet import frechet, frechet_distance, frechet_infinity, gaussian
 from diffbench.metrics.kernel import kernel_distance

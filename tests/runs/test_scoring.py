@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from formulas import inception_score
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,7 +24,6 @@ from diffbench.evaluation import reference as references
 from diffbench.evaluation import scorer as scorers
 from diffbench.metrics import Extractor, Features
 from diffbench.metrics.base import Measurement, ReferenceStatistics
-from diffbench.metrics.classification import inception_score
 from diffbench.metrics.copies import CopyDetector
 from diffbench.metrics.frechet import frechet_distance, gaussian
 from diffbench.metrics.kernel import kernel_distance

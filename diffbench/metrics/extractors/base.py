@@ -35,7 +35,6 @@ class Request:
 
     Attributes:
         shape: (C, H, W) of the images to come.
-        weights: a file that the user named, or None.
         training: reads training images (N, C, H, W) uint8, their labels (N,) and a fingerprint of both; None where
             there are none.
         classes: of the labels; None where that is not known.
@@ -59,9 +58,7 @@ class Extractor:
         name: stands in every metric's name; says how images are resized where they are.
         network: put into evaluation mode at each call.
         run: prepared images (B, channels, h, w) -> Features.
-        dim: length of a feature vector.
         weights: sha256 of the weights.
-        licence: of the weights.
         channels: 1 or 3; grey images are repeated where a network reads 3.
         prepare: uint8 images to what `run` takes.
         classes: of the logits, None where there are none.
@@ -155,11 +152,7 @@ def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extract
 
 
 def check(name: str, request: Request) -> None:
-    """Check that an extractor can be made here, without making it.
-
-    Raises:
-        ValueError: one line that begins with the key.
-    """
+    """Check that an extractor can be made here, without making it; a ValueError begins with the key."""
     try:
         _entry(name).check(request)
     except ValueError as e:
@@ -167,21 +160,13 @@ def check(name: str, request: Request) -> None:
 
 
 def check_channels(name: str, request: Request) -> None:
-    """Check that the images are grey or in colour.
-
-    Raises:
-        ValueError: if they are neither.
-    """
+    """Check that the images are grey or in colour."""
     if request.shape[0] not in (1, 3):
         raise ValueError(f"{name} reads grey or RGB images, got {request.shape[0]} channels")
 
 
 def extractor(name: str, request: Request) -> Extractor:
-    """Make the extractor of a name.
-
-    Raises:
-        ValueError: if it is unknown, or lacks something; one line that begins with the key.
-    """
+    """Make the extractor of a name; a ValueError begins with the key."""
     check(name, request)
     made = _entry(name).build(request)
     return made if isinstance(made, Extractor) else plain(name, made, request.shape)

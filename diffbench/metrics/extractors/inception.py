@@ -166,11 +166,7 @@ def weights_file(request: Request) -> Path | None:
 
 
 def check(request: Request) -> None:
-    """Check that the file of weights exists.
-
-    Raises:
-        ValueError: if not, saying which file serves.
-    """
+    """Check that the file of weights exists."""
     path = weights_file(request)
     if path is None or not path.is_file():
         wrong = "needs a file of weights" if path is None else f"finds no file {path}"
@@ -182,11 +178,7 @@ def check(request: Request) -> None:
 
 
 def build(request: Request) -> Extractor:
-    """Make the extractor from a state dict.
-
-    Raises:
-        ValueError: if the file holds something else.
-    """
+    """Make the extractor from a state dict; ValueError if the file holds something else."""
     path = weights_file(request)
     assert path is not None
     network = Inception()
