@@ -14,7 +14,6 @@ from itertools import compress
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from diffbench.core import rng
 from diffbench.core.errors import suggest
@@ -76,9 +75,10 @@ def hold_out(labels: np.ndarray, count: int | None) -> np.ndarray:
         ValueError: if so many would leave a class without an image to train on.
     """
     order = rng.permutation(rng.key("held-out"), len(labels)).numpy()
-    classes = labels[order]
+    classes, by_class = labels[order], np.argsort(labels[order], kind="stable")
     sizes = np.bincount(classes)
-    place = pd.Series(classes).groupby(classes).cumcount().to_numpy()  # within the class
+    place = np.empty(len(labels))
+    place[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the class
     room = len(labels) - int(np.count_nonzero(sizes))
     if count is None:
         count = max(1, min(len(labels) // 10, LARGEST_HELD_OUT, room))
