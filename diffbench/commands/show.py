@@ -2,8 +2,7 @@
 
 import argparse
 
-from diffbench.config.load import from_layers, read_layers
-from diffbench.config.origins import annotated
+from diffbench.config.load import annotated, from_layers, read_layers
 
 
 def run(arguments: argparse.Namespace) -> None:

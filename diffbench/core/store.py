@@ -30,10 +30,9 @@ CHUNK_BYTES = 16 << 20
 CHECKED_ALWAYS = 4 << 30
 """A store of at most so many bytes is checked in full whenever it is opened (a second); see `_check`."""
 
+Arrays = dict[str, np.ndarray]
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> NumPy dtype with its byte order, and the shape of one row."""
-Facts = Callable[[dict[str, np.ndarray], list[Any]], dict[str, Any]]
-"""(all arrays, the facts of each chunk) -> the facts of the store."""
 
 
 class DamagedError(ValueError):
@@ -73,7 +72,7 @@ class Store:
         return self.manifest.is_file()
 
     def identity(self) -> Any:
-        """What the store is made of, complete or not; None where there is none. DamagedError if that cannot be read."""
+        """What the store is made of, complete or not; None where there is none."""
         if self.is_complete():
             return _read_manifest(self.manifest)["identity"]
         try:
@@ -91,17 +90,15 @@ class Store:
             return self.chunks()
 
     def open(self) -> Contents:
-        """Open a complete store after comparing its checksums.
-
-        Raises:
-            DamagedError: naming the file that is not what was written.
-        """
+        """Open a complete store after comparing checksums; DamagedError names a file that is not what was written."""
         manifest = _read_manifest(self.manifest)
         arrays = self.arrays(manifest["columns"], manifest["rows"])
         _check(self, arrays, manifest["chunks"])
         with suppress(OSError):  # a kill may have left them behind
             self.clear()
-        return Contents(manifest["facts"], {name: _tensor(array) for name, array in arrays.items()})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return Contents(manifest["facts"], {name: torch.from_numpy(array) for name, array in arrays.items()})
 
     def open_intact(self) -> Contents | None:
         """Open the store; None where it is not complete, or is damaged, of which it warns."""
@@ -119,11 +116,9 @@ class Store:
 
         Args:
             identity: what the store is made of, as plain JSON values.
-            columns: its arrays.
             rows: how many there will be; fewer where chunks turn out shorter.
             chunk_rows: rows of a chunk; by default as many as make up CHUNK_BYTES.
-            rank: of this process; each fills chunks of its own.
-            world: processes at work.
+            rank: of this process, which fills each `world`-th chunk.
 
         Raises:
             UserError: if the disk has no room for them, or the folder is being filled with something else.
@@ -156,9 +151,9 @@ class Store:
         """The file that says of a chunk that it is on the disk."""
         return self.folder / f"chunk-{number:06d}.json"
 
-    def arrays(self, columns: Columns, rows: int) -> dict[str, np.ndarray]:
+    def arrays(self, columns: Columns, rows: int) -> Arrays:
         """Memory maps of arrays of so many rows; DamagedError if a file has another size."""
-        arrays: dict[str, np.ndarray] = {}
+        arrays: Arrays = {}
         for name, (kind, shape) in columns.items():
             path, due = self.path(name), rows * _row_bytes((kind, shape))
             size = path.stat().st_size if path.is_file() else 0
@@ -174,12 +169,7 @@ class Store:
 
 
 class Filling:
-    """The chunks of a store that this process has to fill; see `Store.fill`.
-
-    Attributes:
-        missing: the chunks, in order; each must be given to `add`.
-        present: chunks of this rank that were there before, by number.
-    """
+    """Chunks of this rank: `missing`, in order, each to be given to `add`; `present`, there before, by number."""
 
     def __init__(
         self, store: Store, identity: Any, columns: Columns, rows: int, size: int, rank: int, world: int
@@ -214,8 +204,11 @@ class Filling:
         self.written[chunk.number] = {"start": start, "rows": rows, "crc32": sums, "facts": facts}
         write_text(self.store.chunk_path(chunk.number), _dumps(self.written[chunk.number]))
 
-    def finish(self, facts: Facts = lambda arrays, chunks: {}) -> bool:
+    def finish(self, facts: Callable[[Arrays, list[Any]], dict[str, Any]] = lambda arrays, chunks: {}) -> bool:
         """Make the store complete, if the chunks of all ranks are there; return whether they are.
+
+        Args:
+            facts: (all arrays, the facts of each chunk) -> the facts of the store.
 
         Raises:
             DamagedError: if a chunk is not what was written.
@@ -239,20 +232,13 @@ class Filling:
 
     def _intact(self) -> dict[int, dict[str, Any]]:
         def intact(line: dict[str, Any], name: str) -> bool:
-            size, path = _row_bytes(self.columns[name]), self.store.path(name)
-            if not path.is_file():
-                return False
-            with path.open("rb") as file:
+            size = _row_bytes(self.columns[name])
+            with suppress(FileNotFoundError), self.store.path(name).open("rb") as file:
                 file.seek(line["start"] * size)
                 return zlib.crc32(file.read(line["rows"] * size)) == line["crc32"][name]
+            return False
 
         return {n: line for n, line in self.store.chunks().items() if all(intact(line, c) for c in self.columns)}
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
 
 
 def _row_bytes(column: tuple[str, Any]) -> int:
@@ -278,17 +264,16 @@ def _write(path: Path, data: memoryview, offset: int) -> None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
         stated = manifest.pop("crc32")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise DamagedError(f"{path}: damaged: not the JSON that was written") from None
     if zlib.crc32(_dumps(manifest).encode()) != stated or manifest["format"] != FORMAT:
         raise DamagedError(f"{path}: damaged: its checksum does not match")
-    assert isinstance(manifest, dict)
     return manifest
 
 
-def _check(store: Store, arrays: dict[str, np.ndarray], chunks: list[dict[str, Any]]) -> None:
+def _check(store: Store, arrays: Arrays, chunks: list[dict[str, Any]]) -> None:
     """Compare checksums: all of them, or, of a large store checked in full since its files last changed, a sample."""
     stamp = [[s.st_size, s.st_mtime_ns, s.st_ino] for s in (store.path(name).stat() for name in arrays)]
     checked, chosen = store.folder / "checked.json", chunks

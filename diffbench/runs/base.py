@@ -247,11 +247,7 @@ class Run(ABC, Generic[C]):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Finds, within seconds and before anything is written, what would fail only once a run is under way.
-
-        Raises:
-            ValueError: a line that begins with the key.
-        """
+        """Raise ValueError, naming the key, for what would fail only once a run is under way; writes nothing."""
         check_machine(config.trainer)
 
     @classmethod
@@ -297,6 +293,5 @@ def open_run(folder: str | Path, kinds: Sequence[type[R]]) -> R:
     for kind in kinds:
         if kind.kind == values["kind"]:
             return kind(folder, values=values)
-    raise UserError(
-        f"{folder}: a run of kind {values['kind']}; choose a {' or a '.join(kind.kind for kind in kinds)}'s"
-    )
+    choices = " or a ".join(kind.kind for kind in kinds)
+    raise UserError(f"{folder}: a run of kind {values['kind']}; choose a {choices}'s")

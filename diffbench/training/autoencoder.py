@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder, kl
-from diffbench.config.autoencoder import LossConfig
+from diffbench.config.kinds import LossConfig
 from diffbench.core import rng
 from diffbench.training.module import OptimizerLike, TrainingModule
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from diffbench.autoencoders import KLAutoencoder, KLConfig, kl, sample, without_spread_
-from diffbench.config.autoencoder import LossConfig, NetworkConfig
+from diffbench.config.kinds import LossConfig, NetworkConfig
 from diffbench.config.sections import OptimizerConfig
 from diffbench.core import rng
 from diffbench.core.errors import UserError
