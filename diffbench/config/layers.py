@@ -45,11 +45,7 @@ def located(layers: Sequence[Layer] = (), key: str = "") -> Iterator[None]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
-
-    Raises:
-        UserError: if it cannot be read, or holds something else.
-    """
+    """The keys and values of a YAML file; UserError if it cannot be read, or holds something else."""
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
@@ -131,11 +127,7 @@ def _missing(path: Path, chain: tuple[Path, ...]) -> UserError:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """key=value arguments as nested dictionaries. A value in quotes, [] or {} is YAML; any other is one scalar.
-
-    Raises:
-        UserError: if an argument has another form.
-    """
+    """key=value arguments as nested dictionaries. A value in quotes, [] or {} is YAML; any other is one scalar."""
     values: dict[str, Any] = {}
     for argument in overrides:
         key, equals, text = argument.partition("=")

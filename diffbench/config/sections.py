@@ -228,11 +228,7 @@ class SampleConfig:
         check(self, "sample", "lie between 0 and 1", lambda v: 0 < v < 1, "sde_last_step")
 
     def settled(self, process: str, pixels: bool = True) -> "SampleConfig":
-        """Fill in the sampler that suits a process, and whether it clips, which only pixels do by default.
-
-        Raises:
-            ValueError: if the sampler does not suit the process.
-        """
+        """Fill in the process's sampler, and whether it clips, by default on pixels; ValueError if it does not suit."""
         sampler = self.sampler or PAIRS[process][0]
         with located(key="sample.sampler"):
             check_pair(process, sampler)

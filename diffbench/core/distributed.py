@@ -57,11 +57,6 @@ def by_srun() -> bool:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
-def is_first() -> bool:
-    """Whether this process does what a job does once: hold the folder, check it, and print."""
-    return place()[0] == 0
-
-
 def world_size() -> int:
     """The number of ranks in the process group; 1 where there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -109,11 +109,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def room_for(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn a full disk, a quota or a limit on file sizes into one line.
-
-    Raises:
-        UserError: naming the path and the bytes still needed.
-    """
+    """Turn a full disk, a quota or a limit on file sizes into a UserError: the path and the bytes still needed."""
     try:
         yield
     except Exception as e:

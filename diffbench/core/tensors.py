@@ -29,11 +29,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a file that `write` wrote.
-
-    Raises:
-        UserError: naming the file, if it is not what was written.
-    """
+    """Read the tensors and metadata that `write` wrote; UserError if the file is not what was written."""
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
@@ -46,11 +42,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a dictionary that training saved with torch.save; code in the file is never run.
-
-    Raises:
-        UserError: naming the file, if it is damaged or holds anything else.
-    """
+    """Read a dictionary that torch.save wrote, and run no code in it; UserError if it is damaged or anything else."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns of pickles that it then refuses

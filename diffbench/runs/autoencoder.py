@@ -107,11 +107,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
 
     @property
     def trained(self) -> KLAutoencoder:
-        """The network as `autoencoder: RUN` gives it to denoisers, with its scale.
-
-        Raises:
-            UserError: if it is not trained to the end.
-        """
+        """The network with its scale, as `autoencoder: RUN` takes it; UserError if it is not trained to the end."""
         try:
             return io.load(self.folder / INSIDE)
         except ValueError as e:

@@ -220,11 +220,7 @@ class Run(ABC, Generic[C]):
         """Parameters and multiply-accumulates of a network that is not built in memory."""
 
     def use_average(self, decay: float | None = None) -> Self:
-        """Loads an average into the network, by default the first decay's; returns the run.
-
-        Raises:
-            UserError: if the run keeps no such average, has no weights yet, or those of another network.
-        """
+        """Loads an average, by default the first decay's; UserError if the run has none, or that of another network."""
         decay = self.config.ema.decays[0] if decay is None else decay
         averaged, images = weights.read(self.folder, self.config, self.network, decay)
         wrong = weights.mismatch(self.network.state_dict(), averaged)

@@ -148,11 +148,7 @@ def is_experiment(source: str | None) -> bool:
 
 
 def autoencoder_experiment(config: RunConfig) -> tuple[AutoencoderConfig, list[str]]:
-    """The config of the experiment that `autoencoder` names, and the overrides that it shares with this one.
-
-    Raises:
-        ValueError: if it is not an autoencoder's.
-    """
+    """The config of the experiment that `autoencoder` names, and the overrides that it shares with this one."""
     source, path = str(config.autoencoder), getattr(config.data, "path", None)
     overrides = [f"runs_dir={config.runs_dir}", *(["debug=smoke"] if config.debug == "smoke" else [])]
     try:

@@ -53,12 +53,7 @@ def check(config: RunConfig) -> None:
 
 
 def check_machine(trainer: TrainerConfig) -> None:
-    """Checks that devices, loggers and compiler are there as `trainer` asks for, and that the cache can be written.
-
-    Raises:
-        ValueError: a line that begins with the key.
-        UserError: naming the cache.
-    """
+    """Raise an error unless devices, loggers and compiler are as `trainer` asks, and the cache can be written."""
     if "wandb" in trainer.logger and importlib.util.find_spec("wandb") is None:
         raise ValueError("trainer.logger: wandb is not installed; `pip install wandb`, or leave it at [tensorboard]")
     check_device(trainer)

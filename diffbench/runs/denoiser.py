@@ -119,11 +119,7 @@ class DenoiserRun(Run[RunConfig]):
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
-        """The averaged weights of `init_from`, or None where the config names no run.
-
-        Raises:
-            ValueError: if they do not fit the config's network, or there are none.
-        """
+        """The averaged weights of `init_from`, or None; ValueError if they do not fit the config's network."""
         if config.init_from is None:
             return None
         try:
@@ -217,11 +213,7 @@ class DenoiserRun(Run[RunConfig]):
         seed: int = 0,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Samples as Pillow images; see `sample_tensor`.
-
-        Raises:
-            ValueError: also if the samples are not images.
-        """
+        """Samples as Pillow images, see `sample_tensor`; ValueError also if they are not images."""
         if self.raw:
             raise ValueError(f"{self.folder}: {self.shape[0]} channels do not make an image; use sample_tensor")
         images = self.sample_tensor(n, labels, guidance, seed, **changes)
@@ -260,11 +252,7 @@ class DenoiserRun(Run[RunConfig]):
 
 
 def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> GuidanceModels:
-    """The networks that guide a denoiser of this config and shape, as `weak_model` and `classifier` name them.
-
-    Raises:
-        ValueError: if a folder holds no such run, or one that does not fit.
-    """
+    """The networks that guide a denoiser of this config and shape; ValueError if there is none, or it does not fit."""
     weak_model = classifier = None
     with located(key="sample.weak_model"):
         if settings.weak_model is not None and settings.guidance != 1:

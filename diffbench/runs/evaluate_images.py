@@ -43,11 +43,7 @@ def run_of(path: Path) -> DenoiserRun | None:
 
 
 def settings_of(overrides: Sequence[str], run: DenoiserRun | None) -> EvaluateConfig:
-    """Build the section `evaluate` of a command about images from overrides, over the values of the run compared with.
-
-    Raises:
-        UserError: for other keys, or where no extractor is named.
-    """
+    """Build the section `evaluate` of a command about images, over the values of the run compared with."""
     changes = parse_overrides(overrides)
     for key in changes:
         if key != "evaluate":

@@ -95,11 +95,7 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
 
 
 def read_checkpoint(path: Path) -> Mapping[Any, Any]:
-    """What a checkpoint holds; nothing in the file is run.
-
-    Raises:
-        UserError: if there is no such file, it is damaged, holds code, or no tensors.
-    """
+    """What a checkpoint holds; nothing in it is run. UserError if it is damaged, or holds code or no tensors."""
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
     try:

@@ -155,7 +155,7 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     from diffbench.training.checkpoint import newest, owed, step_of
     from diffbench.training.logger import check_log
 
-    settings, first = run.config.trainer, distributed.is_first()
+    settings, first = run.config.trainer, distributed.place()[0] == 0
     sweep(run.folder)
     checkpoint = newest(run.folder / "checkpoints") if existed else None
     done = step_of(checkpoint) if checkpoint else 0

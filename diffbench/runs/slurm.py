@@ -57,11 +57,7 @@ def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
 
 
 def sized(launcher: LauncherConfig, trainer: "TrainerConfig") -> LauncherConfig:
-    """Fill in the nodes, tasks and CPUs that a run's processes need, where the launcher's words leave them open.
-
-    Raises:
-        UserError: where they ask for other numbers than the run.
-    """
+    """Fill in the nodes, tasks and CPUs that a run's processes need; UserError where the words ask for others."""
     nodes = launcher.nodes or trainer.num_nodes
     tasks = launcher.ntasks_per_node or (trainer.devices if nodes > 1 else 1)
     if nodes * tasks > 1 and (nodes, tasks) != (trainer.num_nodes, trainer.devices):

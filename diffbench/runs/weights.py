@@ -19,11 +19,7 @@ def export_path(folder: Path, decay: float) -> Path:
 
 
 def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> tuple[dict[str, Tensor], int]:
-    """The average of a decay and the images it has seen: the export, or else the newest checkpoint's.
-
-    Raises:
-        UserError: if there is none, or it is damaged.
-    """
+    """The average of a decay and the images it has seen: the export, or else the newest checkpoint's."""
     if decay not in config.ema.decays:
         known = ", ".join(map(str, config.ema.decays))
         raise UserError(f"{folder}: ema: no average has decay {decay}; choose from {known}")
@@ -76,11 +72,7 @@ def _images(path: Path, metadata: Mapping[str, str]) -> int:
 
 
 def read_best(folder: Path) -> tuple[dict[str, Tensor], int, float]:
-    """The averaged weights of the least distance in training, the images they had seen, and the average's decay.
-
-    Raises:
-        UserError: if there are none, or they are damaged.
-    """
+    """The averaged weights of the least distance in training, the images they had seen, and the average's decay."""
     path = folder / "best.safetensors"
     if not path.is_file():
         raise UserError(f"{folder}: snapshot: best.safetensors is missing; train with evaluate.best=fd to keep one")

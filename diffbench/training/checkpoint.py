@@ -70,11 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose checksum holds, or None where the folder has none.
-
-    Raises:
-        UserError: if there are checkpoints but every one is damaged.
-    """
+    """The newest checkpoint whose checksum holds; None where there is none, UserError if every one is damaged."""
     found = all_steps(folder)
     for path in reversed(found):
         if verified(path):

@@ -174,11 +174,7 @@ class DiffusionModule(TrainingModule):
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
 
     def sampler(self) -> Sampler:
-        """The sampler of the network as it is now.
-
-        Raises:
-            ValueError: if the shape is not known: the network does not say it, and no batch came yet.
-        """
+        """The sampler of the network as it is now; ValueError before a batch has shown the shape of images."""
         if self.shape is None:
             raise ValueError("the shape of samples is not known before a batch was trained on; set module.shape")
         return Sampler(self.network, self.process, self.shape, self.null_label, raw=self.shape[0] not in (1, 3))

@@ -30,7 +30,7 @@ from diffbench.training.module import TrainingModule
 
 
 class FrechetDistance(EveryNImages):
-    """Records the Fréchet and kernel distance of samples to real images, or all distances.
+    """Records the Fréchet and kernel distance of samples to real images.
 
     The samples have the same noise and labels each time, and serve nothing else. With `best`, the weights of the least
     distance stay in best.safetensors; the choice was made on those samples, so at the end the best weights are scored
@@ -47,7 +47,6 @@ class FrechetDistance(EveryNImages):
         settings: how samples are drawn; None for `SampleConfig()`.
         seed: with a sample's number it fixes its noise.
         best: "fd" or "kid", whose least value marks the best weights; None keeps none.
-        brief: only these two distances, not precision, recall and the rest.
     """
 
     stage = "scoring"
@@ -62,7 +61,6 @@ class FrechetDistance(EveryNImages):
         settings: SampleConfig | None = None,
         seed: int = 0,
         best: str | None = None,
-        brief: bool = True,
     ) -> None:
         super().__init__(every)
         images = image_set(real)
@@ -70,7 +68,7 @@ class FrechetDistance(EveryNImages):
             extractor = plain(type(extractor).__name__, extractor, images.shape)
         elif isinstance(extractor, str):
             extractor = make_extractor(extractor, None, images)
-        self.suite = partial(Suite, training_measurement(extractor, images, count), brief=brief)
+        self.suite = partial(Suite, training_measurement(extractor, images, count), brief=True)
         self.sampler, self.settings = sampler, settings or SampleConfig()
         self.labels, self.seed, self.best_by = sample_labels(images, count), seed, best
         self.best: dict[str, float] = {}

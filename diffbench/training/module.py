@@ -86,11 +86,7 @@ class TrainingModule(L.LightningModule):
 
     @cached_property
     def batch_size(self) -> int:
-        """Images of an optimizer step, over all devices and micro-batches.
-
-        Raises:
-            ValueError: if the loader does not say how large its batches are.
-        """
+        """Images of an optimizer step, over all devices and micro-batches; ValueError if the loader does not say."""
         try:
             trainer = self.trainer
         except RuntimeError:  # no trainer: a step by hand
@@ -109,11 +105,7 @@ class TrainingModule(L.LightningModule):
         return int(size) * int(trainer.accumulate_grad_batches) * trainer.world_size
 
     def on_train_start(self) -> None:
-        """Fits a restored optimizer state to the weights' memory layout.
-
-        Raises:
-            ValueError: if weights have 16 bits, in which times and small noise levels would be rounded.
-        """
+        """Fits a restored optimizer state to the weights' memory layout; refuses weights of 16 bits."""
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.network.parameters()):
             raise ValueError("precision: times and noise need more than 16 bits; choose bf16-mixed or 16-mixed")
         for optimizer in self.trainer.optimizers:
@@ -161,11 +153,7 @@ class TrainingModule(L.LightningModule):
         return due(self.images_before, self.images_seen, every)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the learning rate as a function of images seen or as `lr_scheduler` has it.
-
-        Raises:
-            ValueError: if a checkpoint named an optimizer or scheduler that it could not hold.
-        """
+        """The optimizer, and the learning rate as a function of images seen or as `lr_scheduler` has it."""
         s = self.optimizer
         for name in ("optimizer", "lr_scheduler"):
             if isinstance(value := getattr(self, name), str):
@@ -198,11 +186,7 @@ class TrainingModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the gradient of all parameters as trainer or settings say, keeps its norm, skips a step not finite.
-
-        Raises:
-            ValueError: if both say so.
-        """
+        """Clips the whole gradient as trainer or settings say, keeps its norm, and skips a step that is not finite."""
         scaler = scaler_of(self.trainer)
         if scaler is not None:
             scaler.unscale_(optimizer)

@@ -143,15 +143,15 @@ def test_ranks_hold_the_lock_and_end_with_their_launcher(tmp_path: Path) -> None
 
 
 def test_places_are_those_of_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert distributed.place() == (0, 1) and distributed.is_first() and distributed.local_rank() == 0
+    assert distributed.place() == (0, 1) and distributed.local_rank() == 0
     for name, value in {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}.items():
         monkeypatch.setenv(name, value)
     assert distributed.place() == (5, 8) and distributed.local_rank() == 1 and distributed.by_srun()
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert distributed.place() == (0, 2) and not distributed.by_srun() and distributed.is_first()
+    assert distributed.place() == (0, 2) and not distributed.by_srun()
     monkeypatch.setenv("RANK", "1")
-    assert not distributed.is_first()
+    assert distributed.place()[0] == 1
 
 
 @pytest.mark.parametrize(("what", "code", "told"), [("raise", 1, "rank 1 meets its end"), ("kill", 137, "SIGKILL")])
