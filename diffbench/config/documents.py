@@ -97,7 +97,6 @@ _Dumper.add_representer(_Float, lambda dumper, n: dumper.represent_scalar("tag:y
 
 
 def dump(values: dict[str, Any]) -> str:
-    """Values as YAML, in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

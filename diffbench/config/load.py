@@ -106,7 +106,6 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _root(values: dict[Any, Any]) -> type[BaseConfig]:
-    """The dataclass of the config's kind."""
     kind = values.get("kind", "denoiser")
     if not isinstance(kind, str) or kind not in KINDS:
         near = suggest(str(kind), KINDS)
@@ -133,7 +132,6 @@ def to_dict(config: BaseConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: BaseConfig) -> str:
-    """The resolved config as YAML."""
     return dump(to_dict(config))
 
 

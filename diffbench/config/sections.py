@@ -246,7 +246,6 @@ class SampleConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
 
     def unguided(self) -> "SampleConfig":
-        """A copy without guidance."""
         return replace(self, guidance=1.0, weak_model=None, classifier=None)
 
     def scored(self) -> "list[SampleConfig]":

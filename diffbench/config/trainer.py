@@ -80,12 +80,10 @@ class TrainerConfig:
 
     @property
     def processes(self) -> int:
-        """Processes in all."""
         return self.devices * self.num_nodes
 
     @property
     def max_steps(self) -> int:
-        """Optimizer steps in all."""
         return -(-self.max_images // self.batch_size)
 
 

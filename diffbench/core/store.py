@@ -64,11 +64,9 @@ class Store:
         self.manifest, self.plan = folder / "manifest.json", folder / "plan.json"
 
     def path(self, name: str) -> Path:
-        """The file of an array."""
         return self.folder / f"{name}.bin"
 
     def is_complete(self) -> bool:
-        """Whether all rows are there."""
         return self.manifest.is_file()
 
     def identity(self) -> Any:

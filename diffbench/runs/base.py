@@ -79,17 +79,14 @@ class Run(ABC, Generic[C]):
 
     @cached_property
     def config(self) -> C:
-        """The resolved config."""
         return from_dict(self.values, str(self.folder / SAVED))  # type: ignore[return-value]
 
     @cached_property
     def flat(self) -> dict[str, Any]:
-        """The config under dotted keys."""
         return flatten(self.values)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
         return records.metrics(self.folder)
 
     @cached_property
@@ -98,7 +95,6 @@ class Run(ABC, Generic[C]):
         return records.results(self.folder)
 
     def add_result(self, record: dict[str, Any]) -> None:
-        """Appends a record to results.jsonl."""
         records.append(self.folder / "results.jsonl", record)
         vars(self).pop("results", None)
 
@@ -135,7 +131,6 @@ class Run(ABC, Generic[C]):
         return read_curves(self.folder / CURVES)
 
     def last(self, name: str) -> float | None:
-        """The newest logged value of a metric."""
         return next((m[name] for m in reversed(self.metrics) if name in m), None)
 
     @cached_property
@@ -261,7 +256,6 @@ class Run(ABC, Generic[C]):
         return self._parts
 
     def data_module(self) -> "PositionDataModule":
-        """The batches."""
         return data_module(self.config, *self.sets)
 
     @abstractmethod

@@ -45,12 +45,10 @@ class DenoiserRun(Run[RunConfig]):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network."""
         return self.network
 
     @cached_property
     def process(self) -> Process:
-        """The process that it is trained under."""
         return build.build_process(self.config.process)
 
     @cached_property

@@ -130,7 +130,6 @@ def refuse_links(folder: Path) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """True if there is a checkpoint."""
     return any(folder.glob("checkpoints/step-*.ckpt"))
 
 

@@ -14,7 +14,6 @@ from diffbench.core.tensors import write as write_tensors
 
 
 def export_path(folder: Path, decay: float) -> Path:
-    """Path of the exported average of a decay."""
     return folder / f"ema-{decay}.safetensors"
 
 

@@ -39,7 +39,6 @@ def draw(folder: str, settings: str) -> None:
 
 
 def main(what: str, *arguments: str) -> int:
-    """Does this rank's part; returns the exit code."""
     end_with_parent()
     try:
         if what == "train":

@@ -94,7 +94,6 @@ def all_steps(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step in a checkpoint's name."""
     return int(path.stem.removeprefix("step-"))
 
 

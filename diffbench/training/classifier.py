@@ -21,7 +21,6 @@ class ClassifierModule(TrainingModule):
         self._keys = {what: rng.key(seed, what) for what in ("noise", "time")}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The batch's mean cross entropy."""
         batch = self.take(batch)
         x0, position = batch["x0"], batch["position"]
         t = self.process.time(rng.uniform(self._keys["time"], position))

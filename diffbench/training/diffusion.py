@@ -120,7 +120,6 @@ class DiffusionModule(TrainingModule):
         return x0.to(dtype), u, eps.to(dtype), y
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The batch's mean loss."""
         batch = self.take(batch)
         x0, u, eps, y = self.draw(batch)
         self.shape = tuple(x0.shape[1:])
@@ -157,7 +156,6 @@ class DiffusionModule(TrainingModule):
         self._measure("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs the same as `validation_step`, under "test/"."""
         self._measure("test", batch)
 
     def _measure(self, part: str, batch: Any) -> None:

@@ -145,7 +145,6 @@ class FrechetDistance(EveryNImages):
 
     @contextlib.contextmanager
     def _best_weights(self, module: Any) -> Iterator[None]:
-        """The module with the best weights while the block runs."""
         distributed.barrier()  # for the file
         best = tensors.read(self.path)[0]
         weights = dict(module.network.named_parameters())

@@ -88,7 +88,6 @@ class EMA(Ordered):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves every average towards the present weights."""
         current = [local_shard(p) for p in self._parameters]
         for decay, average in self.averages.items():
             torch._foreach_lerp_(average, current, 1 - self.config.decay_at(self.updates, decay))

@@ -110,7 +110,6 @@ class RunLogger(Ordered):
         self._bands = read_curves(folder / CURVES)
 
     def record(self, values: dict[str, float]) -> None:
-        """Appends values at the present image count."""
         if distributed.rank():
             return
         line = json.dumps({"images": self.images, **values}) + "\n"

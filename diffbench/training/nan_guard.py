@@ -38,7 +38,6 @@ class Outcome:
 
     @property
     def skipped(self) -> bool:
-        """Whether weights and optimizer stayed as they were."""
         return self._read(0)
 
     @property
@@ -118,7 +117,6 @@ class NonFiniteGuard(Ordered):
             raise UserError(self._save(trainer.global_rank, step, images, parts, trainer.lightning_module))
 
     def _save(self, rank: int, step: int, images: int, parts: list[dict[str, Any]], module: Any) -> str:
-        """Saves a step's batch and the weights; returns what is said of them."""
         path = self.folder / f"nonfinite-{images:09d}{f'-rank{rank}' if rank else ''}.safetensors"
         names = [name for name, value in parts[0].items() if isinstance(value, Tensor)]
         batch = {name: torch.cat([part[name] for part in parts]) for name in names}

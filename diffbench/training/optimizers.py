@@ -50,7 +50,6 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """A step of both; what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

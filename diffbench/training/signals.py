@@ -74,11 +74,7 @@ class StopOnSignal(Ordered):
             raise Interrupted
 
     def interruptible(self, work: Callable[[], T]) -> T:
-        """The result of work that calls `check` now and then, and no other rank.
-
-        Raises:
-            Interrupted: on all ranks, if a signal stopped the work on one of them.
-        """
+        """The result of work that calls `check` now and then; Interrupted on all ranks, if a signal stopped one."""
         found: list[T] = []
         with contextlib.suppress(Interrupted):
             self.check()

@@ -108,14 +108,11 @@ class TensorBoardLog:
                 self._writer.add_scalar(f"band/{tag}/{end}", at, images)
 
     def show_image(self, tag: str, image: np.ndarray, images: int) -> None:
-        """Log an image (H, W, 3) uint8 at an image count."""
         self._writer.add_image(tag, image, images, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write what is not written yet."""
         self._writer.flush()
 
     def close(self) -> None:
-        """End the file."""
         with contextlib.suppress(OSError):  # a full disk was reported when it was found
             self._writer.close()

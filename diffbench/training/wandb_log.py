@@ -44,16 +44,13 @@ class WandbLog:
         self._run.define_metric("*", step_metric="images")
 
     def record(self, values: Mapping[str, float], images: int) -> None:
-        """Log values at an image count."""
         self._run.log({"images": images, **values})
 
     def show_image(self, tag: str, image: np.ndarray, images: int) -> None:
-        """Log an image (H, W, 3) uint8 at an image count."""
         self._run.log({"images": images, tag: self._image(image)})
 
     def flush(self) -> None:
         """Nothing: W&B sends by itself."""
 
     def close(self) -> None:
-        """Wait until all is written."""
         self._run.finish()
