@@ -1,6 +1,6 @@
 """What loaders and data sets of other people give: images with or without labels, as batches and as sets in memory."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,8 +36,7 @@ def unpack(batch: Any) -> dict[str, Any]:
     Raises:
         ValueError: if it is something else.
     """
-    found = dict(batch) if isinstance(batch, Mapping) else dict(zip(("image", "label"), _parts(batch), strict=False))
-    x0, label = _entry(found, ("x0", *IMAGE_NAMES)), _entry(found, LABEL_NAMES)
+    x0, label, rest = _taken_apart(batch, ("x0", *IMAGE_NAMES))
     if not isinstance(x0, Tensor) or x0.ndim != 4 or not (x0.is_floating_point() or x0.dtype == torch.uint8):
         shown = _shown(x0) if not isinstance(batch, Mapping) or x0 is not None else f"only {', '.join(map(str, batch))}"
         raise ValueError(
@@ -51,11 +50,15 @@ def unpack(batch: Any) -> dict[str, Any]:
                 f" got {_shown(label)}"
             )
         label = label if label.is_floating_point() else label.long()
-    return {**found, "x0": from_uint8(x0) if x0.dtype == torch.uint8 else x0, "label": label}
+    return {**rest, "x0": from_uint8(x0) if x0.dtype == torch.uint8 else x0, "label": label}
 
 
-def _entry(found: dict[str, Any], names: Iterable[str]) -> Any:
-    return next((found.pop(name) for name in names if name in found), None)
+def _taken_apart(item: Any, names: Sequence[str]) -> tuple[Any, Any, dict[str, Any]]:
+    """What an item or batch holds under one of `names`, its label, and the rest; None for what it does not hold."""
+    parts = item if isinstance(item, tuple | list) else (item,)
+    rest = dict(item) if isinstance(item, Mapping) else dict(zip((names[0], LABEL_NAMES[0]), parts, strict=False))
+    value, label = (next((rest.pop(n) for n in of if n in rest), None) for of in (names, LABEL_NAMES))
+    return value, label, rest
 
 
 def _shown(value: Any) -> str:
@@ -104,26 +107,13 @@ def latent_set(data: LatentSet | AnyDataset) -> LatentSet:
 
 def _columns(data: Any, names: Sequence[str]) -> tuple[list[Any], list[Any]]:
     numbered = hasattr(data, "__len__") and not isinstance(data, IterableDataset)
-    items = [_item(item, names) for item in ((data[i] for i in range(len(data))) if numbered else data)]
+    items = [_taken_apart(item, names) for item in ((data[i] for i in range(len(data))) if numbered else data)]
     if not items:
         raise ValueError(f"{type(data).__name__} is empty")
-    images, labels = zip(*items, strict=True)
-    return list(images), list(labels)
-
-
-def _item(item: Any, names: Sequence[str]) -> tuple[Any, Any]:
-    if not isinstance(item, Mapping):
-        parts = _parts(item)
-        return parts[0], parts[1] if len(parts) > 1 else None
-    found = dict(item)
-    value = _entry(found, names)
-    if value is None:
-        raise ValueError(f"an item must have one of {', '.join(names)}; it has {', '.join(map(str, item))}")
-    return value, _entry(found, LABEL_NAMES)
-
-
-def _parts(batch: Any) -> tuple[Any, ...]:
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    values, labels, rest = zip(*items, strict=True)
+    if values[0] is None:
+        raise ValueError(f"an item must have one of {', '.join(names)}; it has {', '.join(rest[0])}")
+    return list(values), list(labels)
 
 
 def _tensor(image: Any) -> Tensor:

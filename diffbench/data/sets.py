@@ -12,7 +12,7 @@ from torch import Tensor
 from diffbench.core.pixels import from_uint8
 
 if TYPE_CHECKING:
-    from diffbench.metrics.rules import Rule
+    from diffbench.metrics.base import Rule
 
 
 class InMemory:

@@ -65,7 +65,7 @@ def _part(part: str, count: int, size: int, seed: int) -> ImageSet:
     labels = torch.arange(count) % len(CLASSES)
     for index in torch.arange(count).split(10_000):
         images[index] = draw(index, labels[index], size, rng.key("shapes", seed, part))
-    from diffbench.metrics.rules import Rule  # a config loads without the metrics
+    from diffbench.metrics.base import Rule  # a config loads without the metrics
 
     rule = Rule(holds, ABILITIES)
     return ImageSet(images, labels, len(CLASSES), f"shapes{size}", CLASSES, origin="drawn", rule=rule)

@@ -1,6 +1,6 @@
 """Samples on disk, drawn in chunks: a killed command goes on where it stopped, and nothing is drawn twice."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,3 @@ class Samples:
             return self.store.open().arrays["images"]
         except DamagedError as e:
             raise UserError(f"{e}; the same command draws them again") from None
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples as (numbers (B,), images (B, C, H, W) uint8), in order."""
-        images = self.images()
-        for index in torch.arange(len(images)).split(size):
-            yield index, images[index]

@@ -1,6 +1,5 @@
 """Scores of samples against reference statistics of real images."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -160,11 +159,9 @@ def _cached_numbers(
 ) -> dict[str, Any]:
     """Numbers that follow from a reference and a part of real images, computed once."""
     source = [what, key, part.data.fingerprint(), part.split, part.which, len(part)]
-    name = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
-    path = reference_folder() / f"{extractor.name}-{what}-{len(part)}-{name}.json"
-    found: dict[str, Any] = json.loads(
-        files.cached(path, lambda: write_text(path, json.dumps(make()) + "\n")).read_text()
-    )
+    path = reference_folder() / f"{extractor.name}-{what}-{len(part)}-{files.digest(source)[:16]}.json"
+    files.cached(path, lambda: write_text(path, json.dumps(make()) + "\n"))
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
@@ -190,7 +187,7 @@ def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numb
                 advance = int  # a function that ignores the count
 
 
-def numbered(batches: Iterator[Tensor], labels: Tensor | None) -> Iterator[Numbered]:
+def numbered(batches: Iterable[Tensor], labels: Tensor | None) -> Iterator[Numbered]:
     """Yield batches of images with their numbers and labels."""
     done = 0
     for images in batches:

@@ -16,7 +16,6 @@ from torchmetrics import Metric
 
 from diffbench.metrics.copies import CopyDetector
 from diffbench.metrics.extractors.base import Extractor
-from diffbench.metrics.rules import Rule
 
 KEPT = 10_000
 """Feature vectors kept of either side, at most, for metrics that need the vectors themselves."""
@@ -50,6 +49,19 @@ class ReferenceStatistics:
 
 def _permutation(n: int, *key: str | int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(zlib.crc32(repr(key).encode())))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Decides without a network whether images solve the tasks of their labels.
+
+    Attributes:
+        holds: (images (B, C, H, W) uint8 on the CPU, labels (B,)) -> (B,) bool.
+        abilities: the ability that each label's task asks for.
+    """
+
+    holds: Callable[[Tensor, Tensor], Tensor]
+    abilities: tuple[str, ...]
 
 
 @dataclass

@@ -5,8 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from diffbench.metrics.base import Measurement, SampleMetric, finite_rows
-from diffbench.metrics.rules import Rule
+from diffbench.metrics.base import Measurement, Rule, SampleMetric, finite_rows
 
 
 class InceptionScore(SampleMetric):

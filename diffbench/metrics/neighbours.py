@@ -62,11 +62,11 @@ class PrecisionRecall(Rows):
     """Improved precision and recall with k=3 (Kynkäänniemi et al. 2019)."""
 
     higher_is_better = True
-    names = ("precision", "recall")
+    names, k = ("precision", "recall"), 3
 
-    def __init__(self, reference: Tensor, count: int, keep: int | None = None, k: int = 3) -> None:
+    def __init__(self, reference: Tensor, count: int, keep: int | None = None) -> None:
         super().__init__(reference.shape[1], count, keep)
-        self.reference, self.k = reference, k
+        self.reference = reference
 
     @classmethod
     def of(cls, measurement: Measurement) -> Self | None:
@@ -82,7 +82,4 @@ class PrecisionRecall(Rows):
 class DensityCoverage(PrecisionRecall):
     """Density and coverage with k=5 (Naeem et al. 2020)."""
 
-    names = ("density", "coverage")
-
-    def __init__(self, reference: Tensor, count: int, keep: int | None = None, k: int = 5) -> None:
-        super().__init__(reference, count, keep, k)
+    names, k = ("density", "coverage"), 5

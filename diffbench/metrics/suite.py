@@ -39,8 +39,8 @@ class Suite:
     def compute(self) -> dict[str, float]:
         """Name without extractor and count -> value; every process must call it, in step, and gets the same."""
         values = {name: float(value) for name, value in self.metrics.compute().items()}
-        known = list(METRICS)
-        return dict(sorted(values.items(), key=lambda item: known.index(item[0]) if item[0] in METRICS else len(known)))
+        order = {name: place for place, name in enumerate(METRICS)}
+        return dict(sorted(values.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def reference_statistics(extractor: Extractor, batches: Iterable[Tensor], count: int, keep: int) -> ReferenceStatistics:

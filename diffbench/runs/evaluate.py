@@ -142,7 +142,7 @@ def _record(
     samples = samples_of(run, config, how)
     drawn = draw(run, how, samples, config.seed_of("sample"))
     labels, started = references.sample_labels(run.train_set, samples.count), time.perf_counter()
-    values = scorer.scores((index, images, labels[index]) for index, images in samples.batches(references.BATCH))
+    values = scorer.scores(scorers.numbered(samples.images().split(references.BATCH), labels))
     if scorer.copies is not None:
         _draw_nearest(samples, labels, scorer.copies, run.train_set, run.facts.names)
     found = {

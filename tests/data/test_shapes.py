@@ -12,8 +12,8 @@ from diffbench.config.load import load
 from diffbench.core import rng
 from diffbench.core.errors import UserError
 from diffbench.data.shapes import ABILITIES, CLASSES, ShapesConfig, corner_colours, draw, holds, objects, shapes
+from diffbench.metrics.base import Rule
 from diffbench.metrics.classification import SolvedTasks
-from diffbench.metrics.rules import Rule
 
 SIZES = pytest.mark.parametrize("size", [16, 32])
 

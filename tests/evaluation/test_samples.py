@@ -39,8 +39,7 @@ def test_all_samples_in_order_and_in_any(tmp_path: Path) -> None:
     place, pen = samples(tmp_path), Pen()
     place.fill(pen)
     assert pen.asked == [(0, SIZE), (SIZE, SIZE), (2 * SIZE, 300)]
-    index, images = (torch.cat(parts) for parts in zip(*place.batches(77), strict=True))
-    assert torch.equal(index, torch.arange(COUNT)) and torch.equal(images, numbered(index))
+    assert torch.equal(place.images(), numbered(torch.arange(COUNT)))
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
     assert torch.equal(place.images()[order], numbered(order))
 
@@ -95,4 +94,4 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path = place.store.path("images")
     path.write_bytes(b"broken")
     with pytest.raises(UserError, match=rf"{path}: damaged: 6 bytes where 4,600 were written; the same command draws"):
-        list(place.batches(100))
+        place.images()
