@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import command, growth, loop, networks, pieces, report, steps
+from benchmarks import busy, command, growth, loop, networks, pieces, report, steps
 from benchmarks.config import BenchConfig, Row, read
 from diffbench.cli import exit_code
 from diffbench.core.errors import UserError
@@ -20,6 +20,7 @@ MEASURES: dict[str, Callable[[BenchConfig, torch.device, float], Iterator[Row]]]
     "growth": growth.measure,
     "sampling": pieces.sampling,
     "command": command.measure,
+    "busy": busy.measure,
 }
 
 

@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         number = class_number(label, run.facts, "class") if run.facts.num_classes else 0
         default = run.folder / "explain" / f"class-{number}.png"
         figure, listing = new_files(config.out, default, [".json"])
+        run.use_threads()
         run.network.to(device_of(run.config.trainer.accelerator))
         sampler = run.sampler(how)
         explanation = explain(sampler, how, run.facts, number, config)

@@ -121,7 +121,7 @@ def _rebuild(
     cells = [record["cells"][name] for name in names]
     first, config = cells[0], with_paths(cells[0]["recipe"]["config"], path)
     threads = first["record"].get("threads") or record["made"]["threads"]
-    torch.set_num_threads(threads)
+    config["trainer"]["threads"] = threads
     evaluations = {k: v for cell in cells for k, v in cell["recipe"]["evaluations"].items()}
     _find_source(config["denoiser"], path, out / FOLDER)
     if data_path is not None:

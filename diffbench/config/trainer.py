@@ -26,6 +26,9 @@ class TrainerConfig:
     logger: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     """Where numbers and images go besides the run folder; wandb (Weights & Biases) stays offline without a login."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    threads: int | Literal["auto"] = "auto"
+    """CPU threads of a process. auto: one for a network of less than 1e9 multiply-accumulates a step, where two gain
+    little and wait for each other on a busy machine, else PyTorch's number; or what OMP_NUM_THREADS says."""
     devices: int = 1
     """Processes on each machine, each with a device of its own; they share a step's images."""
     num_nodes: int = 1
@@ -57,6 +60,8 @@ class TrainerConfig:
         names += ["devices", "num_nodes", "timeout_s"]
         names += [f.name for f in fields(self) if f.name.endswith("_images")]
         check_positive(self, *names, section="trainer")
+        if self.threads != "auto":
+            check_positive(self, "threads", section="trainer")
         parts = self.accumulate_grad_batches
         if self.batch_size % parts:
             raise ValueError(

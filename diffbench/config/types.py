@@ -23,7 +23,7 @@ def convert(kind: Any, value: Any, key: str) -> Any:
     options = [kind, *get_args(kind)]
     choices = [str(c) for option in options if get_origin(option) is Literal for c in get_args(option)]
     if choices:
-        choices += ["null"] if type(None) in options else []
+        choices += [_wanted(option) for option in options if option in (int, float, type(None))]
         near = suggest(str(value), choices)
         raise ValueError(f"{key}: unknown value {shown(value)}; choose from {', '.join(choices)}{near}")
     raise ValueError(f"{key}: must be {_wanted(kind)}, got {shown(value)}")

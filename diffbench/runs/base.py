@@ -1,6 +1,7 @@
 """A run on disk, of any kind: its config, its logs and scores, its network, and how its training begins and ends."""
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -26,7 +27,7 @@ from diffbench.runs import weights
 from diffbench.runs.build import data_module, device_of, load_data
 from diffbench.runs.checks import check_machine
 from diffbench.runs.folder import SAVED, read_values
-from diffbench.training.speed import keep_memory
+from diffbench.training.speed import keep_memory, use_threads
 
 if TYPE_CHECKING:
     from diffbench.data.datamodule import PositionDataModule
@@ -201,6 +202,13 @@ class Run(ABC, Generic[C]):
         if on_cpu if trainer.channels_last is None else trainer.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
+
+    def use_threads(self) -> None:
+        """Sets the CPU threads of this process, as `trainer.threads` says, for work on this network."""
+        trainer = self.config.trainer
+        parts = trainer.processes * trainer.accumulate_grad_batches
+        on_cpu = device_of(trainer.accelerator).type == "cpu"
+        use_threads(trainer.threads, self.cost.macs * trainer.batch_size / parts if on_cpu else math.inf)
 
     def located(self) -> Any:
         """A context that adds the folder's config to a ValueError that names a key."""

@@ -124,6 +124,7 @@ def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
     with located([(origin, {})]):
         check_evaluation(config, run.train_set)
         extractor = references.run_extractor(config, run.train_set, device_of(config.trainer.accelerator))
+    run.use_threads()
     run.network.to(extractor.device)
     if config.evaluate.count < 2 * extractor.dim:
         print(

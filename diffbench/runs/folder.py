@@ -29,6 +29,7 @@ FREE = {
     "trainer.sample_images",
     "trainer.logger",
     "trainer.accelerator",
+    "trainer.threads",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",

@@ -190,6 +190,7 @@ def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] 
     """Trains in this process, with the others of its job if there are any; the first one exports the averages."""
     from diffbench.training import trainer
 
+    run.use_threads()
     if checkpoint is None and start is not None:
         run.network.load_state_dict(start, strict=True)
     c, data = run.config, run.data_module()

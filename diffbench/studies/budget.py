@@ -51,10 +51,12 @@ class Probe:
         c, name = variant.config, _name(variant.config)
         run = DenoiserRun(Path("probe"), c)
         before = torch.get_num_threads()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.jobs))
         try:
             if name not in self._forward:
                 sampler = Sampler(run.network.to(device_of(c.trainer.accelerator)), run.process, run.shape)
+                run.use_threads()
+                if self.jobs > 1:
+                    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.jobs))
                 self._forward[name] = seconds_per_evaluation(sampler, c.trainer.batch_size)
         finally:
             torch.set_num_threads(before)
@@ -76,6 +78,7 @@ def _name(config: RunConfig) -> str:
 def _training_rate(config: RunConfig) -> float:
     device = device_of(config.trainer.accelerator)
     run = DenoiserRun(Path("probe"), config)
+    run.use_threads()
     module, data = run.module().to(device), run.data_module()
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))

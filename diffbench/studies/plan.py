@@ -94,6 +94,7 @@ class PlannedTrial:
     def folder(self) -> Path:
         """The run folder: equal configs meet in it, whichever study asks for them."""
         values = {k: v for k, v in to_dict(self.config).items() if k not in ("runs_dir", "tag", "seed")}
+        del values["trainer"]["threads"]  # which changes rounding alone
         if len(self.variant.rungs) > 1:  # a run of one length cannot be scored at shorter ones
             values["rungs"] = [images for images, _ in self.variant.rungs]
         experiment = self.variant.experiment

@@ -236,8 +236,9 @@ def slurm_folder(folder: Path, launcher: LauncherConfig) -> Path:
 
 
 def _start(file: TrialFile, jobs: int) -> "subprocess.Popen[bytes]":
-    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
-    environment = threads | dict(os.environ) if jobs == 1 else dict(os.environ) | threads
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     file.forget_end()
     with file.log.open("ab") as log:
         command = [sys.executable, "-m", "diffbench", "study", str(file.path)]

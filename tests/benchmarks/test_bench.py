@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import command, growth, loop, networks, pieces, report, steps, watch
+from benchmarks import busy, command, growth, loop, networks, pieces, report, steps, watch
 from benchmarks.__main__ import bench, main, measured
 from benchmarks.config import FULL, GPU, PARTS, SHORT, BenchConfig, shared
 from diffbench.core.errors import UserError
@@ -25,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All parts but whole commands, on tiny networks."""
     folder = tmp_path_factory.mktemp("bench")
     own = "variants=['no channels-last: trainer.channels_last=false']"
-    asked = ["models=[DiT-S/2]", f"parts=[{','.join(PARTS[:-1])}]", own, "seconds=1e6"]
+    asked = ["models=[DiT-S/2]", f"parts=[{','.join(PARTS[:-2])}]", own, "seconds=1e6"]
     return bench([*TINY, *asked, f"out={folder / 'a.json'}"]) | {"path": folder / "a.json"}
 
 
@@ -184,6 +186,23 @@ def test_every_variant_is_a_config(form: BenchConfig, device: str) -> None:
     if form.gpu:
         assert found["DiT-XL/2"][1] == found["DiffiT-XL/2"][1] == "compiled block"
         assert found["DDPM++-CIFAR10-cond"][1] == "compiled model"
+
+
+def test_busy_processes_live_as_long_as_the_block() -> None:
+    def children() -> int:
+        found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "while True: pass"], capture_output=True)
+        return len(found.stdout.split())
+
+    with busy.busy(2):
+        assert children() == 2
+    assert children() == 0
+
+
+def test_training_beside_others_prints_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    busy.main(["experiments/digits/dit.yaml", "all threads, passive", "true"])
+    assert float(capsys.readouterr().out) > 0
+    row = {"part": "busy", "name": "experiments/digits/dit.yaml", "variant": "default", "size": 1, "images_per_s": 1234}
+    assert report.line(row).split() == ["busy", "experiments/digits/dit.yaml", "1", "1,234.0", "img/s"]
 
 
 @pytest.mark.parametrize("held", [True, False])

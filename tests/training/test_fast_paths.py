@@ -1,5 +1,6 @@
 """Every faster way has a key, and gives the numbers of the slower one."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from test_reference import network as golden_network
 from test_resume import CASES, KILL, TINY, assert_equal, only, state
 from torch import Tensor, nn
 
+from diffbench import __main__
 from diffbench.cli import main
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load as load_config
@@ -33,7 +35,7 @@ from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.checkpoint import AtomicCheckpointIO, all_steps
 from diffbench.training.diffusion import DiffusionModule
-from diffbench.training.speed import blocks, compile_here, compile_network, float32_products
+from diffbench.training.speed import blocks, compile_here, compile_network, float32_products, use_threads
 
 DIT = "experiments/digits/dit.yaml"
 SHORT = [*TINY, *CASES["dit"], "trainer.max_images=40", "sample.steps='2'"]  # 5 steps
@@ -43,6 +45,69 @@ WITH_TMSA: list[tuple[str, dict[str, Any]]] = [
     ("unet", {"tmsa": True}),
     ("ddpmpp", {"tmsa": True}),
 ]
+
+
+@pytest.fixture
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives the process three threads that no environment variable asked for, and back what it had."""
+    before = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "macs", "variable", "threads"),
+    [("auto", 9e8, None, 1), ("auto", 1.1e9, None, 3), ("auto", 9e8, "3", 3), (2, 9e8, "3", 2), (2, 1.1e9, None, 2)],
+)
+def test_small_networks_take_one_thread_unless_the_user_says_otherwise(
+    three_threads: None,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Any,
+    macs: float,
+    variable: str | None,
+    threads: int,
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    use_threads(asked, macs)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("words", "threads"),
+    [
+        ([], 1),  # 4.3e6 multiply-accumulates a digit, 64 digits
+        (["trainer.batch_size=256"], 3),
+        (["trainer.batch_size=256", "trainer.accumulate_grad_batches=4"], 1),
+        (["trainer.threads=2"], 2),
+    ],
+)
+def test_a_runs_threads_follow_from_the_size_of_its_micro_batch(
+    three_threads: None, words: list[str], threads: int
+) -> None:
+    DenoiserRun("x", load_config(DIT, words)).use_threads()  # type: ignore[arg-type]
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7"), (None, "")])
+def test_waiting_threads_let_others_run_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, value: str
+) -> None:
+    monkeypatch.setattr(__main__, "main", lambda: 0)
+    monkeypatch.setattr(__main__.atexit, "register", lambda work: None)
+    monkeypatch.setattr(__main__.gc, "set_threshold", lambda count: None)
+    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    if name is not None:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        __main__.run()
+    wanted = {None: "passive", "OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": None}
+    assert os.environ.get("OMP_WAIT_POLICY") == wanted[name]
 
 
 def gradients(net: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:

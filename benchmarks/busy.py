@@ -1,0 +1,82 @@
+"""Training steps beside other busy processes, by the number of threads and by how these wait for each other."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from benchmarks.config import BenchConfig, Row, shared
+from benchmarks.networks import DIGITS, Subject, Variant, run_config
+
+MODELS = (*DIGITS[:2], "experiments/digits/unet.yaml", "DiT-S/2")
+OTHERS = (0, 1, 2)
+"""Busy processes beside."""
+WAYS = {
+    "default": {"OMP_WAIT_POLICY": "passive"},
+    "all threads, passive": {"OMP_WAIT_POLICY": "passive"},
+    "all threads, spinning": {},
+}
+"""How a command trains (`trainer.threads=auto`), and all threads: variables that are set before torch is imported."""
+SECONDS = 3.0
+
+
+def measure(config: BenchConfig, _device: torch.device, deadline: float) -> Iterator[Row]:
+    """A row for each network, way and number of processes beside, ways in turns; images a second."""
+    for model, until in shared(config.models or MODELS, deadline):
+        for others in OTHERS[:2] if config.tiny else OTHERS:
+            if until is None or time.monotonic() > until:
+                yield {"part": "busy", "name": model, "size": others, "skipped": "the time is up"}
+                continue
+            rates: dict[str, list[float]] = {way: [] for way in WAYS}
+            with busy(others):
+                for _ in range(1 if config.tiny else 3):
+                    for way, found in rates.items():
+                        found.append(_rate(model, way, config.tiny))
+            for way, found in rates.items():
+                row: Row = {"part": "busy", "name": model, "variant": way, "size": others}
+                yield row | {"images_per_s": statistics.median(found), "rates": found}
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Keeps so many processes at work in the block, each in a session of its own, as another user's."""
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def _rate(model: str, way: str, tiny: bool) -> float:
+    unset = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | WAYS[way]
+    command = [sys.executable, "-m", "benchmarks.busy", model, way, str(tiny).lower()]
+    return float(subprocess.check_output(command, env=environment, text=True).split()[-1])
+
+
+def main(words: Sequence[str]) -> None:
+    """Print the images a second of a network's training steps, in a process of their own."""
+    model, way, tiny = words
+    config = run_config(BenchConfig(tiny=tiny == "true"), model, "cpu")
+    subject = Subject(config, Variant(), torch.device("cpu"))
+    if way == "default":
+        subject.run.use_threads()
+    subject.ready()
+    subject.train()
+    steps, began = 0, time.perf_counter()
+    while steps == 0 or (time.perf_counter() - began < SECONDS and tiny == "false"):
+        subject.train()
+        steps += 1
+    print(steps * config.trainer.batch_size / (time.perf_counter() - began))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
