@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffbench.commands.list import run_values
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
 from diffbench.config.load import build
 from diffbench.core.errors import UserError
@@ -20,7 +19,7 @@ from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.export import check_export, exported
 from diffbench.reports.results import Comparison, Trial, differing
-from diffbench.reports.runs import comparable_scores, guidance, run_facts, run_table, settings
+from diffbench.reports.runs import comparable_scores, guidance, run_facts, run_table, run_values, settings
 from diffbench.reports.tables import IDENTITY, for_terminal
 from diffbench.reports.text import counted, listed
 from diffbench.runs.base import Run
@@ -69,11 +68,20 @@ def split_words(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Pa
         UserError: if there is no folder, or a key is wrong.
     """
     given = [word for word in words if re.match(r"[A-Za-z_]\w*=", word)]
-    folders, values = [Path(word) for word in words if word not in given], parse_overrides(given)
+    folders = [Path(word) for word in words if word not in given]
     if not folders:
         raise UserError(f"{COMMAND_LINE}: name run folders, as runs/digits/dit-s0; see diffbench {verb} --help")
+    return folders, asked_for(keys, parse_overrides(given))
+
+
+def asked_for(keys: type[T], values: dict[str, Any]) -> T:
+    """A command's keys as a dataclass.
+
+    Raises:
+        UserError: if a key is wrong.
+    """
     with located([(COMMAND_LINE, values)]):
-        return folders, build(keys, values)
+        return build(keys, values)
 
 
 def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -5,8 +5,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from diffbench.commands.compare import asked_for
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
-from diffbench.config.load import build, change
+from diffbench.config.load import change
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.data.facts import class_number
@@ -30,8 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     if values.get("class") is None:
         raise UserError(f"{COMMAND_LINE}: class: missing; name one or give its number, as class=8")
     label, sample = str(values.pop("class")), values.pop("sample", {})
-    with located([(COMMAND_LINE, values)]):
-        config = build(ExplainConfig, values)
+    config = asked_for(ExplainConfig, values)
     run = load(Path(arguments.run))
     how = change(run.config, {"sample": asdict(run.config.sample.unguided()) | sample}).sample
     with located([(COMMAND_LINE, {"class": label} | vars(config))]):

@@ -6,15 +6,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
-from diffbench.config.load import build
+from diffbench.commands.compare import asked_for
+from diffbench.config.layers import COMMAND_LINE, parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.reports.conclusions import Conclusion, conclude
 from diffbench.reports.results import Comparison
-from diffbench.reports.text import counted
+from diffbench.reports.text import counted, markdown
 from diffbench.studies.findings import Claim, Finding, findings, load_claims
 from diffbench.studies.runner import run_study
 from diffbench.studies.shipped import shipped
@@ -40,9 +39,7 @@ class FindingsConfig:
 def run(arguments: argparse.Namespace) -> None:
     """Print the table of claims; from the shipped results, also write it and their answers into results/README.md."""
     own = [o for o in arguments.overrides if o.partition("=")[0] in vars(FindingsConfig())]
-    more, values = [o for o in arguments.overrides if o not in own], parse_overrides(own)
-    with located([(COMMAND_LINE, values)]):
-        config = build(FindingsConfig, values)
+    more, config = [o for o in arguments.overrides if o not in own], asked_for(FindingsConfig, parse_overrides(own))
     if more and not config.run:
         raise UserError(f"{COMMAND_LINE}: {more[0]}: belongs to a study; write run=true to run the claims' studies")
     root = Path(config.experiments)
@@ -105,7 +102,7 @@ def page_text(conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -
         )
     claims = [["published claim", "source", "verdict", "measured, with its own 95% interval", "study"]]
     claims += [[f.claim.claim, f.claim.source, f.verdict, f.evidence, f.claim.study] for f in found]
-    return f"{_markdown(answers)}\n{_markdown(claims)}"
+    return f"{markdown(answers)}\n{markdown(claims)}"
 
 
 def _holds_for(c: Conclusion) -> str:
@@ -116,8 +113,3 @@ def _holds_for(c: Conclusion) -> str:
     ends = " to ".join(f"{n:,}" for n in dict.fromkeys((images[0], images[-1])))
     parts = [*data, f"{ends} images", *(["budgets " + ", ".join(c.rungs)] if c.rungs else [])]
     return "; ".join([*parts, counted(len({t.seed for t in trials}), "seed")])
-
-
-def _markdown(rows: Sequence[Sequence[Any]]) -> str:
-    lines = [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]) + "\n"

@@ -6,17 +6,13 @@ The presets are listed within two seconds: what reads runs is imported where it 
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffbench.config.layers import experiments
 from diffbench.core.errors import UserError
 from diffbench.core.terminal import beside
 from diffbench.denoisers import DENOISERS, PRESETS
-
-if TYPE_CHECKING:
-    from diffbench.runs.base import Run
 
 UNREADABLE = (UserError, ValueError, OSError)
 """What a damaged run folder raises."""
@@ -87,13 +83,14 @@ def runs(tops: Sequence[Path]) -> list[str]:
     Raises:
         UserError: if there is no run.
     """
+    from diffbench.reports.runs import run_row
     from diffbench.reports.text import as_text
     from diffbench.runs.lifecycle import look
 
     rows, unreadable = [], []
     for folder in _folders(tops):
         try:
-            rows.append(_row(look(folder)))
+            rows.append(run_row(look(folder)))
         except UNREADABLE as e:
             unreadable.append(f"{folder}  {' '.join(str(e).split()).removeprefix(f'{folder}: ')}")
     return [*([as_text(rows, ("last change", "of"), rule=False)] if rows else []), *unreadable]
@@ -107,51 +104,10 @@ def _folders(tops: Sequence[Path]) -> list[Path]:
 
 
 def _values_or_error(folder: Path) -> dict[str, Any]:
+    from diffbench.reports.runs import run_values
     from diffbench.runs.lifecycle import look
 
     try:
         return run_values(look(folder))
     except UNREADABLE as e:
         return {"run": str(folder), "error": str(e)}
-
-
-def run_values(run: "Run[Any]") -> dict[str, Any]:
-    """A run for scripts: how far it came, its last validation, its newest scores without and with guidance."""
-    from diffbench.evaluation.records import values
-    from diffbench.reports.runs import newest_scores, settings
-
-    validation = {name: value for line in run.metrics for name, value in line.items() if name.startswith("val/")}
-    return {
-        "run": str(run.folder),
-        "kind": run.kind,
-        "seed": run.values["seed"],
-        "images_seen": run.images_seen,
-        "complete": run.complete,
-        "seconds": run.seconds,
-        "validation": validation,
-        "scores": [{"settings": settings(record), **values(record)} for record in newest_scores(run)],
-    }
-
-
-def _row(run: "Run[Any]") -> dict[str, str]:
-    from diffbench.evaluation.records import values
-    from diffbench.metrics.registry import metric_of
-    from diffbench.reports.runs import newest_scores, settings
-
-    trainer, bound = run.values["trainer"], run.last("val/bound")
-    batch = int(trainer["batch_size"])
-    scored = [
-        f"{name} {value:.4g}" + (f" ({how})" if (how := settings(record)) else "")
-        for record in newest_scores(run)
-        for name, value in values(record).items()
-        if metric_of(name).listed
-    ]
-    changed = max(p.stat().st_mtime for p in (*run.folder.glob("*.jsonl"), run.folder / "config.yaml"))
-    return {
-        "run": str(run.folder),
-        "images": f"{run.images_seen:,}",
-        "of": f"{-(-int(trainer['max_images']) // batch) * batch:,}",
-        "validation bound": "-" if bound is None else f"{bound:.4f}",
-        "newest score": next(iter(scored), "-"),
-        "last change": f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}",
-    }

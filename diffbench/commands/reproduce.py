@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from diffbench.commands.compare import asked_for
 from diffbench.config.layers import COMMAND_LINE, SHIPPED, located, with_paths
-from diffbench.config.load import build
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest, finite
 from diffbench.core.progress import span
@@ -45,9 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check a report, and rebuild the cells that are named; 1 where something differs."""
     path = Path(arguments.report)
     keys = [word for word in arguments.cells if re.match(r"(out|data_path)=", word)]
-    values = dict(word.split("=", 1) for word in keys)
-    with located([(COMMAND_LINE, values)]):
-        asked = build(ReproduceConfig, values)
+    asked = asked_for(ReproduceConfig, dict(word.split("=", 1) for word in keys))
     record, changes = read(path)
     chosen = _chosen(record["cells"], [word for word in arguments.cells if word not in keys])
     _introduce(path, record, changes)
@@ -143,11 +141,7 @@ def _rebuild(
 
 
 def _find_source(denoiser: dict[str, Any], path: Path, folder: Path) -> None:
-    """Copy the source of a network from outside to where the run finds it: a page has its hash alone, no code to run.
-
-    Raises:
-        UserError: if no file has that hash.
-    """
+    """Copy the source of a network from outside to where the run finds it: a page has its hash alone, no code to run."""
     if denoiser.get("code") is None:
         return
     places = [folder, path.parent, Path.cwd(), *sorted(p for p in SHIPPED.iterdir() if p.is_dir())]

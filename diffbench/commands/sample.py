@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from diffbench.commands.compare import asked_for
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
-from diffbench.config.load import build, change
+from diffbench.config.load import change
 from diffbench.data.facts import labels_for
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import FORMATS, Trajectory, class_columns, new_files, save_grid, save_image, save_npz
@@ -56,8 +57,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
     section = values.pop("sample", {})  # steps=50 and sample.steps=50 are the same
     values |= section if isinstance(section, dict) else {"sample": section}
     refuse_others(values, *vars(DrawConfig()), *vars(run.config.sample))
-    with located([(COMMAND_LINE, values)]):
-        asked = build(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
+    asked = asked_for(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
     if asked.ema is not None:
         run.use_average(asked.ema)
     settings = change(run.config, {"sample": {k: v for k, v in values.items() if k not in vars(asked)}}).sample

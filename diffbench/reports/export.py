@@ -8,7 +8,7 @@ from diffbench.evaluation.images import refuse_to_overwrite
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion
 from diffbench.reports.tables import WIDEST, pairs, quality, shown
-from diffbench.reports.text import Rows, transposed
+from diffbench.reports.text import Rows, Table, markdown, table_of, transposed
 
 SUFFIXES = (".tex", ".md")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -37,16 +37,18 @@ def check_export(path: Path) -> None:
 
 def exported(c: Conclusion, suffix: str) -> str:
     """The tables of variants and of pairs, the best mean of each metric in bold, ties with the best marked †."""
-    write = _latex if suffix == ".tex" else _markdown
+    title = c.comparison.title
     note = (
-        f"{c.comparison.title}. Mean over seeds ± half of its 95% interval; bold: the best mean;"
+        f"{title}. Mean over seeds ± half of its 95% interval; bold: the best mean;"
         f" †: a tie with the best by {c.metric.title}."
     )
-    parts = [write(_marked(c), note)]
+    tables = [(note, table_of(_marked(c)))]
     if c.tests:
-        note = f"{c.comparison.title}. First minus second by {c.metric.title}, paired by seed; Holm's correction."
-        parts.append(write(pairs(c), note))
-    return "\n".join(parts)
+        note = f"{title}. First minus second by {c.metric.title}, paired by seed; Holm's correction."
+        tables.append((note, table_of(pairs(c))))
+    if suffix == ".tex":
+        return "\n".join(_latex(table, note) for note, table in tables)
+    return "\n".join(f"{note}\n\n{markdown(table, numbers=True)}" for note, table in tables)
 
 
 def _marked(c: Conclusion) -> Rows:
@@ -58,7 +60,7 @@ def _marked(c: Conclusion) -> Rows:
     tied = [v for first in best.get(c.name, [])[:1] for v, x in c.tests_of(first).items() if x.verdict == "tie"]
     rows = []
     for row in quality(c):
-        cells = {"variant": row["variant"], "seeds": row["seeds"]}
+        cells = {"variant": row["variant"], "seeds": row["seeds"] or "-"}
         for name in shown(c):
             text = row.get(name, "-") + "†" * (name == c.name and row["variant"] in tied)
             arrow = {"lower": " ↓", "higher": " ↑", None: ""}[metric_of(name).direction]
@@ -67,24 +69,13 @@ def _marked(c: Conclusion) -> Rows:
     return rows if len(c.variants) > WIDEST else transposed(rows, " ")
 
 
-def _table(rows: Rows) -> list[list[str]]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return [names, *([row.get(name) or "-" for name in names] for row in rows)]
-
-
-def _markdown(rows: Rows, note: str) -> str:
-    head, *body = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in _table(rows))
-    rule = "|".join(["", "---", *["---:"] * (len(_table(rows)[0]) - 1), ""])
-    return "\n".join([note, "", head, rule, *body]) + "\n"
-
-
-def _latex(rows: Rows, note: str) -> str:
+def _latex(table: Table, note: str) -> str:
     def escaped(text: str) -> str:
         text = "".join(_LATEX.get(c, c) for c in text)
         text = re.sub(r"^-(?=[\d.])|(?<= )-(?=[\d.])", "$-$", text)
         return re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
 
-    head, *body = (f"{' & '.join(map(escaped, line))} \\\\" for line in _table(rows))
+    head, *body = (f"{' & '.join(map(escaped, line))} \\\\" for line in table)
     lines = [r"\begin{table}[t]", r"\centering", f"\\caption{{{escaped(note)}}}"]
-    lines += [f"\\begin{{tabular}}{{l{'r' * (len(_table(rows)[0]) - 1)}}}", r"\toprule", head, r"\midrule", *body]
+    lines += [f"\\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}", r"\toprule", head, r"\midrule", *body]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 from diffbench.evaluation.records import difference, settings_of, values
@@ -129,3 +130,39 @@ def copies(records: Sequence[dict[str, Any] | None]) -> Share | None:
     found = [r["memorisation"] for r in records if r and "memorisation" in r]
     flagged, count = (sum(one[key] for one in found) for key in ("flagged", "count"))
     return share_of_copies(flagged, count, found[0]["false_alarms"], found[0]["real"]) if found else None
+
+
+def run_values(run: Run[Any]) -> dict[str, Any]:
+    """A run for scripts: how far it came, its last validation, its newest scores without and with guidance."""
+    validation = {name: value for line in run.metrics for name, value in line.items() if name.startswith("val/")}
+    return {
+        "run": str(run.folder),
+        "kind": run.kind,
+        "seed": run.values["seed"],
+        "images_seen": run.images_seen,
+        "complete": run.complete,
+        "seconds": run.seconds,
+        "validation": validation,
+        "scores": [{"settings": settings(record), **values(record)} for record in newest_scores(run)],
+    }
+
+
+def run_row(run: Run[Any]) -> dict[str, str]:
+    """A run's row in a list of runs."""
+    trainer, bound = run.values["trainer"], run.last("val/bound")
+    batch = int(trainer["batch_size"])
+    scored = [
+        f"{name} {value:.4g}" + (f" ({how})" if (how := settings(record)) else "")
+        for record in newest_scores(run)
+        for name, value in values(record).items()
+        if metric_of(name).listed
+    ]
+    changed = max(p.stat().st_mtime for p in (*run.folder.glob("*.jsonl"), run.folder / "config.yaml"))
+    return {
+        "run": str(run.folder),
+        "images": f"{run.images_seen:,}",
+        "of": f"{-(-int(trainer['max_images']) // batch) * batch:,}",
+        "validation bound": "-" if bound is None else f"{bound:.4f}",
+        "newest score": next(iter(scored), "-"),
+        "last change": f"{datetime.fromtimestamp(changed):%Y-%m-%d %H:%M}",
+    }

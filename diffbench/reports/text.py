@@ -76,8 +76,20 @@ def counted(n: int, what: str) -> str:
 
 def as_text(rows: Sequence[dict[str, str]], optional: Sequence[str] = (), rule: bool = True) -> str:
     """Rows in columns, whose heads are the rows' keys; a missing cell is a dash. See `columns`."""
+    return columns(table_of(rows), optional, rule)
+
+
+def table_of(rows: Sequence[dict[str, str]]) -> list[list[str]]:
+    """Rows as lines of cells below their heads; a missing cell is a dash."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return columns([names, *([row.get(name, "-") for name in names] for row in rows)], optional, rule)
+    return [names, *([row.get(name, "-") for name in names] for row in rows)]
+
+
+def markdown(table: Table, numbers: bool = False) -> str:
+    """A table in Markdown, all columns but the first set to the right where they hold numbers."""
+    head, *body = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in table)
+    rule = "|".join(["", "---", *["---:" if numbers else "---"] * (len(table[0]) - 1), ""])
+    return "\n".join([head, rule, *body]) + "\n"
 
 
 def transposed(rows: Sequence[dict[str, str]], corner: str = "") -> Rows:

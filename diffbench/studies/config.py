@@ -223,8 +223,7 @@ def variants(study: StudyConfig) -> list[Variant]:
 def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
     """The labels of an axis' values and what each changes."""
     if isinstance(given, list) and given:
-        leaf = axis.rsplit(".", 1)[-1]
-        return [(f"{leaf}={value_text(value)}", nested({axis: value})) for value in given]
+        return [(named(axis, value), nested({axis: value})) for value in given]
     if not isinstance(given, dict) or not given:
         raise ValueError(f"axes.{axis}: must be a list of values or a section of variants, got {shown(given)}")
     for label, keys in given.items():
@@ -235,15 +234,10 @@ def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(str(label), nested(keys or {})) for label, keys in given.items()]
 
 
-def value_text(value: Any) -> str:
-    """A key's value in the name of a variant."""
-    return (
-        f"{value:g}"
-        if isinstance(value, float)
-        else ",".join(map(str, value))
-        if isinstance(value, list)
-        else str(value)
-    )
+def named(key: str, value: Any) -> str:
+    """A key with its value in the name of a variant: "lr=0.001"."""
+    listed = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{key.rsplit('.', 1)[-1]}={f'{value:g}' if isinstance(value, float) else listed}"
 
 
 def nested(keys: dict[str, Any]) -> dict[str, Any]:

@@ -100,12 +100,7 @@ def load_claims(path: Path, studies: Path) -> list[Claim]:
 
 
 def findings(claims: Sequence[Claim], results: Mapping[str, Comparison]) -> list[Finding]:
-    """Hold claims against results, each by itself, paired by seed.
-
-    Args:
-        claims: what is claimed.
-        results: of studies, by their name.
-    """
+    """Hold claims against the results of studies by their name, each claim by itself, paired by seed."""
     held = [_held(claim, results[claim.study]) if claim.study in results else None for claim in claims]
     missing = "make findings RUN=1"
     return [found or Finding(claim, "not run", missing) for claim, found in zip(claims, held, strict=True)]
@@ -166,8 +161,6 @@ def _scatter(claim: Claim, results: Comparison) -> Finding | None:
 
 
 def _order(values: Sequence[float]) -> float:
-    """The power p of C N^-p, the distance from the limit, of values at N, 2N, 4N, ...: consecutive ones differ by as
-    much times a constant.
-    """
+    """The power p of values C N^-p + limit at N, 2N, 4N, ...: their differences fall by the same power."""
     gaps = np.log2(np.abs(np.diff(values)))
     return float(-np.polyfit(np.arange(len(gaps)), gaps, 1)[0])

@@ -30,13 +30,7 @@ from diffbench.runs.slurm import sized, submit, summary
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig, load_study
 from diffbench.studies.notes import notes_of, plan_text
-from diffbench.studies.plan import (
-    PlannedTrial,
-    TrainingVariant,
-    evaluated,
-    planned_trials,
-    training_variants,
-)
+from diffbench.studies.plan import PlannedTrial, TrainingVariant, evaluated, planned_trials, training_variants
 from diffbench.studies.trials import FOLDER, TrialFile
 from diffbench.studies.tuning import tuning_so_far
 
@@ -122,28 +116,21 @@ def run_study(
 
 
 def _check_source(folder: Path, path: Path) -> None:
-    """Check that the folder does not hold the study of another YAML with the same name.
-
-    Raises:
-        UserError: if it does.
-    """
+    """Refuse a folder that holds the study of another YAML with the same name."""
     held = read_yaml(folder / "study.yaml").get("source") if (folder / "study.yaml").is_file() else None
     if held is not None and Path(held).is_file() and not path.samefile(held):
         raise UserError(f"{folder}: holds the study of {held}; give one of the two YAMLs another name or runs_dir")
 
 
 def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfig) -> None:
-    """Find, before anything is trained, what would fail only when its turn comes.
+    """Refuse, before anything is trained, what would fail only when its turn comes.
 
-    Raises:
-        UserError: if a run cannot be trained here, or a run or the launcher asks for more machines or commands: a
-            trial is one command, which starts the processes of its run itself.
+    A trial is one command on one machine, which starts the processes of its run itself.
     """
     for variant in found:
-        trainer = variant.config.trainer
-        if trainer.num_nodes > 1:
+        if (nodes := variant.config.trainer.num_nodes) > 1:
             raise UserError(
-                f"{path}: trainer.num_nodes: {trainer.num_nodes} is too many, a trial trains on one machine; allowed: 1"
+                f"{path}: trainer.num_nodes: {nodes} is too many, a trial trains on one machine; allowed: 1"
             )
         if launcher.name == "slurm":  # its machines may have what this one lacks
             continue
@@ -159,11 +146,7 @@ def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfi
 
 
 def _autoencoders(found: Iterable[TrainingVariant], launcher: LauncherConfig) -> None:
-    """Train the autoencoders that experiments name before any trial, since trials would train them side by side.
-
-    Raises:
-        UserError: if one is missing and this machine is not to train it.
-    """
+    """Train the autoencoders that experiments name before any trial, since trials would train them side by side."""
     for config in {repr(v.config.data): v.config for v in found if v.config.autoencoder is not None}.values():
         if launcher.name == "slurm" and (command := autoencoder_missing(config)):
             raise UserError(f"{command[0]}: not trained yet; first: diffbench train {' '.join(command)} launcher=slurm")
@@ -173,8 +156,7 @@ def _autoencoders(found: Iterable[TrainingVariant], launcher: LauncherConfig) ->
 def _run(folder: Path, plan: Sequence[PlannedTrial], jobs: int, launcher: LauncherConfig) -> bool:
     """Run the trials that are not complete, `jobs` at a time, each in a process of its own with its own log.
 
-    Returns:
-        Whether all have had their turn: not those that SLURM was given, or has already.
+    Returns whether all have had their turn: not those that SLURM was given, or has already.
     """
     files = [(TrialFile.of(folder, trial, order).write(), trial) for order, trial in enumerate(plan)]
     waiting = deque((file, trial) for file, trial in files if not file.complete)
@@ -213,7 +195,7 @@ def _run(folder: Path, plan: Sequence[PlannedTrial], jobs: int, launcher: Launch
 
 
 def _end(running: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Have trials save their state, and wait for them."""
+    """Let trials save their state, and wait for them."""
     for process in running:
         process.terminate()
     for process in running:
@@ -253,7 +235,6 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def _last_line(log: Path) -> str:
-    """The last line of a log's end."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4000))
         lines = file.read().decode(errors="replace").split("\n")

@@ -10,11 +10,7 @@ from diffbench.studies.config import load_study
 
 
 def shipped(results: Path, studies: Path) -> dict[str, Comparison]:
-    """The comparison of every study whose folder in `results` holds a report.csv, by its name.
-
-    Args:
-        results: holds a folder for each study, named as its YAML.
-        studies: holds the YAMLs.
+    """The comparison of every study whose folder in `results` holds a report.csv, by its name, that of a YAML.
 
     Raises:
         UserError: if a folder is named after no study, or a table lacks a column.

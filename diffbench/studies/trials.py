@@ -81,11 +81,7 @@ def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> 
 
 
 class TrialFile:
-    """A trial as its file describes it, apart from the study that planned it and from all other trials.
-
-    Args:
-        path: the file.
-    """
+    """A trial as its file describes it, apart from the study that planned it and from all other trials."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -213,14 +209,14 @@ class TrialFile:
 
     def points(self, primary: str) -> list[TriedPoint]:
         """What a tuning run measured: its bound, then the primary metric of each way of sampling it."""
-        label, run, trained = self.values["label"], run_of(self.folder), is_trained(self.folder)
+        label, run, trials = self.values["label"], run_of(self.folder), self.trials()
         missing = math.inf if self.failure else None
-        bound = run.last("val/bound") if run and trained else missing
-        if bound is not None and not math.isfinite(bound):
-            bound = math.inf
-        cost = (run.cost.training_flops(run.images_seen), run.seconds) if run and trained else ()
-        points = [TriedPoint(label, self.values["tuning"], "val/bound", bound, *cost)]
-        trials = self.trials()
+        bound = TriedPoint(label, self.values["tuning"], "val/bound", missing)
+        if run and run.complete:
+            flops, last = run.cost.training_flops(run.images_seen), run.last("val/bound")
+            measured = last if last is not None and math.isfinite(last) else math.inf
+            bound = replace(bound, value=measured, flops=flops, seconds=run.seconds)
+        points = [bound]
         name = full_name(trials, primary) or primary
         for trial, changes in zip(trials, self.values["evaluations"].values(), strict=True):
             value = trial.values.get(name, missing) if trial.complete else missing

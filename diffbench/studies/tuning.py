@@ -12,16 +12,8 @@ from typing import Any
 
 from diffbench.core.errors import UserError
 from diffbench.reports.results import TriedPoint, best_of
-from diffbench.studies.config import StudyConfig, Variant, is_sampled, nested, value_text, variants
-from diffbench.studies.plan import (
-    PlannedTrial,
-    Rate,
-    TrainingVariant,
-    Tuned,
-    stopped,
-    target_size,
-    training_variant,
-)
+from diffbench.studies.config import StudyConfig, Variant, is_sampled, named, nested, variants
+from diffbench.studies.plan import PlannedTrial, Rate, Tuned, stopped, target_size, training_variant
 from diffbench.studies.trials import TrialFile, is_trained
 
 MOST_ADDED = 2
@@ -51,14 +43,7 @@ class Tuning:
 
 
 def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> Tuning:
-    """The grid's runs, its extensions and choices, as the results on disk allow.
-
-    Args:
-        study: the study.
-        path: its YAML, named in errors.
-        rate: measures how fast a config trains, for `stop.seconds`.
-        folder: of the study, which holds its trials.
-    """
+    """The grid's runs, extensions and choices, as the results in the study's folder allow."""
     if study.tune is None:
         return Tuning()
     given = {key: list(values) for key, values in study.tune.grid.items()}
@@ -135,7 +120,7 @@ def _combinations(grid: Grid) -> list[dict[str, Any]]:
 
 
 def _named(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.rsplit('.', 1)[-1]}={value_text(value)}" for key, value in values.items())
+    return ", ".join(named(key, value) for key, value in values.items())
 
 
 def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> list[PlannedTrial]:
@@ -144,17 +129,12 @@ def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> 
     tune, first = study.tune, dict[str, Variant]()
     for variant in variants(study):
         first.setdefault(variant.at[str(tune.axis)], variant)
-    target = target_size(study, path)
-    made = []
-    for label, variant in first.items():
-        for tried in _combinations(grid):
-            found: TrainingVariant = training_variant(study, path, [variant], {label: tried}, target, rate)
-            images = round(tune.share * found.config.trainer.max_images)
-            config = replace(stopped(found.config, images, nested(study.set)), seed=tune.seed)
-            name = f"tuning {label} {_named(tried)}".strip()
-            made.append(
-                PlannedTrial(
-                    name, replace(found, config=config, evaluations={}, rungs=[]), config, tuning=tried, label=label
-                )
-            )
+    target, made = target_size(study, path), []
+    for (label, variant), tried in itertools.product(first.items(), _combinations(grid)):
+        found = training_variant(study, path, [variant], {label: tried}, target, rate)
+        images = round(tune.share * found.config.trainer.max_images)
+        config = replace(stopped(found.config, images, nested(study.set)), seed=tune.seed)
+        found = replace(found, config=config, evaluations={}, rungs=[])
+        name = f"tuning {label} {_named(tried)}".strip()
+        made.append(PlannedTrial(name, found, config, tuning=tried, label=label))
     return made

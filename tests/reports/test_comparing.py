@@ -9,11 +9,9 @@ from made_runs import make_run, record, save_record
 from diffbench.cli import main
 from diffbench.commands import compare
 from diffbench.core.errors import UserError
-from diffbench.denoisers.flops import Cost
 from diffbench.reports.images import attention_maps
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.runs import comparable_scores
-from diffbench.runs import base, build
 from diffbench.runs.lifecycle import load, look
 
 Capture = pytest.CaptureFixture[str]
@@ -132,18 +130,3 @@ def test_attention_is_drawn_once_for_the_same_weights(finished: Path, tmp_path: 
     assert attention_maps(found, path) == picture and path.read_bytes() == b"kept"
     made = make_run(tmp_path / "made")  # whose weights are none
     assert attention_maps({"a": [Trial("a", 0, "complete", look(made))]}, path) is None
-
-
-def test_many_runs_build_no_network_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    counted = []
-    monkeypatch.setattr(base, "_costs", {})
-    monkeypatch.setattr(build, "cost_of", lambda config, data, shape: counted.append(config) or Cost(10, 1000))
-    folders = []
-    for seed in range(20):
-        for lr in ("0.001", "0.002"):
-            where = tmp_path / f"dit-{lr}-s{seed}"
-            folders.append(make_run(where, seed=seed, error=0.1 + 1e-4 * seed, overrides=[f"optimizer.lr={lr}"]))
-    assert main(["compare", *map(str, folders), f"out={tmp_path / 'out'}"]) == 0
-    out = capsys.readouterr().out
-    assert len(counted) == 1
-    assert "dit, lr=0.001" in out and "TIE." in out and str(folders[0]) not in out  # too many for a table of each
