@@ -171,11 +171,7 @@ def _trained(folder: Path) -> Run[Any]:
 
 
 def _study(path: Path) -> Path | None:
-    """The folder of a study, given as that or as its YAML; None for a run folder.
-
-    Raises:
-        UserError: for a YAML that is not a study's.
-    """
+    """The folder of a study, given as that or as its YAML; None for a run folder."""
     if path.is_file():
         from diffbench.studies.runner import folder_of_study
 

@@ -141,7 +141,7 @@ def _rebuild(
 
 
 def _find_source(denoiser: dict[str, Any], path: Path, folder: Path) -> None:
-    """Copy the source of a network from outside to where the run finds it: a page has its hash alone, no code to run."""
+    """Copy the source of a network from outside to where the run finds it: a page has its hash alone, no code."""
     if denoiser.get("code") is None:
         return
     places = [folder, path.parent, Path.cwd(), *sorted(p for p in SHIPPED.iterdir() if p.is_dir())]

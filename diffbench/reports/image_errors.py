@@ -1,6 +1,5 @@
 """Errors of single held-out images, kept in a run folder for comparisons by image."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,27 +7,12 @@ import torch
 
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
-from diffbench.evaluation.validation_error import image_errors
+from diffbench.evaluation.validation_error import bound, image_errors
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
 
 IMAGE_ERRORS = "validation.safetensors"
 """The file of a run that holds the errors of every held-out image by noise level."""
-
-
-@dataclass(frozen=True)
-class ImageErrors:
-    """Errors of a run's averaged weights on single held-out images.
-
-    Attributes:
-        images: images that the weights had seen.
-        log_snr: (levels,).
-        error: (levels, images) float32, mean squared error of eps on each held-out image, at its fixed noise.
-    """
-
-    images: int
-    log_snr: np.ndarray
-    error: np.ndarray
 
 
 def save_image_errors(run: DenoiserRun) -> Path:
@@ -56,14 +40,14 @@ def save_image_errors(run: DenoiserRun) -> Path:
     return path
 
 
-def read_image_errors(folder: Path) -> ImageErrors | None:
-    """The errors of single images in a run folder, or None.
+def image_bounds(folder: Path, images: int) -> np.ndarray | None:
+    """(images,) bounds of single held-out images in nats per dimension; None unless of weights that have seen `images`.
 
     Raises:
         UserError: if the file is damaged.
     """
     path = folder / IMAGE_ERRORS
-    if not path.is_file():
+    found, metadata = tensors.read(path) if path.is_file() else ({}, {})
+    if metadata.get("images") != str(images):
         return None
-    found, metadata = tensors.read(path)
-    return ImageErrors(int(metadata.get("images", -1)), found["log_snr"].numpy(), found["error"].numpy())
+    return np.asarray(bound(found["log_snr"].numpy(), found["error"].double().numpy()))

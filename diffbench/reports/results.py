@@ -12,9 +12,8 @@ import numpy as np
 from diffbench.core.errors import UserError
 from diffbench.denoisers.flops import Cost
 from diffbench.evaluation.records import difference, values
-from diffbench.evaluation.validation_error import bound
 from diffbench.metrics.registry import RANKING, metric_of
-from diffbench.reports.image_errors import read_image_errors
+from diffbench.reports.image_errors import image_bounds
 from diffbench.runs.base import DATA_FACTS, Run
 
 Status = Literal["complete", "unfinished", "failed", "not begun"]
@@ -111,10 +110,7 @@ class Trial:
     @cached_property
     def image_bounds(self) -> np.ndarray | None:
         """(images,) bounds of single held-out images in nats per dimension, of the weights that the run holds now."""
-        found = read_image_errors(self.run.folder) if self.run else None
-        if not found or self.run is None or found.images != self.images:
-            return None
-        return np.asarray(bound(found.log_snr, found.error.astype(np.float64)))
+        return image_bounds(self.run.folder, self.images) if self.run else None
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.evaluation.records import metrics
 from diffbench.evaluation.validation_error import image_errors
-from diffbench.reports.image_errors import read_image_errors, save_image_errors
+from diffbench.reports.image_errors import image_bounds, save_image_errors
 from diffbench.runs.lifecycle import load
 
 
@@ -17,13 +17,15 @@ def test_errors_of_images_average_to_the_logged_ones(smoke_run: Path) -> None:
     run = load(smoke_run)
     path = save_image_errors(run)
     assert path == smoke_run / "validation.safetensors"
-    found = read_image_errors(smoke_run)
-    assert found is not None
-    assert (found.images, found.log_snr.tolist()) == (16, run.config.validation.log_snr)
-    assert found.error.dtype == np.float32 and found.error.shape == (7, 20)
+    found, metadata = tensors.read(path)
+    assert (metadata["images"], found["log_snr"].tolist()) == ("16", run.config.validation.log_snr)
+    assert found["error"].dtype == torch.float32 and found["error"].shape == (7, 20)
     last = metrics(smoke_run)[-1]
-    for level, row in zip(found.log_snr, found.error.astype(np.float64), strict=True):
-        assert row.mean() == pytest.approx(last[f"val/level/{level:g}"], rel=1e-6)
+    for level, row in zip(found["log_snr"].tolist(), found["error"].double(), strict=True):
+        assert float(row.mean()) == pytest.approx(last[f"val/level/{level:g}"], rel=1e-6)
+    bounds = image_bounds(smoke_run, 16)
+    assert bounds is not None and bounds.mean() == pytest.approx(last["val/bound"], rel=1e-6)
+    assert image_bounds(smoke_run, 32) is None
 
 
 def test_errors_do_not_depend_on_the_batch(finished: Path) -> None:
@@ -43,13 +45,12 @@ def test_the_file_is_written_once_for_the_same_weights(smoke_run: Path) -> None:
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
     run.images_seen = 32  # as after a longer training
     save_image_errors(run)
-    found = read_image_errors(smoke_run)
-    assert found is not None and found.images == 32
+    assert image_bounds(smoke_run, 32) is not None
 
 
 def test_what_is_missing_or_damaged(smoke_run: Path) -> None:
-    assert read_image_errors(smoke_run) is None
+    assert image_bounds(smoke_run, 16) is None
     path = smoke_run / "validation.safetensors"
     path.write_bytes(b"broken")
     with pytest.raises(UserError, match=rf"^{path}: damaged \(.*\); remove it$"):
-        read_image_errors(smoke_run)
+        image_bounds(smoke_run, 16)
