@@ -27,6 +27,8 @@ from diffbench.reports.figures import (
     plain,
     save,
 )
+from diffbench.reports.results import by_seed
+from diffbench.reports.series import Curve
 from diffbench.reports.statistics import LEAST, Array, Estimate, by_column, middle
 from diffbench.reports.text import Rows, mean_text
 
@@ -45,19 +47,20 @@ def measures(c: Conclusion) -> list[str]:
     return [c.name, *watched[:2]]
 
 
-def grid(c: Conclusion, variant: str, name: str) -> Array | None:
-    """(seeds, rungs) of a metric, for the seeds that have passed every rung; None without any."""
-    rows = [rung.by_seed(variant, name) for rung in c.rungs.values() if variant in rung.variants]
-    seeds = sorted(set.intersection(*(set(row) for row in rows))) if len(rows) == len(c.rungs) else []
-    return np.array([[row[seed] for row in rows] for seed in seeds]) if seeds else None
+def rungs(c: Conclusion, variant: str, name: str) -> Curve | None:
+    """A metric of a variant at each budget, of the seeds that have passed every rung; None without any."""
+    trials = [rung.variants.get(variant, []) for rung in c.rungs.values()]
+    rows = [by_seed(found, name) for found in trials]
+    seeds = sorted(set.intersection(*map(set, rows))) if rows else []
 
+    def mean(what: str) -> Array | None:
+        found = [[getattr(t, what) for t in each if t.complete] for each in trials]
+        return None if any(None in values for values in found) else np.array([np.mean(values) for values in found])
 
-def budgets(c: Conclusion, variant: str, what: str = "flops") -> Array | None:
-    """(rungs,) of training FLOPs, images or seconds, the mean over seeds; None where some are not known."""
-    found = [[getattr(t, what) for t in rung.variants.get(variant, []) if t.complete] for rung in c.rungs.values()]
-    if not all(found) or any(v is None for values in found for v in values):
+    if not seeds:
         return None
-    return np.array([np.mean(values) for values in found])
+    images = np.array([np.mean([t.images for t in each if t.complete]) for each in trials])
+    return Curve(images, mean("flops"), mean("seconds"), np.array([[row[seed] for row in rows] for seed in seeds]))
 
 
 def tables(c: Conclusion) -> dict[str, Rows]:
@@ -83,8 +86,8 @@ def _fits(c: Conclusion) -> Rows:
     rows: Rows = []
     for name in measures(c):
         for variant in c.variants:
-            values, at = grid(c, variant, name), budgets(c, variant)
-            found = None if values is None or at is None else fit(at, values)
+            at = rungs(c, variant, name)
+            found = fit(at.flops, at.values) if at and at.flops is not None else None
             if found is not None and metric_of(name).lower_is_better:
                 parts = {"a": found.a.text(), "b": found.b.text(), "c": found.c.text()}
                 rows.append({"fit": f"{variant}, {metric_of(name).title}", **parts})
@@ -95,17 +98,17 @@ def _crossing_rows(c: Conclusion) -> Rows:
     rows: Rows = []
     for name in measures(c):
         for a, b in combinations(c.variants, 2):
-            first, second, at = grid(c, a, name), grid(c, b, name), budgets(c, a)
-            if first is None or second is None or at is None or first.shape != second.shape:
+            first, second = rungs(c, a, name), rungs(c, b, name)
+            if not first or not second or first.flops is None or first.values.shape != second.values.shape:
                 continue
-            for zero in crossings(at, first, second):
+            for zero in crossings(first.flops, first.values, second.values):
                 rows.append({"pair": f"{a}, {b}", "metric": metric_of(name).title, "FLOPs": zero.text("{:.2g}".format)})
     return rows
 
 
 def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
     """Kendall's tau between rankings of the variants by their means, of variants and seeds that all columns have."""
-    seeds = [{v: by_seed for v in at.variants if (by_seed := at.by_seed(v, name))} for at, name in columns.values()]
+    seeds = [{v: found for v in at.variants if (found := at.by_seed(v, name))} for at, name in columns.values()]
     shared = sorted(set.intersection(*map(set, seeds)))
     kept = sorted(set.intersection(*(set(of[v]) for of in seeds for v in shared))) if shared else []
     if len(shared) < 2 or not kept:
@@ -121,24 +124,23 @@ def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
 
 def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | None:
     """Each followed metric against FLOPs, images and seconds, a line for each variant, with bands and fits."""
-    names = [n for n in measures(c) if c.rungs]
-    drawn = [v for v in c.variants if v in style and any(grid(c, v, n) is not None for n in names)]
-    kept = [what for what in AXES if any(budgets(c, v, what) is not None for v in drawn)]
-    if not drawn or not kept:
+    names, variants = measures(c), [v for v in c.variants if v in style]
+    curves = {n: {v: found for v in variants if (found := rungs(c, v, n))} for n in names}
+    every = [found for lines in curves.values() for found in lines.values()]
+    kept = [what for what in AXES if any(getattr(found, what) is not None for found in every)]
+    if not kept:
         return None
     figure = new_figure(3.6 * len(kept) + 0.4, 3.3 * len(names) + 0.5)
     panels = figure.subplots(len(names), len(kept), sharey="row", squeeze=False)
     for name, row in zip(names, panels, strict=True):
         for what, panel in zip(kept, row, strict=True):
-            for variant in drawn:
-                x, values = budgets(c, variant, what), grid(c, variant, name)
-                if x is None or values is None:
+            for variant, curve in curves[name].items():
+                x, look = getattr(curve, what), style[variant]
+                if x is None:
                     continue
-                look = style[variant]
-                mean = mean_line(
-                    panel, look, x, by_column(values), None, linestyle="", marker=look.marker, markersize=5
-                )
-                found = fit(x, values) if metric_of(name).lower_is_better else None
+                marks = {"linestyle": "", "marker": look.marker, "markersize": 5}
+                mean = mean_line(panel, look, x, by_column(curve.values), None, **marks)
+                found = fit(x, curve.values) if metric_of(name).lower_is_better else None
                 line = np.geomspace(x[0], x[-1], 50) if found else x
                 y = found.at(line / x[-1]) if found else mean
                 panel.plot(line, y, look.dash, color=look.colour, linewidth=1.5, label=plain(variant))
