@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ def _crossing_rows(c: Conclusion) -> Rows:
 
 def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
     """Kendall's tau between rankings of the variants by their means, of variants and seeds that all columns have."""
-    seeds = [{v: found for v in at.variants if (found := at.by_seed(v, name))} for at, name in columns.values()]
+    seeds = [{v: scores for v in at.variants if (scores := at.by_seed(v, name))} for at, name in columns.values()]
     shared = sorted(set.intersection(*map(set, seeds)))
     kept = sorted(set.intersection(*(set(of[v]) for of in seeds for v in shared))) if shared else []
     if len(shared) < 2 or not kept:
@@ -125,9 +125,9 @@ def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
 def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | None:
     """Each followed metric against FLOPs, images and seconds, a line for each variant, with bands and fits."""
     names, variants = measures(c), [v for v in c.variants if v in style]
-    curves = {n: {v: found for v in variants if (found := rungs(c, v, n))} for n in names}
-    every = [found for lines in curves.values() for found in lines.values()]
-    kept = [what for what in AXES if any(getattr(found, what) is not None for found in every)]
+    curves = {n: {v: curve for v in variants if (curve := rungs(c, v, n))} for n in names}
+    every = [curve for lines in curves.values() for curve in lines.values()]
+    kept = [what for what in AXES if any(getattr(curve, what) is not None for curve in every)]
     if not kept:
         return None
     figure = new_figure(3.6 * len(kept) + 0.4, 3.3 * len(names) + 0.5)
@@ -138,7 +138,7 @@ def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | No
                 x, look = getattr(curve, what), style[variant]
                 if x is None:
                     continue
-                marks = {"linestyle": "", "marker": look.marker, "markersize": 5}
+                marks: dict[str, Any] = {"linestyle": "", "marker": look.marker, "markersize": 5}
                 mean = mean_line(panel, look, x, by_column(curve.values), None, **marks)
                 found = fit(x, curve.values) if metric_of(name).lower_is_better else None
                 line = np.geomspace(x[0], x[-1], 50) if found else x
