@@ -107,12 +107,12 @@ def latent_set(data: LatentSet | AnyDataset) -> LatentSet:
 
 def _columns(data: Any, names: Sequence[str]) -> tuple[list[Any], list[Any]]:
     numbered = hasattr(data, "__len__") and not isinstance(data, IterableDataset)
-    items = [_taken_apart(item, names) for item in ((data[i] for i in range(len(data))) if numbered else data)]
+    items = [data[i] for i in range(len(data))] if numbered else list(data)
     if not items:
         raise ValueError(f"{type(data).__name__} is empty")
-    values, labels, rest = zip(*items, strict=True)
+    values, labels, _ = zip(*(_taken_apart(item, names) for item in items), strict=True)
     if values[0] is None:
-        raise ValueError(f"an item must have one of {', '.join(names)}; it has {', '.join(rest[0])}")
+        raise ValueError(f"an item must have one of {', '.join(names)}; it has {', '.join(items[0])}")
     return list(values), list(labels)
 
 
