@@ -115,9 +115,6 @@ class PositionDataset(Dataset[dict[str, Any]]):
             batch["flipped"] = rng.uniform(rng.key(self.seed, "flip"), position) < 0.5
         return batch
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return self.__getitems__([position])
-
 
 @lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, count: int) -> Tensor:

@@ -32,7 +32,7 @@ def denoising_error(
     The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels. Of several
     ranks each takes a slice of the images, and all get the result.
     """
-    return mean_errors(log_snr, error_sums(denoiser, process, data, log_snr, batch_size))
+    return level_means(log_snr, error_sums(denoiser, process, data, log_snr, batch_size))
 
 
 def error_sums(
@@ -56,8 +56,8 @@ def error_sums(
     return sums
 
 
-def mean_errors(log_snr: Sequence[float], sums: Tensor) -> dict[float, float]:
-    """Level -> mean squared error, from the `error_sums` of all ranks; each must call it."""
+def level_means(log_snr: Sequence[float], sums: Tensor) -> dict[float, float]:
+    """Level -> mean squared error or accuracy, from all ranks' `error_sums` or `classified`; each must call it."""
     found = zip(log_snr, distributed.all_reduce_sum(sums).tolist(), strict=True)
     return {level: total / numbers if numbers else float("nan") for level, (total, numbers) in found}
 
@@ -119,25 +119,21 @@ def classified(
     batch_size: int = BATCH,
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """How many images of this rank's slice a classifier (x, t) -> logits gets right: (levels,) int64.
+    """Images of this rank's slice that a classifier (x, t) -> logits gets right, and all: (levels, 2) float64.
 
     The noise is keyed by (level, image), as in `denoising_error`; `check` is called before each batch.
     """
     parameter = next(classifier.parameters())
-    right, mine = torch.zeros(len(log_snr), dtype=torch.int64), distributed.rank_slice(len(data))
+    sums, mine = torch.zeros(len(log_snr), 2, dtype=torch.float64), distributed.rank_slice(len(data))
     with eval_mode(classifier):
-        for i, level in enumerate(log_snr):
+        for row, level in zip(sums, log_snr, strict=True):
             for index in mine.split(batch_size) if len(mine) else ():
                 check()
                 x_t, t = _noised(process, data.clean(index).to(parameter), index, level)
                 x, time = process.inputs(x_t, t)
-                right[i] += (classifier(x, time).argmax(-1).cpu() == data.labels[index]).sum()
-    return right
-
-
-def accuracy(log_snr: Sequence[float], right: Tensor, count: int) -> dict[float, float]:
-    """Level -> share of `count` images that are classified right, from what all ranks counted; each must call it."""
-    return {level: n / count for level, n in zip(log_snr, distributed.all_reduce_sum(right).tolist(), strict=True)}
+                right = classifier(x, time).argmax(-1).cpu() == data.labels[index]
+                row += torch.tensor([int(right.sum()), len(right)])
+    return sums
 
 
 def _noised(process: Process, x0: Tensor, index: Tensor, level: float) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from diffbench.evaluation import scorer as scorers
 from diffbench.evaluation.images import refuse_to_overwrite
 from diffbench.evaluation.samples import Samples
 from diffbench.evaluation.scorer import Scorer
-from diffbench.evaluation.validation_error import classified
+from diffbench.evaluation.validation_error import classified, level_means
 from diffbench.metrics import Extractor
 from diffbench.metrics.extractors.base import state_hash
 from diffbench.metrics.frechet import frechet_distance
@@ -232,7 +232,8 @@ def _judged(run: DenoiserRun, folder: str | None, samples: Samples, labels: Tens
     network, level = judge.network.to(device_of(run.config.trainer.accelerator)), judge.config.validation.log_snr[-1:]
     drawn = replace(run.held_out, images=samples.images(), labels=labels)
     share, real = (
-        int(classified(network, judge.process, images, level)) / len(images) for images in (drawn, run.held_out)
+        level_means(level, classified(network, judge.process, images, level))[level[0]]
+        for images in (drawn, run.held_out)
     )
     print(f"judge {folder}: {share:.1%} of samples are what they were drawn as; of held-out images {real:.1%} right")
     found = {"run": folder, "weights": state_hash(network), "accuracy": real}

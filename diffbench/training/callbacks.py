@@ -156,7 +156,7 @@ class ValidationError(EveryNImages):
 
         values: dict[str, float] = {}
         for part, found in self.stop.interruptible(sums).items():
-            values |= errors.bound_metrics(part, errors.mean_errors(self.log_snr, found))
+            values |= errors.bound_metrics(part, errors.level_means(self.log_snr, found))
         self.record(trainer, module, values)
 
 
@@ -168,11 +168,10 @@ class Accuracy(EveryNImages):
         self.data, self.log_snr = data, log_snr
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        right = self.stop.interruptible(
+        sums = self.stop.interruptible(
             lambda: errors.classified(module.network, module.process, self.data, self.log_snr, check=self.stop.check)
         )
-        found = errors.accuracy(self.log_snr, right, len(self.data))
-        self.record(trainer, module, errors.accuracy_metrics(found))
+        self.record(trainer, module, errors.accuracy_metrics(errors.level_means(self.log_snr, sums)))
 
 
 class Reconstructions(EveryNImages):

@@ -110,7 +110,7 @@ def test_a_batch_holds_image_label_and_position() -> None:
     assert torch.equal(batch["image"], data.images[index])
     assert torch.equal(batch["label"], data.labels[index])
     assert batch["image"].dtype == torch.uint8
-    single = PositionDataset(data, 0)[9]
+    single = PositionDataset(data, 0).__getitems__([9])
     assert torch.equal(single["image"], batch["image"][1:2])
 
 
