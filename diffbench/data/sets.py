@@ -156,32 +156,30 @@ def describe_sizes(data: ImageSet) -> str | None:
     if not data.sizes:
         return None
     _, height, width = data.shape
-    found = [(*map(int, size.split("x")), count) for size, count in data.sizes.items()]
-    total = sum(count for _, _, count in found)
-    heights, widths = sorted(h for h, _, _ in found), sorted(w for _, w, _ in found)
-    if len(found) == 1:
-        seen = f"all {heights[0]}x{widths[0]}"
+    sizes = np.array([size.split("x") for size in data.sizes], np.int64)
+    counts, (high, wide) = np.array(list(data.sizes.values())), sizes.T
+    if len(sizes) == 1:
+        seen = f"all {high[0]}x{wide[0]}"
     else:
+        spans = (" to ".join(map(str, np.unique([sides.min(), sides.max()]))) for sides in (high, wide))
         common = max(data.sizes, key=lambda size: data.sizes[size])
-        high, wide = (" to ".join(map(str, dict.fromkeys((a[0], a[-1])))) for a in (heights, widths))
-        seen = f"{high} high and {wide} wide, most often {common}"
-    if [(h, w) for h, w, _ in found] == [(height, width)]:
+        seen = "{} high and {} wide, most often {}".format(*spans, common)
+    if data.sizes.keys() == {f"{height}x{width}"}:
         return f"{seen}, used as they are"
-    lost, cropped = 0.0, 0
-    for h, w, count in found:
-        scale = max(height / h, width / w)
-        share = 1 - height * width / (h * scale * w * scale)
-        lost, cropped = max(lost, share), cropped + count * (share > 0.005)
+    scale = np.maximum(height / high, width / wide)
+    lost = 1 - height * width / (high * scale * wide * scale)
     line = f"{seen}; brought to {height}x{width}"
-    line += f", {cropped:,} of {total:,} cropped at the centre (up to {lost:.0%} of an image)" if cropped else ""
-    shorter = sorted(min(h, w) for h, w, count in found for _ in range(min(count, 1000)))
-    middle, side = shorter[len(shorter) // 2], min(height, width)
-    hints = [f"data.image_size={2 * side} keeps more detail"] if middle >= 2 * side else []
-    ratio = sum(h / w * count for h, w, count in found) / total
-    alike = sum(count for h, w, count in found if abs(h / w / ratio - 1) < 0.05)
-    if height == width and alike > 0.8 * total and abs(ratio - 1) > 0.1:
+    if cropped := counts[lost > 0.005].sum():
+        line += f", {cropped:,} of {counts.sum():,} cropped at the centre (up to {lost.max():.0%} of an image)"
+    shorter = np.sort(np.repeat(sizes.min(1), np.minimum(counts, 1000)))
+    side, hints = min(height, width), []
+    if shorter[len(shorter) // 2] >= 2 * side:
+        hints.append(f"data.image_size={2 * side} keeps more detail")
+    ratio = np.average(high / wide, weights=counts)
+    alike = counts[abs(high / wide / ratio - 1) < 0.05].sum() / counts.sum()
+    if height == width and alike > 0.8 and abs(ratio - 1) > 0.1:
         other = 8 * round(side * max(ratio, 1 / ratio) / 8)
-        hints += [f"data.image_size={[other, side] if ratio > 1 else [side, other]} crops less"]
+        hints.append(f"data.image_size={[other, side] if ratio > 1 else [side, other]} crops less")
     return "; ".join([line, *hints])
 
 

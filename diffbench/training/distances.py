@@ -124,7 +124,7 @@ class FrechetDistance(EveryNImages):
             images = sampler(
                 self.labels[index], self.settings, seed=seed, first=int(index[0]), callback=self.stop.check
             )
-            suite.update(images, index)
+            suite.update(images, index, self.labels[index])
 
     def _keep_if_best(self, module: Any, values: dict[str, float]) -> None:
         if self.best_by is None:
