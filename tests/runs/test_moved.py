@@ -11,18 +11,31 @@ from diffbench import load
 from diffbench.cli import main
 from diffbench.data.facts import DataFacts
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["data.image_size=16", "denoiser.hidden_size=16", "denoiser.depth=1", "denoiser.num_heads=2", "tag=t"]
 SMALL += ["trainer.precision=32-true", "debug=smoke"]
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of cats and dogs and a run that was trained on it, set aside; each test has a copy in their place."""
+    place = tmp_path_factory.mktemp("moved") / "here"
+    root = folder(place / "pets", {"cat": 40, "dog": 40}, height=16, width=16)
+    words = [f"data.path={root}", *SMALL, f"runs_dir={place / 'runs'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFBENCH_CACHE", str(place / "cache"))
+        assert main(["train", str(ROOT / "experiments/cifar10/dit.yaml"), *words]) == 0
+    return place.rename(place.with_name("kept"))
+
+
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A folder of cats and dogs, and a run that was trained on it."""
-    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "cache"))
-    root = folder(tmp_path / "pets", {"cat": 40, "dog": 40}, height=16, width=16)
-    words = [f"data.path={root}", *SMALL, f"runs_dir={tmp_path / 'runs'}"]
-    assert main(["train", "experiments/cifar10/dit.yaml", *words]) == 0
-    return root, tmp_path / "runs" / "cifar10" / "dit-smoke-t-s0"
+def trained(kept: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The images, and the run."""
+    place = kept.with_name("here")
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(kept, place)
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(place / "cache"))
+    return place / "pets", place / "runs" / "cifar10" / "dit-smoke-t-s0"
 
 
 def test_the_folder_says_what_the_images_were(trained: tuple[Path, Path]) -> None:
@@ -38,7 +51,7 @@ def test_a_run_samples_elsewhere_without_its_images(
     here = load(run).sample_tensor(2, seed=3)
     there = Path(shutil.copytree(run, tmp_path / "another" / "disk"))
     shutil.rmtree(root)
-    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(root.with_name("cache"))
     shutil.rmtree(run)
     assert torch.equal(load(there).sample_tensor(2, seed=3), here)
     out = tmp_path / "drawn.png"
