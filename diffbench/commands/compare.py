@@ -75,11 +75,7 @@ def split_words(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Pa
 
 
 def asked_for(keys: type[T], values: dict[str, Any]) -> T:
-    """A command's keys as a dataclass.
-
-    Raises:
-        UserError: if a key is wrong.
-    """
+    """A command's keys as a dataclass; a wrong one is a UserError that names it."""
     with located([(COMMAND_LINE, values)]):
         return build(keys, values)
 
@@ -117,7 +113,6 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _side_by_side(folders: Sequence[Path], runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]) -> str:
-    """A column for each run."""
     titles = [str(folder).removeprefix("runs/") for folder in folders]
     labels: dict[tuple[bool, str], str] = {}  # of the first run's records, so that what is alike shares a row
     for record in (record for records in scored for record in records):

@@ -26,11 +26,7 @@ class CurvesConfig:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the curves of `arguments.runs`.
-
-    Raises:
-        UserError: if there are too few runs, or they differ in more than their seed.
-    """
+    """Write the curves of `arguments.runs`, which may differ in their seed alone."""
     folders, config = split_words(arguments.runs, CurvesConfig, "curves")
     runs = {(found := look(folder)).folder.resolve(): found for folder in folders}.values()
     if len(runs) < LEAST:

@@ -21,11 +21,7 @@ from diffbench.sampling.images import new_files
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Explain a class of `arguments.run`: print its elements, write figure and JSON.
-
-    Raises:
-        UserError: if there is no class, or a key is wrong.
-    """
+    """Explain a class of `arguments.run`: print its elements, write figure and JSON."""
     values = parse_overrides(arguments.overrides)
     refuse_others(values, "class", *vars(ExplainConfig()), "sample")
     if values.get("class") is None:

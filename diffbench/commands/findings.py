@@ -106,7 +106,6 @@ def page_text(conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -
 
 
 def _holds_for(c: Conclusion) -> str:
-    """Data, images, budgets and seeds that an answer comes from."""
     trials = [t for t in c.trials if t.complete]
     data = dict.fromkeys(str((t.record or {}).get("data", "")) for t in trials)
     images = sorted({t.images for t in trials}) or [0]

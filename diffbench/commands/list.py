@@ -57,7 +57,6 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
 
 
 def _purpose(path: str) -> str:
-    """The first line of an experiment's YAML, a comment."""
     line = Path(path).read_text().partition("\n")[0]
     return line.lstrip("# ") if line.startswith("#") else ""
 

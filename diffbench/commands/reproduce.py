@@ -68,7 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _chosen(cells: dict[str, Any], words: Sequence[str]) -> list[str]:
-    """The cells that words name: by variant and seed, by variant alone, or all."""
     found: dict[str, None] = {}
     for word in words:
         names = [name for name, cell in cells.items() if word in (name, cell["variant"], "all")]
@@ -100,7 +99,6 @@ def _introduce(path: Path, record: dict[str, Any], changes: Rows) -> None:
 
 
 def _list(path: Path, record: dict[str, Any]) -> None:
-    """Say which cells there are, and what they cost."""
     cells = record["cells"].items()
     seconds = [(cell["seconds"] or 0) + (cell["record"].get("sample") or {}).get("seconds", 0) for _, cell in cells]
     rows = [

@@ -94,7 +94,6 @@ def noise_levels(runs: Sequence[DenoiserRun], times: int | list[float]) -> list[
 
 
 def _reached(run: DenoiserRun) -> tuple[float, float]:
-    """The least and the largest log-SNR that a run samples through, within -10 and 10."""
     points = run.process.grid(run.config.sample.steps).points
     log_snr = 2 * (points.alpha.log() - points.sigma.log())
     log_snr = log_snr[log_snr.isfinite()].clamp(-10, 10)

@@ -153,7 +153,6 @@ def _summaries(trials: Sequence[Trial]) -> dict[str, Summary]:
 
 
 def _pairs(c: Conclusion) -> list[tuple[str, str]]:
-    """The pairs to test: each variant with the baseline, or all."""
     base, names = c.comparison.baseline, list(c.variants)
     if base is not None:
         return [(name, base) for name in names if name != base]
@@ -182,7 +181,6 @@ def _luck(c: Conclusion) -> str:
 
 
 def _answer(c: Conclusion) -> None:
-    """Fill in outcome and answer, all pairs tested."""
     what, ranked = c.metric.title, c.ranked()
     if not ranked:
         c.answer = f"Not decided: no result has {what} yet."
@@ -221,7 +219,6 @@ def _answer(c: Conclusion) -> None:
 
 
 def _answer_against(c: Conclusion, base: str) -> None:
-    """Fill in outcome and answer, each variant tested against the baseline."""
     undecided = f"not decided (fewer than {LEAST} shared seeds)"
     groups: dict[str, list[str]] = {"better": [], "worse": [], "no difference found": [], undecided: []}
     for x in c.tests:

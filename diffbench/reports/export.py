@@ -25,11 +25,7 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def check_export(path: Path) -> None:
-    """Check the name of a file of tables before anything is computed.
-
-    Raises:
-        UserError: if it ends otherwise than in `SUFFIXES`, or exists.
-    """
+    """Refuse, before anything is computed, a file of tables that exists or ends otherwise than in `SUFFIXES`."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"export: must end in {' or '.join(SUFFIXES)}, got {path}")
     refuse_to_overwrite(path)

@@ -102,7 +102,6 @@ def _protocol(c: Conclusion) -> dict[str, str]:
 
 
 def _measured(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The facts about an evaluation that a reader needs to repeat it."""
     sample, extractor = record.get("sample") or {}, record.get("extractor") or {}
     reference, floor = record.get("reference") or {}, record.get("floor") or {}
     counts = dict.fromkeys(name.split("@")[1] for name in record if "@" in name)

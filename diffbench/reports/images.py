@@ -96,12 +96,10 @@ def _judged(trial: Trial) -> dict[str, Any]:
 
 
 def _seed(trial: Trial) -> int:
-    """The seed of a trial's samples."""
     return int(((trial.record or {}).get("sample") or {}).get("seed", trial.seed))
 
 
 def _samples_folder(trial: Trial) -> Path | None:
-    """The folder of a trial's samples, where its record names one."""
     named = ((trial.record or {}).get("drawing") or {}).get("folder")
     if named is None or trial.run is None:
         return None

@@ -61,7 +61,6 @@ def draw(c: Conclusion, folder: Path) -> list[Plot]:
 
 
 def _best(c: Conclusion, trained: dict[str, list[Trial]]) -> dict[str, list[Trial]]:
-    """The networks that are drawn as lines: the baseline and the best."""
     place = {variant: i for i, variant in enumerate(c.ranked())}
     order = sorted(trained, key=lambda n: (n != c.comparison.baseline, place.get(trained[n][0].variant, len(place))))
     return {name: trials for name, trials in trained.items() if name in order[:MOST_LINES]}

@@ -120,7 +120,6 @@ def read(path: Path) -> tuple[dict[str, Any], Rows]:
 
 
 def _shown_changes(before: list[list[str]], now: list[list[str]]) -> Rows:
-    """What a page shows differently from what it showed when it was written."""
     old, new = [tuple(x) for x in before], [tuple(x) for x in now]
     changes = []
     for tag, a, b, x, y in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():

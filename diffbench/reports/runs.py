@@ -73,12 +73,9 @@ def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
 def run_facts(
     run: Run[Any], scored: Sequence[dict[str, Any]] | None = None, label: Callable[[dict[str, Any]], str] = settings
 ) -> dict[str, str]:
-    """Facts about a run for a table: size, length, speed, the last validation, scores.
+    """Facts about a run for a table: size, length, speed, the last validation, scores of `scored` records.
 
-    Args:
-        run: a run of any kind.
-        scored: its records; by default the newest of each guidance.
-        label: what stands beside the name of a record's scores, by default how its samples were drawn.
+    These are by default the newest of each guidance; `label` says what stands beside the name of a record's scores.
     """
     scored = newest_scores(run) if scored is None else scored
     seconds = run.seconds

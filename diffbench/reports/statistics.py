@@ -28,19 +28,14 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Summary:
-    """Values of one variant over seeds.
-
-    Attributes:
-        n: how many.
-        mean: of them.
-        sd: sample standard deviation; None of a single value.
-        half: half the width of the 95% t interval of the mean; None of fewer than three values.
-    """
+    """Values of one variant over seeds."""
 
     n: int
     mean: float
     sd: float | None
+    """Sample standard deviation; None of a single value."""
     half: float | None
+    """Half the width of the 95% t interval of the mean; None of fewer than three values."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,6 @@ def by_column(values: Array) -> list[Summary]:
 
 
 def _quantile(alpha: float, n: int) -> float:
-    """Two-sided quantile of t for n values."""
     return float(-special.stdtrit(n - 1, alpha / 2))
 
 
@@ -161,7 +155,6 @@ def holm(p: Mapping[K, float], count: int | None = None) -> tuple[dict[K, float]
 
 
 def _p(x: Array) -> float:
-    """Two-sided p-value of a zero mean by the t test."""
     sd, mean = float(x.std(ddof=1)), float(x.mean())
     if sd == 0:
         return float(mean == 0)
@@ -189,13 +182,7 @@ def luck(differences: Collection[Sequence[float]]) -> float | None:
 
 
 def verdict(pair: Paired, lower_is_better: bool, tie: float = 0.0) -> Verdict:
-    """Which variant is better.
-
-    Args:
-        pair: their differences.
-        lower_is_better: of the metric.
-        tie: a smaller gap is a tie, whatever the interval says.
-    """
+    """Which variant is better; a gap below `tie` is a tie, whatever the interval says."""
     if pair.interval is None:
         return "undecided"
     if not pair.found or abs(pair.mean) < tie:
@@ -209,12 +196,7 @@ def differences(first: Mapping[int, float], second: Mapping[int, float]) -> list
 
 
 def by_image(first: Mapping[int, Array], second: Mapping[int, Array]) -> Array:
-    """Differences (images,) of bounds on the same images and noise, averaged over the seeds that both have.
-
-    Args:
-        first: seed -> bounds (images,).
-        second: the same of the other variant.
-    """
+    """Differences (images,) of bounds (images,) by seed, on the same images and noise, averaged over shared seeds."""
     shared = sorted(first.keys() & second.keys())
     return np.mean([first[s].astype(np.float64) - second[s] for s in shared], axis=0)
 

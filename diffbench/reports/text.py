@@ -162,7 +162,6 @@ def _least(cell: str) -> int:
 
 
 def _words(cell: str) -> list[str]:
-    """A cell cut where a line may end."""
     return [word.rstrip() for word in re.split(r"(?<=[ /,=@-])", cell)]
 
 

@@ -120,7 +120,6 @@ def scores(trials: list[Trial], name: str) -> Array:
 
 
 def _root(variance: Estimate, name: str) -> str:
-    """The standard deviation with its interval."""
     ends = variance.interval and (math.sqrt(variance.interval[0]), math.sqrt(variance.interval[1]))
     scale = (ends[1] - ends[0]) / 2 if ends else None
     return Estimate(math.sqrt(variance.value), ends).text(lambda value: number(value, name, scale))

@@ -221,7 +221,6 @@ def variants(study: StudyConfig) -> list[Variant]:
 
 
 def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The labels of an axis' values and what each changes."""
     if isinstance(given, list) and given:
         return [(named(axis, value), nested({axis: value})) for value in given]
     if not isinstance(given, dict) or not given:

@@ -67,17 +67,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and what results say of it.
-
-    Attributes:
-        claim: it.
-        verdict: "confirmed", "tied", "refuted"; "undecided" with fewer than three seeds, "not run" without results.
-        evidence: what was measured, in words.
-    """
+    """A claim and what results say of it."""
 
     claim: Claim
     verdict: str
+    """ "confirmed", "tied", "refuted"; "undecided" with fewer than three seeds, "not run" without results."""
     evidence: str
+    """What was measured, in words."""
 
 
 def load_claims(path: Path, studies: Path) -> list[Claim]:

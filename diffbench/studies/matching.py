@@ -86,11 +86,7 @@ def _first(
 
 
 def _scaled(given: Any, n: int) -> Any:
-    """A width n, or a list of widths that begins with n and keeps its proportions.
-
-    Raises:
-        ValueError: if a width is not an integer then.
-    """
+    """A width n, or a list of widths that begins with n and keeps its proportions, if all are whole numbers then."""
     if not isinstance(given, list):
         return n
     if any(value * n % given[0] for value in given):

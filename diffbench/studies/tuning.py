@@ -27,19 +27,15 @@ Measured = tuple[PlannedTrial, TriedPoint]
 
 @dataclass(frozen=True)
 class Tuning:
-    """Tuning as far as it has come.
-
-    Attributes:
-        grid: every key with its values, those that were added among them.
-        trials: all runs of the grid so far.
-        chosen: label of the tuned axis -> the best values.
-        todo: trials that are not trained, or not scored, yet.
-    """
+    """Tuning as far as it has come."""
 
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    """Every key with its values, those that were added among them."""
     trials: list[PlannedTrial] = field(default_factory=list)
+    """All runs of the grid so far."""
     chosen: Tuned = field(default_factory=dict)
     todo: list[PlannedTrial] = field(default_factory=list)
+    """Trials that are not trained, or not scored, yet."""
 
 
 def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> Tuning:
