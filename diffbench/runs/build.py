@@ -48,14 +48,14 @@ def null_label(config: RunConfig, data: Shaped) -> int | None:
 
 def build_process(config: Any) -> Process:
     """The process of a section `process`."""
-    return PROCESSES[config.name].build(config)
+    with torch.device("cpu"):  # its tables need values, also where a network is to have none
+        return PROCESSES[config.name].build(config)
 
 
 def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Denoiser:
     """The config's network for images like those of `data`, or for their latents; `shape` where that is known."""
     shape = shape or denoised_shape(config, data)
-    with torch.device("cpu"):  # tables need values, also where the network is to have none
-        process = build_process(config.process)
+    process = build_process(config.process)
     return build(
         config.denoiser.name,
         config.denoiser,
@@ -63,7 +63,7 @@ def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] 
         channels=shape[0],
         num_classes=data.num_classes,
         null_class=null_label(config, data) is not None,
-        learn_sigma=_learns_variance(config),
+        learn_sigma=process.learn_sigma,
         noise_level=process.noise_level,
     )
 
@@ -71,10 +71,6 @@ def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] 
 def image_size(shape: tuple[int, int, int]) -> int | tuple[int, int]:
     """What a network is built for: the side of a square (C, H, W), else height and width."""
     return shape[1] if shape[1] == shape[2] else shape[1:]
-
-
-def _learns_variance(config: RunConfig) -> bool:
-    return getattr(config.process, "variance", None) == "learned_range"
 
 
 _COSTS: dict[str, Cost] = {}
@@ -85,7 +81,7 @@ def cost_of(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None 
     """Parameters and multiply-accumulates of the config's network."""
     shape = shape or denoised_shape(config, data)
     null = null_label(config, data)
-    key = repr((config.denoiser, shape, data.num_classes, null, _learns_variance(config)))
+    key = repr((config.denoiser, shape, data.num_classes, null, build_process(config.process).learn_sigma))
     if key not in _COSTS:
         _COSTS[key] = registry.cost(
             config.denoiser, lambda: build_denoiser(config, data, shape), shape[0], image_size(shape)

@@ -234,10 +234,6 @@ class RunLogger(Ordered):
         if not distributed.rank() and self.path.exists():
             os.truncate(self.path, state_dict["bytes"])
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for log in self._logs:
-            log.flush()
-
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.clock.stop()
         if self._bar is not None:
