@@ -35,11 +35,11 @@ class StopConfig:
     """When training ends: exactly one of these, alike for all variants; a rising list is a ladder, whose rungs one run
     passes at a constant rate, each of them scored."""
 
-    images: Any = None
+    images: float | list[float] | None = None
     """Images seen."""
-    flops: Any = None
+    flops: float | list[float] | None = None
     """Training FLOPs: 2 a multiply-accumulate, 3 forward passes an image."""
-    seconds: Any = None
+    seconds: float | list[float] | None = None
     """Seconds of training, turned into images by each variant's rate, which the plan measures."""
 
     def __post_init__(self) -> None:
@@ -47,9 +47,9 @@ class StopConfig:
         if len(given) != 1:
             raise ValueError(f"stop: must hold one of images, flops and seconds, got {', '.join(given) or 'none'}")
         rungs = self.rungs
-        numbers = all(isinstance(r, int | float) and not isinstance(r, bool) and r > 0 for r in rungs)
-        if not rungs or not numbers or sorted(set(rungs)) != rungs:
-            raise ValueError(f"stop.{self.unit}: must be a positive number or a rising list, got {shown(rungs)}")
+        numbers = ", ".join(f"{rung:g}" for rung in rungs)
+        if not rungs or rungs[0] <= 0 or sorted(set(rungs)) != rungs:
+            raise ValueError(f"stop.{self.unit}: must be a positive number or a rising list, got [{numbers}]")
 
     @property
     def unit(self) -> str:
@@ -64,7 +64,7 @@ class StopConfig:
 
     def text(self, rung: float) -> str:
         """A budget in words."""
-        words = {"images": f"{rung:,} images", "flops": f"{rung:.3g} training FLOPs", "seconds": f"{rung:g} seconds"}
+        words = {"images": f"{rung:,.0f} images", "flops": f"{rung:.3g} training FLOPs", "seconds": f"{rung:g} seconds"}
         return words[self.unit]
 
 
