@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, foreign, segformer, unet, uvit
+from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, foreign, probe, segformer, unet, uvit
 from diffbench.denoisers.base import Denoiser, Preset, check_output
 from diffbench.denoisers.flops import Cost, count
 from diffbench.denoisers.foreign import Foreign, ForeignConfig
@@ -119,11 +119,11 @@ def build(name: str, config: Any, noise_level: Callable[[Tensor], Tensor] | None
 
 def cost(config: Any, make: Callable[[], Denoiser], channels: int, image_size: int | tuple[int, int]) -> Cost:
     """The cost of the network that `make` builds of a config."""
-    return (foreign.count if isinstance(config, ForeignConfig) else count)(make, channels, image_size)
+    return (probe.count if isinstance(config, ForeignConfig) else count)(make, channels, image_size)
 
 
 def check(config: Any, make: Callable[[], Denoiser], x: Tensor, t: Tensor, out_channels: int) -> None:
-    """Checks the output of the network that `make` builds of a config; one from outside is run, see `foreign.probe`.
+    """Checks the output of the network that `make` builds of a config; one from outside is run, see `probe.probe`.
 
     Args:
         config: its dataclass.
@@ -139,7 +139,7 @@ def check(config: Any, make: Callable[[], Denoiser], x: Tensor, t: Tensor, out_c
         with torch.random.fork_rng():
             network = make().to(x.device)
             assert isinstance(network, Foreign)
-            foreign.probe(network, x, t, out_channels)
+            probe.probe(network, x, t, out_channels)
         return
     with torch.device("meta"), torch.no_grad():
         check_output(make()(x.to("meta"), t.to("meta"), torch.zeros(len(x), dtype=torch.int64)), out_channels, x)
