@@ -55,8 +55,9 @@ def bench(overrides: Sequence[str]) -> dict[str, Any]:
     made |= {"seconds": time.monotonic() - began, "rows": rows}
     report.save(made, path)
     print(f"\n{path} after {made['seconds']:.0f} s")
-    if report.plot(rows, report.headline(machine), path.with_suffix(".png")):
-        print(path.with_suffix(".png"))
+    for draw, suffix in ((report.plot, ".png"), (report.plot_growth, ".growth.png")):
+        if draw(rows, report.headline(machine), path.with_suffix(suffix)):
+            print(path.with_suffix(suffix))
     if before is not None:
         print(f"\nAgainst {config.baseline} ({report.headline(before['machine'])}):")
         print("\n".join(report.compared(rows, before["rows"])) or "nothing measured in both")

@@ -1,13 +1,22 @@
-"""How time and memory grow with resolution, batch, depth, width and the number of samples."""
+"""How time and memory grow with resolution, batch, depth, width, and the number of samples and of runs in a report."""
 
+import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import torch
 
 from benchmarks.config import BenchConfig, Row, shared
 from benchmarks.networks import Subject, Variant, run_config
 from benchmarks.timing import Work, in_turns, slope
+from diffbench.commands.compare import compare
+from diffbench.commands.evaluate import score
+from diffbench.runs.lifecycle import train
 from diffbench.sampling.sampler import Sampler
 
 _PATCHES = "denoiser.hidden_size=192 denoiser.depth=4 denoiser.num_heads=4 trainer.batch_size=2"
@@ -16,7 +25,7 @@ _IMAGE = "denoiser.channels=[32,64] denoiser.blocks=[1,1] denoiser.window=8 trai
 
 @dataclass(frozen=True)
 class Curve:
-    """One work at several sizes: a training step of `model`, or, without one, a small network that draws samples."""
+    """One work at several sizes: a training step of `model`, or, without one, samples of a small network or a report."""
 
     name: str
     axis: str
@@ -34,8 +43,9 @@ CURVES = (
     Curve("DiT", "depth", (2, 4, 8, 16), "DiT-S/2", _PATCHES, "denoiser.depth={}"),
     Curve("DiT", "width", (96, 192, 384, 768), "DiT-S/2", _PATCHES, "denoiser.hidden_size={}"),
     Curve("sampling", "samples", (64, 128, 256, 512, 1024)),
+    Curve("compare", "runs", (10, 20, 40, 80)),
 )
-TINY_SIZES = {"area": (8, 16), "batch": (1, 2), "depth": (1, 2), "width": (32, 64), "samples": (8, 16)}
+TINY_SIZES = {"area": (8, 16), "batch": (1, 2), "depth": (1, 2), "width": (32, 64), "samples": (8, 16), "runs": (4, 6)}
 
 
 def measure(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
@@ -59,6 +69,8 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
 
 
 def _work(config: BenchConfig, curve: Curve, device: torch.device, size: int) -> Work:
+    if curve.axis == "runs":
+        return _report(size)
     if curve.model:
         words = ("trainer.batch_size=2" if config.tiny else curve.common, curve.change.format(size))
         changed = run_config(replace(config, batch=None), curve.model, device.type, " ".join(words).split())
@@ -69,3 +81,35 @@ def _work(config: BenchConfig, curve: Curve, device: torch.device, size: int) ->
     settings = replace(digits.sample.unguided(), steps="5", batch_size=64)
     sampler = Sampler(subject.network, subject.process, subject.run.shape)
     return Work("samples", lambda: sampler(torch.zeros(size, dtype=torch.int64), settings))
+
+
+def _report(count: int) -> Work:
+    """A report of two variants and their seeds, so many runs in all: copies of one that took two steps."""
+    base, folder = _smoke_run(), Path(_home().name, str(count))
+    saved = (base / "config.yaml").read_text()
+    runs = [folder / f"{'ab'[i % 2]}-s{i // 2}" for i in range(count)]
+    for i, run in enumerate(runs):
+        shutil.copytree(base, run, dirs_exist_ok=True)
+        text = saved.replace("\nseed: 0\n", f"\nseed: {i // 2}\n")
+        (run / "config.yaml").write_text(text.replace("  lr: 0.002\n", "  lr: 0.001\n") if i % 2 else text)
+    words = [*map(str, runs), f"out={folder / 'report'}"]
+
+    def work() -> None:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            compare(words)
+
+    return Work("compare", work)
+
+
+@cache
+def _home() -> tempfile.TemporaryDirectory[str]:
+    """A folder that lasts as long as the process."""
+    return tempfile.TemporaryDirectory()
+
+
+@cache
+def _smoke_run() -> Path:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        run = train("experiments/digits/dit.yaml", ["debug=smoke", f"runs_dir={_home().name}"])
+        score(run)
+    return run.folder

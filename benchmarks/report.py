@@ -178,9 +178,37 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> bool:
         axes.invert_yaxis()
         axes.set_xlabel(label)
     right.axvline(1, color="black", linewidth=0.8)
+    _save(figure, title, path)
+    return True
+
+
+def plot_growth(rows: Sequence[Row], title: str, path: Path) -> bool:
+    """Draw time and memory against size, each as a multiple of the smallest's; return whether there was anything."""
+    curves: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["part"] == "growth" and "ms" in row:
+            curves.setdefault(f"{row['name']} by {row['variant']}", []).append(row)
+    if not curves:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("ms", "memory_bytes"), ("time", "memory"), strict=True):
+        for name, points in curves.items():
+            if points[0][key] > 0:
+                sizes = [row["size"] / points[0]["size"] for row in points]
+                axes.loglog(sizes, [row[key] / points[0][key] for row in points], marker="o", label=name)
+        axes.loglog([1, 64], [1, 64], color="grey", linestyle=":", label="in proportion")
+        axes.set_xlabel("size, as a multiple of the smallest")
+        axes.set_ylabel(f"{label}, as a multiple of the smallest's")
+        axes.legend(fontsize=7)
+    _save(figure, title, path)
+    return True
+
+
+def _save(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=9)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
     with atomic(path) as file:
         file.write(drawn.getvalue())
-    return True

@@ -39,7 +39,8 @@ def test_the_report_holds_the_machine(made: dict[str, Any]) -> None:
     assert (machine["threads"], machine["device"]) == (torch.get_num_threads(), "cpu")
     assert machine["versions"]["torch"] == torch.__version__
     assert {"processor", "cores", "load_average", "commit", "memory_bytes"} <= machine.keys()
-    assert made["path"].with_suffix(".png").stat().st_size > 10_000
+    for suffix in (".png", ".growth.png"):
+        assert made["path"].with_suffix(suffix).stat().st_size > 10_000
 
 
 def test_every_part_gives_positive_numbers(made: dict[str, Any]) -> None:
@@ -92,11 +93,12 @@ def test_a_loop_whose_time_is_up_ends_after_two_pairs() -> None:
 def test_growth_has_a_slope_for_each_curve(made: dict[str, Any]) -> None:
     rows = [row for row in made["rows"] if row["part"] == "growth"]
     curves = {(row["name"], row["variant"]) for row in rows}
-    assert {axis for _, axis in curves} == {"area", "batch", "depth", "width", "samples"}
+    assert {axis for _, axis in curves} == {"area", "batch", "depth", "width", "samples", "runs"}
     assert {(row["name"], row["variant"]) for row in rows if "time_slope" in row} == curves
     (batch,) = (row for row in rows if row["variant"] == "batch" and "memory_slope" in row)
     assert 0.2 < batch["memory_slope"] < 1.1  # twice the batch: at most twice the memory
     assert [row["size"] for row in rows if row["name"] == "sampling" and "size" in row] == [8, 16]
+    assert [row["size"] for row in rows if row["variant"] == "runs" and "size" in row] == [4, 6]
     assert [row["size"] for row in rows if row["variant"] == "area" and "size" in row] == [64, 256] * 2
 
 
@@ -303,4 +305,4 @@ def test_what_no_time_is_left_for_is_said() -> None:
     assert {row["skipped"] for row in rows} == {"the time is up"}
     assert {row["part"] for row in rows} == {"models", "loop", "data"}
     assert report.line(rows[-1]).endswith("skipped: the time is up")
-    assert [row["skipped"] for row in growth.measure(BenchConfig(), CPU, 0.0)] == ["the time is up"] * 6
+    assert [row["skipped"] for row in growth.measure(BenchConfig(), CPU, 0.0)] == ["the time is up"] * 7
