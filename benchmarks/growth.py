@@ -25,7 +25,7 @@ _IMAGE = "denoiser.channels=[32,64] denoiser.blocks=[1,1] denoiser.window=8 trai
 
 @dataclass(frozen=True)
 class Curve:
-    """One work at several sizes: a training step of `model`, or, without one, samples of a small network or a report."""
+    """One work at several sizes: a training step of `model`, or else samples of a small network, or a report."""
 
     name: str
     axis: str
