@@ -80,3 +80,17 @@ def test_curves_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert main(["curves", *runs]) == 0
     assert capsys.readouterr().out.endswith("experiments/digits/curves/dit.csv: band of 3 runs\n")
     assert "val/bound" in read_curves(tmp_path / "experiments/digits/curves/dit.csv")
+
+
+@pytest.mark.parametrize("path", sorted(Path("experiments").glob("*/curves/*.csv")), ids=lambda path: path.stem)
+def test_shipped_curves_reach_the_end_of_their_experiment(path: Path) -> None:
+    yaml = path.parents[1] / f"{path.stem}.yaml"
+    config = load(yaml)
+    bands = read_curves(path)
+    end = config.trainer.max_images
+    assert reference_curves(yaml, [], config) == path.resolve()
+    assert list(bands) == ["train/loss", "val/bound"]
+    for band in bands.values():
+        assert band.images[-1] == end and all(0 < low < high for low, high in zip(band.low, band.high, strict=True))
+    assert len(bands["val/bound"].images) == -(-end // config.trainer.validate_images)
+    assert bands["val/bound"].high[-1] < bands["val/bound"].low[0]  # it learns
