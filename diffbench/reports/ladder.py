@@ -50,8 +50,7 @@ def measures(c: Conclusion) -> list[str]:
 def rungs(c: Conclusion, variant: str, name: str) -> Curve | None:
     """A metric of a variant at each budget, of the seeds that have passed every rung; None without any."""
     trials = [rung.variants.get(variant, []) for rung in c.rungs.values()]
-    rows = [by_seed(found, name) for found in trials]
-    seeds = sorted(set.intersection(*map(set, rows))) if rows else []
+    seeds = _seeds(c, variant, name)
 
     def mean(what: str) -> Array | None:
         found = [[getattr(t, what) for t in each if t.complete] for each in trials]
@@ -60,7 +59,13 @@ def rungs(c: Conclusion, variant: str, name: str) -> Curve | None:
     if not seeds:
         return None
     images = np.array([np.mean([t.images for t in each if t.complete]) for each in trials])
-    return Curve(images, mean("flops"), mean("seconds"), np.array([[row[seed] for row in rows] for seed in seeds]))
+    return Curve(images, mean("flops"), mean("seconds"), np.array(list(seeds.values())))
+
+
+def _seeds(c: Conclusion, variant: str, name: str) -> dict[int, list[float]]:
+    """The metric at each budget, of each seed that has passed every rung."""
+    rows = [by_seed(rung.variants.get(variant, []), name) for rung in c.rungs.values()]
+    return {seed: [row[seed] for row in rows] for seed in sorted(set.intersection(*map(set, rows)))} if rows else {}
 
 
 def tables(c: Conclusion) -> dict[str, Rows]:
@@ -98,10 +103,11 @@ def _crossing_rows(c: Conclusion) -> Rows:
     rows: Rows = []
     for name in measures(c):
         for a, b in combinations(c.variants, 2):
-            first, second = rungs(c, a, name), rungs(c, b, name)
-            if not first or not second or first.flops is None or first.values.shape != second.values.shape:
+            first, second, at = _seeds(c, a, name), _seeds(c, b, name), rungs(c, a, name)
+            both = [seed for seed in first if seed in second]
+            if not both or at is None or at.flops is None:
                 continue
-            for zero in crossings(first.flops, first.values, second.values):
+            for zero in crossings(at.flops, *(np.array([of[seed] for seed in both]) for of in (first, second))):
                 rows.append({"pair": f"{a}, {b}", "metric": metric_of(name).title, "FLOPs": zero.text("{:.2g}".format)})
     return rows
 

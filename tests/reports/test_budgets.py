@@ -75,6 +75,14 @@ def test_the_report_of_a_ladder(tmp_path: Path) -> None:
     assert final[0].cost is not None
     between = [6 * final[0].cost.macs * 8192 * step for step in (6, 8)]  # straight lines over log C
     assert between[0] < float(rows["unet, diffit", "Fréchet distance"].split()[0]) < between[1]
+    lacking = {"unet": 0, "diffit": 1}  # each another seed: those that both have are paired
+    for rung in c.rungs.values():
+        rung.variants = {v: [t for t in ts if t.seed != lacking.get(v)] for v, ts in rung.variants.items()}
+    both = [[[rung.by_seed(v, c.name)[seed] for rung in c.rungs.values()] for seed in (2, 3, 4)] for v in lacking]
+    budgets = np.array([6 * final[0].cost.macs * 8192 * step for step in (2, 4, 8, 12)])
+    (crossing,) = ladder.crossings(budgets, *map(np.array, both))
+    rows = {(row["pair"], row["metric"]): row["FLOPs"] for row in ladder.tables(c)["Where variants cross"]}
+    assert rows["unet, diffit", "Fréchet distance"] == crossing.text("{:.2g}".format)
     assert tables["Kendall's tau between budgets"][0]["98,304 images"] == "-0.33 [-0.33, -0.33]"
     assert {row["fit"] for row in tables["Fits"]} >= {"dit, validation bound", "diffit, Fréchet distance"}
     assert (tmp_path / "out" / "plots" / "ladder.png").is_file()
