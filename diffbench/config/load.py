@@ -28,7 +28,6 @@ from diffbench.config.types import convert, shown
 from diffbench.core.errors import suggest
 from diffbench.denoisers import DENOISERS
 from diffbench.denoisers import registry as denoisers
-from diffbench.denoisers.laptop import laptop
 
 C = TypeVar("C", bound=BaseConfig)
 T = TypeVar("T")
@@ -165,7 +164,7 @@ def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> typ
     preset = given.pop("preset", None)
     if preset is not None:
         presets = DENOISERS[name].presets if section == "denoiser" and not outside else {}
-        if section == "denoiser" and preset == LAPTOP and (fitted := _laptop(values, name)) is not None:
+        if section == "denoiser" and preset == LAPTOP and not outside and (fitted := _laptop(values, name)) is not None:
             values[section] = fitted | given
             return _named(registry[name], name)
         if not isinstance(preset, str) or preset not in presets:
@@ -187,7 +186,8 @@ def _laptop(values: dict[Any, Any], name: str) -> dict[str, Any] | None:
         raise ValueError(f"denoiser.preset: {LAPTOP} sizes a network by the image, not by latents of autoencoder")
     kind: type[Any] = _chosen(values, "data", ())
     data = build(kind, values["data"], "data.")
-    return laptop(*data.shape[1:]).get(name)
+    sizes = DENOISERS[name].laptop
+    return None if sizes is None else sizes(*data.shape[1:])
 
 
 @cache

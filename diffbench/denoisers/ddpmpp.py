@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, silu
 
+from diffbench.denoisers import laptop
 from diffbench.denoisers.base import Denoiser, Preset, check_divides, check_sides, check_sizes, unet_levels
 from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import (
@@ -239,6 +240,11 @@ def xavier_linear(c_in: int, c_out: int, bias: bool = True) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def laptop_sizes(height: int, width: int) -> dict[str, Any]:
+    """Keys for a laptop, see `laptop`."""
+    return laptop.unet(height, width, [2, 2]) | {"num_blocks": 1, "dropout": 0.0}
 
 
 _CIFAR10 = DDPMppConfig(channel_mult=[2, 2, 2], dropout=0.13, augment_dim=9)

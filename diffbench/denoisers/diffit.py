@@ -5,12 +5,14 @@ each choice made here is a key of `DiffiTConfig` or stated beside the layer.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from math import gcd
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from diffbench.denoisers import laptop
 from diffbench.denoisers.base import Denoiser, Preset, check_divides, check_halves, check_shape, check_sizes
 from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import (
@@ -204,6 +206,15 @@ class ResBlock(nn.Module):
         tokens = self.block(to_windows(h, self.window), c)
         out: Tensor = self.skip(x) + from_windows(tokens, self.window, height, width)
         return out
+
+
+def laptop_sizes(height: int, width: int) -> dict[str, Any]:
+    """Keys for a laptop, see `laptop`: up to three stages, each of which a window divides."""
+    both = gcd(height, width)
+    stages = next(n for n in range(min(laptop.levels(height, width), 3), 0, -1) if n == 1 or both >> (n - 1) >= 4)
+    windows = [next(w for w in (4, 8, 7, 6, 5, 3, 2, 1) if (both >> i) % w == 0) for i in range(stages)]
+    sizes = {"channels": [24, 48, 96][:stages], "blocks": [1] * stages, "window": windows}
+    return sizes | {"time_dim": 128, "norm_groups": 8}
 
 
 def _published(data: str, reading: str, blocks: list[int], stated: str, cost: Cost) -> tuple[str, Preset]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, foreign, probe, segformer, unet, uvit
+from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, foreign, laptop, probe, segformer, unet, uvit
 from diffbench.denoisers.base import Denoiser, Preset, check_output
 from diffbench.denoisers.flops import Cost, count
 from diffbench.denoisers.foreign import Foreign, ForeignConfig
@@ -30,6 +30,8 @@ class Entry:
     """The key that deepens it."""
     presets: dict[str, Preset]
     """Published sizes by name, for `denoiser.preset`."""
+    laptop: Callable[[int, int], dict[str, Any]] | None = None
+    """(height, width) of the image -> keys of a small network for it, for `denoiser.preset: laptop`."""
 
 
 DENOISERS = {
@@ -40,9 +42,16 @@ DENOISERS = {
         "model_channels",
         "num_res_blocks",
         unet.PRESETS,
+        unet.laptop_sizes,
     ),
     "dit": Entry(
-        dit.DiTConfig, dit.DiT, "Vision Transformer with adaLN-Zero (DiT)", "hidden_size", "depth", dit.PRESETS
+        dit.DiTConfig,
+        dit.DiT,
+        "Vision Transformer with adaLN-Zero (DiT)",
+        "hidden_size",
+        "depth",
+        dit.PRESETS,
+        laptop.transformer,
     ),
     "diffit": Entry(
         diffit.DiffiTConfig,
@@ -51,6 +60,7 @@ DENOISERS = {
         "channels",
         "blocks",
         diffit.PRESETS,
+        diffit.laptop_sizes,
     ),
     "diffit-latent": Entry(
         diffit_latent.DiffiTLatentConfig,
@@ -59,6 +69,7 @@ DENOISERS = {
         "hidden_size",
         "depth",
         diffit_latent.PRESETS,
+        laptop.transformer,
     ),
     "ddpmpp": Entry(
         ddpmpp.DDPMppConfig,
@@ -67,6 +78,7 @@ DENOISERS = {
         "model_channels",
         "num_blocks",
         ddpmpp.PRESETS,
+        ddpmpp.laptop_sizes,
     ),
     "uvit": Entry(
         uvit.UViTConfig,
@@ -75,6 +87,7 @@ DENOISERS = {
         "hidden_size",
         "depth",
         uvit.PRESETS,
+        laptop.transformer,
     ),
     "segformer": Entry(
         segformer.SegFormerConfig,
@@ -83,6 +96,7 @@ DENOISERS = {
         "hidden_sizes",
         "depths",
         segformer.PRESETS,
+        segformer.laptop_sizes,
     ),
 }
 

@@ -6,13 +6,15 @@ the condition in every block, as in DiT, an output at full resolution, and a way
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from math import gcd
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, relu, scaled_dot_product_attention, silu
 
+from diffbench.denoisers import laptop
 from diffbench.denoisers.base import Denoiser, Preset, check_divides, check_sides, check_sizes
 from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import ConditionEmbedding, both_sides, modulate, xavier_, zero_
@@ -242,6 +244,24 @@ class Block(nn.Module):
             return h
         kept = torch.rand(len(h), 1, 1, device=h.device) >= self.drop
         return h * kept / (1 - self.drop)
+
+
+def laptop_sizes(height: int, width: int) -> dict[str, Any]:
+    """Keys for a laptop, see `laptop`: up to three stages, with keys and values reduced where the grid allows."""
+    both, patch = gcd(height, width), laptop.patch(height, width)
+    first = max(stride for stride in range(1, patch // 2 + 1) if both % stride == 0) if patch > 1 else 1
+    grids = [both // first >> i for i in range(3) if both // first % 2**i == 0]
+    n = len(grids)
+    return {
+        "hidden_sizes": [48, 96, 192][:n],
+        "depths": [2] * n,
+        "num_heads": [1, 2, 4][:n],
+        "sr_ratios": [next(r for r in (4, 2, 1) if side % r == 0 and (side > r or r == 1)) for side in grids],
+        "mlp_ratios": [4.0] * n,
+        "strides": [first, 2, 2][:n],
+        "decoder_hidden_size": 96,
+        "time_dim": 128,
+    }
 
 
 def _published(widths: list[int], depths: list[int], decoder: int) -> SegFormerConfig:

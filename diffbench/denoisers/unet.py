@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffbench.denoisers import laptop
 from diffbench.denoisers.base import Denoiser, Preset, check_divides, check_sides, check_sizes, unet_levels
 from diffbench.denoisers.flops import Cost
 from diffbench.denoisers.layers import (
@@ -223,6 +224,11 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, _c: Tensor) -> Tensor:
         out: Tensor = self.conv(resample(x, "up"))
         return out
+
+
+def laptop_sizes(height: int, width: int) -> dict[str, Any]:
+    """Keys for a laptop, see `laptop`."""
+    return laptop.unet(height, width, [2, 3]) | {"num_res_blocks": 1, "norm_groups": 8}
 
 
 _FLAGS: dict[str, Any] = {"attention_resolutions": [32, 16, 8], "resblock_updown": True}

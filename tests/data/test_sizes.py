@@ -1,6 +1,7 @@
 """Sizes of one's own images: which side suits them, what is cropped, and the networks that fit."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from diffbench.data.sets import ImageSet, describe_sizes
 from diffbench.data.transforms import decode
 from diffbench.denoisers import DENOISERS, build
 from diffbench.denoisers.flops import count
-from diffbench.denoisers.laptop import laptop
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +73,17 @@ def test_sizes_in_words(sizes: dict[str, int], shape: tuple[int, int], line: str
     assert describe_sizes(data) == line
 
 
+def laptop(name: str, height: int, width: int) -> dict[str, Any]:
+    """The keys of a registered denoiser for a laptop."""
+    sizes = DENOISERS[name].laptop
+    assert sizes is not None
+    return sizes(height, width)
+
+
 @pytest.mark.parametrize("name", DENOISERS)
 def test_laptop_sizes_fit_the_image(name: str) -> None:
     for side in (8, 16, 24, 28, 32, 40, 64):
-        config = DENOISERS[name].config(**laptop(side, side)[name])
+        config = DENOISERS[name].config(**laptop(name, side, side))
         shape = {"image_size": side, "channels": 3, "num_classes": 2, "null_class": True, "learn_sigma": False}
         cost = count(lambda config=config, shape=shape: build(name, config, **shape), 3, side)  # type: ignore[misc]
         assert 0.004 < cost.gmacs < (0.2 if side <= 32 else 0.6), side
@@ -85,7 +92,7 @@ def test_laptop_sizes_fit_the_image(name: str) -> None:
 @pytest.mark.parametrize("name", DENOISERS)
 def test_images_need_not_be_square(name: str) -> None:
     for height, width in ((16, 24), (48, 40)):
-        config = DENOISERS[name].config(**laptop(height, width)[name])
+        config = DENOISERS[name].config(**laptop(name, height, width))
         shape = {"image_size": (height, width), "channels": 3, "num_classes": 2}
         with torch.device("meta"):
             network = build(name, config, **shape, null_class=True, learn_sigma=False)
