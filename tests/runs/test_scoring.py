@@ -102,9 +102,9 @@ def test_held_out_images_are_compared_in_equal_number(smoke_run: Path) -> None:
     features = references.make_extractor("digits-cnn", None, run.train_set)
     scorer = scorers.run_scorer(run.config.evaluate, features, run.train_set, run.held_out)
     assert scorer.measurement.references.keys() == {"fd", "fd_held_out"}  # of the smoke run's 20 there are enough
-    ((_, samples),) = drawing.samples_of(
+    samples = drawing.samples_of(
         run, evaluate.change(run.config, {"evaluate": {"count": 400}}), run.config.sample.unguided()
-    ).batches(400)
+    ).images()
     x, test = features(samples).pooled, features(run.held_out.images).pooled
     counts = run.held_out.labels.bincount()
     assert counts.tolist() != [36] * 10  # the training images compared with have the same classes, one by one
