@@ -57,7 +57,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def _rate(model: str, way: str, tiny: bool) -> float:
-    unset = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    unset = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
     environment = {name: value for name, value in os.environ.items() if name not in unset} | WAYS[way]
     command = [sys.executable, "-m", "benchmarks.busy", model, way, str(tiny).lower()]
     return float(subprocess.check_output(command, env=environment, text=True).split()[-1])

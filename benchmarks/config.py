@@ -19,7 +19,6 @@ in turns with the default; data: loader and batches; growth: time and memory aga
 whole sampler; command: CPU seconds of whole commands by stage; busy: training steps beside other busy processes."""
 SHORT = {"loop": 0.35, "models": 0.6, "data": 0.05}
 FULL = {"loop": 1.0, "models": 1.0, "data": 1.0, "growth": 1.0, "sampling": 1.0, "command": 1.0, "busy": 1.0}
-
 GPU = {"models": 0.7, "loop": 0.15, "sampling": 0.12, "data": 0.03}
 """Share of the time for each part, in their order: on a GPU, what is worth most comes first."""
 

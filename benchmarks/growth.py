@@ -1,7 +1,7 @@
 """How time and memory grow with resolution, batch, depth, width, and the number of samples and of runs in a report."""
 
 import contextlib
-import os
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -95,7 +95,7 @@ def _report(count: int) -> Work:
     words = [*map(str, runs), f"out={folder / 'report'}"]
 
     def work() -> None:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with contextlib.redirect_stdout(io.StringIO()):
             compare(words)
 
     return Work("compare", work)
@@ -109,7 +109,7 @@ def _home() -> tempfile.TemporaryDirectory[str]:
 
 @cache
 def _smoke_run() -> Path:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with contextlib.redirect_stdout(io.StringIO()):
         run = train("experiments/digits/dit.yaml", ["debug=smoke", f"runs_dir={_home().name}"])
         score(run)
     return run.folder

@@ -185,9 +185,15 @@ def environment(rank: int, count: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is the launcher's, and outlives any rank
         "TORCHELASTIC_RESTART_COUNT": 0,
     }
-    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}
+    threads = {"OMP_NUM_THREADS": str(threads_each(count))}
     path = {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
     return threads | os.environ | path | {name: str(value) for name, value in here.items()}
+
+
+def threads_each(processes: int) -> int:
+    """CPU threads of each of some processes that share the cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    return max(1, cores // processes)
 
 
 def _describe(code: int | None) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from diffbench.core import rng
+from diffbench.core.distributed import threads_each
 from diffbench.core.files import cache_folder
 from diffbench.core.progress import progress
 from diffbench.core.store import Chunk, Contents, Store
@@ -227,7 +228,7 @@ def _decoded(
     part: Split, chunks: list[Chunk], size: tuple[int, int], channels: int
 ) -> Iterator[tuple[Chunk, list[Outcome]]]:
     """What comes of each chunk, decoded by threads while the next is read."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads_each(1)
     # Pillow lets other threads run while it decodes and resamples: processes would gain little and cost a start each.
     pool = ThreadPoolExecutor(threads)
 

@@ -102,12 +102,13 @@ def _fits(c: Conclusion) -> Rows:
 def _crossing_rows(c: Conclusion) -> Rows:
     rows: Rows = []
     for name in measures(c):
+        seeds = {v: _seeds(c, v, name) for v in c.variants}
+        curves = {v: rungs(c, v, name) for v in c.variants}
         for a, b in combinations(c.variants, 2):
-            first, second, at = _seeds(c, a, name), _seeds(c, b, name), rungs(c, a, name)
-            both = [seed for seed in first if seed in second]
+            at, both = curves[a], [seed for seed in seeds[a] if seed in seeds[b]]
             if not both or at is None or at.flops is None:
                 continue
-            for zero in crossings(at.flops, *(np.array([of[seed] for seed in both]) for of in (first, second))):
+            for zero in crossings(at.flops, *(np.array([seeds[v][seed] for seed in both]) for v in (a, b))):
                 rows.append({"pair": f"{a}, {b}", "metric": metric_of(name).title, "FLOPs": zero.text("{:.2g}".format)})
     return rows
 

@@ -1,7 +1,6 @@
 """The time that a study will take, from rates measured on this machine before anything is trained."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from diffbench.config.kinds import RunConfig
 from diffbench.config.load import to_dict
+from diffbench.core.distributed import threads_each
 from diffbench.core.files import digest, write_text
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
@@ -56,7 +56,7 @@ class Probe:
                 sampler = Sampler(run.network.to(device_of(c.trainer.accelerator)), run.process, run.shape)
                 run.use_threads()
                 if self.jobs > 1:
-                    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+                    torch.set_num_threads(threads_each(self.jobs))
                 self._forward[name] = seconds_per_evaluation(sampler, c.trainer.batch_size)
         finally:
             torch.set_num_threads(before)

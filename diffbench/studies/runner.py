@@ -17,6 +17,7 @@ from typing import Any
 from diffbench.config.documents import dump
 from diffbench.config.layers import located, parse_overrides, read_yaml
 from diffbench.config.load import to_dict
+from diffbench.core.distributed import threads_each
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.core.progress import span
@@ -220,7 +221,7 @@ def slurm_folder(folder: Path, launcher: LauncherConfig) -> Path:
 def _start(file: TrialFile, jobs: int) -> "subprocess.Popen[bytes]":
     environment = dict(os.environ)
     if jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+        environment["OMP_NUM_THREADS"] = str(threads_each(jobs))
     file.forget_end()
     with file.log.open("ab") as log:
         command = [sys.executable, "-m", "diffbench", "study", str(file.path)]
