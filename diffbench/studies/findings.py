@@ -12,7 +12,7 @@ from diffbench.config.load import build
 from diffbench.core.errors import suggest
 from diffbench.metrics.registry import METRICS, metric_of
 from diffbench.reports import statistics
-from diffbench.reports.results import Comparison, full_name
+from diffbench.reports.results import Comparison, by_seed, full_name
 from diffbench.reports.text import counted, number
 from diffbench.reports.variance import components, scores
 from diffbench.studies.config import load_study, variants
@@ -108,10 +108,7 @@ def _held(claim: Claim, results: Comparison) -> Finding | None:
         return _scatter(claim, results)
     name = full_name(results.trials, claim.metric) or claim.metric
     metric = metric_of(name)
-    seeds = {
-        v: {t.seed: t.values[name] for t in results.trials if t.variant == v and t.complete and name in t.values}
-        for v in claim.variants
-    }
+    seeds = {v: by_seed([t for t in results.trials if t.variant == v], name) for v in claim.variants}
     if not all(seeds.values()):
         return None
     if claim.order:
