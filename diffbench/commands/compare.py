@@ -24,8 +24,9 @@ from diffbench.reports.tables import IDENTITY, for_terminal
 from diffbench.reports.text import counted, listed
 from diffbench.runs.base import Run
 from diffbench.runs.lifecycle import look
+from diffbench.studies.comparison import comparison_of_study
 from diffbench.studies.config import load_study
-from diffbench.studies.trials import comparison_of_study, recipe_of
+from diffbench.studies.trials import recipe_of
 
 MOST_COLUMNS = 8
 """Runs that are shown one by one, before their variants."""

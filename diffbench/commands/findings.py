@@ -14,10 +14,9 @@ from diffbench.core.files import write_text
 from diffbench.reports.conclusions import Conclusion, conclude
 from diffbench.reports.results import Comparison
 from diffbench.reports.text import counted, markdown
+from diffbench.studies.comparison import comparison_of_study, shipped
 from diffbench.studies.findings import Claim, Finding, findings, load_claims
 from diffbench.studies.runner import run_study
-from diffbench.studies.shipped import shipped
-from diffbench.studies.trials import comparison_of_study
 
 SMALL = "seeds=[0,1,2]"
 """The seeds of studies that are run for their claims."""

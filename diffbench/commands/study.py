@@ -7,8 +7,9 @@ from diffbench.config.layers import read_yaml
 from diffbench.reports.html import write
 from diffbench.reports.tables import for_terminal
 from diffbench.runs import slurm
+from diffbench.studies.comparison import comparison_of_study
 from diffbench.studies.runner import run_study, slurm_folder
-from diffbench.studies.trials import KIND, TrialFile, comparison_of_study
+from diffbench.studies.trials import KIND, TrialFile
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -29,8 +29,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     warmup_images: int = 0
     """Images over which the rate rises linearly from zero."""
-    decay_images: int | None = None
-    """Images at which a cosine decay, begun after the ramp, ends; null keeps the rate constant."""
+    decay_images: int | list[int] | None = None
+    """Images at which a cosine decay, begun after the ramp, ends; or [begin, end]; null keeps the rate constant."""
     final_lr: float = 0.01
     """The rate after the decay, as a share of `lr`."""
     grad_clip_norm: float | None = None
@@ -43,11 +43,19 @@ class OptimizerConfig:
         check(self, "optimizer", "be positive or null", lambda v: v > 0, "grad_clip_norm")
         check_least(self, "optimizer", warmup_images=0, weight_decay=0)
         check(self, "optimizer", "lie in 0 to 1", lambda v: 0 <= v <= 1, "final_lr")
-        if self.decay_images is not None and self.decay_images <= self.warmup_images:
+        if (decay := self.decay) is not None and (len(decay) != 2 or not self.warmup_images <= decay[0] < decay[1]):
+            rise = "be [begin, end], rising from" if isinstance(self.decay_images, list) else "exceed"
             raise ValueError(
-                f"optimizer.decay_images: {self.decay_images} must exceed optimizer.warmup_images={self.warmup_images};"
+                f"optimizer.decay_images: {self.decay_images} must {rise} optimizer.warmup_images={self.warmup_images};"
                 " allowed: null for a constant rate"
             )
+
+    @property
+    def decay(self) -> list[int] | None:
+        """The images at which the decay of the rate begins and ends; None for a constant rate."""
+        if self.decay_images is None or isinstance(self.decay_images, list):
+            return self.decay_images
+        return [self.warmup_images, self.decay_images]
 
 
 @dataclass

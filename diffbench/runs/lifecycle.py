@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,10 +13,10 @@ from torch import Tensor
 from diffbench.autoencoders import io
 from diffbench.config.kinds import BaseConfig, RunConfig
 from diffbench.config.layers import Layer, located
-from diffbench.config.load import from_layers, read_layers
+from diffbench.config.load import from_layers, read_layers, to_yaml
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
-from diffbench.core.files import locked, sweep, write_bytes
+from diffbench.core.files import locked, sweep, write_bytes, write_text
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import describe, describe_sizes
 from diffbench.evaluation.curves import NAME as CURVES
@@ -32,6 +33,7 @@ from diffbench.runs.folder import (
     check_same,
     folder_for,
     has_checkpoint,
+    read_config,
     reference_curves,
     refuse_links,
     set_aside,
@@ -140,6 +142,21 @@ def train_in(
         fit(kind(folder, config), existed, start, lock)
         kind(folder, config).finish()
         return kind(folder, config).use_average()
+
+
+def branch(trunk: Path, folder: Path, config: BaseConfig) -> None:
+    """Begins the run of `config` in a new folder from a copy of another run's state, from which `train_in` goes on.
+
+    The two configs must say the same of all steps until then; nothing is copied of what is measured at a run's end.
+    """
+    staged = folder.with_name(f".{folder.name}.staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(trunk, staged, ignore=shutil.ignore_patterns(".*", "ema-*", "results.jsonl", "evaluations"))
+    held = read_config(trunk)
+    if isinstance(held, RunConfig) and isinstance(config, RunConfig):  # an experiment became the folder that it names
+        config = dataclasses.replace(config, autoencoder=held.autoencoder)
+    write_text(staged / SAVED, to_yaml(config))
+    os.replace(staged, folder)
 
 
 def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int | None = None) -> None:

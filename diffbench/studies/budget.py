@@ -60,7 +60,7 @@ class Probe:
                 self._forward[name] = seconds_per_evaluation(sampler, c.trainer.batch_size)
         finally:
             torch.set_num_threads(before)
-        forwards = FORWARDS * variant.images
+        forwards = FORWARDS * variant.trained_images
         for changes in variant.evaluations.values():
             how = evaluated(c, changes, "study")
             drawn = how.evaluate.count * max(1, len(variant.rungs)) * samplings

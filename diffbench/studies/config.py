@@ -11,7 +11,7 @@ from diffbench.config.kinds import FORMAT
 from diffbench.config.layers import COMMAND_LINE, located, merge, parse_overrides, read_chain
 from diffbench.config.load import build, flatten
 from diffbench.config.types import shown
-from diffbench.core.errors import suggest
+from diffbench.core.errors import check, suggest
 from diffbench.metrics.registry import RANKING, metric_of
 
 AVERAGE = "average"
@@ -21,6 +21,8 @@ EVALUATED = ("sample", "evaluate", AVERAGE)
 SAMPLE_SEED = "seeds.sample"
 APART = 1_000_000
 """Between the sampling seeds of one trained network, so that no two networks share any; seeds lie below it."""
+BUDGETS = ("images", "flops", "seconds")
+"""Keys of `stop`, of which one says when training ends."""
 EXPERIMENT = "experiment"
 """Key of a variant: the YAML that it varies in place of the study's."""
 
@@ -32,8 +34,8 @@ def is_sampled(key: str) -> bool:
 
 @dataclass
 class StopConfig:
-    """When training ends: exactly one of these, alike for all variants; a rising list is a ladder, whose rungs one run
-    passes at a constant rate, each of them scored."""
+    """When training ends: one of images, flops and seconds, alike for all variants; a rising list is a ladder, whose
+    rungs one run passes at a constant rate, each of them scored."""
 
     images: float | list[float] | None = None
     """Images seen."""
@@ -41,11 +43,15 @@ class StopConfig:
     """Training FLOPs: 2 a multiply-accumulate, 3 forward passes an image."""
     seconds: float | list[float] | None = None
     """Seconds of training, turned into images by each variant's rate, which the plan measures."""
+    cooldown: float | None = None
+    """The last share of each rung, over which a branch of the run decays its rate (cosine) and is scored in the run's
+    place: what a run of that length alone would be (Hägele et al. 2024). null: the run itself, its weights averaged."""
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"stop: must hold one of images, flops and seconds, got {', '.join(given) or 'none'}")
+        check(self, "stop", "lie in 0.01 to 0.9 or be null", lambda v: 0.01 <= v <= 0.9, "cooldown")
         rungs = self.rungs
         numbers = ", ".join(f"{rung:g}" for rung in rungs)
         if not rungs or rungs[0] <= 0 or sorted(set(rungs)) != rungs:
@@ -54,7 +60,7 @@ class StopConfig:
     @property
     def unit(self) -> str:
         """images, flops or seconds."""
-        return next(name for name, value in vars(self).items() if value is not None)
+        return next(name for name in BUDGETS if getattr(self, name) is not None)
 
     @property
     def rungs(self) -> list[float]:
@@ -265,9 +271,10 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     stack = [*read_chain(Path(path)), (COMMAND_LINE, parse_overrides(overrides))]
     merged: dict[str, Any] = {}
     for _, values in stack:
-        stop = values.get("stop")
-        if isinstance(stop, dict):  # another budget takes the place of the base's, it does not stand beside it
-            merged.pop("stop", None)
+        stop, base = values.get("stop"), merged.get("stop")
+        if isinstance(stop, dict) and isinstance(base, dict) and any(key in stop for key in BUDGETS):
+            # Another budget takes the place of the base's, it does not stand beside it.
+            merged["stop"] = {key: value for key, value in base.items() if key not in BUDGETS}
         merged = merge(merged, values)
     with located(stack):
         if merged.get("kind") != "study":

@@ -69,7 +69,11 @@ def notes_of(
     lengths = "; ".join(f"{v.name} {', '.join(f'{images:,}' for images, _ in v.rungs)}" for v in found)
     notes = [f"Training stops at {study.stop.text(study.stop.rungs[-1])}{how}. Images seen: {lengths}."]
     if len(study.stop.rungs) > 1:
-        notes.append("One run passes all budgets at a constant learning rate; averaged weights are scored at each.")
+        if (share := study.stop.cooldown) is None:
+            how = "averaged weights are scored at each"
+        else:
+            how = f"over the last {100 * share:g}% of each a branch of it, whose rate decays, is trained and scored"
+        notes.append(f"One run passes all budgets at a constant learning rate; {how}.")
     notes += [f"Variants {text}." for text in equal_by_construction(list(found))]
     if study.match.by != "none":
         sizes = "; ".join(f"{v.name} {100 * (v.residual or 0):+.1f}% ({v.sized})" for v in found)

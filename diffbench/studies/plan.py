@@ -37,6 +37,8 @@ class TrainingVariant:
         evaluations: variant -> what it changes of sampling and evaluation.
         at: axis -> label, of the first variant.
         rungs: images at which it is scored, rising up to its length, and the budget each stands for.
+        cooldown: the last share of each rung that is trained as a branch of the run, its rate decaying; None where the
+            run itself is scored.
     """
 
     name: str
@@ -48,11 +50,18 @@ class TrainingVariant:
     evaluations: dict[str, dict[str, Any]]
     at: dict[str, str]
     rungs: list[tuple[int, str]]
+    cooldown: float | None = None
 
     @property
     def images(self) -> int:
         """Images seen in training."""
         return self.config.trainer.max_steps * self.config.trainer.batch_size
+
+    @property
+    def trained_images(self) -> int:
+        """Images of training that one seed costs: those of the run and of its branches."""
+        branches = sum(round(images * self.cooldown) for images, _ in self.rungs[:-1]) if self.cooldown else 0
+        return self.images + branches
 
     @property
     def flops(self) -> float:
@@ -97,6 +106,8 @@ class PlannedTrial:
         del values["trainer"]["threads"]  # which changes rounding alone
         if len(self.variant.rungs) > 1:  # a run of one length cannot be scored at shorter ones
             values["rungs"] = [images for images, _ in self.variant.rungs]
+            if self.variant.cooldown is not None:
+                values["cooldown"] = self.variant.cooldown
         experiment = self.variant.experiment
         name = f"{experiment.resolve().parent.name}-{experiment.stem}-{digest(values)[:10]}-s{self.seed}"
         return Path(self.config.runs_dir) / "trials" / name
@@ -150,6 +161,8 @@ def training_variant(
     if len(lengths) > 1:  # no rung may lie on the slope of a rate that decays towards another
         ramp = min(config.optimizer.warmup_images, lengths[0] // 10)
         config = replace(config, optimizer=replace(config.optimizer, decay_images=None, warmup_images=ramp))
+    elif study.stop.cooldown is not None:
+        config = cooled(config, study.stop.cooldown)
     batch = config.trainer.batch_size
     rungs = [
         (max(1, round(n / batch)) * batch, study.stop.text(r)) for n, r in zip(lengths, study.stop.rungs, strict=True)
@@ -160,7 +173,16 @@ def training_variant(
     experiment = experiment_of(study, first)
     name = first.name if len(same) == 1 else ", ".join(first.at[axis] for axis in axes) or experiment.stem
     return TrainingVariant(
-        name, experiment, config, cost, over, settled, {v.name: v.sampled for v in same}, first.at, rungs
+        name,
+        experiment,
+        config,
+        cost,
+        over,
+        settled,
+        {v.name: v.sampled for v in same},
+        first.at,
+        rungs,
+        study.stop.cooldown if len(rungs) > 1 else None,
     )
 
 
@@ -206,13 +228,26 @@ def stopped(config: RunConfig, images: int, given: dict[str, Any]) -> RunConfig:
     cadence: dict[str, Any] = {
         k: max(t.batch_size, images // n) for k, n in every.items() if k not in given.get("trainer", {})
     }
-    decay = images if o.decay_images is not None else None
+    decay: int | list[int] | None = images if o.decay_images is not None else None
+    if isinstance(o.decay_images, list):
+        begin, end = o.decay_images
+        decay = [round(images * begin / end), images]
     ramp = min(o.warmup_images, images // 10)
     return replace(
         config,
         trainer=replace(t, max_images=images, **cadence),
         optimizer=replace(o, decay_images=decay, warmup_images=ramp),
     )
+
+
+def cooled(config: RunConfig, share: float) -> RunConfig:
+    """The config with a rate that decays over the last share of its images, from a whole step on, and is constant
+    before; the ramp is brought to a tenth of the run at most."""
+    t, o = config.trainer, config.optimizer
+    end = t.max_steps * t.batch_size
+    begin = max(0, round((1 - share) * t.max_steps)) * t.batch_size
+    ramp = min(o.warmup_images, end // 10, begin)
+    return replace(config, optimizer=replace(o, decay_images=[begin, end], warmup_images=ramp))
 
 
 def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunConfig:

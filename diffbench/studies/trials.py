@@ -11,7 +11,7 @@ from typing import Any
 
 from diffbench.config.documents import dump
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import read_yaml
+from diffbench.config.layers import Layer, read_yaml
 from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
@@ -20,13 +20,13 @@ from diffbench.evaluation.records import values
 from diffbench.evaluation.validation_error import bound_metrics, denoising_error, validation_sets
 from diffbench.metrics import EXTRACTORS
 from diffbench.reports.image_errors import IMAGE_ERRORS, save_image_errors
-from diffbench.reports.results import Comparison, Status, Trial, TriedPoint, full_name
+from diffbench.reports.results import Status, Trial, TriedPoint, full_name
 from diffbench.runs.base import Run
 from diffbench.runs.evaluate import evaluate_as, scores_as
 from diffbench.runs.folder import SAVED
-from diffbench.runs.lifecycle import look, train_in
+from diffbench.runs.lifecycle import branch, look, train_in
 from diffbench.studies.config import APART, AVERAGE
-from diffbench.studies.plan import PlannedTrial, evaluated
+from diffbench.studies.plan import PlannedTrial, cooled, evaluated
 
 KIND = "trial"
 """The `kind` in the file of a trial."""
@@ -60,6 +60,7 @@ def trial_values(
         "samplings": 1,
         "evaluations": evaluations,
         "rungs": [],
+        "cooldown": None,
         "config": config,
     } | more
 
@@ -100,6 +101,7 @@ class TrialFile:
             label=trial.label,
             samplings=trial.samplings,
             rungs=[list(rung) for rung in trial.variant.rungs] if len(trial.variant.rungs) > 1 else [],
+            cooldown=trial.variant.cooldown,
         )
         file.config = trial.config
         return file
@@ -128,7 +130,14 @@ class TrialFile:
     def lengths(self) -> list[RunConfig]:
         """The config at each rung of the ladder, the shortest first; without a ladder the config alone."""
         images = [n for n, _ in self.values["rungs"]] or [self.config.trainer.max_images]
-        return [replace(self.config, trainer=replace(self.config.trainer, max_images=n)) for n in images]
+        found = [replace(self.config, trainer=replace(self.config.trainer, max_images=n)) for n in images]
+        share = self.values.get("cooldown")
+        return found if share is None else [cooled(config, share) for config in found]
+
+    def folder_of(self, config: RunConfig) -> Path:
+        """The folder of the run that is scored at a rung: the trial's own, or that of a branch which cools down."""
+        branch = self.folder.with_name(f"{self.folder.name}-to-{config.trainer.max_images}")
+        return self.folder if self.values.get("cooldown") is None else branch
 
     def ways(self, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What each sampling of a variant changes: the variant's keys, and from the second on a seed of its own."""
@@ -158,13 +167,30 @@ class TrialFile:
 
     def _train_and_evaluate(self) -> None:
         for config in self.lengths:
-            known = run_of(self.folder)
-            behind = known is not None and known.images_seen > config.trainer.max_images
-            if not behind:  # a run goes on from a rung when all of it is scored
-                self._train_to(config)
+            folder = self.folder_of(config)
+            known = run_of(folder)
+            if known is None and folder != self.folder:
+                self._branch(folder, config)
+            if known is None or known.images_seen <= config.trainer.max_images:
+                self._train_to(folder, config)  # else the run went on from this rung when all of it was scored
 
-    def _train_to(self, config: RunConfig) -> None:
-        run = train_in(self.folder, config, [(str(self.path), self.values["config"])])
+    def _branch(self, folder: Path, config: RunConfig) -> None:
+        """Train to where a rung's rate begins to decay, and begin the rung's own run there."""
+        assert config.optimizer.decay is not None
+        # A step before: a state holds the rate of the step that follows it.
+        images = config.optimizer.decay[0] - config.trainer.batch_size
+        known = run_of(self.folder)
+        if images <= 0 or (known is not None and known.images_seen > images):
+            return  # the rung's run trains alone, to the same weights
+        trunk = replace(self.config, trainer=replace(config.trainer, max_images=images))
+        branch(train_in(self.folder, trunk, self._layers).folder, folder, config)
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return [(str(self.path), self.values["config"])]
+
+    def _train_to(self, folder: Path, config: RunConfig) -> None:
+        run = train_in(folder, config, self._layers)
         save_image_errors(run)
         for variant, changes in self.values["evaluations"].items():
             started = time.perf_counter()
@@ -184,13 +210,13 @@ class TrialFile:
 
     def trials(self) -> list[Trial]:
         """The results of the trial so far, one row of the report for each variant evaluated on its run."""
-        run, why = run_of(self.folder), self.failure
-        try:
-            records = list(reversed(run.results)) if run is not None and (run.complete or self.values["rungs"]) else []
-        except UserError as e:  # a damaged file of one run does not stop the report of the others
-            run, why, records = None, str(e), []
         found = []
         for config in self.lengths:
+            run, why = run_of(self.folder_of(config)), self.failure
+            try:
+                records = list(reversed(run.results)) if run and (run.complete or self.values["rungs"]) else []
+            except UserError as e:  # a damaged file of one run does not stop the report of the others
+                run, why, records = None, str(e), []
             at = config.trainer.max_images if self.values["rungs"] else None
             for variant, changes in self.values["evaluations"].items():
                 held = [next((r for r in records if self._answers(r, config, w)), None) for w in self.ways(changes)]
@@ -226,7 +252,8 @@ class TrialFile:
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        measured = is_trained(self.folder) and (self.folder / IMAGE_ERRORS).exists()
+        last = self.folder_of(self.lengths[-1])
+        measured = is_trained(last) and (last / IMAGE_ERRORS).exists()
         return measured and all(trial.complete for trial in self.trials())
 
     @property
@@ -253,41 +280,3 @@ class TrialFile:
             return ""
         killed = f"ended by signal {-end['exit']}" if end["exit"] < 0 else f"exit code {end['exit']}"
         return f"{killed}: {end['last']}" if end["last"] else killed
-
-
-def comparison_of_study(folder: Path) -> Comparison:
-    """The results of a study so far, as the comparison of its report; nothing is built or trained.
-
-    Raises:
-        UserError: if the folder holds no study, or one without trials.
-    """
-    if not (folder / "study.yaml").is_file():
-        raise UserError(f"{folder}: no study here (study.yaml is missing); run diffbench study on its YAML first")
-    study = read_yaml(folder / "study.yaml")
-    every = [TrialFile(path) for path in sorted((folder / FOLDER).glob("*.yaml"))]
-    every.sort(key=lambda file: file.values["order"])
-    files = [file for file in every if file.values["tuning"] is None]
-    if not files:
-        raise UserError(f"{folder}: no trials yet; run diffbench study on its YAML first")
-    budgets = [text for _, text in files[0].values["rungs"]] or [""]
-    rungs: list[list[Trial]] = [[] for _ in budgets]
-    for file in files:
-        found, each = file.trials(), len(file.values["evaluations"])
-        for i, rung in enumerate(rungs):
-            rung += found[i * each : (i + 1) * each]
-    order = list(dict.fromkeys(t.variant for t in rungs[-1]))
-    for rung in rungs:
-        rung.sort(key=lambda t: (order.index(t.variant), t.seed))
-    notes = folder / "notes.json"
-    return Comparison(
-        title=study["title"] or folder.name,
-        question=study["question"],
-        trials=rungs[-1],
-        rungs=dict(zip(budgets, rungs, strict=True)) if len(rungs) > 1 else {},
-        primary=study["primary"],
-        baseline=study["baseline"],
-        command=study.get("command", ""),
-        like_for_like=study["like_for_like"],
-        notes=json.loads(notes.read_text()) if notes.exists() else [],
-        tried=[point for file in every if file.values["tuning"] is not None for point in file.points(study["primary"])],
-    )

@@ -13,7 +13,7 @@ from typing import Any
 from diffbench.core.errors import UserError
 from diffbench.reports.results import TriedPoint, best_of
 from diffbench.studies.config import StudyConfig, Variant, is_sampled, named, nested, variants
-from diffbench.studies.plan import PlannedTrial, Rate, Tuned, stopped, target_size, training_variant
+from diffbench.studies.plan import PlannedTrial, Rate, Tuned, cooled, stopped, target_size, training_variant
 from diffbench.studies.trials import TrialFile, is_trained
 
 MOST_ADDED = 2
@@ -130,7 +130,9 @@ def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> 
         found = training_variant(study, path, [variant], {label: tried}, target, rate)
         images = round(tune.share * found.config.trainer.max_images)
         config = replace(stopped(found.config, images, nested(study.set)), seed=tune.seed)
-        found = replace(found, config=config, evaluations={}, rungs=[])
+        if study.stop.cooldown is not None:
+            config = cooled(config, study.stop.cooldown)
+        found = replace(found, config=config, evaluations={}, rungs=[], cooldown=None)
         name = f"tuning {label} {_named(tried)}".strip()
         made.append(PlannedTrial(name, found, config, tuning=tried, label=label))
     return made

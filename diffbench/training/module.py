@@ -227,20 +227,20 @@ def named(value: Any) -> Any:
 
 def lr_factor(settings: OptimizerConfig, images: int) -> float:
     """Share of the full learning rate once `images` are seen: linear warm-up, then constant or a cosine decay."""
-    ramp, end = settings.warmup_images, settings.decay_images
+    ramp = settings.warmup_images
     rise = min(1.0, images / ramp) if ramp else 1.0
-    if end is None:
+    if settings.decay is None:
         return rise
-    progress = min(1.0, max(0.0, (images - ramp) / (end - ramp)))
+    begin, end = settings.decay
+    progress = min(1.0, max(0.0, (images - begin) / (end - begin)))
     return rise * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def decayed_early(settings: OptimizerConfig, images: int, most: int) -> str | None:
     """A warning where a run that has seen `images` goes on, to `most`, after its learning rate has decayed, or None."""
-    end = settings.decay_images
-    if end is None or most <= end or images >= most:
+    s, end = settings, settings.decay[1] if settings.decay else most
+    if most <= end or images >= most:
         return None
-    s = settings
     return (
         f"warning: the learning rate has decayed at optimizer.decay_images={end:,}: images {max(images, end) + 1:,} to"
         f" {most:,} get {s.lr * s.final_lr:g}, {100 * s.final_lr:g}% of optimizer.lr={s.lr:g}. A run of {most:,} images"

@@ -12,7 +12,7 @@ from diffbench.reports.html import write
 from diffbench.reports.results import Comparison
 from diffbench.reports.tables import for_terminal
 from diffbench.reports.variance import components, table
-from diffbench.studies.shipped import comparison_of_csv
+from diffbench.studies.comparison import comparison_of_csv
 
 
 def drawn(

@@ -13,8 +13,8 @@ from diffbench.core.errors import UserError
 from diffbench.reports.conclusions import conclude
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.tables import as_csv
+from diffbench.studies.comparison import comparison_of_csv, shipped
 from diffbench.studies.findings import Claim, findings, load_claims
-from diffbench.studies.shipped import comparison_of_csv, shipped
 
 EXPERIMENTS = Path("experiments")
 STUDIES, RESULTS = EXPERIMENTS / "studies", EXPERIMENTS / "results"

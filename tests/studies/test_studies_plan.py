@@ -50,6 +50,21 @@ def test_the_schedule_of_a_single_budget_ends_with_the_run() -> None:
     assert first.config.optimizer.decay_images == first.images == 51_200 and first.rungs == [(51_200, "51,200 images")]
 
 
+def test_a_cooldown_is_the_last_share_of_each_budget(tmp_path: Path) -> None:
+    study, path = planned("window", stop=StopConfig(images=51_200, cooldown=0.2))
+    (first, *_) = training_variants(study, path, {}, lambda config: 1.0)
+    assert first.config.optimizer.decay_images == [40_960, 51_200] and first.trained_images == 51_200
+    study, path = planned("window", stop=StopConfig(images=[12_800, 51_200], cooldown=0.2))
+    (ladder, *_) = training_variants(study, path, {}, lambda config: 1.0)
+    assert ladder.config.optimizer.decay_images is None and ladder.trained_images == 51_200 + 2_560
+    plain = replace(study, stop=StopConfig(images=[12_800, 51_200]))
+    (other, *_) = training_variants(plain, path, {}, lambda config: 1.0)
+    assert planned_trials(study, [ladder])[0].folder != planned_trials(plain, [other])[0].folder
+    with pytest.raises(ValueError, match=r"stop\.cooldown: must lie in 0\.01 to 0\.9 or be null, got 1"):
+        StopConfig(images=1, cooldown=1.0)
+    assert load_study("experiments/studies/backbones.yaml", ["stop.cooldown=0.1"]).stop.rungs[0] == 4e11
+
+
 def test_seconds_become_images_by_the_measured_rate() -> None:
     study, path = planned("window", stop=StopConfig(seconds=12.0), jobs=1)
     rates = {2: 640.0, 4: 320.0, 8: 64.0}

@@ -2,18 +2,21 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from diffbench.cli import main
 from diffbench.evaluation import records
-from diffbench.runs.lifecycle import look
+from diffbench.runs.lifecycle import look, train_in
+from diffbench.studies.comparison import comparison_of_study
 from diffbench.studies.config import load_study
 from diffbench.studies.runner import folder_of_study, run_study
-from diffbench.studies.trials import TrialFile, comparison_of_study
+from diffbench.studies.trials import TrialFile
 
 TINY = {
     "kind": "study",
@@ -212,6 +215,40 @@ def test_one_run_passes_every_rung_and_is_scored_at_each(in_process: None, tmp_p
     before = (run / "metrics.jsonl").read_bytes()
     file.run()  # as after a kill: nothing is left to do
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_each_rung_cools_down_in_a_branch_that_is_a_run_of_that_length(in_process: None, tmp_path: Path) -> None:
+    stop = {"images": [32, 96], "cooldown": 0.25}
+    path = written(tmp_path, axes={"net": {"dit": {}}}, stop=stop)
+    assert main(["study", str(path)]) == 0
+    trunk, *branches = sorted((tmp_path / "runs" / "trials").glob("digits*"))
+    assert [b.name for b in branches] == [f"{trunk.name}-to-32", f"{trunk.name}-to-96"]
+    file = TrialFile(tmp_path / "runs/studies/tiny/trials/dit_s0.yaml")
+    assert file.complete and [b.optimizer.decay_images for b in file.lengths] == [[24, 32], [72, 96]]
+    assert records.results(trunk) == [] and look(trunk).images_seen == 64  # one step before the last decay
+    for branch, config in zip(branches, file.lengths, strict=True):
+        assert [r["images_seen"] for r in records.results(branch)] == [config.trainer.max_images]
+        steps = [m["images"] for m in records.metrics(branch) if "train/loss" in m]
+        assert steps == sorted(set(steps)) and steps[-1] == config.trainer.max_images
+        alone = train_in(tmp_path / f"alone-{branch.name}", config)
+        for name, weight in look(branch).use_average().network.state_dict().items():
+            assert torch.equal(weight, alone.network.state_dict()[name]), name
+        resumed = (branch / "metrics.jsonl").read_text().count("\n")
+        assert resumed >= (alone.folder / "metrics.jsonl").read_text().count("\n")
+    found = comparison_of_study(tmp_path / "runs" / "studies" / "tiny")
+    assert [rung[0].images for rung in found.rungs.values()] == [32, 96]
+    assert any("over the last 25% of each a branch of it" in note for note in found.notes)
+    before = (branches[0] / "metrics.jsonl").read_bytes()
+    shutil.rmtree(trunk)
+    file.run()  # branches are runs of their own: nothing is left to do
+    assert (branches[0] / "metrics.jsonl").read_bytes() == before and not trunk.exists()
+
+
+def test_the_reported_cell_of_a_branch_is_reproduced(in_process: None, tmp_path: Path) -> None:
+    path = written(tmp_path, axes={"net": {"dit": {}}}, stop={"images": [32, 64], "cooldown": 0.5})
+    assert main(["study", str(path)]) == 0
+    report = tmp_path / "runs/studies/tiny/report.html"
+    assert main(["reproduce", str(report), "all", f"out={tmp_path / 'again'}"]) == 0
 
 
 def test_a_network_is_trained_once_and_sampled_with_seeds_of_its_own(in_process: None, tmp_path: Path) -> None:

@@ -109,6 +109,11 @@ def test_learning_rate_follows_images() -> None:
     decayed = OptimizerConfig(warmup_images=1000, decay_images=3000, final_lr=0.1)
     assert [lr_factor(decayed, n) for n in (500, 1000, 3000, 9000)] == pytest.approx([0.5, 1.0, 0.1, 0.1])
     assert lr_factor(decayed, 2000) == pytest.approx(0.1 + 0.9 * 0.5)
+    late = OptimizerConfig(warmup_images=1000, decay_images=[2000, 3000], final_lr=0.1)
+    assert [lr_factor(late, n) for n in (500, 1000, 2000, 2500, 3000)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+    for bad in ([500, 3000], [3000, 3000], [1000]):
+        with pytest.raises(ValueError, match=r"decay_images: .* must be \[begin, end\], rising from .*=1000"):
+            OptimizerConfig(warmup_images=1000, decay_images=bad)
 
 
 def test_due_marks_the_step_that_reaches_a_multiple() -> None:

@@ -1,12 +1,53 @@
-"""A study's results as shipped, without its runs: what its report.csv says, as the comparison of its report."""
+"""The results of a study as the comparison of its report: from its folder, or as shipped, from report.csv alone."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 
+from diffbench.config.layers import read_yaml
 from diffbench.core.errors import UserError
 from diffbench.reports.results import VALIDATION, Comparison, Trial
 from diffbench.studies.config import load_study
+from diffbench.studies.trials import FOLDER, TrialFile
+
+
+def comparison_of_study(folder: Path) -> Comparison:
+    """The results of a study so far, as the comparison of its report; nothing is built or trained.
+
+    Raises:
+        UserError: if the folder holds no study, or one without trials.
+    """
+    if not (folder / "study.yaml").is_file():
+        raise UserError(f"{folder}: no study here (study.yaml is missing); run diffbench study on its YAML first")
+    study = read_yaml(folder / "study.yaml")
+    every = [TrialFile(path) for path in sorted((folder / FOLDER).glob("*.yaml"))]
+    every.sort(key=lambda file: file.values["order"])
+    files = [file for file in every if file.values["tuning"] is None]
+    if not files:
+        raise UserError(f"{folder}: no trials yet; run diffbench study on its YAML first")
+    budgets = [text for _, text in files[0].values["rungs"]] or [""]
+    rungs: list[list[Trial]] = [[] for _ in budgets]
+    for file in files:
+        found, each = file.trials(), len(file.values["evaluations"])
+        for i, rung in enumerate(rungs):
+            rung += found[i * each : (i + 1) * each]
+    order = list(dict.fromkeys(t.variant for t in rungs[-1]))
+    for rung in rungs:
+        rung.sort(key=lambda t: (order.index(t.variant), t.seed))
+    notes = folder / "notes.json"
+    return Comparison(
+        title=study["title"] or folder.name,
+        question=study["question"],
+        trials=rungs[-1],
+        rungs=dict(zip(budgets, rungs, strict=True)) if len(rungs) > 1 else {},
+        primary=study["primary"],
+        baseline=study["baseline"],
+        command=study.get("command", ""),
+        like_for_like=study["like_for_like"],
+        notes=json.loads(notes.read_text()) if notes.exists() else [],
+        tried=[point for file in every if file.values["tuning"] is not None for point in file.points(study["primary"])],
+    )
 
 
 def shipped(results: Path, studies: Path) -> dict[str, Comparison]:
