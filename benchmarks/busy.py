@@ -12,16 +12,19 @@ import torch
 
 from benchmarks.config import BenchConfig, Row, shared
 from benchmarks.networks import DIGITS, Subject, Variant, run_config
+from diffbench.__main__ import WAITING
 
 MODELS = (*DIGITS[:2], "experiments/digits/unet.yaml", "DiT-S/2")
 OTHERS = (0, 1, 2)
 """Busy processes beside."""
 WAYS = {
-    "default": {"OMP_WAIT_POLICY": "passive"},
-    "all threads, passive": {"OMP_WAIT_POLICY": "passive"},
-    "all threads, spinning": {},
+    "default": {},
+    "all threads": {},
+    "all threads, asleep": {"OMP_WAIT_POLICY": "passive"},
+    "all threads, spinning": {"GOMP_SPINCOUNT": "300000"},
 }
-"""How a command trains (`trainer.threads=auto`), and all threads: variables that are set before torch is imported."""
+"""How a command trains (`trainer.threads=auto`), and all threads, also as PyTorch alone lets them wait: variables that
+are set before torch is imported."""
 SECONDS = 3.0
 
 
@@ -57,7 +60,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def _rate(model: str, way: str, tiny: bool) -> float:
-    unset = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    unset = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", *WAITING}
     environment = {name: value for name, value in os.environ.items() if name not in unset} | WAYS[way]
     command = [sys.executable, "-m", "benchmarks.busy", model, way, str(tiny).lower()]
     return float(subprocess.check_output(command, env=environment, text=True).split()[-1])

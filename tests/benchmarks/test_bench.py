@@ -201,7 +201,7 @@ def test_busy_processes_live_as_long_as_the_block() -> None:
 
 
 def test_training_beside_others_prints_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
-    busy.main(["experiments/digits/dit.yaml", "all threads, passive", "true"])
+    busy.main(["experiments/digits/dit.yaml", "all threads, asleep", "true"])
     assert float(capsys.readouterr().out) > 0
     row = {"part": "busy", "name": "experiments/digits/dit.yaml", "variant": "default", "size": 1, "images_per_s": 1234}
     assert report.line(row).split() == ["busy", "experiments/digits/dit.yaml", "1", "1,234.0", "img/s"]

@@ -93,21 +93,21 @@ def test_a_runs_threads_follow_from_the_size_of_its_micro_batch(
 
 
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7"), (None, "")])
-def test_waiting_threads_let_others_run_unless_the_user_says_otherwise(
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, name: str | None, value: str
 ) -> None:
     monkeypatch.setattr(__main__, "main", lambda: 0)
     monkeypatch.setattr(__main__.atexit, "register", lambda work: None)
     monkeypatch.setattr(__main__.gc, "set_threshold", lambda count: None)
-    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+    for variable in __main__.WAITING:
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
     if name is not None:
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
         __main__.run()
-    wanted = {None: "passive", "OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": None}
-    assert os.environ.get("OMP_WAIT_POLICY") == wanted[name]
+    wanted = {None: "10000", "OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "7"}
+    assert os.environ.get("GOMP_SPINCOUNT") == wanted[name]
 
 
 def gradients(net: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
