@@ -8,8 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffbench.data.datamodule import ImageDataModule, LatentDataModule
-    from diffbench.denoisers import DDPMpp, DiffiT, DiT, SegFormer, UNet, UViT, from_preset
-    from diffbench.diffusion import EDM, Flow
+    from diffbench.denoisers import (
+        DDPMpp,
+        DDPMppConfig,
+        DiffiT,
+        DiffiTConfig,
+        DiT,
+        DiTConfig,
+        SegFormer,
+        SegFormerConfig,
+        UNet,
+        UNetConfig,
+        UViT,
+        UViTConfig,
+        from_preset,
+    )
+    from diffbench.diffusion import EDM, EDMConfig, Flow, FlowConfig, VPConfig
     from diffbench.diffusion import DiscreteVP as VP
     from diffbench.metrics import DensityCoverage, FrechetDistance, KernelDistance, PrecisionRecall
     from diffbench.runs.base import Run
@@ -23,11 +37,16 @@ __all__ = [
     "EMA",
     "VP",
     "DDPMpp",
+    "DDPMppConfig",
     "DensityCoverage",
     "DiT",
+    "DiTConfig",
     "DiffiT",
+    "DiffiTConfig",
     "DiffusionModule",
+    "EDMConfig",
     "Flow",
+    "FlowConfig",
     "FrechetDistance",
     "ImageDataModule",
     "KernelDistance",
@@ -36,18 +55,23 @@ __all__ = [
     "Run",
     "SampleGrid",
     "SegFormer",
+    "SegFormerConfig",
     "UNet",
+    "UNetConfig",
     "UViT",
+    "UViTConfig",
+    "VPConfig",
     "ValidationError",
     "from_preset",
     "load",
     "sample",
     "train",
 ]
+_NETWORKS = ("DDPMpp", "DiT", "DiffiT", "SegFormer", "UNet", "UViT")
 _PLACES = {
     "data.datamodule": ["ImageDataModule", "LatentDataModule"],
-    "denoisers": ["DDPMpp", "DiT", "DiffiT", "SegFormer", "UNet", "UViT", "from_preset"],
-    "diffusion": ["EDM", "Flow", "VP"],
+    "denoisers": [*_NETWORKS, *(f"{name}Config" for name in _NETWORKS), "from_preset"],
+    "diffusion": ["EDM", "EDMConfig", "Flow", "FlowConfig", "VP", "VPConfig"],
     "metrics": ["DensityCoverage", "FrechetDistance", "KernelDistance", "PrecisionRecall"],
     "runs.base": ["Run"],
     "runs.lifecycle": ["load", "train"],

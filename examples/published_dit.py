@@ -7,10 +7,9 @@ import sys
 
 import torch
 
-from diffbench import VP, from_preset, sample
+from diffbench import VP, VPConfig, from_preset, sample
 from diffbench.denoisers import from_reference
 from diffbench.denoisers.flops import parameters
-from diffbench.diffusion import VPConfig
 
 torch.manual_seed(0)
 steps = sys.argv[1] if sys.argv[1:] else "50"

@@ -38,7 +38,12 @@ class Denoiser(nn.Module):
         @functools.wraps(init)
         def recorded(self: Denoiser, *args: Any, **given: Any) -> None:
             if "built_from" not in vars(self):  # not again in a base class
-                names = inspect.signature(init).bind_partial(self, *args, **given).arguments
+                signature = inspect.signature(init)
+                try:
+                    names = signature.bind_partial(self, *args, **given).arguments
+                except TypeError as e:
+                    wanted = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
+                    raise TypeError(f"{cls.__name__}: {e}; call {cls.__name__}({wanted})") from None
                 vars(self)["built_from"] = {name: names[name] for name in list(names)[1:]}
             init(self, *args, **given)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import one_hot
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffbench.denoisers import DENOISERS, DiTConfig, build
+from diffbench.denoisers import DENOISERS, DiT, DiTConfig, build
 from diffbench.denoisers.flops import count
 
 EACH = pytest.mark.parametrize("name", DENOISERS)
@@ -159,3 +159,9 @@ def test_a_dit_block_costs_what_its_products_say() -> None:
 
     n, d = 64, 32
     assert macs(3) - macs(2) == n * 12 * d * d + 6 * d * d + 2 * n * n * d
+
+
+def test_a_network_made_with_an_unknown_argument_says_how_it_is_made() -> None:
+    wanted = r"DiT: got an unexpected keyword argument 'depth'; call DiT\(config: .*DiTConfig, image_size: int .*, chan"
+    with pytest.raises(TypeError, match=wanted):
+        DiT(image_size=8, channels=1, depth=2)  # type: ignore[call-arg]
