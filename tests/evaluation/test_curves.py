@@ -95,3 +95,8 @@ def test_shipped_curves_reach_the_end_of_their_experiment(path: Path) -> None:
     assert len(bands["val/bound"].images) == -(-end // config.trainer.validate_images)
     middles = [(low + high) / 2 for low, high in zip(bands["val/bound"].low, bands["val/bound"].high, strict=True)]
     assert middles[-1] < middles[0]  # it learns; late, some overfit
+
+
+def test_every_denoiser_on_the_digits_has_curves() -> None:
+    experiments = {p.stem for p in Path("experiments/digits").glob("[!_]*.yaml")} - {"classifier"}
+    assert {p.stem for p in Path("experiments/digits/curves").glob("*.csv")} == experiments
