@@ -23,7 +23,7 @@ WAYS = {
     "all threads, asleep": {"OMP_WAIT_POLICY": "passive"},
     "all threads, spinning": {"GOMP_SPINCOUNT": "300000"},
 }
-"""How a command trains (`trainer.threads=auto`), and all threads, also as PyTorch alone lets them wait: variables that
+"""A command's own way (`trainer.threads=auto`), and all threads, also as PyTorch alone lets them wait: variables that
 are set before torch is imported."""
 SECONDS = 3.0
 

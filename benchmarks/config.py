@@ -25,7 +25,7 @@ GPU = {"models": 0.7, "loop": 0.15, "sampling": 0.12, "data": 0.03}
 
 @dataclass
 class BenchConfig:
-    """What is measured, for how long, and where the report goes."""
+    """The networks and parts to measure, for how long, and the place of the report."""
 
     models: list[str] | None = None
     """Presets as DiT-S/2, networks of our own as ADM-S/32, or experiments as experiments/digits/dit.yaml; null takes
@@ -87,7 +87,7 @@ class BenchConfig:
 
     @property
     def rounds(self) -> int:
-        """How often everything is measured."""
+        """Times that everything is measured."""
         return 2 if self.tiny else 5 if self.full or self.gpu else 3
 
     @property

@@ -1,4 +1,4 @@
-"""How time and memory grow with resolution, batch, depth, width, and the number of samples and of runs in a report."""
+"""Growth of time and memory with resolution, batch, depth, width, and the number of samples and of runs in a report."""
 
 import contextlib
 import io

@@ -29,7 +29,7 @@ MOST_FALSE, LEAST_FOUND = 0.05, 2 / 3
 
 @dataclass
 class Draw:
-    """What was found in one draw.
+    """The findings of one draw.
 
     Attributes:
         planted: kind -> (flagged (n,) bool, repeated (n,) bool: the training set holds the image twice).

@@ -42,7 +42,7 @@ def check_quiet(force: bool, load: float | None = None) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader of the numbers has to know of the machine."""
+    """The facts of the machine that a reader of the numbers needs."""
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -137,7 +137,7 @@ def _network(config: BenchConfig, model: str, device: torch.device, rate: float,
 
 
 def _try(subject: Subject) -> str:
-    """Why a variant does not run here, or nothing."""
+    """The reason why a variant does not run here, or nothing."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a kernel does not take a call

@@ -111,7 +111,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """How many times as long as `base`, round by round: both were measured in turns, so that each round has its own."""
+    """The ratio of times to those of `base`, round by round, as both were measured in turns."""
     return spread([t / b for t, b in zip(times, base, strict=True)])
 
 

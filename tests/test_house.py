@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from functools import cache
@@ -162,3 +163,8 @@ def test_a_wrong_value_is_found_before_anything_but_torch_is_imported() -> None:
     words = ["train", str(PACKAGE / "experiments" / "digits" / "dit.yaml"), "trainer.compile=false"]
     loaded = loaded_after(f"from diffbench.cli import main; assert main({words}) == 2")
     assert loaded & HEAVY == {"torch"}
+
+
+def test_a_summary_says_what_a_thing_is() -> None:
+    summary = re.compile(r'"""(What|How|Where|Which|When|Why) [^"]*')
+    assert not [f"{m}: {found[0]}" for m, path in MODULES.items() for found in summary.finditer(path.read_text())]

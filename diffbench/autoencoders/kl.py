@@ -54,7 +54,7 @@ class KLConfig:
 
     @property
     def factor(self) -> int:
-        """How many times a side shrinks."""
+        """The factor by which a side shrinks."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:

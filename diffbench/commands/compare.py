@@ -123,7 +123,7 @@ def _side_by_side(folders: Sequence[Path], runs: Sequence[Run[Any]], scored: Seq
 
 
 def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
-    """What a record is of: samples or reconstructions, and their guidance."""
+    """The subject of a record: samples or reconstructions, and their guidance."""
     return "sample" in record, guidance(record)
 
 

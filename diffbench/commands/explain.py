@@ -40,9 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
         explanation = explain(sampler, how, run.facts, number, config)
         print(explanation_table(explanation), flush=True)
         images = {} if run.raw else drawn(explanation, sampler, how, config.seed)
-    told = {"run": run.folder.name, "images_seen": run.images_seen, "ema": run.ema, "settings": vars(config)}
-    told |= {"sample": how.numbers(), "versions": versions(), "change": changes(images)} | asdict(explanation)
-    told |= {"gap_closed": explanation.gap_closed, "verdict": explanation.verdict}
-    write_text(listing, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    record = {"run": run.folder.name, "images_seen": run.images_seen, "ema": run.ema, "settings": vars(config)}
+    record |= {"sample": how.numbers(), "versions": versions(), "change": changes(images)} | asdict(explanation)
+    record |= {"gap_closed": explanation.gap_closed, "verdict": explanation.verdict}
+    write_text(listing, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     save_beside_curves(explanation_figure(explanation, images), figure, [run], "explain")
     print(f"{figure}\n{listing}")

@@ -15,7 +15,7 @@ from diffbench.core.terminal import beside
 from diffbench.denoisers import DENOISERS, PRESETS
 
 UNREADABLE = (UserError, ValueError, OSError)
-"""What a damaged run folder raises."""
+"""The errors that a damaged run folder raises."""
 
 
 def run(arguments: argparse.Namespace) -> None:

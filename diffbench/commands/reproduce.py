@@ -38,7 +38,7 @@ class ReproduceConfig:
     out: str | None = None
     """Folder of the new runs; null: runs/reproduced/ and a name made of the report's. The same command resumes."""
     data_path: str | None = None
-    """Where the images lie here, for data with a path."""
+    """Folder of the images here, for data with a path."""
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What `diffbench --help` says of each verb: its purpose, where its keys are declared, two examples."""
+"""The verbs of `diffbench --help`: the purpose of each, where its keys are declared, two examples."""
 
 from dataclasses import dataclass, field
 

@@ -40,7 +40,7 @@ DEFAULT_NAMES = {"process": "vp"}
 
 
 def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """What a layer leaves of the values below it.
+    """The values that a layer leaves of those below it.
 
     The sizes of another network or data set do not carry over, nor do sizes below a preset; decays and half-lives take
     each other's place.

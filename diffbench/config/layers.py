@@ -15,7 +15,7 @@ COMMAND_LINE, SMOKE_MODE = "command line", "debug=smoke"
 SHIPPED = Path(__file__).parents[1] / "experiments"
 """The experiments that come with the package; in a checkout a link to the folder that is edited."""
 Layer = tuple[str, dict[str, Any]]
-"""Where values come from (a file, the command line), and the values as written."""
+"""The origin of values (a file, the command line), and the values as written."""
 
 
 @contextlib.contextmanager

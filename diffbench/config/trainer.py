@@ -24,7 +24,7 @@ class TrainerConfig:
     checkpoint_images: int = 128_000
     sample_images: int = 256_000
     logger: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
-    """Where numbers and images go besides the run folder; wandb (Weights & Biases) stays offline without a login."""
+    """Loggers of numbers and images besides the run folder; wandb (Weights & Biases) stays offline without a login."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     threads: int | Literal["auto"] = "auto"
     """CPU threads of a process. auto: one for a network of less than 1e9 multiply-accumulates a step, where two gain
@@ -34,7 +34,7 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines; on several of them torchrun or srun starts the command."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the network: ddp (auto): each holds all of it; fsdp: each holds a part of the
+    """Sharing of the network among processes: ddp (auto): each holds all of it; fsdp: each holds a part of the
     weights, the averages and the optimizer's state."""
     timeout_s: int = 1800
     """Seconds that a process waits for the others before it gives up."""

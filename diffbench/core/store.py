@@ -70,7 +70,7 @@ class Store:
         return self.manifest.is_file()
 
     def identity(self) -> Any:
-        """What the store is made of, complete or not; None where there is none."""
+        """The description of what the store is made of, complete or not; None where there is none."""
         if self.is_complete():
             return _read_manifest(self.manifest)["identity"]
         try:

@@ -1,4 +1,4 @@
-"""What a command may assume of where it prints: its width, and colours on a terminal alone."""
+"""The terminal that a command prints on: its width, and colours on a terminal alone."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What loaders and data sets of other people give: images with or without labels, as batches and as sets in memory."""
+"""Images of other people's loaders and data sets, with or without labels, as batches and as sets in memory."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from diffbench.data.sets import ImageSet
 
 IMAGE_NAMES = ("image", "img", "images", "pixel_values")
 LABEL_NAMES = ("label", "labels", "class", "target", "fine_label")
-"""What columns and entries are called, the likeliest first."""
+"""Names of columns and entries, the likeliest first."""
 if TYPE_CHECKING:
     AnyDataset = Dataset[Any]
 else:
@@ -54,7 +54,7 @@ def unpack(batch: Any) -> dict[str, Any]:
 
 
 def _taken_apart(item: Any, names: Sequence[str]) -> tuple[Any, Any, dict[str, Any]]:
-    """What an item or batch holds under one of `names`, its label, and the rest; None for what it does not hold."""
+    """The value of an item or batch under one of `names`, its label, and the rest; None for what it does not hold."""
     parts = item if isinstance(item, tuple | list) else (item,)
     rest = dict(item) if isinstance(item, Mapping) else dict(zip((names[0], LABEL_NAMES[0]), parts, strict=False))
     value, label = (next((rest.pop(n) for n in of if n in rest), None) for of in (names, LABEL_NAMES))
@@ -66,7 +66,7 @@ def _shown(value: Any) -> str:
 
 
 def unscaled(images: Tensor) -> str | None:
-    """What is wrong with the range of float images (of pixels, or of latents), or None: [-1, 1] has negative values."""
+    """A sentence on a wrong range of float images (of pixels, or of latents), or None: [-1, 1] has negative values."""
     low, high = float(images.min()), float(images.max())
     if low < 0 or low == high:
         return None

@@ -15,7 +15,7 @@ PIXELS = 2**19
 
 
 def at_once(height: int, width: int) -> int:
-    """How many images of that size pass at once."""
+    """The number of images of that size that pass at once."""
     return max(1, PIXELS // (height * width))
 
 

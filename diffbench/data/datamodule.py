@@ -183,7 +183,7 @@ class PositionDataModule(L.LightningDataModule):
         raise NotImplementedError
 
     def x0(self, batch: dict[str, Any]) -> Tensor:
-        """What a batch on the device trains on, (B, C, H, W) float32; its `flipped` (B,) says which to mirror."""
+        """A batch's images or latents on the device, (B, C, H, W) float32; those in its `flipped` (B,) are mirrored."""
         raise NotImplementedError
 
     def train_dataloader(self) -> PositionLoader:

@@ -1,4 +1,4 @@
-"""What a run keeps of its data set, so that it can be used where the images are not."""
+"""The facts of a data set that a run keeps, so that it can be used where the images are not."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ class OtherDataError(UserError):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a network must know of its images, and what identifies them.
+    """The facts of images that a network must know, and those that identify them.
 
     Attributes:
         shape: (C, H, W) of an image.
@@ -47,7 +47,7 @@ class DataFacts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What to call the classes: by name, or by number where they have none."""
+        """The names of the classes, or their numbers where they have none."""
         return self.class_names or tuple(map(str, range(self.num_classes)))
 
     def write(self, path: Path) -> None:
@@ -65,7 +65,7 @@ class DataFacts:
             raise UserError(f"{path}: damaged ({' '.join(str(e).split())}); remove it") from None
 
     def difference(self, other: "DataFacts") -> str | None:
-        """How other training data differs from this, in words; None where it is the same."""
+        """The difference of other training data from this, in words; None where it is the same."""
         if self.class_names != other.class_names:
             return f"classes {some(self.class_names, 10)}, now {some(other.class_names, 10)}"
         if self.fingerprint != other.fingerprint:

@@ -227,7 +227,7 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
 def _decoded(
     part: Split, chunks: list[Chunk], size: tuple[int, int], channels: int
 ) -> Iterator[tuple[Chunk, list[Outcome]]]:
-    """What comes of each chunk, decoded by threads while the next is read."""
+    """The decoded images of each chunk, decoded by threads while the next is read."""
     threads = threads_each(1)
     # Pillow lets other threads run while it decodes and resamples: processes would gain little and cost a start each.
     pool = ThreadPoolExecutor(threads)

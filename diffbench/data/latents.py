@@ -47,7 +47,7 @@ class LatentSet(InMemory):
     digest: str | None = None
 
     def clean(self, index: Tensor) -> Tensor:
-        """What validation restores of the images `index` (B,): the scaled means (B, c, h, w) float32."""
+        """The latents that validation restores of the images `index` (B,): the scaled means (B, c, h, w) float32."""
         return self.scaled(rows(self.mean, index).float())
 
     def scaled(self, z: Tensor) -> Tensor:

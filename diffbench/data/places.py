@@ -1,4 +1,4 @@
-"""Where images lie: in a folder, in parquet files, or on the Hugging Face hub; which files count, and which do not."""
+"""The places of images: a folder, parquet files, or the Hugging Face hub; which files count, and which do not."""
 
 import contextlib
 import glob
@@ -175,7 +175,7 @@ def list_files(root: Path) -> Listing:
 
 @dataclass(frozen=True)
 class Place:
-    """What lies at a path: files in a folder, parquet files, or a data set of the hub.
+    """The images at a path: files in a folder, parquet files, or a data set of the hub.
 
     Attributes:
         files: relative to `root`; none for the hub.
@@ -192,12 +192,12 @@ class Place:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells this place's content from another's."""
+        """The identity of this place's content."""
         return {"kind": self.kind, "hub": self.root} if self.kind == "hub" else {"kind": self.kind, "files": self.key}
 
 
 def locate(path: str) -> Place:
-    """What a path, a pattern of parquet files or a hub name stands for; nothing is opened."""
+    """The place that a path, a pattern of parquet files or a hub name stands for; nothing is opened."""
     local = Path(os.path.expanduser(path))
     if local.is_dir():
         try:

@@ -1,4 +1,4 @@
-"""What a data set of images is to the rest of the package."""
+"""A data set of images, as the rest of the package sees it."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -122,7 +122,7 @@ class ImageSet(InMemory):
         return channels, height, width
 
     def clean(self, index: Tensor) -> Tensor:
-        """What validation restores of the images `index` (B,): (B, C, H, W) float32 in [-1, 1]."""
+        """The pixels that validation restores of the images `index` (B,): (B, C, H, W) float32 in [-1, 1]."""
         return from_uint8(rows(self.images, index))
 
 

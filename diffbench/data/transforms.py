@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is read. Some of Pillow's other formats start programs (EPS) or hold no pixels."""
+"""The formats that are read. Some of Pillow's other formats start programs (EPS) or hold no pixels."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """Where chosen tokens of one layer look, in one forward pass."""
+    """The attention of chosen tokens of one layer, in one forward pass."""
 
     layer: str
     """Name of the module that attends, as in `named_modules`."""

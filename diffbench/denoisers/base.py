@@ -1,4 +1,4 @@
-"""What every denoiser offers, a published size of one, and the checks of a config that end in one line."""
+"""The interface of every denoiser, a published size of one, and the checks of a config that end in one line."""
 
 import functools
 import inspect

@@ -48,13 +48,13 @@ class DiffiTConfig:
     token_dim: int | None = None
     """Width of queries, keys and values (Table 3, as far as stages are not that wide); null: the stage's width."""
     skip: Literal["concat", "add", "none"] = "concat"
-    """What joins encoder and decoder at each resolution; the paper shows that there is something."""
+    """The join of encoder and decoder at each resolution; the paper shows that there is one."""
     resample: Literal["conv", "bilinear"] = "conv"
     """Between stages: 3x3 convolutions of stride 2, and nearest x2 with a 3x3; or bilinear without weights (§I.1)."""
     time_in: TimeIn = "qkv"
-    """How the time enters a block (Tables 6 and 7; adaln instead of TMSA); see `tmsa.TimeIn`."""
+    """The conditioning of a block on the time (Tables 6 and 7; adaln instead of TMSA); see `tmsa.TimeIn`."""
     tmsa: Literal["both", "encoder", "decoder", "none"] = "both"
-    """Which half has `time_in` (Table 4, D: encoder, E: both); the other adds the time to each stage's input."""
+    """The half with `time_in` (Table 4, D: encoder, E: both); the other adds the time to each stage's input."""
     time_features: TimeFeatures = "sinusoidal"
     """Features of the time under the MLP (Table 8)."""
     fourier_scale: float = 16.0

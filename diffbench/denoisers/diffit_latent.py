@@ -22,7 +22,7 @@ class DiffiTLatentConfig(PatchConfig):
     head_silu: bool = True
     """A SiLU between the last norm and the last layer, as released; the paper says "a linear layer"."""
     time_in: TimeIn = "qkv"
-    """How the time enters a block; see `tmsa.TimeIn`."""
+    """The conditioning of a block on the time; see `tmsa.TimeIn`."""
 
 
 class DiffiTLatent(PatchTransformer):

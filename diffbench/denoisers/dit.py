@@ -21,7 +21,7 @@ class DiTConfig(PatchConfig):
     """Sizes of a DiT (Table 1 of the paper: S 12/384/6, B 12/768/12, L 24/1024/16, XL 28/1152/16)."""
 
     conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
-    """How time and class enter a block (§3.2, Fig. 3)."""
+    """The conditioning of a block on time and class (§3.2, Fig. 3)."""
     qk_norm: bool = False
     """Normalise queries and keys, by head; their products stay small in long training and low precision."""
     mlp: Literal["gelu", "swiglu"] = "gelu"

@@ -25,7 +25,7 @@ LEVELS = 1e-4, 1e4
 
 @dataclass
 class CallConfig:
-    """How forward is called: each input goes to a place among the arguments or to a name; null: it takes none."""
+    """The call of forward: each input goes to a place among the arguments or to a name; null: it takes none."""
 
     x: int | str = 0
     """The noisy image (B, C, H, W)."""
@@ -34,7 +34,7 @@ class CallConfig:
     y: int | str | None = 2
     """The labels (B,) int64; null for a network without labels."""
     t_as: Literal["time", "step", "noise_level", "log_snr"] = "time"
-    """What t is: the time as the process gives it, rounded to an int64, sigma / alpha, or log(alpha^2 / sigma^2)."""
+    """The form of t: the process's own time, rounded to an int64, sigma / alpha, or log(alpha^2 / sigma^2)."""
     output: int | str | None = None
     """The place or name of the output in what forward returns; null: that is the output itself."""
 
@@ -46,7 +46,7 @@ class CallConfig:
 
 @dataclass(frozen=True)
 class Factory:
-    """What makes a network.
+    """The class or function that makes a network.
 
     Attributes:
         name: package.module:Class, or a function's.

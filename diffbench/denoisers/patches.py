@@ -1,4 +1,4 @@
-"""What DiT and the latent DiffiT share: an image as patches that know their place, a condition, blocks, and back."""
+"""The parts that DiT and the latent DiffiT share: patches that know their place, a condition, blocks, and back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

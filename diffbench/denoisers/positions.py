@@ -1,4 +1,4 @@
-"""Where a token stands in its image: tables that are added to it, rotations of its queries and keys."""
+"""The position of a token in its image: tables that are added to it, rotations of its queries and keys."""
 
 import torch
 from torch import Tensor, nn

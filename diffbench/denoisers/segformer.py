@@ -46,7 +46,7 @@ class SegFormerConfig:
     time_dim: int = 384
     """Width of the condition."""
     conditioning: Literal["adaln-zero", "adaln", "add", "none"] = "adaln-zero"
-    """How time and class enter a block: as in DiT, with or without gates; added to its tokens; or not at all."""
+    """Conditioning of a block on time and class: as in DiT, with or without gates; added to its tokens; or none."""
     head: Literal["unpatchify", "bilinear", "logits"] = "unpatchify"
     """unpatchify: a patch of pixels from each place of the first grid; bilinear: one pixel, enlarged, which cannot
     denoise where the first stride is above 1; logits: SegFormer's own end, `num_classes` values at each place."""

@@ -21,7 +21,7 @@ from diffbench.denoisers.layers import (
 from diffbench.denoisers.linear import Linear
 
 TimeIn = Literal["qkv", "qk", "qv", "kv", "q", "k", "v", "separate", "bias", "mlp", "adaln", "none"]
-"""How the time enters a block.
+"""The conditioning of a block on the time.
 
 qkv: queries, keys and values, the paper's TMSA (Eq. 3 to 5); or only the ones named. As the softmax removes what is
     the same for every key, `k` alone leaves no time at all and `qv` equals `qkv`.

@@ -23,7 +23,7 @@ CONFIDENCE = 0.99
 
 @dataclass(frozen=True)
 class Band:
-    """Where one more run with another seed lies, at rising numbers of images."""
+    """The interval of one more run with another seed, at rising numbers of images."""
 
     images: list[int]
     low: list[float]

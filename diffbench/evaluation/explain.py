@@ -1,4 +1,4 @@
-"""What a class is made of: a sparse mixture of the other classes' label embeddings (Conceptor, Chefer et al. 2024).
+"""A class as a sparse mixture of the other classes' label embeddings (Conceptor, Chefer et al. 2024).
 
 The network is frozen. Coefficients come from a small MLP over the embeddings, trained on the denoising loss of samples
 of the class, which the network sees under the mixture in place of the class's own label.
@@ -46,7 +46,7 @@ class ExplainConfig:
     """Elements of the reconstruction, those with the largest coefficients; null: a third of the other classes, at most
     50."""
     target: Literal["teacher", "noise"] = "teacher"
-    """What the network should denoise to under the mixture: what it gives under the class (ours; no noise in the loss,
+    """The target of the network under the mixture: its output under the class (ours; no noise in the loss,
     and the minimum is exact where a mixture is), or the sample itself, by the process's own loss, as in the paper."""
     images: int = 100
     """Samples of the class to train on."""
@@ -113,7 +113,7 @@ class Explanation:
 
     @property
     def gap_closed(self) -> float | None:
-        """How far the reconstruction comes from the mean of the others (0) to the class itself (1), in loss."""
+        """The reconstruction's place between the mean of the others (0) and the class itself (1), in loss."""
         gap = self.losses["mean of the others"] - self.losses["own"]
         return (self.losses["mean of the others"] - self.losses["reconstruction"]) / gap if gap > 0 else None
 
@@ -273,7 +273,7 @@ def planted_scores(
     planted: Mapping[str, Sequence[str]],
     config: ExplainConfig,
 ) -> dict[str, float]:
-    """How well explanations of planted classes find what these are made of.
+    """Scores of explanations of planted classes, whose true parts are known.
 
     Returns:
         planted_found: share of planted classes whose parts are the first elements; planted_share: what their parts

@@ -158,7 +158,7 @@ def bound(log_snr: Sequence[float] | np.ndarray, errors: Sequence[float] | np.nd
 
 
 def validation_sets(held_out: Data, train: Data | None = None) -> dict[str, Data]:
-    """What is validated on: "val", the held-out images, and "train", as many training images, to see overfitting."""
+    """The sets of validation: "val", the held-out images, and "train", as many training images, to see overfitting."""
     return {"val": held_out} | ({} if train is None else {"train": train.evenly(len(held_out))})
 
 

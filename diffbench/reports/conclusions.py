@@ -253,7 +253,7 @@ def _disputed(c: Conclusion) -> list[str]:
 
 
 def _crossings(c: Conclusion) -> list[str]:
-    """Which variants predict the noise better than the best by the primary metric at some noise levels and worse at
+    """The variants that predict the noise better than the best by the primary metric at some noise levels and worse at
     others, Holm's correction over all levels and variants.
     """
     best, levels = next(iter(c.ranked()), None), levels_of(c.metrics)

@@ -91,7 +91,7 @@ def nearest_images(c: Conclusion, path: Path) -> Plot | None:
 
 
 def _judged(trial: Trial) -> dict[str, Any]:
-    """What the trial's record says of copies."""
+    """The entry of copies in the trial's record."""
     return (trial.record or {}).get("memorisation") or {}
 
 
@@ -129,7 +129,7 @@ def _samples(trial: Trial) -> tuple[Tensor, list[str]] | None:
 
 
 def attention_maps(networks: dict[str, list[Trial]], path: Path) -> Plot | None:
-    """Where tokens look as sampling goes, one complete run of each network that attends; kept until a run changes."""
+    """Attention as sampling goes, of one complete run of each network that attends; kept until a run changes."""
     begun = [[t.run for t in trials if t.complete and t.run and t.run.images_seen] for trials in networks.values()]
     runs = [found[0] for found in begun if found][:MOST_MAPS]
     if not runs:

@@ -18,7 +18,7 @@ from diffbench.runs.base import DATA_FACTS, Run
 
 Status = Literal["complete", "unfinished", "failed", "not begun"]
 VALIDATION = ("val/", "train/bound", "train/level/")
-"""What a validation logs begins with these."""
+"""Prefixes of the names that a validation logs."""
 VALIDATED = ("data.", "validation.", "autoencoder")
 """Keys on which the validation bound depends begin with these."""
 NOT_PROTOCOL = ("data.num_workers", "data.flip", "data.path")

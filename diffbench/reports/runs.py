@@ -14,7 +14,7 @@ from diffbench.runs.base import Run
 
 
 def settings(record: dict[str, Any]) -> str:
-    """How a record's samples were drawn: their guidance, and departures from the run's own config; or nothing."""
+    """A record's way of sampling: its guidance, and departures from the run's own config; or nothing."""
     return ", ".join(settings_of(record))
 
 

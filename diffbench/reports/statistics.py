@@ -182,7 +182,7 @@ def luck(differences: Collection[Sequence[float]]) -> float | None:
 
 
 def verdict(pair: Paired, lower_is_better: bool, tie: float = 0.0) -> Verdict:
-    """Which variant is better; a gap below `tie` is a tie, whatever the interval says."""
+    """The better variant; a gap below `tie` is a tie, whatever the interval says."""
     if pair.interval is None:
         return "undecided"
     if not pair.found or abs(pair.mean) < tie:
@@ -217,13 +217,13 @@ def bootstrap(values: Sequence[float] | Array, what: str, resamples: int = 2000)
 
 
 def middle(values: Sequence[float] | Array) -> tuple[float, float]:
-    """Where the middle 95% of resampled values lie."""
+    """The interval of the middle 95% of resampled values."""
     low, high = np.quantile(values, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)
 
 
 def twin_tolerance(groups: Iterable[Sequence[float]]) -> float | None:
-    """How far two values of one group lie apart in 95% of cases, by Student's t over the pooled standard deviation.
+    """The distance of two values of one group in 95% of cases, by Student's t over the pooled standard deviation.
 
     None where no group has two values.
     """

@@ -1,4 +1,4 @@
-"""How a study was tuned: a row for each label, and its curve over the grid."""
+"""The tuning of a study: a row for each label, and its curve over the grid."""
 
 import math
 from pathlib import Path

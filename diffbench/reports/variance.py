@@ -1,4 +1,4 @@
-"""Where the scatter of a score comes from: training anew, or sampling a trained network anew.
+"""The sources of a score's scatter: training anew, or sampling a trained network anew.
 
 Nested random effects, y[i, j] = mean + training[i] + sampling[i, j]: i over training seeds, j over sampling seeds of
 one trained network, of which no two networks share any. By the method of moments (Searle, Casella and McCulloch 1992,
@@ -19,8 +19,8 @@ from diffbench.reports.statistics import ALPHA, LEAST, Array, Estimate
 from diffbench.reports.text import number
 
 PUBLISHED_RATIO = 3.2
-"""How much more retraining moves FID than resampling: "The FID Lottery" (Dufour, Efros and Perez, arXiv 2606.20536),
-several hundred SiTs on ImageNet-256."""
+"""Retraining moves FID so many times as far as resampling: "The FID Lottery" (Dufour, Efros and Perez, arXiv
+2606.20536), several hundred SiTs on ImageNet-256."""
 _UPPER, _LOWER = 1 - ALPHA / 2, ALPHA / 2
 
 

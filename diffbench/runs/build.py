@@ -69,12 +69,12 @@ def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] 
 
 
 def image_size(shape: tuple[int, int, int]) -> int | tuple[int, int]:
-    """What a network is built for: the side of a square (C, H, W), else height and width."""
+    """The image size that a network is built for: the side of a square (C, H, W), else height and width."""
     return shape[1] if shape[1] == shape[2] else shape[1:]
 
 
 _COSTS: dict[str, Cost] = {}
-"""What was counted so far: a study asks for the same networks under many objectives."""
+"""The networks counted so far: a study asks for the same networks under many objectives."""
 
 
 def cost_of(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Cost:

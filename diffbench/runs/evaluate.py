@@ -214,7 +214,7 @@ def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, A
 
 
 def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str, float]:
-    """How well the run explains the classes that its data plants, from unguided samples."""
+    """Scores of the run's explanations of the classes that its data plants, from unguided samples."""
     planted = getattr(config.data, "planted", {})
     if not planted or how.guided:
         return {}

@@ -36,7 +36,7 @@ _SCALAR = np.float64(0).__reduce__()[0]  # under its name since numpy 2, and the
 HARMLESS: list[Any] = [argparse.Namespace, PosixPath, np.dtype, *(type(np.dtype(kind)) for kind in _NUMBERS)]
 HARMLESS += [_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")]
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
-"""What the latents of DiT, SiT, DiffiT and U-ViT are decoded with."""
+"""The decoder of the latents of DiT, SiT, DiffiT and U-ViT."""
 
 
 def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
@@ -95,7 +95,7 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
 
 
 def read_checkpoint(path: Path) -> Mapping[Any, Any]:
-    """What a checkpoint holds; nothing in it is run. UserError if it is damaged, or holds code or no tensors."""
+    """The content of a checkpoint; nothing in it is run. UserError if it is damaged, or holds code or no tensors."""
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
     try:

@@ -1,4 +1,4 @@
-"""What `launcher=slurm` and `launcher.KEY=VALUE` on a command line ask of SLURM; these words are not part of a run."""
+"""The words `launcher=slurm` and `launcher.KEY=VALUE` of a command line, for SLURM; they are not part of a run."""
 
 import importlib
 import math
@@ -12,7 +12,7 @@ from diffbench.core.errors import UserError, check_least, suggest
 
 @dataclass
 class LauncherConfig:
-    """Where a command runs, and what it asks of SLURM there.
+    """The place where a command runs, and what it asks of SLURM there.
 
     Keys are the parameters of `submitit.SlurmExecutor`, which are sbatch's options: partition, account, mem,
     gpus_per_node, setup, ... Those that need a default or a check of ours are fields.
@@ -31,9 +31,9 @@ class LauncherConfig:
     signal_delay_s: int = 90
     """Least seconds before the limit at which a run is asked to save its state; SLURM may be a minute early."""
     max_num_timeout: int = 100
-    """How often a job may meet its limit and resume before it counts as failed."""
+    """Times that a job may meet its limit and resume before it counts as failed."""
     folder: str | None = None
-    """Where scripts and logs go, on a disk that the nodes share; null: slurm/ in the run's runs_dir."""
+    """Folder of scripts and logs, on a disk that the nodes share; null: slurm/ in the run's runs_dir."""
     options: dict[str, Any] = field(default_factory=dict)
     """submitit's other parameters, passed through."""
 

@@ -123,7 +123,7 @@ def queued(folder: str | Path) -> dict[tuple[str, ...], str]:
 
 
 def summary(jobs: Sequence[str], folder: str | Path) -> str:
-    """Where to look for jobs and how to end them, with their logs; a job that resumes goes on in the same log."""
+    """A text on where to look for jobs and how to end them, with their logs; a resumed job goes on in the same log."""
     numbers = ",".join(dict.fromkeys(job.split("_")[0] for job in jobs))
     which = f"job {jobs[0]} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
     logs = [f"{job}_0_log.out" if len(jobs) == 1 else f"{job.split('_')[0]}_*_log.out" for job in jobs]

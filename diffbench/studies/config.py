@@ -34,7 +34,7 @@ def is_sampled(key: str) -> bool:
 
 @dataclass
 class StopConfig:
-    """When training ends: one of images, flops and seconds, alike for all variants; a rising list is a ladder, whose
+    """The end of training: one of images, flops and seconds, alike for all variants; a rising list is a ladder, whose
     rungs one run passes at a constant rate, each of them scored."""
 
     images: float | list[float] | None = None
@@ -132,7 +132,7 @@ class StudyConfig:
     Axes over `sample` and `evaluate` alone reuse the trained runs."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     samplings: int = 1
-    """How often each trained network is sampled and scored, each time with another seed: its scores are their means,
+    """Times that each trained network is sampled and scored, each with another seed: its scores are their means,
     and the report says how much of the variance is training's and how much sampling's."""
     stop: StopConfig = field(default_factory=lambda: StopConfig(images=100_000))
     match: MatchConfig = field(default_factory=MatchConfig)

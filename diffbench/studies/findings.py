@@ -27,7 +27,7 @@ class Claim:
     """
 
     claim: str = ""
-    """What is claimed, in a sentence."""
+    """The claim, in a sentence."""
     source: str = ""
     """Paper, with section, table or figure."""
     study: str = ""
@@ -43,7 +43,7 @@ class Claim:
     retrained: Any = None
     """In place of them: variants whose scores scatter more over trainings than over samples of one network."""
     above: float = 0.0
-    """What the order, or the ratio of standard deviations, is claimed to exceed."""
+    """The value that the order, or the ratio of standard deviations, is claimed to exceed."""
 
     def __post_init__(self) -> None:
         for name in ("claim", "source", "study"):
@@ -73,7 +73,7 @@ class Finding:
     verdict: str
     """ "confirmed", "tied", "refuted"; "undecided" with fewer than three seeds, "not run" without results."""
     evidence: str
-    """What was measured, in words."""
+    """The measurement, in words."""
 
 
 def load_claims(path: Path, studies: Path) -> list[Claim]:
@@ -103,7 +103,7 @@ def findings(claims: Sequence[Claim], results: Mapping[str, Comparison]) -> list
 
 
 def _held(claim: Claim, results: Comparison) -> Finding | None:
-    """What results say of a claim; None where a variant has none."""
+    """The verdict of results on a claim; None where a variant has none."""
     if claim.retrained:
         return _scatter(claim, results)
     name = full_name(results.trials, claim.metric) or claim.metric

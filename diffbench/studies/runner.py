@@ -214,7 +214,7 @@ def _hand_over(folder: Path, asked: Sequence[tuple[Path, LauncherConfig]]) -> No
 
 
 def slurm_folder(folder: Path, launcher: LauncherConfig) -> Path:
-    """Where the scripts and logs of a study's jobs lie."""
+    """The folder of the scripts and logs of a study's jobs."""
     return Path(launcher.folder or folder / "slurm")
 
 

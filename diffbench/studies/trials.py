@@ -31,7 +31,7 @@ from diffbench.studies.plan import PlannedTrial, cooled, evaluated
 KIND = "trial"
 """The `kind` in the file of a trial."""
 FOLDER = "trials"
-"""Where a study's folder holds the files of its trials."""
+"""The folder of the files of trials, in a study's."""
 
 
 def run_of(folder: Path) -> Run[Any] | None:
@@ -66,7 +66,7 @@ def trial_values(
 
 
 def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> dict[str, Any]:
-    """What the file of a trial would say of a run that no study planned, and of how a record of it was scored."""
+    """The content of a trial's file for a run that no study planned, and for the way in which a record was scored."""
     changes: dict[str, Any] = {}
     if record is not None:
         own, extractor = run.values.get("evaluate") or {}, record["extractor"]["name"]
@@ -140,7 +140,7 @@ class TrialFile:
         return self.folder if self.values.get("cooldown") is None else branch
 
     def ways(self, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What each sampling of a variant changes: the variant's keys, and from the second on a seed of its own."""
+        """The changes of each sampling of a variant: the variant's keys, and from the second on a seed of its own."""
         first = self.config.seed_of("sample")
         more = [{"seeds": {"sample": first + k * APART}} for k in range(1, self.values["samplings"])]
         return [dict(changes), *({**changes, **seeds} for seeds in more)]
@@ -234,7 +234,7 @@ class TrialFile:
         return scores_as(record, wanted, changes.get(AVERAGE, self.config.ema.decays[0]))
 
     def points(self, primary: str) -> list[TriedPoint]:
-        """What a tuning run measured: its bound, then the primary metric of each way of sampling it."""
+        """The measurements of a tuning run: its bound, then the primary metric of each way of sampling it."""
         label, run, trials = self.values["label"], run_of(self.folder), self.trials()
         missing = math.inf if self.failure else None
         bound = TriedPoint(label, self.values["tuning"], "val/bound", missing)
@@ -271,7 +271,7 @@ class TrialFile:
 
     @property
     def failure(self) -> str:
-        """Why the last try failed, in one line; empty where it did not."""
+        """The reason why the last try failed, in one line; empty where it did not."""
         try:
             end = json.loads(self.path.with_suffix(".json").read_text())
         except (FileNotFoundError, ValueError):

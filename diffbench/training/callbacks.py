@@ -1,4 +1,4 @@
-"""What is measured and drawn in training: every so many images, with averaged weights, and off the training clock."""
+"""Measurements and images in training: every so many images, with averaged weights, and off the training clock."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class EveryNImages(Ordered):
     """
 
     stage = "validating"
-    """What a bar says meanwhile."""
+    """The text of the bar meanwhile."""
     place = 4
     at_end = True
     """Whether to act after the last step too, wherever it falls."""

@@ -1,4 +1,4 @@
-"""When and in which order our callbacks act, and how long training itself took."""
+"""The times and the order at which our callbacks act, and the seconds of training itself."""
 
 import contextlib
 import time

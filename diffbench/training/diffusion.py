@@ -106,7 +106,7 @@ class DiffusionModule(TrainingModule):
         )
 
     def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What a batch trains on: images (B, C, H, W), uniform numbers (B,), noise (B, C, H, W), labels (B,)."""
+        """The inputs of a batch's loss: images (B, C, H, W), uniform numbers (B,), noise (B, C, H, W), labels (B,)."""
         x0, position, y = batch["x0"], batch["position"], batch["label"]
         u, drop = rng.uniforms((self._keys["time"], self._keys["label"]), position)
         if self.time_sampling == "stratified":

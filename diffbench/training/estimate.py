@@ -1,4 +1,4 @@
-"""How long training will take, said before its first step."""
+"""An estimate of the time of training, printed before its first step."""
 
 from typing import Any
 

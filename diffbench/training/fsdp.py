@@ -25,13 +25,13 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def local_shard(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight, sharing its memory: all of it where it is not sharded."""
+    """This rank's shard of a weight, sharing its memory: all of it where it is not sharded."""
     weight = weight.detach()
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def shard_of(value: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of a full value of the weight `like`, in its precision, on its device, in its strides."""
+    """This rank's shard of a full value of the weight `like`, in its precision, on its device, in its strides."""
     if not isinstance(like, DTensor):
         return torch.empty_like(like, requires_grad=False).copy_(value)
     value = value.to(device=like.device, dtype=like.dtype).contiguous()

@@ -26,7 +26,7 @@ from diffbench.training.optimizers import build_optimizer
 OptimizerLike = OptimizerConfig | Callable[[Iterable[nn.Parameter]], Optimizer] | dict[str, Any] | str
 SchedulerLike = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | str
 MONITORED = "val/bound"
-"""What a scheduler that waits for a plateau looks at."""
+"""The metric that a scheduler looks at which waits for a plateau."""
 
 
 class TrainingModule(L.LightningModule):
@@ -217,7 +217,7 @@ class TrainingModule(L.LightningModule):
 
 
 def named(value: Any) -> Any:
-    """What a checkpoint keeps of a setting: plain values as they are, a dataclass as a dictionary, else a name."""
+    """The form of a setting in a checkpoint: plain values as they are, a dataclass as a dictionary, else a name."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if value is None or isinstance(value, str | int | float | list | dict):

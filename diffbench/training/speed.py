@@ -23,7 +23,7 @@ to 1.4 times the rate of one on two idle cores, and at 0.02 to 0.03 of it beside
 
 
 def compile_here(network: nn.Module, asked: Literal["auto", "none", "block", "model"], flops: float, gpu: bool) -> How:
-    """What `trainer.compile` means here: auto compiles on a GPU, where there is a compiler and enough work to come.
+    """The meaning of `trainer.compile` here: auto compiles on a GPU, where there is a compiler and enough work to come.
 
     A transformer is compiled by block, a network of convolutions (most of its weights) as a whole: the faster way for
     each, on an H200.

@@ -9,9 +9,9 @@ from torch import Tensor
 from diffbench.denoisers.pretrained.convert import RECIPES
 
 AVERAGE = re.compile(r"(?<![a-z])ema|ema(?![a-z])|averag|shadow|(?<![a-z])(avg|swa)(?![a-z])", re.IGNORECASE)
-"""What people call an average of weights."""
+"""Common names of an average of weights."""
 RAW = re.compile(r"online|(?<![a-z])raw(?![a-z])|current", re.IGNORECASE)
-"""What they call the weights beside it."""
+"""Common names of the weights beside it."""
 
 WeightSets = dict[str, dict[str, Tensor]]
 
@@ -93,7 +93,7 @@ def _without_dots(tensors: Mapping[str, Tensor], prefix: str, weights: Mapping[s
 
 
 def _unread(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """What the names of several tensors call an average, up to that word, and how many there are."""
+    """The prefix up to the word for an average in the names of several tensors, and how many tensors have it."""
     found: dict[str, int] = {}
     for name in tensors:
         match = re.search(rf"^(.*?)({AVERAGE.pattern})[^./]*(?=[./])", name, re.IGNORECASE)

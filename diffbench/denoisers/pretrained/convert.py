@@ -43,7 +43,7 @@ def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mappin
 
 
 def describe(source: str, arguments: Mapping[str, Any]) -> Blueprint:
-    """What `from_reference` builds: our name, config and shape.
+    """The network that `from_reference` builds: our name, config and shape.
 
     Raises:
         ValueError: if the source or an argument is unknown, missing or has no counterpart here.

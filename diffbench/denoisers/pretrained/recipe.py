@@ -1,4 +1,4 @@
-"""What must be known of a published network in order to read its weights: a `Recipe`, and helpers to write one."""
+"""The facts of a published network that reading its weights needs: a `Recipe`, and helpers to write one."""
 
 import re
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def _no_buffers(_net: Any) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to read one source."""
+    """The rules for reading one source."""
 
     build: type[Denoiser]
     """Our class."""

@@ -66,7 +66,7 @@ _RULES: list[tuple[str, Any]] = [
     (r"^(classifier|linear_pred)\.", "final."),
 ]
 UNUSED = re.compile(r"num_batches_tracked$|^(decode_head\.)?conv_seg\.")
-"""What no output depends on: a counter, and a layer of NVlabs' head that is never called."""
+"""Tensors on which no output depends: a counter, and a layer of NVlabs' head that is never called."""
 
 
 def read(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> SegFormer:

@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 @dataclass
 class Request:
-    """What is known of the images when an extractor is made.
+    """The facts of the images that are known when an extractor is made.
 
     Attributes:
         shape: (C, H, W) of the images to come.
