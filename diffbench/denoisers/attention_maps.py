@@ -94,11 +94,14 @@ def attention_map(
     tokens: Sequence[tuple[int, int]],
     query: Tensor,
     key: Tensor,
-    _value: Tensor,
+    value: Tensor,
     attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> AttentionMap | None:
-    """The map of one call of `scaled_dot_product_attention`, of which it takes the arguments.
+    """The map of one call of `scaled_dot_product_attention`, of which it takes the arguments; dropout is left out.
 
     Args:
         layer: its name.
@@ -106,18 +109,26 @@ def attention_map(
         tokens: pixels (row, column) of that input.
         query: (B * windows, heads, N, d).
         key: (B * windows, heads, M, d); what M has beyond the window's tokens stands before them.
-        attn_mask: bias, broadcast to (B * windows, heads, N, M).
+        attn_mask: bias, or a mask that is true where a query may look, broadcast to (B * windows, heads, N, M).
         scale: of the products, by default 1 / sqrt(d).
 
     Returns:
-        None where the keys are no tokens of the image.
+        None where queries or keys are not tokens of the image.
     """
     batch, (height, width) = shape[0], shape[2:]
+    if query.ndim != 4 or len(query) % batch:
+        return None
     windows, n = len(query) // batch, query.shape[2]
     grid = _grid(height, width, windows * n)
     image = math.prod(grid) // windows
-    if key.shape[2] < image:
+    if key.shape[2] < image or (windows > 1 and math.isqrt(image) ** 2 * windows != math.prod(grid)):
         return None
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    if is_causal:
+        attn_mask = query.new_ones(n, key.shape[2], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill(~attn_mask, -math.inf)
     side = (math.isqrt(image), math.isqrt(image)) if windows > 1 else grid
     across = grid[1] // side[1]
     places = tuple((row * grid[0] // height, column * grid[1] // width) for row, column in tokens)

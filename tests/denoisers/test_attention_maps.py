@@ -9,7 +9,7 @@ from small_networks import CHANNELS, CLASSES, SIZE, inputs, small
 from torch import Tensor, nn
 
 from diffbench.denoisers import DENOISERS
-from diffbench.denoisers.attention_maps import AttentionMap, record_attention
+from diffbench.denoisers.attention_maps import AttentionMap, attention_map, record_attention
 from diffbench.denoisers.layers import from_windows
 
 PIXELS = [(1, 2), (7, 0), (4, 5)]
@@ -134,3 +134,38 @@ def test_a_pixel_outside_the_image_is_refused_and_leaves_nothing() -> None:
         ):
             recorded(net, [pixel])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_every_argument_of_torchs_attention_is_understood() -> None:
+    """Other people's networks pass dropout, masks, fewer heads of keys, and attention that is not of an image."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, _t: Tensor, **given: Any) -> Tensor:
+            tokens = rearrange(x, "b c h w -> b 1 (h w) c").repeat(1, 2, 1, 1)
+            keys = tokens[:, :1] if given.get("enable_gqa") else tokens
+            return torch.nn.functional.scaled_dot_product_attention(tokens, keys, keys, **given)
+
+    x, t, _ = inputs(2)
+    flat = rearrange(x, "b c h w -> b (h w) c")
+    logits = flat @ flat.mT * CHANNELS**-0.5
+    mask = torch.rand(SIZE**2, SIZE**2, generator=torch.Generator().manual_seed(0)) < 0.5
+    causal = torch.ones(SIZE**2, SIZE**2, dtype=torch.bool).tril()
+    row, column = PIXELS[0]
+    for given, allowed in (
+        ({"dropout_p": 0.0, "attn_mask": None}, None),
+        ({"is_causal": True, "dropout_p": 0.0}, causal),
+        ({"attn_mask": mask}, mask),
+        ({"enable_gqa": True}, None),
+    ):
+        with record_attention(Net(), PIXELS) as maps:
+            Net()(x, t, **given)  # another network is not seen
+            assert not maps
+        net = Net()
+        with record_attention(net, PIXELS) as maps:
+            net(x, t, **given)
+        (found,) = maps
+        wanted = (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(-1)
+        expected = wanted[:, row * SIZE + column].unflatten(-1, (SIZE, SIZE))
+        assert torch.allclose(found.weights[:, 0, 0], expected, atol=1e-6), given
+    assert attention_map("", x.shape, PIXELS, flat, flat, flat) is None  # (B, N, C), no heads
+    assert attention_map("", x.shape, PIXELS, *(torch.zeros(5, 1, 4, 2),) * 3) is None  # not of this batch
