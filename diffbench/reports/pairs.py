@@ -28,8 +28,8 @@ class PairedTest:
         paired: what they say.
         verdict: which one is better.
         detectable: the smallest true difference that would have been found, at least what counts as a tie.
-        by_image: differences of validation bounds, paired by image and noise, seeds averaged: how sure the difference
-            is for these trained networks.
+        by_image: where the metric is the validation bound, its differences paired by image and noise, seeds averaged:
+            how sure the difference is for these trained networks.
         resampled: the bootstrap's 95% interval of the same.
     """
 
@@ -66,7 +66,7 @@ def paired_tests(variants: Variants, name: str, pairs: Sequence[Pair]) -> list[P
     """Test pairs of variants by a metric, under Holm's correction over all of them."""
     seeds, metric = {v: by_seed(trials, name) for v, trials in variants.items()}, metric_of(name)
     rows = {(a, b): statistics.differences(seeds[a], seeds[b]) for a, b in pairs}
-    images = _by_image(variants, pairs)
+    images = _by_image(variants, pairs) if name == "val/bound" else {}
     by_image = statistics.paired({pair: row.tolist() for pair, row in images.items()})
     found = []
     for (a, b), paired in statistics.paired(rows).items():

@@ -18,6 +18,7 @@ from diffbench.evaluation.validation_error import bound
 from diffbench.metrics.memorisation import share_of_copies
 from diffbench.reports.conclusions import conclude
 from diffbench.reports.html import render, write
+from diffbench.reports.pairs import paired_tests
 from diffbench.reports.plots import sweep_plot
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.series import sweeps
@@ -97,6 +98,8 @@ def test_pairs_are_tested_by_seed_and_by_image(tmp_path: Path) -> None:
     assert contest.by_image.mean == pytest.approx(by_image(*errors).mean())
     assert contest.resampled is not None and contest.by_image.interval is not None
     assert contest.resampled == pytest.approx(contest.by_image.interval, rel=0.25)
+    others = paired_tests(c.variants, "fd/digits-cnn@500", [(contest.first, contest.second)])
+    assert [x.by_image for x in others] == [None]  # which are of bounds alone
 
 
 def test_crossings_along_noise_levels_and_the_agreement_of_measures(tmp_path: Path) -> None:
