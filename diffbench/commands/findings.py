@@ -11,8 +11,10 @@ from diffbench.commands.compare import asked_for
 from diffbench.config.layers import COMMAND_LINE, parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
+from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion, conclude
 from diffbench.reports.results import Comparison
+from diffbench.reports.tables import agreement
 from diffbench.reports.text import counted, markdown
 from diffbench.studies.comparison import comparison_of_study, shipped
 from diffbench.studies.findings import Claim, Finding, findings, load_claims
@@ -21,6 +23,8 @@ from diffbench.studies.runner import run_study
 SMALL = "seeds=[0,1,2]"
 """The seeds of studies that are run for their claims."""
 WIDTH = 80
+AGREEING = ("fd", "kid", "label_accuracy", "coverage")
+"""Measures of samples that the validation bound is held against."""
 PAGE = re.compile(r"(<!-- findings -->\n).*?(<!-- end of findings -->)", re.DOTALL)
 """The part of results/README.md that is written anew."""
 
@@ -90,7 +94,7 @@ def write_page(page: Path, conclusions: Mapping[str, Conclusion], found: Sequenc
 
 
 def page_text(conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -> str:
-    """Two Markdown tables: what each study asked and found, and the published claims."""
+    """Markdown tables: what each study asked and found, the published claims, and how far measures agree."""
     answers = [["question", "answer", "holds for", "figure"]]
     for name, c in conclusions.items():
         against = [f for f in found if f.claim.study == name and f.verdict == "refuted"]
@@ -101,7 +105,19 @@ def page_text(conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -
         )
     claims = [["published claim", "source", "verdict", "measured, with its own 95% interval", "study"]]
     claims += [[f.claim.claim, f.claim.source, f.verdict, f.evidence, f.claim.study] for f in found]
-    return f"{markdown(answers)}\n{markdown(claims)}"
+    ranks = [["study", "runs", *(metric_of(name).title for name in AGREEING)]]
+    ranks += [[f"`{name}`", *row] for name, c in conclusions.items() if (row := _ranks(c))]
+    agreed = "Spearman's rank correlation of the validation bound with other measures, over all runs; 1: they agree."
+    return f"{markdown(answers)}\n{markdown(claims)}\n{agreed}\n\n{markdown(ranks)}"
+
+
+def _ranks(c: Conclusion) -> list[str]:
+    """The number of runs, and the rank correlation of their bound with each of `AGREEING`; empty without several."""
+    bounds = [c.by_seed(variant, "val/bound") for variant in c.variants]
+    rows = {row["measure"].partition("/")[0]: row.get("val/bound", "-") for row in agreement(c)}
+    if not rows or all(bound == bounds[0] for bound in bounds):  # samples of the same networks
+        return []
+    return [str(sum(map(len, bounds))), *(rows.get(name, "-") for name in AGREEING)]
 
 
 def _holds_for(c: Conclusion) -> str:

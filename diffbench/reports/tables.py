@@ -33,7 +33,8 @@ IDENTITY = ("seed", "tag", "runs_dir", "format", "kind", "debug")
 def shown(c: Conclusion) -> list[str]:
     """The full names of the metrics in tables, the primary one first."""
     seed = c.trials[0].seed
-    if len(c.variants) > 1 and len({t.run.folder if t.run else None for t in c.trials if t.seed == seed}) == 1:
+    folders = {t.run.folder if t.run else None for t in c.trials if t.seed == seed}
+    if len(c.variants) > 1 and len(folders) == 1 and None not in folders:
         names = [name for name in c.metrics if not metric_of(name).is_validation]  # of one network, sampled differently
     else:
         names = c.metrics

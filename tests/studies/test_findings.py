@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from made_runs import record
+from scipy.stats import spearmanr
 
 from diffbench.cli import main
 from diffbench.commands.findings import PAGE, as_text, page_text
@@ -128,5 +130,9 @@ def test_the_shipped_page_is_what_the_shipped_results_say(capsys: pytest.Capture
     for name, c in conclusions.items():
         assert c.comparison.question in text and (RESULTS / name / "answer.png").is_file()
         assert comparison_of_csv(RESULTS / name / "report.csv", STUDIES / f"{name}.yaml").trials
+    table = pd.read_csv(RESULTS / "backbones" / "report.csv")
+    agreed = spearmanr(table["val/bound"], table["fd/digits-cnn@500"]).statistic
+    assert f"| `backbones` | {len(table)} | {agreed:.2f} |" in text
+    assert "| `steps` | 15 |" not in text.partition("Spearman")[2]  # the same networks, whose bound says nothing of it
     assert main(["findings", "seeds=[0]"]) == 2
     assert "seeds=[0]: belongs to a study; write run=true" in capsys.readouterr().err
