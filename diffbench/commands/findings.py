@@ -13,7 +13,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion, conclude
-from diffbench.reports.results import Comparison
+from diffbench.reports.results import Comparison, full_name
 from diffbench.reports.tables import agreement
 from diffbench.reports.text import counted, markdown
 from diffbench.studies.comparison import comparison_of_study, shipped
@@ -114,10 +114,10 @@ def page_text(conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -
 def _ranks(c: Conclusion) -> list[str]:
     """The number of runs, and the rank correlation of their bound with each of `AGREEING`; empty without several."""
     bounds = [c.by_seed(variant, "val/bound") for variant in c.variants]
-    rows = {row["measure"].partition("/")[0]: row.get("val/bound", "-") for row in agreement(c)}
+    rows: dict[str | None, str] = {row["measure"]: row.get("val/bound", "-") for row in agreement(c)}
     if not rows or all(bound == bounds[0] for bound in bounds):  # samples of the same networks
         return []
-    return [str(sum(map(len, bounds))), *(rows.get(name, "-") for name in AGREEING)]
+    return [str(sum(map(len, bounds))), *(rows.get(full_name(c.trials, name), "-") for name in AGREEING)]
 
 
 def _holds_for(c: Conclusion) -> str:

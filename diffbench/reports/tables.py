@@ -9,7 +9,7 @@ from diffbench.metrics.registry import metric_of
 from diffbench.reports import variance
 from diffbench.reports.conclusions import Conclusion, holds_at
 from diffbench.reports.pairs import PairedTest
-from diffbench.reports.results import Trial, differing, levels_of
+from diffbench.reports.results import Trial, differing, levels_of, network_key
 from diffbench.reports.runs import copies, floor
 from diffbench.reports.text import Rows, as_text, filled, interval_text, mean_text, number, percent, transposed
 
@@ -32,9 +32,7 @@ IDENTITY = ("seed", "tag", "runs_dir", "format", "kind", "debug")
 
 def shown(c: Conclusion) -> list[str]:
     """The full names of the metrics in tables, the primary one first."""
-    seed = c.trials[0].seed
-    folders = {t.run.folder if t.run else None for t in c.trials if t.seed == seed}
-    if len(c.variants) > 1 and len(folders) == 1 and None not in folders:
+    if len(c.variants) > 1 and len({network_key(trials) for trials in c.variants.values()}) == 1:
         names = [name for name in c.metrics if not metric_of(name).is_validation]  # of one network, sampled differently
     else:
         names = c.metrics

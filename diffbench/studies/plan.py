@@ -241,13 +241,12 @@ def stopped(config: RunConfig, images: int, given: dict[str, Any]) -> RunConfig:
 
 
 def cooled(config: RunConfig, share: float) -> RunConfig:
-    """The config with a rate that decays over the last share of its images, from a whole step on, and is constant
-    before; the ramp is brought to a tenth of the run at most."""
+    """The config with a rate that decays over the last share of its images, from a whole step on, its ramp over by
+    then."""
     t, o = config.trainer, config.optimizer
     end = t.max_steps * t.batch_size
-    begin = max(0, round((1 - share) * t.max_steps)) * t.batch_size
-    ramp = min(o.warmup_images, end // 10, begin)
-    return replace(config, optimizer=replace(o, decay_images=[begin, end], warmup_images=ramp))
+    begin = round((1 - share) * t.max_steps) * t.batch_size
+    return replace(config, optimizer=replace(o, decay_images=[begin, end], warmup_images=min(o.warmup_images, begin)))
 
 
 def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunConfig:

@@ -211,12 +211,9 @@ class TrialFile:
     def trials(self) -> list[Trial]:
         """The results of the trial so far, one row of the report for each variant evaluated on its run."""
         found = []
+        read = {folder: self._read(folder) for folder in dict.fromkeys(map(self.folder_of, self.lengths))}
         for config in self.lengths:
-            run, why = run_of(self.folder_of(config)), self.failure
-            try:
-                records = list(reversed(run.results)) if run and (run.complete or self.values["rungs"]) else []
-            except UserError as e:  # a damaged file of one run does not stop the report of the others
-                run, why, records = None, str(e), []
+            run, why, records = read[self.folder_of(config)]
             at = config.trainer.max_images if self.values["rungs"] else None
             for variant, changes in self.values["evaluations"].items():
                 held = [next((r for r in records if self._answers(r, config, w)), None) for w in self.ways(changes)]
@@ -227,6 +224,15 @@ class TrialFile:
                 recipe = self.values | {"evaluations": {variant: changes}}
                 found.append(Trial(variant, seed, status, run, first, said, at, recipe, scored[1:]))
         return found
+
+    def _read(self, folder: Path) -> tuple[Run[Any] | None, str, list[dict[str, Any]]]:
+        """The run of a folder, why it failed, and its records, the newest first."""
+        run = run_of(folder)
+        try:
+            records = list(reversed(run.results)) if run and (run.complete or self.values["rungs"]) else []
+        except UserError as e:  # a damaged file of one run does not stop the report of the others
+            return None, str(e), []
+        return run, self.failure, records
 
     def _answers(self, record: Mapping[str, Any], config: RunConfig, changes: Mapping[str, Any]) -> bool:
         """Whether a record is the evaluation that a variant asks for, of a run of that length."""
