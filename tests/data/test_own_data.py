@@ -51,6 +51,12 @@ def test_a_folder_with_classes_trains_resumes_and_samples(tmp_path: Path, capsys
     assert run.sample_tensor(2, labels=1, guidance=2.0).shape == (2, 3, 16, 16)
 
 
+def test_the_names_of_classes_may_be_other_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "years", {"1": 20, "1999": 20, "7": 20})
+    assert main(command(root)) == 0, capsys.readouterr().err
+    assert (run_folder(tmp_path) / "samples" / "final-000000016.png").is_file()
+
+
 def test_a_folder_without_classes_trains_and_refuses_guidance(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
