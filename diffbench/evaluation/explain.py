@@ -124,7 +124,8 @@ class Explanation:
         how_far = f"the reconstruction closes {closed:.0%} of the gap in loss between the others' mean and the class"
         if closed < SAID:
             return f"{self.name} is not a mixture of the others: {how_far}"
-        parts = ", ".join(f"{e.coefficient:.2f} of {e.name}" for e in self.top if e.coefficient >= 0.05)
+        named = [e for e in self.top if e.coefficient >= 0.05] or self.top[:1]
+        parts = ", ".join(f"{e.coefficient:.2f} of {e.name}" for e in named)
         return f"{self.name} is about {parts}: {how_far}"
 
     def weights(self, without: int | None = None) -> Tensor:

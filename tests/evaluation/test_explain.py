@@ -10,7 +10,7 @@ from torch import nn
 from diffbench.config.sections import SampleConfig
 from diffbench.data.facts import DataFacts
 from diffbench.diffusion import Flow, FlowConfig
-from diffbench.evaluation.explain import ExplainConfig, drawn, explain, planted_scores
+from diffbench.evaluation.explain import Element, ExplainConfig, Explanation, drawn, explain, planted_scores
 from diffbench.sampling.sampler import Sampler
 
 FACTS = DataFacts("made", (CHANNELS, SIZE, SIZE), CLASSES, ("ant", "bee", "cat", "dog", "elk"), 100, "")
@@ -80,6 +80,13 @@ def test_planted_classes_are_scored_by_their_parts() -> None:
         for elements, parts in zip((first, second), planted.values(), strict=True)
     ]
     assert found["planted_share@2"] == pytest.approx(sum(shares) / 2)
+
+
+def test_the_answer_names_an_element_however_small() -> None:
+    elements = [Element(i, FACTS.names[i], 0.01 / (i + 1), 0.0, 0.0) for i in range(4)]
+    losses = {"own": 0.0, "reconstruction": 0.1, "all others": 0.1, "mean of the others": 1.0}
+    found = Explanation(4, "elk", CLASSES + 1, elements, 2, losses, [], [])
+    assert found.verdict.startswith("elk is about 0.01 of ant: the reconstruction closes 90%")
 
 
 def test_what_cannot_be_explained_is_refused() -> None:
