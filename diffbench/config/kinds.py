@@ -231,7 +231,7 @@ def check_levels(process: Any, validation: ValidationConfig) -> None:
 
 def keys_of(kind: Any) -> list[str]:
     """The keys of a dataclass, as config.yaml orders them."""
-    names = [f.name for f in fields(kind)]
+    names = [f.name for f in fields(kind) if f.init]
     return [name for name in names if name not in LAST] + [name for name in LAST if name in names]
 
 

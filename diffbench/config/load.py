@@ -4,6 +4,7 @@
 roots are in kinds.py.
 """
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -126,8 +127,17 @@ def change(config: C, changes: dict[str, Any], origin: str = COMMAND_LINE) -> C:
 
 def to_dict(config: BaseConfig) -> dict[str, Any]:
     """Plain dictionaries, lists, numbers and strings: what config.yaml and checkpoints hold."""
-    values = dataclasses.asdict(config)
+    values = _values(config)
     return {key: values[key] for key in keys_of(type(config))}
+
+
+def _values(value: Any) -> Any:
+    """As `dataclasses.asdict`, without fields that are no arguments, which only a network from outside has."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _values(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, dict):
+        return {key: _values(inner) for key, inner in value.items()}
+    return type(value)(map(_values, value)) if isinstance(value, list | tuple) else copy.deepcopy(value)
 
 
 def to_yaml(config: BaseConfig) -> str:
@@ -228,9 +238,34 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapp
             keys = ", ".join(keys_of(kind))
             raise ValueError(f"{key}: must be a section with keys, got {shown(value)}; allowed: {keys}")
     for field_ in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field_.name not in made and field_.default is field_.default_factory is dataclasses.MISSING:
+        defaults = (field_.default, field_.default_factory)
+        if field_.name in known and field_.name not in made and defaults == (dataclasses.MISSING, dataclasses.MISSING):
             raise ValueError(f"{prefix}{field_.name}: missing")
-    return cls(**made)
+    return _from_outside(cls, made, prefix.rstrip(".")) if prefix.startswith("denoiser.args.") else cls(**made)
+
+
+def _from_outside(cls: type[T], made: dict[str, Any], key: str) -> T:
+    """An instance of the dataclass of a network from outside, which may raise whatever it likes.
+
+    Raises:
+        ValueError: if it does, or holds what config.yaml cannot.
+    """
+    with located(key=key):
+        try:
+            found = cls(**made)
+        except ValueError:
+            raise
+        except Exception as e:
+            raise ValueError(f"{cls.__name__} refuses these values ({type(e).__name__}: {e})") from None
+    for name, value in _values(found).items():
+        try:
+            dump({name: value})
+        except Exception:
+            kind = type(value).__name__
+            raise ValueError(
+                f"{key}.{name}: {cls.__name__} holds a value of type {kind}; use what YAML holds: numbers, text, lists"
+            ) from None
+    return found
 
 
 def _elsewhere(prefix: str, key: str) -> str:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -163,14 +163,31 @@ def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _config(made: Any, module: Any, attribute: str) -> tuple[str, type] | None:
-    """The parameter annotated with a dataclass, or called `config` where the module has a `<Class>Config`."""
+    """The parameter annotated with a dataclass, or with that or None, or called `config` where the module has a
+    `<Class>Config`.
+
+    Raises:
+        ValueError: if the types of its fields are not known.
+    """
     for name, parameter in _parameters(made).items():
         kind = parameter.annotation
+        kind = next((option for option in get_args(kind) if dataclasses.is_dataclass(option)), kind)
         if isinstance(kind, str) or (kind is parameter.empty and name == "config"):
             kind = getattr(module, kind if isinstance(kind, str) else f"{attribute}Config", None)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            _check_types(kind)
             return name, kind
     return None
+
+
+def _check_types(kind: type) -> None:
+    try:
+        hints = get_type_hints(kind)
+    except Exception as e:
+        raise ValueError(f"denoiser.name: the types of {kind.__name__} cannot be read ({described(e)})") from None
+    for hint in hints.values():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            _check_types(hint)
 
 
 class Foreign(Denoiser):
@@ -213,10 +230,14 @@ class Foreign(Denoiser):
             return self._output(x, t, y)
         if not (tables := self._tables()):
             raise ValueError(f"this network has no table of {y.shape[1]} label embeddings: give labels, not weights")
+        used: list[nn.Module] = []
         with ExitStack() as stack:
             for table in tables:
-                stack.enter_context(table.register_forward_hook(partial(_mixture, y)))
-            return self._output(x, t, y.argmax(1))
+                stack.enter_context(table.register_forward_hook(partial(_mixture, y, used)))
+            out = self._output(x, t, y.argmax(1))
+        if not used:
+            raise ValueError("this network looks up no label as it is given: give labels, not weights")
+        return out
 
     def _output(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         call = self.call
@@ -242,12 +263,20 @@ class Foreign(Denoiser):
         return (level if self.call.t_as == "noise_level" else -2 * level.log()).to(t.dtype)
 
 
-def _mixture(weights: Tensor, table: nn.Embedding, _labels: Any, _rows: Tensor) -> Tensor:
-    """In place of a table's rows for labels: their mixture, (B, D); see `LabelTable`."""
+def _mixture(weights: Tensor, used: list[nn.Module], table: nn.Embedding, given: tuple[Tensor], rows: Tensor) -> Tensor:
+    """In place of a table's rows for labels, (B, D) or (B, tokens, D): their mixture; see `LabelTable`.
+
+    Rows of anything but the sample's own label, such as another table's positions, stay as they are.
+    """
+    own = weights.argmax(1).view(-1, *[1] * (rows.ndim - 2))
+    if not given or len(given[0]) != len(own) or not (found := given[0] == own).any():
+        return rows
+    used.append(table)
     every = torch.arange(table.num_embeddings, device=weights.device).expand_as(weights)
-    return nn.functional.embedding_bag(
+    mixture = nn.functional.embedding_bag(
         every, table.weight, per_sample_weights=weights.to(table.weight.dtype), mode="sum"
     )
+    return torch.where(found[..., None], mixture.view(*own.shape, -1), rows)
 
 
 def _network(config: ForeignConfig, shape: Mapping[str, Any]) -> nn.Module:
@@ -285,7 +314,7 @@ def _check_parameters(network: nn.Module) -> None:
     for name, parameter in named:
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(
-                f"denoiser: the parameter {name} has no shape before a first pass; give its layer its sizes"
+                f"denoiser.name: the parameter {name} has no shape before a first pass; give its layer its sizes"
             )
         if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != named[0][1].dtype:
             kinds = " and ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for _, p in named))

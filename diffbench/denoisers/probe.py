@@ -22,7 +22,7 @@ def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[
     """
     try:
         return flops.count(make, channels, image_size)
-    except Exception:
+    except (Exception, SystemExit):
         x = torch.zeros(1, channels, *both_sides(image_size))
         with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted on a CPU
             return _run(make(), flops.measure, x, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
@@ -40,8 +40,8 @@ def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
         out_channels: C, or 2C for a learned variance.
 
     Raises:
-        ValueError: for an output of another kind or shape, an input changed in place, a parameter without a gradient,
-            or a second pass that differs from the first.
+        ValueError: for an output of another kind, type or shape, an input changed in place, a parameter without a
+            gradient, random numbers in evaluation, or a second pass that differs from the first.
     """
     last = network.num_classes - (not network.null_class)
     y = torch.tensor([0, last], device=x.device) if network.num_classes else None
@@ -50,19 +50,15 @@ def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     inputs = {"x": x, "t": t} | ({} if y is None else {"y": y})
     before = {name: value.clone() for name, value in inputs.items()}
-    out = _run(network.train(), nn.Module.__call__, x, t, y)
-    if not isinstance(out, Tensor):
-        held = f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
-        kind = f"{type(out).__name__}{held}"
-        raise ValueError(f"denoiser.call.output: forward returns {kind}; name the tensor in it, as sample or 0")
-    check_output(out, out_channels, x)
+    out = _output(network.train(), x, t, y, out_channels)
     for name, value in inputs.items():
         if not torch.equal(value, before[name]):
             raise ValueError(f"denoiser: forward changes its input {name} in place; have it work on a copy")
-    if not out.isfinite().all():
-        raise ValueError("denoiser: forward gives values that are not finite")
     if out.requires_grad:
-        out.float().square().sum().backward()
+        try:
+            out.float().square().sum().backward()
+        except Exception as e:
+            raise ValueError(f"denoiser: no gradient can be computed ({described(e)})") from None
     named = network.network.named_parameters()
     missing = [name for name, p in named if p.requires_grad and p.grad is None]
     if missing:
@@ -74,13 +70,45 @@ def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
     state = copy.deepcopy(network.state_dict())  # passes in training may change buffers
     with torch.no_grad():
         seeded = [_seeded(network.train(), state, x, t, y) for _ in range(2)]
-        plain = [network.eval()(x, t, y) for _ in range(2)]
+        before_plain = _generators(x.device)
+        plain = [_output(network.eval(), x, t, y, out_channels) for _ in range(2)]
+        drawn = _generators(x.device) != before_plain
     for (first, second), when in ((plain, "in evaluation"), (seeded, "in training with the same torch seed")):
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max()), equal_nan=True):
-            raise ValueError(
-                f"denoiser: a second forward pass {when} gives another output: this network draws random numbers or"
-                " keeps a state; only dropout in training may, by torch's own generator"
-            )
+            raise ValueError(f"denoiser: a second forward pass {when} gives another output: {DRAWS}")
+    if drawn:  # less of it than rounding may change
+        raise ValueError(f"denoiser: in evaluation {DRAWS}")
+
+
+DRAWS = "this network draws random numbers or keeps a state; only dropout in training may, by torch's own generator"
+
+
+def _generators(device: torch.device) -> list[list[int]]:
+    """The states of torch's own generators that a pass on a device may move."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return [state.tolist() for state in states]
+
+
+def _output(network: Foreign, x: Tensor, t: Tensor, y: Tensor | None, channels: int) -> Tensor:
+    """The output of a pass, checked.
+
+    Raises:
+        ValueError: as `probe`.
+    """
+    out = _run(network, nn.Module.__call__, x, t, y)
+    if not isinstance(out, Tensor):
+        held = f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
+        when = "" if network.training else " in evaluation"
+        kind = f"{type(out).__name__}{held}{when}"
+        raise ValueError(f"denoiser.call.output: forward returns {kind}; name the tensor in it, as sample or 0")
+    check_output(out, channels, x)
+    weights = next(network.parameters()).dtype
+    if not out.is_floating_point() or torch.promote_types(out.dtype, weights) != weights:
+        kinds = [str(dtype).removeprefix("torch.") for dtype in (out.dtype, weights)]
+        raise ValueError(f"denoiser: forward gives {kinds[0]} where the parameters are {kinds[1]}; give {kinds[1]}")
+    if not out.isfinite().all():
+        raise ValueError("denoiser: forward gives values that are not finite")
+    return out
 
 
 def _seeded(network: nn.Module, state: Mapping[str, Any], x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -98,9 +126,9 @@ def _run(network: Any, how: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor 
     """
     try:
         return how(network, x, t, y)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         hint = ""
-        if isinstance(e, IndexError) and network.num_classes and network.null_class:
+        if isinstance(e, IndexError) and network.call.y is not None and network.num_classes and network.null_class:
             hint = (
                 f"; label {network.num_classes} means no class: its table needs {network.num_classes + 1} rows, or set"
                 " trainer.label_dropout=0"

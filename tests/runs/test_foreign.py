@@ -20,7 +20,7 @@ from diffbench.studies.config import load_study
 from diffbench.studies.plan import training_variants
 
 NETS = """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -106,6 +106,71 @@ class Smaller(Plain):
         return super().forward(x, t, y)[:, :, :4]
 
 
+class NoisyALittle(Plain):
+    def forward(self, x, t, y):
+        return super().forward(x, t, y) + 1e-6 * torch.randn_like(x)
+
+
+class OtherInEvaluation(Plain):
+    def forward(self, x, t, y):
+        out = super().forward(x, t, y)
+        return out if self.training else self.other(out)
+
+    def other(self, out):
+        return out, None
+
+
+class SmallerInEvaluation(OtherInEvaluation):
+    def other(self, out):
+        return out[..., :4]
+
+
+class FailsInEvaluation(OtherInEvaluation):
+    def other(self, out):
+        raise KeyError("no such mode")
+
+
+class NanInEvaluation(OtherInEvaluation):
+    def other(self, out):
+        return out / 0
+
+
+class Exits(Plain):
+    def forward(self, x, t, y):
+        raise SystemExit(3)
+
+
+class NoBackward(Plain):
+    def forward(self, x, t, y):
+        hidden = self.inside(x).sigmoid()
+        out = self.out(hidden) + self.label(y).sum()
+        hidden.add_(1)  # which the gradient needs as it was
+        return out
+
+
+class Wider(Plain):
+    def forward(self, x, t, y):
+        return super().forward(x, t, y).double()
+
+
+class Tokens(Plain):
+    def __init__(self, channels, num_classes):
+        super().__init__(8, channels, num_classes)
+        self.norm, self.place = nn.Identity(), nn.Embedding(num_classes + 1, 4)  # of as many rows as there are labels
+
+    def labels(self, y):
+        return self.label(y[:, None]) + self.label(y[:, None].expand(-1, 2)).sum(1, keepdim=True)
+
+    def forward(self, x, t, y):
+        token = self.labels(y) + self.place(torch.arange(len(self.place.weight))).mean(0)
+        return self.out(self.inside(x) + token.transpose(1, 2)[..., None])
+
+
+class Backwards(Tokens):
+    def labels(self, y):
+        return self.label(10 - y)[:, None]
+
+
 class FewRows(Plain):
     def __init__(self, image_size, channels, num_classes):
         super().__init__(image_size, channels, num_classes - 1)
@@ -127,9 +192,46 @@ class ConfiguredConfig:
 
 
 class Configured(Plain):
-    def __init__(self, config: ConfiguredConfig, image_size, channels, num_classes):
+    def __init__(self, config: ConfiguredConfig | None, image_size, channels, num_classes):
         super().__init__(image_size, channels, num_classes, config.width)
         self.sizes = config.sizes
+
+
+@dataclass
+class AssertedConfig:
+    width: int = 4
+    twice: int = field(init=False)
+
+    def __post_init__(self):
+        assert self.width > 1, "too narrow"
+        if self.width > 8:
+            raise ValueError("width: too wide")
+        self.twice = 2 * self.width
+
+
+class Asserted(Plain):
+    def __init__(self, config: AssertedConfig, channels, num_classes):
+        super().__init__(8, channels, num_classes, config.twice)
+
+
+@dataclass
+class HeldConfig:
+    act: type = nn.SiLU
+
+
+class Held(Plain):
+    def __init__(self, config: HeldConfig, channels, num_classes):
+        super().__init__(8, channels, num_classes)
+
+
+@dataclass
+class UntypedConfig:
+    sizes: "Sizes" = ()
+
+
+class Untyped(Plain):
+    def __init__(self, config: UntypedConfig, channels, num_classes):
+        super().__init__(8, channels, num_classes)
 
 
 def function(channels, num_classes, width: int):
@@ -178,6 +280,14 @@ REFUSED = {
     ),
     "wrong type": (["name=nets:Configured", "args.width=x"], "denoiser.args.width: must be a whole number, got 'x'"),
     "wrong value": (["name=nets:Configured", "args.width=0"], "denoiser.args.width: must be positive, got 0"),
+    "assertion": (
+        ["name=nets:Asserted", "args.width=1"],
+        "command line: denoiser.args: AssertedConfig refuses these values (AssertionError: too narrow)",
+    ),
+    "no key": (["name=nets:Asserted", "args.width=9"], "command line: denoiser.args: width: too wide"),
+    "no argument": (["name=nets:Asserted", "args.twice=9"], "denoiser.args.twice: unknown key; allowed: width"),
+    "no YAML": (["name=nets:Held"], "denoiser.args.act: HeldConfig holds a value of type type; use what YAML holds"),
+    "no types": (["name=nets:Untyped"], "denoiser.name: the types of UntypedConfig cannot be read (NameError"),
     "size": (["width=widht"], "denoiser.width: no argument 'widht'; choose from"),
     "preset": (["preset=S"], "denoiser.name=nets:Plain has none"),
     "twice": (["call.t=0"], "denoiser.call: x, t and y must go to different places or names"),
@@ -185,6 +295,14 @@ REFUSED = {
     "shape": (["name=nets:Smaller"], "puts out 1x4x8 where 1x8x8 is needed"),
     "no gradient": (["name=nets:Unused"], "no gradient reaches the parameter spare.weight and 1 more"),
     "random": (["name=nets:Noisy"], "a second forward pass in evaluation gives another output"),
+    "random, a little": (["name=nets:NoisyALittle"], "denoiser: in evaluation this network draws random numbers or"),
+    "kind in evaluation": (["name=nets:OtherInEvaluation"], "forward returns tuple in evaluation; name the tensor"),
+    "shape in evaluation": (["name=nets:SmallerInEvaluation"], "puts out 1x8x4 where 1x8x8 is needed"),
+    "fails in evaluation": (["name=nets:FailsInEvaluation"], "forward fails at an image of 1x8x8 with {x: 0, t: 1"),
+    "not finite": (["name=nets:NanInEvaluation"], "denoiser: forward gives values that are not finite"),
+    "exit": (["name=nets:Exits"], "(SystemExit: 3)"),
+    "backward": (["name=nets:NoBackward"], "denoiser: no gradient can be computed (RuntimeError: one of the variables"),
+    "type": (["name=nets:Wider"], "denoiser: forward gives float64 where the parameters are float32; give float32"),
     "random in training": (["name=nets:NoisyInTraining"], "pass in training with the same torch seed gives another"),
     "in place": (["name=nets:InPlace"], "denoiser: forward changes its input t in place; have it work on a copy"),
     "types": (["name=nets:Mixed"], "denoiser.name: parameters are of type float32 and float64 (norm.weight); make all"),
@@ -240,6 +358,26 @@ def test_the_network_gets_its_arguments_and_its_inputs(yaml: Path) -> None:
     assert configured.network.out.in_channels == 3 and configured.network.sizes == (5, 6)
     _, plain = made(yaml, "name=nets:function", "args.width=2")
     assert plain.network.out.in_channels == 2
+
+
+def test_labels_as_tokens_are_mixed_too(yaml: Path) -> None:
+    _, net = made(yaml, "name=nets:Tokens")
+    assert torch.equal(net(X, T, torch.eye(11)[Y]), net(X, T, Y))
+    table = net.network.label.weight.data
+    halves = (torch.eye(11)[3] + torch.eye(11)[5]).repeat(2, 1) / 2
+    mixed = net(X, T, halves)
+    table[0] = (table[3] + table[5]) / 2
+    assert torch.allclose(mixed, net(X, T, torch.tensor([0, 0])))
+    _, net = made(yaml, "name=nets:Backwards")
+    with pytest.raises(ValueError, match="this network looks up no label as it is given"):
+        net(X, T, halves)
+
+
+def test_fields_that_are_no_arguments_stand_in_no_config(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(yaml), *denoiser("name=nets:Asserted"), "tag=x", "debug=smoke"]) == 0
+    (run,) = (yaml.parent / "runs" / yaml.parent.name).iterdir()
+    assert "twice" not in (run / "config.yaml").read_text()
+    assert load_run(run).network.network.out.in_channels == 8
 
 
 def test_a_network_that_needs_values_is_counted_too(yaml: Path) -> None:
