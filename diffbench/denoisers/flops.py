@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -50,5 +51,8 @@ def measure(net: nn.Module, *inputs: Tensor) -> Cost:
 
 
 def parameters(net: nn.Module) -> int:
-    """Values in parameters and saved buffers (DiT's published sizes count its fixed position table)."""
-    return sum(v.numel() for v in net.state_dict().values())
+    """Values in parameters and saved buffers (DiT's published sizes count its fixed position table), besides what
+    norms of a batch keep of their inputs."""
+    norms = [module for module in net.modules() if isinstance(module, _NormBase)]
+    kept = sum(v.numel() for norm in norms for v in norm.buffers(recurse=False))
+    return sum(v.numel() for v in net.state_dict().values()) - kept
