@@ -14,7 +14,7 @@ from diffbench.denoisers.flops import parameters
 from diffbench.runs import build
 from diffbench.studies.config import nested
 
-LARGEST = 4
+LARGEST = 32
 """The largest factor by which a network may grow."""
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffbench.cli import main
+from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
@@ -17,6 +18,7 @@ from diffbench.runs import weights
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load as load_run
 from diffbench.studies.config import load_study
+from diffbench.studies.matching import sized
 from diffbench.studies.plan import training_variants
 
 NETS = """
@@ -474,6 +476,14 @@ def test_a_network_from_outside_joins_a_study(yaml: Path, capsys: pytest.Capture
     assert main(["study", str(study)]) == 0, capsys.readouterr().out
     report = (yaml.parent / "runs" / "studies" / "s" / "report.html").read_text()
     assert "plain" in report and "dit" in report
+
+
+def test_a_network_grows_far_to_meet_a_target(yaml: Path) -> None:
+    config = load(yaml, denoiser("width=width", "args.width=2"))
+    assert isinstance(config, RunConfig)
+    data, _ = runs_build.load_data(config)
+    found = sized(config, data, "gmacs", 1152 * 30 / 1e9, "width")
+    assert found.denoiser.args["width"] == 30
 
 
 FOREIGN = sorted(Path("experiments/foreign").glob("*.yaml"))
