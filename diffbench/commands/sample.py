@@ -13,7 +13,6 @@ from torch import Tensor
 from diffbench.commands.compare import asked_for
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
 from diffbench.config.load import change
-from diffbench.data.facts import labels_for
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import FORMATS, Trajectory, class_columns, new_files, save_grid, save_image, save_npz
 
@@ -62,7 +61,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         run.use_average(asked.ema)
     settings = change(run.config, {"sample": {k: v for k, v in values.items() if k not in vars(asked)}}).sample
     with located([(COMMAND_LINE, values)]):
-        labels = labels_for(asked.n, asked.labels, run.facts)
+        labels = run.labels_for(asked.n, asked.labels)
         if asked.raw and run.config.autoencoder is None and not run.raw:
             raise ValueError("raw: this network denoises images; leave it at false")
         if asked.raw:
@@ -81,8 +80,8 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         trajectory = Trajectory(sampler.images) if endings else None
         samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)
         files = new_files(asked.out, default, endings, formats)  # another command may have written meanwhile
-    names = run.facts.names
-    if names != tuple(map(str, range(run.facts.num_classes))):
+    names = run.label_names
+    if names and names != tuple(map(str, range(run.facts.num_classes))):
         yield f"labels: {_counts(labels, names)}"
     in_turn = asked.labels is None and len(names) > 1
     columns = min(class_columns(len(names)) if in_turn else 10, len(samples))

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"not scored: {e}", flush=True)
     if not grid.exists():
         if isinstance(run, DenoiserRun):
-            names, columns = run.facts.names, class_columns(len(run.facts.names))
+            names, columns = run.label_names, class_columns(len(run.label_names))
             each = drawing_seconds(run) / run.config.evaluate.count
             rows = max(1, min(10, 100 // columns, int(patience / max(columns * each, 1e-9))))
             labels = [i % columns % max(1, len(names)) for i in range(columns * rows)]

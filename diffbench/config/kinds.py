@@ -24,6 +24,7 @@ from diffbench.core.errors import check_least
 from diffbench.data.registry import SOURCES
 from diffbench.denoisers import DENOISERS
 from diffbench.denoisers.classifier import ClassifierConfig
+from diffbench.denoisers.registry import takes_labels
 from diffbench.diffusion import PROCESSES
 
 FORMAT = 1
@@ -167,6 +168,11 @@ class RunConfig(BaseConfig):
                 f"sample.guidance: {s.guidance:g} needs a null class, and trainer.label_dropout=0 trains none;"
                 " allowed: sample.guidance=1, trainer.label_dropout above 0, sample.weak_model=RUN,"
                 " or sample.classifier=RUN with sample.guidance=1"
+            )
+        if s.guidance != 1 and s.weak_model is None and not takes_labels(self.denoiser):
+            raise ValueError(
+                f"sample.guidance: {s.guidance:g} needs labels, and denoiser.call.y=null gives the network none;"
+                " allowed: sample.guidance=1, sample.weak_model=RUN"
             )
         if s.guidance_schedule == "power_cosine" and self.process.name != "vp":
             raise ValueError(

@@ -168,6 +168,11 @@ def size_key(config: Any, what: Literal["width", "depth"]) -> str:
     return key
 
 
+def takes_labels(config: Any) -> bool:
+    """Whether the denoiser of a config is given labels; one from outside may be called without."""
+    return not isinstance(config, ForeignConfig) or config.call.y is not None
+
+
 def keep_source(config: Any, folder: Path) -> None:
     """Copies the source of a network from outside below a folder, unless it is installed: configs there find it."""
     if isinstance(config, ForeignConfig):

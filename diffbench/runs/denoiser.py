@@ -187,7 +187,7 @@ class DenoiserRun(Run[RunConfig]):
             found.append(FrechetDistance(self.train_set, e.every_images, extractor, e.every_count, *drawn))
         if not self._compiled:
             found.append(TimeEstimate(self.shape))
-        return [*found, SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.facts.names)]
+        return [*found, SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.label_names)]
 
     def sampler(self, settings: SampleConfig) -> Sampler:
         """The sampler of the network, guided as the settings say."""
@@ -231,7 +231,7 @@ class DenoiserRun(Run[RunConfig]):
 
         Args:
             n: how many; by default one for each label.
-            labels: one class for all, or one for each, see `labels_for`; by default the classes in turn.
+            labels: one class for all, or one for each, see `data.facts.labels_for`; by default the classes in turn.
             guidance: weight of guidance; by default the config's.
             seed: sample i's noise follows from (seed, i).
             callback: called after each step of each batch with (step, x, predicted x0).
@@ -245,8 +245,19 @@ class DenoiserRun(Run[RunConfig]):
         if guidance is not None:
             changes["guidance"] = guidance
         settings = change(self.config, {"sample": changes}, "arguments").sample
-        y = labels_for(n, labels, self.facts)
+        y = self.labels_for(n, labels)
         return self.sampler(settings)(y, settings, seed=seed, callback=callback)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the classes that samples can be asked for; none where the network takes no labels."""
+        return self.facts.names if registry.takes_labels(self.config.denoiser) else ()
+
+    def labels_for(self, n: int | None, labels: int | str | Sequence[int | str] | Tensor | None) -> Tensor:
+        """Labels (N,) of samples, as `data.facts.labels_for`; ValueError where the network takes none."""
+        if labels is not None and self.facts.names and not self.label_names:
+            raise ValueError("labels: denoiser.call.y=null gives this network none; leave them out")
+        return labels_for(n, labels, self.facts)
 
 
 def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> GuidanceModels:

@@ -319,7 +319,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_train_is_refused_in_one_line(case: str, yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words, message = REFUSED[case]
-    assert main(["train", str(yaml), *denoiser(*words)]) == 2
+    assert main(["train", str(yaml), *denoiser(*words), "sample.guidance=1"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (yaml.parent / "runs").exists()
@@ -382,6 +382,18 @@ def test_fields_that_are_no_arguments_stand_in_no_config(yaml: Path, capsys: pyt
     assert load_run(run).network.network.out.in_channels == 8
 
 
+def test_a_network_without_labels_is_asked_for_none(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}")
+    assert main(["train", str(yaml), *words, "sample.guidance=2"]) == 2
+    assert "sample.guidance: 2 needs labels, and denoiser.call.y=null gives the network none" in capsys.readouterr().err
+    assert main(["train", str(yaml), *words, "sample.guidance=1", "tag=x", "debug=smoke"]) == 0
+    (run,) = (yaml.parent / "runs" / yaml.parent.name).iterdir()
+    assert main(["sample", str(run), "n=2"]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(run), "labels=3"]) == 2
+    assert "labels: denoiser.call.y=null gives this network none; leave them out" in capsys.readouterr().err
+
+
 def test_a_network_that_needs_values_is_counted_too(yaml: Path) -> None:
     run, _ = made(yaml, "name=nets:Values")
     attention = 64 * 4 * 12 + 2 * 64 * 64 * 4 + 64 * 4 * 4
@@ -397,6 +409,7 @@ def test_times_become_noise_levels(process: str, t_as: str, yaml: Path) -> None:
             *denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}"),
             f"denoiser.call.t_as={t_as}",
             f"process.name={process}",
+            "sample.guidance=1",
         ],
     )
     net = DenoiserRun(yaml.parent / "unwritten", config).network  # type: ignore[arg-type]
