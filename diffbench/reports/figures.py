@@ -108,23 +108,24 @@ def log_scale(axis: Axes, which: str = "y") -> None:
     axis.set(**{f"{which}scale": "log"})
     chosen = axis.yaxis if which == "y" else axis.xaxis
     low, high = chosen.get_view_interval()
-    wide = low > 0 and high / low > 30
-    chosen.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=12))
-    chosen.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    span = high / low if low > 0 else 1.0
+    subs = (1.0,) if span > 300 else (1.0, 3.0) if span > 20 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    chosen.set_major_locator(LogLocator(subs=subs, numticks=12))
+    chosen.set_major_formatter(FuncFormatter(_short))
     chosen.set_minor_formatter(NullFormatter())
 
 
 def short_numbers(axis: Axes) -> None:
     """Numbers of the x axis as 50, 20k, 1.5M, 2e12."""
-
-    def short(value: float, _: int) -> str:
-        if abs(value) >= 1e9:
-            return f"{value:g}".replace("e+", "e")
-        size, unit = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k") if abs(value) >= 1e3 else (1.0, "")
-        return f"{value / size:g}{unit}"
-
     axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.xaxis.set_major_formatter(FuncFormatter(short))
+    axis.xaxis.set_major_formatter(FuncFormatter(_short))
+
+
+def _short(value: float, _: int) -> str:
+    if abs(value) >= 1e9:
+        return f"{value:g}".replace("e+", "e")
+    size, unit = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k") if abs(value) >= 1e3 else (1.0, "")
+    return f"{value / size:g}{unit}"
 
 
 def plain(text: str) -> str:
