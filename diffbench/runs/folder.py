@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from diffbench.config.kinds import KINDS, BaseConfig
-from diffbench.config.layers import parse_overrides, read_yaml
+from diffbench.config.layers import PATHS, parse_overrides, read_yaml
 from diffbench.config.load import flatten, from_dict, load, to_dict, to_yaml
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
@@ -148,7 +148,7 @@ def check_same(folder: Path, config: BaseConfig) -> bool:
         write_text(saved, to_yaml(config))
         return False
     before, now = flatten(to_dict(read_config(folder))), flatten(to_dict(config))
-    changed = [k for k in sorted(before | now) if not is_free(k) and before.get(k) != now.get(k)]
+    changed = [k for k in sorted(before | now) if not is_free(k) and not _same(k, before.get(k), now.get(k))]
     if changed:
         shown = ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -156,6 +156,12 @@ def check_same(folder: Path, config: BaseConfig) -> bool:
             f"{saved}: this run was made with {shown}{more}; choose another tag=NAME, or move the folder away"
         )
     return True
+
+
+def _same(key: str, before: Any, now: Any) -> bool:
+    """Whether a key's values are equal, or spell one path in two ways, as pets and pets/."""
+    paths = PATHS.search(key) and isinstance(before, str) and isinstance(now, str)
+    return before == now or bool(paths and all(map(os.path.exists, (before, now))) and os.path.samefile(before, now))
 
 
 def check_resumable(folder: Path, config: BaseConfig) -> None:

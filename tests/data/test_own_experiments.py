@@ -53,6 +53,23 @@ def test_train_look_score_and_ask_for_a_class(pets: Path, capsys: Capture, monke
     assert capsys.readouterr().err == "error: command line: evaluate: must be null or false, got 'no'\n"
 
 
+def test_class_folders_may_be_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "cache"))
+    pets = folder(tmp_path / "pets", {"1": 20, "2": 20, "10": 20}, height=8, width=8)
+    assert main(command(pets, "evaluate=null", "tag=numbers")) == 0
+    assert "3 classes: 1 18, 2 18, 10 18" in capsys.readouterr().out
+    with Image.open(tmp_path / "runs/own/unet-smoke-numbers-s0/samples/final-000000016.png") as grid:
+        assert grid.width == 3 * 68
+
+
+def test_a_folder_may_be_spelled_otherwise(pets: Path, capsys: Capture) -> None:
+    assert main(command(pets, "evaluate=null")) == 0
+    for path in (f"{pets}/", f"{pets.parent}/./pets"):
+        words = [f"data.path={path}" if word.startswith("data.path=") else word for word in command(pets)]
+        assert main([*words, "evaluate=null"]) == 0
+        assert "complete at 16 images" in capsys.readouterr().out
+
+
 def test_scoring_never_takes_longer_than_training(pets: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffbench.runs.drawing.drawing_seconds", lambda run: 900.0)
     assert main(command(pets, "tag=slow")) == 0
