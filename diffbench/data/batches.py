@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from diffbench.core.pixels import from_uint8, to_uint8
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
+from diffbench.data.transforms import is_grey, with_channels
 
 IMAGE_NAMES = ("image", "img", "images", "pixel_values")
 LABEL_NAMES = ("label", "labels", "class", "target", "fine_label")
@@ -73,6 +74,14 @@ def unscaled(images: Tensor) -> str | None:
     return f"images lie in {low:.3g}..{high:.3g}: give uint8, or float in -1..1, as 2 * x - 1 makes of 0..1"
 
 
+def _outside(images: Tensor) -> str | None:
+    """A sentence on float images that leave [-1, 1] by more than a level of 256, or None."""
+    low, high = float(images.min()), float(images.max())
+    if low >= -1 - 1 / 127.5 and high <= 1 + 1 / 127.5:
+        return None
+    return f"images lie in {low:.3g}..{high:.3g}: give uint8, or float in -1..1"
+
+
 def image_set(data: ImageSet | AnyDataset) -> ImageSet:
     """A data set's images in memory, as uint8.
 
@@ -88,9 +97,12 @@ def image_set(data: ImageSet | AnyDataset) -> ImageSet:
     if isinstance(data, ImageSet):
         return data
     images, labels = _columns(data, IMAGE_NAMES)
-    stacked = torch.stack([_tensor(image) for image in images])
+    tensors = [_tensor(image) for image in images]
+    if len(shapes := list(dict.fromkeys(tuple(t.shape) for t in tensors))) > 1:
+        raise ValueError(f"images must have one shape; got {shapes[0]} and {shapes[1]}")
+    stacked = torch.stack(tensors)
     if stacked.is_floating_point():
-        if wrong := unscaled(stacked):
+        if wrong := unscaled(stacked) or _outside(stacked):
             raise ValueError(wrong)
         stacked = to_uint8(stacked)
     return ImageSet(stacked, **_labelled(data, labels))
@@ -118,7 +130,7 @@ def _columns(data: Any, names: Sequence[str]) -> tuple[list[Any], list[Any]]:
 
 def _tensor(image: Any) -> Tensor:
     if isinstance(image, Image.Image):
-        pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        pixels = np.asarray(with_channels(image, 1 if is_grey(image) else 3))
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
     if not isinstance(image, Tensor) or image.ndim != 3:
         raise ValueError(f"an image must be one of Pillow's or a tensor (C, H, W), got {type(image).__name__}")
@@ -128,13 +140,9 @@ def _tensor(image: Any) -> Tensor:
 def _labelled(data: Any, labels: list[Any]) -> dict[str, Any]:
     """Labels, classes and name of a set; without labels, all are 0 of no class."""
     name = type(data).__name__
-    if labels[0] is None:
+    if all(label is None for label in labels):
         return {"labels": torch.zeros(len(labels), dtype=torch.int64), "num_classes": 0, "name": name}
-    try:
-        numbers = torch.tensor([int(label) for label in labels])
-    except (TypeError, ValueError, RuntimeError):
-        odd = next(label for label in labels if not isinstance(label, int))
-        raise ValueError(f"labels must be whole numbers, or all None; got {odd!r:.40}") from None
+    numbers = torch.tensor([_whole(label) for label in labels])
     names = _class_names(data)
     classes = max(len(names), int(numbers.max()) + 1)
     return {
@@ -143,6 +151,15 @@ def _labelled(data: Any, labels: list[Any]) -> dict[str, Any]:
         "name": name,
         "class_names": names if len(names) == classes else (),
     }
+
+
+def _whole(label: Any) -> int:
+    try:
+        if int(label) == float(label):
+            return int(label)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ValueError(f"labels must be whole numbers, or all None; got {label!r:.40}")
 
 
 def _class_names(data: Any) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def decode(
             check_size(image.size)
             kind = str(image.format)
             upright = ImageOps.exif_transpose(image)
-            converted = _converted(upright, channels or (1 if is_grey(image) else 3))
+            converted = with_channels(upright, channels or (1 if is_grey(image) else 3))
             pixels = np.asarray(converted if size is None else centre_crop(converted, size))
     except BrokenError:
         raise
@@ -95,7 +95,8 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _converted(image: Image.Image, channels: int) -> Image.Image:
+def with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode as grey (1 channel) or colour (3), 8 bits each; BrokenError where its range is unknown."""
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clamp
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:

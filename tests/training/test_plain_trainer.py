@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -175,10 +176,37 @@ def test_data_sets_of_other_people_are_read_into_memory() -> None:
 def test_floats_in_0_to_1_are_told_apart() -> None:
     with pytest.warns(UserWarning, match=r"images lie in 0\.\.1: give uint8, or float in -1\.\.1, as 2 \* x - 1 makes"):
         trainer(max_steps=1).fit(module(), one(IMAGES / 255))
+    for labels, odd in (([1, 0.7], "0.7"), ([torch.tensor(1), torch.tensor(0.7)], "tensor"), ([None, 1], "None")):
+        with pytest.raises(ValueError, match=f"labels must be whole numbers, or all None; got {odd}"):
+            image_set([(IMAGES[0], label) for label in labels])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"images lie in 0\.\.1: give uint8"):
         ImageDataModule(TensorDataset(IMAGES / 255))
     with pytest.raises(ValueError, match=r"images must be uint8 \(N, C, H, W\) in 0\.\.255, got torch\.float32"):
         ImageSet(IMAGES / 255, LABELS, 4)
+def test_pillow_images_of_any_mode() -> None:
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    found = image_set([Image.fromarray(levels)]).images  # type: ignore[arg-type]
+    assert found.shape == (1, 1, 8, 8) and (found[0, 0].numpy() == np.round(levels / 257)).all()
+    grey = Image.fromarray(levels.astype(np.uint8))
+    assert image_set([grey.convert("P")]).shape == image_set([grey.convert("RGBA")]).shape == (3, 8, 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="floating-point pixels, whose range is unknown"):
+        image_set([Image.fromarray(levels.astype(np.float32))])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"images must have one shape; got \(1, 8, 8\) and \(3, 8, 8\)"):
+        image_set([grey, grey.convert("RGB")])  # type: ignore[arg-type]
+
+
+def test_floats_beyond_1_are_not_clipped() -> None:
+    slightly = FLOATS * 1.001
+    assert torch.equal(image_set(TensorDataset(slightly)).images, IMAGES)
+    standardised, mixed = TensorDataset(2 * FLOATS), [IMAGES[0], FLOATS[0]]
+    with pytest.raises(ValueError, match=r"images lie in -2\.\.2: give uint8, or float in -1\.\.1$"):
+        ImageDataModule(standardised)
+    with pytest.raises(ValueError, match=r"images lie in -0\.929\.\.254: give uint8"):
+        image_set(mixed)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"images lie in \S+: give uint8"):
+        ValidationError(TensorDataset(3 * torch.randn(4, 4, 2, 2)), 8)  # latents
+
+
 
 
 EPOCHS = [
