@@ -162,8 +162,7 @@ class DiffusionModule(TrainingModule):
         """Logs a batch's errors; the noise of each image is that of its number in the data set."""
         found = unpack(batch)
         count, index = len(found["x0"]), found.get("index")
-        if not self._measured:
-            self.check(found["x0"], found["label"])
+        self.check(None if self._measured else found["x0"], found["label"])
         if index is None:  # as Lightning deals images to ranks
             index = (self._measured + torch.arange(count)) * distributed.world_size() + distributed.rank()
         self._measured += count

@@ -121,8 +121,7 @@ class TrainingModule(L.LightningModule):
         if self._loss is None:  # the first micro-batch of a step
             self.images_before = self.images_seen
         if "position" not in found:
-            if not self.images_seen:
-                self.check(x0, found["label"])
+            self.check(None if self.images_seen else x0, found["label"])
             first = self.images_seen + distributed.rank() * len(x0)
             found |= {"first": first, "position": torch.arange(first, first + len(x0), device=x0.device)}
         self.images_seen += len(x0) * world

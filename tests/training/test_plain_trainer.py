@@ -147,6 +147,13 @@ def test_labels_that_the_network_does_not_know_are_refused(do: str) -> None:
         getattr(trainer(max_steps=1), do)(module(dit()), one([FLOATS, torch.arange(48) % 6]))
 
 
+def test_labels_are_checked_in_every_batch() -> None:
+    from_one = DataLoader(TensorDataset(IMAGES, torch.arange(48) // 12 + 1), 12)  # sorted: 4 comes last
+    for do in ("fit", "validate"):
+        with pytest.raises(ValueError, match=r"labels lie in 4\.\.4, allowed are 0\.\.3"):
+            getattr(trainer(max_epochs=1), do)(module(dit()), from_one)
+
+
 @pytest.mark.parametrize(("label", "got"), [(LABELS[:, None], r"int64 \(48, 1\)"), (["cat"] * 48, "list")])
 def test_labels_of_another_kind_are_refused(label: Any, got: str) -> None:
     with pytest.raises(ValueError, match=r"labels must be whole numbers \(48,\), or float weights .* got .*" + got):
