@@ -38,6 +38,8 @@ class EMA(Ordered):
     def __init__(self, config: float | Sequence[float] | EMAConfig = 0.9999) -> None:
         if not isinstance(config, EMAConfig):
             config = EMAConfig([config] if isinstance(config, float) else list(config))
+        if config.half_life is not None and config.decays == EMAConfig().decays:
+            raise ValueError("ema.half_life: give EMAConfig(half_life=...).in_steps(batch_size)")
         self.config = config
         self.updates = 0
         self.averages: dict[float, list[Tensor]] = {}
@@ -49,6 +51,7 @@ class EMA(Ordered):
 
     def attach(self, network: nn.Module) -> None:
         """Starts the averages at the network's present weights, on its device."""
+        self.updates = 0
         self._network, self._parameters = network, list(network.parameters())
         self.averages = {d: [local_shard(p).clone() for p in self._parameters] for d in self.config.decays}
 
@@ -162,4 +165,7 @@ class EMA(Ordered):
         return {"updates": self.updates, "averages": {str(decay): self.full_average(decay) for decay in self.averages}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        if state_dict["averages"]:
+            self._restored = state_dict
+        else:  # of before training, as `Tuner.lr_find` brings it back
+            self._restored, self._network, self.averages = None, nn.Module(), {}

@@ -33,7 +33,7 @@ from diffbench import (
     metrics,
     sample,
 )
-from diffbench.config.sections import OptimizerConfig, SampleConfig
+from diffbench.config.sections import EMAConfig, OptimizerConfig, SampleConfig
 from diffbench.data.batches import image_set
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import DiTConfig
@@ -456,6 +456,20 @@ def test_ema_of_another_module() -> None:
 
 def test_two_devices(tmp_path: Path) -> None:
     """Ranks share positions, with Lightning's own sampler of any loader and with ours."""
+def test_an_average_of_a_second_module_begins_anew() -> None:
+    ema = EMA(0.9)
+    for _ in range(2):
+        lm = module(dit(), lr=0.1)
+        trainer(max_steps=3, callbacks=[ema]).fit(lm, loader())
+        assert ema.updates == 3 and ema.averages[0.9][0].shape == next(lm.parameters()).shape
+
+
+def test_half_lives_need_the_batch_size() -> None:
+    with pytest.raises(ValueError, match=r"ema\.half_life: give EMAConfig\(half_life=...\)\.in_steps\(batch_size\)"):
+        EMA(EMAConfig(half_life=[500]))
+    assert EMA(EMAConfig(half_life=[8]).in_steps(8)).config.decays == [0.5]
+
+
 
     class Writes(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -551,3 +565,17 @@ def test_a_plateau_is_waited_for() -> None:
     lm = module(lr_scheduler=plateau, lr=0.1)
     trainer(max_epochs=4).fit(lm, loader(24), loader(48))
     assert lm.optimizers().param_groups[0]["lr"] < 0.1 and math.isfinite(lm.lr)  # type: ignore[union-attr, arg-type]
+def test_lr_find_leaves_an_average_as_it_was(tmp_path: Path) -> None:
+    def average(find: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        lm, ema = module(dit(), lr=0.1), EMA(0.9)
+        fitter = trainer(tmp_path, max_steps=3, callbacks=[ema])
+        if find:
+            Tuner(fitter).lr_find(lm, loader(), num_training=12, update_attr=False)
+        fitter.fit(lm, loader())
+        assert ema.updates == 3
+        return ema.averages[0.9]
+
+    assert all(map(torch.equal, average(True), average(False)))
+
+
