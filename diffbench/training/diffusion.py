@@ -168,7 +168,8 @@ class DiffusionModule(TrainingModule):
         self._measured += count
         errors = batch_errors(self.network, self.process, found["x0"], found["label"], index, self.log_snr).mean(1)
         values = bound_metrics(part, dict(zip(self.log_snr, errors.tolist(), strict=True)))
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
+        size: Any = float(count)  # Lightning takes the mean over ranks, and rounds that of whole numbers down
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
     def sampler(self) -> Sampler:
         """The sampler of the network as it is now; ValueError before a batch has shown the shape of images."""
@@ -180,10 +181,12 @@ class DiffusionModule(TrainingModule):
         """Samples for the labels of a batch, or for labels (B,): (B, C, H, W) uint8, float32 if they are no images."""
         alone = isinstance(batch, Tensor) and batch.ndim == 1
         found = {"x0": batch, "label": batch} if alone else unpack(batch)
-        labels, count = found["label"], len(found["x0"])
+        labels, count, index = found["label"], len(found["x0"]), found.get("index")
         if labels is None:
             labels = torch.full((count,), 0 if self.null_label is None else self.null_label)
         first = self._measured * distributed.world_size() + distributed.rank() * count
+        if index is not None:  # ranks of ImageDataModule may have batches of different sizes
+            first = int(index[0])
         self._measured += count
         labels = labels if labels.is_floating_point() else labels.long()
         if labels.ndim == 1 and len(given := labels[labels != (-1 if self.null_label is None else self.null_label)]):

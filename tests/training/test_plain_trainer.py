@@ -176,20 +176,13 @@ def test_data_sets_of_other_people_are_read_into_memory() -> None:
         assert (found.num_classes, list(found.class_names)) == (4, known)
     with pytest.raises(ValueError, match="labels must be whole numbers, or all None; got 'cat'"):
         image_set([(IMAGES[0], "cat")])  # type: ignore[arg-type]
+    for labels, odd in (([1, 0.7], "0.7"), ([torch.tensor(1), torch.tensor(0.7)], "tensor"), ([None, 1], "None")):
+        with pytest.raises(ValueError, match=f"labels must be whole numbers, or all None; got {odd}"):
+            image_set([(IMAGES[0], label) for label in labels])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one of image, img, images, pixel_values; it has photo, label"):
         image_set([{"photo": IMAGES[0], "label": 1}])  # type: ignore[arg-type]
 
 
-def test_floats_in_0_to_1_are_told_apart() -> None:
-    with pytest.warns(UserWarning, match=r"images lie in 0\.\.1: give uint8, or float in -1\.\.1, as 2 \* x - 1 makes"):
-        trainer(max_steps=1).fit(module(), one(IMAGES / 255))
-    for labels, odd in (([1, 0.7], "0.7"), ([torch.tensor(1), torch.tensor(0.7)], "tensor"), ([None, 1], "None")):
-        with pytest.raises(ValueError, match=f"labels must be whole numbers, or all None; got {odd}"):
-            image_set([(IMAGES[0], label) for label in labels])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"images lie in 0\.\.1: give uint8"):
-        ImageDataModule(TensorDataset(IMAGES / 255))
-    with pytest.raises(ValueError, match=r"images must be uint8 \(N, C, H, W\) in 0\.\.255, got torch\.float32"):
-        ImageSet(IMAGES / 255, LABELS, 4)
 def test_pillow_images_of_any_mode() -> None:
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     found = image_set([Image.fromarray(levels)]).images  # type: ignore[arg-type]
@@ -214,6 +207,13 @@ def test_floats_beyond_1_are_not_clipped() -> None:
         ValidationError(TensorDataset(3 * torch.randn(4, 4, 2, 2)), 8)  # latents
 
 
+def test_floats_in_0_to_1_are_told_apart() -> None:
+    with pytest.warns(UserWarning, match=r"images lie in 0\.\.1: give uint8, or float in -1\.\.1, as 2 \* x - 1 makes"):
+        trainer(max_steps=1).fit(module(), one(IMAGES / 255))
+    with pytest.raises(ValueError, match=r"images lie in 0\.\.1: give uint8"):
+        ImageDataModule(TensorDataset(IMAGES / 255))
+    with pytest.raises(ValueError, match=r"images must be uint8 \(N, C, H, W\) in 0\.\.255, got torch\.float32"):
+        ImageSet(IMAGES / 255, LABELS, 4)
 
 
 EPOCHS = [
@@ -454,8 +454,6 @@ def test_ema_of_another_module() -> None:
         trainer(max_steps=1, callbacks=[SampleGrid(8)]).fit(lm, loader())
 
 
-def test_two_devices(tmp_path: Path) -> None:
-    """Ranks share positions, with Lightning's own sampler of any loader and with ours."""
 def test_an_average_of_a_second_module_begins_anew() -> None:
     ema = EMA(0.9)
     for _ in range(2):
@@ -470,6 +468,8 @@ def test_half_lives_need_the_batch_size() -> None:
     assert EMA(EMAConfig(half_life=[8]).in_steps(8)).config.decays == [0.5]
 
 
+def test_two_devices(tmp_path: Path) -> None:
+    """Ranks share positions, with Lightning's own sampler of any loader and with ours."""
 
     class Writes(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -491,6 +491,33 @@ def test_half_lives_need_the_batch_size() -> None:
         assert {"fd/Pixels@7", "val/bound"} <= set(fitter.callback_metrics)
         first, second = (json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1))
         assert sorted(first + second) == list(range(48)) and first[:4] == [0, 1, 2, 3] and second[:4] == [4, 5, 6, 7]
+
+
+def test_held_out_images_of_two_devices(tmp_path: Path) -> None:
+    """Ranks with different numbers of images: the bound is their mean, and no two samples have the same noise."""
+
+    class Writes(L.Callback):
+        def on_predict_batch_end(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *rest: Any
+        ) -> None:
+            torch.save(
+                (batch["index"], outputs), tmp_path / f"{devices}-{trainer.global_rank}-{int(batch['index'][0])}"
+            )
+
+    held_out = TensorDataset(IMAGES[:7], LABELS[:7])
+    bounds, samples = [], []
+    for devices in (1, 2):
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"strategy": "ddp_fork"} if devices == 2 else {}
+        fitter = trainer(tmp_path, devices=devices, callbacks=[Writes()], **options)
+        lm, data = module(dit()), ImageDataModule(TensorDataset(IMAGES, LABELS), held_out, batch_size=2)
+        bounds.append(fitter.validate(lm, data, verbose=False)[0]["val/bound"])
+        fitter.predict(lm, datamodule=data, return_predictions=False)
+        drawn = [torch.load(path) for path in tmp_path.glob(f"{devices}-*")]
+        index, images = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        samples.append(images[index.argsort()])
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-5)
+    assert (samples[0].int() - samples[1].int()).abs().max() <= 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's calls of jsonargparse
@@ -545,6 +572,20 @@ def test_lr_find(tmp_path: Path) -> None:
     assert lm.images_seen == 0 and lm.lr in (None, found.suggestion())
 
 
+def test_lr_find_leaves_an_average_as_it_was(tmp_path: Path) -> None:
+    def average(find: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        lm, ema = module(dit(), lr=0.1), EMA(0.9)
+        fitter = trainer(tmp_path, max_steps=3, callbacks=[ema])
+        if find:
+            Tuner(fitter).lr_find(lm, loader(), num_training=12, update_attr=False)
+        fitter.fit(lm, loader())
+        assert ema.updates == 3
+        return ema.averages[0.9]
+
+    assert all(map(torch.equal, average(True), average(False)))
+
+
 def test_latents_of_any_data_set() -> None:
     latents = torch.randn(24, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     data = LatentDataModule(TensorDataset(latents, LABELS[:24]), batch_size=8)
@@ -565,17 +606,3 @@ def test_a_plateau_is_waited_for() -> None:
     lm = module(lr_scheduler=plateau, lr=0.1)
     trainer(max_epochs=4).fit(lm, loader(24), loader(48))
     assert lm.optimizers().param_groups[0]["lr"] < 0.1 and math.isfinite(lm.lr)  # type: ignore[union-attr, arg-type]
-def test_lr_find_leaves_an_average_as_it_was(tmp_path: Path) -> None:
-    def average(find: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        lm, ema = module(dit(), lr=0.1), EMA(0.9)
-        fitter = trainer(tmp_path, max_steps=3, callbacks=[ema])
-        if find:
-            Tuner(fitter).lr_find(lm, loader(), num_training=12, update_attr=False)
-        fitter.fit(lm, loader())
-        assert ema.updates == 3
-        return ema.averages[0.9]
-
-    assert all(map(torch.equal, average(True), average(False)))
-
-
