@@ -68,7 +68,7 @@ def run_folders(top: Path) -> Iterator[Path]:
         UserError: if there is no such folder.
     """
     if not top.is_dir():
-        raise UserError(f"{top}: no such folder; name one that holds runs, as runs")
+        raise UserError(f"{top}: no such folder; train first, or name a folder that holds runs")
     for folder, below, files in os.walk(top):
         below.sort()
         if "config.yaml" in files:

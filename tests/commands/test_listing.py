@@ -48,7 +48,8 @@ def test_where_there_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["list", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: no run folder here or below (none has a config.yaml)\n"
     assert main(["list", str(tmp_path / "runz")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'runz'}: no such folder; name one that holds runs, as runs\n"
+    hint = "no such folder; train first, or name a folder that holds runs"
+    assert capsys.readouterr().err == f"error: {tmp_path / 'runz'}: {hint}\n"
 
 
 def test_the_work_grows_with_the_number_of_runs(

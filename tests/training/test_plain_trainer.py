@@ -367,6 +367,8 @@ def test_samples_of_a_network() -> None:
     assert several.shape == (3, 1, 8, 8) and torch.equal(several, one_label)
     with pytest.raises(ValueError, match=r"labels: lie in 0\.\.5, allowed are 0\.\.3"):
         sample(net, VP(), labels=[0, 5])
+    with pytest.raises(ValueError, match="n: must be at least 1, got 0"):
+        sample(net, VP(), 0)
 
 
 def test_loggers_and_monitors_see_the_metrics(tmp_path: Path) -> None:
