@@ -54,9 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
             names, columns = run.label_names, class_columns(len(run.label_names))
             each = drawing_seconds(run) / run.config.evaluate.count
             rows = max(1, min(10, 100 // columns, int(patience / max(columns * each, 1e-9))))
-            labels = [i % columns % max(1, len(names)) for i in range(columns * rows)]
-            captions = [names[label] for label in labels] if names else None
-            save_grid(run.sample_tensor(len(labels), captions), columns, grid, captions)
+            captions = [names[i % columns % len(names)] for i in range(columns * rows)] if names else None
+            save_grid(run.sample_tensor(columns * rows, captions), columns, grid, captions)
         else:
             save_grid(run.side_by_side(50), 10, grid)
     print(f"\n{run_table([(run.folder.name, run_facts(run))])}\n")

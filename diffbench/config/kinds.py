@@ -163,13 +163,14 @@ class RunConfig(BaseConfig):
 
     def _check_guidance(self) -> None:
         s = self.sample
-        if s.guidance != 1 and s.weak_model is None and self.trainer.label_dropout == 0:
+        by_class = s.guidance != 1 and s.weak_model is None
+        if by_class and self.trainer.label_dropout == 0:
             raise ValueError(
                 f"sample.guidance: {s.guidance:g} needs a null class, and trainer.label_dropout=0 trains none;"
                 " allowed: sample.guidance=1, trainer.label_dropout above 0, sample.weak_model=RUN,"
                 " or sample.classifier=RUN with sample.guidance=1"
             )
-        if s.guidance != 1 and s.weak_model is None and not takes_labels(self.denoiser):
+        if by_class and not takes_labels(self.denoiser):
             raise ValueError(
                 f"sample.guidance: {s.guidance:g} needs labels, and denoiser.call.y=null gives the network none;"
                 " allowed: sample.guidance=1, sample.weak_model=RUN"

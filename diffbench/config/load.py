@@ -133,11 +133,13 @@ def to_dict(config: BaseConfig) -> dict[str, Any]:
 
 def _values(value: Any) -> Any:
     """As `dataclasses.asdict`, without fields that are no arguments, which only a network from outside has."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(type(value)):
         return {f.name: _values(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, dict):
         return {key: _values(inner) for key, inner in value.items()}
-    return type(value)(map(_values, value)) if isinstance(value, list | tuple) else copy.deepcopy(value)
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(map(_values, value))
+    return copy.deepcopy(value)
 
 
 def to_yaml(config: BaseConfig) -> str:
@@ -238,8 +240,8 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapp
             keys = ", ".join(keys_of(kind))
             raise ValueError(f"{key}: must be a section with keys, got {shown(value)}; allowed: {keys}")
     for field_ in dataclasses.fields(cls):  # type: ignore[arg-type]
-        defaults = (field_.default, field_.default_factory)
-        if field_.name in known and field_.name not in made and defaults == (dataclasses.MISSING, dataclasses.MISSING):
+        needed = field_.init and field_.default is field_.default_factory is dataclasses.MISSING
+        if needed and field_.name not in made:
             raise ValueError(f"{prefix}{field_.name}: missing")
     return _from_outside(cls, made, prefix.rstrip(".")) if prefix.startswith("denoiser.args.") else cls(**made)
 

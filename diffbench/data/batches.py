@@ -66,20 +66,16 @@ def _shown(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def unscaled(images: Tensor) -> str | None:
-    """A sentence on a wrong range of float images (of pixels, or of latents), or None: [-1, 1] has negative values."""
-    low, high = float(images.min()), float(images.max())
-    if low < 0 or low == high:
-        return None
-    return f"images lie in {low:.3g}..{high:.3g}: give uint8, or float in -1..1, as 2 * x - 1 makes of 0..1"
+def unscaled(images: Tensor, pixels: bool = False) -> str | None:
+    """A sentence on a wrong range of float images, or None: [-1, 1] has negative values.
 
-
-def _outside(images: Tensor) -> str | None:
-    """A sentence on float images that leave [-1, 1] by more than a level of 256, or None."""
+    Latents may leave it; what is known to be `pixels` may by a level of 256.
+    """
     low, high = float(images.min()), float(images.max())
-    if low >= -1 - 1 / 127.5 and high <= 1 + 1 / 127.5:
-        return None
-    return f"images lie in {low:.3g}..{high:.3g}: give uint8, or float in -1..1"
+    wrong = f"images lie in {low:.3g}..{high:.3g}: give uint8, or float in -1..1"
+    if not (low < 0 or low == high):
+        return f"{wrong}, as 2 * x - 1 makes of 0..1"
+    return wrong if pixels and max(-low, high) > 1 + 1 / 127.5 else None
 
 
 def image_set(data: ImageSet | AnyDataset) -> ImageSet:
@@ -102,7 +98,7 @@ def image_set(data: ImageSet | AnyDataset) -> ImageSet:
         raise ValueError(f"images must have one shape; got {shapes[0]} and {shapes[1]}")
     stacked = torch.stack(tensors)
     if stacked.is_floating_point():
-        if wrong := unscaled(stacked) or _outside(stacked):
+        if wrong := unscaled(stacked, pixels=True):
             raise ValueError(wrong)
         stacked = to_uint8(stacked)
     return ImageSet(stacked, **_labelled(data, labels))

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Last parts of the names, in a state dict, of the values that torch's norms over a batch keep of their inputs."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,4 @@ def measure(net: nn.Module, *inputs: Tensor) -> Cost:
 def parameters(net: nn.Module) -> int:
     """Values in parameters and saved buffers (DiT's published sizes count its fixed position table), besides what
     norms of a batch keep of their inputs."""
-    norms = [module for module in net.modules() if isinstance(module, _NormBase)]
-    kept = sum(v.numel() for norm in norms for v in norm.buffers(recurse=False))
-    return sum(v.numel() for v in net.state_dict().values()) - kept
+    return sum(v.numel() for name, v in net.state_dict().items() if name.rpartition(".")[2] not in STATISTICS)

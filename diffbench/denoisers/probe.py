@@ -13,6 +13,8 @@ from diffbench.denoisers.base import check_output
 from diffbench.denoisers.foreign import Foreign, described
 from diffbench.denoisers.layers import both_sides
 
+DRAWS = "this network draws random numbers or keeps a state; only dropout in training may, by torch's own generator"
+
 
 def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[int, int]) -> flops.Cost:
     """The cost of a network from outside; on the CPU where it cannot run without values, as one that calls `.item()`.
@@ -78,9 +80,6 @@ def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
             raise ValueError(f"denoiser: a second forward pass {when} gives another output: {DRAWS}")
     if drawn:  # less of it than rounding may change
         raise ValueError(f"denoiser: in evaluation {DRAWS}")
-
-
-DRAWS = "this network draws random numbers or keeps a state; only dropout in training may, by torch's own generator"
 
 
 def _generators(device: torch.device) -> list[list[int]]:

@@ -142,9 +142,9 @@ def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | No
     figure = new_figure(3.6 * len(kept) + 0.4, 3.3 * len(names) + 0.5)
     panels = figure.subplots(len(names), len(kept), sharey="row", squeeze=False)
     for name, row in zip(names, panels, strict=True):
-        means = np.concatenate([curve.values.mean(0) for curve in curves[name].values()])
-        if metric_of(name).lower_is_better and means.min() > 0 and means.max() > WIDE * means.min():
-            row[0].set_ylim(means.min() / 1.3, means.max() * 1.3)
+        means = [mean for curve in curves[name].values() for mean in curve.values.mean(0) if np.isfinite(mean)]
+        if metric_of(name).lower_is_better and means and max(means) > WIDE * min(means) > 0:
+            row[0].set_ylim(min(means) / 1.3, max(means) * 1.3)
             log_scale(row[0])
         for what, panel in zip(kept, row, strict=True):
             for variant, curve in curves[name].items():

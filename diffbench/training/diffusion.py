@@ -184,8 +184,9 @@ class DiffusionModule(TrainingModule):
         labels, count, index = found["label"], len(found["x0"]), found.get("index")
         if labels is None:
             labels = torch.full((count,), 0 if self.null_label is None else self.null_label)
-        first = self._measured * distributed.world_size() + distributed.rank() * count
-        if index is not None:  # ranks of ImageDataModule may have batches of different sizes
+        if index is None:
+            first = self._measured * distributed.world_size() + distributed.rank() * count
+        else:  # ranks of ImageDataModule may have batches of different sizes
             first = int(index[0])
         self._measured += count
         labels = labels if labels.is_floating_point() else labels.long()

@@ -88,3 +88,11 @@ def test_the_report_of_a_ladder(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "plots" / "ladder.png").is_file()
     page = (tmp_path / "out" / "report.html").read_text()
     assert c.answer in page and "By budget" in page and "same verdict at" in page
+
+
+def test_a_measure_that_only_the_last_budget_has(tmp_path: Path) -> None:
+    final = backbones(tmp_path / "runs")
+    scored = [replace(t, at=98_304, record=record(1.0 + t.seed, t.seed, 98_304)) for t in final]
+    rungs = {"early": [replace(t, at=16_384, record=None) for t in final], "late": scored}
+    write(Comparison("Ladder", "Which?", scored, rungs=rungs), tmp_path / "out")
+    assert (tmp_path / "out" / "plots" / "ladder.png").is_file()
