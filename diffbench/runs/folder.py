@@ -1,5 +1,6 @@
 """The run folder: its name, and whether the config inside agrees with the command."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from diffbench.config.kinds import KINDS, BaseConfig
+from diffbench.config.kinds import KINDS, BaseConfig, RunConfig
 from diffbench.config.layers import PATHS, parse_overrides, read_yaml
 from diffbench.config.load import flatten, from_dict, load, to_dict, to_yaml
 from diffbench.core.errors import UserError
@@ -39,15 +40,16 @@ FREE = {
     "trainer.async_checkpoints",
     "trainer.compile",
 }
-IN_TRAINING = {"evaluate.every_images", "evaluate.every_count", "evaluate.best"}
+IN_TRAINING = ("every_images", "every_count", "best")
+"""Keys of `evaluate` that a complete run keeps."""
 
 
 def is_free(key: str) -> bool:
-    """True if a key changes neither the weights (but for rounding on other devices) nor the numbers that are logged.
+    """True if a key changes neither the weights (but for rounding on other devices) nor what validation measures.
 
     Such a key may change when a run resumes, and is not part of its name.
     """
-    return key in FREE or (key.split(".")[0] in FREE_SECTIONS and key not in IN_TRAINING)
+    return key in FREE or key.split(".")[0] in FREE_SECTIONS
 
 
 LONGEST_TAG = 100
@@ -66,22 +68,27 @@ def folder_for(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path
 
 
 def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> str:
-    given, now = flatten(parse_overrides(overrides)), flatten(to_dict(config))
-    try:
-        plain = flatten(to_dict(load(path, [f"debug={config.debug}"])))
-    except UserError:  # the YAML is not valid without the overrides
-        plain = {}
-    chosen = [k for k in given if k.endswith((".name", ".preset")) and plain.get(k) != given[k]]
-    sections = {k.split(".")[0] for k in chosen}  # whose other keys differ from the file's too
+    given, now = flatten(parse_overrides(_needed(path, overrides, config))), flatten(to_dict(config))
+    chosen = [k for k in given if k.endswith((".name", ".preset"))]
     words = []
     for key in [*sorted(chosen), *(k for k in now if k in given and k not in chosen)]:
         value = now.get(key, given[key])
-        same = key in plain and plain[key] == value and key.split(".")[0] not in sections
-        if not is_free(key) and key not in ("seed", "debug") and not same and (key in now or value is not None):
+        if not is_free(key) and key not in ("seed", "debug") and (key in now or value is not None):
             words.append(
                 _text(Path(value).name) if key == "data.path" and value else f"{_leaf(key, now)}_{_text(value)}"
             )
     return _short("-".join(words))
+
+
+def _needed(path: Path, overrides: Sequence[str], config: BaseConfig) -> list[str]:
+    """The overrides without those that change nothing, such as an image size that the images would get anyway."""
+    kept = list(overrides)
+    for word in overrides:
+        rest = list(kept)
+        rest.remove(word)
+        with contextlib.suppress(UserError):  # the YAML is not valid without it
+            kept = rest if load(path, rest) == config else kept
+    return kept
 
 
 def reference_curves(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path | None:
@@ -194,10 +201,18 @@ def set_aside(folder: Path) -> Path:
 
 
 def update_config(folder: Path, config: BaseConfig, complete: bool = False) -> None:
-    """Writes the config of a run that goes on, or of one that is complete, which keeps its length."""
+    """Writes the config of a run that goes on, or of one that is complete, which keeps what was done in training."""
     before, now = read_config(folder), config
     if complete:
         now = replace(now, trainer=replace(now.trainer, max_images=before.trainer.max_images))
+        if isinstance(now, RunConfig) and isinstance(before, RunConfig):
+            kept = {key: getattr(before.evaluate, key) for key in IN_TRAINING}
+            if changed := [f"evaluate.{key}" for key in IN_TRAINING if getattr(now.evaluate, key) != kept[key]]:
+                print(
+                    f"note: {', '.join(changed)}: without effect, since training is over; diffbench evaluate scores"
+                    " what it left"
+                )
+            now = replace(now, evaluate=replace(now.evaluate, **kept))
     elif before.trainer.max_images != now.trainer.max_images:
         print(f"length: {before.trainer.max_images:,} images before, {now.trainer.max_images:,} now")
     if now != before:

@@ -45,6 +45,8 @@ class StopOnSignal(Ordered):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+        here = [callback.state_key for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        self.owed = [key for key in self.owed if key in here]  # an evaluation may have been switched off since
         self._looked, self._look_at = (trainer.global_step, time.monotonic()), trainer.global_step
         with contextlib.suppress(ValueError):  # signals reach the main thread only
             for number in (signal.SIGTERM, signal.SIGINT):

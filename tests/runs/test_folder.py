@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, locked, write_text
@@ -37,7 +39,7 @@ def folder(*overrides: str, path: Path = DIT) -> str:
         (["process.steps=900"], "runs/digits/dit-process.steps_900-s0"),
         (["sample.steps=90"], "runs/digits/dit-s0"),
         (["evaluate.count=90", "trainer.log_images=640", "trainer.accelerator=cpu"], "runs/digits/dit-s0"),
-        (["evaluate.every_images=640"], "runs/digits/dit-every_images_640-s0"),
+        (["evaluate.every_images=640", "evaluate.best=fd"], "runs/digits/dit-s0"),
         (["denoiser.name=unet"], "runs/digits/dit-denoiser.name_unet-s0"),
         (["denoiser.name=unet", "denoiser.norm_groups=8"], "runs/digits/dit-denoiser.name_unet-norm_groups_8-s0"),
         (["denoiser.preset=DiT-S/2"], "runs/digits/dit-preset_DiT-S_2-s0"),
@@ -54,6 +56,16 @@ def test_name(overrides: list[str], name: str) -> None:
 
 def test_an_override_that_changes_nothing_names_nothing() -> None:
     assert folder("denoiser.patch_size=2", "process.steps=1000") == "runs/digits/dit-s0"
+
+
+def test_what_images_get_anyway_names_nothing(tmp_path: Path) -> None:
+    for i in range(20):
+        Image.new("RGB", (40, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    path, data = Path("experiments/own/dit.yaml"), f"data.path={tmp_path}"
+    plain = folder(data, path=path)
+    assert plain == f"runs/own/dit-{tmp_path.name}-s0"
+    assert folder(data, "data.channels=3", "data.image_size=32", "denoiser.preset=laptop", path=path) == plain
+    assert folder(data, "data.channels=1", path=path) == f"runs/own/dit-{tmp_path.name}-channels_1-s0"
 
 
 def test_long_tags_are_cut_and_stay_apart() -> None:
@@ -116,6 +128,20 @@ def test_what_does_not_train_is_taken_as_given(tmp_path: Path, capsys: pytest.Ca
     assert (saved.sample.steps, saved.evaluate.count, saved.trainer.log_images) == ("90", 40, 640)  # type: ignore[attr-defined]
     assert saved.trainer.max_images == 2000  # of a run that is there already
     assert capsys.readouterr().out == ""
+
+
+def test_a_complete_run_keeps_what_was_measured_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_same(tmp_path, load(DIT))
+    now = load(DIT, ["evaluate.every_images=640", "evaluate.best=fd", "evaluate.count=40"])
+    assert check_same(tmp_path, now)
+    update_config(tmp_path, now, complete=True)
+    assert capsys.readouterr().out == (
+        "note: evaluate.every_images, evaluate.best: without effect, since training is over; diffbench evaluate scores"
+        " what it left\n"
+    )
+    saved = read_config(tmp_path)
+    assert isinstance(saved, RunConfig)
+    assert (saved.evaluate.every_images, saved.evaluate.best, saved.evaluate.count) == (None, None, 40)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
