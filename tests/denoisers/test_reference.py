@@ -197,6 +197,13 @@ def test_index_buffers_are_compared_not_trusted() -> None:
         from_reference("diffit", arguments(case), {k: v for k, v in good.items() if k != key})
 
 
+def test_an_odd_depth_of_uvit_is_rounded_down_as_in_its_code() -> None:
+    case = load("uvit_a")
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 500.0]), torch.tensor([1, 10])
+    four, five = (from_reference("uvit", arguments(case) | {"depth": n}, weights(case))(x, t, y) for n in (4, 5))
+    assert torch.equal(four, five)
+
+
 def test_resampling_filters_may_be_there_but_not_others() -> None:
     case = load("ddpmpp_a")
     keys = [f"{at}.{layer}.resample_filter" for at in ("enc.8x8_down", "dec.16x16_up") for layer in ("conv0", "skip")]
@@ -206,13 +213,18 @@ def test_resampling_filters_may_be_there_but_not_others() -> None:
         from_reference("ddpmpp", arguments(case), weights(case) | box | {keys[2]: torch.rand(1, 1, 2, 2)})
 
 
+def test_a_source_that_is_not_there_gets_the_list() -> None:
+    with pytest.raises(ValueError, match="^unknown source 'mit'; choose from dit, .*, uvit, segformer$"):
+        from_reference("mit", {}, {})
+
+
 @pytest.mark.parametrize(
     ("source", "changes", "text"),
     [
         ("dit", {"depht": 2}, "dit: unknown argument depht; known: input_size, "),
         ("adm", {}, "adm: the argument image_size is missing"),
         ("ddpmpp", {}, "ddpmpp: the argument img_resolution is missing"),
-        ("vit", {}, "unknown source 'vit'; choose from dit, sit, diffit, adm, ddpmpp, uvit"),
+        ("vit", {}, "unknown source 'vit'; choose from dit, sit, diffit, adm, ddpmpp, uvit$"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(source: str, changes: dict[str, Any], text: str) -> None:

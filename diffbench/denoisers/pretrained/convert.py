@@ -35,6 +35,8 @@ def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mappin
     """
     if source == "segformer":
         return segformer.read(arguments, state_dict)
+    if source not in RECIPES:
+        raise ValueError(f"unknown source {source!r}; choose from {', '.join([*RECIPES, 'segformer'])}")
     blueprint = describe(source, arguments)
     with torch.random.fork_rng(devices=[]):
         net = RECIPES[source].build(blueprint.config, **blueprint.shape)

@@ -161,7 +161,8 @@ def _uvit(arguments: dict[str, Any]) -> Blueprint:
         "null_class": null,
         "learn_sigma": False,
     }
-    config = UViTConfig(hidden_size=arguments["embed_dim"], **{name: arguments[name] for name in same})
+    sizes = {name: arguments[name] for name in same} | {"depth": arguments["depth"] // 2 * 2}  # it rounds down, too
+    config = UViTConfig(hidden_size=arguments["embed_dim"], **sizes)
     return Blueprint("uvit", config, shape)
 
 
