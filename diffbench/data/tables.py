@@ -11,6 +11,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
+from huggingface_hub import HfApi
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import HfHubHTTPError
 
 from diffbench.core.errors import suggest
 from diffbench.data.batches import IMAGE_NAMES, LABEL_NAMES
@@ -54,10 +57,21 @@ def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], 
     return splits, [str(name) for name in names]
 
 
+def _offline_where_cut_off(name: str) -> None:
+    """Tells the library to ask nothing of a hub that does not answer: it would try again for half a minute."""
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except HfHubHTTPError:  # an answer, which the library explains
+        pass
+    except Exception:
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
 def _open_tables(place: Place, subset: str | None) -> tuple[dict[str, Any], dict[str, int]]:
     """Each split as the library opens it, and its number of rows."""
     if place.kind == "hub":
         print(f"data.path: {os.getcwd()} holds no {place.root}; taken as a name on the Hugging Face hub")
+        _offline_where_cut_off(place.root)
         try:
             data = dict(datasets.load_dataset(place.root, name=subset))
         except Exception as e:  # offline, no such name, a bad answer: the library raises many kinds

@@ -60,7 +60,7 @@ class StopOnSignal(Ordered):
             self._answer("stopped without saving the state")
             raise SystemExit(128 + number)
         self._note(number)
-        self._answer("saving state; again to stop without")
+        self._answer("saving the state; a second signal or Ctrl-C stops without")
 
     def _note(self, number: float) -> None:
         if number and self.number is None:

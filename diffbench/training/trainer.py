@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from signal import SIGINT, Signals
 from typing import Any
 
 import lightning as L
@@ -110,7 +111,8 @@ def fit(
         finally:
             states.join()
     if signal := int(distributed.all_reduce_max([float(stop.number or 0)])[0]):
-        print(f"{folder}: stopped by signal {signal} at {log.images:,} images, state saved")
+        by = "Ctrl-C" if signal == SIGINT else Signals(signal).name
+        print(f"{folder}: stopped by {by} at {log.images:,} images, state saved; the same command goes on")
         raise SystemExit(128 + signal)
     return averages
 

@@ -202,7 +202,24 @@ def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[int]]) -> list[t
         return datasets.DatasetDict(made)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     return calls
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for switch in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(switch, False)  # and put back afterwards
+    asked: list[str] = []
+
+    def cut_off(_: Any, name: str, **__: Any) -> None:
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", cut_off)
+    with pytest.raises(ValueError, match=r"nowhere is not a file or folder in .*, nor a hub name .*OfflineMode"):
+        load("nowhere")
+    assert asked == ["nowhere"]
 
 
 def test_a_hub_name_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

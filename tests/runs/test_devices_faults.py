@@ -172,7 +172,7 @@ def test_a_signal_saves_once_and_the_run_goes_on_alone(tmp_path: Path, capfd: py
         train(DIT, [*TINY, f"runs_dir={tmp_path}"])
     assert end.value.code == 128 + signal.SIGTERM
     out, error = capfd.readouterr()
-    assert out.count("stopped by signal 15") == 1 and "state saved" in out and "error" not in error
+    assert out.count("stopped by SIGTERM") == 1 and "state saved" in out and "error" not in error
     (run,) = (tmp_path / "digits").iterdir()
     saved = sorted(int(p.stem[5:]) for p in (run / "checkpoints").glob("*.ckpt"))
     assert 7 <= saved[-1] < 100

@@ -150,7 +150,7 @@ def test_a_run_that_meets_its_time_limit_goes_on(
     facts = ended(job, node, 500)
     log = (tmp_path / "jobs" / f"{job}_0_log.out").read_text()
     assert facts["JobState"] == "COMPLETED" and int(facts["Restarts"]) >= 1, log
-    assert "stopped by signal 15 at 136 images, state saved" in log
+    assert "stopped by SIGTERM at 136 images, state saved" in log
     assert "resuming at 136 images" in log
     a, b = only(tmp_path / "unbroken"), only(tmp_path / "broken")
     assert a.name == b.name
