@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from diffbench.config.sections import OptimizerConfig
@@ -160,6 +160,8 @@ class TrainingModule(L.LightningModule):
                     f"the checkpoint was trained with {name} {value}; pass {name}= to load_from_checkpoint"
                 )
         optimizer = build_optimizer(s, self.network) if isinstance(s, OptimizerConfig) else s(self.network.parameters())
+        if isinstance(optimizer, LBFGS):
+            raise ValueError("optimizer: LBFGS takes the loss several times a step, each with other noise; use another")
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr

@@ -214,7 +214,7 @@ def test_resampling_filters_may_be_there_but_not_others() -> None:
 
 
 def test_a_source_that_is_not_there_gets_the_list() -> None:
-    with pytest.raises(ValueError, match="^unknown source 'mit'; choose from dit, .*, uvit, segformer$"):
+    with pytest.raises(ValueError, match=r"^unknown source 'mit'; choose from dit, .*, uvit, segformer$"):
         from_reference("mit", {}, {})
 
 

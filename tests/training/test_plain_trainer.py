@@ -608,3 +608,8 @@ def test_a_plateau_is_waited_for() -> None:
     lm = module(lr_scheduler=plateau, lr=0.1)
     trainer(max_epochs=4).fit(lm, loader(24), loader(48))
     assert lm.optimizers().param_groups[0]["lr"] < 0.1 and math.isfinite(lm.lr)  # type: ignore[union-attr, arg-type]
+
+
+def test_a_line_search_would_see_other_noise_each_time() -> None:
+    with pytest.raises(ValueError, match="LBFGS takes the loss several times a step, each with other noise"):
+        trainer(max_steps=1).fit(module(optimizer=torch.optim.LBFGS), loader(24))

@@ -137,6 +137,9 @@ def test_a_second_signal_stops_at_once(
     assert ended.value.code == 130
     folder = tmp_path / "digits" / "dit-s-s0"
     lines = capfd.readouterr().err.splitlines()
-    assert lines == [f"{folder}: saving the state; a second signal or Ctrl-C stops without", f"{folder}: stopped without saving the state"]
+    assert lines == [
+        f"{folder}: saving the state; a second signal or Ctrl-C stops without",
+        f"{folder}: stopped without saving the state",
+    ]
     assert not (folder / "checkpoints").exists()
     assert signal.getsignal(signal.SIGINT) == before
