@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     print("         then http://localhost:6006/?smoothing=0")
     if isinstance(run, DenoiserRun):
         print(f"more:    diffbench evaluate {run.folder} sample.steps=50")
+        if run.null_label is not None and not run.config.sample.guided:
+            print(f"         diffbench sample {run.folder} guidance=3   (classes stand out more)")
 
 
 def _switch(words: list[str], name: str, *allowed: str) -> str | None:
