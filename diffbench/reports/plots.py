@@ -28,7 +28,7 @@ from diffbench.reports.images import attention_maps, nearest_images, sample_grid
 from diffbench.reports.ladder import ladder_plot
 from diffbench.reports.pairs import PairedTest
 from diffbench.reports.results import Trial, network_key
-from diffbench.reports.series import Sweep, curve, networks, noise_levels, sweeps
+from diffbench.reports.series import Sweep, above_least, curve, networks, noise_levels, sweeps
 from diffbench.reports.statistics import LEAST, by_column
 from diffbench.reports.tables import floors
 from diffbench.reports.tuning import tuning_plot
@@ -53,6 +53,8 @@ def draw(c: Conclusion, folder: Path) -> list[Plot]:
             path = folder / f"budget-{metric_of(name).name.replace('/', '-')}.png"
             found.append(budget_plot(c, chosen, style, name, path, folded))
         found.append(level_plot(c, chosen, style, folder / "noise-levels.png", folded))
+        if folded:
+            found.append(level_map(c, trained, folder / "level-map.png"))
     found.append(ladder_plot(c, style, folder / "ladder.png"))
     found.append(tuning_plot(c, folder / "tuning.png"))
     found += [sample_grid(c, folder / "samples.png"), nearest_images(c, folder / "nearest.png")]
@@ -206,6 +208,34 @@ def level_plot(
         f" training images, which is overfitting. Bands are 95% intervals over seeds.{folded}"
     )
     return save(figure, path, "Error by noise level" if alone else "Where it is better", caption)
+
+
+def level_map(c: Conclusion, trained: dict[str, list[Trial]], path: Path) -> Plot | None:
+    """Errors of every network, also of those that a plot of lines leaves out: a row a network, a column a noise level."""
+    at, above = above_least(trained)
+    order = {variant: i for i, variant in enumerate(c.ranked())}
+    ranked = [name for name in above if trained[name][0].variant in order]
+    names = sorted(ranked, key=lambda name: order[trained[name][0].variant])[:MOST_ROWS]
+    if not names:
+        return None
+    shown = np.array([above[name] for name in names])
+    figure = new_figure(9.6, 1.1 + 0.3 * len(names))
+    axis = figure.subplots()
+    axis.imshow(np.log1p(shown), cmap="Blues", vmin=0, vmax=np.log1p(300), aspect="auto")
+    for (row, column), percent in np.ndenumerate(shown):
+        colour = "white" if percent > 60 else INK
+        axis.annotate(f"{percent:.0f}", (column, row), fontsize=8, color=colour, ha="center", va="center")
+    axis.set_yticks(range(len(names)), [plain(name) for name in names])
+    axis.set_xticks(range(len(at)), [f"{level:g}" for level in at])
+    axis.tick_params(length=0)
+    label(axis, "log-SNR (left: noise, right: image)")
+    axis.grid(False)
+    fold = "" if len(names) == len(trained) else f" The best {len(names)} of {len(trained)} are drawn."
+    caption = (
+        "Squared error at each noise level, in percent above the least of all networks there, mean over seeds; the"
+        f" networks as the answer ranks them.{fold}"
+    )
+    return save(figure, path, "Where each network errs", caption)
 
 
 def sweep_plot(c: Conclusion, sweep: Sweep, path: Path) -> Plot:

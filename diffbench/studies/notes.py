@@ -66,7 +66,9 @@ def notes_of(
         "flops": " (6 for each multiply-accumulate of a forward pass)",
         "seconds": " of training at each network's measured rate",
     }[study.stop.unit]
-    lengths = "; ".join(f"{v.name} {', '.join(f'{images:,}' for images, _ in v.rungs)}" for v in found)
+    seen = {v.name: ", ".join(f"{images:,}" for images, _ in v.rungs) for v in found}
+    same = len(found) > 1 and len(set(seen.values())) == 1
+    lengths = f"{next(iter(seen.values()))} each" if same else "; ".join(f"{name} {n}" for name, n in seen.items())
     notes = [f"Training stops at {study.stop.text(study.stop.rungs[-1])}{how}. Images seen: {lengths}."]
     if len(study.stop.rungs) > 1:
         if (share := study.stop.cooldown) is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_runs import LEVELS, backbones, make_run, record, save_record, save_samples
+from made_runs import LEVELS, PROFILE, backbones, make_run, record, save_record, save_samples
 from scipy.stats import spearmanr
 
 from diffbench.core.errors import UserError
@@ -19,9 +19,9 @@ from diffbench.metrics.memorisation import share_of_copies
 from diffbench.reports.conclusions import conclude
 from diffbench.reports.html import render, write
 from diffbench.reports.pairs import paired_tests
-from diffbench.reports.plots import sweep_plot
+from diffbench.reports.plots import draw, sweep_plot
 from diffbench.reports.results import Comparison, Trial
-from diffbench.reports.series import sweeps
+from diffbench.reports.series import above_least, networks, sweeps
 from diffbench.reports.statistics import by_image, paired, summary
 from diffbench.reports.tables import agreement, as_csv, costs, for_terminal, pairs, quality
 from diffbench.runs.lifecycle import look
@@ -64,6 +64,22 @@ def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
     assert float(rows[0]["training_flops"]) == 6 * int(rows[0]["macs"]) * 98_304
     assert {r["config.denoiser.name"] for r in rows} == {"unet", "dit", "diffit"}
     assert "config.seed" not in rows[0] and "config.data.name" not in rows[0]  # the same in all
+
+
+def test_networks_that_lines_leave_out_stand_in_a_map_of_the_levels(tmp_path: Path) -> None:
+    tilts = {f"tilt {tilt:g}": tilt for tilt in np.linspace(0, 0.9, 10)}
+    made = [
+        Trial(name, seed, "complete", look(make_run(tmp_path / f"{name}-{seed}", seed=seed, tilt=tilt)), record(1.0))
+        for name, tilt in tilts.items()
+        for seed in range(3)
+    ]
+    c = conclude(Comparison("Made", "Which?", made))
+    at, above = above_least(networks(c))
+    assert at == LEVELS and list(above) == list(tilts)
+    profiles = np.array([PROFILE * np.exp(tilt * np.linspace(-1, 1, 7)) for tilt in tilts.values()])
+    profiles /= np.array([bound(LEVELS, p) for p in profiles])[:, None]
+    assert np.allclose(list(above.values()), 100 * (profiles / profiles.min(axis=0) - 1))
+    assert "level-map.png" in [plot.path.name for plot in draw(c, tmp_path / "plots")]
 
 
 def test_a_winner_whom_other_measures_contradict_is_no_winner(tmp_path: Path) -> None:

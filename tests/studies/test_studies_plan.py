@@ -20,8 +20,8 @@ from diffbench.studies.plan import equal_by_construction, evaluated, planned_tri
 from diffbench.studies.tuning import extended, tuning_so_far
 
 STUDIES = sorted(p for p in Path("experiments/studies").glob("*.yaml") if p.name[0] != "_")
-# objectives is objectives-dit for each backbone of processes.
-DIGITS = [p for p in STUDIES if "cifar" not in p.name and p.stem != "objectives"]
+# The other studies of objectives are objectives-dit for each backbone of processes.
+DIGITS = [p for p in STUDIES if "cifar" not in p.name and ("objectives" not in p.stem or p.stem == "objectives-dit")]
 
 
 def planned(name: str, **changes: object) -> tuple[StudyConfig, Path]:
@@ -221,6 +221,16 @@ def test_every_variant_of_a_shipped_study_takes_one_step(path: Path) -> None:
         loss = module.training_step(batch, 0)
         loss.backward()
         assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in run.network.parameters())
+
+
+def test_studies_of_objectives_share_all_runs_with_the_study_of_all_backbones() -> None:
+    def folders(name: str) -> set[Path]:
+        study, path = planned(name, seeds=[0])
+        return {c.folder for c in planned_trials(study, training_variants(study, path, {}, lambda config: 1.0))}
+
+    parts = {b: folders(f"objectives-{b}") for b in ("dit", "unet", "diffit", "ddpmpp", "uvit", "segformer")}
+    assert {len(found) for found in parts.values()} == {28}
+    assert set().union(*parts.values()) == folders("objectives")
 
 
 def test_trials_of_one_config_have_one_folder_whatever_their_order(tmp_path: Path) -> None:
