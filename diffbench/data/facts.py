@@ -107,7 +107,9 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
         y = torch.tensor(found[0] if one else found, dtype=torch.int64)
     if y.ndim == 0:
         y = y.repeat(1 if n is None else n)
-    if not len(y) or (n is not None and len(y) != n):
+    if not len(y):
+        raise ValueError("labels: at least one is needed, got none")
+    if n is not None and len(y) != n:
         raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
     if not 0 <= int(y.min()) <= int(y.max()) < facts.num_classes:
         raise ValueError(f"labels: must lie in 0 to {facts.num_classes - 1}, got {int(y.min())} to {int(y.max())}")

@@ -226,8 +226,10 @@ def sample(
         labels = torch.arange(16 if n is None else n) % max(1, int(getattr(network, "num_classes", 1)))
     y = torch.as_tensor(labels)
     y = y.repeat(1 if n is None else n) if y.ndim == 0 else y
+    if n is not None and n < 1:
+        raise ValueError(f"n: must be at least 1, got {n}")
     if not len(y):
-        raise ValueError("n: must be at least 1, got 0")
+        raise ValueError("labels: at least one is needed, got none")
     if n not in (None, len(y)):
         raise ValueError(f"n: {n} samples, but {len(y)} labels")
     classes = int(getattr(network, "num_classes", 0))

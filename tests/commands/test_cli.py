@@ -490,6 +490,8 @@ def test_labels_in_python(finished: Path) -> None:
         run.sample(labels=[3, 12])
     with pytest.raises(ValueError, match=r"labels: 2 labels for n=3 samples"):
         run.sample(n=3, labels=[1, 2])
+    with pytest.raises(ValueError, match="labels: at least one is needed"):
+        run.sample(labels=[])
 
 
 @pytest.mark.parametrize(

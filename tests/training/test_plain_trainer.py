@@ -369,6 +369,8 @@ def test_samples_of_a_network() -> None:
         sample(net, VP(), labels=[0, 5])
     with pytest.raises(ValueError, match="n: must be at least 1, got 0"):
         sample(net, VP(), 0)
+    with pytest.raises(ValueError, match="labels: at least one is needed"):
+        sample(net, VP(), labels=[])
 
 
 def test_loggers_and_monitors_see_the_metrics(tmp_path: Path) -> None:
