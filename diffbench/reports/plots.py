@@ -211,7 +211,7 @@ def level_plot(
 
 
 def level_map(c: Conclusion, trained: dict[str, list[Trial]], path: Path) -> Plot | None:
-    """Errors of every network, also of those that a plot of lines leaves out: a row a network, a column a noise level."""
+    """Errors of every network, also of those that lines leave out: a row a network, a column a noise level."""
     at, above = above_least(trained)
     order = {variant: i for i, variant in enumerate(c.ranked())}
     ranked = [name for name in above if trained[name][0].variant in order]
