@@ -103,6 +103,9 @@ def test_recipes_state_what_the_papers_do() -> None:
         assert (edm.process.name, edm.process.p_mean, edm.process.sigma_data) == ("edm", -1.2, 0.5)
         assert (edm.sample.sampler, edm.sample.steps) == ("heun", "18")
         assert (edm.ema.half_life, edm.trainer.augment) == ([0.0025], 0.12)
+    assert recipe["lightningdit"].ema.half_life == [round(6931 / 80_000, 3)]
+    # Shares of a run: at a study's shorter length an average of fixed decay would still hold the initial weights.
+    assert all(half < 1 for r in recipe.values() for half in r.ema.half_life or [math.inf])
 
 
 def test_another_process_by_one_key_brings_its_own_sampler(tmp_path: Path) -> None:
