@@ -322,7 +322,7 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
         ("labels=10", "labels: '10' is not a class; choose from 0 to 9"),
         ("labels=-1", "labels: '-1' is not a class; choose from 0 to 9"),
         ("labels=abc", "labels: 'abc' is not a class; choose from 0 to 9"),
-        ("labels=[]", "labels: 0 labels"),
+        ("labels=[]", "labels: at least one is needed, got none"),
         ("n=0", "n: must be at least 1, got 0"),
         ("n=x", "n: must be a whole number or null, got 'x'"),
         ("guidance=-1", "sample.guidance: must be at least 0, got -1.0"),
