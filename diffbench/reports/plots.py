@@ -1,5 +1,6 @@
 """The plots of a report: the answer, quality against each budget, noise levels, sweeps of sampling, images."""
 
+from collections.abc import Sized
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from diffbench.reports.images import attention_maps, nearest_images, sample_grid
 from diffbench.reports.ladder import ladder_plot
 from diffbench.reports.pairs import PairedTest
 from diffbench.reports.results import Trial, network_key
-from diffbench.reports.series import Sweep, above_least, curve, networks, noise_levels, sweeps
+from diffbench.reports.series import Sweep, above_least, curve, networks, noise_levels, shared_levels, sweeps
 from diffbench.reports.statistics import LEAST, by_column
 from diffbench.reports.tables import floors
 from diffbench.reports.tuning import tuning_plot
@@ -45,7 +46,7 @@ def draw(c: Conclusion, folder: Path) -> list[Plot]:
     trained = networks(c)
     chosen = _best(c, trained)
     style = styles(list(dict.fromkeys([*chosen, *c.variants])))
-    folded = "" if len(chosen) == len(trained) else f" The best {len(chosen)} of {len(trained)} are drawn."
+    folded = _folded(chosen, trained)
     found: list[Plot | None] = [answer(c, style, folder / "answer.png")] if c.ranked() else []
     found += [sweep_plot(c, sweep, folder / f"{sweep.key}.png") for sweep in sweeps(c)]
     if len(chosen) > 1 or len(c.variants) == 1:  # else variants differ in sampling alone
@@ -60,6 +61,10 @@ def draw(c: Conclusion, folder: Path) -> list[Plot]:
     found += [sample_grid(c, folder / "samples.png"), nearest_images(c, folder / "nearest.png")]
     found.append(attention_maps(chosen, folder / "attention.png"))
     return [plot for plot in found if plot is not None]
+
+
+def _folded(drawn: Sized, there: Sized) -> str:
+    return "" if len(drawn) == len(there) else f" The best {len(drawn)} of {len(there)} are drawn."
 
 
 def _best(c: Conclusion, trained: dict[str, list[Trial]]) -> dict[str, list[Trial]]:
@@ -99,11 +104,10 @@ def answer(c: Conclusion, style: dict[str, Style], path: Path) -> Plot:
     right.tick_params(left=False)
     right.spines["left"].set_visible(False)
     right.set_visible(bool(against))
-    fold = "" if len(shown) == len(ranked) else f" The best {len(shown)} of {len(ranked)} are drawn."
     caption = (
         f"Left: dots are seeds, the large mark their mean, the bar its 95% interval (from {LEAST} seeds on). Right:"
         f" each variant minus {base}, seed by seed, with the interval after Holm's correction: green is better, red"
-        f" worse, grey with zero inside a tie.{fold}"
+        f" worse, grey with zero inside a tie.{_folded(shown, ranked)}"
     )
     return save(figure, path, "The answer", caption)
 
@@ -163,10 +167,7 @@ def level_plot(
     c: Conclusion, trained: dict[str, list[Trial]], style: dict[str, Style], path: Path, folded: str
 ) -> Plot | None:
     """Error of eps per noise level: as it is, relative to the baseline or the mean of networks, and above training."""
-    levels = {name: noise_levels(trials) for name, trials in trained.items()}
-    levels = {name: (at, rows) for name, (at, rows) in levels.items() if rows and len(at) > 1}
-    at = next((at for at, _ in levels.values()), [])
-    found = {name: rows for name, (own, rows) in levels.items() if own == at}
+    at, found = shared_levels(trained)
     if not found:
         return None
     base = c.comparison.baseline if c.comparison.baseline in found else None
@@ -212,12 +213,12 @@ def level_plot(
 
 def level_map(c: Conclusion, trained: dict[str, list[Trial]], path: Path) -> Plot | None:
     """Errors of every network, also of those that lines leave out: a row a network, a column a noise level."""
-    at, above = above_least(trained)
-    order = {variant: i for i, variant in enumerate(c.ranked())}
-    ranked = [name for name in above if trained[name][0].variant in order]
-    names = sorted(ranked, key=lambda name: order[trained[name][0].variant])[:MOST_ROWS]
+    at, levels = shared_levels(trained)
+    network = {trained[name][0].variant: name for name in levels}
+    names = [network[variant] for variant in c.ranked() if variant in network][:MOST_ROWS]
     if not names:
         return None
+    above = above_least(levels)
     shown = np.array([above[name] for name in names])
     figure = new_figure(9.6, 1.1 + 0.3 * len(names))
     axis = figure.subplots()
@@ -230,10 +231,9 @@ def level_map(c: Conclusion, trained: dict[str, list[Trial]], path: Path) -> Plo
     axis.tick_params(length=0)
     label(axis, "log-SNR (left: noise, right: image)")
     axis.grid(False)
-    fold = "" if len(names) == len(trained) else f" The best {len(names)} of {len(trained)} are drawn."
     caption = (
         "Squared error at each noise level, in percent above the least of all networks there, mean over seeds; the"
-        f" networks as the answer ranks them.{fold}"
+        f" networks as the answer ranks them.{_folded(names, trained)}"
     )
     return save(figure, path, "Where each network errs", caption)
 

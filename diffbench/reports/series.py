@@ -73,15 +73,19 @@ def noise_levels(trials: Sequence[Trial], part: str = "val") -> tuple[list[float
     return list(levels.values()), rows
 
 
-def above_least(trained: dict[str, list[Trial]]) -> tuple[list[float], dict[str, np.ndarray]]:
-    """The noise levels, and network -> how far its error, a mean over seeds, lies above the least of all networks at
-    each, in percent; networks without these levels are left out.
-    """
+def shared_levels(trained: dict[str, list[Trial]]) -> tuple[list[float], dict[str, dict[int, np.ndarray]]]:
+    """Log-SNRs, two or more, and network -> `noise_levels` of those that were measured at them."""
     found = {name: noise_levels(trials) for name, trials in trained.items()}
-    at = next((at for at, rows in found.values() if rows), [])
-    means = {name: np.mean(list(rows.values()), axis=0) for name, (own, rows) in found.items() if rows and own == at}
-    least = np.min(list(means.values()), axis=0) if means else np.array([])
-    return at, {name: 100 * (error / least - 1) for name, error in means.items()}
+    found = {name: (at, rows) for name, (at, rows) in found.items() if rows and len(at) > 1}
+    at = next((at for at, _ in found.values()), [])
+    return at, {name: rows for name, (own, rows) in found.items() if own == at}
+
+
+def above_least(levels: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Network -> how far its error, a mean over seeds, lies above the least of all at each level, in percent."""
+    means = {name: np.mean(list(rows.values()), axis=0) for name, rows in levels.items()}
+    least = np.min(list(means.values()), axis=0)
+    return {name: 100 * (error / least - 1) for name, error in means.items()}
 
 
 @dataclass(frozen=True)

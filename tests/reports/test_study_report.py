@@ -21,7 +21,7 @@ from diffbench.reports.html import render, write
 from diffbench.reports.pairs import paired_tests
 from diffbench.reports.plots import draw, sweep_plot
 from diffbench.reports.results import Comparison, Trial
-from diffbench.reports.series import above_least, networks, sweeps
+from diffbench.reports.series import above_least, networks, shared_levels, sweeps
 from diffbench.reports.statistics import by_image, paired, summary
 from diffbench.reports.tables import agreement, as_csv, costs, for_terminal, pairs, quality
 from diffbench.runs.lifecycle import look
@@ -74,7 +74,8 @@ def test_networks_that_lines_leave_out_stand_in_a_map_of_the_levels(tmp_path: Pa
         for seed in range(3)
     ]
     c = conclude(Comparison("Made", "Which?", made))
-    at, above = above_least(networks(c))
+    at, levels = shared_levels(networks(c))
+    above = above_least(levels)
     assert at == LEVELS and list(above) == list(tilts)
     profiles = np.array([PROFILE * np.exp(tilt * np.linspace(-1, 1, 7)) for tilt in tilts.values()])
     profiles /= np.array([bound(LEVELS, p) for p in profiles])[:, None]
