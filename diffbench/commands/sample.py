@@ -76,6 +76,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         endings = [ending for ending, asks in ((".strip.png", asked.strip), (".steps.gif", asked.gif)) if asks]
         default, formats = run.folder / "samples" / f"{name}.png", [*FORMATS, ".npz"]
         new_files(asked.out, default, endings, formats)  # refused before anything is drawn
+        run.use_threads()
         sampler = replace(run.sampler(settings), raw=raw)
         trajectory = Trajectory(sampler.images) if endings else None
         samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)

@@ -213,7 +213,7 @@ class SampleConfig:
     """Clamp the predicted image to [-1, 1] at each step; null does so for ddpm and ddim on pixels, not on latents."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed: the network's products in bfloat16."""
-    batch_size: int = 500
+    batch_size: int = 250
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "guidance_power", "rtol", "atol", "s_noise", section="sample")

@@ -58,6 +58,7 @@ class Run(ABC, Generic[C]):
     Attributes:
         ema: decay of the average that `network` holds after `use_average`, and by which records are chosen.
         snapshot: "last", or "best" after `use_best`.
+        at_once: batches that its samplers draw at a time; more than one only after `use_threads`.
     """
 
     kind: ClassVar[str]
@@ -70,6 +71,7 @@ class Run(ABC, Generic[C]):
             self.values = values
         self.ema = float(self.values["ema"]["decays"][0])
         self.snapshot = "last"
+        self.at_once = 1
 
     # What the folder says.
 
@@ -204,11 +206,11 @@ class Run(ABC, Generic[C]):
         return network
 
     def use_threads(self) -> None:
-        """Sets the CPU threads of this process, as `trainer.threads` says, for work on this network."""
+        """Sets the CPU threads of this process, as `trainer.threads` says, for work on this network, and `at_once`."""
         trainer = self.config.trainer
         parts = trainer.processes * trainer.accumulate_grad_batches
         on_cpu = device_of(trainer.accelerator).type == "cpu"
-        use_threads(trainer.threads, self.cost.macs * trainer.batch_size / parts if on_cpu else math.inf)
+        self.at_once = use_threads(trainer.threads, self.cost.macs * trainer.batch_size / parts if on_cpu else math.inf)
 
     def located(self) -> Any:
         """A context that adds the folder's config to a ValueError that names a key."""

@@ -201,6 +201,7 @@ class DenoiserRun(Run[RunConfig]):
             decode=None if autoencoder is None else partial(decode, autoencoder),
             raw=self.raw,
             name=str(self.folder),
+            at_once=self.at_once,
         )
 
     def sample(

@@ -1,5 +1,6 @@
 """The cost of sampling: network evaluations, and their seconds on this machine."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +37,14 @@ def network_evaluations(process: Process, config: SampleConfig) -> int:
     counted = guided(predict, torch.zeros(1, dtype=torch.int64), process, config, null_label=0)
     run_sampler(counted, lambda step: torch.ones(1, 1, 1, 1, dtype=torch.float64), process, config)
     return count
+
+
+def drawing_seconds(sampler: Sampler, config: SampleConfig, count: int) -> float:
+    """About how long `count` samples take on this machine."""
+    batch = min(config.batch_size, count)
+    at_once = min(sampler.at_once, math.ceil(count / batch))
+    evaluations = count * network_evaluations(sampler.process, config)
+    return evaluations * seconds_per_evaluation(sampler, batch) / at_once
 
 
 @torch.no_grad()

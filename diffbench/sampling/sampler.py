@@ -1,7 +1,9 @@
 """The sampler of a trained denoiser. Sample i's noise is a function of (seed, i), whatever the batch or device."""
 
 import math
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -32,6 +34,7 @@ class Sampler:
             decoder; None where these are pixels already.
         raw: whether samples are given as they are denoised, as float32 rather than as images.
         name: what errors call it, such as the run folder.
+        at_once: batches that a CPU draws at a time, each in a thread of its own.
         values: pixels drawn so far, of every channel.
         clipped: those that lay outside [-1, 1] by more than one of 255 levels.
     """
@@ -44,10 +47,10 @@ class Sampler:
     decode: Callable[[Tensor], Tensor] | None = None
     raw: bool = False
     name: str = "denoiser"
+    at_once: int = 1
     values: int = field(default=0, init=False)
     clipped: int = field(default=0, init=False)
 
-    @torch.no_grad()
     def __call__(
         self,
         labels: Tensor,
@@ -57,6 +60,7 @@ class Sampler:
         first: int = 0,
         progress: Callable[[int], None] | None = None,
         callback: Callback | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Tensor:
         """Draw an image of each label, in batches of `config.batch_size`, halved where a GPU's memory is too small.
 
@@ -66,7 +70,8 @@ class Sampler:
             seed: with a sample's number it fixes its noise.
             first: number of the first sample.
             progress: called with the number of images of each batch that is done.
-            callback: called after each step of each batch with (step, x, predicted x0).
+            callback: called after each step of each batch with (step, x, predicted x0); batches follow one another.
+            check: called after each step, from any thread; what it raises ends the drawing.
 
         Returns:
             (N, 1 or 3, H', W') uint8 on the CPU; (N, C, H, W) float32 if `raw`.
@@ -80,45 +85,65 @@ class Sampler:
         parameter = next(self.denoiser.parameters())
         device = parameter.device
         predict, models = predictor(self.process, self._network(config, device)), self.guidance_models.to(device)
+        at_once, size, failed = 1 if callback else self.at_once, config.batch_size, threading.Event()
 
-        def draw(position: Tensor, y: Tensor) -> Tensor:
+        def after_step(step: int, x: Tensor, x0: Tensor) -> None:
+            if failed.is_set():
+                raise CancelledError
+            if check:
+                check()
+            if callback:
+                callback(step, x, x0)
+
+        @torch.no_grad()  # here, since it holds for one thread
+        def draw(part: Tensor) -> Tensor:
+            position, y = (first + part).to(device), labels[part].to(device)
+
             def noise(step: int) -> Tensor:
                 return rng.normal(rng.key(seed, "sample", step), position, self.shape).to(parameter.dtype)
 
             guided_predict = guided(predict, y, self.process, config, self.null_label, models)
             try:
-                x = run_sampler(guided_predict, noise, self.process, config, callback)
+                x = run_sampler(guided_predict, noise, self.process, config, after_step)
             except StepLimitError as e:
                 raise UserError(f"{self.name}: sample.rtol: {e}") from None
             if not bool(x.isfinite().all()):
                 run_sampler(self._until_broken(guided_predict, config), noise, self.process, config)
                 raise UserError(f"{self.name}: the {config.sampler} sampler ended in values that are not finite")
-            if self.raw:
-                return x.float().cpu()
-            pixels = self.pixels(x)
-            if broken := int((~pixels.isfinite()).sum()):
-                raise UserError(f"{self.name}: {broken} values of the samples are not finite")
-            self.values += pixels.numel()
-            self.clipped += int((pixels.abs() > 1 + 1 / 255).sum())
-            return to_uint8(pixels).cpu()
+            return x.float() if self.raw else self.pixels(x)
+
+        def draw_in_parts(batch: Tensor) -> Tensor:
+            nonlocal size
+            try:
+                return torch.cat([draw(part) for part in batch.split(size)])
+            except torch.OutOfMemoryError:  # smaller batches give the same images
+                if size == 1:
+                    raise
+                size = (min(size, len(batch)) + 1) // 2
+            return draw_in_parts(batch)  # after the error, which holds what was drawn so far
 
         images: list[Tensor] = []
-        done, size = 0, config.batch_size
-        with eval_mode(self.denoiser):
-            while done < len(labels):
-                part = slice(done, min(done + size, len(labels)))
-                position = torch.arange(first + part.start, first + part.stop, device=device)
-                try:
-                    images.append(draw(position, labels[part].to(device)))
-                except torch.OutOfMemoryError:  # smaller batches give the same images
-                    if size == 1:
-                        raise
-                    size = (min(size, len(labels) - done) + 1) // 2
-                    continue
-                done = part.stop
-                if progress:
-                    progress(part.stop - part.start)
+        with eval_mode(self.denoiser), ThreadPoolExecutor(at_once) as pool:
+            batches = torch.arange(len(labels)).split(size)
+            try:
+                for drawn in pool.map(draw_in_parts, batches) if at_once > 1 else map(draw_in_parts, batches):
+                    images.append(self._finished(drawn))
+                    if progress:
+                        progress(len(drawn))
+            except BaseException:
+                failed.set()
+                raise
         return torch.cat(images)
+
+    def _finished(self, drawn: Tensor) -> Tensor:
+        """Turn drawn pixels (B, C, H, W) into uint8 on the CPU, and count them; raw values stay as they are."""
+        if self.raw:
+            return drawn.cpu()
+        if broken := int((~drawn.isfinite()).sum()):
+            raise UserError(f"{self.name}: {broken} values of the samples are not finite")
+        self.values += drawn.numel()
+        self.clipped += int((drawn.abs() > 1 + 1 / 255).sum())
+        return to_uint8(drawn).cpu()
 
     def pixels(self, x: Tensor) -> Tensor:
         """Decode what the denoiser works on, (B, C, H, W), to pixels (B, 1 or 3, H', W') in about [-1, 1]."""

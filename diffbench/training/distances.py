@@ -16,12 +16,13 @@ from diffbench.core.progress import span
 from diffbench.data.batches import AnyDataset, image_set
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation.reference import make_extractor, sample_labels
+from diffbench.evaluation.samples import SIZE
 from diffbench.evaluation.scorer import training_measurement
 from diffbench.metrics import Extractor
 from diffbench.metrics.extractors.base import plain
 from diffbench.metrics.registry import metric_name, metric_of
 from diffbench.metrics.suite import Suite
-from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation, timed
+from diffbench.sampling.cost import drawing_seconds, timed
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.callbacks import EveryNImages
 from diffbench.training.clock import is_last
@@ -93,11 +94,9 @@ class FrechetDistance(EveryNImages):
         super().on_train_start(trainer, pl_module)
 
     def _cost(self, suite: Suite, sampler: Sampler) -> float:
-        once = seconds_per_evaluation(sampler, self.settings.batch_size)
-        drawing = once * network_evaluations(sampler.process, self.settings)
         shown = sampler.images(torch.zeros(8, *sampler.shape, device=suite.extractor.device))
         looking = timed(lambda: suite.extractor(shown), suite.extractor.device) / len(shown)
-        return suite.count * (drawing + looking)
+        return drawing_seconds(sampler, self.settings, suite.count) + suite.count * looking
 
     def run(self, trainer: L.Trainer, module: Any) -> None:
         with self.averaged():
@@ -120,10 +119,8 @@ class FrechetDistance(EveryNImages):
 
     def _feed(self, suite: Suite, sampler: Sampler, seed: int) -> None:
         mine = distributed.rank_slice(suite.count)
-        for index in mine.split(self.settings.batch_size) if len(mine) else ():
-            images = sampler(
-                self.labels[index], self.settings, seed=seed, first=int(index[0]), callback=self.stop.check
-            )
+        for index in mine.split(SIZE) if len(mine) else ():
+            images = sampler(self.labels[index], self.settings, seed=seed, first=int(index[0]), check=self.stop.check)
             suite.update(images, index, self.labels[index])
 
     def _keep_if_best(self, module: Any, values: dict[str, float]) -> None:

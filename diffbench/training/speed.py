@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from diffbench.core.distributed import threads_each
+
 How = Literal["none", "block", "model"]
 WORTH_COMPILING = 5e16
 """FLOPs from which compiling on a GPU pays. On an H200 in bf16 it took 40 to 80 s, and a step of DiT-XL/2 and of DDPM++
@@ -41,7 +43,7 @@ def compile_here(network: nn.Module, asked: Literal["auto", "none", "block", "mo
     return how
 
 
-def use_threads(asked: int | Literal["auto"], macs: float) -> None:
+def use_threads(asked: int | Literal["auto"], macs: float) -> int:
     """Sets the number of CPU threads of this process, as `trainer.threads` says.
 
     It follows from the size of the work, not from the load, so that a resumed run keeps its bits.
@@ -49,11 +51,17 @@ def use_threads(asked: int | Literal["auto"], macs: float) -> None:
     Args:
         asked: the key's value.
         macs: multiply-accumulates of a forward pass of a micro-batch; infinite on a GPU.
+
+    Returns:
+        The number of batches that can be sampled at a time, see `Sampler.at_once`: one for each core where a batch is
+        computed on one of them.
     """
     if asked != "auto":
         torch.set_num_threads(asked)
     elif macs < WORTH_THREADS and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & set(os.environ):
         torch.set_num_threads(1)
+        return threads_each(1)
+    return 1
 
 
 def missing_compiler() -> str | None:

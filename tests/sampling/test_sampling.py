@@ -1,5 +1,6 @@
 """Sampling as a run does it: every sampler under every process, guidance by config, strips, non-finite output."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -250,6 +251,62 @@ def test_batches_shrink_until_they_fit_and_the_images_stay() -> None:
     draw: Callable[..., Tensor] = lambda net: Sampler(net, process, (1, 4, 4))(labels, SampleConfig("ddim", "4"))  # noqa: E731
     assert torch.equal(draw(Small(process)), draw(Towards(process)))
     assert sizes[:3] == [10, 5, 3] and set(sizes[3:]) == {3, 1}
+
+
+def test_batches_drawn_at_a_time_give_the_images_of_one_by_one() -> None:
+    process, together = PROCESSES["vp"], threading.Barrier(2, timeout=60)
+
+    class Meeting(Towards):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            together.wait()  # passes only where another thread comes too
+            assert not torch.is_grad_enabled()
+            return super().forward(x, t, y)
+
+    labels, config, done = torch.arange(10), SampleConfig("ddpm", "4", batch_size=3), list[int]()
+    alone = Sampler(Towards(process), process, (1, 4, 4))
+    sampler = Sampler(Meeting(process), process, (1, 4, 4), at_once=2)
+    want = alone(labels, config, first=5)
+    assert torch.equal(sampler(labels, config, first=5, progress=done.append), want)
+    assert (done, sampler.values) == ([3, 3, 3, 1], alone.values)
+    together.abort()
+    trajectory = Trajectory()
+    with pytest.raises(threading.BrokenBarrierError):  # a callback sees one batch after another
+        sampler(labels, config, callback=trajectory)
+    assert not trajectory.noisy
+
+
+def test_the_error_of_a_batch_ends_those_beside_it() -> None:
+    process, begun, calls = PROCESSES["vp"], threading.Barrier(2, timeout=60), []
+
+    class Broken(Towards):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            if not calls or y[0] == 0:
+                begun.wait()
+            calls.append(int(y[0]))
+            if y[0] == 0:
+                raise UserError("broken")
+            return super().forward(x, t, y)
+
+    sampler = Sampler(Broken(process), process, (1, 4, 4), at_once=2)
+    with pytest.raises(UserError, match=r"^broken$"):
+        sampler(torch.arange(2), SampleConfig("ddim", "1000", batch_size=1))
+    assert calls.count(1) < 1000
+
+
+def test_a_check_ends_the_drawing() -> None:
+    process, checks = PROCESSES["vp"], []
+
+    def check() -> None:
+        checks.append(1)
+        if len(checks) == 7:
+            raise KeyboardInterrupt
+
+    for at_once in (1, 2):
+        checks.clear()
+        sampler = Sampler(Towards(process), process, (1, 4, 4), at_once=at_once)
+        with pytest.raises(KeyboardInterrupt):
+            sampler(torch.arange(4), SampleConfig("ddim", "10", batch_size=1), check=check)
+        assert len(checks) >= 7
 
 
 def test_the_callback_sees_every_step_and_draws_strip_and_animation(tmp_path: Path) -> None:

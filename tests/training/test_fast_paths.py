@@ -24,6 +24,7 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load as load_config
 from diffbench.config.sections import SampleConfig
 from diffbench.config.trainer import TrainerConfig, precision_here
+from diffbench.core.distributed import threads_each
 from diffbench.core.errors import UserError
 from diffbench.core.tensors import read_state
 from diffbench.denoisers import tmsa
@@ -59,8 +60,14 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("asked", "macs", "variable", "threads"),
-    [("auto", 9e8, None, 1), ("auto", 1.1e9, None, 3), ("auto", 9e8, "3", 3), (2, 9e8, "3", 2), (2, 1.1e9, None, 2)],
+    ("asked", "macs", "variable", "threads", "at_once"),
+    [
+        ("auto", 9e8, None, 1, 5),
+        ("auto", 1.1e9, None, 3, 1),
+        ("auto", 9e8, "3", 3, 1),
+        (2, 9e8, "3", 2, 1),
+        (2, 1.1e9, None, 2, 1),
+    ],
 )
 def test_small_networks_take_one_thread_unless_the_user_says_otherwise(
     three_threads: None,
@@ -69,10 +76,12 @@ def test_small_networks_take_one_thread_unless_the_user_says_otherwise(
     macs: float,
     variable: str | None,
     threads: int,
+    at_once: int,
 ) -> None:
+    monkeypatch.setattr("diffbench.training.speed.threads_each", lambda processes: 5 // processes)
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    use_threads(asked, macs)
+    assert use_threads(asked, macs) == at_once  # batches of samples, one for each of five cores
     assert torch.get_num_threads() == threads
 
 
@@ -88,8 +97,11 @@ def test_small_networks_take_one_thread_unless_the_user_says_otherwise(
 def test_a_runs_threads_follow_from_the_size_of_its_micro_batch(
     three_threads: None, words: list[str], threads: int
 ) -> None:
-    DenoiserRun("x", load_config(DIT, words)).use_threads()  # type: ignore[arg-type]
+    run = DenoiserRun("x", load_config(DIT, words))  # type: ignore[arg-type]
+    assert run.sampler(run.config.sample).at_once == 1
+    run.use_threads()
     assert torch.get_num_threads() == threads
+    assert run.sampler(run.config.sample).at_once == (threads_each(1) if threads == 1 else 1)
 
 
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7"), (None, "")])

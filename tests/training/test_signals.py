@@ -82,7 +82,7 @@ def signalled(patch: pytest.MonkeyPatch, what: str, time: int, numbers: tuple[in
         return run
 
     patch.setattr(validation_error, "error_sums", interrupts("validation", validation_error.error_sums))
-    name, labels = ("grid", 40) if what == "grid" else ("distance", 10)
+    name, labels = ("grid", 40) if what == "grid" else ("distance", 20)
     patch.setattr(Sampler, "__call__", interrupts(name, Sampler.__call__, lambda _, y, *__: len(y) == labels))
     return finished
 
@@ -92,8 +92,8 @@ def signalled(patch: pytest.MonkeyPatch, what: str, time: int, numbers: tuple[in
     [
         ("validation", 4, 8, signal.SIGINT, ["ValidationError"]),  # each measures held-out, then training images
         ("validation", 5, 12, signal.SIGTERM, ["ValidationError", "FrechetDistance", "SampleGrid"]),  # the last step's
-        ("distance", 2, 5, signal.SIGTERM, ["FrechetDistance"]),  # the second of two batches
-        ("distance", 8, 12, signal.SIGINT, ["FrechetDistance", "SampleGrid"]),  # the best weights', on fresh noise
+        ("distance", 1, 5, signal.SIGTERM, ["FrechetDistance"]),
+        ("distance", 4, 12, signal.SIGINT, ["FrechetDistance", "SampleGrid"]),  # the best weights', on fresh noise
         ("grid", 1, 6, signal.SIGINT, ["SampleGrid"]),
     ],
 )
