@@ -85,13 +85,16 @@ def save(net: KLAutoencoder, folder: Path, notes: Mapping[str, str] | None = Non
 
 
 def read_notes(folder: Path) -> dict[str, str]:
-    """The notes in a folder's weights; none where the folder is not complete."""
-    from safetensors import safe_open
+    """The notes in a folder's weights; none where the folder is not complete, or the weights are damaged."""
+    from safetensors import SafetensorError, safe_open
 
     if not (folder / CONFIG).is_file():
         return {}
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        return dict(file.metadata() or {})
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
 
 
 def read_config(folder: Path) -> KLConfig:
@@ -104,7 +107,10 @@ def read_config(folder: Path) -> KLConfig:
     for key, only in ONLY.items():
         if values.pop(key, only) != only:
             raise ValueError(f"{path}: {key}: must be {json.dumps(only)}")
-    levels = len(values.get("block_out_channels", []))
+    widths = values.get("block_out_channels") or []
+    if not isinstance(widths, list):
+        raise ValueError(f"{path}: block_out_channels: must be a list of widths, got {json.dumps(widths)}")
+    levels = len(widths)
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if values.get(key, [kind] * levels) != [kind] * levels:
             raise ValueError(f"{path}: {key}: must name {kind} for each of the {levels} levels")

@@ -139,6 +139,12 @@ class RunConfig(BaseConfig):
         if self.autoencoder is not None and self.trainer.augment:
             raise ValueError("trainer.augment: changes images, not the latents of autoencoder; leave it at 0")
         self._check_guidance()
+        call = getattr(self.denoiser, "call", None)
+        if call is not None and call.t_as == "step" and self.process.name != "vp":
+            raise ValueError(
+                f"denoiser.call.t_as: step rounds the time, and only process.name=vp counts in steps, not"
+                f" {self.process.name}; choose time, noise_level or log_snr"
+            )
         if self.trainer.time_sampling == "loss_aware":
             p = self.process
             if p.name != "vp":
@@ -159,11 +165,16 @@ class RunConfig(BaseConfig):
     @property
     def pixels(self) -> bool:
         """Whether the denoiser works on pixels in [-1, 1], not on latents or other values."""
-        return self.autoencoder is None and getattr(self.data, "channels", 3) in (1, 3)
+        return self.autoencoder is None and self.data.shape[0] in (1, 3)
 
     def _check_guidance(self) -> None:
         s = self.sample
         by_class = s.guidance != 1 and s.weak_model is None
+        if s.guidance == 1 and s.weak_model is not None:
+            raise ValueError(
+                "sample.weak_model: sample.guidance=1 does not lead away from it; give more, as sample.guidance=2,"
+                " or leave it at null"
+            )
         if by_class and self.trainer.label_dropout == 0:
             raise ValueError(
                 f"sample.guidance: {s.guidance:g} needs a null class, and trainer.label_dropout=0 trains none;"

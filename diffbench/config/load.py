@@ -27,8 +27,7 @@ from diffbench.config.layers import (
 )
 from diffbench.config.types import convert, shown
 from diffbench.core.errors import suggest
-from diffbench.denoisers import DENOISERS
-from diffbench.denoisers import registry as denoisers
+from diffbench.denoisers import DENOISERS, foreign
 
 C = TypeVar("C", bound=BaseConfig)
 T = TypeVar("T")
@@ -189,7 +188,8 @@ def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> typ
     files = [Path(origin) for origin, _ in reversed(stack) if os.path.isfile(origin)]
     folders = list(dict.fromkeys(folder for file in files for folder in places(file))) or [Path.cwd()]
     values[section] = {"args": {}} | given  # a dataclass of its own may lack defaults
-    return _named(denoisers.section(name, given.get("code"), folders), name)
+    found: type = foreign.section(name, given.get("code"), folders)
+    return _named(found, name)
 
 
 def _laptop(values: dict[Any, Any], name: str) -> dict[str, Any] | None:

@@ -151,7 +151,11 @@ class ValidationConfig:
 # Keys of one sampler alone: key, sampler, the value that does nothing with the others.
 _OWNED: tuple[tuple[str, str, Any], ...] = (
     ("eta", "ddim", 0.0),
+    ("variance", "ddpm", "fixed_large"),
     ("s_churn", "heun", 0.0),
+    ("s_min", "heun", 0.0),
+    ("s_max", "heun", None),
+    ("s_noise", "heun", 1.0),
     ("sde_diffusion", "euler_maruyama", "sigma"),
     ("sde_strength", "euler_maruyama", 1.0),
     ("sde_last", "euler_maruyama", "mean"),
@@ -234,6 +238,8 @@ class SampleConfig:
         if self.s_max is not None and self.s_max <= self.s_min:
             raise ValueError(f"sample.s_max: must exceed sample.s_min={self.s_min:g} or be null, got {self.s_max:g}")
         check(self, "sample", "lie between 0 and 1", lambda v: 0 < v < 1, "sde_last_step")
+        if self.clip and self.sampler == "dopri5":
+            raise ValueError("sample.clip: dopri5 clips no predicted image; leave it at null or false")
 
     def settled(self, process: str, pixels: bool = True) -> "SampleConfig":
         """Fill in the process's sampler, and whether it clips, by default on pixels; ValueError if it does not suit."""

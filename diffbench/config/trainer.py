@@ -25,7 +25,8 @@ class TrainerConfig:
     sample_images: int = 256_000
     logger: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     """Loggers of numbers and images besides the run folder; wandb (Weights & Biases) stays offline without a login."""
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a CUDA GPU where there is one. Apple's have no float64, in which times and noise levels are computed."""
     threads: int | Literal["auto"] = "auto"
     """CPU threads of a process. auto: one for a network of less than 1e9 multiply-accumulates a step, where two gain
     little and wait for each other on a busy machine, else PyTorch's number; or what OMP_NUM_THREADS says."""

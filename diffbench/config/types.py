@@ -2,8 +2,8 @@
 
 import contextlib
 import itertools
-import math
 import re
+import sys
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -75,7 +75,7 @@ def _convert(kind: Any, value: Any) -> Any:
         pass
     elif kind is int and (isinstance(value, int) or (isinstance(value, float) and _is_whole(value))):
         return int(value)
-    elif kind is float and isinstance(value, int | float) and math.isfinite(value):
+    elif kind is float and isinstance(value, int | float) and abs(value) <= sys.float_info.max:
         return float(value)
     raise _Mismatch
 

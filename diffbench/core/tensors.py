@@ -24,6 +24,11 @@ HASH = "content_sha256"
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors, metadata and a hash of both, atomically."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in on_cpu.items():  # such as tied weights: no two in a file share memory
+        memory = tensor.untyped_storage().data_ptr()
+        on_cpu[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     stated = dict(metadata or {})
     write_bytes(path, save(on_cpu, stated | {HASH: _hash(on_cpu, stated)}))
 
@@ -67,9 +72,8 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 def by_name(network: nn.Module, weights: Sequence[Tensor]) -> dict[str, Tensor]:
     """Values of a network's parameters, in their order, under all of their names: tied weights have several."""
-    values, first = dict(zip(network.parameters(), weights, strict=True)), dict(network.named_parameters())
-    every = network.named_parameters(remove_duplicate=False)  # a file holds no tensor twice
-    return {name: values[p] if name in first else values[p].clone() for name, p in every}
+    values = dict(zip(network.parameters(), weights, strict=True))
+    return {name: values[p] for name, p in network.named_parameters(remove_duplicate=False)}
 
 
 def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

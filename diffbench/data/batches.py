@@ -110,6 +110,7 @@ def latent_set(data: LatentSet | AnyDataset) -> LatentSet:
         return data
     latents, labels = _columns(data, ("latent", "latents"))
     mean = torch.stack([torch.as_tensor(z) for z in latents])
+    mean = mean.float() if mean.dtype == torch.bfloat16 else mean  # which NumPy does not know
     return LatentSet(mean, torch.full_like(mean, -torch.inf), **_labelled(data, labels))
 
 

@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +91,21 @@ def encode(
         if store.identity() not in (None, identity):
             raise UserError(f"{folder}: holds other latents; choose another folder, or remove it")
     if (found := store.open_intact()) is None:
-        moments = partial(_moments, images, autoencoder, torch.device(device), batch_size, flip, dtype)
+
+        @torch.inference_mode()
+        def moments(first: int, last: int) -> dict[str, np.ndarray]:
+            parts: dict[str, list[np.ndarray]] = {}
+            for start in range(first, last, batch_size):
+                x = from_uint8(images.images[start : min(start + batch_size, last)].to(device))
+                for prefix, batch in (("", x), ("flipped_", x.flip(-1))) if flip else (("", x),):
+                    for name, array in zip(("mean", "log_variance"), autoencoder.encode(batch), strict=True):
+                        stored = array.to(getattr(torch, dtype)).cpu().numpy()
+                        if not np.isfinite(stored).all():
+                            bad = start + int(np.flatnonzero(~np.isfinite(stored).all(axis=(1, 2, 3)))[0])
+                            raise ValueError(f"autoencoder: the {name} of image {bad} is not finite in {dtype}")
+                        parts.setdefault(prefix + name, []).append(stored)
+            return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
         kind = np.dtype(dtype).newbyteorder("<").str
         columns: dict[str, Any] = {name: (kind, array.shape[1:]) for name, array in moments(0, 1).items()}
         with store.fill(identity, columns | {"labels": ("<i8", ())}, len(images), rank=rank, world=world) as filling:
@@ -102,30 +115,6 @@ def encode(
     known: dict[str, Any] = {"name": images.name, "num_classes": images.num_classes, "class_names": images.class_names}
     known |= {**found.arrays, "scale": scale, "shift": shift, "digest": found.facts["fingerprint"]}
     return LatentSet(**known)
-
-
-@torch.inference_mode()
-def _moments(
-    images: ImageSet,
-    autoencoder: KLAutoencoder,
-    device: torch.device,
-    batch_size: int,
-    flip: bool,
-    dtype: Dtype,
-    first: int,
-    last: int,
-) -> dict[str, np.ndarray]:
-    parts: dict[str, list[np.ndarray]] = {}
-    for start in range(first, last, batch_size):
-        x = from_uint8(images.images[start : min(start + batch_size, last)].to(device))
-        for prefix, batch in (("", x), ("flipped_", x.flip(-1))) if flip else (("", x),):
-            for name, array in zip(("mean", "log_variance"), autoencoder.encode(batch), strict=True):
-                stored = array.to(getattr(torch, dtype)).cpu().numpy()
-                if not np.isfinite(stored).all():
-                    bad = start + int(np.flatnonzero(~np.isfinite(stored).all(axis=(1, 2, 3)))[0])
-                    raise ValueError(f"autoencoder: the {name} of image {bad} is not finite in {dtype}")
-                parts.setdefault(prefix + name, []).append(stored)
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _fill(

@@ -166,7 +166,7 @@ def list_files(root: Path) -> Listing:
                     folders.append(Path(entry.path))
             elif not entry.is_file() or (suffix != ".parquet" and suffix not in SUFFIXES):
                 skipped["other"].append(path)
-            elif not _is_text(entry.path):
+            elif re.search("[\ud800-\udfff]", entry.path):  # bytes that are not text
                 raise ValueError(f"the name of {os.fsencode(entry.path)!r} is not UTF-8; rename it")
             else:
                 (tables if suffix == ".parquet" else images).append(path)
@@ -240,14 +240,6 @@ def _place(
         about = os.stat(root / file)
         digest.update(f"{file}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
     return Place(kind, str(root), name, files, digest.hexdigest(), listing)
-
-
-def _is_text(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

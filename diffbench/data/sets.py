@@ -142,7 +142,7 @@ def describe_parts(
         f"{size:,} images {use}" + f" ({origin})" * bool(origin)
         for (size, origin), use in ((train, "to train on"), (held_out, "held out"))
     ]
-    classes = "no classes" if len(counts) == 1 else f"{len(counts):,} classes"
+    classes = f"{len(counts):,} class{'es' * (len(counts) > 1)}" if names or len(counts) > 1 else "no classes"
     if names:
         each = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)]
         if len(each) > most:
@@ -179,7 +179,8 @@ def describe_sizes(data: ImageSet) -> str | None:
     alike = counts[abs(high / wide / ratio - 1) < 0.05].sum() / counts.sum()
     if height == width and alike > 0.8 and abs(ratio - 1) > 0.1:
         other = 8 * round(side * max(ratio, 1 / ratio) / 8)
-        hints.append(f"data.image_size={[other, side] if ratio > 1 else [side, other]} crops less")
+        sides = f"{other},{side}" if ratio > 1 else f"{side},{other}"
+        hints.append(f"data.image_size=[{sides}] crops less")
     return "; ".join([line, *hints])
 
 

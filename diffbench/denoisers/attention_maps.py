@@ -49,9 +49,9 @@ def record_attention(net: nn.Module, tokens: Sequence[tuple[int, int]]) -> Itera
     recorder = _Recorder(tokens)
     with ExitStack() as stack:
         for name, module in net.named_modules():
-            stack.enter_context(_hook(module.register_forward_pre_hook(partial(recorder.enter, name))))
-            stack.enter_context(_hook(module.register_forward_hook(recorder.leave, always_call=True)))
-        stack.enter_context(_hook(net.register_forward_pre_hook(recorder.start)))
+            stack.enter_context(module.register_forward_pre_hook(partial(recorder.enter, name)))
+            stack.enter_context(module.register_forward_hook(recorder.leave, always_call=True))
+        stack.enter_context(net.register_forward_pre_hook(recorder.start))
         stack.enter_context(recorder)
         yield recorder.maps
 
@@ -157,11 +157,3 @@ def _grid(height: int, width: int, tokens: int) -> tuple[int, int]:
         if height // factor * (width // factor) <= tokens:
             return height // factor, width // factor
     return 1, 1
-
-
-@contextmanager
-def _hook(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

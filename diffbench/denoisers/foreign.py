@@ -42,6 +42,12 @@ class CallConfig:
         given = [target for target in (self.x, self.t, self.y) if target is not None]
         if len(set(given)) < len(given):
             raise ValueError("denoiser.call: x, t and y must go to different places or names")
+        places = sorted(target for target in given if isinstance(target, int))
+        if places != list(range(len(places))):
+            raise ValueError(
+                f"denoiser.call: places count from 0 without a gap, got {', '.join(map(str, places))};"
+                " give a later argument by its name"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The denoisers by name: adding one takes its file and its row here; any other `name` is a network from outside."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, foreign, laptop, probe, segformer, unet, uvit
+from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, laptop, probe, segformer, unet, uvit
 from diffbench.denoisers.base import Denoiser, Preset, check_output
 from diffbench.denoisers.flops import Cost, count
 from diffbench.denoisers.foreign import Foreign, ForeignConfig
@@ -101,20 +101,6 @@ DENOISERS = {
 }
 
 PRESETS = {name: preset for entry in DENOISERS.values() for name, preset in entry.presets.items()}
-
-
-def section(name: str, code: str | None, folders: Sequence[Path]) -> type:
-    """The dataclass of the section `denoiser`, by its `name`: a registered one, or package.module:Class.
-
-    Args:
-        name: the denoiser's.
-        code: `denoiser.code` of a network from outside, where a saved config says it.
-        folders: where its module is looked up before installed ones.
-
-    Raises:
-        ValueError: if a network from outside cannot be had; begins with the key.
-    """
-    return DENOISERS[name].config if name in DENOISERS else foreign.section(name, code, folders)
 
 
 def build(name: str, config: Any, noise_level: Callable[[Tensor], Tensor] | None = None, **shape: Any) -> Denoiser:

@@ -80,5 +80,4 @@ class Flow(Process):
         return Grid(self.path(self._shifted(times)), open_end=False)
 
     def _shifted(self, t: Tensor) -> Tensor:
-        shift = self.config.shift
-        return t if shift == 1 else self.time_at(self.log_snr(t) - 2 * math.log(shift))
+        return t if self.shift == 1 else self.time_at(self.log_snr(t) - 2 * math.log(self.shift))

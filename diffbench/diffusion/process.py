@@ -149,7 +149,7 @@ class Process(ABC):
             t = self.even_time(normal_quantiles(u, mean, c.logit_std).sigmoid())
         else:
             t = self.even_time(u)
-        return t if c.shift == 1 else self.training_time_at(self.log_snr(t) - 2 * math.log(c.shift))
+        return t if self.shift == 1 else self.training_time_at(self.log_snr(t) - 2 * math.log(self.shift))
 
     def training_time_at(self, log_snr: Tensor) -> Tensor:
         """The training times (B,) nearest to these log-SNRs."""
@@ -231,6 +231,13 @@ class Process(ABC):
     def sigma_data(self) -> float:
         """Standard deviation of the data."""
         return 0.5 if self.config.sigma_data is None else float(self.config.sigma_data)
+
+    @property
+    def shift(self) -> float:
+        """The config's shift of times; ValueError where it waits for the images' shape."""
+        if self.config.shift is None:
+            raise ValueError("process.shift: null follows the shape of an experiment's images; give a number")
+        return float(self.config.shift)
 
     def _error(self, p: Point, space: str) -> Tensor:
         a, b = p.coefficients(space, self.sigma_data)

@@ -188,7 +188,8 @@ class DiscreteVP(Process):
             )
         if not learned:
             return out, None
-        mean, variance = out.chunk(2, dim=1)
+        # bfloat16 could not tell most steps' bounds of the log-variance apart, nor tables of its dtype.
+        mean, variance = out.to(like.dtype).chunk(2, dim=1)
         return mean, (variance + 1) / 2
 
     def _cached(self, device: torch.device) -> tuple[Tensor, Tables]:

@@ -109,8 +109,6 @@ def data_module(
 
 def device_of(accelerator: str) -> torch.device:
     """The device for networks outside of training: a GPU where there is one, unless the config names another."""
-    if accelerator == "mps":
-        return torch.device("mps")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", distributed.local_rank()) if distributed.place()[1] > 1 else torch.device("cuda")

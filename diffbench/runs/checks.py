@@ -144,12 +144,9 @@ def possible(section: str) -> Iterator[None]:
 def check_device(trainer: TrainerConfig) -> None:
     """Raises ValueError, naming the key, where the machine or who started us lacks what `trainer` asks for."""
     accelerator, (_, world) = trainer.accelerator, distributed.place()
-    there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
-    there["mps"] = torch.backends.mps.is_available()
-    if not there.get(accelerator, True):
-        raise ValueError(f"trainer.accelerator: this machine has no {accelerator}; choose from auto, cpu")
-    device = device_of("mps" if accelerator == "auto" and there["mps"] else accelerator)
-    found = torch.cuda.device_count() if device.type == "cuda" else 1 if device.type == "mps" else trainer.devices
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator: this machine has no CUDA gpu; choose from auto, cpu")
+    found = torch.cuda.device_count() if device_of(accelerator).type == "cuda" else trainer.devices
     if trainer.devices > found:
         raise ValueError(
             f"trainer.devices: must be at most {found}, as many as this machine has, got {trainer.devices}"

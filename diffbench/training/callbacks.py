@@ -224,6 +224,7 @@ class SampleGrid(EveryNImages):
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
         sampler, names = self.sampler or module.sampler(), self.class_names
+        check_images(sampler)
         classes = int(getattr(module.network, "num_classes", 0)) if names is None else len(names)
         trajectory, columns = Trajectory(sampler.images), class_columns(classes)
         labels = torch.arange(columns).repeat(4) % max(1, classes)
@@ -240,6 +241,12 @@ class SampleGrid(EveryNImages):
         images = distributed.all_gather_rows(images) if split else images
         self.show_grid(trainer, module, images, columns, [names[label] for label in labels] if names else None)
         self.show(trainer, "samples/steps", trajectory.strip())
+
+
+def check_images(sampler: Sampler) -> None:
+    """Raise ValueError where samples are not images and nothing decodes them."""
+    if sampler.raw:
+        raise ValueError(f"sampler: {sampler.shape[0]} channels are not an image; give a Sampler with `decode`")
 
 
 def _in_memory(data: Images) -> ImageSet | LatentSet:

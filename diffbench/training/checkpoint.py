@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
@@ -51,7 +51,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
         staged = target.with_name(f".{target.name}.staged")
-        with atomic(staged, _size(checkpoint), called=target) as file:
+        size = sum(leaf.nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor))
+        with atomic(staged, size, called=target) as file:
             torch.save(checkpoint, file)
         write_text(_checksum(target), f"{sha256(staged)}  {target.name}\n")
         os.replace(staged, target)
@@ -101,15 +102,6 @@ def owed(path: Path) -> list[str]:
     """The evaluations that a signal interrupted at a checkpoint's step, which a resume does first."""
     state: dict[str, Any] = read_state(path, "meta").get("callbacks", {})
     return list(state.get("StopOnSignal", {}).get("owed", []))
-
-
-def _size(state: Any) -> int:
-    """Bytes of the tensors in a state, about what its file takes."""
-    if isinstance(state, torch.Tensor):
-        return state.nbytes
-    if isinstance(state, dict | list | tuple):
-        return sum(map(_size, state.values() if isinstance(state, dict) else state))
-    return 0
 
 
 def _checksum(path: Path) -> Path:

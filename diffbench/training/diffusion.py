@@ -84,6 +84,8 @@ class DiffusionModule(TrainingModule):
         self.sample = SampleConfig(**(sample or {})) if isinstance(sample, dict | None) else sample
         self.shape: tuple[int, ...] | None = getattr(net, "shape", None)
         """(C, H, W) of what is denoised: the network's own, else the last batch's."""
+        if time_sampling == "loss_aware" and self.process.name != "vp":
+            raise ValueError(f"time_sampling: loss_aware counts the steps of vp, not {self.process.name}")
         self.history = LossAware(self.process.config.steps) if time_sampling == "loss_aware" else None
         self._step_losses: list[tuple[int, float]] = []
         self._keys = {what: rng.key(seed, what) for what in ("noise", "time", "label")}

@@ -24,7 +24,7 @@ from diffbench.metrics.registry import metric_name, metric_of
 from diffbench.metrics.suite import Suite
 from diffbench.sampling.cost import drawing_seconds, timed
 from diffbench.sampling.sampler import Sampler
-from diffbench.training.callbacks import EveryNImages
+from diffbench.training.callbacks import EveryNImages, check_images
 from diffbench.training.clock import is_last
 from diffbench.training.fsdp import shard_of, weights_replaced
 from diffbench.training.module import TrainingModule
@@ -72,8 +72,9 @@ class FrechetDistance(EveryNImages):
         self.suite = partial(Suite, training_measurement(extractor, images, count), brief=True)
         self.sampler, self.settings = sampler, settings or SampleConfig()
         self.labels, self.seed, self.best_by = sample_labels(images, count), seed, best
-        self.best: dict[str, float] = {}
-        """Of the best weights: images, and value of the metric on the samples that chose them."""
+        self.best: dict[str, Any] = {}
+        """Of the best weights: images, the metric that chose them, its value on those samples, and how these were
+        drawn."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -114,6 +115,7 @@ class FrechetDistance(EveryNImages):
         suite = self.suite()
         suite.extractor.to(trainer.strategy.root_device)
         sampler = self.sampler or module.sampler()
+        check_images(sampler)
         self.stop.interruptible(lambda: self._feed(suite, sampler, rng.key(self.seed, what)))
         return {metric_name(name, suite.extractor, suite.count): value for name, value in suite.compute().items()}
 
@@ -128,16 +130,20 @@ class FrechetDistance(EveryNImages):
             return
         found = {name: metric_of(name) for name in values}
         name = next(n for n, metric in found.items() if self.best_by in (metric.name, metric.computed))
+        measured = {"metric": name, "sample": self.settings.numbers()}
+        if self.best and any(self.best[key] != value for key, value in measured.items()):
+            print(f"note: evaluate.best is measured anew by {name}, another way than at {self.best['images']:,} images")
+            self.best = {}
         if values[name] >= self.best.get("value", float("inf")):
             return
-        self.best = {"images": module.images_seen, "value": values[name]}
+        self.best = {"images": module.images_seen, "value": values[name], **measured}
         weights, decay = module.network.state_dict(), "none"
         if self.ema is not None:
             first = self.ema.config.decays[0]
             weights |= tensors.by_name(module.network, self.ema.full_average(first))
             decay = str(first)
         if distributed.rank() == 0:
-            facts = {k: str(v) for k, v in self.best.items()} | {"metric": name, "decay": decay}
+            facts = {key: str(self.best[key]) for key in ("images", "value", "metric")} | {"decay": decay}
             tensors.write(self.path, weights, facts)
 
     @contextlib.contextmanager

@@ -189,8 +189,8 @@ class TrainingModule(L.LightningModule):
     ) -> None:
         """Clips the whole gradient as trainer or settings say, keeps its norm, and skips a step that is not finite."""
         scaler = scaler_of(self.trainer)
-        if scaler is not None:
-            scaler.unscale_(optimizer)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # a fused one, which Lightning leaves to unscale in its step
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         largest = getattr(self.optimizer, "grad_clip_norm", None)

@@ -71,6 +71,7 @@ def fit(
     if warning := decayed_early(module.optimizer, seen, settings.max_images):
         print(warning)
     at_end = checkpoint is not None and step_of(checkpoint) == settings.max_steps  # evaluations alone are left
+    gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
     with warnings.catch_warnings(), float32_products(settings.tf32):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -78,7 +79,7 @@ def fit(
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is newer than torch 2.11
         warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a cluster's login node is fine
         trainer = L.Trainer(
-            accelerator=settings.accelerator,
+            accelerator="gpu" if gpu else "cpu",
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_strategy(settings),

@@ -117,6 +117,7 @@ def test_what_is_saved_loads_again(tmp_path: Path) -> None:
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "down_block_types: must name DownEncoderBlock2D"),
         ({"attn_scales": []}, "attn_scales: unknown key; allowed: "),
         ({"norm_num_groups": 3}, "block_out_channels: norm_num_groups=3 must divide every width, got 16"),
+        ({"block_out_channels": 5}, "block_out_channels: must be a list of widths, got 5"),
         ({"scaling_factor": 0}, "scaling_factor: must be positive, got 0"),
         ({"latent_channels": 0}, "latent_channels: must be at least 1, got 0"),
     ],
@@ -129,6 +130,16 @@ def test_a_config_of_another_network_is_refused(
     with pytest.raises(ValueError) as raised:
         files.load(tmp_path)
     assert str(raised.value).startswith(f"{tmp_path / files.CONFIG}: {message}")
+
+
+def test_damaged_weights_have_no_notes(golden_folder: Path, tmp_path: Path) -> None:
+    files.save(files.load(golden_folder), tmp_path, {"images": "7"})
+    assert files.read_notes(tmp_path)["images"] == "7"
+    weights = tmp_path / files.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert files.read_notes(tmp_path) == {}
+    weights.unlink()
+    assert files.read_notes(tmp_path) == {}
 
 
 def test_a_config_without_scale_takes_the_published_one(tmp_path: Path) -> None:

@@ -127,6 +127,12 @@ def test_overrides_are_read_as_the_type_of_their_key(argument: str, value: Any) 
     assert type(now) is type(value)
 
 
+def test_images_in_their_default_place_are_pixels_whatever_says_their_channels() -> None:
+    for words in ([], ["data.channels=null"]):
+        config = load("experiments/cifar10/dit.yaml", [*words, "process.name=edm"])
+        assert (config.pixels, config.process.sigma_data) == (True, 0.5)  # type: ignore[attr-defined]
+
+
 def test_later_overrides_win() -> None:
     assert load(DIT, ["seed=1", "seed=2"]).seed == 2
     assert parse_overrides(["a.b=1", "a.c=2"]) == {"a": {"b": 1, "c": 2}}
@@ -171,7 +177,7 @@ REFUSED = {
     "trainer.label_dropout=1": "trainer.label_dropout: must lie in [0, 1), got 1.0",
     "trainer.label_dropout=0": "needs a null class, and trainer.label_dropout=0 trains none; allowed: ",
     "trainer.accelerator=tpu": (
-        "trainer.accelerator: unknown value 'tpu'; choose from auto, cpu, gpu, mps; did you mean 'gpu'?"
+        "trainer.accelerator: unknown value 'tpu'; choose from auto, cpu, gpu; did you mean 'gpu'?"
     ),
     "trainer.precision=16": (
         "trainer.precision: unknown value 16; choose from auto, 32-true, bf16-mixed, 16-mixed, 64-true"
@@ -230,6 +236,7 @@ REFUSED = {
     "Seed=1": "Seed: unknown key; allowed: format, ",
     "seed=1 2": "seed: must be a whole number, got '1 2'",
     "ema.warmup=2": "ema.warmup: must be true or false, got 2",
+    f"optimizer.lr=1{'0' * 400}": f"optimizer.lr: must be a finite number, got 1{'0' * 400}",
     "optimizer.lr=1e999": "optimizer.lr: must be a finite number, got inf",
     "optimizer.betas=[0.9,.nan]": "optimizer.betas: must be a list of finite numbers, as [1, 2], got [0.9, nan]",
     "optimizer.betas=[0.9,true]": "optimizer.betas: must be a list of finite numbers, as [1, 2], got [0.9, True]",

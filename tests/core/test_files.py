@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from diffbench.core import tensors
 from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder, cached, write_text
 
@@ -49,3 +51,11 @@ def test_what_is_there_is_not_made(tmp_path: Path) -> None:
     write_text(tmp_path / "f", "x")
     assert cached(tmp_path / "f", pytest.fail) == tmp_path / "f"
     assert not (tmp_path / ".f.lock").exists()
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    tied, path = torch.arange(6.0).view(2, 3), tmp_path / "a.safetensors"
+    tensors.write(path, {"a": tied, "b": tied, "c": tied[:1], "d": tied[1:], "empty": torch.zeros(0)})
+    found, _ = tensors.read(path)
+    wanted = {"a": tied, "b": tied, "c": tied[:1], "d": tied[1:], "empty": torch.zeros(0)}
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()) and len(found) == 5

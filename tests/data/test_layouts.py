@@ -160,6 +160,8 @@ def test_what_was_understood_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert describe(train, held_out) == f"pets, 3x8x8: {line}"
     train, held_out = load(folder(tmp_path / "b", {"train/cat": 9, "train/dog": 9, "test": 4}))
     assert held_out.origin == "of split train, by class, as no image of split test has a class"
+    one = ImageSet(train.images[:9], train.labels[:9] * 0, 1, "one", ("cat",))
+    assert describe(one, one).endswith("; 1 class: cat 9")
     many = ImageSet(train.images, train.labels, 30, "many", tuple(f"c{i}" for i in range(30)))
     empty = "".join(f"c{i} 0, " for i in range(2, 10))
     assert describe(many, many).endswith(f"; 30 classes: c0 9, c1 8, {empty}... c29 0 (0 to 9 images each)")

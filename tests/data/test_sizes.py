@@ -57,7 +57,7 @@ def test_images_are_cropped_to_height_and_width(tmp_path: Path) -> None:
             {"48x40": 9, "40x40": 1},
             (32, 32),
             "40 to 48 high and 40 wide, most often 48x40; brought to 32x32, 9 of 10 cropped at the centre (up to"
-            " 17% of an image); data.image_size=[40, 32] crops less",
+            " 17% of an image); data.image_size=[40,32] crops less",
         ),
         (
             {"100x200": 1, "200x100": 1},

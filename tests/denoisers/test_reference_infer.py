@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffbench.denoisers import PRESETS
 from diffbench.denoisers.pretrained.checkpoint import weight_sets
-from diffbench.denoisers.pretrained.convert import describe, infer, shapes
+from diffbench.denoisers.pretrained.convert import RECIPES, describe, infer, shapes
 
 
 def shapes_of(source: str, args: dict[str, Any]) -> dict[str, Tensor]:
@@ -75,6 +75,12 @@ def test_published_sizes_need_no_argument(name: str) -> None:
     if source != "adm":
         assert plan.config == ours.config
     assert {key: plan.shape[key] for key in ours.shape} == ours.shape
+
+
+def test_only_published_networks_count_as_such() -> None:
+    for source in ("dit", "sit"):
+        assert len(RECIPES[source].published) == 13
+        assert all(name.startswith("DiT-") for name in RECIPES[source].published)
 
 
 @pytest.mark.parametrize(

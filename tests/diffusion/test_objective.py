@@ -202,3 +202,12 @@ def test_a_flows_shift_is_that_of_the_paper_in_training_and_sampling() -> None:
     assert (1 - times - 3 * even / (1 + 2 * even)).abs().max() < 1e-12
     assert times[[0, -1]].tolist() == [0.0, 1.0]
     assert made("flow gvp", shift=3.0).grid(10).points.time[[0, -1]].tolist() == [0.0, 1.0]
+
+
+def test_a_shift_that_follows_the_image_needs_an_experiment() -> None:
+    process = made("flow linear", shift=None)
+    for use in (lambda: process.time(PARTS), lambda: process.grid(10)):
+        with pytest.raises(
+            ValueError, match=r"^process\.shift: null follows the shape of an experiment's images; give a"
+        ):
+            use()

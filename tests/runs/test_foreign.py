@@ -293,6 +293,8 @@ REFUSED = {
     "size": (["width=widht"], "denoiser.width: no argument 'widht'; choose from"),
     "preset": (["preset=S"], "denoiser.name=nets:Plain has none"),
     "twice": (["call.t=0"], "denoiser.call: x, t and y must go to different places or names"),
+    "gap": (["call={x: 0, t: 2, y: null}"], "denoiser.call: places count from 0 without a gap, got 0, 2; give a later"),
+    "negative": (["call.y=-1"], "denoiser.call: places count from 0 without a gap, got -1, 0, 1;"),
     "not built": (["name=nets:Broken"], "nets:Broken cannot be built (KeyError: 'no such thing')"),
     "shape": (["name=nets:Smaller"], "puts out 1x4x8 where 1x8x8 is needed"),
     "no gradient": (["name=nets:Unused"], "no gradient reaches the parameter spare.weight and 1 more"),
@@ -422,6 +424,12 @@ def test_times_become_noise_levels(process: str, t_as: str, yaml: Path) -> None:
     assert given[0].numpy() == pytest.approx(wanted.numpy(), rel=1e-5)
     if process == "flow":  # which begins where the level is infinite
         assert net(X, torch.zeros(2)).isfinite().all()
+
+
+@pytest.mark.parametrize("process", ["edm", "flow"])
+def test_times_that_are_not_steps_are_not_rounded(process: str, yaml: Path) -> None:
+    with pytest.raises(UserError, match=rf"denoiser\.call\.t_as: step rounds the time, .*, not {process}; choose time"):
+        load(yaml, ["denoiser.call.t_as=step", f"process.name={process}", "sample.guidance=1"])
 
 
 def test_code_is_kept_apart_by_folder_and_known_by_its_hash(yaml: Path, tmp_path: Path) -> None:

@@ -328,6 +328,14 @@ def test_the_callback_sees_every_step_and_draws_strip_and_animation(tmp_path: Pa
     assert abs(int(last[34, 68 + 34]) - 0) <= 3 and abs(int(last[68 + 34, 68 + 34]) - 230) <= 3
 
 
+def test_only_the_first_batch_is_animated_even_if_a_later_one_takes_more_steps() -> None:
+    trajectory = Trajectory(count=4)
+    for steps, samples in ((2, 4), (3, 1)):
+        for step in range(steps):
+            trajectory(step, torch.full((samples, 1, 4, 4), float(samples)), torch.zeros(samples, 1, 4, 4))
+    assert len(trajectory.noisy) == 2 and trajectory.strip().shape[0] == 8 * 44
+
+
 def test_the_classifier_reads_any_multiple_of_its_divisor() -> None:
     net = NoisyClassifier(ClassifierConfig(16, [1, 2], attention_resolutions=[4], norm_groups=4), 8, 1, 10)
     for side in (8, 16):

@@ -131,6 +131,19 @@ def test_a_killed_run_ends_with_the_same_distances_and_best_weights(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_another_measure_on_resume_chooses_anew(
+    unbroken: DenoiserRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*TINY, f"runs_dir={tmp_path}", "trainer.max_images=80"]
+    train(DIT, [*argv, "evaluate.best=kid"])  # whose values lie far below a distance's
+    run = train(DIT, [*TINY, f"runs_dir={tmp_path}"])
+    found = distances(run.folder)
+    later = {images: found[images] for images in (96, 128, 160)}
+    assert series(run.folder)[-1]["best/images"] == min(later, key=lambda images: later[images])
+    note = "note: evaluate.best is measured anew by fd/digits-cnn@20, another way than at "
+    assert note in capsys.readouterr().out
+
+
 def test_no_weight_of_the_extractor_enters_module_or_checkpoint(unbroken: DenoiserRun) -> None:
     state = torch.load(unbroken.folder / "checkpoints" / "step-20.ckpt", weights_only=True)
     names = {f"network.{name}" for name in unbroken.network.state_dict()}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffbench.config.load import load as load_config
 from diffbench.core import tensors
@@ -19,7 +19,7 @@ from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import train
 from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
-from diffbench.training.nan_guard import Outcome, decide
+from diffbench.training.nan_guard import NonFiniteGuard, Outcome, decide
 
 DIT = "experiments/digits/dit.yaml"
 TINY = [
@@ -122,6 +122,17 @@ def test_a_row_of_them_ends_training_and_can_be_seen_again(tmp_path: Path, monke
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: damaged \("):
         tensors.read(path)
+
+
+def test_tied_weights_are_saved_too(tmp_path: Path) -> None:
+    net = nn.Module()
+    net.a, net.b = nn.Linear(3, 3), nn.Linear(3, 3)
+    net.b.weight = net.a.weight
+    guard, module = NonFiniteGuard(tmp_path, 1, 1), SimpleNamespace(network=net, seed=0)
+    guard.row = 1
+    guard._save(0, 1, 8, [{"x0": torch.zeros(2), "position": torch.arange(2)}], module)
+    saved, _ = tensors.read(tmp_path / "nonfinite-000000008.safetensors")
+    assert torch.equal(saved["network.b.weight"], net.a.weight) and torch.equal(saved["network.a.bias"], net.a.bias)
 
 
 def test_fp16_looks_for_its_scale_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from diffbench import (
+    EDM,
     EMA,
     VP,
     DiffusionModule,
@@ -311,6 +313,15 @@ def test_every_group_is_clipped_as_trainer_or_settings_say() -> None:
         trainer(max_steps=1, gradient_clip_val=2.0).fit(both, loader())
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_fp16_are_unscaled_once(kind: Any, fused: bool) -> None:
+    lm = module(optimizer=lambda parameters: kind(parameters, lr=1e-3, fused=fused))
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))  # type: ignore[attr-defined]
+    trainer(max_steps=2, plugins=[plugin]).fit(lm, loader())
+    assert lm.grad_norm is not None and 0 < float(lm.grad_norm) < 100
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_precisions(precision: Any) -> None:
     lm = module()
@@ -598,6 +609,28 @@ def test_latents_of_any_data_set() -> None:
     assert torch.equal(batch["x0"], latents[index]) and torch.equal(batch["label"], LABELS[index])
     with pytest.raises(ValueError, match="flip: these latents hold no mirrored ones"):
         LatentDataModule(TensorDataset(latents), flip=True)
+
+
+def test_latents_in_bfloat16() -> None:
+    latents = torch.randn(24, 4, 2, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    data = LatentDataModule(TensorDataset(latents, LABELS[:24]), batch_size=8)
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    index = data.train_dataloader().dataset.index(0, 8)  # type: ignore[attr-defined]
+    assert torch.equal(batch["x0"], latents[index].float())
+
+
+def test_latents_are_not_drawn_without_a_decoder(tmp_path: Path) -> None:
+    net = DiT(DiTConfig(2, 16, 1, 2), 4, 4)
+    data = DataLoader(torch.randn(48, 4, 4, 4, generator=torch.Generator().manual_seed(0)), batch_size=8)
+    held_out = TensorDataset(IMAGES, LABELS)
+    for callback in (SampleGrid(8, settings=QUICK), FrechetDistance(held_out, 8, Pixels(), 20, settings=QUICK)):
+        with pytest.raises(ValueError, match=r"^sampler: 4 channels are not an image; give a Sampler with `decode`$"):
+            trainer(tmp_path, max_steps=1, callbacks=[callback]).fit(DiffusionModule(net, VP()), data)
+
+
+def test_times_by_loss_belong_to_vp() -> None:
+    with pytest.raises(ValueError, match=r"^time_sampling: loss_aware counts the steps of vp, not edm$"):
+        DiffusionModule(Own(), EDM(), time_sampling="loss_aware")
 
 
 def test_a_loader_without_a_batch_size_cannot_measure_a_warm_up() -> None:

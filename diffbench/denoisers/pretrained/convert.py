@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffbench.denoisers.base import Denoiser
 from diffbench.denoisers.pretrained import segformer
-from diffbench.denoisers.pretrained.recipe import REQUIRED, Blueprint, Recipe
+from diffbench.denoisers.pretrained.recipe import REQUIRED, Blueprint, Recipe, check_values
 from diffbench.denoisers.pretrained.transformers import DIFFIT, DIT, SIT, UVIT
 from diffbench.denoisers.pretrained.unets import ADM, DDPMPP
 
@@ -169,16 +169,9 @@ def _weights(
         tensor, want = state_dict[key], recipe.shape(name, ours[name], arguments)
         if tuple(tensor.shape) != want:
             raise ValueError(f"{source}: {key} has the shape {list(tensor.shape)}, these arguments make {list(want)}")
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise ValueError(f"{source}: {key} holds {_what_is_wrong(tensor)}")
+        check_values(source, key, tensor)
         loaded[name] = recipe.arrange(name, tensor, net, arguments).reshape(ours[name].shape)
     return loaded
-
-
-def _what_is_wrong(tensor: Tensor) -> str:
-    if not tensor.is_floating_point():
-        return f"{tensor.dtype}".removeprefix("torch.") + ", not floating-point weights"
-    return f"{int((~tensor.isfinite()).sum())} values that are not finite, of {tensor.numel()}"
 
 
 def _check_keys(source: str, wanted: set[str], optional: set[str], given: set[str]) -> None:

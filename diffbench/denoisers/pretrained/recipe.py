@@ -26,18 +26,6 @@ class Blueprint:
     """image_size, channels, num_classes, null_class, learn_sigma."""
 
 
-def _same_shape(_name: str, ours: Tensor, _arguments: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(ours.shape)
-
-
-def _same_order(_name: str, theirs: Tensor, _net: Any, _arguments: dict[str, Any]) -> Tensor:
-    return theirs
-
-
-def _no_buffers(_net: Any) -> dict[str, Tensor]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Recipe:
     """The rules for reading one source."""
@@ -58,11 +46,11 @@ class Recipe:
     """Arguments of a published network that may differ with the data: its classes, channels, size, dropout."""
     unseen: tuple[tuple[str, ...], ...] = ()
     """Arguments that no shape shows; of each group, one must be given where the network is not a published one."""
-    shape: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]] = _same_shape
+    shape: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]] = lambda _name, ours, _arguments: tuple(ours.shape)
     """From our name and tensor: the shape in the reference."""
-    arrange: Callable[[str, Tensor, Any, dict[str, Any]], Tensor] = _same_order
+    arrange: Callable[[str, Tensor, Any, dict[str, Any]], Tensor] = lambda _name, theirs, _net, _arguments: theirs
     """From our name and the reference's tensor: its values in our order."""
-    buffers: Callable[[Any], dict[str, Tensor]] = _no_buffers
+    buffers: Callable[[Any], dict[str, Tensor]] = lambda _net: {}
     """Of our network: constant buffers by the reference's keys."""
     buffers_optional: bool = False
     """Whether a state dict may lack the buffers."""
@@ -78,6 +66,15 @@ def only(source: str, arguments: dict[str, Any], **allowed: Any) -> None:
     for name, value in allowed.items():
         if arguments[name] != value:
             raise ValueError(f"{source}: {name}={arguments[name]!r} has no counterpart here, only {value!r}")
+
+
+def check_values(source: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless a tensor holds finite floating-point weights."""
+    if not tensor.is_floating_point():
+        kind = f"{tensor.dtype}".removeprefix("torch.")
+        raise ValueError(f"{source}: {name} holds {kind}, not floating-point weights")
+    if broken := int((~tensor.isfinite()).sum()):
+        raise ValueError(f"{source}: {name} holds {broken} values that are not finite, of {tensor.numel()}")
 
 
 def doubles(source: str, inside: int, out: int) -> bool:

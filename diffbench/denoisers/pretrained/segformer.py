@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffbench.denoisers.pretrained.recipe import check_values
 from diffbench.denoisers.segformer import SegFormer, SegFormerConfig
 
 # transformers' names; the last one is ours: 1e-5 in transformers, 1e-6 in NVlabs' code.
@@ -111,6 +112,8 @@ def read(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> SegF
         if found[name].shape != wanted[name].shape:
             there, here = list(found[name].shape), list(wanted[name].shape)
             raise ValueError(f"segformer: {name} has the shape {there}, these arguments make {here}")
+        if wanted[name].is_floating_point():
+            check_values("segformer", name, found[name])
     net.load_state_dict(found)
     return net.eval()
 

@@ -90,7 +90,11 @@ _DIT: dict[str, Any] = {
     "build": DiT,
     "anchor": "x_embedder.proj.weight",
     "defaults": _TRANSFORMER,
-    "published": {name: _published(p) for name, p in DIT_PRESETS.items() if p.config.conditioning == "adaln-zero"},
+    "published": {
+        name: _published(p)
+        for name, p in DIT_PRESETS.items()
+        if name.startswith("DiT-") and p.config.conditioning == "adaln-zero"
+    },
     "rules": lambda _: _DIT_RULES,
     "free": frozenset({"input_size", "in_channels", "num_classes", "class_dropout_prob", "learn_sigma"}),
     "unseen": (("num_heads",),),
