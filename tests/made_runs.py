@@ -58,7 +58,8 @@ def make_run(
             "error": torch.from_numpy(each.astype(np.float32)),
             "log_snr": torch.tensor(LEVELS, dtype=torch.float64),
         }
-        tensors.write(folder / "validation.safetensors", found, {"images": str(images)})
+        facts = {"images": str(images), "ema": str(config.ema.decays[0])}
+        tensors.write(folder / "validation.safetensors", found, facts)
     return folder
 
 

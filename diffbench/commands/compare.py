@@ -93,14 +93,19 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     study = _study(folders[0])
     if study is not None:
         found = comparison_of_study(study)
-        found = replace(found, primary=asked.primary or found.primary, baseline=asked.baseline or found.baseline)
-        return _report(found, Path(asked.out) if asked.out else study, asked.export)
+        if len(folders) > 1:
+            raise UserError(f"{COMMAND_LINE}: {folders[1]}: a study is reported alone; compare runs with runs")
+        pairs = any(word.startswith("baseline=") for word in words)  # null is all of them
+        baseline = asked.baseline if pairs else found.baseline
+        found = replace(found, primary=asked.primary or found.primary, baseline=baseline)
+        return _report(found, report_folder(asked.out, []) if asked.out else study, asked.export)
     runs = [_trained(folder) for folder in folders]
     scored = comparable_scores(runs)
-    table = _side_by_side(folders, runs, scored) if len(runs) <= MOST_COLUMNS else None
     values = {"runs": [run_values(run) for run in runs]}
-    if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked == CompareConfig():
-        return table or "", values
+    alone = len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked == CompareConfig()
+    table = _side_by_side(folders, runs, scored) if alone or len(runs) <= MOST_COLUMNS else None
+    if alone:
+        return str(table), values
     try:
         comparison = _comparison(runs, scored, asked)
         once = len({t.variant for t in comparison.trials}) == len(runs)  # no means over seeds to show

@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
     if values.get("class") is None:
         raise UserError(f"{COMMAND_LINE}: class: missing; name one or give its number, as class=8")
     label, sample = str(values.pop("class")), values.pop("sample", {})
+    if not isinstance(sample, dict):
+        raise UserError(f"{COMMAND_LINE}: sample: must be a section with keys, got {sample}; write sample.KEY=VALUE")
     config = asked_for(ExplainConfig, values)
     run = load(Path(arguments.run))
     how = change(run.config, {"sample": asdict(run.config.sample.unguided()) | sample}).sample

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffbench.commands.compare import asked_for
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
 from diffbench.config.load import change
+from diffbench.runs.build import device_of
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import FORMATS, Trajectory, class_columns, new_files, save_grid, save_image, save_npz
 
@@ -64,8 +65,6 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         labels = run.labels_for(asked.n, asked.labels)
         if asked.raw and run.config.autoencoder is None and not run.raw:
             raise ValueError("raw: this network denoises images; leave it at false")
-        if asked.raw:
-            run.config = replace(run.config, autoencoder=None)
         raw = asked.raw or run.raw
         if raw and (asked.strip or asked.gif or Path(asked.out or "").suffix.lower() != ".npz"):
             key = "strip" if asked.strip else "gif" if asked.gif else "out"
@@ -77,7 +76,10 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         default, formats = run.folder / "samples" / f"{name}.png", [*FORMATS, ".npz"]
         new_files(asked.out, default, endings, formats)  # refused before anything is drawn
         run.use_threads()
-        sampler = replace(run.sampler(settings), raw=raw)
+        run.network.to(device_of(run.config.trainer.accelerator))
+        sampler = run.sampler(settings)
+        if raw:
+            sampler = replace(sampler, raw=True, decode=None)
         trajectory = Trajectory(sampler.images) if endings else None
         samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)
         files = new_files(asked.out, default, endings, formats)  # another command may have written meanwhile

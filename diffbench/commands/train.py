@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.config.load import load
@@ -16,8 +17,6 @@ def run(arguments: argparse.Namespace) -> None:
     restart = _switch(words, "restart", "true", "false") == "true"
     scored = _switch(words, "evaluate", "null", "false") is None
     load(arguments.config, words)  # whose errors need not wait for what comes next
-    from diffbench.commands.evaluate import score
-    from diffbench.data.facts import OtherDataError
     from diffbench.reports.runs import newest_scores, run_facts, run_table
     from diffbench.runs.denoiser import DenoiserRun
     from diffbench.runs.drawing import drawing_seconds
@@ -28,8 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
     builds_on = getattr(run.config, "autoencoder", None)
     if builds_on is not None and (Path(builds_on) / "config.yaml").is_file():
         autoencoder = look(builds_on).use_average()
-        if not newest_scores(autoencoder):
-            score(autoencoder)
+        if scored and not newest_scores(autoencoder):
+            _score(autoencoder)
     if run.config.kind == "classifier":
         print(f"\n{run_table([(run.folder.name, run_facts(run))])}\n")
         return
@@ -38,17 +37,14 @@ def run(arguments: argparse.Namespace) -> None:
     grid = run.folder / "samples" / f"final-{run.images_seen:09d}.png"
     patience = max(60.0, run.seconds)
     if scored and not (is_scored(run) if isinstance(run, DenoiserRun) else newest_scores(run)):
-        try:
-            if isinstance(run, DenoiserRun) and (seconds := drawing_seconds(run)) > patience:
-                raise UserError(
-                    f"{run.config.evaluate.count:,} samples would take about {span(seconds)}, longer than training; to"
-                    f" draw and score them: diffbench evaluate {run.folder}"
-                )
-            score(run)
-        except OtherDataError:
-            raise
-        except UserError as e:  # the run itself is complete
-            print(f"not scored: {e}", flush=True)
+        if isinstance(run, DenoiserRun) and (seconds := drawing_seconds(run)) > patience:
+            print(
+                f"not scored: {run.config.evaluate.count:,} samples would take about {span(seconds)}, longer than"
+                f" training; to draw and score them: diffbench evaluate {run.folder}",
+                flush=True,
+            )
+        else:
+            _score(run)
     if not grid.exists():
         if isinstance(run, DenoiserRun):
             names, columns = run.label_names, class_columns(len(run.label_names))
@@ -66,6 +62,19 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"more:    diffbench evaluate {run.folder} sample.steps=50")
         if run.null_label is not None and not run.config.sample.guided:
             print(f"         diffbench sample {run.folder} guidance=3   (classes stand out more)")
+
+
+def _score(run: Any) -> None:
+    """Score a run, which is complete whether or not that can be done."""
+    from diffbench.commands.evaluate import score
+    from diffbench.data.facts import OtherDataError
+
+    try:
+        score(run)
+    except OtherDataError:
+        raise
+    except UserError as e:
+        print(f"not scored: {e}", flush=True)
 
 
 def _switch(words: list[str], name: str, *allowed: str) -> str | None:

@@ -125,7 +125,7 @@ def run_scorer(
         permutation=permutation,
         rule=train.rule,
     )
-    scorer = Scorer(compared, {"key": key, "split": main.split, "count": len(main)})
+    scorer = Scorer(compared, {"key": key, "split": main.split, "count": len(main), "all": everybody})
     left = others(main)
     beside = left if len(left) >= min(count, len(near)) else near  # real images apart from the reference
     if len(beside) >= LEAST:

@@ -1,5 +1,6 @@
 """The conclusion of a comparison: summaries of every variant, paired differences, the answer in a sentence or two."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -71,11 +72,12 @@ class Conclusion:
         return list(dict.fromkeys(name for found in self.summaries.values() for name in found))
 
     def ranked(self, name: str | None = None) -> list[str]:
-        """Variants that have a metric, by default the primary one, the best mean first."""
+        """Variants that have a metric, by default the primary one, the best mean first; one that is not finite last."""
         name = name or self.name
         sign = 1 if metric_of(name).lower_is_better else -1
         having = [v for v in self.variants if name in self.summaries[v]]
-        return sorted(having, key=lambda v: sign * self.summaries[v][name].mean)
+        means = {v: self.summaries[v][name].mean for v in having}
+        return sorted(having, key=lambda v: (not math.isfinite(means[v]), sign * means[v]))
 
     def by_seed(self, variant: str, name: str) -> dict[int, float]:
         """Seed -> value of the complete trials."""
@@ -259,10 +261,11 @@ def _crossings(c: Conclusion) -> list[str]:
     best, levels = next(iter(c.ranked()), None), levels_of(c.metrics)
     if best is None or len({network_key(trials) for trials in c.variants.values()}) < 2:
         return []
+    networks = {network_key(c.variants[rival]): rival for rival in reversed(c.variants)}  # the first variant of each
+    del networks[network_key(c.variants[best])]
     pairs = {
         (rival, level): statistics.differences(c.by_seed(rival, name), c.by_seed(best, name))
-        for rival in c.variants
-        if network_key(c.variants[rival]) != network_key(c.variants[best])
+        for rival in reversed(networks.values())
         for name, level in levels.items()
     }
     better: dict[str, dict[str, list[str]]] = {}

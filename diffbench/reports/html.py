@@ -104,7 +104,7 @@ def _protocol(c: Conclusion) -> dict[str, str]:
 def _measured(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     sample, extractor = record.get("sample") or {}, record.get("extractor") or {}
     reference, floor = record.get("reference") or {}, record.get("floor") or {}
-    counts = dict.fromkeys(name.split("@")[1] for name in record if "@" in name)
+    counts = dict.fromkeys(name.split("@")[1] for name in record if "@" in name and not name.startswith("planted"))
     yield "images", f"{record.get('data_name', '')} {str(record.get('data', ''))[:12]}".strip()
     yield "samples scored, N", ", ".join(counts)
     yield "compared with", f"{reference.get('count')} real images ({reference.get('split', '')})" if reference else None

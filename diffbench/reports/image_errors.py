@@ -40,14 +40,18 @@ def save_image_errors(run: DenoiserRun) -> Path:
     return path
 
 
-def image_bounds(folder: Path, images: int) -> np.ndarray | None:
-    """(images,) bounds of single held-out images in nats per dimension; None unless of weights that have seen `images`.
+def image_bounds(folder: Path, images: int, ema: float) -> np.ndarray | None:
+    """(images,) bounds of single held-out images in nats per dimension; None where they are of other weights.
+
+    Args:
+        images: those that the weights have seen.
+        ema: the decay of their average.
 
     Raises:
         UserError: if the file is damaged.
     """
     path = folder / IMAGE_ERRORS
     found, metadata = tensors.read(path) if path.is_file() else ({}, {})
-    if metadata.get("images") != str(images):
+    if (metadata.get("images"), metadata.get("ema")) != (str(images), str(ema)):
         return None
     return np.asarray(bound(found["log_snr"].numpy(), found["error"].double().numpy()))

@@ -134,7 +134,8 @@ def attention_maps(networks: dict[str, list[Trial]], path: Path) -> Plot | None:
     runs = [found[0] for found in begun if found][:MOST_MAPS]
     if not runs:
         return None
-    state = [[str(run.folder), run.images_seen] for run in runs]
+    exports = [max((p.stat().st_mtime_ns for p in run.folder.glob("ema-*")), default=0) for run in runs]
+    state = [[str(run.folder), run.images_seen, export] for run, export in zip(runs, exports, strict=True)]
     kept = path.with_suffix(".json")
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     if known.get("of") != state:

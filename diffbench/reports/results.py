@@ -109,8 +109,10 @@ class Trial:
 
     @cached_property
     def image_bounds(self) -> np.ndarray | None:
-        """(images,) bounds of single held-out images in nats per dimension, of the weights that the run holds now."""
-        return image_bounds(self.run.folder, self.images) if self.run else None
+        """(images,) bounds of single held-out images in nats per dimension, of the average that is reported."""
+        if self.run is None:
+            return None
+        return image_bounds(self.run.folder, self.images, (self.record or {}).get("ema", self.run.ema))
 
 
 @dataclass(frozen=True)

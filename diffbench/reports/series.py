@@ -161,7 +161,7 @@ def _axes(c: Conclusion) -> dict[str, dict[str, list[tuple[float, str]]]]:
         parts = variant.split(", ")
         for part in parts:
             key, _, value = part.partition("=")
-            if re.fullmatch(r"\d+(\.\d+)?(e[+-]\d+)?", value):
+            if re.fullmatch(r"-?\d+(\.\d+)?(e[+-]\d+)?", value):
                 line = ", ".join(other for other in parts if other != part) or metric_of(c.name).title
                 found.setdefault(key, {}).setdefault(line, []).append((float(value), variant))
     several = {key: {k: sorted(v) for k, v in lines.items() if len(v) > 1} for key, lines in found.items()}

@@ -54,7 +54,8 @@ class Estimate:
 def summary(values: Sequence[float]) -> Summary:
     """Mean, standard deviation and interval of at least one value."""
     x = np.asarray(values, dtype=np.float64)
-    sd = float(x.std(ddof=1)) if len(x) > 1 else None
+    with np.errstate(invalid="ignore"):  # of values that are not finite
+        sd = float(x.std(ddof=1)) if len(x) > 1 else None
     half = None if sd is None or len(x) < LEAST else _quantile(ALPHA, len(x)) * sd / len(x) ** 0.5
     return Summary(len(x), float(x.mean()), sd, half)
 

@@ -51,7 +51,7 @@ def quality(c: Conclusion) -> Rows:
         summaries = c.summaries[variant]
         row |= {name: mean_text(summaries[name], name) for name in shown(c) if name in summaries}
         if share := copies([t.record for t in trials if t.complete]):
-            name = next(name for name in c.metrics if metric_of(name).name == "copies")
+            name = next(name for name in summaries if metric_of(name).name == "copies")
             row[name] = "{} ({} to {})".format(*(number(end, name, 0.001) for end in share))
         rows.append(row)
     real = {name: number(value, name) for name, value in floors(c).items()}

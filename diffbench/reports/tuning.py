@@ -31,7 +31,8 @@ def table(c: Conclusion) -> Rows:
             row = {"tuned": f"{tuned}, {metric_of(name).title}"}
             for p in points:
                 head = ", ".join(f"{key}={value}" for key, value in p.values.items()) or "as it is"
-                row[head] = "failed" if p.value in (None, math.inf) else number(p.value, name) + "*" * (p is best)
+                row[head] = "not measured" if p.value is None else number(p.value, name) + "*" * (p is best)
+                row[head] = "failed" if p.value == math.inf else row[head]
             flops = sum(p.flops for p in points)
             if flops:
                 row |= {"training FLOPs": f"{flops:.3g}".replace("e+", "e")}
@@ -61,7 +62,8 @@ def tuning_plot(c: Conclusion, path: Path) -> Plot | None:
             if best is not None:
                 where = float(best.values[key]), best.value
                 panel.plot(*where, look.marker, color=look.colour, markersize=9, markeredgecolor="black")
-        log_scale(panel, "x")
+        if all(p.values[key] > 0 for points in labels.values() for p in points):
+            log_scale(panel, "x")
         label(panel, key, title_and_unit(name))
     legend(figure, panels[0])
     caption = "What tuning measured over its grid, which is the same for all; large marks are what it chose."

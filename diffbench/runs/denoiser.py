@@ -125,8 +125,9 @@ class DenoiserRun(Run[RunConfig]):
             found, _ = weights.read(other.folder, other.config, other.network, other.ema)
         except UserError as e:
             raise ValueError(f"init_from: {e}") from None
+        train_set, _ = build.load_data(config)
         with torch.device("meta"):
-            ours = build.build_denoiser(config, build.load_data(config)[0])
+            ours = build.build_denoiser(config, train_set)
         wrong = weights.mismatch(ours.state_dict(), found)
         if wrong:
             raise ValueError(f"init_from: {config.init_from} holds another network: {wrong}")

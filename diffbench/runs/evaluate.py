@@ -53,7 +53,7 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     """
     changes = parse_overrides(overrides)
     refuse_others(changes, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export", said="not for evaluate")
-    decay, snapshot = changes.pop("ema", run.ema), changes.pop("snapshot", "last")
+    ema, snapshot = changes.pop("ema", None), changes.pop("snapshot", "last")
     export = changes.pop("export", None)
     if "seed" in changes:
         changes["seeds"] = {"sample": changes.pop("seed")}
@@ -64,7 +64,13 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
         if Path(str(export)).suffix != ".npz":
             raise UserError(f"{COMMAND_LINE}: export: must end in .npz, got {export}")
         refuse_to_overwrite(Path(str(export)))
-    if decay != run.ema:
+    if ema is not None:
+        if snapshot == "best":
+            raise UserError(f"{COMMAND_LINE}: ema: snapshot=best has the average that chose it; leave one of them out")
+        try:
+            decay = float(ema)
+        except (TypeError, ValueError):
+            raise UserError(f"{COMMAND_LINE}: ema: must be a number, got {ema!r}") from None
         run.use_average(decay)
     if snapshot == "best":
         run.use_best()
@@ -110,11 +116,17 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     images = config.trainer.max_steps * config.trainer.batch_size
     held = (record["images_seen"], record["ema"], record.get("snapshot", "last"))
     wanted = config.sample.numbers() | {"seed": config.seed_of("sample")}
-    sampled = {k: record["sample"].get(k) for k in wanted}
-    e, extractor = config.evaluate, (record.get("extractor") or {}).get("name", "")
-    counted = any(name.endswith(f"@{e.count}") for name in records.values(record))
-    asked = e.extractor is None or extractor.startswith(e.extractor)
-    asked &= (record["reference"]["count"] == e.count) == (e.reference == "same")
+    sampled = {k: v for k, v in record["sample"].items() if k not in ("batch_size", "seconds")}
+    e, names = config.evaluate, list(records.values(record))
+    counted = any(name.endswith(f"@{e.count}") for name in names)
+    extractor, reference, suited = (
+        record.get("extractor") or {},
+        record["reference"],
+        references.suited_extractor(config),
+    )
+    asked = suited == extractor.get("asked") or str(extractor.get("name")).startswith(suited.replace(":", "."))
+    asked &= not e.infinity or any("infinity" in name for name in names)
+    asked &= reference.get("all", reference["count"] != e.count) == (e.reference == "all")
     asked &= e.judge is None or (record.get("judge") or {}).get("run") == e.judge
     return held == (images, ema, snapshot) and sampled == wanted and counted and asked
 
@@ -147,7 +159,8 @@ def _record(
     if scorer.copies is not None:
         _draw_nearest(samples, labels, scorer.copies, run.train_set, run.facts.names)
     found = {
-        **run.surroundings(scorer.measurement.extractor),
+        **(surroundings := run.surroundings(scorer.measurement.extractor)),
+        "extractor": surroundings["extractor"] | {"asked": references.suited_extractor(config)},
         "snapshot": run.snapshot,
         "guidance": how.guidance,
         "sample": how.numbers()

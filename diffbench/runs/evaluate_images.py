@@ -42,8 +42,12 @@ def run_of(path: Path) -> DenoiserRun | None:
     return open_run(path, [DenoiserRun]) if (path / "config.yaml").is_file() else None
 
 
-def settings_of(overrides: Sequence[str], run: DenoiserRun | None) -> EvaluateConfig:
-    """Build the section `evaluate` of a command about images, over the values of the run compared with."""
+def settings_of(overrides: Sequence[str], run: DenoiserRun | None, count: int | None = None) -> EvaluateConfig:
+    """Build the section `evaluate` of a command about images, over the values of the run compared with.
+
+    Args:
+        count: how many images there are; None where statistics are built, which count their own.
+    """
     changes = parse_overrides(overrides)
     for key in changes:
         if key != "evaluate":
@@ -59,7 +63,10 @@ def settings_of(overrides: Sequence[str], run: DenoiserRun | None) -> EvaluateCo
             raise ValueError(f"evaluate: must be a section with keys, got {values!r}; write evaluate.extractor=NAME")
         if (base | values).get("extractor") is None:
             raise ValueError(f"evaluate.extractor: missing; choose from {', '.join(EXTRACTORS)}")
-        found = build(EvaluateConfig, base | values, "evaluate.")
+        used = ["extractor", "weights", *([] if run is None else ["reference", "infinity" if count else "count"])]
+        if unused := [key for key in values if key in vars(EvaluateConfig()) and key not in used]:
+            raise ValueError(f"evaluate.{unused[0]}: has no effect here; allowed: {', '.join(used)}")
+        found = build(EvaluateConfig, base | values | ({"count": count} if count else {}), "evaluate.")
     assert isinstance(found, EvaluateConfig)
     return found
 
@@ -77,14 +84,14 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
         UserError: one line that says what does not fit.
     """
     run = run_of(against)
-    settings = settings_of(overrides, run)
     images = open_images(what)
     if len(images) < scorers.LEAST:
         raise UserError(f"{what}: holds {len(images)} images; at least {scorers.LEAST} are needed")
-    settings.count = len(images)
+    settings = settings_of(overrides, run, len(images))
     extractor = make_extractor(settings, images.shape, run)
     scorer = _run_scorer(settings, extractor, run, images, what) if run else _scorer(extractor, against, len(images))
-    scorer.measurement = replace(scorer.measurement, labels=images.labels is not None, by_class=False)
+    labelled = scorer.measurement.labels and images.labels is not None
+    scorer.measurement = replace(scorer.measurement, labels=labelled, by_class=False)
     started = time.perf_counter()
     values = scorer.scores(scorers.numbered(images.batches(references.BATCH), images.labels))
     formats = images.formats()

@@ -77,7 +77,7 @@ def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> 
             words.append(
                 _text(Path(value).name) if key == "data.path" and value else f"{_leaf(key, now)}_{_text(value)}"
             )
-    return _short("-".join(words))
+    return short("-".join(words))
 
 
 def _needed(path: Path, overrides: Sequence[str], config: BaseConfig) -> list[str]:
@@ -110,7 +110,7 @@ def _text(value: Any) -> str:
     return "".join(c if c.isalnum() or c in ".,+-" else "_" for c in text)
 
 
-def _short(tag: str) -> str:
+def short(tag: str) -> str:
     """The tag, or its start and a hash of it all where it is too long for a file name."""
     if len(tag.encode()) <= LONGEST_TAG:
         return tag

@@ -84,8 +84,10 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
     stack = [(f"import {source}", as_config(source, plan)), (COMMAND_LINE, changes)]
     config = from_layers(stack)
     assert isinstance(config, RunConfig)
-    with located(stack), torch.device("meta"):  # the command line may have changed the network
-        ours = build_denoiser(config, load_data(config)[0])
+    with located(stack):
+        train_set, _ = load_data(config)
+        with torch.device("meta"):  # the command line may have changed the network
+            ours = build_denoiser(config, train_set)
     if wrong := weights.mismatch(ours.state_dict(), net.state_dict()):
         raise UserError(f"{COMMAND_LINE}: the config asks for another network than {checkpoint} holds: {wrong}")
     facts = {"source": source, "checkpoint": checkpoint.name, "sha256": sha256(checkpoint), "weights": name}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffbench.autoencoders import io
 from diffbench.config.kinds import BaseConfig, RunConfig
-from diffbench.config.layers import Layer, located
+from diffbench.config.layers import COMMAND_LINE, Layer, located
 from diffbench.config.load import from_layers, read_layers, to_yaml
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
@@ -115,6 +115,8 @@ def train_in(
         curves: reference curves that the run is held against; it keeps a copy.
     """
     kind = KINDS[config.kind]
+    if restart and distributed.place()[1] > 1:
+        raise UserError(f"{COMMAND_LINE}: restart: several processes cannot begin anew together; move {folder} away")
     with located(stack):  # all that can be found before the folder is made, or Lightning imported
         check_place(folder)
         fresh = restart or not has_checkpoint(folder)

@@ -49,8 +49,9 @@ def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
     if verb not in LAUNCHED:
         raise UserError(f"{COMMAND_LINE}: launcher=slurm belongs to {', '.join(LAUNCHED)} and study, not to {verb}")
     if verb != "evaluate":
-        config = load(words[1], words[2:])
-        name, folder = folder_for(Path(words[1]), words[2:], config).name, f"{config.runs_dir}/slurm"
+        keys = [word for word in words[2:] if word not in ("evaluate=null", "evaluate=false")]  # of the command alone
+        config = load(words[1], keys)
+        name, folder = folder_for(Path(words[1]), keys, config).name, f"{config.runs_dir}/slurm"
         launcher = sized(launcher, config.trainer)
     launcher = replace(launcher, folder=launcher.folder or folder)
     return summary(submit([words], launcher, name), launcher.folder or folder)

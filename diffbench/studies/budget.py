@@ -88,7 +88,9 @@ def _training_rate(config: RunConfig) -> float:
     while steps < LEAST_STEPS or time.perf_counter() - started < LEAST_SECONDS:
         if steps == 0:
             started = time.perf_counter()
-        module.training_step(batch, 0).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
+            loss = module.training_step(batch, 0)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         steps += 1

@@ -183,6 +183,10 @@ class StudyConfig:
         if len(set(names)) < len(names):
             double = next(n for n in names if names.count(n) > 1)
             raise ValueError(f"axes: two variants are called {double!r}; name them apart")
+        files: dict[str, str] = {}
+        for variant in names:
+            if (other := files.setdefault(file_name(variant), variant)) != variant:
+                raise ValueError(f"axes: the files of {other!r} and {variant!r} would have one name; name them apart")
         for key, name in (("baseline", self.baseline), ("match.to", self.match.to)):
             if isinstance(name, str) and name not in names:
                 raise ValueError(f"{key}: no variant {name!r}; choose from {', '.join(names)}{suggest(name, names)}")
@@ -217,8 +221,10 @@ def variants(study: StudyConfig) -> list[Variant]:
         for _, keys in chosen:
             changes = merge(changes, keys)
         sampled = {section: changes.pop(section) for section in EVALUATED if section in changes}
-        if "sample" in (seeds := changes.get("seeds", {})):
+        seeds = dict(changes.pop("seeds", {}))  # others may share it
+        if "sample" in seeds:
             sampled["seeds"] = {"sample": seeds.pop("sample")}
+        changes |= {"seeds": seeds} if seeds else {}
         labels = [label for label, _ in chosen]
         found.append(
             Variant(", ".join(labels) or "as it is", changes, sampled, dict(zip(study.axes, labels, strict=True)))
@@ -237,6 +243,11 @@ def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
         if not re.fullmatch(r"[\w.+:()=/ -]{1,60}", str(label)):
             raise ValueError(f"axes.{axis}: {label!r} is not a name; allowed: up to 60 letters, digits and ._+:()=/- ")
     return [(str(label), nested(keys or {})) for label, keys in given.items()]
+
+
+def file_name(name: str) -> str:
+    """The name of a variant or a trial as a file's."""
+    return re.sub(r"[^\w.+=,-]+", "_", name)
 
 
 def named(key: str, value: Any) -> str:

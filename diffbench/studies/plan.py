@@ -1,7 +1,6 @@
 """The plan of a study: every run that it trains, with its resolved config, and every evaluation of it."""
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest
 from diffbench.denoisers.flops import Cost
 from diffbench.runs import build
-from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, is_sampled, nested, variants
+from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, file_name, is_sampled, nested, variants
 from diffbench.studies.matching import size_of, size_text, sized
 
 Rate = Callable[[RunConfig], float]
@@ -97,7 +96,7 @@ class PlannedTrial:
     @property
     def slug(self) -> str:
         """The name as a file's."""
-        return re.sub(r"[^\w.+=,-]+", "_", self.name)
+        return file_name(self.name)
 
     @property
     def folder(self) -> Path:
@@ -147,7 +146,7 @@ def training_variant(
     sampled = nested({key: value for key, value in chosen.items() if is_sampled(key)})
     chosen = {key: value for key, value in chosen.items() if not is_sampled(key)}
     same = [replace(v, sampled=merge(sampled, v.sampled)) for v in same]
-    config = _config(study, path, first, chosen)
+    config = config_of(study, path, first, chosen)
     data, _ = build.load_data(config)
     over, settled = None, ""
     if target is not None and match.by != "none":
@@ -191,7 +190,7 @@ def experiment_of(study: StudyConfig, variant: Variant) -> Path:
     return Path(str(variant.trained.get(EXPERIMENT, study.experiment)))
 
 
-def _config(study: StudyConfig, path: Path, variant: Variant, chosen: dict[str, Any]) -> RunConfig:
+def config_of(study: StudyConfig, path: Path, variant: Variant, chosen: dict[str, Any]) -> RunConfig:
     experiment = experiment_of(study, variant)
     if not experiment.exists():
         looked = "" if experiment.is_absolute() else f"; looked in {', '.join(map(str, places(path)))}"
@@ -215,7 +214,7 @@ def target_size(study: StudyConfig, path: Path) -> float | None:
     if not isinstance(study.match.to, str):
         return study.match.to
     variant = next(v for v in variants(study) if v.name == study.match.to)
-    config = _config(study, path, variant, {})
+    config = config_of(study, path, variant, {})
     return size_of(config, build.load_data(config)[0], study.match.by)
 
 

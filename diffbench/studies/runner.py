@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -24,12 +23,12 @@ from diffbench.core.progress import span
 from diffbench.runs.build import load_data
 from diffbench.runs.checks import check_evaluation
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.folder import check_place
+from diffbench.runs.folder import check_place, short
 from diffbench.runs.launcher import LauncherConfig
 from diffbench.runs.lifecycle import autoencoder_missing, with_autoencoder
 from diffbench.runs.slurm import sized, submit, summary
 from diffbench.studies.budget import Probe
-from diffbench.studies.config import StudyConfig, load_study
+from diffbench.studies.config import StudyConfig, file_name, load_study
 from diffbench.studies.notes import notes_of, plan_text
 from diffbench.studies.plan import PlannedTrial, TrainingVariant, evaluated, planned_trials, training_variants
 from diffbench.studies.trials import FOLDER, TrialFile
@@ -43,7 +42,7 @@ HERE = LauncherConfig()
 def folder_of_study(path: Path, overrides: Sequence[str], study: StudyConfig) -> Path:
     """runs/studies/<yaml stem>[-<overrides>]."""
     changed = [o for o in overrides if next(iter(parse_overrides([o]))) not in UNNAMED]
-    tag = re.sub(r"[^\w.+=,-]+", "_", "-".join(changed))[:80]
+    tag = short(file_name("-".join(changed)))
     return Path(study.runs_dir) / "studies" / (f"{path.stem}-{tag}" if tag else path.stem)
 
 

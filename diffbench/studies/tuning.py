@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffbench.config.load import flatten, to_dict
 from diffbench.core.errors import UserError
 from diffbench.reports.results import TriedPoint, best_of
 from diffbench.studies.config import StudyConfig, Variant, is_sampled, named, nested, variants
-from diffbench.studies.plan import PlannedTrial, Rate, Tuned, cooled, stopped, target_size, training_variant
+from diffbench.studies.plan import PlannedTrial, Rate, Tuned, config_of, cooled, stopped, target_size, training_variant
 from diffbench.studies.trials import TrialFile, is_trained
 
 MOST_ADDED = 2
@@ -42,7 +43,11 @@ def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> T
     """The grid's runs, extensions and choices, as the results in the study's folder allow."""
     if study.tune is None:
         return Tuning()
-    given = {key: list(values) for key, values in study.tune.grid.items()}
+    numbers = flatten(to_dict(config_of(study, path, variants(study)[0], {})))
+    given = {
+        key: [float(v) if isinstance(numbers.get(key), float) and isinstance(v, int) else v for v in values]
+        for key, values in study.tune.grid.items()
+    }
     trained = {key: values for key, values in given.items() if not is_sampled(key)}
     sampled = {key: values for key, values in given.items() if is_sampled(key)}
 
@@ -99,8 +104,9 @@ def extended(given: Grid, grid: Grid, tried: Sequence[TriedPoint]) -> dict[str, 
             continue
         low, high = grid[key][0], grid[key][-1]
         found = [t.values[key] for t in best.values()]
-        if low in found and grid[key].index(start[0]) < MOST_ADDED:
-            longer[key].insert(0, _like(start, low * start[0] / start[1]))
+        lower = _like(start, low * start[0] / start[1])
+        if low in found and grid[key].index(start[0]) < MOST_ADDED and 0 < lower < low:
+            longer[key].insert(0, lower)
         if high in found and len(grid[key]) - 1 - grid[key].index(start[-1]) < MOST_ADDED:
             longer[key].append(_like(start, high * start[-1] / start[-2]))
     return longer

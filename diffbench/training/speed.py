@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -56,12 +57,17 @@ def use_threads(asked: int | Literal["auto"], macs: float) -> int:
         The number of batches that can be sampled at a time, see `Sampler.at_once`: one for each core where a batch is
         computed on one of them.
     """
-    if asked != "auto":
-        torch.set_num_threads(asked)
-    elif macs < WORTH_THREADS and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & set(os.environ):
+    own = _own_threads()  # before the first change
+    if asked == "auto" and macs < WORTH_THREADS and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & set(os.environ):
         torch.set_num_threads(1)
         return threads_each(1)
+    torch.set_num_threads(own if asked == "auto" else asked)
     return 1
+
+
+@cache
+def _own_threads() -> int:
+    return torch.get_num_threads()
 
 
 def missing_compiler() -> str | None:

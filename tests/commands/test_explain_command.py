@@ -47,6 +47,7 @@ def test_the_command_prints_a_table_and_writes_figure_json_and_tensorboard(smoke
         (["klass=3"], "klass: unknown key; allowed: class, n, target, images, steps, batch_size, sparsity, seed, out, sample; did you mean 'class'?"),  # noqa: E501
         (["class=3", "n=10"], "n: must be at most 9, the number of other classes, got 10"),
         (["class=3", "target=teachr"], "target: unknown value 'teachr'; choose from teacher, noise; did you mean 'teacher'?"),  # noqa: E501
+        (["class=3", "sample=3"], "sample: must be a section with keys, got 3; write sample.KEY=VALUE"),
         (["class=3", "sample.steps=x"], "sample.steps: must be like 250, ddim25 or 10,15,20, got 'x'"),
     ],
 )  # fmt: skip

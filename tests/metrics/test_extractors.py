@@ -214,3 +214,22 @@ def test_names_of_metrics() -> None:
     judge.published, judge.name = True, "inception-tf1"
     names = [metric_name(n, judge, 50_000) for n in ("fd", "fd_spatial", "fd_held_out", "kid")]
     assert names == [f"{n}/inception-tf1@50000" for n in ("fid", "sfid", "fid_held_out", "kid")]
+
+
+def test_code_and_numbers_of_an_own_network_tell_its_features_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = (
+        "import torch\n\n\nclass Own(torch.nn.Module):\n"
+        "    def __init__(self, side):\n        super().__init__()\n        self.side = side\n\n"
+        "    def forward(self, x):\n        return x.float()[:, :, : self.side, 0].flatten(1){}\n"
+    )
+    found = set()
+    for i, end in enumerate(("", " / 255")):
+        (tmp_path / f"own{i}.py").write_text(source.format(end))
+        for side in (2, 3):
+            network = importlib.import_module(f"own{i}").Own(side)
+            found.add(plain("own.Own", network, (3, 8, 8)).weights)
+            assert plain("own.Own", network, (3, 8, 8)).weights in found
+    assert len(found) == 4

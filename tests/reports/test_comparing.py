@@ -106,6 +106,12 @@ def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture)
         assert told in capsys.readouterr().err
 
 
+def test_one_variant_of_many_seeds_has_a_table(tmp_path: Path, capsys: Capture) -> None:
+    run = str(make_run(tmp_path / "digits" / "dit-s0", "dit", 0))
+    assert main(["compare", *[run] * 9]) == 0
+    assert capsys.readouterr().out.count("dit-s0") == 9
+
+
 def test_other_data_has_a_table_but_no_report(tmp_path: Path, capsys: Capture) -> None:
     one, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", overrides=["validation.count=50"])
     assert main(["compare", str(one), str(other)]) == 0

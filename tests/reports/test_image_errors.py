@@ -23,9 +23,9 @@ def test_errors_of_images_average_to_the_logged_ones(smoke_run: Path) -> None:
     last = metrics(smoke_run)[-1]
     for level, row in zip(found["log_snr"].tolist(), found["error"].double(), strict=True):
         assert float(row.mean()) == pytest.approx(last[f"val/level/{level:g}"], rel=1e-6)
-    bounds = image_bounds(smoke_run, 16)
+    bounds = image_bounds(smoke_run, 16, 0.999)
     assert bounds is not None and bounds.mean() == pytest.approx(last["val/bound"], rel=1e-6)
-    assert image_bounds(smoke_run, 32) is None
+    assert image_bounds(smoke_run, 32, 0.999) is None
 
 
 def test_errors_do_not_depend_on_the_batch(finished: Path) -> None:
@@ -45,12 +45,12 @@ def test_the_file_is_written_once_for_the_same_weights(smoke_run: Path) -> None:
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
     run.images_seen = 32  # as after a longer training
     save_image_errors(run)
-    assert image_bounds(smoke_run, 32) is not None
+    assert image_bounds(smoke_run, 32, 0.999) is not None
 
 
 def test_what_is_missing_or_damaged(smoke_run: Path) -> None:
-    assert image_bounds(smoke_run, 16) is None
+    assert image_bounds(smoke_run, 16, 0.999) is None
     path = smoke_run / "validation.safetensors"
     path.write_bytes(b"broken")
     with pytest.raises(UserError, match=rf"^{path}: damaged \(.*\); remove it$"):
-        image_bounds(smoke_run, 16)
+        image_bounds(smoke_run, 16, 0.999)

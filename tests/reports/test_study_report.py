@@ -119,6 +119,35 @@ def test_pairs_are_tested_by_seed_and_by_image(tmp_path: Path) -> None:
     assert [x.by_image for x in others] == [None]  # which are of bounds alone
 
 
+def test_the_share_of_copies_stands_in_the_column_of_its_count(tmp_path: Path) -> None:
+    few = {
+        "copies@250": 0.2,
+        "memorisation": {"flagged": 50, "count": 250, "threshold": 0.6, "false_alarms": 2, "real": 360},
+    }
+    results = [Trial("many", seed, "complete", None, record(0.5, seed)) for seed in range(3)]
+    for seed in range(3):
+        made = record(0.5, seed) | few
+        del made["copies@500"]
+        results.append(Trial("few", seed, "complete", None, made))
+    rows = {row["variant"]: row for row in quality(conclude(asked(results, primary="fd")))}
+    share = share_of_copies(150, 750, 2, 360)
+    assert rows["few"]["copies@250"] == f"{share.value:.2%} ({share.low:.2%} to {share.high:.2%})"
+    assert "copies@500" not in rows["few"] and "copies@250" not in rows["many"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_mean_that_is_not_finite_ranks_last(tmp_path: Path) -> None:
+    for broken in (np.nan, np.inf):
+        values = {"a": [0.1, broken, 0.1], "b": [0.5, 0.52, 0.51], "c": [0.3, 0.31, 0.32]}
+        results = [
+            Trial(name, seed, "complete", None, record(fd, seed))
+            for name, found in values.items()
+            for seed, fd in enumerate(found)
+        ]
+        c = conclude(asked(results, primary="fd"))
+        assert c.ranked() == ["c", "b", "a"] and c.answer.startswith("c (")
+
+
 def test_crossings_along_noise_levels_and_the_agreement_of_measures(tmp_path: Path) -> None:
     c = conclude(asked(backbones(tmp_path)))  # made with a tilt for the U-Net, and a distance that follows the bound
     told = " Along the noise levels they cross: unet is better at log-SNR -6 and -4, diffit at -2, 0, 2, 4 and 6."
@@ -231,6 +260,16 @@ def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
     assert all(x.by_image is None for x in c.tests)  # the same networks
     assert [row["network evaluations a sample"] for row in costs(c)] == ["5", "10", "20"]
     assert "val/bound" not in quality(c)[0]
+
+
+def test_a_numeric_axis_may_be_negative() -> None:
+    results = [
+        Trial(f"p_mean={mean}", seed, "complete", None, record(1.0 + mean**2 + 0.01 * seed, seed))
+        for mean in (-2, -1.5, 0, 1)
+        for seed in range(3)
+    ]
+    (found,) = sweeps(conclude(asked(results, primary="fd")))
+    assert [at for at, _ in next(iter(found.lines.values()))] == [-2, -1.5, 0, 1]
 
 
 def test_a_numeric_axis_is_drawn_with_a_line_for_each_value_of_the_other(tmp_path: Path) -> None:

@@ -56,6 +56,17 @@ def test_restart_begins_anew_and_keeps_what_there_was(
     assert torch.equal(load(smoke_run).sample_tensor(2), load(aside).sample_tensor(2))
 
 
+def test_several_processes_do_not_restart_together(
+    smoke_run: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(smoke_run)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([*words, "restart=true"]) == 2
+    assert f"restart: several processes cannot begin anew together; move {smoke_run} away" in capsys.readouterr().err
+    assert files(smoke_run) == before
+
+
 def test_restart_takes_true_or_false(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "restart=please"]) == 2
     assert capsys.readouterr().err == "error: command line: restart: must be true or false, got 'please'\n"

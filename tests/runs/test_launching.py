@@ -209,6 +209,13 @@ def test_the_words_leave_the_run_as_it_is(cluster: Path, tmp_path: Path) -> None
     assert folder_for(Path(DIT), overrides, config) == folder_for(Path(DIT), words[2:], load(DIT, words[2:]))
 
 
+def test_a_run_that_is_not_scored_is_handed_over(cluster: Path, tmp_path: Path) -> None:
+    words = ["train", DIT, "evaluate=null", f"runs_dir={tmp_path}"]
+    assert main([*words, *SLURM]) == 0
+    (cluster / "queue").write_text("8\n")
+    assert queued(tmp_path / "slurm") == {tuple(words): "8"}
+
+
 def test_an_array_hands_over_what_is_not_in_the_queue(cluster: Path, tmp_path: Path) -> None:
     launcher = LauncherConfig(name="slurm", time="30", folder=str(tmp_path / "jobs"), options={"array_parallelism": 2})
     commands = [["train", DIT, f"seed={i}"] for i in range(4)]

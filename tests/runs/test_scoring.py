@@ -53,7 +53,10 @@ def test_a_record_holds_values_and_all_that_they_depend_on(smoke_run: Path) -> N
         "digits",
         "float32",
     )
-    assert record["reference"] == {"key": record["reference"]["key"], "split": "train", "count": 40}
+    assert record["reference"] == {
+        **{"key": record["reference"]["key"], "split": "train", "count": 40},
+        "all": False,
+    }
     assert record["floor"]["count"] == 40 and record["floor"]["images"].startswith("train: 40 outside the first 40")
     assert {"time", "versions", "device", "commit", "extractor", "scoring_seconds"} <= record.keys()
     assert record["drawing"]["clipped"] == 0.0  # ddpm clamps the predicted image
@@ -129,6 +132,48 @@ def test_samples_are_drawn_once(smoke_run: Path, capsys: Capture, monkeypatch: p
     assert after[0]["drawing"]["drawn"] == 0
     with pytest.raises(AssertionError):
         evaluate.evaluate(load(smoke_run), ["evaluate.count=30", "seed=1"])
+
+
+def test_a_record_answers_only_the_config_that_it_was_made_by(smoke_run: Path) -> None:
+    run = load(smoke_run)
+    evaluate.evaluate(run, ["evaluate.count=20"])
+
+    def answered(**changes: Any) -> bool:
+        sections: dict[str, Any] = {"evaluate": {"count": 20} | changes.pop("evaluate", {})}
+        return evaluate.find_record(run, evaluate.change(run.config, sections | changes)) is not None
+
+    assert answered() and answered(evaluate={"extractor": "digits-cnn"})
+    assert not answered(evaluate={"extractor": "random-cnn"}) and not answered(evaluate={"reference": "all"})
+    assert not answered(sample={"precision": "bf16-mixed"})
+    evaluate.evaluate(run, ["evaluate.count=20", "sample.precision=bf16-mixed", "evaluate.extractor=random-cnn"])
+    how = {"precision": "bf16-mixed"}
+    assert answered(sample=how, evaluate={"extractor": "random-cnn"}) and not answered(sample=how)
+    assert not answered(evaluate={"extractor": "random-cnn"})
+
+
+def test_an_extractor_of_ones_own_is_found_again(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_features.py").write_text(
+        "import torch\n\n\nclass Own(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return x.float()[:, 0, 2:4, 2]\n\n\n"
+        "def make(request):\n    return Own()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run, words = load(smoke_run), {"count": 20, "extractor": "own_features:make"}
+    evaluate.evaluate(run, [f"evaluate.{key}={value}" for key, value in words.items()])
+    found = evaluate.find_record(run, evaluate.change(run.config, {"evaluate": words}))
+    assert found is not None and found["extractor"]["asked"] == "own_features:make"
+
+
+def test_an_average_is_found_however_its_decay_is_typed(smoke_run: Path, capsys: Capture) -> None:
+    for typed in (".999", "9.99e-1"):
+        (record, _) = evaluate.evaluate(load(smoke_run), ["evaluate.count=20", f"ema={typed}"])
+        assert record["ema"] == 0.999
+    assert main(["evaluate", str(smoke_run), "ema=best"]) == 2
+    assert capsys.readouterr().err == "error: command line: ema: must be a number, got 'best'\n"
+    assert main(["evaluate", str(smoke_run), "ema=0.999", "snapshot=best"]) == 2
+    assert "command line: ema: snapshot=best has the average that chose it; leave one" in capsys.readouterr().err
 
 
 def test_all_training_images_may_be_the_reference(smoke_run: Path) -> None:

@@ -8,6 +8,7 @@ import yaml
 
 from diffbench.core.errors import UserError
 from diffbench.studies.config import load_study, nested, variants
+from diffbench.studies.runner import folder_of_study
 
 PLAIN = {"kind": "study", "experiment": "experiments/digits/dit.yaml", "axes": {"denoiser.depth": [2, 3]}}
 
@@ -101,3 +102,32 @@ def test_what_a_study_may_not_say(tmp_path: Path, changes: dict[str, Any], said:
     with pytest.raises(UserError) as e:
         load_study(path)
     assert str(e.value).startswith(f"{path}: {said}")
+
+
+@pytest.mark.parametrize("axes", [("seeds.sample", "denoiser.depth"), ("denoiser.depth", "seeds.sample")])
+def test_a_seed_of_sampling_stands_beside_any_axis(tmp_path: Path, axes: tuple[str, str]) -> None:
+    study = load_study(written(tmp_path, axes={axis: [1, 2] for axis in axes}))
+    found = [(v.trained, v.sampled) for v in variants(study)]
+    assert len(found) == 4 and all("seeds" not in trained for trained, _ in found)
+    assert {(t["denoiser"]["depth"], s["seeds"]["sample"]) for t, s in found} == {(1, 1), (1, 2), (2, 1), (2, 2)}
+
+
+def test_variants_whose_files_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, axes={"x": {"a/b": {"denoiser.depth": 2}, "a b": {"denoiser.depth": 3}}})
+    with pytest.raises(UserError, match="axes: the files of 'a/b' and 'a b' would have one name; name them apart"):
+        load_study(path)
+
+
+def test_studies_that_differ_late_in_their_overrides_have_folders_of_their_own(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    words = [
+        "set.denoiser.depth=4",
+        "set.trainer.batch_size=64",
+        f"stop.images={51_200}",
+        "set.optimizer.warmup_images=7",
+    ]
+    folders = set()
+    for rate in (0.001, 0.004):
+        overrides = [*words, f"set.optimizer.lr={rate}"]
+        folders.add(folder_of_study(path, overrides, load_study(path, overrides)))
+    assert len(folders) == 2 and all(len(folder.name) <= 120 for folder in folders)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from diffbench.reports.results import TriedPoint
 from diffbench.runs import build
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
-from diffbench.studies.config import StopConfig, StudyConfig, load_study, variants
+from diffbench.studies.config import StopConfig, StudyConfig, TuneConfig, load_study, variants
 from diffbench.studies.matching import size_of, sized
 from diffbench.studies.plan import equal_by_construction, evaluated, planned_trials, training_variants
 from diffbench.studies.tuning import extended, tuning_so_far
+from diffbench.training.diffusion import DiffusionModule
 
 STUDIES = sorted(p for p in Path("experiments/studies").glob("*.yaml") if p.name[0] != "_")
 # The other studies of objectives are objectives-dit for each backbone of processes.
@@ -80,6 +82,24 @@ def test_a_rate_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     rate = Probe(tmp_path / "rates.json", 1).training_rate(config)
     assert rate > 0
     assert Probe(tmp_path / "rates.json", 1).training_rate(config) == rate
+
+
+def test_a_rate_is_measured_in_the_precision_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffbench.studies.budget.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("diffbench.studies.budget.LEAST_STEPS", 1)
+    seen, step = set(), DiffusionModule.training_step
+
+    def watched(self: DiffusionModule, *rest: Any) -> Any:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return step(self, *rest)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", watched)
+    for precision in ("bf16-mixed", "32-true"):
+        config = load("experiments/digits/dit.yaml", [f"trainer.precision={precision}"])
+        assert isinstance(config, RunConfig)
+        Probe(tmp_path / "rates.json", 1).training_rate(config)
+        assert seen == {precision == "bf16-mixed"}
+        seen.clear()
 
 
 @pytest.mark.parametrize("name", ["unet", "dit", "diffit", "diffit-latent", "ddpmpp", "uvit", "segformer"])
@@ -168,6 +188,21 @@ def test_a_grid_grows_at_its_edges_alike_for_all_by_two_values_at_most() -> None
     batch = {"lr": [1, 3, 9]}
     points = [replace(t, values={"lr": n}) for t, n in zip(tried(a=[3.0, 2, 1]), batch["lr"], strict=True)]
     assert extended(batch, batch, points) == {"lr": [1, 3, 9, 27]}
+    points = [replace(t, values={"lr": n}) for t, n in zip(tried(a=[1.0, 2, 3]), batch["lr"], strict=True)]
+    assert extended(batch, batch, points) == batch  # a third of 1 is not a whole number
+
+
+def test_whole_numbers_of_a_key_that_takes_others_grow_by_their_ratio() -> None:
+    tune = TuneConfig(None, {"sample.guidance": [1, 2, 4], "trainer.batch_size": [32, 64]})
+    study, path = planned("dit-blocks", tune=tune, primary="fd")
+    grid = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).grid
+    assert [type(v) for v in grid["sample.guidance"]] == [float] * 3 and grid["trainer.batch_size"] == [32, 64]
+    assert all(type(v) is int for v in grid["trainer.batch_size"])
+    points = [
+        replace(t, values={"sample.guidance": n}) for t, n in zip(tried(a=[1.0, 2, 3]), (1.0, 2.0, 4.0), strict=True)
+    ]
+    given = {"sample.guidance": grid["sample.guidance"]}
+    assert extended(given, given, points) == {"sample.guidance": [0.5, 1, 2, 4]}
 
 
 def test_what_tuning_chose_reaches_every_seed() -> None:

@@ -34,6 +34,7 @@ from diffbench.runs.checks import check_machine
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load, train
 from diffbench.sampling.sampler import Sampler
+from diffbench.training import speed
 from diffbench.training.checkpoint import AtomicCheckpointIO, all_steps
 from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.speed import blocks, compile_here, compile_network, float32_products, use_threads
@@ -55,8 +56,10 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(3)
+    speed._own_threads.cache_clear()
     yield
     torch.set_num_threads(before)
+    speed._own_threads.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,15 @@ def test_small_networks_take_one_thread_unless_the_user_says_otherwise(
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert use_threads(asked, macs) == at_once  # batches of samples, one for each of five cores
     assert torch.get_num_threads() == threads
+
+
+def test_a_large_network_gets_its_threads_back_after_a_small_one(three_threads: None) -> None:
+    for macs, threads in ((9e8, 1), (1.1e9, 3), (9e8, 1)):
+        use_threads("auto", macs)
+        assert torch.get_num_threads() == threads
+    use_threads(2, 9e8)
+    use_threads("auto", 1.1e9)
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize(
