@@ -176,7 +176,6 @@ class DenoiserRun(Run[RunConfig]):
 
     def callbacks(self) -> "list[Any]":
         from diffbench.training import FrechetDistance, SampleGrid, ValidationError
-        from diffbench.training.estimate import TimeEstimate
 
         c, t, e = self.config, self.config.trainer, self.config.evaluate
         train, held_out = self.sets
@@ -186,8 +185,6 @@ class DenoiserRun(Run[RunConfig]):
             how, seed = c.sample.unguided(), c.seed_of("sample")
             drawn = self.sampler(how), how, seed, e.best
             found.append(FrechetDistance(self.train_set, e.every_images, extractor, e.every_count, *drawn))
-        if not self._compiled:
-            found.append(TimeEstimate(self.shape))
         return [*found, SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.label_names)]
 
     def sampler(self, settings: SampleConfig) -> Sampler:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffbench.config.sections import SampleConfig
 from diffbench.core.tensors import eval_mode
@@ -50,17 +50,12 @@ def drawing_seconds(sampler: Sampler, config: SampleConfig, count: int) -> float
 @torch.no_grad()
 def seconds_per_evaluation(sampler: Sampler, batch: int) -> float:
     """Seconds of one evaluation of the denoiser for one sample, in batches of `batch` (64 at most)."""
-    x, t, y = zeros(sampler.denoiser, sampler.process, (min(batch, PROBE), *sampler.shape))
+    size, like = min(batch, PROBE), next(sampler.denoiser.parameters())
+    x = like.new_zeros(size, *sampler.shape)
+    t = sampler.process.time(like.new_full((size,), 0.5, dtype=torch.float64)).to(x)
+    y = like.new_zeros(size, dtype=torch.int64)
     with eval_mode(sampler.denoiser):
-        return timed(lambda: sampler.denoiser(x, t, y), x.device) / len(x)
-
-
-def zeros(network: nn.Module, process: Process, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs (x, t, y) of a network that a step is timed with: x (B, C, H, W) and labels of 0, at a middle time."""
-    like = next(network.parameters())
-    x = torch.zeros(shape, device=like.device, dtype=like.dtype)
-    t = process.time(torch.full(shape[:1], 0.5, dtype=torch.float64, device=like.device)).to(x)
-    return x, t, torch.zeros(shape[0], dtype=torch.int64, device=like.device)
+        return timed(lambda: sampler.denoiser(x, t, y), x.device) / size
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:

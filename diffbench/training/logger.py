@@ -20,6 +20,7 @@ from diffbench.config.load import to_dict, to_yaml
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
 from diffbench.core.files import room_for
+from diffbench.core.progress import span
 from diffbench.core.tensors import read_state
 from diffbench.evaluation import records
 from diffbench.evaluation.curves import NAME as CURVES
@@ -33,6 +34,8 @@ from diffbench.training.wandb_log import WandbLog
 METRICS, TRAINING = "metrics.jsonl", "training"
 MARKS = (0.2, 0.5)
 """Shares of training at which a run is held against its reference curves."""
+WATCHED, WORTH_SAYING = 3.0, 30.0
+"""Seconds of training by which the rest is judged, and those below which nothing is said."""
 
 
 def check_log(folder: Path, checkpoint: Path) -> None:
@@ -108,6 +111,8 @@ class RunLogger(Ordered):
         self._bar: tqdm[Any] | None = None
         self._last = ""
         self._bands = read_curves(folder / CURVES)
+        self._watched: tuple[int, float] | None = None  # images and seconds after the first step
+        self._time_said = False
 
     def record(self, values: dict[str, float]) -> None:
         if distributed.rank():
@@ -172,8 +177,23 @@ class RunLogger(Ordered):
         if self._bar is not None:
             self._bar.update(pl_module.images_seen - self.images)
         self.images = pl_module.images_seen
+        self._say_time()
         if pl_module.is_due(self.every) or trainer.global_step == trainer.max_steps:
             self._log_training(trainer, pl_module)
+
+    def _say_time(self) -> None:
+        """Says once how long the rest takes here, a few seconds after the first step: that may wait for a compiler."""
+        images, before = self._watched = self._watched or (self.images, self.clock.seconds)
+        spent = self.clock.seconds - before
+        if self._time_said or self.images == images or spent < WATCHED:
+            return
+        self._time_said, each, left = True, spent / (self.images - images), self._total - self.images
+        if left * each >= WORTH_SAYING:
+            size = 10 ** max(2, len(str(int(600 / each))) - 1)  # to one digit that is not zero
+            self.say(
+                f"time: {left:,} images at about {1 / each:,.0f} images/s here, {span(left * each)} of training"
+                f" (trainer.max_images={max(100, int(600 / each // size * size)):_} takes ten minutes)"
+            )
 
     def _log_training(self, trainer: L.Trainer, module: TrainingModule) -> None:
         self._sum_losses()

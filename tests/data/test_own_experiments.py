@@ -1,17 +1,16 @@
 """The journey with one's own images: train at laptop size, look, score, ask for a class, all without an extra."""
 
+import re
 from pathlib import Path
 
 import pytest
-import torch
 from own_images import folder
 from PIL import Image
 
 from diffbench.cli import main
-from diffbench.core import tensors
 from diffbench.evaluation.records import results
 from diffbench.sampling.images import CAPTION_HEIGHT
-from diffbench.training import estimate
+from diffbench.training import logger
 
 TINY = ["denoiser.model_channels=8", "denoiser.channel_mult=[1,1]", "debug=smoke"]
 Capture = pytest.CaptureFixture[str]
@@ -35,10 +34,12 @@ def command(pets: Path, *words: str) -> list[str]:
 
 
 def test_train_look_score_and_ask_for_a_class(pets: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
+    monkeypatch.setattr(logger, "WORTH_SAYING", 0.0)
+    monkeypatch.setattr(logger, "WATCHED", 0.0)
     run = pets.parent / "runs" / "own" / "unet-smoke-pets-model_channels_8-channel_mult_1.0,1.0-s0"
     assert main(command(pets, "evaluate=null")) == 0
     out = capsys.readouterr().out
+    assert re.search(r"^time: 0 images at about [\d,]+ images/s here, 0\.0 s of training \(trainer\.max_im", out, re.M)
     assert "pets, 3x8x8: 36 images to train on" in out and "2 classes: cat 18, dog 18" in out
     assert "sizes (height x width): all 10x8; brought to 8x8, 36 of 36 cropped at the centre (up to 20% of an" in out
     assert "not scored" not in out and not results(run)
@@ -80,18 +81,8 @@ def test_scoring_never_takes_longer_than_training(pets: Path, capsys: Capture, m
         assert grid.height == CAPTION_HEIGHT + 68  # as many rows as a minute draws
 
 
-def test_the_estimate_leaves_no_trace_and_images_need_not_be_square(
-    pets: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
-    weights = []
-    for tag in ("with", "without"):
-        words = command(pets, f"tag={tag}", "evaluate=false", "data.image_size=[20,16]", "denoiser.dropout=0.5")
-        words.append("denoiser.attention_resolutions=[10]")
-        assert main(words) == 0
-        assert ("time: 16 images at about" in capsys.readouterr().out) == (tag == "with")
-        weights.append(tensors.read(pets.parent / f"runs/own/unet-smoke-{tag}-s0/ema-0.995.safetensors")[0])
-        monkeypatch.setattr(estimate.TimeEstimate, "on_train_start", lambda *_: None)
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    with Image.open(pets.parent / "runs/own/unet-smoke-with-s0/samples/final-000000016.png") as grid:
+def test_images_need_not_be_square(pets: Path) -> None:
+    sizes = ["data.image_size=[20,16]", "denoiser.attention_resolutions=[10]"]
+    assert main(command(pets, "tag=tall", "evaluate=false", *sizes)) == 0
+    with Image.open(pets.parent / "runs/own/unet-smoke-tall-s0/samples/final-000000016.png") as grid:
         assert grid.width == 2 * (16 * 3 + 4)
