@@ -24,4 +24,5 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     comparison = comparison_of_study(folder)
     print(f"\n{for_terminal(write(comparison, folder))}\n\nreport: {folder / 'report.html'}")
-    return int(any(t.status != "complete" for t in comparison.trials))
+    rungs = [comparison.trials, *comparison.rungs.values()]
+    return int(any(trial.status != "complete" for trials in rungs for trial in trials))

@@ -1,6 +1,7 @@
 """Networks sized alike: the width or depth at which a backbone's parameters or multiply-accumulates meet a target."""
 
-from collections.abc import Callable
+import contextlib
+import operator
 from typing import Any, Literal
 
 import torch
@@ -51,38 +52,19 @@ def sized(
     first = given[0] if isinstance(given, list) and given else given
     if not isinstance(first, int):
         raise UserError(f"match.change: denoiser.{key}: must be a whole number or a list of them, got {given!r}")
-    now = first
-
-    def at(n: int) -> tuple[float, RunConfig] | None:
-        """Size and config at n, or None where the network refuses it."""
-        try:
-            candidate = change(config, nested({f"denoiser.{key}": _scaled(given, n)}))
-            return size_of(candidate, data, by), candidate
-        except (UserError, ValueError, RuntimeError, ArithmeticError):
-            return None
-
-    share = target / size_of(config, data, by)
-    guess = max(1, min(LARGEST * now, round(now * (share**0.5 if what == "width" else share))))
-    below = _first(at, range(guess, 0, -1), lambda size: size <= target)
-    above = _first(at, range(guess + 1, LARGEST * now + 1), lambda size: size >= target)
-    fits = [*below, *above]
+    share, most = target / size_of(config, data, by), LARGEST * first
+    guess = max(1, min(most, round(first * (share**0.5 if what == "width" else share))))
+    fits: list[tuple[float, RunConfig]] = []
+    for numbers, passed in ((range(guess, 0, -1), operator.le), (range(guess + 1, most + 1), operator.ge)):
+        for n in numbers:
+            with contextlib.suppress(UserError, ValueError, RuntimeError, ArithmeticError):  # the network refuses it
+                candidate = change(config, nested({f"denoiser.{key}": _scaled(given, n)}))
+                fits.append((size_of(candidate, data, by), candidate))
+                if passed(fits[-1][0], target):
+                    break
     if not fits:
-        raise UserError(f"match: denoiser.{key}: no value from 1 to {LARGEST * now} makes a {name} of {target:g} {by}")
+        raise UserError(f"match: denoiser.{key}: no value from 1 to {most} makes a {name} of {target:g} {by}")
     return min(fits, key=lambda entry: abs(entry[0] - target))[1]
-
-
-def _first(
-    at: Callable[[int], tuple[float, RunConfig] | None], numbers: range, passed: Callable[[float], bool]
-) -> list[tuple[float, RunConfig]]:
-    """The sizes that the network allows along some numbers, up to the first one past the target."""
-    found = []
-    for n in numbers:
-        entry = at(n)
-        if entry is not None:
-            found.append(entry)
-            if passed(entry[0]):
-                break
-    return found
 
 
 def _scaled(given: Any, n: int) -> Any:

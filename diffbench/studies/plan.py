@@ -34,7 +34,6 @@ class TrainingVariant:
         residual: how much larger than the target of matching, as a share; None without matching.
         sized: the key that matching settled, as "hidden_size=64".
         evaluations: variant -> what it changes of sampling and evaluation.
-        at: axis -> label, of the first variant.
         rungs: images at which it is scored, rising up to its length, and the budget each stands for.
         cooldown: the last share of each rung that is trained as a branch of the run, its rate decaying; None where the
             run itself is scored.
@@ -47,7 +46,6 @@ class TrainingVariant:
     residual: float | None
     sized: str
     evaluations: dict[str, dict[str, Any]]
-    at: dict[str, str]
     rungs: list[tuple[int, str]]
     cooldown: float | None = None
 
@@ -179,7 +177,6 @@ def training_variant(
         over,
         settled,
         {v.name: v.sampled for v in same},
-        first.at,
         rungs,
         study.stop.cooldown if len(rungs) > 1 else None,
     )

@@ -215,6 +215,8 @@ class TrialFile:
         for config in self.lengths:
             run, why, records = read[self.folder_of(config)]
             at = config.trainer.max_images if self.values["rungs"] else None
+            if at and run and run.images_seen > at:
+                why = why or f"trained past {at:,} images before this way of sampling was asked for"
             for variant, changes in self.values["evaluations"].items():
                 held = [next((r for r in records if self._answers(r, config, w)), None) for w in self.ways(changes)]
                 scored = [r for r in held if r is not None]

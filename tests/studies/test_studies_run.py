@@ -215,6 +215,11 @@ def test_one_run_passes_every_rung_and_is_scored_at_each(in_process: None, tmp_p
     before = (run / "metrics.jsonl").read_bytes()
     file.run()  # as after a kill: nothing is left to do
     assert (run / "metrics.jsonl").read_bytes() == before
+    path.write_text(path.read_text() + "samplings: 2\n")
+    assert main(["study", str(path)]) == 1
+    early, late = (rung[0] for rung in comparison_of_study(folder).rungs.values())
+    assert (early.status, late.status) == ("failed", "complete")
+    assert early.why == "trained past 32 images before this way of sampling was asked for"
 
 
 def test_each_rung_cools_down_in_a_branch_that_is_a_run_of_that_length(in_process: None, tmp_path: Path) -> None:
