@@ -131,7 +131,7 @@ class FrechetDistance(EveryNImages):
         found = {name: metric_of(name) for name in values}
         name = next(n for n, metric in found.items() if self.best_by in (metric.name, metric.computed))
         measured = {"metric": name, "sample": self.settings.numbers()}
-        if self.best and any(self.best[key] != value for key, value in measured.items()):
+        if self.best and any(self.best.get(key) != value for key, value in measured.items()):
             print(f"note: evaluate.best is measured anew by {name}, another way than at {self.best['images']:,} images")
             self.best = {}
         if values[name] >= self.best.get("value", float("inf")):
