@@ -1,7 +1,7 @@
 # One-line recipes: the logic lives in Python, so that a person, CI and Docker call the same thing.
 MODEL ?= dit
 ARGS ?=
-# Images of one's own, named by data.path, have experiments of their own.
+# data.path= in ARGS selects experiments/own.
 DATA ?= $(if $(findstring data.path=,$(ARGS)),own,digits)
 SEED ?= 0
 SEEDS ?= $(SEED)

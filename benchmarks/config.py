@@ -19,7 +19,7 @@ in turns with the default; data: loader and batches; growth: time and memory aga
 whole sampler; command: CPU seconds of whole commands by stage; busy: training steps beside other busy processes."""
 SHORT = {"loop": 0.35, "models": 0.6, "data": 0.05}
 FULL = {"loop": 1.0, "models": 1.0, "data": 1.0, "growth": 1.0, "sampling": 1.0, "command": 1.0, "busy": 1.0}
-GPU = {"models": 0.7, "loop": 0.15, "sampling": 0.12, "data": 0.03}
+GPU = {"models": 0.75, "loop": 0.12, "sampling": 0.1, "data": 0.03}
 """Share of the time for each part, in their order: on a GPU, what is worth most comes first."""
 
 
@@ -39,11 +39,12 @@ class BenchConfig:
     tiny: bool = False
     """Shrink every network and batch: shows in seconds that all of it runs; the numbers mean nothing."""
     batch: int | None = None
-    """Images of a step, for every network; null: 8 on a CPU and 128 on a GPU, an experiment's own, or what fits."""
+    """Images of a step, for every network; null: 8 on a CPU, 128 or 512 on a GPU, or an experiment's own."""
     variants: list[str] | None = None
     """Besides the known ones, as 'name: key=value key=value'; the keys are an experiment's."""
     seconds: float | None = None
-    """Time after which no further measurement begins; null: 170 for the short form, 540 with gpu, no end with full."""
+    """Time after which no further measurement begins; null: 170 for the short form, 540 with gpu, no end with full or
+    with parts that the short form lacks."""
     baseline: str | None = None
     """An older report to compare with, JSON."""
     out: str | None = None
@@ -70,6 +71,8 @@ class BenchConfig:
             name, colon, overrides = variant.partition(":")
             if not (name.strip() and colon and overrides.strip() and all("=" in word for word in overrides.split())):
                 raise ValueError(f"variants: must be as 'plain: trainer.channels_last=false', got {variant!r}")
+            if "trainer.compile=auto" in overrides.split():
+                raise ValueError("variants: trainer.compile=auto follows the machine; choose none, block or model")
 
     @property
     def shares(self) -> dict[str, float]:
@@ -95,7 +98,8 @@ class BenchConfig:
         """Seconds after which no further measurement begins."""
         if self.seconds is not None:
             return self.seconds
-        return 540.0 if self.gpu else math.inf if self.full else 170.0
+        long = self.parts is not None and not {*SHORT, "variants"} & set(self.parts)
+        return 540.0 if self.gpu else math.inf if self.full or long else 170.0
 
 
 def shared(items: Sequence[T], deadline: float) -> Iterator[tuple[T, float | None]]:

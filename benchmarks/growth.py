@@ -109,7 +109,9 @@ def _home() -> tempfile.TemporaryDirectory[str]:
 
 @cache
 def _smoke_run() -> Path:
+    threads = torch.get_num_threads()
     with contextlib.redirect_stdout(io.StringIO()):
         run = train("experiments/digits/dit.yaml", ["debug=smoke", f"runs_dir={_home().name}"])
         score(run)
+    torch.set_num_threads(threads)  # which the run chose for itself
     return run.folder

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,29 +17,35 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, write_text
 
 FORMAT = 1
-BUSY = 0.5
-"""Load average above which times mean little: another process on two cores makes 0.3 ms take 20 to 32."""
+BUSY = 0.25
+"""Share of the cores at work above which times mean little: another process on two makes 0.3 ms take 20 to 32."""
 KEY = ("part", "name", "variant", "work", "batch", "size")
 """Two rows of two reports that agree in these are the same measurement."""
 Row = Mapping[str, Any]
 
 
-def check_quiet(force: bool, load: float | None = None) -> None:
-    """Refuse a machine at work.
-
-    Args:
-        force: measure all the same.
-        load: average number of running processes over the last minute; null: what the system says.
-
-    Raises:
-        UserError: if the load is above `BUSY`.
-    """
-    load = os.getloadavg()[0] if load is None else load
-    if load > BUSY and not force:
+def check_quiet(force: bool) -> None:
+    """Raise UserError where more than `BUSY` of the cores are at work, unless that is forced."""
+    busy = 0.0 if force else busy_share()
+    if busy > BUSY:
         raise UserError(
-            f"force: the load average is {load:.2f}, above {BUSY}: other processes would be measured too; wait, or set"
-            " force=true, which the report will say"
+            f"force: {busy:.0%} of the cores are at work, more than {BUSY:.0%}: other processes would be measured too;"
+            " wait, or set force=true, which the report will say"
         )
+
+
+def busy_share(seconds: float = 1.0) -> float:
+    """Share of the cores at work over so many seconds; by the load average where the system has no /proc/stat."""
+    found = []
+    for pause in (seconds, 0.0):
+        try:
+            ticks = [int(value) for value in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        except OSError:
+            return os.getloadavg()[0] / (os.cpu_count() or 1)
+        found.append((sum(ticks), ticks[3] + ticks[4]))  # all of them, and those idle or waiting for a disk
+        time.sleep(pause)
+    (before, idle_before), (after, idle) = found
+    return 1 - (idle - idle_before) / max(1, after - before)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def compared(rows: Sequence[Row], before: Sequence[Row]) -> list[str]:
 
 
 def _took(row: Row) -> float | None:
-    return row.get("ms", row.get("cpu_s"))
+    return row.get("ms") or row.get("cpu_s") or (1 / row["images_per_s"] if "images_per_s" in row else None)
 
 
 def _key(row: Row) -> tuple[Any, ...]:

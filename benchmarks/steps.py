@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.config import BenchConfig, Row, shared
 from benchmarks.networks import PRECISION, SAMPLE_STEPS, Subject, chosen, run_config, variants
-from benchmarks.timing import Work, in_turns, ratio, spread, synchronize
+from benchmarks.timing import Work, in_turns, ratio, seconds, spread
 from diffbench.denoisers.linear import convolved
 from diffbench.runs import build
 from diffbench.training.speed import float32_products
@@ -26,7 +26,7 @@ SIZES: dict[str, list[tuple[int, int, int]]] = {
 LONGEST = 15.0
 """Seconds of a training step at the product peak beyond which a network is left out."""
 COMPILING = {"none": 0.0, "block": 40.0, "model": 90.0}
-"""Seconds that must be left of a network's time to compile it."""
+"""Seconds that must be left of the time of all networks to compile one."""
 
 
 class Products:
@@ -83,14 +83,22 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
         if until is None:
             yield {"part": "models", "name": model, "skipped": "the time is up"}
             continue
-        yield from _network(config, model, device, rate, until)
+        yield from _network(config, model, device, rate, until, deadline)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _network(config: BenchConfig, model: str, device: torch.device, rate: float, until: float) -> Iterator[Row]:
-    """A network's rows: its default, and its variants with their ratios to it."""
+def _network(
+    config: BenchConfig, model: str, device: torch.device, rate: float, until: float, deadline: float
+) -> Iterator[Row]:
+    """A network's rows: its default, and its variants with their ratios to it.
+
+    Args:
+        rate: of the fastest product, FLOP/s.
+        until: end of the network's own time, after which no further round begins.
+        deadline: end of the time of all networks, before which a variant must have been compiled.
+    """
     named: Row = {"part": "models", "name": model}
     base = run_config(config, model, device.type)
     cost, batch = build.cost_of(base, build.load_data(base)[0]), base.trainer.batch_size
@@ -102,13 +110,16 @@ def _network(config: BenchConfig, model: str, device: torch.device, rate: float,
         changed = run_config(config, model, device.type, variant.overrides)
         if variant.overrides and changed == base:
             continue  # that is the default
-        if subjects and time.monotonic() > until - COMPILING[changed.trainer.compile]:
+        compiled = changed.trainer.compile
+        if subjects and time.monotonic() > (until if compiled == "none" else deadline - COMPILING[compiled]):
             yield named | {"variant": variant.name, "skipped": "the time is up"}
             continue
         like = subjects[0] if subjects and variant.same_network else None
         # The compiler proper takes minutes, however small the network.
         backend = "eager" if config.tiny else "inductor"
         subject = Subject(changed, variant, device, like=like, backend=backend)
+        if subjects and (compiled == "model" or not (config.full or config.gpu or config.models)):
+            subject.kinds = ("train",)  # evaluation would be compiled again; the short form has time for no more
         failed = _try(subject)
         if failed:
             yield named | {"variant": variant.name, "skipped": failed}
@@ -118,8 +129,6 @@ def _network(config: BenchConfig, model: str, device: torch.device, rate: float,
         return
     products = {kind: Products(kind, device, config.tiny) for kind in dict.fromkeys(s.products for s in subjects)}
     works = [subject.works() for subject in subjects]
-    if not (config.full or config.gpu or config.models):  # the short form has time for variants' training steps alone
-        works[1:] = [{"train": steps["train"]} for steps in works[1:]]
     everything = [w for steps in works for w in steps.values()] + [w for p in products.values() for w in p.works]
     in_turns(everything, device, config.rounds, once=config.tiny, deadline=until)
     for subject, steps in zip(subjects, works, strict=True):
@@ -128,7 +137,11 @@ def _network(config: BenchConfig, model: str, device: torch.device, rate: float,
             flops = {"forward": 2.0 * cost.macs, "train": cost.training_flops(1)}
             flops["sample"] = 2.0 * cost.macs * subject.evaluations() / calls
             row = named | {"variant": subject.variant.name, "work": kind, "batch": batch} | work.ms(1 / calls)
-            row |= {"images_per_s": batch / row["ms"] * 1e3, "memory_bytes": work.memory, "first_s": work.first}
+            row |= {
+                "images_per_s": batch / row["ms"] * 1e3,
+                "memory_bytes": work.memory,
+                "first_s": subject.first[kind],
+            }
             row |= against(flops[kind] * row["images_per_s"], products[subject.products].peak())
             row |= {"parameters": cost.parameters, "gmacs": cost.gmacs}
             if subject is not subjects[0]:
@@ -141,9 +154,9 @@ def _try(subject: Subject) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a kernel does not take a call
-            subject.ready()
-            subject.train()
-            synchronize(subject.device)
+            for kind, work in subject.works().items():
+                work.prepare()
+                subject.first[kind] = seconds(work.call, subject.device)
         return ""
     except torch.OutOfMemoryError:
         return "out of memory"

@@ -1,4 +1,4 @@
-"""A published DiT by preset, sampled: python examples/published_dit.py [STEPS] [CHECKPOINT OF THE REFERENCE].
+"""A published DiT by preset, sampled: python examples/published_dit.py [STEPS] [CHECKPOINT, as DiT-XL-2-256x256.pt].
 
 Without a checkpoint the weights are fresh, and so are the samples.
 """
@@ -10,12 +10,13 @@ import torch
 from diffbench import VP, VPConfig, from_preset, sample
 from diffbench.denoisers import from_reference
 from diffbench.denoisers.flops import parameters
+from diffbench.denoisers.pretrained.convert import infer
 
 torch.manual_seed(0)
 steps = sys.argv[1] if sys.argv[1:] else "50"
 if sys.argv[2:]:
     weights = torch.load(sys.argv[2], map_location="cpu", weights_only=True)
-    network = from_reference("dit", {"depth": 12, "hidden_size": 384, "patch_size": 2, "num_heads": 6}, weights)
+    network = from_reference("dit", infer("dit", weights, {}), weights)
 else:
     network = from_preset("DiT-S/2", image_size=32)
 network.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         if isinstance(run, DenoiserRun) and (seconds := drawing_seconds(run)) > patience:
             print(
                 f"not scored: {run.config.evaluate.count:,} samples would take about {span(seconds)}, longer than"
-                f" training; to draw and score them: diffbench evaluate {run.folder}",
+                f" training; to draw and score them: {python()} -m diffbench evaluate {run.folder}",
                 flush=True,
             )
         else:
@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"curves:  {python()} -m tensorboard.main --logdir {run.config.runs_dir}")
     print("         then http://localhost:6006/?smoothing=0")
     if isinstance(run, DenoiserRun):
-        print(f"more:    diffbench evaluate {run.folder} sample.steps=50")
+        print(f"more:    {python()} -m diffbench evaluate {run.folder} sample.steps=50")
         if run.null_label is not None and not run.config.sample.guided:
-            print(f"         diffbench sample {run.folder} guidance=3   (classes stand out more)")
+            print(f"         {python()} -m diffbench sample {run.folder} guidance=3   (classes stand out more)")
 
 
 def _score(run: Any) -> None:

@@ -29,14 +29,19 @@ class Verb:
 
 _KINDS = "The keys of a classifier or an autoencoder: `diffbench show CONFIG`."
 _SLURM = "launcher=slurm and launcher.KEY=VALUE hand the command to SLURM."
-_THE_RUNS = "What is left out is as in the run's own config."
+_THE_RUNS = "Keys that are not given keep the values of the run's own config."
 VERBS = {
     "init": Verb("copy the shipped experiments into a folder, to begin from", ("", "my-project")),
     "train": Verb(
         "train an experiment; the same command resumes it",
         ("experiments/digits/dit.yaml", "experiments/digits/diffit.yaml seed=1 optimizer.lr=1e-3"),
         {RUN: ""},
-        ("restart=true sets an earlier run of that name aside and begins anew.", _KINDS, _SLURM),
+        (
+            "restart=true sets an earlier run of that name aside and begins anew.",
+            "evaluate=null trains without scoring at the end.",
+            _KINDS,
+            _SLURM,
+        ),
     ),
     "encode": Verb(
         "encode an experiment's data into latents ahead of training",
@@ -129,7 +134,8 @@ VERBS = {
         ("dit DiT-XL-2-256x256.pt runs/imported/dit-xl-2", "adm model.pt runs/imported/adm arguments.num_heads=16"),
         more=(
             "arguments.NAME=VALUE is an argument of the reference's constructor, where its size is not a published one;"
-            " any other key is the config's, as sample.steps=50.",
+            " weights=KEY takes that set of weights instead of the average, ignore=[NAME] leaves names out; any other"
+            " key is the config's, as sample.steps=50.",
         ),
         module="import_checkpoint",
     ),

@@ -74,7 +74,7 @@ class BaseConfig:
     seed: int = 0
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     tag: str | None = None
-    """Added to the run folder's name; overrides of anything but the length add one by themselves."""
+    """Added to the run folder's name; overrides that change what is trained add one by themselves."""
     runs_dir: str = "runs"
     debug: Literal["none", "smoke", "overfit"] = "none"
     """smoke: two steps of everything; overfit: learn one batch by heart."""

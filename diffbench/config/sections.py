@@ -272,7 +272,7 @@ class EvaluateConfig:
     """Scores of generated samples against real images, after training and, where asked for, in it."""
 
     count: int = 500
-    """Samples, spread evenly over the classes."""
+    """Samples, with the classes of the real images that they are compared with."""
     extractor: str | None = None
     """digits-cnn, efficientnet-lite0, random-cnn, inception, or package.module:function of one's own; null takes
     digits-cnn for the digits, and for other images efficientnet-lite0 where it is installed, else random-cnn."""

@@ -98,7 +98,7 @@ def load_claims(path: Path, studies: Path) -> list[Claim]:
 def findings(claims: Sequence[Claim], results: Mapping[str, Comparison]) -> list[Finding]:
     """Hold claims against the results of studies by their name, each claim by itself, paired by seed."""
     held = [_held(claim, results[claim.study]) if claim.study in results else None for claim in claims]
-    missing = "make findings RUN=1"
+    missing = "diffbench findings run=true"
     return [found or Finding(claim, "not run", missing) for claim, found in zip(claims, held, strict=True)]
 
 

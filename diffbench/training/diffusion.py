@@ -28,9 +28,9 @@ class DiffusionModule(TrainingModule):
     dropout that an unbroken one would; it sees the same images too where the loader resumes at its batch, as the data
     modules do.
 
-    `validate` and `test` log the variational bound "val/bound" in nats per dimension and the squared error of the noise
-    at each log-SNR, "val/level/<log-SNR>", with fixed noise. `predict` gives samples, (B, C, H, W) uint8, for the
-    labels of its batches; a batch may be labels alone.
+    `validate` logs the variational bound "val/bound" in nats per dimension and the squared error of the noise at each
+    log-SNR, "val/level/<log-SNR>", with fixed noise, `test` the same as "test/...". `predict` gives samples,
+    (B, C, H, W) uint8, for the labels of its batches; a batch may be labels alone.
 
     A checkpoint holds the settings, and those of networks and processes of this package, as plain values;
     `load_from_checkpoint` asks for others: load_from_checkpoint(path, network=..., optimizer=...).

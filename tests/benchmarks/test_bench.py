@@ -1,10 +1,12 @@
 """The benchmark: its plan, its refusals, and all of it end to end on networks too small to mean anything."""
 
+import ast
 import json
 import math
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import busy, command, growth, loop, networks, pieces, report, steps, watch
-from benchmarks.__main__ import bench, main, measured
+from benchmarks.__main__ import MEASURES, bench, main, measured
 from benchmarks.config import FULL, GPU, PARTS, SHORT, BenchConfig, shared
 from diffbench.core.errors import UserError
 from diffbench.denoisers import PRESETS
@@ -119,9 +121,14 @@ def test_the_seconds_of_whole_commands_by_stage() -> None:
 
 
 def test_every_stage_is_a_function() -> None:
-    text = "".join(path.read_text() for path in (Path(command.__file__).parents[1] / "diffbench").rglob("*.py"))
-    ours = [name for name in watch.STAGES if name not in ("_find_and_load", "_TrainingEpochLoop.advance")]
-    assert [name for name in ours if f"def {name.split('.')[-1]}(" not in text] == []
+    there = set()
+    for path in (Path(command.__file__).parents[1] / "diffbench").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                there.add(node.name)
+            elif isinstance(node, ast.ClassDef):
+                there |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    assert watch.STAGES.keys() - there == {"_find_and_load", "_TrainingEpochLoop.advance"}
 
 
 def test_sampling_counts_both_halves_of_guidance(made: dict[str, Any]) -> None:
@@ -244,6 +251,7 @@ def test_a_network_whose_steps_take_too_long_is_left_out(monkeypatch: pytest.Mon
         (["out=x.txt"], "out: must end in .json, got 'x.txt'"),
         (["out=there.json"], "out: there.json exists already; choose another name"),
         (["variants=[fast]"], "variants: must be as 'plain: trainer.channels_last=false', got 'fast'"),
+        (["variants=['x: trainer.compile=auto']"], "variants: trainer.compile=auto follows the machine; choose none"),
         (
             ["variants=['x: trainer.compiel=none']", *TINY, "parts=[variants]"],
             "trainer.compiel: unknown key; allowed: ",
@@ -268,18 +276,51 @@ def test_what_cannot_be_is_refused_in_a_line(
 
 
 def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(report.os, "getloadavg", lambda: (2.0, 1.0, 1.0))
-    with pytest.raises(UserError, match=r"^force: the load average is 2.00, above 0.5"):
+    monkeypatch.setattr(report, "busy_share", lambda: 0.5)
+    with pytest.raises(UserError, match=r"^force: 50% of the cores are at work, more than 25%: other processes"):
         bench([f"out={tmp_path / 'a.json'}"])
     assert not list(tmp_path.iterdir())
-    report.check_quiet(force=False, load=0.5)
-    report.check_quiet(force=True, load=9.0)
+    report.check_quiet(force=True)
+    monkeypatch.setattr(report, "busy_share", lambda: 0.2)
+    report.check_quiet(force=False)
+
+
+def test_the_share_of_busy_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(["cpu 10 0 10 70 10 0 0 0", "cpu 30 0 20 130 20 0 0 0"])
+    monkeypatch.setattr(report.Path, "read_text", lambda self: next(ticks) + "\ncpu0 0\n")
+    assert report.busy_share(0.0) == pytest.approx(30 / 100)
+    monkeypatch.undo()
+    monkeypatch.setattr(report, "Path", lambda name: Path("/nowhere"))
+    assert report.busy_share() == os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+def test_what_is_measured_stays_where_the_run_ends_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def part(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
+        yield {"part": "data", "name": "a", "ms": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(MEASURES, "data", part)
+    with pytest.raises(KeyboardInterrupt):
+        bench(["parts=[data]", "force=true", f"out={tmp_path / 'a.json'}"])
+    assert json.loads((tmp_path / "a.json").read_text())["rows"] == [{"part": "data", "name": "a", "ms": 1.0}]
+
+
+def test_a_part_that_cannot_run_here_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
+        yield from ()
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setitem(MEASURES, "data", part)
+    assert list(measured(BenchConfig(parts=["data"]), CPU)) == [
+        {"part": "data", "name": "data", "skipped": "no such kernel"}
+    ]
 
 
 def test_the_parts_and_the_time_of_each_form() -> None:
     assert (BenchConfig().shares, BenchConfig(full=True).shares, BenchConfig(gpu=True).shares) == (SHORT, FULL, GPU)
     assert (BenchConfig().budget, BenchConfig(gpu=True).budget, BenchConfig(seconds=9).budget) == (170, 540, 9)
-    assert BenchConfig(full=True).budget == math.inf
+    assert BenchConfig(full=True).budget == BenchConfig(parts=["busy"]).budget == math.inf
+    assert BenchConfig(parts=["busy", "loop"]).budget == 170
     assert list(BenchConfig(gpu=True, parts=["growth", "loop", "variants"]).shares) == ["models", "loop", "growth"]
     assert next(iter(GPU)) == "models" and sum(GPU.values()) == pytest.approx(1)
     assert not BenchConfig(parts=["models"]).with_variants and BenchConfig(parts=["variants"]).with_variants

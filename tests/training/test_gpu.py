@@ -132,7 +132,10 @@ def test_a_gpu_trains_in_bfloat16_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [["trainer.tf32=true"], ["trainer.compile=block"]])
 def test_fast_training_ends_near_the_exact_one(changes: list[str], tmp_path: Path) -> None:
-    common = [*SHORT, "trainer.max_images=640", "trainer.precision=32-true", f"runs_dir={tmp_path}"]
-    ends = [train("experiments/digits/diffit-latent.yaml", [*common, *more]) for more in ([], changes)]
+    common = [*SHORT, "trainer.max_images=640", "trainer.precision=32-true"]
+    ends = [  # in folders of their own: compiling names no other run
+        train("experiments/digits/diffit-latent.yaml", [*common, *more, f"runs_dir={tmp_path / str(len(more))}"])
+        for more in ([], changes)
+    ]
     a, b = (torch.cat([p.flatten() for p in run.network.parameters()]) for run in ends)
     assert (a - b).norm() < 0.02 * a.norm()
