@@ -91,10 +91,10 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if asked.export is not None:
         check_export(Path(asked.export))
     study = _study(folders[0])
+    if study is not None and len(folders) > 1:
+        raise UserError(f"{COMMAND_LINE}: {folders[1]}: a study is reported alone; compare runs with runs")
     if study is not None:
         found = comparison_of_study(study)
-        if len(folders) > 1:
-            raise UserError(f"{COMMAND_LINE}: {folders[1]}: a study is reported alone; compare runs with runs")
         pairs = any(word.startswith("baseline=") for word in words)  # null is all of them
         baseline = asked.baseline if pairs else found.baseline
         found = replace(found, primary=asked.primary or found.primary, baseline=baseline)

@@ -4,7 +4,7 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -77,9 +77,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         new_files(asked.out, default, endings, formats)  # refused before anything is drawn
         run.use_threads()
         run.network.to(device_of(run.config.trainer.accelerator))
-        sampler = run.sampler(settings)
-        if raw:
-            sampler = replace(sampler, raw=True, decode=None)
+        sampler = run.sampler(settings, raw)
         trajectory = Trajectory(sampler.images) if endings else None
         samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)
         files = new_files(asked.out, default, endings, formats)  # another command may have written meanwhile

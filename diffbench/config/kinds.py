@@ -170,11 +170,6 @@ class RunConfig(BaseConfig):
     def _check_guidance(self) -> None:
         s = self.sample
         by_class = s.guidance != 1 and s.weak_model is None
-        if s.guidance == 1 and s.weak_model is not None:
-            raise ValueError(
-                "sample.weak_model: sample.guidance=1 does not lead away from it; give more, as sample.guidance=2,"
-                " or leave it at null"
-            )
         if by_class and self.trainer.label_dropout == 0:
             raise ValueError(
                 f"sample.guidance: {s.guidance:g} needs a null class, and trainer.label_dropout=0 trains none;"

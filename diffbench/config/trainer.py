@@ -29,7 +29,8 @@ class TrainerConfig:
     """auto: a CUDA GPU where there is one. Apple's have no float64, in which times and noise levels are computed."""
     threads: int | Literal["auto"] = "auto"
     """CPU threads of a process. auto: one for a network of less than 1e9 multiply-accumulates a step, where two gain
-    little and wait for each other on a busy machine, else PyTorch's number; or what OMP_NUM_THREADS says."""
+    little and wait for each other on a busy machine, else PyTorch's number; or what OMP_NUM_THREADS says. With auto
+    such a network draws several batches of samples at a time, each on a core of its own."""
     devices: int = 1
     """Processes on each machine, each with a device of its own; they share a step's images."""
     num_nodes: int = 1

@@ -50,6 +50,12 @@ def surroundings(extractor: "Extractor | None", device: torch.device) -> dict[st
     }
 
 
+def of_all(record: Mapping[str, Any], count: int) -> bool:
+    """Whether a record of `count` samples compares with all training images; older ones do not say so."""
+    reference = record["reference"]
+    return bool(reference.get("all", reference["count"] != count))
+
+
 @cache
 def processor() -> str:
     """Name and vector instructions of the CPU, which decide in what order numbers are added."""

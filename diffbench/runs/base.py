@@ -206,7 +206,7 @@ class Run(ABC, Generic[C]):
         return network
 
     def use_threads(self) -> None:
-        """Sets the CPU threads of this process, as `trainer.threads` says, for work on this network, and `at_once`."""
+        """Sets `at_once` and the CPU threads of this process for work on this network, as `trainer.threads` says."""
         trainer = self.config.trainer
         parts = trainer.processes * trainer.accumulate_grad_batches
         on_cpu = device_of(trainer.accelerator).type == "cpu"

@@ -187,9 +187,11 @@ class DenoiserRun(Run[RunConfig]):
             found.append(FrechetDistance(self.train_set, e.every_images, extractor, e.every_count, *drawn))
         return [*found, SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.label_names)]
 
-    def sampler(self, settings: SampleConfig) -> Sampler:
-        """The sampler of the network, guided as the settings say."""
-        autoencoder = self.autoencoder  # loaded now, so that a missing one fails before sampling
+    def sampler(self, settings: SampleConfig, raw: bool = False) -> Sampler:
+        """The sampler of the network, guided as the settings say; `raw` leaves out the autoencoder."""
+        if settings.weak_model is not None and settings.guidance == 1:
+            print("note: sample.weak_model has no effect at sample.guidance=1")
+        autoencoder = None if raw else self.autoencoder  # loaded now, so that a missing one fails before sampling
         return Sampler(
             self.network,
             self.process,
@@ -197,9 +199,9 @@ class DenoiserRun(Run[RunConfig]):
             self.null_label,
             guidance_models(settings, self.config, self.shape),
             decode=None if autoencoder is None else partial(decode, autoencoder),
-            raw=self.raw,
+            raw=raw or self.raw,
             name=str(self.folder),
-            at_once=self.at_once,
+            at_once=self.at_once if self.config.denoiser.name in registry.DENOISERS else 1,
         )
 
     def sample(

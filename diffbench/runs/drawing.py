@@ -19,7 +19,7 @@ from diffbench.metrics.extractors.base import state_hash
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun, guidance_models
 from diffbench.runs.ranks import in_ranks
-from diffbench.sampling import cost
+from diffbench.sampling.cost import network_evaluations, sampling_seconds
 
 
 def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Samples:
@@ -42,8 +42,9 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Sample
 def drawing_seconds(run: DenoiserRun) -> float:
     """About how long the samples take that the run's config scores, on this machine."""
     run.network.to(device_of(run.config.trainer.accelerator))
+    run.use_threads()
     sampler, count = run.sampler(run.config.sample), run.config.evaluate.count
-    return sum(cost.drawing_seconds(sampler, how, count) for how in run.config.sample.scored())
+    return sum(sampling_seconds(sampler, how, count) for how in run.config.sample.scored())
 
 
 def draw(
@@ -57,7 +58,7 @@ def draw(
     Returns:
         Entries of a record: network evaluations, seconds of this call, samples drawn, share of clipped values.
     """
-    sampler, evaluations = run.sampler(how), cost.network_evaluations(run.process, how)
+    sampler, evaluations = run.sampler(how), network_evaluations(run.process, how)
     labels, started = sample_labels(run.train_set, samples.count), time.perf_counter()
     missing = left = samples.count - samples.present()
     estimate = 0.0
@@ -68,7 +69,7 @@ def draw(
         left = samples.count - samples.present()
     if left:
         run.compile(run.cost.sampling_flops(evaluations * left) / world)
-        estimate = cost.drawing_seconds(sampler, how, left)
+        estimate = sampling_seconds(sampler, how, left)
         print(
             f"{left:,} samples by {how.sampler}, {evaluations} network evaluations each: about {span(estimate)}",
             flush=True,

@@ -15,6 +15,7 @@ from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core.errors import UserError
 from diffbench.data.coding import reconstruct
+from diffbench.data.registry import SOURCES
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
@@ -119,16 +120,24 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     sampled = {k: v for k, v in record["sample"].items() if k not in ("batch_size", "seconds")}
     e, names = config.evaluate, list(records.values(record))
     counted = any(name.endswith(f"@{e.count}") for name in names)
-    extractor, reference, suited = (
-        record.get("extractor") or {},
-        record["reference"],
-        references.suited_extractor(config),
-    )
-    asked = suited == extractor.get("asked") or str(extractor.get("name")).startswith(suited.replace(":", "."))
+    asked = _by(record.get("extractor") or {}, config)
     asked &= not e.infinity or any("infinity" in name for name in names)
-    asked &= reference.get("all", reference["count"] != e.count) == (e.reference == "all")
+    asked &= records.of_all(record, e.count) == (e.reference == "all")
     asked &= e.judge is None or (record.get("judge") or {}).get("run") == e.judge
     return held == (images, ema, snapshot) and sampled == wanted and counted and asked
+
+
+def _by(extractor: Mapping[str, Any], config: RunConfig) -> bool:
+    """Whether a record's extractor is the one that a config asks for; null is whatever suited where it was made."""
+
+    def named(wanted: str) -> bool:
+        wanted = wanted.replace(":", ".")
+        return str(extractor.get("name")) == wanted or str(extractor.get("name")).startswith(f"{wanted}-")
+
+    wanted, asked = config.evaluate.extractor, extractor.get("asked")
+    if wanted is None:  # older records do not say what was asked for
+        return asked is None if "asked" in extractor else any(map(named, SOURCES[config.data.name].extractors))
+    return asked == wanted if asked is not None else named(wanted)
 
 
 def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
@@ -158,9 +167,10 @@ def _record(
     values = scorer.scores(scorers.numbered(samples.images().split(references.BATCH), labels))
     if scorer.copies is not None:
         _draw_nearest(samples, labels, scorer.copies, run.train_set, run.facts.names)
+    surroundings = run.surroundings(scorer.measurement.extractor)
+    surroundings["extractor"]["asked"] = config.evaluate.extractor
     found = {
-        **(surroundings := run.surroundings(scorer.measurement.extractor)),
-        "extractor": surroundings["extractor"] | {"asked": references.suited_extractor(config)},
+        **surroundings,
         "snapshot": run.snapshot,
         "guidance": how.guidance,
         "sample": how.numbers()

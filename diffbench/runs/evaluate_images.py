@@ -65,7 +65,9 @@ def settings_of(overrides: Sequence[str], run: DenoiserRun | None, count: int | 
             raise ValueError(f"evaluate.extractor: missing; choose from {', '.join(EXTRACTORS)}")
         used = ["extractor", "weights", *([] if run is None else ["reference", "infinity" if count else "count"])]
         if unused := [key for key in values if key in vars(EvaluateConfig()) and key not in used]:
-            raise ValueError(f"evaluate.{unused[0]}: has no effect here; allowed: {', '.join(used)}")
+            raise ValueError(
+                f"evaluate.{unused[0]}: has no effect here; allowed: {', '.join(f'evaluate.{k}' for k in used)}"
+            )
         found = build(EvaluateConfig, base | values | ({"count": count} if count else {}), "evaluate.")
     assert isinstance(found, EvaluateConfig)
     return found

@@ -115,7 +115,7 @@ def train_in(
         curves: reference curves that the run is held against; it keeps a copy.
     """
     kind = KINDS[config.kind]
-    if restart and distributed.place()[1] > 1:
+    if restart and (folder / SAVED).exists() and distributed.place()[1] > 1:
         raise UserError(f"{COMMAND_LINE}: restart: several processes cannot begin anew together; move {folder} away")
     with located(stack):  # all that can be found before the folder is made, or Lightning imported
         check_place(folder)

@@ -39,12 +39,11 @@ def network_evaluations(process: Process, config: SampleConfig) -> int:
     return count
 
 
-def drawing_seconds(sampler: Sampler, config: SampleConfig, count: int) -> float:
+def sampling_seconds(sampler: Sampler, config: SampleConfig, count: int) -> float:
     """About how long `count` samples take on this machine."""
-    batch = min(config.batch_size, count)
-    at_once = min(sampler.at_once, math.ceil(count / batch))
-    evaluations = count * network_evaluations(sampler.process, config)
-    return evaluations * seconds_per_evaluation(sampler, batch) / at_once
+    batch = min(sampler.batch_size(config), count)
+    rounds = math.ceil(math.ceil(count / batch) / sampler.at_once)
+    return rounds * batch * network_evaluations(sampler.process, config) * seconds_per_evaluation(sampler, batch)
 
 
 @torch.no_grad()

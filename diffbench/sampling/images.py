@@ -150,11 +150,9 @@ class Trajectory:
         self.images, self.count = images, count
         self.noisy: list[Tensor] = []
         self.predicted: list[Tensor] = []
-        self._first = True
 
     def __call__(self, step: int, x: Tensor, x0: Tensor) -> None:
-        self._first &= step == len(self.noisy)  # a later batch begins again at 0
-        if self._first:
+        if step == len(self.noisy):  # a batch that did not fit into memory begins again at 0
             x, x0 = x[: self.count], x0[: self.count]
             size = x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1)
             self.noisy.append((x / size).detach())

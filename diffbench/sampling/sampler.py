@@ -19,6 +19,9 @@ from diffbench.diffusion import SAMPLERS, Grid, Predict, Process, StepLimitError
 from diffbench.diffusion.samplers import Callback, Noise
 from diffbench.sampling.guided import GuidanceModels, guided
 
+CPU_BATCH = 250
+"""Samples of a batch on a CPU, at most: its caches hold what 500 need only at a fifth to a third more time."""
+
 
 @dataclass(eq=False)
 class Sampler:
@@ -34,7 +37,7 @@ class Sampler:
             decoder; None where these are pixels already.
         raw: whether samples are given as they are denoised, as float32 rather than as images.
         name: what errors call it, such as the run folder.
-        at_once: batches that a CPU draws at a time, each in a thread of its own.
+        at_once: batches that a CPU draws at a time, each in a thread of its own, by a network that keeps no state.
         values: pixels drawn so far, of every channel.
         clipped: those that lay outside [-1, 1] by more than one of 255 levels.
     """
@@ -62,7 +65,7 @@ class Sampler:
         callback: Callback | None = None,
         check: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Draw an image of each label, in batches of `config.batch_size`, halved where a GPU's memory is too small.
+        """Draw an image of each label, in batches of `batch_size`, halved where a GPU's memory is too small.
 
         Args:
             labels: (N,) classes, or (N, labels) weights over the network's label table.
@@ -70,8 +73,8 @@ class Sampler:
             seed: with a sample's number it fixes its noise.
             first: number of the first sample.
             progress: called with the number of images of each batch that is done.
-            callback: called after each step of each batch with (step, x, predicted x0); batches follow one another.
-            check: called after each step, from any thread; what it raises ends the drawing.
+            callback: called after each step of the first batch with (step, x, predicted x0).
+            check: called after each step, from several threads; what it raises ends the drawing.
 
         Returns:
             (N, 1 or 3, H', W') uint8 on the CPU; (N, C, H, W) float32 if `raw`.
@@ -85,19 +88,19 @@ class Sampler:
         parameter = next(self.denoiser.parameters())
         device = parameter.device
         predict, models = predictor(self.process, self._network(config, device)), self.guidance_models.to(device)
-        at_once, size, failed = 1 if callback else self.at_once, config.batch_size, threading.Event()
-
-        def after_step(step: int, x: Tensor, x0: Tensor) -> None:
-            if failed.is_set():
-                raise CancelledError
-            if check:
-                check()
-            if callback:
-                callback(step, x, x0)
+        size, failed = self.batch_size(config), threading.Event()
 
         @torch.no_grad()  # here, since it holds for one thread
         def draw(part: Tensor) -> Tensor:
             position, y = (first + part).to(device), labels[part].to(device)
+
+            def after_step(step: int, x: Tensor, x0: Tensor) -> None:
+                if failed.is_set():
+                    raise CancelledError
+                if check:
+                    check()
+                if callback and not part[0]:
+                    callback(step, x, x0)
 
             def noise(step: int) -> Tensor:
                 return rng.normal(rng.key(seed, "sample", step), position, self.shape).to(parameter.dtype)
@@ -110,7 +113,7 @@ class Sampler:
             if not bool(x.isfinite().all()):
                 run_sampler(self._until_broken(guided_predict, config), noise, self.process, config)
                 raise UserError(f"{self.name}: the {config.sampler} sampler ended in values that are not finite")
-            return x.float() if self.raw else self.pixels(x)
+            return (x.float() if self.raw else self.pixels(x)).cpu()
 
         def draw_in_parts(batch: Tensor) -> Tensor:
             nonlocal size
@@ -123,10 +126,10 @@ class Sampler:
             return draw_in_parts(batch)  # after the error, which holds what was drawn so far
 
         images: list[Tensor] = []
-        with eval_mode(self.denoiser), ThreadPoolExecutor(at_once) as pool:
+        with eval_mode(self.denoiser), ThreadPoolExecutor(self.at_once) as pool:
             batches = torch.arange(len(labels)).split(size)
             try:
-                for drawn in pool.map(draw_in_parts, batches) if at_once > 1 else map(draw_in_parts, batches):
+                for drawn in pool.map(draw_in_parts, batches) if self.at_once > 1 else map(draw_in_parts, batches):
                     images.append(self._finished(drawn))
                     if progress:
                         progress(len(drawn))
@@ -138,12 +141,17 @@ class Sampler:
     def _finished(self, drawn: Tensor) -> Tensor:
         """Turn drawn pixels (B, C, H, W) into uint8 on the CPU, and count them; raw values stay as they are."""
         if self.raw:
-            return drawn.cpu()
+            return drawn
         if broken := int((~drawn.isfinite()).sum()):
             raise UserError(f"{self.name}: {broken} values of the samples are not finite")
         self.values += drawn.numel()
         self.clipped += int((drawn.abs() > 1 + 1 / 255).sum())
-        return to_uint8(drawn).cpu()
+        return to_uint8(drawn)
+
+    def batch_size(self, config: SampleConfig) -> int:
+        """Samples of a batch: those that the config allows, of which a CPU takes `CPU_BATCH`."""
+        on_cpu = next(self.denoiser.parameters()).device.type == "cpu"
+        return min(config.batch_size, CPU_BATCH) if on_cpu else config.batch_size
 
     def pixels(self, x: Tensor) -> Tensor:
         """Decode what the denoiser works on, (B, C, H, W), to pixels (B, 1 or 3, H', W') in about [-1, 1]."""
@@ -233,7 +241,7 @@ def sample(
         shape: (C, H, W) of what it denoises; a denoiser of this package knows its own.
         null_label: its null class, for guidance; a denoiser of this package knows its own.
         seed: sample i's noise is a function of (seed, i), whatever the batch or device.
-        callback: called after each step of each batch with (step, x, predicted x0).
+        callback: called after each step of the first batch with (step, x, predicted x0).
         settings: keys of `SampleConfig`, such as steps=50, sampler="ddim", guidance=2.0 or batch_size=100.
 
     Returns:

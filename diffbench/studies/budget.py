@@ -52,19 +52,19 @@ class Probe:
         run = DenoiserRun(Path("probe"), c)
         before = torch.get_num_threads()
         try:
+            run.use_threads()
             if name not in self._forward:
                 sampler = Sampler(run.network.to(device_of(c.trainer.accelerator)), run.process, run.shape)
-                run.use_threads()
                 if self.jobs > 1:
                     torch.set_num_threads(threads_each(self.jobs))
                 self._forward[name] = seconds_per_evaluation(sampler, c.trainer.batch_size)
         finally:
             torch.set_num_threads(before)
-        forwards = FORWARDS * variant.trained_images
+        forwards = float(FORWARDS * variant.trained_images)
         for changes in variant.evaluations.values():
             how = evaluated(c, changes, "study")
             drawn = how.evaluate.count * max(1, len(variant.rungs)) * samplings
-            forwards += drawn * network_evaluations(run.process, how.sample)
+            forwards += drawn * network_evaluations(run.process, how.sample) / (run.at_once if self.jobs == 1 else 1)
         return forwards * self._forward[name]
 
 

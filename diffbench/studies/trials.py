@@ -16,7 +16,7 @@ from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.denoisers import registry
-from diffbench.evaluation.records import values
+from diffbench.evaluation.records import of_all, values
 from diffbench.evaluation.validation_error import bound_metrics, denoising_error, validation_sets
 from diffbench.metrics import EXTRACTORS
 from diffbench.reports.image_errors import IMAGE_ERRORS, save_image_errors
@@ -71,10 +71,10 @@ def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> 
     if record is not None:
         own, extractor = run.values.get("evaluate") or {}, record["extractor"]["name"]
         count = next(int(name.rpartition("@")[2]) for name in values(record))
-        every = record["reference"]["count"] != count
-        changes["evaluate"] = {"count": count, "reference": "all" if every else "same"}
-        if own.get("extractor") is None and extractor in EXTRACTORS:
-            changes["evaluate"]["extractor"] = extractor
+        changes["evaluate"] = {"count": count, "reference": "all" if of_all(record, count) else "same"}
+        asked = record["extractor"].get("asked", extractor if extractor in EXTRACTORS else None)
+        if own.get("extractor") is None and asked is not None:
+            changes["evaluate"]["extractor"] = asked
         changes["sample"] = {k: v for k, v in record["sample"].items() if k in run.values["sample"]}
         changes["seeds"] = {"sample": record["sample"]["seed"]}
     evaluations = {variant: changes} if record is not None else {}

@@ -228,15 +228,10 @@ class SampleGrid(EveryNImages):
         classes = int(getattr(module.network, "num_classes", 0)) if names is None else len(names)
         trajectory, columns = Trajectory(sampler.images), class_columns(classes)
         labels = torch.arange(columns).repeat(4) % max(1, classes)
-
-        def watch(step: int, x: Tensor, x0: Tensor) -> None:
-            self.stop.check()
-            trajectory(step, x, x0)
-
         split = len(labels) >= distributed.world_size()  # of fewer, each rank draws all
         mine = distributed.rank_slice(len(labels)) if split else torch.arange(len(labels))
         images = self.stop.interruptible(
-            lambda: sampler(labels[mine], self.settings, first=int(mine[0]), callback=watch)
+            lambda: sampler(labels[mine], self.settings, first=int(mine[0]), callback=trajectory, check=self.stop.check)
         )
         images = distributed.all_gather_rows(images) if split else images
         self.show_grid(trainer, module, images, columns, [names[label] for label in labels] if names else None)

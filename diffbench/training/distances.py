@@ -22,7 +22,7 @@ from diffbench.metrics import Extractor
 from diffbench.metrics.extractors.base import plain
 from diffbench.metrics.registry import metric_name, metric_of
 from diffbench.metrics.suite import Suite
-from diffbench.sampling.cost import drawing_seconds, timed
+from diffbench.sampling.cost import sampling_seconds, timed
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.callbacks import EveryNImages, check_images
 from diffbench.training.clock import is_last
@@ -97,7 +97,7 @@ class FrechetDistance(EveryNImages):
     def _cost(self, suite: Suite, sampler: Sampler) -> float:
         shown = sampler.images(torch.zeros(8, *sampler.shape, device=suite.extractor.device))
         looking = timed(lambda: suite.extractor(shown), suite.extractor.device) / len(shown)
-        return drawing_seconds(sampler, self.settings, suite.count) + suite.count * looking
+        return sampling_seconds(sampler, self.settings, suite.count) + suite.count * looking
 
     def run(self, trainer: L.Trainer, module: Any) -> None:
         with self.averaged():
@@ -132,7 +132,8 @@ class FrechetDistance(EveryNImages):
         name = next(n for n, metric in found.items() if self.best_by in (metric.name, metric.computed))
         measured = {"metric": name, "sample": self.settings.numbers()}
         if self.best and any(self.best.get(key) != value for key, value in measured.items()):
-            print(f"note: evaluate.best is measured anew by {name}, another way than at {self.best['images']:,} images")
+            before = f"the best weights, of {self.best['images']:,} images, were chosen by another measure"
+            (self.logger.say if self.logger else print)(f"note: {before}: {name} chooses anew")
             self.best = {}
         if values[name] >= self.best.get("value", float("inf")):
             return

@@ -35,7 +35,7 @@ METRICS, TRAINING = "metrics.jsonl", "training"
 MARKS = (0.2, 0.5)
 """Shares of training at which a run is held against its reference curves."""
 WATCHED, WORTH_SAYING = 3.0, 30.0
-"""Seconds of training by which the rest is judged, and those below which nothing is said."""
+"""Seconds that are measured before the estimate, and the shortest remaining time that is worth a line."""
 
 
 def check_log(folder: Path, checkpoint: Path) -> None:
@@ -182,7 +182,7 @@ class RunLogger(Ordered):
             self._log_training(trainer, pl_module)
 
     def _say_time(self) -> None:
-        """Says once how long the rest takes here, a few seconds after the first step: that may wait for a compiler."""
+        """Says once how long the rest takes here; the first step is left out, since it may include compilation."""
         images, before = self._watched = self._watched or (self.images, self.clock.seconds)
         spent = self.clock.seconds - before
         if self._time_said or self.images == images or spent < WATCHED:

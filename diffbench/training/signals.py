@@ -70,8 +70,8 @@ class StopOnSignal(Ordered):
         if distributed.rank() == 0:  # not by print, which may be under way itself
             os.write(2, f"{self.folder}: {text}\n".encode())
 
-    def check(self, *_: Any) -> None:
-        """Raises Interrupted after a signal; a callback of samplers, too."""
+    def check(self) -> None:
+        """Raises Interrupted after a signal."""
         if self.number is not None:
             raise Interrupted
 

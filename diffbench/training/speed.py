@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from diffbench.core.distributed import threads_each
+from diffbench.core.distributed import place, threads_each
 
 How = Literal["none", "block", "model"]
 WORTH_COMPILING = 5e16
@@ -54,13 +54,13 @@ def use_threads(asked: int | Literal["auto"], macs: float) -> int:
         macs: multiply-accumulates of a forward pass of a micro-batch; infinite on a GPU.
 
     Returns:
-        The number of batches that can be sampled at a time, see `Sampler.at_once`: one for each core where a batch is
-        computed on one of them.
+        The number of batches that can be sampled at a time, see `Sampler.at_once`: where a batch is computed on one
+        core, as many as there are cores, four at most (samples are stored by the thousand).
     """
     own = _own_threads()  # before the first change
     if asked == "auto" and macs < WORTH_THREADS and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & set(os.environ):
         torch.set_num_threads(1)
-        return threads_each(1)
+        return min(4, threads_each(1)) if place()[1] == 1 else 1
     torch.set_num_threads(own if asked == "auto" else asked)
     return 1
 

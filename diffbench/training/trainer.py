@@ -62,7 +62,7 @@ def fit(
     averages = EMA(config.ema)
     log = RunLogger(folder, settings.log_images, config, hparams, settings.logger)
     guard = NonFiniteGuard(folder, settings.log_images, settings.max_skipped)
-    on_gpu = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
     precision = precision_here(settings, low=isinstance(module, DiffusionModule))
     stop = StopOnSignal(folder, settings.max_steps)
@@ -71,7 +71,6 @@ def fit(
     if warning := decayed_early(module.optimizer, seen, settings.max_images):
         print(warning)
     at_end = checkpoint is not None and step_of(checkpoint) == settings.max_steps  # evaluations alone are left
-    gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
     with warnings.catch_warnings(), float32_products(settings.tf32):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -79,7 +78,7 @@ def fit(
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is newer than torch 2.11
         warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a cluster's login node is fine
         trainer = L.Trainer(
-            accelerator="gpu" if gpu else "cpu",
+            accelerator="gpu" if on_gpu else "cpu",
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_strategy(settings),
@@ -89,7 +88,7 @@ def fit(
             max_epochs=-1,
             accumulate_grad_batches=settings.accumulate_grad_batches,
             callbacks=[stop, guard, averages, log, *callbacks, save_state],
-            plugins=[states, _environment(), *_scaled(settings)],
+            plugins=[states, _environment(), *_scaled(settings, on_gpu)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -118,12 +117,11 @@ def fit(
     return averages
 
 
-def _scaled(settings: TrainerConfig) -> list[MixedPrecision]:
+def _scaled(settings: TrainerConfig, on_gpu: bool) -> list[MixedPrecision]:
     """Lightning's fp16 with scaled gradients, on a CPU too, where it would take bf16 instead."""
     if settings.precision != "16-mixed":
         return []
-    gpu = torch.accelerator.current_accelerator() if settings.accelerator != "cpu" else None
-    return [MixedPrecision("16-mixed", gpu.type if gpu else "cpu")]
+    return [MixedPrecision("16-mixed", "cuda" if on_gpu else "cpu")]
 
 
 def _strategy(settings: TrainerConfig) -> Strategy | str:

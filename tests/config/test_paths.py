@@ -69,9 +69,7 @@ def test_keys_that_hold_paths(elsewhere: Path) -> None:
     values = {"base": str(DIT), "data": {"name": "images", "path": "images"}, "init_from": "weak"}
     path = elsewhere / "a.yaml"
     path.write_text(
-        yaml.safe_dump(
-            values | {"autoencoder": "vae", "sample": {"weak_model": "weak", "guidance": 2}, "runs_dir": "vae"}
-        )
+        yaml.safe_dump(values | {"autoencoder": "vae", "sample": {"weak_model": "weak"}, "runs_dir": "vae"})
     )
     config = load(path)
     assert (config.data.path, config.autoencoder) == (str(elsewhere / "images"), str(elsewhere / "vae"))
@@ -109,7 +107,7 @@ def test_a_key_that_stands_twice_in_a_study_is_refused(tmp_path: Path) -> None:
 
 def test_text_in_files_lists_and_nested_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    sample = "{steps: 0050, guidance: 2, weak_model: 1e3, classifier: .5}"
+    sample = "{steps: 0050, weak_model: 1e3, classifier: .5}"
     text = f"tag: 2024_11_28\ninit_from: 0x1F\nsample: {sample}\nseed: 1_0\n"
     path.write_text(f"base: {DIT}\n{text}")
     config = load(path)

@@ -230,6 +230,7 @@ def test_code_and_numbers_of_an_own_network_tell_its_features_apart(
         (tmp_path / f"own{i}.py").write_text(source.format(end))
         for side in (2, 3):
             network = importlib.import_module(f"own{i}").Own(side)
+            network.path = str(tmp_path)  # says nothing of the features
             found.add(plain("own.Own", network, (3, 8, 8)).weights)
             assert plain("own.Own", network, (3, 8, 8)).weights in found
     assert len(found) == 4

@@ -432,6 +432,17 @@ def test_times_that_are_not_steps_are_not_rounded(process: str, yaml: Path) -> N
         load(yaml, ["denoiser.call.t_as=step", f"process.name={process}", "sample.guidance=1"])
 
 
+def test_networks_from_outside_draw_one_batch_at_a_time(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("diffbench.training.speed.threads_each", lambda processes: 4)
+    threads = torch.get_num_threads()
+    run, _ = made(yaml)
+    run.use_threads()
+    torch.set_num_threads(threads)
+    assert run.at_once == 4 and run.sampler(run.config.sample).at_once == 1  # what they keep of a call is not known
+
+
 def test_code_is_kept_apart_by_folder_and_known_by_its_hash(yaml: Path, tmp_path: Path) -> None:
     first = load(yaml)
     assert load(yaml).denoiser == first.denoiser  # type: ignore[attr-defined]

@@ -147,11 +147,8 @@ REFUSED = {
     "kind=classifer": "kind: unknown value 'classifer'; choose from denoiser, classifier",
     "process.name=vpp": "process.name: unknown name 'vpp'; choose from vp, edm, flow; did you mean 'vp'?",
     "process=3": "process: must be a section with keys, got 3; write process.name=vp",
-    "sample.weak_model=runs/a sample.guidance=1": "sample.weak_model: sample.guidance=1 does not lead away from it",
     "sample.s_noise=1.1 sample.sampler=ddim": "sample.s_noise: belongs to sample.sampler=heun; with ddim leave it at 1",
     "sample.s_max=2 sample.sampler=ddim": "sample.s_max: belongs to sample.sampler=heun; with ddim leave it at null",
-    "sample.variance=fixed_small sample.sampler=ddim": "sample.variance: belongs to sample.sampler=ddpm; with ddim"
-    " leave it at fixed_large",
     "process.name=flow sample.sampler=dopri5 sample.clip=true": "sample.clip: dopri5 clips no predicted image",
     "sample.weak_model=nowhere": "sample.weak_model: nowhere: no run here (config.yaml is missing)",
 }

@@ -134,7 +134,7 @@ def test_samples_are_drawn_once(smoke_run: Path, capsys: Capture, monkeypatch: p
         evaluate.evaluate(load(smoke_run), ["evaluate.count=30", "seed=1"])
 
 
-def test_a_record_answers_only_the_config_that_it_was_made_by(smoke_run: Path) -> None:
+def test_a_record_answers_only_the_config_that_it_was_made_by(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load(smoke_run)
     evaluate.evaluate(run, ["evaluate.count=20"])
 
@@ -143,6 +143,9 @@ def test_a_record_answers_only_the_config_that_it_was_made_by(smoke_run: Path) -
         return evaluate.find_record(run, evaluate.change(run.config, sections | changes)) is not None
 
     assert answered() and answered(evaluate={"extractor": "digits-cnn"})
+    with monkeypatch.context() as patch:  # the packages of another machine
+        patch.setattr(references, "suited_extractor", lambda config: "random-cnn")
+        assert answered()
     assert not answered(evaluate={"extractor": "random-cnn"}) and not answered(evaluate={"reference": "all"})
     assert not answered(sample={"precision": "bf16-mixed"})
     evaluate.evaluate(run, ["evaluate.count=20", "sample.precision=bf16-mixed", "evaluate.extractor=random-cnn"])
@@ -162,6 +165,8 @@ def test_an_extractor_of_ones_own_is_found_again(
     monkeypatch.syspath_prepend(str(tmp_path))
     run, words = load(smoke_run), {"count": 20, "extractor": "own_features:make"}
     evaluate.evaluate(run, [f"evaluate.{key}={value}" for key, value in words.items()])
+    other = words | {"extractor": "own_features:mak"}
+    assert evaluate.find_record(run, evaluate.change(run.config, {"evaluate": other})) is None
     found = evaluate.find_record(run, evaluate.change(run.config, {"evaluate": words}))
     assert found is not None and found["extractor"]["asked"] == "own_features:make"
 

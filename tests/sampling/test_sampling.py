@@ -268,11 +268,9 @@ def test_batches_drawn_at_a_time_give_the_images_of_one_by_one() -> None:
     want = alone(labels, config, first=5)
     assert torch.equal(sampler(labels, config, first=5, progress=done.append), want)
     assert (done, sampler.values) == ([3, 3, 3, 1], alone.values)
-    together.abort()
-    trajectory = Trajectory()
-    with pytest.raises(threading.BrokenBarrierError):  # a callback sees one batch after another
-        sampler(labels, config, callback=trajectory)
-    assert not trajectory.noisy
+    trajectory = Trajectory(count=3)
+    assert torch.equal(sampler(labels, config, first=5, callback=trajectory), want)
+    assert len(trajectory.noisy) == 4 and all(len(x) == 3 for x in trajectory.noisy)  # of the first batch
 
 
 def test_the_error_of_a_batch_ends_those_beside_it() -> None:
@@ -328,12 +326,27 @@ def test_the_callback_sees_every_step_and_draws_strip_and_animation(tmp_path: Pa
     assert abs(int(last[34, 68 + 34]) - 0) <= 3 and abs(int(last[68 + 34, 68 + 34]) - 230) <= 3
 
 
-def test_only_the_first_batch_is_animated_even_if_a_later_one_takes_more_steps() -> None:
-    trajectory = Trajectory(count=4)
-    for steps, samples in ((2, 4), (3, 1)):
-        for step in range(steps):
-            trajectory(step, torch.full((samples, 1, 4, 4), float(samples)), torch.zeros(samples, 1, 4, 4))
-    assert len(trajectory.noisy) == 2 and trajectory.strip().shape[0] == 8 * 44
+def test_the_callback_sees_the_first_batch_alone_and_goes_on_where_it_is_halved() -> None:
+    process, trajectory, calls = PROCESSES["vp"], Trajectory(count=4), [0]
+
+    class Full(Towards):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            calls[0] += 1
+            if calls[0] == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x, t, y)
+
+    sampler = Sampler(Full(process), process, (1, 4, 4))
+    sampler(torch.arange(20) % 10, SampleConfig("ddim", "10", batch_size=8), callback=trajectory)
+    assert [len(x) for x in trajectory.noisy] == [4] * 10 and trajectory.strip().shape[0] == 8 * 44
+
+
+def test_a_cpu_takes_batches_that_its_caches_hold() -> None:
+    process = PROCESSES["vp"]
+    sampler = Sampler(Towards(process), process, (1, 4, 4))
+    assert [sampler.batch_size(SampleConfig(batch_size=n)) for n in (100, 250, 500)] == [100, 250, 250]
+    sampler.denoiser.to("meta")
+    assert sampler.batch_size(SampleConfig(batch_size=500)) == 500
 
 
 def test_the_classifier_reads_any_multiple_of_its_divisor() -> None:

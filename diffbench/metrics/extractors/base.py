@@ -153,16 +153,20 @@ def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extract
 
 
 def _identity(network: nn.Module) -> str:
-    """sha256 of a network's weights, of its own classes' code, and of the numbers and words that its parts hold."""
+    """sha256 of a network's weights, of the files of its own classes, and of the numbers that its parts hold."""
     digest = hashlib.sha256(state_hash(network).encode())
     for module in network.modules():
         kind = type(module)
-        held = {k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, int | float | str | tuple)}
+        held = {k: v for k, v in vars(module).items() if k[0] != "_" and _is_numbers(v)}
         digest.update(f"{kind.__qualname__} {sorted(held.items())}\n".encode())
         if not kind.__module__.startswith("torch."):
             with contextlib.suppress(OSError, TypeError):  # as of a class typed at a prompt
-                digest.update(inspect.getsource(kind).encode())
+                digest.update(Path(inspect.getfile(kind)).read_bytes())
     return digest.hexdigest()
+
+
+def _is_numbers(value: object) -> bool:
+    return all(isinstance(item, int | float) for item in (value if isinstance(value, tuple) else (value,)))
 
 
 def check(name: str, request: Request) -> None:
