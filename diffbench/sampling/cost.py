@@ -50,9 +50,9 @@ def sampling_seconds(sampler: Sampler, config: SampleConfig, count: int) -> floa
 def seconds_per_evaluation(sampler: Sampler, batch: int) -> float:
     """Seconds of one evaluation of the denoiser for one sample, in batches of `batch` (64 at most)."""
     size, like = min(batch, PROBE), next(sampler.denoiser.parameters())
-    x = like.new_zeros(size, *sampler.shape)
-    t = sampler.process.time(like.new_full((size,), 0.5, dtype=torch.float64)).to(x)
-    y = like.new_zeros(size, dtype=torch.int64)
+    x = torch.zeros(size, *sampler.shape, device=like.device, dtype=like.dtype)
+    t = sampler.process.time(torch.full((size,), 0.5, device=like.device, dtype=torch.float64)).to(x)
+    y = torch.zeros(size, device=like.device, dtype=torch.int64)
     with eval_mode(sampler.denoiser):
         return timed(lambda: sampler.denoiser(x, t, y), x.device) / size
 
