@@ -1,5 +1,7 @@
 """Planted classes: whose images they have, under which label and name, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.facts import DataFacts, labels_for
 from diffbench.data.planted import plant
 from diffbench.runs.build import load_data
+from diffbench.runs.lifecycle import train
 
 PLANTED = {"0 or 1": ["0", "1"], "copy of 3": ["3"]}
 
@@ -49,3 +52,10 @@ def test_what_cannot_be_planted_is_refused_by_name(planted: str, text: str) -> N
     with pytest.raises((UserError, ValueError)) as e:
         load_data(load("experiments/digits/dit.yaml", [f"data.planted={planted}"]))
     assert text in str(e.value)
+
+
+def test_a_run_with_planted_classes_begins_from_another(tmp_path: Path) -> None:
+    words = ["debug=smoke", "data.planted={both: [0, 1]}", f"runs_dir={tmp_path}"]
+    first = train("experiments/digits/dit.yaml", [*words, "tag=a"])
+    second = train("experiments/digits/dit.yaml", [*words, "tag=b", "seed=1", f"init_from={first.folder}"])
+    assert second.images_seen == 16 and second.facts.num_classes == 11
