@@ -217,9 +217,6 @@ class Subject:
         self.y = self.position % max(1, self.run.train_set.num_classes)
         self.products = "tf32" if config.trainer.tf32 else config.trainer.precision
         """Precision of products: `trainer.precision`, or tf32."""
-        self.kinds: tuple[str, ...] = ("forward", "train", "sample")
-        self.first: dict[str, float] = {}
-        """Kind -> seconds of its first call, compilation included."""
         self.settings = replace(config.sample, steps=str(SAMPLE_STEPS)).unguided()
 
     @cached_property
@@ -283,13 +280,12 @@ class Subject:
         self.optimizer.zero_grad(set_to_none=True)
 
     def works(self) -> dict[str, Work]:
-        """The steps to time, of `kinds`."""
-        every = {
+        """The steps to time: forward, train, sample."""
+        return {
             "forward": Work("forward", self.forward, self.network.eval),
             "train": Work("train", self.train, self.ready),
             "sample": Work("sample", self.sample, self.network.eval),
         }
-        return {kind: every[kind] for kind in self.kinds}
 
     def evaluations(self) -> int:
         """Network evaluations of one `sample`."""

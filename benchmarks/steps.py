@@ -3,7 +3,7 @@
 import gc
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.config import BenchConfig, Row, shared
 from benchmarks.networks import PRECISION, SAMPLE_STEPS, Subject, chosen, run_config, variants
-from benchmarks.timing import Work, in_turns, ratio, seconds, spread
+from benchmarks.timing import Work, in_turns, ratio, spread
 from diffbench.denoisers.linear import convolved
 from diffbench.runs import build
 from diffbench.training.speed import float32_products
@@ -106,6 +106,7 @@ def _network(
         yield named | {"skipped": f"a training step at batch {batch} takes {step:.0f} s"}
         return
     subjects: list[Subject] = []
+    works: list[dict[str, Work]] = []
     for variant in variants(config, model, base, device.type):
         changed = run_config(config, model, device.type, variant.overrides)
         if variant.overrides and changed == base:
@@ -118,17 +119,18 @@ def _network(
         # The compiler proper takes minutes, however small the network.
         backend = "eager" if config.tiny else "inductor"
         subject = Subject(changed, variant, device, like=like, backend=backend)
-        if subjects and (compiled == "model" or not (config.full or config.gpu or config.models)):
-            subject.kinds = ("train",)  # evaluation would be compiled again; the short form has time for no more
-        failed = _try(subject)
+        steps = subject.works()
+        if subjects and (compiled == "model" if config.gpu else not (config.full or config.models)):
+            steps = {"train": steps["train"]}  # evaluation would be compiled again; the short form has time for no more
+        failed = _try(subject, steps)
         if failed:
             yield named | {"variant": variant.name, "skipped": failed}
         else:
             subjects.append(subject)
+            works.append(steps)
     if not subjects:
         return
     products = {kind: Products(kind, device, config.tiny) for kind in dict.fromkeys(s.products for s in subjects)}
-    works = [subject.works() for subject in subjects]
     everything = [w for steps in works for w in steps.values()] + [w for p in products.values() for w in p.works]
     in_turns(everything, device, config.rounds, once=config.tiny, deadline=until)
     for subject, steps in zip(subjects, works, strict=True):
@@ -137,11 +139,7 @@ def _network(
             flops = {"forward": 2.0 * cost.macs, "train": cost.training_flops(1)}
             flops["sample"] = 2.0 * cost.macs * subject.evaluations() / calls
             row = named | {"variant": subject.variant.name, "work": kind, "batch": batch} | work.ms(1 / calls)
-            row |= {
-                "images_per_s": batch / row["ms"] * 1e3,
-                "memory_bytes": work.memory,
-                "first_s": subject.first[kind],
-            }
+            row |= {"images_per_s": batch / row["ms"] * 1e3, "memory_bytes": work.memory, "first_s": work.first}
             row |= against(flops[kind] * row["images_per_s"], products[subject.products].peak())
             row |= {"parameters": cost.parameters, "gmacs": cost.gmacs}
             if subject is not subjects[0]:
@@ -149,14 +147,13 @@ def _network(
             yield row
 
 
-def _try(subject: Subject) -> str:
-    """The reason why a variant does not run here, or nothing."""
+def _try(subject: Subject, steps: Mapping[str, Work]) -> str:
+    """The reason why a variant does not run here, or nothing; calls each of its steps for the first time."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a kernel does not take a call
-            for kind, work in subject.works().items():
-                work.prepare()
-                subject.first[kind] = seconds(work.call, subject.device)
+            for work in steps.values():
+                work.begin(subject.device)
         return ""
     except torch.OutOfMemoryError:
         return "out of memory"

@@ -30,7 +30,12 @@ class Work:
     memory: int = 0
     """Bytes at the most while it runs, beyond those in use before."""
     first: float = 0.0
-    """Seconds of the first call, compilation included."""
+    """Seconds of the first call, compilation included; 0 before it."""
+
+    def begin(self, device: torch.device) -> None:
+        """Call it for the first time."""
+        self.prepare()
+        self.first = seconds(self.call, device)
 
     def ms(self, calls: float = 1.0) -> dict[str, float]:
         """Median, lowest and highest time of `calls` calls in ms, and the number of rounds."""
@@ -67,16 +72,15 @@ def in_turns(
         deadline: on `time.monotonic`'s clock; no round but the first begins after it.
     """
     for work in works:
-        work.prepare()
-        work.first = seconds(work.call, device)
+        if not work.first:
+            work.begin(device)
     calls = {}
     for work in works:  # again, once all have run: what compiled in one state may compile for another too
         work.prepare()
         with peak_memory(device) as peak:
-            work.call()
-            synchronize(device)
+            taken = seconds(work.call, device)
         work.memory = peak()
-        long = once or work.first > 20 * LEAST[device.type]
+        long = once or taken > 20 * LEAST[device.type]
         calls[id(work)] = 1 if long else max(1, round(LEAST[device.type] / max(seconds(work.call, device), 1e-9)))
     for i in range(rounds):
         if i and time.monotonic() > deadline:
