@@ -91,9 +91,9 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if asked.export is not None:
         check_export(Path(asked.export))
     study = _study(folders[0])
-    if study is not None and len(folders) > 1:
-        raise UserError(f"{COMMAND_LINE}: {folders[1]}: a study is reported alone; compare runs with runs")
     if study is not None:
+        if len(folders) > 1:
+            raise UserError(f"{COMMAND_LINE}: {folders[1]}: a study is reported alone; compare runs with runs")
         found = comparison_of_study(study)
         pairs = any(word.startswith("baseline=") for word in words)  # null is all of them
         baseline = asked.baseline if pairs else found.baseline
@@ -102,10 +102,9 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     runs = [_trained(folder) for folder in folders]
     scored = comparable_scores(runs)
     values = {"runs": [run_values(run) for run in runs]}
-    alone = len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked == CompareConfig()
-    table = _side_by_side(folders, runs, scored) if alone or len(runs) <= MOST_COLUMNS else None
-    if alone:
-        return str(table), values
+    if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked == CompareConfig():
+        return _side_by_side(folders, runs, scored), values
+    table = _side_by_side(folders, runs, scored) if len(runs) <= MOST_COLUMNS else None
     try:
         comparison = _comparison(runs, scored, asked)
         once = len({t.variant for t in comparison.trials}) == len(runs)  # no means over seeds to show

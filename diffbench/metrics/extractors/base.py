@@ -155,13 +155,17 @@ def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extract
 def _identity(network: nn.Module) -> str:
     """sha256 of a network's weights, of the files of its own classes, and of the numbers that its parts hold."""
     digest = hashlib.sha256(state_hash(network).encode())
+    files: dict[str, None] = {}
     for module in network.modules():
         kind = type(module)
         held = {k: v for k, v in vars(module).items() if k[0] != "_" and _is_numbers(v)}
         digest.update(f"{kind.__qualname__} {sorted(held.items())}\n".encode())
         if not kind.__module__.startswith("torch."):
             with contextlib.suppress(OSError, TypeError):  # as of a class typed at a prompt
-                digest.update(Path(inspect.getfile(kind)).read_bytes())
+                files[inspect.getfile(kind)] = None
+    for file in files:  # each once, however many layers it makes
+        with contextlib.suppress(OSError):  # as of a notebook's cell
+            digest.update(Path(file).read_bytes())
     return digest.hexdigest()
 
 
