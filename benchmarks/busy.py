@@ -1,4 +1,4 @@
-"""Training steps beside other busy processes, by the number of threads and by how these wait for each other."""
+"""Training steps beside other busy processes, by the number of threads, what they share, and how they wait."""
 
 import os
 import statistics
@@ -19,12 +19,13 @@ OTHERS = (0, 1, 2)
 """Busy processes beside."""
 WAYS = {
     "default": {},
+    "one thread": {"OMP_NUM_THREADS": "1"},
     "all threads": {},
     "all threads, asleep": {"OMP_WAIT_POLICY": "passive"},
     "all threads, spinning": {"GOMP_SPINCOUNT": "300000"},
 }
-"""A command's own way (`trainer.threads=auto`), and all threads, also as PyTorch alone lets them wait: variables that
-are set before torch is imported."""
+"""A command's own way (`trainer.threads=auto`), one thread, and threads that share each layer, also as PyTorch alone
+lets them wait: variables that are set before torch is imported."""
 SECONDS = 3.0
 
 
@@ -73,11 +74,19 @@ def main(words: Sequence[str]) -> None:
     subject = Subject(config, Variant(), torch.device("cpu"))
     if way == "default":
         subject.run.use_threads()
+    module, batch = subject.run.module(), {"image": subject.x0, "label": subject.y, "position": subject.position}
     subject.ready()
-    subject.train()
+
+    def step() -> None:
+        subject.optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        subject.optimizer.step()
+        subject.ema.update()
+
+    step()
     steps, began = 0, time.perf_counter()
     while steps == 0 or (time.perf_counter() - began < SECONDS and tiny == "false"):
-        subject.train()
+        step()
         steps += 1
     print(steps * config.trainer.batch_size / (time.perf_counter() - began))
 

@@ -28,9 +28,9 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a CUDA GPU where there is one. Apple's have no float64, in which times and noise levels are computed."""
     threads: int | Literal["auto"] = "auto"
-    """CPU threads of a process. auto: one for a network of less than 1e9 multiply-accumulates a step, where two gain
-    little and wait for each other on a busy machine, else PyTorch's number; or what OMP_NUM_THREADS says. With auto
-    such a network draws several batches of samples at a time, each on a core of its own."""
+    """CPU threads of a process; auto: PyTorch's number, one for each core unless OMP_NUM_THREADS says another. They
+    share each layer, except in a network of less than 1e9 multiply-accumulates a step, where they would wait for each
+    other: there two of them train on half a batch each, and up to four draw a batch of samples each."""
     devices: int = 1
     """Processes on each machine, each with a device of its own; they share a step's images."""
     num_nodes: int = 1

@@ -159,6 +159,11 @@ def takes_labels(config: Any) -> bool:
     return not isinstance(config, ForeignConfig) or config.call.y is not None
 
 
+def draws(config: Any) -> bool:
+    """Whether a registered denoiser of this config draws random numbers in training: drops values or branches."""
+    return any(getattr(config, key, 0) > 0 for key in ("dropout", "drop_path"))
+
+
 def keep_source(config: Any, folder: Path) -> None:
     """Copies the source of a network from outside below a folder, unless it is installed: configs there find it."""
     if isinstance(config, ForeignConfig):

@@ -58,7 +58,8 @@ class Run(ABC, Generic[C]):
     Attributes:
         ema: decay of the average that `network` holds after `use_average`, and by which records are chosen.
         snapshot: "last", or "best" after `use_best`.
-        at_once: batches that its samplers draw at a time; more than one only after `use_threads`.
+        at_once: batches of samples, or halves of a training batch, that may be computed at a time; more than one only
+            after `use_threads`.
     """
 
     kind: ClassVar[str]
@@ -105,6 +106,7 @@ class Run(ABC, Generic[C]):
         """Entries of a record about machine and code, the extractor, and the run's weights and data."""
         return {
             **records.surroundings(extractor, extractor.device if extractor else torch.device("cpu")),
+            "threads": max(torch.get_num_threads(), self.at_once),
             "images_seen": self.images_seen,
             "ema": self.ema,
             "data": self.train_set.fingerprint(),

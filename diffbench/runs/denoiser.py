@@ -145,7 +145,7 @@ class DenoiserRun(Run[RunConfig]):
 
         c, t = self.config, self.config.trainer
         self.compile(self.cost.training_flops(t.max_images) / t.processes)
-        return DiffusionModule(
+        module = DiffusionModule(
             self.network,
             self.process,
             c.optimizer,
@@ -155,6 +155,14 @@ class DenoiserRun(Run[RunConfig]):
             time_sampling=t.time_sampling,
             augment=t.augment,
         )
+        alone = t.processes == 1 and t.strategy != "fsdp" and not self._compiled
+        module.in_halves = alone and self.parallel_batches > 1 and not registry.draws(c.denoiser)
+        return module
+
+    @property
+    def parallel_batches(self) -> int:
+        """Batches that the network may compute at a time: one if it comes from outside and may keep a state."""
+        return self.at_once if self.config.denoiser.name in registry.DENOISERS else 1
 
     def compile(self, flops: float) -> None:
         """Compiles the network in place as `trainer.compile` says, for work of so many FLOPs on each device."""
@@ -201,7 +209,7 @@ class DenoiserRun(Run[RunConfig]):
             decode=None if autoencoder is None else partial(decode, autoencoder),
             raw=raw or self.raw,
             name=str(self.folder),
-            at_once=self.at_once if self.config.denoiser.name in registry.DENOISERS else 1,
+            at_once=self.parallel_batches,
         )
 
     def sample(

@@ -56,7 +56,7 @@ class Probe:
             if name not in self._forward:
                 sampler = Sampler(run.network.to(device_of(c.trainer.accelerator)), run.process, run.shape)
                 if self.jobs > 1:
-                    torch.set_num_threads(threads_each(self.jobs))
+                    torch.set_num_threads(min(torch.get_num_threads(), threads_each(self.jobs)))
                 self._forward[name] = seconds_per_evaluation(sampler, c.trainer.batch_size)
         finally:
             torch.set_num_threads(before)

@@ -15,6 +15,7 @@ from diffbench.diffusion.guidance import null_labels
 from diffbench.evaluation.validation_error import batch_errors, bound_metrics
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.augment import augment
+from diffbench.training.halves import loss_in_halves
 from diffbench.training.module import OptimizerLike, SchedulerLike, TrainingModule, named
 
 
@@ -86,6 +87,9 @@ class DiffusionModule(TrainingModule):
         """(C, H, W) of what is denoised: the network's own, else the last batch's."""
         if time_sampling == "loss_aware" and self.process.name != "vp":
             raise ValueError(f"time_sampling: loss_aware counts the steps of vp, not {self.process.name}")
+        self.in_halves = False
+        """Whether two threads compute a micro-batch, half of it each, by a network that keeps no state and draws no
+        random numbers, also not dropout's."""
         self.history = LossAware(self.process.config.steps) if time_sampling == "loss_aware" else None
         self._step_losses: list[tuple[int, float]] = []
         self._keys = {what: rng.key(seed, what) for what in ("noise", "time", "label")}
@@ -132,11 +136,21 @@ class DiffusionModule(TrainingModule):
         self.seed_dropout(batch)
         batch["time"] = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
-        losses = self.process.losses(self.network(x, time, y, **inputs), x0, t, eps)
-        if self.history is None or weight is None:
-            return losses.mean()
-        self._remember(t, losses.detach().double())
-        return (losses * weight.to(losses.dtype)).mean()
+
+        def losses(part: slice) -> Tensor:
+            some = {name: value[part] for name, value in inputs.items()}
+            output = self.network(x[part], time[part], None if y is None else y[part], **some)
+            return self.process.losses(output, x0[part], t[part], eps[part])
+
+        if self.in_halves and len(u) > 1:
+            share = (torch.ones_like(u) if weight is None else weight) / len(u)
+            loss, each = loss_in_halves(losses, share, self.network.parameters())
+        else:
+            each = losses(slice(None))
+            loss = each.mean() if weight is None else (each * weight.to(each.dtype)).mean()
+        if self.history is not None:
+            self._remember(t, each.detach().double())
+        return loss
 
     def _remember(self, t: Tensor, losses: Tensor) -> None:
         """Takes a step's losses into the history once it has all of them, in the order of the global batch."""

@@ -13,16 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from diffbench.core.distributed import place, threads_each
-
 How = Literal["none", "block", "model"]
 WORTH_COMPILING = 5e16
 """FLOPs from which compiling on a GPU pays. On an H200 in bf16 it took 40 to 80 s, and a step of DiT-XL/2 and of DDPM++
 then 77% and 67% of its time: even after 5.5e16 FLOPs (77,000 images) and 1.2e16 (340,000)."""
 
 WORTH_THREADS = 1e9
-"""Multiply-accumulates of a forward pass from which several threads pay. Two train the digits' networks (3e8) at 1.03
-to 1.4 times the rate of one on two idle cores, and at 0.02 to 0.03 of it beside one other busy process."""
+"""Multiply-accumulates of a forward pass from which several threads share each layer. In the digits' networks (3e8)
+they wait for each other everywhere: beside one other busy process two train at 0.01 to 0.02 of the rate of one."""
 
 
 def compile_here(network: nn.Module, asked: Literal["auto", "none", "block", "model"], flops: float, gpu: bool) -> How:
@@ -45,24 +43,22 @@ def compile_here(network: nn.Module, asked: Literal["auto", "none", "block", "mo
 
 
 def use_threads(asked: int | Literal["auto"], macs: float) -> int:
-    """Sets the number of CPU threads of this process, as `trainer.threads` says.
+    """Sets the number of CPU threads that share a layer in this process: `trainer.threads`, one for a small network.
 
     It follows from the size of the work, not from the load, so that a resumed run keeps its bits.
 
     Args:
-        asked: the key's value.
+        asked: the key's value; auto is PyTorch's number, which OMP_NUM_THREADS sets.
         macs: multiply-accumulates of a forward pass of a micro-batch; infinite on a GPU.
 
     Returns:
-        The number of batches that can be sampled at a time, see `Sampler.at_once`: where a batch is computed on one
-        core, as many as there are cores, four at most (samples are stored by the thousand).
+        The number of batches, or halves of one, that a small network may compute at a time, each on one core: as many
+        as there are threads, four at most (samples are stored by the thousand). One for another network.
     """
-    own = _own_threads()  # before the first change
-    if asked == "auto" and macs < WORTH_THREADS and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & set(os.environ):
-        torch.set_num_threads(1)
-        return min(4, threads_each(1)) if place()[1] == 1 else 1
-    torch.set_num_threads(own if asked == "auto" else asked)
-    return 1
+    threads = _own_threads() if asked == "auto" else asked  # PyTorch's own, before the first change
+    small = macs < WORTH_THREADS
+    torch.set_num_threads(1 if small else threads)
+    return min(4, threads) if small else 1
 
 
 @cache

@@ -39,7 +39,10 @@ CASES = {
         "trainer.accumulate_grad_batches=2",
         "data.num_workers=2",
     ],
-    "diffit": ["denoiser.channels=[8,16]", "denoiser.time_dim=16", "trainer.accumulate_grad_batches=2"],
+    "diffit": [  # micro-batches in halves, as nothing is dropped
+        *("denoiser.channels=[8,16]", "denoiser.time_dim=16"),
+        *("trainer.accumulate_grad_batches=2", "trainer.threads=2"),
+    ],
     "../foreign/uvit": ["denoiser.args.embed_dim=32"],
     "../foreign/transformer2d": ["denoiser.args.num_layers=2"],  # which drops labels itself
 }

@@ -24,7 +24,6 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load as load_config
 from diffbench.config.sections import SampleConfig
 from diffbench.config.trainer import TrainerConfig, precision_here
-from diffbench.core.distributed import threads_each
 from diffbench.core.errors import UserError
 from diffbench.core.tensors import read_state
 from diffbench.denoisers import tmsa
@@ -63,28 +62,13 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("asked", "macs", "variable", "threads", "at_once"),
-    [
-        ("auto", 9e8, None, 1, 4),
-        ("auto", 1.1e9, None, 3, 1),
-        ("auto", 9e8, "3", 3, 1),
-        (2, 9e8, "3", 2, 1),
-        (2, 1.1e9, None, 2, 1),
-    ],
+    ("asked", "macs", "threads", "at_once"),
+    [("auto", 9e8, 1, 3), ("auto", 1.1e9, 3, 1), (2, 9e8, 1, 2), (2, 1.1e9, 2, 1), (1, 9e8, 1, 1), (8, 9e8, 1, 4)],
 )
-def test_small_networks_take_one_thread_unless_the_user_says_otherwise(
-    three_threads: None,
-    monkeypatch: pytest.MonkeyPatch,
-    asked: Any,
-    macs: float,
-    variable: str | None,
-    threads: int,
-    at_once: int,
+def test_a_layer_of_a_small_network_is_computed_by_one_thread(
+    three_threads: None, asked: Any, macs: float, threads: int, at_once: int
 ) -> None:
-    monkeypatch.setattr("diffbench.training.speed.threads_each", lambda processes: 5 // processes)
-    if variable is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    assert use_threads(asked, macs) == at_once  # batches of samples, one for each of five cores
+    assert use_threads(asked, macs) == at_once
     assert torch.get_num_threads() == threads
 
 
@@ -98,22 +82,23 @@ def test_a_large_network_gets_its_threads_back_after_a_small_one(three_threads: 
 
 
 @pytest.mark.parametrize(
-    ("words", "threads"),
+    ("words", "threads", "at_once"),
     [
-        ([], 1),  # 4.3e6 multiply-accumulates a digit, 64 digits
-        (["trainer.batch_size=256"], 3),
-        (["trainer.batch_size=256", "trainer.accumulate_grad_batches=4"], 1),
-        (["trainer.threads=2"], 2),
+        ([], 1, 3),  # 4.3e6 multiply-accumulates a digit, 64 digits
+        (["trainer.batch_size=256"], 3, 1),
+        (["trainer.batch_size=256", "trainer.accumulate_grad_batches=4"], 1, 3),
+        (["trainer.threads=2"], 1, 2),
     ],
 )
 def test_a_runs_threads_follow_from_the_size_of_its_micro_batch(
-    three_threads: None, words: list[str], threads: int
+    three_threads: None, words: list[str], threads: int, at_once: int
 ) -> None:
     run = DenoiserRun("x", load_config(DIT, words))  # type: ignore[arg-type]
     assert run.sampler(run.config.sample).at_once == 1
     run.use_threads()
     assert torch.get_num_threads() == threads
-    assert run.sampler(run.config.sample).at_once == (min(4, threads_each(1)) if threads == 1 else 1)
+    assert run.sampler(run.config.sample).at_once == at_once
+    assert run.surroundings(None)["threads"] == max(threads, at_once)  # as `reproduce` asks for
 
 
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7"), (None, "")])

@@ -1,0 +1,67 @@
+"""A small network's training step on two cores: each computes one half of the batch, forward and backward.
+
+Threads that share a layer wait for each other in every layer, which costs little only while nothing else runs on
+their cores. These wait once a step.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Losses = Callable[[slice], Tensor]
+"""From a slice of a batch's B images to their losses; it changes no state and draws no random numbers."""
+
+
+def loss_in_halves(losses: Losses, weight: Tensor, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, each half computed in a thread of its own, to be followed by `backward` once.
+
+    Args:
+        losses: per image, see `Losses`.
+        weight: (B,) of each image in the loss; at least two.
+        parameters: with regard to which it is differentiated.
+
+    Returns:
+        The weighted sum of the losses, which backpropagates to the parameters, and the losses (B,), which do not.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    total, each = _Halves.apply(losses, weight, *trained)  # type: ignore[no-untyped-call]
+    return total, each
+
+
+class _Halves(torch.autograd.Function):
+    """Computes the gradients with the losses: `backward` has only to hand them on."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Losses, weight: Tensor, *parameters: nn.Parameter) -> tuple[Tensor, Tensor]:
+        kind = weight.device.type
+        mixed, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+        def half(part: slice) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            # Modes of autograd and autocast hold for one thread; autocast's cache is one for all threads.
+            with torch.enable_grad(), torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False):
+                found = losses(part)
+                total = (found * weight[part].to(found.dtype)).sum()
+            return found.detach(), torch.autograd.grad(total, parameters, allow_unused=True)
+
+        middle = (len(weight) + 1) // 2
+        second = _worker().submit(half, slice(middle, None))
+        halves = half(slice(middle)), second.result()
+        each = torch.cat([found for found, _ in halves])
+        pairs = zip(*(gradients for _, gradients in halves), strict=True)
+        ctx.gradients = [a if b is None else b if a is None else a.add_(b) for a, b in pairs]
+        ctx.mark_non_differentiable(each)
+        return (each * weight.to(each.dtype)).sum(), each
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(g if g is None else g.mul_(gradient) for g in gradients)
+
+
+@cache
+def _worker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="half")

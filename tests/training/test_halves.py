@@ -1,0 +1,117 @@
+"""A micro-batch that two threads compute, half of it each: the loss and gradients of the whole."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffbench.config.load import load as load_config
+from diffbench.denoisers.registry import DENOISERS
+from diffbench.diffusion import LossAware
+from diffbench.runs.denoiser import DenoiserRun
+from diffbench.training.diffusion import DiffusionModule
+from diffbench.training.halves import loss_in_halves
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def digits(model: str, *words: str) -> DenoiserRun:
+    return DenoiserRun("x", load_config(EXPERIMENTS / "digits" / f"{model}.yaml", words))  # type: ignore[arg-type]
+
+
+def step(module: DiffusionModule, in_halves: bool, count: int = 5) -> tuple[Tensor, Tensor]:
+    module.in_halves, module.images_seen = in_halves, 0
+    module.zero_grad()
+    image = torch.linspace(-1, 1, count * 64).sin().view(count, 1, 8, 8)
+    loss = module.training_step({"image": image, "label": torch.arange(count) % 10}, 0)
+    (loss / 3).backward()  # as of three micro-batches
+    return loss.detach(), torch.cat([p.grad.flatten() for p in module.network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("model", ["dit", "unet", "diffit", "diffit-latent", "ddpmpp", "uvit", "segformer"])
+def test_halves_give_the_loss_and_gradients_of_the_whole(model: str) -> None:
+    assert model in DENOISERS
+    module = digits(model).module()
+    with torch.no_grad():
+        for p in module.network.parameters():  # none is zero, as many are at first
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    whole, halves, again = step(module, False), step(module, True), step(module, True)
+    torch.testing.assert_close(halves[0], whole[0], rtol=1e-6, atol=0)
+    assert (halves[1] - whole[1]).norm() <= 3e-6 * whole[1].norm()
+    assert torch.equal(halves[0], again[0]) and torch.equal(halves[1], again[1])
+
+
+def test_halves_hold_for_weighted_losses_mixed_precision_and_one_image() -> None:
+    module = digits("dit", "trainer.time_sampling=loss_aware").module()
+    module.batch_size = 5
+    kept = []
+    for in_halves in (False, True):
+        module.history = LossAware(1000)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, gradient = step(module, in_halves)
+        kept.append((loss, gradient, module.history.state_dict()))
+    torch.testing.assert_close(kept[1][0], kept[0][0], rtol=1e-2, atol=0)
+    assert (kept[1][1] - kept[0][1]).norm() <= 2e-2 * kept[0][1].norm()
+    torch.testing.assert_close(kept[1][2], kept[0][2], rtol=1e-2, atol=1e-6)
+    assert torch.equal(step(module, True, count=1)[1], step(module, False, count=1)[1])
+
+
+def test_parameters_that_half_of_the_images_need_or_none() -> None:
+    a, b, unused, frozen = (nn.Parameter(torch.tensor(value)) for value in (2.0, 3.0, 5.0, 7.0))
+    frozen.requires_grad_(False)
+    x = torch.tensor([1.0, 2.0, 4.0])
+
+    def losses(part: slice) -> Tensor:
+        return a * frozen * x[part] if part.start is None else b * x[part]
+
+    weight = torch.tensor([0.5, 0.25, 0.25])
+    loss, each = loss_in_halves(losses, weight, [a, b, unused, frozen])
+    assert each.tolist() == [14.0, 28.0, 12.0] and loss.item() == 7 + 7 + 3 and not each.requires_grad
+    loss.backward()
+    assert a.grad is not None and b.grad is not None and (a.grad.item(), b.grad.item()) == (7 * (0.5 + 0.5), 1.0)
+    assert unused.grad is None and frozen.grad is None
+
+
+def test_an_error_of_either_half_reaches_the_caller() -> None:
+    a = nn.Parameter(torch.ones(()))
+
+    def broken(part: slice) -> Tensor:
+        if part.start is not None:
+            raise FloatingPointError("second half")
+        return a * torch.ones(2)
+
+    with pytest.raises(FloatingPointError, match="second half"):
+        loss_in_halves(broken, torch.ones(4), [a])
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "in_halves"),
+    [  # a step of the digits' DiT has 2.7e8 multiply-accumulates
+        ("dit", [], True),
+        ("dit", ["trainer.threads=1"], False),
+        ("dit", ["trainer.batch_size=256"], False),
+        ("dit", ["denoiser.dropout=0.1"], False),
+        ("segformer", ["denoiser.drop_path=0.1"], False),
+        ("dit", ["trainer.compile=model"], False),
+        ("dit", ["trainer.devices=2"], False),
+        ("../foreign/uvit", [], False),
+    ],
+)
+def test_small_networks_that_draw_nothing_take_halves(
+    model: str, words: list[str], in_halves: bool, two_threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffbench.training.speed.compile_network", lambda *_: None)
+    run = digits(model, *words)
+    assert not run.module().in_halves  # before `use_threads`
+    run.use_threads()
+    assert run.module().in_halves == in_halves
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("diffbench.training.speed._own_threads", lambda: 2)
+    yield
+    torch.set_num_threads(before)
