@@ -51,15 +51,18 @@ class _Halves(torch.autograd.Function):
         second = _worker().submit(half, slice(middle, None))
         halves = half(slice(middle)), second.result()
         each = torch.cat([found for found, _ in halves])
-        pairs = zip(*(gradients for _, gradients in halves), strict=True)
-        ctx.gradients = [a if b is None else b if a is None else a.add_(b) for a, b in pairs]
+        pairs = list(zip(*(gradients for _, gradients in halves), strict=True))
+        if both := [(a, b) for a, b in pairs if a is not None and b is not None]:
+            torch._foreach_add_(*map(list, zip(*both, strict=True)))
+        ctx.gradients = [b if a is None else a for a, b in pairs]
         ctx.mark_non_differentiable(each)
         return (each * weight.to(each.dtype)).sum(), each
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, *(g if g is None else g.mul_(gradient) for g in gradients)
+        torch._foreach_mul_([g for g in gradients if g is not None], gradient)
+        return None, None, *gradients
 
 
 @cache
