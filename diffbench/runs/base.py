@@ -106,7 +106,7 @@ class Run(ABC, Generic[C]):
         """Entries of a record about machine and code, the extractor, and the run's weights and data."""
         return {
             **records.surroundings(extractor, extractor.device if extractor else torch.device("cpu")),
-            "threads": max(torch.get_num_threads(), self.at_once),
+            "threads": max(torch.get_num_threads(), self.at_once if self.divides else 1),
             "images_seen": self.images_seen,
             "ema": self.ema,
             "data": self.train_set.fingerprint(),
@@ -212,7 +212,13 @@ class Run(ABC, Generic[C]):
         trainer = self.config.trainer
         parts = trainer.processes * trainer.accumulate_grad_batches
         on_cpu = device_of(trainer.accelerator).type == "cpu"
-        self.at_once = use_threads(trainer.threads, self.cost.macs * trainer.batch_size / parts if on_cpu else math.inf)
+        macs = self.cost.macs * trainer.batch_size / parts if on_cpu else math.inf
+        self.at_once = use_threads(trainer.threads, macs, self.divides)
+
+    @property
+    def divides(self) -> bool:
+        """Whether halves of a training batch may be computed at a time."""
+        return False
 
     def located(self) -> Any:
         """A context that adds the folder's config to a ValueError that names a key."""

@@ -155,14 +155,16 @@ class DenoiserRun(Run[RunConfig]):
             time_sampling=t.time_sampling,
             augment=t.augment,
         )
-        alone = t.processes == 1 and t.strategy != "fsdp" and not self._compiled
-        module.in_halves = alone and self.parallel_batches > 1 and not registry.draws(c.denoiser)
+        module.in_halves = self.divides and self.at_once > 1
         return module
 
     @property
-    def parallel_batches(self) -> int:
-        """Batches that the network may compute at a time: one if it comes from outside and may keep a state."""
-        return self.at_once if self.config.denoiser.name in registry.DENOISERS else 1
+    def divides(self) -> bool:
+        """Not for a network from outside, which may keep a state, or one that draws random numbers, nor for one that is
+        compiled or shared among processes."""
+        c, t = self.config, self.config.trainer
+        own = c.denoiser.name in registry.DENOISERS and not registry.draws(c.denoiser)
+        return own and t.processes == 1 and t.strategy != "fsdp" and t.compile in ("auto", "none")
 
     def compile(self, flops: float) -> None:
         """Compiles the network in place as `trainer.compile` says, for work of so many FLOPs on each device."""
@@ -209,7 +211,7 @@ class DenoiserRun(Run[RunConfig]):
             decode=None if autoencoder is None else partial(decode, autoencoder),
             raw=raw or self.raw,
             name=str(self.folder),
-            at_once=self.parallel_batches,
+            at_once=self.at_once if self.config.denoiser.name in registry.DENOISERS else 1,
         )
 
     def sample(

@@ -42,23 +42,26 @@ def compile_here(network: nn.Module, asked: Literal["auto", "none", "block", "mo
     return how
 
 
-def use_threads(asked: int | Literal["auto"], macs: float) -> int:
+def use_threads(asked: int | Literal["auto"], macs: float, divides: bool) -> int:
     """Sets the number of CPU threads that share a layer in this process: `trainer.threads`, one for a small network.
 
-    It follows from the size of the work, not from the load, so that a resumed run keeps its bits.
+    It follows from the network, not from the load, so that a resumed run keeps its bits.
 
     Args:
         asked: the key's value; auto is PyTorch's number, which OMP_NUM_THREADS sets.
         macs: multiply-accumulates of a forward pass of a micro-batch; infinite on a GPU.
+        divides: whether halves of a micro-batch may be computed at a time. Threads that were asked for share the layers
+            of a small network that cannot use them otherwise.
 
     Returns:
-        The number of batches, or halves of one, that a small network may compute at a time, each on one core: as many
-        as there are threads, four at most (samples are stored by the thousand). One for another network.
+        The number of batches, or halves of one, to compute at a time, each on one core: as many as there are threads,
+        four at most (samples are stored by the thousand); one where threads share a layer.
     """
     threads = _own_threads() if asked == "auto" else asked  # PyTorch's own, before the first change
-    small = macs < WORTH_THREADS
-    torch.set_num_threads(1 if small else threads)
-    return min(4, threads) if small else 1
+    chosen = asked != "auto" or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & set(os.environ)
+    apart = macs < WORTH_THREADS and (divides or not chosen)
+    torch.set_num_threads(1 if apart else threads)
+    return min(4, threads) if apart else 1
 
 
 @cache

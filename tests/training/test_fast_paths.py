@@ -62,22 +62,36 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("asked", "macs", "threads", "at_once"),
-    [("auto", 9e8, 1, 3), ("auto", 1.1e9, 3, 1), (2, 9e8, 1, 2), (2, 1.1e9, 2, 1), (1, 9e8, 1, 1), (8, 9e8, 1, 4)],
+    ("asked", "macs", "divides", "variable", "threads", "at_once"),
+    [
+        *(("auto", 9e8, True, None, 1, 3), ("auto", 9e8, False, None, 1, 3), ("auto", 1.1e9, True, None, 3, 1)),
+        *((2, 9e8, True, None, 1, 2), (2, 9e8, False, None, 2, 1), (2, 1.1e9, True, None, 2, 1)),
+        *((1, 9e8, True, None, 1, 1), (8, 9e8, True, None, 1, 4)),
+        *(("auto", 9e8, True, "3", 1, 3), ("auto", 9e8, False, "3", 3, 1)),
+    ],
 )
 def test_a_layer_of_a_small_network_is_computed_by_one_thread(
-    three_threads: None, asked: Any, macs: float, threads: int, at_once: int
+    three_threads: None,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Any,
+    macs: float,
+    divides: bool,
+    variable: str | None,
+    threads: int,
+    at_once: int,
 ) -> None:
-    assert use_threads(asked, macs) == at_once
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert use_threads(asked, macs, divides) == at_once
     assert torch.get_num_threads() == threads
 
 
 def test_a_large_network_gets_its_threads_back_after_a_small_one(three_threads: None) -> None:
     for macs, threads in ((9e8, 1), (1.1e9, 3), (9e8, 1)):
-        use_threads("auto", macs)
+        use_threads("auto", macs, True)
         assert torch.get_num_threads() == threads
-    use_threads(2, 9e8)
-    use_threads("auto", 1.1e9)
+    use_threads(2, 9e8, True)
+    use_threads("auto", 1.1e9, True)
     assert torch.get_num_threads() == 3
 
 

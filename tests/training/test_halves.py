@@ -103,10 +103,17 @@ def test_small_networks_that_draw_nothing_take_halves(
     model: str, words: list[str], in_halves: bool, two_threads: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffbench.training.speed.compile_network", lambda *_: None)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     run = digits(model, *words)
     assert not run.module().in_halves  # before `use_threads`
     run.use_threads()
     assert run.module().in_halves == in_halves
+    # What trains again with so many threads computes alike.
+    again = digits(model, *words, f"trainer.threads={run.surroundings(None)['threads']}")
+    shared = torch.get_num_threads()
+    again.use_threads()
+    assert (again.module().in_halves, torch.get_num_threads()) == (in_halves, shared)
 
 
 @pytest.fixture
