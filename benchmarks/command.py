@@ -54,7 +54,8 @@ def _command(words: list[str], folder: Path) -> Iterator[Row]:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.watch", str(out), *words], env=environment, stdout=said, stderr=said
         )
-        _, _, used = os.wait4(process.pid, 0)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # of which Popen was not told
     found = json.loads(out.read_text())
     total, spent = used.ru_utime + used.ru_stime, found["spent"]
     stages = spent | {"shutdown": max(0.0, total - sum(spent.values()))}
