@@ -55,7 +55,7 @@ def _command(words: list[str], folder: Path) -> Iterator[Row]:
             [sys.executable, "-m", "benchmarks.watch", str(out), *words], env=environment, stdout=said, stderr=said
         )
         _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)  # of which Popen was not told
+        process.returncode = os.waitstatus_to_exitcode(status)  # else Popen takes it to be running
     found = json.loads(out.read_text())
     total, spent = used.ru_utime + used.ru_stime, found["spent"]
     stages = spent | {"shutdown": max(0.0, total - sum(spent.values()))}
