@@ -160,8 +160,8 @@ class DenoiserRun(Run[RunConfig]):
 
     @property
     def divides(self) -> bool:
-        """Not for a network from outside, which may keep a state, or one that draws random numbers, nor for one that is
-        compiled or shared among processes."""
+        """Whether halves of a training batch may be computed at a time: by a network of this package (others may keep a
+        state) without dropout, not compiled, and in one process."""
         c, t = self.config, self.config.trainer
         own = c.denoiser.name in registry.DENOISERS and not registry.draws(c.denoiser)
         return own and t.processes == 1 and t.strategy != "fsdp" and t.compile in ("auto", "none")
