@@ -74,7 +74,18 @@ def test_factors_are_read_back() -> None:
     counted = labels >= 7
     assert torch.equal(objects(x[counted].amax(1) > 0.45), labels[counted] - 6)
     colours = corner_colours(x[labels == 5])
-    assert torch.equal(colours[:, 0], colours[:, 3]) and (colours[:, 0] != colours[:, 1]).all()
+    assert torch.equal(colours[:, 0], colours[:, 3]) and (colours[:, 1:3] == -1).all()
+    assert colours[:, 0].bincount(minlength=3).min() > 50  # of 200, each of three colours
+
+
+def test_corners_of_two_colours_or_a_third_corner_break_an_agreement() -> None:
+    images, labels = drawn(16)
+    corners = (labels == 5) | (labels == 6)
+    other = images[corners].clone()
+    other[:, :, 8:] = other[:, :, 8:].roll(1, dims=1)  # yellow -> cyan -> magenta in the lower half
+    assert not holds(other, labels[corners]).any()
+    third = torch.maximum(images[corners], images[corners].flip(3))
+    assert not holds(third, labels[corners]).any()
 
 
 def test_images_follow_from_the_seed_and_their_number() -> None:
