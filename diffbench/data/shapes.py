@@ -6,6 +6,7 @@ from functools import cache, partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -26,7 +27,7 @@ CLASSES = tuple(name for names in TASKS.values() for name in names)
 ABILITIES = tuple(ability for ability, names in TASKS.items() for _ in names)
 """Ability of each label."""
 COLOURS = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=torch.float32)
-"""Yellow, magenta, cyan; the background is black."""
+"""Yellow, magenta, cyan; the background is dark."""
 
 
 @dataclass
@@ -77,30 +78,33 @@ def _part(part: str, count: int, size: int, seed: int) -> ImageSet:
 def draw(number: Tensor, labels: Tensor, size: int, key: int) -> Tensor:
     """Draw images (B, 3, size, size) uint8 of the classes `labels` (B,), a function of key and `number` (B,) alone."""
     u = (rng.words(key, number, 48).float() + 0.5) * 2.0**-32
-    image = torch.zeros(len(number), 3, size, size)
+    # Dim light of its own in every corner: no image repeats, and a copy can be told from a new image.
+    corners = 0.3 * rearrange(u[:, 36:], "b (c h w) -> b c h w", c=3, h=2)
+    image = F.interpolate(corners, (size, size), mode="bilinear", align_corners=True)
     for ability, of in {"texture": _texture, "symmetry": _mirrored, "corners": _corners, "count": _counted}.items():
         first = ABILITIES.index(ability)
         mine = (labels >= first) & (labels < first + len(TASKS[ability]))
-        image[mine] = of(labels[mine] - first, u[mine], size)
+        image[mine] = of(image[mine], labels[mine] - first, u[mine])
     return (255 * image).round().to(torch.uint8)
 
 
-def _texture(kind: Tensor, u: Tensor, size: int) -> Tensor:
+def _texture(image: Tensor, kind: Tensor, u: Tensor) -> Tensor:
     """Stripes or checks, size/8 wide, of any phase and one colour over the entire image."""
+    size = image.shape[-1]
     step = size // 8
     y, x = (torch.arange(size)[None] + (u[:, i : i + 1] * 2 * step).long() for i in (0, 1))
     bands = torch.stack([y // step % 2, x // step % 2], dim=1)  # of rows, of columns
     rows, columns = bands[:, 0, :, None].expand(-1, -1, size), bands[:, 1, None].expand(-1, size, -1)
     lit = torch.stack([rows, columns, rows ^ columns], dim=1)[torch.arange(len(kind)), kind]
-    return lit[:, None] * _colour(u[:, 2])[:, :, None, None]
+    return torch.where(lit[:, None].bool(), _colour(u[:, 2])[:, :, None, None], image)
 
 
-def _mirrored(kind: Tensor, u: Tensor, size: int) -> Tensor:
+def _mirrored(image: Tensor, kind: Tensor, u: Tensor) -> Tensor:
     """A shape beside its mirror image: across the vertical middle, or the horizontal one."""
+    size = image.shape[-1]
     a = u[:, :5].T
     radius = (0.16 + 0.05 * a[2]) * size
     y, x = radius + a[0] * (size - 2 * radius), radius + a[1] * (0.47 * size - 2 * radius)
-    image = torch.zeros(len(kind), 3, size, size)
     for at in (x, size - x):
         image = _over(image, torch.stack([y, at]), radius, a[3], _colour(a[4]))
     # Where the two meet, the order of drawing breaks the symmetry: the left half decides.
@@ -109,9 +113,9 @@ def _mirrored(kind: Tensor, u: Tensor, size: int) -> Tensor:
     return torch.where((kind == 0)[:, None, None, None], image, image.transpose(2, 3))
 
 
-def _corners(kind: Tensor, u: Tensor, size: int) -> Tensor:
+def _corners(image: Tensor, kind: Tensor, u: Tensor) -> Tensor:
     """A shape in each of two opposite corners, both of one colour; the other two corners are dark."""
-    image = torch.zeros(len(kind), 3, size, size)
+    size = image.shape[-1]
     for i in range(2):
         a = u[:, 1 + 4 * i : 5 + 4 * i].T
         radius = (0.13 + 0.05 * a[2]) * size
@@ -122,10 +126,10 @@ def _corners(kind: Tensor, u: Tensor, size: int) -> Tensor:
     return image
 
 
-def _counted(kind: Tensor, u: Tensor, size: int) -> Tensor:
+def _counted(image: Tensor, kind: Tensor, u: Tensor) -> Tensor:
     """One to three shapes of one colour in different quarters of the image, with a gap between them."""
+    size = image.shape[-1]
     quarters = u[:, :4].argsort(1)[:, :3]
-    image = torch.zeros(len(kind), 3, size, size)
     for i in range(3):
         a = u[:, 5 + 4 * i : 9 + 4 * i].T
         radius = (0.13 + 0.04 * a[2]) * size
@@ -200,7 +204,7 @@ def corner_colours(x: Tensor) -> Tensor:
     mean = torch.stack([x[:, :, top, left].mean((2, 3)) for top in ends for left in ends], dim=1)
     brightest = mean.amax(2)
     colour = torch.cdist(mean / brightest[..., None].clamp_min(1e-6), COLOURS.expand(len(x), -1, -1)).argmin(2)
-    return torch.where(brightest > 0.2, colour, -1)
+    return torch.where(brightest > 0.4, colour, -1)
 
 
 def _diagonal(x: Tensor, ends: tuple[int, int], others: tuple[int, int]) -> Tensor:
@@ -219,7 +223,7 @@ def objects(lit: Tensor, least: float = 0.016) -> Tensor:
 
 
 def _counts(x: Tensor, wanted: int) -> Tensor:
-    return objects(x.amax(1) > 0.45) == wanted
+    return objects(x.amax(1) > 0.55) == wanted
 
 
 _RULES: tuple[Callable[[Tensor], Tensor], ...] = (

@@ -50,7 +50,7 @@ def test_the_rules_bear_noise_and_compression(size: int) -> None:
 def test_a_task_is_not_solved_by_images_of_another_ability() -> None:
     images, labels = drawn(16)
     # Two counted shapes may lie in opposite corners, and a shape and its mirror image are two objects.
-    for ability, most in {"texture": 0, "corners": 0.03, "count": 0.12}.items():
+    for ability, most in {"texture": 0, "corners": 0.03, "count": 0.25}.items():
         wanted = torch.tensor([i for i, a in enumerate(ABILITIES) if a == ability])
         others = torch.tensor([ABILITIES[label] != ability for label in labels])
         guesses = wanted[torch.arange(int(others.sum())) % len(wanted)]
@@ -73,7 +73,7 @@ def test_factors_are_read_back() -> None:
     images, labels = drawn(16)
     x = images.float() / 255
     counted = labels >= 7
-    assert torch.equal(objects(x[counted].amax(1) > 0.45), labels[counted] - 6)
+    assert torch.equal(objects(x[counted].amax(1) > 0.55), labels[counted] - 6)
     colours = corner_colours(x[labels == 5])
     assert torch.equal(colours[:, 0], colours[:, 3]) and (colours[:, 1:3] == -1).all()
     assert colours[:, 0].bincount(minlength=3).min() > 50  # of 200, each of three colours
@@ -96,7 +96,7 @@ def test_images_follow_from_the_seed_and_their_number() -> None:
     train, held_out = shapes(ShapesConfig(count=200, held_out=50))
     assert train.images.shape == (200, 3, 16, 16) and train.class_names == CLASSES
     assert train.labels.bincount().tolist() == [20] * 10
-    assert len(torch.cat([train.images, held_out.images]).flatten(1).unique(dim=0)) > 200  # stripes have few forms
+    assert len(torch.cat([train.images, held_out.images]).flatten(1).unique(dim=0)) == 250
     assert not torch.equal(shapes(ShapesConfig(count=200, held_out=50, seed=1))[0].images, train.images)
 
 
