@@ -100,14 +100,15 @@ def _texture(image: Tensor, kind: Tensor, u: Tensor) -> Tensor:
 
 
 def _mirrored(image: Tensor, kind: Tensor, u: Tensor) -> Tensor:
-    """A shape beside its mirror image: across the vertical middle, or the horizontal one."""
+    """A shape in one quarter and its mirror image in another: across the vertical middle, or the horizontal one."""
     size = image.shape[-1]
-    a = u[:, :5].T
+    a = u[:, :6].T
     radius = (0.16 + 0.05 * a[2]) * size
-    y, x = radius + a[0] * (size - 2 * radius), radius + a[1] * (0.47 * size - 2 * radius)
+    y, x = radius + a[:2] * (0.47 * size - 2 * radius)
+    y = torch.where(a[5] < 0.5, y, size - y)
     for at in (x, size - x):
         image = _over(image, torch.stack([y, at]), radius, a[3], _colour(a[4]))
-    # Where the two meet, the order of drawing breaks the symmetry: the left half decides.
+    # The background is mirrored too.
     half = image[..., : size // 2]
     image = torch.cat([half, half.flip(3)], dim=3)
     return torch.where((kind == 0)[:, None, None, None], image, image.transpose(2, 3))
@@ -175,7 +176,7 @@ def holds(images: Tensor, labels: Tensor) -> Tensor:
 
 
 def _lit(x: Tensor) -> Tensor:
-    return x.amax(1) > 0.5
+    return x.mean(1) > 0.4  # not the brightest channel: JPEG blurs colours
 
 
 def _bands(x: Tensor, kind: int, share: float = 0.95) -> Tensor:
@@ -223,7 +224,7 @@ def objects(lit: Tensor, least: float = 0.016) -> Tensor:
 
 
 def _counts(x: Tensor, wanted: int) -> Tensor:
-    return objects(x.amax(1) > 0.55) == wanted
+    return objects(x.amax(1) > 0.6) == wanted
 
 
 _RULES: tuple[Callable[[Tensor], Tensor], ...] = (
