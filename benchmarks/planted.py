@@ -32,25 +32,24 @@ class Draw:
     """The findings of one draw.
 
     Attributes:
-        planted: kind -> (flagged (n,) bool, repeated (n,) bool: the training set holds the image twice).
+        planted: kind -> whether each copy is flagged, (n,) bool.
         false_alarms: share of the held-out images that are flagged.
         share: the share of copies that the detector reports.
         count: images judged.
     """
 
-    planted: dict[str, tuple[Tensor, Tensor]]
+    planted: dict[str, Tensor]
     false_alarms: float
     share: Share
     count: int
 
-    def found(self, kinds: Sequence[str] = KINDS, repeated: bool = False) -> tuple[int, int]:
-        """Copies flagged, and copies planted; without those that the training set holds twice, or with them."""
-        flagged = [self.planted[k][0][~self.planted[k][1] | repeated] for k in kinds]
-        return sum(int(f.sum()) for f in flagged), sum(map(len, flagged))
+    def found(self, kinds: Sequence[str] = KINDS) -> tuple[int, int]:
+        """Copies flagged, and copies planted."""
+        return sum(int(self.planted[k].sum()) for k in kinds), sum(len(self.planted[k]) for k in kinds)
 
     @property
     def covered(self) -> bool:
-        """Whether the interval of the reported share holds that of the copies that can be told from new images."""
+        """Whether the interval of the reported share holds that of the copies."""
         return self.share.low <= self.found()[1] / self.count <= self.share.high
 
     @property
@@ -90,11 +89,9 @@ def _draw(
     number = round(share * len(others))
     copied = train.images[torch.randperm(len(train), generator=generator)[:number]]
     others = others[number:]
-    planted = {}
-    for kind, images in kinds_of(copied, generator).items():
-        ratio, _, nearest = detector.judge(images)
-        planted[kind] = ratio < threshold, detector.own[nearest, 0] < detector.rounding
-    flagged = sum(int(flag.sum()) for flag, _ in planted.values()) + int(others.sum())
+    kinds = kinds_of(copied, generator)
+    planted = {kind: detector.judge(images).ratio < threshold for kind, images in kinds.items()}
+    flagged = sum(int(flags.sum()) for flags in planted.values()) + int(others.sum())
     reported = share_of_copies(flagged, number + len(others), int(apart.sum()), len(apart))
     return Draw(planted, float(others.double().mean()), reported, number + len(others))
 
@@ -118,9 +115,7 @@ def main(names: Sequence[str]) -> None:
             for kind in KINDS:
                 found, planted = (sum(n) for n in zip(*(d.found([kind]) for d in drawn), strict=True))
                 row[kind] = f"{found} of {planted}"
-            found, planted = (sum(n) for n in zip(*(d.found(repeated=True) for d in drawn), strict=True))
             alarms = [d.false_alarms for d in drawn]
-            row["with repeated images"] = f"{found} of {planted}"
             row["false alarms, mean and most"] = f"{sum(alarms) / len(alarms):.1%}, {max(alarms):.1%}"
             row["draws passed"] = f"{sum(d.passed for d in drawn)} of {len(drawn)}"
             row["share reported"] = f"{sum(d.share.value for d in drawn) / len(drawn):.1%}"
