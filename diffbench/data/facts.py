@@ -97,10 +97,9 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
         return torch.arange(16 if n is None else n) % max(1, facts.num_classes)
     if not facts.num_classes:
         raise ValueError("labels: this network was trained without classes; leave them out")
-    if isinstance(labels, Tensor) and labels.is_floating_point():
-        return labels
+    weights = isinstance(labels, Tensor) and labels.is_floating_point()
     if isinstance(labels, Tensor):
-        y = labels.long()
+        y = labels if weights else labels.long()
     else:
         one = isinstance(labels, int | str)
         found = [class_number(label, facts) for label in ((labels,) if isinstance(labels, int | str) else labels)]
@@ -111,7 +110,7 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
         raise ValueError("labels: at least one is needed, got none")
     if n is not None and len(y) != n:
         raise ValueError(f"labels: {len(y)} labels for n={n} samples; give one label, or one for each sample")
-    if not 0 <= int(y.min()) <= int(y.max()) < facts.num_classes:
+    if not weights and not 0 <= int(y.min()) <= int(y.max()) < facts.num_classes:
         raise ValueError(f"labels: must lie in 0 to {facts.num_classes - 1}, got {int(y.min())} to {int(y.max())}")
     return y
 

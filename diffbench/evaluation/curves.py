@@ -51,7 +51,8 @@ def bands_of(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) 
     factor = float(special.stdtrit(len(runs) - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(1 + 1 / len(runs))
     found = {}
     for name in names:
-        series = [{line["images"]: line[name] for line in lines if name in line} for lines in runs]
+        finite = [[line for line in lines if math.isfinite(line.get(name, math.nan))] for lines in runs]
+        series = [{line["images"]: line[name] for line in lines} for lines in finite]
         images = sorted(set.intersection(*map(set, series)))
         columns = [[values[i] for values in series] for i in images]
         middle = [statistics.mean(column) for column in columns]

@@ -26,8 +26,8 @@ PROTOCOL = (
 """Parts of a record that must agree before its values are compared with another's. Which weights were scored, by
 which seed, when and on what machine is not part of the protocol."""
 LOOSE = (
-    *("sample.seed", "sample.seconds", "sample.batch_size", "extractor.asked", "extractor.licence", "reference.all"),
-    *("judge.run", "judge.accuracy"),
+    *("sample.seed", "sample.seconds", "sample.batch_size", "extractor.asked", "extractor.file", "extractor.licence"),
+    *("reference.all", "judge.run", "judge.accuracy"),
 )
 """Parts of those that need not agree."""
 

@@ -150,8 +150,9 @@ def spread_in_words(data: ImageSet, labels: Tensor) -> str:
 
 
 def _in_words(data: ImageSet, counts: Tensor) -> str:
+    counts = _padded(counts, data)
     present = (data.labels.bincount(minlength=len(counts)) > 0).long()
-    if torch.equal(counts, _rounded(present[: len(counts)], int(counts.sum()))):
+    if torch.equal(counts, _rounded(present, int(counts.sum()))):
         return "evenly over the classes"
     listed = ", ".join(map(str, counts.tolist()))
     return f"of the classes {listed if len(counts) <= 20 else hashlib.sha256(listed.encode()).hexdigest()[:8]}"

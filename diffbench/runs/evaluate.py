@@ -120,7 +120,8 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     sampled = {k: v for k, v in record["sample"].items() if k not in ("batch_size", "seconds")}
     e, names = config.evaluate, list(records.values(record))
     counted = any(name.endswith(f"@{e.count}") for name in names)
-    asked = _by(record.get("extractor") or {}, config)
+    extractor = record.get("extractor") or {}
+    asked = _by(extractor, config) and extractor.get("file") == e.weights
     asked &= not e.infinity or any("infinity" in name for name in names)
     asked &= records.of_all(record, e.count) == (e.reference == "all")
     asked &= e.judge is None or (record.get("judge") or {}).get("run") == e.judge
@@ -168,7 +169,7 @@ def _record(
     if scorer.copies is not None:
         _draw_nearest(samples, labels, scorer.copies, run.train_set, run.facts.names)
     surroundings = run.surroundings(scorer.measurement.extractor)
-    surroundings["extractor"]["asked"] = config.evaluate.extractor
+    surroundings["extractor"] |= {"asked": config.evaluate.extractor, "file": config.evaluate.weights}
     found = {
         **surroundings,
         "snapshot": run.snapshot,

@@ -1,5 +1,6 @@
 """Score images of any origin by the code that scores a run's samples; build files of reference statistics."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -90,6 +91,9 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
     if len(images) < scorers.LEAST:
         raise UserError(f"{what}: holds {len(images)} images; at least {scorers.LEAST} are needed")
     settings = settings_of(overrides, run, len(images))
+    scores = Path(f"{os.path.abspath(what)}.results.jsonl")
+    if not os.access(scores.parent, os.W_OK):
+        raise UserError(f"{scores}: not writable, but scores are kept beside the images; copy or link them elsewhere")
     extractor = make_extractor(settings, images.shape, run)
     scorer = _run_scorer(settings, extractor, run, images, what) if run else _scorer(extractor, against, len(images))
     labelled = scorer.measurement.labels and images.labels is not None
@@ -105,7 +109,7 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
         "scoring_seconds": time.perf_counter() - started,
         **values,
     }
-    records.append(what.with_name(what.name + ".results.jsonl"), record)
+    records.append(scores, record)
     return record
 
 
@@ -139,7 +143,7 @@ def _run_scorer(
         counts = images.labels.bincount()
     scorer = scorers.run_scorer(settings, extractor, train, run.held_out, counts)
     if train.shape != images.shape:
-        scorer.measurement.detector = None  # pixels of two sizes cannot be compared
+        scorer.measurement.detector = scorer.measurement.rule = None  # both are of images of one shape
     scorer.reference["formats"] = train.formats
     return scorer
 

@@ -153,7 +153,9 @@ def branch(trunk: Path, folder: Path, config: BaseConfig) -> None:
     """
     staged = folder.with_name(f".{folder.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(trunk, staged, ignore=shutil.ignore_patterns(".*", "ema-*", "results.jsonl", "evaluations"))
+    shutil.copytree(
+        trunk, staged, ignore=shutil.ignore_patterns(".*", "ema-*", "results.jsonl", "evaluations", "wandb*")
+    )
     held = read_config(trunk)
     if isinstance(held, RunConfig) and isinstance(config, RunConfig):  # an experiment became the folder that it names
         config = dataclasses.replace(config, autoencoder=held.autoencoder)
@@ -179,7 +181,7 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     checkpoint = newest(run.folder / "checkpoints") if existed else None
     done = step_of(checkpoint) if checkpoint else 0
     images = done * settings.batch_size
-    if checkpoint and done >= settings.max_steps and not owed(checkpoint):
+    if checkpoint and (done > settings.max_steps or (done == settings.max_steps and not owed(checkpoint))):
         print(f"{run.folder}: complete at {images:,} images")
         if first and not run.complete:  # a kill came between the last checkpoint and the export
             weights.export_from(checkpoint, run.folder, run.network, images)

@@ -75,6 +75,8 @@ def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> 
         asked = record["extractor"].get("asked", extractor if extractor in EXTRACTORS else None)
         if own.get("extractor") is None and asked is not None:
             changes["evaluate"]["extractor"] = asked
+        if (weights := record["extractor"].get("file")) is not None:
+            changes["evaluate"]["weights"] = weights
         changes["sample"] = {k: v for k, v in record["sample"].items() if k in run.values["sample"]}
         changes["seeds"] = {"sample": record["sample"]["seed"]}
     evaluations = {variant: changes} if record is not None else {}

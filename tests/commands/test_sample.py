@@ -179,6 +179,10 @@ def test_names_that_are_numbers_are_names() -> None:
     assert labels_for(None, [7, 8], facts("007", "008")).tolist() == [0, 1]
     assert labels_for(None, torch.tensor([0, 2]), from_one).tolist() == [0, 2]  # a tensor holds numbers
     assert labels_for(None, [1], facts("cat", "dog")).tolist() == [1]
+    weights = torch.rand(3, 3)
+    assert labels_for(3, weights, from_one) is weights
+    with pytest.raises(ValueError, match="labels: 3 labels for n=5 samples"):
+        labels_for(5, weights, from_one)
     with pytest.raises(ValueError, match="labels: '2' is not a class; choose from cat, dog"):
         labels_for(None, 2, facts("cat", "dog"))
 

@@ -122,6 +122,12 @@ def test_the_key_holds_all_that_the_numbers_depend_on(judge: Extractor) -> None:
     assert len(set(keys.values())) == len(keys)
 
 
+def test_classes_that_are_left_out_are_told_from_all_classes() -> None:
+    half, all_ten = (references.chosen(TRAIN, "train", torch.tensor(counts)) for counts in ([2] * 5, [1] * 10))
+    assert half.which == "the first 10, of the classes 2, 2, 2, 2, 2, 0, 0, 0, 0, 0"
+    assert all_ten.which == "the first 10, evenly over the classes"
+
+
 def test_the_version_of_the_code_is_in_the_key(judge: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
     part = references.first(TRAIN, "train", 100)
     before = references.statistics_of(judge, part)[1]

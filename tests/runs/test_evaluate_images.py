@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffbench.cli import main
+from diffbench.config.sections import EvaluateConfig
 from diffbench.core.errors import UserError
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.sets import balanced
+from diffbench.data.shapes import ShapesConfig, shapes
 from diffbench.evaluation import images
 from diffbench.evaluation import reference as references
 from diffbench.evaluation.records import read, values
@@ -144,6 +147,31 @@ def test_images_against_a_run_score_as_its_own_samples_do(smoke_run: Path, tmp_p
     (theirs,) = read(tmp_path / "samples.npz.results.jsonl")
     assert values(theirs) == pytest.approx(values(own), rel=1e-6)
     assert theirs["reference"] == {**own["reference"], "formats": {}} and theirs["floor"] == own["floor"]
+
+
+def test_the_folder_that_one_stands_in_is_scored_beside_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    samples, real = as_folder(tmp_path / "samples", IMAGES), as_folder(tmp_path / "real", TRAIN.images[:60])
+    monkeypatch.chdir(samples)
+    assert main(["evaluate", ".", "--against", str(real), CNN]) == 0
+    scores = tmp_path / "samples.results.jsonl"
+    assert len(read(scores)) == 1
+    monkeypatch.setattr(evaluate_images.os, "access", lambda *_: False)
+    assert refused("evaluate", ".", "--against", real, CNN) == (
+        f"{scores}: not writable, but scores are kept beside the images; copy or link them elsewhere"
+    )
+
+
+def test_images_of_another_shape_than_the_runs_are_not_held_against_its_rule() -> None:
+    train, held_out = shapes(ShapesConfig(count=200, held_out=100))
+    run = cast(Any, SimpleNamespace(folder=Path("run"), train_set=train, held_out=held_out))
+    settings = EvaluateConfig(count=40, extractor="random-cnn")
+    for shape, kept in (((3, 16, 16), True), ((1, 16, 16), False)):
+        extractor = evaluate_images.make_extractor(settings, shape, None)
+        source = cast(Any, SimpleNamespace(shape=shape, labels=train.labels[:40]))
+        scorer = evaluate_images._run_scorer(settings, extractor, run, source, Path("x"))
+        assert (scorer.measurement.rule is not None, scorer.measurement.detector is not None) == (kept, kept)
 
 
 def test_other_counts_are_pointed_out(tmp_path: Path, capsys: Capture) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffbench.runs.lifecycle import load, train
+from diffbench.runs.lifecycle import branch, load, train
 from diffbench.training.checkpoint import SaveState
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +135,28 @@ def test_longer_run_extends_a_finished_one(tmp_path: Path) -> None:
     whole, extended = only(tmp_path / "whole"), only(tmp_path / "extended")
     assert_equal(state(whole)["state_dict"], state(extended)["state_dict"])
     assert_equal(load_file(whole / "ema-0.9.safetensors"), load_file(extended / "ema-0.9.safetensors"))
+
+
+def test_a_run_shortened_while_an_evaluation_was_owed_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / "experiments" / "digits" / "dit.yaml")
+    overrides = [*TINY, *CASES["dit"], f"runs_dir={tmp_path}", "trainer.log_images=8"]
+    train(config, overrides)
+    monkeypatch.setattr("diffbench.training.checkpoint.owed", lambda checkpoint: ["validation"])
+    capsys.readouterr()
+    run = train(config, [*overrides, "trainer.max_images=160"])
+    assert "complete at 320 images" in capsys.readouterr().out and load(run.folder).complete
+
+
+def test_a_branch_has_a_wandb_run_of_its_own(tmp_path: Path, smoke_run: Path) -> None:
+    (smoke_run / "wandb-id.txt").write_text("abc")
+    (smoke_run / "wandb").mkdir()
+    branch(smoke_run, tmp_path / "branch", load(smoke_run).config)
+    assert {p.name for p in smoke_run.iterdir()} - {p.name for p in (tmp_path / "branch").iterdir()} >= {
+        "wandb",
+        "wandb-id.txt",
+    }
 
 
 def test_what_an_extension_after_the_decay_gets_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

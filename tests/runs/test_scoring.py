@@ -147,7 +147,7 @@ def test_a_record_answers_only_the_config_that_it_was_made_by(smoke_run: Path, m
         patch.setattr(references, "suited_extractor", lambda config: "random-cnn")
         assert answered()
     assert not answered(evaluate={"extractor": "random-cnn"}) and not answered(evaluate={"reference": "all"})
-    assert not answered(sample={"precision": "bf16-mixed"})
+    assert not answered(sample={"precision": "bf16-mixed"}) and not answered(evaluate={"weights": "other.pt"})
     evaluate.evaluate(run, ["evaluate.count=20", "sample.precision=bf16-mixed", "evaluate.extractor=random-cnn"])
     how = {"precision": "bf16-mixed"}
     assert answered(sample=how, evaluate={"extractor": "random-cnn"}) and not answered(sample=how)
