@@ -26,7 +26,7 @@ def test_a_band_holds_one_more_run_with_99_percent() -> None:
     assert bands["train/loss"].images == [64, 128] and bands["val/bound"].images == [128]
     assert bands["train/loss"].low == pytest.approx([1 - HALF, 0.5 - HALF], rel=1e-4)
     assert bands["val/bound"].high == pytest.approx([2 + HALF])
-    broken = [[*lines, {"images": 192, "train/loss": value}] for lines, value in zip(LINES, (0.1, math.nan, 0.2))]
+    broken = [[*LINES[i], {"images": 192, "train/loss": value}] for i, value in enumerate((0.1, math.nan, 0.2))]
     assert bands_of(broken, ["train/loss"])["train/loss"].images == [64, 128]
     with pytest.raises(ValueError, match="at least 3 runs, got 2"):
         bands_of(LINES[:2], ["train/loss"])
