@@ -152,6 +152,8 @@ def _find_source(denoiser: dict[str, Any], path: Path, folder: Path) -> None:
 def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
     """Print every value of a cell with its verdict; return how many differ."""
     cell, rows = record["cells"][name], []
+    at_budget = dict(zip([text for _, text in cell["recipe"]["rungs"]] or [""], found, strict=True))
+    found = [at_budget[budget] for budget in cell["values"]]  # the report may be of an unfinished ladder
     other = cell["record"] and records.difference(cell["record"], found[-1].record or {})
     for (budget, reported), trial in zip(cell["values"].items(), found, strict=True):
         now = finite(trial.values)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from diffbench.config.layers import located
 from diffbench.core.errors import check, check_least
-from diffbench.denoisers.base import check_positive
+from diffbench.denoisers.base import check_choices, check_positive
 from diffbench.diffusion import PAIRS, check_pair
 
 AUGMENT_WIDTH = 9
@@ -150,6 +150,7 @@ class ValidationConfig:
 
 # Keys of one sampler alone: key, sampler, the value that does nothing with the others.
 _OWNED: tuple[tuple[str, str, Any], ...] = (
+    ("variance", "ddpm", "fixed_large"),
     ("eta", "ddim", 0.0),
     ("s_churn", "heun", 0.0),
     ("s_min", "heun", 0.0),
@@ -220,6 +221,7 @@ class SampleConfig:
     """Samples of a batch, at most; a CPU takes 250."""
 
     def __post_init__(self) -> None:
+        check_choices(self, section="sample")
         check_positive(self, "batch_size", "guidance_power", "rtol", "atol", "s_noise", section="sample")
         self.steps = str(self.steps)  # a script may give a number
         if not re.fullmatch(r"ddim\d+|\d+( *, *\d+)*", self.steps):

@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -45,6 +45,8 @@ class Denoiser(nn.Module):
                     wanted = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
                     raise TypeError(f"{cls.__name__}: {e}; call {cls.__name__}({wanted})") from None
                 vars(self)["built_from"] = {name: names[name] for name in list(names)[1:]}
+                if is_dataclass(config := names.get("config")):
+                    check_choices(config)
             init(self, *args, **given)
 
         cls.__init__ = recorded  # type: ignore[method-assign]
@@ -105,6 +107,14 @@ def check_positive(config: Any, *names: str, section: str = "denoiser") -> None:
             raise ValueError(f"{section}.{name}: must hold at least one number, got []")
         if any(number <= 0 for number in (value if isinstance(value, list) else [value]) if number is not None):
             raise ValueError(f"{section}.{name}: must be positive, got {value}")
+
+
+def check_choices(config: Any, section: str = "denoiser") -> None:
+    """Raise ValueError for the first field whose value is not one of those that its type names."""
+    for name, kind in get_type_hints(type(config)).items():
+        choices = [c for part in (kind, *get_args(kind)) if get_origin(part) is Literal for c in get_args(part)]
+        if choices and (value := getattr(config, name)) not in (*choices, None):
+            raise ValueError(f"{section}.{name}: unknown value {value!r}; choose from {', '.join(map(str, choices))}")
 
 
 def check_sizes(config: Any, *names: str, section: str = "denoiser") -> None:

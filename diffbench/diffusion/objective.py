@@ -1,7 +1,7 @@
 """The keys of every process's objective: the space and the weight of its squared error, and its training times."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 Space = Literal["x0", "eps", "v", "velocity"]
 """The image, the noise, v = (alpha eps - sigma x0) / sqrt(alpha^2 + sigma^2) (Salimans & Ho 2022), or the rate dx/ds of
@@ -53,6 +53,12 @@ class ObjectiveConfig:
     null follows the image: sqrt(channels x height x width / 4096)."""
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            choices = [c for part in (kind, *get_args(kind)) if get_origin(part) is Literal for c in get_args(part)]
+            if choices and getattr(self, name) not in (*choices, None):
+                raise ValueError(
+                    f"process.{name}: unknown value {getattr(self, name)!r}; choose from {', '.join(choices)}"
+                )
         for name in ("min_snr_gamma", "sigma_data", "p_std", "logit_std", "shift"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"process.{name}: must be positive, got {getattr(self, name)}")

@@ -63,7 +63,6 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
         best=c.ranked()[:1] if c.outcome in ("winner", "disputed") else [],
         decided=[f"{x.first} - {x.second}" for x in c.tests if x.winner],
         confidence=_confidence(c.tests),
-        checked=[x for x in c.tests if x.resampled and x.by_image and x.by_image.interval],
         protocol=_protocol(c),
         metric_notes=dict.fromkeys(note for name in c.metrics if (note := metric_of(name).note)),
         counted=counted,

@@ -11,9 +11,6 @@ from diffbench.reports.results import Trial, by_seed, network_key
 from diffbench.reports.statistics import Paired, Verdict
 from diffbench.reports.text import number
 
-MOST_RESAMPLED = 12
-"""Pairs whose interval over images is checked by the bootstrap."""
-
 Variants = Mapping[str, Sequence[Trial]]
 Pair = tuple[str, str]
 
@@ -30,7 +27,6 @@ class PairedTest:
         detectable: the smallest true difference that would have been found, at least what counts as a tie.
         by_image: where the metric is the validation bound, its differences paired by image and noise, seeds averaged:
             how sure the difference is for these trained networks.
-        resampled: the bootstrap's 95% interval of the same.
     """
 
     first: str
@@ -40,18 +36,11 @@ class PairedTest:
     verdict: Verdict
     detectable: float | None
     by_image: Paired | None = None
-    resampled: tuple[float, float] | None = None
 
     @property
     def winner(self) -> str | None:
         """The better one, or None."""
         return {"first": self.first, "second": self.second}.get(self.verdict)
-
-    @property
-    def bootstrap_agrees(self) -> bool:
-        """Whether the bootstrap over images finds a difference exactly where the t test does."""
-        assert self.resampled is not None and self.by_image is not None
-        return (self.resampled[0] > 0 or self.resampled[1] < 0) == self.by_image.found
 
     def other(self, name: str) -> str:
         """The variant that `name` is tested against."""
@@ -74,10 +63,7 @@ def paired_tests(variants: Variants, name: str, pairs: Sequence[Pair]) -> list[P
         tie = metric.tie * min((float(np.mean([seeds[v][s] for s in shared])) for v in (a, b) if shared), default=0.0)
         verdict = statistics.verdict(paired, metric.lower_is_better, tie)
         detectable = None if paired.detectable is None else max(paired.detectable, tie)
-        resampled = None
-        if (a, b) in images and len(images) <= MOST_RESAMPLED:
-            resampled = statistics.bootstrap(images[a, b], "bound by image")
-        found.append(PairedTest(a, b, rows[a, b], paired, verdict, detectable, by_image.get((a, b)), resampled))
+        found.append(PairedTest(a, b, rows[a, b], paired, verdict, detectable, by_image.get((a, b))))
     return found
 
 

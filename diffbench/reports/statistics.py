@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-import torch
 from scipy import special  # scipy.stats takes several times as long to import
-
-from diffbench.core import rng
 
 ALPHA = 0.05
 """Chance of any false difference in a comparison."""
@@ -200,21 +197,6 @@ def by_image(first: Mapping[int, Array], second: Mapping[int, Array]) -> Array:
     """Differences (images,) of bounds (images,) by seed, on the same images and noise, averaged over shared seeds."""
     shared = sorted(first.keys() & second.keys())
     return np.mean([first[s].astype(np.float64) - second[s] for s in shared], axis=0)
-
-
-def bootstrap(values: Sequence[float] | Array, what: str, resamples: int = 2000) -> tuple[float, float]:
-    """A 95% percentile interval of the mean of independent values, as errors of images; the same each time.
-
-    Not for a Fréchet distance.
-    """
-    x = np.asarray(values, dtype=np.float64)
-    key = rng.key("bootstrap", what, len(x))
-    means = []
-    for rows in torch.arange(resamples).split(max(1, 1_000_000 // len(x))):
-        positions = torch.arange(int(rows[0]) * len(x), (int(rows[-1]) + 1) * len(x))
-        drawn = (rng.uniform(key, positions) * len(x)).long().numpy()
-        means.append(x[drawn].reshape(len(rows), len(x)).mean(1))
-    return middle(np.concatenate(means))
 
 
 def middle(values: Sequence[float] | Array) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def quality(c: Conclusion) -> Rows:
         row = {"variant": variant, "seeds": f"{done}" if done == len(trials) else f"{done} of {len(trials)}"}
         summaries = c.summaries[variant]
         row |= {name: mean_text(summaries[name], name) for name in shown(c) if name in summaries}
-        if share := copies([t.record for t in trials if t.complete]):
+        if share := copies([r for t in trials if t.complete for r in t.records]):
             name = next(name for name in summaries if metric_of(name).name == "copies")
             row[name] = "{} ({} to {})".format(*(number(end, name, 0.001) for end in share))
         rows.append(row)

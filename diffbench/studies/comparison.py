@@ -67,7 +67,8 @@ def shipped(results: Path, studies: Path) -> dict[str, Comparison]:
 
 def comparison_of_csv(path: Path, study: Path) -> Comparison:
     """The comparison that a report.csv holds; of a ladder, with all its budgets."""
-    asked, table = load_study(study), pd.read_csv(path, dtype={"variant": str, "budget": str})
+    asked = load_study(study)
+    table = pd.read_csv(path, dtype={"variant": str, "budget": str}, keep_default_na=False, na_values=[""])
     if missing := {"variant", "seed", "status", "images"} - {*table}:
         raise UserError(f"{path}: no column {min(missing)}; copy the report.csv of a study's folder")
     rungs: dict[str, list[Trial]] = {}

@@ -13,7 +13,17 @@ from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest
 from diffbench.denoisers.flops import Cost
 from diffbench.runs import build
-from diffbench.studies.config import AVERAGE, EXPERIMENT, StudyConfig, Variant, file_name, is_sampled, nested, variants
+from diffbench.studies.config import (
+    AVERAGE,
+    EXPERIMENT,
+    SAMPLE_SEED,
+    StudyConfig,
+    Variant,
+    file_name,
+    is_sampled,
+    nested,
+    variants,
+)
 from diffbench.studies.matching import size_of, size_text, sized
 
 Rate = Callable[[RunConfig], float]
@@ -140,11 +150,15 @@ def training_variant(
 ) -> TrainingVariant:
     """The network that some variants share, with what tuning chose for them, sized and stopped."""
     first, match = same[0], study.match
-    chosen = tuned.get(first.at[study.tune.axis], {}) if study.tune and study.tune.axis else {}
-    sampled = nested({key: value for key, value in chosen.items() if is_sampled(key)})
-    chosen = {key: value for key, value in chosen.items() if not is_sampled(key)}
-    same = [replace(v, sampled=merge(sampled, v.sampled)) for v in same]
+    chosen: dict[str, Any] = {}
+    if study.tune and study.tune.axis:
+        axis = study.tune.axis
+        chosen = {key: v for key, v in tuned.get(first.at[axis], {}).items() if not is_sampled(key)}
+        how = {v.name: {k: x for k, x in tuned.get(v.at[axis], {}).items() if is_sampled(k)} for v in same}
+        same = [replace(v, sampled=merge(nested(how[v.name]), v.sampled)) for v in same]
     config = config_of(study, path, first, chosen)
+    if study.samplings > 1 and config.seeds.sample is not None:
+        raise UserError(f"{path}: {SAMPLE_SEED} stands beside samplings={study.samplings}; give one of the two")
     data, _ = build.load_data(config)
     over, settled = None, ""
     if target is not None and match.by != "none":

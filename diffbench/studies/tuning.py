@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffbench.config.layers import merge
 from diffbench.config.load import flatten, to_dict
 from diffbench.core.errors import UserError
 from diffbench.reports.results import TriedPoint, best_of
@@ -62,11 +63,16 @@ def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> T
     if not sampled or any(point.value is None for _, point in runs):
         return Tuning(trained | sampled, trials, chosen, [trial for trial in trials if not is_trained(trial.folder)])
 
+    own = {variant.at[str(study.tune.axis)]: variant.sampled for variant in reversed(variants(study))}
+
     def scores(grid: Grid) -> list[Measured]:
-        ways = {_named(values): nested(values) for values in _combinations(grid)}
-        tuned = [trial for trial, point in runs if best.get(trial.label) is point]
-        planned = [replace(trial, variant=replace(trial.variant, evaluations=ways)) for trial in tuned]
-        return [(trial, p) for trial in planned for p in TrialFile.of(folder, trial).points(study.primary)[1:]]
+        found = []
+        for trial in [trial for trial, point in runs if best.get(trial.label) is point]:
+            ways = {_named(values): merge(own[trial.label], nested(values)) for values in _combinations(grid)}
+            trial = replace(trial, variant=replace(trial.variant, evaluations=ways))
+            for point in TrialFile.of(folder, trial).points(study.primary)[1:]:
+                found.append((trial, replace(point, values={key: point.values[key] for key in grid})))
+        return found
 
     sampled, found = _explored(sampled, scores)
     for label, point in best_of(point for _, point in found).items():

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from diffbench.cli import main
+from diffbench.commands.reproduce import _compare
 from diffbench.core.files import digest
+from diffbench.reports.results import Trial
 from diffbench.reports.text import number
 
 Capture = pytest.CaptureFixture[str]
@@ -134,3 +136,15 @@ def test_other_data_is_one_line(report: Path, tmp_path: Path, capsys: Capture) -
     (tmp_path / "other.html").write_text(re.sub(r'("data": )"\w{16}"', r'\1"0123456789abcdef"', report.read_text()))
     assert main(["reproduce", str(tmp_path / "other.html"), "steps=2/0", f"out={tmp_path / 'again'}"]) == 2
     assert "data: the report's images are 0123456789abcdef, those here are" in capsys.readouterr().err
+
+
+def test_budgets_that_a_report_does_not_hold_are_left_out(capsys: Capture) -> None:
+    cell = {
+        "variant": "dit",
+        "record": {},
+        "recipe": {"rungs": [[64, "64 images"], [128, "128 images"]]},
+        "values": {"64 images": {"val/bound": 1.5}},
+    }
+    found = [Trial("dit", 0, "complete", None, {"val/bound": bound}) for bound in (1.5, 1.25)]
+    assert _compare({"cells": {"dit/0": cell}}, "dit/0", found) == 0
+    assert "dit/0: 1 equal to the bit of 1 values" in capsys.readouterr().out

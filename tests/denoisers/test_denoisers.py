@@ -165,3 +165,8 @@ def test_a_network_made_with_an_unknown_argument_says_how_it_is_made() -> None:
     wanted = r"DiT: got an unexpected keyword argument 'depth'; call DiT\(config: .*DiTConfig, image_size: int .*, chan"
     with pytest.raises(TypeError, match=wanted):
         DiT(image_size=8, channels=1, depth=2)  # type: ignore[call-arg]
+
+
+def test_a_choice_that_does_not_exist_is_refused_in_a_script_too() -> None:
+    with pytest.raises(ValueError, match=r"denoiser.conditioning: unknown value 'adaLN-Zero'; choose from adaln-zero"):
+        DiT(DiTConfig(4, 64, 2, 4, conditioning="adaLN-Zero"), image_size=8, channels=1)  # type: ignore[arg-type]

@@ -211,3 +211,18 @@ def test_a_shift_that_follows_the_image_needs_an_experiment() -> None:
             ValueError, match=r"^process\.shift: null follows the shape of an experiment's images; give a"
         ):
             use()
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "value"),
+    [
+        (VPConfig, "prediction", "epsilon"),
+        (VPConfig, "schedule", "squaredcos"),
+        (EDMConfig, "weighting", "min-snr"),
+        (FlowConfig, "path", "cosine"),
+        (FlowConfig, "loss_space", "score"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_in_a_script_too(make: Any, key: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"process.{key}: unknown value '{value}'; choose from "):
+        make(**{key: value})

@@ -122,15 +122,6 @@ def test_images_are_paired_and_seeds_averaged() -> None:
     assert s.by_image(first, second).tolist() == [[1.0, 0.5]]
 
 
-def test_the_bootstrap_agrees_with_the_interval_and_repeats() -> None:
-    values = np.random.default_rng(2).normal(1, 2, 400)
-    low, high = s.bootstrap(values, "x")
-    half = s.summary(values.tolist()).half
-    assert half is not None
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05)
-    assert s.bootstrap(values, "x") == (low, high) != s.bootstrap(values, "y")
-
-
 def test_runs_that_went_astray_are_not_tested() -> None:
     found = s.paired({"sound": [1.0, 1.1, 0.9], "astray": [1.0, float("inf"), 0.9]})
     assert found["sound"].interval is not None and found["sound"].p is not None

@@ -1,5 +1,6 @@
 """Sampling as a run does it: every sampler under every process, guidance by config, strips, non-finite output."""
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -355,3 +356,23 @@ def test_the_classifier_reads_any_multiple_of_its_divisor() -> None:
         assert net(torch.zeros(3, 1, side, side), torch.zeros(3)).shape == (3, 10)
     with pytest.raises(ValueError, match="divisible by 2, got 1x9x9"):
         net(torch.zeros(3, 1, 9, 9), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"precision": "bf16"}, "sample.precision: unknown value 'bf16'; choose from 32-true, bf16-mixed"),
+        (
+            {"variance": "fixed-small"},
+            "sample.variance: unknown value 'fixed-small'; choose from fixed_small, fixed_large",
+        ),
+        ({"sampler": "DDIM"}, "sample.sampler: unknown value 'DDIM'; choose from ddpm, ddim"),
+        (
+            {"sampler": "ddim", "variance": "fixed_small"},
+            "sample.variance: belongs to sample.sampler=ddpm; with ddim leave it at fixed_large",
+        ),
+    ],
+)
+def test_settings_of_a_script_are_checked_as_a_files_are(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        SampleConfig(**settings)

@@ -137,3 +137,10 @@ def test_the_shipped_page_is_what_the_shipped_results_say(capsys: pytest.Capture
     assert "| `steps` | 15 |" not in text.partition("Spearman")[2]  # the same networks, whose bound says nothing of it
     assert main(["findings", "seeds=[0]"]) == 2
     assert "seeds=[0]: belongs to a study; write run=true" in capsys.readouterr().err
+
+
+def test_a_variant_may_be_called_none(tmp_path: Path) -> None:
+    csv = tmp_path / "report.csv"
+    csv.write_text("variant,seed,status,images,val/bound\nNone,0,complete,64,1.5\nNA,0,complete,64,\n")
+    found = comparison_of_csv(csv, STUDIES / "window.yaml").trials
+    assert [(t.variant, t.values) for t in found] == [("None", {"val/bound": 1.5}), ("NA", {})]

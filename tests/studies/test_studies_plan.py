@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffbench.config.kinds import RunConfig
-from diffbench.config.load import change, load
+from diffbench.config.load import change, flatten, load
 from diffbench.core.errors import UserError
 from diffbench.denoisers import DENOISERS
 from diffbench.reports.results import TriedPoint
@@ -18,6 +18,7 @@ from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, TuneConfig, load_study, variants
 from diffbench.studies.matching import size_of, sized
 from diffbench.studies.plan import equal_by_construction, evaluated, planned_trials, training_variants
+from diffbench.studies.trials import TrialFile
 from diffbench.studies.tuning import extended, tuning_so_far
 from diffbench.training.diffusion import DiffusionModule
 
@@ -216,6 +217,39 @@ def test_what_tuning_chose_reaches_every_seed() -> None:
     assert {g.name: g.evaluations for g in found} == plain | {
         "dit": {"dit": {"sample": {"guidance": 2.0}, "average": 0.1}}
     }
+
+
+def test_sampling_is_tuned_as_each_variant_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    tune, samplers = TuneConfig(None, {"sample.guidance": [1.0, 2.0]}), ["ddim", "dpm_solver"]
+    study, path = planned("steps", axes={"sample.sampler": samplers}, tune=tune, primary="fd", baseline=None)
+    tune.axis = "sample.sampler"
+    ways: dict[str, Any] = {}
+
+    def points(file: TrialFile, primary: str) -> list[TriedPoint]:
+        label, evaluations = file.values["label"], file.values["evaluations"]
+        if evaluations:
+            ways[label] = evaluations
+        scores = {"sampler=ddim": [1.0, 2.0], "sampler=dpm_solver": [2.0, 1.0]}[label]
+        found = [flatten(changes) for changes in evaluations.values()]
+        scored = [TriedPoint(label, v, "fd", x) for v, x in zip(found, scores[: len(found)], strict=True)]
+        return [TriedPoint(label, file.values["tuning"], "val/bound", 1.0), *scored]
+
+    monkeypatch.setattr(TrialFile, "points", points)
+    chosen = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).chosen
+    assert ways["sampler=ddim"]["guidance=2"]["sample"] == {"sampler": "ddim", "guidance": 2.0}
+    assert ways["sampler=dpm_solver"]["guidance=1"]["sample"] == {"sampler": "dpm_solver", "guidance": 1.0}
+    assert chosen == {"sampler=ddim": {"sample.guidance": 1.0}, "sampler=dpm_solver": {"sample.guidance": 2.0}}
+    (network,) = training_variants(study, path, chosen, lambda config: 1.0)
+    assert [(e["sample"]["sampler"], e["sample"]["guidance"]) for e in network.evaluations.values()] == [
+        ("ddim", 1.0),
+        ("dpm_solver", 2.0),
+    ]
+
+
+def test_samplings_need_seeds_of_their_own() -> None:
+    study, path = planned("window", set={"seeds.sample": 7}, samplings=3)
+    with pytest.raises(UserError, match=r"window.yaml: seeds.sample stands beside samplings=3; give one of the two"):
+        training_variants(study, path, {}, lambda config: 1.0)
 
 
 def test_an_average_that_no_run_keeps_is_refused() -> None:
