@@ -44,7 +44,7 @@ def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """The values that a layer leaves of those below it.
 
     The sizes of another network or data set do not carry over, nor do sizes below a preset; decays and half-lives take
-    each other's place.
+    each other's place, and decays that follow from half-lives and a batch go with that batch.
     """
     kept = dict(lower)
     for section in REGISTRIES:
@@ -58,6 +58,14 @@ def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
         given = {"decays", "half_life"} & now.keys()
         if len(given) == 1:
             kept["ema"] = {k: v for k, v in before.items() if k not in {"decays", "half_life"} - given}
+    averages, trainer = kept.get("ema"), upper.get("trainer")
+    if (
+        isinstance(averages, dict)
+        and isinstance(trainer, dict)
+        and averages.get("half_life")
+        and "batch_size" in trainer
+    ):
+        kept["ema"] = {k: v for k, v in averages.items() if k != "decays"}
     return kept
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffbench.cli import main
-from diffbench.config.load import load
+from diffbench.config.load import change, load, to_yaml
 from diffbench.config.sections import EMAConfig
 from diffbench.core.pixels import from_uint8
 from diffbench.data.datamodule import PositionDataset, PositionSampler
@@ -189,6 +189,14 @@ def test_ema_half_lives_and_their_ramp() -> None:
     assert config.decay_at(0, config.decays[0]) == 0
     assert config.decay_at(10**6, config.decays[0]) == config.decays[0]
     assert config.half_life_at(10**9, 512, config.decays[0]) == pytest.approx(500_000, rel=1e-4)
+
+
+def test_a_saved_half_life_follows_another_batch(tmp_path: Path) -> None:
+    config = load("experiments/digits/dit.yaml", ["ema.half_life=[5000]", "trainer.batch_size=128"])
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(config))
+    for smaller in (load(saved, ["trainer.batch_size=64"]), change(config, {"trainer": {"batch_size": 64}})):
+        assert smaller.ema.half_life == [5000] and smaller.ema.decays == [round(0.5 ** (64 / 5000), 8)]
 
 
 def test_a_half_life_as_a_share_fits_every_length_and_forgets_the_first_weights() -> None:
