@@ -152,11 +152,11 @@ def _find_source(denoiser: dict[str, Any], path: Path, folder: Path) -> None:
 def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
     """Print every value of a cell with its verdict; return how many differ."""
     cell, rows = record["cells"][name], []
-    at_budget = dict(zip([text for _, text in cell["recipe"]["rungs"]] or [""], found, strict=True))
-    found = [at_budget[budget] for budget in cell["values"]]  # the report may be of an unfinished ladder
-    other = cell["record"] and records.difference(cell["record"], found[-1].record or {})
-    for (budget, reported), trial in zip(cell["values"].items(), found, strict=True):
-        now = finite(trial.values)
+    trials = dict(zip([text for _, text in cell["recipe"]["rungs"]] or [""], found, strict=True))
+    last = list(cell["values"])[-1]  # of those in the report, which may be of an unfinished ladder
+    other = cell["record"] and records.difference(cell["record"], trials[last].record or {})
+    for budget, reported in cell["values"].items():
+        now = finite(trials[budget].values)
         near = tolerances(record, cell["variant"], budget)
         equal = {k for k in reported if k in now and reported[k] == now[k]}
         for key, a in reported.items():  # another version may measure more

@@ -67,9 +67,9 @@ def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> T
 
     def scores(grid: Grid) -> list[Measured]:
         found = []
-        for trial in [trial for trial, point in runs if best.get(trial.label) is point]:
-            ways = {_named(values): merge(own[trial.label], nested(values)) for values in _combinations(grid)}
-            trial = replace(trial, variant=replace(trial.variant, evaluations=ways))
+        for tuned in [trial for trial, point in runs if best.get(trial.label) is point]:
+            ways = {_named(values): merge(own[tuned.label], nested(values)) for values in _combinations(grid)}
+            trial = replace(tuned, variant=replace(tuned.variant, evaluations=ways))
             for point in TrialFile.of(folder, trial).points(study.primary)[1:]:
                 found.append((trial, replace(point, values={key: point.values[key] for key in grid})))
         return found
