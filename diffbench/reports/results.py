@@ -19,10 +19,10 @@ from diffbench.runs.base import DATA_FACTS, Run
 Status = Literal["complete", "unfinished", "failed", "not begun"]
 VALIDATION = ("val/", "train/bound", "train/level/")
 """Prefixes of the names that a validation logs."""
-VALIDATED = ("data.", "validation.", "autoencoder")
-"""Keys on which the validation bound depends begin with these."""
+IMAGES = ("data.", "autoencoder")
+"""Keys of the images that networks learn and are scored on begin with these."""
 NOT_PROTOCOL = ("data.num_workers", "data.flip", "data.path")
-"""Keys among those that leave the validation bound comparable."""
+"""Keys among those that leave values comparable."""
 
 
 @dataclass(eq=False)
@@ -221,6 +221,14 @@ def differing(flats: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(flat.get(key) != flats[0].get(key) for flat in flats)]
 
 
+def protocol_difference(one: Mapping[str, Any], other: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    """The first key that begins with one of `keys` and differs between two flat configs, in words."""
+    for key in sorted(differing([one, other])):
+        if key.startswith(keys) and key not in NOT_PROTOCOL:
+            return f"{key} is {one.get(key)} in one and {other.get(key)} in the other"
+    return None
+
+
 def validation_difference(trials: Sequence[Trial]) -> str | None:
     """The first difference in held-out images or levels of validation between runs, in words; None where they agree."""
     runs = [trial.run for trial in trials if trial.run]
@@ -228,9 +236,8 @@ def validation_difference(trials: Sequence[Trial]) -> str | None:
     for run in runs:
         if (run.folder / DATA_FACTS).is_file():  # else its images would have to be read
             images.setdefault(run.facts.fingerprint, run.folder)
-        for key in sorted(differing([runs[0].flat, run.flat])):
-            if key.startswith(VALIDATED) and key not in NOT_PROTOCOL:
-                return f"{key} is {runs[0].flat.get(key)} in one and {run.flat.get(key)} in the other"
+        if found := protocol_difference(runs[0].flat, run.flat, (*IMAGES, "validation.")):
+            return found
     if len(images) > 1:
         one, other, *_ = images.values()
         return f"{one} and {other} were trained on other images, though their configs name the same"

@@ -12,6 +12,8 @@ from diffbench.config.load import flatten, from_layers, read_layers, to_dict
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest
 from diffbench.denoisers.flops import Cost
+from diffbench.metrics.registry import metric_of
+from diffbench.reports.results import IMAGES, protocol_difference
 from diffbench.runs import build
 from diffbench.studies.config import (
     AVERAGE,
@@ -137,7 +139,14 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
         changes = str(sorted((key, str(value)) for key, value in flatten(variant.trained).items()))  # 007 is not 7
         shared.setdefault(changes, []).append(variant)
     target = target_size(study, path)
-    return [training_variant(study, path, same, tuned, target, rate) for same in shared.values()]
+    found = [training_variant(study, path, same, tuned, target, rate) for same in shared.values()]
+    keys = (*IMAGES, "validation.") if metric_of(study.primary).is_validation else IMAGES
+    for other in found[1:]:
+        one = found[0]
+        if differs := protocol_difference(flatten(to_dict(one.config)), flatten(to_dict(other.config)), keys):
+            apart = f"{one.name} and {other.name} cannot stand in one report: {differs}"
+            raise UserError(f"{path}: axes: {apart}; write a study for each")
+    return found
 
 
 def training_variant(

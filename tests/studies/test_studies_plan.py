@@ -258,6 +258,22 @@ def test_an_average_that_no_run_keeps_is_refused() -> None:
         training_variants(study, path, {}, lambda config: 1.0)
 
 
+def test_variants_that_no_report_compares_are_refused_before_they_train() -> None:
+    def refused(said: str, **changes: object) -> None:
+        study, path = planned("window", **changes)
+        with pytest.raises(UserError, match=said):
+            training_variants(study, path, {}, lambda config: 1.0)
+
+    sizes = (
+        "window.yaml: axes: size=8 and size=16 cannot stand in one report: data.size is 8 in one and 16 in the other"
+    )
+    refused(sizes, axes={"data.size": [8, 16]})
+    refused(sizes, axes={"data.size": [8, 16]}, primary="fd")
+    refused(r"count=128 and count=256 .*: validation.count is 128 in one", axes={"validation.count": [128, 256]})
+    study, path = planned("window", axes={"validation.count": [128, 256]}, primary="fd")
+    assert len(training_variants(study, path, {}, lambda config: 1.0)) == 2
+
+
 def test_variants_that_cannot_differ_are_told_apart_from_those_that_can() -> None:
     def equal(name: str, **changes: object) -> list[str]:
         study, path = planned(name, **changes)
