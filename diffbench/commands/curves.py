@@ -35,6 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     for other in others:
         if changed := sorted(k for k in differing([first.flat, other.flat]) if k != "seed" and not is_free(k)):
             raise UserError(f"{first.folder} and {other.folder}: differ in {', '.join(changed[:4])}; only the seed may")
+    if len({found.values["seed"] for found in runs}) < len(runs):
+        raise UserError(f"{COMMAND_LINE}: two of these runs have one seed; a band needs different ones")
     if unfinished := [str(found.folder) for found in runs if not found.complete]:
         raise UserError(f"{unfinished[0]}: not complete; train it to its end first")
     stem = first.folder.name.removesuffix(f"-s{first.values['seed']}")

@@ -32,7 +32,7 @@ def as_json(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
     """The new records, and the run that was scored, or None for images."""
-    overrides = list(arguments.overrides)
+    overrides = [part for word in arguments.overrides for part in _parted(word)]
     if "--against" in overrides[:-1]:  # argparse leaves what follows the folder to the overrides
         arguments.against = overrides.pop(overrides.index("--against") + 1)
         overrides.remove("--against")
@@ -40,6 +40,11 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]
         return [evaluate_images(Path(arguments.what), Path(arguments.against), overrides)], None
     run = look(arguments.what).use_average()
     return score(run, overrides), run
+
+
+def _parted(word: str) -> list[str]:
+    """--against=REAL as two words."""
+    return word.split("=", 1) if word.startswith("--against=") else [word]
 
 
 def score(run: Any, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:

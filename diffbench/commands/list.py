@@ -57,7 +57,7 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
 
 
 def _purpose(path: str) -> str:
-    line = Path(path).read_text().partition("\n")[0]
+    line = Path(path).read_text("utf-8-sig", errors="replace").partition("\n")[0]
     return line.lstrip("# ") if line.startswith("#") else ""
 
 
@@ -69,8 +69,13 @@ def run_folders(top: Path) -> Iterator[Path]:
     """
     if not top.is_dir():
         raise UserError(f"{top}: no such folder; train first, or name a folder that holds runs")
-    for folder, below, files in os.walk(top):
+    seen: set[str] = set()
+    for folder, below, files in os.walk(top, followlinks=True):
         below.sort()
+        if (here := os.path.realpath(folder)) in seen:  # a link to what was listed, or back
+            below.clear()
+            continue
+        seen.add(here)
         if "config.yaml" in files:
             below.clear()
             yield Path(folder)

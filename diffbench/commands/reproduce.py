@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffbench.commands.compare import asked_for
-from diffbench.config.layers import COMMAND_LINE, SHIPPED, located, with_paths
+from diffbench.config.layers import COMMAND_LINE, SHIPPED, located, parse_overrides, with_paths
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest, finite
 from diffbench.core.progress import span
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check a report, and rebuild the cells that are named; 1 where something differs."""
     path = Path(arguments.report)
     keys = [word for word in arguments.cells if re.match(r"(out|data_path)=", word)]
-    asked = asked_for(ReproduceConfig, dict(word.split("=", 1) for word in keys))
+    asked = asked_for(ReproduceConfig, parse_overrides(keys))
     record, changes = read(path)
     chosen = _chosen(record["cells"], [word for word in arguments.cells if word not in keys])
     _introduce(path, record, changes)

@@ -14,6 +14,7 @@ from diffbench.commands.compare import asked_for
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
 from diffbench.config.load import change
 from diffbench.runs.build import device_of
+from diffbench.runs.folder import short
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import FORMATS, Trajectory, class_columns, new_files, save_grid, save_image, save_npz
 
@@ -71,7 +72,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
             shape = "x".join(map(str, run.shape))
             raise ValueError(f"{key}: {shape} raw values are not an image; give out=NAME.npz alone")
         words = [f"{run.images_seen:09d}", *(word for word in overrides if not word.startswith("out="))]
-        name = re.sub(r"[^\w.,=\[\]-]", "_", "-".join(["sample", *words]))[:120]
+        name = short(re.sub(r"[^\w.,=\[\]-]", "_", "-".join(["sample", *words])))
         endings = [ending for ending, asks in ((".strip.png", asked.strip), (".steps.gif", asked.gif)) if asks]
         default, formats = run.folder / "samples" / f"{name}.png", [*FORMATS, ".npz"]
         new_files(asked.out, default, endings, formats)  # refused before anything is drawn

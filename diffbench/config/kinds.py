@@ -55,7 +55,7 @@ def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
                 kept[section] = {"name": name}
     before, now = lower.get("ema"), upper.get("ema")
     if isinstance(before, dict) and isinstance(now, dict):
-        given = {"decays", "half_life"} & now.keys()
+        given = {key for key in ("decays", "half_life") if now.get(key) is not None or (key in now and before.get(key))}
         if len(given) == 1:
             kept["ema"] = {k: v for k, v in before.items() if k not in {"decays", "half_life"} - given}
     averages, trainer = kept.get("ema"), upper.get("trainer")

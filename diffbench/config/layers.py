@@ -76,7 +76,8 @@ def read_chain(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
 
 
 PATHS = re.compile(
-    r"(^|\.)(experiment|autoencoder|init_from|sample\.weak_model|sample\.classifier|data\.path|evaluate\.weights)$"
+    r"(^|\.)(experiment|autoencoder|init_from|sample\.weak_model|sample\.classifier|data\.path)$"
+    r"|(^|\.)evaluate\.(weights|judge)$|^(out|export)$"
 )
 """Keys whose text may be a path, also below a study's `set` and `axes`."""
 

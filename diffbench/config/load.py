@@ -118,8 +118,16 @@ def from_dict(values: dict[str, Any], origin: str) -> BaseConfig:
 
 
 def change(config: C, changes: dict[str, Any], origin: str = COMMAND_LINE) -> C:
-    """A config with some values changed, checked again; `origin` of the changes is named in errors."""
-    changed = from_layers([("config", to_dict(config)), (origin, changes)])
+    """A config with some values changed, checked again; `origin` of the changes is named in errors.
+
+    Clipping that followed from the sampler follows from the new one.
+    """
+    values, sample = to_dict(config), changes.get("sample")
+    before = values.get("sample", {})
+    if isinstance(sample, dict) and sample.get("sampler", before.get("sampler")) != before.get("sampler"):
+        follows = from_layers([("config", values), (origin, {"sample": {"clip": None}})]).sample.clip  # type: ignore[attr-defined]
+        before["clip"] = None if before["clip"] == follows else before["clip"]
+    changed = from_layers([("config", values), (origin, changes)])
     assert isinstance(changed, type(config))
     return changed
 

@@ -102,7 +102,8 @@ class EMAConfig:
         decays = [h if h < 1 else round(0.5 ** (batch_size / h), 8) for h in self.half_life]
         if self.decays not in (EMAConfig().decays, decays):
             raise ValueError(f"ema.decays: {self.decays} stands beside ema.half_life; give one of the two")
-        return replace(self, decays=decays)
+        with located(key="ema.half_life"):
+            return replace(self, decays=decays)
 
     def decay_at(self, update: int, decay: float) -> float:
         """The decay of update 0, 1, ... of an average, one of `decays`.
@@ -233,7 +234,8 @@ class SampleConfig:
                 raise ValueError(
                     f"sample.{name}: belongs to sample.sampler={owner}; with {self.sampler} leave it at {left}"
                 )
-        check_least(self, "sample", guidance=0, classifier_scale=0, s_churn=0, s_min=0, sde_strength=0)
+        check(self, "sample", "lie in 0 to 1e6", lambda v: 0 <= v <= 1e6, "guidance", "classifier_scale")
+        check_least(self, "sample", s_churn=0, s_min=0, sde_strength=0)
         rising = "be two rising numbers of at least 0"
         check(self, "sample", rising, lambda v: len(v) == 2 and 0 <= v[0] < v[1], "guidance_interval")
         check(self, "sample", "be at least 1 or null", lambda v: v >= 1, "guidance_channels")

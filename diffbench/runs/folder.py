@@ -92,11 +92,13 @@ def _needed(path: Path, overrides: Sequence[str], config: BaseConfig) -> list[st
 
 
 def reference_curves(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path | None:
-    """The curves beside an experiment's YAML, where nothing else changes what is trained; see `evaluation.curves`."""
+    """The curves beside an experiment's YAML, where nothing else changes what is trained, nor over how many images a
+    logged loss is the mean; see `evaluation.curves`."""
     found = path.resolve().parent / "curves" / f"{path.stem}.csv"
     if config.debug != "none" or not found.is_file():
         return None
-    return None if _automatic_tag(path, overrides, config) else found
+    alike = config.trainer.log_images == load(path).trainer.log_images
+    return found if alike and not _automatic_tag(path, overrides, config) else None
 
 
 def _leaf(key: str, known: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import experiments, merge, places
-from diffbench.config.load import flatten, from_layers, read_layers, to_dict
+from diffbench.config.load import change, flatten, from_layers, read_layers, to_dict
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest
 from diffbench.denoisers.flops import Cost
@@ -278,9 +278,7 @@ def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunCon
     average = changes.pop(AVERAGE, config.ema.decays[0])
     if average not in config.ema.decays:
         raise UserError(f"{origin}: {AVERAGE}: {average} is not one of ema.decays={config.ema.decays}")
-    changed = from_layers([("config", to_dict(config)), (origin, changes)])
-    assert isinstance(changed, RunConfig)
-    return changed
+    return change(config, changes, origin)
 
 
 def equal_by_construction(found: list[TrainingVariant]) -> list[str]:

@@ -69,6 +69,8 @@ def augment(x0: Tensor, position: Tensor, seed: int, probability: float) -> tupl
     # Where in x each pixel of the result comes from: the changes undone, the last one first. Sides run from -1 to 1.
     undo = _rotation(-direction) @ _scaling(-STRETCH_STD * stretch, STRETCH_STD * stretch) @ _rotation(direction)
     undo = undo @ _rotation(-angle) @ _scaling(-SCALE_STD * scale, -SCALE_STD * scale)
+    side = undo.new_tensor([x.shape[3], x.shape[2]])
+    undo = undo * (side / side[:, None])  # turned in pixels, not in shares of the sides
     offset = torch.stack([right, down], dim=1) * (2 * SHIFT_STD)
     theta = torch.cat([undo, -(undo @ offset[:, :, None])], dim=2).to(x.dtype)
     grid = affine_grid(theta, list(x.shape), align_corners=False)

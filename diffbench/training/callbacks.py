@@ -114,15 +114,21 @@ class EveryNImages(Ordered):
                     logger.log_image(tag, [image], step=trainer.global_step)
 
     def show_grid(
-        self, trainer: L.Trainer, module: Any, images: Tensor, columns: int, captions: Sequence[str] | None = None
+        self,
+        trainer: L.Trainer,
+        module: Any,
+        images: Tensor,
+        columns: int,
+        captions: Sequence[str] | None = None,
+        name: str | None = None,
     ) -> None:
-        """Saves images (N, C, H, W) uint8 as a grid, samples/images-<images seen>.png, and shows it."""
+        """Saves images (N, C, H, W) uint8 as a grid, samples/<name or "images">-<images seen>.png, and shows it."""
         if distributed.rank() == 0:
-            path = self.folder / "samples" / f"images-{module.images_seen:09d}.png"
+            path = self.folder / "samples" / f"{name or 'images'}-{module.images_seen:09d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             image = enlarged(images, columns, captions)
             save_image(image, path)
-            self.show(trainer, "samples/ema", image)
+            self.show(trainer, f"samples/{name or 'ema'}", image)
 
 
 class ValidationError(EveryNImages):
@@ -208,6 +214,7 @@ class SampleGrid(EveryNImages):
         sampler: draws them; None for the module's own.
         settings: how samples are drawn; None for `SampleConfig()`.
         class_names: by label; None for a column for each class of the network, without names.
+        name: of its files and of its tag in the loggers, to tell several grids apart.
     """
 
     stage, at_end = "sampling", False
@@ -218,9 +225,11 @@ class SampleGrid(EveryNImages):
         sampler: Sampler | None = None,
         settings: SampleConfig | None = None,
         class_names: Sequence[str] | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(every)
         self.sampler, self.settings, self.class_names = sampler, settings or SampleConfig(), class_names
+        self.name = name
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
         sampler, names = self.sampler or module.sampler(), self.class_names
@@ -234,8 +243,9 @@ class SampleGrid(EveryNImages):
             lambda: sampler(labels[mine], self.settings, first=int(mine[0]), callback=trajectory, check=self.stop.check)
         )
         images = distributed.all_gather_rows(images) if split else images
-        self.show_grid(trainer, module, images, columns, [names[label] for label in labels] if names else None)
-        self.show(trainer, "samples/steps", trajectory.strip())
+        captions = [names[label] for label in labels] if names else None
+        self.show_grid(trainer, module, images, columns, captions, self.name)
+        self.show(trainer, f"samples/{self.name + '-' if self.name else ''}steps", trajectory.strip())
 
 
 def check_images(sampler: Sampler) -> None:

@@ -85,6 +85,9 @@ class DiffusionModule(TrainingModule):
         self.sample = SampleConfig(**(sample or {})) if isinstance(sample, dict | None) else sample
         self.shape: tuple[int, ...] | None = getattr(net, "shape", None)
         """(C, H, W) of what is denoised: the network's own, else the last batch's."""
+        if time_sampling not in ("uniform", "stratified", "loss_aware"):
+            unknown = f"time_sampling: unknown value {time_sampling!r}"
+            raise ValueError(f"{unknown}; choose from uniform, stratified, loss_aware")
         if time_sampling == "loss_aware" and self.process.name != "vp":
             raise ValueError(f"time_sampling: loss_aware counts the steps of vp, not {self.process.name}")
         self.in_halves = False
@@ -200,10 +203,8 @@ class DiffusionModule(TrainingModule):
         labels, count, index = found["label"], len(found["x0"]), found.get("index")
         if labels is None:
             labels = torch.full((count,), 0 if self.null_label is None else self.null_label)
-        if index is None:
-            first = self._measured * distributed.world_size() + distributed.rank() * count
-        else:  # ranks of ImageDataModule may have batches of different sizes
-            first = int(index[0])
+        # Ranks may have batches of different sizes.
+        first = self._measured + distributed.rank() * 2**32 if index is None else int(index[0])
         self._measured += count
         labels = labels if labels.is_floating_point() else labels.long()
         if labels.ndim == 1 and len(given := labels[labels != (-1 if self.null_label is None else self.null_label)]):

@@ -172,7 +172,7 @@ class TrainingModule(L.LightningModule):
         elif isinstance(s, OptimizerConfig):
             changes = s.warmup_images or s.decay_images
             size = self.batch_size if changes else 0
-            schedule = LambdaLR(optimizer, lambda step: lr_factor(s, (step + 1) * size))
+            schedule = LambdaLR(optimizer, lambda _: lr_factor(s, self.images_seen + size))
         else:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -42,6 +42,11 @@ def test_each_run_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert rows[2][0].strip() == str(broken)
     assert rows[2][-1].strip().startswith(f"{next(broken.glob('ema-*'))}: damaged (")
     assert len(rows) == 3  # each once, though it lies below two of the folders
+    (tmp_path / "far" / "loop").parent.mkdir()
+    (tmp_path / "far" / "loop").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "linked").symlink_to(done)
+    _, (linked, *_) = listed(capsys, tmp_path / "far")
+    assert linked.strip() == str(tmp_path / "far" / "linked")
 
 
 def test_where_there_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,6 +115,7 @@ def test_a_base_with_another_denoiser_gives_none_of_its_sizes(tmp_path: Path) ->
         ("seed= 1 ", 1),
         ("runs_dir=~/runs", os.path.expanduser("~/runs")),
         ("init_from=~/runs/a", os.path.expanduser("~/runs/a")),
+        ("evaluate.judge=~/runs/a", os.path.expanduser("~/runs/a")),
         ("ema.warmup=No", False),
         ("tag=a-b_c.d", "a-b_c.d"),
         ("init_from=runs/a=b", "runs/a=b"),
@@ -223,7 +224,7 @@ REFUSED = {
     "sample.steps=2000": "sample.steps: '2000' does not fit process.steps=1000: cannot keep 2000 of 1000 steps",
     "sample.steps=ddim999": "sample.steps: 'ddim999' does not fit process.steps=1000: no integer stride",
     "sample.eta=0.5": "sample.eta: belongs to sample.sampler=ddim; with ddpm leave it at 0",
-    "sample.guidance=-1": "sample.guidance: must be at least 0, got -1.0",
+    "sample.guidance=-1": "sample.guidance: must lie in 0 to 1e6, got -1.0",
     "evaluate.reference=some": "evaluate.reference: unknown value 'some'; choose from same, all; did you mean 'same'?",
     "evaluate.every_count=3": "evaluate.every_count: must be at least 20, got 3",
     "evaluate.every_images=0": "evaluate.every_images: must be positive or null, got 0",
@@ -251,6 +252,11 @@ REFUSED = {
     "a..b=1": "'a..b=1' is not an override; write key=value",
     "optimizer.betas[0]=1": "a list is given whole, as ema.decays=[0.99,0.999]",
 }
+
+
+def test_half_lives_that_stay_away_leave_the_decays() -> None:
+    assert load(DIT, ["ema.half_life=null"]).ema == load(DIT).ema
+    assert load(DIT, ["ema.half_life=[0.1]"]).ema.decays == [0.1]
 
 
 @pytest.mark.parametrize("argument", REFUSED)

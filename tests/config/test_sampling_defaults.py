@@ -3,7 +3,7 @@
 import pytest
 
 from diffbench.config.kinds import RunConfig
-from diffbench.config.load import load
+from diffbench.config.load import change, load
 from diffbench.core.errors import UserError
 
 PIXELS, LATENT = "experiments/digits/dit.yaml", "experiments/digits-latent/dit.yaml"
@@ -25,6 +25,16 @@ def test_only_pixels_are_clipped_and_only_by_ddpm_and_ddim(sampler: str) -> None
     values = ["data.name=none", "data.channels=4", "data.image_size=8", "evaluate.every_images=null"]
     assert config(PIXELS, *values, *words).sample.clip is False  # neither grey nor colour: not pixels
     assert config(LATENT, *words[:1], "sample.clip=true").sample.clip is True
+
+
+def test_another_sampler_of_a_trained_run_clips_as_it_would_from_the_start() -> None:
+    run = config(PIXELS)
+    assert run.sample.clip is True
+    assert change(run, {"sample": {"sampler": "dpm_solver"}}).sample.clip is False
+    assert change(config(PIXELS, "sample.sampler=heun"), {"sample": {"sampler": "ddim"}}).sample.clip is True
+    assert change(config(PIXELS, "sample.clip=false"), {"sample": {"sampler": "ddim"}}).sample.clip is False  # as asked
+    assert change(run, {"sample": {"sampler": "heun", "clip": True}}).sample.clip is True
+    assert change(run, {"sample": {"steps": "50"}}).sample.clip is True
 
 
 @pytest.mark.parametrize("steps", LATE)

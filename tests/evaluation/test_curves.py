@@ -69,12 +69,17 @@ def test_a_run_as_shipped_is_held_against_the_curves(tmp_path: Path) -> None:
     write_curves(tmp_path / "curves" / "dit.csv", {"train/loss": Band([0], [1], [2])})
     for words, held in (([], True), (["seed=3", "sample.steps=50"], True), (["optimizer.lr=1"], False)):
         assert (reference_curves(path, words, load(path, words)) is not None) == held
+    means = ["trainer.log_images=640"]  # a loss of other steps scatters otherwise
+    assert reference_curves(path, means, load(path, means)) is None
     assert reference_curves(path, ["debug=smoke"], load(path, ["debug=smoke"])) is None
 
 
 def test_curves_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [str(made_runs.make_run(tmp_path / "digits" / f"dit-s{s}", "dit", s, 0.1 + 0.01 * s)) for s in range(3)]
     other = made_runs.make_run(tmp_path / "digits" / "other-s3", "dit", 3, overrides=["denoiser.depth=2"])
+    again = made_runs.make_run(tmp_path / "again" / "dit-s0", "dit", 0, 0.1)
+    assert main(["curves", *runs, str(again)]) == 2
+    assert "two of these runs have one seed; a band needs different ones" in capsys.readouterr().err
     assert main(["curves", *runs[:2]]) == 2
     assert "2 runs; a band needs at least 3" in capsys.readouterr().err
     assert main(["curves", *runs, str(other)]) == 2

@@ -143,6 +143,8 @@ REFUSED = {
     "trainer.augment=2": "trainer.augment: must lie in 0 to 1, got 2.0",
     "ema.ramp=0": "ema.ramp: must lie in (0, 1] or be null, got 0.0",
     "ema.half_life=[1000] ema.decays=[0.9]": "ema.decays: [0.9] stands beside ema.half_life; give one of the two",
+    "ema.half_life=[1]": "ema.half_life: ema.decays: must be different numbers between 0 and 1, got [0.0]",
+    "sample.guidance=1e39": "sample.guidance: must lie in 0 to 1e6, got 1e+39",
     "ema.half_life=[0]": "ema.half_life: must be positive numbers, got [0.0]",
     "kind=classifer": "kind: unknown value 'classifer'; choose from denoiser, classifier",
     "process.name=vpp": "process.name: unknown name 'vpp'; choose from vp, edm, flow; did you mean 'vp'?",

@@ -67,18 +67,21 @@ def fixed(monkeypatch: pytest.MonkeyPatch, **drawn: float) -> None:
         monkeypatch.setattr(module.rng, name, function)
 
 
-def blob(dy: float, dx: float, side: int = 64) -> torch.Tensor:
-    """A soft dot away from the centre by (dy, dx) pixels."""
-    axis = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
-    return torch.exp(-((axis[:, None] - dy) ** 2 + (axis[None] - dx) ** 2) / 18)[None, None]
+def axis(side: int) -> torch.Tensor:
+    return torch.arange(side, dtype=torch.float64) - (side - 1) / 2
+
+
+def blob(dy: float, dx: float, width: int = 64) -> torch.Tensor:
+    """A soft dot away from the centre by (dy, dx) pixels, 64 of them high."""
+    return torch.exp(-((axis(64)[:, None] - dy) ** 2 + (axis(width)[None] - dx) ** 2) / 18)[None, None]
 
 
 def centre(x: torch.Tensor) -> list[float]:
-    axis = torch.arange(x.shape[-1], dtype=torch.float64) - (x.shape[-1] - 1) / 2
-    mass = x.sum()
-    return [float((x[0, 0].sum(1) * axis).sum() / mass), float((x[0, 0].sum(0) * axis).sum() / mass)]
+    down, right = axis(x.shape[2]), axis(x.shape[3])
+    return [float((x[0, 0].sum(1) * down).sum() / x.sum()), float((x[0, 0].sum(0) * right).sum() / x.sum())]
 
 
+@pytest.mark.parametrize("width", [64, 96])
 @pytest.mark.parametrize(
     ("drawn", "expected"),
     [
@@ -86,14 +89,16 @@ def centre(x: torch.Tensor) -> list[float]:
         ({"scale": 1.0}, [6 * 2**0.2, 10 * 2**0.2]),
         ({"angle": 0.75}, [-10.0, 6.0]),  # by pi / 2: what was right is now up
         ({"stretch": 1.0, "direction": 0.5}, [6 * 2**-0.2, 10 * 2**0.2]),
-        ({"right": 1.0, "down": 0.5}, [6 + 4.0, 10 + 8.0]),
+        ({"down": 0.5}, [6 + 4.0, 10.0]),
+        ({"right": 1.0}, [6.0, 10.0]),  # an eighth of the width
     ],
 )
 def test_each_change_moves_a_dot_where_geometry_says(
-    drawn: dict[str, float], expected: list[float], monkeypatch: pytest.MonkeyPatch
+    drawn: dict[str, float], expected: list[float], width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fixed(monkeypatch, **drawn)
-    out, label = augment(blob(6, 10), torch.arange(1), 0, 0.5)
+    out, label = augment(blob(6, 10, width), torch.arange(1), 0, 0.5)
+    expected = [expected[0], expected[1] + drawn.get("right", 0) * width / 8]
     assert (label != 0).any()
     found = centre(out)
     if "angle" in drawn:

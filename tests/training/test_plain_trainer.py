@@ -281,6 +281,10 @@ def test_learning_rate_and_clipping_as_given(monkeypatch: pytest.MonkeyPatch) ->
     trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[Rates()]).fit(module(optimizer=ramp), loader())
     assert rates[::2] == [0.25, 0.5, 0.75, 1.0]  # 16 images a step
     rates.clear()
+    short = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=32)  # 32 images, then 16
+    trainer(max_steps=4, callbacks=[Rates()]).fit(module(optimizer=OptimizerConfig(lr=1.0, warmup_images=160)), short)
+    assert rates == [32 / 160, 64 / 160, 80 / 160, 112 / 160]
+    rates.clear()
     halving = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
     own = module(optimizer=torch.optim.SGD, lr_scheduler=halving, lr=0.8)
     trainer(max_steps=3, callbacks=[Rates()]).fit(own, loader())
@@ -372,6 +376,17 @@ def test_validate_test_and_predict() -> None:
     assert torch.equal(samples, torch.cat(fitter.predict(lm, loader(48)))[:6])  # type: ignore[arg-type]
 
 
+def test_ranks_with_batches_of_different_sizes_share_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = module(dit())
+    lm.shape = (1, 8, 8)
+    drawn = []
+    for rank, sizes in enumerate(([2, 1], [2])):
+        monkeypatch.setattr("diffbench.training.diffusion.distributed.rank", lambda rank=rank: rank)
+        lm.on_predict_epoch_start()
+        drawn += [lm.predict_step(torch.zeros(size, dtype=torch.int64), i) for i, size in enumerate(sizes)]
+    assert len(torch.cat(drawn).flatten(1).unique(dim=0)) == 5
+
+
 def test_samples_of_a_network() -> None:
     net = dit()
     several, one_label = sample(net, VP(), labels=[1, 1, 1], steps="2"), sample(net, VP(), 3, labels=1, steps=2)
@@ -409,7 +424,7 @@ def test_callbacks_work_alone_in_any_order(tmp_path: Path) -> None:
     fitter = trainer(
         tmp_path,
         max_steps=5,
-        callbacks=[fd, SampleGrid(32, settings=QUICK), alone, ema],
+        callbacks=[fd, SampleGrid(32, settings=QUICK), SampleGrid(32, settings=QUICK, name="more"), alone, ema],
         logger=[CSVLogger(tmp_path), TensorBoardLogger(tmp_path, "tb")],
     )
     fitter.fit(lm, loader())
@@ -419,10 +434,13 @@ def test_callbacks_work_alone_in_any_order(tmp_path: Path) -> None:
     assert {"fd/Pixels@20", "kid/Pixels@20", "best/fd/Pixels@20"} <= set(fitter.callback_metrics)
     folder = Path(str(fitter.log_dir))
     assert (folder / "best.safetensors").is_file()
-    assert [path.name for path in (folder / "samples").iterdir()] == ["images-000000032.png"]
+    assert {path.name for path in (folder / "samples").iterdir()} == {"images-000000032.png", "more-000000032.png"}
     (events,) = (tmp_path / "tb").rglob("events*")
     shown = EventAccumulator(str(events)).Reload().Tags()  # type: ignore[no-untyped-call]
-    assert set(shown["images"]) == {"samples/ema", "samples/steps"} and "val/bound" in shown["scalars"]
+    assert (
+        set(shown["images"]) == {"samples/ema", "samples/steps", "samples/more", "samples/more-steps"}
+        and "val/bound" in shown["scalars"]
+    )
 
 
 class Pixels(nn.Module):
@@ -631,6 +649,11 @@ def test_latents_are_not_drawn_without_a_decoder(tmp_path: Path) -> None:
 def test_times_by_loss_belong_to_vp() -> None:
     with pytest.raises(ValueError, match=r"^time_sampling: loss_aware counts the steps of vp, not edm$"):
         DiffusionModule(Own(), EDM(), time_sampling="loss_aware")
+
+
+def test_a_misspelt_way_of_drawing_times_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^time_sampling: unknown value 'stratifed'; choose from uniform, strat"):
+        DiffusionModule(Own(), VP(), time_sampling="stratifed")  # type: ignore[arg-type]
 
 
 def test_a_loader_without_a_batch_size_cannot_measure_a_warm_up() -> None:
