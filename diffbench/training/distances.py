@@ -34,8 +34,8 @@ class FrechetDistance(EveryNImages):
     """Records the Fréchet and kernel distance of samples to real images.
 
     The samples have the same noise and labels each time, and serve nothing else. With `best`, the weights of the least
-    distance stay in best.safetensors; the choice was made on those samples, so at the end the best weights are scored
-    again on fresh noise.
+    distance stay in best.safetensors; the choice was made on those samples, so at the end (of max_steps or max_epochs)
+    the best weights are scored again on fresh noise.
 
     Args:
         real: images to compare with, and whose classes are drawn.
