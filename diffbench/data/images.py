@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from diffbench.core.distributed import threads_each
 from diffbench.core.files import cache_folder
 from diffbench.core.progress import progress
 from diffbench.core.store import Chunk, Contents, Store
-from diffbench.data.places import ImagesConfig, Place, locate, stamp
+from diffbench.data.places import ImagesConfig, Place, locate
 from diffbench.data.sets import ImageSet, describe_parts, digest_of
 from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, folder_splits, hold_out, training_split
 from diffbench.data.transforms import BrokenError, decode, quiet
@@ -57,7 +56,7 @@ def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
     if not config.path:
         raise ValueError("data.path: missing; allowed: a folder of images, .parquet files, or a hub name")
     values = {f.name: getattr(config, f.name) for f in fields(ImagesConfig)}
-    return _images(json.dumps(values), str(cache_folder()), os.getcwd(), stamp(Path(os.path.expanduser(config.path))))
+    return _images(json.dumps(values), str(cache_folder()), locate(config.path))
 
 
 def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:
@@ -84,9 +83,8 @@ def _is_fetched(config: ImagesConfig) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _images(values: str, cache: str, folder: str, stamp: str) -> tuple[ImageSet, ImageSet]:
+def _images(values: str, cache: str, place: Place) -> tuple[ImageSet, ImageSet]:
     config = ImagesConfig(**json.loads(values))
-    place = locate(str(config.path))
     stores = _stores(config, place)
     found = [store.open_intact() for store in stores]
     if None in found:

@@ -156,6 +156,16 @@ def test_changed_files_are_decoded_anew(tmp_path: Path) -> None:
     (root / "new.png").write_bytes(png(pixels(99)))
     assert load(root)[0].fingerprint() != before
     assert len(list(tmp_path.glob("cache/images/*"))) == 2
+    deep = folder(tmp_path / "deep", {"train/cat": 5, "train/dog": 5})
+    load(deep)
+    (deep / "train" / "cat" / "005.png").write_bytes(png(pixels(99)))
+    train, held_out = load(deep)
+    assert len(train) + len(held_out) == 11
+    (deep / "train" / "cat" / "005.png").write_bytes(png(pixels(98)))
+    assert 98 in [number for part in load(deep) for number in numbers(part)]
+    for first in (0, 10):
+        train, held_out = load(table(tmp_path / "a.PARQUET", [first, first + 1]))
+        assert sorted(numbers(train) + numbers(held_out)) == [first, first + 1]
 
 
 def test_a_jpeg_copy_is_never_called_cifar10(tmp_path: Path) -> None:
