@@ -25,8 +25,8 @@ from diffbench.data.sets import ImageSet, describe_parts, digest_of
 from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, folder_splits, hold_out, training_split
 from diffbench.data.transforms import BrokenError, decode, quiet
 
-VERSION = 3
-"""Version of the decoding code; another one invalidates the cache."""
+VERSION = 4
+"""Version of the code that finds and decodes images; another one invalidates the cache."""
 CIFAR10_FOLDER, CIFAR10_HUB = "data/cifar10", "uoft-cs/cifar10"
 KNOWN = {"bd98cdb37ac5797f": "cifar10-jpeg", "4a95dbec0105c740": "cifar10-jpeg"}
 """Fingerprint -> the name of a data set that its folder may be wrong about."""
@@ -100,8 +100,8 @@ def read(place: Place, config: ImagesConfig) -> tuple[Split, Split, list[str]]:
 
     splits, names = (folder_splits if place.kind == "folder" else table_splits)(place, config)
     train = splits[training_split(list(splits), config.split)]
-    others = [splits[s] for s in HELD_OUT_SPLITS if s in splits and splits[s] is not train]
-    test = next((s for s in others if s.labels is None or (s.count and s.labels.max() >= 0)), None)
+    others = [splits[s] for s in HELD_OUT_SPLITS if s in splits and splits[s] is not train and splits[s].count]
+    test = next((s for s in others if s.labels is None or s.labels.max() >= 0), None)
     for split in [train] if test is None else [train, test]:
         if split.labels is not None and (split.labels < 0).any():
             item = next(compress(split.items(), split.labels < 0))

@@ -244,6 +244,21 @@ def test_a_hub_name_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert calls == [("someone/animals", "small")]
 
 
+@pytest.mark.parametrize("word", ["valid", "dev", "validation"])
+def test_a_held_out_split_of_the_hub_has_other_names(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub(monkeypatch, {"train": [0, 1, 2], word: [3, 4, 6], "train_more": [5]})
+    train, held_out = load("someone/animals")
+    assert (numbers(train), numbers(held_out)) == ([0, 1, 2], [3, 4, 6])
+    assert len(load("someone/animals", split=word)[0]) == 2
+    hub(monkeypatch, {"train": [0, 1, 2], "val": [3, 4], "validation": [5]})
+    assert numbers(load("someone/other")[1]) == [5]
+    with pytest.raises(ValueError, match=r"^data\.split: no split 'x'; choose from train, val, validation"):
+        load("someone/other", split="x")
+
+
 def test_cifar10_is_fetched_only_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     calls = hub(monkeypatch, {"train": [0, 1, 2], "test": [3]})

@@ -177,6 +177,20 @@ def test_a_damaged_file_of_an_unfinished_cache_is_made_again(
     assert sorted(numbers(train) + numbers(held_out)) == list(range(20))
 
 
+def test_a_damaged_page_of_labels_is_named(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path = table(tmp_path / "train.parquet", [0, 1, 2], label=[0, 1, 0])
+    columns = pq.read_metadata(path).row_group(0)
+    label = columns.column(columns.num_columns - 1)
+    data, first = bytearray(path.read_bytes()), label.dictionary_page_offset
+    for i in range(first, first + label.total_compressed_size):
+        data[i] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^data\.path: cannot read column 'label' of split train of {tmp_path} \("):
+        load(path)
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
     import resource
 
