@@ -99,9 +99,9 @@ def cache_folder() -> Path:
     Raises:
         UserError: if neither is set and the user has no home folder.
     """
-    if named := os.environ.get("DIFFBENCH_CACHE"):
-        return Path(named)
     try:
+        if named := os.environ.get("DIFFBENCH_CACHE"):
+            return Path(named).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffbench"
     except RuntimeError:  # a container's or cron's user without $HOME and an entry in passwd
         raise UserError("no home folder for the cache; set DIFFBENCH_CACHE=FOLDER") from None
@@ -164,6 +164,10 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[in
                 pid = file.read().strip() or "unknown"
                 if not wait:
                     raise UserError(f"{folder}: another command (pid {pid}) is working on this run") from None
+            except OSError as e:  # a file system without locks
+                raise UserError(
+                    f"{folder / name}: no lock can be held here ({e.strerror}); choose another folder"
+                ) from None
             if not announced:
                 print(f"{folder}: waiting for another command (pid {pid}) to finish it", flush=True)
                 announced = True

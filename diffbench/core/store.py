@@ -2,6 +2,7 @@
 
 A store is a folder with NAME.bin for each array (its rows, one after the other) and manifest.json, which appears last.
 Until then plan.json says what is being made, and a chunk-NUMBER.json stands for each chunk on the disk.
+manifest.json and chunk-NUMBER.json carry a checksum of themselves.
 """
 
 import json
@@ -72,7 +73,7 @@ class Store:
     def identity(self) -> Any:
         """The description of what the store is made of, complete or not; None where there is none."""
         if self.is_complete():
-            return _read_manifest(self.manifest)["identity"]
+            return _read(self.manifest)["identity"]
         try:
             return json.loads(self.plan.read_text())["identity"] if self.plan.is_file() else None
         except (ValueError, KeyError, TypeError):
@@ -81,15 +82,19 @@ class Store:
     def chunks(self) -> dict[int, dict[str, Any]]:
         """Chunks on the disk by number: first row, number of rows, checksums and facts; not compared."""
         if self.is_complete():
-            return dict(enumerate(_read_manifest(self.manifest)["chunks"]))
+            return dict(enumerate(_read(self.manifest)["chunks"]))
         try:
-            return {int(p.stem[6:]): json.loads(p.read_text()) for p in sorted(self.folder.glob("chunk-*.json"))}
+            found = {}
+            for path in sorted(self.folder.glob("chunk-*.json")):
+                with suppress(DamagedError):  # which is made again
+                    found[int(path.stem[6:])] = _read(path)["chunk"]
+            return found
         except FileNotFoundError:  # another rank has just made the store complete
             return self.chunks()
 
     def open(self) -> Contents:
         """Open a complete store after comparing checksums; DamagedError names a file that is not what was written."""
-        manifest = _read_manifest(self.manifest)
+        manifest = _read(self.manifest)
         arrays = self.arrays(manifest["columns"], manifest["rows"])
         _check(self, arrays, manifest["chunks"])
         with suppress(OSError):  # a kill may have left them behind
@@ -134,13 +139,13 @@ class Store:
     def _reopen(self) -> None:
         """Turn a damaged store into an unfinished one, which keeps its intact chunks."""
         try:
-            manifest = _read_manifest(self.manifest)
+            manifest = _read(self.manifest)
         except DamagedError:  # nothing says which chunks are intact
             for path in (self.manifest, *self.folder.glob("*.bin")):
                 path.unlink(missing_ok=True)
             return
         for number, chunk in enumerate(manifest["chunks"]):
-            write_text(self.chunk_path(number), _dumps(chunk))
+            write_text(self.chunk_path(number), _summed({"chunk": chunk}))
         write_text(self.plan, _dumps({key: manifest[key] for key in ("format", "identity", "columns")}))
         for path in (self.manifest, self.folder / "checked.json"):
             path.unlink(missing_ok=True)
@@ -200,7 +205,7 @@ class Filling:
             _write(self.store.path(name), data, start * _row_bytes(column))
             sums[name] = zlib.crc32(data)
         self.written[chunk.number] = {"start": start, "rows": rows, "crc32": sums, "facts": facts}
-        write_text(self.store.chunk_path(chunk.number), _dumps(self.written[chunk.number]))
+        write_text(self.store.chunk_path(chunk.number), _summed({"chunk": self.written[chunk.number]}))
 
     def finish(self, facts: Callable[[Arrays, list[Any]], dict[str, Any]] = lambda arrays, chunks: {}) -> bool:
         """Make the store complete, if the chunks of all ranks are there; return whether they are.
@@ -223,8 +228,7 @@ class Filling:
             for name, column in self.columns.items():
                 os.truncate(self.store.path(name), rows * _row_bytes(column))
             found = facts(self.store.arrays(self.columns, rows), [line["facts"] for line in lines])
-            manifest = self.plan | {"rows": rows, "facts": found, "chunks": lines}
-            write_text(self.store.manifest, _dumps(manifest | {"crc32": zlib.crc32(_dumps(manifest).encode())}))
+            write_text(self.store.manifest, _summed(self.plan | {"rows": rows, "facts": found, "chunks": lines}))
             self.store.clear()
             return True
 
@@ -248,6 +252,11 @@ def _dumps(values: Any) -> str:
     return json.dumps(values, separators=(",", ":")) + "\n"
 
 
+def _summed(values: dict[str, Any]) -> str:
+    """JSON with a checksum of itself, which `_read` compares."""
+    return _dumps(values | {"crc32": zlib.crc32(_dumps(values).encode())})
+
+
 def _write(path: Path, data: memoryview, offset: int) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -260,15 +269,15 @@ def _write(path: Path, data: memoryview, offset: int) -> None:
         os.close(file)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        stated = manifest.pop("crc32")
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        stated = values.pop("crc32")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise DamagedError(f"{path}: damaged: not the JSON that was written") from None
-    if zlib.crc32(_dumps(manifest).encode()) != stated or manifest["format"] != FORMAT:
+    if zlib.crc32(_dumps(values).encode()) != stated or values.get("format", FORMAT) != FORMAT:
         raise DamagedError(f"{path}: damaged: its checksum does not match")
-    return manifest
+    return values
 
 
 def _check(store: Store, arrays: Arrays, chunks: list[dict[str, Any]]) -> None:

@@ -93,10 +93,7 @@ def image_set(data: ImageSet | AnyDataset) -> ImageSet:
     if isinstance(data, ImageSet):
         return data
     images, labels = _columns(data, IMAGE_NAMES)
-    tensors = [_tensor(image) for image in images]
-    if len(shapes := list(dict.fromkeys(tuple(t.shape) for t in tensors))) > 1:
-        raise ValueError(f"images must have one shape; got {shapes[0]} and {shapes[1]}")
-    stacked = torch.stack(tensors)
+    stacked = _stacked([_tensor(image) for image in images], "images")
     if stacked.is_floating_point():
         if wrong := unscaled(stacked, pixels=True):
             raise ValueError(wrong)
@@ -109,7 +106,7 @@ def latent_set(data: LatentSet | AnyDataset) -> LatentSet:
     if isinstance(data, LatentSet):
         return data
     latents, labels = _columns(data, ("latent", "latents"))
-    mean = torch.stack([torch.as_tensor(z) for z in latents])
+    mean = _stacked([torch.as_tensor(z) for z in latents], "latents")
     mean = mean.float() if mean.dtype == torch.bfloat16 else mean  # which NumPy does not know
     return LatentSet(mean, torch.full_like(mean, -torch.inf), **_labelled(data, labels))
 
@@ -121,8 +118,15 @@ def _columns(data: Any, names: Sequence[str]) -> tuple[list[Any], list[Any]]:
         raise ValueError(f"{type(data).__name__} is empty")
     values, labels, _ = zip(*(_taken_apart(item, names) for item in items), strict=True)
     if values[0] is None:
-        raise ValueError(f"an item must have one of {', '.join(names)}; it has {', '.join(items[0])}")
+        got = f"it has {', '.join(items[0])}" if isinstance(items[0], Mapping) else f"got {items[0]!r:.40}"
+        raise ValueError(f"an item must have one of {', '.join(names)}; {got}")
     return list(values), list(labels)
+
+
+def _stacked(tensors: list[Tensor], what: str) -> Tensor:
+    if len(shapes := list(dict.fromkeys(tuple(t.shape) for t in tensors))) > 1:
+        raise ValueError(f"{what} must have one shape; got {shapes[0]} and {shapes[1]}")
+    return torch.stack(tensors)
 
 
 def _tensor(image: Any) -> Tensor:
@@ -154,7 +158,7 @@ def _whole(label: Any) -> int:
     try:
         if int(label) == float(label):
             return int(label)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         pass
     raise ValueError(f"labels must be whole numbers, or all None; got {label!r:.40}")
 
@@ -163,7 +167,9 @@ def _class_names(data: Any) -> tuple[str, ...]:
     """Names of a data set's classes, also of one that is split; empty where it has none."""
     features = getattr(data, "features", None)
     columns = [features[name] for name in LABEL_NAMES if name in features] if isinstance(features, Mapping) else []
-    names = getattr(data, "classes", None) or next((c.names for c in columns if hasattr(c, "names")), None)
+    names = getattr(data, "classes", None)
+    if names is None or not len(names):
+        names = next((c.names for c in columns if hasattr(c, "names")), None)
     if names is None and hasattr(data, "dataset"):  # torch.utils.data.Subset
         return _class_names(data.dataset)
-    return tuple(map(str, names or ()))
+    return () if names is None else tuple(map(str, names))

@@ -178,6 +178,8 @@ class PositionDataModule(L.LightningDataModule):
             if low < 0 or high >= classes:
                 raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{classes - 1}")
 
+    __str__ = object.__repr__  # Lightning's takes our loaders for collections
+
     def read(self, data: Any) -> Any:
         """A data set in memory."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,10 +101,10 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
     weights = isinstance(labels, Tensor) and labels.is_floating_point()
     if isinstance(labels, Tensor):
         y = labels if weights else labels.long()
+    elif isinstance(labels, int | str | np.integer):
+        y = torch.tensor(class_number(labels, facts))
     else:
-        one = isinstance(labels, int | str)
-        found = [class_number(label, facts) for label in ((labels,) if isinstance(labels, int | str) else labels)]
-        y = torch.tensor(found[0] if one else found, dtype=torch.int64)
+        y = torch.tensor([class_number(label, facts) for label in labels], dtype=torch.int64)
     if y.ndim == 0:
         y = y.repeat(1 if n is None else n)
     if not len(y):

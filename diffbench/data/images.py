@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -21,13 +20,13 @@ from diffbench.core.distributed import threads_each
 from diffbench.core.files import cache_folder
 from diffbench.core.progress import progress
 from diffbench.core.store import Chunk, Contents, Store
-from diffbench.data.places import ImagesConfig, Place, locate, stamp
+from diffbench.data.places import ImagesConfig, Place, locate
 from diffbench.data.sets import ImageSet, describe_parts, digest_of
 from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, folder_splits, hold_out, training_split
 from diffbench.data.transforms import BrokenError, decode, quiet
 
-VERSION = 3
-"""Version of the decoding code; another one invalidates the cache."""
+VERSION = 4
+"""Version of the code that finds and decodes images; another one invalidates the cache."""
 CIFAR10_FOLDER, CIFAR10_HUB = "data/cifar10", "uoft-cs/cifar10"
 KNOWN = {"bd98cdb37ac5797f": "cifar10-jpeg", "4a95dbec0105c740": "cifar10-jpeg"}
 """Fingerprint -> the name of a data set that its folder may be wrong about."""
@@ -57,7 +56,7 @@ def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
     if not config.path:
         raise ValueError("data.path: missing; allowed: a folder of images, .parquet files, or a hub name")
     values = {f.name: getattr(config, f.name) for f in fields(ImagesConfig)}
-    return _images(json.dumps(values), str(cache_folder()), os.getcwd(), stamp(Path(os.path.expanduser(config.path))))
+    return _images(json.dumps(values), str(cache_folder()), locate(config.path))
 
 
 def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:
@@ -84,9 +83,8 @@ def _is_fetched(config: ImagesConfig) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _images(values: str, cache: str, folder: str, stamp: str) -> tuple[ImageSet, ImageSet]:
+def _images(values: str, cache: str, place: Place) -> tuple[ImageSet, ImageSet]:
     config = ImagesConfig(**json.loads(values))
-    place = locate(str(config.path))
     stores = _stores(config, place)
     found = [store.open_intact() for store in stores]
     if None in found:
@@ -102,8 +100,8 @@ def read(place: Place, config: ImagesConfig) -> tuple[Split, Split, list[str]]:
 
     splits, names = (folder_splits if place.kind == "folder" else table_splits)(place, config)
     train = splits[training_split(list(splits), config.split)]
-    others = [splits[s] for s in HELD_OUT_SPLITS if s in splits and splits[s] is not train]
-    test = next((s for s in others if s.labels is None or (s.count and s.labels.max() >= 0)), None)
+    others = [splits[s] for s in HELD_OUT_SPLITS if s in splits and splits[s] is not train and splits[s].count]
+    test = next((s for s in others if s.labels is None or s.labels.max() >= 0), None)
     for split in [train] if test is None else [train, test]:
         if split.labels is not None and (split.labels < 0).any():
             item = next(compress(split.items(), split.labels < 0))

@@ -109,7 +109,7 @@ def _suitable(path: str, _stamp: str) -> tuple[int, int]:
 
 
 def stamp(path: Path) -> str:
-    """A stamp of a folder that changes when files are added or removed, so that a process lists it once."""
+    """A stamp of a folder that changes when files are added to it or its direct sub-folders, or removed."""
     if not path.is_dir():
         return ""
     with os.scandir(path) as listing:
@@ -134,7 +134,9 @@ class Listing:
         kinds = Counter(os.path.splitext(file)[1].lower().removeprefix(".") for file in self.images)
         found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
         left = [f"{len(names):,} {reason} ({some(names)})" for reason, names in self.skipped.items() if names]
-        return f"{self.root}: {len(self.images):,} images ({found})" + ("; skipped " + ", ".join(left)) * bool(left)
+        tables = f"{len(self.tables):,} parquet file{'s' * (len(self.tables) > 1)}"
+        what = tables if self.tables and not self.images else f"{len(self.images):,} images ({found})"
+        return f"{self.root}: {what}" + ("; skipped " + ", ".join(left)) * bool(left)
 
 
 def list_files(root: Path) -> Listing:
@@ -149,12 +151,12 @@ def list_files(root: Path) -> Listing:
     images: list[str] = []
     tables: list[str] = []
     skipped: dict[str, list[str]] = {"hidden": [], "links to folders": [], "other": []}
-    real, folders = root.resolve(), [root]
+    real, folders, above = root.resolve(), [str(root)], len(os.path.join(root, ""))
     while folders:
         with os.scandir(folders.pop()) as listing:
             entries = list(listing)
         for entry in entries:
-            path, suffix = os.path.relpath(entry.path, root), os.path.splitext(entry.name)[1].lower()
+            path, suffix = entry.path[above:], os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 skipped["hidden"].append(path)
             elif entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(real):
@@ -163,7 +165,7 @@ def list_files(root: Path) -> Listing:
                 if entry.is_symlink():
                     skipped["links to folders"].append(path)
                 else:
-                    folders.append(Path(entry.path))
+                    folders.append(entry.path)
             elif not entry.is_file() or (suffix != ".parquet" and suffix not in SUFFIXES):
                 skipped["other"].append(path)
             elif re.search("[\ud800-\udfff]", entry.path):  # bytes that are not text
@@ -186,9 +188,9 @@ class Place:
     kind: Literal["folder", "parquet", "hub"]
     root: str
     name: str
-    files: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list, compare=False)
     key: str = ""
-    listing: Listing | None = None
+    listing: Listing | None = field(default=None, compare=False)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -217,12 +219,12 @@ def locate(path: str) -> Place:
         kind: Literal["folder", "parquet"] = "folder" if listing.images else "parquet"
         return _place(kind, local, local.resolve().name or "images", listing.images or listing.tables, listing)
     if local.is_file():
-        if local.suffix != ".parquet":
+        if local.suffix.lower() != ".parquet":
             raise ValueError(f"data.path: {path} is a file; allowed: a folder, .parquet files, or a hub name")
         generic = re.fullmatch(r"(train|training|test|validation|val|data)", local.stem.lower())
         return _place("parquet", local.parent, local.parent.resolve().name if generic else local.stem, [local.name])
     if glob.has_magic(path):
-        found = sorted(p for p in glob.glob(str(local), recursive=True) if p.endswith(".parquet"))
+        found = sorted(p for p in glob.glob(str(local), recursive=True) if p.lower().endswith(".parquet"))
         if not found:
             raise ValueError(f"data.path: no .parquet file matches {path}")
         root = Path(os.path.commonpath([os.path.dirname(p) or "." for p in found]))
@@ -237,7 +239,7 @@ def _place(
 ) -> Place:
     digest = hashlib.sha256()
     for file in files:
-        about = os.stat(root / file)
+        about = os.stat(os.path.join(root, file))
         digest.update(f"{file}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
     return Place(kind, str(root), name, files, digest.hexdigest(), listing)
 

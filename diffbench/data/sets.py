@@ -177,8 +177,8 @@ def describe_sizes(data: ImageSet) -> str | None:
         hints.append(f"data.image_size={2 * side} keeps more detail")
     ratio = np.average(high / wide, weights=counts)
     alike = counts[abs(high / wide / ratio - 1) < 0.05].sum() / counts.sum()
-    if height == width and alike > 0.8 and abs(ratio - 1) > 0.1:
-        other = 8 * round(side * max(ratio, 1 / ratio) / 8)
+    other = 8 * round(side * max(ratio, 1 / ratio) / 8)
+    if height == width and alike > 0.8 and abs(ratio - 1) > 0.1 and other > side:
         sides = f"{other},{side}" if ratio > 1 else f"{side},{other}"
         hints.append(f"data.image_size=[{sides}] crops less")
     return "; ".join([line, *hints])

@@ -96,6 +96,9 @@ def hold_out(labels: np.ndarray, count: int | None) -> np.ndarray:
 
 
 def training_split(there: list[str], wanted: str | None) -> str:
+    """The split to train on, of those that are there; `wanted` may be another word for it, as valid for validation."""
+    if wanted is not None and wanted not in there and (word := split_name(wanted)) in there:
+        wanted = word
     if wanted is not None and wanted not in there:
         raise ValueError(f"data.split: no split {wanted!r}; choose from {', '.join(there)}{suggest(wanted, there)}")
     if wanted is None and "train" not in there and len(there) > 1:
@@ -107,8 +110,16 @@ def split_word(name: str) -> str | None:
     """The split that a folder's or file's name stands for, in the library's words: train, training_set, val-2, ..."""
     from datasets.data_files import SPLIT_KEYWORDS
 
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((str(split) for split, keys in SPLIT_KEYWORDS.items() if set(keys) & set(words)), None)
+    return next((str(split) for split, keys in SPLIT_KEYWORDS.items() if set(keys) & _words(name)), None)
+
+
+def split_name(name: str) -> str | None:
+    """As `split_word`, for a name that is that word and nothing else."""
+    return split_word(name) if name.isalpha() else None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.lower()))
 
 
 def by_number(names: Iterable[str]) -> list[str]:
@@ -126,6 +137,8 @@ def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split],
     named = [name for name, word in words.items() if word]
     files: dict[str, list[str]] = {}
     if "train" in words.values() and len(named) == len(top):
+        if config.labels:
+            _check_merged(root, named)
         for name, found in top.items():
             files.setdefault(words[name] or "train", []).extend(found)
     elif len({words[name] for name in named}) > 1:
@@ -139,7 +152,10 @@ def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split],
         files["train"] = place.files
     depth = int(len(named) == len(top) and "train" in words.values())
     train = training_split(list(files), config.split)
-    given = {split: _classes(root, found, depth) if config.labels else [] for split, found in files.items()}
+    given = {
+        split: _classes(root, found, depth, least=1 + (split == train)) if config.labels else []
+        for split, found in files.items()
+    }
     names = by_number(set(given[train]))
     number = {name: i for i, name in enumerate(names)}
     splits = {}
@@ -150,8 +166,20 @@ def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split],
     return splits, names
 
 
-def _classes(root: Path, files: list[str], depth: int) -> list[str]:
-    """The class of each file: its folder below the split's; none where all lie in one folder."""
+def _check_merged(root: Path, folders: list[str]) -> None:
+    """Refuse folders of one split that may be classes: they differ in other words, as freight-train and train."""
+    for split in ("train", *HELD_OUT_SPLITS):
+        alike = [name for name in folders if split_word(name) == split]
+        others = {frozenset(word for word in _words(name) if split_word(word) is None) for name in alike}
+        if len(others) > 1:
+            raise ValueError(
+                f"data.path: {root}: {some(alike)} all look like split {split}; make one folder of them, or, where they"
+                f" are classes, rename them without that word"
+            )
+
+
+def _classes(root: Path, files: list[str], depth: int, least: int) -> list[str]:
+    """The class of each file: its folder below the split's; none where there are fewer folders than `least`."""
     inner = [file.split(os.sep)[depth:] for file in files]
     folders = by_number({parts[0] for parts in inner if len(parts) > 1})
     loose = [file for file, parts in zip(files, inner, strict=True) if len(parts) == 1]
@@ -167,4 +195,4 @@ def _classes(root: Path, files: list[str], depth: int) -> list[str]:
             f"data.path: {here}: all images lie in {folders[0]}; for its folders ({some(by_number(below))}) as"
             f" classes choose data.path={here / folders[0]}, or set data.labels=false to train without classes"
         )
-    return [parts[0] for parts in inner] if len(folders) > 1 else []
+    return [parts[0] for parts in inner] if len(folders) >= least else []

@@ -18,10 +18,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from diffbench.core.errors import suggest
 from diffbench.data.batches import IMAGE_NAMES, LABEL_NAMES
 from diffbench.data.places import ImagesConfig, Place
-from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, by_number, split_word, training_split
+from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, by_number, split_name, split_word, training_split
 
 READ_AHEAD = 256
 """Rows that are in memory at once, encoded."""
+UNREADABLE = (ValueError, OSError, NotImplementedError)
+"""Errors of damaged pages, and of columns that hold something else."""
 
 
 def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], list[str]]:
@@ -44,10 +46,16 @@ def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], 
     for split in dict.fromkeys((train, *HELD_OUT_SPLITS)):
         if split in data and column in _features(data[split]):
             batches = data[split].select_columns([column]).iter(batch_size=8192)
-            given[split] = [value for batch in batches for value in batch[column]]
+            try:
+                given[split] = [value for batch in batches for value in batch[column]]
+            except UNREADABLE as e:
+                where = f"column {column!r} of split {split} of {place.root}"
+                raise ValueError(f"data.path: cannot read {where} ({_line(e)})") from None
     known = {} if column is None else _numbers(column, features[column], given[train])
     splits = {}
     for split, rows in data.items():
+        if image not in (columns := _features(rows)):
+            raise ValueError(f"data.image_column: split {split} has no column {image!r}, only {', '.join(columns)}")
         labels = None
         if known:
             labels = np.array([known.get(v, -1) for v in given.get(split, [None] * totals[split])], np.int64)
@@ -73,13 +81,16 @@ def _open_tables(place: Place, subset: str | None) -> tuple[dict[str, Any], dict
         print(f"data.path: {os.getcwd()} holds no {place.root}; taken as a name on the Hugging Face hub")
         _offline_where_cut_off(place.root)
         try:
-            data = dict(datasets.load_dataset(place.root, name=subset))
+            found = dict(datasets.load_dataset(place.root, name=subset))
         except Exception as e:  # offline, no such name, a bad answer: the library raises many kinds
-            why = " ".join(str(e).split())[:200]
             raise ValueError(
                 f"data.path: {place.root} is not a file or folder in {os.getcwd()}, nor a hub name that can be"
-                f" loaded ({why}); to fetch it where the network is: hf download {place.root} --repo-type dataset"
+                f" loaded ({_line(e)}); to fetch it where the network is: hf download {place.root} --repo-type dataset"
             ) from None
+        data: dict[str, Any] = {}
+        for name, rows in found.items():  # valid, val and dev mean validation, where there is no other
+            word = split_name(name)
+            data[name if word is None or word in found or word in data else word] = rows
         return data, {split: len(rows) for split, rows in data.items()}
     paths: dict[str, list[str]] = {}
     totals: Counter[str] = Counter()
@@ -87,12 +98,23 @@ def _open_tables(place: Place, subset: str | None) -> tuple[dict[str, Any], dict
         named = [word for part in reversed(Path(file).with_suffix("").parts) if (word := split_word(part))]
         split, path = named[0] if named else "train", os.path.join(place.root, file)
         try:
-            totals[split] += int(pq.read_metadata(path).num_rows)
+            rows = int(pq.read_metadata(path).num_rows)
         except (ValueError, OSError) as e:
-            why = " ".join(str(e).split())[:200]
-            raise ValueError(f"data.path: {path}: not a readable parquet file ({why})") from None
-        paths.setdefault(split, []).append(glob.escape(path))  # the library reads patterns
-    return dict(datasets.load_dataset("parquet", data_files=paths, streaming=True)), dict(totals)
+            raise ValueError(f"data.path: {path}: not a readable parquet file ({_line(e)})") from None
+        if rows:  # the library cannot read a file without
+            totals[split] += rows
+            paths.setdefault(split, []).append(glob.escape(path))  # the library reads patterns
+    if not paths:
+        raise ValueError(f"data.path: no row in {place.root}")
+    opened = {  # one by one, as the library gives all splits the columns of the first
+        split: datasets.load_dataset("parquet", data_files={split: files}, streaming=True)[split]
+        for split, files in paths.items()
+    }
+    return opened, dict(totals)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _features(data: Any) -> dict[str, Any]:
@@ -130,9 +152,8 @@ def _read_table(data: Any, column: str, split: str, base: Path | None) -> Iterat
             for value in batch[column]:
                 yield _item(value, f"row {row} of split {split}", base)
                 row += 1
-    except (ValueError, OSError) as e:
-        why = " ".join(str(e).split())[:200]
-        raise ValueError(f"data.path: cannot read split {split} from row {row:,} on ({why})") from None
+    except UNREADABLE as e:
+        raise ValueError(f"data.path: cannot read split {split} from row {row:,} on ({_line(e)})") from None
 
 
 def _item(value: Any, name: str, base: Path | None) -> Item:

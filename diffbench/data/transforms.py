@@ -101,6 +101,8 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
             raise BrokenError("pixels of more than 16 bits")
+        if image.mode == "I" and 1 < levels.max() < 256:  # 8 bits, kept in 32
+            raise BrokenError(f"pixels in 0..{levels.max()} that are kept in more than 8 bits would become black")
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise BrokenError("floating-point pixels, whose range is unknown")

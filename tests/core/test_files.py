@@ -1,5 +1,6 @@
 """The cache folder, and files that are made once."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
-from diffbench.core.files import cache_folder, cached, write_text
+from diffbench.core.files import cache_folder, cached, locked, write_text
 
 
 def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +31,21 @@ def test_a_user_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     assert cache_folder() == Path("/x/diffbench")
     monkeypatch.setenv("DIFFBENCH_CACHE", "/y")
     assert cache_folder() == Path("/y")
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("DIFFBENCH_CACHE", "~/y")
+    assert cache_folder() == Path("/h/y")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with (
+        pytest.raises(UserError, match=r"/\.lock: no lock can be held here \(No locks available\); choose another"),
+        locked(tmp_path),
+    ):
+        pass
 
 
 def test_a_file_is_made_once_by_many_processes(tmp_path: Path) -> None:

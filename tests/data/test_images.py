@@ -156,6 +156,16 @@ def test_changed_files_are_decoded_anew(tmp_path: Path) -> None:
     (root / "new.png").write_bytes(png(pixels(99)))
     assert load(root)[0].fingerprint() != before
     assert len(list(tmp_path.glob("cache/images/*"))) == 2
+    deep = folder(tmp_path / "deep", {"train/cat": 5, "train/dog": 5})
+    load(deep)
+    (deep / "train" / "cat" / "005.png").write_bytes(png(pixels(99)))
+    train, held_out = load(deep)
+    assert len(train) + len(held_out) == 11
+    (deep / "train" / "cat" / "005.png").write_bytes(png(pixels(98)))
+    assert 98 in [number for part in load(deep) for number in numbers(part)]
+    for first in (0, 10):
+        train, held_out = load(table(tmp_path / "a.PARQUET", [first, first + 1]))
+        assert sorted(numbers(train) + numbers(held_out)) == [first, first + 1]
 
 
 def test_a_jpeg_copy_is_never_called_cifar10(tmp_path: Path) -> None:
@@ -232,6 +242,21 @@ def test_a_hub_name_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.Monkey
     again, _ = load("someone/animals", subset="small", flip=True)
     assert again.fingerprint() == train.fingerprint()
     assert calls == [("someone/animals", "small")]
+
+
+@pytest.mark.parametrize("word", ["valid", "dev", "validation"])
+def test_a_held_out_split_of_the_hub_has_other_names(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub(monkeypatch, {"train": [0, 1, 2], word: [3, 4, 6], "train_more": [5]})
+    train, held_out = load("someone/animals")
+    assert (numbers(train), numbers(held_out)) == ([0, 1, 2], [3, 4, 6])
+    assert len(load("someone/animals", split=word)[0]) == 2
+    hub(monkeypatch, {"train": [0, 1, 2], "val": [3, 4], "validation": [5]})
+    assert numbers(load("someone/other")[1]) == [5]
+    with pytest.raises(ValueError, match=r"^data\.split: no split 'x'; choose from train, val, validation"):
+        load("someone/other", split="x")
 
 
 def test_cifar10_is_fetched_only_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

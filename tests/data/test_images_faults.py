@@ -154,6 +154,43 @@ def test_damage_is_named_and_mended(name: str, how: str, tmp_path: Path, capsys:
         assert f"warning: {kept / name}: damaged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("how", ["flip", "cut", "empty", "object"])
+def test_a_damaged_file_of_an_unfinished_cache_is_made_again(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "CHUNK_BYTES", 600)
+    root = folder(tmp_path / "flat", {"": 20})
+    add = store.Filling.add
+
+    def stop(filling: Any, chunk: store.Chunk, *rest: Any) -> None:
+        if chunk.number == 3:
+            raise KeyboardInterrupt
+        add(filling, chunk, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store.Filling, "add", stop)
+        load(root)
+    chunks = sorted(tmp_path.glob("cache/images/*/train/chunk-*.json"))
+    assert len(chunks) == 3
+    chunks[1].write_text("{}") if how == "object" else damage(chunks[1], how)
+    train, held_out = load(root)
+    assert sorted(numbers(train) + numbers(held_out)) == list(range(20))
+
+
+def test_a_damaged_page_of_labels_is_named(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path = table(tmp_path / "train.parquet", [0, 1, 2], label=[0, 1, 0])
+    columns = pq.read_metadata(path).row_group(0)
+    label = columns.column(columns.num_columns - 1)
+    data, first = bytearray(path.read_bytes()), label.dictionary_page_offset
+    for i in range(first, first + label.total_compressed_size):
+        data[i] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^data\.path: cannot read column 'label' of split train of {tmp_path} \("):
+        load(path)
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
     import resource
 

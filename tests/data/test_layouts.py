@@ -5,6 +5,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from own_images import folder, load, numbers, pixels, png, table
 
@@ -102,6 +104,57 @@ def test_an_unknown_class_of_the_held_out_split_is_named(tmp_path: Path) -> None
     )
 
 
+def test_a_held_out_split_of_one_class_counts_and_one_of_unknown_classes_does_not(tmp_path: Path) -> None:
+    _, held_out = load(folder(tmp_path / "a", {"train/cat": 5, "train/dog": 5, "test/dog": 2}))
+    assert (held_out.origin, held_out.labels.tolist()) == ("split test", [1, 1])
+    _, held_out = load(folder(tmp_path / "b", {"train/cat": 5, "train/dog": 5, "test/unknown": 2}))
+    assert held_out.origin == "of split train, by class, as no image of split test has a class"
+    train, held_out = load(folder(tmp_path / "c", {"train": 5, "test/cat": 2}))
+    assert (train.num_classes, held_out.origin, len(held_out)) == (0, "split test", 2)
+
+
+def test_folders_of_one_split_are_parts_of_it_or_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "a", {"train-1": 3, "train-2": 4, "val": 2})
+    assert [len(part) for part in load(root)] == [7, 2]
+    root = folder(tmp_path / "b", {"freight-train": 10, "steam-train": 10})
+    assert refusal(root) == (
+        f"data.path: {root}: freight-train, steam-train all look like split train; make one folder of them, or, where"
+        " they are classes, rename them without that word"
+    )
+    assert len(load(root, labels=False)[0]) == 18
+
+
+def typed(path: Path, count: int) -> None:
+    """A table as the library writes it: images, and classes with names."""
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["pear", "apple", "fig"]))
+    rows = [{"bytes": png(pixels(i)), "path": f"{i}.png"} for i in range(count)]
+    labels = [i % 3 for i in range(count)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict({"img": rows, "label": labels}, features=features).to_parquet(path)
+
+
+def test_each_split_of_tables_has_columns_of_its_own(tmp_path: Path) -> None:
+    typed(tmp_path / "a" / "train.parquet", 9)
+    rows = [{"bytes": png(pixels(i)), "path": None} for i in (10, 11)]
+    pq.write_table(pa.table({"img": rows, "label": [1, 0]}), tmp_path / "a" / "test.parquet")
+    train, held_out = load(tmp_path / "a")
+    assert train.class_names == ("pear", "apple", "fig") and held_out.labels.tolist() == [1, 0]
+    table(tmp_path / "b" / "train.parquet", [0, 1, 2], label=[0, 1, 0], more=[1, 2, 3])
+    table(tmp_path / "b" / "test.parquet", [3])
+    table(tmp_path / "b" / "validation.parquet", [4], label=[1])
+    train, held_out = load(tmp_path / "b")
+    assert (numbers(train), numbers(held_out), held_out.origin) == ([0, 1, 2], [4], "split validation")
+    pq.write_table(pa.table({"image": rows}), tmp_path / "b" / "test.parquet")
+    assert refusal(tmp_path / "b") == "data.image_column: split test has no column 'img', only image"
+
+
+def test_a_table_without_rows_is_passed_over(tmp_path: Path) -> None:
+    table(tmp_path / "train.parquet", [0, 1, 2], label=[0, 1, 0])
+    table(tmp_path / "test.parquet", [], label=pa.array([], pa.int64()))
+    assert load(tmp_path)[1].origin == "of split train, by class"
+    assert refusal(tmp_path / "test.parquet") == f"data.path: no row in {tmp_path}"
+
+
 def test_numbered_classes_sort_by_number(tmp_path: Path) -> None:
     train, _ = load(folder(tmp_path / "a", {str(i): 2 for i in range(12)}), held_out=3)
     assert train.class_names == tuple(str(i) for i in range(12))
@@ -112,9 +165,7 @@ def test_numbered_classes_sort_by_number(tmp_path: Path) -> None:
 
 
 def test_names_of_classes_come_from_the_tables_features(tmp_path: Path) -> None:
-    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["pear", "apple", "fig"]))
-    rows = {"img": [{"bytes": png(pixels(i)), "path": None} for i in range(9)], "label": [i % 3 for i in range(9)]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    typed(tmp_path / "train.parquet", 9)
     train, _ = load(tmp_path / "train.parquet", held_out=3)
     assert train.class_names == ("pear", "apple", "fig")
     assert [n % 3 for n in numbers(train)] == train.labels.tolist()

@@ -62,6 +62,10 @@ def test_hidden_folders_do_not_count_in_either(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == line + "\n"
     assert sum(map(len, own_images.load(root))) == 20
     assert capsys.readouterr().out.startswith(line + "\n")
+    own_images.table(tmp_path / "p" / "train.parquet", [0, 1, 2])
+    own_images.table(tmp_path / "p" / "test.parquet", [3])
+    own_images.load(tmp_path / "p")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'p'}: 2 parquet files\n")
 
 
 def test_links_are_followed_or_refused_alike(tmp_path: Path) -> None:

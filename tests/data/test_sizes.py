@@ -65,6 +65,12 @@ def test_images_are_cropped_to_height_and_width(tmp_path: Path) -> None:
             "100 to 200 high and 100 to 200 wide, most often 100x200; brought to 32x32, 2 of 2 cropped at the centre"
             " (up to 50% of an image); data.image_size=64 keeps more detail",
         ),
+        (
+            {"50x40": 4},
+            (16, 16),
+            "all 50x40; brought to 16x16, 4 of 4 cropped at the centre (up to 20% of an image); data.image_size=32"
+            " keeps more detail",
+        ),
         ({"96x80": 4}, (48, 40), "all 96x80; brought to 48x40; data.image_size=80 keeps more detail"),
     ],
 )

@@ -112,8 +112,9 @@ PNG = encoded(noise(64, 64, 3))
         (PNG[:100] + bytes([PNG[100] ^ 4]) + PNG[101:], "bad header checksum"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),  # would start a program
         (encoded(np.ones((4, 4), np.float32), "TIFF"), "floating-point"),
+        (encoded(np.full((4, 4), 200, np.int32), "TIFF"), r"pixels in 0\.\.200 .* would become black"),
     ],
-    ids=["empty", "text", "half a JPEG", "half a PNG", "a flipped bit", "PostScript", "floats"],
+    ids=["empty", "text", "half a JPEG", "half a PNG", "a flipped bit", "PostScript", "floats", "8 bits in 32"],
 )
 def test_what_gives_no_pixels_is_broken(data: bytes, text: str) -> None:
     with pytest.raises(BrokenError, match=text):
