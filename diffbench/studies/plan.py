@@ -146,6 +146,11 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
         if differs := protocol_difference(flatten(to_dict(one.config)), flatten(to_dict(other.config)), keys):
             apart = f"{one.name} and {other.name} cannot stand in one report: {differs}"
             raise UserError(f"{path}: axes: {apart}; write a study for each")
+    names: set[str] = set()
+    for network in found:
+        if (name := file_name(network.name)) in names:
+            raise UserError(f"{path}: axes: two networks are called {network.name!r}; name the values of axes apart")
+        names.add(name)
     return found
 
 
@@ -187,14 +192,15 @@ def training_variant(
     rungs = [
         (max(1, round(n / batch)) * batch, study.stop.text(r)) for n, r in zip(lengths, study.stop.rungs, strict=True)
     ]
+    name = _name(study, same)
+    if len(dict(rungs)) < len(rungs):
+        images = ", ".join(f"{n:,}" for n, _ in rungs)
+        raise UserError(f"{path}: stop.{study.stop.unit}: is {images} images for {name}; set budgets farther apart")
     for variant in same:
         evaluated(config, variant.sampled, str(path))  # what cannot be sampled is found now
-    axes = [axis for axis in study.axes if len({v.at[axis] for v in same}) == 1]
-    experiment = experiment_of(study, first)
-    name = first.name if len(same) == 1 else ", ".join(first.at[axis] for axis in axes) or experiment.stem
     return TrainingVariant(
         name,
-        experiment,
+        experiment_of(study, first),
         config,
         cost,
         over,
@@ -203,6 +209,15 @@ def training_variant(
         rungs,
         study.stop.cooldown if len(rungs) > 1 else None,
     )
+
+
+def _name(study: StudyConfig, same: list[Variant]) -> str:
+    """The labels that variants of one network share; the first one's name where others share these labels too."""
+    first = same[0]
+    at = {axis: label for axis, label in first.at.items() if len({v.at[axis] for v in same}) == 1}
+    if len(same) == 1 or sum(at.items() <= v.at.items() for v in variants(study)) > len(same):
+        return first.name
+    return ", ".join(at.values()) or experiment_of(study, first).stem
 
 
 def experiment_of(study: StudyConfig, variant: Variant) -> Path:

@@ -68,6 +68,26 @@ def test_a_cooldown_is_the_last_share_of_each_budget(tmp_path: Path) -> None:
     assert load_study("experiments/studies/backbones.yaml", ["stop.cooldown=0.1"]).stop.rungs[0] == 4e11
 
 
+def test_networks_have_names_of_their_own_where_an_axis_mixes_training_and_sampling() -> None:
+    def names(**axes: Any) -> list[str]:
+        study, path = planned("dit-blocks", axes=axes, baseline=None)
+        found = training_variants(study, path, {}, lambda config: 1.0)
+        assert len({trial.slug for trial in planned_trials(study, found)}) == len(found) * len(study.seeds)
+        return [network.name for network in found]
+
+    guided: dict[str, Any] = {"sample.guidance": 2.0}
+    deep: dict[str, Any] = {"denoiser.depth": 2}
+    recipes = {"plain": {}, "guided": guided, "deep": deep, "deep guided": deep | guided}
+    assert names(recipe=recipes) == ["plain", "deep"]
+    assert names(recipe={"dit": guided, "plain": {}, "deep": deep}) == ["dit", "deep"]
+    both = names(**{"net": {"a": {}, "b": guided, "c": deep}, "sample.steps": ["5", "10"]})
+    assert both == ["a, steps=5", "c"]
+    narrow, wide = ({"denoiser.hidden_size": n} for n in (32, 48))
+    said = "axes: two networks are called 'a, b'; name the values of axes apart"
+    with pytest.raises(UserError, match=said):
+        names(x={"a": {}, "b": wide}, y={"a": narrow, "b": deep}, z={"a": {}, "b": deep})
+
+
 def test_seconds_become_images_by_the_measured_rate() -> None:
     study, path = planned("window", stop=StopConfig(seconds=12.0), jobs=1)
     rates = {2: 640.0, 4: 320.0, 8: 64.0}
