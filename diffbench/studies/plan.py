@@ -1,7 +1,6 @@
 """The plan of a study: every run that it trains, with its resolved config, and every evaluation of it."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,11 +181,8 @@ def training_variant(
     one = {"images": 1.0, "flops": 1 / cost.training_flops(1), "seconds": 0.0}[study.stop.unit] or rate(config)
     lengths = [max(1, round(rung * one)) for rung in study.stop.rungs]
     changes = merge(nested(study.set), {k: v for k, v in first.trained.items() if k != EXPERIMENT})
-    config = stopped(config, lengths[-1], merge(changes, nested(chosen)))
-    if len(lengths) > 1:  # no rung may lie on the slope of a rate that decays towards another
-        ramp = min(config.optimizer.warmup_images, lengths[0] // 10)
-        config = replace(config, optimizer=replace(config.optimizer, decay_images=None, warmup_images=ramp))
-    elif study.stop.cooldown is not None:
+    config = stopped(config, lengths, merge(changes, nested(chosen)))
+    if len(lengths) == 1 and study.stop.cooldown is not None:
         config = cooled(config, study.stop.cooldown)
     batch = config.trainer.batch_size
     rungs = [
@@ -253,20 +249,28 @@ def target_size(study: StudyConfig, path: Path) -> float | None:
     return size_of(config, build.load_data(config)[0], study.match.by)
 
 
-def stopped(config: RunConfig, images: int, given: dict[str, Any]) -> RunConfig:
-    """The config with this many images, its schedule and cadence brought to that length where nothing else is given."""
-    t, o = config.trainer, config.optimizer
-    steps = max(1, round(images / t.batch_size))
+def stopped(config: RunConfig, lengths: Sequence[int], given: dict[str, Any], share: float = 1.0) -> RunConfig:
+    """The config with the last of these images, its schedule and cadence brought to that length, but for what is given.
+
+    With several lengths its rate is constant: none may lie on the slope of a rate that decays towards another. `share`
+    is the part of a given schedule that the length stands for.
+    """
+    t, o, kept = config.trainer, config.optimizer, given.get("optimizer", {})
+    steps = max(1, round(lengths[-1] / t.batch_size))
     images = steps * t.batch_size
     every = {"validate_images": 8, "checkpoint_images": 2, "sample_images": 1, "log_images": 40}
     cadence: dict[str, Any] = {
         k: max(t.batch_size, images // n) for k, n in every.items() if k not in given.get("trainer", {})
     }
-    decay: int | list[int] | None = images if o.decay_images is not None else None
-    if isinstance(o.decay_images, list):
-        begin, end = o.decay_images
-        decay = [round(images * begin / end), images]
-    ramp = min(o.warmup_images, images // 10)
+    decay, ramp = o.decay_images, min(o.warmup_images, (images if len(lengths) == 1 else lengths[0]) // 10)
+    if len(lengths) > 1 or decay is None:
+        decay = None
+    elif "decay_images" in kept:
+        decay = [round(share * n) for n in decay] if isinstance(decay, list) else round(share * decay)
+    else:
+        decay = [round(images * decay[0] / decay[1]), images] if isinstance(decay, list) else images
+    if "warmup_images" in kept:
+        ramp = round(share * o.warmup_images)
     return replace(
         config,
         trainer=replace(t, max_images=images, **cadence),
@@ -296,24 +300,6 @@ def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunCon
     changed = from_layers([("config", to_dict(config)), (origin, changes)])
     assert isinstance(changed, RunConfig)
     return changed
-
-
-def equal_by_construction(found: list[TrainingVariant]) -> list[str]:
-    """A sentence for each group of variants that cannot differ: one config, or averages that a cap makes one."""
-    groups: dict[str, list[str]] = {}
-    for variant in found:
-        c = variant.config
-        for name, changes in variant.evaluations.items():
-            average = changes.get(AVERAGE, c.ema.decays[0])
-            # A cap only rises: averages that it holds at the last update have had the same decays all along.
-            last = c.ema.decay_at(c.trainer.max_steps - 1, average)
-            values = to_dict(evaluated(c, changes, "study")) | {"ema": last, "average": last}
-            groups.setdefault(json.dumps(values, sort_keys=True), []).append(name)
-    return [
-        f"{', '.join(names)}: the same by construction (one config, or averages whose decays a warm-up caps alike)"
-        for names in groups.values()
-        if len(names) > 1
-    ]
 
 
 def planned_trials(study: StudyConfig, found: list[TrainingVariant]) -> list[PlannedTrial]:

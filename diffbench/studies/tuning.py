@@ -141,7 +141,8 @@ def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> 
     for (label, variant), tried in itertools.product(first.items(), _combinations(grid)):
         found = training_variant(study, path, [variant], {label: tried}, target, rate)
         images = round(tune.share * found.config.trainer.max_images)
-        config = replace(stopped(found.config, images, nested(study.set)), seed=tune.seed)
+        given = merge(merge(nested(study.set), variant.trained), nested(tried))
+        config = replace(stopped(found.config, [images], given, tune.share), seed=tune.seed)
         if study.stop.cooldown is not None:
             config = cooled(config, study.stop.cooldown)
         found = replace(found, config=config, evaluations={}, rungs=[], cooldown=None)

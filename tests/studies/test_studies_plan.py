@@ -17,7 +17,8 @@ from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, TuneConfig, load_study, variants
 from diffbench.studies.matching import size_of, sized
-from diffbench.studies.plan import equal_by_construction, evaluated, planned_trials, training_variants
+from diffbench.studies.notes import equal_by_construction
+from diffbench.studies.plan import evaluated, planned_trials, training_variants
 from diffbench.studies.trials import TrialFile
 from diffbench.studies.tuning import extended, tuning_so_far
 from diffbench.training.diffusion import DiffusionModule
@@ -86,6 +87,36 @@ def test_networks_have_names_of_their_own_where_an_axis_mixes_training_and_sampl
     said = "axes: two networks are called 'a, b'; name the values of axes apart"
     with pytest.raises(UserError, match=said):
         names(x={"a": {}, "b": wide}, y={"a": narrow, "b": deep}, z={"a": {}, "b": deep})
+
+
+def test_a_schedule_that_is_given_is_kept() -> None:
+    def schedules(**changes: Any) -> list[tuple[object, object]]:
+        study, path = planned("window", baseline=None, **changes)
+        found = [v.config.optimizer for v in training_variants(study, path, {}, lambda config: 1.0)]
+        tuned = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).trials
+        return [(o.warmup_images, o.decay_images) for o in [*found, *(t.config.optimizer for t in tuned)]]
+
+    one = {"net": {"net": {}}}
+    given = {"optimizer.warmup_images": 20_480, "optimizer.decay_images": 25_600}
+    half = TuneConfig("net", {"optimizer.warmup_images": [1_000, 10_000]}, share=0.5)
+    assert schedules(set=given, axes=one) == [(20_480, 25_600)]
+    assert schedules(axes={"optimizer.warmup_images": [0, 20_480]}) == [(0, 51_200), (20_480, 51_200)]
+    assert schedules(axes=one, tune=half) == [(5_120, 51_200), (500, 25_600), (5_000, 25_600)]
+    assert schedules(axes=one, set={"optimizer.decay_images": [20_000, 30_000]}, tune=half)[1:] == [
+        (500, [10_000, 15_000]),
+        (5_000, [10_000, 15_000]),
+    ]
+
+
+def test_a_ramp_that_is_given_stays_in_a_ladder_and_two_budgets_are_not_one_length() -> None:
+    ladder = StopConfig(images=[25_600, 51_200])
+    study, path = planned("window", stop=ladder, set={"optimizer.warmup_images": 20_480})
+    (first, *_) = training_variants(study, path, {}, lambda config: 1.0)
+    assert (first.config.optimizer.warmup_images, first.config.optimizer.decay_images) == (20_480, None)
+    study, path = planned("window", stop=StopConfig(images=[64, 65]))
+    said = r"window.yaml: stop.images: is 64, 64 images for window=2; set budgets farther apart"
+    with pytest.raises(UserError, match=said):
+        training_variants(study, path, {}, lambda config: 1.0)
 
 
 def test_seconds_become_images_by_the_measured_rate() -> None:
