@@ -289,13 +289,15 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """
     stack = [*read_chain(Path(path)), (COMMAND_LINE, parse_overrides(overrides))]
     merged: dict[str, Any] = {}
-    for _, values in stack:
-        stop, base = values.get("stop"), merged.get("stop")
-        if isinstance(stop, dict) and isinstance(base, dict) and any(key in stop for key in BUDGETS):
-            # Another budget takes the place of the base's, it does not stand beside it.
-            merged["stop"] = {key: value for key, value in base.items() if key not in BUDGETS}
-        merged = merge(merged, values)
     with located(stack):
+        for _, values in stack:
+            stop, base = values.get("stop"), merged.get("stop")
+            if isinstance(stop, dict) and isinstance(base, dict) and any(key in stop for key in BUDGETS):
+                # Another budget takes the place of the base's, it does not stand beside it.
+                merged["stop"] = {key: value for key, value in base.items() if key not in BUDGETS}
+            if isinstance(values.get("set"), dict):
+                values = values | {"set": nested(values["set"])}
+            merged = merge(merged, values)
         if merged.get("kind") != "study":
             raise ValueError(f"kind: must be study, got {shown(merged.get('kind'))}")
         hints: dict[str, type] = {"stop": StopConfig, "match": MatchConfig}

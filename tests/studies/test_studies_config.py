@@ -38,6 +38,13 @@ def test_a_later_budget_takes_the_place_of_an_earlier_one(tmp_path: Path) -> Non
     assert (study.stop.images, study.stop.flops, study.seeds) == (None, 1e9, [7])
 
 
+def test_dotted_keys_of_a_base_are_overridden_by_nested_ones(tmp_path: Path) -> None:
+    base = written(tmp_path, set={"sample.steps": "50", "sample.guidance": 1.0})
+    assert load_study(base, ["set.sample.steps=20"]).set == {"sample": {"steps": 20, "guidance": 1.0}}
+    (tmp_path / "child.yaml").write_text("base: study.yaml\nset: {sample: {steps: '20'}}\n")
+    assert load_study(tmp_path / "child.yaml").set == {"sample": {"steps": "20", "guidance": 1.0}}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
