@@ -104,11 +104,13 @@ def _tuning_note(study: StudyConfig, found: Sequence[TrainingVariant], tuning: T
         if any(len(values) > 2 and c.get(key) in (values[0], values[-1]) for key, values in tuning.grid.items())
     ]
     at_edge = f" Still at an edge, where more might be gained: {', '.join(edges)}." if edges else ""
+    failed = "; ".join(f"{label} ({', '.join(keys)})" for label, keys in tuning.failed.items())
+    untuned = f" Not tuned, since every try failed: {failed}." if failed else ""
     sampling = f", of sampling by {study.primary}," if any(map(is_sampled, tuning.grid)) else ""
     return (
         f"Each {study.tune.axis} was tuned alike: {grid}, by validation bound{sampling} with seed {study.tune.seed},"
         f" which is not reported, for {100 * study.tune.share:g}% of the length; that took {100 * cost:.0f}% of the"
-        f" training FLOPs of the reported runs.{grown} Chosen: {chosen}.{at_edge}"
+        f" training FLOPs of the reported runs.{grown} Chosen: {chosen or 'nothing'}.{untuned}{at_edge}"
     )
 
 

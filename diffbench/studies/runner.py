@@ -105,6 +105,8 @@ def run_study(
             found = planned()
         for label, values in tuning.chosen.items():
             print(f"tuning chose {', '.join(f'{k}={v}' for k, v in values.items())} for {label}", flush=True)
+        for label, keys in tuning.failed.items():
+            print(f"tuning failed for {label}, which keeps its {', '.join(keys)}", flush=True)
         trials = planned_trials(study, found)
         write_text(folder / "notes.json", json.dumps(notes_of(study, found, tuning), ensure_ascii=False) + "\n")
         kept = {trial.slug for trial in (*tuning.trials, *trials)}

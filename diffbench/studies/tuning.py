@@ -39,6 +39,12 @@ class Tuning:
     todo: list[PlannedTrial] = field(default_factory=list)
     """Trials that are not trained, or not scored, yet."""
 
+    @property
+    def failed(self) -> dict[str, list[str]]:
+        """Labels for which every try of some keys failed, with these keys, which stay as they are."""
+        left = {t.label: [key for key in self.grid if key not in self.chosen.get(t.label, {})] for t in self.trials}
+        return {label: keys for label, keys in left.items() if keys}
+
 
 def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> Tuning:
     """The grid's runs, extensions and choices, as the results in the study's folder allow."""

@@ -1,5 +1,6 @@
 """What a study plans: budgets, sizes, shared runs; every shipped study resolves and takes one step."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, TuneConfig, load_study, variants
 from diffbench.studies.matching import size_of, sized
-from diffbench.studies.notes import equal_by_construction
+from diffbench.studies.notes import equal_by_construction, notes_of
 from diffbench.studies.plan import evaluated, planned_trials, training_variants
 from diffbench.studies.trials import TrialFile
 from diffbench.studies.tuning import extended, tuning_so_far
@@ -117,6 +118,22 @@ def test_a_ramp_that_is_given_stays_in_a_ladder_and_two_budgets_are_not_one_leng
     said = r"window.yaml: stop.images: is 64, 64 images for window=2; set budgets farther apart"
     with pytest.raises(UserError, match=said):
         training_variants(study, path, {}, lambda config: 1.0)
+
+
+def test_what_could_not_be_tuned_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def points(file: TrialFile, primary: str) -> list[TriedPoint]:
+        label, tried = file.values["label"], file.values["tuning"]
+        return [TriedPoint(label, tried, "val/bound", math.inf if label == "b" else tried["optimizer.lr"])]
+
+    monkeypatch.setattr(TrialFile, "points", points)
+    axes = {"net": {"a": {}, "b": {"denoiser.window": 2}}}
+    tune = TuneConfig("net", {"optimizer.lr": [1e-3, 2e-3]})
+    study, path = planned("window", axes=axes, tune=tune, baseline=None)
+    tuning = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere"))
+    notes = notes_of(study, training_variants(study, path, tuning.chosen, lambda config: 1.0), tuning)
+    assert tuning.failed == {"b": ["optimizer.lr"]}
+    (note,) = (note for note in notes if "tuned alike" in note)
+    assert note.endswith("Chosen: a optimizer.lr=0.001. Not tuned, since every try failed: b (optimizer.lr).")
 
 
 def test_seconds_become_images_by_the_measured_rate() -> None:
