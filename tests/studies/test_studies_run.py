@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from made_runs import make_run, record
 
 from diffbench.cli import main
 from diffbench.evaluation import records
@@ -17,7 +18,7 @@ from diffbench.studies.comparison import comparison_of_study
 from diffbench.studies.config import load_study
 from diffbench.studies.plan import PlannedTrial
 from diffbench.studies.runner import folder_of_study, run_study
-from diffbench.studies.trials import TrialFile
+from diffbench.studies.trials import TrialFile, recipe_of
 
 TINY = {
     "kind": "study",
@@ -170,6 +171,19 @@ def test_a_part_of_a_changed_study_leaves_no_file_of_the_earlier_plan(
     assert [[(t.variant, t.images) for t in rung] for rung in found.rungs.values()] == 2 * [
         [("depth=1", 0), ("depth=2", 0)]
     ]
+
+
+def test_a_recipe_says_how_a_record_was_scored_where_its_run_says_otherwise(tmp_path: Path) -> None:
+    run = look(make_run(tmp_path / "dit", overrides=["evaluate.extractor=digits-cnn"]))
+
+    def scored(**changes: Any) -> dict[str, Any]:
+        return recipe_of(run, record(0.5, **changes), "dit")["evaluations"]["dit"]["evaluate"]
+
+    usual = {"count": 500, "reference": "same"}
+    assert scored() == usual
+    other = {"name": "random-cnn-abc", "asked": "random-cnn", "file": None}
+    more = {"extractor": other, "judge": {"run": "judge-s0", "accuracy": 0.9}, "fd_infinity/random-cnn@500": 0.4}
+    assert scored(**more) == usual | {"extractor": "random-cnn", "judge": "judge-s0", "infinity": True}
 
 
 def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
