@@ -58,8 +58,10 @@ class Trial:
 
     @property
     def images(self) -> int:
-        """Images that the weights in question have seen; 0 without a run."""
-        return self.at or (self.run.images_seen if self.run else 0)
+        """Images that the weights in question have seen so far."""
+        if self.run is None:
+            return 0 if self.status == "not begun" else self.at or 0
+        return min(self.at or self.run.images_seen, self.run.images_seen)
 
     @property
     def complete(self) -> bool:

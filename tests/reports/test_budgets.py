@@ -62,6 +62,12 @@ def test_networks_of_other_sizes_cross_where_both_have_spent_the_same(tmp_path: 
     assert found == {"64, 96": f"{text} [{text}, {text}]"}
 
 
+def test_a_rung_counts_the_images_that_its_run_has_come_to(tmp_path: Path) -> None:
+    run = look(make_run(tmp_path / "run", images=24_576))
+    assert [Trial("a", 0, "unfinished", run, at=at).images for at in (8192, 98_304, None)] == [8192, 24_576, 24_576]
+    assert [Trial("a", 0, status, at=98_304).images for status in ("complete", "not begun")] == [98_304, 0]
+
+
 def test_ranks_are_as_sure_as_the_seeds_that_they_come_from() -> None:
     ranks = np.array([[1, 2, 3, 4], [1, 2, 4, 3], [4, 3, 2, 1], [1, 1, 2, 2]])  # columns x variants
     (row, *_) = ladder.kendall(ranks[None])
