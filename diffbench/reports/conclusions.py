@@ -122,7 +122,7 @@ def conclude(comparison: Comparison) -> Conclusion:
         c.answer += f" Other measures disagree: {'; '.join(disputed)}."
         c.outcome = "disputed" if c.outcome == "winner" else c.outcome
     for budget, rung in comparison.rungs.items():
-        c.rungs[budget] = conclude(replace(comparison, trials=rung, rungs={}))
+        c.rungs[budget] = c if rung is trials else conclude(replace(comparison, trials=rung, rungs={}))
     if c.rungs:
         c.answer = f"At {list(c.rungs)[-1]}: {c.answer} {_at_each_rung(c)}"
     return c
@@ -143,8 +143,9 @@ def _at_each_rung(c: Conclusion) -> str:
     parts = []
     for budget, rung in c.rungs.items():
         if ranked := rung.ranked():
-            won = sum(x.winner == ranked[0] for x in rung.tests_of(ranked[0]).values())
-            parts.append(f"{ranked[0]} at {budget} (decided against {won} of {len(rung.variants) - 1})")
+            tests = rung.tests_of(ranked[0]).values()
+            won = sum(x.winner == ranked[0] for x in tests)
+            parts.append(f"{ranked[0]} at {budget} (decided against {won} of {len(tests)})")
     return f"The best by budget: {', '.join(parts)}." if parts else ""
 
 

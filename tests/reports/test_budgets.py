@@ -15,6 +15,7 @@ from diffbench.reports.results import Comparison, Trial
 from diffbench.runs.lifecycle import look
 
 BUDGETS = np.array([1e10, 3e10, 1e11, 3e11, 1e12])
+VALUES = {"a": 0.5, "b": 0.9, "c": 0.7}
 
 
 def test_a_fit_finds_the_law_with_an_interval_around_it() -> None:
@@ -66,6 +67,15 @@ def test_a_rung_counts_the_images_that_its_run_has_come_to(tmp_path: Path) -> No
     run = look(make_run(tmp_path / "run", images=24_576))
     assert [Trial("a", 0, "unfinished", run, at=at).images for at in (8192, 98_304, None)] == [8192, 24_576, 24_576]
     assert [Trial("a", 0, status, at=98_304).images for status in ("complete", "not begun")] == [98_304, 0]
+
+
+def test_the_best_at_a_budget_is_decided_against_those_that_it_was_tested_against() -> None:
+    made = [Trial(v, s, "complete", None, record(fd + s / 100, s)) for v, fd in VALUES.items() for s in range(3)]
+    early = [replace(t) for t in made]
+    asked = Comparison("Ladder", "Which?", made, primary="fd", baseline="b", rungs={"early": early, "late": made})
+    c = conclude(asked)
+    assert c.rungs["late"] is c and c.rungs["early"] is not c
+    assert c.answer.endswith("a at early (decided against 1 of 1), a at late (decided against 1 of 1).")
 
 
 def test_ranks_are_as_sure_as_the_seeds_that_they_come_from() -> None:
