@@ -253,7 +253,7 @@ def full_name(trials: Sequence[Trial], metric: str) -> str | None:
     """
     alike = (metric, "fid") if metric == "fd" else (metric,)
     names = (name for trial in trials for name in trial.values)
-    return next((name for name in names if name == metric or metric_of(name).name in alike), None)
+    return next((n for n in names if metric in (n, n.partition("@")[0]) or metric_of(n).name in alike), None)
 
 
 def by_seed(trials: Sequence[Trial], name: str) -> dict[int, float]:

@@ -60,6 +60,12 @@ def test_a_metric_needs_no_more_than_its_row(tmp_path: Path, monkeypatch: pytest
     assert "edge sharpness, stands first (higher is better)" in page.replace("\n", " ")
 
 
+def test_the_primary_metric_may_be_named_with_its_extractor() -> None:
+    trials = [Trial("a", 0, "complete", None, record(0.5))]
+    asked = (Comparison("Made", "Which?", trials, primary=name) for name in ("fd", "fd/digits-cnn", "fd/other"))
+    assert [conclude(one).name for one in asked] == ["fd/digits-cnn@500", "fd/digits-cnn@500", "fd/other"]
+
+
 def test_text_is_aligned_with_dashes_for_what_is_missing() -> None:
     rows = transposed([{"run": "a", "x": "1", "long name": "2"}, {"run": "b", "x": "30"}])
     assert as_text(rows) == "           a   b\n----------------\nx          1  30\nlong name  2   -"
