@@ -9,6 +9,7 @@ from made_runs import make_run, record, save_record
 from diffbench.cli import main
 from diffbench.metrics.registry import METRICS, Metric
 from diffbench.reports.conclusions import conclude
+from diffbench.reports.export import exported
 from diffbench.reports.html import render
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.runs import run_facts
@@ -58,6 +59,25 @@ def test_a_metric_needs_no_more_than_its_row(tmp_path: Path, monkeypatch: pytest
     page = render(conclude(Comparison("One", "How sharp?", trials, primary="sharpness")), [])
     assert "edge sharpness<small>sharpness/digits-cnn@500</small>" in page and "<li>Sharp.</li>" in page
     assert "edge sharpness, stands first (higher is better)" in page.replace("\n", " ")
+
+
+def test_a_dagger_marks_every_variant_that_is_not_shown_to_be_worse() -> None:
+    def marked(seeds: int, **asked: Any) -> list[str]:
+        means, noise = {"base": 1.0, "a": 0.7, "b": 0.71}, [0.05, -0.04, 0.03, -0.02, 0.01]
+        trials = [
+            Trial(v, s, "complete", None, record(mean + noise[(s + i) % 5], s))
+            for i, (v, mean) in enumerate(means.items())
+            for s in range(seeds)
+        ]
+        c = conclude(Comparison("Made", "Which?", trials, primary="fd", **asked))
+        assert c.ranked()[0] == "a"
+        table = [line.split(" | ") for line in exported(c, ".md").split("\n\n")[1].splitlines()]
+        (row,) = (line for line in table if line[0].startswith("| fd/"))
+        return [name for name, cell in zip(table[0], row, strict=True) if "†" in cell]
+
+    assert marked(5) == ["b"]
+    assert marked(5, baseline="base") == ["b"]  # no pair with it was tested
+    assert marked(1) == ["base", "b"]
 
 
 def test_the_primary_metric_may_be_named_with_its_extractor() -> None:
