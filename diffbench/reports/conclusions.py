@@ -216,17 +216,22 @@ def _answer(c: Conclusion) -> None:
         answer += f". {best} is better than {listed(won)}"
     if found["lost"]:
         answer += f". On the seeds that both have, {listed(found['lost'])} did better"
-    if found["undecided"]:
-        answer += f". Not decided against {listed(found['undecided'])}: fewer than {LEAST} shared seeds"
+    for why in dict.fromkeys(_undecided(against[v]) for v in found["undecided"]):
+        names = [v for v in found["undecided"] if _undecided(against[v]) == why]
+        answer += f". Not decided against {listed(names)}: {why}"
     c.answer = f"{answer}."
 
 
+def _undecided(x: PairedTest) -> str:
+    return f"fewer than {LEAST} shared seeds" if x.paired.finite else "a value is not finite"
+
+
 def _answer_against(c: Conclusion, base: str) -> None:
-    undecided = f"not decided (fewer than {LEAST} shared seeds)"
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "no difference found": [], undecided: []}
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "no difference found": []}
     for x in c.tests:
         if x.winner is None:
-            groups["no difference found" if x.verdict == "tie" else undecided].append(x.first)
+            what = "no difference found" if x.verdict == "tie" else f"not decided ({_undecided(x)})"
+            groups.setdefault(what, []).append(x.first)
         else:
             groups["better" if x.winner == x.first else "worse"].append(f"{x.first} (by {x.gap(c.name)})")
     if groups["better"] or groups["worse"]:

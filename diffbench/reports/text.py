@@ -53,7 +53,7 @@ def title_and_unit(name: str) -> str:
 def interval_text(pair: Paired, name: str) -> str:
     """The interval of a difference, "-0.0071 to -0.0045"; in words where there is none."""
     if pair.interval is None:
-        return f"none: {counted(pair.n, 'shared seed')}"
+        return f"none: {counted(pair.n, 'shared seed') if pair.finite else 'a value is not finite'}"
     return " to ".join(number(end, name, pair.half) for end in pair.interval)
 
 

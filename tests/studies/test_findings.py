@@ -1,5 +1,7 @@
 """Published claims held against results: known verdicts, claims that exist, a page that agrees with its CSV."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from diffbench.commands.findings import PAGE, as_text, page_text
 from diffbench.core.errors import UserError
 from diffbench.reports.conclusions import conclude
 from diffbench.reports.results import Comparison, Trial
-from diffbench.reports.tables import as_csv
+from diffbench.reports.tables import as_csv, pairs
 from diffbench.studies.comparison import comparison_of_csv, shipped
 from diffbench.studies.findings import Claim, findings, load_claims
 
@@ -77,6 +79,17 @@ def test_claims_are_confirmed_tied_and_refuted_and_a_curve_needs_both_ends() -> 
     assert (few.verdict, few.evidence[-24:]) == ("undecided", "; 2 seeds, 51,200 images")
     lines = as_text(found).split("\n")
     assert max(map(len, lines)) <= 80 and lines[2].startswith("confirmed  1 [s]")
+
+
+def test_a_value_that_is_not_a_number_is_read_back_as_one(tmp_path: Path) -> None:
+    made = results({"window=2": 1.0, "window=4": 2.0})
+    made.trials[0].record["fd/digits-cnn@500"] = math.nan  # type: ignore[index]
+    (tmp_path / "report.csv").write_text(as_csv(conclude(made)))
+    back = replace(comparison_of_csv(tmp_path / "report.csv", STUDIES / "window.yaml"), primary="fd", baseline=None)
+    c = conclude(back)
+    assert math.isnan(back.trials[0].values["fd/digits-cnn@500"]) and c.answer == conclude(made).answer
+    assert "Not decided against window=2: a value is not finite." in c.answer
+    assert pairs(c)[0]["interval"] == "none: a value is not finite"
 
 
 @pytest.mark.parametrize(("power", "verdict"), [(2.0, "confirmed"), (1.0, "tied"), (0.5, "refuted")])
