@@ -13,7 +13,7 @@ from diffbench.reports.export import exported
 from diffbench.reports.html import render
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.runs import run_facts
-from diffbench.reports.text import as_text, transposed
+from diffbench.reports.text import as_text, markdown, transposed
 from diffbench.runs.lifecycle import look
 
 
@@ -84,6 +84,12 @@ def test_the_primary_metric_may_be_named_with_its_extractor() -> None:
     trials = [Trial("a", 0, "complete", None, record(0.5))]
     asked = (Comparison("Made", "Which?", trials, primary=name) for name in ("fd", "fd/digits-cnn", "fd/other"))
     assert [conclude(one).name for one in asked] == ["fd/digits-cnn@500", "fd/digits-cnn@500", "fd/other"]
+
+
+def test_a_variant_may_be_called_as_the_head_and_a_cell_may_have_lines() -> None:
+    rows = transposed([{"variant": "query", "lr": "1"}, {"variant": "key", "lr": "2"}], "key")
+    assert rows == [{"(key)": "lr", "query": "1", "key": "2"}]
+    assert markdown([["a", "b"], ["one\ntwo\n", "x|y"]]) == "| a | b |\n|---|---|\n| one two | x\\|y |\n"
 
 
 def test_text_is_aligned_with_dashes_for_what_is_missing() -> None:
