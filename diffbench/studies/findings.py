@@ -124,7 +124,7 @@ def _held(claim: Claim, results: Comparison) -> Finding | None:
         what, tie = f"{metric.title} of {first} minus {second}", metric.tie * min(means[first], means[second])
         lower = metric.lower_is_better
     # The best of several has had as many chances.
-    chances = range(max(1, len(claim.better or ())))
+    chances = range(max(1, len(claim.better or ()), len(claim.worse or ())))
     pair = statistics.paired({i: [] if i else values for i in chances})[0]
     words = {"first": "confirmed", "second": "refuted", "tie": "tied", "undecided": "undecided"}
     how = f"{what}: {number(pair.mean + claim.above, name, pair.half)}"

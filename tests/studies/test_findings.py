@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,6 +80,16 @@ def test_claims_are_confirmed_tied_and_refuted_and_a_curve_needs_both_ends() -> 
     assert (few.verdict, few.evidence[-24:]) == ("undecided", "; 2 seeds, 51,200 images")
     lines = as_text(found).split("\n")
     assert max(map(len, lines)) <= 80 and lines[2].startswith("confirmed  1 [s]")
+
+
+def test_the_best_of_several_has_as_many_chances_on_either_side() -> None:
+    made = results({"a": 1.0, "b": 1.5, "c": 1.6, "d": 1.7})
+    sides: list[dict[str, Any]] = [{"better": "a", "worse": ["b", "c", "d"]}, {"better": "a", "worse": "b"}]
+    wide, narrow = (f.evidence for f in findings([Claim("1", "s", "made", **side) for side in sides], {"made": made}))
+    assert (wide.split(";")[0], narrow.split(";")[0]) == (
+        "Fréchet distance of a minus b: -0.501 (-0.517 to -0.485)",
+        "Fréchet distance of a minus b: -0.501 (-0.512 to -0.490)",
+    )
 
 
 def test_a_value_that_is_not_a_number_is_read_back_as_one(tmp_path: Path) -> None:
