@@ -138,6 +138,7 @@ def _held(claim: Claim, results: Comparison) -> Finding | None:
 def _scatter(claim: Claim, results: Comparison) -> Finding | None:
     """A claim on the ratio of training's scatter to sampling's, which has to hold for every variant named."""
     name, parts, ends, images = full_name(results.trials, claim.metric) or claim.metric, [], [], 0
+    few = False
     for variant in claim.retrained:
         trials = [t for t in results.trials if t.variant == variant and t.complete]
         values = scores(trials, name)
@@ -145,12 +146,13 @@ def _scatter(claim: Claim, results: Comparison) -> Finding | None:
         if ratio is None:
             return None
         images = max(images, *(t.images for t in trials))
+        few = few or ratio.interval is None
         ends.append(ratio.interval or (0.0, float("inf")))
         parts.append(f"{variant} {ratio.value:.2g} ({ends[-1][0]:.2g} to {ends[-1][1]:.2g})")
     above, below = min(low for low, _ in ends) > claim.above, max(high for _, high in ends) < claim.above
     what = f"{metric_of(name).title}, standard deviation over trainings by that over samples"
     how = f"{what}: {', '.join(parts)}; {values.shape[0]} x {values.shape[1]} seeds, {images:,} images"
-    return Finding(claim, "confirmed" if above else "refuted" if below else "tied", how)
+    return Finding(claim, "confirmed" if above else "refuted" if below else "undecided" if few else "tied", how)
 
 
 def _order(values: Sequence[float]) -> float:

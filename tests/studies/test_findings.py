@@ -128,6 +128,8 @@ def test_training_is_held_against_sampling_read_back_from_the_csv(tmp_path: Path
     (tmp_path / "lottery" / "report.csv").write_text(as_csv(made))
     (found,) = findings([Claim("c", "s", "lottery", retrained="dit", above=1)], shipped(tmp_path, STUDIES))
     assert found.verdict == verdict and "10 x 5 seeds" in found.evidence
+    few = {"lottery": replace(made.comparison, trials=trials[:2])}
+    assert findings([Claim("c", "s", "lottery", retrained="dit", above=1)], few)[0].verdict == "undecided"
 
 
 def test_results_are_read_back_from_their_csv_with_every_budget(tmp_path: Path) -> None:
