@@ -9,7 +9,8 @@ import numpy as np
 
 from diffbench.config.layers import located, read_yaml
 from diffbench.config.load import build
-from diffbench.core.errors import suggest
+from diffbench.config.types import shown
+from diffbench.core.errors import UserError, suggest
 from diffbench.metrics.registry import METRICS, metric_of
 from diffbench.reports import statistics
 from diffbench.reports.results import Comparison, by_seed, full_name
@@ -50,8 +51,8 @@ class Claim:
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
         for name in ("better", "worse", "order", "retrained"):
-            if isinstance(given := getattr(self, name), str):
-                setattr(self, name, [given])
+            if (given := getattr(self, name)) is not None:
+                setattr(self, name, [str(each) for each in (given if isinstance(given, list) else [given])])
         if [bool(self.order), bool(self.retrained), bool(self.better and self.worse)].count(True) != 1:
             raise ValueError("better: name the variants of better and of worse, or of order, or of retrained")
         if self.order and len(self.order) < 4:
@@ -83,8 +84,13 @@ def load_claims(path: Path, studies: Path) -> list[Claim]:
         UserError: one line that names file and key, as of a study, variant or metric that does not exist.
     """
     claims: list[Claim] = []
-    for i, values in enumerate(read_yaml(path).get("claims", [])):
+    held = read_yaml(path).get("claims") or []
+    if not isinstance(held, list):
+        raise UserError(f"{path}: claims: must be a list of claims, got {shown(held)}")
+    for i, values in enumerate(held):
         with located([(f"{path}: claims[{i}]", values)]):
+            if not isinstance(values, dict):
+                raise ValueError(f"must be a section with keys, got {shown(values)}")
             claim = build(Claim, values)
             if not (file := studies / f"{claim.study}.yaml").is_file():
                 raise ValueError(f"study: no {file}{suggest(claim.study, [p.stem for p in studies.glob('*.yaml')])}")

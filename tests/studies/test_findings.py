@@ -92,6 +92,32 @@ def test_the_best_of_several_has_as_many_chances_on_either_side() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("claims: 3", "claims: must be a list of claims, got 3"),
+        ("claims: [a]", "claims[0]: must be a section with keys, got 'a'"),
+        ("claims: [{claim: c, source: s, study: window, better: 2, worse: 4}]", "window has no variant '2'"),
+        ("claims: [{claim: c, source: s, study: window, better: [2], worse: 4}]", "window has no variant '2'"),
+    ],
+)
+def test_claims_of_another_shape_are_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "findings.yaml").write_text(text)
+    with pytest.raises(UserError) as e:
+        load_claims(tmp_path / "findings.yaml", STUDIES)
+    assert said in str(e.value)
+    (tmp_path / "findings.yaml").write_text("claims:\n")
+    assert load_claims(tmp_path / "findings.yaml", STUDIES) == []
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "not a table (No columns"), ("variant,seed,status,images", "no rows")])
+def test_an_empty_csv_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "report.csv").write_text(text)
+    with pytest.raises(UserError) as e:
+        comparison_of_csv(tmp_path / "report.csv", STUDIES / "window.yaml")
+    assert str(e.value).startswith(f"{tmp_path / 'report.csv'}: {said}")
+
+
 def test_a_value_that_is_not_a_number_is_read_back_as_one(tmp_path: Path) -> None:
     made = results({"window=2": 1.0, "window=4": 2.0})
     made.trials[0].record["fd/digits-cnn@500"] = math.nan  # type: ignore[index]
