@@ -122,7 +122,7 @@ def conclude(comparison: Comparison) -> Conclusion:
         c.answer += f" Other measures disagree: {'; '.join(disputed)}."
         c.outcome = "disputed" if c.outcome == "winner" else c.outcome
     for budget, rung in comparison.rungs.items():
-        c.rungs[budget] = conclude(replace(comparison, trials=rung, rungs={}))
+        c.rungs[budget] = c if rung is trials else conclude(replace(comparison, trials=rung, rungs={}))
     if c.rungs:
         c.answer = f"At {list(c.rungs)[-1]}: {c.answer} {_at_each_rung(c)}"
     return c
@@ -143,8 +143,9 @@ def _at_each_rung(c: Conclusion) -> str:
     parts = []
     for budget, rung in c.rungs.items():
         if ranked := rung.ranked():
-            won = sum(x.winner == ranked[0] for x in rung.tests_of(ranked[0]).values())
-            parts.append(f"{ranked[0]} at {budget} (decided against {won} of {len(rung.variants) - 1})")
+            tests = rung.tests_of(ranked[0]).values()
+            won = sum(x.winner == ranked[0] for x in tests)
+            parts.append(f"{ranked[0]} at {budget} (decided against {won} of {len(tests)})")
     return f"The best by budget: {', '.join(parts)}." if parts else ""
 
 
@@ -215,17 +216,22 @@ def _answer(c: Conclusion) -> None:
         answer += f". {best} is better than {listed(won)}"
     if found["lost"]:
         answer += f". On the seeds that both have, {listed(found['lost'])} did better"
-    if found["undecided"]:
-        answer += f". Not decided against {listed(found['undecided'])}: fewer than {LEAST} shared seeds"
+    for why in dict.fromkeys(_undecided(against[v]) for v in found["undecided"]):
+        names = [v for v in found["undecided"] if _undecided(against[v]) == why]
+        answer += f". Not decided against {listed(names)}: {why}"
     c.answer = f"{answer}."
 
 
+def _undecided(x: PairedTest) -> str:
+    return f"fewer than {LEAST} shared seeds" if x.paired.finite else "a value is not finite"
+
+
 def _answer_against(c: Conclusion, base: str) -> None:
-    undecided = f"not decided (fewer than {LEAST} shared seeds)"
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "no difference found": [], undecided: []}
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "no difference found": []}
     for x in c.tests:
         if x.winner is None:
-            groups["no difference found" if x.verdict == "tie" else undecided].append(x.first)
+            what = "no difference found" if x.verdict == "tie" else f"not decided ({_undecided(x)})"
+            groups.setdefault(what, []).append(x.first)
         else:
             groups["better" if x.winner == x.first else "worse"].append(f"{x.first} (by {x.gap(c.name)})")
     if groups["better"] or groups["worse"]:

@@ -32,11 +32,11 @@ def check_export(path: Path) -> None:
 
 
 def exported(c: Conclusion, suffix: str) -> str:
-    """The tables of variants and of pairs, the best mean of each metric in bold, ties with the best marked †."""
+    """The tables of variants and of pairs, the best mean of each metric in bold, †: not shown to be worse."""
     title = c.comparison.title
     note = (
         f"{title}. Mean over seeds ± half of its 95% interval; bold: the best mean;"
-        f" †: a tie with the best by {c.metric.title}."
+        f" †: not shown to be worse than the best by {c.metric.title}."
     )
     tables = [(note, table_of(_marked(c)))]
     if c.tests:
@@ -53,12 +53,14 @@ def _marked(c: Conclusion) -> Rows:
     for name in (n for n in shown(c) if metric_of(n).direction):
         means = {v: c.summaries[v][name].mean for v in c.ranked(name)}
         best[name] = [v for v, mean in means.items() if mean == next(iter(means.values()))]
-    tied = [v for first in best.get(c.name, [])[:1] for v, x in c.tests_of(first).items() if x.verdict == "tie"]
+    first, *others = c.ranked() or [""]
+    tests = c.tests_of(first)
+    unbeaten = [v for v in others if v not in tests or tests[v].winner != first]
     rows = []
     for row in quality(c):
         cells = {"variant": row["variant"], "seeds": row["seeds"] or "-"}
         for name in shown(c):
-            text = row.get(name, "-") + "†" * (name == c.name and row["variant"] in tied)
+            text = row.get(name, "-") + "†" * (name == c.name and row["variant"] in unbeaten)
             arrow = {"lower": " ↓", "higher": " ↑", None: ""}[metric_of(name).direction]
             cells[f"{name}{arrow}"] = f"**{text}**" if row["variant"] in best.get(name, []) else text
         rows.append(cells)

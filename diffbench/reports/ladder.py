@@ -107,10 +107,17 @@ def _crossing_rows(c: Conclusion) -> Rows:
         seeds = {v: _seeds(c, v, name) for v in c.variants}
         curves = {v: rungs(c, v, name) for v in c.variants}
         for a, b in combinations(c.variants, 2):
-            at, both = curves[a], [seed for seed in seeds[a] if seed in seeds[b]]
-            if not both or at is None or at.flops is None:
+            both = [seed for seed in seeds[a] if seed in seeds[b]]
+            flops = [curve.flops for v in (a, b) if (curve := curves[v]) and curve.flops is not None]
+            if not both or len(flops) < 2:
                 continue
-            for zero in crossings(at.flops, *(np.array([seeds[v][seed] for seed in both]) for v in (a, b))):
+            at = np.union1d(*flops)
+            at = at[(at >= max(x[0] for x in flops)) & (at <= min(x[-1] for x in flops))]
+            values = [
+                np.array([np.interp(np.log(at), np.log(x), seeds[v][seed]) for seed in both])
+                for v, x in zip((a, b), flops, strict=True)
+            ]
+            for zero in crossings(at, *values):
                 rows.append({"pair": f"{a}, {b}", "metric": metric_of(name).title, "FLOPs": zero.text("{:.2g}".format)})
     return rows
 
@@ -233,7 +240,7 @@ def _zeros(budgets: Array, difference: Array) -> list[float]:
     log, zeros = np.log(budgets), []
     for i in range(len(log) - 1):
         low, high = difference[i], difference[i + 1]
-        if low * high < 0:
+        if low * high < 0 or (low == 0 and i and difference[i - 1] * high < 0):
             zeros.append(float(np.exp(log[i] + (log[i + 1] - log[i]) * low / (low - high))))
     return zeros
 

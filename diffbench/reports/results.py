@@ -58,8 +58,10 @@ class Trial:
 
     @property
     def images(self) -> int:
-        """Images that the weights in question have seen; 0 without a run."""
-        return self.at or (self.run.images_seen if self.run else 0)
+        """Images that the weights in question have seen so far."""
+        if self.run is None:
+            return 0 if self.status == "not begun" else self.at or 0
+        return min(self.at or self.run.images_seen, self.run.images_seen)
 
     @property
     def complete(self) -> bool:
@@ -251,7 +253,7 @@ def full_name(trials: Sequence[Trial], metric: str) -> str | None:
     """
     alike = (metric, "fid") if metric == "fd" else (metric,)
     names = (name for trial in trials for name in trial.values)
-    return next((name for name in names if name == metric or metric_of(name).name in alike), None)
+    return next((n for n in names if metric in (n, n.partition("@")[0]) or metric_of(n).name in alike), None)
 
 
 def by_seed(trials: Sequence[Trial], name: str) -> dict[int, float]:

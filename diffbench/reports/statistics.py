@@ -82,6 +82,7 @@ class Paired:
         adjusted: the same after it: found where this is at most 0.05.
         detectable: the smallest true difference found with 80% power, given how much these differences scatter.
         effect: the mean over the standard deviation of the differences (Cohen's d of pairs); None where they are equal.
+        finite: False where a difference is not a number, as of a run that went astray: none is counted then.
     """
 
     n: int
@@ -92,6 +93,7 @@ class Paired:
     adjusted: float | None = None
     detectable: float | None = None
     effect: float | None = None
+    finite: bool = True
 
     @property
     def half(self) -> float | None:
@@ -111,14 +113,15 @@ def paired(differences: Mapping[K, Sequence[float]]) -> dict[K, Paired]:
     weaken while a study fills up.
     """
     arrays = {key: np.asarray(values, dtype=np.float64) for key, values in differences.items()}
-    arrays = {key: x if np.isfinite(x).all() else x[:0] for key, x in arrays.items()}  # of runs that went astray
+    finite = {key: bool(np.isfinite(x).all()) for key, x in arrays.items()}
+    arrays = {key: x if finite[key] else x[:0] for key, x in arrays.items()}
     p = {key: _p(x) for key, x in arrays.items() if len(x) >= LEAST}
     alphas, adjusted = holm(p, len(arrays))
     found = {}
     for key, x in arrays.items():
         mean = float(x.mean()) if len(x) else float("nan")
         if key not in p:
-            found[key] = Paired(len(x), mean)
+            found[key] = Paired(len(x), mean, finite=finite[key])
             continue
         alpha, n, sd = alphas[key], len(x), float(x.std(ddof=1))
         half = _quantile(alpha, n) * sd / n**0.5

@@ -205,7 +205,8 @@ def as_csv(c: Conclusion) -> str:
             "commit": record.get("commit"),
         }
         row |= {f"config.{k}": t.run.flat.get(k) if t.run else None for k in keys}
-        rows.append(row | {name: (t.values | values(record)).get(name) for name in names})
+        found = t.values | values(record)
+        rows.append(row | {n: "nan" if math.isnan(found.get(n, 0)) else found.get(n) for n in names})
     import pandas as pd
 
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")

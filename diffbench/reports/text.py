@@ -53,7 +53,7 @@ def title_and_unit(name: str) -> str:
 def interval_text(pair: Paired, name: str) -> str:
     """The interval of a difference, "-0.0071 to -0.0045"; in words where there is none."""
     if pair.interval is None:
-        return f"none: {counted(pair.n, 'shared seed')}"
+        return f"none: {counted(pair.n, 'shared seed') if pair.finite else 'a value is not finite'}"
     return " to ".join(number(end, name, pair.half) for end in pair.interval)
 
 
@@ -87,14 +87,17 @@ def table_of(rows: Sequence[dict[str, str]]) -> list[list[str]]:
 
 def markdown(table: Table, numbers: bool = False) -> str:
     """A table in Markdown, all columns but the first set to the right where they hold numbers."""
-    head, *body = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in table)
+    table = [[" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in table]
+    head, *body = (f"| {' | '.join(line)} |" for line in table)
     rule = "|".join(["", "---", *["---:" if numbers else "---"] * (len(table[0]) - 1), ""])
     return "\n".join([head, rule, *body]) + "\n"
 
 
 def transposed(rows: Sequence[dict[str, str]], corner: str = "") -> Rows:
-    """Columns as rows, below each other; `corner` heads the first column."""
+    """Columns as rows, below each other; `corner` heads the first column, in brackets where a column has its name."""
     first = next(iter(rows[0]))
+    while any(row[first] == corner for row in rows):
+        corner = f"({corner})"
     names = dict.fromkeys(name for row in rows for name in row if name != first)
     return [{corner: name} | {row[first]: row[name] for row in rows if name in row} for name in names]
 

@@ -68,9 +68,14 @@ def shipped(results: Path, studies: Path) -> dict[str, Comparison]:
 def comparison_of_csv(path: Path, study: Path) -> Comparison:
     """The comparison that a report.csv holds; of a ladder, with all its budgets."""
     asked = load_study(study)
-    table = pd.read_csv(path, dtype={"variant": str, "budget": str}, keep_default_na=False, na_values=[""])
+    try:
+        table = pd.read_csv(path, dtype={"variant": str, "budget": str}, keep_default_na=False, na_values=[""])
+    except ValueError as e:
+        raise UserError(f"{path}: not a table ({e}); copy the report.csv of a study's folder") from None
     if missing := {"variant", "seed", "status", "images"} - {*table}:
         raise UserError(f"{path}: no column {min(missing)}; copy the report.csv of a study's folder")
+    if table.empty:
+        raise UserError(f"{path}: no rows; copy the report.csv of a study's folder")
     rungs: dict[str, list[Trial]] = {}
     for row in table.to_dict("records"):
         known = {str(key): value for key, value in row.items() if not pd.isna(value)}

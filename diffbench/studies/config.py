@@ -87,6 +87,8 @@ class MatchConfig:
     def __post_init__(self) -> None:
         if (self.by == "none") != (self.to is None):
             raise ValueError(f"match.to: must be a variant or a number where match.by={self.by} is not none, else null")
+        if isinstance(self.to, int | float) and not self.to > 0:
+            raise ValueError(f"match.to: must be positive, got {self.to:g}")
 
 
 @dataclass
@@ -102,7 +104,7 @@ class TuneConfig:
     seed: int = 1000
     """Seed of the tuning runs, which is not reported."""
     share: float = 1.0
-    """Length of a tuning run as a share of a reported one."""
+    """Length of a tuning run, and of a schedule that is given, as a share of a reported one's."""
 
     def __post_init__(self) -> None:
         for key, values in self.grid.items():
@@ -154,6 +156,12 @@ class StudyConfig:
             raise ValueError("experiment: missing; name the YAML of an experiment, as experiments/digits/dit.yaml")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds: must be different whole numbers of at least 0, got {self.seeds}")
+        ends = {"trainer.max_images": "stop says when training ends", "seed": "seeds lists them"}
+        if self.stop.cooldown is not None or len(self.stop.rungs) > 1:
+            ends["optimizer.decay_images"] = "the rate of a ladder is constant, or decays over stop.cooldown"
+        given = [self.set, *(v.trained for v in variants(self)), self.tune.grid if self.tune else {}]
+        if double := next((key for keys in given for key in flatten(nested(keys)) if key in ends), None):
+            raise ValueError(f"{double}: cannot stand in set, axes or tune.grid; {ends[double]}")
         if self.samplings < 1:
             raise ValueError(f"samplings: must be at least 1, got {self.samplings}")
         if self.samplings > 1 and max(self.seeds) >= APART:
@@ -281,13 +289,15 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """
     stack = [*read_chain(Path(path)), (COMMAND_LINE, parse_overrides(overrides))]
     merged: dict[str, Any] = {}
-    for _, values in stack:
-        stop, base = values.get("stop"), merged.get("stop")
-        if isinstance(stop, dict) and isinstance(base, dict) and any(key in stop for key in BUDGETS):
-            # Another budget takes the place of the base's, it does not stand beside it.
-            merged["stop"] = {key: value for key, value in base.items() if key not in BUDGETS}
-        merged = merge(merged, values)
     with located(stack):
+        for _, values in stack:
+            stop, base = values.get("stop"), merged.get("stop")
+            if isinstance(stop, dict) and isinstance(base, dict) and any(key in stop for key in BUDGETS):
+                # Another budget takes the place of the base's, it does not stand beside it.
+                merged["stop"] = {key: value for key, value in base.items() if key not in BUDGETS}
+            if isinstance(values.get("set"), dict):
+                values = values | {"set": nested(values["set"])}
+            merged = merge(merged, values)
         if merged.get("kind") != "study":
             raise ValueError(f"kind: must be study, got {shown(merged.get('kind'))}")
         hints: dict[str, type] = {"stop": StopConfig, "match": MatchConfig}

@@ -9,7 +9,8 @@ import numpy as np
 
 from diffbench.config.layers import located, read_yaml
 from diffbench.config.load import build
-from diffbench.core.errors import suggest
+from diffbench.config.types import shown
+from diffbench.core.errors import UserError, suggest
 from diffbench.metrics.registry import METRICS, metric_of
 from diffbench.reports import statistics
 from diffbench.reports.results import Comparison, by_seed, full_name
@@ -50,8 +51,8 @@ class Claim:
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
         for name in ("better", "worse", "order", "retrained"):
-            if isinstance(given := getattr(self, name), str):
-                setattr(self, name, [given])
+            if (given := getattr(self, name)) is not None:
+                setattr(self, name, [str(each) for each in (given if isinstance(given, list) else [given])])
         if [bool(self.order), bool(self.retrained), bool(self.better and self.worse)].count(True) != 1:
             raise ValueError("better: name the variants of better and of worse, or of order, or of retrained")
         if self.order and len(self.order) < 4:
@@ -83,8 +84,13 @@ def load_claims(path: Path, studies: Path) -> list[Claim]:
         UserError: one line that names file and key, as of a study, variant or metric that does not exist.
     """
     claims: list[Claim] = []
-    for i, values in enumerate(read_yaml(path).get("claims", [])):
+    held = read_yaml(path).get("claims") or []
+    if not isinstance(held, list):
+        raise UserError(f"{path}: claims: must be a list of claims, got {shown(held)}")
+    for i, values in enumerate(held):
         with located([(f"{path}: claims[{i}]", values)]):
+            if not isinstance(values, dict):
+                raise ValueError(f"must be a section with keys, got {shown(values)}")
             claim = build(Claim, values)
             if not (file := studies / f"{claim.study}.yaml").is_file():
                 raise ValueError(f"study: no {file}{suggest(claim.study, [p.stem for p in studies.glob('*.yaml')])}")
@@ -124,7 +130,7 @@ def _held(claim: Claim, results: Comparison) -> Finding | None:
         what, tie = f"{metric.title} of {first} minus {second}", metric.tie * min(means[first], means[second])
         lower = metric.lower_is_better
     # The best of several has had as many chances.
-    chances = range(max(1, len(claim.better or ())))
+    chances = range(max(1, len(claim.better or ()), len(claim.worse or ())))
     pair = statistics.paired({i: [] if i else values for i in chances})[0]
     words = {"first": "confirmed", "second": "refuted", "tie": "tied", "undecided": "undecided"}
     how = f"{what}: {number(pair.mean + claim.above, name, pair.half)}"
@@ -138,6 +144,7 @@ def _held(claim: Claim, results: Comparison) -> Finding | None:
 def _scatter(claim: Claim, results: Comparison) -> Finding | None:
     """A claim on the ratio of training's scatter to sampling's, which has to hold for every variant named."""
     name, parts, ends, images = full_name(results.trials, claim.metric) or claim.metric, [], [], 0
+    few = False
     for variant in claim.retrained:
         trials = [t for t in results.trials if t.variant == variant and t.complete]
         values = scores(trials, name)
@@ -145,12 +152,13 @@ def _scatter(claim: Claim, results: Comparison) -> Finding | None:
         if ratio is None:
             return None
         images = max(images, *(t.images for t in trials))
+        few = few or ratio.interval is None
         ends.append(ratio.interval or (0.0, float("inf")))
         parts.append(f"{variant} {ratio.value:.2g} ({ends[-1][0]:.2g} to {ends[-1][1]:.2g})")
     above, below = min(low for low, _ in ends) > claim.above, max(high for _, high in ends) < claim.above
     what = f"{metric_of(name).title}, standard deviation over trainings by that over samples"
     how = f"{what}: {', '.join(parts)}; {values.shape[0]} x {values.shape[1]} seeds, {images:,} images"
-    return Finding(claim, "confirmed" if above else "refuted" if below else "tied", how)
+    return Finding(claim, "confirmed" if above else "refuted" if below else "undecided" if few else "tied", how)
 
 
 def _order(values: Sequence[float]) -> float:

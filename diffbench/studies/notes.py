@@ -1,13 +1,15 @@
 """The plan that a study prints before it begins, and the notes of its report on budgets, sizes and tuning."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffbench.config.load import to_dict
 from diffbench.core.progress import span
 from diffbench.reports.text import as_text
 from diffbench.studies.budget import Probe
-from diffbench.studies.config import StudyConfig, is_sampled
-from diffbench.studies.plan import TrainingVariant, equal_by_construction
+from diffbench.studies.config import AVERAGE, StudyConfig, is_sampled
+from diffbench.studies.plan import TrainingVariant, evaluated
 from diffbench.studies.tuning import Tuning
 
 
@@ -102,9 +104,29 @@ def _tuning_note(study: StudyConfig, found: Sequence[TrainingVariant], tuning: T
         if any(len(values) > 2 and c.get(key) in (values[0], values[-1]) for key, values in tuning.grid.items())
     ]
     at_edge = f" Still at an edge, where more might be gained: {', '.join(edges)}." if edges else ""
+    failed = "; ".join(f"{label} ({', '.join(keys)})" for label, keys in tuning.failed.items())
+    untuned = f" Not tuned, since every try failed: {failed}." if failed else ""
     sampling = f", of sampling by {study.primary}," if any(map(is_sampled, tuning.grid)) else ""
     return (
         f"Each {study.tune.axis} was tuned alike: {grid}, by validation bound{sampling} with seed {study.tune.seed},"
         f" which is not reported, for {100 * study.tune.share:g}% of the length; that took {100 * cost:.0f}% of the"
-        f" training FLOPs of the reported runs.{grown} Chosen: {chosen}.{at_edge}"
+        f" training FLOPs of the reported runs.{grown} Chosen: {chosen or 'nothing'}.{untuned}{at_edge}"
     )
+
+
+def equal_by_construction(found: list[TrainingVariant]) -> list[str]:
+    """A sentence for each group of variants that cannot differ: one config, or averages that a cap makes one."""
+    groups: dict[str, list[str]] = {}
+    for variant in found:
+        c = variant.config
+        for name, changes in variant.evaluations.items():
+            average = changes.get(AVERAGE, c.ema.decays[0])
+            # A cap only rises: averages that it holds at the last update have had the same decays all along.
+            last = c.ema.decay_at(c.trainer.max_steps - 1, average)
+            values = to_dict(evaluated(c, changes, "study")) | {"ema": last, "average": last}
+            groups.setdefault(json.dumps(values, sort_keys=True), []).append(name)
+    return [
+        f"{', '.join(names)}: the same by construction (one config, or averages whose decays a warm-up caps alike)"
+        for names in groups.values()
+        if len(names) > 1
+    ]

@@ -1,7 +1,6 @@
 """The plan of a study: every run that it trains, with its resolved config, and every evaluation of it."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +145,11 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
         if differs := protocol_difference(flatten(to_dict(one.config)), flatten(to_dict(other.config)), keys):
             apart = f"{one.name} and {other.name} cannot stand in one report: {differs}"
             raise UserError(f"{path}: axes: {apart}; write a study for each")
+    names: set[str] = set()
+    for network in found:
+        if (name := file_name(network.name)) in names:
+            raise UserError(f"{path}: axes: two networks are called {network.name!r}; name the values of axes apart")
+        names.add(name)
     return found
 
 
@@ -177,24 +181,22 @@ def training_variant(
     one = {"images": 1.0, "flops": 1 / cost.training_flops(1), "seconds": 0.0}[study.stop.unit] or rate(config)
     lengths = [max(1, round(rung * one)) for rung in study.stop.rungs]
     changes = merge(nested(study.set), {k: v for k, v in first.trained.items() if k != EXPERIMENT})
-    config = stopped(config, lengths[-1], merge(changes, nested(chosen)))
-    if len(lengths) > 1:  # no rung may lie on the slope of a rate that decays towards another
-        ramp = min(config.optimizer.warmup_images, lengths[0] // 10)
-        config = replace(config, optimizer=replace(config.optimizer, decay_images=None, warmup_images=ramp))
-    elif study.stop.cooldown is not None:
+    config = stopped(config, lengths, merge(changes, nested(chosen)))
+    if len(lengths) == 1 and study.stop.cooldown is not None:
         config = cooled(config, study.stop.cooldown)
     batch = config.trainer.batch_size
     rungs = [
         (max(1, round(n / batch)) * batch, study.stop.text(r)) for n, r in zip(lengths, study.stop.rungs, strict=True)
     ]
+    name = _name(study, same)
+    if len(dict(rungs)) < len(rungs):
+        images = ", ".join(f"{n:,}" for n, _ in rungs)
+        raise UserError(f"{path}: stop.{study.stop.unit}: is {images} images for {name}; set budgets farther apart")
     for variant in same:
         evaluated(config, variant.sampled, str(path))  # what cannot be sampled is found now
-    axes = [axis for axis in study.axes if len({v.at[axis] for v in same}) == 1]
-    experiment = experiment_of(study, first)
-    name = first.name if len(same) == 1 else ", ".join(first.at[axis] for axis in axes) or experiment.stem
     return TrainingVariant(
         name,
-        experiment,
+        experiment_of(study, first),
         config,
         cost,
         over,
@@ -203,6 +205,15 @@ def training_variant(
         rungs,
         study.stop.cooldown if len(rungs) > 1 else None,
     )
+
+
+def _name(study: StudyConfig, same: list[Variant]) -> str:
+    """The labels that variants of one network share; the first one's name where others share these labels too."""
+    first = same[0]
+    at = {axis: label for axis, label in first.at.items() if len({v.at[axis] for v in same}) == 1}
+    if len(same) == 1 or sum(at.items() <= v.at.items() for v in variants(study)) > len(same):
+        return first.name
+    return ", ".join(at.values()) or experiment_of(study, first).stem
 
 
 def experiment_of(study: StudyConfig, variant: Variant) -> Path:
@@ -238,20 +249,28 @@ def target_size(study: StudyConfig, path: Path) -> float | None:
     return size_of(config, build.load_data(config)[0], study.match.by)
 
 
-def stopped(config: RunConfig, images: int, given: dict[str, Any]) -> RunConfig:
-    """The config with this many images, its schedule and cadence brought to that length where nothing else is given."""
-    t, o = config.trainer, config.optimizer
-    steps = max(1, round(images / t.batch_size))
+def stopped(config: RunConfig, lengths: Sequence[int], given: dict[str, Any], share: float = 1.0) -> RunConfig:
+    """The config with the last of these images, its schedule and cadence brought to that length, but for what is given.
+
+    With several lengths its rate is constant: none may lie on the slope of a rate that decays towards another. `share`
+    is the part of a given schedule that the length stands for.
+    """
+    t, o, kept = config.trainer, config.optimizer, given.get("optimizer", {})
+    steps = max(1, round(lengths[-1] / t.batch_size))
     images = steps * t.batch_size
     every = {"validate_images": 8, "checkpoint_images": 2, "sample_images": 1, "log_images": 40}
     cadence: dict[str, Any] = {
         k: max(t.batch_size, images // n) for k, n in every.items() if k not in given.get("trainer", {})
     }
-    decay: int | list[int] | None = images if o.decay_images is not None else None
-    if isinstance(o.decay_images, list):
-        begin, end = o.decay_images
-        decay = [round(images * begin / end), images]
-    ramp = min(o.warmup_images, images // 10)
+    decay, ramp = o.decay_images, min(o.warmup_images, (images if len(lengths) == 1 else lengths[0]) // 10)
+    if len(lengths) > 1 or decay is None:
+        decay = None
+    elif "decay_images" in kept:
+        decay = [round(share * n) for n in decay] if isinstance(decay, list) else round(share * decay)
+    else:
+        decay = [round(images * decay[0] / decay[1]), images] if isinstance(decay, list) else images
+    if "warmup_images" in kept:
+        ramp = round(share * o.warmup_images)
     return replace(
         config,
         trainer=replace(t, max_images=images, **cadence),
@@ -279,24 +298,6 @@ def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunCon
     if average not in config.ema.decays:
         raise UserError(f"{origin}: {AVERAGE}: {average} is not one of ema.decays={config.ema.decays}")
     return change(config, changes, origin)
-
-
-def equal_by_construction(found: list[TrainingVariant]) -> list[str]:
-    """A sentence for each group of variants that cannot differ: one config, or averages that a cap makes one."""
-    groups: dict[str, list[str]] = {}
-    for variant in found:
-        c = variant.config
-        for name, changes in variant.evaluations.items():
-            average = changes.get(AVERAGE, c.ema.decays[0])
-            # A cap only rises: averages that it holds at the last update have had the same decays all along.
-            last = c.ema.decay_at(c.trainer.max_steps - 1, average)
-            values = to_dict(evaluated(c, changes, "study")) | {"ema": last, "average": last}
-            groups.setdefault(json.dumps(values, sort_keys=True), []).append(name)
-    return [
-        f"{', '.join(names)}: the same by construction (one config, or averages whose decays a warm-up caps alike)"
-        for names in groups.values()
-        if len(names) > 1
-    ]
 
 
 def planned_trials(study: StudyConfig, found: list[TrainingVariant]) -> list[PlannedTrial]:

@@ -72,9 +72,9 @@ def run_study(
     path, only = Path(path), set(only)
     study = load_study(path, overrides)
 
-    def planned() -> list[TrainingVariant]:
+    def planned() -> tuple[list[TrainingVariant], list[TrainingVariant]]:
         every = training_variants(study, path, tuning.chosen, probe.training_rate)
-        return [variant for variant in every if not only or only & variant.evaluations.keys()]
+        return every, [variant for variant in every if not only or only & variant.evaluations.keys()]
 
     if launcher.name == "slurm" and study.stop.seconds is not None:
         raise UserError(f"{path}: stop.seconds: is measured on this machine, not SLURM's; choose images or flops")
@@ -86,7 +86,7 @@ def run_study(
         probe = Probe(folder / "rates.json", study.jobs)
         with located([(str(path), {})]):
             tuning = tuning_so_far(study, path, probe.training_rate, folder)
-            found = planned()
+            every, found = planned()
         _check(path, found, launcher)
         print(plan_text(study, folder, found, tuning, probe), flush=True)
         if dry_run:
@@ -102,17 +102,26 @@ def run_study(
                 return folder
             tried |= {repr(trial) for trial in todo}  # one that fails again is left
             tuning = tuning_so_far(study, path, probe.training_rate, folder)
-            found = planned()
+            every, found = planned()
         for label, values in tuning.chosen.items():
             print(f"tuning chose {', '.join(f'{k}={v}' for k, v in values.items())} for {label}", flush=True)
-        trials = planned_trials(study, found)
+        for label, keys in tuning.failed.items():
+            print(f"tuning failed for {label}, which keeps its {', '.join(keys)}", flush=True)
         write_text(folder / "notes.json", json.dumps(notes_of(study, found, tuning), ensure_ascii=False) + "\n")
-        kept = {trial.slug for trial in (*tuning.trials, *trials)}
-        for file in (folder / FOLDER).glob("*.yaml"):
-            if file.stem not in kept and not only:  # of an earlier plan; its run stays
-                file.unlink()
-        _run(folder, trials, study.jobs, launcher)
+        kept = [TrialFile.of(folder, trial, order) for order, trial in enumerate(planned_trials(study, every))]
+        _clear(folder, kept, {trial.slug for trial in tuning.trials})
+        _run(folder, planned_trials(study, found), study.jobs, launcher)
     return folder
+
+
+def _clear(folder: Path, kept: Iterable[TrialFile], tuning: Collection[str]) -> None:
+    """Bring the files of an earlier plan to this one, and remove those that are not in it; their runs stay."""
+    planned = {file.path: file for file in kept}
+    for path in (folder / FOLDER).glob("*.yaml"):
+        if path in planned:
+            planned[path].write()
+        elif path.stem not in tuning:
+            path.unlink()
 
 
 def _check_source(folder: Path, path: Path) -> None:

@@ -73,8 +73,12 @@ def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> 
         count = next(int(name.rpartition("@")[2]) for name in values(record))
         changes["evaluate"] = {"count": count, "reference": "all" if of_all(record, count) else "same"}
         asked = record["extractor"].get("asked", extractor if extractor in EXTRACTORS else None)
-        if own.get("extractor") is None and asked is not None:
+        if asked is not None and asked != own.get("extractor"):
             changes["evaluate"]["extractor"] = asked
+        if (judge := (record.get("judge") or {}).get("run")) != own.get("judge"):
+            changes["evaluate"]["judge"] = judge
+        if (infinity := any("_infinity" in name for name in values(record))) != own.get("infinity", False):
+            changes["evaluate"]["infinity"] = infinity
         if (weights := record["extractor"].get("file")) is not None:
             changes["evaluate"]["weights"] = weights
         changes["sample"] = {k: v for k, v in record["sample"].items() if k in run.values["sample"]}

@@ -39,6 +39,12 @@ class Tuning:
     todo: list[PlannedTrial] = field(default_factory=list)
     """Trials that are not trained, or not scored, yet."""
 
+    @property
+    def failed(self) -> dict[str, list[str]]:
+        """Labels for which every try of some keys failed, with these keys, which stay as they are."""
+        left = {t.label: [key for key in self.grid if key not in self.chosen.get(t.label, {})] for t in self.trials}
+        return {label: keys for label, keys in left.items() if keys}
+
 
 def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> Tuning:
     """The grid's runs, extensions and choices, as the results in the study's folder allow."""
@@ -141,7 +147,8 @@ def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> 
     for (label, variant), tried in itertools.product(first.items(), _combinations(grid)):
         found = training_variant(study, path, [variant], {label: tried}, target, rate)
         images = round(tune.share * found.config.trainer.max_images)
-        config = replace(stopped(found.config, images, nested(study.set)), seed=tune.seed)
+        given = merge(merge(nested(study.set), variant.trained), nested(tried))
+        config = replace(stopped(found.config, [images], given, tune.share), seed=tune.seed)
         if study.stop.cooldown is not None:
             config = cooled(config, study.stop.cooldown)
         found = replace(found, config=config, evaluations={}, rungs=[], cooldown=None)

@@ -1,18 +1,21 @@
 """Ladders of budgets: fits, crossings and ranks of known answers, and the report of runs that pass several budgets."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from made_runs import backbones, record
+from made_runs import backbones, make_run, record
 
 from diffbench.reports import ladder
 from diffbench.reports.conclusions import conclude, holds_at
 from diffbench.reports.html import write
 from diffbench.reports.results import Comparison, Trial
+from diffbench.runs.lifecycle import look
 
 BUDGETS = np.array([1e10, 3e10, 1e11, 3e11, 1e12])
+VALUES = {"a": 0.5, "b": 0.9, "c": 0.7}
 
 
 def test_a_fit_finds_the_law_with_an_interval_around_it() -> None:
@@ -37,6 +40,42 @@ def test_crossings_lie_where_the_difference_changes_sign() -> None:
     assert found.interval is not None
     assert 1e11 * np.exp(-0.3) < found.interval[0] < found.value < found.interval[1] < 1e11 * np.exp(0.1)
     assert ladder.crossings(BUDGETS, first + 10, np.zeros_like(first)) == []
+    (at_a_rung,) = ladder.crossings(BUDGETS[:3], np.array([[-1.0, 0.0, 1.0]]), np.zeros((1, 3)))
+    assert at_a_rung.value == pytest.approx(3e10)
+
+
+def test_networks_of_other_sizes_cross_where_both_have_spent_the_same(tmp_path: Path) -> None:
+    trials: dict[int, list[Trial]] = {}
+    for width, seed in product((64, 96), range(3)):
+        run = look(make_run(tmp_path / f"{width}-s{seed}", "dit", seed, overrides=[f"denoiser.hidden_size={width}"]))
+        for images in (24_576, 49_152, 98_304):
+            trials.setdefault(images, []).append(Trial(str(width), seed, "complete", run, at=images))
+    small, large = (np.array([rung[i].flops for rung in trials.values()], float) for i in (0, 3))
+    where = float(np.sqrt(large[0] * small[-1]))
+    assert small[0] < large[0] < where < small[-1] < large[-1]
+    for t in (t for rung in trials.values() for t in rung):  # both fall along log C, the small one later
+        assert t.flops is not None
+        t.record = record(0.5 + {"64": 0.2, "96": 0.1}[t.variant] * np.log(where / t.flops), t.seed, t.images)
+    rungs = {str(images): rung for images, rung in trials.items()}
+    rows = ladder.tables(conclude(Comparison("Sizes", "Which?", trials[98_304], primary="fd", rungs=rungs)))
+    found = {row["pair"]: row["FLOPs"] for row in rows["Where variants cross"] if row["metric"] == "Fréchet distance"}
+    text = f"{where:.2g}".replace("e+", "e")
+    assert found == {"64, 96": f"{text} [{text}, {text}]"}
+
+
+def test_a_rung_counts_the_images_that_its_run_has_come_to(tmp_path: Path) -> None:
+    run = look(make_run(tmp_path / "run", images=24_576))
+    assert [Trial("a", 0, "unfinished", run, at=at).images for at in (8192, 98_304, None)] == [8192, 24_576, 24_576]
+    assert [Trial("a", 0, status, at=98_304).images for status in ("complete", "not begun")] == [98_304, 0]
+
+
+def test_the_best_at_a_budget_is_decided_against_those_that_it_was_tested_against() -> None:
+    made = [Trial(v, s, "complete", None, record(fd + s / 100, s)) for v, fd in VALUES.items() for s in range(3)]
+    early = [replace(t) for t in made]
+    asked = Comparison("Ladder", "Which?", made, primary="fd", baseline="b", rungs={"early": early, "late": made})
+    c = conclude(asked)
+    assert c.rungs["late"] is c and c.rungs["early"] is not c
+    assert c.answer.endswith("a at early (decided against 1 of 1), a at late (decided against 1 of 1).")
 
 
 def test_ranks_are_as_sure_as_the_seeds_that_they_come_from() -> None:

@@ -9,10 +9,11 @@ from made_runs import make_run, record, save_record
 from diffbench.cli import main
 from diffbench.metrics.registry import METRICS, Metric
 from diffbench.reports.conclusions import conclude
+from diffbench.reports.export import exported
 from diffbench.reports.html import render
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.runs import run_facts
-from diffbench.reports.text import as_text, transposed
+from diffbench.reports.text import as_text, markdown, transposed
 from diffbench.runs.lifecycle import look
 
 
@@ -58,6 +59,37 @@ def test_a_metric_needs_no_more_than_its_row(tmp_path: Path, monkeypatch: pytest
     page = render(conclude(Comparison("One", "How sharp?", trials, primary="sharpness")), [])
     assert "edge sharpness<small>sharpness/digits-cnn@500</small>" in page and "<li>Sharp.</li>" in page
     assert "edge sharpness, stands first (higher is better)" in page.replace("\n", " ")
+
+
+def test_a_dagger_marks_every_variant_that_is_not_shown_to_be_worse() -> None:
+    def marked(seeds: int, **asked: Any) -> list[str]:
+        means, noise = {"base": 1.0, "a": 0.7, "b": 0.71}, [0.05, -0.04, 0.03, -0.02, 0.01]
+        trials = [
+            Trial(v, s, "complete", None, record(mean + noise[(s + i) % 5], s))
+            for i, (v, mean) in enumerate(means.items())
+            for s in range(seeds)
+        ]
+        c = conclude(Comparison("Made", "Which?", trials, primary="fd", **asked))
+        assert c.ranked()[0] == "a"
+        table = [line.split(" | ") for line in exported(c, ".md").split("\n\n")[1].splitlines()]
+        (row,) = (line for line in table if line[0].startswith("| fd/"))
+        return [name for name, cell in zip(table[0], row, strict=True) if "†" in cell]
+
+    assert marked(5) == ["b"]
+    assert marked(5, baseline="base") == ["b"]  # no pair with it was tested
+    assert marked(1) == ["base", "b"]
+
+
+def test_the_primary_metric_may_be_named_with_its_extractor() -> None:
+    trials = [Trial("a", 0, "complete", None, record(0.5))]
+    asked = (Comparison("Made", "Which?", trials, primary=name) for name in ("fd", "fd/digits-cnn", "fd/other"))
+    assert [conclude(one).name for one in asked] == ["fd/digits-cnn@500", "fd/digits-cnn@500", "fd/other"]
+
+
+def test_a_variant_may_be_called_as_the_head_and_a_cell_may_have_lines() -> None:
+    rows = transposed([{"variant": "query", "lr": "1"}, {"variant": "key", "lr": "2"}], "key")
+    assert rows == [{"(key)": "lr", "query": "1", "key": "2"}]
+    assert markdown([["a", "b"], ["one\ntwo\n", "x|y"]]) == "| a | b |\n|---|---|\n| one two | x\\|y |\n"
 
 
 def test_text_is_aligned_with_dashes_for_what_is_missing() -> None:

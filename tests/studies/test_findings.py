@@ -1,6 +1,9 @@
 """Published claims held against results: known verdicts, claims that exist, a page that agrees with its CSV."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +17,7 @@ from diffbench.commands.findings import PAGE, as_text, page_text
 from diffbench.core.errors import UserError
 from diffbench.reports.conclusions import conclude
 from diffbench.reports.results import Comparison, Trial
-from diffbench.reports.tables import as_csv
+from diffbench.reports.tables import as_csv, pairs
 from diffbench.studies.comparison import comparison_of_csv, shipped
 from diffbench.studies.findings import Claim, findings, load_claims
 
@@ -79,6 +82,53 @@ def test_claims_are_confirmed_tied_and_refuted_and_a_curve_needs_both_ends() -> 
     assert max(map(len, lines)) <= 80 and lines[2].startswith("confirmed  1 [s]")
 
 
+def test_the_best_of_several_has_as_many_chances_on_either_side() -> None:
+    made = results({"a": 1.0, "b": 1.5, "c": 1.6, "d": 1.7})
+    sides: list[dict[str, Any]] = [{"better": "a", "worse": ["b", "c", "d"]}, {"better": "a", "worse": "b"}]
+    wide, narrow = (f.evidence for f in findings([Claim("1", "s", "made", **side) for side in sides], {"made": made}))
+    assert (wide.split(";")[0], narrow.split(";")[0]) == (
+        "Fréchet distance of a minus b: -0.501 (-0.517 to -0.485)",
+        "Fréchet distance of a minus b: -0.501 (-0.512 to -0.490)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("claims: 3", "claims: must be a list of claims, got 3"),
+        ("claims: [a]", "claims[0]: must be a section with keys, got 'a'"),
+        ("claims: [{claim: c, source: s, study: window, better: 2, worse: 4}]", "window has no variant '2'"),
+        ("claims: [{claim: c, source: s, study: window, better: [2], worse: 4}]", "window has no variant '2'"),
+    ],
+)
+def test_claims_of_another_shape_are_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "findings.yaml").write_text(text)
+    with pytest.raises(UserError) as e:
+        load_claims(tmp_path / "findings.yaml", STUDIES)
+    assert said in str(e.value)
+    (tmp_path / "findings.yaml").write_text("claims:\n")
+    assert load_claims(tmp_path / "findings.yaml", STUDIES) == []
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "not a table (No columns"), ("variant,seed,status,images", "no rows")])
+def test_an_empty_csv_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "report.csv").write_text(text)
+    with pytest.raises(UserError) as e:
+        comparison_of_csv(tmp_path / "report.csv", STUDIES / "window.yaml")
+    assert str(e.value).startswith(f"{tmp_path / 'report.csv'}: {said}")
+
+
+def test_a_value_that_is_not_a_number_is_read_back_as_one(tmp_path: Path) -> None:
+    made = results({"window=2": 1.0, "window=4": 2.0})
+    made.trials[0].record["fd/digits-cnn@500"] = math.nan  # type: ignore[index]
+    (tmp_path / "report.csv").write_text(as_csv(conclude(made)))
+    back = replace(comparison_of_csv(tmp_path / "report.csv", STUDIES / "window.yaml"), primary="fd", baseline=None)
+    c = conclude(back)
+    assert math.isnan(back.trials[0].values["fd/digits-cnn@500"]) and c.answer == conclude(made).answer
+    assert "Not decided against window=2: a value is not finite." in c.answer
+    assert pairs(c)[0]["interval"] == "none: a value is not finite"
+
+
 @pytest.mark.parametrize(("power", "verdict"), [(2.0, "confirmed"), (1.0, "tied"), (0.5, "refuted")])
 def test_the_order_of_a_method_is_the_slope_over_steps(power: float, verdict: str) -> None:
     steps = [8, 16, 32, 64]
@@ -104,6 +154,8 @@ def test_training_is_held_against_sampling_read_back_from_the_csv(tmp_path: Path
     (tmp_path / "lottery" / "report.csv").write_text(as_csv(made))
     (found,) = findings([Claim("c", "s", "lottery", retrained="dit", above=1)], shipped(tmp_path, STUDIES))
     assert found.verdict == verdict and "10 x 5 seeds" in found.evidence
+    few = {"lottery": replace(made.comparison, trials=trials[:2])}
+    assert findings([Claim("c", "s", "lottery", retrained="dit", above=1)], few)[0].verdict == "undecided"
 
 
 def test_results_are_read_back_from_their_csv_with_every_budget(tmp_path: Path) -> None:

@@ -38,6 +38,13 @@ def test_a_later_budget_takes_the_place_of_an_earlier_one(tmp_path: Path) -> Non
     assert (study.stop.images, study.stop.flops, study.seeds) == (None, 1e9, [7])
 
 
+def test_dotted_keys_of_a_base_are_overridden_by_nested_ones(tmp_path: Path) -> None:
+    base = written(tmp_path, set={"sample.steps": "50", "sample.guidance": 1.0})
+    assert load_study(base, ["set.sample.steps=20"]).set == {"sample": {"steps": 20, "guidance": 1.0}}
+    (tmp_path / "child.yaml").write_text("base: study.yaml\nset: {sample: {steps: '20'}}\n")
+    assert load_study(tmp_path / "child.yaml").set == {"sample": {"steps": "20", "guidance": 1.0}}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -82,6 +89,17 @@ def test_a_later_budget_takes_the_place_of_an_earlier_one(tmp_path: Path) -> Non
             {"baseline": "depth3"},
             "baseline: no variant 'depth3'; choose from depth=2, depth=3; did you mean 'depth=3'?",
         ),
+        ({"match": {"by": "gmacs", "to": 0}}, "match.to: must be positive, got 0"),
+        (
+            {"set": {"trainer": {"max_images": 9}}},
+            "trainer.max_images: cannot stand in set, axes or tune.grid; stop says when training ends",
+        ),
+        ({"axes": {"seed": [1, 2]}}, "seed: cannot stand in set, axes or tune.grid; seeds lists them"),
+        (
+            {"set": {"optimizer.decay_images": 9}, "stop": {"images": [64, 128]}},
+            "optimizer.decay_images: cannot stand in set, axes or tune.grid; the rate of a ladder is constant, or",
+        ),
+        ({"set": {"a.b": 1, "a": {"b": 2}}}, "a.b: stands twice in one section of the study"),
         ({"tune": {"grid": {}}}, "tune.grid: must name keys and the values to try, as optimizer.lr: [1e-3, 2e-3]"),
         (
             {"tune": {"grid": {"optimizer.lr": 1e-3}}},

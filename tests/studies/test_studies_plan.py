@@ -1,5 +1,6 @@
 """What a study plans: budgets, sizes, shared runs; every shipped study resolves and takes one step."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, TuneConfig, load_study, variants
 from diffbench.studies.matching import size_of, sized
-from diffbench.studies.plan import equal_by_construction, evaluated, planned_trials, training_variants
+from diffbench.studies.notes import equal_by_construction, notes_of
+from diffbench.studies.plan import evaluated, planned_trials, training_variants
 from diffbench.studies.trials import TrialFile
 from diffbench.studies.tuning import extended, tuning_so_far
 from diffbench.training.diffusion import DiffusionModule
@@ -66,6 +68,72 @@ def test_a_cooldown_is_the_last_share_of_each_budget(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"stop\.cooldown: must lie in 0\.01 to 0\.9 or be null, got 1"):
         StopConfig(images=1, cooldown=1.0)
     assert load_study("experiments/studies/backbones.yaml", ["stop.cooldown=0.1"]).stop.rungs[0] == 4e11
+
+
+def test_networks_have_names_of_their_own_where_an_axis_mixes_training_and_sampling() -> None:
+    def names(**axes: Any) -> list[str]:
+        study, path = planned("dit-blocks", axes=axes, baseline=None)
+        found = training_variants(study, path, {}, lambda config: 1.0)
+        assert len({trial.slug for trial in planned_trials(study, found)}) == len(found) * len(study.seeds)
+        return [network.name for network in found]
+
+    guided: dict[str, Any] = {"sample.guidance": 2.0}
+    deep: dict[str, Any] = {"denoiser.depth": 2}
+    recipes = {"plain": {}, "guided": guided, "deep": deep, "deep guided": deep | guided}
+    assert names(recipe=recipes) == ["plain", "deep"]
+    assert names(recipe={"dit": guided, "plain": {}, "deep": deep}) == ["dit", "deep"]
+    both = names(**{"net": {"a": {}, "b": guided, "c": deep}, "sample.steps": ["5", "10"]})
+    assert both == ["a, steps=5", "c"]
+    narrow, wide = ({"denoiser.hidden_size": n} for n in (32, 48))
+    said = "axes: two networks are called 'a, b'; name the values of axes apart"
+    with pytest.raises(UserError, match=said):
+        names(x={"a": {}, "b": wide}, y={"a": narrow, "b": deep}, z={"a": {}, "b": deep})
+
+
+def test_a_schedule_that_is_given_is_kept() -> None:
+    def schedules(**changes: Any) -> list[tuple[object, object]]:
+        study, path = planned("window", baseline=None, **changes)
+        found = [v.config.optimizer for v in training_variants(study, path, {}, lambda config: 1.0)]
+        tuned = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).trials
+        return [(o.warmup_images, o.decay_images) for o in [*found, *(t.config.optimizer for t in tuned)]]
+
+    one = {"net": {"net": {}}}
+    given = {"optimizer.warmup_images": 20_480, "optimizer.decay_images": 25_600}
+    half = TuneConfig("net", {"optimizer.warmup_images": [1_000, 10_000]}, share=0.5)
+    assert schedules(set=given, axes=one) == [(20_480, 25_600)]
+    assert schedules(axes={"optimizer.warmup_images": [0, 20_480]}) == [(0, 51_200), (20_480, 51_200)]
+    assert schedules(axes=one, tune=half) == [(5_120, 51_200), (500, 25_600), (5_000, 25_600)]
+    assert schedules(axes=one, set={"optimizer.decay_images": [20_000, 30_000]}, tune=half)[1:] == [
+        (500, [10_000, 15_000]),
+        (5_000, [10_000, 15_000]),
+    ]
+
+
+def test_a_ramp_that_is_given_stays_in_a_ladder_and_two_budgets_are_not_one_length() -> None:
+    ladder = StopConfig(images=[25_600, 51_200])
+    study, path = planned("window", stop=ladder, set={"optimizer.warmup_images": 20_480})
+    (first, *_) = training_variants(study, path, {}, lambda config: 1.0)
+    assert (first.config.optimizer.warmup_images, first.config.optimizer.decay_images) == (20_480, None)
+    study, path = planned("window", stop=StopConfig(images=[64, 65]))
+    said = r"window.yaml: stop.images: is 64, 64 images for window=2; set budgets farther apart"
+    with pytest.raises(UserError, match=said):
+        training_variants(study, path, {}, lambda config: 1.0)
+
+
+def test_what_could_not_be_tuned_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def points(file: TrialFile, primary: str) -> list[TriedPoint]:
+        label, tried = file.values["label"], file.values["tuning"]
+        return [TriedPoint(label, tried, "val/bound", math.inf if label == "b" else tried["optimizer.lr"])]
+
+    monkeypatch.setattr(TrialFile, "points", points)
+    axes = {"net": {"a": {}, "b": {"denoiser.window": 2}}}
+    tune = TuneConfig("net", {"optimizer.lr": [1e-3, 2e-3]})
+    study, path = planned("window", axes=axes, tune=tune, baseline=None)
+    tuning = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere"))
+    notes = notes_of(study, training_variants(study, path, tuning.chosen, lambda config: 1.0), tuning)
+    assert tuning.failed == {"b": ["optimizer.lr"]}
+    (note,) = (note for note in notes if "tuned alike" in note)
+    assert note.endswith("Chosen: a optimizer.lr=0.001. Not tuned, since every try failed: b (optimizer.lr).")
 
 
 def test_seconds_become_images_by_the_measured_rate() -> None:

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from made_runs import make_run, record
 
 from diffbench.cli import main
 from diffbench.evaluation import records
 from diffbench.runs.lifecycle import look, train_in
 from diffbench.studies.comparison import comparison_of_study
 from diffbench.studies.config import load_study
+from diffbench.studies.plan import PlannedTrial
 from diffbench.studies.runner import folder_of_study, run_study
-from diffbench.studies.trials import TrialFile
+from diffbench.studies.trials import TrialFile, recipe_of
 
 TINY = {
     "kind": "study",
@@ -152,6 +154,36 @@ def test_a_new_seed_adds_trials_and_keeps_the_study(done: Path) -> None:
     study = folder_of_study(done, ["seeds=[0,1]", "jobs=1"], load_study(done))
     assert study.name == "tiny"
     assert folder_of_study(done, ["stop.images=64"], load_study(done)).name == "tiny-stop.images=64"
+
+
+def test_a_part_of_a_changed_study_leaves_no_file_of_the_earlier_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(folder: Path, plan: list[PlannedTrial], *rest: object) -> bool:
+        return bool([TrialFile.of(folder, trial, order).write() for order, trial in enumerate(plan)])
+
+    monkeypatch.setattr("diffbench.studies.runner._run", run)
+    folder = run_study(written(tmp_path, axes={"denoiser.depth": [1, 2, 3]}))
+    run_study(written(tmp_path, axes={"denoiser.depth": [1, 2]}, stop={"images": [32, 64]}), only={"depth=1"})
+    assert sorted(p.name for p in (folder / "trials").glob("*.yaml")) == ["depth=1_s0.yaml", "depth=2_s0.yaml"]
+    found = comparison_of_study(folder)
+    assert list(found.rungs) == ["32 images", "64 images"]
+    assert [[(t.variant, t.images) for t in rung] for rung in found.rungs.values()] == 2 * [
+        [("depth=1", 0), ("depth=2", 0)]
+    ]
+
+
+def test_a_recipe_says_how_a_record_was_scored_where_its_run_says_otherwise(tmp_path: Path) -> None:
+    run = look(make_run(tmp_path / "dit", overrides=["evaluate.extractor=digits-cnn"]))
+
+    def scored(**changes: Any) -> dict[str, Any]:
+        return recipe_of(run, record(0.5, **changes), "dit")["evaluations"]["dit"]["evaluate"]
+
+    usual = {"count": 500, "reference": "same"}
+    assert scored() == usual
+    other = {"name": "random-cnn-abc", "asked": "random-cnn", "file": None}
+    more = {"extractor": other, "judge": {"run": "judge-s0", "accuracy": 0.9}, "fd_infinity/random-cnn@500": 0.4}
+    assert scored(**more) == usual | {"extractor": "random-cnn", "judge": "judge-s0", "infinity": True}
 
 
 def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
