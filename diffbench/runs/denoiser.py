@@ -92,7 +92,7 @@ class DenoiserRun(Run[RunConfig]):
             for name in (io.WEIGHTS, io.CONFIG):  # the one that marks it as complete comes last
                 (own / name).unlink(missing_ok=True)
                 try:
-                    os.link(Path(source, name), own / name)
+                    os.link(os.path.realpath(Path(source, name)), own / name)  # of a hub snapshot, which holds links
                 except OSError:  # another disk
                     shutil.copy2(Path(source, name), own / name)
         elif io.read_notes(own) != io.read_notes(Path(source)):
