@@ -185,6 +185,10 @@ def test_all_training_images_may_be_the_reference(smoke_run: Path) -> None:
     (record, _) = evaluate.evaluate(load(smoke_run), ["evaluate.count=40", "evaluate.reference=all"])
     assert record["reference"]["count"] == 1437
     assert record["floor"]["images"].startswith("held-out: ")  # no training image is left
+    (record,) = evaluate.evaluate(
+        load(smoke_run), ["evaluate.count=400", "evaluate.reference=all", "sample.guidance=1"]
+    )
+    assert record["floor"]["count"] == 360 and record["floor"]["images"].startswith("held-out: the first 360, of the")
     assert set(records.values(record)) == set(records.values(newest(smoke_run)))
 
 
