@@ -242,8 +242,11 @@ def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str
     planted = getattr(config.data, "planted", {})
     if not planted or how.guided:
         return {}
-    from diffbench.evaluation.explain import ExplainConfig, planted_scores
+    from diffbench.evaluation.explain import ExplainConfig, label_rows, planted_scores
 
+    if label_rows(run.network) is None:
+        print("note: planted classes are not explained: this network has no table of label embeddings")
+        return {}
     print(f"explaining {len(planted)} planted classes", flush=True)
     return planted_scores(run.sampler(how), how, run.facts, planted, ExplainConfig(seed=config.seed_of("sample")))
 
