@@ -19,7 +19,7 @@ from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core.errors import UserError
 from diffbench.data.coding import decode
-from diffbench.data.facts import labels_for
+from diffbench.data.facts import DataFacts, labels_for
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import registry
@@ -28,7 +28,7 @@ from diffbench.diffusion import Process
 from diffbench.evaluation import reference
 from diffbench.runs import build, checks, weights
 from diffbench.runs.base import Run, open_run
-from diffbench.runs.classifier import ClassifierRun
+from diffbench.runs.classifier import ClassifierRun, check_judge
 from diffbench.sampling.guided import GuidanceModels
 from diffbench.sampling.sampler import Sampler
 from diffbench.training import speed
@@ -108,12 +108,10 @@ class DenoiserRun(Run[RunConfig]):
         super().check(config)
         if config.sample.weak_model is not None or config.sample.classifier is not None:
             guidance_models(config.sample, config, build.denoised_shape(config, checks.undecoded(config)))
-        with located(key="evaluate.judge"):
-            if config.evaluate.judge is not None:
-                judge = open_run(config.evaluate.judge, [ClassifierRun])
-                if judge.shape != config.data.shape:
-                    raise UserError(f"{judge.folder} classifies images {judge.shape}, not {config.data.shape}")
+        check_judge(config, config.data.shape)
         checks.check(config)
+        if config.evaluate.judge is not None:
+            check_judge(config, config.data.shape, DataFacts.of(build.load_data(config)[0]).names)
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:

@@ -32,7 +32,7 @@ from diffbench.metrics.registry import metric_name
 from diffbench.runs.base import open_run
 from diffbench.runs.build import device_of
 from diffbench.runs.checks import check_evaluation
-from diffbench.runs.classifier import ClassifierRun
+from diffbench.runs.classifier import ClassifierRun, check_judge
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.drawing import draw, samples_of
 
@@ -145,6 +145,7 @@ def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
     """Make the scorer of the run's samples; errors name the `origin` of the config."""
     with located([(origin, {})]):
         check_evaluation(config, run.train_set)
+        check_judge(config, run.facts.shape, run.facts.names)
         extractor = references.run_extractor(config, run.train_set, device_of(config.trainer.accelerator))
     run.use_threads()
     run.network.to(extractor.device)

@@ -130,6 +130,9 @@ def test_a_judge_of_ones_own_scores_samples_and_says_how_good_it_is(tmp_path: Pa
     assert not run.exists() and "evaluate.judge" in capsys.readouterr().err
     assert main([*dit, "data.size=16", f"evaluate.judge={judge}"]) == 2
     assert "classifies images (1, 8, 8), not (1, 16, 16)" in capsys.readouterr().err
+    assert main([*dit, "data.planted={copy of 8: [8]}", f"evaluate.judge={judge}"]) == 2
+    assert f"evaluate.judge: {judge} tells 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 apart, not 0, 1, 2," in capsys.readouterr().err
+    assert not list((tmp_path / "runs" / "digits").glob("dit*"))
     assert main([*dit, f"evaluate.judge={judge}"]) == 0
     (run,) = (tmp_path / "runs" / "digits").glob("dit*")
     (found,) = results(run)[-1:]
