@@ -195,17 +195,27 @@ class DenoiserRun(Run[RunConfig]):
             found.append(FrechetDistance(self.train_set, e.every_images, extractor, e.every_count, *drawn))
         return [*found, SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.label_names)]
 
+    def guided_by(self, settings: SampleConfig) -> GuidanceModels:
+        """The networks that guide as the settings say; an error that names the key where that is not possible."""
+        if settings.guidance != 1 and settings.weak_model is None and self.null_label is None:
+            raise UserError(
+                f"sample.guidance: {settings.guidance:g} needs classes, and {self.folder} was trained without; allowed:"
+                " sample.guidance=1, sample.weak_model=RUN"
+            )
+        return guidance_models(settings, self.config, self.shape)
+
     def sampler(self, settings: SampleConfig, raw: bool = False) -> Sampler:
         """The sampler of the network, guided as the settings say; `raw` leaves out the autoencoder."""
         if settings.weak_model is not None and settings.guidance == 1:
             print("note: sample.weak_model has no effect at sample.guidance=1")
+        models = self.guided_by(settings)
         autoencoder = None if raw else self.autoencoder  # loaded now, so that a missing one fails before sampling
         return Sampler(
             self.network,
             self.process,
             self.shape,
             self.null_label,
-            guidance_models(settings, self.config, self.shape),
+            models,
             decode=None if autoencoder is None else partial(decode, autoencoder),
             raw=raw or self.raw,
             name=str(self.folder),

@@ -75,8 +75,11 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
         run.use_average(decay)
     if snapshot == "best":
         run.use_best()
-    scorer = _scorer(run, config, COMMAND_LINE if overrides else str(run.folder))
-    settings = config.sample.scored()
+    origin, settings = COMMAND_LINE if overrides else str(run.folder), config.sample.scored()
+    with located([(origin, {})]):
+        for how in settings:  # before any sample is drawn
+            run.guided_by(how)
+    scorer = _scorer(run, config, origin)
     found = [_record(run, config, how, scorer) for how in settings]
     if export is not None:
         from diffbench.sampling.images import save_npz
