@@ -236,15 +236,20 @@ def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, c
     return Explanation(label, facts.names[label], len(table), elements, n, losses, history, twins)
 
 
+def label_rows(net: nn.Module) -> Tensor | None:
+    """The rows of a network's label table; None where it has none."""
+    rows: Tensor | None = getattr(net, "label_rows", lambda: None)()
+    return rows
+
+
 def _table(net: nn.Module, facts: DataFacts) -> Tensor:
     if facts.num_classes < 2:
         has = "no classes" if not facts.num_classes else "one class"
         raise ValueError(f"class: this run was trained with {has}; choose a run with at least two")
-    rows = getattr(net, "label_rows", lambda: None)()
+    rows = label_rows(net)
     if rows is None:
         raise ValueError("class: this network has no table of label embeddings; choose a run of another denoiser")
-    table: Tensor = rows.detach()
-    return table
+    return rows.detach()
 
 
 def _twins(top: Sequence[Element], elements: Sequence[Element], table: Tensor) -> list[tuple[str, str, float]]:

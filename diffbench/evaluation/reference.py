@@ -161,8 +161,9 @@ def _in_words(data: ImageSet, counts: Tensor) -> str:
 def chosen(data: ImageSet, split: str, counts: Tensor) -> Part:
     """Choose the first images of each class, counts[c] of class c or as many as there are, class by class."""
     index = [(data.labels == c).nonzero()[:, 0][:n] for c, n in enumerate(counts.tolist()) if n]
-    which = f"the first {counts.sum()}, {_in_words(data, counts)}"
-    return Part(data, split, torch.cat(index) if index else torch.zeros(0).long(), which)
+    found = torch.cat(index) if index else torch.zeros(0).long()
+    which = f"the first {len(found)}, {_in_words(data, data.labels[found].bincount(minlength=1))}"
+    return Part(data, split, found, which)
 
 
 def first(data: ImageSet, split: str, count: int) -> Part:
@@ -177,7 +178,8 @@ def others(part: Part) -> Part:
     number = left.nonzero()[:, 0]
     counts = part.labels.bincount(minlength=1)
     index = [number[part.data.labels[number] == c][:n] for c, n in enumerate(counts.tolist())]
-    return Part(part.data, part.split, torch.cat(index), f"{len(part)} outside {part.which}")
+    found = torch.cat(index)
+    return Part(part.data, part.split, found, f"{len(found)} outside {part.which}")
 
 
 def everything(data: ImageSet, split: str) -> Part:

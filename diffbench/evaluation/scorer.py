@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from diffbench.config.sections import EvaluateConfig
-from diffbench.core import files, rng
-from diffbench.core.files import write_text
+from diffbench.core import files, rng, tensors
 from diffbench.core.progress import progress
 from diffbench.data.sets import ImageSet, rows
 from diffbench.evaluation.reference import (
@@ -159,9 +158,9 @@ def _cached_numbers(
 ) -> dict[str, Any]:
     """Numbers that follow from a reference and a part of real images, computed once."""
     source = [what, key, part.data.fingerprint(), part.split, part.which, len(part)]
-    path = reference_folder() / f"{extractor.name}-{what}-{len(part)}-{files.digest(source)[:16]}.json"
-    files.cached(path, lambda: write_text(path, json.dumps(make()) + "\n"))
-    found: dict[str, Any] = json.loads(path.read_text())
+    path = reference_folder() / f"{extractor.name}-{what}-{len(part)}-{files.digest(source)[:16]}.safetensors"
+    files.cached(path, lambda: tensors.write(path, {}, {"numbers": json.dumps(make())}))
+    found: dict[str, Any] = json.loads(tensors.read(path)[1]["numbers"])
     return found
 
 

@@ -20,7 +20,7 @@ from diffbench.metrics.neighbours import DensityCoverage, PrecisionRecall
 EXTRACTORS["digits-cnn"] = Entry(digits_cnn.build, digits_cnn.check)
 EXTRACTORS["efficientnet-lite0"] = Entry(efficientnet.build, efficientnet.check, efficientnet.installed)
 EXTRACTORS["random-cnn"] = Entry(random_cnn.build, partial(check_channels, "random-cnn"))
-EXTRACTORS["inception"] = Entry(inception.build, inception.check)
+EXTRACTORS["inception"] = Entry(inception.build, inception.check, reads_file=True)
 
 __all__ = [
     "EXTRACTORS",

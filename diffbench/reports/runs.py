@@ -102,7 +102,8 @@ def run_facts(
         for name, value in values(record).items():
             metric, real = metric_of(name), floor(record, name)
             if metric.shown:
-                beside = "" if real is None or not metric.floor else f" (real {metric.text(real)})"
+                of = f" of {n:,}" if (n := other_count(record, name)) else ""
+                beside = "" if real is None or not metric.floor else f" (real {metric.text(real)}{of})"
                 if metric.name == "copies" and (share := copies([record])):
                     beside = f" ({metric.text(share.low)} to {metric.text(share.high)})"
                 facts[f"{name} ({how})" if how else name] = metric.text(value) + beside
@@ -111,12 +112,20 @@ def run_facts(
 
 
 def floor(record: dict[str, Any], name: str) -> float | None:
-    """The score of as many real images, or a judge's accuracy on held-out ones, where a record has it."""
+    """The score of real images, or a judge's accuracy on held-out ones, where a record has it."""
     metric = metric_of(name)
     if "/judge@" in name:
         return float(record["judge"]["accuracy"]) if "judge" in record else None
     found = record.get(f"{metric.name}_held_out", (record.get("floor") or {}).get(metric.computed or metric.name))
     return found if isinstance(found, int | float) else None
+
+
+def other_count(record: dict[str, Any], name: str) -> int | None:
+    """The number of real images of a floor where it is not the N of the metric's name: with fewer, distances rise."""
+    metric, found = metric_of(name), record.get("floor") or {}
+    if "/judge@" in name or (metric.computed or metric.name) not in found or name.endswith(f"@{found['count']}"):
+        return None
+    return int(found["count"])
 
 
 def copies(records: Sequence[dict[str, Any] | None]) -> Share | None:

@@ -10,7 +10,7 @@ from diffbench.reports import variance
 from diffbench.reports.conclusions import Conclusion, holds_at
 from diffbench.reports.pairs import PairedTest
 from diffbench.reports.results import Trial, differing, levels_of, network_key
-from diffbench.reports.runs import copies, floor
+from diffbench.reports.runs import copies, floor, other_count
 from diffbench.reports.text import Rows, as_text, filled, interval_text, mean_text, number, percent, transposed
 
 WIDEST = 6
@@ -102,7 +102,8 @@ def agreement(c: Conclusion) -> Rows:
 def floors(c: Conclusion) -> dict[str, float]:
     """Full name of a metric -> the score of as many real images."""
     records = [t.record for t in c.trials if t.record]
-    found = {n: next((floor(r, n) for r in records if n in r and floor(r, n) is not None), None) for n in shown(c)}
+    alike = {n: [r for r in records if n in r and not other_count(r, n)] for n in shown(c)}
+    found = {n: next((floor(r, n) for r in alike[n] if floor(r, n) is not None), None) for n in shown(c)}
     return {name: value for name, value in found.items() if value is not None}
 
 

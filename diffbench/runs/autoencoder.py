@@ -60,6 +60,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
         if config.loss.perceptual is not None:
             with _perceptual():
                 check(config.loss.perceptual, reference.extractor_request(train_set, None))
+                checks.check_own_extractor(config.loss.perceptual, None, train_set)
 
     def module(self) -> "AutoencoderModule":
         from diffbench.training.autoencoder import AutoencoderModule

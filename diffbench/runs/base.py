@@ -235,7 +235,9 @@ class Run(ABC, Generic[C]):
     def use_average(self, decay: float | None = None) -> Self:
         """Loads an average, by default the first decay's; UserError if the run has none, or that of another network."""
         decay = self.config.ema.decays[0] if decay is None else decay
-        averaged, images = weights.read(self.folder, self.config, self.network, decay)
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=gpus):  # building a network seeds the caller's generators
+            averaged, images = weights.read(self.folder, self.config, self.network, decay)
         wrong = weights.mismatch(self.network.state_dict(), averaged)
         if wrong:
             raise UserError(f"{self.folder}: holds the weights of another network than its config.yaml says: {wrong}")

@@ -17,7 +17,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import registry
-from diffbench.evaluation.reference import extractor_request, suited_extractor
+from diffbench.evaluation.reference import extractor_request, make_extractor, suited_extractor
 from diffbench.metrics.extractors.base import Request
 from diffbench.metrics.extractors.base import check as check_extractor
 from diffbench.runs.build import build_denoiser, build_process, cost_of, denoised_shape, device_of, load_data
@@ -41,6 +41,7 @@ def check(config: RunConfig) -> None:
     with possible("denoiser"):
         cost_of(config, train_set)
     check_output(config, train_set)
+    check_own_extractor(config.evaluate.extractor, config.evaluate.weights, train_set)
     if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
         raise ValueError(
             f"trainer.augment: denoiser.name={config.denoiser.name} takes no augmentation label, so that the"
@@ -87,6 +88,12 @@ def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int,
     check_extractor(name, Request(shape, weights, training=unread))
 
 
+def check_own_extractor(name: str | None, weights: str | None, train_set: ImageSet) -> None:
+    """Raise ValueError unless an extractor of one's own can be made, and fits the images; others are not made."""
+    if name is not None and ":" in name:
+        make_extractor(name, weights, train_set)
+
+
 def check_output(config: RunConfig, data: ImageSet) -> None:
     """Raise ValueError unless the config's network puts out what it denoises, twice over for a learned variance.
 
@@ -116,7 +123,7 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
     try:
         check_extractor(suited_extractor(config), extractor_request(train_set, e.weights))
     except ValueError as error:
-        if e.extractor is not None or e.every_images is not None:
+        if e.extractor is not None or e.weights is not None or e.every_images is not None:
             raise
         raise Unscored(str(error)) from None
     if e.every_images and found < e.every_count:

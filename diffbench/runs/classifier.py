@@ -1,16 +1,20 @@
 """One run of a noise-aware classifier, for `sample.classifier`."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from diffbench.config.kinds import ClassifierRunConfig
+from diffbench.config.kinds import ClassifierRunConfig, RunConfig
+from diffbench.config.layers import located
+from diffbench.core.errors import UserError
+from diffbench.data.places import some
 from diffbench.denoisers.classifier import NoisyClassifier
 from diffbench.denoisers.flops import Cost, count
 from diffbench.diffusion import Process
 from diffbench.runs import build, checks
-from diffbench.runs.base import Run
+from diffbench.runs.base import Run, open_run
 
 if TYPE_CHECKING:
     from diffbench.training.classifier import ClassifierModule
@@ -60,6 +64,20 @@ class ClassifierRun(Run[ClassifierRunConfig]):
         c = self.config
         held_out = self.held_out.evenly(c.validation.count)
         return [Accuracy(held_out, c.trainer.validate_images, c.validation.log_snr)]
+
+
+def check_judge(config: RunConfig, shape: tuple[int, int, int], names: Sequence[str] | None = None) -> None:
+    """Raise ValueError unless `evaluate.judge` is a trained classifier of such images, and of the classes `names`."""
+    if config.evaluate.judge is None:
+        return
+    with located(key="evaluate.judge"):
+        judge = open_run(config.evaluate.judge, [ClassifierRun])
+        if not judge.has_weights:
+            raise UserError(f"{judge.folder}: no weights yet; train the run first")
+        if judge.shape != shape:
+            raise UserError(f"{judge.folder} classifies images {judge.shape}, not {shape}")
+        if names is not None and judge.facts.names != names:
+            raise UserError(f"{judge.folder} tells {some(judge.facts.names, 10)} apart, not {some(names, 10)}")
 
 
 def _network(config: ClassifierRunConfig, data: build.Shaped) -> NoisyClassifier:

@@ -19,7 +19,7 @@ from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core.errors import UserError
 from diffbench.data.coding import decode
-from diffbench.data.facts import labels_for
+from diffbench.data.facts import DataFacts, labels_for
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import registry
@@ -28,7 +28,7 @@ from diffbench.diffusion import Process
 from diffbench.evaluation import reference
 from diffbench.runs import build, checks, weights
 from diffbench.runs.base import Run, open_run
-from diffbench.runs.classifier import ClassifierRun
+from diffbench.runs.classifier import ClassifierRun, check_judge
 from diffbench.sampling.guided import GuidanceModels
 from diffbench.sampling.sampler import Sampler
 from diffbench.training import speed
@@ -92,7 +92,7 @@ class DenoiserRun(Run[RunConfig]):
             for name in (io.WEIGHTS, io.CONFIG):  # the one that marks it as complete comes last
                 (own / name).unlink(missing_ok=True)
                 try:
-                    os.link(Path(source, name), own / name)
+                    os.link(os.path.realpath(Path(source, name)), own / name)  # of a hub snapshot, which holds links
                 except OSError:  # another disk
                     shutil.copy2(Path(source, name), own / name)
         elif io.read_notes(own) != io.read_notes(Path(source)):
@@ -108,12 +108,10 @@ class DenoiserRun(Run[RunConfig]):
         super().check(config)
         if config.sample.weak_model is not None or config.sample.classifier is not None:
             guidance_models(config.sample, config, build.denoised_shape(config, checks.undecoded(config)))
-        with located(key="evaluate.judge"):
-            if config.evaluate.judge is not None:
-                judge = open_run(config.evaluate.judge, [ClassifierRun])
-                if judge.shape != config.data.shape:
-                    raise UserError(f"{judge.folder} classifies images {judge.shape}, not {config.data.shape}")
+        check_judge(config, config.data.shape)
         checks.check(config)
+        if config.evaluate.judge is not None:
+            check_judge(config, config.data.shape, DataFacts.of(build.load_data(config)[0]).names)
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
@@ -197,17 +195,27 @@ class DenoiserRun(Run[RunConfig]):
             found.append(FrechetDistance(self.train_set, e.every_images, extractor, e.every_count, *drawn))
         return [*found, SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.label_names)]
 
+    def guided_by(self, settings: SampleConfig) -> GuidanceModels:
+        """The networks that guide as the settings say; an error that names the key where that is not possible."""
+        if settings.guidance != 1 and settings.weak_model is None and self.null_label is None:
+            raise UserError(
+                f"sample.guidance: {settings.guidance:g} needs classes, and {self.folder} was trained without; allowed:"
+                " sample.guidance=1, sample.weak_model=RUN"
+            )
+        return guidance_models(settings, self.config, self.shape)
+
     def sampler(self, settings: SampleConfig, raw: bool = False) -> Sampler:
         """The sampler of the network, guided as the settings say; `raw` leaves out the autoencoder."""
         if settings.weak_model is not None and settings.guidance == 1:
             print("note: sample.weak_model has no effect at sample.guidance=1")
+        models = self.guided_by(settings)
         autoencoder = None if raw else self.autoencoder  # loaded now, so that a missing one fails before sampling
         return Sampler(
             self.network,
             self.process,
             self.shape,
             self.null_label,
-            guidance_models(settings, self.config, self.shape),
+            models,
             decode=None if autoencoder is None else partial(decode, autoencoder),
             raw=raw or self.raw,
             name=str(self.folder),

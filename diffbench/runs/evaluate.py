@@ -32,7 +32,7 @@ from diffbench.metrics.registry import metric_name
 from diffbench.runs.base import open_run
 from diffbench.runs.build import device_of
 from diffbench.runs.checks import check_evaluation
-from diffbench.runs.classifier import ClassifierRun
+from diffbench.runs.classifier import ClassifierRun, check_judge
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.drawing import draw, samples_of
 
@@ -75,8 +75,11 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
         run.use_average(decay)
     if snapshot == "best":
         run.use_best()
-    scorer = _scorer(run, config, COMMAND_LINE if overrides else str(run.folder))
-    settings = config.sample.scored()
+    origin, settings = COMMAND_LINE if overrides else str(run.folder), config.sample.scored()
+    with located([(origin, {})]):
+        for how in settings:  # before any sample is drawn
+            run.guided_by(how)
+    scorer = _scorer(run, config, origin)
     found = [_record(run, config, how, scorer) for how in settings]
     if export is not None:
         from diffbench.sampling.images import save_npz
@@ -145,6 +148,7 @@ def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
     """Make the scorer of the run's samples; errors name the `origin` of the config."""
     with located([(origin, {})]):
         check_evaluation(config, run.train_set)
+        check_judge(config, run.facts.shape, run.facts.names)
         extractor = references.run_extractor(config, run.train_set, device_of(config.trainer.accelerator))
     run.use_threads()
     run.network.to(extractor.device)
@@ -242,8 +246,11 @@ def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str
     planted = getattr(config.data, "planted", {})
     if not planted or how.guided:
         return {}
-    from diffbench.evaluation.explain import ExplainConfig, planted_scores
+    from diffbench.evaluation.explain import ExplainConfig, label_rows, planted_scores
 
+    if label_rows(run.network) is None:
+        print("note: planted classes are not explained: this network has no table of label embeddings")
+        return {}
     print(f"explaining {len(planted)} planted classes", flush=True)
     return planted_scores(run.sampler(how), how, run.facts, planted, ExplainConfig(seed=config.seed_of("sample")))
 

@@ -30,11 +30,12 @@ from diffbench.evaluation.images import (
     write_adm_reference,
 )
 from diffbench.evaluation.scorer import Scorer
-from diffbench.metrics import EXTRACTORS, Extractor, Request
+from diffbench.metrics import EXTRACTORS, DensityCoverage, Extractor, Request
 from diffbench.metrics import extractor as build_extractor
 from diffbench.metrics.base import KEPT, Measurement, ReferenceStatistics, evenly_spaced
 from diffbench.runs.base import open_run
 from diffbench.runs.build import device_of
+from diffbench.runs.checks import check_evaluation
 from diffbench.runs.denoiser import DenoiserRun
 
 
@@ -58,7 +59,7 @@ def settings_of(overrides: Sequence[str], run: DenoiserRun | None, count: int | 
     if run is not None:
         theirs = run.config.evaluate
         extractor = references.suited_extractor(run.config)
-        base = {"extractor": extractor, "weights": theirs.weights, "reference": theirs.reference}
+        base = {"extractor": extractor, "weights": theirs.weights, "reference": theirs.reference, "count": theirs.count}
     with located():
         if not isinstance(values, dict):
             raise ValueError(f"evaluate: must be a section with keys, got {values!r}; write evaluate.extractor=NAME")
@@ -141,6 +142,7 @@ def _run_scorer(
                 f" {train.num_classes - 1}"
             )
         counts = images.labels.bincount()
+    _check_channels(extractor, train.shape[0], run.folder)
     scorer = scorers.run_scorer(settings, extractor, train, run.held_out, counts)
     if train.shape != images.shape:
         scorer.measurement.detector = scorer.measurement.rule = None  # both are of images of one shape
@@ -148,8 +150,18 @@ def _run_scorer(
     return scorer
 
 
+def _check_channels(extractor: Extractor, channels: int, path: Path) -> None:
+    """Raise UserError where an extractor, made for the samples, cannot read real images of so many channels."""
+    if channels not in (1, extractor.channels):
+        raise UserError(
+            f"{path}: holds images of {channels} channels, but {extractor.name} reads the samples' {extractor.channels}"
+        )
+
+
 def _scorer(extractor: Extractor, against: Path, count: int) -> Scorer:
     reference, facts = load_reference(extractor, against, min(count, KEPT))
+    if 0 < len(reference.rows) <= DensityCoverage.k:
+        raise UserError(f"{against}: holds {len(reference.rows)} images; at least {DensityCoverage.k + 1} are needed")
     if facts["count"] != count:
         print(
             f"note: {count:,} images against {facts['count'] or 'an unknown number of'} real ones: a Fréchet distance"
@@ -182,6 +194,7 @@ def statistics_of_images(
 ) -> tuple[ReferenceStatistics, dict[str, Any]]:
     """Cached statistics of a folder of images or an npz, and the entries of a record about them."""
     images = open_images(path)
+    _check_channels(extractor, images.shape[0], path)
     source = {"images": images.identity(), "size": list(images.shape)}
     batches = partial(images.batches, references.BATCH)
     reference, key = references.cached_statistics(extractor, source, len(images), batches, keep)
@@ -216,6 +229,8 @@ def build_reference(what: Path, overrides: Sequence[str]) -> str:
     batches: Any
     if run is not None:
         train, everything = run.train_set, settings.reference == "all"
+        with located([(COMMAND_LINE if overrides else str(what), {})]):
+            check_evaluation(replace(run.config, evaluate=settings), train)
         extractor = make_extractor(settings, train.shape, run)
         part = references.everything(train, "train") if everything else references.first(train, "train", settings.count)
         reference, key = references.statistics_of(extractor, part)

@@ -53,6 +53,8 @@ def is_free(key: str) -> bool:
 
 
 LONGEST_TAG = 100
+PLANTED = "data.planted."
+"""Before the names of planted classes, which may hold any characters."""
 SAVED = "config.yaml"
 """The resolved config of a run, in its folder."""
 
@@ -74,9 +76,8 @@ def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> 
     for key in [*sorted(chosen), *(k for k in now if k in given and k not in chosen)]:
         value = now.get(key, given[key])
         if not is_free(key) and key not in ("seed", "debug") and (key in now or value is not None):
-            words.append(
-                _text(Path(value).name) if key == "data.path" and value else f"{_leaf(key, now)}_{_text(value)}"
-            )
+            named = key == "data.path" and value
+            words.append(_text(Path(value).name) if named else f"{_text(_leaf(key, now))}_{_text(value)}")
     return short("-".join(words))
 
 
@@ -103,7 +104,7 @@ def reference_curves(path: Path, overrides: Sequence[str], config: BaseConfig) -
 
 def _leaf(key: str, known: dict[str, Any]) -> str:
     """A key without its section where that is enough to tell it."""
-    leaf = key.rsplit(".", 1)[-1]
+    leaf = key.removeprefix(PLANTED) if key.startswith(PLANTED) else key.rsplit(".", 1)[-1]
     return leaf if sum(k.rsplit(".", 1)[-1] == leaf for k in known) < 2 else key
 
 

@@ -141,6 +141,8 @@ def test_parts_do_not_overlap() -> None:
     assert not set(mine.index.tolist()) & set(rest.index.tolist())
     assert (TRAIN.labels[rest.index].bincount() == 50).all()
     assert len(references.others(references.everything(TRAIN, "train"))) == 0
+    few = references.others(references.first(TRAIN, "train", 1000))
+    assert (len(few), few.which) == (437, "437 outside the first 1000, evenly over the classes")
 
 
 def test_damage_is_an_error(judge: Extractor, cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -141,6 +142,40 @@ def test_a_module_is_registered_and_named(monkeypatch: pytest.MonkeyPatch, tmp_p
         check("my_judge:mak", Request((3, 8, 8)))
     with pytest.raises(ValueError, match=r"evaluate\.extractor: nowhere:make cannot be imported"):
         check("nowhere:make", Request((3, 8, 8)))
+    (tmp_path / "broken_judge.py").write_text("def make(request)\n")
+    with pytest.raises(ValueError, match=r"^evaluate\.extractor: broken_judge:make cannot be imported \(expected ':'"):
+        check("broken_judge:make", Request((3, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        ("nn.Identity()", "TypeError: two images give (2, 3, 8, 8)"),
+        ("nn.Flatten(0)", "TypeError: two images give (384,)"),
+        ("nn.Conv2d(3, 4, 3)", "RuntimeError: "),
+        ("None", "AttributeError: 'NoneType' object has no attribute 'eval'"),
+        ("1 / 0", "evaluate.extractor: misfit:make cannot be made (ZeroDivisionError: division by zero)"),
+    ],
+)
+def test_a_module_that_does_not_fit_is_named(
+    made: str, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "misfit.py").write_text(f"from torch import nn\ndef make(request):\n    return {made}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "misfit", raising=False)
+    start = "evaluate.extractor: misfit:make: must map uint8 images (B, 3, 8, 8) to features (B, D) ("
+    with pytest.raises(ValueError) as caught:
+        extractor("misfit:make", Request((3, 8, 8)))
+    assert str(caught.value).startswith(why if why.startswith("evaluate") else start + why)
+
+
+def test_a_file_of_weights_that_nobody_reads_is_refused() -> None:
+    for name in ("random-cnn", "efficientnet-lite0"):
+        if EXTRACTORS[name].installed():
+            with pytest.raises(
+                ValueError, match=rf"^evaluate\.weights: {name} reads no file; allowed: evaluate\.weights"
+            ):
+                check(name, Request((3, 8, 8), "other.pt"))
 
 
 def test_an_unknown_name() -> None:

@@ -13,6 +13,7 @@ from diffbench.reports.export import exported
 from diffbench.reports.html import render
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.runs import run_facts
+from diffbench.reports.tables import floors
 from diffbench.reports.text import as_text, markdown, transposed
 from diffbench.runs.lifecycle import look
 
@@ -35,6 +36,18 @@ def test_scores_of_two_protocols_have_two_rows(tmp_path: Path, capsys: pytest.Ca
     assert facts["fd/digits-cnn@500 (sample.sampler=ddim, sample.steps=4)"] == "0.900 (real 0.181)"
     assert main(["list", str(tmp_path)]) == 0
     assert "fd/digits-cnn@500 0.9 (sample.sampler=ddim, sample.steps=4)" in capsys.readouterr().out
+
+
+def test_a_floor_of_fewer_images_says_so_and_is_no_floor_of_a_report(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "dit-s0")
+    made = record(0.5, judge={"run": "judge", "accuracy": 0.9}) | {"label_accuracy/judge@500": 0.8}
+    made["floor"] |= {"count": 360, "label_accuracy": 0.7}
+    save_record(folder, made)
+    facts = run_facts(look(folder))
+    assert facts["fd/digits-cnn@500"] == "0.500 (real 0.181 of 360)"
+    assert facts["authenticity@500"] == "52.5% (real 56.0%)"
+    found = floors(conclude(Comparison("One", "?", [Trial("dit", 0, "complete", look(folder), made)])))
+    assert found == {"label_accuracy/judge@500": 0.9, "authenticity@500": 0.56}
 
 
 def test_runs_of_one_protocol_share_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,6 +248,18 @@ def test_a_longer_autoencoder_writes_its_folder_anew_and_its_denoisers_keep_thei
     assert torch.equal(load(runs[1]).sample_tensor(1), sample)
 
 
+def test_an_autoencoder_of_links_as_the_hub_keeps_them_is_copied(
+    runs: tuple[Path, Path], trained: tuple[dict[str, str], str], tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for name in (files.WEIGHTS, files.CONFIG):
+        (snapshot / name).symlink_to(runs[0] / "autoencoder" / name)
+    train(trained[0]["dit"], [f"autoencoder={snapshot}", f"runs_dir={tmp_path}", "debug=smoke"])
+    own = load(tmp_path / "latent" / f"dit-smoke-autoencoder_{str(snapshot).replace('/', '_')}-s0").folder
+    assert files.load(own / "autoencoder").fingerprint == files.load(snapshot).fingerprint
+
+
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command that must end with exit code 2 and one line; returns the line."""

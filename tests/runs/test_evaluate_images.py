@@ -201,6 +201,13 @@ def test_what_evaluate_refuses_of_images(refused: Callable[..., str], smoke_run:
     assert line == f"{tmp_path / 'mu.npz'}: holds mu without its partner"
     np.savez(tmp_path / "mu.npz", mu=np.zeros(64), sigma=np.zeros((3, 3)))
     assert "sigma is (3, 3), but mu has 64 numbers" in refused("evaluate", many, "--against", tmp_path / "mu.npz", CNN)
+    assert refused("evaluate", many, "--against", few, CNN) == f"{few}: holds 5 images; at least 6 are needed"
+    line = refused("evaluate", many, "--against", many, CNN, "evaluate.weights=x.pt")
+    assert line.startswith("command line: evaluate.weights: digits-cnn reads no file; allowed: evaluate.weights=null")
+    colour = as_npz(tmp_path / "colour.npz", IMAGES.expand(-1, 3, -1, -1))
+    assert refused("evaluate", many, "--against", colour, "evaluate.extractor=test_evaluate_images:make") == (
+        f"{colour}: holds images of 3 channels, but test_evaluate_images.make reads the samples' 1"
+    )
 
 
 class Mean(nn.Module):
@@ -253,6 +260,9 @@ def test_what_reference_refuses(refused: Callable[..., str], tmp_path: Path, smo
     assert line == "command line: out: must end in .safetensors, or in .npz for the ADM evaluator, got stats.pt"
     line = refused("reference", smoke_run, f"out={tmp_path / 'adm.npz'}")
     assert line.startswith(f"{tmp_path / 'adm.npz'}: the ADM evaluator reads Inception statistics with a spatial layer")
+    assert refused("reference", smoke_run, "evaluate.count=2000").startswith(
+        "command line: evaluate.count: must be at most 1437, as many training images as data.name=digits has, got 2000"
+    )
 
 
 def test_settings_come_from_the_run_compared_with(smoke_run: Path) -> None:
@@ -261,6 +271,8 @@ def test_settings_come_from_the_run_compared_with(smoke_run: Path) -> None:
     assert evaluate_images.settings_of([], run).extractor == "digits-cnn"
     assert evaluate_images.settings_of(["evaluate.extractor=inception"], run).extractor == "inception"
     assert evaluate_images.settings_of(["evaluate.reference=all"], run).reference == "all"
+    assert evaluate_images.settings_of([], run).count == run.config.evaluate.count == 20
+    assert evaluate_images.settings_of([], run, 60).count == 60
 
 
 @pytest.mark.parametrize(

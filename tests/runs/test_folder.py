@@ -44,6 +44,8 @@ def folder(*overrides: str, path: Path = DIT) -> str:
         (["denoiser.name=unet", "denoiser.norm_groups=8"], "runs/digits/dit-denoiser.name_unet-norm_groups_8-s0"),
         (["denoiser.preset=DiT-S/2"], "runs/digits/dit-preset_DiT-S_2-s0"),
         (["init_from=runs/digits/dit-s1"], "runs/digits/dit-init_from_runs_digits_dit-s1-s0"),
+        (["data.planted={0/1: [0, 1]}"], "runs/digits/dit-0_1_0,1-s0"),
+        (["data.planted={v1.5: [0], both: [1]}"], "runs/digits/dit-v1.5_0-both_1-s0"),
         (["debug=smoke"], "runs/digits/dit-smoke-s0"),
         (["debug=smoke", "trainer.max_images=24"], "runs/digits/dit-smoke-s0"),
         (["debug=overfit", "tag=x"], "runs/digits/dit-overfit-x-s0"),

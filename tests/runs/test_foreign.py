@@ -396,6 +396,17 @@ def test_a_network_without_labels_is_asked_for_none(yaml: Path, capsys: pytest.C
     assert "labels: denoiser.call.y=null gives this network none; leave them out" in capsys.readouterr().err
 
 
+def test_planted_classes_are_left_unexplained_without_a_table_of_labels(
+    yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}")
+    words += ["sample.guidance=1", "tag=p", "debug=smoke", "data.planted={copy of 8: [8]}"]
+    assert main(["train", str(yaml), *words]) == 0
+    assert "note: planted classes are not explained: this network has no table of label emb" in capsys.readouterr().out
+    (run,) = (yaml.parent / "runs" / yaml.parent.name).iterdir()
+    assert {"fd/digits-cnn@20", "planted_found@1"} & load_run(run).results[-1].keys() == {"fd/digits-cnn@20"}
+
+
 def test_a_network_that_needs_values_is_counted_too(yaml: Path) -> None:
     run, _ = made(yaml, "name=nets:Values")
     attention = 64 * 4 * 12 + 2 * 64 * 64 * 4 + 64 * 4 * 4

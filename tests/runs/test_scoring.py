@@ -185,7 +185,25 @@ def test_all_training_images_may_be_the_reference(smoke_run: Path) -> None:
     (record, _) = evaluate.evaluate(load(smoke_run), ["evaluate.count=40", "evaluate.reference=all"])
     assert record["reference"]["count"] == 1437
     assert record["floor"]["images"].startswith("held-out: ")  # no training image is left
+    (record,) = evaluate.evaluate(
+        load(smoke_run), ["evaluate.count=400", "evaluate.reference=all", "sample.guidance=1"]
+    )
+    assert record["floor"]["count"] == 360 and record["floor"]["images"].startswith("held-out: the first 360, of the")
     assert set(records.values(record)) == set(records.values(newest(smoke_run)))
+
+
+def test_cached_numbers_that_were_damaged_or_changed_are_named(smoke_run: Path, capsys: Capture) -> None:
+    evaluate.evaluate(load(smoke_run), ["evaluate.count=20"])
+    (path,) = references.reference_folder().glob("digits-cnn-copies-*-360-*")
+    whole = path.read_bytes()
+    try:
+        for content in (b"", whole.replace(b"threshold", b"threshole")):
+            path.write_bytes(content)
+            capsys.readouterr()
+            assert main(["evaluate", str(smoke_run), "evaluate.count=20"]) == 2
+            assert capsys.readouterr().err.startswith(f"error: {path}: damaged (")
+    finally:
+        path.write_bytes(whole)
 
 
 def test_the_nearest_neighbours_are_pictured(smoke_run: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffbench.cli import main
 from diffbench.config.trainer import TrainerConfig
+from diffbench.core.errors import UserError
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation.records import metrics, results
 from diffbench.runs.base import open_run
@@ -38,6 +39,11 @@ class Mean(nn.Module):
 def make(request: object) -> nn.Module:
     """An extractor of one's own, as the config names it."""
     return Mean()
+
+
+def flat(request: object) -> nn.Module:
+    """One that gives no features."""
+    return nn.Identity()
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +136,9 @@ def test_a_judge_of_ones_own_scores_samples_and_says_how_good_it_is(tmp_path: Pa
     assert not run.exists() and "evaluate.judge" in capsys.readouterr().err
     assert main([*dit, "data.size=16", f"evaluate.judge={judge}"]) == 2
     assert "classifies images (1, 8, 8), not (1, 16, 16)" in capsys.readouterr().err
+    assert main([*dit, "data.planted={copy of 8: [8]}", f"evaluate.judge={judge}"]) == 2
+    assert f"evaluate.judge: {judge} tells 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 apart, not 0, 1, 2," in capsys.readouterr().err
+    assert not list((tmp_path / "runs" / "digits").glob("dit*"))
     assert main([*dit, f"evaluate.judge={judge}"]) == 0
     (run,) = (tmp_path / "runs" / "digits").glob("dit*")
     (found,) = results(run)[-1:]
@@ -138,3 +147,39 @@ def test_a_judge_of_ones_own_scores_samples_and_says_how_good_it_is(tmp_path: Pa
     known = [m for m in metrics(judge) if "val/accuracy" in m][-1]
     assert found["judge"]["accuracy"] == pytest.approx(known[f"val/accuracy_log_snr_{level:g}"])
     assert f"held-out images {found['judge']['accuracy']:.1%} right" in capsys.readouterr().out
+    for wrong, why in ((tmp_path / "none", "no run here"), (run, "a run of kind denoiser; choose a classifier's")):
+        assert main(["evaluate", str(run), "evaluate.count=30", f"evaluate.judge={wrong}"]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"error: command line: evaluate.judge: {wrong}: {why}") and "samples by" not in out
+
+
+def test_guidance_without_classes_is_refused_before_anything_is_drawn(tmp_path: Path, capsys: Capture) -> None:
+    root = folder(tmp_path / "own", {"cat": 60}, height=8, width=8) / "cat"
+    assert main(command(root, "evaluate.count=40", "sample.guidance=1")) == 0
+    run = root.parent / "runs" / "cifar10" / "dit-smoke-t-s0"
+    before, line = (
+        results(run),
+        f"sample.guidance: 2 needs classes, and {run} was trained without; allowed: sample.guid",
+    )
+    for argv in (["evaluate", str(run), "evaluate.count=30", "sample.guidance=2"], ["sample", str(run), "guidance=2"]):
+        capsys.readouterr()
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"error: {line}") and "samples by" not in out
+    assert results(run) == before
+    with pytest.raises(UserError, match=line):
+        load(run).sample(2, guidance=2.0)
+    assert main(["evaluate", str(run), "evaluate.count=30", f"sample.weak_model={root}", "sample.guidance=2"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: command line: sample.weak_model: {root}: no run here")
+
+
+def test_an_extractor_of_ones_own_that_does_not_fit_is_refused_before_training(tmp_path: Path, capsys: Capture) -> None:
+    root = folder(tmp_path / "own", {"cat": 20, "dog": 20}, height=8, width=8)
+    assert main(command(root, "evaluate.extractor=test_scoring_own_data:flat")) == 2
+    assert capsys.readouterr().err == (
+        "error: command line: evaluate.extractor: test_scoring_own_data:flat: must map uint8 images (B, 3, 8, 8) to"
+        " features (B, D) (TypeError: two images give (2, 3, 8, 8))\n"
+    )
+    assert main(["train", "experiments/digits/dit.yaml", "evaluate.weights=x.pt", f"runs_dir={tmp_path / 'runs'}"]) == 2
+    assert "evaluate.weights: digits-cnn reads no file; allowed" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffbench.config.load import load
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.drawing import draw, samples_of
+from diffbench.runs.lifecycle import load as load_run
 
 SMALL = ["denoiser.hidden_size=32", "denoiser.depth=1", "trainer.batch_size=16", "evaluate.count=20"]
 MEASURED = {
@@ -71,3 +72,13 @@ def test_a_source_is_named_where_it_is_wrong() -> None:
 
     with pytest.raises(UserError, match=r"seeds.data: must lie in 0 to 2\^63 - 1 or be null, got -1"):
         load("experiments/digits/dit.yaml", ["seeds.data=-1"])
+
+
+def test_opening_a_run_leaves_the_callers_generator_and_training_begins_from_its_own(finished: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    run = load_run(finished)
+    assert torch.equal(torch.get_rng_state(), before)
+    fresh = DenoiserRun(finished, run.config).network.state_dict()
+    torch.manual_seed(run.config.seed_of("init"))
+    assert all(torch.equal(value, fresh[name]) for name, value in run.build().state_dict().items())

@@ -124,11 +124,13 @@ class Entry:
         build: makes it; or a plain nn.Module that maps uint8 images (B, C, H, W) of the data's size to features (B, D).
         check: raises ValueError, one line that says what to install or where to put which file; takes no time.
         installed: whether the packages that it needs are there.
+        reads_file: whether `evaluate.weights` means something to it.
     """
 
     build: Callable[[Request], Extractor | nn.Module]
     check: Callable[[Request], None] = lambda request: None
     installed: Callable[[], bool] = lambda: True
+    reads_file: bool = False
 
 
 EXTRACTORS: dict[str, Entry] = {}
@@ -136,15 +138,21 @@ EXTRACTORS: dict[str, Entry] = {}
 
 
 def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extractor:
-    """Make an extractor of any network that maps uint8 images (B, C, H, W) to features (B, D)."""
-    network.eval().requires_grad_(False)
-    with torch.no_grad():
-        dim = network(torch.zeros(2, *shape, dtype=torch.uint8)).shape[1]
+    """Make an extractor of a network that maps uint8 images (B, C, H, W) to features (B, D); ValueError for another."""
+    try:
+        network.eval().requires_grad_(False)
+        with torch.no_grad():
+            features = network(torch.zeros(2, *shape, dtype=torch.uint8))
+        if features.ndim != 2 or len(features) != 2:
+            raise TypeError(f"two images give {tuple(features.shape)}")
+    except Exception as e:
+        wanted = f"must map uint8 images (B, {', '.join(map(str, shape))}) to features (B, D)"
+        raise ValueError(f"{name}: {wanted} ({type(e).__name__}: {e})") from None
     return Extractor(
         name=name.replace(":", "."),
         network=network,
         run=lambda images: Features(network(images).float()),
-        dim=dim,
+        dim=features.shape[1],
         weights=_identity(network),
         licence="not stated",
         channels=shape[0],
@@ -176,9 +184,14 @@ def _is_numbers(value: object) -> bool:
 def check(name: str, request: Request) -> None:
     """Check that an extractor can be made here, without making it; a ValueError begins with the key."""
     try:
-        _entry(name).check(request)
+        entry = _entry(name)
+        entry.check(request)
     except ValueError as e:
         raise ValueError(f"evaluate.extractor: {e}") from None
+    if request.weights is not None and not entry.reads_file:
+        raise ValueError(
+            f"evaluate.weights: {name} reads no file; allowed: evaluate.weights=null, or evaluate.extractor=inception"
+        )
 
 
 def check_channels(name: str, request: Request) -> None:
@@ -190,8 +203,14 @@ def check_channels(name: str, request: Request) -> None:
 def extractor(name: str, request: Request) -> Extractor:
     """Make the extractor of a name; a ValueError begins with the key."""
     check(name, request)
-    made = _entry(name).build(request)
-    return made if isinstance(made, Extractor) else plain(name, made, request.shape)
+    try:
+        made = _entry(name).build(request)
+        return made if isinstance(made, Extractor) else plain(name, made, request.shape)
+    except Exception as e:
+        if name in EXTRACTORS:
+            raise
+        text = str(e) if str(e).startswith(f"{name}: ") else f"{name} cannot be made ({type(e).__name__}: {e})"
+        raise ValueError(f"evaluate.extractor: {text}") from None
 
 
 def _entry(name: str) -> Entry:
@@ -204,8 +223,8 @@ def _entry(name: str) -> Entry:
         known = ", ".join(EXTRACTORS)
         raise ValueError(f"unknown extractor {name!r}; choose from {known}, or write package.module:function{hint}")
     try:
-        return Entry(getattr(importlib.import_module(module), attribute))
-    except (ImportError, AttributeError) as e:
+        return Entry(getattr(importlib.import_module(module), attribute), reads_file=True)
+    except Exception as e:  # whatever the code of a file raises
         raise ValueError(f"{name} cannot be imported ({e})") from None
 
 
