@@ -292,6 +292,7 @@ def test_variants_that_share_runs_may_be_measured_differently(tmp_path: Path) ->
         run = look(make_run(tmp_path / f"dit-s{seed}", "dit", seed))
         few = record(0.8, seed)
         few = {name.replace("@500", "@250"): value for name, value in few.items()}
+        few["floor"]["count"] = 250
         results.append(Trial("count=500", seed, "complete", run, record(0.4, seed)))
         results.append(Trial("count=250", seed, "complete", run, few))
     c = conclude(asked(results, primary="fd/digits-cnn@250"))
