@@ -149,20 +149,21 @@ class ValidationConfig:
             raise ValueError(f"validation.log_snr: must be at least two rising levels, got {self.log_snr}")
 
 
-# Keys of one sampler alone: key, sampler, the value that does nothing with the others.
-_OWNED: tuple[tuple[str, str, Any], ...] = (
-    ("variance", "ddpm", "fixed_large"),
-    ("eta", "ddim", 0.0),
-    ("s_churn", "heun", 0.0),
-    ("s_min", "heun", 0.0),
-    ("s_max", "heun", None),
-    ("s_noise", "heun", 1.0),
-    ("sde_diffusion", "euler_maruyama", "sigma"),
-    ("sde_strength", "euler_maruyama", 1.0),
-    ("sde_last", "euler_maruyama", "mean"),
-    ("sde_last_step", "euler_maruyama", 0.04),
-    ("rtol", "dopri5", 1e-3),
-    ("atol", "dopri5", 1e-6),
+# Keys that belong to one value of another key: the key, the other, its value, and what the key is left at elsewhere.
+_OWNED: tuple[tuple[str, str, Any, Any], ...] = (
+    ("guidance_power", "guidance_schedule", "power_cosine", 4.0),
+    ("variance", "sampler", "ddpm", "fixed_large"),
+    ("eta", "sampler", "ddim", 0.0),
+    ("s_churn", "sampler", "heun", 0.0),
+    ("s_min", "sampler", "heun", 0.0),
+    ("s_max", "sampler", "heun", None),
+    ("s_noise", "sampler", "heun", 1.0),
+    ("sde_diffusion", "sampler", "euler_maruyama", "sigma"),
+    ("sde_strength", "sampler", "euler_maruyama", 1.0),
+    ("sde_last", "sampler", "euler_maruyama", "mean"),
+    ("sde_last_step", "sampler", "euler_maruyama", 0.04),
+    ("rtol", "sampler", "dopri5", 1e-3),
+    ("atol", "sampler", "dopri5", 1e-6),
 )
 
 
@@ -203,11 +204,13 @@ class SampleConfig:
     s_noise: float = 1.0
     """Standard deviation of the churned noise."""
     sde_diffusion: Literal["sigma", "constant"] = "sigma"
-    """Euler-Maruyama: how much noise the SDE of a flow adds over time."""
+    """Euler-Maruyama: how much noise the SDE of a flow adds over time. constant is stable for steps below about
+    2 sde_last_step^2 / sde_strength."""
     sde_strength: float = 1.0
     """Euler-Maruyama: that noise times this; 0 is the ODE."""
     sde_last: Literal["mean", "tweedie", "euler"] = "mean"
-    """Euler-Maruyama's last step: along the SDE's mean, to the predicted image, or along the velocity."""
+    """Euler-Maruyama's last step: along the SDE's mean, which leaves noise of sde_last_step times sde_strength; to the
+    predicted image; or along the velocity."""
     sde_last_step: float = 0.04
     """Size of Euler-Maruyama's last step, in the flow's time."""
     rtol: float = 1e-3
@@ -228,12 +231,10 @@ class SampleConfig:
         if not re.fullmatch(r"ddim\d+|\d+( *, *\d+)*", self.steps):
             raise ValueError(f"sample.steps: must be like 250, ddim25 or 10,15,20, got {self.steps!r}")
         check(self, "sample", "lie in 0 to 1", lambda v: 0 <= v <= 1, "eta")
-        for name, owner, idle in _OWNED:
-            if getattr(self, name) != idle and self.sampler not in (owner, None):
+        for name, owner, wanted, idle in _OWNED:
+            if getattr(self, name) != idle and (other := getattr(self, owner)) not in (wanted, None):
                 left = "null" if idle is None else f"{idle:g}" if isinstance(idle, float) else idle
-                raise ValueError(
-                    f"sample.{name}: belongs to sample.sampler={owner}; with {self.sampler} leave it at {left}"
-                )
+                raise ValueError(f"sample.{name}: belongs to sample.{owner}={wanted}; with {other} leave it at {left}")
         check(self, "sample", "lie in 0 to 1e6", lambda v: 0 <= v <= 1e6, "guidance", "classifier_scale")
         check_least(self, "sample", s_churn=0, s_min=0, sde_strength=0)
         rising = "be two rising numbers of at least 0"
@@ -241,7 +242,14 @@ class SampleConfig:
         check(self, "sample", "be at least 1 or null", lambda v: v >= 1, "guidance_channels")
         if self.s_max is not None and self.s_max <= self.s_min:
             raise ValueError(f"sample.s_max: must exceed sample.s_min={self.s_min:g} or be null, got {self.s_max:g}")
+        for name, idle in (("s_min", 0), ("s_max", None), ("s_noise", 1)):
+            if not self.s_churn and getattr(self, name) != idle:
+                raise ValueError(f"sample.{name}: acts on the noise of sample.s_churn, which is 0")
         check(self, "sample", "lie between 0 and 1", lambda v: 0 < v < 1, "sde_last_step")
+        if self.sde_diffusion == "constant" and self.sde_last == "mean" and self.sde_strength:
+            raise ValueError(
+                "sample.sde_last: choose tweedie or euler with sde_diffusion=constant, of which mean leaves noise"
+            )
         if self.clip and self.sampler == "dopri5":
             raise ValueError("sample.clip: dopri5 clips no predicted image; leave it at null or false")
 

@@ -34,16 +34,19 @@ class Denoiser(nn.Module):
         """Makes a network keep the arguments that it is made with."""
         super().__init_subclass__(**options)
         init = cls.__init__
+        signature = inspect.signature(init)
 
         @functools.wraps(init)
         def recorded(self: Denoiser, *args: Any, **given: Any) -> None:
-            if "built_from" not in vars(self):  # not again in a base class
-                signature = inspect.signature(init)
+            # Not again in a base class, nor in a subclass that chooses the image's size itself.
+            if "built_from" not in vars(self) and "image_size" in signature.parameters:
                 try:
-                    names = signature.bind_partial(self, *args, **given).arguments
+                    bound = signature.bind_partial(self, *args, **given)
                 except TypeError as e:
                     wanted = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
                     raise TypeError(f"{cls.__name__}: {e}; call {cls.__name__}({wanted})") from None
+                bound.apply_defaults()
+                names = bound.arguments
                 vars(self)["built_from"] = {name: names[name] for name in list(names)[1:]}
                 if is_dataclass(config := names.get("config")):
                     check_choices(config)
@@ -122,6 +125,8 @@ def check_sizes(config: Any, *names: str, section: str = "denoiser") -> None:
     check_positive(config, *names, section=section)
     if not 0 <= config.dropout < 1:
         raise ValueError(f"{section}.dropout: must lie in [0, 1), got {config.dropout}")
+    if getattr(config, "fourier_scale", 16) != 16 and config.time_features != "fourier":
+        raise ValueError(f"{section}.fourier_scale: belongs to {section}.time_features=fourier; else leave it at 16")
     base = getattr(config, "model_channels", 0)
     if base % 2 and config.time_features == "fourier":
         raise ValueError(f"{section}.model_channels: must be even with {section}.time_features=fourier, got {base}")

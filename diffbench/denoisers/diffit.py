@@ -135,6 +135,8 @@ class DiffiT(Denoiser):
         self.join = nn.ModuleList([nn.Conv2d(widths[i], widths[i + 1], 1) for i in finer] if adds else [])
         self.encoder_time = stage_times(inputs, "encoder")
         self.decoder_time = stage_times(inputs_up, "decoder")
+        if config.time_in == "none" and not (self.encoder_time or self.decoder_time):
+            self.condition.requires_grad_(False)  # nothing uses it: several devices would wait for its gradient
         self.head_norm = GroupNorm(config.norm_groups, widths[0], eps=1e-5)
         self.head = zero_(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
 

@@ -47,6 +47,8 @@ class DiffiTLatent(PatchTransformer):
         self.final_activation = nn.SiLU() if config.head_silu else nn.Identity()
         self.final = Linear(d, self.patch_values)
         self.initialise_ends()
+        if config.time_in == "none":
+            self.condition.requires_grad_(False)  # nothing uses it: several devices would wait for its gradient
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """See `Denoiser.forward`."""

@@ -126,8 +126,8 @@ def _run(network: Any, how: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor 
     try:
         return how(network, x, t, y)
     except (Exception, SystemExit) as e:
-        hint = ""
-        if isinstance(e, IndexError) and network.call.y is not None and network.num_classes and network.null_class:
+        hint, dropped = "", y is not None and network.null_class and int(y.max()) == network.num_classes
+        if isinstance(e, IndexError) and network.call.y is not None and dropped:
             hint = (
                 f"; label {network.num_classes} means no class: its table needs {network.num_classes + 1} rows, or set"
                 " trainer.label_dropout=0"

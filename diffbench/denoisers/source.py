@@ -140,6 +140,8 @@ def _import(name: str, folder: Path | None = None, files: Iterable[Path] = ()) -
         return _imported(name)
     finally:
         sys.path.remove(str(folder.absolute()))
+        if str(folder.absolute()) not in sys.path:
+            sys.path.append(str(folder.absolute()))  # for what it imports as it is built or runs
         sys.dont_write_bytecode = wrote
         sys.modules.update({n: module for n, module in hidden.items() if not _is_loaded(module)})
 

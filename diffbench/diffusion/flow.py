@@ -64,20 +64,21 @@ class Flow(Process):
     def grid(self, steps: int | str) -> Grid:
         """Times evenly spread from 0 to 1, then shifted."""
         times = torch.linspace(0, 1, step_count(steps) + 1, dtype=torch.float64)
-        return Grid(self.path(self._shifted(times)), open_end=self.config.prediction == "x0")
+        return Grid(self.path(self._shifted(times, self.shift)), open_end=self.config.prediction == "x0")
 
     def sde_grid(self, steps: int | str, last: float = 0.04) -> Grid:
-        """Times evenly spread from 0 to 1 - last, then 1, and shifted: the SDE's last step is without noise.
+        """Times from 0 to 1 - last, evenly spread but for the shift, then 1: the SDE's last step is without noise.
 
         Args:
             steps: of all, the last included; at least 2.
-            last: size of the last step before the shift.
+            last: size of the last step.
         """
         if not 0 < last < 1:
             raise ValueError(f"the last step must lie between 0 and 1, got {last}")
-        even = torch.linspace(0, 1 - last, step_count(steps, least=2), dtype=torch.float64)
-        times = torch.cat([even, torch.ones(1, dtype=torch.float64)])
-        return Grid(self.path(self._shifted(times)), open_end=False)
+        end = self._shifted(torch.tensor(1 - last, dtype=torch.float64), 1 / self.shift)
+        even = torch.linspace(0, float(end), step_count(steps, least=2), dtype=torch.float64)
+        times = torch.cat([self._shifted(even, self.shift), torch.ones(1, dtype=torch.float64)])
+        return Grid(self.path(times), open_end=False)
 
-    def _shifted(self, t: Tensor) -> Tensor:
-        return t if self.shift == 1 else self.time_at(self.log_snr(t) - 2 * math.log(self.shift))
+    def _shifted(self, t: Tensor, shift: float) -> Tensor:
+        return t if shift == 1 else self.time_at(self.log_snr(t) - 2 * math.log(shift))

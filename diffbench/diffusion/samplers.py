@@ -184,13 +184,14 @@ def euler_maruyama(
 ) -> Tensor:
     """The reverse SDE of a flow, dx = (velocity + D score) dt + sqrt(2 D) dW (Ma et al. 2024, §2, with w = 2 D).
 
-    Every D leads to the same distributions. The last step adds no noise.
+    Every D leads to the same distributions as steps become small; a step that is larger than about 2 sigma^2 / D makes
+    the noise grow. The last step adds no noise.
 
     Args:
         diffusion: D = strength times sigma, or times 1.
         strength: 0 is the ODE.
-        last: the last step follows the SDE's drift ("mean"), jumps to the predicted image ("tweedie"), or follows the
-            velocity alone ("euler").
+        last: the last step, of size h, follows the SDE's drift ("mean", which leaves noise of h D / sigma), jumps to
+            the predicted image ("tweedie"), or follows the velocity alone ("euler").
     """
     for k in range(len(grid)):
         here, there = grid[k], grid[k + 1]
@@ -271,7 +272,7 @@ def dopri5(
             callback(k, x, x0)
         if bool((s == 1).all() | size.isnan().any()):
             return x
-    raise StepLimitError(f"dopri5 reached {s.min():.3f} of 1 in {limit} steps; loosen rtol={rtol}, or raise the limit")
+    raise StepLimitError(f"dopri5 reached {s.min():.3f} of 1 in {limit} steps; loosen rtol={rtol}")
 
 
 def _rate(predict: Predict, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,11 @@ class VPConfig(ObjectiveConfig):
             raise ValueError("process.loss=mse would leave a learned variance untrained: take hybrid")
         if hybrid and not learned:
             raise ValueError(f"process.loss={self.loss} trains a learned variance: set process.variance=learned_range")
+        if self.variance == "fixed_small" and not self.loss.endswith("kl"):
+            raise ValueError(
+                f"process.variance: fixed_small is for process.loss=kl, not {self.loss}; the sampler's is"
+                " sample.variance"
+            )
         if self.loss.endswith("kl") and (self.loss_space is not None or self.weighting != "none"):
             raise ValueError(
                 f"process.loss: {self.loss} weighs the noise levels itself; leave process.loss_space at null and"

@@ -24,6 +24,7 @@ from diffbench.config.load import from_layers, to_yaml
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import sha256, write_text
 from diffbench.denoisers import from_reference
+from diffbench.denoisers.foreign import described
 from diffbench.denoisers.pretrained.checkpoint import weight_sets
 from diffbench.denoisers.pretrained.convert import RECIPES, describe, infer
 from diffbench.denoisers.pretrained.recipe import Blueprint
@@ -78,10 +79,13 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
         arguments = infer(source, state, {k: untyped(v) for k, v in (given or {}).items()})
         plan = describe(source, arguments)
         net = from_reference(source, arguments, state)
+        made = as_config(source, plan)
     except ValueError as e:
         hint = "; leave names out by ignore=[NAME]" if " unexpected: " in str(e) else ""
         raise UserError(f"{checkpoint}: {e}{hint}") from None
-    stack = [(f"import {source}", as_config(source, plan)), (COMMAND_LINE, changes)]
+    except (TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{COMMAND_LINE}: arguments: no network of {source} has these ({described(e)})") from None
+    stack = [(f"import {source}", made), (COMMAND_LINE, changes)]
     config = from_layers(stack)
     assert isinstance(config, RunConfig)
     with located(stack):
@@ -143,6 +147,7 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
     # What works in latents guides three of the four channels, as DiT's release did.
     latent = {"guidance": 4.0 if null else 1.0, "guidance_channels": 3, "clip": False}
     weight = {"guidance": 4.4, "guidance_schedule": "power_cosine"} if size <= 32 else {"guidance": 1.49}
+    weak = 1.7 if size == 64 else 1.4  # at 512x512 and 256x256
     process, sample = {
         "dit": (vp, ddpm | latent),
         "sit": ({"name": "flow"}, {"sampler": "euler_maruyama", "steps": "250"} | latent),
@@ -150,7 +155,7 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
         "adm": (vp | ({"schedule": "cosine"} if size == 64 else {}), ddpm),
         "uvit": (
             vp,
-            {"sampler": "dpm_solver", "steps": "50", "guidance": 1.4 if null else 1.0, "clip": False},
+            {"sampler": "dpm_solver", "steps": "50", "guidance": weak if null else 1.0, "clip": False},
         ),
         "ddpmpp": ({"name": "edm"}, {"sampler": "heun", "steps": "18" if size <= 32 else "40"}),
     }[source]

@@ -81,6 +81,8 @@ def gradient_of(classifier: nn.Module, process: Process, y: Tensor) -> Callable[
 def _weight(process: Process, config: SampleConfig) -> Weight:
     weight: Weight = config.guidance
     if config.guidance_schedule == "power_cosine":
+        if process.name != "vp":
+            raise ValueError("sample.guidance_schedule: power_cosine follows the steps of vp; choose constant")
         weight = guidance.power_cosine(config.guidance, config.guidance_power, process.config.steps)
     if config.guidance_interval is not None:
         weight = guidance.interval(process, weight, *config.guidance_interval)

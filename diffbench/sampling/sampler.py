@@ -248,8 +248,11 @@ def sample(
         (N, C, H, W) uint8; float32 as denoised where there are neither one nor three channels.
 
     Raises:
-        ValueError: if the shape is not known, counts disagree, or a setting is not allowed.
+        ValueError: if the network has no parameters, the shape is not known, counts disagree, or a setting is not
+            allowed.
     """
+    if next(network.parameters(), None) is None:
+        raise ValueError("network: has no parameters, whose device and type samples take")
     shape = getattr(network, "shape", None) if shape is None else shape
     if shape is None:
         raise ValueError("shape: give (C, H, W) of the images; this network does not say it")

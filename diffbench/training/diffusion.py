@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from diffbench.config.sections import SampleConfig, ValidationConfig
 from diffbench.core import distributed, rng
 from diffbench.data.batches import unpack
+from diffbench.denoisers.base import Denoiser
+from diffbench.denoisers.foreign import Foreign
 from diffbench.denoisers.registry import as_values, from_values
 from diffbench.diffusion import PROCESSES, LossAware, Process, stratified
 from diffbench.diffusion.guidance import null_labels
@@ -75,6 +77,9 @@ class DiffusionModule(TrainingModule):
         net = from_values(network) if isinstance(network, dict) else network
         super().__init__(net, optimizer, lr_scheduler, lr, seed)
         self.process = _process(process)
+        for part in net.modules() if isinstance(net, Denoiser) and not isinstance(net, Foreign) else ():
+            if isinstance(label := getattr(part, "augment", None), nn.Module):
+                label.requires_grad_(augment > 0)  # several devices would wait for its gradient
         if null_label is None and getattr(net, "null_class", False):
             null_label = int(net.num_classes)  # type: ignore[arg-type]
         if label_dropout and null_label is None:

@@ -96,6 +96,21 @@ def test_a_network_without_classes_ignores_labels(name: str) -> None:
     assert torch.equal(net(x, t, y), net(x, t, None))
 
 
+class Own(DiT):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__(DiTConfig(hidden_size=width, depth=1, num_heads=2), (8, 4), 1)
+
+
+class Sized(DiT):
+    def __init__(self, config: DiTConfig, image_size: int = 8) -> None:
+        super().__init__(config, image_size, 1)
+
+
+def test_a_subclass_with_arguments_of_its_own_knows_its_shape() -> None:
+    assert Own().shape == (1, 8, 4)
+    assert Sized(SMALL["dit"]).shape == (1, 8, 8)
+
+
 @EACH
 def test_each_sample_is_on_its_own(name: str) -> None:
     net, (x, t, y) = small(name), inputs()

@@ -67,3 +67,5 @@ def test_fourier_frequencies_are_saved_and_drawn_once() -> None:
     frequencies = net.state_dict()["condition.fourier.frequencies"]
     assert frequencies.shape == (128,)
     assert 0.005 < frequencies.std() < 0.02
+    with pytest.raises(ValueError, match=r"^denoiser\.fourier_scale: belongs to denoiser\.time_features=fourier; else"):
+        small("unet", fourier_scale=0.01)

@@ -120,6 +120,15 @@ def test_sit_is_the_first_half_of_dit(learn_sigma: bool) -> None:
     assert (out - both[:, : x.shape[1]]).abs().max() < 1e-6
 
 
+def test_without_classes_the_one_row_of_the_label_table_is_added() -> None:
+    net, case = network("dit_a")
+    x, t, key = case.input("x"), case.input("t"), "y_embedder.embedding_table.weight"
+    state = weights(case)
+    alone = from_reference("dit", arguments(case) | {"num_classes": 0}, state | {key: state[key][3:4]})
+    y = torch.zeros(len(x), dtype=torch.int64)
+    assert (alone(x, t, y) - net(x, t, y + 3)).abs().max() < 1e-6
+
+
 def test_arguments_left_out_take_the_reference_defaults() -> None:
     assert describe("dit", {}).config.depth == 28
     latent = describe("diffit", {})

@@ -78,6 +78,16 @@ def test_the_velocity_is_the_rate_along_the_path(path: str) -> None:
         assert (point.rate(process.convert(velocity[i : i + 1], x, t)) - velocity[i : i + 1]).abs().max() < 1e-12
 
 
+@PATHS
+def test_the_sdes_last_step_is_in_the_flows_time_whatever_the_shift(path: str) -> None:
+    plain, shifted = (Flow(FlowConfig(path=path, shift=s)) for s in (1.0, 4.0))  # type: ignore[arg-type]
+    even, times = plain.sde_grid(11, last=0.1).points.time, shifted.sde_grid(11, last=0.1).points.time
+    assert torch.equal(even[:-1], torch.linspace(0, 0.9, 11, dtype=torch.float64))
+    assert times[[0, -2, -1]].tolist() == pytest.approx([0.0, 0.9, 1.0], abs=1e-12)
+    steps = plain.time_at(shifted.log_snr(times[:-1]) + 2 * math.log(4)).diff()  # before the shift they are even
+    assert (steps - steps[0]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("last", ["mean", "tweedie", "euler"])
 def test_the_sde_ends_with_one_step_without_noise(last: str) -> None:
     process = Flow(FlowConfig())

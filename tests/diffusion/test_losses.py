@@ -22,7 +22,7 @@ def process_of(case: Case) -> DiscreteVP:
     arguments = case.info["constructor"]["args"]
     variance, loss = arguments["model_var_type"].lower(), LOSSES[arguments["loss_type"]]
     if loss.endswith("hybrid") and variance != "learned_range":
-        loss = "mse"
+        loss = "kl" if variance == "fixed_small" else "mse"
     return DiscreteVP(
         VPConfig(
             steps=arguments["betas"]["num_diffusion_timesteps"],

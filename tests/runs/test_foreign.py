@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,16 @@ def number():
 class Other:
     pass
 """
+LATE = """
+from nets import Plain
+
+
+class Late(Plain):
+    def forward(self, x, t, y):
+        from later import twice
+
+        return twice(super().forward(x, t, y))
+"""
 PARTS = "from torch import nn\n\n\ndef conv(a, b):\n    return nn.Conv2d(a, b, 3, padding=1)\n"
 
 
@@ -313,6 +324,7 @@ REFUSED = {
     "nothing to train": (["name=nets:Frozen"], "denoiser.name: this network has no parameters to train"),
     "instance": (["name=nets:instance"], "nets:instance is neither a torch.nn.Module class nor a function"),
     "null label": (["name=nets:FewRows"], "label 10 means no class: its table needs 11 rows"),
+    "output's place": (["call.output=7"], "(IndexError: index 7 is out of bounds for dimension 0 with size 1)\n"),
     "call": (["name=nets:Keywords"], "denoiser.call: forward fails at an image of 1x8x8 with {x: 0, t: 1, y: 2,"),
     "output": (["name=nets:Keywords", "call={x: image, t: sigma, y: null}"], "forward returns dict with image; name"),
 }
@@ -362,6 +374,15 @@ def test_the_network_gets_its_arguments_and_its_inputs(yaml: Path) -> None:
     assert configured.network.out.in_channels == 3 and configured.network.sizes == (5, 6)
     _, plain = made(yaml, "name=nets:function", "args.width=2")
     assert plain.network.out.in_channels == 2
+
+
+def test_a_neighbour_that_is_imported_late_is_found(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (yaml.parent / "late.py").write_text(LATE)
+    (yaml.parent / "later.py").write_text("def twice(x):\n    return 2 * x\n")
+    _, net = made(yaml, "name=late:Late")
+    assert net(X, T, Y).shape == X.shape
+    assert sys.path.count(str(yaml.parent)) == 1
 
 
 def test_labels_as_tokens_are_mixed_too(yaml: Path) -> None:

@@ -132,6 +132,12 @@ def test_uvit_is_guided_where_its_training_dropped_labels(
     assert (c.sample.guidance, c.data.num_classes) == (guidance, max(rows, 0) - (p_uncond > 0))
 
 
+@pytest.mark.parametrize(("side", "guidance"), [(32, 1.4), (64, 1.7)])
+def test_uvits_guidance_follows_its_size(side: int, guidance: float, tmp_path: Path) -> None:
+    args = {"img_size": side, "patch_size": 8, "in_chans": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    assert config("uvit", args | {"num_classes": 11, "p_uncond": 0.1}, tmp_path).sample.guidance == guidance
+
+
 def test_guidance_of_imported_adm_is_refused_with_a_sentence(tmp_path: Path, capsys: Capture) -> None:
     path = saved(tmp_path, "adm_b_legacy")
     assert main(["import", "adm", str(path), str(tmp_path / "adm"), *words(arguments(load("adm_b_legacy")))]) == 0

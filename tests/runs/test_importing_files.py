@@ -121,6 +121,13 @@ UNFIT = [
     ("dit", [*GIVEN, "arguments.depth=3"], "CKPT: dit: the shapes are not those of the given arguments, from which 10"),
     ("dit", [*GIVEN, "arguments.depht=2"], "CKPT: dit: unknown argument depht; known: input_size, patch_size, "),
     ("dit", ["arguments=3"], "command line: arguments: must be given by name, as arguments.num_heads=16"),
+    ("dit", [*GIVEN, "arguments.hidden_size=abc"], "command line: arguments: no network of dit has these (TypeError: "),
+    (
+        "dit",
+        [*GIVEN, "arguments.num_classes=-2"],
+        "command line: arguments: no network of dit has these (RuntimeError: ",
+    ),
+    ("dit", [*GIVEN, "arguments.learn_sigma=maybe"], "CKPT: dit: learn_sigma='maybe' must be true or false"),
     ("adm", [], "CKPT: adm: no input_blocks.0.0.weight among 32 names; these weights look like dit"),
     ("dit", [*GIVEN, "sample.stepps=2"], "command line: sample.stepps: unknown key; allowed: sampler, steps, "),
     ("dit", [*GIVEN, "denoiser.depth=3"], "NOT blocks.2.mlp.0.bias is absent there, (192,) here, 10 differ in all"),
@@ -199,14 +206,19 @@ def test_names_that_do_not_belong_are_left_out(tmp_path: Path, refused: Callable
     [
         (torch.nan, "holds 1 values that are not finite, of 144"),
         (torch.inf, "holds 1 values that are not finite, of 144"),
-        (None, "holds int8, not floating-point weights"),
+        (torch.int8, "holds int8, not floating-point weights"),
+        (torch.float8_e4m3fn, "holds float8_e4m3fn, not floating-point weights"),
+        (None, "holds sparse_coo, not floating-point weights"),
     ],
 )
 def test_broken_weights_are_refused(
-    value: float | None, text: str, tmp_path: Path, refused: Callable[..., str]
+    value: float | torch.dtype | None, text: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     state, key = weights(load("dit_a")), "blocks.1.attn.qkv.bias"
-    state[key] = state[key].to(torch.int8) if value is None else state[key].index_fill(0, torch.tensor(3), value)
+    if isinstance(value, float):
+        state[key] = state[key].index_fill(0, torch.tensor(3), value)
+    else:
+        state[key] = state[key].to_sparse() if value is None else state[key].to(value)
     torch.save({"ema": state}, tmp_path / "w.pt")
     assert refused("dit", tmp_path / "w.pt", tmp_path / "out", *GIVEN) == f"{tmp_path / 'w.pt'}: dit: {key} {text}"
 

@@ -151,6 +151,13 @@ REFUSED = {
     "process=3": "process: must be a section with keys, got 3; write process.name=vp",
     "sample.s_noise=1.1 sample.sampler=ddim": "sample.s_noise: belongs to sample.sampler=heun; with ddim leave it at 1",
     "sample.s_max=2 sample.sampler=ddim": "sample.s_max: belongs to sample.sampler=heun; with ddim leave it at null",
+    "sample.guidance_power=2": "sample.guidance_power: belongs to sample.guidance_schedule=power_cosine; with constant"
+    " leave it at 4",
+    "process.name=edm sample.s_noise=1.1": "sample.s_noise: acts on the noise of sample.s_churn, which is 0",
+    "process.name=flow sample.sampler=euler_maruyama sample.sde_diffusion=constant": "sample.sde_last: choose tweedie"
+    " or euler with sde_diffusion=constant",
+    "process.variance=fixed_small": "process.variance: fixed_small is for process.loss=kl, not mse; the sampler's is"
+    " sample.variance",
     "process.name=flow sample.sampler=dopri5 sample.clip=true": "sample.clip: dopri5 clips no predicted image",
     "sample.weak_model=nowhere": "sample.weak_model: nowhere: no run here (config.yaml is missing)",
 }

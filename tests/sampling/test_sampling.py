@@ -19,7 +19,7 @@ from diffbench.denoisers.classifier import ClassifierConfig, NoisyClassifier
 from diffbench.diffusion import EDM, PAIRS, DiscreteVP, EDMConfig, Flow, FlowConfig, Process, VPConfig
 from diffbench.sampling.guided import GuidanceModels, gradient_of, guided
 from diffbench.sampling.images import Trajectory
-from diffbench.sampling.sampler import Sampler
+from diffbench.sampling.sampler import Sampler, sample
 
 PROCESSES: dict[str, Process] = {
     "vp": DiscreteVP(VPConfig(1000, "cosine")),
@@ -340,6 +340,16 @@ def test_the_callback_sees_the_first_batch_alone_and_goes_on_where_it_is_halved(
     sampler = Sampler(Full(process), process, (1, 4, 4))
     sampler(torch.arange(20) % 10, SampleConfig("ddim", "10", batch_size=8), callback=trajectory)
     assert [len(x) for x in trajectory.noisy] == [4] * 10 and trajectory.strip().shape[0] == 8 * 44
+
+
+def test_what_cannot_be_sampled_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^network: has no parameters"):
+        sample(nn.Identity(), PROCESSES["vp"], 2, shape=(1, 4, 4))
+    for name in ("edm", "flow"):
+        with pytest.raises(
+            ValueError, match=r"^sample\.guidance_schedule: power_cosine follows the steps of vp; choose"
+        ):
+            greys(PROCESSES[name], SampleConfig(guidance=2, guidance_schedule="power_cosine"), torch.arange(2))
 
 
 def test_a_cpu_takes_batches_that_its_caches_hold() -> None:

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_type_hints
 
 import pytest
 import torch
-from small_networks import CHANNELS, inputs, small
+from small_networks import CHANNELS, CLASSES, SIZE, SMALL, inputs, small
 
+from diffbench import VP, DiffusionModule
 from diffbench.denoisers import DENOISERS, DDPMppConfig, DiffiTConfig, DiffiTLatentConfig, DiTConfig, UNetConfig, build
 
 
@@ -134,6 +136,30 @@ def test_an_augmentation_label_of_another_width(name: str) -> None:
         net = small(name, augment_dim=config)
         with pytest.raises(ValueError, match=rf"^denoiser.augment_dim: is {width}, got an augmentation label of 4$"):
             net(x, t, y, augment=torch.zeros(len(x), 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "augment", "frozen"),
+    [
+        ("diffit-latent", {"time_in": "none"}, 0.0, "condition."),
+        ("diffit", {"time_in": "none"}, 0.0, "condition."),
+        ("diffit", {"time_in": "none", "tmsa": "encoder"}, 0.0, None),
+        ("diffit", {"time_in": "none", "tmsa": "encoder", "channels": [8], "blocks": [1]}, 0.0, "condition."),
+        ("diffit", {"augment_dim": 9}, 0.0, "condition.augment."),
+        ("ddpmpp", {"augment_dim": 9}, 0.0, "embedding.augment."),
+        ("ddpmpp", {"augment_dim": 9}, 0.5, None),
+    ],
+)
+def test_what_gets_no_gradient_is_frozen(
+    name: str, changes: dict[str, Any], augment: float, frozen: str | None
+) -> None:
+    """Several devices wait for the gradients of all other parameters."""
+    shape = {"image_size": SIZE, "channels": CHANNELS, "num_classes": CLASSES}
+    net, (x, _, y) = build(name, replace(SMALL[name], **changes), **shape), inputs()
+    module = DiffusionModule(net, VP(), augment=augment)
+    module.training_step((x, y), 0).backward()
+    for key, parameter in net.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad) == key.startswith(frozen or "-"), key
 
 
 def test_without_a_null_class_labels_are_needed() -> None:

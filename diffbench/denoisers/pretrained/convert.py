@@ -137,10 +137,12 @@ def reference_names(source: str, net: Denoiser) -> dict[str, str]:
 def _check_known(source: str, arguments: Mapping[str, Any]) -> None:
     if source not in RECIPES:
         raise ValueError(f"unknown source {source!r}; choose from {', '.join(RECIPES)}")
-    for name in arguments:
-        if name not in RECIPES[source].defaults:
-            known = ", ".join(RECIPES[source].defaults)
-            raise ValueError(f"{source}: unknown argument {name}; known: {known}")
+    defaults = RECIPES[source].defaults
+    for name, value in arguments.items():
+        if name not in defaults:
+            raise ValueError(f"{source}: unknown argument {name}; known: {', '.join(defaults)}")
+        if isinstance(defaults[name], bool) and value not in (False, True):
+            raise ValueError(f"{source}: {name}={value!r} must be true or false")
 
 
 def _complete(source: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffbench.denoisers.base import Denoiser
@@ -69,9 +70,9 @@ def only(source: str, arguments: dict[str, Any], **allowed: Any) -> None:
 
 
 def check_values(source: str, name: str, tensor: Tensor) -> None:
-    """Raise ValueError unless a tensor holds finite floating-point weights."""
-    if not tensor.is_floating_point():
-        kind = f"{tensor.dtype}".removeprefix("torch.")
+    """Raise ValueError unless a tensor holds finite floating-point weights of 16 bits or more, each of them."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.layout != torch.strided:
+        kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
         raise ValueError(f"{source}: {name} holds {kind}, not floating-point weights")
     if broken := int((~tensor.isfinite()).sum()):
         raise ValueError(f"{source}: {name} holds {broken} values that are not finite, of {tensor.numel()}")

@@ -54,11 +54,14 @@ _DIFFIT_RULES = [
 
 def _transformer(arguments: dict[str, Any], denoiser: str, config: type, learn_sigma: bool) -> Blueprint:
     sizes = {key: arguments[key] for key in ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")}
+    classes, null = arguments["num_classes"], arguments["class_dropout_prob"] > 0
+    if null and classes == 0:  # the one row of its table, "no class", is added as a class's is
+        classes, null = 1, False
     shape = {
         "image_size": arguments["input_size"],
         "channels": arguments["in_channels"],
-        "num_classes": arguments["num_classes"],
-        "null_class": arguments["class_dropout_prob"] > 0,
+        "num_classes": classes,
+        "null_class": null,
         "learn_sigma": learn_sigma,
     }
     return Blueprint(denoiser, config(**sizes), shape)
