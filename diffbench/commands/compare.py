@@ -280,9 +280,10 @@ def report_folder(given: str | None, runs: Sequence[Run[Any]]) -> Path:
     root = Path(str(runs[0].values.get("runs_dir", "runs")))
     if root.resolve() not in runs[0].folder.resolve().parents:  # as of a run from another machine
         root = Path("runs")
-    words = dict.fromkeys([run.folder.resolve().parent.name for run in runs])
-    words |= dict.fromkeys(re.sub(r"-s\d+$", "", run.folder.name) for run in runs)
-    name = "-".join(words)
+    named = dict.fromkeys((run.folder.resolve().parent.name, re.sub(r"-s\d+$", "", run.folder.name)) for run in runs)
+    groups = {parent: "-".join([parent, *(stem for p, stem in named if p == parent)]) for parent, _ in named}
+    seeds = ",".join(map(str, sorted({int(run.values["seed"]) for run in runs})))
+    name = "-".join([*groups.values(), f"s{seeds}"])
     if len(name) > 80:
         digest = hashlib.sha256("\n".join(sorted(str(run.folder.resolve()) for run in runs)).encode())
         name = f"{name[:60]}+{digest.hexdigest()[:8]}"

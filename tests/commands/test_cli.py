@@ -325,7 +325,7 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
         ("labels=[]", "labels: at least one is needed, got none"),
         ("n=0", "n: must be at least 1, got 0"),
         ("n=x", "n: must be a whole number or null, got 'x'"),
-        ("guidance=-1", "sample.guidance: must be at least 0, got -1.0"),
+        ("guidance=-1", "sample.guidance: must lie in 0 to 1e6, got -1.0"),
         ("steps=abc", "sample.steps: must be like 250, ddim25 or 10,15,20, got 'abc'"),
         ("eta=0.5", "sample.eta: belongs to sample.sampler=ddim"),
         ("stesp=3", "stesp: unknown key; allowed: n, labels, seed, out, ema, strip, gif, raw, sampler, "),

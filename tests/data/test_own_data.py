@@ -9,6 +9,7 @@ from own_images import folder, table
 from diffbench import load
 from diffbench.cli import main
 from diffbench.config.load import load as load_config
+from diffbench.core.errors import UserError
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import train
 
@@ -68,7 +69,7 @@ def test_a_folder_without_classes_trains_and_refuses_guidance(
     run = load(run_folder(tmp_path))
     assert (run.train_set.num_classes, run.null_label) == (0, None)
     assert run.sample_tensor(3).shape == (3, 3, 16, 16)
-    with pytest.raises(ValueError, match="guidance"):
+    with pytest.raises(UserError, match=r"^sample\.guidance: 2 needs classes, and .* was trained without"):
         run.sample_tensor(3, guidance=2.0)
     with pytest.raises(ValueError, match="labels: this network was trained without classes; leave them out"):
         run.sample_tensor(3, labels=0)

@@ -86,7 +86,7 @@ def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture)
     ]
     assert main(["compare", *folders]) == 0
     out = capsys.readouterr().out
-    report = tmp_path / "reports" / "digits-dit-unet" / "report.html"
+    report = tmp_path / "reports" / "digits-dit-unet-s0,1,2" / "report.html"
     assert out.endswith(f"report: {report}\n") and report.is_file()
     assert sum(line.startswith("parameters ") for line in out.splitlines()) == 1  # one table
     assert "WINNER BY VALIDATION BOUND. dit (" in out and "Which of these runs has the better validation bound?" in out
