@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from diffbench.config.documents import dump, dump_line, line_numbers
-from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, kept_below, keys_of
+from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, RunConfig, kept_below, keys_of
 from diffbench.config.layers import (
     COMMAND_LINE,
     SMOKE_MODE,
@@ -123,10 +123,11 @@ def change(config: C, changes: dict[str, Any], origin: str = COMMAND_LINE) -> C:
     Clipping that followed from the sampler follows from the new one.
     """
     values, sample = to_dict(config), changes.get("sample")
-    before = values.get("sample", {})
-    if isinstance(sample, dict) and sample.get("sampler", before.get("sampler")) != before.get("sampler"):
-        follows = from_layers([("config", values), (origin, {"sample": {"clip": None}})]).sample.clip  # type: ignore[attr-defined]
-        before["clip"] = None if before["clip"] == follows else before["clip"]
+    if isinstance(config, RunConfig) and isinstance(sample, dict):
+        own = config.sample
+        follows = dataclasses.replace(own, clip=None).settled(config.process.name, config.pixels)
+        if sample.get("sampler", own.sampler) != own.sampler and own.clip == follows.clip:
+            values["sample"]["clip"] = None
     changed = from_layers([("config", values), (origin, changes)])
     assert isinstance(changed, type(config))
     return changed
