@@ -140,9 +140,10 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
     target = target_size(study, path)
     found = [training_variant(study, path, same, tuned, target, rate) for same in shared.values()]
     keys = (*IMAGES, "validation.") if metric_of(study.primary).is_validation else IMAGES
-    for other in found[1:]:
-        one = found[0]
-        if differs := protocol_difference(flatten(to_dict(one.config)), flatten(to_dict(other.config)), keys):
+    one, *others = found
+    flat = flatten(to_dict(one.config))
+    for other in others:
+        if differs := protocol_difference(flat, flatten(to_dict(other.config)), keys):
             apart = f"{one.name} and {other.name} cannot stand in one report: {differs}"
             raise UserError(f"{path}: axes: {apart}; write a study for each")
     names: set[str] = set()
