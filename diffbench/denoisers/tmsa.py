@@ -203,7 +203,7 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         (B, heads, N, d).
     """
     size = max(1, PART // (q.shape[1] * q.shape[2] * k.shape[2]))
-    parts = [a.split(size) for a in (q * q.shape[-1] ** -0.5, k.mT, v)]
+    parts = [a.split(size) for a in (q * int(q.shape[-1]) ** -0.5, k.mT, v)]
     biases = bias.split(size) if len(bias) > 1 else [bias] * len(parts[0])
     found = [(q @ k).add_(b).softmax(-1) @ v for q, k, v, b in zip(*parts, biases, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)

@@ -50,7 +50,7 @@ class UViT(Denoiser):
         self.image_size = height, width = both_sides(image_size)
         for side in self.image_size:
             check_divides("patch_size", p, side, "a side of the image")
-        self.patch_size, self.grid = p, (height // p, width // p)
+        self.patch_size, self.grid, self.hidden_size = p, (height // p, width // p), d
         self.gradient_checkpointing = config.gradient_checkpointing
         self.extras = 2 if num_classes else 1
         self.patch = nn.Conv2d(channels, d, kernel_size=p, stride=p)
@@ -76,7 +76,7 @@ class UViT(Denoiser):
         """See `Denoiser.forward`."""
         check_shape(x, self.channels, *self.image_size)
         tokens = rearrange(self.patch(x), "b d h w -> b (h w) d")
-        extras = [self.time(timestep_embedding(t, tokens.shape[-1]).to(tokens.dtype))]
+        extras = [self.time(timestep_embedding(t, self.hidden_size).to(tokens.dtype))]
         if self.label is not None:
             extras.insert(0, self.label(y, len(t)))
         tokens = torch.cat([torch.stack(extras, dim=1), tokens], dim=1) + self.position

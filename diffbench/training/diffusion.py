@@ -19,6 +19,7 @@ from diffbench.sampling.sampler import Sampler
 from diffbench.training.augment import augment
 from diffbench.training.halves import loss_in_halves
 from diffbench.training.module import OptimizerLike, SchedulerLike, TrainingModule, named
+from diffbench.training.recorded import Recorded
 
 
 class DiffusionModule(TrainingModule):
@@ -98,6 +99,7 @@ class DiffusionModule(TrainingModule):
         self.in_halves = False
         """Whether two threads compute a micro-batch, half of it each, by a network that keeps no state and draws no
         random numbers, also not dropout's."""
+        self._recorded = Recorded(self.network)
         self.history = LossAware(self.process.config.steps) if time_sampling == "loss_aware" else None
         self._step_losses: list[tuple[int, float]] = []
         self._keys = {what: rng.key(seed, what) for what in ("noise", "time", "label")}
@@ -145,12 +147,16 @@ class DiffusionModule(TrainingModule):
         batch["time"] = t
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
 
+        in_halves = self.in_halves and len(u) > 1
+        frees_memory = getattr(self.network, "gradient_checkpointing", False)
+        network = self._recorded if in_halves and not frees_memory else self.network
+
         def losses(part: slice) -> Tensor:
             some = {name: value[part] for name, value in inputs.items()}
-            output = self.network(x[part], time[part], None if y is None else y[part], **some)
+            output = network(x[part], time[part], None if y is None else y[part], **some)
             return self.process.losses(output, x0[part], t[part], eps[part])
 
-        if self.in_halves and len(u) > 1:
+        if in_halves:
             share = (torch.ones_like(u) if weight is None else weight) / len(u)
             loss, each = loss_in_halves(losses, share, self.network.parameters())
         else:

@@ -1,5 +1,7 @@
 """A micro-batch that two threads compute, half of it each: the loss and gradients of the whole."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from diffbench.diffusion import LossAware
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.halves import loss_in_halves
+from diffbench.training.recorded import Recorded
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -56,6 +59,40 @@ def test_halves_hold_for_weighted_losses_mixed_precision_and_one_image() -> None
     assert (kept[1][1] - kept[0][1]).norm() <= 2e-2 * kept[0][1].norm()
     torch.testing.assert_close(kept[1][2], kept[0][2], rtol=1e-2, atol=1e-6)
     assert torch.equal(step(module, True, count=1)[1], step(module, False, count=1)[1])
+
+
+@pytest.mark.parametrize("model", ["dit", "unet", "diffit", "diffit-latent", "ddpmpp", "uvit", "segformer"])
+def test_recorded_operations_give_the_bits_of_the_network(model: str) -> None:
+    network = digits(model).network
+    recorded, generator = Recorded(network), torch.Generator().manual_seed(0)
+    labels = torch.arange(6) % 11
+    for y in (labels, labels[:5], None, torch.rand(6, 11, generator=generator), labels):
+        with torch.no_grad():
+            for p in network.parameters():  # in place, as an optimizer does
+                p.add_(0.02 * torch.randn(p.shape, generator=generator))
+        x = torch.randn(6 if y is None else len(y), 1, 8, 8, generator=generator)
+        t = 100 * torch.rand(len(x), generator=generator)
+        expected, found = values(network, network, x, t, y), values(recorded, network, x, t, y)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def values(forward: Callable[..., Tensor], network: nn.Module, *inputs: Tensor | None) -> dict[str, Tensor]:
+    network.zero_grad()
+    out = forward(*inputs)
+    out.square().sum().backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return {"": out.detach(), **gradients}
+
+
+def test_a_copy_of_recorded_operations_has_weights_of_its_own() -> None:
+    network = digits("dit").network
+    recorded, x, t, y = Recorded(network), torch.randn(2, 1, 8, 8), torch.rand(2), torch.arange(2)
+    recorded(x, t, y)
+    copied = copy.deepcopy(recorded)
+    with torch.no_grad():
+        copied._network.final.bias.add_(1)  # type: ignore[union-attr, operator]
+    assert torch.equal(recorded(x, t, y), network(x, t, y))
+    torch.testing.assert_close(copied(x, t, y), network(x, t, y) + 1)
 
 
 def test_parameters_that_half_of_the_images_need_or_none() -> None:
