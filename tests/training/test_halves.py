@@ -95,6 +95,18 @@ def test_a_copy_of_recorded_operations_has_weights_of_its_own() -> None:
     torch.testing.assert_close(copied(x, t, y), network(x, t, y) + 1)
 
 
+@pytest.mark.parametrize(("python", "mixed"), [((3, 10), False), ((3, 99), True)])
+def test_the_network_itself_is_called_where_it_cannot_be_recorded(
+    python: tuple[int, int], mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffbench.training.recorded.PYTHON", python)
+    monkeypatch.setattr(torch.jit, "trace", None)
+    network = digits("dit").network
+    inputs = torch.randn(2, 1, 8, 8), torch.rand(2), torch.arange(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        assert torch.equal(Recorded(network)(*inputs), network(*inputs))
+
+
 def test_parameters_that_half_of_the_images_need_or_none() -> None:
     a, b, unused, frozen = (nn.Parameter(torch.tensor(value)) for value in (2.0, 3.0, 5.0, 7.0))
     frozen.requires_grad_(False)
