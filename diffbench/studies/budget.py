@@ -43,7 +43,7 @@ class Probe:
             write_text(self.path, json.dumps(self.rates) + "\n")
         return self.rates[name]
 
-    def seconds(self, variant: TrainingVariant, samplings: int = 1) -> float:
+    def seconds(self, variant: TrainingVariant) -> float:
         """About how long one seed of a variant trains and, with its evaluations, samples; `jobs` of them at a time."""
         from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
         from diffbench.sampling.sampler import Sampler
@@ -63,7 +63,7 @@ class Probe:
         forwards = float(FORWARDS * variant.trained_images)
         for changes in variant.evaluations.values():
             how = evaluated(c, changes, "study")
-            drawn = how.evaluate.count * max(1, len(variant.rungs)) * samplings
+            drawn = how.evaluate.count * max(1, len(variant.rungs)) * variant.samplings
             forwards += drawn * network_evaluations(run.process, how.sample) / (run.at_once if self.jobs == 1 else 1)
         return forwards * self._forward[name]
 

@@ -24,7 +24,7 @@ def plan_text(
     rows = []
     seconds = 0.0
     for variant in found:
-        each = probe.seconds(variant, study.samplings)
+        each = probe.seconds(variant)
         seconds += each * len(study.seeds)
         row = {
             "network": variant.name,
@@ -45,13 +45,13 @@ def plan_text(
         "",
     ]
     if tuning.trials:
-        tuning_seconds = sum(probe.seconds(trial.variant) for trial in tuning.trials)
+        tuning_seconds = sum(probe.seconds(trial) for trial in tuning.trials)
         seconds += tuning_seconds
         lines.append(
-            f"tuning: {len(tuning.trials)} runs with seed {tuning.trials[0].seed}, {len(tuning.todo)} of them to do,"
-            f" about {span(tuning_seconds / study.jobs)} in all; more where the best stands at an edge of the grid"
+            f"tuning: {len(tuning.trials)} runs with seed {tuning.trials[0].config.seed}, {len(tuning.todo)} of them to"
+            f" do, about {span(tuning_seconds / study.jobs)} in all; more where the best stands at an edge of the grid"
         )
-    lines += [f"warning: {text}" for text in equal_by_construction(list(found))]
+    lines += [f"warning: {text}" for text in equal_by_construction(found)]
     at_once = f", {study.jobs} runs at a time" if study.jobs > 1 else ""
     lines.append(f"about {span(seconds / study.jobs)} for all that is new{at_once}; {folder}")
     return "\n".join(lines)
@@ -78,7 +78,7 @@ def notes_of(
         else:
             how = f"over the last {100 * share:g}% of each a branch of it, whose rate decays, is trained and scored"
         notes.append(f"One run passes all budgets at a constant learning rate; {how}.")
-    notes += [f"Variants {text}." for text in equal_by_construction(list(found))]
+    notes += [f"Variants {text}." for text in equal_by_construction(found)]
     if study.match.by != "none":
         sizes = "; ".join(f"{v.name} {100 * (v.residual or 0):+.1f}% ({v.sized})" for v in found)
         notes.append(
@@ -94,7 +94,7 @@ def notes_of(
 def _tuning_note(study: StudyConfig, found: Sequence[TrainingVariant], tuning: Tuning) -> str:
     assert study.tune is not None
     grid = " x ".join(f"{key} in {values}" for key, values in tuning.grid.items())
-    cost = sum(t.variant.flops for t in tuning.trials) / max(1.0, sum(v.flops for v in found) * len(study.seeds))
+    cost = sum(t.flops for t in tuning.trials) / max(1.0, sum(v.flops for v in found) * len(study.seeds))
     chosen = "; ".join(f"{label} {', '.join(f'{k}={v}' for k, v in c.items())}" for label, c in tuning.chosen.items())
     longer = [key for key, values in tuning.grid.items() if len(values) > len(study.tune.grid[key])]
     grown = f" {', '.join(longer)} grew for all, as a best value stood at an edge." if longer else ""
@@ -114,7 +114,7 @@ def _tuning_note(study: StudyConfig, found: Sequence[TrainingVariant], tuning: T
     )
 
 
-def equal_by_construction(found: list[TrainingVariant]) -> list[str]:
+def equal_by_construction(found: Sequence[TrainingVariant]) -> list[str]:
     """A sentence for each group of variants that cannot differ: one config, or averages that a cap makes one."""
     groups: dict[str, list[str]] = {}
     for variant in found:

@@ -35,12 +35,12 @@ Tuned = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class TrainingVariant:
-    """The variants of a study that share a trained network.
+    """A run that a study trains, and the variants that share its network.
 
     Attributes:
         name: what the variants have in common.
         experiment: the YAML that the config comes from.
-        config: resolved, with the study's first seed.
+        config: resolved, with a seed: the study's first one until `planned_trials` gives it its own.
         cost: the size of the network.
         residual: how much larger than the target of matching, as a share; None without matching.
         sized: the key that matching settled, as "hidden_size=64".
@@ -48,6 +48,9 @@ class TrainingVariant:
         rungs: images at which it is scored, rising up to its length, and the budget each stands for.
         cooldown: the last share of each rung that is trained as a branch of the run, its rate decaying; None where the
             run itself is scored.
+        samplings: how often it is sampled, each time with another seed.
+        tuning: the grid's values that it tries; None for a reported run.
+        label: the label of the tuned axis' value.
     """
 
     name: str
@@ -59,6 +62,9 @@ class TrainingVariant:
     evaluations: dict[str, dict[str, Any]]
     rungs: list[tuple[int, str]]
     cooldown: float | None = None
+    samplings: int = 1
+    tuning: dict[str, Any] | None = None
+    label: str = ""
 
     @property
     def images(self) -> int:
@@ -76,48 +82,27 @@ class TrainingVariant:
         """FLOPs of training."""
         return self.cost.training_flops(self.images)
 
-
-@dataclass(frozen=True)
-class PlannedTrial:
-    """A run to train and evaluate: a training variant with one seed.
-
-    Attributes:
-        name: as the terminal shows it.
-        variant: what is trained.
-        config: its config, with the seed.
-        tuning: the grid's values that it tries, or None for a reported run.
-        label: the label of the tuned axis' value.
-        samplings: how often it is sampled, each time with another seed.
-    """
-
-    name: str
-    variant: TrainingVariant
-    config: RunConfig
-    tuning: dict[str, Any] | None = None
-    label: str = ""
-    samplings: int = 1
-
     @property
-    def seed(self) -> int:
-        """The seed of training."""
-        return self.config.seed
+    def title(self) -> str:
+        """The name of the run: a reported one's ends with its seed."""
+        return f"{self.name} s{self.config.seed}" if self.tuning is None else self.name
 
     @property
     def slug(self) -> str:
-        """The name as a file's."""
-        return file_name(self.name)
+        """The title as a file's name."""
+        return file_name(self.title)
 
     @property
     def folder(self) -> Path:
         """The run folder: equal configs meet in it, whichever study asks for them."""
         values = {k: v for k, v in to_dict(self.config).items() if k not in ("runs_dir", "tag", "seed")}
         del values["trainer"]["threads"]  # which changes rounding alone
-        if len(self.variant.rungs) > 1:  # a run of one length cannot be scored at shorter ones
-            values["rungs"] = [images for images, _ in self.variant.rungs]
-            if self.variant.cooldown is not None:
-                values["cooldown"] = self.variant.cooldown
-        experiment = self.variant.experiment
-        name = f"{experiment.resolve().parent.name}-{experiment.stem}-{digest(values)[:10]}-s{self.seed}"
+        if len(self.rungs) > 1:  # a run of one length cannot be scored at shorter ones
+            values["rungs"] = [images for images, _ in self.rungs]
+            if self.cooldown is not None:
+                values["cooldown"] = self.cooldown
+        parent = self.experiment.resolve().parent.name
+        name = f"{parent}-{self.experiment.stem}-{digest(values)[:10]}-s{self.config.seed}"
         return Path(self.config.runs_dir) / "trials" / name
 
 
@@ -205,6 +190,7 @@ def training_variant(
         {v.name: v.sampled for v in same},
         rungs,
         study.stop.cooldown if len(rungs) > 1 else None,
+        study.samplings,
     )
 
 
@@ -301,10 +287,6 @@ def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunCon
     return change(config, changes, origin)
 
 
-def planned_trials(study: StudyConfig, found: list[TrainingVariant]) -> list[PlannedTrial]:
+def planned_trials(study: StudyConfig, found: list[TrainingVariant]) -> list[TrainingVariant]:
     """The reported runs: all variants with one seed, then with the next, so that a stopped study compares all."""
-    return [
-        PlannedTrial(f"{variant.name} s{seed}", variant, replace(variant.config, seed=seed), samplings=study.samplings)
-        for seed in study.seeds
-        for variant in found
-    ]
+    return [replace(variant, config=replace(variant.config, seed=seed)) for seed in study.seeds for variant in found]

@@ -30,7 +30,7 @@ from diffbench.runs.slurm import sized, submit, summary
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig, file_name, load_study
 from diffbench.studies.notes import notes_of, plan_text
-from diffbench.studies.plan import PlannedTrial, TrainingVariant, evaluated, planned_trials, training_variants
+from diffbench.studies.plan import TrainingVariant, evaluated, planned_trials, training_variants
 from diffbench.studies.trials import FOLDER, TrialFile
 from diffbench.studies.tuning import tuning_so_far
 
@@ -162,36 +162,36 @@ def _autoencoders(found: Iterable[TrainingVariant], launcher: LauncherConfig) ->
         with_autoencoder(config)
 
 
-def _run(folder: Path, plan: Sequence[PlannedTrial], jobs: int, launcher: LauncherConfig) -> bool:
+def _run(folder: Path, plan: Sequence[TrainingVariant], jobs: int, launcher: LauncherConfig) -> bool:
     """Run the trials that are not complete, `jobs` at a time, each in a process of its own with its own log.
 
     Returns whether all have had their turn: not those that SLURM was given, or has already.
     """
-    files = [(TrialFile.of(folder, trial, order).write(), trial) for order, trial in enumerate(plan)]
-    waiting = deque((file, trial) for file, trial in files if not file.complete)
+    files = [TrialFile.of(folder, trial, order).write() for order, trial in enumerate(plan)]
+    waiting = deque(file for file in files if not file.complete)
     if len(waiting) < len(files):
         print(f"{len(files) - len(waiting)} of {len(files)} trials are complete already", flush=True)
     if launcher.name == "slurm":
         if waiting:
-            _hand_over(folder, [(file.path, sized(launcher, trial.config.trainer)) for file, trial in waiting])
+            _hand_over(folder, [(file.path, sized(launcher, file.config.trainer)) for file in waiting])
         return not waiting
     total, started, done = len(waiting), time.monotonic(), 0
-    running: dict[subprocess.Popen[bytes], tuple[TrialFile, PlannedTrial, float]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[TrialFile, float]] = {}
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                file, trial = waiting.popleft()
-                running[_start(file, jobs)] = file, trial, time.monotonic()
+                file = waiting.popleft()
+                running[_start(file, jobs)] = file, time.monotonic()
             time.sleep(0.1)
             for process in [p for p in running if p.poll() is not None]:
-                file, trial, begun = running.pop(process)
+                file, begun = running.pop(process)
                 file.ended(process.returncode, _last_line(file.log))
                 done += 1
                 left = (time.monotonic() - started) / done * (total - done)
                 how = f"FAILED ({file.failure}; {file.log})" if file.failure else "done"
                 took = span(time.monotonic() - begun)
-                print(f"[{done}/{total}] {trial.name}: {how} in {took}, {span(left)} to go", flush=True)
+                print(f"[{done}/{total}] {file.values['name']}: {how} in {took}, {span(left)} to go", flush=True)
     finally:
         try:
             _end(running)

@@ -26,7 +26,7 @@ from diffbench.runs.evaluate import evaluate_as, scores_as
 from diffbench.runs.folder import SAVED
 from diffbench.runs.lifecycle import branch, look, train_in
 from diffbench.studies.config import APART, AVERAGE
-from diffbench.studies.plan import PlannedTrial, cooled, evaluated
+from diffbench.studies.plan import TrainingVariant, cooled, evaluated
 
 KIND = "trial"
 """The `kind` in the file of a trial."""
@@ -94,20 +94,20 @@ class TrialFile:
         self.path = path
 
     @classmethod
-    def of(cls, study: Path, trial: PlannedTrial, order: int = 0) -> "TrialFile":
+    def of(cls, study: Path, trial: TrainingVariant, order: int = 0) -> "TrialFile":
         """The file of a trial in a study's folder, not written yet; `order` is its place in the plan."""
         file = cls(study / FOLDER / f"{trial.slug}.yaml")
         file.values = trial_values(
-            trial.name,
+            trial.title,
             to_dict(trial.config),
             trial.folder,
-            trial.variant.evaluations,
+            trial.evaluations,
             order=order,
             tuning=trial.tuning,
             label=trial.label,
             samplings=trial.samplings,
-            rungs=[list(rung) for rung in trial.variant.rungs] if len(trial.variant.rungs) > 1 else [],
-            cooldown=trial.variant.cooldown,
+            rungs=[list(rung) for rung in trial.rungs] if len(trial.rungs) > 1 else [],
+            cooldown=trial.cooldown,
         )
         file.config = trial.config
         return file

@@ -15,7 +15,16 @@ from diffbench.config.load import flatten, to_dict
 from diffbench.core.errors import UserError
 from diffbench.reports.results import TriedPoint, best_of
 from diffbench.studies.config import StudyConfig, Variant, is_sampled, named, nested, variants
-from diffbench.studies.plan import PlannedTrial, Rate, Tuned, config_of, cooled, stopped, target_size, training_variant
+from diffbench.studies.plan import (
+    Rate,
+    TrainingVariant,
+    Tuned,
+    config_of,
+    cooled,
+    stopped,
+    target_size,
+    training_variant,
+)
 from diffbench.studies.trials import TrialFile, is_trained
 
 MOST_ADDED = 2
@@ -24,7 +33,7 @@ LEAST_VALUES = 3
 """Values of a grid from which on its edges say something."""
 
 Grid = Mapping[str, Sequence[Any]]
-Measured = tuple[PlannedTrial, TriedPoint]
+Measured = tuple[TrainingVariant, TriedPoint]
 
 
 @dataclass(frozen=True)
@@ -33,10 +42,10 @@ class Tuning:
 
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Every key with its values, those that were added among them."""
-    trials: list[PlannedTrial] = field(default_factory=list)
+    trials: list[TrainingVariant] = field(default_factory=list)
     """All runs of the grid so far."""
     chosen: Tuned = field(default_factory=dict)
-    todo: list[PlannedTrial] = field(default_factory=list)
+    todo: list[TrainingVariant] = field(default_factory=list)
     """Trials that are not trained, or not scored, yet."""
 
     @property
@@ -75,7 +84,7 @@ def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> T
         found = []
         for tuned in [trial for trial, point in runs if best.get(trial.label) is point]:
             ways = {_named(values): merge(own[tuned.label], nested(values)) for values in _combinations(grid)}
-            trial = replace(tuned, variant=replace(tuned.variant, evaluations=ways))
+            trial = replace(tuned, evaluations=ways)
             for point in TrialFile.of(folder, trial).points(study.primary)[1:]:
                 found.append((trial, replace(point, values={key: point.values[key] for key in grid})))
         return found
@@ -137,7 +146,7 @@ def _named(values: Mapping[str, Any]) -> str:
     return ", ".join(named(key, value) for key, value in values.items())
 
 
-def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> list[PlannedTrial]:
+def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> list[TrainingVariant]:
     """A run for each label and combination of the grid, with other axes at their first value."""
     assert study.tune is not None
     tune, first = study.tune, dict[str, Variant]()
@@ -151,7 +160,7 @@ def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> 
         config = replace(stopped(found.config, [images], given, tune.share), seed=tune.seed)
         if study.stop.cooldown is not None:
             config = cooled(config, study.stop.cooldown)
-        found = replace(found, config=config, evaluations={}, rungs=[], cooldown=None)
         name = f"tuning {label} {_named(tried)}".strip()
-        made.append(PlannedTrial(name, found, config, tuning=tried, label=label))
+        found = replace(found, name=name, config=config, tuning=tried, label=label)
+        made.append(replace(found, evaluations={}, rungs=[], cooldown=None, samplings=1))
     return made

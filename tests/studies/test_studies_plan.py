@@ -228,7 +228,7 @@ def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -
         for label in ("unet", "dit", "diffit", "ddpmpp", "uvit", "segformer")
         for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)
     ]
-    assert {c.seed for c in made} == {1000} and not {c.seed for c in made} & set(study.seeds)
+    assert {c.config.seed for c in made} == {1000} and 1000 not in study.seeds
     reported = folders(study, path)
     assert not reported & {c.folder for c in made}
     shares = {

@@ -16,7 +16,7 @@ from diffbench.evaluation import records
 from diffbench.runs.lifecycle import look, train_in
 from diffbench.studies.comparison import comparison_of_study
 from diffbench.studies.config import load_study
-from diffbench.studies.plan import PlannedTrial
+from diffbench.studies.plan import TrainingVariant
 from diffbench.studies.runner import folder_of_study, run_study
 from diffbench.studies.trials import TrialFile, recipe_of
 
@@ -159,7 +159,7 @@ def test_a_new_seed_adds_trials_and_keeps_the_study(done: Path) -> None:
 def test_a_part_of_a_changed_study_leaves_no_file_of_the_earlier_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(folder: Path, plan: list[PlannedTrial], *rest: object) -> bool:
+    def run(folder: Path, plan: list[TrainingVariant], *rest: object) -> bool:
         return bool([TrialFile.of(folder, trial, order).write() for order, trial in enumerate(plan)])
 
     monkeypatch.setattr("diffbench.studies.runner._run", run)
