@@ -205,7 +205,7 @@ def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]
     backbones = {run.flat.get("denoiser.name") for run in denoisers}
     keys = _differing(denoisers)
     besides = [key for key in keys if not key.startswith("denoiser.")] if len(backbones) > 1 else []
-    notes = _notes(denoisers, besides)
+    notes = _notes(trials, besides)
     if len(denoisers) < len(runs):
         others = sorted({run.kind for run in runs if run.kind != "denoiser"})
         kinds = f"runs of kind {listed(others)}, and " if others else ""
@@ -252,16 +252,13 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
-def _notes(runs: Sequence[Run[Any]], besides: Sequence[str]) -> list[str]:
+def _notes(trials: Sequence[Trial], besides: Sequence[str]) -> list[str]:
     notes = []
     if besides:
         more = f" and {len(besides) - 6} more" if len(besides) > 6 else ""
         notes.append(f"Besides the backbone, runs differ in {', '.join(besides[:6])}{more}.")
-    try:
-        sizes = sorted({run.cost.gmacs for run in runs})
-    except (UserError, ValueError, OSError):
-        return notes
-    if sizes[-1] > 1.1 * sizes[0]:
+    sizes = sorted(t.cost.gmacs for t in trials if t.cost)
+    if sizes and sizes[-1] > 1.1 * sizes[0]:
         notes.append(f"Networks differ in size: {sizes[0]:.4g} to {sizes[-1]:.4g} GMACs.")
     return notes
 

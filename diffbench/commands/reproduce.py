@@ -19,7 +19,7 @@ from diffbench.denoisers import source
 from diffbench.evaluation import records
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.record import read
-from diffbench.reports.results import VALIDATION, Trial
+from diffbench.reports.results import Trial
 from diffbench.reports.statistics import twin_tolerance
 from diffbench.reports.text import Rows, as_text, filled
 from diffbench.runs.build import load_data
@@ -162,7 +162,7 @@ def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
         for key, a in reported.items():  # another version may measure more
             b = now.get(key)
             # No rounding differs where an error or distance, which no chance makes equal, has the same bits.
-            exact = any(k.startswith(VALIDATION) == key.startswith(VALIDATION) and _continuous(k) for k in equal)
+            exact = any(metric_of(k).is_validation == metric_of(key).is_validation and _continuous(k) for k in equal)
             tolerance = 0.0 if exact else near.get(key, 0.0)
             close = a is not None and b is not None and abs(a - b) <= tolerance
             verdict = VERDICTS[0 if key in equal else 1 if close else 2]
@@ -185,7 +185,7 @@ def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
 def _continuous(name: str) -> bool:
     """Whether a metric is an error or a distance, not a share of counted samples."""
     metric = metric_of(name)
-    return name.startswith(VALIDATION) or (metric.direction == "lower" and not metric.percent)
+    return metric.is_validation or (metric.direction == "lower" and not metric.percent)
 
 
 def tolerances(record: dict[str, Any], variant: str, budget: str) -> dict[str, float]:

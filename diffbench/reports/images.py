@@ -40,16 +40,14 @@ def sample_grid(c: Conclusion, path: Path) -> Plot | None:
             found[trial.variant] = samples
     if not found:
         return None
-    shape = Counter(images.shape for images, _ in found.values()).most_common(1)[0][0]
-    rows = {name: images for name, (images, _) in found.items() if images.shape == shape}
-    classes = found[next(iter(rows))][1]
-    figure = new_figure(9.6, (0.9 if classes else 0.35) + len(rows) * 8.6 / COLUMNS)
-    panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    for panel, (name, images) in zip(panels, rows.items(), strict=True):
+    images, classes = next(iter(found.values()))  # one protocol: all have as many, of one size
+    width = images.shape[3] + 4  # of an image with its border
+    figure = new_figure(9.6, (0.9 if classes else 0.35) + len(found) * 8.6 / COLUMNS)
+    panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+    for panel, (name, (images, _)) in zip(panels, found.items(), strict=True):
         panel.imshow(grid(images, columns=len(images)), interpolation="nearest")
         name_row(panel, plain(name))
     if classes:
-        width = shape[3] + 4  # of an image with its border
         middles = {name: width * (classes.index(name) + classes.count(name) / 2) for name in classes}
         panels[0].xaxis.tick_top()
         panels[0].set_xticks(list(middles.values()), list(middles), rotation=45, ha="left", fontsize=8, color=INK)
