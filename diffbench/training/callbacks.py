@@ -1,7 +1,9 @@
 """Measurements and images in training: every so many images, with averaged weights, and off the training clock."""
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +241,10 @@ class SampleGrid(EveryNImages):
         labels = torch.arange(columns).repeat(4) % max(1, classes)
         split = len(labels) >= distributed.world_size()  # of fewer, each rank draws all
         mine = distributed.rank_slice(len(labels)) if split else torch.arange(len(labels))
+        each = max(trajectory.count, math.ceil(len(mine) / sampler.at_once))
+        how = replace(self.settings, batch_size=min(self.settings.batch_size, each))
         images = self.stop.interruptible(
-            lambda: sampler(labels[mine], self.settings, first=int(mine[0]), callback=trajectory, check=self.stop.check)
+            lambda: sampler(labels[mine], how, first=int(mine[0]), callback=trajectory, check=self.stop.check)
         )
         images = distributed.all_gather_rows(images) if split else images
         captions = [names[label] for label in labels] if names else None

@@ -40,6 +40,7 @@ from diffbench.data.batches import image_set
 from diffbench.data.sets import ImageSet
 from diffbench.denoisers import DiTConfig
 from diffbench.evaluation.validation_error import bound_metrics, denoising_error
+from diffbench.sampling.sampler import Sampler
 from diffbench.training import FrechetDistance
 
 IMAGES = torch.randint(0, 256, (48, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -499,6 +500,25 @@ def test_half_lives_need_the_batch_size() -> None:
     with pytest.raises(ValueError, match=r"ema\.half_life: give EMAConfig\(half_life=...\)\.in_steps\(batch_size\)"):
         EMA(EMAConfig(half_life=[500]))
     assert EMA(EMAConfig(half_life=[8]).in_steps(8)).config.decays == [0.5]
+
+
+def test_a_grid_takes_all_cores_that_batches_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its strip of steps needs the first four samples in one batch."""
+    sizes: list[int] = []
+
+    def noted(self: Sampler, how: SampleConfig) -> int:
+        sizes.append(how.batch_size)
+        return how.batch_size
+
+    monkeypatch.setattr(Sampler, "batch_size", noted)
+    network = dit()
+    for at_once in (1, 3, 16):
+        sampler = Sampler(network, VP(), (1, 8, 8), null_label=4, at_once=at_once)
+        grid = SampleGrid(8, sampler, QUICK, name=f"on-{at_once}")
+        trainer(tmp_path, max_steps=1, callbacks=[grid]).fit(module(network, lr=1e-9), loader())
+    images = [np.array(Image.open(path)).astype(int) for path in sorted(tmp_path.rglob("on-*.png"))]
+    assert sizes == [16, 6, 4] and len(images) == 3
+    assert all(np.abs(image - images[0]).max() <= 1 for image in images)
 
 
 def test_two_devices(tmp_path: Path) -> None:
