@@ -4,11 +4,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from diffbench.autoencoders.kl import KLAutoencoder, KLConfig
@@ -22,13 +25,12 @@ ONLY = {"_class_name": "AutoencoderKL", "act_fn": "silu", "latents_mean": None, 
 IGNORED = {"_diffusers_version", "_name_or_path", "sample_size", "force_upcast", "down_block_types", "up_block_types"}
 
 
-def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencoder:
+def load(source: str | Path) -> KLAutoencoder:
     """An autoencoder from a folder in diffusers' format, or from the hub.
 
     Args:
         source: the folder, or a hub name such as stabilityai/sd-vae-ft-ema; a folder of that name comes first. A name
-            is looked up in the hub's cache, and only what is not there is fetched.
-        say: called with a line before anything is fetched.
+            is looked up in the hub's cache, and only what is not there is fetched, after a line that says so.
 
     Returns:
         The float32 network in eval mode, without gradients.
@@ -37,7 +39,7 @@ def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencode
         ValueError: in one line that begins with the source or its file: what is missing, unknown or does not fit, or
             how to fetch what could not be fetched.
     """
-    folder = find(source, say)
+    folder = find(source)
     config, weights = read_config(folder), _read_weights(folder)
     with torch.device("meta"):
         net = KLAutoencoder(config)
@@ -57,8 +59,8 @@ def load(source: str | Path, say: Callable[[str], None] = print) -> KLAutoencode
     return net.eval().requires_grad_(False)
 
 
-def find(source: str | Path, say: Callable[[str], None] = print) -> Path:
-    return Path(source) if Path(source).is_dir() else _from_hub(str(source), say)
+def find(source: str | Path) -> Path:
+    return Path(source) if Path(source).is_dir() else _from_hub(str(source))
 
 
 def save(net: KLAutoencoder, folder: Path, notes: Mapping[str, str] | None = None) -> None:
@@ -67,8 +69,6 @@ def save(net: KLAutoencoder, folder: Path, notes: Mapping[str, str] | None = Non
     While it is being written config.json is not there, so that no weights meet another's scale. `notes` go into the
     weights' header; `read_notes` gives them back.
     """
-    from safetensors.torch import save as to_bytes
-
     levels = len(net.config.block_out_channels)
     values = {
         "_class_name": ONLY["_class_name"],
@@ -86,8 +86,6 @@ def save(net: KLAutoencoder, folder: Path, notes: Mapping[str, str] | None = Non
 
 def read_notes(folder: Path) -> dict[str, str]:
     """The notes in a folder's weights; none where the folder is not complete, or the weights are damaged."""
-    from safetensors import SafetensorError, safe_open
-
     if not (folder / CONFIG).is_file():
         return {}
     try:
@@ -132,9 +130,6 @@ def _current(key: str) -> str:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / WEIGHTS
     if not path.is_file():
         pickles = sorted(p.name for p in folder.glob("*.bin"))
@@ -146,7 +141,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not valid safetensors: {e}") from None
 
 
-def _from_hub(name: str, say: Callable[[str], None]) -> Path:
+def _from_hub(name: str) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).parent.is_dir():
         raise ValueError(
             f"{name}: no such folder; give a folder with {CONFIG} and {WEIGHTS}, or a hub name such as"
@@ -155,25 +150,24 @@ def _from_hub(name: str, say: Callable[[str], None]) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    def fetch(local_files_only: bool) -> Path:
+        paths = [hf_hub_download(name, file, local_files_only=local_files_only) for file in (CONFIG, WEIGHTS)]
+        return Path(paths[0]).parent
+
     try:
-        return _snapshot(hf_hub_download, name, local_files_only=True)
+        return fetch(local_files_only=True)
     except LocalEntryNotFoundError:
         pass
     command = f"hf download {name} {CONFIG} {WEIGHTS}"
     hint = f"with a network run `{command}`, or put both files into a folder and name that"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise ValueError(f"{name}: not cached, and HF_HUB_OFFLINE is set; {hint}")
-    say(f"fetching {name} from the hub, once (as `{command}` would)")
+    print(f"fetching {name} from the hub, once (as `{command}` would)")
     try:
-        return _snapshot(hf_hub_download, name, local_files_only=False)
+        return fetch(local_files_only=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().split("\n")[0]
         raise ValueError(f"{name}: not cached, and it could not be fetched ({reason}); {hint}") from None
-
-
-def _snapshot(download: Callable[..., str], name: str, local_files_only: bool) -> Path:
-    paths = [download(name, file, local_files_only=local_files_only) for file in (CONFIG, WEIGHTS)]
-    return Path(paths[0]).parent
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -100,8 +100,7 @@ class KLAutoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, latent_channels, h, w), unscaled, to images (B, C, factor h, factor w), about [-1, 1]."""
-        out: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
-        return out
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     @property
     def fingerprint(self) -> str:
@@ -163,8 +162,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down_blocks:
             h = level(h)
-        out: Tensor = self.conv_out(silu(self.conv_norm_out(self.mid_block(h))))
-        return out
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(h))))
 
 
 class Decoder(nn.Module):
@@ -186,8 +184,7 @@ class Decoder(nn.Module):
         h = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             h = level(h)
-        out: Tensor = self.conv_out(silu(self.conv_norm_out(h)))
-        return out
+        return self.conv_out(silu(self.conv_norm_out(h)))
 
 
 class Downsample(nn.Module):
@@ -198,8 +195,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(pad(x, (0, 1, 0, 1)))
-        return out
+        return self.conv(pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -210,8 +206,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(interpolate(x, scale_factor=2.0))
-        return out
+        return self.conv(interpolate(x, scale_factor=2.0))
 
 
 class Level(nn.Module):
@@ -241,8 +236,7 @@ class Middle(nn.Module):
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention(x)
-        out: Tensor = self.resnets[1](x)
-        return out
+        return self.resnets[1](x)
 
 
 class ResBlock(nn.Module):
@@ -258,8 +252,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
-        out: Tensor = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-        return out
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):

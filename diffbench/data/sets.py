@@ -39,10 +39,9 @@ class InMemory:
 
     def fingerprint(self) -> str:
         """The first 16 hexadecimal digits of a hash of all rows, labels included."""
-        if self.digest is None:
-            object.__setattr__(self, "digest", digest_of(array.numpy() for array in self.arrays.values()))
-        assert self.digest is not None
-        return self.digest
+        digest = self.digest or digest_of(array.numpy() for array in self.arrays.values())
+        object.__setattr__(self, "digest", digest)  # of a frozen dataclass
+        return digest
 
     def gather(self, index: Tensor) -> dict[str, Tensor]:
         """The batch of the images with numbers `index` (B,)."""

@@ -104,7 +104,6 @@ def attention_map(
     """The map of one call of `scaled_dot_product_attention`, of which it takes the arguments; dropout is left out.
 
     Args:
-        layer: its name.
         shape: (B, C, H, W) of the network's input.
         tokens: pixels (row, column) of that input.
         query: (B * windows, heads, N, d).

@@ -255,8 +255,7 @@ class Foreign(Denoiser):
             return out
         if isinstance(call.output, int) or isinstance(out, Mapping):
             return out[call.output]
-        found: Tensor = getattr(out, call.output)
-        return found
+        return getattr(out, call.output)
 
     def _time(self, t: Tensor) -> Tensor:
         if self.call.t_as == "time":

@@ -113,8 +113,7 @@ def _output(network: Foreign, x: Tensor, t: Tensor, y: Tensor | None, channels: 
 def _seeded(network: nn.Module, state: Mapping[str, Any], x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
     network.load_state_dict(state)
     torch.manual_seed(0)  # in the caller's fork
-    out: Tensor = network(x, t, y)
-    return out
+    return network(x, t, y)
 
 
 def _run(network: Any, how: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor | None) -> Any:

@@ -70,7 +70,7 @@ def load(name: str, digest: str | None, folders: Sequence[Path]) -> Source:
     if digest is not None:
         raise ValueError(f"no module {name} whose hash is {digest}; looked in {', '.join(map(str, folders))}")
     if (name, None) not in _loaded:
-        _loaded[name, None] = Source(_import(name))
+        _loaded[name, None] = Source(_imported(name))
     return _loaded[name, None]
 
 
@@ -122,14 +122,12 @@ def _digest(files: Mapping[Path, bytes]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _import(name: str, folder: Path | None = None, files: Iterable[Path] = ()) -> ModuleType:
-    """Imports a module, under its own name though another folder's may have the same.
+def _import(name: str, folder: Path, files: Iterable[Path]) -> ModuleType:
+    """Imports a module from a folder, under its own name though another folder's may have the same.
 
     Raises:
         ValueError: saying why it cannot be.
     """
-    if folder is None:
-        return _imported(name)
     modules = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files]
     ours = {around for module in modules for around in _prefixes(module)}
     hidden = {n: sys.modules.pop(n) for n in list(sys.modules) if n in ours}

@@ -90,15 +90,12 @@ class UViT(Denoiser):
         patches = self.head(self.norm(tokens))[:, self.extras :]
         p = self.patch_size
         image = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=p, q=p)
-        out: Tensor = self.conv(image)
-        return out
+        return self.conv(image)
 
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            kept: Tensor = checkpoint(block, *inputs, use_reentrant=False)
-            return kept
-        out: Tensor = block(*inputs)
-        return out
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 class Block(nn.Module):
@@ -122,8 +119,7 @@ class Block(nn.Module):
             x = self.join(torch.cat([x, skip], dim=-1))
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         x = x + self.dropout(self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")))
-        out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
-        return out
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 _CIFAR10, _64 = {"image_size": 32, "channels": 3}, {"image_size": 64, "channels": 3}

@@ -238,8 +238,7 @@ def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, c
 
 def label_rows(net: nn.Module) -> Tensor | None:
     """The rows of a network's label table; None where it has none."""
-    rows: Tensor | None = getattr(net, "label_rows", lambda: None)()
-    return rows
+    return getattr(net, "label_rows", lambda: None)()
 
 
 def _table(net: nn.Module, facts: DataFacts) -> Tensor:

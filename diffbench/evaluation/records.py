@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffbench.config.load import flatten
 from diffbench.core.errors import UserError
 from diffbench.core.files import room_for
 
@@ -152,13 +153,13 @@ def settings_of(record: Mapping[str, Any]) -> list[str]:
 def tag_prefix(record: Mapping[str, Any]) -> str:
     """Prefix of a record's values in TensorBoard, so that no tag mixes two ways of sampling."""
     departures = record.get("departures") or {}
-    guided = [word for word in settings_of({**record, "departures": {}}) if word]
+    guided = settings_of({**record, "departures": {}})
     parts = ["guided"] * bool(guided) + [",".join(f"{key}={value}" for key, value in departures.items())]
     return "".join(f"{part}/" for part in parts if part)
 
 
 def protocol(record: Mapping[str, Any]) -> dict[str, Any]:
-    flat = dict(_flat({part: record.get(part) for part in PROTOCOL}))
+    flat = flatten({part: record.get(part) for part in PROTOCOL})
     return {key: value for key, value in flat.items() if key not in LOOSE}
 
 
@@ -169,11 +170,3 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
         if one.get(key) != other.get(key):
             return f"{key} is {one.get(key)} in one and {other.get(key)} in the other"
     return None
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, value

@@ -50,9 +50,8 @@ def suited_extractor(config: RunConfig | AutoencoderConfig) -> str:
 def extractor_request(data: ImageSet, weights: str | None) -> Request:
     """Request for an extractor of images like those of a data set, whose planted classes it need not know."""
     data = data.base or data
-    channels, height, width = data.images.shape[1:]
     return Request(
-        (channels, height, width),
+        data.shape,
         weights,
         training=(lambda: training_of(data)) if data.num_classes else None,
         classes=data.num_classes,

@@ -160,8 +160,7 @@ def _cached_numbers(
     source = [what, key, part.data.fingerprint(), part.split, part.which, len(part)]
     path = reference_folder() / f"{extractor.name}-{what}-{len(part)}-{files.digest(source)[:16]}.safetensors"
     files.cached(path, lambda: tensors.write(path, {}, {"numbers": json.dumps(make())}))
-    found: dict[str, Any] = json.loads(tensors.read(path)[1]["numbers"])
-    return found
+    return json.loads(tensors.read(path)[1]["numbers"])
 
 
 def training_measurement(extractor: Extractor, train: ImageSet, count: int) -> Measurement:

@@ -24,15 +24,13 @@ Data = ImageSet | LatentSet
 BATCH = 512
 
 
-def denoising_error(
-    denoiser: nn.Module, process: Process, data: Data, log_snr: Sequence[float], batch_size: int = BATCH
-) -> dict[float, float]:
+def denoising_error(denoiser: nn.Module, process: Process, data: Data, log_snr: Sequence[float]) -> dict[float, float]:
     """Mean squared error of eps, per number of an image or latent, at each log-SNR.
 
     The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels. Of several
     ranks each takes a slice of the images, and all get the result.
     """
-    return level_means(log_snr, error_sums(denoiser, process, data, log_snr, batch_size))
+    return level_means(log_snr, error_sums(denoiser, process, data, log_snr))
 
 
 def error_sums(
@@ -40,14 +38,13 @@ def error_sums(
     process: Process,
     data: Data,
     log_snr: Sequence[float],
-    batch_size: int = BATCH,
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Sums of squared errors, and how many numbers they are of, over this rank's slice: (levels, 2) float64.
 
     `check` is called before each batch, and may raise to stop.
     """
-    mine = distributed.rank_slice(len(data)).split(batch_size)
+    mine = distributed.rank_slice(len(data)).split(BATCH)
     sums = torch.zeros(len(log_snr), 2, dtype=torch.float64, device=next(denoiser.parameters()).device)
     for row, level in zip(sums, log_snr, strict=True):
         for squares in _squares(denoiser, process, data, level, mine):
@@ -62,14 +59,12 @@ def level_means(log_snr: Sequence[float], sums: Tensor) -> dict[float, float]:
     return {level: total / numbers if numbers else float("nan") for level, (total, numbers) in found}
 
 
-def image_errors(
-    denoiser: nn.Module, process: Process, data: Data, log_snr: Sequence[float], batch_size: int = BATCH
-) -> Tensor:
+def image_errors(denoiser: nn.Module, process: Process, data: Data, log_snr: Sequence[float]) -> Tensor:
     """The same for each image alone: (levels, N) float64 on the CPU, whose means over images are `denoising_error`.
 
     Two denoisers' errors are paired: image i has the same noise at a level for all.
     """
-    every = torch.arange(len(data)).split(batch_size)
+    every = torch.arange(len(data)).split(BATCH)
     rows = [
         torch.cat([s.flatten(1).mean(1).cpu() for s in _squares(denoiser, process, data, level, every)])
         for level in log_snr
@@ -116,7 +111,6 @@ def classified(
     process: Process,
     data: ImageSet,
     log_snr: Sequence[float],
-    batch_size: int = BATCH,
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Images of this rank's slice that a classifier (x, t) -> logits gets right, and all: (levels, 2) float64.
@@ -127,7 +121,7 @@ def classified(
     sums, mine = torch.zeros(len(log_snr), 2, dtype=torch.float64), distributed.rank_slice(len(data))
     with eval_mode(classifier):
         for row, level in zip(sums, log_snr, strict=True):
-            for index in mine.split(batch_size) if len(mine) else ():
+            for index in mine.split(BATCH) if len(mine) else ():
                 check()
                 x_t, t = _noised(process, data.clean(index).to(parameter), index, level)
                 x, time = process.inputs(x_t, t)

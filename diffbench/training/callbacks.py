@@ -39,9 +39,6 @@ class EveryNImages(Ordered):
     Works with any trainer. With an `EMA` among its callbacks the first average is measured, else the raw weights;
     values and images go to the trainer's loggers, or to a `RunLogger` where there is one.
     A signal interrupts it, if it calls `stop.check` between batches inside `stop.interruptible`; see `StopOnSignal`.
-
-    Args:
-        every: images between two calls.
     """
 
     stage = "validating"

@@ -10,11 +10,6 @@ import lightning as L
 C = TypeVar("C", bound=L.Callback)
 
 
-def due(before: int, now: int, every: int) -> bool:
-    """Whether the images seen, `before` the last step and `now`, have just reached a multiple of `every`."""
-    return now // every > before // every
-
-
 def at_step_end(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether this micro-batch ended an optimizer step; an epoch's last one always does."""
     return (batch_idx + 1) % int(trainer.accumulate_grad_batches) == 0 or trainer.is_last_batch

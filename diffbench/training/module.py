@@ -18,7 +18,6 @@ from diffbench.config.sections import OptimizerConfig
 from diffbench.core import distributed, rng
 from diffbench.data.batches import unpack, unscaled
 from diffbench.data.datamodule import PositionDataModule
-from diffbench.training.clock import due
 from diffbench.training.fsdp import full_tensor, match_strides, shard
 from diffbench.training.nan_guard import Outcome, decide, scaler_of
 from diffbench.training.optimizers import build_optimizer
@@ -149,7 +148,7 @@ class TrainingModule(L.LightningModule):
 
     def is_due(self, every: int) -> bool:
         """Whether the last step reached a multiple of `every` images seen."""
-        return due(self.images_before, self.images_seen, every)
+        return self.images_seen // every > self.images_before // every
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the learning rate as a function of images seen or as `lr_scheduler` has it."""

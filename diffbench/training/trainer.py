@@ -65,6 +65,8 @@ def fit(
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
     precision = precision_here(settings, low=isinstance(module, DiffusionModule))
+    # Lightning would take bf16 on a CPU, without scaled gradients.
+    scaled = [MixedPrecision(precision, "cuda" if on_gpu else "cpu")] if precision == "16-mixed" else []
     stop = StopOnSignal(folder, settings.max_steps)
     save_state = SaveState(folder / "checkpoints", settings.checkpoint_images, log.clock, stop)
     seen = step_of(checkpoint) * settings.batch_size if checkpoint else 0
@@ -82,13 +84,13 @@ def fit(
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=_strategy(settings),
-            precision=None if precision == "16-mixed" else precision,
+            precision=None if scaled else precision,
             deterministic=settings.deterministic,
             max_steps=settings.max_steps + at_end,
             max_epochs=-1,
             accumulate_grad_batches=settings.accumulate_grad_batches,
             callbacks=[stop, guard, averages, log, *callbacks, save_state],
-            plugins=[states, _environment(), *_scaled(settings, on_gpu)],
+            plugins=[states, _environment(), *scaled],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -115,13 +117,6 @@ def fit(
         print(f"{folder}: stopped by {by} at {log.images:,} images, state saved; the same command goes on")
         raise SystemExit(128 + signal)
     return averages
-
-
-def _scaled(settings: TrainerConfig, on_gpu: bool) -> list[MixedPrecision]:
-    """Lightning's fp16 with scaled gradients, on a CPU too, where it would take bf16 instead."""
-    if settings.precision != "16-mixed":
-        return []
-    return [MixedPrecision("16-mixed", "cuda" if on_gpu else "cpu")]
 
 
 def _strategy(settings: TrainerConfig) -> Strategy | str:

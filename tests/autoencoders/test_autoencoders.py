@@ -191,24 +191,24 @@ def test_stable_diffusions_state_dict_is_diffusers_to_the_letter() -> None:
 
 
 def test_the_hub_is_asked_for_what_is_not_cached_only_with_a_network(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    name, said = "stabilityai/sd-vae-ft-ema", []
+    name = "stabilityai/sd-vae-ft-ema"
     with pytest.raises(ValueError) as raised:
-        files.load(name, said.append)
+        files.load(name)
     assert str(raised.value) == (
         f"{name}: not cached, and HF_HUB_OFFLINE is set; with a network run `hf download {name} config.json"
         " diffusion_pytorch_model.safetensors`, or put both files into a folder and name that"
     )
-    assert not said
+    assert capsys.readouterr().out == ""
     for wrong in ("nowhere", "runs/digits-latent/autoencoder-s0", "diffbench/nowhere"):
         with pytest.raises(ValueError, match=f"{wrong}: no such folder; give a folder with config.json"):
             files.load(wrong)
 
 
-def test_a_fetch_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_fetch_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(name: str, file: str, local_files_only: bool) -> str:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -216,14 +216,13 @@ def test_a_fetch_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
-    said: list[str] = []
     with pytest.raises(
         ValueError, match=r"^a/b: not cached, and it could not be fetched \(no route to the hub\); with"
     ):
-        files.load("a/b", said.append)
-    assert said == [
-        "fetching a/b from the hub, once (as `hf download a/b config.json diffusion_pytorch_model.safetensors` would)"
-    ]
+        files.load("a/b")
+    assert capsys.readouterr().out == (
+        "fetching a/b from the hub, once (as `hf download a/b config.json diffusion_pytorch_model.safetensors` would)\n"
+    )
 
 
 def test_a_cached_hub_name_is_read_without_a_network(

@@ -7,6 +7,7 @@ import torch
 
 from diffbench.core import tensors
 from diffbench.core.errors import UserError
+from diffbench.evaluation import validation_error
 from diffbench.evaluation.records import metrics
 from diffbench.evaluation.validation_error import image_errors
 from diffbench.reports.image_errors import image_bounds, save_image_errors
@@ -28,10 +29,13 @@ def test_errors_of_images_average_to_the_logged_ones(smoke_run: Path) -> None:
     assert image_bounds(smoke_run, 32, 0.999) is None
 
 
-def test_errors_do_not_depend_on_the_batch(finished: Path) -> None:
+def test_errors_do_not_depend_on_the_batch(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load(finished)
     run.network.train()
-    errors = [image_errors(run.network, run.process, run.held_out, [-2.0, 2.0], size) for size in (512, 100)]
+    errors = []
+    for size in (512, 100):
+        monkeypatch.setattr(validation_error, "BATCH", size)
+        errors.append(image_errors(run.network, run.process, run.held_out, [-2.0, 2.0]))
     assert errors[0].shape == (2, 360) and errors[0].dtype == torch.float64
     assert torch.allclose(errors[0], errors[1], rtol=1e-4)
     assert run.network.training

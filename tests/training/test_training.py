@@ -24,9 +24,8 @@ from diffbench.runs.lifecycle import train
 from diffbench.sampling.images import CAPTION_HEIGHT, class_columns, grid
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.checkpoint import AtomicCheckpointIO, SaveState, newest, verified
-from diffbench.training.clock import due
 from diffbench.training.diffusion import DiffusionModule
-from diffbench.training.module import lr_factor
+from diffbench.training.module import TrainingModule, lr_factor
 
 ROOT = Path(__file__).parents[2]
 DIGITS = {"image_size": 8, "channels": 1, "num_classes": 10}
@@ -116,9 +115,15 @@ def test_learning_rate_follows_images() -> None:
             OptimizerConfig(warmup_images=1000, decay_images=bad)
 
 
-def test_due_marks_the_step_that_reaches_a_multiple() -> None:
-    assert [step for step in range(1, 13) if due(8 * step - 8, 8 * step, 24)] == [3, 6, 9, 12]
-    assert [step for step in range(1, 9) if due(8 * step - 8, 8 * step, 20)] == [3, 5, 8]
+def test_the_step_that_reaches_a_multiple_is_due() -> None:
+    module = TrainingModule(nn.Linear(1, 1))
+
+    def is_due(step: int, every: int) -> bool:
+        module.images_before, module.images_seen = 8 * step - 8, 8 * step
+        return module.is_due(every)
+
+    assert [step for step in range(1, 13) if is_due(step, 24)] == [3, 6, 9, 12]
+    assert [step for step in range(1, 9) if is_due(step, 20)] == [3, 5, 8]
 
 
 class Exact(nn.Module):

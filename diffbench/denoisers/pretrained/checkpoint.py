@@ -1,6 +1,7 @@
 """The sets of weights in a checkpoint, by name, and which of them is the average."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,10 +62,10 @@ def _chosen(sets: WeightSets, tensors: Mapping[str, Tensor], key: str | None) ->
         chosen = [name for name in sets if name.startswith("state_dict")]  # where Lightning's WeightAveraging leaves it
     else:
         chosen = averages or [name for name in sets if not RAW.search(name)]
-        unread = {} if averages else _unread(tensors)
+        unread = [] if averages else _unread(tensors)
         if unread:
             raise ValueError(
-                f"weights: {next(iter(unread))} is an average that cannot be read: where it was made, copy it into the"
+                f"weights: {unread[0]} is an average that cannot be read: where it was made, copy it into the"
                 f" network and save its state_dict(); or choose what stands beside it by weights=KEY: {names}"
             )
     if len(chosen) != 1:
@@ -92,14 +93,11 @@ def _without_dots(tensors: Mapping[str, Tensor], prefix: str, weights: Mapping[s
     return {}
 
 
-def _unread(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The prefix up to the word for an average in the names of several tensors, and how many tensors have it."""
-    found: dict[str, int] = {}
-    for name in tensors:
-        match = re.search(rf"^(.*?)({AVERAGE.pattern})[^./]*(?=[./])", name, re.IGNORECASE)
-        if match is not None:
-            found[_shown(match[0])] = found.get(_shown(match[0]), 0) + 1
-    return {name: count for name, count in found.items() if count > 1}
+def _unread(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The prefixes up to the word for an average that the names of several tensors have."""
+    pattern = re.compile(rf"^(.*?)({AVERAGE.pattern})[^./]*(?=[./])", re.IGNORECASE)
+    found = Counter(_shown(match[0]) for match in map(pattern.search, tensors) if match is not None)
+    return [name for name, count in found.items() if count > 1]
 
 
 def _shown(place: str) -> str:

@@ -50,8 +50,8 @@ def describe(source: str, arguments: Mapping[str, Any]) -> Blueprint:
     Raises:
         ValueError: if the source or an argument is unknown, missing or has no counterpart here.
     """
-    _check_known(source, arguments)
-    return RECIPES[source].blueprint(_complete(source, arguments))
+    complete = _complete(source, arguments)
+    return RECIPES[source].blueprint(complete)
 
 
 def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:

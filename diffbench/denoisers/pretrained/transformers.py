@@ -3,6 +3,7 @@
 Facts only, of facebookresearch/DiT, willisma/SiT, NVlabs/DiffiT and baofff/U-ViT; none of their code stands here.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,34 +90,34 @@ def _published(preset: Preset) -> dict[str, Any]:
     return {name: getattr(preset.config, name) for name in sizes} | {"input_size": preset.shape["image_size"]}
 
 
-_DIT: dict[str, Any] = {
-    "build": DiT,
-    "anchor": "x_embedder.proj.weight",
-    "defaults": _TRANSFORMER,
-    "published": {
+DIT = Recipe(
+    DiT,
+    "x_embedder.proj.weight",
+    _TRANSFORMER,
+    {
         name: _published(p)
         for name, p in DIT_PRESETS.items()
         if name.startswith("DiT-") and p.config.conditioning == "adaln-zero"
     },
-    "rules": lambda _: _DIT_RULES,
-    "free": frozenset({"input_size", "in_channels", "num_classes", "class_dropout_prob", "learn_sigma"}),
-    "unseen": (("num_heads",),),
-}
-DIT = Recipe(**_DIT, blueprint=lambda a: _transformer(a, "dit", DiTConfig, a["learn_sigma"]))
-SIT = Recipe(
-    **_DIT,
+    lambda a: _transformer(a, "dit", DiTConfig, a["learn_sigma"]),
+    lambda _: _DIT_RULES,
+    frozenset({"input_size", "in_channels", "num_classes", "class_dropout_prob", "learn_sigma"}),
+    (("num_heads",),),
+)
+SIT = replace(
+    DIT,
     blueprint=lambda a: _transformer(a, "dit", DiTConfig, learn_sigma=False),
     shape=_sit_shape,
     arrange=_sit_arrange,
 )
 DIFFIT = Recipe(
     DiffiTLatent,
-    _DIT["anchor"],
+    DIT.anchor,
     _TRANSFORMER | {"depth": 30, "mask_ratio": None, "decode_layer": 4},  # the last two are not used there either
     {name: _published(preset) for name, preset in DIFFIT_PRESETS.items()},
     lambda a: _transformer(a, "diffit-latent", DiffiTLatentConfig, a["learn_sigma"]),
     lambda _: _DIFFIT_RULES,
-    _DIT["free"],
+    DIT.free,
     buffers=_diffit_buffers,
 )
 
@@ -176,14 +177,10 @@ def _uvit(arguments: dict[str, Any]) -> Blueprint:
 def _uvit_published(preset: Preset) -> dict[str, Any]:
     config, shape = preset.config, preset.shape
     classes, null = shape.get("num_classes", 0), shape.get("null_class", True)
-    return {
+    return {name: getattr(config, name) for name in ("patch_size", "depth", "num_heads", "conv")} | {
         "img_size": shape["image_size"],
-        "patch_size": config.patch_size,
         "in_chans": shape["channels"],
         "embed_dim": config.hidden_size,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "conv": config.conv,
         "num_classes": classes + null if classes else -1,
         "p_uncond": 0.15 if classes and null else 0.0,
     }
