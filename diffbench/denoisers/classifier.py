@@ -82,5 +82,4 @@ class NoisyClassifier(nn.Module):
         for layer in self.encoder:
             h = layer(h, c)
         pooled = nn.functional.silu(self.norm(h)).mean(dim=(2, 3))
-        out: Tensor = self.head(pooled)
-        return out
+        return self.head(pooled)

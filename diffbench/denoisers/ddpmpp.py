@@ -130,8 +130,7 @@ class DDPMpp(Denoiser):
             skips.append(h)
         for block in self.decoder:
             h = block(torch.cat([h, skips.pop()], dim=1) if block.joins else h, c)
-        out: Tensor = self.out(silu(self.out_norm(h)))
-        return out
+        return self.out(silu(self.out_norm(h)))
 
 
 class Embedding(nn.Module):

@@ -206,8 +206,7 @@ class ResBlock(nn.Module):
         height, width = x.shape[2:]
         h = self.conv(nn.functional.silu(self.norm(x)))
         tokens = self.block(to_windows(h, self.window), c)
-        out: Tensor = self.skip(x) + from_windows(tokens, self.window, height, width)
-        return out
+        return self.skip(x) + from_windows(tokens, self.window, height, width)
 
 
 def laptop_sizes(height: int, width: int) -> dict[str, Any]:

@@ -134,8 +134,7 @@ class DiTBlock(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q, k = (self.rope(norm(part)).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
-        out: Tensor = self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
-        return out
+        return self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class CrossAttention(nn.Module):
@@ -153,8 +152,7 @@ class CrossAttention(nn.Module):
         """(B, N, D) tokens and (B, M, D) condition to (B, N, D)."""
         q = rearrange(self.q(self.norm(x)), "b n (h d) -> b h n d", h=self.heads)
         k, v = rearrange(self.kv(c), "b m (two h d) -> two b h m d", two=2, h=self.heads)
-        out: Tensor = self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
-        return out
+        return self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -184,8 +182,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to the same."""
         gate, value = self.inner(x).chunk(2, dim=-1)
-        out: Tensor = self.outer(nn.functional.silu(gate) * value)
-        return out
+        return self.outer(nn.functional.silu(gate) * value)
 
 
 # Table 1: depth, width, heads.

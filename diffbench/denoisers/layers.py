@@ -122,8 +122,7 @@ def augmented(layer: nn.Linear | None, augment: Tensor, dtype: torch.dtype) -> T
     if layer is None or augment.shape[1] != layer.in_features:
         width = 0 if layer is None else layer.in_features
         raise ValueError(f"denoiser.augment_dim: is {width}, got an augmentation label of {augment.shape[1]}")
-    out: Tensor = layer(augment.to(dtype))
-    return out
+    return layer(augment.to(dtype))
 
 
 class LabelTable(nn.Embedding):
@@ -253,8 +252,7 @@ class PixelAttention(nn.Module):
         pattern = "b (three heads d) h w -> three b heads (h w) d"
         q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
         h = nn.functional.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(rearrange(h, "b heads (h w) d -> b (heads d) h w", h=height))
-        return out
+        return self.proj(rearrange(h, "b heads (h w) d -> b (heads d) h w", h=height))
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -150,8 +150,7 @@ def size_key(config: Any, what: Literal["width", "depth"]) -> str:
     if isinstance(config, ForeignConfig):
         name = getattr(config, what)
         return f"args.{name}" if name else ""
-    key: str = getattr(DENOISERS[config.name], what)
-    return key
+    return getattr(DENOISERS[config.name], what)
 
 
 def takes_labels(config: Any) -> bool:

@@ -91,8 +91,7 @@ class TMSA(nn.Module):
             time_k, time_v = rearrange(time, "b one (two h d) -> two b h one d", two=2, h=self.heads)
             k, v, bias = torch.cat([time_k, k], dim=2), torch.cat([time_v, v], dim=2), pad(bias, (1, 0))
         attend = attend_in_parts if pays_in_parts(bias) else scaled_dot_product_attention
-        out: Tensor = self.proj(rearrange(attend(q, k, v, bias), "b h n d -> b n (h d)"))
-        return out
+        return self.proj(rearrange(attend(q, k, v, bias), "b h n d -> b n (h d)"))
 
     def _pairs(self, table: Tensor) -> Tensor:
         """A bias table (B, heads, rows) for each pair of tokens, (B, heads, N, N); faster than table[index]."""

@@ -142,8 +142,7 @@ class UNet(Denoiser):
             h = layer(h, c)
         for layer in self.decoder:
             h = layer(torch.cat([h, skips.pop()], dim=1) if isinstance(layer, Stage) else h, c)
-        out: Tensor = self.out(nn.functional.silu(self.out_norm(h)))
-        return out
+        return self.out(nn.functional.silu(self.out_norm(h)))
 
 
 class Stage(nn.Module):
@@ -198,8 +197,7 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + condition)
-        out: Tensor = self.skip(x) + self.conv2(self.dropout(nn.functional.silu(h)))
-        return out
+        return self.skip(x) + self.conv2(self.dropout(nn.functional.silu(h)))
 
 
 class Downsample(nn.Module):
@@ -210,8 +208,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if convolve else None
 
     def forward(self, x: Tensor, _c: Tensor) -> Tensor:
-        out: Tensor = resample(x, "down") if self.conv is None else self.conv(x)
-        return out
+        return resample(x, "down") if self.conv is None else self.conv(x)
 
 
 class Upsample(nn.Module):
@@ -222,8 +219,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else nn.Identity()
 
     def forward(self, x: Tensor, _c: Tensor) -> Tensor:
-        out: Tensor = self.conv(resample(x, "up"))
-        return out
+        return self.conv(resample(x, "up"))
 
 
 def laptop_sizes(height: int, width: int) -> dict[str, Any]:

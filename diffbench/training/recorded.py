@@ -35,8 +35,7 @@ class Recorded:
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, **others: Tensor) -> Tensor:
         """The network's output, see `Denoiser.forward`."""
         if torch.is_autocast_enabled(x.device.type) or sys.version_info[:2] > PYTHON:
-            out: Tensor = self._network(x, t, y, **others)
-            return out
+            return self._network(x, t, y, **others)
         inputs = {"x": x, "t": t, **({} if y is None else {"y": y}), **others}
         key = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
         with _RECORDING:
