@@ -16,14 +16,14 @@ from diffbench.evaluation.reference import sample_labels
 from diffbench.evaluation.samples import SIZE, Samples
 from diffbench.evaluation.scorer import PATIENCE
 from diffbench.metrics.extractors.base import state_hash
-from diffbench.runs.denoiser import DenoiserRun, guidance_models
+from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.ranks import in_ranks
 from diffbench.sampling.cost import network_evaluations, sampling_seconds
 
 
 def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Samples:
     """Store of a run's samples; its folder is named by everything that they depend on."""
-    models = guidance_models(how, run.config, run.shape)
+    models = run.guided_by(how)
     what = {
         "weights": state_hash(run.network),
         "guidance_models": [state_hash(n) for n in (models.weak_model, models.classifier) if n is not None],
