@@ -24,7 +24,8 @@ from diffbench.runs import slurm
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    _find_own_modules()
+    if not {"", os.getcwd()} & set(sys.path):  # which holds extractors and networks that are named as module:function
+        sys.path.append(os.getcwd())
     return exit_code(lambda: _run(words))
 
 
@@ -42,12 +43,6 @@ def _run(argv: list[str]) -> int:
         print(json.dumps(finite(found), indent=1, default=str))
         return 0
     return int(module.run(arguments) or 0)
-
-
-def _find_own_modules() -> None:
-    """Finds an extractor or network of the working folder, named as module:function, as `python -m diffbench` does."""
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
 
 
 def exit_code(work: Callable[[], int]) -> int:

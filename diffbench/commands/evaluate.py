@@ -1,15 +1,16 @@
 """`diffbench evaluate`: score samples of a run, or anyone's images."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffbench.core.errors import UserError
 from diffbench.evaluation.records import values
 from diffbench.reports.runs import run_facts, run_table
-from diffbench.runs import evaluate
 from diffbench.runs.autoencoder import AutoencoderRun
+from diffbench.runs.denoiser import DenoiserRun
+from diffbench.runs.evaluate import evaluate
 from diffbench.runs.evaluate_images import evaluate_images
 from diffbench.runs.lifecycle import look
 
@@ -32,8 +33,10 @@ def as_json(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
     """The new records, and the run that was scored, or None for images."""
-    overrides = [part for word in arguments.overrides for part in _parted(word)]
-    if "--against" in overrides[:-1]:  # argparse leaves what follows the folder to the overrides
+    overrides: list[str] = []
+    for word in arguments.overrides:  # to which argparse leaves all that follows the folder
+        overrides += word.split("=", 1) if word.startswith("--against=") else [word]
+    if "--against" in overrides[:-1]:
         arguments.against = overrides.pop(overrides.index("--against") + 1)
         overrides.remove("--against")
     if arguments.against is not None:
@@ -42,20 +45,12 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]
     return score(run, overrides), run
 
 
-def _parted(word: str) -> list[str]:
-    """--against=REAL as two words."""
-    return word.split("=", 1) if word.startswith("--against=") else [word]
-
-
 def score(run: Any, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Append a run's scores to its records, as its kind is scored; return the new ones."""
-    kinds: dict[str, tuple[str, Callable[[Any, Sequence[str]], Any]]] = {
-        "denoiser": ("drawing and scoring samples", evaluate.evaluate),
-        "autoencoder": ("scoring reconstructions", AutoencoderRun.score),
-    }
-    if run.config.kind not in kinds:
-        raise UserError(f"{run.folder}: a run of kind {run.config.kind}; choose a denoiser's or an autoencoder's")
-    what, scored = kinds[run.config.kind]
-    print(f"{run.folder}: {what}", flush=True)
-    found = scored(run, overrides)
-    return found if isinstance(found, list) else [found]
+    if isinstance(run, DenoiserRun):
+        print(f"{run.folder}: drawing and scoring samples", flush=True)
+        return evaluate(run, overrides)
+    if isinstance(run, AutoencoderRun):
+        print(f"{run.folder}: scoring reconstructions", flush=True)
+        return [run.score(overrides)]
+    raise UserError(f"{run.folder}: a run of kind {run.kind}; choose a denoiser's or an autoencoder's")

@@ -15,7 +15,6 @@ from diffbench.evaluation.explain import ExplainConfig, drawn, explain
 from diffbench.evaluation.records import versions
 from diffbench.reports.explain import changes, explanation_figure, explanation_table
 from diffbench.reports.figures import save_beside_curves
-from diffbench.runs.build import device_of
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import new_files
 
@@ -36,8 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         number = class_number(label, run.facts, "class") if run.facts.num_classes else 0
         default = run.folder / "explain" / f"class-{number}.png"
         figure, listing = new_files(config.out, default, [".json"])
-        run.use_threads()
-        run.network.to(device_of(run.config.trainer.accelerator))
+        run.use_device()
         sampler = run.sampler(how)
         explanation = explain(sampler, how, run.facts, number, config)
         print(explanation_table(explanation), flush=True)

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 def as_json(arguments: argparse.Namespace) -> Any:
     """The same as values: a list of runs, or backbones, presets and experiments."""
     if arguments.folders:
-        return [_values_or_error(folder) for folder in _folders([Path(folder) for folder in arguments.folders])]
+        return [_values_or_error(folder) for folder in run_folders([Path(folder) for folder in arguments.folders])]
     presets = {name: {"parameters": p.cost.parameters, "gmacs": p.cost.gmacs} for name, p in PRESETS.items()}
     if arguments.models:
         return {"presets": presets}
@@ -61,24 +61,29 @@ def _purpose(path: str) -> str:
     return line.lstrip("# ") if line.startswith("#") else ""
 
 
-def run_folders(top: Path) -> Iterator[Path]:
-    """The run folders below a folder, in the order of their names; it may be one itself.
+def run_folders(tops: Sequence[Path]) -> list[Path]:
+    """The run folders below some folders, which may be runs themselves, in the order of their names.
 
     Raises:
-        UserError: if there is no such folder.
+        UserError: if one is no folder, or there is no run.
     """
-    if not top.is_dir():
-        raise UserError(f"{top}: no such folder; train first, or name a folder that holds runs")
-    seen: set[str] = set()
-    for folder, below, files in os.walk(top, followlinks=True):
-        below.sort()
-        if (here := os.path.realpath(folder)) in seen:  # a link to what was listed, or back
-            below.clear()
-            continue
-        seen.add(here)
-        if "config.yaml" in files:
-            below.clear()
-            yield Path(folder)
+    found: dict[Path, None] = {}
+    for top in tops:
+        if not top.is_dir():
+            raise UserError(f"{top}: no such folder; train first, or name a folder that holds runs")
+        seen: set[str] = set()
+        for folder, below, files in os.walk(top, followlinks=True):
+            below.sort()
+            if (here := os.path.realpath(folder)) in seen:  # a link to what was listed, or back
+                below.clear()
+                continue
+            seen.add(here)
+            if "config.yaml" in files:
+                below.clear()
+                found[Path(folder)] = None
+    if not found:
+        raise UserError(f"{', '.join(map(str, tops))}: no run folder here or below (none has a config.yaml)")
+    return list(found)
 
 
 def runs(tops: Sequence[Path]) -> list[str]:
@@ -92,19 +97,12 @@ def runs(tops: Sequence[Path]) -> list[str]:
     from diffbench.runs.lifecycle import look
 
     rows, unreadable = [], []
-    for folder in _folders(tops):
+    for folder in run_folders(tops):
         try:
             rows.append(run_row(look(folder)))
         except UNREADABLE as e:
             unreadable.append(f"{folder}  {' '.join(str(e).split()).removeprefix(f'{folder}: ')}")
     return [*([as_text(rows, ("last change", "of"), rule=False)] if rows else []), *unreadable]
-
-
-def _folders(tops: Sequence[Path]) -> list[Path]:
-    folders = list(dict.fromkeys(folder for top in tops for folder in run_folders(top)))
-    if not folders:
-        raise UserError(f"{', '.join(map(str, tops))}: no run folder here or below (none has a config.yaml)")
-    return folders
 
 
 def _values_or_error(folder: Path) -> dict[str, Any]:

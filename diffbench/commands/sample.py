@@ -13,7 +13,6 @@ from torch import Tensor
 from diffbench.commands.compare import asked_for
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
 from diffbench.config.load import change
-from diffbench.runs.build import device_of
 from diffbench.runs.folder import short
 from diffbench.runs.lifecycle import load
 from diffbench.sampling.images import FORMATS, Trajectory, class_columns, new_files, save_grid, save_image, save_npz
@@ -76,8 +75,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         endings = [ending for ending, asks in ((".strip.png", asked.strip), (".steps.gif", asked.gif)) if asks]
         default, formats = run.folder / "samples" / f"{name}.png", [*FORMATS, ".npz"]
         new_files(asked.out, default, endings, formats)  # refused before anything is drawn
-        run.use_threads()
-        run.network.to(device_of(run.config.trainer.accelerator))
+        run.use_device()
         sampler = run.sampler(settings, raw)
         trajectory = Trajectory(sampler.images) if endings else None
         samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)

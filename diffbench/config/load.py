@@ -84,9 +84,7 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
         plain = _resolved(merged)
         root = _root(plain)
         sections = [key for key in keys_of(root) if key in REGISTRIES]
-        config = build(root, plain, kinds={section: _chosen(plain, section, stack) for section in sections})
-    assert isinstance(config, BaseConfig)
-    return config
+        return build(root, plain, kinds={section: _chosen(plain, section, stack) for section in sections})
 
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any
 
-from diffbench.core.terminal import coloured
+from diffbench.core.terminal import red
 
 
 class UserError(Exception):
@@ -46,7 +46,7 @@ def report(error: Exception) -> int:
     """Print an error as one line, whatever characters it holds; return the exit code: 2, or 1 for a bug."""
     text, code = _explained(error)
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    print(coloured("error:", "red", sys.stderr), shown, file=sys.stderr, flush=True)
+    print(red("error:", sys.stderr), shown, file=sys.stderr, flush=True)
     return code
 
 

@@ -4,12 +4,13 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], Any]]:
     """Show images done of `total`, images/s and the time left; yields a function to call with the number just done.
 
     Args:
@@ -19,11 +20,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
     """
     if sys.stdout.isatty():
         with tqdm(total=total, initial=done, desc=what, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
-
-            def advance(count: int) -> None:
-                bar.update(count)
-
-            yield advance
+            yield bar.update
         return
     first, started, printed = done, time.perf_counter(), -1
 

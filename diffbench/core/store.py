@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class Store:
         """Open a complete store after comparing checksums; DamagedError names a file that is not what was written."""
         manifest = _read(self.manifest)
         arrays = self.arrays(manifest["columns"], manifest["rows"])
-        _check(self, arrays, manifest["chunks"])
+        _check(self, manifest["columns"], manifest["chunks"])
         with suppress(OSError):  # a kill may have left them behind
             self.clear()
         with warnings.catch_warnings():
@@ -137,18 +138,22 @@ class Store:
             yield Filling(self, identity, columns, rows, size, rank, world)
 
     def _reopen(self) -> None:
-        """Turn a damaged store into an unfinished one, which keeps its intact chunks."""
-        try:
-            manifest = _read(self.manifest)
-        except DamagedError:  # nothing says which chunks are intact
-            for path in (self.manifest, *self.folder.glob("*.bin")):
-                path.unlink(missing_ok=True)
-            return
-        for number, chunk in enumerate(manifest["chunks"]):
-            write_text(self.chunk_path(number), _summed({"chunk": chunk}))
-        write_text(self.plan, _dumps({key: manifest[key] for key in ("format", "identity", "columns")}))
-        for path in (self.manifest, self.folder / "checked.json"):
-            path.unlink(missing_ok=True)
+        """Turn a damaged store into an unfinished one, which keeps the intact chunks that its manifest names."""
+        with suppress(DamagedError):
+            for number, chunk in self.chunks().items():
+                write_text(self.chunk_path(number), _summed({"chunk": chunk}))
+        self.manifest.unlink()
+
+    def damaged(self, columns: Columns, chunk: Mapping[str, Any]) -> str | None:
+        """The first array whose rows of a chunk, one of `chunks`, are not what was written; None where all are."""
+        for name, column in columns.items():
+            size = _row_bytes(column)
+            with suppress(FileNotFoundError), self.path(name).open("rb") as file:
+                file.seek(chunk["start"] * size)
+                if zlib.crc32(file.read(chunk["rows"] * size)) == chunk["crc32"][name]:
+                    continue
+            return name
+        return None
 
     def chunk_path(self, number: int) -> Path:
         """The file that says of a chunk that it is on the disk."""
@@ -201,7 +206,7 @@ class Filling:
         start, sums, rows = sum(before), {}, 0
         for name, column in self.columns.items():
             array = np.ascontiguousarray(arrays[name], np.dtype(column[0]))
-            data, rows = _bytes(array), len(array)
+            data, rows = array.reshape(-1).view(np.uint8).data, len(array)
             _write(self.store.path(name), data, start * _row_bytes(column))
             sums[name] = zlib.crc32(data)
         self.written[chunk.number] = {"start": start, "rows": rows, "crc32": sums, "facts": facts}
@@ -233,14 +238,8 @@ class Filling:
             return True
 
     def _intact(self) -> dict[int, dict[str, Any]]:
-        def intact(line: dict[str, Any], name: str) -> bool:
-            size = _row_bytes(self.columns[name])
-            with suppress(FileNotFoundError), self.store.path(name).open("rb") as file:
-                file.seek(line["start"] * size)
-                return zlib.crc32(file.read(line["rows"] * size)) == line["crc32"][name]
-            return False
-
-        return {n: line for n, line in self.store.chunks().items() if all(intact(line, c) for c in self.columns)}
+        chunks = self.store.chunks()
+        return {n: line for n, line in chunks.items() if self.store.damaged(self.columns, line) is None}
 
 
 def _row_bytes(column: tuple[str, Any]) -> int:
@@ -280,26 +279,17 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check(store: Store, arrays: Arrays, chunks: list[dict[str, Any]]) -> None:
+def _check(store: Store, columns: Columns, chunks: list[dict[str, Any]]) -> None:
     """Compare checksums: all of them, or, of a large store checked in full since its files last changed, a sample."""
-    stamp = [[s.st_size, s.st_mtime_ns, s.st_ino] for s in (store.path(name).stat() for name in arrays)]
+    stamp = [[s.st_size, s.st_mtime_ns, s.st_ino] for s in (store.path(name).stat() for name in columns)]
     checked, chosen = store.folder / "checked.json", chunks
-    total = sum(array.nbytes for array in arrays.values())
+    total = sum(size for size, *_ in stamp)
     if total > CHECKED_ALWAYS and checked.is_file() and checked.read_text() == _dumps(stamp):
         chosen = chunks[:: -(-total // CHECKED_ALWAYS)]
-
-    def damaged(line: dict[str, Any]) -> str | None:
-        rows = slice(line["start"], line["start"] + line["rows"])
-        return next((n for n, a in arrays.items() if zlib.crc32(_bytes(a[rows])) != line["crc32"][n]), None)
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # crc32 lets other threads run
-        for line, name in zip(chosen, pool.map(damaged, chosen), strict=True):
+        for line, name in zip(chosen, pool.map(partial(store.damaged, columns), chosen), strict=True):
             if name is not None:
                 where = f"rows {line['start']:,} to {line['start'] + line['rows'] - 1:,}"
                 raise DamagedError(f"{store.path(name)}: damaged: the checksum of {where} does not match")
     if total > CHECKED_ALWAYS and chosen is chunks and os.access(store.folder, os.W_OK):
         write_text(checked, _dumps(stamp))
-
-
-def _bytes(rows: np.ndarray) -> memoryview:
-    return rows.data.cast("B") if rows.size else memoryview(b"")

@@ -1,4 +1,4 @@
-"""The terminal that a command prints on: its width, and colours on a terminal alone."""
+"""The terminal that a command prints on: its width, and red on a terminal alone."""
 
 import os
 import shutil
@@ -12,11 +12,11 @@ def width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def coloured(text: str, colour: str, stream: TextIO) -> str:
-    """Text in "red", "green" or "yellow" where the stream is a terminal and NO_COLOR is not set."""
+def red(text: str, stream: TextIO) -> str:
+    """Text in red where the stream is a terminal and NO_COLOR is not set."""
     if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
-    return f"\033[{ {'red': 31, 'green': 32, 'yellow': 33}[colour] }m{text}\033[0m"
+    return f"\033[31m{text}\033[0m"
 
 
 def beside(left: str, text: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffbench.autoencoders import KLAutoencoder, io, without_spread_
 from diffbench.config.kinds import AutoencoderConfig
-from diffbench.config.layers import COMMAND_LINE, parse_overrides, refuse_others
+from diffbench.config.layers import located, parse_overrides, refuse_others
 from diffbench.config.load import change
 from diffbench.core.errors import UserError
 from diffbench.data.coding import reconstruct, side_by_side, spread
@@ -49,10 +49,8 @@ class AutoencoderRun(Run[AutoencoderConfig]):
     def check(cls, config: AutoencoderConfig) -> None:
         super().check(config)
         shape = config.data.shape
-        try:
+        with located(key="network.block_out_channels"):
             config.network.for_channels(shape[0]).latent_shape(shape)
-        except ValueError as e:
-            raise ValueError(f"network.block_out_channels: {e}") from None
         if config.loss.perceptual is not None:
             with _perceptual():
                 checks.check_named_extractor(config.loss.perceptual, None, shape)
@@ -127,10 +125,8 @@ class AutoencoderRun(Run[AutoencoderConfig]):
         changes = parse_overrides(overrides)
         refuse_others(changes, "evaluate.KEY", said="not for evaluate")
         config = change(self.config, changes)
-        try:
+        with located():
             self.check(config)
-        except ValueError as e:
-            raise UserError(f"{COMMAND_LINE}: {e}") from None
         device = build.device_of(config.trainer.accelerator)
         net = self.trained.to(device)
         part = reference.first(self.held_out, "held-out", min(config.evaluate.count, len(self.held_out)))

@@ -215,6 +215,11 @@ class Run(ABC, Generic[C]):
         macs = self.cost.macs * trainer.batch_size / parts if on_cpu else math.inf
         self.at_once = use_threads(trainer.threads, macs, self.divides)
 
+    def use_device(self) -> None:
+        """Moves the network to the config's device, to be used there with the threads of `use_threads`."""
+        self.use_threads()
+        self.network.to(device_of(self.config.trainer.accelerator))
+
     @property
     def divides(self) -> bool:
         """Whether halves of a training batch may be computed at a time."""

@@ -7,9 +7,9 @@ import torch
 
 from diffbench.autoencoders import KLAutoencoder, io
 from diffbench.config.kinds import AutoencoderConfig, BaseConfig, RunConfig
+from diffbench.config.layers import located
 from diffbench.config.load import load
 from diffbench.core import distributed
-from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder
 from diffbench.core.store import Store
 from diffbench.data.coding import at_once
@@ -125,15 +125,13 @@ def denoised_shape(config: RunConfig, data: Shaped) -> tuple[int, int, int]:
     """
     if config.autoencoder is None or config.data.name == "none":  # which has the shape of what is denoised
         return data.shape
-    try:
+    with located(key="autoencoder"):
         if is_experiment(config.autoencoder):
             found, _ = autoencoder_experiment(config)
             sizes = found.network.for_channels(found.data.shape[0])
         else:
             sizes = io.read_config(io.find(autoencoder_place(str(config.autoencoder))))
         return sizes.latent_shape(data.shape)
-    except ValueError as e:
-        raise ValueError(f"autoencoder: {e}") from None
 
 
 def is_experiment(source: str | None) -> bool:
@@ -145,13 +143,10 @@ def autoencoder_experiment(config: RunConfig) -> tuple[AutoencoderConfig, list[s
     """The config of the experiment that `autoencoder` names, and the overrides that it shares with this one."""
     source, path = str(config.autoencoder), getattr(config.data, "path", None)
     overrides = [f"runs_dir={config.runs_dir}", *(["debug=smoke"] if config.debug == "smoke" else [])]
-    try:
+    found = load(source, overrides)
+    if path is not None and found.data.name == config.data.name:  # one place of the images serves both
+        overrides.append(f"data.path={path}")
         found = load(source, overrides)
-        if path is not None and found.data.name == config.data.name:  # one place of the images serves both
-            overrides.append(f"data.path={path}")
-            found = load(source, overrides)
-    except UserError as e:
-        raise ValueError(str(e)) from None
     if not isinstance(found, AutoencoderConfig):
         raise ValueError(f"{source}: its kind is {found.kind}; choose a YAML of kind autoencoder")
     return found, overrides

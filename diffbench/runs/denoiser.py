@@ -118,11 +118,9 @@ class DenoiserRun(Run[RunConfig]):
         """The averaged weights of `init_from`, or None; ValueError if they do not fit the config's network."""
         if config.init_from is None:
             return None
-        try:
+        with located(key="init_from"):
             other = open_run(config.init_from, [cls])
             found, _ = weights.read(other.folder, other.config, other.network, other.ema)
-        except UserError as e:
-            raise ValueError(f"init_from: {e}") from None
         train_set, _ = build.load_data(config)
         with torch.device("meta"):
             ours = build.build_denoiser(config, train_set)

@@ -16,15 +16,14 @@ from diffbench.evaluation.reference import sample_labels
 from diffbench.evaluation.samples import SIZE, Samples
 from diffbench.evaluation.scorer import PATIENCE
 from diffbench.metrics.extractors.base import state_hash
-from diffbench.runs.build import device_of
-from diffbench.runs.denoiser import DenoiserRun, guidance_models
+from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.ranks import in_ranks
 from diffbench.sampling.cost import network_evaluations, sampling_seconds
 
 
 def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Samples:
     """Store of a run's samples; its folder is named by everything that they depend on."""
-    models = guidance_models(how, run.config, run.shape)
+    models = run.guided_by(how)
     what = {
         "weights": state_hash(run.network),
         "guidance_models": [state_hash(n) for n in (models.weak_model, models.classifier) if n is not None],
@@ -41,8 +40,7 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Sample
 
 def drawing_seconds(run: DenoiserRun) -> float:
     """About how long the samples take that the run's config scores, on this machine."""
-    run.network.to(device_of(run.config.trainer.accelerator))
-    run.use_threads()
+    run.use_device()
     sampler, count = run.sampler(run.config.sample), run.config.evaluate.count
     return sum(sampling_seconds(sampler, how, count) for how in run.config.sample.scored())
 

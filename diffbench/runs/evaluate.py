@@ -15,7 +15,6 @@ from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core.errors import UserError
 from diffbench.data.coding import reconstruct
-from diffbench.data.registry import SOURCES
 from diffbench.data.sets import ImageSet
 from diffbench.evaluation import records
 from diffbench.evaluation import reference as references
@@ -105,7 +104,7 @@ def evaluate_as(run: DenoiserRun, config: RunConfig, measured: Callable[[], dict
 
 def find_record(run: DenoiserRun, config: RunConfig) -> dict[str, Any] | None:
     """The newest record of a run's samples exactly as `config.sample` and `config.evaluate` say."""
-    return next((r for r in reversed(records.results(run.folder)) if scores_as(r, config, run.ema, run.snapshot)), None)
+    return next((r for r in reversed(run.results) if scores_as(r, config, run.ema, run.snapshot)), None)
 
 
 def is_scored(run: DenoiserRun) -> bool:
@@ -118,30 +117,24 @@ def is_scored(run: DenoiserRun) -> bool:
 def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot: str = "last") -> bool:
     """Return whether a record scores an average of the finished run, sampled and evaluated as the config says."""
     images = config.trainer.max_steps * config.trainer.batch_size
-    held = (record["images_seen"], record["ema"], record.get("snapshot", "last"))
+    held = (record["images_seen"], record["ema"], record["snapshot"])
     wanted = config.sample.numbers() | {"seed": config.seed_of("sample")}
     sampled = {k: v for k, v in record["sample"].items() if k not in ("batch_size", "seconds")}
     e, names = config.evaluate, list(records.values(record))
     counted = any(name.endswith(f"@{e.count}") for name in names)
-    extractor = record.get("extractor") or {}
-    asked = _by(extractor, config) and extractor.get("file") == e.weights
+    asked = _by(record["extractor"], e.extractor) and record["extractor"].get("file") == e.weights
     asked &= not e.infinity or any("infinity" in name for name in names)
     asked &= records.of_all(record, e.count) == (e.reference == "all")
     asked &= e.judge is None or (record.get("judge") or {}).get("run") == e.judge
     return held == (images, ema, snapshot) and sampled == wanted and counted and asked
 
 
-def _by(extractor: Mapping[str, Any], config: RunConfig) -> bool:
-    """Whether a record's extractor is the one that a config asks for; null is whatever suited where it was made."""
-
-    def named(wanted: str) -> bool:
-        wanted = wanted.replace(":", ".")
-        return str(extractor.get("name")) == wanted or str(extractor.get("name")).startswith(f"{wanted}-")
-
-    wanted, asked = config.evaluate.extractor, extractor.get("asked")
-    if wanted is None:  # older records do not say what was asked for
-        return asked is None if "asked" in extractor else any(map(named, SOURCES[config.data.name].extractors))
-    return asked == wanted if asked is not None else named(wanted)
+def _by(extractor: Mapping[str, Any], wanted: str | None) -> bool:
+    """Whether a record's extractor is the one that a config wants; null is whatever suited where it was made."""
+    asked = extractor.get("asked")
+    if wanted is None or asked is not None:
+        return bool(asked == wanted)
+    return f"{extractor['name']}-".startswith(f"{wanted}-")
 
 
 def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
@@ -201,15 +194,14 @@ def _record(
 def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str, Any]:
     """Keys and values by which samples are drawn and scored differently from the run's own config."""
     own, usual = run.config, run.config.sample if how.guided else run.config.sample.unguided()
-    found = {f"sample.{key}": getattr(how, key) for key in how.numbers() | usual.numbers()}
-    found = {key: value for key, value in found.items() if value != getattr(usual, key.removeprefix("sample."))}
-    others = {
+    found = {f"sample.{key}": (getattr(how, key), getattr(usual, key)) for key in how.numbers() | usual.numbers()}
+    found |= {
         "evaluate.reference": (config.evaluate.reference, own.evaluate.reference),
         "seed": (config.seed_of("sample"), own.seed_of("sample")),
         "ema": (run.ema, own.ema.decays[0]),
         "snapshot": (run.snapshot, "last"),
     }
-    return found | {key: value for key, (value, usual_value) in others.items() if value != usual_value}
+    return {key: value for key, (value, usual_value) in found.items() if value != usual_value}
 
 
 def _draw_nearest(

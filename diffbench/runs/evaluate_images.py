@@ -70,9 +70,7 @@ def settings_of(overrides: Sequence[str], run: DenoiserRun | None, count: int | 
             raise ValueError(
                 f"evaluate.{unused[0]}: has no effect here; allowed: {', '.join(f'evaluate.{k}' for k in used)}"
             )
-        found = build(EvaluateConfig, base | values | ({"count": count} if count else {}), "evaluate.")
-    assert isinstance(found, EvaluateConfig)
-    return found
+        return build(EvaluateConfig, base | values | ({"count": count} if count else {}), "evaluate.")
 
 
 def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

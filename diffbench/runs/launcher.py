@@ -87,18 +87,17 @@ def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
     from diffbench.config.documents import untyped
 
     known = [*ours, *sorted(submitit().SlurmExecutor._valid_parameters() - {*ours, "stderr_to_stdout", "num_gpus"})]
-    kinds: dict[str, type] = dict.fromkeys(("setup", "teardown", "srun_args"), list)
-    kinds |= {"additional_parameters": dict, "array_parallelism": int}
-    wanted: dict[type | None, str] = {
-        list: "a list, as ['module load cuda']",
-        dict: "keys with values, as {nice: 10}",
-        int: "a whole number",
+    kinds: dict[str, tuple[type, str]] = {
+        **dict.fromkeys(("setup", "teardown", "srun_args"), (list, "a list, as ['module load cuda']")),
+        "additional_parameters": (dict, "keys with values, as {nice: 10}"),
+        "array_parallelism": (int, "a whole number"),
     }
     for key, value in options.items():
         if key not in known:
             raise ValueError(f"launcher.{key}: unknown key; allowed: {', '.join(known)}{suggest(key, known)}")
-        if not isinstance(value, kinds.get(key, object)) or (key not in kinds and isinstance(value, list | dict)):
-            raise ValueError(f"launcher.{key}: must be {wanted.get(kinds.get(key), 'one value')}, got {value!r}")
+        kind, wanted = kinds.get(key, (object, "one value"))
+        if not isinstance(value, kind) or (kind is object and isinstance(value, list | dict)):
+            raise ValueError(f"launcher.{key}: must be {wanted}, got {value!r}")
     return {key: untyped(value) for key, value in options.items() if value is not None}
 
 

@@ -59,9 +59,9 @@ def test_a_paragraph_is_wrapped_on_a_terminal_alone(monkeypatch: pytest.MonkeyPa
 
 
 def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert terminal.coloured("error:", "red", sys.stderr) == "error:"
+    assert terminal.red("error:", sys.stderr) == "error:"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert terminal.coloured("error:", "red", sys.stderr) == "\033[31merror:\033[0m"
+    assert terminal.red("error:", sys.stderr) == "\033[31merror:\033[0m"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert terminal.coloured("error:", "red", sys.stderr) == "error:"
+    assert terminal.red("error:", sys.stderr) == "error:"
