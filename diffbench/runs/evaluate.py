@@ -104,7 +104,7 @@ def evaluate_as(run: DenoiserRun, config: RunConfig, measured: Callable[[], dict
 
 def find_record(run: DenoiserRun, config: RunConfig) -> dict[str, Any] | None:
     """The newest record of a run's samples exactly as `config.sample` and `config.evaluate` say."""
-    return next((r for r in reversed(run.results) if scores_as(r, config, run.ema, run.snapshot)), None)
+    return next((r for r in reversed(records.results(run.folder)) if scores_as(r, config, run.ema, run.snapshot)), None)
 
 
 def is_scored(run: DenoiserRun) -> bool:
