@@ -107,6 +107,13 @@ def test_the_network_itself_is_called_where_it_cannot_be_recorded(
         assert torch.equal(Recorded(network)(*inputs), network(*inputs))
 
 
+@pytest.mark.parametrize("words", [[], ["denoiser.gradient_checkpointing=true"]])
+def test_a_network_that_forgets_activations_is_not_recorded(words: list[str]) -> None:
+    module = digits("dit", *words).module()
+    step(module, in_halves=True)
+    assert bool(module._recorded._recorded) == (not words)
+
+
 def test_parameters_that_half_of_the_images_need_or_none() -> None:
     a, b, unused, frozen = (nn.Parameter(torch.tensor(value)) for value in (2.0, 3.0, 5.0, 7.0))
     frozen.requires_grad_(False)
