@@ -55,7 +55,10 @@ def mark_between(before: int, now: int, total: int) -> float | None:
 def verdict(lines: Sequence[Mapping[str, Any]], bands: Mapping[str, Band], mark: float) -> list[str]:
     """A warning for each metric whose newest value left its band, or one line that all lie inside.
 
-    `lines` are those of metrics.jsonl so far; `mark` is the share of training that is done.
+    Args:
+        lines: of metrics.jsonl, so far.
+        bands: metric -> its band.
+        mark: the share of training that is done.
     """
     inside: list[str] = []
     outside: list[str] = []
@@ -102,11 +105,11 @@ class RunLogger(Ordered):
         self.clock = Clock()
         self.images = self._total = 0
         self._losses: list[Tensor] = []  # not yet counted: to read each at once would wait for the device
-        self._loss = 0.0, 0.0  # sum and number of the finite losses since the last line
+        self._loss: Tensor | None = None  # sum and number of the finite losses since the last line
         self._seconds, self._logged_images = 0.0, 0
         self._resumed = False
         self._bar: tqdm[Any] | None = None
-        self._twentieth = -1
+        self._last = ""
         self._bands = read_curves(folder / CURVES)
         self._watched: tuple[int, float] | None = None  # images and seconds after the first step
         self._time_said = False
@@ -193,8 +196,10 @@ class RunLogger(Ordered):
             )
 
     def _log_training(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        total, count = self._sum_losses()
-        loss, self._loss = total / count if count else math.nan, (0.0, 0.0)
+        self._sum_losses()
+        assert self._loss is not None
+        total, count = self._loss.tolist()
+        loss, self._loss = total / count if count else math.nan, None
         before = self._logged_images
         rate = (self.images - before) / max(1e-9, self.clock.seconds - self._seconds)
         self._logged_images, self._seconds = self.images, self.clock.seconds
@@ -214,31 +219,33 @@ class RunLogger(Ordered):
             self._bar.set_postfix_str(f"loss {loss:.4f}")
             return
         percent = 100 * self.images // self._total
-        if percent // 5 != self._twentieth or not left:  # a line for each
-            self._twentieth = percent // 5
+        if f"{percent // 5}" != self._last or not left:  # a line for each twentieth
+            self._last = f"{percent // 5}"
             eta = left / rate if rate else 0.0
             self.say(f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s")
 
-    def _sum_losses(self) -> tuple[float, float]:
+    def _sum_losses(self) -> None:
         """Adds up the losses since the last line, one after the other; of several ranks the mean, on each of them."""
-        total, count = self._loss
-        for loss in torch.stack(self._losses).double().tolist() if self._losses else ():
-            if math.isfinite(loss):  # a step that is skipped must not hide the others
-                total, count = total + loss, count + 1
-        sums = distributed.all_reduce_sum(torch.tensor([total, count], dtype=torch.float64))
-        total, count = (sums / distributed.world_size()).tolist()
-        self._losses, self._loss = [], (total, count)
-        return self._loss
+        if self._losses:
+            losses, self._losses = torch.stack(self._losses).double(), []
+            total, count = (0.0, 0.0) if self._loss is None else self._loss.tolist()
+            for loss in losses.tolist():
+                if math.isfinite(loss):  # a step that is skipped must not hide the others
+                    total, count = total + loss, count + 1
+            self._loss = losses.new_tensor([total, count])
+        if self._loss is not None and distributed.world_size() > 1:
+            self._loss = distributed.all_reduce_sum(self._loss) / distributed.world_size()
 
     def state_dict(self) -> dict[str, Any]:
-        size, loss = 0, self._sum_losses()
+        self._sum_losses()
+        size = 0
         if distributed.rank() == 0 and self.path.exists():
             with self.path.open("rb+") as file:
                 os.fsync(file.fileno())
             size = self.path.stat().st_size
         for log in self._logs:
             log.flush()
-        return {"bytes": size, "loss": loss, "seconds": self.clock.seconds}
+        return {"bytes": size, "loss": self._loss, "seconds": self.clock.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = True
