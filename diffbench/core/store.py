@@ -140,8 +140,10 @@ class Store:
     def _reopen(self) -> None:
         """Turn a damaged store into an unfinished one, which keeps the intact chunks that its manifest names."""
         with suppress(DamagedError):
-            for number, chunk in self.chunks().items():
+            manifest = _read(self.manifest)
+            for number, chunk in enumerate(manifest["chunks"]):
                 write_text(self.chunk_path(number), _summed({"chunk": chunk}))
+            write_text(self.plan, _dumps({key: manifest[key] for key in ("format", "identity", "columns")}))
         self.manifest.unlink()
 
     def damaged(self, columns: Columns, chunk: Mapping[str, Any]) -> str | None:
@@ -150,7 +152,10 @@ class Store:
             size = _row_bytes(column)
             with suppress(FileNotFoundError), self.path(name).open("rb") as file:
                 file.seek(chunk["start"] * size)
-                if zlib.crc32(file.read(chunk["rows"] * size)) == chunk["crc32"][name]:
+                checksum, left = 0, chunk["rows"] * size
+                while left and (data := file.read(min(left, CHUNK_BYTES))):
+                    checksum, left = zlib.crc32(data, checksum), left - len(data)
+                if not left and checksum == chunk["crc32"][name]:
                     continue
             return name
         return None

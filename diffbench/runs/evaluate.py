@@ -116,6 +116,8 @@ def is_scored(run: DenoiserRun) -> bool:
 
 def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot: str = "last") -> bool:
     """Return whether a record scores an average of the finished run, sampled and evaluated as the config says."""
+    if "asked" not in (record.get("extractor") or {}):
+        return False  # an earlier version made it: it does not say what was asked for
     images = config.trainer.max_steps * config.trainer.batch_size
     held = (record["images_seen"], record["ema"], record["snapshot"])
     wanted = config.sample.numbers() | {"seed": config.seed_of("sample")}

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 PYTHON = (3, 13)
 """The last Python for which torch.jit records; later ones call the network itself."""
+SHAPES = 4
+"""Shapes of inputs that are recorded of a network: PyTorch keeps each recording, some 10 MB, until the process ends."""
 _RECORDING = threading.Lock()
 
 
@@ -18,7 +20,8 @@ class Recorded:
 
     Between two operations a thread holds the lock, and another one that waits for it sleeps: of two threads that each
     train the digits' networks on half of a batch, that takes a tenth of the time. So the first call with inputs of a
-    shape records the network's operations, and later ones repeat them. Under autocast the network itself is called.
+    shape records the network's operations, and later ones repeat them. Under autocast, and with inputs of more than
+    `SHAPES` shapes, the network itself is called.
 
     Args:
         network: does the same for all inputs of a shape, and draws no random numbers; its parameters may change in
@@ -39,11 +42,10 @@ class Recorded:
         inputs = {"x": x, "t": t, **({} if y is None else {"y": y}), **others}
         key = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
         with _RECORDING:
-            if key not in self._recorded:
+            if key not in self._recorded and len(self._recorded) < SHAPES:
                 self._recorded[key] = _record(self._network, inputs)
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # one by one, as Python runs them
-            out = self._recorded[key](**inputs)
-        return out
+            return self._recorded.get(key, self._network)(**inputs)
 
 
 def _record(network: nn.Module, inputs: dict[str, Tensor]) -> Any:
