@@ -148,8 +148,7 @@ class DiffusionModule(TrainingModule):
         x, time = self.process.inputs(self.process.add_noise(x0, t, eps), t)
 
         in_halves = self.in_halves and len(u) > 1
-        forgets = getattr(self.network, "gradient_checkpointing", False)  # which recorded operations would not
-        network = self._recorded if in_halves and not forgets else self.network
+        network = self._recorded if in_halves else self.network
 
         def losses(part: slice) -> Tensor:
             some = {name: value[part] for name, value in inputs.items()}

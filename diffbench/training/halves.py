@@ -61,8 +61,7 @@ class _Halves(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        if gradient != 1:
-            torch._foreach_mul_([g for g in gradients if g is not None], gradient)
+        torch._foreach_mul_([g for g in gradients if g is not None], gradient)
         return None, None, *gradients
 
 

@@ -20,8 +20,8 @@ class Recorded:
 
     Between two operations a thread holds the lock, and another one that waits for it sleeps: of two threads that each
     train the digits' networks on half of a batch, that takes a tenth of the time. So the first call with inputs of a
-    shape records the network's operations, and later ones repeat them. Under autocast, and with inputs of more than
-    `SHAPES` shapes, the network itself is called.
+    shape records the network's operations, and later ones repeat them. Under autocast, with gradient checkpointing, and
+    with inputs of more than `SHAPES` shapes, the network itself is called.
 
     Args:
         network: does the same for all inputs of a shape, and draws no random numbers; its parameters may change in
@@ -37,7 +37,8 @@ class Recorded:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, **others: Tensor) -> Tensor:
         """The network's output, see `Denoiser.forward`."""
-        if torch.is_autocast_enabled(x.device.type) or sys.version_info[:2] > PYTHON:
+        forgets = getattr(self._network, "gradient_checkpointing", False)  # which recorded operations would not
+        if forgets or torch.is_autocast_enabled(x.device.type) or sys.version_info[:2] > PYTHON:
             return self._network(x, t, y, **others)
         inputs = {"x": x, "t": t, **({} if y is None else {"y": y}), **others}
         key = tuple((name, value.shape, value.dtype) for name, value in inputs.items())

@@ -51,13 +51,18 @@ def _adm_blueprint(arguments: dict[str, Any]) -> Blueprint:
     only("adm", arguments, dims=2)
     head_channels, heads_up = arguments["num_head_channels"], arguments["num_heads_upsample"]
     side, factors = arguments["image_size"], [2**level for level in range(len(arguments["channel_mult"]))]
-    same = "model_channels num_res_blocks num_heads dropout use_scale_shift_norm resblock_updown conv_resample"
     config = UNetConfig(
-        **{name: arguments[name] for name in same.split()},
+        model_channels=arguments["model_channels"],
         channel_mult=list(arguments["channel_mult"]),
+        num_res_blocks=arguments["num_res_blocks"],
         # Downsampling factors in the class, sides of the image here.
         attention_resolutions=[side // factor for factor in factors if factor in arguments["attention_resolutions"]],
+        num_heads=arguments["num_heads"],
         num_head_channels=None if head_channels == -1 else head_channels,
+        dropout=arguments["dropout"],
+        use_scale_shift_norm=arguments["use_scale_shift_norm"],
+        resblock_updown=arguments["resblock_updown"],
+        conv_resample=arguments["conv_resample"],
         num_heads_upsample=None if heads_up == -1 else heads_up,
     )
     shape = {
