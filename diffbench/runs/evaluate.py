@@ -124,7 +124,7 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     sampled = {k: v for k, v in record["sample"].items() if k not in ("batch_size", "seconds")}
     e, names = config.evaluate, list(records.values(record))
     counted = any(name.endswith(f"@{e.count}") for name in names)
-    asked = _by(record["extractor"], e.extractor) and record["extractor"].get("file") == e.weights
+    asked = _by(record["extractor"], e.extractor) and record["extractor"]["file"] == e.weights
     asked &= not e.infinity or any("infinity" in name for name in names)
     asked &= records.of_all(record, e.count) == (e.reference == "all")
     asked &= e.judge is None or (record.get("judge") or {}).get("run") == e.judge
@@ -133,9 +133,8 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
 
 def _by(extractor: Mapping[str, Any], wanted: str | None) -> bool:
     """Whether a record's extractor is the one that a config wants; null is whatever suited where it was made."""
-    asked = extractor.get("asked")
-    if wanted is None or asked is not None:
-        return bool(asked == wanted)
+    if wanted is None or extractor["asked"] is not None:
+        return bool(extractor["asked"] == wanted)
     return f"{extractor['name']}-".startswith(f"{wanted}-")
 
 
@@ -145,8 +144,7 @@ def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
         check_evaluation(config, run.train_set)
         check_judge(config, run.facts.shape, run.facts.names)
         extractor = references.run_extractor(config, run.train_set, device_of(config.trainer.accelerator))
-    run.use_threads()
-    run.network.to(extractor.device)
+    run.use_device()
     if config.evaluate.count < 2 * extractor.dim:
         print(
             f"note: {config.evaluate.count:,} samples against {extractor.dim:,} features of {extractor.name}: most of a"
