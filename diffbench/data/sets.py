@@ -39,9 +39,10 @@ class InMemory:
 
     def fingerprint(self) -> str:
         """The first 16 hexadecimal digits of a hash of all rows, labels included."""
-        digest = self.digest or digest_of(array.numpy() for array in self.arrays.values())
-        object.__setattr__(self, "digest", digest)  # of a frozen dataclass
-        return digest
+        if self.digest is None:
+            object.__setattr__(self, "digest", digest_of(array.numpy() for array in self.arrays.values()))
+        assert self.digest is not None
+        return self.digest
 
     def gather(self, index: Tensor) -> dict[str, Tensor]:
         """The batch of the images with numbers `index` (B,)."""

@@ -177,10 +177,14 @@ def _uvit(arguments: dict[str, Any]) -> Blueprint:
 def _uvit_published(preset: Preset) -> dict[str, Any]:
     config, shape = preset.config, preset.shape
     classes, null = shape.get("num_classes", 0), shape.get("null_class", True)
-    return {name: getattr(config, name) for name in ("patch_size", "depth", "num_heads", "conv")} | {
+    return {
         "img_size": shape["image_size"],
+        "patch_size": config.patch_size,
         "in_chans": shape["channels"],
         "embed_dim": config.hidden_size,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "conv": config.conv,
         "num_classes": classes + null if classes else -1,
         "p_uncond": 0.15 if classes and null else 0.0,
     }
