@@ -1,4 +1,4 @@
-# One-line recipes: the logic lives in Python, so that a person, CI and Docker call the same thing.
+# One-line recipes: the logic is in Python, so users, CI and Docker run the same code.
 MODEL ?= dit
 ARGS ?=
 # data.path= in ARGS selects experiments/own.
@@ -24,13 +24,13 @@ DIFFBENCH := $(BIN)/python -m diffbench
 .DEFAULT_GOAL := help
 .PHONY: help setup train ablation evaluate sample compare findings bench bench-gpu tensorboard test test-all test-gpu docker-build docker-train lint types format clean
 
-help:  ## this list
+help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@printf '\nVariables (now): MODEL=%s DATA=%s SEED=%s SEEDS=%s ARGS="%s" PYTHON=%s STUDY=%s RUN=%s\n' '$(MODEL)' '$(DATA)' '$(SEED)' '$(SEEDS)' '$(ARGS)' '$(PYTHON)' '$(STUDY)' '$(RUN)'
+	@printf '\nVariables (current values): MODEL=%s DATA=%s SEED=%s SEEDS=%s ARGS="%s" PYTHON=%s STUDY=%s RUN=%s\n' '$(MODEL)' '$(DATA)' '$(SEED)' '$(SEEDS)' '$(ARGS)' '$(PYTHON)' '$(STUDY)' '$(RUN)'
 	@printf 'MODEL with DATA=%s: %s\n' '$(DATA)' '$(MODELS)'
 	@printf 'Example: make train MODEL=diffit SEED=1 ARGS="denoiser.window=2"\n'
 
-setup: $(STAMP)  ## make .venv and install (done by itself where needed)
+setup: $(STAMP)  ## create .venv and install (other targets do this if needed)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -44,67 +44,67 @@ $(STAMP): pyproject.toml
 check-config:
 	@test -f '$(CONFIG)' || { printf 'error: no %s; with DATA=%s, MODEL is one of: %s\n  DATA is one of: %s\n' '$(CONFIG)' '$(DATA)' '$(or $(MODELS),none)' '$(SETS)' >&2; exit 2; }
 
-train: check-config $(STAMP)  ## train MODEL on DATA with SEED (or each of SEEDS=0,1,2); again: resume
+train: check-config $(STAMP)  ## train MODEL on DATA with SEED (or each of SEEDS=0,1,2); run again to resume
 	@set -e; for seed in $(subst $(comma), ,$(SEEDS)); do $(DIFFBENCH) train $(CONFIG) seed=$$seed $(ARGS); done
 
 comma := ,
 
 .PHONY: check-study
 check-study:
-	@test -f 'experiments/studies/$(STUDY).yaml' || { echo "error: no experiments/studies/$(STUDY).yaml; STUDY names one of:" >&2; ls experiments/studies/[!_]*.yaml | sed -E 's|.*/(.*)\.yaml|  \1|' >&2; exit 2; }
+	@test -f 'experiments/studies/$(STUDY).yaml' || { echo "error: no experiments/studies/$(STUDY).yaml; STUDY is one of:" >&2; ls experiments/studies/[!_]*.yaml | sed -E 's|.*/(.*)\.yaml|  \1|' >&2; exit 2; }
 
-ablation: check-study $(STAMP)  ## every variant of STUDY with every seed, and the report; again: resume
+ablation: check-study $(STAMP)  ## run every variant of STUDY with every seed and write its report; run again to resume
 	@$(DIFFBENCH) study experiments/studies/$(STUDY).yaml $(ARGS)
 
 evaluate: $(STAMP)  ## draw and score samples of RUN
 	@$(DIFFBENCH) evaluate $(RUN) $(ARGS)
 
-sample: $(STAMP)  ## draw samples of RUN into a PNG, as ARGS="labels=3 n=16 guidance=2"
+sample: $(STAMP)  ## draw samples of RUN into a PNG, e.g. ARGS="labels=3 n=16 guidance=2"
 	@$(DIFFBENCH) sample $(RUN) $(ARGS)
 
-compare: $(STAMP)  ## a table and a report of RUNS (by default all runs on DATA)
+compare: $(STAMP)  ## print a table and write a report of RUNS (default: all runs on DATA)
 	@test -n '$(RUNS)' || { echo "error: no runs under runs/$(DATA): train one first" >&2; exit 2; }
 	@$(DIFFBENCH) compare $(RUNS) $(ARGS)
 
-findings: $(STAMP)  ## published claims against the shipped results; RUN=1 runs what they need
+findings: $(STAMP)  ## test published claims against the shipped results; RUN=1 trains the runs they need
 	@$(DIFFBENCH) findings $(if $(filter 1,$(RUN)),run=true) $(ARGS)
 
-bench: $(STAMP)  ## speed here in three minutes, against BASELINE=old.json; all of it: ARGS=full=true
+bench: $(STAMP)  ## measure speed in three minutes; compare with BASELINE=old.json; ARGS=full=true for all parts
 	@$(BIN)/python -m benchmarks $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
 
-bench-gpu: $(STAMP)  ## speed of published sizes on one large GPU, in ten minutes
+bench-gpu: $(STAMP)  ## measure speed of published sizes on one large GPU in ten minutes
 	@$(BIN)/python -m benchmarks gpu=true $(if $(BASELINE),baseline=$(BASELINE)) $(ARGS)
 
-tensorboard: $(STAMP)  ## curves of all runs, at http://localhost:6006; HOST=0.0.0.0 lets other machines in
-	@echo 'lines as they were logged: http://localhost:6006/?smoothing=0'
+tensorboard: $(STAMP)  ## show curves of all runs at http://localhost:6006; HOST=0.0.0.0 admits other machines
+	@echo 'curves without smoothing: http://localhost:6006/?smoothing=0'
 	@$(BIN)/python -m tensorboard.main --host $(HOST) --logdir runs --samples_per_plugin images=200
 
-test: $(STAMP)  ## the tests, without the slow ones, on all cores
+test: $(STAMP)  ## run all but the slow tests, on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-test-all: $(STAMP)  ## every test, with the coverage of diffbench/ (at least 90%)
+test-all: $(STAMP)  ## run all tests that need no GPU; coverage of diffbench/ must be at least 90%
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu' --cov=diffbench --cov-report=term --cov-fail-under=90
 
-test-gpu: $(STAMP)  ## the tests that need a GPU; skipped with a reason where there is none
+test-gpu: $(STAMP)  ## run the tests that need a GPU; skipped with a reason if there is none
 	@$(BIN)/python -m pytest -m gpu -rs
 
-docker-build:  ## an image diffbench:cpu, or DEVICE=cuda
+docker-build:  ## build the image diffbench:cpu, or diffbench:cuda with DEVICE=cuda
 	docker build --file docker/Dockerfile --target $(DEVICE) --tag diffbench:$(DEVICE) .
 
-docker-train: check-config  ## train MODEL on DATA with SEED in the image; runs/ stays here
+docker-train: check-config  ## train MODEL on DATA with SEED in the image; runs/ is kept on the host
 	@mkdir -p runs
 	docker run --rm --init --ipc=host --user $$(id -u):$$(id -g) $(DOCKER_GPUS) --volume "$(CURDIR)/runs:/diffbench/runs" \
 		diffbench:$(DEVICE) train $(CONFIG) seed=$(SEED) $(ARGS)
 
-lint: $(STAMP)  ## ruff: style and formatting
+lint: $(STAMP)  ## check style and formatting (ruff)
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 
-types: $(STAMP)  ## mypy, strict
+types: $(STAMP)  ## check types (mypy, strict)
 	@$(BIN)/python -m mypy
 
-format: $(STAMP)  ## ruff: mend style and formatting
+format: $(STAMP)  ## fix style and formatting (ruff)
 	@$(BIN)/python -m ruff check --fix . ; $(BIN)/python -m ruff format .
 
-clean:  ## remove .venv and caches; never runs
+clean:  ## remove .venv and caches, but never runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build diffbench.egg-info
 	find diffbench benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

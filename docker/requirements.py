@@ -1,4 +1,4 @@
-"""Prints the dependencies of a pyproject.toml, a line each, so that an image can install them before the code."""
+"""Print the dependencies of a pyproject.toml, one per line, so that an image can install them before the code."""
 
 import sys
 import tomllib

@@ -38,7 +38,7 @@ def test_help_lists_every_target_and_variable(arguments: list[str]) -> None:
 
 
 DRY = {
-    "help": "Variables (now): ",
+    "help": "Variables (current values): ",
     "setup": "",
     "train": "-m diffbench train experiments/digits/dit.yaml seed=$seed",
     "ablation": "-m diffbench study experiments/studies/backbones.yaml",
