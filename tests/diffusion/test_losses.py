@@ -198,14 +198,14 @@ def test_eps_is_refused_where_no_signal_is_left() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"variance": "learned_range"}, "would leave a learned variance untrained: take hybrid"),
+        ({"variance": "learned_range"}, "would leave a learned variance untrained: choose hybrid"),
         ({"loss": "hybrid"}, "loss=hybrid trains a learned variance: set process.variance=learned_range"),
         ({"loss": "rescaled_hybrid"}, "loss=rescaled_hybrid trains a learned variance"),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma: must be positive"),
         ({"min_snr_gamma": 5.0}, "min_snr_gamma: belongs to process.weighting=min_snr; with none leave it at null"),
         ({"p_mean": 0.0}, "p_mean: belongs to process.times=log_normal; with uniform leave it at -1.2"),
-        ({"loss_space": "v", "weighting": "edm"}, "loss_space: v weighs the noise levels, and so does .*weighting=edm"),
-        ({"weighting": "min_snr", "loss": "kl"}, "loss: kl weighs the noise levels itself"),
+        ({"loss_space": "v", "weighting": "edm"}, "loss_space: v weights the noise levels, and so does .*=edm"),
+        ({"weighting": "min_snr", "loss": "kl"}, "loss: kl weights the noise levels itself"),
         ({"loss_space": "eps", "prediction": "v", "zero_terminal_snr": True}, "loss_space: eps says nothing"),
         ({"schedule": "given"}, "must hold process.steps=1000 values with schedule given .* got 0 with schedule given"),
         ({"betas": [0.1, 0.2]}, "none with any other, got 2 with schedule linear"),
