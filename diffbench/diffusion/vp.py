@@ -48,7 +48,7 @@ class VPConfig(ObjectiveConfig):
             raise ValueError(f"process.steps must be above 12 with the scaled_linear schedule, got {self.steps}")
         if len(self.betas) != (self.steps if self.schedule == "given" else 0):
             raise ValueError(
-                f"process.betas must hold process.steps={self.steps} values with schedule given and none with any "
+                f"process.betas must have process.steps={self.steps} values with schedule given and none with any "
                 f"other, got {len(self.betas)} with schedule {self.schedule}"
             )
         if self.zero_terminal_snr and "eps" in (self.prediction, self.loss_space):

@@ -207,7 +207,7 @@ def test_eps_is_refused_where_no_signal_is_left() -> None:
         ({"loss_space": "v", "weighting": "edm"}, "loss_space: v weights the noise levels, and so does .*=edm"),
         ({"weighting": "min_snr", "loss": "kl"}, "loss: kl weights the noise levels itself"),
         ({"loss_space": "eps", "prediction": "v", "zero_terminal_snr": True}, "loss_space: eps says nothing"),
-        ({"schedule": "given"}, "must hold process.steps=1000 values with schedule given .* got 0 with schedule given"),
+        ({"schedule": "given"}, "must have process.steps=1000 values with schedule given .* got 0 with schedule given"),
         ({"betas": [0.1, 0.2]}, "none with any other, got 2 with schedule linear"),
         ({"schedule": "scaled_linear", "steps": 12}, "above 12 with the scaled_linear schedule, got 12"),
     ],
