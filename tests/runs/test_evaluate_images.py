@@ -192,7 +192,9 @@ def test_what_evaluate_refuses_of_images(refused: Callable[..., str], smoke_run:
     assert refused("evaluate", nowhere, "--against", many, CNN).startswith(f"{nowhere}: no images here; allowed: a")
     assert refused("evaluate", many, "--against", nowhere, CNN).startswith(f"{nowhere}: no images here")
     (tmp_path / "empty").mkdir()
-    assert refused("evaluate", tmp_path / "empty", "--against", many, CNN).startswith(f"{tmp_path / 'empty'}: holds no")
+    assert refused("evaluate", tmp_path / "empty", "--against", many, CNN).startswith(
+        f"{tmp_path / 'empty'}: contains no images"
+    )
     np.savez(tmp_path / "mu.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
     line = refused("evaluate", many, "--against", tmp_path / "mu.npz", CNN)
     assert line == f"{tmp_path / 'mu.npz'}: mu has 3 numbers, but digits-cnn gives 64"

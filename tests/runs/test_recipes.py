@@ -157,7 +157,7 @@ REFUSED = {
     "process.name=flow sample.sampler=euler_maruyama sample.sde_diffusion=constant": "sample.sde_last: choose tweedie"
     " or euler with sde_diffusion=constant",
     "process.variance=fixed_small": "process.variance: fixed_small is for process.loss=kl, not mse; the sampler's"
-    " sample.variance",
+    " variance is sample.variance",
     "process.name=flow sample.sampler=dopri5 sample.clip=true": "sample.clip: dopri5 clips no predicted image",
     "sample.weak_model=nowhere": "sample.weak_model: nowhere: no run here (config.yaml is missing)",
 }
