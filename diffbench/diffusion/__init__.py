@@ -1,4 +1,4 @@
-"""Diffusion: processes, samplers, guidance, likelihood. Nothing here draws random numbers."""
+"""Diffusion processes, samplers, guidance and likelihood. Nothing here draws random numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from diffbench.diffusion.vp import DiscreteVP, VPConfig
 
 @dataclass(frozen=True)
 class ProcessEntry:
-    """A registered process: its dataclass config, its class, and one line for `diffbench list`."""
+    """A registered process: its config dataclass, its class, and a one-line summary for `diffbench list`."""
 
     config: type
     build: Callable[[Any], Process]

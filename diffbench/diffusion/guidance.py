@@ -1,7 +1,7 @@
-"""Guidance wraps a labelled predictor into the `predict(x, t)` that samplers take.
+"""Guidance: wrap a labelled predictor into the `predict(x, t)` that samplers take.
 
-A weight is a number, or a function of the times t (B,) that gives one a sample. At a step where it is 1 for every
-sample the second half is not computed. Samplers pass times on the CPU, so looking at them costs no synchronisation.
+A weight is a number, or a function from times t (B,) to one weight per sample. Where it is 1 for every sample, the
+second prediction is skipped. Samplers pass times on the CPU, so inspecting them costs no synchronisation.
 """
 
 import math
@@ -18,18 +18,18 @@ Weight = float | Callable[[Tensor], Tensor]
 def classifier_free(
     predict: LabelledPredict, y: Tensor, null_label: int, weight: Weight, channels: int | None = None
 ) -> Predict:
-    """Classifier-free guidance (Ho & Salimans 2022): unconditional + weight (conditional - unconditional).
+    """Apply classifier-free guidance (Ho & Salimans 2022): unconditional + weight (conditional - unconditional).
 
     Args:
         predict: (x, t, y) -> Prediction.
-        y: (B,) labels of the samples, or (B, labels) weights over them.
+        y: (B,) labels of the samples, or (B, labels) weights over the labels.
         null_label: the label that means "no class".
         weight: 1 is the plain conditional model.
-        channels: how many channels are guided, None for all; the others are the conditional model's. The DiT and
-            DiffiT releases guide three of the latent's four. A learned variance is always the conditional model's.
+        channels: number of channels to guide, None for all; the rest come from the conditional model. The DiT and
+            DiffiT releases guide three of the four latent channels. A learned variance is always the conditional one.
 
     Returns:
-        predict(x, t); both halves run as one batch of 2B.
+        predict(x, t), which runs both predictions as one batch of 2B.
     """
     if weight == 1:
         return lambda x, t: predict(x, t, y)
@@ -48,7 +48,7 @@ def classifier_free(
 
 
 def null_labels(y: Tensor, null_label: int) -> Tensor:
-    """The null label in the form of `y`: (B,) labels, or (B, labels) weights."""
+    """Return the null label in the form of `y`: (B,) labels, or (B, labels) weights."""
     if not y.is_floating_point():
         return torch.full_like(y, null_label)
     return torch.zeros_like(y).index_fill(1, torch.tensor(null_label, device=y.device), 1)
@@ -57,14 +57,14 @@ def null_labels(y: Tensor, null_label: int) -> Tensor:
 def autoguidance(
     predict: LabelledPredict, weak: LabelledPredict, y: Tensor, weight: Weight, channels: int | None = None
 ) -> Predict:
-    """Guidance away from a weaker model of the same labels, smaller or less trained (Karras et al. 2024).
+    """Guide away from a weaker model of the same labels, smaller or trained for less time (Karras et al. 2024).
 
     Args:
         predict: (x, t, y) -> Prediction of the model.
-        weak: the same of the weaker one, under the same process.
+        weak: (x, t, y) -> Prediction of the weaker model, under the same process.
         y: (B,) labels of the samples.
         weight: 1 is the plain model.
-        channels: how many channels are guided, None for all.
+        channels: number of channels to guide, None for all.
     """
 
     def guided(x: Tensor, t: Tensor) -> Prediction:
@@ -78,13 +78,13 @@ def autoguidance(
 def classifier_guidance(
     predict: Predict, gradient: Callable[[Tensor, Tensor], Tensor], process: Process, scale: float
 ) -> Predict:
-    """Guidance by a classifier of noisy images (Dhariwal & Nichol 2021, Algorithm 2): eps - scale sigma gradient.
+    """Guide by a classifier of noisy images (Dhariwal & Nichol 2021, Algorithm 2): eps - scale sigma gradient.
 
     Args:
         predict: (x, t) -> Prediction.
-        gradient: (x, t) -> gradient of log p(y | x_t) in x_t, (B, C, H, W), of the labels that are wanted.
-        process: whose noise the classifier was trained on.
-        scale: 0 is no guidance, for which no gradient is computed; 1 is Bayes' rule.
+        gradient: (x, t) -> gradient of log p(y | x_t) with respect to x_t, (B, C, H, W), for the wanted labels.
+        process: the process whose noise the classifier was trained on.
+        scale: 0 turns guidance off and computes no gradient; 1 is Bayes' rule.
     """
     if scale == 0:
         return predict
@@ -99,22 +99,22 @@ def classifier_guidance(
 
 
 def power_cosine(largest: float, power: float = 4.0, steps: int = 1000) -> Weight:
-    """DiffiT's weight over the steps t of a discrete process (§5.8; Gao et al. 2023), from 1 at the noisy end upwards.
+    """Return DiffiT's weight over the steps t of a discrete process (§5.8; Gao et al. 2023); 1 at the noisy end.
 
     w(t) = 1 + (largest - 1) (1 - cos(pi (1 - t / steps)^power)) / 2.
     """
 
     def weight(t: Tensor) -> Tensor:
-        left = (1 - t.double() / steps) ** power
-        return 1 + (largest - 1) * 0.5 * (1 - (math.pi * left).cos())
+        progress = (1 - t.double() / steps) ** power
+        return 1 + (largest - 1) * 0.5 * (1 - (math.pi * progress).cos())
 
     return weight
 
 
 def interval(process: Process, weight: Weight, low: float, high: float) -> Weight:
-    """Guidance only where low < sigma / alpha <= high (Kynkäänniemi et al. 2024); elsewhere the weight is 1."""
+    """Restrict guidance to low < sigma / alpha <= high (Kynkäänniemi et al. 2024); elsewhere the weight is 1."""
     if not 0 <= low < high:
-        raise ValueError(f"the interval of guidance must run from at least 0 upwards, got {low} to {high}")
+        raise ValueError(f"the guidance interval must satisfy 0 <= low < high, got {low} to {high}")
 
     def limited(t: Tensor) -> Tensor:
         level = (-0.5 * process.log_snr(t)).exp()
@@ -125,7 +125,7 @@ def interval(process: Process, weight: Weight, low: float, high: float) -> Weigh
 
 
 def _at(weight: Weight, t: Tensor) -> float | Tensor | None:
-    """The weight at times t (B,): a number where all samples share it, else one a sample; None where all are 1."""
+    """Return the weight at times t (B,): a number if all samples share it, else one per sample; None if all are 1."""
     if callable(weight):
         values = weight(t)
         if not bool((values == values[0]).all()):

@@ -1,4 +1,4 @@
-"""Likelihood: the variational bound of a discrete VP process, and the exact one through the probability-flow ODE."""
+"""Likelihood: the variational bound of a discrete VP process, and the exact value by the probability-flow ODE."""
 
 import math
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from diffbench.diffusion.schedules import Tables, Variance, at
 
 
 class Bound(NamedTuple):
-    """The variational bound in bits per dimension, its terms from the noisiest step (column 0) to the least noisy."""
+    """The variational bound in bits per dimension; columns run from the noisiest step to the least noisy."""
 
     total: Tensor
     """(B,) sum of all terms and the prior."""
     prior: Tensor
-    """(B,) divergence of the noisiest step from the standard normal."""
+    """(B,) KL divergence of the noisiest step from the standard normal."""
     terms: Tensor
-    """(B, T)."""
+    """(B, T) one term per step."""
     x0_error: Tensor
     """(B, T) mean squared error of the predicted image."""
     eps_error: Tensor
-    """(B, T) mean squared error of the noise that this image leaves."""
+    """(B, T) mean squared error of the noise that the predicted image implies."""
 
 
 @torch.no_grad()
@@ -36,14 +36,14 @@ def variational_bound(
     variance: Variance = "fixed_large",
     clip: bool = True,
 ) -> Bound:
-    """The bound on -log p(x0), term by term (Ho et al. 2020, Eq. 5; Nichol & Dhariwal 2021, §3).
+    """Compute the bound on -log p(x0), term by term (Ho et al. 2020, Eq. 5; Nichol & Dhariwal 2021, §3).
 
     Args:
         predict: (x_t, t) -> Prediction.
         x0: (B, C, H, W) images on the 256 levels v / 127.5 - 1.
         tables: the (respaced) process.
-        noise: column k of the terms -> standard normal like x0.
-        variance: of the reverse steps.
+        noise: column k of the terms -> standard normal noise shaped like x0.
+        variance: variance of the reverse steps.
         clip: whether the predicted image is clamped to [-1, 1].
     """
     terms, x0_errors, eps_errors = [], [], []
@@ -67,17 +67,17 @@ def variational_bound(
 def bound_term(
     tables: Tables, i: int | Tensor, x0: Tensor, x_t: Tensor, prediction: Prediction, log_variance: Tensor
 ) -> Tensor:
-    """The terms L_i of the variational bound in bits per dimension, (B,) (Ho et al. 2020, Eq. 5).
+    """Compute the terms L_i of the variational bound in bits per dimension, (B,) (Ho et al. 2020, Eq. 5).
 
-    At step 0 the likelihood of the 8-bit image, elsewhere the divergence from the posterior to the model's step.
+    Step 0 gives the negative log-likelihood of the 8-bit image, any other the KL from the posterior to the model.
 
     Args:
         tables: the (respaced) process.
-        i: the step, or (B,) one a sample.
+        i: the step, or (B,) one per sample.
         x0: (B, C, H, W) images on the 256 levels v / 127.5 - 1.
-        x_t: (B, C, H, W) the same with the noise of step i.
-        prediction: the network's at x_t.
-        log_variance: of the model's step, of a shape that broadcasts over x_t.
+        x_t: (B, C, H, W) the images with the noise of step i.
+        prediction: the network's prediction at x_t.
+        log_variance: log-variance of the model's step, broadcastable over x_t.
     """
     mean = tables.posterior_mean(i, prediction.x0, x_t)
     posterior = at(tables.posterior_log_variance_clipped, i, x_t)
@@ -89,7 +89,7 @@ def bound_term(
 
 
 def prior_term(tables: Tables, x0: Tensor) -> Tensor:
-    """The divergence from q(x_T | x_0) to a standard normal in bits per dimension, (B,)."""
+    """Return the KL divergence from q(x_T | x_0) to a standard normal in bits per dimension, (B,)."""
     bar = tables.alphas_cumprod[-1]
     mean, log_variance = bar.sqrt().to(x0.dtype) * x0, (1 - bar).log().to(x0.dtype)
     zero = torch.zeros((), dtype=x0.dtype, device=x0.device)
@@ -97,16 +97,16 @@ def prior_term(tables: Tables, x0: Tensor) -> Tensor:
 
 
 def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
-    """KL divergence in nats, elementwise, from a normal distribution to another one."""
+    """Return the elementwise KL divergence, in nats, from one normal distribution to another."""
     spread = (log_variance - other_log_variance).exp()
     shift = (mean - other_mean).square() * (-other_log_variance).exp()
     return 0.5 * (other_log_variance - log_variance + spread + shift - 1)
 
 
 def discrete_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-probability in nats, elementwise, of 8-bit levels under a normal distribution (Ho et al. 2020, Eq. 13).
+    """Return the elementwise log-probability, in nats, of 8-bit levels under a normal (Ho et al. 2020, Eq. 13).
 
-    A level takes the mass within 1/255 of it; the lowest and the highest take the tails.
+    A level gets the mass within 1/255 of it; the lowest and the highest also get the tails.
     """
     half, inverse = 1 / 255, (-log_std).exp()
     below = _normal_cdf((x - mean - half) * inverse)
@@ -116,25 +116,25 @@ def discrete_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    # The tanh approximation (Page 1977): published bounds are computed with it.
+    # The tanh approximation (Page 1977), with which published bounds are computed.
     return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh())
 
 
 @torch.no_grad()
 def exact_log_likelihood(predict: Predict, x0: Tensor, grid: Grid, probe: Tensor) -> Tensor:
-    """log p(x0) in nats, (B,), by the probability-flow ODE from image to noise (Song et al. 2021, §4.3).
+    """Compute log p(x0) in nats, (B,), by the probability-flow ODE from image to noise (Song et al. 2021, §4.3).
 
-    The change of volume along it is the integral of the rate's divergence, estimated without bias by Hutchinson's
-    probe^T (d rate / dx) probe (FFJORD, Grathwohl et al. 2019). Heun's method, on the grid's points.
+    The log-volume changes by the integral of the divergence of dx/ds, estimated without bias by Hutchinson's
+    probe^T (d rate / dx) probe (FFJORD, Grathwohl et al. 2019). Integration uses Heun's method on the grid's points.
 
     Args:
         predict: (x_t, t) -> Prediction, differentiable in x_t.
-        x0: (B, C, H, W) images; a density is meant, so 8-bit images need their dequantising noise.
-        grid: of the process; many steps, as order 2 is all there is.
-        probe: like x0, of mean 0 and variance 1, such as random signs; one per image, kept along the path.
+        x0: (B, C, H, W) images. The result is a density, so add dequantisation noise to 8-bit images.
+        grid: grid of the process; use many steps, since the integrator is only of order 2.
+        probe: shaped like x0, mean 0 and variance 1, such as random signs; one per image, fixed along the path.
     """
     outward = grid.reversed()
-    alpha = outward[0].alpha  # the density of x at the first point, taken to the image's scale
+    alpha = outward[0].alpha  # x at the first point is alpha x0: rescale its density to that of x0
     x, log_volume = alpha.to(x0.dtype) * x0, x0[0].numel() * float(alpha.log()) + x0.new_zeros(len(x0))
     rate, divergence = _rate_and_divergence(predict, x, outward[0], probe)
     for k in range(len(outward)):

@@ -1,4 +1,4 @@
-"""The keys of every process's objective: the space and the weight of its squared error, and its training times."""
+"""Objective keys common to all processes: the space and weight of the squared error, and the training times."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -8,10 +8,10 @@ Space = Literal["x0", "eps", "v", "velocity"]
 the path, see `Point`: v itself in vp, the noise in edm."""
 
 MAX_WEIGHT = 400.0
-"""Largest weight of an error: 1 / 0.05^2, with which JiT clips the 1 / (1 - t) of its velocity (Li & He 2025)."""
+"""Largest weight of an error: 1 / 0.05^2, since JiT clips the 1 - t in its velocity at 0.05 (Li & He 2025)."""
 
-# Keys that belong to one value of another key: the key, the other, its value, and what the key is left at elsewhere.
-_OWNED = (
+# Keys that apply only with one value of another key: (key, other key, its value, the key's default elsewhere).
+_DEPENDENT = (
     ("min_snr_gamma", "weighting", "min_snr", None),
     ("sigmoid_bias", "weighting", "sigmoid", None),
     ("p_mean", "times", "log_normal", -1.2),
@@ -23,34 +23,34 @@ _OWNED = (
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """Keys that all processes have beside `prediction`, what the network puts out."""
+    """Keys that all processes have in addition to `prediction`, the network's output."""
 
     loss_space: Space | None = None
-    """Space of the squared error; null: that of the prediction."""
+    """Space of the squared error; null is that of the prediction."""
     weighting: Literal["none", "min_snr", "edm", "sigmoid"] = "none"
     """Instead of a loss space: the image's squared error times min(SNR, gamma) (Hang et al. 2023), SNR +
-    1 / sigma_data^2 (Karras et al. 2022), or SNR sigmoid(bias - log SNR) (Kingma & Gao 2023). No weight passes 400."""
+    1 / sigma_data^2 (Karras et al. 2022), or SNR sigmoid(bias - log SNR) (Kingma & Gao 2023). Capped at 400."""
     min_snr_gamma: float | None = None
-    """Gamma of min_snr; null: 5."""
+    """Gamma of min_snr; null is 5."""
     sigmoid_bias: float | None = None
-    """Bias of sigmoid; null: 2."""
+    """Bias of sigmoid; null is 2."""
     sigma_data: float | None = None
-    """Standard deviation of the data, for EDM's scaling and weighting; null is 0.5, that of pixels in [-1, 1], or 1 for
-    latents, which are scaled."""
+    """Standard deviation of the data, for EDM's scaling and weighting; null is 0.5 for pixels in [-1, 1], or 1 for
+    latents, which are scaled to it."""
     times: Literal["uniform", "log_normal", "logit_normal"] = "uniform"
-    """Distribution of training times: even over the process's own time (of edm, over ln sigma), log-normal in
-    sigma / alpha (Karras et al. 2022), or logit-normal in the share of that time (Esser et al. 2024)."""
+    """Distribution of training times: uniform in the process's own time (in ln sigma for edm), log-normal in
+    sigma / alpha (Karras et al. 2022), or logit-normal in the fraction of that time (Esser et al. 2024)."""
     p_mean: float = -1.2
-    """Mean of ln(sigma / alpha) of log-normal times."""
+    """Mean of ln(sigma / alpha) for log-normal times."""
     p_std: float = 1.2
-    """Standard deviation of ln(sigma / alpha) of log-normal times."""
+    """Standard deviation of ln(sigma / alpha) for log-normal times."""
     logit_mean: float = 0.0
-    """Mean of the logit of logit-normal times; above 0 they lie nearer to the image."""
+    """Mean of the logit for logit-normal times; values above 0 favour times nearer to the image."""
     logit_std: float = 1.0
-    """Standard deviation of the logit of logit-normal times."""
+    """Standard deviation of the logit for logit-normal times."""
     shift: float | None = 1.0
-    """Multiplies sigma / alpha of the training times, and of a flow's sampling steps (Esser et al. 2024, Eq. 23).
-    null follows the image: sqrt(channels x height x width / 4096)."""
+    """Factor on sigma / alpha of the training times, and of a flow's sampling steps (Esser et al. 2024, Eq. 23);
+    null derives it from the image shape: sqrt(channels x height x width / 4096)."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -62,14 +62,14 @@ class ObjectiveConfig:
         for name in ("min_snr_gamma", "sigma_data", "p_std", "logit_std", "shift"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"process.{name}: must be positive, got {getattr(self, name)}")
-        for name, owner, wanted, idle in _OWNED:
-            if getattr(self, name) != idle and getattr(self, owner) != wanted:
-                other, left = getattr(self, owner), "null" if idle is None else f"{idle:g}"
+        for name, owner, wanted, default in _DEPENDENT:
+            if getattr(self, name) != default and getattr(self, owner) != wanted:
+                current, unset = getattr(self, owner), "null" if default is None else f"{default:g}"
                 raise ValueError(
-                    f"process.{name}: belongs to process.{owner}={wanted}; with {other} leave it at {left}"
+                    f"process.{name}: belongs to process.{owner}={wanted}; with {current} leave it at {unset}"
                 )
         if self.loss_space is not None and self.weighting != "none":
             raise ValueError(
-                f"process.loss_space: {self.loss_space} weighs the noise levels, and so does"
+                f"process.loss_space: {self.loss_space} weights the noise levels, and so does"
                 f" process.weighting={self.weighting}; leave one of them at null or none"
             )

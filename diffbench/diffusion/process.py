@@ -1,9 +1,9 @@
 """The interface of all processes: the path from image to noise, the loss, and the points that samplers visit.
 
-Every process is x_t = alpha_t x_0 + sigma_t eps. They differ in the meaning of time, the distribution of training
-times and the network's input. What the network predicts, and in which space its error counts, is converted here for
-all of them. A process is not an nn.Module: its tables stay float64 and out of checkpoints. It draws no random numbers:
-callers pass u and eps.
+Every process is x_t = alpha_t x_0 + sigma_t eps. Processes differ in the meaning of time, the distribution of training
+times and the network's input. This module converts between prediction spaces and loss spaces for all of them. A process
+is not an nn.Module: its tables stay in float64 and out of checkpoints. It draws no random numbers: callers pass u and
+eps.
 """
 
 import math
@@ -26,22 +26,22 @@ class Prediction(NamedTuple):
     eps: Tensor
     variance: Tensor | None = None
     """Position of a learned log-variance between its bounds, from 0 (the posterior's) to 1 (log beta); the bounds
-    themselves depend on the respacing. None where the network learns no variance."""
+    depend on the respacing. None if the network learns no variance."""
 
 
 Predict = Callable[[Tensor, Tensor], Prediction]
-"""(x_t (B, C, H, W), t (B,) times of the process) -> Prediction; see guidance.py for ways to wrap it."""
+"""(x_t (B, C, H, W), t (B,) times of the process) -> Prediction; guidance.py has wrappers for it."""
 
 LabelledPredict = Callable[[Tensor, Tensor, Tensor], Prediction]
 """(x_t, t, y (B,) labels) -> Prediction."""
 
 
 class Point(NamedTuple):
-    """A point of the path, or several: the process's time there, and x = alpha x_0 + sigma eps, in float64.
+    """One or more points of the path x = alpha x_0 + sigma eps, with the process's time at each, in float64.
 
     s is the coordinate in which samplers integrate dx/ds = alpha'(s) x_0 + sigma'(s) eps, the probability-flow ODE
-    (Song et al. 2021): the angle of a variance-preserving process, the sigma of EDM, the time of a flow. In it the rate
-    is v, the noise or the velocity.
+    (Song et al. 2021): the angle of a variance-preserving process, the sigma of EDM, the time of a flow. The rate dx/ds
+    is then v, the noise or the velocity.
     """
 
     time: Tensor
@@ -52,15 +52,15 @@ class Point(NamedTuple):
     sigma_rate: Tensor
 
     def rate(self, prediction: Prediction) -> Tensor:
-        """dx/ds, (B, C, H, W)."""
+        """Return dx/ds, (B, C, H, W)."""
         x0, eps = prediction.x0, prediction.eps
         return self.alpha_rate.to(x0.dtype) * x0 + self.sigma_rate.to(eps.dtype) * eps
 
     def coefficients(self, space: str, sigma_data: float = 1.0) -> tuple[Tensor, Tensor]:
-        """a and b of a x_0 + b eps, which is what a network predicts in a `Space`, or in "edm".
+        """Return a and b such that a network's output in a `Space`, or in "edm", is a x_0 + b eps.
 
         "edm" is the F of EDM's preconditioning, (x_0 - c_skip x) / c_out, for data of standard deviation `sigma_data`;
-        with 1 it is -v.
+        it equals -v if that is 1.
         """
         if space == "velocity":
             return self.alpha_rate, self.sigma_rate
@@ -73,21 +73,21 @@ class Point(NamedTuple):
         return self.sigma / (sigma_data * total), -sigma_data * self.alpha / total
 
     def total(self, sigma_data: float = 1.0) -> Tensor:
-        """Standard deviation of x for data of standard deviation `sigma_data`."""
+        """Return the standard deviation of x for data of standard deviation `sigma_data`."""
         return (self.sigma**2 + (sigma_data * self.alpha) ** 2).sqrt()
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The points that a sampler of N steps visits, noisiest first."""
+    """The points that a sampler with N steps visits, noisiest first."""
 
     points: Point
-    """Its tensors are (N + 1,), on the CPU."""
+    """N + 1 points: its tensors are (N + 1,), on the CPU."""
     scale: float = 1.0
     """Standard deviation of x at the first point."""
     open_end: bool = True
-    """Whether the network is not evaluated at the last point, where no noise is left: the point has no time of its own,
-    or a predicted image says nothing about the noise there."""
+    """Whether the network cannot be evaluated at the last point, where no noise is left: the process has no time for
+    that point, or a predicted image does not determine the noise there."""
 
     def __len__(self) -> int:
         return len(self.points.s) - 1
@@ -96,51 +96,51 @@ class Grid:
         return Point(*(values[i] for values in self.points))
 
     def start(self, noise: Tensor) -> Tensor:
-        """x at the first point, of standard normal noise."""
+        """Scale standard normal noise to x at the first point."""
         return noise * self.scale
 
     def reversed(self) -> "Grid":
-        """The points from the least to the most noisy, without one at which the network cannot be evaluated."""
+        """Return the points from least to most noisy, without one at which the network cannot be evaluated."""
         end = len(self) + (not self.open_end)
         return Grid(Point(*(values[:end].flip(0) for values in self.points)), self.scale, open_end=False)
 
 
 class Process(ABC):
-    """A diffusion process. Times t are (B,) tensors in its own unit, images (B, C, H, W)."""
+    """A diffusion process. Times t are (B,) tensors in the process's own unit, images (B, C, H, W)."""
 
     name: ClassVar[str]
     towards_image: ClassVar[bool] = False
     """Whether time runs from noise to image."""
     learn_sigma: bool = False
-    """Whether the network also puts out a variance, in as many channels again."""
+    """Whether the network also predicts a variance, which doubles its output channels."""
     config: Any
 
     @abstractmethod
     def noising(self) -> tuple[Any, ...]:
-        """Identity of the noisy images and times that a network sees; where it is equal, a classifier serves both."""
+        """Return what identifies the noisy inputs of a network; processes with equal values can share a classifier."""
 
     @abstractmethod
     def even_time(self, u: Tensor) -> Tensor:
-        """Training times (B,) spread evenly over the process's own time for u (B,) in (0, 1)."""
+        """Map u (B,), uniform in (0, 1), to training times (B,) uniform in the process's own time."""
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2) at times t (B,), float64."""
+        """Return log(alpha^2 / sigma^2) at times t (B,), float64."""
 
     @abstractmethod
     def time_at(self, log_snr: Tensor) -> Tensor:
-        """The times (B,), float64, with these log-SNRs; inverse of `log_snr`."""
+        """Return the times (B,), float64, with these log-SNRs; inverse of `log_snr`."""
 
     @abstractmethod
     def path(self, t: Tensor) -> Point:
-        """alpha, sigma and their derivatives at times t (B,), float64."""
+        """Return alpha, sigma and their derivatives at times t (B,), float64."""
 
     @abstractmethod
     def grid(self, steps: int | str) -> Grid:
-        """The points of a sampler of that many steps."""
+        """Return the points that a sampler with this many steps visits."""
 
     def time(self, u: Tensor) -> Tensor:
-        """Training times (B,) of the config's distribution for u (B,) uniform in (0, 1)."""
+        """Map u (B,), uniform in (0, 1), to training times (B,) of the config's distribution."""
         c = self.config
         if c.times == "log_normal":
             t = self.training_time_at(-2 * normal_quantiles(u, c.p_mean, c.p_std))
@@ -152,41 +152,41 @@ class Process(ABC):
         return t if self.shift == 1 else self.training_time_at(self.log_snr(t) - 2 * math.log(self.shift))
 
     def training_time_at(self, log_snr: Tensor) -> Tensor:
-        """The training times (B,) nearest to these log-SNRs."""
+        """Return the training times (B,) nearest to these log-SNRs."""
         return self.time_at(log_snr)
 
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's input: the noisy image as scaled for it, and its conditioning time (B,) in that dtype."""
+        """Return the network's inputs: the scaled noisy image, and the conditioning time (B,) in the same dtype."""
         return x_t, t.to(x_t.dtype)
 
     def noise_level(self, time: Tensor) -> Tensor:
-        """sigma / alpha (B,), float64, at a network's conditioning time (B,), as `inputs` gives it."""
+        """Return sigma / alpha (B,), float64, at a network's conditioning time (B,) from `inputs`."""
         return (-0.5 * self.log_snr(time)).exp()
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at times t (B,), in the dtype of `like` and shaped to broadcast over it."""
+        """Return alpha and sigma at times t (B,), in the dtype of `like` and shaped to broadcast over it."""
         p = self.path(t)
         return per_sample(p.alpha, like), per_sample(p.sigma, like)
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t of images x0 and noise eps (B, C, H, W) at times t (B,)."""
+        """Return x_t for images x0 and noise eps (B, C, H, W) at times t (B,)."""
         alpha, sigma = self.alpha_sigma(t, x0)
         return alpha * x0 + sigma * eps
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The output (B, C, H, W) that the network should give at add_noise(x0, t, eps), without a learned variance."""
+        """Return the network's regression target (B, C, H, W) at add_noise(x0, t, eps), without a learned variance."""
         if self.config.prediction in ("x0", "eps"):
             return x0 if self.config.prediction == "x0" else eps
         a, b = self.path(t).coefficients(self.config.prediction, self.sigma_data)
         return per_sample(a, x0) * x0 + per_sample(b, x0) * eps
 
     def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """A network's output (B, C, H, W) at x_t and times t (B,) as image and noise.
+        """Convert a network's output (B, C, H, W) at x_t and times t (B,) to image and noise.
 
-        The two solve x_t = alpha x_0 + sigma eps and out = a x_0 + b eps. At the very end where that is impossible,
-        because a predicted noise has no part in the image or a predicted image none in the noise, the other is 0.
+        The two solve x_t = alpha x_0 + sigma eps and out = a x_0 + b eps. At an end of the path where the prediction
+        does not determine the other one (noise where alpha is 0, image where sigma is 0), the other one is 0.
 
-        Of an output with more channels the first C count (SiT keeps DiT's doubled last layer).
+        Only the first C channels of the output are used (SiT keeps DiT's doubled last layer).
         """
         out, p, prediction = out[:, : x_t.shape[1]], self.path(t), self.config.prediction
         if prediction == "x0":
@@ -200,16 +200,16 @@ class Process(ABC):
         return Prediction(x0, eps)
 
     def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The loss of each sample's network output at add_noise(x0, t, eps), (B,): its weighted squared error."""
+        """Return each sample's loss (B,), the weighted squared error of the network's output for the noisy x0."""
         loss = mean_square(out[:, : x0.shape[1]] - self.target(x0, t, eps))
         weight = self.weight(t)
         return loss if weight is None else loss * weight.to(loss.dtype)
 
     def weight(self, t: Tensor) -> Tensor | None:
-        """Weights (B,) float64 of the output's squared error at times t (B,), `MAX_WEIGHT` at most; None for all 1.
+        """Return weights (B,) float64 of the output's squared error at times t (B,), at most `MAX_WEIGHT`; None for 1.
 
-        At a given x_t all errors are one: those of x_0 and eps are sigma k and -alpha k, that of a x_0 + b eps is
-        (a sigma - b alpha) k. A weight is what the objective makes of k^2 over what the output makes of it.
+        At a given x_t all errors are multiples of one k: sigma k in x_0, -alpha k in eps, and (a sigma - b alpha) k in
+        a x_0 + b eps. A weight is the factor of k^2 in the objective over that in the output's squared error.
         """
         c = self.config
         if c.weighting == "none" and c.loss_space in (None, c.prediction):
@@ -229,12 +229,12 @@ class Process(ABC):
 
     @property
     def sigma_data(self) -> float:
-        """Standard deviation of the data."""
+        """Standard deviation of the data; 0.5 if the config leaves it at null."""
         return 0.5 if self.config.sigma_data is None else float(self.config.sigma_data)
 
     @property
     def shift(self) -> float:
-        """The config's shift of times; ValueError where it waits for the images' shape."""
+        """Shift of times in the config; raises ValueError if it is null, which needs the shape of the images."""
         if self.config.shift is None:
             raise ValueError("process.shift: null follows the shape of an experiment's images; give a number")
         return float(self.config.shift)
@@ -245,7 +245,7 @@ class Process(ABC):
 
 
 def predictor(process: Process, network: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LabelledPredict:
-    """A network (x, t, y) -> output as the (x_t, t, y) -> Prediction that guidance and samplers take."""
+    """Wrap a network (x, t, y) -> output into the (x_t, t, y) -> Prediction that guidance and samplers take."""
 
     def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Prediction:
         t = _on(t, x_t.device)
@@ -256,34 +256,34 @@ def predictor(process: Process, network: Callable[[Tensor, Tensor, Tensor], Tens
 
 
 def _on(t: Tensor, device: torch.device) -> Tensor:
-    """Times t (B,) on a device; a time that all samples share is sent as a number, without a synchronisation."""
+    """Move times t (B,) to a device; a time that all samples share is sent as a number, without a synchronisation."""
     if t.device == device or t.device.type != "cpu" or bool((t != t[0]).any()):
         return t.to(device)
     return torch.full(t.shape, t[0].item(), dtype=t.dtype, device=device)
 
 
 def divisor(values: Tensor) -> Tensor:
-    """Values with 0 replaced by infinity, by which anything divides to 0, its gradient too."""
+    """Replace 0 by infinity, so that dividing by the values gives 0 there, also in the gradient."""
     return values.masked_fill(values == 0, math.inf)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B,) in the dtype of `like` (B, ...), shaped (B, 1, ...) to broadcast over it."""
+    """Return values (B,) in the dtype of `like` (B, ...), shaped (B, 1, ...) to broadcast over it."""
     return values.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """Mean square of each sample of x (B, ...), (B,)."""
+    """Return the mean square (B,) of each sample of x (B, ...)."""
     return x.square().flatten(1).mean(1)
 
 
 def step_count(steps: int | str, least: int = 1) -> int:
-    """The number of steps of a process whose times are continuous.
+    """Parse the number of sampling steps of a continuous-time process.
 
     Raises:
-        ValueError: if it is not a number, or too small.
+        ValueError: if it is not a whole number, or too small.
     """
     text = str(steps).strip()
     if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"steps must be a number of at least {least} for a process in continuous time, got {text!r}")
+        raise ValueError(f"steps must be a number of at least {least} for a continuous-time process, got {text!r}")
     return int(text)

@@ -1,10 +1,10 @@
-"""Samplers as free functions, and which of them suits which process. `noise(step)` is their only randomness.
+"""Samplers as free functions, and the samplers that suit each process. Randomness comes only from `noise(step)`.
 
-Each takes
-    predict: (x_t (B, C, H, W), t (B,) times of the process) -> Prediction; see guidance.py for ways to wrap it.
-    x: (B, C, H, W) the start: standard normal noise, or `grid.start` of it.
+Every sampler takes
+    predict: (x_t (B, C, H, W), t (B,) times of the process) -> Prediction; guidance.py has wrappers for it.
+    x: (B, C, H, W) the starting point: standard normal noise, or `grid.start` of it.
     tables, grid or path: the noise levels to visit, from pure noise to the image.
-    noise: step number k = 0, 1, ... in order of execution -> standard normal like x; called only where it is used.
+    noise: step k = 0, 1, ... in order of execution -> standard normal noise like x; called only when it is used.
     clip: whether the predicted image is clamped to [-1, 1].
     callback: called after each step with (k, x, predicted x0).
 and returns the sample, (B, C, H, W).
@@ -25,7 +25,7 @@ Callback = Callable[[int, Tensor, Tensor], None]
 
 
 class StepLimitError(RuntimeError):
-    """An adaptive sampler did not reach the end within its limit of steps."""
+    """Raised when an adaptive sampler does not reach the end within its step limit."""
 
 
 def ddpm(
@@ -38,14 +38,14 @@ def ddpm(
     clip: bool = True,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2) back through the steps of a discrete process.
+    """Sample by ancestral sampling through the steps of a discrete process (Ho et al. 2020, Algorithm 2).
 
     Args:
-        variance: of a step: the posterior's (small), beta (large), or one between them that the network predicts
-            (Nichol & Dhariwal 2021).
+        variance: variance of a step: the posterior's (small), beta (large), or one between the two that the network
+            predicts (Nichol & Dhariwal 2021).
 
     Raises:
-        ValueError: where the variance is to be learned and the network predicts none.
+        ValueError: if the variance is "learned_range" and the network predicts none.
     """
     fixed = tables.log_variances(variance)
     for k, i in enumerate(reversed(range(len(tables)))):
@@ -72,7 +72,7 @@ def ddim(
     clip: bool = True,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, Eq. 12 and 16): deterministic with eta 0, as noisy as DDPM's small variance with 1."""
+    """Sample by DDIM (Song et al. 2021, Eq. 12 and 16): deterministic for eta 0, as noisy as fixed_small DDPM for 1."""
     for k, i in enumerate(reversed(range(len(tables)))):
         prediction = _predict_step(predict, x, tables, i, clip)
         bar, previous = tables.alphas_cumprod[i], tables.alphas_cumprod_prev[i]
@@ -90,7 +90,7 @@ def ddim(
 def euler(
     predict: Predict, x: Tensor, grid: Grid, noise: Noise, *, clip: bool = False, callback: Callback | None = None
 ) -> Tensor:
-    """Euler's method, order 1; on a linear flow and on EDM's levels it takes the steps of DDIM."""
+    """Sample by Euler's method, order 1; on a linear flow and on EDM's levels its steps are those of DDIM."""
     for k in range(len(grid)):
         here, there = grid[k], grid[k + 1]
         prediction = _predict_at(predict, x, here, clip)
@@ -113,25 +113,25 @@ def heun(
     clip: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Heun's method, order 2 (Karras et al. 2022, Algorithms 1 and 2), with a last step of Euler to an open end.
+    """Sample by Heun's method, order 2 (Karras et al. 2022, Algorithms 1 and 2); the step to an open end is Euler's.
 
     Args:
-        s_churn: noise added to the steps and taken away by them, spread over all; a step at most multiplies sigma by
-            sqrt 2.
-        s_min: least sigma at which noise is added.
+        s_churn: amount of noise to add and remove again, spread over all steps; a step raises sigma by at most a
+            factor of sqrt(2).
+        s_min: smallest sigma at which noise is added.
         s_max: largest sigma at which noise is added.
         s_noise: standard deviation of the noise added.
 
     Raises:
-        ValueError: if noise is to be churned in a process that scales the image.
+        ValueError: if s_churn is set for a process that scales the image.
     """
     if s_churn and bool((grid.points.alpha != 1).any()):
-        raise ValueError("churn belongs to the edm process, whose noise is added to an image of constant scale")
-    most = 1 + min(s_churn / len(grid), math.sqrt(2) - 1)
+        raise ValueError("s_churn needs the edm process, which adds noise to an image of constant scale")
+    factor = 1 + min(s_churn / len(grid), math.sqrt(2) - 1)
     for k in range(len(grid)):
         here, there = grid[k], grid[k + 1]
         if s_churn and s_min <= here.sigma <= s_max:
-            level = here.sigma * most
+            level = here.sigma * factor
             x = x + (level**2 - here.sigma**2).sqrt().to(x.dtype) * s_noise * noise(k)
             here = here._replace(time=level, s=level, sigma=level)
         prediction = _predict_at(predict, x, here, clip)
@@ -149,22 +149,22 @@ def heun(
 def dpm_solver(
     predict: Predict, x: Tensor, grid: Grid, noise: Noise, *, clip: bool = False, callback: Callback | None = None
 ) -> Tensor:
-    """DPM-Solver++(2M), order 2 with one network call a step (Lu et al. 2022b, Algorithm 2).
+    """Sample by DPM-Solver++(2M), order 2 with one network call per step (Lu et al. 2022b, Algorithm 2).
 
-    Multistep in log(alpha / sigma); the first step and one to where no noise is left are of order 1, those of DDIM.
+    It is a multistep method in log(alpha / sigma). The first step, and a step to zero noise, are DDIM's, of order 1.
     """
     half_log_snr = (grid.points.alpha.log() - grid.points.sigma.log()).tolist()
-    before = None
+    previous = None
     for k in range(len(grid)):
         here, there = grid[k], grid[k + 1]
         prediction = _predict_at(predict, x, here, clip)
         x0 = prediction.x0
-        if before is not None and there.sigma > 0:
-            h, h_before = half_log_snr[k + 1] - half_log_snr[k], half_log_snr[k] - half_log_snr[k - 1]
-            x0 = x0 + (0.5 * h / h_before) * (x0 - before)
+        if previous is not None and there.sigma > 0:
+            h, h_previous = half_log_snr[k + 1] - half_log_snr[k], half_log_snr[k] - half_log_snr[k - 1]
+            x0 = x0 + (0.5 * h / h_previous) * (x0 - previous)
         shrink = there.sigma / here.sigma
         x = shrink.to(x.dtype) * x + (there.alpha - here.alpha * shrink).to(x.dtype) * x0
-        before = prediction.x0
+        previous = prediction.x0
         if callback:
             callback(k, x, prediction.x0)
     return x
@@ -182,13 +182,13 @@ def euler_maruyama(
     clip: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """The reverse SDE of a flow, dx = (velocity + D score) dt + sqrt(2 D) dW (Ma et al. 2024, §2, with w = 2 D).
+    """Sample the reverse SDE of a flow, dx = (velocity + D score) dt + sqrt(2 D) dW (Ma et al. 2024, §2, w = 2 D).
 
-    Every D leads to the same distributions as steps become small; a step that is larger than about 2 sigma^2 / D makes
-    the noise grow. The last step adds no noise.
+    In the limit of small steps every D gives the same distribution; steps larger than about 2 sigma^2 / D amplify the
+    noise. The last step adds no noise.
 
     Args:
-        diffusion: D = strength times sigma, or times 1.
+        diffusion: whether D is strength times sigma, or strength alone ("constant").
         strength: 0 is the ODE.
         last: the last step, of size h, follows the SDE's drift ("mean", which leaves noise of h D / sigma), jumps to
             the predicted image ("tweedie"), or follows the velocity alone ("euler").
@@ -210,8 +210,8 @@ def euler_maruyama(
     return x
 
 
-# Dormand & Prince 1980: the stages' times, the weights of the rates before each, and the difference of the weights of
-# order 5 from those of order 4. The last stage is the next step's first.
+# Dormand & Prince 1980: each stage's time, its weights of the earlier rates, and the weights of order 5 minus those of
+# order 4. The last stage is the first of the next step.
 _TIMES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (),
@@ -236,19 +236,19 @@ def dopri5(
     limit: int = 1000,
     callback: Callback | None = None,
 ) -> Tensor:
-    """The probability-flow ODE by the method of Dormand and Prince, order 5, with steps that keep a tolerance.
+    """Sample the probability-flow ODE by the adaptive Dormand-Prince method of order 5.
 
-    Each sample has steps of its own, so that no image depends on its neighbours in a batch.
+    Each sample has its own step sizes, so that no image depends on its neighbours in the batch.
 
     Args:
-        path: s (B,) in 0 to 1 -> the point there, `Flow.path`.
+        path: s (B,) in 0 to 1 -> the point at s, such as `Flow.path`.
         noise: never called.
-        rtol: error allowed in a step, root mean square over a sample, relative to its values.
+        rtol: error allowed per step, root mean square over a sample, relative to its values.
         atol: the same, absolute.
-        limit: steps at most, refused ones included.
+        limit: maximum number of steps, including rejected ones.
 
     Raises:
-        StepLimitError: where the end is not reached within `limit` steps.
+        StepLimitError: if the end is not reached within `limit` steps.
     """
     s = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     step = torch.full_like(s, 0.05)
@@ -262,12 +262,12 @@ def dopri5(
             rates.append(rate)
         error = per_sample(h, x) * _combine(_ERROR, rates) / (atol + rtol * torch.maximum(x.abs(), ahead.abs()))
         size = error.double().square().flatten(1).mean(1).sqrt()
-        good = size <= 1
-        kept = good.reshape(-1, *[1] * (x.ndim - 1))
-        x, first = torch.where(kept, ahead, x), torch.where(kept, rates[-1], first)
-        s = torch.where(good, torch.where(h == 1 - s, 1.0, s + h), s)
+        accepted = size <= 1
+        mask = accepted.reshape(-1, *[1] * (x.ndim - 1))
+        x, first = torch.where(mask, ahead, x), torch.where(mask, rates[-1], first)
+        s = torch.where(accepted, torch.where(h == 1 - s, 1.0, s + h), s)
         step = h * (0.9 * size**-0.2).clamp(0.2, 10)
-        x = torch.where(size.isnan().reshape(kept.shape), torch.nan, x)  # no step would ever be good
+        x = torch.where(size.isnan().reshape(mask.shape), torch.nan, x)  # no further step could be accepted
         if callback:
             callback(k, x, x0)
         if bool((s == 1).all() | size.isnan().any()):
@@ -290,20 +290,20 @@ def _combine(weights: tuple[float, ...], rates: list[Tensor]) -> Tensor:
 
 
 def _predict_step(predict: Predict, x: Tensor, tables: Tables, i: int, clip: bool) -> Prediction:
-    """The prediction at step i of the tables."""
+    """Return the prediction at step i of the tables, its image clamped if `clip`."""
     prediction = predict(x, tables.time[i].expand(len(x)))
     return prediction._replace(x0=prediction.x0.clamp(-1, 1)) if clip else prediction
 
 
 def _noise_in(x: Tensor, x0: Tensor, bar: Tensor) -> Tensor:
-    """The noise in x that leaves the image x0."""
+    """Return the noise in x if its image is x0."""
     if bar == 0:  # zero terminal SNR: x is all noise
         return x
     return (bar.rsqrt().to(x.dtype) * x - x0) / (1 / bar - 1).sqrt().to(x.dtype)
 
 
 def _predict_at(predict: Predict, x: Tensor, point: Point, clip: bool) -> Prediction:
-    """The prediction at a point of a grid; if the image is clamped, the noise follows it."""
+    """Return the prediction at a point of a grid; if `clip`, clamp the image and recompute the noise from it."""
     prediction = predict(x, point.time.expand(len(x)))
     if not clip or point.sigma == 0:
         return prediction
@@ -313,7 +313,7 @@ def _predict_at(predict: Predict, x: Tensor, point: Point, clip: bool) -> Predic
 
 
 def _size(here: Point, there: Point, like: Tensor) -> Tensor:
-    """The step in s, as a 0-d tensor in the sample's dtype: no synchronisation, no copy."""
+    """Return the step in s as a 0-d CPU tensor in the sample's dtype, which needs no synchronisation and no copy."""
     return (there.s - here.s).to(like.dtype)
 
 
@@ -326,7 +326,7 @@ PAIRS = {
     "edm": ("heun", "euler", "dpm_solver"),
     "flow": ("euler", "heun", "dopri5", "euler_maruyama"),
 }
-"""Process -> the samplers that make sense for it, the usual one first."""
+"""Process -> the samplers that suit it, the default first."""
 
 _REASONS = {
     "ddpm": "it goes back through the discrete steps of vp",
@@ -341,7 +341,7 @@ def check_pair(process: str, sampler: str) -> None:
     """Check that a sampler suits a process.
 
     Raises:
-        ValueError: if it does not, saying why and what does; or if there is no such process or sampler.
+        ValueError: if it does not, with the reason and the samplers that do; or if either name is unknown.
     """
     if process not in PAIRS:
         raise ValueError(f"no process {process!r}; choose from {', '.join(PAIRS)}")

@@ -15,13 +15,13 @@ from diffbench.diffusion.objective import ObjectiveConfig, Space
 from diffbench.diffusion.process import Grid, Point, Prediction, Process
 from diffbench.diffusion.schedules import SCHEDULES, Tables, Variance, at, zero_terminal_snr
 
-# Stands for a log-SNR of minus infinity, which could not be interpolated: its sigmoid is exactly 0 in float64.
+# Replaces a log-SNR of minus infinity, which cannot be interpolated; its sigmoid is exactly 0 in float64.
 NO_SIGNAL = -1000.0
 
 
 @dataclass
 class VPConfig(ObjectiveConfig):
-    """Discrete VP diffusion (DDPM, Ho et al. 2020; improved DDPM, Nichol & Dhariwal 2021)."""
+    """Config of discrete VP diffusion (DDPM, Ho et al. 2020; improved DDPM, Nichol & Dhariwal 2021)."""
 
     steps: int = 1000
     """T, the number of noise levels."""
@@ -29,26 +29,26 @@ class VPConfig(ObjectiveConfig):
     prediction: Space = "eps"
     """The network's output: the noise, the image, or v = alpha eps - sigma x0 (velocity is the same here)."""
     variance: Variance = "fixed_large"
-    """Of the reverse steps in the loss; `learned_range` needs a network with two outputs a channel."""
+    """Variance of the reverse steps in the loss; `learned_range` needs a network with twice the output channels."""
     loss: Literal["mse", "hybrid", "rescaled_hybrid", "kl", "rescaled_kl"] = "mse"
-    """`hybrid` adds a step's term of the variational bound, by which only the variance learns, to the MSE;
-    `rescaled_hybrid` adds T / 1000 of it. `kl` is only that term, `rescaled_kl` T times it: the bound's estimate."""
+    """`hybrid` adds the step's term of the variational bound, which trains only the variance, to the MSE;
+    `rescaled_hybrid` scales it by T / 1000. `kl` is that term alone; `rescaled_kl`, T times it, estimates the bound."""
     zero_terminal_snr: bool = False
-    """Rescales the schedule so that the last step holds no signal (Lin et al. 2024)."""
+    """Whether to rescale the schedule so that no signal is left at the last step (Lin et al. 2024)."""
     betas: list[float] = field(default_factory=list)
-    """The betas of schedule `given`, one a step."""
+    """The betas of schedule `given`, one per step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 2:
             raise ValueError(f"process.steps must be at least 2, got {self.steps}")
-        if self.schedule == "linear" and self.steps <= 20:  # its last beta is 20 / steps: no signal would be left
+        if self.schedule == "linear" and self.steps <= 20:  # the last beta, 20 / steps, would reach 1
             raise ValueError(f"process.steps must be above 20 with the linear schedule, got {self.steps}")
         if self.schedule == "scaled_linear" and self.steps <= 12:
             raise ValueError(f"process.steps must be above 12 with the scaled_linear schedule, got {self.steps}")
         if len(self.betas) != (self.steps if self.schedule == "given" else 0):
             raise ValueError(
-                f"process.betas must hold process.steps={self.steps} values with schedule given and none with any "
+                f"process.betas must have process.steps={self.steps} values with schedule given and none with any "
                 f"other, got {len(self.betas)} with schedule {self.schedule}"
             )
         if self.zero_terminal_snr and "eps" in (self.prediction, self.loss_space):
@@ -59,23 +59,23 @@ class VPConfig(ObjectiveConfig):
             )
         learned, hybrid = self.variance == "learned_range", self.loss.endswith("hybrid")
         if learned and self.loss == "mse":
-            raise ValueError("process.loss=mse would leave a learned variance untrained: take hybrid")
+            raise ValueError("process.loss=mse would leave a learned variance untrained: choose hybrid")
         if hybrid and not learned:
             raise ValueError(f"process.loss={self.loss} trains a learned variance: set process.variance=learned_range")
         if self.variance == "fixed_small" and not self.loss.endswith("kl"):
             raise ValueError(
-                f"process.variance: fixed_small is for process.loss=kl, not {self.loss}; the sampler's is"
+                f"process.variance: fixed_small is for process.loss=kl, not {self.loss}; the sampler's variance is"
                 " sample.variance"
             )
         if self.loss.endswith("kl") and (self.loss_space is not None or self.weighting != "none"):
             raise ValueError(
-                f"process.loss: {self.loss} weighs the noise levels itself; leave process.loss_space at null and"
+                f"process.loss: {self.loss} weights the noise levels itself; leave process.loss_space at null and"
                 " process.weighting at none, or choose mse or a hybrid"
             )
 
 
 class DiscreteVP(Process):
-    """The process of a `VPConfig`."""
+    """The process that a `VPConfig` describes."""
 
     name = "vp"
 
@@ -90,11 +90,11 @@ class DiscreteVP(Process):
         self._on: dict[torch.device, tuple[Tensor, Tables]] = {torch.device("cpu"): (self._log_snr, self.tables)}
 
     def noising(self) -> tuple[Any, ...]:
-        """The betas; neither the prediction nor the loss changes the noise."""
+        """Return the name and the betas; neither the prediction nor the loss changes the noise."""
         return self.name, tuple(self.tables.betas.tolist())
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2) at times t (B,), float64; linear between steps."""
+        """Return log(alpha^2 / sigma^2) at times t (B,), float64, interpolated linearly between steps."""
         table = self._cached(t.device)[0]
         if not t.is_floating_point():
             return table[t]
@@ -102,10 +102,10 @@ class DiscreteVP(Process):
         return torch.lerp(table[low], table[low + 1], t.double() - low)
 
     def time_at(self, log_snr: Tensor) -> Tensor:
-        """The (fractional) time, float64, at which the process has these log-SNRs; inverse of `log_snr`.
+        """Return the (fractional) times, float64, with these log-SNRs; inverse of `log_snr`.
 
         Raises:
-            ValueError: where the process never reaches the level.
+            ValueError: if the process never reaches one of them.
         """
         table = self._log_snr.to(log_snr.device)
         if bool(((log_snr > table[0]) | (log_snr < table[-1])).any()):
@@ -118,28 +118,28 @@ class DiscreteVP(Process):
         return len(table) - 1 - (i - 1 + fraction)
 
     def training_time_at(self, log_snr: Tensor) -> Tensor:
-        """The steps (B,) int64 nearest to these log-SNRs."""
+        """Return the steps (B,) int64 nearest to these log-SNRs."""
         return self.time_at(log_snr.clamp(float(self._log_snr[-1]), float(self._log_snr[0]))).round().long()
 
     def even_time(self, u: Tensor) -> Tensor:
-        """Steps (B,) int64, each as often."""
+        """Map u (B,), uniform in (0, 1), to uniformly distributed steps (B,) int64."""
         return (u * self.config.steps).long().clamp(max=self.config.steps - 1)
 
     def path(self, t: Tensor) -> Point:
-        """alpha and sigma with their derivatives in the angle whose cosine is alpha, in which velocity is v."""
+        """Return alpha and sigma with their derivatives in the angle arccos(alpha), which make the velocity equal v."""
         log_snr = self.log_snr(t)
         alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         return Point(t, torch.atan2(sigma, alpha), alpha, sigma, alpha_rate=-sigma, sigma_rate=alpha)
 
     def convert(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """A network's output (B, C or 2C, H, W) at x_t and times t (B,) as image, noise and share of the variance."""
+        """Convert a network's output (B, C or 2C, H, W) at x_t and times t (B,) to image, noise and variance."""
         out, variance = self._split(out, x_t)
         return super().convert(out, x_t, t)._replace(variance=variance)
 
     def losses(self, out: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The loss of each sample's network output at add_noise(x0, t, eps), (B,).
+        """Return each sample's loss (B,), given the network's output at add_noise(x0, t, eps).
 
-        The MSE is the simple loss (Ho et al. 2020, Eq. 14), the hybrid Nichol & Dhariwal 2021, Eq. 16.
+        The MSE is the simple loss of Ho et al. 2020, Eq. 14, the hybrid that of Nichol & Dhariwal 2021, Eq. 16.
         """
         if self.config.loss.endswith("kl"):
             scale = self.config.steps if self.config.loss == "rescaled_kl" else 1.0
@@ -153,10 +153,10 @@ class DiscreteVP(Process):
         return loss + self._bound(variance_only, x0, t, eps) * scale
 
     def respaced(self, steps: int | str) -> Tables:
-        """The tables of a sampler of that many steps, see `space_timesteps`.
+        """Return the tables of a sampler with this many steps, see `space_timesteps`.
 
         Raises:
-            ValueError: if they begin where an image still shows: a sampler that begins with pure noise would end there.
+            ValueError: if the noisiest step kept still shows the image, so that pure noise is no valid start.
         """
         tables, total = self.tables.respaced(steps), self.config.steps
         if (first := int(tables.time[-1])) < 0.75 * (total - 1):
@@ -167,7 +167,7 @@ class DiscreteVP(Process):
         return tables
 
     def grid(self, steps: int | str) -> Grid:
-        """The respaced steps from the last to the first, then the image; s is the angle whose cosine is alpha."""
+        """Return the respaced steps from last to first, then the image; s is the angle arccos(alpha)."""
         tables = self.respaced(steps)
         bar = torch.cat([tables.alphas_cumprod.flip(0), torch.ones(1, dtype=torch.float64)])
         alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
@@ -193,7 +193,7 @@ class DiscreteVP(Process):
             )
         if not learned:
             return out, None
-        # bfloat16 could not tell most steps' bounds of the log-variance apart, nor tables of its dtype.
+        # Tables are looked up in this dtype; in bfloat16 the two bounds of the log-variance would mostly coincide.
         mean, variance = out.to(like.dtype).chunk(2, dim=1)
         return mean, (variance + 1) / 2
 

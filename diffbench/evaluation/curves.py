@@ -1,4 +1,4 @@
-"""Reference curves: the band of a metric over training in which a healthy run of an experiment lies."""
+"""Reference curves: the band of a metric over training that a healthy run of an experiment stays in."""
 
 import math
 import statistics
@@ -16,21 +16,21 @@ from diffbench.core.files import write_text
 NAME = "curves.csv"
 """A run's copy of its experiment's curves."""
 LEAST = 3
-"""Runs that make a band."""
+"""Minimum number of runs for a band."""
 CONFIDENCE = 0.99
-"""Of one more run to lie inside: at 95% a healthy run would leave one of its checks every tenth time."""
+"""Probability that one more run lies in the band; at 95% one healthy run in ten would fail one of its checks."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """The interval of one more run with another seed, at rising numbers of images."""
+    """The prediction interval of one more run with another seed, at increasing numbers of images."""
 
     images: list[int]
     low: list[float]
     high: list[float]
 
     def at(self, images: float) -> tuple[float, float] | None:
-        """The band at a number of images, linear between its points; None outside them."""
+        """Return the band at a number of images, interpolated linearly; None outside its range."""
         if not self.images or not self.images[0] <= images <= self.images[-1]:
             return None
         low, high = (float(np.interp(images, self.images, ends)) for ends in (self.low, self.high))
@@ -38,10 +38,10 @@ class Band:
 
 
 def bands_of(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) -> dict[str, Band]:
-    """Prediction intervals (t distribution) of logged metrics over runs, where all of them have a value.
+    """Compute prediction intervals (t distribution) of logged metrics, wherever all runs have a value.
 
     Args:
-        runs: the lines of metrics.jsonl of each run.
+        runs: the lines of each run's metrics.jsonl.
 
     Raises:
         ValueError: if there are fewer than three runs.
@@ -64,7 +64,7 @@ def bands_of(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) 
 
 
 def write_curves(path: Path, bands: Mapping[str, Band]) -> None:
-    """Write bands as CSV: images, then the low and the high end of each metric; empty where it was not measured."""
+    """Write bands as CSV: images, then the low and the high end of each metric; cells without a value are empty."""
     import pandas as pd
 
     ends: dict[str, pd.Series[float]] = {}
@@ -75,7 +75,7 @@ def write_curves(path: Path, bands: Mapping[str, Band]) -> None:
 
 
 def read_curves(path: Path) -> dict[str, Band]:
-    """The bands of a file, none if there is no file; a damaged file is a UserError."""
+    """Read the bands of a file, or none if it does not exist; raise UserError if it is damaged."""
     if not path.is_file():
         return {}
     import pandas as pd
@@ -89,6 +89,6 @@ def read_curves(path: Path) -> dict[str, Band]:
             found[name] = Band([int(images) for images in known.index], known[low].tolist(), known[high].tolist())
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(
-            f"{path}: damaged ({' '.join(str(e).split())}); write it anew with `diffbench curves`"
+            f"{path}: damaged ({' '.join(str(e).split())}); write it again with `diffbench curves`"
         ) from None
     return found

@@ -1,7 +1,7 @@
-"""A class as a sparse mixture of the other classes' label embeddings (Conceptor, Chefer et al. 2024).
+"""Explaining a class as a sparse mixture of the other classes' label embeddings (Conceptor, Chefer et al. 2024).
 
-The network is frozen. Coefficients come from a small MLP over the embeddings, trained on the denoising loss of samples
-of the class, which the network sees under the mixture in place of the class's own label.
+The network is frozen. A small MLP maps each embedding to its coefficient. It is trained on the denoising loss of
+samples of the class, with the mixture in place of the class's own label.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,20 +22,20 @@ from diffbench.metrics.registry import metric_name
 from diffbench.sampling.sampler import Sampler
 
 HIDDEN, LEARNING_RATE = 100, 2e-3
-"""Width of the MLP, as in the paper's code, and the rate of its AdamW, twice that of the code for half its steps."""
+"""Width of the MLP, as in the paper's code, and learning rate of its AdamW, twice the code's for half the steps."""
 WARM_UP = 500
-"""Steps that first fit the mixture of embeddings to the class's own, which take a tenth of a second: where a network
-hardly heeds its labels, the denoising loss alone is too flat to start from anywhere."""
+"""Steps that first fit the mixture of embeddings to the class's own, in a tenth of a second: if a network hardly uses
+its labels, the denoising loss alone is too flat to train from a random start."""
 EVERY = 50
-"""Steps between validations, of which the best is kept, as in the paper's code."""
+"""Steps between validations; the best coefficients are kept, as in the paper's code."""
 HELD_OUT, NOISES = 20, 12
-"""Samples of the class that only validation sees, and noises of each, drawn once."""
+"""Samples of the class used only for validation, and the number of fixed noises for each."""
 SHOWN = 8
 """Images in a row of the figure."""
 SAID = 0.5
-"""Share of the gap between the mean of the others and the class that a mixture must close to be called one."""
+"""Share of the loss gap between the others' mean and the class that must be closed for the class to be a mixture."""
 TWINS = 0.9
-"""Cosine of two embeddings from which they share a weight at will."""
+"""Cosine above which two embeddings are interchangeable, so that the split of weight between them is arbitrary."""
 
 
 @dataclass
@@ -43,21 +43,21 @@ class ExplainConfig:
     """Keys of `diffbench explain` besides the class."""
 
     n: int | None = None
-    """Elements of the reconstruction, those with the largest coefficients; null: a third of the other classes, at most
+    """Number of elements in the reconstruction, largest coefficients first; null: a third of the other classes, at most
     50."""
     target: Literal["teacher", "noise"] = "teacher"
-    """The target of the network under the mixture: its output under the class (ours; no noise in the loss,
-    and the minimum is exact where a mixture is), or the sample itself, by the process's own loss, as in the paper."""
+    """Target of the network's output under the mixture: `teacher` is its output under the class (ours; a noise-free
+    loss that is 0 for an exact mixture), `noise` the process's own training target, as in the paper."""
     images: int = 100
     """Samples of the class to train on."""
     steps: int = 250
     batch_size: int = 16
     sparsity: float = 0.02
-    """Weight of the loss 1 - cos(reconstruction, mixture of all others), where the denoising loss is counted in that
-    under the plain mean of the others: networks differ in it a thousandfold."""
+    """Weight of the loss 1 - cos(reconstruction, mixture of all others). The denoising loss is divided by that of the
+    plain mean of the others, since its scale differs a thousandfold between networks."""
     seed: int = 0
     out: str | None = None
-    """The figure, .png, .jpg, .webp or .gif, with a .json beside it; null: in the folder `explain` of the run."""
+    """File of the figure (.png, .jpg, .webp or .gif), with a .json next to it; null: in the run's folder `explain`."""
 
     def __post_init__(self) -> None:
         for name in ("n", "images", "steps", "batch_size"):
@@ -72,9 +72,9 @@ class Element:
     """Another class in the mixture.
 
     Attributes:
-        coefficient: of its embedding in the mixture.
-        cosine: of its embedding and the class's.
-        nearest: its coefficient in the least-squares mixture of embeddings (non-negative), which knows no images.
+        coefficient: coefficient of its embedding in the mixture.
+        cosine: cosine of its embedding and the class's.
+        nearest: its coefficient in the non-negative least-squares mixture of embeddings, which uses no images.
     """
 
     label: int
@@ -89,13 +89,13 @@ class Explanation:
     """A class as a mixture of others.
 
     Attributes:
-        rows: of the label table.
+        rows: number of rows of the label table.
         elements: the other classes, largest coefficient first.
-        n: how many of them are the reconstruction.
-        losses: loss to the target of the validation images under the class ("own"; 0 for the teacher), the
-            reconstruction, the mixture of all others, and the plain mean of them.
-        history: (step, validation loss of the reconstruction); step 0 is the mixture of embeddings.
-        twins: pairs of elements that share a weight at will, with the cosine of their embeddings.
+        n: number of elements, from the first, that make up the reconstruction.
+        losses: validation loss under the class ("own"; 0 for the teacher), the reconstruction, the mixture of all
+            others, and their plain mean.
+        history: (step, validation loss of the reconstruction); step 0 is the mixture fitted to embeddings alone.
+        twins: (name, name, cosine) of pairs whose embeddings are interchangeable, see `TWINS`.
     """
 
     label: int
@@ -113,38 +113,38 @@ class Explanation:
 
     @property
     def gap_closed(self) -> float | None:
-        """The reconstruction's place between the mean of the others (0) and the class itself (1), in loss."""
+        """Share of the loss gap that the reconstruction closes from the others' mean (0) to the class itself (1)."""
         gap = self.losses["mean of the others"] - self.losses["own"]
         return (self.losses["mean of the others"] - self.losses["reconstruction"]) / gap if gap > 0 else None
 
     @property
     def verdict(self) -> str:
-        """The answer in a sentence."""
+        """The conclusion in one sentence."""
         closed = max(0.0, self.gap_closed or 0.0)
-        how_far = f"the reconstruction closes {closed:.0%} of the gap in loss between the others' mean and the class"
+        evidence = f"the reconstruction closes {closed:.0%} of the gap in loss between the others' mean and the class"
         if closed < SAID:
-            return f"{self.name} is not a mixture of the others: {how_far}"
+            return f"{self.name} is not a mixture of the others: {evidence}"
         named = [e for e in self.top if e.coefficient >= 0.05] or self.top[:1]
         parts = ", ".join(f"{e.coefficient:.2f} of {e.name}" for e in named)
-        return f"{self.name} is about {parts}: {how_far}"
+        return f"{self.name} is about {parts}: {evidence}"
 
     def weights(self, without: int | None = None) -> Tensor:
-        """Weights (rows,) of the reconstruction over the label table, without the element number `without`."""
-        found = torch.zeros(self.rows)
+        """Return the weights (rows,) of the reconstruction over the label table, optionally without one element."""
+        weights = torch.zeros(self.rows)
         for place, element in enumerate(self.top):
-            found[element.label] = element.coefficient if place != without else 0.0
-        return found
+            weights[element.label] = element.coefficient if place != without else 0.0
+        return weights
 
 
 def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, config: ExplainConfig) -> Explanation:
-    """Decompose a class into the others; the same arguments give the same numbers to the bit.
+    """Decompose a class into the others; results are bitwise reproducible.
 
     Args:
-        sampler: of the run, whose averaged weights are explained.
-        how: how samples of the class are drawn.
+        sampler: sampler of the run, whose EMA weights are explained.
+        how: config for drawing samples of the class.
 
     Raises:
-        ValueError: a line that begins with the key, where the run has no other classes or no table of labels.
+        ValueError: a message that begins with the key, if the run has no other classes or no label embeddings.
     """
     net, process = sampler.denoiser, sampler.process
     table = _table(net, facts)
@@ -185,7 +185,7 @@ def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, c
         torch.manual_seed(key["mlp"])
         mlp = nn.Sequential(nn.Linear(table.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)).to(table)
     parameters = list(mlp.parameters())
-    scale = rows.square().mean().sqrt()  # tables of any scale suit the MLP's initial weights
+    scale = rows.square().mean().sqrt()  # normalise embeddings to suit the MLP's initial weights
     features, wanted = rows / scale, table[label] / scale
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE)
     for _ in range(WARM_UP):
@@ -237,7 +237,7 @@ def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, c
 
 
 def label_rows(net: nn.Module) -> Tensor | None:
-    """The rows of a network's label table; None where it has none."""
+    """Return the rows of a network's label table; None if it has none."""
     return getattr(net, "label_rows", lambda: None)()
 
 
@@ -252,17 +252,17 @@ def _table(net: nn.Module, facts: DataFacts) -> Tensor:
 
 
 def _twins(top: Sequence[Element], elements: Sequence[Element], table: Tensor) -> list[tuple[str, str, float]]:
-    """Pairs of an element of the reconstruction and a later one whose embeddings are nearly parallel."""
+    """Return pairs of a reconstruction's element and a later element whose embeddings are nearly parallel."""
     pairs = [(one, other) for i, one in enumerate(top) for other in elements[i + 1 :]]
     cosines = [float(cosine_similarity(table[a.label], table[b.label], dim=0)) for a, b in pairs]
     return [(a.name, b.name, cosine) for (a, b), cosine in zip(pairs, cosines, strict=True) if cosine > TWINS]
 
 
 def drawn(explanation: Explanation, sampler: Sampler, how: SampleConfig, seed: int) -> dict[str, Tensor]:
-    """Images from the same noise: of the class, of its reconstruction, and of that without each of its elements.
+    """Draw from the same noise images of the class, of its reconstruction, and of that without each of its elements.
 
     Returns:
-        Title -> (SHOWN, C, H, W) uint8, or (SHOWN, C, H, W) float32 where samples are not images.
+        Title -> (SHOWN, C, H, W) uint8, or (SHOWN, C, H, W) float32 if samples are not images.
     """
     own = one_hot(torch.tensor(explanation.label), explanation.rows).float()
     rows = {explanation.name: own, "reconstruction": explanation.weights()}
@@ -278,11 +278,11 @@ def planted_scores(
     planted: Mapping[str, Sequence[str]],
     config: ExplainConfig,
 ) -> dict[str, float]:
-    """Scores of explanations of planted classes, whose true parts are known.
+    """Score explanations of planted classes, whose true parts are known.
 
     Returns:
-        planted_found: share of planted classes whose parts are the first elements; planted_share: what their parts
-        hold of the sum of coefficients, on average.
+        planted_found: share of planted classes whose parts are the first elements; planted_share: mean share of the
+        sum of coefficients that their parts have.
     """
     found, shares = [], []
     for name, parts in planted.items():
@@ -292,5 +292,5 @@ def planted_scores(
         total = sum(e.coefficient for e in explanation.elements)
         shares.append(sum(e.coefficient for e in explanation.elements if e.name in parts) / max(total, 1e-12))
         print(f"{name}: {', '.join(f'{e.coefficient:.2f} {e.name}' for e in explanation.elements[:4])}", flush=True)
-    measured = {"planted_found": found, "planted_share": shares}
-    return {metric_name(key, None, len(found)): sum(values) / len(values) for key, values in measured.items()}
+    scores = {"planted_found": found, "planted_share": shares}
+    return {metric_name(key, None, len(found)): sum(values) / len(values) for key, values in scores.items()}

@@ -1,4 +1,4 @@
-"""Images and statistics in files: folders and npz files of any origin, and files for the ADM evaluator."""
+"""Reading images and statistics from folders and npz files of any origin; writing files for the ADM evaluator."""
 
 import hashlib
 import zipfile
@@ -21,11 +21,11 @@ from diffbench.metrics import Extractor
 from diffbench.metrics.base import Gaussian, ReferenceStatistics
 
 LOSSLESS = {"PNG", "BMP", "GIF", "TIFF", "PPM"}
-"""Formats whose pixels are what was written; JPEG's are not, and WebP's may not be."""
+"""Formats that store pixels exactly; JPEG does not, and WebP may not."""
 
 
 class ImageFolder:
-    """The images below a folder, in the order of their paths, found and decoded by the rules of training."""
+    """The images under a folder, sorted by path, found and decoded by the same rules as in training."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -33,7 +33,7 @@ class ImageFolder:
         except ValueError as e:
             raise UserError(str(e)) from None
         if not listing.images:
-            raise UserError(f"{path}: holds no images; allowed: {', '.join(sorted(SUFFIXES))}")
+            raise UserError(f"{path}: contains no images; allowed: {', '.join(sorted(SUFFIXES))}")
         print(listing, flush=True)
         self.files = [path / name for name in listing.images]
         self.labels: Tensor | None = None
@@ -44,7 +44,7 @@ class ImageFolder:
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield all images, (B, C, H, W) uint8; grey channels are repeated if the first image has colours."""
+        """Yield all images in batches (B, C, H, W) uint8; grey images are repeated to RGB if the first image is RGB."""
         for start in range(0, len(self), size):
             with quiet():
                 yield torch.stack([self._like_the_first(path) for path in self.files[start : start + size]])
@@ -56,7 +56,7 @@ class ImageFolder:
         return image.expand(self.shape)
 
     def formats(self) -> dict[str, int]:
-        """Count the file formats, by the files' content."""
+        """Count the files of each format, detected from their content."""
         found: Counter[str] = Counter()
         for path in self.files:
             with quiet(), Image.open(path, formats=FORMATS) as image:
@@ -64,7 +64,7 @@ class ImageFolder:
         return dict(sorted(found.items()))
 
     def identity(self) -> str:
-        """A hash of all files' bytes, in order."""
+        """Return a hash of the bytes of all files, in order."""
         hashed = hashlib.sha256()
         for path in self.files:
             hashed.update(bytes.fromhex(sha256(path)))
@@ -84,7 +84,7 @@ def _size(shape: Any) -> str:
 
 
 def compression_note(samples: Mapping[str, int], real: Mapping[str, int]) -> str | None:
-    """A note where one side was compressed with loss and the other was not, which moves distances by itself."""
+    """Return a note if one side had lossy compression and the other did not, which alone changes distances."""
     if not samples or not real or (set(samples) <= LOSSLESS) == (set(real) <= LOSSLESS):
         return None
     return f"{_kinds(samples)} images against {_kinds(real)} ones: the compression alone moves every distance"
@@ -95,12 +95,12 @@ def _kinds(formats: Mapping[str, int]) -> str:
 
 
 class ImageNpz:
-    """The array `arr_0` (N, H, W, C) uint8 of an npz file, as the ADM evaluator takes it; `arr_1` may hold labels."""
+    """The array `arr_0` (N, H, W, C) uint8 of an npz file, the ADM evaluator's format; `arr_1` may contain labels."""
 
     def __init__(self, path: Path) -> None:
         self.path, arrays = path, _arrays(path, ("arr_0", "arr_1"))
         if (pixels := arrays.get("arr_0")) is None:
-            raise UserError(f"{path}: holds no array arr_0")
+            raise UserError(f"{path}: contains no array arr_0")
         if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[3] not in (1, 3) or pixels.size == 0:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), got {pixels.dtype} {pixels.shape}")
         self.images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -115,7 +115,7 @@ class ImageNpz:
         yield from self.images.split(size)
 
     def formats(self) -> dict[str, int]:
-        """Empty: the origin of the pixels is not known."""
+        """Return an empty count, since the origin of the pixels is unknown."""
         return {}
 
     def identity(self) -> str:
@@ -123,7 +123,7 @@ class ImageNpz:
 
 
 def _labels(path: Path, array: np.ndarray, count: int) -> Tensor:
-    """(count,) int64 labels of an array (N,), (N, 1) or one-hot (N, K)."""
+    """Return labels (count,) int64 from an array (N,), (N, 1) or one-hot (N, K)."""
     labels = array
     if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
         one_hot = np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all()
@@ -140,7 +140,7 @@ def _labels(path: Path, array: np.ndarray, count: int) -> Tensor:
 
 
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that an npz file holds; objects, which would be code, are refused."""
+    """Load those of the named arrays that an npz file contains; refuse pickled objects, which could run code."""
     found: dict[str, np.ndarray] = {}
     name = "file"
     try:
@@ -148,13 +148,13 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             for name in (n for n in names if n in arrays):
                 found[name] = np.asarray(arrays[name])
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as e:
-        why = " ".join(str(e).split())
-        raise UserError(f"{path}: {name} is damaged, or holds objects instead of numbers ({why})") from None
+        reason = " ".join(str(e).split())
+        raise UserError(f"{path}: {name} is damaged, or holds objects instead of numbers ({reason})") from None
     return found
 
 
 ImageSource = ImageFolder | ImageNpz
-"""Images of one size; what `evaluate` and `reference` read."""
+"""Images of one size, as read by `evaluate` and `reference`."""
 
 
 def open_images(path: Path) -> ImageSource:
@@ -172,13 +172,13 @@ def has_images(path: Path) -> bool:
 
 
 def refuse_to_overwrite(path: Path) -> None:
-    """Raise UserError if a file that a user named is there already."""
+    """Raise UserError if an output file named by the user already exists."""
     if path.exists():
         raise UserError(f"{path}: exists already; choose another name")
 
 
 def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None] | None:
-    """The fits `mu`, `sigma` and perhaps `mu_s`, `sigma_s` of an npz file; None for any other file."""
+    """Read the fits `mu`, `sigma` and optionally `mu_s`, `sigma_s` of an npz file; return None for any other file."""
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return None
     arrays = _arrays(path, ("mu", "sigma", "mu_s", "sigma_s"))
@@ -188,10 +188,10 @@ def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None] | None:
         if array.dtype.kind not in "iuf" or array.ndim != (1 if name.startswith("mu") else 2):
             raise UserError(f"{path}: {name} must be numbers (D) or (D, D), got {array.dtype} {array.shape}")
         if not np.isfinite(array).all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite")
+            raise UserError(f"{path}: {name} contains numbers that are not finite")
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mean in arrays) != (cov in arrays):
-            raise UserError(f"{path}: holds {mean if mean in arrays else cov} without its partner")
+            raise UserError(f"{path}: contains {mean if mean in arrays else cov} without its counterpart")
         if mean in arrays and arrays[cov].shape != (d := len(arrays[mean]), d):
             raise UserError(f"{path}: {cov} is {arrays[cov].shape}, but {mean} has {d} numbers")
     numbers = {name: torch.from_numpy(array.astype(np.float64)) for name, array in arrays.items()}
@@ -205,13 +205,13 @@ def write_adm_reference(
     """Write a reference file that the ADM evaluator reads (Dhariwal & Nichol 2021): arr_0, mu, sigma, mu_s, sigma_s.
 
     Args:
-        path: an npz that does not exist yet.
-        extractor: which must be the published one, with its spatial layer.
+        path: an npz file that does not exist yet.
+        extractor: must be the published one, with its spatial layer.
         reference: statistics of the whole set.
-        images: (C, H, W) uint8 for precision and recall, 10,000 at most as is customary.
+        images: (C, H, W) uint8, for precision and recall; at most 10,000 is customary.
 
     Raises:
-        UserError: if the extractor is another, for the evaluator would compare two feature spaces unaware.
+        UserError: for any other extractor, since the evaluator would silently compare two feature spaces.
     """
     refuse_to_overwrite(path)
     if not extractor.published or reference.spatial is None:

@@ -1,4 +1,4 @@
-"""Records of evaluations in results.jsonl: the protocol beside every value, and whether two records are comparable."""
+"""Evaluation records in results.jsonl: values with their protocol, and whether two records are comparable."""
 
 import json
 import os
@@ -24,22 +24,22 @@ FORMAT = 1
 PROTOCOL = (
     *("format", "data", "autoencoder", "sample", "guidance", "labels", "precision", "extractor", "reference", "judge"),
 )
-"""Parts of a record that must agree before its values are compared with another's. Which weights were scored, by
-which seed, when and on what machine is not part of the protocol."""
+"""Parts of a record that must agree for its values to be comparable with another's. The weights that were scored, the
+seed, the time and the machine are not part of the protocol."""
 LOOSE = (
     *("sample.seed", "sample.seconds", "sample.batch_size", "extractor.asked", "extractor.file", "extractor.licence"),
     *("reference.all", "judge.run", "judge.accuracy"),
 )
-"""Parts of those that need not agree."""
+"""Keys of those parts that may differ."""
 
 
 def surroundings(extractor: "Extractor | None", device: torch.device) -> dict[str, Any]:
-    """Entries of a record about code, machine and extractor."""
-    looking = extractor and {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence}
+    """Return a record's entries about the code, the machine and the extractor."""
+    judge = extractor and {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence}
     return {
         "format": FORMAT,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "extractor": looking,
+        "extractor": judge,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} {platform.machine()}",
@@ -52,14 +52,14 @@ def surroundings(extractor: "Extractor | None", device: torch.device) -> dict[st
 
 
 def of_all(record: Mapping[str, Any], count: int) -> bool:
-    """Whether a record of `count` samples compares with all training images; older ones do not say so."""
+    """Return whether a record of `count` samples compares with all training images; inferred for older records."""
     reference = record["reference"]
     return bool(reference.get("all", reference["count"] != count))
 
 
 @cache
 def processor() -> str:
-    """Name and vector instructions of the CPU, which decide in what order numbers are added."""
+    """Return the name and vector instruction set of the CPU, which determine the order of additions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
@@ -68,14 +68,14 @@ def processor() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of everything that can change digits."""
+    """Return the versions of everything that can change the last digits of a result."""
     named = {name: metadata.version(name) for name in ("diffbench", "lightning", "numpy", "torchmetrics")}
     return {**named, "torch": torch.__version__, "python": platform.python_version()}
 
 
 @cache
 def commit() -> str | None:
-    """Commit of the code, with "-dirty" if files differ from it; None outside a clone."""
+    """Return the commit of the code, with "-dirty" if files differ from it; None outside a git clone."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -87,10 +87,10 @@ def commit() -> str | None:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Append a record to a file; earlier records stay, except for a last line that a kill cut short."""
+    """Append a record to a file, after removing a last line that was cut short by a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
-        raise UserError(f"{path}: is a link; records are only appended to files; remove it")
+        raise UserError(f"{path}: is a link; records are only appended to regular files; remove the link")
     data = (json.dumps(record) + "\n").encode()
     with room_for(path, len(data)), path.open("ab+") as file:
         file.seek(0)
@@ -117,10 +117,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a file, none if there is no file; skip a last line that a kill cut short.
+    """Read the records of a file, or none if it does not exist; skip a last line that was cut short by a kill.
 
     Raises:
-        UserError: naming any other line that is not JSON.
+        UserError: if any other line is not JSON, naming it.
     """
     found = []
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -136,22 +136,22 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def values(record: Mapping[str, Any]) -> dict[str, float]:
-    """Measured values of a record: the entries whose names hold a sample count."""
+    """Return the measured values of a record: the entries whose names contain a sample count."""
     return {name: value for name, value in record.items() if "@" in name}
 
 
 def settings_of(record: Mapping[str, Any]) -> list[str]:
-    """Describe how a record's samples were drawn: their guidance, and departures from the run's own config."""
+    """Describe how a record's samples were drawn: guidance, and departures from the run's config."""
     sample, departures = record.get("sample") or {}, dict(record.get("departures") or {})
     departures.pop("sample.guidance", None)
-    words = [] if record.get("guidance", 1) == 1 else [f"guidance {record['guidance']:g}"]
+    parts = [] if record.get("guidance", 1) == 1 else [f"guidance {record['guidance']:g}"]
     if sample.get("classifier") and sample.get("classifier_scale"):
-        words.append(f"classifier {sample['classifier_scale']:g}")
-    return words + [f"{key}={value}" for key, value in departures.items()]
+        parts.append(f"classifier {sample['classifier_scale']:g}")
+    return parts + [f"{key}={value}" for key, value in departures.items()]
 
 
 def tag_prefix(record: Mapping[str, Any]) -> str:
-    """Prefix of a record's values in TensorBoard, so that no tag mixes two ways of sampling."""
+    """Return the prefix of a record's values in TensorBoard, so that no tag mixes different sampling settings."""
     departures = record.get("departures") or {}
     guided = settings_of({**record, "departures": {}})
     parts = ["guided"] * bool(guided) + [",".join(f"{key}={value}" for key, value in departures.items())]

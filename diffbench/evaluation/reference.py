@@ -1,7 +1,7 @@
-"""Reference statistics of real images, and which images they are made of.
+"""Reference statistics of real images, and the choice of images that they are computed from.
 
-Statistics are made once and cached. The key of a cached file, whose hash stands in its name, holds everything that its
-numbers depend on; damage is an error.
+Statistics are computed once and cached. The name of a cached file contains a hash of its key, which lists everything
+that the statistics depend on. A damaged file is an error.
 """
 
 import hashlib
@@ -29,26 +29,26 @@ from diffbench.metrics.suite import reference_statistics
 
 FORMAT = 1
 BATCH = 256
-"""Images that an extractor takes at once."""
+"""Batch size of extractors."""
 BALANCED = 1.25
-"""A data set is balanced whose largest class has at most so many times the images of its smallest."""
+"""Largest ratio between the sizes of the largest and the smallest class of a data set that counts as balanced."""
 
 
 def run_extractor(
     config: RunConfig | AutoencoderConfig, data: ImageSet, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """Make the extractor that a run's config names, or else the one that suits its data set."""
+    """Make the extractor that a run's config names, or the one that suits its data set if it names none."""
     return make_extractor(suited_extractor(config), config.evaluate.weights, data, device)
 
 
 def suited_extractor(config: RunConfig | AutoencoderConfig) -> str:
-    """Name of the extractor that `run_extractor` makes."""
+    """Return the name of the extractor that `run_extractor` makes."""
     suited = SOURCES[config.data.name].extractors
     return config.evaluate.extractor or next((name for name in suited if EXTRACTORS[name].installed()), suited[-1])
 
 
 def extractor_request(data: ImageSet, weights: str | None) -> Request:
-    """Request for an extractor of images like those of a data set, whose planted classes it need not know."""
+    """Return the request for an extractor that suits a data set's images, ignoring any planted classes."""
     data = data.base or data
     return Request(
         data.shape,
@@ -64,16 +64,16 @@ def training_of(data: ImageSet) -> tuple[Tensor, Tensor, str]:
 
 
 def make_extractor(name: str, weights: str | None, data: ImageSet, device: torch.device | str = "cpu") -> Extractor:
-    """Make an extractor by name for images like those of a data set, on a device; a ValueError begins with the key."""
+    """Make an extractor by name for a data set's images, on a device; any ValueError begins with the key."""
     return build_extractor(name, extractor_request(data, weights)).to(device)
 
 
 def cached_network(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Weights of a small network, trained by `make` once and kept in the cache."""
+    """Return the weights of a small network, trained by `make` on first use and cached."""
     path = cache_folder() / f"{name}.safetensors"
 
     def train() -> None:
-        print(f"training {name.rsplit('-', 2)[0]}, the feature extractor, once (kept in {path})", flush=True)
+        print(f"training {name.rsplit('-', 2)[0]}, the feature extractor, once (cached in {path})", flush=True)
         tensors.write(path, make())
 
     return tensors.read(files.cached(path, train))[0]
@@ -81,11 +81,12 @@ def cached_network(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str
 
 @dataclass(frozen=True)
 class Part:
-    """Real images of a data set: which ones, and in what words.
+    """A selection of a data set's real images, with its description.
 
     Attributes:
         split: "train" or "held-out".
-        which: how they were chosen.
+        index: numbers of the images in the data set.
+        which: how they were chosen, in words.
     """
 
     data: ImageSet
@@ -101,19 +102,20 @@ class Part:
         return self.data.labels[self.index]
 
     def batches(self, size: int = BATCH) -> Iterator[Tensor]:
-        """The images, (B, C, H, W) uint8."""
+        """Yield the images in batches (B, C, H, W) uint8."""
         for index in self.index.split(size):
             yield rows(self.data.images, index)
 
 
 def class_counts(labels: Tensor, count: int) -> Tensor:
-    """Number of images of each class among `count` samples, and among the real images that they are compared with.
+    """Return the number of images per class, both of `count` samples and of the real images to compare them with.
 
-    Evenly where the set is balanced and each class has enough images, else by the frequencies of the classes.
+    Equal numbers if the set is balanced and every class has enough images, or `count` exceeds the size of the set; in
+    proportion to the class frequencies otherwise.
 
     Args:
-        labels: (N,) of the set.
-        count: images in all.
+        labels: (N,) labels of the set.
+        count: total number of images.
 
     Returns:
         (K,) numbers that sum to `count`; K is one more than the highest label.
@@ -135,7 +137,7 @@ def _rounded(weights: Tensor, count: int) -> Tensor:
 
 
 def sample_labels(train: ImageSet, count: int) -> Tensor:
-    """(count,) labels of a run's samples, class by class, as many of each as of the real images compared with."""
+    """Return labels (count,) of a run's samples, sorted by class, with the class counts of `class_counts`."""
     return torch.arange(max(1, train.num_classes)).repeat_interleave(_padded(class_counts(train.labels, count), train))
 
 
@@ -144,7 +146,7 @@ def _padded(counts: Tensor, data: ImageSet) -> Tensor:
 
 
 def spread_in_words(data: ImageSet, labels: Tensor) -> str:
-    """Describe how labels are spread over the classes of a set, as "evenly over the classes"."""
+    """Describe how labels are spread over the classes of a set, for example "evenly over the classes"."""
     return _in_words(data, labels.bincount(minlength=1)) if data.num_classes else "none"
 
 
@@ -158,27 +160,27 @@ def _in_words(data: ImageSet, counts: Tensor) -> str:
 
 
 def chosen(data: ImageSet, split: str, counts: Tensor) -> Part:
-    """Choose the first images of each class, counts[c] of class c or as many as there are, class by class."""
-    index = [(data.labels == c).nonzero()[:, 0][:n] for c, n in enumerate(counts.tolist()) if n]
-    found = torch.cat(index) if index else torch.zeros(0).long()
-    which = f"the first {len(found)}, {_in_words(data, data.labels[found].bincount(minlength=1))}"
-    return Part(data, split, found, which)
+    """Choose the first counts[c] images of each class c, or all of them if there are fewer, sorted by class."""
+    per_class = [(data.labels == c).nonzero()[:, 0][:n] for c, n in enumerate(counts.tolist()) if n]
+    index = torch.cat(per_class) if per_class else torch.zeros(0).long()
+    which = f"the first {len(index)}, {_in_words(data, data.labels[index].bincount(minlength=1))}"
+    return Part(data, split, index, which)
 
 
 def first(data: ImageSet, split: str, count: int) -> Part:
-    """Choose the first `count` images, spread over the classes as `class_counts` says."""
+    """Choose the first `count` images, spread over the classes by `class_counts`."""
     return chosen(data, split, class_counts(data.labels, count))
 
 
 def others(part: Part) -> Part:
-    """Choose images of the same split outside a part, as many of each class, or as many as there are."""
+    """Choose images of the same split outside a part, as many of each class as in the part, or all that are left."""
     left = torch.ones(len(part.data), dtype=torch.bool)
     left[part.index] = False
     number = left.nonzero()[:, 0]
     counts = part.labels.bincount(minlength=1)
-    index = [number[part.data.labels[number] == c][:n] for c, n in enumerate(counts.tolist())]
-    found = torch.cat(index)
-    return Part(part.data, part.split, found, f"{len(found)} outside {part.which}")
+    per_class = [number[part.data.labels[number] == c][:n] for c, n in enumerate(counts.tolist())]
+    index = torch.cat(per_class)
+    return Part(part.data, part.split, index, f"{len(index)} outside {part.which}")
 
 
 def everything(data: ImageSet, split: str) -> Part:
@@ -186,7 +188,7 @@ def everything(data: ImageSet, split: str) -> Part:
 
 
 def statistics_of(extractor: Extractor, part: Part, keep: int = KEPT) -> tuple[ReferenceStatistics, str]:
-    """Statistics of a part of a data set and the digest of their key; from the cache, or computed once and kept."""
+    """Return the statistics of a part of a data set and the digest of their key, computed on first use and cached."""
     source = {
         "data": part.data.fingerprint(),
         "split": part.split,
@@ -199,13 +201,13 @@ def statistics_of(extractor: Extractor, part: Part, keep: int = KEPT) -> tuple[R
 def cached_statistics(
     extractor: Extractor, source: dict[str, Any], count: int, batches: Callable[[], Iterator[Tensor]], keep: int = KEPT
 ) -> tuple[ReferenceStatistics, str]:
-    """Statistics of images that `source` identifies, and the digest of their key.
+    """Return the statistics of images that `source` identifies, cached, and the digest of their key.
 
     Args:
-        source: what identifies the images.
-        count: how many they are.
-        batches: reads them, (B, C, H, W) uint8.
-        keep: how many feature vectors stay.
+        source: plain values that identify the images.
+        count: number of images.
+        batches: yields them, (B, C, H, W) uint8.
+        keep: number of feature vectors to keep.
 
     Raises:
         UserError: if the cached file is damaged.
@@ -230,13 +232,13 @@ def _computed(
     extractor: Extractor, count: int, batches: Callable[[], Iterator[Tensor]], keep: int, path: Path
 ) -> ReferenceStatistics:
     if count < 2:
-        raise UserError(f"statistics of real images need at least 2 of them, got {count}")
+        raise UserError(f"statistics need at least 2 real images, got {count}")
 
     def watched() -> Iterator[Tensor]:
-        if sum(p.numel() for p in extractor.network.parameters()) < 1_000_000:  # takes no time to speak of
+        if sum(p.numel() for p in extractor.network.parameters()) < 1_000_000:  # too fast to need progress
             yield from batches()
             return
-        print(f"{extractor.name} reads {count:,} real images, once (kept in {path})", flush=True)
+        print(f"{extractor.name} reads {count:,} real images, once (cached in {path})", flush=True)
         with progress("real images", count) as advance:
             for batch in batches():
                 yield batch
@@ -251,19 +253,19 @@ def reference_folder() -> Path:
 
 def write(path: Path, key: dict[str, Any], reference: ReferenceStatistics) -> None:
     """Write statistics with their key."""
-    held = {"mean": reference.fit.mean, "cov": reference.fit.cov, "rows": reference.rows}
+    arrays = {"mean": reference.fit.mean, "cov": reference.fit.cov, "rows": reference.rows}
     if reference.spatial is not None:
-        held |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
-    tensors.write(path, held, {"key": json.dumps(key)})
+        arrays |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
+    tensors.write(path, arrays, {"key": json.dumps(key)})
 
 
 def read(path: Path) -> tuple[dict[str, Any], ReferenceStatistics]:
-    """The key and the statistics of a file that `write` wrote; UserError for any other file."""
-    held, metadata = tensors.read(path)
+    """Read the key and the statistics from a file of `write`; raise UserError for any other file."""
+    arrays, metadata = tensors.read(path)
     try:
         key: dict[str, Any] = json.loads(metadata["key"])
-        fit = Gaussian(int(key["count"]), held["mean"], held["cov"])
-        spatial = Gaussian(fit.n, held["spatial_mean"], held["spatial_cov"]) if "spatial_mean" in held else None
-        return key, ReferenceStatistics(fit, held["rows"], spatial)
+        fit = Gaussian(int(key["count"]), arrays["mean"], arrays["cov"])
+        spatial = Gaussian(fit.n, arrays["spatial_mean"], arrays["spatial_cov"]) if "spatial_mean" in arrays else None
+        return key, ReferenceStatistics(fit, arrays["rows"], spatial)
     except (KeyError, ValueError) as e:
-        raise UserError(f"{path}: holds no statistics of real images ({e}); remove the file") from None
+        raise UserError(f"{path}: contains no statistics of real images ({e}); remove the file") from None

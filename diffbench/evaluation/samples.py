@@ -1,4 +1,4 @@
-"""Samples on disk, drawn in chunks: a killed command goes on where it stopped, and nothing is drawn twice."""
+"""Samples on disk, drawn in chunks: a killed command resumes where it stopped, and no chunk is drawn twice."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +12,14 @@ from diffbench.core.files import digest
 from diffbench.core.store import DamagedError, Store
 
 SIZE = 1000
-"""Samples of a chunk, the least that a killed command loses."""
+"""Samples per chunk, the unit that is lost if a command is killed."""
 
 
 class Samples:
-    """`count` samples in a folder named by a hash of all that they depend on.
+    """`count` samples in a folder named by a hash of everything that they depend on.
 
     Args:
-        what: all that the samples depend on, plain values.
+        what: everything that the samples depend on, as plain values.
     """
 
     def __init__(self, parent: Path, what: dict[str, Any], count: int, shape: tuple[int, int, int]) -> None:
@@ -28,7 +28,7 @@ class Samples:
         self.store = Store(self.folder)
 
     def present(self) -> int:
-        """Samples on the disk, not checked."""
+        """Return the number of samples on disk, without checking them."""
         try:
             return sum(chunk["rows"] for chunk in self.store.chunks().values())
         except DamagedError:
@@ -44,12 +44,12 @@ class Samples:
         """Draw the samples that are missing or damaged.
 
         Args:
-            draw: (first, count) -> (count, C, H, W) uint8 samples number `first` and on.
-            skipped: called with the number of samples that are there already.
-            rank: of this process; each draws chunks of its own.
+            draw: (first, count) -> (count, C, H, W) uint8, the samples numbered from `first`.
+            skipped: called with the number of samples that exist already.
+            rank: rank of this process; each rank draws its own chunks.
 
         Raises:
-            UserError: if the disk has no room for them.
+            UserError: if the disk has not enough space.
         """
         if world == 1 and self.store.open_intact():
             skipped(self.count)
@@ -64,8 +64,8 @@ class Samples:
             filling.finish()
 
     def images(self) -> Tensor:
-        """All samples, (N, C, H, W) uint8, a memory map; UserError if they are damaged."""
+        """Return all samples, (N, C, H, W) uint8, as a memory map; raise UserError if they are damaged."""
         try:
             return self.store.open().arrays["images"]
         except DamagedError as e:
-            raise UserError(f"{e}; the same command draws them again") from None
+            raise UserError(f"{e}; run the same command again to redraw them") from None

@@ -1,4 +1,4 @@
-"""Scores of samples against reference statistics of real images."""
+"""Scoring samples against reference statistics of real images."""
 
 import json
 import time
@@ -33,9 +33,9 @@ from diffbench.metrics.registry import metric_name
 from diffbench.metrics.suite import Suite
 
 PATIENCE = 15
-"""Seconds that may pass without a sign of progress."""
+"""Expected duration in seconds above which progress is shown."""
 LEAST = 20
-"""Real images without which a comparison is left out."""
+"""Minimum number of real images for a comparison; with fewer it is omitted."""
 
 Numbered = tuple[Tensor, Tensor, Tensor | None]
 """Numbers (B,), images (B, C, H, W) uint8, labels (B,) or None."""
@@ -47,15 +47,14 @@ def permutation(n: int, *key: str | int) -> Tensor:
 
 @dataclass
 class Scorer:
-    """Scores samples against real images.
+    """A scorer of samples against real images.
 
     Attributes:
-        measurement: the samples, and the statistics of real images.
-        reference: what a record says of the main statistics: the digest of their key, where they come from, how many
-            images.
-        floor: what as many real images score against them, and how many those are.
-        extra: further values that every record holds.
-        copies: what was found about copies in the samples scored last.
+        measurement: facts about the samples, and the statistics of real images.
+        reference: a record's entry for the main statistics: digest of their key, split, number of images.
+        floor: scores of real images against the main statistics, and their number; None if there are too few.
+        extra: further values for every record.
+        copies: the metric of copies for the samples scored last.
     """
 
     measurement: Measurement
@@ -65,7 +64,7 @@ class Scorer:
     copies: Memorisation | None = None
 
     def scores(self, batches: Iterable[Numbered]) -> dict[str, float]:
-        """Score samples: full name of each metric -> value."""
+        """Score samples and return full metric name -> value."""
         suite = Suite(self.measurement)
         for index, images, labels in watched("scored", batches, self.measurement.count):
             suite.update(images, index, labels)
@@ -91,58 +90,57 @@ def run_scorer(
     held_out: ImageSet,
     counts: Tensor | None = None,
 ) -> Scorer:
-    """Make the scorer of `settings.count` samples against the training and the held-out images of a run.
+    """Make the scorer of `settings.count` samples against the training and held-out images of a run.
 
-    The held-out distance and the training distance from which its gap is taken use equal numbers of images of each
-    class.
+    The gap between the held-out and the training distance is computed with equal numbers of images of each class.
 
     Args:
-        settings: how many samples, and which training images.
-        counts: samples of each class; by default as `sample_labels` has them.
+        settings: number of samples, and choice of training images.
+        counts: samples per class; by default those of `class_counts`.
     """
-    count, everybody = settings.count, settings.reference == "all"
+    count, use_all = settings.count, settings.reference == "all"
     counts = class_counts(train.labels, count) if counts is None else counts
     keep = min(count, KEPT)
-    main = everything(train, "train") if everybody else chosen(train, "train", counts)
-    near = chosen(held_out, "held-out", counts)
-    test = everything(held_out, "held-out") if everybody else near
+    main = everything(train, "train") if use_all else chosen(train, "train", counts)
+    matched = chosen(held_out, "held-out", counts)
+    test = everything(held_out, "held-out") if use_all else matched
     reference, key = statistics_of(extractor, main, keep)
     references = {"fd": reference}
     if len(test) >= LEAST:
         references["fd_held_out"] = statistics_of(extractor, test, keep)[0]
-        alike = chosen(train, "train", test.labels.bincount(minlength=1))
-        if len(alike) != len(main):
-            references["fd_train"] = statistics_of(extractor, alike, keep)[0]
-    compared = Measurement(
+        same_counts = chosen(train, "train", test.labels.bincount(minlength=1))
+        if len(same_counts) != len(main):
+            references["fd_train"] = statistics_of(extractor, same_counts, keep)[0]
+    measurement = Measurement(
         extractor,
         references,
         count,
-        labels=train.base is None,  # no extractor tells a planted class from its parts
+        labels=train.base is None,  # no extractor can tell a planted class from its parts
         detector=_detector(extractor, train, held_out),
         infinity=settings.infinity,
         by_class=True,
         permutation=permutation,
         rule=train.rule,
     )
-    scorer = Scorer(compared, {"key": key, "split": main.split, "count": len(main), "all": everybody})
+    scorer = Scorer(measurement, {"key": key, "split": main.split, "count": len(main), "all": use_all})
     left = others(main)
-    beside = left if len(left) >= min(count, len(near)) else near  # real images apart from the reference
-    if len(beside) >= LEAST:
-        scorer.floor = _cached_numbers(extractor, key, "floor", beside, lambda: _floor(compared, beside))
-    if compared.detector is not None and compared.detector.calibration.authenticity is not None:
-        scorer.extra = {"authenticity_held_out": compared.detector.calibration.authenticity}
+    real = left if len(left) >= min(count, len(matched)) else matched  # real images outside the reference
+    if len(real) >= LEAST:
+        scorer.floor = _cached_numbers(extractor, key, "floor", real, lambda: _floor(measurement, real))
+    if measurement.detector is not None and measurement.detector.calibration.authenticity is not None:
+        scorer.extra = {"authenticity_held_out": measurement.detector.calibration.authenticity}
     return scorer
 
 
-def _floor(compared: Measurement, part: Part) -> dict[str, Any]:
-    suite = Suite(replace(compared, references={"fd": compared.main}, count=len(part), detector=None, infinity=False))
+def _floor(like: Measurement, part: Part) -> dict[str, Any]:
+    suite = Suite(replace(like, references={"fd": like.main}, count=len(part), detector=None, infinity=False))
     for index in torch.arange(len(part)).split(BATCH):
         suite.update(rows(part.data.images, part.index[index]), index, part.labels[index])
     return {"count": len(part), "images": f"{part.split}: {part.which}", **suite.compute()}
 
 
 def _detector(extractor: Extractor, train: ImageSet, held_out: ImageSet) -> CopyDetector | None:
-    train = train.base or train  # a planted class holds images a second time
+    train = train.base or train  # a planted class repeats images of other classes
     if len(train) < copies.LEAST:
         return None
     detector = CopyDetector(train.images, extractor.device)
@@ -156,7 +154,7 @@ def _detector(extractor: Extractor, train: ImageSet, held_out: ImageSet) -> Copy
 def _cached_numbers(
     extractor: Extractor, key: str, what: str, part: Part, make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Numbers that follow from a reference and a part of real images, computed once."""
+    """Return numbers that depend on a reference and a part of real images, computed once and cached."""
     source = [what, key, part.data.fingerprint(), part.split, part.which, len(part)]
     path = reference_folder() / f"{extractor.name}-{what}-{len(part)}-{files.digest(source)[:16]}.safetensors"
     files.cached(path, lambda: tensors.write(path, {}, {"numbers": json.dumps(make())}))
@@ -164,13 +162,13 @@ def _cached_numbers(
 
 
 def training_measurement(extractor: Extractor, train: ImageSet, count: int) -> Measurement:
-    """Measurement of `count` samples drawn in training with as many training images."""
+    """Make the measurement of `count` samples drawn during training against as many training images."""
     statistics = statistics_of(extractor, first(train, "train", count))[0]
     return Measurement(extractor, {"fd": statistics}, count, permutation=permutation, rule=train.rule)
 
 
 def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:
-    """Yield the batches; show progress if the first one suggests that all take longer than `PATIENCE`."""
+    """Yield the batches; show progress if the first one suggests that all will take longer than `PATIENCE`."""
     started = time.perf_counter()
     advance: Callable[[int], Any] | None = None
     with ExitStack() as stack:
@@ -182,7 +180,7 @@ def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numb
             elif (time.perf_counter() - started) * total / done > PATIENCE:
                 advance = stack.enter_context(progress(what, total, done))
             else:
-                advance = int  # a function that ignores the count
+                advance = int  # does nothing with the count
 
 
 def numbered(batches: Iterable[Tensor], labels: Tensor | None) -> Iterator[Numbered]:

@@ -1,9 +1,9 @@
 """Errors on fixed images at fixed noise levels and fixed noise: a denoiser's squared error, a classifier's accuracy.
 
-The squared error of the noise eps, which is SNR times that of the denoised image, weighs every log-SNR as the
+The squared error of the noise eps, which is SNR times that of the denoised image, weights every log-SNR as the
 variational bound does, whatever the schedule: half its integral over log-SNR is the bound's diffusion loss (Kingma et
-al. 2021; Kingma & Gao 2023, Eq. 2). So one number in nats per dimension compares every process and prediction, and the
-curve below it shows at which noise level a denoiser is better.
+al. 2021; Kingma & Gao 2023, Eq. 2). A single number in nats per dimension is therefore comparable across processes and
+prediction types, and the error at each level shows at which noise a denoiser is better.
 """
 
 import math
@@ -25,10 +25,10 @@ BATCH = 512
 
 
 def denoising_error(denoiser: nn.Module, process: Process, data: Data, log_snr: Sequence[float]) -> dict[float, float]:
-    """Mean squared error of eps, per number of an image or latent, at each log-SNR.
+    """Compute the mean squared error of eps, per element of an image or latent, at each log-SNR.
 
-    The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels. Of several
-    ranks each takes a slice of the images, and all get the result.
+    The noise of image i is keyed by (level, i), not by any run's seed. The network sees the true labels. Each rank
+    processes a slice of the images, and all ranks get the result.
     """
     return level_means(log_snr, error_sums(denoiser, process, data, log_snr))
 
@@ -40,9 +40,9 @@ def error_sums(
     log_snr: Sequence[float],
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Sums of squared errors, and how many numbers they are of, over this rank's slice: (levels, 2) float64.
+    """Return the sum of squared errors and the number of elements over this rank's slice: (levels, 2) float64.
 
-    `check` is called before each batch, and may raise to stop.
+    `check` is called before each batch and may raise to stop.
     """
     mine = distributed.rank_slice(len(data)).split(BATCH)
     sums = torch.zeros(len(log_snr), 2, dtype=torch.float64, device=next(denoiser.parameters()).device)
@@ -54,19 +54,19 @@ def error_sums(
 
 
 def level_means(log_snr: Sequence[float], sums: Tensor) -> dict[float, float]:
-    """Level -> mean squared error or accuracy, from all ranks' `error_sums` or `classified`; each must call it."""
-    found = zip(log_snr, distributed.all_reduce_sum(sums).tolist(), strict=True)
-    return {level: total / numbers if numbers else float("nan") for level, (total, numbers) in found}
+    """Reduce `error_sums` or `classified` over ranks to level -> mean error or accuracy; every rank must call it."""
+    totals = zip(log_snr, distributed.all_reduce_sum(sums).tolist(), strict=True)
+    return {level: total / count if count else float("nan") for level, (total, count) in totals}
 
 
 def image_errors(denoiser: nn.Module, process: Process, data: Data, log_snr: Sequence[float]) -> Tensor:
-    """The same for each image alone: (levels, N) float64 on the CPU, whose means over images are `denoising_error`.
+    """Compute the errors of single images, (levels, N) float64 on the CPU, whose means are `denoising_error`.
 
-    Two denoisers' errors are paired: image i has the same noise at a level for all.
+    Errors of two denoisers are paired: at each level, image i has the same noise for both.
     """
-    every = torch.arange(len(data)).split(BATCH)
+    batches = torch.arange(len(data)).split(BATCH)
     rows = [
-        torch.cat([s.flatten(1).mean(1).cpu() for s in _squares(denoiser, process, data, level, every)])
+        torch.cat([s.flatten(1).mean(1).cpu() for s in _squares(denoiser, process, data, level, batches)])
         for level in log_snr
     ]
     return torch.stack(rows)
@@ -76,7 +76,7 @@ def image_errors(denoiser: nn.Module, process: Process, data: Data, log_snr: Seq
 def _squares(
     denoiser: nn.Module, process: Process, data: Data, level: float, batches: Sequence[Tensor]
 ) -> Iterator[Tensor]:
-    """Squared errors of eps at one noise level of batches of images (B,): (B, ...) float64 on the denoiser's device."""
+    """Yield the squared errors of eps at one level for each batch: (B, ...) float64 on the denoiser's device."""
     parameter = next(denoiser.parameters())
     predict = predictor(process, denoiser)
     with eval_mode(denoiser):
@@ -91,7 +91,7 @@ def _squares(
 def batch_errors(
     denoiser: nn.Module, process: Process, x0: Tensor, y: Tensor | None, index: Tensor, log_snr: Sequence[float]
 ) -> Tensor:
-    """The errors of a batch x0 (B, C, H, W) with labels y (B,), of images number `index` (B,): (levels, B) float64."""
+    """Return (levels, B) float64 errors of images x0 (B, C, H, W) with labels y (B,), numbered `index` (B,)."""
     x0, predict = x0.to(next(denoiser.parameters()).dtype), predictor(process, denoiser)
     errors = [_square(predict, process, x0, y, index, level).flatten(1).mean(1) for level in log_snr]
     return torch.stack(errors)
@@ -113,9 +113,9 @@ def classified(
     log_snr: Sequence[float],
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Images of this rank's slice that a classifier (x, t) -> logits gets right, and all: (levels, 2) float64.
+    """Count a classifier's correct images in this rank's slice, and all of them: (levels, 2) float64.
 
-    The noise is keyed by (level, image), as in `denoising_error`; `check` is called before each batch.
+    The classifier maps (x, t) to logits. Noise and `check` are as in `denoising_error` and `error_sums`.
     """
     parameter = next(classifier.parameters())
     sums, mine = torch.zeros(len(log_snr), 2, dtype=torch.float64), distributed.rank_slice(len(data))
@@ -131,38 +131,38 @@ def classified(
 
 
 def _noised(process: Process, x0: Tensor, index: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Images number `index` (B,) with their noise of a log-SNR, and the time (B,) of that."""
+    """Return the images numbered `index` (B,) with their noise at a log-SNR, and the times (B,) of that level."""
     t = process.time_at(torch.full((len(index),), level, dtype=torch.float64, device=x0.device))
     eps = rng.normal(rng.key("validation", str(float(level))), index.to(x0.device), tuple(x0.shape[1:])).to(x0.dtype)
     return process.add_noise(x0, t, eps), t
 
 
 def bound(log_snr: Sequence[float] | np.ndarray, errors: Sequence[float] | np.ndarray) -> Any:
-    """The variational bound's diffusion loss over the covered levels: half the integral of the error of eps.
+    """Compute the variational bound's diffusion loss over the given levels: half the integral of the error of eps.
 
     Args:
-        log_snr: (levels,), rising; the integral ends at the first and the last, and joins them by straight lines.
-        errors: (levels, ...) squared errors of eps per number.
+        log_snr: (levels,), increasing; the trapezoidal integral runs from the first to the last.
+        errors: (levels, ...) squared errors of eps per element.
 
     Returns:
-        (...) nats per number.
+        (...) nats per element.
     """
-    each = np.asarray(errors)
-    return 0.25 * np.tensordot(np.diff(log_snr), each[1:] + each[:-1], axes=1)
+    errors = np.asarray(errors)
+    return 0.25 * np.tensordot(np.diff(log_snr), errors[1:] + errors[:-1], axes=1)
 
 
 def validation_sets(held_out: Data, train: Data | None = None) -> dict[str, Data]:
-    """The sets of validation: "val", the held-out images, and "train", as many training images, to see overfitting."""
+    """Return the validation sets: "val", held-out images, and "train", as many training images to show overfitting."""
     return {"val": held_out} | ({} if train is None else {"train": train.evenly(len(held_out))})
 
 
 def bound_metrics(part: str, errors: Mapping[float, float]) -> dict[str, float]:
-    """{"<part>/bound": nats per dimension, "<part>/level/-2": squared error of eps at log-SNR -2, ...}."""
+    """Return {"<part>/bound": nats per dimension, "<part>/level/-2": squared error of eps at log-SNR -2, ...}."""
     each = {f"{part}/level/{level:g}": error for level, error in errors.items()}
     return {f"{part}/bound": float(bound(list(errors), list(errors.values()))), **each}
 
 
 def accuracy_metrics(values: Mapping[float, float]) -> dict[str, float]:
-    """{"val/accuracy": mean over the levels, "val/accuracy_log_snr_-2": ..., ...}."""
+    """Return {"val/accuracy": mean over the levels, "val/accuracy_log_snr_-2": ..., ...}."""
     mean = sum(values.values()) / len(values)
     return {"val/accuracy": mean, **{f"val/accuracy_log_snr_{level:g}": v for level, v in values.items()}}

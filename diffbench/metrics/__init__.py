@@ -1,4 +1,4 @@
-"""Evaluation: feature extractors by name, distances as functions, and the same distances as torchmetrics."""
+"""Metrics: feature extractors by name, and distances both as functions and as torchmetrics."""
 
 from functools import partial
 

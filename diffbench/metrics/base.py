@@ -1,7 +1,7 @@
-"""Base classes of the metrics: torchmetrics of float64 sums, updated batch by batch on any number of processes.
+"""Base classes of the metrics: torchmetrics whose states are float64 sums, updated by batch on any number of ranks.
 
-Float64 sums merge by adding: in batches of any size and order, over processes of which some have no samples, and from a
-checkpoint. A metric holds statistics only and no network: one feature extractor serves all of them from outside.
+Sums merge by addition, whatever the size and order of batches, also over ranks without samples and from a checkpoint.
+A metric contains statistics but no network: a single feature extractor outside the metrics feeds all of them.
 """
 
 import zlib
@@ -18,7 +18,7 @@ from diffbench.metrics.copies import CopyDetector
 from diffbench.metrics.extractors.base import Extractor
 
 KEPT = 10_000
-"""Feature vectors kept of either side, at most, for metrics that need the vectors themselves."""
+"""Maximum number of feature vectors kept per side, for metrics that need the vectors themselves."""
 
 
 class Gaussian(NamedTuple):
@@ -37,9 +37,9 @@ class ReferenceStatistics:
     """Statistics of real images.
 
     Attributes:
-        fit: of their features.
-        rows: (M, D) float32 features of some or all of them, evenly spaced; none where only the fit is known.
-        spatial: fit of the spatial layer, where the extractor offers one.
+        fit: Gaussian fit of the images' features.
+        rows: (M, D) float32 features of some or all images, evenly spaced; empty if only the fit is known.
+        spatial: Gaussian fit of the spatial layer, if the extractor has one.
     """
 
     fit: Gaussian
@@ -53,11 +53,11 @@ def _permutation(n: int, *key: str | int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """Decides without a network whether images solve the tasks of their labels.
+    """A rule that decides, without a network, whether images solve the tasks of their labels.
 
     Attributes:
         holds: (images (B, C, H, W) uint8 on the CPU, labels (B,)) -> (B,) bool.
-        abilities: the ability that each label's task asks for.
+        abilities: for each label, the ability that its task tests.
     """
 
     holds: Callable[[Tensor, Tensor], Tensor]
@@ -66,18 +66,18 @@ class Rule:
 
 @dataclass
 class Measurement:
-    """Samples and what they are compared with: all that a metric is made from.
+    """Everything that a metric is built from: facts about the samples, and what they are compared with.
 
     Attributes:
-        extractor: whose features are compared.
+        extractor: the extractor whose features are compared.
         references: name -> statistics for Fréchet distances; every other metric compares with "fd".
+        count: number of samples.
         labels: whether samples come with the labels that they were drawn for.
-        detector: of copies of training images; None leaves that metric out.
-        infinity: whether the Fréchet distance is extrapolated too.
-        by_class: whether samples are numbered class by class. The Inception score's chunks are then taken of them as
-            they are shuffled for export.
-        permutation: (n, *key) -> a permutation of n numbers that follows from the key alone.
-        rule: of the data set, where its labels are tasks.
+        detector: detector of copies of training images; None omits that metric.
+        infinity: whether to extrapolate the Fréchet distance to infinitely many samples.
+        by_class: whether samples are numbered class by class; the Inception score then uses the shuffled export order.
+        permutation: (n, *key) -> a permutation of n numbers that depends on the key alone.
+        rule: rule of the data set, if its labels are tasks.
     """
 
     extractor: Extractor
@@ -92,31 +92,31 @@ class Measurement:
 
     @property
     def main(self) -> ReferenceStatistics:
-        """Statistics that metrics other than the Fréchet distance compare with."""
+        """The statistics that metrics other than the Fréchet distance compare with."""
         return self.references["fd"]
 
     @property
     def keep(self) -> int:
-        """Samples whose feature vectors are kept."""
+        """Number of samples whose feature vectors are kept."""
         return min(self.count, KEPT)
 
 
 class SampleMetric(Metric):
     """A metric of samples whose states are float64 sums.
 
-    Its `update` takes what it needs of a batch, by these names: `images` (B, C, H, W) uint8, `index` (B,) the numbers
-    of the samples, `labels` (B,), and what the extractor gives: `features` (B, D), `logits` (B, K), `spatial` (B, S).
+    `update` takes those of these arguments that the metric needs: `images` (B, C, H, W) uint8, `index` (B,) the numbers
+    of the samples, `labels` (B,), and the extractor's `features` (B, D), `logits` (B, K) and `spatial` (B, S).
     """
 
     full_state_update = False
 
     def __init__(self) -> None:
-        # A cached value on a process that got nothing new would leave the others waiting in the all-reduce.
+        # A rank that returned a cached value would skip the all-reduce and leave the other ranks waiting in it.
         super().__init__(compute_with_cache=False)
 
     @classmethod
     def of(cls, measurement: Measurement) -> Self | None:
-        """Make the metric for a measurement; None where it cannot be measured."""
+        """Make the metric for a measurement; return None if it cannot be measured."""
         raise NotImplementedError
 
     def add_sum(self, name: str, *shape: int) -> None:
@@ -124,15 +124,15 @@ class SampleMetric(Metric):
 
     @property
     def update_called(self) -> bool:
-        """Always true: a process without a sample of its own is not a mistake."""
+        """Always true, since a rank may legitimately have no samples."""
         return True
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """Refused: a batch's own distance means nothing, and the base class would count the batch twice."""
+        """Raise TypeError: the distance of one batch is meaningless, and the base class would count the batch twice."""
         raise TypeError(f"{type(self).__name__}: use update() for each batch and compute() once at the end")
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        # The base class gathers every process's copy of every state, and then sums; one all-reduce does the same.
+        # The base class gathers every state from every rank and then sums; a single all-reduce does the same.
         states = [getattr(self, name) for name in self._defaults]
         packed = torch.cat([state.flatten() for state in states])
         dist.all_reduce(packed, group=process_group or self.process_group)
@@ -140,21 +140,21 @@ class SampleMetric(Metric):
             setattr(self, name, part.view_as(getattr(self, name)))
 
     def checked_count(self, found: Tensor, bad: Tensor, count: int | None = None) -> int:
-        """The number of samples; ValueError if it is not the announced `count`, or some are not finite."""
+        """Return the number of samples; raise ValueError if it differs from `count`, or some are not finite."""
         n, name = int(found), type(self).__name__
         if int(bad):
             raise ValueError(f"{name}: {int(bad)} of {n} samples have non-finite features")
         if count is not None and n != count:
-            raise ValueError(f"{name}: got {n} samples where {count} were announced; were some padded or dropped?")
+            raise ValueError(f"{name}: got {n} samples, expected {count}; were some padded or dropped?")
         return n
 
 
 class Rows(SampleMetric):
-    """A table of feature vectors by the number of their sample, so that neither order nor process matters.
+    """A table of feature vectors indexed by sample number, so that neither order nor rank matters.
 
     Args:
-        count: samples in all; each must come exactly once.
-        keep: how many are kept, evenly spaced over the count; None for all.
+        count: total number of samples; each must be added exactly once.
+        keep: how many vectors to keep, evenly spaced over the samples; None for all.
     """
 
     seen: Tensor
@@ -172,7 +172,7 @@ class Rows(SampleMetric):
         self.add_sum("table", len(kept), dim)
 
     def update(self, features: Tensor, index: Tensor) -> None:
-        """Add features (B, dim) of samples number `index` (B,)."""
+        """Add features (B, dim) of the samples numbered `index` (B,)."""
         x, finite = finite_rows(features, self.table)
         slot = self.slots[index.cpu()].to(x.device)
         self.seen.index_add_(0, index.to(x.device), torch.ones_like(x[:, 0]))
@@ -180,12 +180,12 @@ class Rows(SampleMetric):
         self.table.index_add_(0, slot[slot >= 0], torch.where(finite[:, None], x, 0)[slot >= 0])
 
     def rows(self) -> Tensor:
-        """Kept vectors (keep, dim); ValueError unless every sample came exactly once and is finite."""
+        """Return the kept vectors (keep, dim); raise ValueError unless every sample is finite and was added once."""
         self.checked_count(self.seen.sum(), self.bad, self.count)
         wrong = (self.seen != 1).nonzero()[:, 0].tolist()
         if wrong:
-            times = int(self.seen[wrong[0]])
-            raise ValueError(f"{type(self).__name__}: sample {wrong[0]} came {times} times, {len(wrong)} such in all")
+            name, times = type(self).__name__, int(self.seen[wrong[0]])
+            raise ValueError(f"{name}: sample {wrong[0]} was added {times} times; {len(wrong)} were not added once")
         return self.table
 
     def compute(self) -> Any:
@@ -193,12 +193,12 @@ class Rows(SampleMetric):
 
 
 def evenly_spaced(count: int, keep: int) -> Tensor:
-    """`keep` of the numbers 0..count-1, evenly spaced."""
+    """Return `keep` of the numbers 0..count-1, evenly spaced."""
     return torch.arange(keep) * count // max(1, keep)
 
 
 def finite_rows(features: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (B, D) as float64 on the state's device, and which rows of them are finite."""
+    """Return features (B, D) as float64 on the state's device, and a mask (B,) of the finite rows."""
     if features.ndim != 2 or features.shape[1] != state.shape[-1]:
         raise ValueError(f"features must be (B, {state.shape[-1]}), got {tuple(features.shape)}")
     x = features.detach().to(state.device).double()
@@ -206,12 +206,12 @@ def finite_rows(features: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(N, M) between float64 points (N, D) and (M, D); values within rounding error of zero are zero."""
+    """Return squared distances (N, M) of float64 points (N, D) and (M, D); values within rounding of zero are zero."""
     scale = x.square().sum(1)[:, None] + y.square().sum(1)
     d = scale - 2 * x @ y.T
     return torch.where(d > 1e-12 * scale, d, 0)
 
 
 def states_device(device: torch.device) -> torch.device:
-    """Device for float64 sums: the network's, or the CPU where that has no float64."""
+    """Return the device for float64 sums: the network's, or the CPU if that has no float64."""
     return torch.device("cpu") if device.type == "mps" else device

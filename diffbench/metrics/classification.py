@@ -1,4 +1,4 @@
-"""Whether samples are what their labels say: by the classes that the extractor predicts, or by a data set's rule."""
+"""Metrics of class membership, by the classes that the extractor predicts or by a data set's rule."""
 
 from typing import Self
 
@@ -9,14 +9,14 @@ from diffbench.metrics.base import Measurement, Rule, SampleMetric, finite_rows
 
 
 class InceptionScore(SampleMetric):
-    """exp of the mean divergence of p(y|x) from p(y) (Salimans et al. 2016), as the ADM evaluator takes it.
+    """exp of the mean KL divergence from p(y|x) to p(y) (Salimans et al. 2016), computed as in the ADM evaluator.
 
-    The score is the mean over consecutive chunks of 5,000 samples, a shorter last one counting like the rest. So the
-    order of the samples matters: it should be shuffled where the labels are not. (torch-fidelity instead shuffles and
-    takes ten splits.)
+    The score is the mean over consecutive chunks of 5,000 samples; a shorter last chunk has the same weight. The order
+    of the samples therefore matters: it should be shuffled if labels come sorted. (torch-fidelity shuffles and takes
+    ten splits instead.)
 
     Args:
-        places: (count,) where each sample stands in that order; None for the order of their numbers.
+        places: (count,) position of each sample in that order; None for the order of the sample numbers.
     """
 
     higher_is_better = True
@@ -44,7 +44,7 @@ class InceptionScore(SampleMetric):
         return cls(classes, count, places=None if exported is None else exported.argsort())
 
     def update(self, logits: Tensor, index: Tensor) -> None:
-        """Add logits (B, classes) of samples number `index` (B,)."""
+        """Add logits (B, classes) of the samples numbered `index` (B,)."""
         x, finite = finite_rows(logits, self.p)
         chunk = self.places[index.cpu()].to(x.device) // self.chunk
         log_p = torch.where(finite[:, None], x, 0).log_softmax(1)
@@ -54,7 +54,7 @@ class InceptionScore(SampleMetric):
         self.negative_entropy.index_add_(0, chunk, (log_p.exp() * log_p).sum(1))
 
     def compute(self) -> Tensor:
-        """The score, a float64 scalar."""
+        """Return the score, a float64 scalar."""
         self.checked_count(self.n.sum(), self.bad, self.count)
         marginal = self.p / self.n[:, None]
         entropy = torch.special.xlogy(marginal, marginal).sum(1)
@@ -62,7 +62,7 @@ class InceptionScore(SampleMetric):
 
 
 class LabelAccuracy(SampleMetric):
-    """Share of samples in which the extractor's classifier sees the label that they were drawn for."""
+    """Share of samples that the extractor's classifier assigns to the label that they were drawn for."""
 
     higher_is_better = True
     n: Tensor
@@ -89,7 +89,7 @@ class LabelAccuracy(SampleMetric):
 
 
 class SolvedTasks(SampleMetric):
-    """Share of samples that solve the task of their label, by a data set's rule: of all, and for each ability."""
+    """Share of samples that solve the task of their label by a data set's rule, overall and for each ability."""
 
     higher_is_better = True
     n: Tensor
@@ -111,11 +111,11 @@ class SolvedTasks(SampleMetric):
         self.right += labels.cpu()[right].bincount(minlength=len(self.n)).to(self.right)
 
     def compute(self) -> dict[str, Tensor]:
-        """ "solved" and "solved_ABILITY", in 0 to 1; an ability none of whose labels came is left out."""
+        """Return "solved" and "solved_ABILITY", in 0 to 1, omitting abilities without samples."""
         self.checked_count(self.n.sum(), torch.tensor(0), self.count)
         shares = {"solved": self.right.sum() / self.n.sum()}
         for ability in dict.fromkeys(self.rule.abilities):
-            of = torch.tensor([a == ability for a in self.rule.abilities], device=self.n.device)
-            if self.n[of].sum():
-                shares[f"solved_{ability}"] = self.right[of].sum() / self.n[of].sum()
+            mask = torch.tensor([a == ability for a in self.rule.abilities], device=self.n.device)
+            if self.n[mask].sum():
+                shares[f"solved_{ability}"] = self.right[mask].sum() / self.n[mask].sum()
         return shares

@@ -1,4 +1,7 @@
-"""Copies of training images: how near an image is to one, against what is usual there, and a calibrated threshold."""
+"""Detection of copied training images, by a calibrated threshold on the distance to the nearest training image.
+
+Distances are relative to those between training images nearby.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,22 +12,22 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 RATE = 0.005
-"""False alarms that the threshold allows, as a share of images that are not copies."""
+"""False-alarm rate that the threshold allows: share of images flagged that are not copies."""
 NEIGHBOURS = 5
 LEAST = 20
-"""Training images without which nothing is usual."""
+"""Minimum number of training images, below which no usual distance can be estimated."""
 SIDE, MOST, VARIANCE = 32, 128, 0.95
 FITTED = CALIBRATED = 4000
 _CELLS = 2**24
 
 
 class Judged(NamedTuple):
-    """Images against the training images, each (B,).
+    """Images compared with the training images, each field (B,).
 
     Attributes:
-        ratio: distance to the nearest training image over what is usual there; 0 for a copy, about 1 for a new image.
+        ratio: distance to the nearest training image over the usual one there; 0 for a copy, about 1 for a new image.
         authentic: whether that training image is nearer to another one than to the image (Alaa et al. 2022, Eq. 4).
-        nearest: number of the training image.
+        nearest: index of that training image.
     """
 
     ratio: Tensor
@@ -34,11 +37,11 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """From which ratio on an image counts as a copy, and how often that is wrong.
+    """The ratio below which an image counts as a copy, and the false alarms that it causes.
 
     Attributes:
-        threshold: images with a ratio below it are flagged.
-        false_alarms: real images flagged that are not copies, out of `real`.
+        threshold: images with a ratio below it are flagged as copies.
+        false_alarms: number of real images flagged, out of `real` images that are not copies.
         authenticity: share of those real images that are authentic; None without held-out images.
     """
 
@@ -49,18 +52,18 @@ class Calibration:
 
 
 class CopyDetector:
-    """Training images as points among which copies are looked for, in either orientation.
+    """A detector of copies of training images, mirrored or not, by distances between principal components.
 
-    Points are principal components: an image's even and odd part under the horizontal flip are projected apart, so that
-    a flip changes signs only. Components are divided by the root of their standard deviation, half way to whitening:
-    the noise of a noisy copy is spread over all of them, a difference between two images is not.
+    An image's even and odd parts under the horizontal flip are projected separately, so that a flip changes only signs.
+    Components are divided by the root of their standard deviation, half way to whitening: the noise of a noisy copy is
+    spread over all of them, while the difference between two images is not.
 
-    Usual near an image is the distance to its second nearest training image (Yoon et al. 2023), or the median distance
-    of its five nearest ones to others where that is larger: so a copy is found whose original is there twice, and
-    images that are there many times, as those of few possible patterns, are not taken for copies.
+    The usual distance near an image is that to its second nearest training image (Yoon et al. 2023), or, if larger, the
+    median distance from its five nearest ones to their own nearest neighbours. So a copy is found even if the original
+    occurs twice, and images that occur many times, such as those of a few simple patterns, do not count as copies.
 
     Args:
-        training: (N, C, H, W) uint8, at least `LEAST`; a side above 32 pixels is averaged down to 32.
+        training: (N, C, H, W) uint8, at least `LEAST` images; a side above 32 pixels is averaged down to 32.
         device: where distances are computed, in float32.
     """
 
@@ -68,7 +71,7 @@ class CopyDetector:
 
     def __init__(self, training: Tensor, device: torch.device | str = "cpu") -> None:
         if len(training) < LEAST:
-            raise ValueError(f"copies need at least {LEAST} training images, got {len(training)}")
+            raise ValueError(f"copy detection needs at least {LEAST} training images, got {len(training)}")
         self.device = torch.device(device)
         parts = [self._parts(images) for images in training[_some(len(training), FITTED)].split(1024)]
         even, odd = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -80,12 +83,12 @@ class CopyDetector:
         kept = [(variance >= least, variance, basis) for variance, basis in spectra]
         self.bases = [basis[:, k] * variance[k] ** -0.25 for k, variance, basis in kept]
         self.even = self.bases[0].shape[1]
-        """Components of the even part; they come first."""
+        """Number of components of the even part, which come first."""
         self.points = torch.cat([self._project(images) for images in training.split(1024)])
         self.size = self.points.square().sum(1)
         self.rounding = 0.01 * float(self.size.mean().sqrt()) + 1e-12
         """Distance below which images count as equal."""
-        # Of each training image, filled in as it is needed: its two nearest others, and the number of the first.
+        # Filled in on demand: each training image's distances to its two nearest others, and the index of the nearest.
         self.own = torch.full((len(training), 2), torch.nan, device=self.device)
         self.other = torch.zeros(len(training), dtype=torch.int64, device=self.device)
 
@@ -94,14 +97,14 @@ class CopyDetector:
         return self._judge(self._project(images))
 
     def calibrate(self, held_out: Iterable[Tensor] = ()) -> Calibration:
-        """Find the threshold by training images, each left out in turn, and count the held-out images that it flags.
+        """Find the threshold from leave-one-out training images, and count the held-out images that it flags.
 
         Args:
             held_out: batches (B, C, H, W) uint8 of images that are neither trained on nor judged. Without any, the
-                training images that were left out are counted.
+                leave-one-out training images are counted instead.
         """
         chosen = _some(len(self.points), CALIBRATED).to(self.device)
-        chosen = chosen[self._own(chosen)[:, 0] > self.rounding]  # a repeated image is a copy itself
+        chosen = chosen[self._own(chosen)[:, 0] > self.rounding]  # drop repeated images, which are copies themselves
         ratios = self._judge(self.points[chosen], chosen).ratio.sort().values
         rank = max(1, int(RATE * (len(ratios) + 1)))
         threshold = float(ratios[rank - 1]) if len(ratios) else 0.0
@@ -113,19 +116,19 @@ class CopyDetector:
 
     def _judge(self, points: Tensor, left_out: Tensor | None = None) -> Judged:
         distance, near = self._nearest(points, NEIGHBOURS, left_out)
-        two = self._own(near)
-        own = two[..., 0]
+        nearest_two = self._own(near)
+        own = nearest_two[..., 0]
         if left_out is not None:
-            own = torch.where(self.other[near] == left_out[:, None], two[..., 1], own)
+            own = torch.where(self.other[near] == left_out[:, None], nearest_two[..., 1], own)
         usual = torch.maximum(distance[:, 1], own.median(1).values)
         ratio = (distance[:, 0] + self.rounding) / (usual + self.rounding)
         return Judged(ratio, distance[:, 0] > own[:, 0], near[:, 0])
 
-    def _own(self, numbers: Tensor) -> Tensor:
-        unknown = numbers[self.own[numbers, 0].isnan()].unique()
+    def _own(self, index: Tensor) -> Tensor:
+        unknown = index[self.own[index, 0].isnan()].unique()
         self.own[unknown], others = self._nearest(self.points[unknown], 2, unknown)
         self.other[unknown] = others[:, 0]
-        return self.own[numbers]
+        return self.own[index]
 
     def _nearest(self, points: Tensor, k: int, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
         found = [torch.zeros(0, k, device=self.device)], [torch.zeros(0, k, dtype=torch.int64, device=self.device)]
@@ -146,7 +149,7 @@ class CopyDetector:
         return torch.cat([(even - self.mean) @ self.bases[0], odd @ self.bases[1]], dim=1)
 
     def _parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The even and the odd part of images under the horizontal flip, (B, D) each, without their mirror image."""
+        """Return the even and odd parts of images under the horizontal flip, (B, D) each, left half only."""
         x = images.to(self.device).float() / 255
         if max(x.shape[-2:]) > SIDE:
             x = adaptive_avg_pool2d(x, (min(SIDE, x.shape[-2]), min(SIDE, x.shape[-1])))
@@ -155,5 +158,5 @@ class CopyDetector:
 
 
 def _some(count: int, most: int) -> Tensor:
-    """At most so many of the numbers 0..count-1, always the same."""
+    """Return at most `most` of the numbers 0..count-1 in random order, the same on every call."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]

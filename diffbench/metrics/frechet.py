@@ -18,10 +18,10 @@ def gaussian(features: Tensor) -> Gaussian:
 
 
 def frechet(a: Gaussian, b: Gaussian) -> Tensor:
-    """Squared Fréchet distance of two Gaussians (Heusel et al. 2017), float64 scalar on their device.
+    """Compute the squared Fréchet distance of two Gaussians (Heusel et al. 2017), a float64 scalar on their device.
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The last term is the nuclear norm of S1^(1/2) S2^(1/2): real by
-    construction, and exact to rounding where a covariance is singular, as it is with fewer samples than features.
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). tr (S1 S2)^(1/2) is the nuclear norm of S1^(1/2) S2^(1/2): real by
+    construction, and exact up to rounding even for singular covariances, such as with fewer samples than features.
     """
     cross = torch.linalg.svdvals(_sqrt(a.cov) @ _sqrt(b.cov)).sum()
     return (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
@@ -33,23 +33,23 @@ def _sqrt(cov: Tensor) -> Tensor:
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Squared Fréchet distance between Gaussian fits of two feature sets (N, D) and (M, D)."""
+    """Compute the squared Fréchet distance between Gaussian fits of two feature sets (N, D) and (M, D)."""
     return float(frechet(gaussian(features), gaussian(reference)))
 
 
 def frechet_infinity(features: Tensor, reference: Gaussian, order: Tensor, points: int = 15) -> float:
     """Extrapolate the Fréchet distance to infinitely many samples (Chong & Forsyth 2020); a diagnostic.
 
-    A line in 1/N through the distances of the first N samples in `order`, for `points` values of N from 5,000 (half
-    of the samples where there are fewer than 10,000) to all of them, read off at 1/N = 0. The bias of the reference's
-    own finite number stays.
+    Fit a line in 1/N to the distances of the first N samples in `order`, for `points` values of N from 5,000 (half of
+    the samples if there are fewer than 10,000) to all of them, and evaluate it at 1/N = 0. The bias from the finite
+    number of reference images remains.
 
     Args:
-        features: (N, D) of samples.
+        features: (N, D) features of samples.
         order: (N,) a permutation of the samples.
 
     Raises:
-        ValueError: under 5,000 samples, where the bias is not linear in 1/N.
+        ValueError: for fewer than 5,000 samples, where the bias is not linear in 1/N.
     """
     n = len(features)
     if n < 5000:
@@ -62,11 +62,11 @@ def frechet_infinity(features: Tensor, reference: Gaussian, order: Tensor, point
 
 
 class Moments(SampleMetric):
-    """Gaussian fit of features.
+    """A metric that computes the Gaussian fit of features.
 
     Args:
-        count: how many samples there will be, checked in the end; None for any number.
-        center: (dim,) a point near the mean, the same on every process; sums about it lose no digits.
+        count: expected number of samples, checked at the end; None for any number.
+        center: (dim,) a point near the mean, the same on every rank; sums about it avoid cancellation.
     """
 
     n: Tensor
@@ -92,7 +92,7 @@ class Moments(SampleMetric):
         self.outer += x.T @ x
 
     def gaussian(self) -> Gaussian:
-        """Gaussian fit of all samples so far; ValueError if they are fewer than two, or not those announced."""
+        """Return the Gaussian fit of all samples; raise ValueError if there are fewer than two, or not `count`."""
         n = self.checked_count(self.n, self.bad, self.count)
         if n < 2:
             raise ValueError(f"{type(self).__name__}: a covariance needs at least 2 samples, got {n}")
@@ -108,8 +108,8 @@ class FrechetDistance(Moments):
     """Squared Fréchet distance to a Gaussian fit of real images (Heusel et al. 2017), or to several by name.
 
     Args:
-        references: fit of real images; or several by name, all of one feature space.
-        count: how many samples there will be, checked in the end; None for any number.
+        references: fit of real images; or several by name, all in one feature space.
+        count: expected number of samples, checked at the end; None for any number.
     """
 
     higher_is_better = False
@@ -126,14 +126,14 @@ class FrechetDistance(Moments):
         return cls({name: r.fit for name, r in measurement.references.items()}, measurement.count)
 
     def compute(self) -> Tensor | dict[str, Tensor]:
-        """The distance, a float64 scalar; of several references name -> distance."""
+        """Return the distance, a float64 scalar; or name -> distance for several references."""
         fit = self.gaussian()
-        found = {name: frechet(fit, reference.like(fit.mean)) for name, reference in self.references.items()}
-        return found["fd"] if self.alone else found
+        distances = {name: frechet(fit, reference.like(fit.mean)) for name, reference in self.references.items()}
+        return distances["fd"] if self.alone else distances
 
 
 class SpatialFrechetDistance(FrechetDistance):
-    """The Fréchet distance of the extractor's spatial layer: sFID (Nash et al. 2021)."""
+    """sFID, the Fréchet distance of the extractor's spatial layer (Nash et al. 2021)."""
 
     @classmethod
     def of(cls, measurement: Measurement) -> Self | None:
@@ -146,7 +146,7 @@ class SpatialFrechetDistance(FrechetDistance):
 
 
 class FrechetInfinity(Rows):
-    """`frechet_infinity` of all samples, in an order (count,) that the caller draws."""
+    """`frechet_infinity` of all samples, in an order (count,) that the caller provides."""
 
     higher_is_better = False
 

@@ -1,4 +1,4 @@
-"""The kernel distance of features, KID (Binkowski et al. 2018), as a function and as a torchmetric."""
+"""The kernel distance of features, KID (Binkowski et al. 2018), as a function and as a torchmetrics metric."""
 
 from typing import Self
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from diffbench.metrics.base import Measurement, Rows
 
 SUBSETS, SUBSET = 100, 1000
-"""The kernel distance is a mean over so many subsets of so many images, as is common; of fewer images it takes all."""
+"""Number of subsets that the kernel distance is averaged over, and images per subset, as is common; fewer use all."""
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (KID; Binkowski et al. 2018), N and M at least 2."""
+    """Compute the unbiased squared MMD of (N, D) and (M, D), N, M >= 2, with the kernel (x.y / D + 1)^3 (KID)."""
     x, y = features.double(), reference.double()
     n, m, width = len(x), len(y), x.shape[1]
     if min(n, m) < 2:
@@ -29,7 +29,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Tensor:
 
 
 def subsets_of(measurement: Measurement) -> list[tuple[Tensor, Tensor]] | None:
-    """Row numbers of the subsets, the same for all samples; None where all rows make one subset."""
+    """Return (sample rows, reference rows) of each subset, the same for all runs; None if one subset takes all rows."""
     samples, real = measurement.keep, len(measurement.main.rows)
     size = min(SUBSET, samples, real)
     if size == samples == real:
@@ -48,8 +48,8 @@ class KernelDistance(Rows):
 
     Args:
         reference: (M, dim) features of real images.
-        keep: how many of them are kept.
-        subsets: pairs of row numbers, of the kept samples and of the reference; None compares all with all.
+        keep: number of samples whose features are kept.
+        subsets: pairs (rows of the kept samples, rows of the reference); None compares all with all.
             The spread between subsets is not a confidence interval.
     """
 
@@ -71,7 +71,7 @@ class KernelDistance(Rows):
         return cls(rows, measurement.count, measurement.keep, subsets_of(measurement)) if len(rows) else None
 
     def compute(self) -> dict[str, Tensor]:
-        """{"kid", "kid_sd"}, float64 scalars; the second only where there are subsets."""
+        """Return "kid" and, if there are subsets, their standard deviation "kid_sd", as float64 scalars."""
         x = self.rows()
         y = self.reference.to(x)
         if self.subsets is None:

@@ -1,4 +1,4 @@
-"""The share of copies among samples, with its interval, and authenticity."""
+"""The share of copies among samples with its confidence interval, and authenticity."""
 
 from typing import NamedTuple, Self
 
@@ -10,7 +10,7 @@ from diffbench.metrics.copies import CopyDetector
 
 
 class Share(NamedTuple):
-    """A share with its 95% interval, each in 0..1."""
+    """A share with its 95% confidence interval, each in 0..1."""
 
     value: float
     low: float
@@ -18,15 +18,15 @@ class Share(NamedTuple):
 
 
 def share_of_copies(flagged: int, count: int, false_alarms: int, real: int) -> Share:
-    """The share of copies among samples, corrected for false alarms.
+    """Estimate the share of copies among samples, corrected for false alarms.
 
-    Of a share c of copies and false alarms at rate f, c + (1 - c) f are flagged. Both rates have exact binomial
-    intervals (Clopper & Pearson 1934) of 97.5%, whose ends far apart give at least 95% together. Copies that the
-    detector misses are not in it.
+    With a share c of copies and false-alarm rate f, c + (1 - c) f of the samples are flagged. Opposite ends of the
+    exact 97.5% binomial intervals (Clopper & Pearson 1934) of the two rates give at least 95% coverage together.
+    Copies that the detector misses are not counted.
 
     Args:
-        flagged: samples flagged, out of `count`.
-        false_alarms: real images flagged that are not copies, out of `real`.
+        flagged: number of samples flagged, out of `count`.
+        false_alarms: number of real images flagged that are not copies, out of `real`.
     """
     low, high = _binomial_interval(flagged, count)
     least, most = _binomial_interval(false_alarms, real)
@@ -43,7 +43,7 @@ def _binomial_interval(k: int, n: int, confidence: float = 0.975) -> tuple[float
 
 
 class Memorisation(Rows):
-    """The share of copies with its interval, and authenticity; a row of the table is ratio, authentic, nearest."""
+    """The share of copies with its interval, and authenticity. Table columns are ratio, authentic and nearest."""
 
     def __init__(self, detector: CopyDetector, count: int) -> None:
         super().__init__(3, count)
@@ -54,15 +54,15 @@ class Memorisation(Rows):
         return None if measurement.detector is None else cls(measurement.detector, measurement.count)
 
     def update(self, images: Tensor, index: Tensor) -> None:
-        """Add images (B, C, H, W) uint8 of samples number `index` (B,)."""
+        """Add images (B, C, H, W) uint8 of the samples numbered `index` (B,)."""
         super().update(torch.stack([a.double() for a in self.detector.judge(images)], dim=1), index)
 
     def flagged(self) -> int:
-        """Samples that count as copies."""
+        """Return the number of samples flagged as copies."""
         return int((self.rows()[:, 0] < self.detector.calibration.threshold).sum())
 
     def compute(self) -> dict[str, float]:
-        known = self.detector.calibration
-        share = share_of_copies(self.flagged(), self.count, known.false_alarms, known.real)
+        calibration = self.detector.calibration
+        share = share_of_copies(self.flagged(), self.count, calibration.false_alarms, calibration.real)
         authenticity = float(self.rows()[:, 1].mean())
         return {"copies": share.value, "copies_low": share.low, "copies_high": share.high, "authenticity": authenticity}

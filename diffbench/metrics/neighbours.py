@@ -9,7 +9,7 @@ from diffbench.metrics.base import Measurement, Rows, squared_distances
 
 
 class Neighbours(NamedTuple):
-    """Shares of samples and of reference points, each in 0 to 1 but for the density, which has no upper bound."""
+    """Shares of samples and of reference points, each in 0 to 1 except density, which has no upper bound."""
 
     precision: float
     recall: float
@@ -18,21 +18,22 @@ class Neighbours(NamedTuple):
 
 
 def neighbours(features: Tensor, reference: Tensor, k: int, chunk: int = 1024) -> Neighbours:
-    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+    """Compute precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    A point's ball reaches to its k-th nearest neighbour in its own set; a point is not a neighbour of itself.
-    Precision: samples inside the ball of a reference point; recall: reference points inside the ball of a sample, both
-    with the rim, as the ADM evaluator counts. Density: reference balls that a sample lies in, over k; coverage:
-    reference points whose ball holds a sample, both without the rim, as their authors count.
+    A point's ball reaches to its k-th nearest neighbour in its own set, not counting the point itself.
+    Precision: share of samples inside the ball of some reference point; recall: share of reference points inside the
+    ball of some sample; both include the boundary, as in the ADM evaluator. Density: mean number of reference balls
+    around a sample, over k; coverage: share of reference balls with a sample inside; both exclude the boundary, as in
+    the authors' code.
 
     Args:
-        features: (N, D) of samples, N > k.
-        reference: (M, D) of real images, M > k.
-        k: which neighbour.
-        chunk: rows of a distance matrix held at once.
+        features: (N, D) features of samples, N > k.
+        reference: (M, D) features of real images, M > k.
+        k: rank of the neighbour that sets a ball's radius.
+        chunk: rows of the distance matrix in memory at once.
 
     Raises:
-        ValueError: with k samples or fewer on either side.
+        ValueError: if either side has k samples or fewer.
     """
     if min(len(features), len(reference)) <= k:
         raise ValueError(f"k={k} neighbours need more than {k} samples, got {len(features)} and {len(reference)}")
@@ -53,13 +54,13 @@ def neighbours(features: Tensor, reference: Tensor, k: int, chunk: int = 1024) -
 
 
 def _kth_neighbour(points: Tensor, k: int, chunk: int) -> Tensor:
-    """(N,) squared distance of each point to its k-th nearest other one."""
-    # The first of the k + 1 nearest is the point itself.
+    """Return each point's squared distance (N,) to its k-th nearest neighbour."""
+    # The nearest of the k + 1 nearest points is the point itself.
     return torch.cat([squared_distances(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(chunk)])
 
 
 class PrecisionRecall(Rows):
-    """Improved precision and recall with k=3 (Kynkäänniemi et al. 2019)."""
+    """Improved precision and recall with k = 3 (Kynkäänniemi et al. 2019)."""
 
     higher_is_better = True
     names, k = ("precision", "recall"), 3
@@ -75,11 +76,11 @@ class PrecisionRecall(Rows):
 
     def compute(self) -> dict[str, float]:
         x = self.rows()
-        found = neighbours(x, self.reference.to(x), self.k)
-        return {name: getattr(found, name) for name in self.names}
+        values = neighbours(x, self.reference.to(x), self.k)
+        return {name: getattr(values, name) for name in self.names}
 
 
 class DensityCoverage(PrecisionRecall):
-    """Density and coverage with k=5 (Naeem et al. 2020)."""
+    """Density and coverage with k = 5 (Naeem et al. 2020)."""
 
     names, k = ("density", "coverage"), 5

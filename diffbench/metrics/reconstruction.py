@@ -9,7 +9,7 @@ LOSSLESS = 100.0
 
 
 def psnr(images: Tensor, originals: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of images (N, C, H, W) uint8; an equal image counts 100 dB."""
+    """Return the mean peak signal-to-noise ratio in dB of images (N, C, H, W) uint8; identical images count 100 dB."""
     parts = []
     for a, b in zip(images.split(BATCH), originals.split(BATCH), strict=True):
         error = (a.double() - b.double()).square().flatten(1).mean(1)
@@ -18,7 +18,7 @@ def psnr(images: Tensor, originals: Tensor) -> float:
 
 
 def ssim(images: Tensor, originals: Tensor) -> float:
-    """Mean structural similarity (Wang et al. 2004) of images (N, C, H, W) uint8; 1 for equal ones."""
+    """Return the mean structural similarity (Wang et al. 2004) of images (N, C, H, W) uint8; 1 for identical ones."""
     total = 0.0
     for a, b in zip(images.split(BATCH), originals.split(BATCH), strict=True):
         each = structural_similarity_index_measure(a.double(), b.double(), data_range=255.0, reduction="sum")

@@ -1,4 +1,4 @@
-"""One row for each metric: how it is computed, and what tables, conclusions, plots and TensorBoard know of it."""
+"""One row per metric: how it is computed, and how tables, conclusions, plots and TensorBoard present it."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,23 +46,23 @@ class Metric:
     """A metric as tables, reports and TensorBoard see it.
 
     Attributes:
-        name: under which values are recorded, without extractor and count: "fd" of "fd/digits-cnn@500".
+        name: name under which values are recorded, without extractor and count: "fd" of "fd/digits-cnn@500".
         title: the name in words.
-        unit: of the values; empty for a plain number.
+        unit: unit of the values; empty for a plain number.
         direction: which values are better; None for a metric that ranks nothing.
-        shown: whether tables have a row or column for it; the records hold every metric.
+        shown: whether tables have a row or column for it; records contain every metric.
         percent: whether a value in 0 to 1 is written as a percentage.
-        digits: decimals where no uncertainty is known.
-        measure: the class that computes the metric of samples; several rows may share one.
-        computed: the name that the class gives the value, where the published Inception protocol renames it.
-        in_training: whether distances in training compute it too.
-        of_pixels: whether it needs no extractor, so that its full name is "copies@500".
-        watched: whether a conclusion says so where this metric contradicts the primary one.
+        digits: decimals if no uncertainty is known.
+        measure: the class that computes the metric from samples; several rows may share one.
+        computed: the name that the class gives the value, if the published Inception protocol renames it.
+        in_training: whether it is also computed in training, with the distances.
+        of_pixels: whether it needs no extractor, so that its full name is like "copies@500".
+        watched: whether a conclusion mentions that this metric contradicts the primary one.
         swept: whether plots over a sampling key draw it.
-        tie: relative gap under which two values are a tie, since training anew moves them by as much.
+        tie: relative gap below which two values count as a tie, since retraining changes them by as much.
         listed: whether a list of runs shows it as the score of a run.
-        floor: whether tables put the value of as many real images beside it.
-        note: what the report's glossary says of it.
+        floor: whether tables also show the value of an equal number of real images.
+        note: its text in the report's glossary.
     """
 
     name: str
@@ -85,20 +85,20 @@ class Metric:
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether small values are better; a metric that ranks nothing counts as an error does."""
+        """Whether lower values are better; also true for a metric that ranks nothing."""
         return self.direction != "higher"
 
     @property
     def is_validation(self) -> bool:
-        """Whether training logs the metric, rather than an evaluation of samples."""
+        """Whether the metric is logged by training rather than measured on samples."""
         return self.name.startswith(("val/", "train/"))
 
     def better(self) -> str:
-        """ "lower is better" or "higher is better"; empty for a metric that ranks nothing."""
+        """Return "lower is better" or "higher is better"; an empty string for a metric that ranks nothing."""
         return f"{self.direction} is better" if self.direction else ""
 
     def text(self, value: float) -> str:
-        """A value as tables show it: 93.1% or 12.345."""
+        """Format a value as in tables: 93.1% or 12.345."""
         return f"{100 * value:.1f}%" if self.percent else f"{value:.{self.digits}f}"
 
 
@@ -180,22 +180,22 @@ METRICS: dict[str, Metric] = {
         Metric("ssim", "SSIM of reconstructions", "higher", digits=4, of_pixels=True),
     )
 }
-"""Name without extractor and count -> row, in the order in which tables show them."""
+"""Name without extractor and count -> row, in table order."""
 RANKING = [name for name, metric in METRICS.items() if metric.direction]
-"""The metrics that say which of two variants is better."""
+"""Names of the metrics that can rank variants."""
 
 
 def metric_of(name: str) -> Metric:
-    """Find the row of a metric by its full or short name: "fd/digits-cnn@500", "psnr@200", "val/bound".
+    """Return the row of a metric by its full or short name: "fd/digits-cnn@500", "psnr@200", "val/bound".
 
-    A name without a row gets one of its own that is not shown and ranks nothing.
+    An unknown name gets a new row that is not shown and ranks nothing.
     """
     short = name if name.startswith(("val/", "train/")) else name.split("/")[0].split("@")[0]
     return METRICS.get(short) or Metric(short, short.replace("_", " "), None, shown=False)
 
 
 def metric_name(computed: str, extractor: Extractor | None, count: int) -> str:
-    """Full name under which a value is recorded: metric/extractor@count, or metric@count for a metric of pixels.
+    """Return the full name under which a value is recorded: metric/extractor@count, or metric@count without extractor.
 
     Only distances of the published Inception protocol may be called FID.
     """

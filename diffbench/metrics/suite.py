@@ -1,4 +1,4 @@
-"""All metrics of one set of samples, and statistics of real images: one pass of the extractor feeds everything."""
+"""All metrics of one set of samples, and statistics of real images, from a single pass of the extractor."""
 
 from collections.abc import Iterable
 
@@ -17,37 +17,37 @@ class Suite:
 
     Args:
         measurement: the samples, and what they are compared with.
-        brief: only the metrics that are also measured in training.
+        brief: whether to compute only the metrics that are also measured in training.
     """
 
     def __init__(self, measurement: Measurement, brief: bool = False) -> None:
         self.extractor, self.count = measurement.extractor, measurement.count
         device = states_device(self.extractor.device)
         rows = [m for m in METRICS.values() if m.measure and (m.in_training or not brief)]
-        # A class may compute several metrics; where it computes one, this is its name.
+        # One name per class, which the collection uses as the metric's name if the class computes a single value.
         names = {m.measure: m.computed or m.name for m in rows if m.measure}
-        made = [(name, measure.of(measurement)) for measure, name in names.items()]
-        measured: dict[str, Metric | MetricCollection] = {name: metric for name, metric in made if metric is not None}
-        self.metrics = MetricCollection(measured, compute_groups=False).to(device)
+        candidates = [(name, measure.of(measurement)) for measure, name in names.items()]
+        metrics: dict[str, Metric | MetricCollection] = {name: m for name, m in candidates if m is not None}
+        self.metrics = MetricCollection(metrics, compute_groups=False).to(device)
 
     def update(self, images: Tensor, index: Tensor, labels: Tensor | None = None) -> None:
-        """Add samples (B, C, H, W) uint8 number `index` (B,), drawn for `labels` (B,)."""
-        found = self.extractor(images)
-        of_network = {"features": found.pooled, "logits": found.logits, "spatial": found.spatial}
-        self.metrics.update(images=images, index=index, labels=labels, **of_network)
+        """Add samples (B, C, H, W) uint8 numbered `index` (B,), drawn for `labels` (B,)."""
+        features = self.extractor(images)
+        outputs = {"features": features.pooled, "logits": features.logits, "spatial": features.spatial}
+        self.metrics.update(images=images, index=index, labels=labels, **outputs)
 
     def compute(self) -> dict[str, float]:
-        """Name without extractor and count -> value; every process must call it, in step, and gets the same."""
+        """Return name (without extractor and count) -> value; a collective call, with the same result on every rank."""
         values = {name: float(value) for name, value in self.metrics.compute().items()}
         order = {name: place for place, name in enumerate(METRICS)}
         return dict(sorted(values.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def reference_statistics(extractor: Extractor, batches: Iterable[Tensor], count: int, keep: int) -> ReferenceStatistics:
-    """Statistics of `count` images in batches (B, C, H, W) uint8, with the features of `keep` of them.
+    """Compute statistics of `count` images in batches (B, C, H, W) uint8, and keep the features of `keep` of them.
 
     Raises:
-        ValueError: if there are fewer than two images, another number than `count`, or features that are not finite.
+        ValueError: if there are fewer than two images, their number is not `count`, or features are not finite.
     """
     device = states_device(extractor.device)
     fit: Moments | None = None
@@ -56,7 +56,7 @@ def reference_statistics(extractor: Extractor, batches: Iterable[Tensor], count:
     done = 0
     for batch in batches:
         features = extractor(batch)
-        if fit is None:  # sums are taken about the first batch's mean
+        if fit is None:  # sums are taken about the mean of the first batch
             fit = Moments(extractor.dim, count, features.pooled.mean(0)).to(device)
             if features.spatial is not None:
                 spatial = Moments(features.spatial.shape[1], count, features.spatial.mean(0)).to(device)

@@ -1,4 +1,4 @@
-"""The cost of sampling: network evaluations, and their seconds on this machine."""
+"""The cost of sampling: network evaluations, and their time in seconds on this machine."""
 
 import math
 import time
@@ -16,15 +16,15 @@ from diffbench.sampling.guided import guided
 from diffbench.sampling.sampler import Sampler, run_sampler
 
 PROBE = 64
-"""Samples in a timed batch, at most."""
+"""Maximum number of samples in a timed batch."""
 
 
 @torch.no_grad()
 def network_evaluations(process: Process, config: SampleConfig) -> int:
-    """Network evaluations of one sample, counted by running the sampler without a network.
+    """Count the network evaluations of one sample by running the sampler without a network.
 
-    Guidance away from the null class or a weaker model counts twice where its weight is not 1; a classifier's gradient
-    is not counted. An adaptive sampler takes at least as many.
+    Guidance by the null class or a weaker model counts twice where its weight is not 1; a classifier's gradient is not
+    counted. For an adaptive sampler the count is a lower bound.
     """
     count = 0
 
@@ -40,7 +40,7 @@ def network_evaluations(process: Process, config: SampleConfig) -> int:
 
 
 def sampling_seconds(sampler: Sampler, config: SampleConfig, count: int) -> float:
-    """About how long `count` samples take on this machine."""
+    """Estimate the time in seconds that `count` samples take on this machine."""
     batch = min(sampler.batch_size(config), count)
     rounds = math.ceil(math.ceil(count / batch) / sampler.at_once)
     return rounds * batch * network_evaluations(sampler.process, config) * seconds_per_evaluation(sampler, batch)
@@ -48,7 +48,7 @@ def sampling_seconds(sampler: Sampler, config: SampleConfig, count: int) -> floa
 
 @torch.no_grad()
 def seconds_per_evaluation(sampler: Sampler, batch: int) -> float:
-    """Seconds of one evaluation of the denoiser for one sample, in batches of `batch` (64 at most)."""
+    """Measure the seconds per sample of one denoiser evaluation, in batches of `batch` (at most 64)."""
     size, like = min(batch, PROBE), next(sampler.denoiser.parameters())
     x = torch.zeros(size, *sampler.shape, device=like.device, dtype=like.dtype)
     t = sampler.process.time(torch.full((size,), 0.5, device=like.device, dtype=torch.float64)).to(x)
@@ -58,7 +58,7 @@ def seconds_per_evaluation(sampler: Sampler, batch: int) -> float:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that some work takes, the better of two runs after a warm-up."""
+    """Return the seconds that `work` takes, the better of two runs after a warm-up."""
     taken = []
     for _ in range(3):
         started = time.perf_counter()

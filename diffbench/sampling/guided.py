@@ -1,4 +1,4 @@
-"""Guidance as a SampleConfig says: its weight over time, away from a weaker model, along a classifier's gradient."""
+"""Guidance configured by a SampleConfig: a weight over time, a weaker model, or a classifier's gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from diffbench.diffusion.process import LabelledPredict
 
 @dataclass(frozen=True)
 class GuidanceModels:
-    """The networks that guidance needs beside the denoiser, in eval mode."""
+    """The networks that guidance needs in addition to the denoiser, in eval mode."""
 
     weak_model: nn.Module | None = None
-    """(x, t, y) -> output under the same process: autoguidance leads away from it."""
+    """(x, t, y) -> output under the same process; autoguidance leads away from it."""
     classifier: nn.Module | None = None
-    """(x, t) -> logits (B, num_classes) of noisy images, scaled as the process scales them."""
+    """(x, t) -> logits (B, num_classes) of noisy images, which are scaled as the denoiser's inputs."""
 
     def to(self, device: torch.device) -> "GuidanceModels":
         for network in (self.weak_model, self.classifier):
@@ -36,11 +36,11 @@ def guided(
     null_label: int | None = None,
     models: GuidanceModels = GuidanceModels(),
 ) -> Predict:
-    """Wrap a labelled predictor into one for labels y (B,), or weights over them, guided as the config says.
+    """Wrap a labelled predictor into one for labels y (B,), or weights over labels, with the config's guidance.
 
     Raises:
-        ValueError: where guidance needs a null class, a weaker model or a classifier that is not there, or a classifier
-            would guide towards a mixture of classes.
+        ValueError: if the null class, weaker model or classifier that guidance needs is missing, or a classifier would
+            have to guide towards a mixture of classes.
     """
     if config.guidance == 1:
         plain: Predict = lambda x, t: predict(x, t, y)  # noqa: E731
@@ -65,15 +65,15 @@ def guided(
 
 
 def gradient_of(classifier: nn.Module, process: Process, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x, t) -> gradient of log p(y | x_t) in x_t, (B, C, H, W), of a classifier (x, t) -> logits."""
+    """Return (x, t) -> gradient of log p(y | x_t) in x_t, (B, C, H, W), by a classifier (x, t) -> logits."""
 
     def gradient(x: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             scaled, time = process.inputs(x, t.to(x.device))
             log_p = classifier(scaled, time).log_softmax(-1)
-            (towards,) = torch.autograd.grad(log_p.gather(-1, y[:, None]).sum(), x)
-        return towards
+            (grad,) = torch.autograd.grad(log_p.gather(-1, y[:, None]).sum(), x)
+        return grad
 
     return gradient
 

@@ -1,4 +1,4 @@
-"""Images for the eye: grids as PNG, JPEG, WebP or GIF, and how samples come about, as a strip or an animation."""
+"""Image files to look at: grids as PNG, JPEG, WebP or GIF, and sampling trajectories as strips or animations."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,29 +23,29 @@ FORMATS: dict[str, dict[str, Any]] = {
     ".webp": {"format": "WEBP", "lossless": True},
     ".gif": {"format": "GIF"},
 }
-"""Suffix -> how Pillow saves an image under it."""
+"""Suffix -> Pillow's options for saving an image."""
 
 
 def new_files(
     out: str | None, default: Path, endings: Sequence[str] = (), formats: Sequence[str] = tuple(FORMATS)
 ) -> list[Path]:
-    """The files that a command writes, its image and those beside it, none of which exists yet.
+    """Return the files that a command writes, an image and its companions, none of which exists yet.
 
     Args:
-        out: the image's file, if the user names one.
-        default: its file otherwise; a number is added where it or a file beside it is there already.
-        endings: of the files beside it, in place of its suffix.
-        formats: suffixes that the image may have.
+        out: the image file, if the user names one.
+        default: the image file otherwise; a number is appended if it or a companion already exists.
+        endings: endings of the companions, which replace the image's suffix.
+        formats: suffixes allowed for the image.
 
     Returns:
-        The image's file, and one for each ending.
+        The image file, and one file for each ending.
 
     Raises:
-        ValueError: if a file that the user named exists, or names no format.
+        ValueError: if a file that the user named exists, or its suffix is not an allowed format.
     """
     first = Path(out) if out else default
     if first.suffix.lower() not in formats:
-        raise ValueError(f"out: {first}: its suffix names no format; choose from {', '.join(formats)}")
+        raise ValueError(f"out: {first}: its suffix is not an image format; choose from {', '.join(formats)}")
     for number in itertools.count(1):
         stem = first.stem if number == 1 else f"{first.stem}-{number}"
         files = [first.with_name(stem + ending) for ending in (first.suffix, *endings)]
@@ -58,20 +58,20 @@ def new_files(
 
 
 def class_columns(num_classes: int) -> int:
-    """Columns of a grid of samples: one for each of the first 16 classes; eight where there is only one, or none."""
+    """Return the columns of a grid of samples: one per class, at most 16, or eight for fewer than two classes."""
     return min(num_classes, 16) if num_classes > 1 else 8
 
 
 def grid(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> np.ndarray:
-    """Images (N, C, H, W) uint8, one or three channels, as rows of `columns` with a thin border.
+    """Arrange images (N, C, H, W) uint8, with one or three channels, in rows of `columns` with a thin border.
 
     Args:
-        images: of any count; the last row is filled up with grey.
-        scale: pixels a side that each pixel is enlarged to.
-        captions: a text above each image. Where they are the same in all rows, they stand above the first one alone.
+        images: any number; the last row is padded with grey.
+        scale: factor by which each side is enlarged.
+        captions: a text above each image. If all rows have the same captions, only the first row shows them.
 
     Returns:
-        (rows * H', columns * W', 3) uint8, with the captions' height besides.
+        (rows * H', columns * W', 3) uint8, plus the height of the captions.
     """
     rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
     rgb = rgb.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
@@ -93,7 +93,7 @@ CAPTION_HEIGHT = 16
 
 
 def _caption_line(texts: Sequence[str], width: int, columns: int) -> np.ndarray:
-    """Texts above the cells of a row, each made smaller, then cut, to fit its cell: (16, columns * width, 3) uint8."""
+    """Draw the captions of a row, each shrunk and then truncated to fit its cell: (16, columns * width, 3) uint8."""
     line = Image.new("RGB", (columns * width, CAPTION_HEIGHT), "white")
     draw = ImageDraw.Draw(line)
     for i, text in enumerate(texts):
@@ -114,12 +114,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def enlarged(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> np.ndarray:
-    """A `grid` of images (N, C, H, W) uint8, small ones enlarged for the eye to about 64 pixels a side."""
+    """Return a `grid` of images (N, C, H, W) uint8, with small images enlarged to about 64 pixels per side."""
     return grid(images, columns, max(1, 64 // max(images.shape[-2:])), captions)
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
-    """Write an (H, W, 3) uint8 image atomically, in the format that the suffix names, one of `FORMATS`."""
+    """Write an (H, W, 3) uint8 image atomically, in the format of the suffix, one of `FORMATS`."""
     with atomic(path) as file:
         Image.fromarray(image).save(file, **FORMATS[path.suffix.lower()])
 
@@ -131,7 +131,7 @@ def save_grid(images: Tensor, columns: int, path: Path, captions: Sequence[str] 
 def save_npz(samples: Tensor, labels: Tensor, path: Path) -> None:
     """Write samples (N, C, H, W) as `arr_0` and their labels (N,) as `arr_1`.
 
-    Images are (N, H, W, C) uint8 in the file, as ADM's evaluator reads them; other samples as they are, float32.
+    Images are stored as (N, H, W, C) uint8, as the ADM evaluator reads them; other samples unchanged, as float32.
     """
     arranged = samples.permute(0, 2, 3, 1) if samples.dtype == torch.uint8 else samples
     with atomic(path) as file:
@@ -139,11 +139,11 @@ def save_npz(samples: Tensor, labels: Tensor, path: Path) -> None:
 
 
 class Trajectory:
-    """A sampler's callback that keeps x_t and the predicted image at each step, of the first few samples.
+    """A sampler callback that records x_t and the predicted image at each step, for the first few samples.
 
     Args:
-        images: what the denoiser works on to images uint8, `Sampler.images`.
-        count: how many samples are kept, of the first batch.
+        images: maps the denoiser's space to uint8 images, such as `Sampler.images`.
+        count: number of samples to record, from the first batch.
     """
 
     def __init__(self, images: Callable[[Tensor], Tensor] = to_uint8, count: int = 4) -> None:
@@ -152,14 +152,14 @@ class Trajectory:
         self.predicted: list[Tensor] = []
 
     def __call__(self, step: int, x: Tensor, x0: Tensor) -> None:
-        if step == len(self.noisy):  # a batch that did not fit into memory begins again at 0
+        if step == len(self.noisy):  # a batch that ran out of memory is drawn again from step 0: skip repeated steps
             x, x0 = x[: self.count], x0[: self.count]
             size = x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1)
             self.noisy.append((x / size).detach())
             self.predicted.append(x0.detach())
 
     def strip(self, columns: int = 10) -> np.ndarray:
-        """Evenly chosen steps from left to right, with the last; for each sample x_t above the predicted image.
+        """Draw evenly spaced steps from left to right, including the last; per sample, x_t above the predicted image.
 
         Returns:
             (rows * H', columns * W', 3) uint8.
@@ -171,7 +171,7 @@ class Trajectory:
     def save_gif(self, path: Path, seconds: float = 4.0, most: int = 60) -> None:
         """Write an animation of at most `most` steps, x_t on the left and the predicted image on the right.
 
-        The end stays for a second.
+        The last frame stays for one second.
         """
         frames = []
         for both in self._frames(most):
@@ -183,7 +183,7 @@ class Trajectory:
             frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
 
     def _frames(self, most: int) -> Tensor:
-        """Evenly chosen steps, x_t and the predicted image: (step, 2, n, C, H, W) uint8 on the CPU."""
+        """Return x_t and the predicted image at evenly spaced steps: (step, 2, n, C, H, W) uint8 on the CPU."""
         chosen = np.unique(np.linspace(0, len(self.noisy) - 1, most).round().astype(int))
         pairs = [torch.stack([self.images(self.noisy[i]), self.images(self.predicted[i])]) for i in chosen]
         return torch.stack(pairs).cpu()

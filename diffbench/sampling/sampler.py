@@ -1,4 +1,4 @@
-"""The sampler of a trained denoiser. Sample i's noise is a function of (seed, i), whatever the batch or device."""
+"""Sampling from a trained denoiser. The noise of sample i depends only on (seed, i), not on the batch or device."""
 
 import math
 import threading
@@ -20,26 +20,26 @@ from diffbench.diffusion.samplers import Callback, Noise
 from diffbench.sampling.guided import GuidanceModels, guided
 
 CPU_BATCH = 250
-"""Samples of a batch on a CPU, at most: its caches hold what 500 need only at a fifth to a third more time."""
+"""Maximum batch size on a CPU: batches of 500 exceed its caches and take a fifth to a third more time."""
 
 
 @dataclass(eq=False)
 class Sampler:
-    """Draw images from a denoiser.
+    """A sampler that draws images from a denoiser.
 
     Attributes:
         denoiser: network (x, t, y) -> output, on its device.
-        process: the process that it was trained under.
-        shape: (C, H, W) of what it denoises.
-        null_label: its null class, needed for classifier-free guidance; None without one.
-        guidance_models: the networks that other guidance needs.
-        decode: what it denoises (B, C, H, W) to pixels (B, 1 or 3, H', W') in [-1, 1], such as an autoencoder's
-            decoder; None where these are pixels already.
-        raw: whether samples are given as they are denoised, as float32 rather than as images.
-        name: what errors call it, such as the run folder.
-        at_once: batches that a CPU draws at a time, each in a thread of its own, by a network that keeps no state.
-        values: pixels drawn so far, of every channel.
-        clipped: those that lay outside [-1, 1] by more than one of 255 levels.
+        process: the process that the denoiser was trained under.
+        shape: (C, H, W) of the denoiser's input.
+        null_label: null class of the denoiser, needed for classifier-free guidance; None without one.
+        guidance_models: the networks that other kinds of guidance need.
+        decode: maps the denoiser's space (B, C, H, W) to pixels (B, 1 or 3, H', W') in [-1, 1], such as an
+            autoencoder's decoder; None if the denoiser works on pixels.
+        raw: whether to return samples in the denoiser's space, as float32, instead of images.
+        name: name in error messages, such as the run folder.
+        at_once: number of batches drawn in parallel on a CPU, one per thread; above 1 for stateless networks only.
+        values: number of pixel values drawn so far, over all channels.
+        clipped: number of values outside [-1, 1] by more than 1/255, half an 8-bit level.
     """
 
     denoiser: nn.Module
@@ -65,24 +65,24 @@ class Sampler:
         callback: Callback | None = None,
         check: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Draw an image of each label, in batches of `batch_size`, halved where a GPU's memory is too small.
+        """Draw one image per label, in batches of `batch_size`, which is halved if GPU memory runs out.
 
         Args:
             labels: (N,) classes, or (N, labels) weights over the network's label table.
             config: sampler, steps, guidance and the rest.
-            seed: with a sample's number it fixes its noise.
+            seed: seed that, with a sample's number, determines its noise.
             first: number of the first sample.
-            progress: called with the number of images of each batch that is done.
+            progress: called with the number of images after each batch.
             callback: called after each step of the first batch with (step, x, predicted x0).
-            check: called after each step, from several threads; what it raises ends the drawing.
+            check: called after each step, from several threads; an exception that it raises stops sampling.
 
         Returns:
             (N, 1 or 3, H', W') uint8 on the CPU; (N, C, H, W) float32 if `raw`.
 
         Raises:
-            ValueError: where guidance is asked for that the network or the guidance models do not allow.
-            UserError: where the network put out values that are not finite, naming step and noise level; or where an
-                adaptive sampler does not reach the end.
+            ValueError: if the network or the guidance models do not support the config's guidance.
+            UserError: if the network's output is not finite, naming call and noise level; or if an adaptive sampler
+                does not reach the end.
         """
         config = config.settled(self.process.name, pixels=self.decode is None and not self.raw)
         parameter = next(self.denoiser.parameters())
@@ -90,7 +90,7 @@ class Sampler:
         predict, models = predictor(self.process, self._network(config, device)), self.guidance_models.to(device)
         size, failed = self.batch_size(config), threading.Event()
 
-        @torch.no_grad()  # here, since it holds for one thread
+        @torch.no_grad()  # on the inner function, since grad mode is per thread
         def draw(part: Tensor) -> Tensor:
             position, y = (first + part).to(device), labels[part].to(device)
 
@@ -123,7 +123,7 @@ class Sampler:
                 if size == 1:
                     raise
                 size = (min(size, len(batch)) + 1) // 2
-            return draw_in_parts(batch)  # after the error, which holds what was drawn so far
+            return draw_in_parts(batch)  # outside `except`: the traceback keeps the tensors drawn so far alive
 
         images: list[Tensor] = []
         with eval_mode(self.denoiser), ThreadPoolExecutor(self.at_once) as pool:
@@ -139,7 +139,7 @@ class Sampler:
         return torch.cat(images)
 
     def _finished(self, drawn: Tensor) -> Tensor:
-        """Turn drawn pixels (B, C, H, W) into uint8 on the CPU, and count them; raw values stay as they are."""
+        """Convert pixels (B, C, H, W) to uint8 and update the counts; return raw values unchanged."""
         if self.raw:
             return drawn
         if broken := int((~drawn.isfinite()).sum()):
@@ -149,12 +149,12 @@ class Sampler:
         return to_uint8(drawn)
 
     def batch_size(self, config: SampleConfig) -> int:
-        """Samples of a batch: those that the config allows, of which a CPU takes `CPU_BATCH`."""
+        """Return the batch size: the config's, but at most `CPU_BATCH` on a CPU."""
         on_cpu = next(self.denoiser.parameters()).device.type == "cpu"
         return min(config.batch_size, CPU_BATCH) if on_cpu else config.batch_size
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Decode what the denoiser works on, (B, C, H, W), to pixels (B, 1 or 3, H', W') in about [-1, 1]."""
+        """Decode the denoiser's space (B, C, H, W) to pixels (B, 1 or 3, H', W') in about [-1, 1]."""
         return x if self.decode is None else self.decode(x)
 
     def images(self, x: Tensor) -> Tensor:
@@ -169,9 +169,9 @@ class Sampler:
         return in_bfloat16 if config.precision == "bf16-mixed" else self.denoiser
 
     def _until_broken(self, predict: Predict, config: SampleConfig) -> Predict:
-        """Wrap a predictor so that it raises at the first prediction that is not finite, naming the step.
+        """Wrap a predictor so that it raises at the first prediction that is not finite, naming the call.
 
-        Looking synchronises each time, so only a batch that has failed is drawn again with it.
+        Each check synchronises, so it is used only to draw a failed batch again.
         """
         calls = 0
 
@@ -193,7 +193,7 @@ class Sampler:
 def run_sampler(
     predict: Predict, noise: Noise, process: Process, config: SampleConfig, callback: Callback | None = None
 ) -> Tensor:
-    """Take noise to a sample (B, C, H, W) by the config's sampler; `noise(-1)` is the start."""
+    """Turn noise into samples (B, C, H, W) with the config's sampler; `noise(-1)` is the starting noise."""
     c, p, x = config.settled(process.name), cast(Any, process), noise(-1)
     options: dict[str, Any] = {}
     match c.sampler:
@@ -231,31 +231,31 @@ def sample(
     callback: Callback | None = None,
     **settings: Any,
 ) -> Tensor:
-    """Draw samples from a denoiser, on the device that it is on.
+    """Draw samples from a denoiser, on its device.
 
     Args:
         network: (x, t, y) -> output, trained under `process`.
-        process: noise and prediction.
-        n: how many; one for each label by default.
-        labels: (N,) classes, or one for all; by default the network's classes in turn, all 0 where it says none.
-        shape: (C, H, W) of what it denoises; a denoiser of this package knows its own.
-        null_label: its null class, for guidance; a denoiser of this package knows its own.
-        seed: sample i's noise is a function of (seed, i), whatever the batch or device.
+        process: the process that the network was trained under.
+        n: number of samples; by default one per label, or 16 without labels.
+        labels: (N,) classes, or one for all; by default the network's classes in turn, or all 0 if it has none.
+        shape: (C, H, W) of the network's input; denoisers of this package know theirs.
+        null_label: null class of the network, for guidance; denoisers of this package know theirs.
+        seed: the noise of sample i depends only on (seed, i), not on the batch or device.
         callback: called after each step of the first batch with (step, x, predicted x0).
         settings: keys of `SampleConfig`, such as steps=50, sampler="ddim", guidance=2.0 or batch_size=100.
 
     Returns:
-        (N, C, H, W) uint8; float32 as denoised where there are neither one nor three channels.
+        (N, C, H, W) uint8; float32 in the denoiser's space unless there are one or three channels.
 
     Raises:
-        ValueError: if the network has no parameters, the shape is not known, counts disagree, or a setting is not
+        ValueError: if the network has no parameters, the shape is unknown, counts disagree, or a setting is not
             allowed.
     """
     if next(network.parameters(), None) is None:
-        raise ValueError("network: has no parameters, whose device and type samples take")
+        raise ValueError("network: has no parameters, from which samples take their device and dtype")
     shape = getattr(network, "shape", None) if shape is None else shape
     if shape is None:
-        raise ValueError("shape: give (C, H, W) of the images; this network does not say it")
+        raise ValueError("shape: give (C, H, W) of the images; this network has no attribute shape")
     if null_label is None and getattr(network, "null_class", False):
         null_label = int(network.num_classes)  # type: ignore[arg-type]
     if labels is None:

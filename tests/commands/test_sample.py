@@ -80,7 +80,7 @@ def test_an_npz_holds_samples_and_labels(sampled: Callable[..., list[str]], smok
 def test_other_suffixes_are_refused(name: str, refused: Callable[..., str], finished: Path, tmp_path: Path) -> None:
     line = refused("sample", finished, f"out={tmp_path / name}")
     assert line == (
-        f"command line: out: {tmp_path / name}: its suffix names no format; choose from"
+        f"command line: out: {tmp_path / name}: its suffix is not an image format; choose from"
         " .png, .jpg, .jpeg, .webp, .gif, .npz"
     )
 

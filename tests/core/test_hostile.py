@@ -169,7 +169,7 @@ def test_arrays_with_code(tmp_path: Path, refused: Refused) -> None:
         ({"mu": code, "sigma": code}, "mu is damaged, or holds objects instead of numbers"),
         ({"mu": np.float64(1), "sigma": np.eye(d)}, "mu must be numbers (D) or (D, D), got float64 ()"),
         ({"mu": np.array(["a"]), "sigma": np.eye(d)}, "mu must be numbers"),
-        ({"mu": np.full(d, np.nan), "sigma": np.eye(d)}, "mu holds numbers that are not finite"),
+        ({"mu": np.full(d, np.nan), "sigma": np.eye(d)}, "mu contains numbers that are not finite"),
     ]:
         np.savez(bad, **arrays)
         assert refused("evaluate", good, "--against", bad, ask).startswith(f"{bad}: {line}")

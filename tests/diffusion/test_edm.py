@@ -75,7 +75,7 @@ def test_noise_is_asked_for_only_where_it_is_churned() -> None:
     inside = (grid.points.sigma >= 0.05) & (grid.points.sigma <= 50)
     assert asked == inside.nonzero().flatten().tolist()
     flow = Flow(FlowConfig()).grid(10)
-    with pytest.raises(ValueError, match="churn belongs to the edm process"):
+    with pytest.raises(ValueError, match="s_churn needs the edm process"):
         heun(closed_form, start, flow, noise, s_churn=5.0)
 
 

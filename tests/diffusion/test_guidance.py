@@ -197,7 +197,7 @@ def test_an_interval_guides_between_its_levels_alone() -> None:
     assert both.tolist() == pytest.approx([1.0, power_cosine(4.4)(torch.tensor([300])).item(), 1.0])  # type: ignore[operator]
     ends = interval(process, 2.0, 0.5, 2.0)(torch.tensor([0.5, 2.0]))  # type: ignore[operator]
     assert ends.tolist() == [1.0, 2.0]
-    with pytest.raises(ValueError, match="must run from at least 0 upwards, got 2 to 1"):
+    with pytest.raises(ValueError, match="must satisfy 0 <= low < high, got 2 to 1"):
         interval(process, 2.0, 2, 1)
 
 

@@ -157,7 +157,7 @@ def test_damage_is_an_error(judge: Extractor, cache: Path) -> None:
     with pytest.raises(UserError, match=rf"{path}: damaged \(.*; remove it"):
         references.statistics_of(judge, part)
     tensors.write(path, {"mean": torch.zeros(2)}, {"key": json.dumps({"count": 3})})
-    with pytest.raises(UserError, match="holds no statistics of real images"):
+    with pytest.raises(UserError, match="contains no statistics of real images"):
         references.read(path)
     path.write_bytes(whole)
     assert load_file(path)["mean"].shape == (5,)
@@ -172,9 +172,9 @@ def test_an_interrupted_build_leaves_nothing(judge: Extractor, cache: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         references.cached_statistics(judge, {"pictures": "x"}, 20, broken)
     assert not list(cache.glob("*.safetensors"))
-    with pytest.raises(UserError, match="statistics of real images need at least 2 of them, got 1"):
+    with pytest.raises(UserError, match="statistics need at least 2 real images, got 1"):
         references.cached_statistics(judge, {"pictures": "x"}, 1, broken)
-    with pytest.raises(ValueError, match="got 10 samples where 20 were announced"):
+    with pytest.raises(ValueError, match="got 10 samples, expected 20"):
         references.cached_statistics(judge, {"pictures": "x"}, 20, lambda: iter([TRAIN.images[:10]]))
 
 

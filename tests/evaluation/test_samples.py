@@ -93,5 +93,5 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     place.fill(Pen())
     path = place.store.path("images")
     path.write_bytes(b"broken")
-    with pytest.raises(UserError, match=rf"{path}: damaged: 6 bytes where 4,600 were written; the same command draws"):
+    with pytest.raises(UserError, match=rf"{path}: damaged: 6 bytes where 4,600 were written; run the same command"):
         place.images()

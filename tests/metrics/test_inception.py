@@ -90,7 +90,7 @@ def test_the_file_may_stand_in_the_environment(weights: Path, monkeypatch: pytes
     monkeypatch.setenv("DIFFBENCH_INCEPTION", str(weights))
     check("inception", Request((1, 8, 8)))
     monkeypatch.setenv("DIFFBENCH_INCEPTION", "/nowhere.pth")
-    with pytest.raises(ValueError, match=r"evaluate\.extractor: inception finds no file /nowhere\.pth; set evaluate"):
+    with pytest.raises(ValueError, match=r"evaluate\.extractor: inception cannot find /nowhere\.pth; set evaluate"):
         check("inception", Request((1, 8, 8)))
 
 
@@ -99,7 +99,7 @@ def test_without_a_file_one_line_says_where_to_put_which(monkeypatch: pytest.Mon
     with pytest.raises(ValueError) as caught:
         extractor("inception", Request((3, 32, 32)))
     assert str(caught.value) == (
-        "evaluate.extractor: inception needs a file of weights; set evaluate.weights or $DIFFBENCH_INCEPTION to"
+        "evaluate.extractor: inception needs a weights file; set evaluate.weights or $DIFFBENCH_INCEPTION to"
         " pt_inception-2015-12-05-6726825d.pth (pytorch-fid; torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
         " is the same)"
     )
@@ -112,12 +112,12 @@ def test_another_file_is_refused(tmp_path: Path, content: bytes | str) -> None:
         torch.save({"fc.weight": torch.zeros(2, 2)}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"evaluate\.weights: {path} holds no state dict of the FID network \("):
+    with pytest.raises(ValueError, match=rf"evaluate\.weights: {path} is not a state dict of the FID network \("):
         extractor("inception", Request((3, 32, 32), str(path)))
 
 
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"fc.weight": nn.Linear(1, 1)}, path)  # a module needs code to be unpickled
-    with pytest.raises(ValueError, match=r"holds no state dict of the FID network \(Weights only load failed"):
+    with pytest.raises(ValueError, match=r"is not a state dict of the FID network \(Weights only load failed"):
         extractor("inception", Request((3, 32, 32), str(path)))

@@ -72,7 +72,7 @@ def test_large_images_are_averaged_down_and_images_all_alike_are_no_copies() -> 
     assert (detector.judge(x).ratio < 0.1).all() and detector.judge(x).nearest.tolist() == list(range(40))
     same = CopyDetector(x[:1].expand(30, -1, -1, -1))
     assert same.judge(x[:1]).ratio.item() == pytest.approx(1, abs=0.1)
-    with pytest.raises(ValueError, match="copies need at least 20 training images, got 5"):
+    with pytest.raises(ValueError, match="copy detection needs at least 20 training images, got 5"):
         CopyDetector(x[:5])
 
 

@@ -127,7 +127,7 @@ def test_trap_4_a_batch_is_never_counted_twice(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKE)
 def test_trap_3_compute_before_any_update_says_what_is_missing(name: str) -> None:
-    with pytest.raises(ValueError, match="got 0 samples where 60 were announced"):
+    with pytest.raises(ValueError, match="got 0 samples, expected 60"):
         MAKE[name]().compute()
     with pytest.raises(ValueError, match="a covariance needs at least 2 samples, got 0"):
         Moments(3).compute()
@@ -136,14 +136,14 @@ def test_trap_3_compute_before_any_update_says_what_is_missing(name: str) -> Non
 @pytest.mark.parametrize("name", MAKE)
 def test_trap_7_padding_is_refused(name: str) -> None:
     padded = torch.cat([INDEX, INDEX[:1]])
-    with pytest.raises(ValueError, match="got 61 samples where 60 were announced; were some padded or dropped"):
+    with pytest.raises(ValueError, match="got 61 samples, expected 60; were some padded or dropped"):
         fed(name, padded, 13).compute()
 
 
 def test_trap_7_a_sample_that_stands_in_for_another_is_named() -> None:
     swapped = INDEX.clone()
     swapped[17] = 4
-    with pytest.raises(ValueError, match="Rows: sample 4 came 2 times, 2 such in all"):
+    with pytest.raises(ValueError, match="Rows: sample 4 was added 2 times; 2 were not added once"):
         metric = Rows(D, N)
         metric.update(SAMPLES, swapped)
         metric.compute()

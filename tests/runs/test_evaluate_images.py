@@ -96,7 +96,7 @@ def test_npz_files_that_hold_something_else(tmp_path: Path, array: np.ndarray, t
         images.open_images(tmp_path / "a.npz")
     assert str(caught.value) == f"{tmp_path / 'a.npz'}: {told}"
     np.savez(tmp_path / "b.npz", other=array)
-    with pytest.raises(UserError, match=r"b\.npz: holds no array arr_0"):
+    with pytest.raises(UserError, match=r"b\.npz: contains no array arr_0"):
         images.open_images(tmp_path / "b.npz")
 
 
@@ -192,13 +192,15 @@ def test_what_evaluate_refuses_of_images(refused: Callable[..., str], smoke_run:
     assert refused("evaluate", nowhere, "--against", many, CNN).startswith(f"{nowhere}: no images here; allowed: a")
     assert refused("evaluate", many, "--against", nowhere, CNN).startswith(f"{nowhere}: no images here")
     (tmp_path / "empty").mkdir()
-    assert refused("evaluate", tmp_path / "empty", "--against", many, CNN).startswith(f"{tmp_path / 'empty'}: holds no")
+    assert refused("evaluate", tmp_path / "empty", "--against", many, CNN).startswith(
+        f"{tmp_path / 'empty'}: contains no images"
+    )
     np.savez(tmp_path / "mu.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
     line = refused("evaluate", many, "--against", tmp_path / "mu.npz", CNN)
     assert line == f"{tmp_path / 'mu.npz'}: mu has 3 numbers, but digits-cnn gives 64"
     np.savez(tmp_path / "mu.npz", mu=np.zeros(64))
     line = refused("evaluate", many, "--against", tmp_path / "mu.npz", CNN)
-    assert line == f"{tmp_path / 'mu.npz'}: holds mu without its partner"
+    assert line == f"{tmp_path / 'mu.npz'}: contains mu without its counterpart"
     np.savez(tmp_path / "mu.npz", mu=np.zeros(64), sigma=np.zeros((3, 3)))
     assert "sigma is (3, 3), but mu has 64 numbers" in refused("evaluate", many, "--against", tmp_path / "mu.npz", CNN)
     assert refused("evaluate", many, "--against", few, CNN) == f"{few}: holds 5 images; at least 6 are needed"

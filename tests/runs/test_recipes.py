@@ -126,7 +126,7 @@ REFUSED = {
     " process.name=vp, not flow; choose uniform or stratified",
     "process.zero_terminal_snr=true": "process.prediction: eps says nothing about the image where no signal is left;"
     " with process.zero_terminal_snr=true choose v or x0",
-    "process.loss_space=v process.weighting=edm": "process.loss_space: v weighs the noise levels, and so does"
+    "process.loss_space=v process.weighting=edm": "process.loss_space: v weights the noise levels, and so does"
     " process.weighting=edm; leave one of them at null or none",
     "process.prediction=edm": "process.prediction: unknown value 'edm'; choose from x0, eps, v, velocity",
     "process.name=edm process.prediction=velocty": "choose from edm, x0, eps, v, velocity; did you mean 'velocity'?",
@@ -156,8 +156,8 @@ REFUSED = {
     "process.name=edm sample.s_noise=1.1": "sample.s_noise: acts on the noise of sample.s_churn, which is 0",
     "process.name=flow sample.sampler=euler_maruyama sample.sde_diffusion=constant": "sample.sde_last: choose tweedie"
     " or euler with sde_diffusion=constant",
-    "process.variance=fixed_small": "process.variance: fixed_small is for process.loss=kl, not mse; the sampler's is"
-    " sample.variance",
+    "process.variance=fixed_small": "process.variance: fixed_small is for process.loss=kl, not mse; the sampler's"
+    " variance is sample.variance",
     "process.name=flow sample.sampler=dopri5 sample.clip=true": "sample.clip: dopri5 clips no predicted image",
     "sample.weak_model=nowhere": "sample.weak_model: nowhere: no run here (config.yaml is missing)",
 }

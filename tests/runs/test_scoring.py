@@ -257,7 +257,7 @@ def test_an_extractor_that_lacks_something_stops_training_before_it_begins(
     argv = ["train", "experiments/digits/dit.yaml", "evaluate.extractor=inception", f"runs_dir={tmp_path / 'runs'}"]
     assert main(argv) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: command line: evaluate.extractor: inception needs a file of weights; set evaluate.w")
+    assert err.startswith("error: command line: evaluate.extractor: inception needs a weights file; set evaluate.w")
     assert not (tmp_path / "runs").exists()
 
 

