@@ -279,7 +279,9 @@ def test_auto_says_once_that_there_is_no_compiler(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compile_here(small("dit"), "auto", 1e17, True) == "none"
-    assert capsys.readouterr().out == "note: trainer.compile=auto compiles nothing: there is no no-such-compiler\n"
+    assert capsys.readouterr().out == (
+        "note: trainer.compile=auto does not compile: the C++ compiler no-such-compiler was not found\n"
+    )
 
 
 def test_a_run_compiles_for_training_and_for_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
