@@ -12,7 +12,7 @@ from diffbench.core.errors import UserError
 
 
 def build_optimizer(settings: OptimizerConfig, network: nn.Module) -> Optimizer:
-    """Build the optimizer of a network's parameters; UserError if the network has none that Muon can optimize."""
+    """Build the optimizer of a network; UserError for Muon on a network without linear layers in blocks."""
     lr, betas, weight_decay = settings.lr, (settings.betas[0], settings.betas[1]), settings.weight_decay
     if settings.name == "muon":
         return MuonAdamW(network, lr, betas, weight_decay)

@@ -55,10 +55,10 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(3)
-    speed._own_threads.cache_clear()
+    speed._default_threads.cache_clear()
     yield
     torch.set_num_threads(before)
-    speed._own_threads.cache_clear()
+    speed._default_threads.cache_clear()
 
 
 @pytest.mark.parametrize(
