@@ -25,16 +25,13 @@ MEASURES: dict[str, Callable[[BenchConfig, torch.device, float], Iterator[Row]]]
 
 
 def bench(overrides: Sequence[str]) -> dict[str, Any]:
-    """Measure, print, and write JSON and a plot.
+    """Measure, print a table, write a JSON report and plots, and return the report.
 
     Args:
-        overrides: key=value arguments, the keys of `BenchConfig`.
-
-    Returns:
-        The report, as the JSON holds it.
+        overrides: key=value arguments for `BenchConfig`.
 
     Raises:
-        UserError: naming the key that is wrong; if the machine is busy; or if the report is there already.
+        UserError: if a key or value is wrong, the machine is busy, or the report exists already.
     """
     config = read(overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,38 +45,38 @@ def bench(overrides: Sequence[str]) -> dict[str, Any]:
     report.check_quiet(config.force)
     machine, rows, began = report.machine(device), [], time.monotonic()
     print(report.headline(machine), flush=True)
-    made: dict[str, Any] = {"format": report.FORMAT, "settings": vars(config), "machine": machine}
+    results: dict[str, Any] = {"format": report.FORMAT, "settings": vars(config), "machine": machine}
     for row in measured(config, device):
         rows.append(row)
         print(report.line(row), flush=True)
-        made |= {"seconds": time.monotonic() - began, "rows": rows}
-        report.save(made, path)  # what is measured stays, whatever ends the run
-    print(f"\n{path} after {made['seconds']:.0f} s")
+        results |= {"seconds": time.monotonic() - began, "rows": rows}
+        report.save(results, path)  # after every row, so that an interrupted run keeps its results
+    print(f"\n{path} after {results['seconds']:.0f} s")
     for draw, suffix in ((report.plot, ".png"), (report.plot_growth, ".growth.png")):
         if draw(rows, report.headline(machine), path.with_suffix(suffix)):
             print(path.with_suffix(suffix))
     if before is not None:
         print(f"\nAgainst {config.baseline} ({report.headline(before['machine'])}):")
-        print("\n".join(report.compared(rows, before["rows"])) or "nothing measured in both")
-    return made
+        print("\n".join(report.compared(rows, before["rows"])) or "no measurement is in both")
+    return results
 
 
 def measured(config: BenchConfig, device: torch.device) -> Iterator[Row]:
-    """The rows of all parts; each part has its share of the time, and what earlier ones left of theirs."""
+    """Yield the rows of all parts; each part gets its share of the time and what earlier parts left over."""
     began, passed, total = time.monotonic(), 0.0, sum(config.shares.values())
     for part, share in config.shares.items():
         passed += share / total
         try:
             yield from MEASURES[part](config, device, began + passed * config.budget)
-        except RuntimeError as e:  # out of memory, no such kernel: the other parts go on
+        except RuntimeError as e:  # out of memory, no such kernel: continue with the other parts
             yield {"part": part, "name": part, "skipped": " ".join(str(e).split())[:120]}
 
 
-def main(words: list[str]) -> int:
+def main(args: list[str]) -> int:
     """Run the benchmark; return the exit code."""
 
     def work() -> int:
-        bench(words)
+        bench(args)
         return 0
 
     return exit_code(work)

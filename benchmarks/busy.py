@@ -1,4 +1,4 @@
-"""Training steps beside other busy processes, by the number of threads, what they share, and how they wait."""
+"""Training next to other busy processes, by the number of threads, what they share, and how they wait."""
 
 import os
 import statistics
@@ -16,7 +16,7 @@ from diffbench.__main__ import WAITING
 
 MODELS = (*DIGITS[:2], "experiments/digits/unet.yaml", "DiT-S/2")
 OTHERS = (0, 1, 2)
-"""Busy processes beside."""
+"""Numbers of other busy processes."""
 WAYS = {
     "default": {},
     "one thread": {"OMP_NUM_THREADS": "1"},
@@ -24,13 +24,13 @@ WAYS = {
     "all threads, asleep": {"OMP_WAIT_POLICY": "passive"},
     "all threads, spinning": {"GOMP_SPINCOUNT": "300000"},
 }
-"""A command's own way (`trainer.threads=auto`), one thread, and threads that share each layer, also as PyTorch alone
-lets them wait: variables that are set before torch is imported."""
+"""Environment variables for each way to use threads: diffbench's default (`trainer.threads=auto`), one thread, and
+threads that share each layer, with diffbench's way of waiting, asleep, or spinning as plain PyTorch does."""
 SECONDS = 3.0
 
 
 def measure(config: BenchConfig, _device: torch.device, deadline: float) -> Iterator[Row]:
-    """A row for each network, way and number of processes beside, ways in turns; images a second."""
+    """Yield images per second for each network, way and number of busy processes; the ways take turns."""
     for model, until in shared(config.models or MODELS, deadline):
         for others in OTHERS[:2] if config.tiny else OTHERS:
             if until is None or time.monotonic() > until:
@@ -48,8 +48,8 @@ def measure(config: BenchConfig, _device: torch.device, deadline: float) -> Iter
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Keeps so many processes at work in the block, each in a session of its own, as another user's."""
-    loop = f"import os\nwhile os.getppid() == {os.getpid()}: pass"  # also where this process is killed
+    """Run `count` busy processes during the block, each in its own session, like those of another user."""
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}: pass"  # ends even if this process is killed
     command = [sys.executable, "-c", loop]
     others = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
     try:
@@ -67,9 +67,9 @@ def _rate(model: str, way: str, tiny: bool) -> float:
     return float(subprocess.check_output(command, env=environment, text=True).split()[-1])
 
 
-def main(words: Sequence[str]) -> None:
-    """Print the images a second of a network's training steps, in a process of their own."""
-    model, way, tiny = words
+def main(args: Sequence[str]) -> None:
+    """Train the network of `args` (model, way, tiny) for some seconds and print its images per second."""
+    model, way, tiny = args
     config = run_config(BenchConfig(tiny=tiny == "true"), model, "cpu")
     subject = Subject(config, Variant(), torch.device("cpu"))
     if way == "default":

@@ -1,4 +1,4 @@
-"""Whole commands, each in a process of its own: where their CPU seconds go, stage by stage."""
+"""CPU seconds of whole commands by stage, each command in its own process."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from benchmarks.config import BenchConfig, Row, shared
 
 EXPERIMENT = "experiments/digits/diffit.yaml"
 IMAGES = 64_000
-"""Of training, where `full` does not ask for the experiment's own."""
+"""Images to train on, unless `full` uses the experiment's own number."""
 
 
 def plan(config: BenchConfig, runs: Path) -> dict[str, list[str]]:
-    """Name -> words of each command, in the order in which they are run: later ones find what earlier ones cached."""
+    """Return {name: arguments} of the commands in the order they run; later ones use the caches of earlier ones."""
     length = [] if config.full else ["debug=smoke"] if config.tiny else [f"trainer.max_images={IMAGES}"]
     train = ["train", EXPERIMENT, f"runs_dir={runs}", *length]
     return {
@@ -35,27 +35,27 @@ def plan(config: BenchConfig, runs: Path) -> dict[str, list[str]]:
 
 
 def measure(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
-    """A row for each stage of each command, the longest first, and one for all of it."""
+    """Yield a row for each command as a whole and for each of its stages, the longest stage first."""
     with tempfile.TemporaryDirectory() as folder:
-        for (name, words), until in shared(list(plan(config, Path(folder, "runs")).items()), deadline):
+        for (name, args), until in shared(list(plan(config, Path(folder, "runs")).items()), deadline):
             row: Row = {"part": "command", "name": name}
             if until is None:
                 yield row | {"skipped": "the time is up"}
             else:
-                yield from (row | found for found in _command(words, Path(folder)))
+                yield from (row | found for found in _command(args, Path(folder)))
 
 
-def _command(words: list[str], folder: Path) -> Iterator[Row]:
+def _command(args: list[str], folder: Path) -> Iterator[Row]:
     out = folder / "watched.json"
     out.unlink(missing_ok=True)
     began = time.perf_counter()
     environment = os.environ | {"DIFFBENCH_CACHE": str(folder / "cache")}
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.watch", str(out), *words], env=environment, stdout=said, stderr=said
+            [sys.executable, "-m", "benchmarks.watch", str(out), *args], env=environment, stdout=log, stderr=log
         )
         _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)  # else Popen takes it to be running
+        process.returncode = os.waitstatus_to_exitcode(status)  # wait4 bypassed Popen, which would think it still runs
     found = json.loads(out.read_text())
     total, spent = used.ru_utime + used.ru_stime, found["spent"]
     stages = spent | {"shutdown": max(0.0, total - sum(spent.values()))}

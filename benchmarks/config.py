@@ -1,4 +1,4 @@
-"""The benchmark's keys, and how its time is shared out."""
+"""The benchmark's config, and the division of its time."""
 
 import math
 import time
@@ -14,43 +14,43 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 PARTS = ("loop", "models", "variants", "data", "growth", "sampling", "command", "busy")
-"""loop: Lightning against a bare loop; models: forward, training and sampling steps of each network; variants: of some,
-in turns with the default; data: loader and batches; growth: time and memory against sizes; sampling: many images by the
-whole sampler; command: CPU seconds of whole commands by stage; busy: training steps beside other busy processes."""
+"""loop: Lightning against a bare loop; models: forward, training and sampling steps of each network; variants: other
+ways to run them, in turns with the default; data: loader and batches; growth: time and memory against size; sampling:
+many images with all steps; command: CPU seconds of commands by stage; busy: training next to other busy processes."""
 SHORT = {"loop": 0.35, "models": 0.6, "data": 0.05}
 FULL = {"loop": 1.0, "models": 1.0, "data": 1.0, "growth": 1.0, "sampling": 1.0, "command": 1.0, "busy": 1.0}
 GPU = {"models": 0.75, "loop": 0.12, "sampling": 0.1, "data": 0.03}
-"""Share of the time for each part, in their order: on a GPU, what is worth most comes first."""
+"""Share of the time for each part, in the order they run: on a GPU, the most valuable part comes first."""
 
 
 @dataclass
 class BenchConfig:
-    """The networks and parts to measure, for how long, and the place of the report."""
+    """The networks and parts to measure, the time to spend, and the path of the report."""
 
     models: list[str] | None = None
-    """Presets as DiT-S/2, networks of our own as ADM-S/32, or experiments as experiments/digits/dit.yaml; null takes
-    those that suit the machine."""
+    """Presets (DiT-S/2), custom networks (ADM-S/32) or experiments (experiments/digits/dit.yaml); null: those that suit
+    the machine."""
     parts: list[str] | None = None
-    """Of `PARTS`; null: what suits the length."""
+    """Some of `PARTS`; null: those of the short form, or of full or gpu."""
     full: bool = False
-    """Every preset that fits, and growth: up to an hour on two cores, in place of three minutes."""
+    """Measure every preset that fits, and every part: up to an hour on two cores instead of three minutes."""
     gpu: bool = False
-    """The plan for one large GPU, at most ten minutes: published sizes in bf16. (On a CPU with tiny alone.)"""
+    """Measure published sizes in bf16 on one large GPU, for at most ten minutes. (Runs on a CPU only with tiny.)"""
     tiny: bool = False
-    """Shrink every network and batch: shows in seconds that all of it runs; the numbers mean nothing."""
+    """Shrink every network and batch, to test within seconds that everything runs; the numbers mean nothing."""
     batch: int | None = None
-    """Images of a step, for every network; null: 8 on a CPU, 128 or 512 on a GPU, or an experiment's own."""
+    """Batch size of every network; null: 8 on a CPU, 128 or 512 on a GPU, or that of the experiment."""
     variants: list[str] | None = None
-    """Besides the known ones, as 'name: key=value key=value'; the keys are an experiment's."""
+    """Additional variants, such as 'name: key=value key=value', with keys of an experiment."""
     seconds: float | None = None
-    """Time after which no further measurement begins; null: 170 for the short form, 540 with gpu, no end with full or
-    with parts that the short form lacks."""
+    """Time after which no further measurement begins; null: 170 for the short form, 540 with gpu, unlimited with full
+    or if none of the parts is in the short form."""
     baseline: str | None = None
-    """An older report to compare with, JSON."""
+    """An older JSON report to compare with."""
     out: str | None = None
-    """The report, a name that ends in .json; the plot lies beside it. null: a new one in runs/bench."""
+    """Path of the report, ending in .json; the plots are saved next to it. null: a new file in runs/bench."""
     force: bool = False
-    """Measure on a busy machine too; the report says so."""
+    """Measure even if the machine is busy; the report records this."""
 
     def __post_init__(self) -> None:
         for part in self.parts or ():
@@ -62,35 +62,35 @@ class BenchConfig:
                 raise ValueError(f"{name}: must be positive, got {value}")
         for name in ("models", "parts"):
             if getattr(self, name) == []:
-                raise ValueError(f"{name}: must hold at least one, or be null, got []")
+                raise ValueError(f"{name}: must contain at least one, or be null, got []")
         if self.full and self.gpu:
-            raise ValueError("gpu: has a length of its own; leave out full")
+            raise ValueError("gpu: sets its own length; leave out full")
         if self.out is not None and not self.out.endswith(".json"):
             raise ValueError(f"out: must end in .json, got {self.out!r}")
         for variant in self.variants or ():
             name, colon, overrides = variant.partition(":")
             if not (name.strip() and colon and overrides.strip() and all("=" in word for word in overrides.split())):
-                raise ValueError(f"variants: must be as 'plain: trainer.channels_last=false', got {variant!r}")
+                raise ValueError(f"variants: must look like 'plain: trainer.channels_last=false', got {variant!r}")
             if "trainer.compile=auto" in overrides.split():
-                raise ValueError("variants: trainer.compile=auto follows the machine; choose none, block or model")
+                raise ValueError("variants: trainer.compile=auto depends on the machine; choose none, block or model")
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of the time for each part that is measured, in order; variants are measured with the models."""
+        """Shares of the time of the parts to measure, in order; variants are measured with the models."""
         plan = GPU if self.gpu else FULL if self.full else SHORT
         if self.parts is None:
             return plan
-        asked = {"models" if part == "variants" else part for part in self.parts}
-        return {part: plan.get(part, 0.2) for part in dict.fromkeys([*plan, *FULL]) if part in asked}
+        parts = {"models" if part == "variants" else part for part in self.parts}
+        return {part: plan.get(part, 0.2) for part in dict.fromkeys([*plan, *FULL]) if part in parts}
 
     @property
     def with_variants(self) -> bool:
-        """Whether variants are measured beside each network's default."""
+        """Whether to measure variants in addition to the default of each network."""
         return self.parts is None or "variants" in self.parts
 
     @property
     def rounds(self) -> int:
-        """Times that everything is measured."""
+        """Number of times to measure everything."""
         return 2 if self.tiny else 5 if self.full or self.gpu else 3
 
     @property
@@ -103,11 +103,11 @@ class BenchConfig:
 
 
 def shared(items: Sequence[T], deadline: float) -> Iterator[tuple[T, float | None]]:
-    """Items, each with its own deadline: an equal part of the time left; None where no time is left.
+    """Yield each item with its own deadline, which gives it an equal part of the time left, or None if none is left.
 
     Args:
-        items: what is measured.
-        deadline: of all of them, on `time.monotonic`'s clock.
+        items: the things to measure.
+        deadline: the deadline of all of them, on the clock of `time.monotonic`.
     """
     for i, item in enumerate(items):
         left = deadline - time.monotonic()
@@ -115,7 +115,7 @@ def shared(items: Sequence[T], deadline: float) -> Iterator[tuple[T, float | Non
 
 
 def read(overrides: Sequence[str]) -> BenchConfig:
-    """The settings of key=value arguments.
+    """Read the config from key=value arguments.
 
     Raises:
         UserError: naming the key that is wrong.

@@ -1,4 +1,4 @@
-"""Growth of time and memory with resolution, batch, depth, width, and the number of samples and of runs in a report."""
+"""Growth of time and memory with resolution, batch, depth, width, number of samples, and number of runs in a report."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ _IMAGE = "denoiser.channels=[32,64] denoiser.blocks=[1,1] denoiser.window=8 trai
 
 @dataclass(frozen=True)
 class Curve:
-    """One work at several sizes: a training step of `model`, or else samples of a small network, or a report."""
+    """A workload at several sizes: a training step of `model`, or without a model, sampling or a report."""
 
     name: str
     axis: str
@@ -33,7 +33,7 @@ class Curve:
     model: str = ""
     common: str = ""
     change: str = ""
-    """The override that sets the size, with {} in its place."""
+    """Override that sets the size, with {} as placeholder."""
 
 
 CURVES = (
@@ -49,7 +49,7 @@ TINY_SIZES = {"area": (8, 16), "batch": (1, 2), "depth": (1, 2), "width": (32, 6
 
 
 def measure(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
-    """A row for each size of each curve, then a row with its slope over the larger half of the sizes."""
+    """Yield a row for each size of each curve, then one with its slopes over the larger half of the sizes."""
     for curve, until in shared(CURVES, deadline):
         named: Row = {"part": "growth", "name": curve.name, "variant": curve.axis}
         if until is None:
@@ -59,8 +59,8 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
         for size in TINY_SIZES[curve.axis] if config.tiny else curve.sizes:
             work = _work(config, curve, device, size)
             in_turns([work], device, 1 if config.tiny else 3, once=config.tiny)
-            called = size * size if curve.axis == "area" else size
-            rows.append(named | {"size": called} | work.ms() | {"memory_bytes": work.memory})
+            value = size * size if curve.axis == "area" else size
+            rows.append(named | {"size": value} | work.ms() | {"memory_bytes": work.memory})
         yield from rows
         large = rows[len(rows) // 2 - 1 :]
         sizes, memory = [row["size"] for row in large], [row["memory_bytes"] for row in large]
@@ -72,8 +72,8 @@ def _work(config: BenchConfig, curve: Curve, device: torch.device, size: int) ->
     if curve.axis == "runs":
         return _report(size)
     if curve.model:
-        words = ("trainer.batch_size=2" if config.tiny else curve.common, curve.change.format(size))
-        changed = run_config(replace(config, batch=None), curve.model, device.type, " ".join(words).split())
+        overrides = ("trainer.batch_size=2" if config.tiny else curve.common, curve.change.format(size))
+        changed = run_config(replace(config, batch=None), curve.model, device.type, " ".join(overrides).split())
         subject = Subject(changed, Variant(), device)
         return Work("train", subject.train, subject.ready)
     digits = run_config(config, "experiments/digits/dit.yaml", device.type)
@@ -84,7 +84,7 @@ def _work(config: BenchConfig, curve: Curve, device: torch.device, size: int) ->
 
 
 def _report(count: int) -> Work:
-    """A report of two variants and their seeds, so many runs in all: copies of one that took two steps."""
+    """Return the workload of a report on `count` runs, two variants with several seeds: copies of one smoke run."""
     base, folder = _smoke_run(), Path(_home().name, str(count))
     saved = (base / "config.yaml").read_text()
     runs = [folder / f"{'ab'[i % 2]}-s{i // 2}" for i in range(count)]
@@ -92,18 +92,18 @@ def _report(count: int) -> Work:
         shutil.copytree(base, run, dirs_exist_ok=True)
         text = saved.replace("\nseed: 0\n", f"\nseed: {i // 2}\n")
         (run / "config.yaml").write_text(text.replace("  lr: 0.002\n", "  lr: 0.001\n") if i % 2 else text)
-    words = [*map(str, runs), f"out={folder / 'report'}"]
+    args = [*map(str, runs), f"out={folder / 'report'}"]
 
     def work() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            compare(words)
+            compare(args)
 
     return Work("compare", work)
 
 
 @cache
 def _home() -> tempfile.TemporaryDirectory[str]:
-    """A folder that lasts as long as the process."""
+    """Return a temporary folder that exists until the process ends."""
     return tempfile.TemporaryDirectory()
 
 
@@ -113,5 +113,5 @@ def _smoke_run() -> Path:
     with contextlib.redirect_stdout(io.StringIO()):
         run = train("experiments/digits/dit.yaml", ["debug=smoke", f"runs_dir={_home().name}"])
         score(run)
-    torch.set_num_threads(threads)  # which the run chose for itself
+    torch.set_num_threads(threads)  # undo what the run has set
     return run.folder

@@ -1,4 +1,4 @@
-"""Lightning's loop, with all that a run does in a step, against a bare loop of the same network, in turns."""
+"""Overhead of Lightning: a run's training steps alternating with a bare loop on the same network."""
 
 import contextlib
 import io
@@ -23,21 +23,21 @@ from diffbench.runs import build
 from diffbench.training.trainer import fit
 
 PAIRS = 5
-"""Of what is compared: some steps of each loop."""
+"""Pairs to compare; each consists of some steps of either loop."""
 TURN = 10
-"""Steps after which the loops take turns, so that a pair's halves meet the same machine."""
+"""Steps after which the loops alternate, so that both halves of a pair see the machine in the same state."""
 WARM = 4
-"""Steps at least, before any is timed: until then memory grows."""
+"""Least number of steps before timing starts; memory still grows until then."""
 STEPS = {"cpu": {"experiments/digits/dit.yaml": 100, "DiT-S/2": 1}, "cuda": {"DiT-XL/2": 10, "DiT-S/2": 50}}
-"""Network -> steps of each half of a pair."""
+"""Network -> steps of each loop in a pair, by device."""
 
 
 class Enough(Exception):
-    """Everything is measured: leaves the loop without a final save."""
+    """Everything is measured; ends the fit without a final save."""
 
 
 def measure(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
-    """A row for each network of `STEPS`."""
+    """Yield a row for each network of `STEPS`."""
     for (model, steps), until in shared(list(STEPS[device.type].items()), deadline):
         row: Row = {"part": "loop", "name": model}
         if until is None:
@@ -48,10 +48,10 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
 
 
 def compare(config: RunConfig, device: torch.device, steps: int, until: float) -> Row:
-    """One network trained by Lightning and, in turns, its twin by a bare loop.
+    """Train one network with Lightning and a copy with a bare loop, alternating, and return their times.
 
-    Lightning's side draws its batches and keyed noise, keeps the average and logs once a pair. All pairs come from one
-    fit, so that both sides meet the same machine.
+    Lightning's side loads batches, draws keyed noise, updates the average and logs once per pair. All pairs come from
+    one fit, so that both sides see the machine in the same state.
     """
     batch = config.trainer.batch_size
     trainer = replace(config.trainer, max_images=10**9 * batch, log_images=steps * batch, checkpoint_images=10**12)
@@ -68,7 +68,7 @@ def compare(config: RunConfig, device: torch.device, steps: int, until: float) -
 
 
 def synthetic(config: RunConfig, count: int) -> ImageSet | LatentSet:
-    """Images, or latents where there are four channels, of the config's shape, of noise."""
+    """Return a data set of noise in the config's shape: latents if it has four channels, else images."""
     classes, shape = config.data.num_classes, (config.data.channels, config.data.image_size, config.data.image_size)
     position = torch.arange(count)
     labels = position % max(1, classes)
@@ -79,12 +79,12 @@ def synthetic(config: RunConfig, count: int) -> ImageSet | LatentSet:
 
 
 class Alternating(L.Callback):
-    """Stops after some of Lightning's steps, times as many bare steps, and goes on.
+    """Callback that interrupts Lightning every few steps to time as many steps of the bare loop.
 
     Args:
-        twin: what the bare loop trains.
-        steps: of each half of a pair.
-        until: on `time.monotonic`'s clock; no third or later pair begins after it.
+        twin: the copy that the bare loop trains.
+        steps: steps of each loop in a pair.
+        until: time on the clock of `time.monotonic` after which no third or later pair begins.
     """
 
     def __init__(self, twin: Subject, steps: int, until: float) -> None:
@@ -93,7 +93,7 @@ class Alternating(L.Callback):
         self.ours: list[float] = []
         self.bare: list[float] = []
         self.waits: list[float] = []
-        """Seconds from a step's end to the arrival of the next batch, of all steps."""
+        """Seconds from the end of each step to the arrival of the next batch."""
         self._began = self._ended = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> Any:
@@ -125,7 +125,7 @@ class Alternating(L.Callback):
         self._began = time.perf_counter()
 
     def row(self, batch: int) -> Row:
-        """Medians of the pairs, in ms a step."""
+        """Return the medians over the pairs, in ms per step."""
         ours, bare = (torch.tensor(side).reshape(-1, self.turns).mean(1).tolist() for side in (self.ours, self.bare))
         step, more = spread(ours)["median"], spread([(a - b) * 1e3 for a, b in zip(ours, bare, strict=True)])
         row: Row = {"batch": batch, "work": "lightning step", "ms": step * 1e3, "bare_ms": spread(bare)["median"] * 1e3}

@@ -1,4 +1,4 @@
-"""The networks that are measured, in which variants, and one of them with everything that a training step has."""
+"""The networks to measure, their variants, and a network with all that a training step needs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -31,18 +31,18 @@ from diffbench.training.speed import compile_network, float32_products
 
 _LATENT = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
 OWN: dict[str, dict[str, Any]] = {
-    # The size of DiT-S/2 for the other two, at the same input: about 6 GMACs each.
+    # Two networks of the size of DiT-S/2 at the same input: about 6 GMACs each.
     "DiffiT-S/2": {"name": "diffit-latent", "hidden_size": 384, "depth": 12, "num_heads": 6},
     "ADM-S/32": {"name": "unet", "model_channels": 128, "channel_mult": [1, 2, 2], "num_res_blocks": 2}
     | {"attention_resolutions": [16, 8], "num_head_channels": 64},
 }
-"""Networks that no paper has, all for latents: a registered denoiser and its keys."""
+"""Networks for latents that are in no paper: a registered denoiser and its keys."""
 DIGITS = tuple(f"experiments/digits/{name}.yaml" for name in ("dit", "diffit", "diffit-latent", "unet", "ddpmpp"))
 SHORT = ("DiT-S/2", "DiffiT-S/2", "ADM-S/32", *DIGITS)
 LARGE = {"DiffiT-CIFAR10-H1": 512, "DiT-XL/2": 128, "DiffiT-XL/2": 128, "DDPM++-CIFAR10-cond": 512}
-"""The networks for a GPU, and their batch; the one whose compiled form was never measured comes first."""
+"""Networks for a GPU -> batch size; the one whose compiled form was never measured comes first."""
 SAMPLE_STEPS = 2
-"""Of the sampler in one measurement: vp refuses one, and Heun takes one evaluation for it where two take three."""
+"""Sampler steps per measurement: vp does not allow one, and Heun's last step takes only one evaluation."""
 PRECISION = {"cpu": "32-true", "cuda": "bf16-mixed"}
 CONVOLUTIONAL = ("unet", "ddpmpp", "diffit")
 TINY: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a network: an experiment's keys, and a patch of the benchmark's own."""
+    """A way to run a network: overrides of the experiment's keys, and a patch of the code."""
 
     name: str = "default"
     overrides: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Variant:
 
     @property
     def same_network(self) -> bool:
-        """Whether the default's network can be run this way, with its optimizer and averages."""
+        """Whether this variant can run the default's network, optimizer and average."""
         return all(word.startswith(("trainer.precision=", "trainer.tf32=")) for word in self.overrides)
 
 
@@ -79,10 +79,10 @@ def _attention_by_math() -> Iterator[None]:
 
 
 def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> list[Variant]:
-    """The default and, where they are asked for, the others, the most useful first.
+    """Return the default variant of a network and, if variants are to be measured, the others, the most useful first.
 
     Args:
-        config: what is measured.
+        config: the benchmark's config.
         model: the network's name.
         base: its experiment.
         device: cpu or cuda.
@@ -94,12 +94,12 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
         return [Variant()]
     found = []
     for text in config.variants or ():
-        name, words = text.split(":", 1)
-        found.append(Variant(name.strip(), tuple(words.split())))
+        name, overrides = text.split(":", 1)
+        found.append(Variant(name.strip(), tuple(overrides.split())))
     compiled = ("model", "block") if conv else ("block", "model")
     for how in compiled if config.full else compiled[:1] if config.gpu else ():
         found.append(Variant(f"compiled {how}", (f"trainer.compile={how}",)))
-    if config.gpu:  # the others are known, and the time is short
+    if config.gpu:  # the others were measured before, and time is short
         return [Variant(), *found]
     if conv:
         name, last = ("channels-last", "true") if device == "cuda" else ("channels-first", "false")
@@ -115,7 +115,7 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
 
 
 def chosen(config: BenchConfig) -> list[str]:
-    """The networks to measure.
+    """Return the names of the networks to measure.
 
     Raises:
         UserError: if one is unknown.
@@ -130,7 +130,7 @@ def chosen(config: BenchConfig) -> list[str]:
 
 
 def run_config(config: BenchConfig, model: str, device: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The experiment that a network is measured as, on images that need no data set.
+    """Return the experiment in which a network is measured, without a data set.
 
     Raises:
         UserError: if an override is wrong.
@@ -140,7 +140,7 @@ def run_config(config: BenchConfig, model: str, device: str, overrides: Sequence
     if Path(model).suffix == ".yaml":
         found = from_layers(read_layers(model))
         if not isinstance(found, RunConfig) or found.autoencoder is not None:
-            raise UserError(f"models: {model} is not a denoiser's experiment on images; name one, or a preset")
+            raise UserError(f"models: {model} does not train a denoiser on images; name one that does, or a preset")
         base = to_dict(found)
         if found.data.name == "digits":
             base["data"] = {"name": "none", "channels": 1, "image_size": found.data.size, "num_classes": 10}
@@ -158,7 +158,7 @@ def run_config(config: BenchConfig, model: str, device: str, overrides: Sequence
 
 
 def _published(model: str) -> Any:
-    """A preset, or one of `OWN`, under the process that its source trains it under."""
+    """Return the config of a preset or one of `OWN`, with the process of its paper."""
     shape = _LATENT if model in OWN else PRESETS[model].shape
     if model in OWN:
         denoiser = OWN[model]
@@ -180,14 +180,14 @@ def _published(model: str) -> Any:
 
 
 class Subject:
-    """A run's network on its device, with optimizer and average, and a batch that always stays the same.
+    """A run's network on a device, with its optimizer and average and one fixed batch.
 
     Args:
-        config: the run.
-        variant: how it is run.
-        device: where.
-        like: another variant of the same network, whose weights, optimizer and average serve this one too.
-        backend: of torch.compile.
+        config: config of the run.
+        variant: the variant that `config` sets up.
+        device: the device to run on.
+        like: another variant of the same network, to share its weights, optimizer and average.
+        backend: backend of torch.compile.
     """
 
     def __init__(
@@ -202,12 +202,12 @@ class Subject:
         self.run: DenoiserRun = DenoiserRun(Path("bench"), config) if like is None else like.run
         self.network = self.run.network.to(device)
         self.module = self.run.module()
-        self.module.batch_size = config.trainer.batch_size  # no trainer says it
+        self.module.batch_size = config.trainer.batch_size  # there is no trainer to take it from
         how = config.trainer.compile
-        assert how != "auto"  # see `run_config`
+        assert how != "auto"  # `run_config` sets none, and variants may not use auto
         compile_network(self.network, how, backend)
-        made: Any = like.optimizer if like else self.module.configure_optimizers()["optimizer"]
-        self.optimizer: torch.optim.Optimizer = made
+        optimizer: Any = like.optimizer if like else self.module.configure_optimizers()["optimizer"]
+        self.optimizer: torch.optim.Optimizer = optimizer
         if like is not None:
             self.ema = like.ema
         self.process: Any = self.run.process
@@ -216,19 +216,19 @@ class Subject:
         self.x0 = rng.normal(rng.key("bench", "x0"), self.position, self.run.shape).clamp(-1, 1)
         self.y = self.position % max(1, self.run.train_set.num_classes)
         self.products = "tf32" if config.trainer.tf32 else config.trainer.precision
-        """Precision of products: `trainer.precision`, or tf32."""
+        """Precision of matrix products: tf32, or the value of `trainer.precision`."""
         self.settings = replace(config.sample, steps=str(SAMPLE_STEPS)).unguided()
 
     @cached_property
     def ema(self) -> EMA:
-        """The average, which begins at the first use."""
+        """The weight average, created on first use."""
         ema = EMA(self.config.ema)
         ema.attach(self.network)
         return ema
 
     @contextmanager
     def mode(self) -> Iterator[None]:
-        """Autocast and the variant's patch."""
+        """Apply TF32, autocast and the variant's patch inside the block."""
         with ExitStack() as stack:
             stack.enter_context(float32_products(self.config.trainer.tf32))
             if self.config.trainer.precision == "bf16-mixed":
@@ -238,13 +238,13 @@ class Subject:
 
     @torch.no_grad()
     def forward(self) -> None:
-        """One forward pass."""
+        """Run one forward pass."""
         with self.mode():
             self.network(*self.process.inputs(self.x0, self._time()), self.y)
 
     def bare(self) -> None:
-        """A training step as one writes it by hand: clipped as the run's, noise from one generator; no average, no log,
-        no data."""
+        """Run a hand-written training step: gradient clipping and unkeyed noise, but no average, logging or data
+        loading."""
         eps = torch.randn(self.x0.shape, generator=self.generator, device=self.device, dtype=self.x0.dtype)
         t = self._time()
         self.optimizer.zero_grad(set_to_none=True)
@@ -258,29 +258,29 @@ class Subject:
         self.optimizer.step()
 
     def train(self) -> None:
-        """A training step: forward, loss, backward, optimizer, average."""
+        """Run a training step: forward, loss, backward, optimizer, average."""
         self.bare()
         self.ema.update()
 
     @torch.no_grad()
     def sample(self) -> None:
-        """`SAMPLE_STEPS` steps of the sampler, without guidance."""
+        """Run `SAMPLE_STEPS` steps of the sampler, without guidance."""
         key = rng.key("bench", "sample")
 
         def noise(step: int) -> Tensor:
             return rng.normal(key, self.position + len(self.position) * (step + 1), self.run.shape).to(self.x0)
 
         with self.mode():
-            ask = guided(predictor(self.process, self.network), self.y, self.process, self.settings)
-            run_sampler(ask, noise, self.process, self.settings)
+            predict = guided(predictor(self.process, self.network), self.y, self.process, self.settings)
+            run_sampler(predict, noise, self.process, self.settings)
 
     def ready(self) -> None:
-        """Before training steps: no gradients yet, so that a step's memory holds them."""
+        """Prepare for training steps: free the gradients, so that they count in a step's memory."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
 
     def works(self) -> dict[str, Work]:
-        """The steps to time: forward, train, sample."""
+        """Return the workloads to time: forward, train, sample."""
         return {
             "forward": Work("forward", self.forward, self.network.eval),
             "train": Work("train", self.train, self.ready),
@@ -288,7 +288,7 @@ class Subject:
         }
 
     def evaluations(self) -> int:
-        """Network evaluations of one `sample`."""
+        """Return the number of network evaluations in one call of `sample`."""
         return network_evaluations(self.process, self.settings)
 
     def _time(self) -> Tensor:

@@ -23,17 +23,17 @@ from diffbench.sampling.sampler import Sampler
 
 BATCH = 128
 PLAN = {"cpu": ("DiT-S/2", 8, 10), "cuda": ("DiT-XL/2", 256, 250), "tiny": ("DiT-S/2", 4, 2)}
-"""Of the whole sampler: network, images and steps."""
+"""Network, number of images and number of steps for the `sampling` part."""
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {"default": {}},
     "cuda": {"default": {}},
 }
-"""Changes of the section `sample`."""
+"""Ways to sample, by device: changes to the `sample` section."""
 GUIDANCE = 1.5
 
 
 def data(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
-    """The loader and what becomes of its batches on the device, in images a second: CIFAR-10's shape, and latents."""
+    """Yield images per second of the loader, including on-device processing: CIFAR-10-sized images, and latents."""
     count = 1_000 if config.tiny else 20_000
     position = torch.arange(count)
     pixels = rng.words(rng.key("bench", "pixels"), position, 3 * 32 * 32).to(torch.uint8).view(count, 3, 32, 32)
@@ -70,9 +70,9 @@ def _loading(module: PositionDataModule, device: torch.device) -> Callable[[], A
 
 
 def sampling(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
-    """A row for each way to draw: all images once, after two steps of warming up, with the product peak around it.
+    """Yield a row for each way to sample: all images once, with the product peak measured before and after.
 
-    Where the time left would not do for all steps, fewer are taken, and the row says how many.
+    If time is too short for all steps, fewer are taken; the row records how many.
     """
     model, count, steps = PLAN["tiny" if config.tiny else device.type]
     base = run_config(config, model, device.type, (f"trainer.batch_size={min(count, 8)}",))
@@ -86,7 +86,7 @@ def sampling(config: BenchConfig, device: torch.device, deadline: float) -> Iter
         low: Any = "bf16-mixed" if base.trainer.precision == "bf16-mixed" else "32-true"
         settings = replace(base.sample, guidance=GUIDANCE, batch_size=count, precision=low, **changes)
         products = Products(PRECISION[device.type], device, config.tiny)
-        draw(subject, replace(settings, steps="2"))  # allocates
+        draw(subject, replace(settings, steps="2"))  # warm up
         each = draw(subject, replace(settings, steps="2")) / 2
         taken = int(max(2, min(steps, (until - time.monotonic()) / each)))
         settings = replace(settings, steps=str(taken))
@@ -101,7 +101,7 @@ def sampling(config: BenchConfig, device: torch.device, deadline: float) -> Iter
 
 
 def draw(subject: Subject, settings: SampleConfig) -> float:
-    """Seconds of drawing `settings.batch_size` samples at once, latents as they are: nothing decodes them."""
+    """Draw `settings.batch_size` samples at once, without decoding latents, and return the seconds taken."""
     labels = torch.arange(settings.batch_size) % max(1, subject.config.data.num_classes)
     sampler = Sampler(subject.network, subject.process, subject.run.shape, subject.run.null_label, raw=True)
     synchronize(subject.device)

@@ -1,9 +1,9 @@
-"""Copies of training images planted among held-out ones: how many are found, and how many others are flagged.
+"""Test of the copy detector: copies of training images are planted among held-out ones; how many does it find?
 
     python -m benchmarks.planted digits shapes16 shapes32 FOLDER_WITH_CIFAR10
 
-Half of the held-out images, another half in each draw, count false alarms; planted copies are mixed into at most 1,000
-of the others.
+In each draw, a random half of the held-out images measures the rate of false alarms; the copies replace some of at most
+1,000 images of the other half.
 """
 
 import sys
@@ -29,13 +29,13 @@ MOST_FALSE, LEAST_FOUND = 0.05, 2 / 3
 
 @dataclass
 class Draw:
-    """The findings of one draw.
+    """The result of one draw.
 
     Attributes:
         planted: kind -> whether each copy is flagged, (n,) bool.
         false_alarms: share of the held-out images that are flagged.
         share: the share of copies that the detector reports.
-        count: images judged.
+        count: number of images judged.
     """
 
     planted: dict[str, Tensor]
@@ -44,23 +44,23 @@ class Draw:
     count: int
 
     def found(self, kinds: Sequence[str] = KINDS) -> tuple[int, int]:
-        """Copies flagged, and copies planted."""
+        """Return the numbers of copies flagged and of copies planted."""
         return sum(int(self.planted[k].sum()) for k in kinds), sum(len(self.planted[k]) for k in kinds)
 
     @property
     def covered(self) -> bool:
-        """Whether the interval of the reported share holds that of the copies."""
+        """Whether the interval of the reported share contains the true share of copies."""
         return self.share.low <= self.found()[1] / self.count <= self.share.high
 
     @property
     def passed(self) -> bool:
-        """At most 5% false alarms, at least two thirds of the copies found."""
+        """Whether at most 5% are false alarms and at least two thirds of the copies are found."""
         found, planted = self.found()
         return self.false_alarms <= MOST_FALSE and found >= LEAST_FOUND * planted
 
 
 def kinds_of(images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Images (N, C, H, W) uint8 at random left as they are, flipped, or with noise of sigma 0.05 or 0.1 in [-1, 1]."""
+    """Leave images (N, C, H, W) uint8 unchanged, flip them or add noise (sigma 0.05 or 0.1 in [-1, 1]), at random."""
     kind = torch.randint(len(KINDS), (len(images),), generator=generator)
     parts = [images[kind == i] for i in range(len(KINDS))]
     noisy = [
@@ -71,7 +71,7 @@ def kinds_of(images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def draws(train: ImageSet, held_out: ImageSet, shares: Sequence[float], seed: int = 0) -> dict[float, list[Draw]]:
-    """Plant each share of copies among held-out images, `DRAWS` times anew."""
+    """Plant each share of copies among held-out images, in `DRAWS` random draws."""
     generator = torch.Generator().manual_seed(seed)
     detector = CopyDetector(train.images)
     threshold = detector.calibrate().threshold
@@ -97,7 +97,7 @@ def _draw(
 
 
 def load(name: str) -> tuple[ImageSet, ImageSet]:
-    """Digits, shapes of a size, or CIFAR-10 in a folder."""
+    """Load training and held-out images: digits, shapes16, shapes32, or CIFAR-10 from a folder."""
     if name == "digits":
         return digits(DigitsConfig())
     if name in ("shapes16", "shapes32"):
@@ -119,7 +119,7 @@ def main(names: Sequence[str]) -> None:
             row["false alarms, mean and most"] = f"{sum(alarms) / len(alarms):.1%}, {max(alarms):.1%}"
             row["draws passed"] = f"{sum(d.passed for d in drawn)} of {len(drawn)}"
             row["share reported"] = f"{sum(d.share.value for d in drawn) / len(drawn):.1%}"
-            row["interval holds it"] = f"{sum(d.covered for d in drawn)} of {len(drawn)}"
+            row["interval covers it"] = f"{sum(d.covered for d in drawn)} of {len(drawn)}"
             rows.append(row)
         print(as_text(rows), flush=True)
 

@@ -1,4 +1,4 @@
-"""The machine, and the report as lines on the terminal, as JSON, and as a plot."""
+"""Facts about the machine, and the report as terminal lines, JSON and plots."""
 
 import io
 import json
@@ -18,38 +18,38 @@ from diffbench.core.files import atomic, write_text
 
 FORMAT = 1
 BUSY = 0.25
-"""Share of the cores at work above which times mean little: another process on two makes 0.3 ms take 20 to 32."""
+"""Share of busy cores above which times mean little: with one other process on two cores, 0.3 ms become 20 to 32."""
 KEY = ("part", "name", "variant", "work", "batch", "size")
-"""Two rows of two reports that agree in these are the same measurement."""
+"""Fields that identify a measurement across reports."""
 Row = Mapping[str, Any]
 
 
 def check_quiet(force: bool) -> None:
-    """Raise UserError where more than `BUSY` of the cores are at work, unless that is forced."""
+    """Raise UserError if more than `BUSY` of the cores are busy, unless `force` is set."""
     busy = 0.0 if force else busy_share()
     if busy > BUSY:
         raise UserError(
-            f"force: {busy:.0%} of the cores are at work, more than {BUSY:.0%}: other processes would be measured too;"
-            " wait, or set force=true, which the report will say"
+            f"force: {busy:.0%} of the cores are busy, more than {BUSY:.0%}: other processes would distort the times;"
+            " wait, or set force=true, which the report will record"
         )
 
 
 def busy_share(seconds: float = 1.0) -> float:
-    """Share of the cores at work over so many seconds; by the load average where the system has no /proc/stat."""
-    found = []
+    """Return the share of busy cores over `seconds`, or by the load average if the system has no /proc/stat."""
+    readings = []
     for pause in (seconds, 0.0):
         try:
             ticks = [int(value) for value in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
         except OSError:
             return os.getloadavg()[0] / (os.cpu_count() or 1)
-        found.append((sum(ticks), ticks[3] + ticks[4]))  # all of them, and those idle or waiting for a disk
+        readings.append((sum(ticks), ticks[3] + ticks[4]))  # all ticks, and those idle or waiting for a disk
         time.sleep(pause)
-    (before, idle_before), (after, idle) = found
+    (before, idle_before), (after, idle) = readings
     return 1 - (idle - idle_before) / max(1, after - before)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The facts of the machine that a reader of the numbers needs."""
+    """Return the facts about the machine that are needed to interpret the numbers."""
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -67,7 +67,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the code at work, with "-dirty" where files differ from it; None outside of a repository."""
+    """Return the commit of this code, with "-dirty" if files differ from it; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
@@ -82,48 +82,48 @@ def _processor() -> str:
 
 
 def save(report: Mapping[str, Any], path: Path) -> None:
-    """Write a report."""
+    """Write a report as JSON."""
     write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """An older report.
+    """Load an older report.
 
     Raises:
-        UserError: if there is none, or the file is something else.
+        UserError: if the file is missing or is not a report.
     """
     try:
         report = json.loads(path.read_text())
         if report["format"] != FORMAT or not isinstance(report["rows"], list):
             raise ValueError("another format")
     except (OSError, ValueError, KeyError, TypeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "not a report of the benchmark"
-        raise UserError(f"baseline: {path}: {why}; name a JSON that it wrote") from None
+        reason = e.strerror if isinstance(e, OSError) else "not a benchmark report"
+        raise UserError(f"baseline: {path}: {reason}; give the JSON of an earlier benchmark") from None
     return report
 
 
 def headline(facts: Mapping[str, Any]) -> str:
-    """The machine in a line."""
+    """Return a one-line description of the machine."""
     where = facts.get("gpu") or f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads"
     load = f"load {facts['load_average']}"
     return f"{where}; torch {facts['versions']['torch']}; {load}; commit {facts['commit'] or 'unknown'}"
 
 
 def line(row: Row, change: float | None = None) -> str:
-    """A row for the terminal."""
+    """Format a row for the terminal, with its change since a baseline if given."""
     title = " ".join(str(row[k]) for k in ("name", "variant", "work") if row.get(k) not in (None, "default"))
     size = f"{row['size']:>8}" if "size" in row else ""
     parts = [f"{row['part']:<9}{title:<{52 - len(size)}}{size}"]
     if "skipped" in row:
         return f"{parts[0]} skipped: {row['skipped']}"
     if "ms" in row:
-        around = f"({row['ms_low']:.2f} to {row['ms_high']:.2f})" if "ms_low" in row else ""
-        parts.append(f"{row['ms']:10.2f} ms {around:<22}")
+        bounds = f"({row['ms_low']:.2f} to {row['ms_high']:.2f})" if "ms_low" in row else ""
+        parts.append(f"{row['ms']:10.2f} ms {bounds:<22}")
     if "cpu_s" in row:
-        parts.append(f"{row['cpu_s']:8.2f} s of CPU")
-        parts.append(f"{100 * row['cpu_share']:5.1f}%" if "cpu_share" in row else f"{row['wall_s']:.2f} s by the clock")
+        parts.append(f"{row['cpu_s']:8.2f} s CPU time")
+        parts.append(f"{100 * row['cpu_share']:5.1f}%" if "cpu_share" in row else f"{row['wall_s']:.2f} s wall time")
     if "first_step_s" in row:
-        parts.append(f"first step after {row['first_step_s']:.2f} s of CPU")
+        parts.append(f"first step after {row['first_step_s']:.2f} s CPU time")
     if "images_per_s" in row:
         parts.append(f"{row['images_per_s']:10,.1f} img/s")
     if "share" in row:
@@ -150,13 +150,13 @@ def line(row: Row, change: float | None = None) -> str:
 
 
 def compared(rows: Sequence[Row], before: Sequence[Row]) -> list[str]:
-    """A line for each measurement that an older report holds too, the largest change first."""
-    old = {_key(row): took for row in before if (took := _took(row))}
-    found = [(row, took / old[key]) for row in rows if (took := _took(row)) and (key := _key(row)) in old]
+    """Return a line for each measurement that an older report has too, the largest change first."""
+    old = {_key(row): cost for row in before if (cost := _cost(row))}
+    found = [(row, cost / old[key]) for row in rows if (cost := _cost(row)) and (key := _key(row)) in old]
     return [line(row, change) for row, change in sorted(found, key=lambda pair: -abs(pair[1] - 1))]
 
 
-def _took(row: Row) -> float | None:
+def _cost(row: Row) -> float | None:
     return row.get("ms") or row.get("cpu_s") or (1 / row["images_per_s"] if "images_per_s" in row else None)
 
 
@@ -165,7 +165,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> bool:
-    """Draw shares of the product peak, and variants as ratios, as a PNG; return whether there was anything to draw."""
+    """Plot shares of the matrix-product peak and ratios of variants as a PNG; return whether there was any to plot."""
     steps = [row for row in rows if "share" in row and row.get("variant", "default") == "default"]
     others = [row for row in rows if "ratio" in row]
     if not steps:
@@ -190,7 +190,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> bool:
 
 
 def plot_growth(rows: Sequence[Row], title: str, path: Path) -> bool:
-    """Draw time and memory against size, each as a multiple of the smallest's; return whether there was anything."""
+    """Plot time and memory against size, relative to the smallest size; return whether there was anything to plot."""
     curves: dict[str, list[Row]] = {}
     for row in rows:
         if row["part"] == "growth" and "ms" in row:
@@ -205,7 +205,7 @@ def plot_growth(rows: Sequence[Row], title: str, path: Path) -> bool:
             if points[0][key] > 0:
                 sizes = [row["size"] / points[0]["size"] for row in points]
                 axes.loglog(sizes, [row[key] / points[0][key] for row in points], marker="o", label=name)
-        axes.loglog([1, 64], [1, 64], color="grey", linestyle=":", label="in proportion")
+        axes.loglog([1, 64], [1, 64], color="grey", linestyle=":", label="proportional")
         axes.set_xlabel("size, as a multiple of the smallest")
         axes.set_ylabel(f"{label}, as a multiple of the smallest's")
         axes.legend(fontsize=7)
@@ -215,7 +215,7 @@ def plot_growth(rows: Sequence[Row], title: str, path: Path) -> bool:
 
 def _save(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=9)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
     with atomic(path) as file:
-        file.write(drawn.getvalue())
+        file.write(png.getvalue())

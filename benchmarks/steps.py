@@ -1,4 +1,4 @@
-"""Forward, training and sampling steps of the networks and their variants, in turns with the best matrix product."""
+"""Forward, training and sampling steps of networks and their variants, alternating with large matrix products."""
 
 import gc
 import time
@@ -22,29 +22,29 @@ SIZES: dict[str, list[tuple[int, int, int]]] = {
     "cuda": [(8192, 8192, 8192), (32768, 1152, 4608)],
     "tiny": [(128, 128, 128), (256, 128, 128)],
 }
-"""(rows, inner, columns) of products: a square one, and a tall one as tokens times weights are."""
+"""(rows, inner, columns) of products: a square one, and a tall one, like tokens times weights."""
 LONGEST = 15.0
-"""Seconds of a training step at the product peak beyond which a network is left out."""
+"""Longest training step, in seconds at the product peak, with which a network is measured."""
 COMPILING = {"none": 0.0, "block": 40.0, "model": 90.0}
-"""Seconds that must be left of the time of all networks to compile one."""
+"""Seconds that must be left before the deadline of all networks to start compiling one."""
 
 
 class Products:
-    """Large matrix products, whose rate is the ceiling; to be measured in turns with what is held against it.
+    """Large matrix products, whose rate is the ceiling; time them in turns with what is compared with it.
 
-    On a CPU a product of float32 may be faster as a 1x1 convolution, see `denoisers.linear`: it is measured both ways.
+    On a CPU, a float32 product may be faster as a 1x1 convolution (see `denoisers.linear`); both ways are measured.
 
     Args:
-        kind: precision of the products, as `trainer.precision`, or tf32.
-        device: where.
-        tiny: small sizes.
+        kind: precision of the products: tf32, or a value of `trainer.precision`.
+        device: the device to run on.
+        tiny: whether to use small sizes.
     """
 
     def __init__(self, kind: str, device: torch.device, tiny: bool) -> None:
         self.kind, self.flops = kind, dict[str, float]()
         self.works: list[Work] = []
         for rows, inner, columns in SIZES["tiny" if tiny else device.type]:
-            # Zeros would be multiplied faster than what networks hold.
+            # Random numbers, because zeros multiply faster than real weights.
             a, b = (torch.randn(*s, device=device).to(DTYPES[kind]) for s in ((rows, inner), (inner, columns)))
             ways: dict[str, Callable[[], Any]] = {"mm": partial(torch.mm, a, b)}
             if device.type == "cpu" and kind == "32-true":
@@ -55,7 +55,7 @@ class Products:
                 self.works.append(Work(name, float32_products(kind == "tf32")(call)))
 
     def peak(self) -> Row:
-        """The fastest product by its median time, its rate in FLOP/s, and that of torch.mm."""
+        """Return the fastest product by median time, its rate in FLOP/s, and the highest rate of torch.mm."""
         rates = {work.name: self.flops[work.name] / spread(work.times)["median"] for work in self.works}
         best = max(rates, key=lambda name: rates[name])
         mm = max(rate for name, rate in rates.items() if name.startswith("mm "))
@@ -63,18 +63,18 @@ class Products:
 
 
 def against(achieved: float, peak: Row) -> Row:
-    """FLOP/s beside a peak: as a share of the fastest product, and of torch.mm."""
+    """Return `achieved` FLOP/s with their shares of the fastest product and of torch.mm."""
     shares = {"share": achieved / peak["flops_per_s"], "mm_share": achieved / peak["mm_flops_per_s"]}
     return {"flops_per_s": achieved, "peak": peak} | shares
 
 
 def measure(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
-    """Rows of every network that fits, as they are measured.
+    """Yield the rows of every network that fits, as they are measured.
 
     Args:
-        config: what to measure.
-        device: where.
-        deadline: on `time.monotonic`'s clock; no network begins after it.
+        config: the benchmark's config.
+        device: the device to run on.
+        deadline: time on the clock of `time.monotonic` after which no network begins.
     """
     products = Products(PRECISION[device.type], device, config.tiny)
     in_turns(products.works, device, 2, once=config.tiny)
@@ -92,12 +92,12 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
 def _network(
     config: BenchConfig, model: str, device: torch.device, rate: float, until: float, deadline: float
 ) -> Iterator[Row]:
-    """A network's rows: its default, and its variants with their ratios to it.
+    """Yield a network's rows: its default, and its variants with their ratios to the default.
 
     Args:
-        rate: of the fastest product, FLOP/s.
-        until: end of the network's own time, after which no further round begins.
-        deadline: end of the time of all networks, before which a variant must have been compiled.
+        rate: FLOP/s of the fastest product.
+        until: end of this network's time, after which no further round begins.
+        deadline: end of the time of all networks, by which a variant must have been compiled.
     """
     named: Row = {"part": "models", "name": model}
     base = run_config(config, model, device.type)
@@ -110,21 +110,21 @@ def _network(
     for variant in variants(config, model, base, device.type):
         changed = run_config(config, model, device.type, variant.overrides)
         if variant.overrides and changed == base:
-            continue  # that is the default
+            continue  # the same as the default
         compiled = changed.trainer.compile
         if subjects and time.monotonic() > (until if compiled == "none" else deadline - COMPILING[compiled]):
             yield named | {"variant": variant.name, "skipped": "the time is up"}
             continue
         like = subjects[0] if subjects and variant.same_network else None
-        # The compiler proper takes minutes, however small the network.
+        # Inductor takes minutes even for a tiny network.
         backend = "eager" if config.tiny else "inductor"
         subject = Subject(changed, variant, device, like=like, backend=backend)
         steps = subject.works()
         if subjects and (compiled == "model" if config.gpu else not (config.full or config.models)):
-            steps = {"train": steps["train"]}  # evaluation would be compiled again; the short form has time for no more
-        failed = _try(subject, steps)
-        if failed:
-            yield named | {"variant": variant.name, "skipped": failed}
+            steps = {"train": steps["train"]}  # the others would compile again, or the short form has no time for them
+        error = _first_calls(subject, steps)
+        if error:
+            yield named | {"variant": variant.name, "skipped": error}
         else:
             subjects.append(subject)
             works.append(steps)
@@ -147,11 +147,11 @@ def _network(
             yield row
 
 
-def _try(subject: Subject, steps: Mapping[str, Work]) -> str:
-    """The reason why a variant does not run here, or nothing; calls each of its steps for the first time."""
+def _first_calls(subject: Subject, steps: Mapping[str, Work]) -> str:
+    """Call each step of a variant for the first time; return the error if it does not run here, or ""."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # why a kernel does not take a call
+            warnings.simplefilter("ignore")  # attention kernels warn when they cannot handle a call
             for work in steps.values():
                 work.begin(subject.device)
         return ""

@@ -1,4 +1,4 @@
-"""Times taken in turns: every work once a round, so that what the machine does meanwhile affects all of them alike."""
+"""Interleaved timing: every workload runs once per round, so that other load on the machine affects all alike."""
 
 import math
 import statistics
@@ -14,43 +14,43 @@ from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 from torch.profiler import ProfilerActivity, profile
 
 LEAST = {"cpu": 0.02, "cuda": 0.1}
-"""Seconds that one measurement lasts at least; shorter works are repeated inside it."""
+"""Least duration of a measurement in seconds; shorter workloads are repeated within it."""
 
 
 @dataclass
 class Work:
-    """Something to time."""
+    """A workload to time, and its measurements."""
 
     name: str
     call: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
-    """Called before each measurement, outside the time."""
+    """Called before each measurement, and not timed."""
     times: list[float] = field(default_factory=list)
-    """Seconds of one call, a value a round."""
+    """Seconds of one call, in each round."""
     memory: int = 0
-    """Bytes at the most while it runs, beyond those in use before."""
+    """Peak bytes while it runs, beyond those in use before."""
     first: float = 0.0
-    """Seconds of the first call, compilation included; 0 before it."""
+    """Seconds of the first call, including compilation; 0 until then."""
 
     def begin(self, device: torch.device) -> None:
-        """Call it for the first time."""
+        """Run and time the first call."""
         self.prepare()
         self.first = seconds(self.call, device)
 
     def ms(self, calls: float = 1.0) -> dict[str, float]:
-        """Median, lowest and highest time of `calls` calls in ms, and the number of rounds."""
+        """Return the median, lowest and highest time of `calls` calls in ms, and the number of rounds."""
         found = spread([1e3 * calls * t for t in self.times])
         return {"ms": found["median"], "ms_low": found["low"], "ms_high": found["high"], "rounds": found["n"]}
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was given."""
+    """Wait until a device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
-    """Seconds of one call, the mean of several in a row."""
+    """Return the seconds of one call, averaged over several in a row."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -62,20 +62,20 @@ def seconds(call: Callable[[], Any], device: torch.device, calls: int = 1) -> fl
 def in_turns(
     works: Sequence[Work], device: torch.device, rounds: int, once: bool = False, deadline: float = math.inf
 ) -> Sequence[Work]:
-    """Warm up every work, then time each once a round, in the opposite order in every other round.
+    """Warm up every workload, then time each once per round, reversing the order in every other round.
 
     Args:
-        works: what to time; their `times`, `memory` and `first` are filled in.
-        device: where they run.
-        rounds: measurements of each.
-        once: call each once in a measurement, however short it is.
-        deadline: on `time.monotonic`'s clock; no round but the first begins after it.
+        works: the workloads; their `times`, `memory` and `first` are filled in.
+        device: the device they run on.
+        rounds: number of measurements of each.
+        once: call each once per measurement, however short it is.
+        deadline: time on the clock of `time.monotonic` after which no round but the first begins.
     """
     for work in works:
         if not work.first:
             work.begin(device)
     calls = {}
-    for work in works:  # again, once all have run: what compiled in one state may compile for another too
+    for work in works:  # a second warm-up after all have run: a changed state can trigger another compilation
         work.prepare()
         with peak_memory(device) as peak:
             taken = seconds(work.call, device)
@@ -93,7 +93,7 @@ def in_turns(
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yield a function that says, after the block, how many bytes torch held at the most beyond those before it."""
+    """Yield a function that returns, after the block, the peak bytes torch allocated in it beyond those before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -110,15 +110,15 @@ def _most(profiled: profile) -> int:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest, highest and number of some measurements."""
+    """Return the median, lowest and highest of some measurements, and their number."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """The ratio of times to those of `base`, round by round, as both were measured in turns."""
+    """Return the spread of the ratios of `times` to `base`, round by round, as both were measured in turns."""
     return spread([t / b for t, b in zip(times, base, strict=True)])
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent p of value ~ size^p: least squares in the logarithms, 1 for linear growth and 2 for quadratic."""
+    """Return the exponent p of value ~ size^p by least squares on the logarithms; linear growth gives 1."""
     return statistics.linear_regression([math.log(s) for s in sizes], [math.log(v) for v in values]).slope

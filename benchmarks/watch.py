@@ -1,6 +1,6 @@
-"""`python -m benchmarks.watch OUT.json VERB ...`: run a diffbench command, and say where its CPU seconds go.
+"""`python -m benchmarks.watch OUT.json VERB ...`: run a diffbench command, and write its CPU seconds by stage.
 
-Every few milliseconds of CPU time the stack is looked at, and the time since goes to the innermost stage on it.
+A profiling timer samples the stack every few ms of CPU time, and adds the time since to the innermost stage on it.
 """
 
 import json
@@ -36,27 +36,27 @@ STAGES = {
     "run_table": "table",
     "run_facts": "table",
 }
-"""Function, by its qualified name -> the stage that it makes."""
+"""Qualified name of a function -> its stage."""
 INTERVAL = 0.01
-"""CPU seconds between two looks."""
+"""CPU seconds between two samples."""
 
 
 class Watch:
-    """Share out the CPU seconds of this process from its start on; `first_step` is when training began."""
+    """The CPU seconds of this process by stage, from its start on; `first_step` is the CPU time when training began."""
 
     def __init__(self) -> None:
         self.spent, self.first_step = dict[str, float](), 0.0
         self.last = time.process_time()
         self.spent["interpreter"] = self.last
-        signal.signal(signal.SIGPROF, self._look)
+        signal.signal(signal.SIGPROF, self._sample)
         signal.setitimer(signal.ITIMER_PROF, INTERVAL, INTERVAL)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the timer, after a last sample."""
         signal.setitimer(signal.ITIMER_PROF, 0)
-        self._look(0, None)
+        self._sample(0, None)
 
-    def _look(self, number: int, frame: FrameType | None) -> None:
+    def _sample(self, number: int, frame: FrameType | None) -> None:
         stage = None
         while frame is not None and stage is None:
             code = frame.f_code
@@ -70,15 +70,15 @@ class Watch:
         self.last = now
 
 
-def main(out: str, words: list[str]) -> None:
-    """Run the command of `words`, write stage -> CPU seconds to `out`, and exit with its code."""
+def main(out: str, args: list[str]) -> None:
+    """Run the command with `args`, write the CPU seconds of each stage to `out`, and exit with the command's code."""
     watch = Watch()
     from diffbench.__main__ import run
 
-    sys.argv[1:] = words
+    sys.argv[1:] = args
     try:
         run()
-    finally:  # by SystemExit
+    finally:  # run always ends with SystemExit
         watch.stop()
         Path(out).write_text(json.dumps({"first_step": watch.first_step, "spent": watch.spent}))
 

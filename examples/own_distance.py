@@ -1,7 +1,7 @@
 """Fréchet distance of your own images as a torchmetric: python examples/own_distance.py [INCEPTION WEIGHTS].
 
-With the weights of the published Inception network (pt_inception-2015-12-05-6726825d.pth) it is the FID; without, any
-network from images to features serves.
+With the weights of the published Inception network (pt_inception-2015-12-05-6726825d.pth), this is the FID. Without
+them, the features come from a random projection; any network that maps images to features will do.
 """
 
 import sys

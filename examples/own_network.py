@@ -1,4 +1,4 @@
-"""A network and data of your own, trained in plain Lightning: python examples/own_network.py [STEPS]."""
+"""Your own network and data, trained in plain Lightning: python examples/own_network.py [STEPS]."""
 
 import sys
 
@@ -13,7 +13,7 @@ from diffbench.config.sections import SampleConfig
 
 
 class ConvNet(nn.Module):
-    """Predicts the noise in x (B, 1, 8, 8) at time t (B,) of class y (B,)."""
+    """A network that predicts the noise in x (B, 1, 8, 8) at time t (B,), given class y (B,)."""
 
     num_classes = 10
 

@@ -1,6 +1,6 @@
-"""A sampler of your own on a trained run: python examples/own_sampler.py RUN [STEPS].
+"""Your own sampler on a trained run: python examples/own_sampler.py RUN [STEPS].
 
-Adams-Bashforth of second order in the ODE's own coordinate: as many evaluations of the network as Euler, less error.
+Second-order Adams-Bashforth in the ODE's own variable: as many network evaluations as Euler, with less error.
 """
 
 import sys
@@ -17,7 +17,7 @@ from diffbench.sampling.images import save_image
 
 
 def adams_bashforth(predict: Predict, x: Tensor, grid: Grid) -> Tensor:
-    """From noise x (B, C, H, W) at the grid's first point to an image at its last."""
+    """Integrate from noise x (B, C, H, W) at the grid's first point to an image at its last."""
     before: Tensor | None = None
     for i in range(len(grid)):
         here, step = grid[i], float(grid[i + 1].s - grid[i].s)

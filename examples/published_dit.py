@@ -1,6 +1,6 @@
-"""A published DiT by preset, sampled: python examples/published_dit.py [STEPS] [CHECKPOINT, as DiT-XL-2-256x256.pt].
+"""Sampling from a published DiT: python examples/published_dit.py [STEPS] [CHECKPOINT].
 
-Without a checkpoint the weights are fresh, and so are the samples.
+CHECKPOINT is, for example, DiT-XL-2-256x256.pt. Without one, a small DiT with random weights is sampled.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""LightningModules and callbacks for any Lightning Trainer; imported as they are asked for."""
+"""LightningModules and callbacks for any Lightning Trainer, each imported on first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ _PLACES = dict(zip(__all__, ("ema", "diffusion", "distances", "callbacks", "call
 
 
 def __getattr__(name: str) -> Any:
-    """Imports Lightning only when something of it is asked for."""
+    """Import a name's module, and with it Lightning, on first use."""
     if name in _PLACES:
         return getattr(importlib.import_module(f"diffbench.training.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'diffbench.training' has no attribute {name!r}")

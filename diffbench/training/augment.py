@@ -1,4 +1,4 @@
-"""Non-leaking augmentation (Karras et al. 2022, appendix F.2): images are changed, and the network is told how.
+"""Non-leaking augmentation (Karras et al. 2022, appendix F.2): the network is told by a label how images were changed.
 
 Sampling with the label of an unchanged image yields unaugmented images.
 """
@@ -12,25 +12,25 @@ from torch.nn.functional import affine_grid, grid_sample
 from diffbench.core import rng
 
 SCALE_STD, STRETCH_STD, SHIFT_STD = 0.2, 0.2, 0.125
-"""Standard deviations: of the two scalings in octaves, of the shift in images."""
+"""Standard deviations: scale and stretch in octaves, shift as a fraction of the image size."""
 
 
 def augment(x0: Tensor, position: Tensor, seed: int, probability: float) -> tuple[Tensor, Tensor]:
-    """Changed images and their labels.
+    """Augment images, and return them with their augmentation labels.
 
-    A mirror image half the time; and each with the given probability: upside down (half of those times), a scaling, a
-    rotation by any angle, a stretch along any direction, a shift.
+    Images are mirrored with probability 1/2. With the given probability each, they are also flipped upside down (half
+    of those times), scaled, rotated by any angle, stretched along any direction, and shifted.
 
     Args:
         x0: (B, C, H, W) images.
-        position: (B,) of the samples in the run; with the seed they fix what is done.
+        position: (B,) positions of the images in the run; together with the seed they determine the augmentation.
         seed: of the run.
-        probability: of each change but the mirror's.
+        probability: of each augmentation other than mirroring.
 
     Returns:
-        The images, those that no geometric change befell but flips bit for bit, and labels (B, 9) float32: mirrored,
-        upside down, octaves of scale, cosine of the rotation less one, its sine, octaves of stretch times cosine and
-        sine of its direction, shift to the right and down in images. All zero means untouched.
+        The images, not resampled if they are at most flipped, and labels (B, 9) float32: mirrored, upside down, scale,
+        cosine of the rotation minus one, its sine, stretch times cosine and sine of its direction, shift to the right
+        and down; scale, stretch and shift in their standard deviations. All zeros means unchanged.
     """
 
     def uniform(what: str) -> Tensor:
@@ -66,11 +66,11 @@ def augment(x0: Tensor, position: Tensor, seed: int, probability: float) -> tupl
     )
     x = torch.where(mirror.bool()[:, None, None, None], x0.flip(3), x0)
     x = torch.where(flip.bool()[:, None, None, None], x.flip(2), x)
-    # Where in x each pixel of the result comes from: the changes undone, the last one first. Sides run from -1 to 1.
+    # grid_sample needs the source of each output pixel in [-1, 1]: undo the augmentations, the last one first.
     undo = _rotation(-direction) @ _scaling(-STRETCH_STD * stretch, STRETCH_STD * stretch) @ _rotation(direction)
     undo = undo @ _rotation(-angle) @ _scaling(-SCALE_STD * scale, -SCALE_STD * scale)
     side = undo.new_tensor([x.shape[3], x.shape[2]])
-    undo = undo * (side / side[:, None])  # turned in pixels, not in shares of the sides
+    undo = undo * (side / side[:, None])  # rotate in pixels, not in units of the two sides
     offset = torch.stack([right, down], dim=1) * (2 * SHIFT_STD)
     theta = torch.cat([undo, -(undo @ offset[:, :, None])], dim=2).to(x.dtype)
     grid = affine_grid(theta, list(x.shape), align_corners=False)
@@ -80,11 +80,11 @@ def augment(x0: Tensor, position: Tensor, seed: int, probability: float) -> tupl
 
 
 def _rotation(angle: Tensor) -> Tensor:
-    """Angles (B,) to matrices (B, 2, 2)."""
+    """Return the rotation matrices (B, 2, 2) of angles (B,)."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
 
 
 def _scaling(octaves_x: Tensor, octaves_y: Tensor) -> Tensor:
-    """Octaves (B,) to matrices (B, 2, 2)."""
+    """Return the scaling matrices (B, 2, 2) for octaves (B,) along x and y."""
     return torch.diag_embed(torch.stack([2**octaves_x, 2**octaves_y], -1))

@@ -1,4 +1,4 @@
-"""Training of an autoencoder."""
+"""The LightningModule that trains an autoencoder."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +12,13 @@ from diffbench.core import rng
 from diffbench.training.module import OptimizerLike, TrainingModule
 
 Features = Callable[[Tensor], Tensor]
-"""Images (B, C, H, W) in [-1, 1] -> features (B, D), through which gradients flow."""
+"""A differentiable map from images (B, C, H, W) in [-1, 1] to features (B, D)."""
 
 
 class AutoencoderModule(TrainingModule):
-    """Trains an autoencoder to restore x0; the noise of its latents is keyed by (seed, position).
+    """LightningModule that trains an autoencoder to reconstruct x0; (seed, position) determine the latents' noise.
 
-    `features` are those of the perceptual term, where the loss has one.
+    `features` is the feature extractor of the perceptual term; None if the loss has no such term.
     """
 
     network: KLAutoencoder
@@ -33,11 +33,11 @@ class AutoencoderModule(TrainingModule):
     ) -> None:
         super().__init__(autoencoder, optimizer, seed=seed)
         if (loss.perceptual is None) != (features is None):
-            raise ValueError("loss.perceptual: an extractor and its features come together")
+            raise ValueError("loss.perceptual: give both an extractor and its features, or neither")
         self.loss, self.features = loss, features
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The batch's mean loss per number of an image."""
+        """Return the loss of the batch, averaged over images and their C * H * W values."""
         batch = self.take(batch)
         x = batch["x0"].to(next(self.network.parameters()).dtype)
         noise = None

@@ -1,4 +1,4 @@
-"""Measurements and images in training: every so many images, with averaged weights, and off the training clock."""
+"""Callbacks that measure and draw every n images during training, with averaged weights and the clock paused."""
 
 import contextlib
 import math
@@ -30,22 +30,22 @@ from diffbench.training.module import TrainingModule
 from diffbench.training.signals import Interrupted, StopOnSignal
 
 Images = ImageSet | LatentSet | AnyDataset
-"""Images or latents in memory, or any data set of images, which is read into memory."""
+"""Images or latents in memory, or any data set of images, which will be read into memory."""
 
 
 class EveryNImages(Ordered):
-    """Calls `act` every `every` images, with averaged weights in place and the training clock paused.
+    """Callback that calls `act` every `every` images, with averaged weights and the training clock paused.
 
-    Works with any trainer. With an `EMA` among its callbacks the first average is measured, else the raw weights;
-    values and images go to the trainer's loggers, or to a `RunLogger` where there is one.
-    A signal interrupts it, if it calls `stop.check` between batches inside `stop.interruptible`; see `StopOnSignal`.
+    Works with any trainer. With an `EMA` among its callbacks, the first average is measured, else the raw weights.
+    Values and images go to the `RunLogger` if there is one, else to the trainer's loggers. A signal can interrupt an
+    `act` that calls `stop.check` between batches inside `stop.interruptible`; see `StopOnSignal`.
     """
 
     stage = "validating"
-    """The text of the bar meanwhile."""
+    """Label of the progress bar while it acts."""
     place = 4
     at_end = True
-    """Whether to act after the last step too, wherever it falls."""
+    """Whether to act after the last step too, whether or not it is due."""
 
     def __init__(self, every: int) -> None:
         if every < 1:
@@ -53,7 +53,7 @@ class EveryNImages(Ordered):
         self.every = every
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        """Measures or draws; called on all ranks. May raise Interrupted, on all of them."""
+        """Measure or draw; called on all ranks. May raise Interrupted, but only on all ranks at once."""
         raise NotImplementedError
 
     def run(self, trainer: L.Trainer, module: Any) -> None:
@@ -61,7 +61,7 @@ class EveryNImages(Ordered):
             self.act(trainer, module)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the network has averaged weights, if there are any."""
+        """Return a context manager that puts averaged weights into the network, if there are any."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -71,7 +71,7 @@ class EveryNImages(Ordered):
             raise TypeError(f"{type(self).__name__} works with diffbench's DiffusionModule and its like, got {kind}")
         self.logger, self.ema = find(trainer, RunLogger), find(trainer, EMA)
         self.stop = find(trainer, StopOnSignal) or StopOnSignal(Path(), trainer.max_steps)
-        # Asked of the trainer by all ranks at once: it broadcasts the answer.
+        # `log_dir` is a collective call: all ranks must read it at the same time.
         self.folder = self.logger.folder if self.logger else Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -92,17 +92,17 @@ class EveryNImages(Ordered):
         self.stop.owed = owed
 
     def record(self, trainer: L.Trainer, module: Any, values: Mapping[str, float]) -> None:
-        """Logs values at the present step, for `ModelCheckpoint` and the like too."""
+        """Log values at the current step, where `ModelCheckpoint` and the like see them too."""
         if self.logger is not None:
             self.logger.record(dict(values))
             return
         module.log_dict(dict(values), on_step=True, on_epoch=False, logger=False)
-        for logger in trainer.loggers:  # whatever log_every_n_steps is
+        for logger in trainer.loggers:  # directly, because log_every_n_steps would drop most of them
             logger.log_metrics(dict(values), step=trainer.global_step)
             logger.save()
 
     def show(self, trainer: L.Trainer, tag: str, image: np.ndarray) -> None:
-        """Shows an image (H, W, 3) uint8 in TensorBoard, or another logger that takes images."""
+        """Show an image (H, W, 3) uint8 in TensorBoard or any other logger that accepts images."""
         if self.logger is not None:
             self.logger.show_image(tag, image)
         elif trainer.is_global_zero:
@@ -121,7 +121,7 @@ class EveryNImages(Ordered):
         captions: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
-        """Saves images (N, C, H, W) uint8 as a grid, samples/<name or "images">-<images seen>.png, and shows it."""
+        """Show images (N, C, H, W) uint8 as a grid, saved as samples/<name or "images">-<images seen>.png."""
         if distributed.rank() == 0:
             path = self.folder / "samples" / f"{name or 'images'}-{module.images_seen:09d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,13 +131,13 @@ class EveryNImages(Ordered):
 
 
 class ValidationError(EveryNImages):
-    """Records a denoiser's bound and its errors by noise level, on held-out and on as many training images.
+    """Callback that records the bound and the error at each noise level, on held-out and equally many training images.
 
     Args:
         held_out: images or latents.
-        every: images between two measurements.
-        log_snr: (levels,) rising; None for those of `ValidationConfig`.
-        train: what is trained on; None measures held-out images alone.
+        every: training images between measurements.
+        log_snr: (levels,) increasing; None for those of `ValidationConfig`.
+        train: the training set; None to measure held-out images only.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class ValidationError(EveryNImages):
 
 
 class Accuracy(EveryNImages):
-    """Records a noise-aware classifier's accuracy on held-out images."""
+    """Callback that records the accuracy of a noise-aware classifier on held-out images."""
 
     def __init__(self, data: ImageSet, every: int, log_snr: Sequence[float]) -> None:
         super().__init__(every)
@@ -180,14 +180,14 @@ class Accuracy(EveryNImages):
 
 
 class Reconstructions(EveryNImages):
-    """Records PSNR and SSIM of an autoencoder's reconstructions of held-out images, and the divergence of latents."""
+    """Callback that records PSNR and SSIM of reconstructed held-out images, and the KL divergence of their latents."""
 
     def __init__(self, data: ImageSet, every: int) -> None:
         super().__init__(every)
         self.images = data.images
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
-        mine = self.images[distributed.rank_slice(len(self.images))]  # each rank has some
+        mine = self.images[distributed.rank_slice(len(self.images))]
         found = self.stop.interruptible(lambda: reconstruct(module.network, mine, self.stop.check))
         restored, divergence = map(distributed.all_gather_rows, found)
         scores = {"val/psnr": psnr(restored, self.images), "val/ssim": ssim(restored, self.images)}
@@ -195,7 +195,7 @@ class Reconstructions(EveryNImages):
 
 
 class ReconstructionGrid(EveryNImages):
-    """Draws held-out images above their reconstructions; PNG and TensorBoard."""
+    """Callback that draws held-out images above their reconstructions, as a PNG and in the loggers."""
 
     def __init__(self, data: ImageSet, every: int) -> None:
         super().__init__(every)
@@ -206,14 +206,14 @@ class ReconstructionGrid(EveryNImages):
 
 
 class SampleGrid(EveryNImages):
-    """Draws a grid of samples with fixed noise, a named column for each class: a PNG and the loggers.
+    """Callback that draws a grid of samples from fixed noise, one column per class, as a PNG and in the loggers.
 
     Args:
-        every: images between two grids.
-        sampler: draws them; None for the module's own.
-        settings: how samples are drawn; None for `SampleConfig()`.
-        class_names: by label; None for a column for each class of the network, without names.
-        name: of its files and of its tag in the loggers, to tell several grids apart.
+        every: training images between grids.
+        sampler: draws the samples; None for the module's own.
+        settings: sampling settings; None for `SampleConfig()`.
+        class_names: column titles, by label; None for one column per class of the network, without titles.
+        name: part of the file names and the logger tag, to tell several grids apart.
     """
 
     stage, at_end = "sampling", False
@@ -236,12 +236,12 @@ class SampleGrid(EveryNImages):
         classes = int(getattr(module.network, "num_classes", 0)) if names is None else len(names)
         trajectory, columns = Trajectory(sampler.images), class_columns(classes)
         labels = torch.arange(columns).repeat(4) % max(1, classes)
-        split = len(labels) >= distributed.world_size()  # of fewer, each rank draws all
+        split = len(labels) >= distributed.world_size()  # if there are fewer, each rank draws all of them
         mine = distributed.rank_slice(len(labels)) if split else torch.arange(len(labels))
         each = max(trajectory.count, math.ceil(len(mine) / sampler.at_once))
-        how = replace(self.settings, batch_size=min(self.settings.batch_size, each))
+        settings = replace(self.settings, batch_size=min(self.settings.batch_size, each))
         images = self.stop.interruptible(
-            lambda: sampler(labels[mine], how, first=int(mine[0]), callback=trajectory, check=self.stop.check)
+            lambda: sampler(labels[mine], settings, first=int(mine[0]), callback=trajectory, check=self.stop.check)
         )
         images = distributed.all_gather_rows(images) if split else images
         captions = [names[label] for label in labels] if names else None
@@ -250,7 +250,7 @@ class SampleGrid(EveryNImages):
 
 
 def check_images(sampler: Sampler) -> None:
-    """Raise ValueError where samples are not images and nothing decodes them."""
+    """Raise ValueError if the sampler returns raw latents that are not decoded to images."""
     if sampler.raw:
         raise ValueError(f"sampler: {sampler.shape[0]} channels are not an image; give a Sampler with `decode`")
 

@@ -1,4 +1,4 @@
-"""Resume states: written completely or not at all, verified before use, two kept; saved at the end and on a signal."""
+"""Checkpoints to resume from: written atomically, verified before use, and saved at the end and on a signal too."""
 
 import contextlib
 import os
@@ -20,13 +20,13 @@ from diffbench.training.signals import StopOnSignal
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, renames; a checksum file (as `sha256sum -c` reads it) precedes the state.
+    """Checkpoint IO that writes a temporary file, syncs it, writes a checksum for `sha256sum -c`, and renames the file.
 
     Args:
-        background: write a copy of the state from a thread, while training goes on. The next save waits for it, and so
-            does `join`, which must be called at the end; both raise what went wrong in the thread. (Lightning's
+        background: write a copy of the state from a thread while training continues. The next save waits for it, and so
+            does `join`, which must be called at the end; both raise an error of the thread. (Lightning's
             AsyncCheckpointIO keeps its copies on the GPU.)
-        keep: how many states stay in the folder, the newest; None for all.
+        keep: number of checkpoints to keep in the folder, the newest ones; None for all.
     """
 
     def __init__(self, background: bool = False, keep: int | None = None) -> None:
@@ -41,10 +41,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._write(checkpoint, Path(path))
             return
         copied = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint)
-        self._writing = self._writer.submit(self._write, copied, Path(path))  # the process does not end before it
+        self._writing = self._writer.submit(self._write, copied, Path(path))  # the process waits for it at exit
 
     def join(self) -> None:
-        """Waits until what was saved is written."""
+        """Wait until the last checkpoint is written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -66,31 +66,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         state = read_state(path, map_location)
         missing = [key for key in ("state_dict", "optimizer_states", "callbacks", "loops") if key not in state]
         if missing:
-            raise UserError(f"{path}: holds no state of training ({missing[0]} is missing); remove it")
+            raise UserError(f"{path}: is not a training checkpoint ({missing[0]} is missing); remove it")
         return state
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose checksum holds; None where there is none, UserError if every one is damaged."""
+    """Return the newest checkpoint that matches its checksum; None if there is none, UserError if all are damaged."""
     found = all_steps(folder)
     for path in reversed(found):
         if verified(path):
             return path
-        print(f"warning: {path} is damaged (its checksum differs): trying the one before")
+        print(f"warning: {path} is damaged (its checksum differs): trying the previous one")
     if found:
         raise UserError(f"{folder}: no checkpoint is intact; move the folder away to start again")
     return None
 
 
 def verified(path: Path) -> bool:
-    """Whether a checkpoint's bytes agree with its checksum file."""
+    """Return whether a checkpoint matches its checksum file."""
     with contextlib.suppress(OSError):
         return _checksum(path).read_text().split()[:1] == [sha256(path)]
     return False
 
 
 def all_steps(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
+    """Return the checkpoints in a folder, oldest first."""
     return sorted((p for p in folder.glob("step-*.ckpt") if p.stem[5:].isdecimal()), key=step_of)
 
 
@@ -99,7 +99,7 @@ def step_of(path: Path) -> int:
 
 
 def owed(path: Path) -> list[str]:
-    """The evaluations that a signal interrupted at a checkpoint's step, which a resume does first."""
+    """Return the evaluations that a signal interrupted at a checkpoint's step; a resumed run does them first."""
     state: dict[str, Any] = read_state(path, "meta").get("callbacks", {})
     return list(state.get("StopOnSignal", {}).get("owed", []))
 
@@ -109,9 +109,9 @@ def _checksum(path: Path) -> Path:
 
 
 class SaveState(Ordered):
-    """Saves every `every` images, at the last step, and at the next step's end after a signal.
+    """Callback that saves a checkpoint every `every` images, at the last step, and at the end of a step after a signal.
 
-    It acts last, so that a state holds what the others did at its step.
+    It acts last, so that a checkpoint includes what the other callbacks did at its step.
     """
 
     place = 5
@@ -123,16 +123,16 @@ class SaveState(Ordered):
         step = trainer.global_step
         if distributed.all_reduce_max([step, -step]) != [step, -step]:
             raise UserError(f"{self.folder}: the processes see different checkpoints; is the folder the same for all?")
-        if step == trainer.max_steps:  # resumed for what was owed
+        if step == trainer.max_steps:  # resumed only to do the owed evaluations, which are done by now
             self.save(trainer)
         trainer.should_stop = self.stop.agreed
 
     def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
-        step, asked = trainer.global_step, self.stop.asked(trainer.global_step)
-        if asked or step == trainer.max_steps or module.is_due(self.every):
+        step, stopping = trainer.global_step, self.stop.asked(trainer.global_step)
+        if stopping or step == trainer.max_steps or module.is_due(self.every):
             with self.clock.paused():
                 self.save(trainer)
-        if asked:
+        if stopping:
             trainer.should_stop = True
 
     def save(self, trainer: L.Trainer) -> None:

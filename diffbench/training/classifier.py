@@ -1,4 +1,4 @@
-"""Training of the noise-aware classifier that guides samples."""
+"""The LightningModule that trains a noise-aware classifier for classifier guidance."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from diffbench.training.module import OptimizerLike, TrainingModule
 
 
 class ClassifierModule(TrainingModule):
-    """Trains `classifier` (x, t) -> logits on noisy images of the process (Dhariwal & Nichol 2021, §4.1)."""
+    """LightningModule that trains `classifier`, (x, t) -> logits, on noisy images (Dhariwal & Nichol 2021, §4.1)."""
 
     def __init__(
         self, classifier: nn.Module, process: Process, optimizer: OptimizerLike | None = None, seed: int = 0

@@ -1,4 +1,4 @@
-"""The times and the order at which our callbacks act, and the seconds of training itself."""
+"""The schedule and order of our callbacks, and a clock of the training time alone."""
 
 import contextlib
 import time
@@ -11,18 +11,18 @@ C = TypeVar("C", bound=L.Callback)
 
 
 def at_step_end(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch ended an optimizer step; an epoch's last one always does."""
+    """Return whether this micro-batch ended an optimizer step; the last one of an epoch always does."""
     return (batch_idx + 1) % int(trainer.accumulate_grad_batches) == 0 or trainer.is_last_batch
 
 
 def is_last(trainer: L.Trainer) -> bool:
-    """Whether all steps are done, or all epochs."""
+    """Return whether training has reached `max_steps` or the end of its last epoch."""
     ended = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.global_step == trainer.max_steps or ended
 
 
 class Clock:
-    """Counts seconds of training over all resumes, without validation, sampling and saving."""
+    """A count of the seconds spent training, over all resumes; validation, sampling and saving are left out."""
 
     def __init__(self) -> None:
         self.before = 0.0
@@ -41,7 +41,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves a block out of the count."""
+        """Leave the time spent in the block out of the count."""
         running = self._started is not None
         self.stop()
         try:
@@ -52,16 +52,16 @@ class Clock:
 
 
 class Ordered(L.Callback):
-    """A callback whose place among the others matters: it puts them in order as training is set up."""
+    """A callback whose position among the others matters; `setup` sorts all callbacks of this kind."""
 
     place = 0
-    """Those with a smaller number act first: stop, guard, average, log, evaluate, save."""
+    """Rank in that order, the smallest first: stop, guard, average, log, evaluate, save."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Orders the trainer's callbacks of this kind among themselves; others stay where they are."""
+        """Sort the trainer's `Ordered` callbacks by `place`; other callbacks keep their positions."""
         callbacks: list[L.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
         ours = iter(sorted((c for c in callbacks if isinstance(c, Ordered)), key=lambda c: c.place))
-        # A new list: the trainer is going through the old one.
+        # Assign a new list, because the trainer is iterating over the old one.
         trainer.callbacks = [next(ours) if isinstance(c, Ordered) else c for c in callbacks]  # type: ignore[attr-defined]
 
     def on_train_batch_end(
@@ -71,9 +71,9 @@ class Ordered(L.Callback):
             self.on_step_end(trainer, pl_module)
 
     def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Called after the last micro-batch of each optimizer step."""
+        """Act after the last micro-batch of each optimizer step; does nothing unless overridden."""
 
 
 def find(trainer: L.Trainer, kind: type[C]) -> C | None:
-    """The trainer's callback of a kind, or None."""
+    """Return the trainer's first callback of type `kind`, or None."""
     return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]

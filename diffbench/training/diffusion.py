@@ -1,4 +1,4 @@
-"""Training of any denoiser under any process."""
+"""The LightningModule that trains any denoiser under any diffusion process."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,38 +23,38 @@ from diffbench.training.recorded import Recorded
 
 
 class DiffusionModule(TrainingModule):
-    """Trains a denoiser on the process's loss, under any Lightning Trainer and from any loader.
+    """LightningModule that trains a denoiser on the process's loss, with any Trainer and any data loader.
 
-    A batch is images, (images, labels), or a mapping with `image` and `label`; images are (B, C, H, W), float in
-    [-1, 1] or uint8, and labels (B,) integers or (B, labels) weights. Every random number is a function of the seed and
-    an image's position. The data modules' batches carry positions; any other batch continues those of all images seen
-    before, rank after rank, over epochs and fits. So a resumed run draws the very noise, times, dropped labels and
-    dropout that an unbroken one would; it sees the same images too where the loader resumes at its batch, as the data
-    modules do.
+    A batch is images, (images, labels), or a mapping with `image` and `label`. Images are (B, C, H, W), float in
+    [-1, 1] or uint8; labels are integers (B,) or weights (B, labels). Every random number is a function of the seed and
+    the image's position in the run. Batches from our data modules carry positions; for any other batch, numbering
+    continues from all images seen so far, rank after rank, across epochs and fits. A resumed run therefore draws the
+    same noise, times, dropped labels and dropout as an uninterrupted one. It also sees the same images if the loader
+    resumes in the middle of an epoch, as our data modules do.
 
-    `validate` logs the variational bound "val/bound" in nats per dimension and the squared error of the noise at each
-    log-SNR, "val/level/<log-SNR>", with fixed noise, `test` the same as "test/...". `predict` gives samples,
-    (B, C, H, W) uint8, for the labels of its batches; a batch may be labels alone.
+    `validate` logs the variational bound in nats per dimension, "val/bound", and the squared error of the noise at each
+    log-SNR, "val/level/<log-SNR>", with fixed noise; `test` logs the same as "test/...". `predict` returns samples,
+    (B, C, H, W) uint8, for the labels of each batch; a batch may consist of labels only.
 
-    A checkpoint holds the settings, and those of networks and processes of this package, as plain values;
-    `load_from_checkpoint` asks for others: load_from_checkpoint(path, network=..., optimizer=...).
+    A checkpoint stores the settings as plain values, and those of this package's networks and processes too. Pass all
+    others when loading: load_from_checkpoint(path, network=..., optimizer=...).
 
     Args:
-        network: (x, t, y) -> output; its label `null_label` means "no class". y is None where batches have no labels.
-        process: how images are noised, and the loss.
+        network: (x, t, y) -> output; its label `null_label` means "no class". y is None if batches have no labels.
+        process: the noise process and its loss.
         optimizer: settings, or a callable from parameters to an optimizer; None for AdamW.
         lr_scheduler: a callable from an optimizer to a scheduler, stepped with it.
-        lr: learning rate in place of the optimizer's own.
+        lr: learning rate that overrides the optimizer's own.
         seed: of all random numbers.
-        label_dropout: share of labels replaced by the null label.
-        null_label: the null class; None for the network's own, where it has one.
-        time_sampling: "uniform", "stratified" over each batch, or "loss_aware" with its history in checkpoints.
-        augment: probability of each of EDM's changes, which the network gets as a label.
-        log_snr: levels at which `validate` and `test` measure, rising; None for those of `ValidationConfig`.
-        sample: how `predict` samples; None for `SampleConfig()`.
+        label_dropout: fraction of labels replaced by the null label.
+        null_label: the null class; None for the network's own, if it has one.
+        time_sampling: "uniform", "stratified" over each batch, or "loss_aware", whose history is in checkpoints.
+        augment: probability of each of EDM's augmentations, which the network is given as a label.
+        log_snr: increasing levels at which `validate` and `test` measure; None for those of `ValidationConfig`.
+        sample: settings of `predict`; None for `SampleConfig()`.
 
     Raises:
-        ValueError: if labels are dropped for a network without a null class, or a checkpoint cannot hold the network.
+        ValueError: if labels are dropped without a null class, or a checkpoint only names its network or process.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class DiffusionModule(TrainingModule):
         self.process = _process(process)
         for part in net.modules() if isinstance(net, Denoiser) and not isinstance(net, Foreign) else ():
             if isinstance(label := getattr(part, "augment", None), nn.Module):
-                label.requires_grad_(augment > 0)  # several devices would wait for its gradient
+                label.requires_grad_(augment > 0)  # DDP would wait for the gradient of an unused layer
         if null_label is None and getattr(net, "null_class", False):
             null_label = int(net.num_classes)  # type: ignore[arg-type]
         if label_dropout and null_label is None:
@@ -90,15 +90,15 @@ class DiffusionModule(TrainingModule):
         self.log_snr = list(ValidationConfig().log_snr if log_snr is None else log_snr)
         self.sample = SampleConfig(**(sample or {})) if isinstance(sample, dict | None) else sample
         self.shape: tuple[int, ...] | None = getattr(net, "shape", None)
-        """(C, H, W) of what is denoised: the network's own, else the last batch's."""
+        """(C, H, W) of the network's input: its own attribute, else taken from the last batch."""
         if time_sampling not in ("uniform", "stratified", "loss_aware"):
             unknown = f"time_sampling: unknown value {time_sampling!r}"
             raise ValueError(f"{unknown}; choose from uniform, stratified, loss_aware")
         if time_sampling == "loss_aware" and self.process.name != "vp":
             raise ValueError(f"time_sampling: loss_aware counts the steps of vp, not {self.process.name}")
         self.in_halves = False
-        """Whether two threads compute a micro-batch, half of it each, by a network that keeps no state and draws no
-        random numbers, also not dropout's."""
+        """Whether two threads each compute half of a micro-batch; the network must keep no state and draw no random
+        numbers, not even for dropout."""
         self._recorded = Recorded(self.network)
         self.history = LossAware(self.process.config.steps) if time_sampling == "loss_aware" else None
         self._step_losses: list[tuple[int, float]] = []
@@ -122,7 +122,7 @@ class DiffusionModule(TrainingModule):
         )
 
     def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The inputs of a batch's loss: images (B, C, H, W), uniform numbers (B,), noise (B, C, H, W), labels (B,)."""
+        """Return the inputs of the loss: images (B, C, H, W), uniform numbers (B,), noise (B, C, H, W), labels (B,)."""
         x0, position, y = batch["x0"], batch["position"], batch["label"]
         u, drop = rng.uniforms((self._keys["time"], self._keys["label"]), position)
         if self.time_sampling == "stratified":
@@ -166,7 +166,7 @@ class DiffusionModule(TrainingModule):
         return loss
 
     def _remember(self, t: Tensor, losses: Tensor) -> None:
-        """Takes a step's losses into the history once it has all of them, in the order of the global batch."""
+        """Collect a step's losses over ranks and micro-batches, and update the history once the batch is complete."""
         assert self.history is not None
         times, per_image = distributed.all_gather_rows(t).tolist(), distributed.all_gather_rows(losses).tolist()
         self._step_losses += zip(times, per_image, strict=True)
@@ -181,33 +181,33 @@ class DiffusionModule(TrainingModule):
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs "val/bound" and "val/level/<log-SNR>"; see the class."""
+        """Log "val/bound" and "val/level/<log-SNR>"; see the class."""
         self._measure("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._measure("test", batch)
 
     def _measure(self, part: str, batch: Any) -> None:
-        """Logs a batch's errors; the noise of each image is that of its number in the data set."""
+        """Log the errors of a batch; each image's index in the data set determines its noise."""
         found = unpack(batch)
         count, index = len(found["x0"]), found.get("index")
         self.check(None if self._measured else found["x0"], found["label"])
-        if index is None:  # as Lightning deals images to ranks
+        if index is None:  # Lightning's DistributedSampler deals images to the ranks one by one
             index = (self._measured + torch.arange(count)) * distributed.world_size() + distributed.rank()
         self._measured += count
         errors = batch_errors(self.network, self.process, found["x0"], found["label"], index, self.log_snr).mean(1)
         values = bound_metrics(part, dict(zip(self.log_snr, errors.tolist(), strict=True)))
-        size: Any = float(count)  # Lightning takes the mean over ranks, and rounds that of whole numbers down
+        size: Any = float(count)  # Lightning averages sizes over ranks, and would truncate the mean of integers
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
     def sampler(self) -> Sampler:
-        """The sampler of the network as it is now; ValueError before a batch has shown the shape of images."""
+        """Return a sampler of the current network; ValueError if neither it nor a batch has set the shape yet."""
         if self.shape is None:
-            raise ValueError("the shape of samples is not known before a batch was trained on; set module.shape")
+            raise ValueError("the shape of samples is unknown until a batch has been trained on; set module.shape")
         return Sampler(self.network, self.process, self.shape, self.null_label, raw=self.shape[0] not in (1, 3))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Samples for the labels of a batch, or for labels (B,): (B, C, H, W) uint8, float32 if they are no images."""
+        """Return samples (B, C, H, W) for a batch or labels (B,): uint8 images, or float32 if they are not images."""
         alone = isinstance(batch, Tensor) and batch.ndim == 1
         found = {"x0": batch, "label": batch} if alone else unpack(batch)
         labels, count, index = found["label"], len(found["x0"]), found.get("index")
@@ -242,7 +242,7 @@ def _process(process: Process | dict[str, Any]) -> Process:
 
 
 def _described(process: Process) -> dict[str, Any] | str:
-    """A registered process as plain values; another's name."""
+    """Return a registered process as plain values, any other as its class name."""
     entry = PROCESSES.get(getattr(process, "name", ""))
     if entry is None or type(process) is not entry.build:
         return type(process).__qualname__

@@ -1,4 +1,4 @@
-"""Distances between samples and real images in training."""
+"""Distances between samples and real images, measured during training."""
 
 import contextlib
 from collections.abc import Iterator
@@ -31,23 +31,22 @@ from diffbench.training.module import TrainingModule
 
 
 class FrechetDistance(EveryNImages):
-    """Records the Fréchet and kernel distance of samples to real images.
+    """Callback that records the Fréchet and kernel distance between samples and real images.
 
-    The samples have the same noise and labels each time, and serve nothing else. With `best`, the weights of the least
-    distance stay in best.safetensors; the choice was made on those samples, so at the end (of max_steps or max_epochs)
-    the best weights are scored again on fresh noise.
+    Every measurement uses the same noise and labels, which nothing else uses. With `best`, best.safetensors keeps the
+    weights with the lowest distance. Because they were selected on those samples, they are scored again on fresh noise
+    at the end of training (max_steps or max_epochs).
 
     Args:
-        real: images to compare with, and whose classes are drawn.
-        every: images between distances.
-        extractor: whose features are compared: its name, a network from images (B, C, H, W) uint8 to features (B, D),
-            or one that is made already. It lives outside the module: none of its weights enters a checkpoint, an
-            average or a count of parameters.
-        count: samples, and real images.
-        sampler: draws from the network that is trained; None for the module's own.
-        settings: how samples are drawn; None for `SampleConfig()`.
-        seed: with a sample's number it fixes its noise.
-        best: "fd" or "kid", whose least value marks the best weights; None keeps none.
+        real: images to compare with; samples have the same proportions of classes.
+        every: training images between measurements.
+        extractor: feature extractor: its name, a network from images (B, C, H, W) uint8 to features (B, D), or an
+            `Extractor`. It is not part of the module, so checkpoints, averages and parameter counts leave it out.
+        count: number of samples, and of real images.
+        sampler: samples from the network being trained; None for the module's own.
+        settings: sampling settings; None for `SampleConfig()`.
+        seed: together with a sample's index it determines its noise.
+        best: "fd" or "kid", the distance that selects the best weights; None keeps none.
     """
 
     stage = "scoring"
@@ -73,8 +72,7 @@ class FrechetDistance(EveryNImages):
         self.sampler, self.settings = sampler, settings or SampleConfig()
         self.labels, self.seed, self.best_by = sample_labels(images, count), seed, best
         self.best: dict[str, Any] = {}
-        """Of the best weights: images, the metric that chose them, its value on those samples, and how these were
-        drawn."""
+        """Facts about the best weights: images seen, the metric that selected them, its value, sampling settings."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -95,9 +93,10 @@ class FrechetDistance(EveryNImages):
         super().on_train_start(trainer, pl_module)
 
     def _cost(self, suite: Suite, sampler: Sampler) -> float:
-        shown = sampler.images(torch.zeros(8, *sampler.shape, device=suite.extractor.device))
-        looking = timed(lambda: suite.extractor(shown), suite.extractor.device) / len(shown)
-        return sampling_seconds(sampler, self.settings, suite.count) + suite.count * looking
+        """Estimate the seconds that one measurement takes."""
+        images = sampler.images(torch.zeros(8, *sampler.shape, device=suite.extractor.device))
+        extraction = timed(lambda: suite.extractor(images), suite.extractor.device) / len(images)
+        return sampling_seconds(sampler, self.settings, suite.count) + suite.count * extraction
 
     def run(self, trainer: L.Trainer, module: Any) -> None:
         with self.averaged():
@@ -111,7 +110,7 @@ class FrechetDistance(EveryNImages):
         self.record(trainer, module, values)
 
     def measure(self, trainer: L.Trainer, module: Any, what: str) -> dict[str, float]:
-        """Name -> distance of samples of the present weights; each rank draws and scores its slice."""
+        """Return {name: distance} for the current weights; each rank draws and scores its share of the samples."""
         suite = self.suite()
         suite.extractor.to(trainer.strategy.root_device)
         sampler = self.sampler or module.sampler()
@@ -132,8 +131,8 @@ class FrechetDistance(EveryNImages):
         name = next(n for n, metric in found.items() if self.best_by in (metric.name, metric.computed))
         measured = {"metric": name, "sample": self.settings.numbers()}
         if self.best and any(self.best.get(key) != value for key, value in measured.items()):
-            before = f"the best weights, of {self.best['images']:,} images, were chosen by another measure"
-            (self.logger.say if self.logger else print)(f"note: {before}: {name} chooses anew")
+            before = f"the best weights, at {self.best['images']:,} images, were selected with other settings"
+            (self.logger.say if self.logger else print)(f"note: {before}: selecting again by {name}")
             self.best = {}
         if values[name] >= self.best.get("value", float("inf")):
             return
@@ -149,7 +148,7 @@ class FrechetDistance(EveryNImages):
 
     @contextlib.contextmanager
     def _best_weights(self, module: Any) -> Iterator[None]:
-        distributed.barrier()  # for the file
+        distributed.barrier()  # wait until rank 0 has written the file
         best = tensors.read(self.path)[0]
         weights = dict(module.network.named_parameters())
         with weights_replaced(
@@ -163,7 +162,7 @@ class FrechetDistance(EveryNImages):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = dict(state_dict["best"])
         if self.best and self._images_on_disk() != self.best["images"]:
-            # The file was written after this state: training will come by there again, and must not pass it over.
+            # The file is newer than this state: training will reach those weights again, and must then select them.
             self.best = {}
 
     def _images_on_disk(self) -> float | None:
@@ -172,5 +171,5 @@ class FrechetDistance(EveryNImages):
         try:
             return float(tensors.read(self.path)[1].get("images", -1))
         except UserError as e:
-            print(f"warning: {e}: the best weights are looked for anew from here on")
+            print(f"warning: {e}: selecting the best weights from here on only")
             return None

@@ -1,4 +1,4 @@
-"""Exponential moving averages of a network's weights, one or several in a run."""
+"""Exponential moving averages of a network's weights, one or several per run."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,18 +19,18 @@ from diffbench.training.nan_guard import Outcome
 
 
 class EMA(Ordered):
-    """Averages the weights of a LightningModule after each optimizer step, for several decays at once.
+    """Callback that averages the weights of a LightningModule after each optimizer step, for several decays at once.
 
-    `validate`, `test` and `predict` see the first average, and so do our callbacks that measure in training. Training
-    goes on with the raw weights, which a checkpoint's `state_dict` and the module hold at all other times; the averages
-    are in this callback's state. `applied()` puts one in place for a block, `load` reads one from a checkpoint.
+    `validate`, `test`, `predict` and our measuring callbacks use the first average. Training continues with the raw
+    weights, which are in the module at all other times and in a checkpoint's `state_dict`; the averages are in this
+    callback's state. `applied()` puts an average in place inside a block; `load` reads one from a checkpoint.
     (Lightning's WeightAveraging copies the whole module, takes one decay, and leaves averaged weights in a checkpoint's
-    `state_dict` and in the module after `fit`.) Of our modules the `network` is averaged, of any other LightningModule
-    all parameters; buffers stay as they are. Of a sharded network (FSDP) each rank averages its shards; states and
-    exports hold full tensors.
+    `state_dict` and in the module after `fit`.) In our modules only `network` is averaged, in any other LightningModule
+    all parameters; buffers are not averaged. With a sharded network (FSDP) each rank averages its shards; checkpoints
+    and exports contain full tensors.
 
     Args:
-        config: a decay of each step in (0, 1), several of them, or an `EMAConfig` with all settings.
+        config: a decay per step in (0, 1), several of them, or an `EMAConfig` with all settings.
     """
 
     place = 2
@@ -50,13 +50,13 @@ class EMA(Ordered):
         self._applied = contextlib.ExitStack()
 
     def attach(self, network: nn.Module) -> None:
-        """Starts the averages at the network's present weights, on its device."""
+        """Start the averages from the network's current weights, on its device."""
         self.updates = 0
         self._network, self._parameters = network, list(network.parameters())
         self.averages = {d: [local_shard(p).clone() for p in self._parameters] for d in self.config.decays}
 
     def _find(self, module: nn.Module) -> None:
-        """Attaches to a module's network with the state that was loaded, if any; in a second fit the averages stay."""
+        """Attach to a module's network and load the restored state, if any; a second fit keeps the averages."""
         network = module.network if isinstance(module, TrainingModule) else module
         if network is self._network and self._restored is None:
             for average in self.averages.values():  # the network may have moved to another device and back
@@ -75,16 +75,16 @@ class EMA(Ordered):
 
     @staticmethod
     def load(checkpoint: str | Path, module: nn.Module, decay: float | None = None) -> None:
-        """Puts an average of a checkpoint (by default the first) into the module that the checkpoint is of, for good.
+        """Copy an average (the first by default) from a checkpoint into the module that the checkpoint belongs to.
 
         Raises:
-            ValueError: if the checkpoint holds no such average.
+            ValueError: if the checkpoint has no such average.
         """
         states = torch.load(checkpoint, map_location="cpu", weights_only=True).get("callbacks", {})
         averages = states.get("EMA", {}).get("averages", {})
         if not averages or str(decay or next(iter(averages))) not in averages:
             kept = ", ".join(averages) or "none"
-            raise ValueError(f"{checkpoint}: holds no average with decay {decay}; there are: {kept}")
+            raise ValueError(f"{checkpoint}: no average with decay {decay}; available: {kept}")
         network = module.network if isinstance(module, TrainingModule) else module
         for parameter, average in zip(network.parameters(), averages[str(decay or next(iter(averages)))], strict=True):
             parameter.data.copy_(average)
@@ -97,14 +97,14 @@ class EMA(Ordered):
         self.updates += 1
 
     def catch_up(self) -> None:
-        """Takes the last step into the averages, unless it was skipped; a GPU's answer is awaited a step later."""
+        """Add the last step to the averages unless it was skipped; called a step late so as not to wait for the GPU."""
         outcome, self._pending = self._pending, None
         if outcome is not None and not outcome.skipped:
             self.update()
 
     @contextlib.contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:
-        """The network with averaged weights (the first decay's by default) while the block runs.
+        """Put averaged weights (the first decay's by default) into the network inside the block.
 
         Raises:
             ValueError: if no average has that decay.
@@ -117,29 +117,29 @@ class EMA(Ordered):
             yield
 
     def full_average(self, decay: float) -> list[Tensor]:
-        """The average of a decay, weight by weight; all ranks must ask, and the first one gets full tensors."""
+        """Return the average for a decay, by parameter; all ranks must call this, and rank 0 gets full tensors."""
         self.catch_up()
         if not isinstance(self._network, FSDPModule):
             return list(self.averages[decay])
-        found = []
+        full = []
         for shard, parameter in zip(self.averages[decay], self._parameters, strict=True):
             value = full_tensor(shard, parameter)
-            found.append(value.cpu() if distributed.rank() == 0 else value.new_empty(0))
-        return found
+            full.append(value.cpu() if distributed.rank() == 0 else value.new_empty(0))
+        return full
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts from the weights as they lie on the device by now, or from the state that was loaded before."""
+        """Start from the weights, which are on the device by now, or from the state loaded earlier."""
         self._find(pl_module)
 
     def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
         self._pending = getattr(module, "outcome", None)
-        if self._pending is None:  # another module skips no steps
+        if self._pending is None:  # modules other than ours skip no steps
             self.update()
         elif self._pending.on_host:
             self.catch_up()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Puts the first average in place until the end of validation, test or prediction."""
+        """Put the first average in place until the end of validation, test or prediction."""
         if self.averages or self._restored is not None:
             self._find(pl_module)
             self._applied.enter_context(self.applied())
@@ -167,5 +167,5 @@ class EMA(Ordered):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["averages"]:
             self._restored = state_dict
-        else:  # of before training, as `Tuner.lr_find` brings it back
+        else:  # a state from before training, which `Tuner.lr_find` restores
             self._restored, self._network, self.averages = None, nn.Module(), {}

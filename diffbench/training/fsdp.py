@@ -1,4 +1,4 @@
-"""A network whose weights are sharded over ranks (FSDP2), and its weights as full tensors."""
+"""Sharding of a network over ranks (FSDP2), and conversion between shards and full tensors."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map_only
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Leaves each rank its shard of every weight; a block's are gathered when it computes, and freed after it."""
+    """Shard every weight of a network over the ranks; a block's weights are gathered only while it computes."""
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
-    for module in reversed(lists if getattr(network, "shards_blocks", True) else []):  # blocks before what holds them
+    for module in reversed(lists if getattr(network, "shards_blocks", True) else []):  # inner blocks first
         for block in module:
             if not isinstance(block, nn.ModuleList) and any(True for _ in block.parameters()):
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -25,13 +25,13 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def local_shard(weight: Tensor) -> Tensor:
-    """This rank's shard of a weight, sharing its memory: all of it where it is not sharded."""
+    """Return this rank's shard of a weight, as a view; the whole weight if it is not sharded."""
     weight = weight.detach()
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def shard_of(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a full value of the weight `like`, in its precision, on its device, in its strides."""
+    """Return this rank's shard of the full tensor `value`, with the sharding, dtype, device and strides of `like`."""
     if not isinstance(like, DTensor):
         return torch.empty_like(like, requires_grad=False).copy_(value)
     value = value.to(device=like.device, dtype=like.dtype).contiguous()
@@ -39,11 +39,11 @@ def shard_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def full_tensor(value: Tensor, like: Tensor | None = None) -> Tensor:
-    """A tensor as one process would have it; all ranks must ask.
+    """Return the full tensor of which each rank has a shard; all ranks must call this.
 
     Args:
-        value: a sharded tensor, or a full one; with `like`, this rank's shard.
-        like: the weight that is sharded as `value` is.
+        value: a sharded tensor or a full one; with `like`, this rank's shard as a plain tensor.
+        like: a weight sharded in the same way as `value`.
     """
     if isinstance(like, DTensor):
         mesh, placements = like.device_mesh, like.placements
@@ -52,8 +52,8 @@ def full_tensor(value: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def match_strides(optimizer: Optimizer) -> None:
-    """Gives an optimizer's state the memory layout of its weights, which fused steps expect: a state that was saved
-    from shards has lost the channels-last layout."""
+    """Give an optimizer's state the strides of its weights, which fused steps expect; a state that was saved from
+    shards has lost the channels-last layout."""
     for weight, state in optimizer.state.items():
         for name, value in state.items() if not isinstance(weight, DTensor) else ():
             if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
@@ -61,10 +61,10 @@ def match_strides(optimizer: Optimizer) -> None:
 
 
 def restore(network: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]) -> None:
-    """Gives a sharded network and its optimizers a full resume state, each rank its shards; all ranks must ask."""
-    from torch.distributed.checkpoint import state_dict as dcp  # takes a while
+    """Load a full checkpoint into a sharded network and its optimizers; all ranks must call this."""
+    from torch.distributed.checkpoint import state_dict as dcp  # slow to import
 
-    # What one rank sends another is memory, in whatever order it lies.
+    # Ranks exchange raw memory and ignore strides.
     state = tree_map_only(Tensor, Tensor.contiguous, state)
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp.set_model_state_dict(network, state["state_dict"], options=options)
@@ -75,10 +75,10 @@ def restore(network: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[
 
 @contextlib.contextmanager
 def weights_replaced(network: nn.Module, weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-    """The network with other values of its weights while the block runs; undone after an exception too.
+    """Replace a network's weights by `values` inside the block; they are restored after an exception too.
 
-    `values` are this rank's shards. A sharded network is gathered on each rank meanwhile, so each may compute as often
-    as it likes, out of step.
+    `values` are this rank's shards. A sharded network stays gathered on each rank inside the block, so ranks may run it
+    any number of times, independently of each other.
     """
     shards = [m for m in network.modules() if isinstance(m, FSDPModule)]
     if not shards:
@@ -91,10 +91,10 @@ def weights_replaced(network: nn.Module, weights: Sequence[Tensor], values: Sequ
             for weight, value in zip(weights, before, strict=True):
                 weight.data = value
         return
-    here = [local_shard(w) for w in weights]
-    before = [part.clone() for part in here]
+    local = [local_shard(w) for w in weights]
+    before = [part.clone() for part in local]
     with torch.no_grad():
-        torch._foreach_copy_(here, list(values))
+        torch._foreach_copy_(local, list(values))
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -105,4 +105,4 @@ def weights_replaced(network: nn.Module, weights: Sequence[Tensor], values: Sequ
             module.reshard()
             module.set_reshard_after_forward(module is not network, recurse=False)
         with torch.no_grad():
-            torch._foreach_copy_(here, before)
+            torch._foreach_copy_(local, before)

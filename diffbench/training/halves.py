@@ -1,7 +1,7 @@
-"""A small network's training step on two cores: each computes one half of the batch, forward and backward.
+"""A training step of a small network on two cores, each of which runs half of the batch forward and backward.
 
-Threads that share a layer wait for each other in every layer, which costs little only while nothing else runs on
-their cores. These wait once a step.
+Threads that share a layer synchronize in every layer, which is cheap only while nothing else runs on their cores. The
+two threads here synchronize once per step.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 Losses = Callable[[slice], Tensor]
-"""From a slice of a batch's B images to their losses; it changes no state and draws no random numbers."""
+"""A function from a slice of the batch to the losses of its images; changes no state and draws no random numbers."""
 
 
 def loss_in_halves(losses: Losses, weight: Tensor, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, each half computed in a thread of its own, to be followed by `backward` once.
+    """Compute the loss of a batch with one thread for each half; call `backward` on it once.
 
     Args:
-        losses: per image, see `Losses`.
-        weight: (B,) of each image in the loss; at least two.
-        parameters: with regard to which it is differentiated.
+        losses: computes the loss of each image.
+        weight: (B,) weights of the images in the loss, B >= 2.
+        parameters: the parameters to differentiate by.
 
     Returns:
-        The weighted sum of the losses, which backpropagates to the parameters, and the losses (B,), which do not.
+        The weighted sum of the losses, which backpropagates to the parameters, and the losses (B,), detached.
     """
     trained = [p for p in parameters if p.requires_grad]
     total, each = _Halves.apply(losses, weight, *trained)  # type: ignore[no-untyped-call]
@@ -33,7 +33,7 @@ def loss_in_halves(losses: Losses, weight: Tensor, parameters: Iterable[nn.Param
 
 
 class _Halves(torch.autograd.Function):
-    """Computes the gradients with the losses: `backward` has only to hand them on."""
+    """An autograd function whose forward pass also computes the gradients; `backward` only scales and returns them."""
 
     @staticmethod
     def forward(ctx: Any, losses: Losses, weight: Tensor, *parameters: nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ class _Halves(torch.autograd.Function):
         mixed, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
         def half(part: slice) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-            # Modes of autograd and autocast hold for one thread; autocast's cache is one for all threads.
+            # Grad mode and autocast are set per thread, but the threads would share autocast's cache.
             with torch.enable_grad(), torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False):
                 found = losses(part)
                 total = (found * weight[part].to(found.dtype)).sum()

@@ -1,4 +1,4 @@
-"""Log a run to metrics.jsonl (float64, what all else is read from), TensorBoard and the terminal, over images seen."""
+"""Logging of a run, over images seen, to metrics.jsonl (float64, read by all reports), trackers and the terminal."""
 
 import contextlib
 import json
@@ -33,32 +33,32 @@ from diffbench.training.wandb_log import WandbLog
 
 METRICS, TRAINING = "metrics.jsonl", "training"
 MARKS = (0.2, 0.5)
-"""Shares of training at which a run is held against its reference curves."""
+"""Fractions of training at which a run is compared with its reference curves."""
 WATCHED, WORTH_SAYING = 3.0, 30.0
-"""Seconds that are measured before the estimate, and the shortest remaining time that is worth a line."""
+"""Seconds to measure before estimating the remaining time, and the shortest remaining time worth printing."""
 
 
 def check_log(folder: Path, checkpoint: Path) -> None:
-    """Raise UserError if metrics.jsonl is shorter than at a checkpoint, before anything is written."""
-    wanted = read_state(checkpoint, "meta").get("callbacks", {}).get("RunLogger", {}).get("bytes", 0)
+    """Raise UserError if metrics.jsonl is shorter than it was at a checkpoint; call before anything is written."""
+    expected = read_state(checkpoint, "meta").get("callbacks", {}).get("RunLogger", {}).get("bytes", 0)
     path = folder / METRICS
     size = path.stat().st_size if path.exists() else 0
-    if size < wanted:
-        raise UserError(f"{path}: {size} bytes, shorter than at the checkpoint ({wanted} bytes); restore it")
+    if size < expected:
+        raise UserError(f"{path}: {size} bytes, shorter than at the checkpoint ({expected} bytes); restore it")
 
 
 def mark_between(before: int, now: int, total: int) -> float | None:
-    """The share of training that was passed since `before` images, or None."""
+    """Return the first of `MARKS` that training passed between `before` and `now` images, or None."""
     return next((mark for mark in MARKS if before < mark * total <= now), None)
 
 
 def verdict(lines: Sequence[Mapping[str, Any]], bands: Mapping[str, Band], mark: float) -> list[str]:
-    """A warning for each metric whose newest value left its band, or one line that all lie inside.
+    """Return a warning for each metric whose latest value is outside its band, or one line if all are inside.
 
     Args:
-        lines: of metrics.jsonl, so far.
-        bands: metric -> its band.
-        mark: the share of training that is done.
+        lines: the lines of metrics.jsonl so far.
+        bands: metric -> its reference band.
+        mark: the fraction of training completed.
     """
     inside: list[str] = []
     outside: list[str] = []
@@ -71,17 +71,17 @@ def verdict(lines: Sequence[Mapping[str, Any]], bands: Mapping[str, Band], mark:
         (inside if ends[0] <= found[1] <= ends[1] else outside).append(text)
     if outside:
         return [f"warning: at {mark:.0%}: {text}: something is wrong; see docs/health.md" for text in outside]
-    return [f"at {mark:.0%}: as healthy runs are: {'; '.join(inside)}"] if inside else []
+    return [f"at {mark:.0%}: like healthy runs: {'; '.join(inside)}"] if inside else []
 
 
 class RunLogger(Ordered):
-    """Writes every logged number once; after a resume the series go on as if nothing had happened.
+    """Callback that logs every number exactly once, even if the run is killed and resumed.
 
-    A checkpoint stores how long metrics.jsonl was; resuming cuts it there, and TensorBoard drops what came later.
-    Of several ranks the first one writes, with losses averaged over all.
+    A checkpoint stores the length of metrics.jsonl; resuming truncates the file there, and TensorBoard drops later
+    points. Only rank 0 writes, with losses averaged over all ranks.
 
     Args:
-        every: images between lines of training loss.
+        every: images between two logged training losses.
         hparams: entries of TensorBoard's hparams tab.
         loggers: "tensorboard", "wandb", both or none.
     """
@@ -101,18 +101,18 @@ class RunLogger(Ordered):
         self.every, self.config = every, config
         self._logs: list[TensorBoardLog | WandbLog] = []
         self.levels: Sequence[float] = ()
-        """Noise levels, log-SNR, that validation records; each has a chart."""
+        """Noise levels (log-SNR) that validation records; each gets a chart."""
         self.clock = Clock()
         self.images = self._total = 0
-        self._losses: list[Tensor] = []  # not yet counted: to read each at once would wait for the device
-        self._loss: Tensor | None = None  # sum and number of the finite losses since the last line
+        self._losses: list[Tensor] = []  # not in the sum yet, because reading a loss waits for the device
+        self._loss: Tensor | None = None  # sum and number of the finite losses since the last logged one
         self._seconds, self._logged_images = 0.0, 0
         self._resumed = False
         self._bar: tqdm[Any] | None = None
         self._last = ""
         self._bands = read_curves(folder / CURVES)
-        self._watched: tuple[int, float] | None = None  # images and seconds after the first step
-        self._time_said = False
+        self._first_step: tuple[int, float] | None = None  # images and seconds after the first step
+        self._estimated = False
 
     def record(self, values: dict[str, float]) -> None:
         if distributed.rank():
@@ -124,13 +124,13 @@ class RunLogger(Ordered):
             log.record(values, self.images)
 
     def show_image(self, tag: str, image: np.ndarray) -> None:
-        """Shows an image (H, W, 3) uint8 where numbers go."""
+        """Show an image (H, W, 3) uint8 in TensorBoard and W&B, if they are on."""
         for log in self._logs:
             log.show_image(tag, image, self.images)
 
     @contextlib.contextmanager
     def paused(self, stage: str) -> Iterator[None]:
-        """Stops the training clock in a block, and names what happens there in front of the bar."""
+        """Pause the training clock inside the block, and label the progress bar with `stage`."""
         with self.clock.paused():
             if self._bar is not None:
                 self._bar.set_description(stage)
@@ -139,7 +139,7 @@ class RunLogger(Ordered):
                 self._bar.set_description(TRAINING)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Print a line on rank 0, above the progress bar if there is one."""
         if distributed.rank() == 0:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -150,12 +150,12 @@ class RunLogger(Ordered):
         self.images, self._total = pl_module.images_seen, trainer.max_steps * pl_module.batch_size
         self._logged_images, self._seconds = self.images, self.clock.seconds
         if distributed.rank() == 0:
-            self._begin()
+            self._open_logs()
         self.clock.start()
 
-    def _begin(self) -> None:
+    def _open_logs(self) -> None:
         if self.path.exists() and not self._resumed:
-            self.path.unlink()  # left by a sitting that ended before its first checkpoint
+            self.path.unlink()  # left by a session that ended before its first checkpoint
         if "tensorboard" in self.loggers:
             at = self.images if self._resumed else None
             text = to_yaml(self.config)
@@ -177,19 +177,19 @@ class RunLogger(Ordered):
         if self._bar is not None:
             self._bar.update(pl_module.images_seen - self.images)
         self.images = pl_module.images_seen
-        self._say_time()
+        self._estimate_time()
         if pl_module.is_due(self.every) or trainer.global_step == trainer.max_steps:
             self._log_training(trainer, pl_module)
 
-    def _say_time(self) -> None:
-        """Says once how long the rest takes here; the first step is left out, since it may include compilation."""
-        images, before = self._watched = self._watched or (self.images, self.clock.seconds)
+    def _estimate_time(self) -> None:
+        """Print the remaining training time once; the first step is not measured, since it may include compilation."""
+        images, before = self._first_step = self._first_step or (self.images, self.clock.seconds)
         spent = self.clock.seconds - before
-        if self._time_said or self.images == images or spent < WATCHED:
+        if self._estimated or self.images == images or spent < WATCHED:
             return
-        self._time_said, each, left = True, spent / (self.images - images), self._total - self.images
+        self._estimated, each, left = True, spent / (self.images - images), self._total - self.images
         if left * each >= WORTH_SAYING:
-            size = 10 ** max(2, len(str(int(600 / each))) - 1)  # to one digit that is not zero
+            size = 10 ** max(2, len(str(int(600 / each))) - 1)  # round down to one significant digit
             self.say(
                 f"time: {left:,} images at about {1 / each:,.0f} images/s here, {span(left * each)} of training"
                 f" (trainer.max_images={max(100, int(600 / each // size * size)):_} takes ten minutes)"
@@ -219,18 +219,18 @@ class RunLogger(Ordered):
             self._bar.set_postfix_str(f"loss {loss:.4f}")
             return
         percent = 100 * self.images // self._total
-        if f"{percent // 5}" != self._last or not left:  # a line for each twentieth
+        if f"{percent // 5}" != self._last or not left:  # a line every 5%
             self._last = f"{percent // 5}"
             eta = left / rate if rate else 0.0
             self.say(f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s")
 
     def _sum_losses(self) -> None:
-        """Adds up the losses since the last line, one after the other; of several ranks the mean, on each of them."""
+        """Add pending losses to the sum one by one, in a fixed order; with several ranks, average it over them."""
         if self._losses:
             losses, self._losses = torch.stack(self._losses).double(), []
             total, count = (0.0, 0.0) if self._loss is None else self._loss.tolist()
             for loss in losses.tolist():
-                if math.isfinite(loss):  # a step that is skipped must not hide the others
+                if math.isfinite(loss):  # a skipped step must not turn the mean into NaN
                     total, count = total + loss, count + 1
             self._loss = losses.new_tensor([total, count])
         if self._loss is not None and distributed.world_size() > 1:

@@ -1,4 +1,4 @@
-"""The LightningModule behind every kind of training: one network, its optimizer, and steps that are not finite."""
+"""The base LightningModule of all training: one network, its optimizer, and the handling of non-finite steps."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -25,27 +25,27 @@ from diffbench.training.optimizers import build_optimizer
 OptimizerLike = OptimizerConfig | Callable[[Iterable[nn.Parameter]], Optimizer] | dict[str, Any] | str
 SchedulerLike = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | str
 MONITORED = "val/bound"
-"""The metric that a scheduler looks at which waits for a plateau."""
+"""Metric that ReduceLROnPlateau monitors."""
 
 
 class TrainingModule(L.LightningModule):
-    """Trains one network; a subclass adds its `training_step`, which begins with `take`.
+    """Base LightningModule that trains one network; a subclass adds a `training_step` that begins with `take`.
 
     Args:
-        network: what is trained, averaged and exported.
-        optimizer: settings, or a callable from parameters to an optimizer; None for AdamW as `OptimizerConfig` has it.
-        lr_scheduler: a callable from an optimizer to a scheduler, which is stepped after each optimizer step (one that
-            waits for a plateau: after each validation); None for the rate of the settings.
-        lr: learning rate in place of the optimizer's own; `Tuner.lr_find` sets it.
-        seed: of the run; with a sample's position it fixes all its random numbers.
+        network: the network to train, average and export.
+        optimizer: settings, or a callable from parameters to an optimizer; None for `OptimizerConfig()`, AdamW.
+        lr_scheduler: a callable from an optimizer to a scheduler, stepped after each optimizer step (ReduceLROnPlateau:
+            after each validation); None for the schedule in the settings.
+        lr: learning rate that overrides the optimizer's own; `Tuner.lr_find` sets it.
+        seed: of the run; together with an image's position it determines all random numbers of that image.
 
     Attributes:
-        images_seen: images trained on over all devices and fits; a checkpoint keeps it.
-        images_before: those before the last optimizer step.
-        grad_norm: of the last step, before clipping.
-        outcome: whether the last step was taken.
-        skipped_steps: how many were not, as `NonFiniteGuard` counts them.
-        batch: the last micro-batch, as `take` gives it, with its times (B,) where the subclass noises images.
+        images_seen: images trained on, over all devices and fits; stored in checkpoints.
+        images_before: `images_seen` before the last optimizer step.
+        grad_norm: gradient norm of the last step, before clipping.
+        outcome: whether the last step was skipped.
+        skipped_steps: number of skipped steps, as `NonFiniteGuard` counts them.
+        batch: the last micro-batch as `take` returned it, with its times (B,) if the subclass noises images.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TrainingModule(L.LightningModule):
         self._loss: Tensor | None = None
 
     def configure_model(self) -> None:
-        """Shards the network over the ranks where trainer.strategy says so."""
+        """Shard the network over the ranks if the trainer's strategy is model-parallel."""
         try:
             strategy = self.trainer.strategy
         except RuntimeError:  # no trainer: load_from_checkpoint
@@ -79,16 +79,16 @@ class TrainingModule(L.LightningModule):
             shard(self.network, strategy.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Forgets the batch size and the unfinished step of an earlier fit."""
+        """Discard the batch size and the unfinished step of an earlier fit."""
         vars(self).pop("batch_size", None)
         self._loss = None
 
     @cached_property
     def batch_size(self) -> int:
-        """Images of an optimizer step, over all devices and micro-batches; ValueError if the loader does not say."""
+        """Images per optimizer step, over all devices and micro-batches; ValueError if the loader has no batch size."""
         try:
             trainer = self.trainer
-        except RuntimeError:  # no trainer: a step by hand
+        except RuntimeError:  # no trainer: the step is called by hand
             return len(self.batch["x0"])
         if isinstance(trainer.datamodule, PositionDataModule):  # type: ignore[attr-defined]
             return trainer.datamodule.batch_size  # type: ignore[attr-defined]
@@ -98,22 +98,22 @@ class TrainingModule(L.LightningModule):
         size = next((n for n in (getattr(place, "batch_size", None) for place in places) if n), None)
         if size is None:
             raise ValueError(
-                "warmup_images, decay_images and time_sampling need the batch size, which this loader does not say:"
-                " take lr_scheduler and uniform times, or a DataLoader with batch_size"
+                "warmup_images, decay_images and time_sampling need the batch size, which this loader does not expose:"
+                " use lr_scheduler and uniform times, or a DataLoader with batch_size"
             )
         return int(size) * int(trainer.accumulate_grad_batches) * trainer.world_size
 
     def on_train_start(self) -> None:
-        """Fits a restored optimizer state to the weights' memory layout; refuses weights of 16 bits."""
+        """Reject 16-bit weights with a ValueError, and match a restored optimizer state to the weights' strides."""
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.network.parameters()):
             raise ValueError("precision: times and noise need more than 16 bits; choose bf16-mixed or 16-mixed")
         for optimizer in self.trainer.optimizers:
             match_strides(optimizer)
 
     def take(self, batch: Any) -> dict[str, Any]:
-        """A batch of any loader as `unpack` reads it, with a position for each image, and counted as seen.
+        """Unpack a batch from any loader, give each image a position, and count the images as seen.
 
-        A batch that carries no positions continues those of all images seen before, rank after rank.
+        Positions of a batch that carries none continue from all images seen so far, rank after rank.
         """
         found = unpack(batch)
         x0, world = found["x0"], distributed.world_size()
@@ -128,16 +128,16 @@ class TrainingModule(L.LightningModule):
         return found
 
     def seed_dropout(self, batch: dict[str, Any]) -> None:
-        """Seeds the default generator, from which only network dropout draws, by the batch's first position."""
+        """Seed the default generator, which only the network's dropout uses, from the batch's first position."""
         position = batch["position"]
         first = batch["first"] if "first" in batch else int(position[0])
         seed = rng.key(self.seed, "dropout", first)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.2 ms, to note where it was called
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed spends 0.2 ms on recording its call site
         if not position.is_cpu:
             torch.get_device_module(position.device).manual_seed(seed)
 
     def check(self, x0: Tensor | None, label: Tensor | None) -> None:
-        """Warns of images in another range than [-1, 1]; raises ValueError where labels are not the network's."""
+        """Warn if images are not scaled to [-1, 1]; raise ValueError if a label is out of the network's range."""
         if x0 is not None and (wrong := unscaled(x0)):
             rank_zero_warn(wrong)
         classes = getattr(self.network, "num_classes", 0)
@@ -147,11 +147,11 @@ class TrainingModule(L.LightningModule):
                 raise ValueError(f"labels lie in {low}..{high}, allowed are 0..{classes - 1}")
 
     def is_due(self, every: int) -> bool:
-        """Whether the last step reached a multiple of `every` images seen."""
+        """Return whether `images_seen` reached or passed a multiple of `every` in the last step."""
         return self.images_seen // every > self.images_before // every
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the learning rate as a function of images seen or as `lr_scheduler` has it."""
+        """Return the optimizer, with `lr_scheduler` or a schedule over images seen."""
         s = self.optimizer
         for name in ("optimizer", "lr_scheduler"):
             if isinstance(value := getattr(self, name), str):
@@ -160,7 +160,7 @@ class TrainingModule(L.LightningModule):
                 )
         optimizer = build_optimizer(s, self.network) if isinstance(s, OptimizerConfig) else s(self.network.parameters())
         if isinstance(optimizer, LBFGS):
-            raise ValueError("optimizer: LBFGS takes the loss several times a step, each with other noise; use another")
+            raise ValueError("optimizer: LBFGS needs several losses per step, each with new noise; use another")
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
@@ -177,7 +177,7 @@ class TrainingModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Sums the step's losses on the device: not finite if one of them is not."""
+        """Sum the losses of the step's micro-batches on the device; if one is not finite, neither is the sum."""
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
     def configure_gradient_clipping(
@@ -186,10 +186,10 @@ class TrainingModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the whole gradient as trainer or settings say, keeps its norm, and skips a step that is not finite."""
+        """Clip the gradient as the trainer or the settings say, store its norm, and skip the step if not finite."""
         scaler = scaler_of(self.trainer)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            scaler.unscale_(optimizer)  # a fused one, which Lightning leaves to unscale in its step
+            scaler.unscale_(optimizer)  # Lightning leaves this to the step of a fused optimizer
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         largest = getattr(self.optimizer, "grad_clip_norm", None)
@@ -204,7 +204,7 @@ class TrainingModule(L.LightningModule):
         self.outcome, self._loss = decide(self.trainer, optimizer, self._loss, self.grad_norm), None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs the loss of each step, unless a `RunLogger` does."""
+        """Log the loss of each micro-batch, unless a `RunLogger` does the logging."""
         if self.logs_steps:
             loss = outputs["loss"] * self.trainer.accumulate_grad_batches
             self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
@@ -217,7 +217,7 @@ class TrainingModule(L.LightningModule):
 
 
 def named(value: Any) -> Any:
-    """The form of a setting in a checkpoint: plain values as they are, a dataclass as a dictionary, else a name."""
+    """Return a setting as a checkpoint stores it: plain values unchanged, a dataclass as a dictionary, else a name."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if value is None or isinstance(value, str | int | float | list | dict):
@@ -226,7 +226,7 @@ def named(value: Any) -> Any:
 
 
 def lr_factor(settings: OptimizerConfig, images: int) -> float:
-    """Share of the full learning rate once `images` are seen: linear warm-up, then constant or a cosine decay."""
+    """Return the learning rate factor after `images` images: linear warm-up, then constant or a cosine decay."""
     ramp = settings.warmup_images
     rise = min(1.0, images / ramp) if ramp else 1.0
     if settings.decay is None:
@@ -237,12 +237,12 @@ def lr_factor(settings: OptimizerConfig, images: int) -> float:
 
 
 def decayed_early(settings: OptimizerConfig, images: int, most: int) -> str | None:
-    """A warning where a run that has seen `images` goes on, to `most`, after its learning rate has decayed, or None."""
+    """Return a warning if a run that continues from `images` to `most` outlasts its learning-rate decay, or None."""
     s, end = settings, settings.decay[1] if settings.decay else most
     if most <= end or images >= most:
         return None
     return (
         f"warning: the learning rate has decayed at optimizer.decay_images={end:,}: images {max(images, end) + 1:,} to"
         f" {most:,} get {s.lr * s.final_lr:g}, {100 * s.final_lr:g}% of optimizer.lr={s.lr:g}. A run of {most:,} images"
-        f" whose rate decays over all of them ends elsewhere: tag=NAME optimizer.decay_images={most}"
+        f" whose rate decays over all of them ends with different weights: tag=NAME optimizer.decay_images={most}"
     )

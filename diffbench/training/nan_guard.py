@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped and counted; too many in a row end training."""
+"""Skipping and counting of steps whose loss or gradient is not finite; too many in a row end training."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from diffbench.training.fsdp import full_tensor
 
 
 class Outcome:
-    """Whether an optimizer step was skipped, known on the device; the host reads it a step later, so it never waits.
+    """Whether an optimizer step was skipped, decided on the device; the host reads it a step later and never waits.
 
     Args:
-        skipped: on the device: whether weights and optimizer stay as they were.
-        diverged: on the device: whether that speaks against the run; the same as `skipped` where it is not given.
+        skipped: device flag: whether the weights and the optimizer state were left unchanged.
+        diverged: device flag: whether the step counts as divergence; None for the same as `skipped`.
     """
 
     def __init__(self, skipped: Tensor, diverged: Tensor | None = None) -> None:
@@ -42,15 +42,15 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        """Whether it counts against the run: not while the scale of fp16 gradients is still being found."""
+        """Whether the skipped step counts as divergence; it does not while fp16's loss scale is still being found."""
         return self._read(-1)
 
 
 def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> Outcome:
-    """Makes the optimizer leave weights and state alone if a loss or the gradient is not finite on any rank.
+    """Make the optimizer skip its step if a loss or the gradient is not finite on any rank; return the outcome.
 
-    Off the CPU a fused optimizer reads the decision on the device, and nothing waits for it; on a CPU, and any that is
-    not fused (Muon), it gets no gradients. `loss` sums the step's losses; `norm` is that of the unscaled gradient.
+    On a GPU, a fused optimizer reads the decision on the device and the host does not wait; any other optimizer (Muon,
+    or on a CPU) gets no gradients. `loss` is the sum of the step's losses, `norm` that of the unscaled gradient.
     """
 
     def anywhere_infinite(value: Tensor) -> Tensor:
@@ -71,12 +71,12 @@ def decide(trainer: L.Trainer, optimizer: Optimizer, loss: Tensor, norm: Tensor)
 
 
 def scaler_of(trainer: L.Trainer) -> GradScaler | None:
-    """The scaler of fp16 gradients, where there is one."""
+    """Return the gradient scaler of fp16 training, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 class NonFiniteGuard(Ordered):
-    """Counts skipped steps; after `most` in a row that fp16's scale does not explain, saves the batch and stops."""
+    """Callback that counts skipped steps; after `most` divergent ones in a row it saves the batch and ends training."""
 
     place = 1
 
@@ -106,7 +106,7 @@ class NonFiniteGuard(Ordered):
         self.settle()
 
     def settle(self) -> None:
-        """Counts the last step, if that has not been done; UserError if it was one too many in a row."""
+        """Count the last step if it is still pending; UserError if that makes too many divergent ones in a row."""
         if self._open is None:
             return
         (trainer, step, images, parts, outcome), self._open = self._open, None

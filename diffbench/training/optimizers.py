@@ -1,4 +1,4 @@
-"""The optimizers of `optimizer.name`, each for one network."""
+"""The optimizers that `optimizer.name` selects."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from diffbench.core.errors import UserError
 
 
 def build_optimizer(settings: OptimizerConfig, network: nn.Module) -> Optimizer:
-    """The optimizer of a network's parameters; UserError if it has nothing to do in this network."""
+    """Build the optimizer of a network; UserError for Muon on a network without linear layers in blocks."""
     lr, betas, weight_decay = settings.lr, (settings.betas[0], settings.betas[1]), settings.weight_decay
     if settings.name == "muon":
         return MuonAdamW(network, lr, betas, weight_decay)
@@ -21,7 +21,7 @@ def build_optimizer(settings: OptimizerConfig, network: nn.Module) -> Optimizer:
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers in a network's blocks: modules, not layers, in a ModuleList or Sequential."""
+    """Return the weights of linear layers inside blocks: those in a ModuleList's or Sequential's submodules."""
     lists = [m for m in network.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     blocks = [block for m in lists for block in m if not isinstance(block, nn.Linear)]
     inside = {id(layer.weight) for b in blocks for layer in b.modules() if isinstance(layer, nn.Linear)}
@@ -31,9 +31,9 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
 class MuonAdamW(Optimizer):
     """Muon (Jordan et al. 2024) for the matrices of the hidden layers, AdamW for all other parameters.
 
-    Muon's steps have the root mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), so
-    one learning rate and weight decay serve both. torch's Muon takes matrices alone: convolutions are AdamW's.
-    `betas` are AdamW's; Muon's momentum is 0.95.
+    Muon's updates are scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training",
+    eq. 4), so both share one learning rate and weight decay. torch's Muon accepts only matrices, so convolutions use
+    AdamW. `betas` are AdamW's; Muon's momentum is 0.95.
     """
 
     def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
@@ -55,6 +55,6 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part, group in zip(self.parts, self.param_groups, strict=True):
-            part.param_groups, part.state = [group], self.state  # a checkpoint replaces both
+            part.param_groups, part.state = [group], self.state  # loading a checkpoint replaces both
             part.step()
         return loss

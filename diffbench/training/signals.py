@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in training: the first saves the state and stops, a later second one stops at once."""
+"""SIGTERM and SIGINT during training: the first one saves the state and stops, a second one stops at once."""
 
 import contextlib
 import os
@@ -18,90 +18,90 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):
-    """Raised when a signal interrupts an evaluation, which the resumed run repeats."""
+    """An evaluation was interrupted by a signal; the resumed run repeats it."""
 
 
 class StopOnSignal(Ordered):
-    """Handles SIGTERM and SIGINT while training runs.
+    """Callback that handles SIGTERM and SIGINT during training.
 
-    The first signal asks for a stop: at the next step's end, or, where a validation or a grid is under way, between two
-    of its batches. What was interrupted is written into the checkpoint as owed, and done first after a resume. Several
-    ranks look together whether one of them got a signal, about once a second, and stop at the same step.
+    The first signal requests a stop at the end of the current step, or between two batches of a running validation or
+    grid. The checkpoint lists an interrupted evaluation as owed, and the resumed run does it first. With several ranks,
+    all of them check together about once a second whether one received a signal, and stop at the same step.
 
-    A trainer that resumes after the last of `max_steps` needs one more as its own limit, since Lightning would call no
-    hook; the limit is put right before the others act.
+    A trainer that resumes after the last of `max_steps` must be given one step more, or Lightning would call no hooks;
+    this callback restores the true limit before the others act.
     """
 
     def __init__(self, folder: Path, max_steps: int) -> None:
         self.folder, self.max_steps = folder, max_steps
         self.number: int | None = None
-        """Of the first signal; on several ranks known to all once they have looked."""
+        """Number of the first signal; all ranks know it once they have checked."""
         self.owed: list[str] = []
         """State keys of the callbacks whose evaluation was interrupted."""
-        self._since = 0.0  # when the first signal came
+        self._received_at = 0.0  # time of the first signal
         self._agreed = False
-        self._looked, self._look_at = (0, 0.0), 0  # step and time of the last look, step of the next
+        self._last_check, self._next_check = (0, 0.0), 0  # step and time of the last check, step of the next
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.fit_loop.epoch_loop.max_steps = self.max_steps
-        here = [callback.state_key for callback in trainer.callbacks]  # type: ignore[attr-defined]
-        self.owed = [key for key in self.owed if key in here]  # an evaluation may have been switched off since
-        self._looked, self._look_at = (trainer.global_step, time.monotonic()), trainer.global_step
-        with contextlib.suppress(ValueError):  # signals reach the main thread only
+        present = [callback.state_key for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        self.owed = [key for key in self.owed if key in present]  # an evaluation may have been switched off since
+        self._last_check, self._next_check = (trainer.global_step, time.monotonic()), trainer.global_step
+        with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
-            if time.monotonic() - self._since < distributed.AGAIN:
+            if time.monotonic() - self._received_at < distributed.AGAIN:
                 return
             self._restore_handlers()
-            self._answer("stopped without saving the state")
+            self._print("stopped without saving the state")
             raise SystemExit(128 + number)
         self._note(number)
-        self._answer("saving the state; a second signal or Ctrl-C stops without")
+        self._print("saving the state; a second signal or Ctrl-C stops without saving")
 
     def _note(self, number: float) -> None:
         if number and self.number is None:
-            self.number, self._since = int(number), time.monotonic()
+            self.number, self._received_at = int(number), time.monotonic()
 
-    def _answer(self, text: str) -> None:
-        if distributed.rank() == 0:  # not by print, which may be under way itself
+    def _print(self, text: str) -> None:
+        if distributed.rank() == 0:  # print is not reentrant, and the signal may have interrupted one
             os.write(2, f"{self.folder}: {text}\n".encode())
 
     def check(self) -> None:
-        """Raises Interrupted after a signal."""
+        """Raise Interrupted if a signal was received."""
         if self.number is not None:
             raise Interrupted
 
     def interruptible(self, work: Callable[[], T]) -> T:
-        """The result of work that calls `check` now and then; Interrupted on all ranks, if a signal stopped one."""
-        found: list[T] = []
+        """Return the result of `work`, which calls `check` regularly; Interrupted on all ranks if one was stopped."""
+        results: list[T] = []
         with contextlib.suppress(Interrupted):
             self.check()
-            found.append(work())
-        stopped, number = distributed.all_reduce_max([float(not found), float(self.number or 0)])
+            results.append(work())
+        stopped, number = distributed.all_reduce_max([float(not results), float(self.number or 0)])
         if stopped:
             self._note(number)
             self._agreed = True
             raise Interrupted
-        return found[0]
+        return results[0]
 
     @property
     def agreed(self) -> bool:
-        """Whether all ranks know of a signal."""
+        """Whether all ranks know that a signal was received."""
         return self.number is not None and (self._agreed or distributed.world_size() == 1)
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after this step; the same on all ranks."""
+        """Return whether to stop after this step; the same on all ranks."""
         if distributed.world_size() > 1 and not self._agreed:
-            if step < self._look_at:
+            if step < self._next_check:
                 return False
-            now, (before, since) = time.monotonic(), self._looked
-            number, pace = distributed.all_reduce_max([self.number or 0, (now - since) / max(1, step - before)])
+            now, (last_step, last_time) = time.monotonic(), self._last_check
+            number, pace = distributed.all_reduce_max([self.number or 0, (now - last_time) / max(1, step - last_step)])
             self._note(number)
-            self._looked, self._look_at = (step, now), step + min(1000, max(1, int(1 / max(pace, 1e-3))))
+            self._last_check, self._next_check = (step, now), step + min(1000, max(1, int(1 / max(pace, 1e-3))))
         return self.number is not None
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class StopOnSignal(Ordered):
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:
-        """Puts back the earlier handlers, before Lightning takes away its own."""
+        """Restore the previous handlers, before Lightning removes its own."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

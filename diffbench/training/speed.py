@@ -1,4 +1,4 @@
-"""Faster ways to the same numbers: compilation, memory that stays in the process, and TF32."""
+"""Speed settings: compilation, CPU threads, memory kept by the process, and TF32."""
 
 import contextlib
 import ctypes
@@ -15,26 +15,26 @@ from torch import nn
 
 How = Literal["none", "block", "model"]
 WORTH_COMPILING = 5e16
-"""FLOPs from which compiling on a GPU pays. On an H200 in bf16 it took 40 to 80 s, and a step of DiT-XL/2 and of DDPM++
-then 77% and 67% of its time: even after 5.5e16 FLOPs (77,000 images) and 1.2e16 (340,000)."""
+"""FLOPs of a run from which compiling on a GPU pays off. On an H200 in bf16, compiling took 40 to 80 s and cut steps of
+DiT-XL/2 and DDPM++ to 77% and 67% of their time: break-even at 5.5e16 FLOPs (77,000 images) and 1.2e16 (340,000)."""
 
 WORTH_THREADS = 1e9
-"""Multiply-accumulates of a forward pass from which several threads share each layer. In the digits' networks (3e8)
-they wait for each other everywhere: beside one other busy process two train at 0.01 to 0.02 of the rate of one."""
+"""Multiply-accumulates of a forward pass from which several threads share each layer. In the digits networks (3e8) they
+mostly wait for each other: next to one busy process, two threads train at 0.01 to 0.02 of the rate of one."""
 
 
-def compile_here(network: nn.Module, asked: Literal["auto", "none", "block", "model"], flops: float, gpu: bool) -> How:
-    """The meaning of `trainer.compile` here: auto compiles on a GPU, where there is a compiler and enough work to come.
+def compile_here(network: nn.Module, mode: How | Literal["auto"], flops: float, gpu: bool) -> How:
+    """Resolve `trainer.compile`: auto compiles on a GPU if there is a compiler and the run takes enough FLOPs.
 
-    A transformer is compiled by block, a network of convolutions (most of its weights) as a whole: the faster way for
-    each, on an H200.
+    With auto, a network whose weights are mostly convolutions is compiled as a whole, any other one block by block: the
+    faster way for each on an H200.
     """
-    if asked != "auto":
-        return asked
+    if mode != "auto":
+        return mode
     if not gpu or flops < WORTH_COMPILING:
         return "none"
     if (name := missing_compiler()) is not None:
-        print(f"note: trainer.compile=auto compiles nothing: there is no {name}")
+        print(f"note: trainer.compile=auto does not compile: the C++ compiler {name} was not found")
         return "none"
     kernels = [p.numel() for p in network.parameters() if p.ndim == 4 and p.shape[-1] > 1]
     how: How = "model" if 2 * sum(kernels) > sum(p.numel() for p in network.parameters()) else "block"
@@ -42,70 +42,71 @@ def compile_here(network: nn.Module, asked: Literal["auto", "none", "block", "mo
     return how
 
 
-def use_threads(asked: int | Literal["auto"], macs: float, divides: bool) -> int:
-    """Sets the number of CPU threads that share a layer in this process: `trainer.threads`, one for a small network.
+def use_threads(setting: int | Literal["auto"], macs: float, divides: bool) -> int:
+    """Set how many CPU threads of this process share each layer: one for a small network, else `trainer.threads`.
 
-    It follows from the network, not from the load, so that a resumed run keeps its bits.
+    The choice depends on the network and not on the load, so a resumed run stays identical to the bit.
 
     Args:
-        asked: the key's value; auto is PyTorch's number, which OMP_NUM_THREADS sets.
+        setting: value of `trainer.threads`; auto is PyTorch's default, which OMP_NUM_THREADS sets.
         macs: multiply-accumulates of a forward pass of a micro-batch; infinite on a GPU.
-        divides: whether halves of a micro-batch may be computed at a time. Threads that were asked for share the layers
-            of a small network that cannot use them otherwise.
+        divides: whether the halves of a micro-batch may be computed in parallel. If not, a small network uses several
+            threads only if their number was set explicitly, and they share its layers.
 
     Returns:
-        The number of batches, or halves of one, to compute at a time, each on one core: as many as there are threads,
-        four at most (samples are stored by the thousand); one where threads share a layer.
+        The number of batches, or halves of one, to compute in parallel on one core each: the number of threads, at most
+        four (samples are stored by the thousand); one if the threads share layers.
     """
-    threads = _own_threads() if asked == "auto" else asked  # PyTorch's own, before the first change
-    chosen = asked != "auto" or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & set(os.environ)
+    threads = _default_threads() if setting == "auto" else setting
+    chosen = setting != "auto" or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & set(os.environ)
     apart = macs < WORTH_THREADS and (divides or not chosen)
     torch.set_num_threads(1 if apart else threads)
     return min(4, threads) if apart else 1
 
 
 @cache
-def _own_threads() -> int:
+def _default_threads() -> int:
+    """Return PyTorch's own number of threads; cached before this module first changes it."""
     return torch.get_num_threads()
 
 
 def missing_compiler() -> str | None:
-    """The C++ compiler that torch.compile looks for, $CXX or g++, if there is none of that name."""
+    """Return the name of torch.compile's C++ compiler, $CXX or g++, if it is not installed; else None."""
     name = os.environ.get("CXX", "g++")
     return name if shutil.which(name) is None else None
 
 
 def compile_network(network: nn.Module, how: How, backend: str = "inductor") -> None:
-    """Compiles a network in place, as a whole or block by block; names of weights and the weights stay as they are.
+    """Compile a network in place, as a whole or block by block; its weights and their names do not change.
 
-    Blocks of one shape share what is compiled, so that a deep network waits no longer than a shallow one.
+    Blocks of the same shape share compiled code, so a deep network compiles as fast as a shallow one.
     """
     if how == "none":
         return
-    import torch._dynamo  # seconds
+    import torch._dynamo  # takes seconds
     import torch._inductor.config
 
-    torch._inductor.config.fallback_random = True  # the dropout of uncompiled code
+    torch._inductor.config.fallback_random = True  # draw the same dropout as uncompiled code
     config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 64)  # a U-Net has as many kinds of blocks
+    config.recompile_limit = max(config.recompile_limit, 64)  # a U-Net has that many kinds of blocks
     for module in [network] if how == "model" else blocks(network):
         module.compile(backend=backend)
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network: the members of its module lists, but for single layers."""
+    """Return the repeated parts of a network: the members of its module lists that have submodules."""
     lists = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
     members = [member for found in lists for member in found if not isinstance(member, nn.ModuleList)]
     return [m for m in members if next(m.children(), None) is not None]
 
 
 def keep_memory() -> None:
-    """Makes glibc keep freed memory in this process, in blocks of up to 32 MiB, instead of returning it in each step.
+    """Make glibc keep freed blocks of up to 32 MiB in this process instead of returning them at every step.
 
-    The kernel clears a page before it hands it out again: on two CPU cores that is up to a seventh of a training
-    step's time. Peak memory stays the same. With another C library than glibc this does nothing.
+    The kernel clears each page before it hands it out again, which takes up to a seventh of a training step on two CPU
+    cores. Peak memory does not change. Without glibc, this does nothing.
     """
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 32 * 2**20)
@@ -113,13 +114,13 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """Gives float32 products and convolutions on a CUDA GPU TF32's 10 bits of mantissa, or all 23, in the block."""
+    """Allow or forbid TF32 (10 mantissa bits, not 23) in float32 products and convolutions on a GPU in the block."""
     if not torch.cuda.is_available():
         yield
         return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with warnings.catch_warnings():
-        if not tf32:  # as the config says; inductor advises otherwise
+        if not tf32:  # inductor advises to turn it on, but the config says no
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
         try:
             torch.set_float32_matmul_precision("high" if tf32 else "highest")

@@ -1,4 +1,4 @@
-"""TensorBoard as the place of a run's numbers and images, over images seen, with charts that compare runs."""
+"""TensorBoard logging of a run's numbers and images over images seen, with charts that compare runs."""
 
 import contextlib
 import threading
@@ -23,18 +23,18 @@ LAYOUT = {
         "images/s": ["Multiline", ["perf/images_per_s"]],
     },
 }
-"""Charts of training that lay the chosen runs over each other, in TensorBoard's custom-scalars tab."""
+"""Training charts in TensorBoard's custom-scalars tab, which overlay the selected runs."""
 FINAL = ("val/bound", "train/loss")
-"""Metrics of the hparams tab: their last values."""
+"""Metrics whose last values the hparams tab shows."""
 
 
 def _line(tag: str) -> list[Any]:
-    """A chart of one value, a line for each run: a margin of no width, as TensorBoard smooths all other charts."""
+    """Return a chart of one value with a line per run: a zero-width margin, as TensorBoard smooths all other charts."""
     return ["Margin", [tag, tag, tag]]
 
 
 def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: str = "") -> None:
-    """Writes a trained run's scores to TensorBoard, at the images that its weights have seen."""
+    """Write a trained run's scores to TensorBoard, at the number of images that its weights have seen."""
     with full_disk_reported(folder), _new_writer(folder) as writer:
         for name, value in scores.items():
             writer.add_scalar(prefix + name, value, images)
@@ -42,7 +42,7 @@ def show_scores(folder: Path, images: int, scores: Mapping[str, float], prefix: 
 
 @contextlib.contextmanager
 def full_disk_reported(folder: Path) -> Iterator[None]:
-    """Reports a full disk in TensorBoard's writer as a UserError of one line, without the traceback of its thread."""
+    """Report a full disk in TensorBoard's writer as a one-line UserError, without the traceback of its thread."""
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:
@@ -58,20 +58,20 @@ def full_disk_reported(folder: Path) -> Iterator[None]:
 
 
 def _new_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
-    # TensorBoard reads event files in the order of their names, which begin with the second they were made in.
+    # TensorBoard reads event files in the order of their names, which begin with the second of their creation.
     while any(f".tfevents.{int(time.time())}." in p.name for p in folder.glob("events.*")):
         time.sleep(0.05)
     return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
 
 
 class TensorBoardLog:
-    """Writes a new event file, which drops the points of earlier files past the images resumed at.
+    """A TensorBoard writer with a new event file, which overrides points of earlier files past `resumed_at`.
 
     Args:
-        resumed_at: images resumed at; None for a new run.
+        resumed_at: images seen at the checkpoint resumed from; None for a new run.
         facts: entries of the hparams tab.
-        levels: noise levels, log-SNR, that validation records; each has a chart.
-        bands: metric -> its reference curves, drawn around it.
+        levels: noise levels (log-SNR) that validation records; each gets a chart.
+        bands: metric -> band of its reference curves, drawn around it.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class TensorBoardLog:
             return
         self._writer.add_text("config", f"```yaml\n{config_text}\n```", 0)
         watched = [metric for metric in registry.METRICS.values() if metric.watched]
-        watched.sort(key=lambda metric: metric.name not in FINAL)  # what every run has comes first
+        watched.sort(key=lambda metric: metric.name not in FINAL)  # metrics that every run has come first
         better = {m.title: _line(m.name) if "/" in m.name else ["Multiline", [f"{m.name}[/@]"]] for m in watched}
         charts = {f"error of eps at log-SNR {level:g}": _line(f"val/level/{level:g}") for level in levels}
         where = {"Where it is better, from noise (low log-SNR) to image": charts} if charts else {}
         margins = {name: ["Margin", [name, f"band/{name}/low", f"band/{name}/high"]] for name in bands}
-        healthy = {"Does it go as healthy runs did": margins} if margins else {}
+        healthy = {"Does it train like healthy runs": margins} if margins else {}
         self._writer.add_custom_scalars({"Which backbone is better": better, **where, **LAYOUT, **healthy})
-        for summary in hparams(dict(facts), dict.fromkeys(FINAL, 0.0)):  # add_hparams would make a run of its own
+        for summary in hparams(dict(facts), dict.fromkeys(FINAL, 0.0)):  # add_hparams would create a separate run
             self._writer._get_file_writer().add_summary(summary)
 
     def record(self, values: Mapping[str, float], images: int) -> None:
-        """Log values at an image count, with their reference curves there."""
+        """Log values at an image count, with the ends of their reference bands there."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, images)
             ends = self._bands[tag].at(images) if tag in self._bands else None
@@ -114,5 +114,5 @@ class TensorBoardLog:
         self._writer.flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk was reported when it was found
+        with contextlib.suppress(OSError):  # a full disk has been reported already
             self._writer.close()

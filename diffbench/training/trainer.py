@@ -1,4 +1,4 @@
-"""Lightning's trainer as every kind of run uses it."""
+"""Lightning's Trainer, set up the same way for every kind of run."""
 
 import logging
 import os
@@ -43,12 +43,13 @@ def fit(
     checkpoint: Path | None = None,
     hparams: dict[str, str | float] | None = None,
 ) -> EMA:
-    """Trains to `trainer.max_images` of a config, from a resume state where one is given; returns the averages.
+    """Train a module up to `trainer.max_images` and return the averages of its weights.
 
     Args:
-        config: its sections `trainer` and `ema` say how it is trained; all of it is logged.
-        callbacks: the kind's own, which measure and draw.
-        hparams: what TensorBoard's hparams tab says of the run.
+        config: its `trainer` and `ema` sections control training; the whole config is logged.
+        callbacks: callbacks of this kind of run, which measure and draw.
+        checkpoint: the checkpoint to resume from; None to start over.
+        hparams: entries of TensorBoard's hparams tab.
 
     Raises:
         SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
@@ -58,27 +59,27 @@ def fit(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if settings.precision == "64-true":
-        module.double()  # Lightning would only after a state was read into it, and into the averages
+        module.double()  # Lightning would convert it only after loading a checkpoint into it and into the averages
     averages = EMA(config.ema)
     log = RunLogger(folder, settings.log_images, config, hparams, settings.logger)
     guard = NonFiniteGuard(folder, settings.log_images, settings.max_skipped)
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
     states = AtomicCheckpointIO(on_gpu if settings.async_checkpoints is None else settings.async_checkpoints, keep=2)
     precision = precision_here(settings, low=isinstance(module, DiffusionModule))
-    # Lightning would take bf16 on a CPU, without scaled gradients.
+    # On a CPU, Lightning would replace fp16 by bf16 without gradient scaling.
     scaled = [MixedPrecision(precision, "cuda" if on_gpu else "cpu")] if precision == "16-mixed" else []
     stop = StopOnSignal(folder, settings.max_steps)
     save_state = SaveState(folder / "checkpoints", settings.checkpoint_images, log.clock, stop)
     seen = step_of(checkpoint) * settings.batch_size if checkpoint else 0
     if warning := decayed_early(module.optimizer, seen, settings.max_images):
         print(warning)
-    at_end = checkpoint is not None and step_of(checkpoint) == settings.max_steps  # evaluations alone are left
+    at_end = checkpoint is not None and step_of(checkpoint) == settings.max_steps  # only evaluations remain
     with warnings.catch_warnings(), float32_products(settings.tf32):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*no `validation_step`.*")  # our callbacks measure
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is newer than torch 2.11
-        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a cluster's login node is fine
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its replacement is newer than torch 2.11
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # training on a login node is fine
         trainer = L.Trainer(
             accelerator="gpu" if on_gpu else "cpu",
             devices=settings.devices,
@@ -100,7 +101,7 @@ def fit(
             default_root_dir=str(folder),
         )
         try:
-            with full_disk_reported(folder):  # all other files are named where they are written
+            with full_disk_reported(folder):  # for TensorBoard; other writers report a full disk themselves
                 trainer.fit(
                     module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
                 )
@@ -114,7 +115,7 @@ def fit(
             states.join()
     if signal := int(distributed.all_reduce_max([float(stop.number or 0)])[0]):
         by = "Ctrl-C" if signal == SIGINT else Signals(signal).name
-        print(f"{folder}: stopped by {by} at {log.images:,} images, state saved; the same command goes on")
+        print(f"{folder}: stopped by {by} at {log.images:,} images, state saved; run the same command again to resume")
         raise SystemExit(128 + signal)
     return averages
 
@@ -129,7 +130,7 @@ def _strategy(settings: TrainerConfig) -> Strategy | str:
 
 
 class _Sharded(ModelParallelStrategy):
-    """FSDP2, which also runs on CPUs; resume states are those of one process."""
+    """FSDP2, also on CPUs, with checkpoints in the same format as those of a single process."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
@@ -139,7 +140,7 @@ class _Sharded(ModelParallelStrategy):
 
 
 def _environment() -> ClusterEnvironment:
-    """Who started the ranks, as `distributed.place` reads it. Lightning requeues nothing: SIGTERM saves the state."""
+    """Return the launcher of the ranks, as `distributed.place` sees it. Requeueing is off: SIGTERM saves the state."""
     if distributed.by_srun():
         return SLURMEnvironment(auto_requeue=False)
     return TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()

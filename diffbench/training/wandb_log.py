@@ -1,4 +1,4 @@
-"""Weights & Biases as one more place for a run's numbers and images."""
+"""Weights & Biases logging of a run's numbers and images."""
 
 import os
 import uuid
@@ -11,14 +11,14 @@ import numpy as np
 from diffbench.core.files import write_text
 
 ID = "wandb-id.txt"
-"""The run's name at W&B, in its folder, so that a resumed run goes on there."""
+"""File in the run folder with the run's W&B id, so that a resumed run continues the same W&B run."""
 
 
 class WandbLog:
-    """Sends numbers and images to W&B, over images seen.
+    """A W&B run that receives numbers and images, over images seen.
 
-    Without a login, or where W&B does not answer, everything is written to `wandb/` in the run folder, for `wandb sync`
-    later; WANDB_MODE, WANDB_PROJECT and the like act as W&B says.
+    Without a login, or if W&B does not respond, everything is written to `wandb/` in the run folder for a later
+    `wandb sync`; WANDB_MODE, WANDB_PROJECT and the like work as W&B documents them.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ class WandbLog:
             self._run = wandb.init(mode=mode, **known)
         except (wandb.Error, OSError) as e:
             print(
-                f"warning: W&B does not answer ({' '.join(str(e).split())}); written to {folder / 'wandb'}", flush=True
+                f"warning: W&B does not respond ({' '.join(str(e).split())}); logging to {folder / 'wandb'}", flush=True
             )
             self._run = wandb.init(mode="offline", **known)
         self._image = wandb.Image
@@ -50,7 +50,7 @@ class WandbLog:
         self._run.log({"images": images, tag: self._image(image)})
 
     def flush(self) -> None:
-        """Nothing: W&B sends by itself."""
+        """Do nothing: W&B uploads on its own."""
 
     def close(self) -> None:
         self._run.finish()

@@ -244,19 +244,25 @@ def test_a_network_whose_steps_take_too_long_is_left_out(monkeypatch: pytest.Mon
     [
         (["modells=[x]"], "modells: unknown key; allowed: models, parts, full"),
         (["models=[DiT-S/3]"], "models: unknown network 'DiT-S/3'; choose from DiffiT-S/2, ADM-S/32, ADM-64"),
-        (["models=[]"], "models: must hold at least one, or be null, got []"),
+        (["models=[]"], "models: must contain at least one, or be null, got []"),
         (["parts=[loops]"], "parts: unknown value 'loops'; choose from loop, models, variants"),
-        (["full=true", "gpu=true"], "gpu: has a length of its own; leave out full"),
+        (["full=true", "gpu=true"], "gpu: sets its own length; leave out full"),
         (["batch=0"], "batch: must be positive, got 0"),
         (["out=x.txt"], "out: must end in .json, got 'x.txt'"),
         (["out=there.json"], "out: there.json exists already; choose another name"),
-        (["variants=[fast]"], "variants: must be as 'plain: trainer.channels_last=false', got 'fast'"),
-        (["variants=['x: trainer.compile=auto']"], "variants: trainer.compile=auto follows the machine; choose none"),
+        (["variants=[fast]"], "variants: must look like 'plain: trainer.channels_last=false', got 'fast'"),
+        (
+            ["variants=['x: trainer.compile=auto']"],
+            "variants: trainer.compile=auto depends on the machine; choose none",
+        ),
         (
             ["variants=['x: trainer.compiel=none']", *TINY, "parts=[variants]"],
             "trainer.compiel: unknown key; allowed: ",
         ),
-        (["baseline=none.json"], "baseline: none.json: No such file or directory; name a JSON that it wrote"),
+        (
+            ["baseline=none.json"],
+            "baseline: none.json: No such file or directory; give the JSON of an earlier benchmark",
+        ),
         (["gpu=true"], "gpu: this machine has no CUDA GPU; leave it out"),
     ],
 )
@@ -277,7 +283,7 @@ def test_what_cannot_be_is_refused_in_a_line(
 
 def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(report, "busy_share", lambda: 0.5)
-    with pytest.raises(UserError, match=r"^force: 50% of the cores are at work, more than 25%: other processes"):
+    with pytest.raises(UserError, match=r"^force: 50% of the cores are busy, more than 25%: other processes"):
         bench([f"out={tmp_path / 'a.json'}"])
     assert not list(tmp_path.iterdir())
     report.check_quiet(force=True)

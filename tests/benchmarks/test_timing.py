@@ -109,7 +109,7 @@ def test_a_baseline_that_is_not_a_report_is_refused(text: str, tmp_path: Path) -
     path.write_text(text)
     with pytest.raises(UserError) as refused:
         report.load(path)
-    assert str(refused.value) == f"baseline: {path}: not a report of the benchmark; name a JSON that it wrote"
+    assert str(refused.value) == f"baseline: {path}: not a benchmark report; give the JSON of an earlier benchmark"
 
 
 def test_a_report_comes_back_as_it_was_saved(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_noise_of_latents_follows_from_the_position() -> None:
 
 
 def test_perceptual_weight_and_features_come_together() -> None:
-    with pytest.raises(ValueError, match=r"loss\.perceptual: an extractor and its features come together"):
+    with pytest.raises(ValueError, match=r"loss\.perceptual: give both an extractor and its features, or neither"):
         module(LossConfig(perceptual="digits-cnn"))
 
 

@@ -56,7 +56,7 @@ def test_the_verdict() -> None:
         "warning: at 20%: validation bound 0.31, band 0.12 to 0.14: something is wrong; see docs/health.md"
     )
     (fine,) = verdict(lines[:1], bands, 0.5)
-    assert fine == "at 50%: as healthy runs are: train/loss 1.5, band 1 to 2"
+    assert fine == "at 50%: like healthy runs: train/loss 1.5, band 1 to 2"
     assert verdict([], bands, 0.5) == []
     marks = [mark_between(before, before + 100, 1000) for before in range(0, 1000, 100)]
     assert marks == [None, 0.2, None, None, 0.5, None, None, None, None, None]

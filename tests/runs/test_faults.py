@@ -153,7 +153,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
     argv = [*TINY, f"runs_dir={tmp_path}"]
     train(DIT, argv)
     out = capsys.readouterr().out
-    assert f"warning: {state} is damaged (its checksum differs): trying the one before\n" in out
+    assert f"warning: {state} is damaged (its checksum differs): trying the previous one\n" in out
     assert "resuming at 32 images" in out
     assert same(copied, whole)
 

@@ -467,7 +467,7 @@ def test_times_that_are_not_steps_are_not_rounded(process: str, yaml: Path) -> N
 def test_networks_from_outside_draw_one_batch_at_a_time(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("diffbench.training.speed._own_threads", lambda: 4)
+    monkeypatch.setattr("diffbench.training.speed._default_threads", lambda: 4)
     threads = torch.get_num_threads()
     run, _ = made(yaml)
     run.use_threads()

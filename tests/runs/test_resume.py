@@ -168,8 +168,8 @@ def test_what_an_extension_after_the_decay_gets_is_said(tmp_path: Path, capsys: 
     run = train(config, [*overrides, "trainer.max_images=400"]).folder
     assert (
         "warning: the learning rate has decayed at optimizer.decay_images=320: images 321 to 400 get 2e-05, 1% of"
-        " optimizer.lr=0.002. A run of 400 images whose rate decays over all of them ends elsewhere: tag=NAME"
-        " optimizer.decay_images=400\n"
+        " optimizer.lr=0.002. A run of 400 images whose rate decays over all of them ends with different weights:"
+        " tag=NAME optimizer.decay_images=400\n"
     ) in capsys.readouterr().out
     rates = {line["images"]: line["train/lr"] for line in series(run) if "train/lr" in line}
     assert [rates[images] for images in range(328, 401, 8)] == pytest.approx([2e-5] * 10)

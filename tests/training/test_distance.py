@@ -140,7 +140,7 @@ def test_another_measure_on_resume_chooses_anew(
     found = distances(run.folder)
     later = {images: found[images] for images in (96, 128, 160)}
     assert series(run.folder)[-1]["best/images"] == min(later, key=lambda images: later[images])
-    assert " were chosen by another measure: fd/digits-cnn@20 chooses anew\n" in capsys.readouterr().out
+    assert " were selected with other settings: selecting again by fd/digits-cnn@20\n" in capsys.readouterr().out
 
 
 def test_no_weight_of_the_extractor_enters_module_or_checkpoint(unbroken: DenoiserRun) -> None:

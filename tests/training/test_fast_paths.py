@@ -55,10 +55,10 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(3)
-    speed._own_threads.cache_clear()
+    speed._default_threads.cache_clear()
     yield
     torch.set_num_threads(before)
-    speed._own_threads.cache_clear()
+    speed._default_threads.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,9 @@ def test_auto_says_once_that_there_is_no_compiler(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compile_here(small("dit"), "auto", 1e17, True) == "none"
-    assert capsys.readouterr().out == "note: trainer.compile=auto compiles nothing: there is no no-such-compiler\n"
+    assert capsys.readouterr().out == (
+        "note: trainer.compile=auto does not compile: the C++ compiler no-such-compiler was not found\n"
+    )
 
 
 def test_a_run_compiles_for_training_and_for_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,6 @@ def test_small_networks_that_draw_nothing_take_halves(
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
     before = torch.get_num_threads()
-    monkeypatch.setattr("diffbench.training.speed._own_threads", lambda: 2)
+    monkeypatch.setattr("diffbench.training.speed._default_threads", lambda: 2)
     yield
     torch.set_num_threads(before)

@@ -677,7 +677,7 @@ def test_a_misspelt_way_of_drawing_times_is_refused() -> None:
 
 
 def test_a_loader_without_a_batch_size_cannot_measure_a_warm_up() -> None:
-    with pytest.raises(ValueError, match="need the batch size, which this loader does not say"):
+    with pytest.raises(ValueError, match="need the batch size, which this loader does not expose"):
         trainer(max_steps=1).fit(module(optimizer=OptimizerConfig(warmup_images=8)), one(IMAGES))
 
 
@@ -689,5 +689,5 @@ def test_a_plateau_is_waited_for() -> None:
 
 
 def test_a_line_search_would_see_other_noise_each_time() -> None:
-    with pytest.raises(ValueError, match="LBFGS takes the loss several times a step, each with other noise"):
+    with pytest.raises(ValueError, match="LBFGS needs several losses per step, each with new noise"):
         trainer(max_steps=1).fit(module(optimizer=torch.optim.LBFGS), loader(24))

@@ -115,9 +115,9 @@ def test_what_a_signal_interrupts_is_done_after_the_resume(
     assert ended.value.code == 128 + number
     folder = tmp_path / "digits" / "dit-s-s0"
     out, err = capfd.readouterr()
-    assert err == f"{folder}: saving the state; a second signal or Ctrl-C stops without\n"
+    assert err == f"{folder}: saving the state; a second signal or Ctrl-C stops without saving\n"
     by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-    assert f"{folder}: stopped by {by} at {8 * step} images, state saved; the same command goes on\n" in out
+    assert f"{folder}: stopped by {by} at {8 * step} images, state saved; run the same command again to resume\n" in out
     assert len(finished) == time - 1  # it was not finished before the state was saved
     saved = newest(folder / "checkpoints")
     assert saved == folder / "checkpoints" / f"step-{step}.ckpt"
@@ -138,7 +138,7 @@ def test_a_second_signal_stops_at_once(
     folder = tmp_path / "digits" / "dit-s-s0"
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
-        f"{folder}: saving the state; a second signal or Ctrl-C stops without",
+        f"{folder}: saving the state; a second signal or Ctrl-C stops without saving",
         f"{folder}: stopped without saving the state",
     ]
     assert not (folder / "checkpoints").exists()

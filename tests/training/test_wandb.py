@@ -85,7 +85,7 @@ def test_a_server_that_does_not_answer_stops_nothing(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     WandbLog(tmp_path, {})
     assert [start["mode"] for start in fake.starts] == ["online", "offline"]
-    assert "warning: W&B does not answer" in capsys.readouterr().out
+    assert "warning: W&B does not respond" in capsys.readouterr().out
 
 
 def test_a_missing_package_is_said_before_training(
