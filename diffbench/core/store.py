@@ -237,10 +237,8 @@ class Filling:
                 raise DamagedError(f"{self.store.folder}: damaged: its chunks are not contiguous; remove it")
             for name, column in self.columns.items():
                 os.truncate(self.store.path(name), rows * _row_bytes(column))
-            merged = facts(self.store.arrays(self.columns, rows), [record["facts"] for record in records])
-            write_text(
-                self.store.manifest, _checksummed(self.plan | {"rows": rows, "facts": merged, "chunks": records})
-            )
+            found = facts(self.store.arrays(self.columns, rows), [record["facts"] for record in records])
+            write_text(self.store.manifest, _checksummed(self.plan | {"rows": rows, "facts": found, "chunks": records}))
             self.store.clear()
             return True
 

@@ -126,7 +126,9 @@ def test_a_module_goes_on_where_its_state_says() -> None:
 
 def test_a_module_refuses_the_state_of_other_data() -> None:
     state = module(numbered(11)).state_dict()
-    with pytest.raises(UserError, match=r"^data: the run began with other training data \(\w{16}, now \w{16}\); bring"):
+    with pytest.raises(
+        UserError, match=r"^data: the run was started with other training data \(\w{16}, now \w{16}\); restore"
+    ):
         module(numbered()).load_state_dict(state)
 
 
