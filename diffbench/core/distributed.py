@@ -159,7 +159,7 @@ def launch(command: Sequence[str], count: int, keep: Sequence[int] = ()) -> int:
 
 
 def end_with_parent() -> None:
-    """Exit this rank when the launcher dies, which closes our standard input: the launcher holds its other end."""
+    """Start a thread that exits this process when its standard input, a pipe from the launcher, closes."""
 
     def watch() -> None:
         with contextlib.suppress(OSError):
@@ -191,7 +191,7 @@ def environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def threads_each(processes: int) -> int:
-    """Return the number of CPU threads for each of `processes` that share this machine's cores."""
+    """Return the number of CPU threads per process when `processes` of them share this machine's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
     return max(1, cores // processes)
 
@@ -251,7 +251,7 @@ def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def _forward_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Forward SIGTERM and SIGINT to all ranks, and yield a list that collects them; after a second, `GRACE` is left."""
+    """Forward SIGTERM and SIGINT to all ranks, and yield a list that collects them; a second one leaves `GRACE`."""
     signals: list[int] = []
     last = -math.inf
 

@@ -74,7 +74,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by None in nested dictionaries and lists."""
+    """Return a value with NaN and infinity, which JSON cannot represent, replaced by None, also when nested."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -120,7 +120,7 @@ def room_for(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 def _disk_full(error: BaseException | None) -> OSError | None:
-    """Return the disk-full error behind an error, or None; closing a file after one often raises another error."""
+    """Return the disk-full error in an exception's context, or None: closing a file after one often raises again."""
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, OSError) and error.errno in FULL:
             return error

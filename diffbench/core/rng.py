@@ -25,7 +25,7 @@ def key(*parts: int | str) -> int:
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int | tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """Return four 32-bit words per 128-bit counter, both as four arrays of values below 2^32 that broadcast.
+    """Return four 32-bit words per 128-bit counter; both are four broadcastable arrays of values below 2^32.
 
     The arrays are int64 tensors on any device, or NumPy's uint64, which takes a quarter of the time on a CPU. Several
     keys are passed as two arrays that broadcast with the counters: their lower and their upper halves.
@@ -70,7 +70,7 @@ def uniform(key: int, positions: Tensor) -> Tensor:
 
 
 def uniforms(keys: tuple[int, ...], positions: Tensor) -> Tensor:
-    """Draw (K, B) float64, row k equal to `uniform` with key k; all rows together take the time of one."""
+    """Draw (K, B) float64, each row like `uniform` with one of the keys, in about the time of a single row."""
     low, high = positions & _MASK, positions >> 32 & _MASK
     halves = _halves(keys, positions.device)
     if positions.is_cpu:
@@ -103,7 +103,7 @@ def normal(key: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def permutation(key: int, n: int) -> Tensor:
-    """Return the permutation of 0..n-1 (int64, CPU) that belongs to a key."""
+    """Return a permutation of 0..n-1 (int64, CPU), which the key determines."""
     # Small parts and NumPy's sort avoid torch's threads, which wait for each other on a busy machine.
     w = torch.cat([words(key, part, 2) for part in torch.arange(n).split(1 << 14)])
     return torch.from_numpy((w[:, 0] << 31 | w[:, 1] >> 1).numpy().argsort(kind="stable"))

@@ -47,7 +47,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a dictionary saved by torch.save without running code in it; raise UserError if it is anything else."""
+    """Read a dictionary saved by torch.save without running any code in it; raise UserError for any other file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns about pickles that it then refuses
@@ -71,7 +71,7 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 def by_name(network: nn.Module, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Map a network's parameter names to `weights` in the order of its parameters; tied weights have several names."""
+    """Map parameter names to `weights`, in the order of network.parameters(); tied weights appear under all names."""
     values = dict(zip(network.parameters(), weights, strict=True))
     return {name: values[p] for name, p in network.named_parameters(remove_duplicate=False)}
 

@@ -1,4 +1,4 @@
-"""Images from other data sets and loaders, with or without labels, as our batches and in-memory sets."""
+"""Conversion of batches and data sets from other code, with or without labels, to diffbench's own."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ else:
 
 
 def unpack(batch: Any) -> dict[str, Any]:
-    """Convert a batch to the form that training reads.
+    """Convert a batch to the dictionary that training reads.
 
     Args:
         batch: images, (images, labels), or a mapping with `image` and optionally `label` and `position` (or `x0`, or
@@ -83,8 +83,8 @@ def image_set(data: ImageSet | AnyDataset) -> ImageSet:
     Args:
         data: its items are images, (image, label), or mappings with `image` and `label` (or others of IMAGE_NAMES and
             LABEL_NAMES). An image is a Pillow image or a tensor (C, H, W), uint8 or float in [-1, 1], which is rounded
-            to 256 levels; all have one size. Class names are its `classes`, or those of its features, as in sets of
-            Hugging Face. Random transforms are drawn only once; an iterable data set must be finite.
+            to 256 levels; all have one size. Class names are its `classes`, or those of its features, as Hugging Face
+            data sets have them. Random transforms are drawn only once; an iterable data set must be finite.
 
     Raises:
         ValueError: if the items are anything else.

@@ -71,7 +71,7 @@ class PositionLoader:
         return len(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing, as the data module stores the position; for Lightning, having this method means resumable."""
+        """Return an empty state: the data module stores the position, but Lightning asks a resumable loader for one."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -79,10 +79,10 @@ class PositionLoader:
 
 
 class PositionDataset(Dataset[dict[str, Any]]):
-    """Batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
+    """Data set with batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
 
     Args:
-        flip: whether batches say which images to mirror: half of them, drawn anew each epoch.
+        flip: whether batches say which images to mirror: half of them, chosen anew each epoch.
         only_index: whether batches contain only image indices, for a set that is already on the device.
     """
 
@@ -90,7 +90,7 @@ class PositionDataset(Dataset[dict[str, Any]]):
         self.data, self.seed, self.flip, self.only_index = data, seed, flip, only_index
 
     def index(self, first: int, count: int) -> Tensor:
-        """Return image indices (count,) for positions from `first` on, which count all samples seen since the start."""
+        """Return image indices (count,) for the positions from `first` on, which count all samples since the start."""
         size, end = len(self.data), first + count
         epochs = range(first // size, (end - 1) // size + 1)
         orders = [_order(self.seed, epoch, size) for epoch in epochs]
@@ -98,7 +98,7 @@ class PositionDataset(Dataset[dict[str, Any]]):
         return (orders[0] if len(orders) == 1 else torch.cat(orders))[start : start + count]
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """Return the batch of consecutive positions: `first`, position (B,), and the rows of its images.
+        """Return the batch at consecutive positions: `first`, position (B,), and the data set's entries for its images.
 
         Those are image (B, C, H, W) uint8 and label (B,), or mean, log_variance and label; or only index (B,).
 
@@ -123,7 +123,7 @@ def _order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 class PositionDataModule(L.LightningDataModule):
-    """Training batches by position, and the held-out part: the base class for image and latent data.
+    """Base class of the data modules for images and latents: training batches by position, and a held-out part.
 
     A training batch has x0 (B, C, H, W) float32, label (B,) and position (B,) on its device, and `first`, the first
     position as an int, because reading it from a GPU would wait for the GPU. A held-out batch has x0, label and index,
@@ -131,9 +131,8 @@ class PositionDataModule(L.LightningDataModule):
 
     Positions count the images seen since training began, over all epochs and fits, so no two batches are alike, and a
     checkpoint resumes with the very next image, in any layout of devices and micro-batches. An epoch is as many whole
-    optimizer steps as it takes to see each image once. With `overfit_batches`, only the first batches are repeated, at
-    ever new positions.
-    The state in a checkpoint is the number of samples seen and the data's fingerprint.
+    optimizer steps as it takes to see each image once. With `overfit_batches`, the first batches repeat, at ever new
+    positions. The state in a checkpoint is the number of samples seen and the data's fingerprint.
 
     Args:
         train: the training part.
@@ -141,7 +140,7 @@ class PositionDataModule(L.LightningDataModule):
         batch_size: images per optimizer step, over all devices and micro-batches.
         seed: seed of the run; with a position, it determines which image comes and how its flip and latent are drawn.
         num_workers: DataLoader processes.
-        flip: mirror half of the training images, a new half each epoch.
+        flip: mirror half of the training images, chosen anew each epoch.
         data_on_device: keep the training part on the device; None does so on a GPU with four times the memory needed.
         endless: never end an epoch, for trainers that only count steps.
     """
@@ -181,7 +180,7 @@ class PositionDataModule(L.LightningDataModule):
     __str__ = object.__repr__  # Lightning's version treats our loaders as collections
 
     def read(self, data: Any) -> Any:
-        """Return a data set read into memory."""
+        """Read a data set into memory."""
         raise NotImplementedError
 
     def x0(self, batch: dict[str, Any]) -> Tensor:
@@ -219,7 +218,7 @@ class PositionDataModule(L.LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Convert a batch to floats on the device; its bytes were transferred there or have been there all along."""
+        """Convert a batch to x0 on the device, so that only bytes or indices have to be transferred."""
         if "x0" in batch:
             return batch
         if "index" in batch:
@@ -240,7 +239,7 @@ class PositionDataModule(L.LightningDataModule):
 
 
 class ImageDataModule(PositionDataModule):
-    """Data of images: x0 contains pixels in [-1, 1].
+    """Data module for images: x0 contains pixels in [-1, 1].
 
     `train` and `held_out` may be any torch Dataset, whose images are read into memory, see `image_set`. For a set that
     does not fit, pass your own DataLoader to `DiffusionModule`. Arguments as for `PositionDataModule`.
@@ -258,7 +257,7 @@ class ImageDataModule(PositionDataModule):
 
 
 class LatentDataModule(PositionDataModule):
-    """Data of latents: x0 is drawn from each image's posterior, anew each epoch, and scaled to about unit variance.
+    """Data module for latents: x0 is drawn from each image's posterior in each epoch and scaled to about unit variance.
 
     `train` and `held_out` may be any torch Dataset of latents, which are read into memory, see `latent_set`.
     """

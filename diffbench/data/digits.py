@@ -26,9 +26,9 @@ class DigitsConfig(PlantedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 8 <= self.size <= 512:
-            raise ValueError(f"data.size must lie in 8 to 512, got {self.size}")
+            raise ValueError(f"data.size: must lie in 8 to 512, got {self.size}")
         if not 10 <= self.held_out <= 1000:
-            raise ValueError(f"data.held_out must lie in 10 to 1000, got {self.held_out}")
+            raise ValueError(f"data.held_out: must lie in 10 to 1000, got {self.held_out}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -43,7 +43,7 @@ def digits(config: DigitsConfig) -> tuple[ImageSet, ImageSet]:
 @cache
 def _digits(held_out: int, size: int) -> tuple[ImageSet, ImageSet]:
     name = f"digits-{version('scikit-learn')}-{held_out}-{size}.safetensors"
-    path = files.cache_folder() / name  # importing scikit-learn takes most of a second
+    path = files.cache_folder() / name  # cached, because importing scikit-learn takes most of a second
     try:
         data = tensors.read(files.cached(path, lambda: tensors.write(path, _split(held_out, size))))[0]
     except (UserError, OSError):  # the cache is damaged or not writable

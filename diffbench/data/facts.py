@@ -18,7 +18,7 @@ from diffbench.data.sets import ImageSet
 
 
 class OtherDataError(UserError):
-    """Data that differ from those the run was trained on."""
+    """Data that differ from those that the run was trained on."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DataFacts:
             raise UserError(f"{path}: damaged ({' '.join(str(e).split())}); remove it") from None
 
     def difference(self, other: "DataFacts") -> str | None:
-        """Describe the difference of other training data from these in words; return None if they are the same."""
+        """Describe in words how other training data differ from these; return None if they are the same."""
         if self.class_names != other.class_names:
             return f"classes {some(self.class_names, 10)}, now {some(other.class_names, 10)}"
         if self.fingerprint != other.fingerprint:
@@ -75,7 +75,7 @@ class DataFacts:
 
 
 def other_data(change: str) -> OtherDataError:
-    """Return the error for training data that have changed; `change` is in words, as from `difference`."""
+    """Return the error for changed training data; `change` says in words what changed, as `difference` does."""
     return OtherDataError(
         f"data: the run was started with other training data ({change}); restore them, or choose another tag=NAME"
     )

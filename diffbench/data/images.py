@@ -47,7 +47,7 @@ class CIFAR10Config(ImagesConfig):
 
 
 def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
-    """Load the training and the held-out part, decoding them if that has not been done yet.
+    """Load the training and the held-out part, decoding them first if the cache does not have them.
 
     Raises:
         ValueError: one line that begins with the config key.
@@ -166,7 +166,7 @@ def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> No
 
 
 def _decode_part(part: Split, store: Store, classes: list[str], config: ImagesConfig, place: Place) -> None:
-    """Decode a part into a store, with its pixels ("images") and classes ("labels").
+    """Decode a part's images into a store with the arrays "images" (pixels) and "labels" (classes).
 
     The store's facts are the fingerprint, the class names, the counts of file formats and sizes, the number of broken
     images, and the names of the first of them.

@@ -50,7 +50,7 @@ class LatentSet(InMemory):
         return self.scaled(rows(self.mean, index).float())
 
     def scaled(self, z: Tensor) -> Tensor:
-        """Scale and shift latents to what denoisers see."""
+        """Shift and scale latents to about unit variance, as denoisers see them."""
         return (z - self.shift) * self.scale
 
 

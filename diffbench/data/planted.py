@@ -37,7 +37,7 @@ class PlantedConfig(DataConfig):
 
 
 def plant(data: ImageSet, planted: Mapping[str, Sequence[str]]) -> ImageSet:
-    """Add classes to a set: each one contains the images of its parts a second time, under a label of its own.
+    """Add classes to a set: each contains copies of the images of its parts, under a label of its own.
 
     A class with one part is thus an exact copy of it, and a class with several parts is their mixture.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class InMemory:
-    """Rows of a data set in memory or in memory maps: the base class for images and latents.
+    """Base class of image and latent sets, whose rows are in memory or in memory maps.
 
     Attributes:
         FIELDS: fields with a row for each image -> their names in a batch; a field may be None.

@@ -159,7 +159,7 @@ def _colour(u: Tensor) -> Tensor:
 
 
 def holds(images: Tensor, labels: Tensor) -> Tensor:
-    """Check by rule whether each image solves the task of its label: (B,) bool.
+    """Return by rule whether each image solves the task of its label: (B,) bool.
 
     The rules tolerate noise and JPEG compression, and do not depend on the training images.
 
@@ -193,7 +193,7 @@ def _bands(x: Tensor, kind: int, share: float = 0.95) -> Tensor:
 
 
 def _mirrors(x: Tensor, dim: int, share: float = 0.92) -> Tensor:
-    """Check that 92% of pixels differ by less than 0.4 per channel from their mirror image, and that some are lit."""
+    """Return whether 92% of pixels are within 0.4 of their mirror image in every channel, and at least 5% are lit."""
     same = ((x - x.flip(dim)).abs().amax(1) < 0.4).float().mean((1, 2))
     return (same >= share) & (_lit(x).float().mean((1, 2)) >= 0.05)
 
@@ -209,7 +209,7 @@ def corner_colours(x: Tensor) -> Tensor:
 
 
 def _diagonal(x: Tensor, ends: tuple[int, int], others: tuple[int, int]) -> Tensor:
-    """Check that the corners `ends` contain shapes of one colour and the `others` are dark."""
+    """Return whether the corners `ends` contain shapes of one colour and the `others` are dark."""
     colours = corner_colours(x)
     (a, b), rest = colours[:, ends].T, colours[:, others]
     return (a >= 0) & (a == b) & (rest < 0).all(1)

@@ -50,7 +50,7 @@ class Split:
     origin: str = ""
 
     def part(self, rows: np.ndarray, origin: str) -> "Split":
-        """Return the part with the given rows, which must ascend."""
+        """Return the part with the given rows, which must be in ascending order."""
         chosen = np.zeros(self.count, bool)
         chosen[rows] = True
         labels = None if self.labels is None else self.labels[rows]
@@ -105,14 +105,14 @@ def training_split(names: list[str], wanted: str | None) -> str:
 
 
 def split_word(name: str) -> str | None:
-    """Return the split that the name of a folder or file stands for in the library: train, training_set, val-2, ..."""
+    """Return the split that a folder or file name stands for in the library: train, training_set, val-2, ..."""
     from datasets.data_files import SPLIT_KEYWORDS
 
     return next((str(split) for split, keys in SPLIT_KEYWORDS.items() if set(keys) & _words(name)), None)
 
 
 def split_name(name: str) -> str | None:
-    """Return the same as `split_word`, but only for a name that consists of that word alone."""
+    """Return `split_word` of a name that consists of that word alone, else None."""
     return split_word(name) if name.isalpha() else None
 
 
@@ -121,7 +121,7 @@ def _words(name: str) -> set[str]:
 
 
 def by_number(names: Iterable[str]) -> list[str]:
-    """Sort names with the numbers in them in numeric order: 0, 1, 2, 10."""
+    """Sort names in natural order: 0, 1, 2, 10."""
     return sorted(names, key=lambda name: ([int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)], name))
 
 

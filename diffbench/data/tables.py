@@ -66,7 +66,7 @@ def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], 
 
 
 def _go_offline_if_unreachable(name: str) -> None:
-    """Set the library to offline mode if the hub does not answer: it would otherwise retry for half a minute."""
+    """Switch the library to offline mode if the hub does not answer, to avoid half a minute of retries."""
     try:
         HfApi().dataset_info(name, timeout=10)
     except HfHubHTTPError:  # an answer, whose error the library explains

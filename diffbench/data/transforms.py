@@ -21,7 +21,7 @@ class BrokenError(ValueError):
 def decode(
     encoded: bytes | str, size: int | tuple[int, int] | None = None, channels: int | None = None
 ) -> tuple[np.ndarray, str, tuple[int, int]]:
-    """Decode an image, the same for training and scoring: rotated as EXIF says, 8 bits a channel, without transparency.
+    """Decode an image, identically for training and scoring: rotated by its EXIF tag, 8 bits a channel, no alpha.
 
     Args:
         encoded: the file's bytes, or its path.
@@ -65,7 +65,7 @@ def both_sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def centre_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
-    """Crop an image at its centre to the shape of `size` and resize it, as ADM does for squares.
+    """Crop an image at its centre to the aspect ratio of `size` and resize it to `size`, as ADM does for squares.
 
     The image is halved by box averaging while both sides are at least twice as long as needed, then resized bicubically
     until it just covers `size`, then cropped. An image of the right size stays as it is. (Dhariwal & Nichol 2021)

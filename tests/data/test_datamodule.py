@@ -223,8 +223,8 @@ def test_a_fingerprint_sees_pixels_and_labels() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"held_out": 9}, r"data\.held_out must lie in 10 to 1000, got 9"),
-        ({"held_out": 1001}, r"data\.held_out must lie in 10 to 1000, got 1001"),
+        ({"held_out": 9}, r"data\.held_out: must lie in 10 to 1000, got 9"),
+        ({"held_out": 1001}, r"data\.held_out: must lie in 10 to 1000, got 1001"),
         ({"num_workers": -1}, r"data\.num_workers: must be at least 0, got -1"),
     ],
 )
