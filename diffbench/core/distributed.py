@@ -1,9 +1,9 @@
-"""Processes that train or sample together ("ranks"): which one this is, collectives, and a launcher for one machine.
+"""Processes that train or sample together ("ranks"): this process's rank, collectives, and a single-machine launcher.
 
-torchrun and srun start ranks as well, also on several machines; `place` reads what each of them sets.
+torchrun and srun can start ranks too, on one machine or several; `place` reads the variables that each of them sets.
 
-Why an own launcher: `torch.distributed.launcher.api.elastic_launch` hands no open file to its ranks, which so do not
-inherit the lock of a run folder, and lets them outlive a launcher that is killed.
+The launcher is our own because the ranks of `torch.distributed.launcher.api.elastic_launch` inherit no open files, so
+they would not hold the lock of a run folder, and because they outlive a launcher that is killed.
 """
 
 import contextlib
@@ -26,54 +26,54 @@ import torch.distributed as dist
 from torch import Tensor
 
 EXIT_LOST = 75
-"""Exit code of a rank that failed only because it lost another one, whose error is the one to show."""
+"""Exit code of a rank that failed only because it lost another rank, whose own error is the one to show."""
 GRACE = 3.0
-"""Seconds that the other ranks have to end by themselves once one has failed."""
+"""Seconds that the other ranks get to exit on their own once one has failed."""
 STOPPING = 50.0
-"""Seconds that they have after a signal to all ranks, or after a rank has lost another one that still runs."""
+"""Seconds that the other ranks get once one has exited after a signal, or because it lost a rank that still runs."""
 
 
 AGAIN = 1.0
-"""Seconds after a signal in which others count as the same one: `timeout`, scancel and Ctrl-C on a study send two."""
+"""Seconds within which repeated signals count as one: `timeout`, scancel and Ctrl-C during a study send two."""
 
 
 def place() -> tuple[int, int]:
-    """(rank, number of ranks) in the whole job; (0, 1) for a process that was started alone."""
-    here = os.environ
-    if "TORCHELASTIC_RUN_ID" in here:  # torchrun, also inside a SLURM job, or `launch`
-        return int(here["RANK"]), int(here["WORLD_SIZE"])
+    """Return (rank, number of ranks) in the whole job; (0, 1) for a process that was started on its own."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:  # set by `launch` and by torchrun, which may run inside a SLURM job
+        return int(env["RANK"]), int(env["WORLD_SIZE"])
     if by_srun():
-        return int(here["SLURM_PROCID"]), int(here["SLURM_STEP_NUM_TASKS"])
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
     return 0, 1
 
 
 def local_rank() -> int:
-    """The rank among those on this machine."""
+    """Return the rank among those on this machine."""
     return int(os.environ["SLURM_LOCALID" if by_srun() else "LOCAL_RANK"]) if place()[1] > 1 else 0
 
 
 def by_srun() -> bool:
-    """Whether srun started several tasks. (A batch script and an interactive shell are not such a step.)"""
+    """Return whether srun started this process as one of several tasks; batch scripts and shells do not count."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def world_size() -> int:
-    """The number of ranks in the process group; 1 where there is none."""
+    """Return the number of ranks in the process group, or 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The rank in the process group; rank 0 alone writes files."""
+    """Return the rank in the process group, or 0 without a group; only rank 0 writes the files of a run."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def rank_slice(count: int) -> Tensor:
-    """This rank's part of the numbers 0 to count - 1: parts differ by one at most, and nothing is padded."""
+    """Return this rank's share of the indices 0 to count - 1; shares differ by at most one, without padding."""
     return torch.arange(count).tensor_split(world_size())[rank()]
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over all ranks, in place and the same on each."""
+    """Sum `values` over all ranks in place and return them; every rank gets the same result."""
     if world_size() > 1:
         exchanged = _on_group_device(values)
         dist.all_reduce(exchanged)
@@ -82,7 +82,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def all_reduce_max(values: list[float]) -> list[float]:
-    """Largest of each value over all ranks."""
+    """Return the maximum of each value over all ranks."""
     if world_size() == 1:
         return values
     exchanged = _on_group_device(torch.tensor(values, dtype=torch.float64))
@@ -91,7 +91,7 @@ def all_reduce_max(values: list[float]) -> list[float]:
 
 
 def all_gather_rows(mine: Tensor) -> Tensor:
-    """Rows (n, ...) of all ranks, in the order of the ranks; n may differ between them."""
+    """Concatenate the rows (n, ...) of all ranks in rank order; n may differ between ranks."""
     if world_size() == 1:
         return mine
     counts = torch.zeros(world_size(), dtype=torch.int64)
@@ -106,19 +106,19 @@ def all_gather_rows(mine: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks have reached this point."""
     all_reduce_sum(torch.zeros(1))
 
 
 def leave_group() -> None:
-    """Wait for all ranks a last time, then end the process group."""
+    """Wait for all ranks one last time, then destroy the process group."""
     if world_size() > 1:
         barrier()
         dist.destroy_process_group()
 
 
 def _on_group_device(values: Tensor) -> Tensor:
-    """The values where the ranks can exchange them: NCCL takes tensors on its GPU only."""
+    """Move a tensor to the device on which ranks communicate: the current GPU for NCCL, else the CPU."""
     on_gpu = dist.get_backend() == "nccl"
     return values.to(torch.device("cuda", torch.cuda.current_device())) if on_gpu else values.cpu()
 
@@ -126,40 +126,40 @@ def _on_group_device(values: Tensor) -> Tensor:
 def launch(command: Sequence[str], count: int, keep: Sequence[int] = ()) -> int:
     """Run a command as `count` ranks on this machine and wait for all of them.
 
-    Rank 0 has this terminal; the others' errors are shown only if they fail. Signals go to all ranks; where one fails,
-    the others are killed; where this process dies, they end.
+    Rank 0 writes to this terminal; of the others, only the errors of the first to fail are shown. Signals are forwarded
+    to all ranks. If one rank fails, the others are killed; if this process dies, all ranks exit.
 
     Args:
-        command: what each rank runs, in torchrun's environment.
+        command: what each rank runs, with torchrun's environment variables.
         count: number of ranks.
-        keep: open files that the ranks inherit, such as the lock of a folder, which then holds until the last one ends.
+        keep: file descriptors that the ranks inherit, such as a folder's lock, which then lasts until all have exited.
 
     Returns:
-        0, or the exit code of the first rank that failed, 128 + n after signal n.
+        0, or the exit code of the first rank that failed; 128 + n after signal n.
     """
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(hours=1)
     )
     with contextlib.ExitStack() as stack:
-        errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
-        ranks = [_start(command, rank, count, store.port, errors[rank], keep) for rank in range(count)]
-        stack.callback(_end, ranks)
-        signals = stack.enter_context(_signals_reach(ranks))
+        error_files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
+        ranks = [_start(command, rank, count, store.port, error_files[rank], keep) for rank in range(count)]
+        stack.callback(_kill, ranks)
+        signals = stack.enter_context(_forward_signals(ranks))
         failed = _watch(ranks, signals)
         if failed is None:
             return 128 + signals[0] if signals and any(r.returncode != 0 for r in ranks) else 0
         code = ranks[failed].poll()
         own_error = code is not None and code > 0 and code != EXIT_LOST
-        if not (own_error and ranks[0].poll() == code):  # else rank 0 has printed the same here
-            errors[failed].seek(0)
-            text = errors[failed].read().decode(errors="replace").strip()
-            end = f"error: rank {failed} of {count} {_describe(code)}; the other ranks were stopped"
-            print(*filter(None, (text, end)), sep="\n", file=sys.stderr, flush=True)
+        if not (own_error and ranks[0].poll() == code):  # else rank 0 has printed the same error
+            error_files[failed].seek(0)
+            output = error_files[failed].read().decode(errors="replace").strip()
+            message = f"error: rank {failed} of {count} {_describe(code)}; the other ranks were stopped"
+            print(*filter(None, (output, message)), sep="\n", file=sys.stderr, flush=True)
         return 1 if code is None else 128 - code if code < 0 else code
 
 
 def end_with_parent() -> None:
-    """End this rank when the launcher dies, since its end of our standard input then closes."""
+    """Start a thread that exits this process when its standard input, a pipe from the launcher, closes."""
 
     def watch() -> None:
         with contextlib.suppress(OSError):
@@ -171,9 +171,9 @@ def end_with_parent() -> None:
 
 
 def environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """Environment of a rank: this process's, and the variables that torchrun sets."""
+    """Return a rank's environment: this process's own, plus the variables that torchrun sets."""
     package = str(Path(__file__).parents[2])
-    here = {
+    variables = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": count,
@@ -182,26 +182,26 @@ def environment(rank: int, count: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "TORCHELASTIC_RUN_ID": "diffbench",
-        "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is the launcher's, and outlives any rank
+        "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher hosts the store, which outlives every rank
         "TORCHELASTIC_RESTART_COUNT": 0,
     }
     threads = {"OMP_NUM_THREADS": str(threads_each(count))}
     path = {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
-    return threads | os.environ | path | {name: str(value) for name, value in here.items()}
+    return threads | os.environ | path | {name: str(value) for name, value in variables.items()}
 
 
 def threads_each(processes: int) -> int:
-    """CPU threads of each of some processes that share the cores of this machine."""
+    """Return the number of CPU threads per process when `processes` of them share this machine's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
     return max(1, cores // processes)
 
 
 def _describe(code: int | None) -> str:
     if code is None:
-        return "did not end"
+        return "did not exit"
     if code == EXIT_LOST:
         return "lost its connection to the others"
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 def _start(
@@ -214,12 +214,12 @@ def _start(
         stdout=None if rank == 0 else subprocess.DEVNULL,
         stderr=None if rank == 0 else errors,
         pass_fds=keep,
-        process_group=0,  # so that Ctrl-C at a terminal reaches a rank once, from the launcher
+        process_group=0,  # Ctrl-C at a terminal then reaches a rank only once, through the launcher
     )
 
 
 def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> int | None:
-    """Wait for the end of all; return the first rank that failed, once the others have had a moment to end."""
+    """Wait for all ranks to exit, with a deadline once one has failed; return the first that failed, or None."""
     deadlines: dict[str, float] = {}
     failed: int | None = None
     while True:
@@ -240,9 +240,9 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> 
         time.sleep(0.05)
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
     for rank in ranks:
-        rank.kill()  # does nothing to one that has ended
+        rank.kill()  # a no-op for a rank that has exited
     for rank in ranks:
         rank.wait()
         assert rank.stdin is not None
@@ -250,8 +250,8 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextlib.contextmanager
-def _signals_reach(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Forward SIGTERM and SIGINT to all ranks, and collect them in the list; after the second, ranks have `GRACE`."""
+def _forward_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Forward SIGTERM and SIGINT to all ranks, and yield a list that collects them; a second one leaves `GRACE`."""
     signals: list[int] = []
     last = -math.inf
 
@@ -264,12 +264,12 @@ def _signals_reach(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
         for rank in ranks:
             rank.send_signal(number)
 
-    before: dict[int, Any] = {}
-    with contextlib.suppress(ValueError):  # signals reach the main thread only
+    previous: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # only the main thread can set signal handlers
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, forward)
+            previous[number] = signal.signal(number, forward)
     try:
         yield signals
     finally:
-        for given, handler in before.items():
-            signal.signal(given, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

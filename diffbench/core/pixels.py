@@ -1,14 +1,14 @@
-"""The one way between bytes and the [-1, 1] of the networks."""
+"""The only conversion between uint8 pixels and the networks' range [-1, 1]."""
 
 import torch
 from torch import Tensor
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] to 0..255: rounded to the nearest (floor(127.5 x + 128), as DiT and EDM do), clamped; NaN becomes 0."""
+    """Convert [-1, 1] to 0..255, rounding to nearest (floor(127.5 x + 128), as DiT and EDM do); NaN becomes 0."""
     return (x.float() * 127.5 + 128).clamp(0, 255).nan_to_num(0).to(torch.uint8)
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """0..255 to [-1, 1], float32."""
+    """Convert 0..255 to [-1, 1], float32."""
     return images.float().div_(127.5).sub_(1)

@@ -1,4 +1,4 @@
-"""Progress of a long pass over a data set: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long pass over a data set (a bar on a terminal, plain lines elsewhere), and formatted durations."""
 
 import contextlib
 import sys
@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], Any]]:
-    """Show images done of `total`, images/s and the time left; yields a function to call with the number just done.
+    """Show images done, images/s and the time left; yield a function to call with the number of images just done.
 
     Args:
-        what: the word in front, as "decoding".
-        total: images in all.
-        done: images that were there before.
+        what: the label in front, such as "decoding".
+        total: number of images in all.
+        done: number of images that were done before.
     """
     if sys.stdout.isatty():
         with tqdm(total=total, initial=done, desc=what, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
@@ -27,7 +27,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], A
     def update(count: int) -> None:
         nonlocal done, printed
         done += count
-        if 10 * done // total == printed and done < total:  # a line for each tenth
+        if 10 * done // total == printed and done < total:  # one line per tenth
             return
         printed = 10 * done // total
         rate = (done - first) / max(1e-9, time.perf_counter() - started)
@@ -38,7 +38,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], A
 
 
 def span(seconds: float) -> str:
-    """Format seconds: 0.4 s, 12 s, 3.5 min, 7.2 h."""
+    """Format a duration in seconds as 0.4 s, 12 s, 3.5 min or 7.2 h."""
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 9.5 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,7 @@
-"""Keyed randomness: every number is a function of (key, position), never of what was drawn before.
+"""Keyed random numbers: each one is a function of (key, position), never of what was drawn before.
 
-Philox4x32-10 (Salmon et al. 2011) in torch integer operations, so that one call serves a whole batch, gives the
-same bits on any device, in any batch size and on any number of processes, and touches no global generator.
+Philox4x32-10 (Salmon et al. 2011) in integer operations of torch: one call serves a whole batch, the bits are the same
+on any device, for any batch size and number of processes, and no global generator is touched.
 """
 
 import hashlib
@@ -15,27 +15,27 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_CACHED = 1 << 14  # counters at a time on a CPU: what its caches hold
+_CACHED = 1 << 14  # counters processed at a time on a CPU, so that they fit in its caches
 
 
 def key(*parts: int | str) -> int:
-    """A 64-bit key of what the numbers are for, as in key(seed, "noise"); parts are hashed, never packed."""
+    """Return a 64-bit key for a purpose, as in key(seed, "noise"); parts are hashed with their types, never packed."""
     text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int | tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """Four 32-bit words for each 128-bit counter, both as four arrays that broadcast, holding values below 2^32.
+    """Return four 32-bit words per 128-bit counter; both are four broadcastable arrays of values below 2^32.
 
-    Either int64 tensors on any device, or NumPy's uint64, which on a CPU takes a quarter of the time. Several keys are
-    given as their lower and upper halves, two arrays that broadcast with the counters.
+    The arrays are int64 tensors on any device, or NumPy's uint64, which takes a quarter of the time on a CPU. Several
+    keys are passed as two arrays that broadcast with the counters: their lower and their upper halves.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = (key & _MASK, key >> 32) if isinstance(key, int) else key
     for _ in range(10):
         c0, c2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         high0, high1 = c0 >> 32, c2 >> 32
-        high0 &= _MASK  # int64 shifts its sign in
+        high0 &= _MASK  # shifting int64 right copies its sign bit
         high1 &= _MASK
         c0 &= _MASK
         c2 &= _MASK
@@ -48,7 +48,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: int | tuple[Any, Any]) -> tu
 
 
 def words(key: int, positions: Tensor, count: int) -> Tensor:
-    """(B, count) 32-bit words as int64, row i a function of (key, positions[i]) alone."""
+    """Return (B, count) 32-bit words as int64; row i depends only on key and positions[i]."""
     blocks = torch.arange(-(-count // 4), device=positions.device)[None]
     if not positions.is_cpu:
         low, high = (positions & _MASK)[:, None], (positions >> 32 & _MASK)[:, None]
@@ -65,12 +65,12 @@ def words(key: int, positions: Tensor, count: int) -> Tensor:
 
 
 def uniform(key: int, positions: Tensor) -> Tensor:
-    """(B,) float64 uniform in the open interval (0, 1)."""
+    """Draw (B,) float64 uniformly from the open interval (0, 1)."""
     return uniforms((key,), positions)[0]
 
 
 def uniforms(keys: tuple[int, ...], positions: Tensor) -> Tensor:
-    """(K, B) float64, each row `uniform` of its key: together they take the time of one."""
+    """Draw (K, B) float64, each row like `uniform` with one of the keys, in about the time of a single row."""
     low, high = positions & _MASK, positions >> 32 & _MASK
     halves = _halves(keys, positions.device)
     if positions.is_cpu:
@@ -92,7 +92,7 @@ def _unsigned(values: Tensor) -> Any:
 
 
 def normal(key: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, *shape) float32 standard normal (Box and Muller 1958), contiguous."""
+    """Draw (B, *shape) float32 from the standard normal distribution (Box and Muller 1958), contiguous."""
     count = math.prod(shape)
     w = words(key, positions, count + count % 2)
     first, second = w[:, 0::2].float(), w[:, 1::2].float()
@@ -103,7 +103,7 @@ def normal(key: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def permutation(key: int, n: int) -> Tensor:
-    """A permutation of 0..n-1 (int64, CPU)."""
-    # In small parts, sorted by NumPy: the threads that torch would start wait for each other on a busy machine.
+    """Return a permutation of 0..n-1 (int64, CPU), which the key determines."""
+    # Small parts and NumPy's sort avoid torch's threads, which wait for each other on a busy machine.
     w = torch.cat([words(key, part, 2) for part in torch.arange(n).split(1 << 14)])
     return torch.from_numpy((w[:, 0] << 31 | w[:, 1] >> 1).numpy().argsort(kind="stable"))

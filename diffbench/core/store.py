@@ -1,8 +1,8 @@
-"""Arrays on disk, filled a chunk at a time: a killed command goes on where it stopped and ends with the same bytes.
+"""Arrays on disk, filled chunk by chunk: after a kill, the same command resumes and ends with the same bytes.
 
-A store is a folder with NAME.bin for each array (its rows, one after the other) and manifest.json, which appears last.
-Until then plan.json says what is being made, and a chunk-NUMBER.json stands for each chunk on the disk.
-manifest.json and chunk-NUMBER.json carry a checksum of themselves.
+A store is a folder with NAME.bin for each array (its raw rows) and manifest.json, which is written last. Until then,
+plan.json describes what is being made, and a chunk-NUMBER.json marks each chunk that is on disk. manifest.json and
+chunk-NUMBER.json each contain their own checksum.
 """
 
 import json
@@ -28,22 +28,22 @@ from diffbench.core.files import locked, room_for, write_text
 
 FORMAT = 1
 CHUNK_BYTES = 16 << 20
-"""About how much is written, and checked, at a time."""
+"""Approximate number of bytes written, and checked, at a time."""
 CHECKED_ALWAYS = 4 << 30
-"""A store of at most so many bytes is checked in full whenever it is opened (a second); see `_check`."""
+"""Stores of at most this many bytes are checked in full whenever they are opened (about a second); see `_check`."""
 
 Arrays = dict[str, np.ndarray]
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Name -> NumPy dtype with its byte order, and the shape of one row."""
+"""Name -> (NumPy dtype with its byte order, shape of one row)."""
 
 
 class DamagedError(ValueError):
-    """A store whose files are not what was written; the text names the file."""
+    """A store whose files differ from what was written; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """An opened store: its facts, and its arrays, read-only memory maps."""
+    """An opened store: its facts, and its arrays as read-only memory maps."""
 
     facts: dict[str, Any]
     arrays: dict[str, Tensor]
@@ -51,7 +51,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `first` to `last` - 1 of what the store is made from."""
+    """Rows `first` to `last` - 1 of the data that a store is made from."""
 
     number: int
     first: int
@@ -59,7 +59,7 @@ class Chunk:
 
 
 class Store:
-    """Arrays in a folder."""
+    """A folder of arrays."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -72,7 +72,7 @@ class Store:
         return self.manifest.is_file()
 
     def identity(self) -> Any:
-        """The description of what the store is made of, complete or not; None where there is none."""
+        """Return the description of what the store is made from, complete or not; None if it was never begun."""
         if self.is_complete():
             return _read(self.manifest)["identity"]
         try:
@@ -81,51 +81,51 @@ class Store:
             raise DamagedError(f"{self.plan}: damaged: not the JSON that was written") from None
 
     def chunks(self) -> dict[int, dict[str, Any]]:
-        """Chunks on the disk by number: first row, number of rows, checksums and facts; not compared."""
+        """Return each chunk on disk by number: first row, number of rows, checksums and facts; nothing is verified."""
         if self.is_complete():
             return dict(enumerate(_read(self.manifest)["chunks"]))
         try:
             found = {}
             for path in sorted(self.folder.glob("chunk-*.json")):
-                with suppress(DamagedError):  # which is made again
+                with suppress(DamagedError):  # its chunk is made again
                     found[int(path.stem[6:])] = _read(path)["chunk"]
             return found
-        except FileNotFoundError:  # another rank has just made the store complete
+        except FileNotFoundError:  # another rank has just completed the store and removed these files
             return self.chunks()
 
     def open(self) -> Contents:
-        """Open a complete store after comparing checksums; DamagedError names a file that is not what was written."""
+        """Open a complete store after verifying its checksums; raise DamagedError with the name of a damaged file."""
         manifest = _read(self.manifest)
         arrays = self.arrays(manifest["columns"], manifest["rows"])
         _check(self, manifest["columns"], manifest["chunks"])
-        with suppress(OSError):  # a kill may have left them behind
+        with suppress(OSError):  # a kill may have left some of these files behind
             self.clear()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return Contents(manifest["facts"], {name: torch.from_numpy(array) for name, array in arrays.items()})
 
     def open_intact(self) -> Contents | None:
-        """Open the store; None where it is not complete, or is damaged, of which it warns."""
+        """Open the store; return None if it is incomplete, or if it is damaged, after printing a warning."""
         try:
             return self.open() if self.is_complete() else None
         except DamagedError as e:
-            print(f"warning: {e}; making it again", flush=True)
+            print(f"warning: {e}; rebuilding it", flush=True)
             return None
 
     @contextmanager
     def fill(
         self, identity: Any, columns: Columns, rows: int, chunk_rows: int | None = None, rank: int = 0, world: int = 1
     ) -> "Iterator[Filling]":
-        """Fill what is missing or damaged; a second process of the same rank waits here for the first.
+        """Yield a `Filling` for what is missing or damaged; a second process of the same rank waits here for the first.
 
         Args:
-            identity: what the store is made of, as plain JSON values.
-            rows: how many there will be; fewer where chunks turn out shorter.
-            chunk_rows: rows of a chunk; by default as many as make up CHUNK_BYTES.
-            rank: of this process, which fills each `world`-th chunk.
+            identity: what the store is made from, as plain JSON values.
+            rows: total number of rows, an upper bound if chunks turn out shorter.
+            chunk_rows: rows per chunk; by default as many as fit in CHUNK_BYTES, at most 8192.
+            rank: rank of this process, which fills every `world`-th chunk.
 
         Raises:
-            UserError: if the disk has no room for them, or the folder is being filled with something else.
+            UserError: if the disk has no room for the rows, or the folder is being filled with something else.
         """
         size = chunk_rows or max(1, min(8192, CHUNK_BYTES // sum(map(_row_bytes, columns.values()))))
         with locked(self.folder, wait=True):
@@ -138,51 +138,51 @@ class Store:
             yield Filling(self, identity, columns, rows, size, rank, world)
 
     def _reopen(self) -> None:
-        """Turn a damaged store into an unfinished one, which keeps the intact chunks that its manifest names."""
+        """Turn a damaged store into an unfinished one that keeps the intact chunks listed in its manifest."""
         with suppress(DamagedError):
             manifest = _read(self.manifest)
             for number, chunk in enumerate(manifest["chunks"]):
-                write_text(self.chunk_path(number), _summed({"chunk": chunk}))
+                write_text(self.chunk_path(number), _checksummed({"chunk": chunk}))
             write_text(self.plan, _dumps({key: manifest[key] for key in ("format", "identity", "columns")}))
         self.manifest.unlink()
 
     def damaged(self, columns: Columns, chunk: Mapping[str, Any]) -> str | None:
-        """The first array whose rows of a chunk, one of `chunks`, are not what was written; None where all are."""
+        """Return the name of the first array whose rows of a chunk (one of `chunks`) are damaged, or None."""
         for name, column in columns.items():
             size = _row_bytes(column)
             with suppress(FileNotFoundError), self.path(name).open("rb") as file:
                 file.seek(chunk["start"] * size)
-                checksum, left = 0, chunk["rows"] * size
-                while left and (data := file.read(min(left, CHUNK_BYTES))):
-                    checksum, left = zlib.crc32(data, checksum), left - len(data)
-                if not left and checksum == chunk["crc32"][name]:
+                checksum, remaining = 0, chunk["rows"] * size
+                while remaining and (data := file.read(min(remaining, CHUNK_BYTES))):
+                    checksum, remaining = zlib.crc32(data, checksum), remaining - len(data)
+                if not remaining and checksum == chunk["crc32"][name]:
                     continue
             return name
         return None
 
     def chunk_path(self, number: int) -> Path:
-        """The file that says of a chunk that it is on the disk."""
+        """Return the path of the file that marks a chunk as being on disk."""
         return self.folder / f"chunk-{number:06d}.json"
 
     def arrays(self, columns: Columns, rows: int) -> Arrays:
-        """Memory maps of arrays of so many rows; DamagedError if a file has another size."""
+        """Memory-map the arrays, each of `rows` rows; raise DamagedError if a file has a different size."""
         arrays: Arrays = {}
         for name, (kind, shape) in columns.items():
-            path, due = self.path(name), rows * _row_bytes((kind, shape))
+            path, expected = self.path(name), rows * _row_bytes((kind, shape))
             size = path.stat().st_size if path.is_file() else 0
-            if size != due:
-                raise DamagedError(f"{path}: damaged: {size:,} bytes where {due:,} were written")
+            if size != expected:
+                raise DamagedError(f"{path}: damaged: {size:,} bytes where {expected:,} were written")
             arrays[name] = np.memmap(path, np.dtype(kind), "r", shape=(rows, *shape))
         return arrays
 
     def clear(self) -> None:
-        """Remove what only an unfinished store has, and the temporary files of killed commands."""
+        """Remove the files that only an unfinished store has, and the temporary files of killed commands."""
         for path in (*self.folder.glob("chunk-*.json"), self.plan, *self.folder.glob(".*.tmp")):
             path.unlink(missing_ok=True)
 
 
 class Filling:
-    """Chunks of this rank: `missing`, in order, each to be given to `add`; `present`, there before, by number."""
+    """This rank's chunks: the `missing` ones in order, each to be passed to `add`, and the `present` ones by number."""
 
     def __init__(
         self, store: Store, identity: Any, columns: Columns, rows: int, size: int, rank: int, world: int
@@ -203,10 +203,10 @@ class Filling:
         needed = sum(c.last - c.first for c in self.missing) * sum(map(_row_bytes, columns.values()))
         free = shutil.disk_usage(store.folder).free
         if needed > free:
-            raise UserError(f"{store.folder}: needs {needed:,} bytes where {free:,} are free; make room")
+            raise UserError(f"{store.folder}: needs {needed:,} bytes, but only {free:,} are free; make room")
 
     def add(self, chunk: Chunk, arrays: Mapping[str, np.ndarray], facts: Any = None) -> None:
-        """Write the rows of a chunk, fewer than it spans where some are left out; they survive a power cut."""
+        """Write a chunk's rows and sync them to disk; there may be fewer than the chunk spans, if some are left out."""
         before = (self.written.get(i, {"rows": self.size})["rows"] for i in range(chunk.number))
         start, sums, rows = sum(before), {}, 0
         for name, column in self.columns.items():
@@ -215,36 +215,36 @@ class Filling:
             _write(self.store.path(name), data, start * _row_bytes(column))
             sums[name] = zlib.crc32(data)
         self.written[chunk.number] = {"start": start, "rows": rows, "crc32": sums, "facts": facts}
-        write_text(self.store.chunk_path(chunk.number), _summed({"chunk": self.written[chunk.number]}))
+        write_text(self.store.chunk_path(chunk.number), _checksummed({"chunk": self.written[chunk.number]}))
 
     def finish(self, facts: Callable[[Arrays, list[Any]], dict[str, Any]] = lambda arrays, chunks: {}) -> bool:
-        """Make the store complete, if the chunks of all ranks are there; return whether they are.
+        """Complete the store if the chunks of all ranks are on disk; return whether they are.
 
         Args:
             facts: (all arrays, the facts of each chunk) -> the facts of the store.
 
         Raises:
-            DamagedError: if a chunk is not what was written.
+            DamagedError: if a chunk is damaged.
         """
         with locked(self.store.folder, wait=True):
             if self.store.is_complete():
                 return True
             if len(self.store.chunks()) < len(self.chunks):
                 return False
-            lines = [line for _, line in sorted(self._intact().items())]
-            *starts, rows = accumulate((line["rows"] for line in lines), initial=0)
-            if len(lines) < len(self.chunks) or starts != [line["start"] for line in lines]:
-                raise DamagedError(f"{self.store.folder}: damaged: its chunks do not follow one another; remove it")
+            records = [record for _, record in sorted(self._intact().items())]
+            *starts, rows = accumulate((record["rows"] for record in records), initial=0)
+            if len(records) < len(self.chunks) or starts != [record["start"] for record in records]:
+                raise DamagedError(f"{self.store.folder}: damaged: its chunks are not contiguous; remove it")
             for name, column in self.columns.items():
                 os.truncate(self.store.path(name), rows * _row_bytes(column))
-            found = facts(self.store.arrays(self.columns, rows), [line["facts"] for line in lines])
-            write_text(self.store.manifest, _summed(self.plan | {"rows": rows, "facts": found, "chunks": lines}))
+            found = facts(self.store.arrays(self.columns, rows), [record["facts"] for record in records])
+            write_text(self.store.manifest, _checksummed(self.plan | {"rows": rows, "facts": found, "chunks": records}))
             self.store.clear()
             return True
 
     def _intact(self) -> dict[int, dict[str, Any]]:
         chunks = self.store.chunks()
-        return {n: line for n, line in chunks.items() if self.store.damaged(self.columns, line) is None}
+        return {n: record for n, record in chunks.items() if self.store.damaged(self.columns, record) is None}
 
 
 def _row_bytes(column: tuple[str, Any]) -> int:
@@ -256,8 +256,8 @@ def _dumps(values: Any) -> str:
     return json.dumps(values, separators=(",", ":")) + "\n"
 
 
-def _summed(values: dict[str, Any]) -> str:
-    """JSON with a checksum of itself, which `_read` compares."""
+def _checksummed(values: dict[str, Any]) -> str:
+    """Serialize values to JSON together with their checksum, which `_read` verifies."""
     return _dumps(values | {"crc32": zlib.crc32(_dumps(values).encode())})
 
 
@@ -276,25 +276,25 @@ def _write(path: Path, data: memoryview, offset: int) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
-        stated = values.pop("crc32")
+        checksum = values.pop("crc32")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise DamagedError(f"{path}: damaged: not the JSON that was written") from None
-    if zlib.crc32(_dumps(values).encode()) != stated or values.get("format", FORMAT) != FORMAT:
+    if zlib.crc32(_dumps(values).encode()) != checksum or values.get("format", FORMAT) != FORMAT:
         raise DamagedError(f"{path}: damaged: its checksum does not match")
     return values
 
 
 def _check(store: Store, columns: Columns, chunks: list[dict[str, Any]]) -> None:
-    """Compare checksums: all of them, or, of a large store checked in full since its files last changed, a sample."""
+    """Verify checksums: all, or only a sample if the store is large and unchanged since its last full check."""
     stamp = [[s.st_size, s.st_mtime_ns, s.st_ino] for s in (store.path(name).stat() for name in columns)]
     checked, chosen = store.folder / "checked.json", chunks
     total = sum(size for size, *_ in stamp)
     if total > CHECKED_ALWAYS and checked.is_file() and checked.read_text() == _dumps(stamp):
         chosen = chunks[:: -(-total // CHECKED_ALWAYS)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # crc32 lets other threads run
-        for line, name in zip(chosen, pool.map(partial(store.damaged, columns), chosen), strict=True):
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # crc32 releases the GIL
+        for record, name in zip(chosen, pool.map(partial(store.damaged, columns), chosen), strict=True):
             if name is not None:
-                where = f"rows {line['start']:,} to {line['start'] + line['rows'] - 1:,}"
+                where = f"rows {record['start']:,} to {record['start'] + record['rows'] - 1:,}"
                 raise DamagedError(f"{store.path(name)}: damaged: the checksum of {where} does not match")
     if total > CHECKED_ALWAYS and chosen is chunks and os.access(store.folder, os.W_OK):
         write_text(checked, _dumps(stamp))

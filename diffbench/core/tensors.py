@@ -1,4 +1,4 @@
-"""Tensor files: safetensors with a hash of their content, which no damaged file passes; and states saved by torch."""
+"""Tensor files: safetensors with a content hash, which exposes any damage; and dictionaries saved by torch.save."""
 
 import hashlib
 import json
@@ -18,23 +18,23 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import write_bytes
 
 HASH = "content_sha256"
-"""The metadata's key for the hash."""
+"""Metadata key of the hash."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors, metadata and a hash of both, atomically."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
-    for name, tensor in on_cpu.items():  # such as tied weights: no two in a file share memory
+    for name, tensor in on_cpu.items():  # safetensors rejects tensors that share memory, such as tied weights
         memory = tensor.untyped_storage().data_ptr()
         on_cpu[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    stated = dict(metadata or {})
-    write_bytes(path, save(on_cpu, stated | {HASH: _hash(on_cpu, stated)}))
+    plain = dict(metadata or {})
+    write_bytes(path, save(on_cpu, plain | {HASH: _hash(on_cpu, plain)}))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and metadata that `write` wrote; UserError if the file is not what was written."""
+    """Read the tensors and metadata that `write` wrote; raise UserError if the file has changed since."""
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
@@ -47,10 +47,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a dictionary that torch.save wrote, and run no code in it; UserError if it is damaged or anything else."""
+    """Read a dictionary saved by torch.save without running any code in it; raise UserError for any other file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch warns of pickles that it then refuses
+            warnings.simplefilter("ignore", UserWarning)  # torch warns about pickles that it then refuses
             state: Any = torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError):
         raise UserError(f"{path}: damaged, or holds pickled code, which is never run; remove it") from None
@@ -61,7 +61,7 @@ def read_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode inside the block."""
+    """Put a network in eval mode inside the block, then restore its mode."""
     training = network.training
     network.eval()
     try:
@@ -71,14 +71,14 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 def by_name(network: nn.Module, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Values of a network's parameters, in their order, under all of their names: tied weights have several."""
+    """Map parameter names to `weights`, in the order of network.parameters(); tied weights appear under all names."""
     values = dict(zip(network.parameters(), weights, strict=True))
     return {name: values[p] for name, p in network.named_parameters(remove_duplicate=False)}
 
 
 def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    hashed = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
-        hashed.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        hashed.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

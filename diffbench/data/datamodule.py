@@ -1,5 +1,5 @@
-"""The position-indexed loader: which image comes when is a function of (seed, position), so any run can start
-anywhere and two backbones with one seed see the same images in the same order."""
+"""The position-indexed loader: which image comes when is a function of (seed, position), so that a run can start at any
+position, and two backbones with the same seed see the same images in the same order."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ from diffbench.data.sets import ImageSet
 
 
 class PositionSampler(Sampler[list[int]]):
-    """Micro-batches of positions, starting anywhere.
+    """Sampler of micro-batches of positions, starting at any position.
 
-    Optimizer step s of any process layout covers the positions [s * batch_size, (s + 1) * batch_size).
+    In any process layout, optimizer step s covers the positions [s * batch_size, (s + 1) * batch_size).
 
     Args:
-        batch_size: images of an optimizer step, over all ranks and micro-batches.
-        accumulate: micro-batches in a step, on each rank.
+        batch_size: images per optimizer step, over all ranks and micro-batches.
+        accumulate: micro-batches per step on each rank.
         start: first position of the next iteration.
-        steps: optimizer steps in an iteration; None for endless ones.
+        steps: optimizer steps per iteration; None for no end.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class PositionSampler(Sampler[list[int]]):
 
 
 class PositionLoader:
-    """A DataLoader that Lightning leaves as it is: it would replace the sampler by position by its own."""
+    """Wrapper of a DataLoader that hides it from Lightning, which would replace our sampler with its own."""
 
     def __init__(self, loader: DataLoader[dict[str, Any]]) -> None:
         self.loader, self.dataset = loader, loader.dataset
@@ -71,26 +71,26 @@ class PositionLoader:
         return len(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module's state says where to go on. Lightning takes a loader with states as resumable."""
+        """Return an empty state: the data module stores the position, but Lightning asks a resumable loader for one."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class PositionDataset(Dataset[dict[str, Any]]):
-    """Fetches batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
+    """Data set with batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
 
     Args:
-        flip: whether batches say which images are to be mirrored, half of them, drawn anew each epoch.
-        only_index: whether batches hold image numbers alone, for a set that is on the device already.
+        flip: whether batches say which images to mirror: half of them, chosen anew each epoch.
+        only_index: whether batches contain only image indices, for a set that is already on the device.
     """
 
     def __init__(self, data: ImageSet | LatentSet, seed: int, flip: bool = False, only_index: bool = False) -> None:
         self.data, self.seed, self.flip, self.only_index = data, seed, flip, only_index
 
     def index(self, first: int, count: int) -> Tensor:
-        """Image numbers (count,) from the position `first` on; positions count all samples seen since the start."""
+        """Return image indices (count,) for the positions from `first` on, which count all samples since the start."""
         size, end = len(self.data), first + count
         epochs = range(first // size, (end - 1) // size + 1)
         orders = [_order(self.seed, epoch, size) for epoch in epochs]
@@ -98,9 +98,9 @@ class PositionDataset(Dataset[dict[str, Any]]):
         return (orders[0] if len(orders) == 1 else torch.cat(orders))[start : start + count]
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """A batch of consecutive positions: `first`, position (B,), and what the set gives of its images.
+        """Return the batch at consecutive positions: `first`, position (B,), and the data set's entries for its images.
 
-        That is image (B, C, H, W) uint8 and label (B,), or mean, log-variance and label; or index (B,) alone.
+        Those are image (B, C, H, W) uint8 and label (B,), or mean, log_variance and label; or only index (B,).
 
         Raises:
             ValueError: if the positions are not consecutive.
@@ -118,32 +118,31 @@ class PositionDataset(Dataset[dict[str, Any]]):
 
 @lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order of an epoch's images: the number of the image at each of `count` positions."""
+    """Return the order of an epoch: the index of the image at each of `count` positions."""
     return rng.permutation(rng.key(seed, "order", epoch), count)
 
 
 class PositionDataModule(L.LightningDataModule):
-    """Training batches by position, and the held-out part: the base of image and latent data.
+    """Base class of the data modules for images and latents: training batches by position, and a held-out part.
 
-    A training batch holds x0 (B, C, H, W) float32, label (B,) and position (B,) on its device, and `first`, the first
-    position as a number, as reading it from a GPU would wait for the GPU. A held-out batch holds x0, label and index,
-    the numbers of its images. Both are read by `DiffusionModule`, or by any other LightningModule.
+    A training batch has x0 (B, C, H, W) float32, label (B,) and position (B,) on its device, and `first`, the first
+    position as an int, because reading it from a GPU would wait for the GPU. A held-out batch has x0, label and index,
+    the indices of its images. `DiffusionModule` reads both, and so can any other LightningModule.
 
     Positions count the images seen since training began, over all epochs and fits, so no two batches are alike, and a
     checkpoint resumes with the very next image, in any layout of devices and micro-batches. An epoch is as many whole
-    optimizer steps as it takes to see each image once. With `overfit_batches` the first so many batches come again and
-    again, at ever new positions.
-    The state in a checkpoint is the number of samples seen and the data's fingerprint.
+    optimizer steps as it takes to see each image once. With `overfit_batches`, the first batches repeat, at ever new
+    positions. The state in a checkpoint is the number of samples seen and the data's fingerprint.
 
     Args:
-        train: the part to train on.
-        held_out: the other, for `validate`, `test` and `predict`; None for none.
-        batch_size: images of an optimizer step, over all devices and micro-batches.
-        seed: of the run; with a sample's position it fixes which image it is and how it is drawn.
-        num_workers: loader processes.
-        flip: mirror half of the training images, drawn anew each epoch.
-        data_on_device: keep the training part on the device; None: on a GPU with four times the room.
-        endless: never end an epoch, for trainers that count steps alone.
+        train: the training part.
+        held_out: the held-out part, for `validate`, `test` and `predict`; None for none.
+        batch_size: images per optimizer step, over all devices and micro-batches.
+        seed: seed of the run; with a position, it determines which image comes and how its flip and latent are drawn.
+        num_workers: DataLoader processes.
+        flip: mirror half of the training images, chosen anew each epoch.
+        data_on_device: keep the training part on the device; None does so on a GPU with four times the memory needed.
+        endless: never end an epoch, for trainers that only count steps.
     """
 
     def __init__(
@@ -167,8 +166,8 @@ class PositionDataModule(L.LightningDataModule):
         self._sampler: PositionSampler | None = None
         self._on_device: Any = None
         if flip and getattr(self.train, "flipped_mean", self.train) is None:
-            raise ValueError("flip: these latents hold no mirrored ones; encode with flip=True, or leave it out")
-        if held_out is None:  # as if there were no such loaders
+            raise ValueError("flip: these latents have no mirrored ones; encode with flip=True, or leave it out")
+        if held_out is None:  # Lightning must see these loaders as not defined
             for loader in ("val_dataloader", "test_dataloader", "predict_dataloader"):
                 setattr(self, loader, getattr(super(), loader))
         for name, part in (("training", self.train), ("held-out", self.held_out)):
@@ -178,14 +177,14 @@ class PositionDataModule(L.LightningDataModule):
             if low < 0 or high >= classes:
                 raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{classes - 1}")
 
-    __str__ = object.__repr__  # Lightning's takes our loaders for collections
+    __str__ = object.__repr__  # Lightning's version treats our loaders as collections
 
     def read(self, data: Any) -> Any:
-        """A data set in memory."""
+        """Read a data set into memory."""
         raise NotImplementedError
 
     def x0(self, batch: dict[str, Any]) -> Tensor:
-        """A batch's images or latents on the device, (B, C, H, W) float32; those in its `flipped` (B,) are mirrored."""
+        """Return a batch's images or latents (B, C, H, W) float32 on its device, those in `flipped` (B,) mirrored."""
         raise NotImplementedError
 
     def train_dataloader(self) -> PositionLoader:
@@ -212,14 +211,14 @@ class PositionDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        """Batches of the held-out part, in its order; of several ranks each reads a slice."""
+        """Return the held-out part in batches, in order; with several ranks, each reads a slice."""
         assert self.held_out is not None
         return HeldOut(self.held_out, self.batch_size)
 
     test_dataloader = predict_dataloader = val_dataloader
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Bytes travel to the device, or lie there, and become numbers there."""
+        """Convert a batch to x0 on the device, so that only bytes or indices have to be transferred."""
         if "x0" in batch:
             return batch
         if "index" in batch:
@@ -240,10 +239,10 @@ class PositionDataModule(L.LightningDataModule):
 
 
 class ImageDataModule(PositionDataModule):
-    """Images: x0 holds pixels in [-1, 1].
+    """Data module for images: x0 contains pixels in [-1, 1].
 
-    `train` and `held_out` may be any torch Dataset, whose images are then read into memory, see `image_set`; of a set
-    that does not fit, give `DiffusionModule` a DataLoader of your own. Arguments as for `PositionDataModule`.
+    `train` and `held_out` may be any torch Dataset, whose images are read into memory, see `image_set`. For a set that
+    does not fit, pass your own DataLoader to `DiffusionModule`. Arguments as for `PositionDataModule`.
     """
 
     read = staticmethod(image_set)
@@ -251,16 +250,16 @@ class ImageDataModule(PositionDataModule):
     def x0(self, batch: dict[str, Any]) -> Tensor:
         images = batch["image"]
         if self.flip:
-            # All bits or none: four times as fast as where.
+            # The mask has all bits set or none, which is four times as fast as torch.where.
             chosen = -batch["flipped"].to(torch.uint8)[:, None, None, None]
             images = images ^ ((images ^ images.flip(-1)) & chosen)
         return from_uint8(images)
 
 
 class LatentDataModule(PositionDataModule):
-    """Latents of images: x0 is drawn from each one's posterior, anew each epoch, and scaled to about unit variance.
+    """Data module for latents: x0 is drawn from each image's posterior in each epoch and scaled to about unit variance.
 
-    `train` and `held_out` may be any torch Dataset of latents, which are then read into memory, see `latent_set`.
+    `train` and `held_out` may be any torch Dataset of latents, which are read into memory, see `latent_set`.
     """
 
     train: LatentSet
@@ -278,7 +277,7 @@ class LatentDataModule(PositionDataModule):
 
 
 class HeldOut:
-    """Batches of images as validation restores them: x0, label and index; of several ranks each gets a slice."""
+    """Held-out batches of x0 (the validation targets), label and index; with several ranks, each gets a slice."""
 
     def __init__(self, data: ImageSet | LatentSet, batch_size: int) -> None:
         self.data, self.slices = data, distributed.rank_slice(len(data)).split(batch_size)

@@ -1,4 +1,4 @@
-"""The facts of a data set that a run keeps, so that it can be used where the images are not."""
+"""Facts about a data set that a run stores, so that the run can be used without the images."""
 
 import dataclasses
 import json
@@ -18,18 +18,18 @@ from diffbench.data.sets import ImageSet
 
 
 class OtherDataError(UserError):
-    """The data are not those that the run was trained on."""
+    """Data that differ from those that the run was trained on."""
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The facts of images that a network must know, and those that identify them.
+    """Facts about images that a network depends on, and a fingerprint that identifies the images.
 
     Attributes:
         shape: (C, H, W) of an image.
         num_classes: 0 for images without labels.
-        class_names: by label; empty where the classes have no names.
-        count: training images.
+        class_names: by label; empty if the classes have no names.
+        count: number of training images.
         fingerprint: of the training images and their labels.
     """
 
@@ -42,13 +42,13 @@ class DataFacts:
 
     @classmethod
     def of(cls, train: ImageSet) -> "DataFacts":
-        """The facts of a training set."""
+        """Return the facts of a training set."""
         digest = train.fingerprint() if len(train) else ""
         return cls(train.name, train.shape, train.num_classes, train.class_names, len(train), digest)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the classes, or their numbers where they have none."""
+        """The names of the classes, or their numbers if they have none."""
         return self.class_names or tuple(map(str, range(self.num_classes)))
 
     def write(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class DataFacts:
 
     @classmethod
     def read(cls, path: Path) -> "DataFacts":
-        """The facts that `write` wrote; a damaged file is a UserError."""
+        """Read the facts that `write` wrote; raise UserError if the file is damaged."""
         try:
             values = json.loads(path.read_text())
             channels, height, width = (int(n) for n in values.pop("shape"))
@@ -66,7 +66,7 @@ class DataFacts:
             raise UserError(f"{path}: damaged ({' '.join(str(e).split())}); remove it") from None
 
     def difference(self, other: "DataFacts") -> str | None:
-        """The difference of other training data from this, in words; None where it is the same."""
+        """Describe in words how other training data differ from these; return None if they are the same."""
         if self.class_names != other.class_names:
             return f"classes {some(self.class_names, 10)}, now {some(other.class_names, 10)}"
         if self.fingerprint != other.fingerprint:
@@ -75,22 +75,22 @@ class DataFacts:
 
 
 def other_data(change: str) -> OtherDataError:
-    """The error for training data that changed, in words such as `difference`'s."""
+    """Return the error for changed training data; `change` says in words what changed, as `difference` does."""
     return OtherDataError(
-        f"data: the run began with other training data ({change}); bring it back, or choose another tag=NAME"
+        f"data: the run was started with other training data ({change}); restore them, or choose another tag=NAME"
     )
 
 
 def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor | None, facts: DataFacts) -> Tensor:
-    """Labels (N,) of samples: those given, one for all, or by default the classes in turn.
+    """Return labels (N,) for samples: those given, one for all, or by default each class in turn.
 
     Args:
-        n: how many samples; None for one each.
-        labels: a class or a list of them, by name, or by number where no name is another number; a tensor holds
-            numbers, or weights over the network's label table (N, labels), which are returned as they are.
+        n: number of samples; None for one per label.
+        labels: a class or a list of classes, given as for `class_number`; a tensor contains class numbers, or weights
+            over the network's label table (N, labels), which are returned unchanged.
 
     Raises:
-        ValueError: if there is no such class, or the counts disagree.
+        ValueError: if a class does not exist, or the counts disagree.
     """
     if n is not None and n < 1:
         raise ValueError(f"n: must be at least 1, got {n}")
@@ -117,16 +117,16 @@ def labels_for(n: int | None, labels: int | str | Sequence[int | str] | Tensor |
 
 
 def class_number(label: int | str, facts: DataFacts, key: str = "labels") -> int:
-    """The number of a class that a user names, or gives by its number where no name is another number.
+    """Return the number of a class given by name, or by number if no class is named after a different number.
 
     Raises:
-        ValueError: beginning with `key`, if there is no such class.
+        ValueError: if there is no such class; the message begins with `key`.
     """
     names, text = facts.class_names, str(label)
     if text in names:
         return names.index(text)
     numbers = [int(name) if name.isdecimal() else None for name in names]
-    if re.fullmatch(r"-?\d+", text) and int(text) in numbers:  # as 7 for a folder 007
+    if re.fullmatch(r"-?\d+", text) and int(text) in numbers:  # such as 7 for a folder named 007
         return numbers.index(int(text))
     by_number = all(number in (None, i) for i, number in enumerate(numbers))
     if by_number and re.fullmatch(r"\d+", text) and int(text) < facts.num_classes:

@@ -1,4 +1,4 @@
-"""Images of one's own: decoded once, in parallel, into a store that every later command maps into memory."""
+"""Custom images, decoded once and in parallel into a store that later commands map into memory."""
 
 import hashlib
 import json
@@ -26,32 +26,32 @@ from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, folder_splits, h
 from diffbench.data.transforms import BrokenError, decode, quiet
 
 VERSION = 4
-"""Version of the code that finds and decodes images; another one invalidates the cache."""
+"""Version of the code that finds and decodes images; a new version invalidates the cache."""
 CIFAR10_FOLDER, CIFAR10_HUB = "data/cifar10", "uoft-cs/cifar10"
 KNOWN = {"bd98cdb37ac5797f": "cifar10-jpeg", "4a95dbec0105c740": "cifar10-jpeg"}
-"""Fingerprint -> the name of a data set that its folder may be wrong about."""
+"""Fingerprint -> name of a known data set, whatever its folder is called."""
 NAMED = 1000
-"""So many broken images are named in the manifest; all are counted."""
+"""Maximum number of broken images named in the manifest; all are counted."""
 
 
 @dataclass
 class CIFAR10Config(ImagesConfig):
-    """CIFAR-10 (Krizhevsky 2009): 50,000 and 10,000 colour images in ten classes; or any images put in its place.
+    """CIFAR-10 (Krizhevsky 2009): 50,000 and 10,000 colour images in ten classes; or any images used in its place.
 
-    A `path` of null means the folder data/cifar10, or what the hub's uoft-cs/cifar10 left on this machine.
+    If `path` is null, they come from the folder data/cifar10, or from this machine's copy of the hub's uoft-cs/cifar10.
     """
 
     image_size: int | list[int] | None = 32
-    """As of other images."""
+    """As for other images."""
     channels: int | None = 3
 
 
 def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
-    """Load the training and the held-out part; decode what is not decoded yet.
+    """Load the training and the held-out part, decoding them first if the cache does not have them.
 
     Raises:
-        ValueError: one line that begins with the key.
-        UserError: where the disk is full.
+        ValueError: one line that begins with the config key.
+        UserError: if the disk is full.
     """
     if not config.path:
         raise ValueError("data.path: missing; allowed: a folder of images, .parquet files, or a hub name")
@@ -60,26 +60,26 @@ def images(config: ImagesConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def cifar10(config: CIFAR10Config) -> tuple[ImageSet, ImageSet]:
-    """Load CIFAR-10's training and held-out part; it is never fetched unless `path` names the hub."""
+    """Load CIFAR-10's training and held-out part; it is downloaded only if `path` names the hub."""
     if config.path is None:
-        here = Path(CIFAR10_FOLDER).is_dir()
-        config = replace(config, path=CIFAR10_FOLDER if here else CIFAR10_HUB)
-        if not here and not _is_fetched(config):
+        has_folder = Path(CIFAR10_FOLDER).is_dir()
+        config = replace(config, path=CIFAR10_FOLDER if has_folder else CIFAR10_HUB)
+        if not has_folder and not _is_downloaded(config):
             raise ValueError(
-                f"data.path: CIFAR-10 is not on this machine; allowed: {CIFAR10_HUB}, which fetches 140 MB from the"
-                f" Hugging Face hub, or a folder that holds train.parquet and test.parquet, as {CIFAR10_FOLDER}"
+                f"data.path: CIFAR-10 is not on this machine; allowed: {CIFAR10_HUB}, which downloads 140 MB from the"
+                f" Hugging Face hub, or a folder with train.parquet and test.parquet, such as {CIFAR10_FOLDER}"
             )
     return images(config)
 
 
-def _is_fetched(config: ImagesConfig) -> bool:
+def _is_downloaded(config: ImagesConfig) -> bool:
     if all(store.is_complete() for store in _stores(config, locate(CIFAR10_HUB))):
         return True
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    left = (HF_DATASETS_CACHE, CIFAR10_HUB.replace("/", "___")), (HF_HUB_CACHE, "datasets--uoft-cs--cifar10")
-    return any(Path(folder, sub).is_dir() for folder, sub in left)
+    copies = (HF_DATASETS_CACHE, CIFAR10_HUB.replace("/", "___")), (HF_HUB_CACHE, "datasets--uoft-cs--cifar10")
+    return any(Path(folder, sub).is_dir() for folder, sub in copies)
 
 
 @lru_cache(maxsize=4)
@@ -95,7 +95,7 @@ def _images(values: str, cache: str, place: Place) -> tuple[ImageSet, ImageSet]:
 
 
 def read(place: Place, config: ImagesConfig) -> tuple[Split, Split, list[str]]:
-    """The training part, the held-out part, and the names of the classes (none for images without labels)."""
+    """Return the training part, the held-out part, and the class names (none for images without labels)."""
     from diffbench.data.tables import table_splits  # seconds to import
 
     splits, names = (folder_splits if place.kind == "folder" else table_splits)(place, config)
@@ -106,20 +106,20 @@ def read(place: Place, config: ImagesConfig) -> tuple[Split, Split, list[str]]:
         if split.labels is not None and (split.labels < 0).any():
             item = next(compress(split.items(), split.labels < 0))
             of_train = "" if split is train else f" that split {train.name} has"
-            raise ValueError(f"data.label_column: {item.name} has no class{of_train}; mend or remove it")
+            raise ValueError(f"data.label_column: {item.name} has no class{of_train}; fix or remove it")
     if test is None:
         chosen = hold_out(train.classes, config.held_out)
-        rest, how = np.setdiff1d(np.arange(train.count), chosen), f"of split {train.name}"
-        by_class = how if train.labels is None else f"{how}, by class"
+        rest, origin = np.setdiff1d(np.arange(train.count), chosen), f"of split {train.name}"
+        held_out_origin = origin if train.labels is None else f"{origin}, by class"
         if others:
-            by_class += f", as no image of split {others[0].name} has a class"
-        return train.part(rest, how), train.part(chosen, by_class), names
+            held_out_origin += f", as no image of split {others[0].name} has a class"
+        return train.part(rest, origin), train.part(chosen, held_out_origin), names
     count = test.count if config.held_out is None else config.held_out
     if count > test.count:
         raise ValueError(f"data.held_out: split {test.name} has {test.count:,} images, fewer than {count:,}")
     order = rng.permutation(rng.key("held-out"), test.count).numpy()
-    where = f"split {train.name}", f"of split {test.name}" if count < test.count else f"split {test.name}"
-    return replace(train, origin=where[0]), test.part(np.sort(order[:count]), where[1]), names
+    origins = f"split {train.name}", f"of split {test.name}" if count < test.count else f"split {test.name}"
+    return replace(train, origin=origins[0]), test.part(np.sort(order[:count]), origins[1]), names
 
 
 def _stores(config: ImagesConfig, place: Place) -> tuple[Store, Store]:
@@ -141,12 +141,12 @@ def _image_set(contents: Contents, place: Place, config: ImagesConfig) -> ImageS
     # A JPEG copy is not the original, whatever its folder is called.
     lossy = "-jpeg" if place.name == "cifar10" and "JPEG" in facts["formats"] else ""
     name = KNOWN.get(digest, place.name + lossy)
-    more = {key: facts[key] for key in ("formats", "origin", "sizes")}
-    return ImageSet(arrays["images"], arrays["labels"], len(names), name, names, digest, **more)
+    about = {key: facts[key] for key in ("formats", "origin", "sizes")}
+    return ImageSet(arrays["images"], arrays["labels"], len(names), name, names, digest, **about)
 
 
 def _refusal(name: str, why: str) -> str:
-    return f"data.path: {name}: broken image ({why}); mend or remove it, or set data.skip_broken=true"
+    return f"data.path: {name}: broken image ({why}); fix or remove it, or set data.skip_broken=true"
 
 
 def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> None:
@@ -159,21 +159,21 @@ def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> No
     for store, part in zip(stores, (train, held_out), strict=True):
         _decode_part(part, store, classes, config, place)
     facts = [store.open().facts for store in stores]
-    print(f"decoded images are kept in {stores[0].folder.parent}", flush=True)
+    print(f"decoded images are cached in {stores[0].folder.parent}", flush=True)
     if count := sum(f["count"] for f in facts):
         names = [name for f in facts for name, _ in f["broken"]]
         print(f"warning: {count:,} broken images left out: {', '.join(names[:5])}{', ...' * (count > 5)}", flush=True)
 
 
 def _decode_part(part: Split, store: Store, classes: list[str], config: ImagesConfig, place: Place) -> None:
-    """Fill a store with the part's pixels ("images") and classes ("labels").
+    """Decode a part's images into a store with the arrays "images" (pixels) and "labels" (classes).
 
-    Its facts are the fingerprint, the classes, how often each file format was met, the number of broken images and
-    the names of the first.
+    The store's facts are the fingerprint, the class names, the counts of file formats and sizes, the number of broken
+    images, and the names of the first of them.
 
     Raises:
-        ValueError: naming the first broken image, unless they are skipped, or where none is left.
-        UserError: where the disk is full.
+        ValueError: for the first broken image unless broken ones are skipped, or if no image is left.
+        UserError: if the disk is full.
     """
     channels, height, width = config.shape
     columns = {"images": ("|u1", config.shape), "labels": ("<i8", ())}
@@ -214,8 +214,7 @@ def _decode_part(part: Split, store: Store, classes: list[str], config: ImagesCo
 
 
 Outcome = tuple[np.ndarray | str, str, tuple[int, int]]
-"""Pixels, the file's format, and height and width in it; or the name of a broken image, what is wrong with it, and
-(0, 0)."""
+"""Pixels, the file's format, and (height, width) in it; or a broken image's name, the reason, and (0, 0)."""
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
@@ -225,12 +224,12 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
 def _decoded(
     part: Split, chunks: list[Chunk], size: tuple[int, int], channels: int
 ) -> Iterator[tuple[Chunk, list[Outcome]]]:
-    """The decoded images of each chunk, decoded by threads while the next is read."""
+    """Yield each chunk with its decoded images, which threads decode while the next chunk is read."""
     threads = threads_each(1)
-    # Pillow lets other threads run while it decodes and resamples: processes would gain little and cost a start each.
+    # Pillow releases the GIL while it decodes and resamples: processes would gain little and take longer to start.
     pool = ThreadPoolExecutor(threads)
 
-    def several(items: list[Item]) -> list[Outcome]:
+    def outcomes(items: list[Item]) -> list[Outcome]:
         return [_outcome(item, size, channels) for item in items]
 
     waiting: deque[tuple[Chunk, list[Future[list[Outcome]]]]] = deque()
@@ -240,7 +239,7 @@ def _decoded(
             items = list(islice(rows, chunk.first - position, chunk.last - position))
             position = chunk.last
             step = max(1, math.ceil(len(items) / (4 * threads)))
-            waiting.append((chunk, [pool.submit(several, items[i : i + step]) for i in range(0, len(items), step)]))
+            waiting.append((chunk, [pool.submit(outcomes, items[i : i + step]) for i in range(0, len(items), step)]))
             while len(waiting) > (chunk is not chunks[-1]):
                 ready, futures = waiting.popleft()
                 yield ready, [outcome for future in futures for outcome in future.result()]

@@ -1,4 +1,4 @@
-"""Latents of a data set: encoded once; mean and log-variance are stored, so that each epoch draws anew."""
+"""Latents of a data set, encoded once: mean and log-variance are stored, so that each epoch draws new latents."""
 
 import contextlib
 import time
@@ -27,8 +27,8 @@ class LatentSet(InMemory):
 
     Attributes:
         num_classes: 0 for images without labels.
-        scale: with `shift` it brings latents to about unit variance: (z - shift) * scale.
-        flipped_mean: of the mirrored images, where they were encoded too.
+        scale: brings latents to about unit variance together with `shift`: (z - shift) * scale.
+        flipped_mean: mean of the mirrored images, where they were encoded too.
     """
 
     FIELDS = {n: n for n in ("mean", "log_variance", "flipped_mean", "flipped_log_variance")}  # noqa: RUF012
@@ -46,11 +46,11 @@ class LatentSet(InMemory):
     digest: str | None = None
 
     def clean(self, index: Tensor) -> Tensor:
-        """The latents that validation restores of the images `index` (B,): the scaled means (B, c, h, w) float32."""
+        """Return the validation targets of the images `index` (B,): scaled posterior means (B, c, h, w), float32."""
         return self.scaled(rows(self.mean, index).float())
 
     def scaled(self, z: Tensor) -> Tensor:
-        """Latents as denoisers see them."""
+        """Shift and scale latents to about unit variance, as denoisers see them."""
         return (z - self.shift) * self.scale
 
 
@@ -69,28 +69,28 @@ def encode(
     world: int = 1,
     patience: float = 600.0,
 ) -> LatentSet:
-    """The latents of a data set: read from a folder that holds them, else encoded into it.
+    """Return the latents of a data set: read from `folder` if they are there, else encoded into it.
 
-    A killed command goes on where it stopped, to the same bytes for the same batch size.
+    After a kill, the same command resumes, and with the same batch size it ends with the same bytes.
 
     Args:
-        autoencoder: in evaluation mode, on `device`.
-        flip: whether the mirrored images are encoded too.
-        scale: see `LatentSet`; not stored, so that it may change.
-        rank: of this process; each encodes chunks of its own.
-        patience: seconds without a new chunk of the other ranks after which they are taken for dead.
+        autoencoder: in eval mode, on `device`.
+        flip: whether to encode the mirrored images too.
+        scale: see `LatentSet`; not stored, so it may change between calls.
+        rank: rank of this process, which encodes every `world`-th chunk.
+        patience: seconds without a new chunk after which the other ranks are presumed dead.
 
     Raises:
-        UserError: if the folder holds other latents, the disk is full, or another rank is dead.
+        UserError: if the folder contains other latents, the disk is full, or another rank seems dead.
         ValueError: if a latent is not finite in `dtype`.
     """
     data = {"name": images.name, "fingerprint": images.fingerprint(), "images": len(images)}
     identity = {"data": data, "autoencoder": autoencoder.fingerprint, "dtype": dtype, "flip": flip}
     store = Store(folder)
-    with contextlib.suppress(DamagedError):  # which is encoded anew
+    with contextlib.suppress(DamagedError):  # damaged latents are encoded again
         if store.identity() not in (None, identity):
-            raise UserError(f"{folder}: holds other latents; choose another folder, or remove it")
-    if (found := store.open_intact()) is None:
+            raise UserError(f"{folder}: contains other latents; choose another folder, or remove it")
+    if (contents := store.open_intact()) is None:
 
         @torch.inference_mode()
         def moments(first: int, last: int) -> dict[str, np.ndarray]:
@@ -111,10 +111,10 @@ def encode(
         with store.fill(identity, columns | {"labels": ("<i8", ())}, len(images), rank=rank, world=world) as filling:
             _fill(filling, moments, images.labels.numpy(), f"encoding (rank {rank})" if world > 1 else "encoding")
             _finish(filling, patience)
-        found = store.open()
-    known: dict[str, Any] = {"name": images.name, "num_classes": images.num_classes, "class_names": images.class_names}
-    known |= {**found.arrays, "scale": scale, "shift": shift, "digest": found.facts["fingerprint"]}
-    return LatentSet(**known)
+        contents = store.open()
+    about: dict[str, Any] = {"name": images.name, "num_classes": images.num_classes, "class_names": images.class_names}
+    about |= {**contents.arrays, "scale": scale, "shift": shift, "digest": contents.facts["fingerprint"]}
+    return LatentSet(**about)
 
 
 def _fill(
@@ -137,7 +137,7 @@ def _finish(filling: Filling, patience: float) -> None:
         if time.monotonic() - since > patience:
             total = len(filling.chunks)
             raise UserError(
-                f"{filling.store.folder}: {total - now} of {total} chunks of other ranks are missing, and none came for"
-                f" {patience:.0f} s; start the same command again"
+                f"{filling.store.folder}: {total - now} of {total} chunks of other ranks are missing, and none came in"
+                f" {patience:.0f} s; run the same command again"
             )
         time.sleep(0.2)

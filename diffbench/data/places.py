@@ -1,4 +1,4 @@
-"""The places of images: a folder, parquet files, or the Hugging Face hub; which files count, and which do not."""
+"""Sources of images: a folder, parquet files, or the Hugging Face hub; and which of the files count."""
 
 import contextlib
 import glob
@@ -20,38 +20,38 @@ from diffbench.data.planted import PlantedConfig
 from diffbench.data.transforms import FORMATS, SUFFIXES, both_sides, is_grey
 
 SIDE = 32
-"""Side to which images are brought where none is named, or less."""
+"""Side in pixels to which images are resized at most, where the config gives none."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass
 class ImagesConfig(PlantedConfig):
-    """Images of one's own: a folder (class sub-folders or none), parquet files, or a Hugging Face hub name."""
+    """Custom images: a folder (with class sub-folders or none), parquet files, or a Hugging Face hub name."""
 
     path: str | None = None
-    """A folder of images or of parquet files, one .parquet file, a pattern of them, or a hub name."""
+    """A folder of images or of parquet files, one .parquet file, a glob pattern of them, or a hub name."""
     image_size: int | list[int] | None = None
-    """Side of the square at the centre that is kept, in pixels, or [height, width]; other sizes are brought to it as in
-    ADM. null takes what suits a folder's images, 32 at most; 32 for tables and the hub."""
+    """Side in pixels of the centre square to keep, or [height, width]; images are resized to it as in ADM. null chooses
+    a size that suits a folder's images, at most 32, and 32 for tables and the hub."""
     channels: int | None = None
-    """3 for colour, 1 for grey; null takes what a folder's images have, 3 for tables and the hub."""
+    """3 for colour, 1 for grey; null uses what a folder's images have, and 3 for tables and the hub."""
     labels: bool = True
-    """Whether classes are used where the data has them; false trains without."""
+    """Whether to use the data's classes, if it has any; false trains without classes."""
     flip: bool = False
-    """Mirrors half of the training images, drawn anew each epoch."""
+    """Whether to mirror half of the training images, chosen anew each epoch."""
     split: str | None = None
-    """The split to train on; null for "train", or the only one."""
+    """The split to train on; null for "train", or for the only one."""
     held_out: int | None = None
-    """Images kept from training for validation: of the data's own test (or validation) split where it has one, else of
-    the training split, of each class about the same share; null for all of the former, or a tenth of the latter, 10,000
-    at most."""
+    """Images held out for validation: from the data's own test (or validation) split if it has one, else from the
+    training split, about the same share of each class. null for all of the former, or a tenth of the latter, at most
+    10,000."""
     image_column: str | None = None
     label_column: str | None = None
-    """Columns of parquet files and hub data; null where type or name shows them."""
+    """Columns of parquet files and hub data; null finds them by type or name."""
     subset: str | None = None
-    """The configuration of a hub name that has several."""
+    """The configuration to load from a hub data set that has several."""
     skip_broken: bool = False
-    """Leaves broken images out instead of stopping at the first."""
+    """Whether to leave out broken images instead of stopping at the first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,28 +65,29 @@ class ImagesConfig(PlantedConfig):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image, known before any is decoded."""
+        """Shape (C, H, W) of an image, known before any is decoded."""
         return self.channels or 3, *both_sides(self.image_size or SIDE)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that decide every byte of the decoded images."""
+        """The settings that determine the bytes of the decoded images."""
         free = {"path", "flip", "skip_broken", "num_workers", "planted"}
         return {f.name: getattr(self, f.name) for f in fields(ImagesConfig) if f.name not in free}
 
 
 def checked_sides(size: int | list[int] | None) -> int | list[int] | None:
-    """An image size, one number where both sides are the same; ValueError where it is not positive."""
+    """Return an image size, as one number if both sides are equal; raise ValueError if it is not positive."""
     sides = [] if size is None else [size] if isinstance(size, int) else size
     if size is not None and (not 1 <= len(sides) <= 2 or min(sides) < 1):
-        raise ValueError(f"data.image_size: must be a positive number, or [height, width] of such, got {size}")
+        raise ValueError(f"data.image_size: must be a positive number, or [height, width], got {size}")
     return sides[0] if sides and len(set(sides)) == 1 else size
 
 
 def suitable(path: str) -> tuple[int, int]:
-    """The side (8 to 32, a multiple of 8) and the channels that suit the images of a folder, from 200 files' headers.
+    """Return the side (8 to 32, a multiple of 8) and the channels that suit a folder's images, from 200 files' headers.
 
-    Their shorter sides decide, and whether all are grey. Tables and hub data, which are not read, get 32 and 3.
+    The side follows from their median shorter side; one channel suits if all are grey. Tables and hub data are not read
+    and get 32 and 3.
     """
     return _suitable(path, stamp(Path(path)))
 
@@ -95,7 +96,7 @@ def suitable(path: str) -> tuple[int, int]:
 def _suitable(path: str, _stamp: str) -> tuple[int, int]:
     files: list[str] = []
     if os.path.isdir(path):
-        with contextlib.suppress(ValueError):  # reported where the images are needed
+        with contextlib.suppress(ValueError):  # `locate` will report it
             files = list_files(Path(path)).images
     sides, grey = [], []
     for file in files[:: -(-len(files) // 200) or 1]:
@@ -109,7 +110,7 @@ def _suitable(path: str, _stamp: str) -> tuple[int, int]:
 
 
 def stamp(path: Path) -> str:
-    """A stamp of a folder that changes when files are added to it or its direct sub-folders, or removed."""
+    """Return a stamp that changes when files are added to or removed from a folder or its direct sub-folders."""
     if not path.is_dir():
         return ""
     with os.scandir(path) as listing:
@@ -119,10 +120,10 @@ def stamp(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files below a folder, relative to it and sorted.
+    """The sorted paths of the files under a folder, relative to it.
 
     Attributes:
-        skipped: reason -> names of what was passed over for it.
+        skipped: reason -> names of the files that were skipped for it.
     """
 
     root: Path
@@ -140,10 +141,10 @@ class Listing:
 
 
 def list_files(root: Path) -> Listing:
-    """List the images and parquet files below a folder by their suffixes; hidden files and folders are skipped.
+    """List the images and parquet files under a folder by their suffixes, skipping hidden files and folders.
 
-    Links that leave the folder are refused: what they lead to can change unseen, and a folder from elsewhere could name
-    any file of this machine. Links to folders inside are skipped.
+    Links that leave the folder are refused: their targets could change unnoticed, and a folder from elsewhere could
+    name any file on this machine. Links to folders inside are skipped.
 
     Raises:
         ValueError: one line, for such a link or for a name that is not UTF-8.
@@ -177,12 +178,12 @@ def list_files(root: Path) -> Listing:
 
 @dataclass(frozen=True)
 class Place:
-    """The images at a path: files in a folder, parquet files, or a data set of the hub.
+    """The images at a path: files in a folder, parquet files, or a hub data set.
 
     Attributes:
-        files: relative to `root`; none for the hub.
-        key: a hash of the files' names, sizes and times of change; where the folder lies does not matter.
-        listing: of the folder, where the path is one.
+        files: paths relative to `root`; none for the hub.
+        key: a hash of the files' names, sizes and modification times, wherever the folder is.
+        listing: the files of the folder, if the path is one.
     """
 
     kind: Literal["folder", "parquet", "hub"]
@@ -194,12 +195,12 @@ class Place:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The identity of this place's content."""
+        """The values that identify this place's content."""
         return {"kind": self.kind, "hub": self.root} if self.kind == "hub" else {"kind": self.kind, "files": self.key}
 
 
 def locate(path: str) -> Place:
-    """The place that a path, a pattern of parquet files or a hub name stands for; nothing is opened."""
+    """Return the place that a path, a pattern of parquet files or a hub name stands for, without opening any file."""
     local = Path(os.path.expanduser(path))
     if local.is_dir():
         try:
@@ -209,12 +210,12 @@ def locate(path: str) -> Place:
         if listing.images and listing.tables:
             raise ValueError(
                 f"data.path: {local} holds both images ({listing.images[0]}) and parquet files ({listing.tables[0]});"
-                f" allowed: one of them, as data.path={local / '*.parquet'}"
+                f" allowed: one of them, such as data.path={local / '*.parquet'}"
             )
         if not listing.images and not listing.tables:
             others = len(listing.skipped["other"])
             raise ValueError(
-                f"data.path: no image in {local} ({others:,} other files); allowed: {' '.join(sorted(SUFFIXES))}"
+                f"data.path: no images in {local} ({others:,} other files); allowed: {' '.join(sorted(SUFFIXES))}"
             )
         kind: Literal["folder", "parquet"] = "folder" if listing.images else "parquet"
         return _place(kind, local, local.resolve().name or "images", listing.images or listing.tables, listing)

@@ -1,4 +1,4 @@
-"""Data sets by name: a new one is a file with its config and loader, and a row here."""
+"""Registry of data sets by name; a new one takes a file with its config and loader, and a row here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from diffbench.data.shapes import ShapesConfig, shapes
 
 @dataclass
 class NoneConfig(DataConfig):
-    """Shape and class count only, for imported networks without a data set; nothing trains or is scored on it."""
+    """Image shape and class count only, for imported networks without a data set: no training, no scoring."""
 
     channels: int = 3
     image_size: int = 32
-    """Pixels a side, or the side of a latent."""
+    """Side of an image in pixels, or of a latent."""
     num_classes: int = 0
 
     def __post_init__(self) -> None:
@@ -30,12 +30,12 @@ class NoneConfig(DataConfig):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image, known before any is read."""
+        """Shape (C, H, W) of an image, known before any is loaded."""
         return self.channels, self.image_size, self.image_size
 
 
 def no_images(config: NoneConfig) -> tuple[ImageSet, ImageSet]:
-    """Make two empty parts of the shape that the config states."""
+    """Return two empty parts of the shape in the config."""
     images = torch.empty(0, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
     part = ImageSet(images, torch.empty(0, dtype=torch.int64), config.num_classes)
     return part, part
@@ -43,15 +43,15 @@ def no_images(config: NoneConfig) -> tuple[ImageSet, ImageSet]:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: its dataclass config, which knows the shape, and the function that loads its two parts.
+    """A data set: its config dataclass, which knows the image shape, and the function that loads its two parts.
 
-    The parts say the rest: whether there are classes and their names, and which extractor suits the images.
+    The parts provide the rest, such as the classes and their names.
     """
 
     config: type
     load: Callable[[Any], tuple[ImageSet, ImageSet]]
     extractors: tuple[str, ...] = ("efficientnet-lite0", "random-cnn")
-    """The feature extractors that suit its images, where a config names none; the first that is installed is taken."""
+    """Feature extractors that suit the images, for configs that name none; the first installed one is used."""
 
 
 SOURCES = {

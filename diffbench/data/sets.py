@@ -1,4 +1,4 @@
-"""A data set of images, as the rest of the package sees it."""
+"""In-memory data sets of images, as the rest of the package sees them, and their descriptions in words."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class InMemory:
-    """Rows of a data set in memory, or in memory maps: the base of images and latents.
+    """Base class of image and latent sets, whose rows are in memory or in memory maps.
 
     Attributes:
-        FIELDS: fields that hold a row for each image -> their names in a batch; a field may be None.
+        FIELDS: fields with a row for each image -> their names in a batch; a field may be None.
         labels: (N,) int64 classes.
-        digest: the fingerprint, where it is known already.
+        digest: the fingerprint, if already known.
     """
 
     FIELDS: ClassVar[dict[str, str]]
@@ -30,7 +30,7 @@ class InMemory:
 
     @property
     def arrays(self) -> dict[str, Tensor]:
-        """The fields' values, labels last."""
+        """The arrays of all fields that are not None, labels last."""
         found = {field: getattr(self, field) for field in (*self.FIELDS, "labels")}
         return {field: array for field, array in found.items() if array is not None}
 
@@ -38,14 +38,14 @@ class InMemory:
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of a hash of all rows, labels included."""
+        """Return the first 16 hexadecimal digits of a hash of all rows, labels included."""
         if self.digest is None:
             object.__setattr__(self, "digest", digest_of(array.numpy() for array in self.arrays.values()))
         assert self.digest is not None
         return self.digest
 
     def gather(self, index: Tensor) -> dict[str, Tensor]:
-        """The batch of the images with numbers `index` (B,)."""
+        """Return the batch of the images with indices `index` (B,)."""
         names = self.FIELDS | {"labels": "label"}
         return {names[field]: rows(array, index) for field, array in self.arrays.items()}
 
@@ -57,11 +57,11 @@ class InMemory:
         return sum(array.nbytes for array in self.arrays.values())
 
     def first(self, count: int) -> Self:
-        """The first `count` images, or all if there are fewer."""
+        """Return the first `count` images, or all if there are fewer."""
         return self._each(lambda array: array[:count])
 
     def evenly(self, count: int) -> Self:
-        """At most `count` images, spread evenly over the classes."""
+        """Return at most `count` images, spread evenly over the classes."""
         if count >= len(self):
             return self
         index = balanced(self.labels, count)
@@ -73,7 +73,7 @@ class InMemory:
 
 
 def digest_of(arrays: Iterable[np.ndarray]) -> str:
-    """The first 16 hexadecimal digits of a hash of all bytes of arrays."""
+    """Return the first 16 hexadecimal digits of a hash of the bytes of arrays."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data.cast("B"))
@@ -86,13 +86,13 @@ class ImageSet(InMemory):
 
     Attributes:
         num_classes: 0 for images without labels, whose `labels` are all 0.
-        name: of the data set; a copy compressed with loss never has the original's name.
-        class_names: by label; empty where the classes have no names.
-        formats: file format -> number of images that came in it; empty where they did not come from files.
+        name: name of the data set; a lossily compressed copy never has the original's name.
+        class_names: by label; empty if the classes have no names.
+        formats: file format -> number of images in it; empty if they did not come from files.
         origin: which part of the data set this is, in words.
-        base: the set as it was before classes were planted into it; extractors are made for that.
-        sizes: "HEIGHTxWIDTH" in a file -> number of images; empty where they did not come from files.
-        rule: what decides by rule whether an image solves the task of its label, where the data set has tasks.
+        base: the set without planted classes, if it has some; extractors are made for that.
+        sizes: "HEIGHTxWIDTH" in the file -> number of images; empty if they did not come from files.
+        rule: rule that decides whether an image solves the task of its label, if the data set has tasks.
     """
 
     FIELDS = {"images": "image"}  # noqa: RUF012
@@ -117,17 +117,17 @@ class ImageSet(InMemory):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """Shape (C, H, W) of an image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
     def clean(self, index: Tensor) -> Tensor:
-        """The pixels that validation restores of the images `index` (B,): (B, C, H, W) float32 in [-1, 1]."""
+        """Return the validation targets of the images `index` (B,): pixels (B, C, H, W), float32 in [-1, 1]."""
         return from_uint8(rows(self.images, index))
 
 
 def describe(train: ImageSet, held_out: ImageSet) -> str:
-    """A line on a data set as it was understood: its parts, and its classes with names and numbers of images."""
+    """Describe a data set in one line: its parts, and its classes with names and numbers of images."""
     counts = train.labels.bincount(minlength=train.num_classes).tolist()
     channels, height, width = train.shape
     parts = (len(train), train.origin), (len(held_out), held_out.origin)
@@ -137,7 +137,7 @@ def describe(train: ImageSet, held_out: ImageSet) -> str:
 def describe_parts(
     train: tuple[int, str], held_out: tuple[int, str], counts: Sequence[int], names: Sequence[str], most: int = 20
 ) -> str:
-    """As `describe`, from the size and origin of the parts and the number of training images of each class."""
+    """Describe a data set from the (size, origin) of its parts and the number of training images of each class."""
     parts = [
         f"{size:,} images {use}" + f" ({origin})" * bool(origin)
         for (size, origin), use in ((train, "to train on"), (held_out, "held out"))
@@ -152,7 +152,7 @@ def describe_parts(
 
 
 def describe_sizes(data: ImageSet) -> str | None:
-    """A line on the sizes that images had in their files, and what became of them; None where nothing is known."""
+    """Describe in one line the sizes of images in their files and what was done to them; None if unknown."""
     if not data.sizes:
         return None
     _, height, width = data.shape
@@ -168,7 +168,7 @@ def describe_sizes(data: ImageSet) -> str | None:
         return f"{seen}, used as they are"
     scale = np.maximum(height / high, width / wide)
     lost = 1 - height * width / (high * scale * wide * scale)
-    line = f"{seen}; brought to {height}x{width}"
+    line = f"{seen}; resized to {height}x{width}"
     if cropped := counts[lost > 0.005].sum():
         line += f", {cropped:,} of {counts.sum():,} cropped at the centre (up to {lost.max():.0%} of an image)"
     shorter = np.sort(np.repeat(sizes.min(1), np.minimum(counts, 1000)))
@@ -185,14 +185,14 @@ def describe_sizes(data: ImageSet) -> str | None:
 
 
 def rows(array: Tensor, index: Tensor) -> Tensor:
-    """array[index], as a copy of entire rows: by NumPy on the CPU, several times as fast as indexing by torch."""
+    """Copy the rows array[index]; on the CPU by NumPy, which is several times as fast as indexing by torch."""
     if array.is_cpu:
         return torch.from_numpy(array.numpy().take(index.numpy(), axis=0))
     return array.index_select(0, index)
 
 
 def balanced(labels: Tensor, count: int) -> Tensor:
-    """Indices of the first `count` items spread evenly over the classes, class by class, in the set's order."""
+    """Return the indices of the first `count` items spread evenly over the classes, sorted by class, then position."""
     classes = labels.unique()
     each, extra = divmod(count, len(classes))
     parts = [(labels == c).nonzero()[:, 0][: each + (i < extra)] for i, c in enumerate(classes)]

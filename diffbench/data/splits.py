@@ -1,8 +1,8 @@
-"""Images of a place in splits and classes: which train, which are held out, and how to read them.
+"""Splits and classes of the images in a place: which images to train on, which to hold out, and how to read them.
 
-The `datasets` library reads tables and the hub, and says which words name a split. Folders are read here, as its
-imagefolder drops a class "bus" beside a class "train", drops all classes for one stray image, and opens no path with
-brackets (tests/data/test_layouts.py).
+The `datasets` library reads tables and the hub, and knows which words name a split. Folders are read here, because its
+imagefolder drops a class "bus" next to a class "train", drops all classes because of one stray image, and opens no
+path with brackets (tests/data/test_layouts.py).
 """
 
 import os
@@ -25,7 +25,7 @@ LARGEST_HELD_OUT = 10_000
 
 @dataclass(frozen=True)
 class Item:
-    """An encoded image: its name for messages, and its bytes or its path; or why there is neither."""
+    """An encoded image: its name for messages, and its bytes or its path, or the reason why it has neither."""
 
     name: str
     encoded: bytes | str | None
@@ -34,13 +34,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a place that belong together.
+    """A split of the images in a place, or part of one.
 
     Attributes:
-        count: of its rows.
-        labels: class of each row, (count,) int64, -1 for none; None where the place has no classes.
-        items: reads all rows, in order.
-        origin: which rows of which split they are, in words.
+        count: number of rows.
+        labels: class of each row, (count,) int64, -1 for none; None if the place has no classes.
+        items: a function that reads all rows in order.
+        origin: which rows of which split these are, in words.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Split:
     origin: str = ""
 
     def part(self, rows: np.ndarray, origin: str) -> "Split":
-        """Some of the rows, in ascending order."""
+        """Return the part with the given rows, which must be in ascending order."""
         chosen = np.zeros(self.count, bool)
         chosen[rows] = True
         labels = None if self.labels is None else self.labels[rows]
@@ -58,63 +58,61 @@ class Split:
 
     @property
     def classes(self) -> np.ndarray:
-        """Class of each row; all 0 where there are none."""
+        """The class of each row; all 0 if there are none."""
         return np.zeros(self.count, np.int64) if self.labels is None else self.labels
 
 
 def hold_out(labels: np.ndarray, count: int | None) -> np.ndarray:
-    """Choose rows to hold out, ascending: of each class about the same share, and never all of its images.
+    """Choose rows to hold out, ascending: about the same share of each class, but never all of its images.
 
-    The same for every seed of a run, and fewer are among more.
+    The choice does not depend on a run's seed, and a smaller choice is a subset of a larger one.
 
     Args:
         labels: (N,) classes.
-        count: how many; None for a tenth, `LARGEST_HELD_OUT` at most.
+        count: number of rows; None for a tenth, at most `LARGEST_HELD_OUT`.
 
     Raises:
-        ValueError: if so many would leave a class without an image to train on.
+        ValueError: if that would leave a class without an image to train on.
     """
     order = rng.permutation(rng.key("held-out"), len(labels)).numpy()
     classes, by_class = labels[order], np.argsort(labels[order], kind="stable")
     sizes = np.bincount(classes)
-    place = np.empty(len(labels))
-    place[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the class
-    room = len(labels) - int(np.count_nonzero(sizes))
+    rank = np.empty(len(labels))  # position within the class
+    rank[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    most = len(labels) - int(np.count_nonzero(sizes))
     if count is None:
-        count = max(1, min(len(labels) // 10, LARGEST_HELD_OUT, room))
-    if count > room:
-        why, mend = "none to train on", "add images"
+        count = max(1, min(len(labels) // 10, LARGEST_HELD_OUT, most))
+    if count > most:
+        problem, remedy = "none to train on", "add images"
         if len(sizes) > 1:
-            why, mend = (
-                "a class without an image to train on",
-                f"{mend}, or set data.labels=false to train without classes",
-            )
-        allowed = f"allowed: 1 to {room:,}" if room else mend
-        raise ValueError(f"data.held_out: {count:,} of {len(labels):,} images leave {why}; {allowed}")
-    share = np.where(place == sizes[classes] - 1, np.inf, (place + 0.5) / sizes[classes])
+            problem = "a class without an image to train on"
+            remedy = f"{remedy}, or set data.labels=false to train without classes"
+        allowed = f"allowed: 1 to {most:,}" if most else remedy
+        raise ValueError(f"data.held_out: {count:,} of {len(labels):,} images leave {problem}; {allowed}")
+    share = np.where(rank == sizes[classes] - 1, np.inf, (rank + 0.5) / sizes[classes])
     return np.sort(order[np.argsort(share, kind="stable")[:count]])
 
 
-def training_split(there: list[str], wanted: str | None) -> str:
-    """The split to train on, of those that are there; `wanted` may be another word for it, as valid for validation."""
-    if wanted is not None and wanted not in there and (word := split_name(wanted)) in there:
+def training_split(names: list[str], wanted: str | None) -> str:
+    """Return the split to train on, one of `names`; `wanted` may be a synonym, such as valid for validation."""
+    if wanted is not None and wanted not in names and (word := split_name(wanted)) in names:
         wanted = word
-    if wanted is not None and wanted not in there:
-        raise ValueError(f"data.split: no split {wanted!r}; choose from {', '.join(there)}{suggest(wanted, there)}")
-    if wanted is None and "train" not in there and len(there) > 1:
-        raise ValueError(f"data.split: which one trains? choose from {', '.join(there)}")
-    return wanted or ("train" if "train" in there else there[0])
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"data.split: no split {wanted!r}; choose from {', '.join(names)}{suggest(wanted, names)}")
+    if wanted is None and "train" not in names and len(names) > 1:
+        raise ValueError(f"data.split: no split is called train; choose from {', '.join(names)}")
+    return wanted or ("train" if "train" in names else names[0])
 
 
 def split_word(name: str) -> str | None:
-    """The split that a folder's or file's name stands for, in the library's words: train, training_set, val-2, ..."""
+    """Return the split that a folder or file name stands for in the library: train, training_set, val-2, ..."""
     from datasets.data_files import SPLIT_KEYWORDS
 
     return next((str(split) for split, keys in SPLIT_KEYWORDS.items() if set(keys) & _words(name)), None)
 
 
 def split_name(name: str) -> str | None:
-    """As `split_word`, for a name that is that word and nothing else."""
+    """Return `split_word` of a name that consists of that word alone, else None."""
     return split_word(name) if name.isalpha() else None
 
 
@@ -123,12 +121,12 @@ def _words(name: str) -> set[str]:
 
 
 def by_number(names: Iterable[str]) -> list[str]:
-    """Names sorted so that numbers in them count: 0, 1, 2, 10."""
+    """Sort names in natural order: 0, 1, 2, 10."""
     return sorted(names, key=lambda name: ([int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)], name))
 
 
 def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], list[str]]:
-    """The splits of a folder of images, and the names of the classes; ambiguous layouts are refused."""
+    """Return the splits of a folder of images and the class names; raise ValueError if the layout is ambiguous."""
     root = Path(place.root)
     top: dict[str, list[str]] = {}
     for file in place.files:
@@ -143,31 +141,31 @@ def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split],
             files.setdefault(words[name] or "train", []).extend(found)
     elif len({words[name] for name in named}) > 1:
         rest = [name or top[""][0] for name in top if name not in named]
-        wanted = f"move {some(rest)} elsewhere" if rest else "name one of them train"
+        remedy = f"move {some(rest)} elsewhere" if rest else "name one of them train"
         raise ValueError(
-            f"data.path: {root}: {some(named)} look like splits; {wanted}, or choose one folder, as"
+            f"data.path: {root}: {some(named)} look like splits; {remedy}, or choose one folder, such as"
             f" data.path={root / named[0]}"
         )
     else:
         files["train"] = place.files
     depth = int(len(named) == len(top) and "train" in words.values())
     train = training_split(list(files), config.split)
-    given = {
+    classes = {
         split: _classes(root, found, depth, least=1 + (split == train)) if config.labels else []
         for split, found in files.items()
     }
-    names = by_number(set(given[train]))
+    names = by_number(set(classes[train]))
     number = {name: i for i, name in enumerate(names)}
     splits = {}
     for split, found in files.items():
-        labels = np.array([number.get(name, -1) for name in given[split]] or [-1] * len(found), np.int64)
+        labels = np.array([number.get(name, -1) for name in classes[split]] or [-1] * len(found), np.int64)
         paths = [str(root / file) for file in found]
         splits[split] = Split(split, len(found), labels if names else None, partial(map, Item, paths, paths))
     return splits, names
 
 
 def _check_merged(root: Path, folders: list[str]) -> None:
-    """Refuse folders of one split that may be classes: they differ in other words, as freight-train and train."""
+    """Refuse folders of one split that may be classes, as their other words differ: freight-train and steam-train."""
     for split in ("train", *HELD_OUT_SPLITS):
         alike = [name for name in folders if split_word(name) == split]
         others = {frozenset(word for word in _words(name) if split_word(word) is None) for name in alike}
@@ -179,20 +177,20 @@ def _check_merged(root: Path, folders: list[str]) -> None:
 
 
 def _classes(root: Path, files: list[str], depth: int, least: int) -> list[str]:
-    """The class of each file: its folder below the split's; none where there are fewer folders than `least`."""
+    """Return the class of each file, its folder below the split's; an empty list for fewer than `least` folders."""
     inner = [file.split(os.sep)[depth:] for file in files]
     folders = by_number({parts[0] for parts in inner if len(parts) > 1})
     loose = [file for file, parts in zip(files, inner, strict=True) if len(parts) == 1]
     here = root.joinpath(*files[0].split(os.sep)[:depth])
     if loose and folders:
         raise ValueError(
-            f"data.path: {here} holds images ({some(loose)}) beside folders of images ({some(folders)}); move them into"
+            f"data.path: {here} has images ({some(loose)}) next to folders of images ({some(folders)}); move them into"
             " a class folder, or set data.labels=false to train without classes"
         )
     below = {parts[1] for parts in inner if len(parts) > 2}
     if len(folders) == 1 and len(below) > 1:
         raise ValueError(
-            f"data.path: {here}: all images lie in {folders[0]}; for its folders ({some(by_number(below))}) as"
-            f" classes choose data.path={here / folders[0]}, or set data.labels=false to train without classes"
+            f"data.path: {here}: all images are in {folders[0]}; to use its folders ({some(by_number(below))}) as"
+            f" classes, set data.path={here / folders[0]}, or set data.labels=false to train without classes"
         )
     return [parts[0] for parts in inner] if len(folders) >= least else []

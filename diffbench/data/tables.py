@@ -1,4 +1,4 @@
-"""Rows of parquet files and of the Hugging Face hub, as the `datasets` library opens them."""
+"""Images in tables: rows of parquet files and of Hugging Face hub data sets, opened by the `datasets` library."""
 
 import glob
 import os
@@ -21,74 +21,74 @@ from diffbench.data.places import ImagesConfig, Place
 from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, by_number, split_name, split_word, training_split
 
 READ_AHEAD = 256
-"""Rows that are in memory at once, encoded."""
+"""Number of rows in memory at once, still encoded."""
 UNREADABLE = (ValueError, OSError, NotImplementedError)
-"""Errors of damaged pages, and of columns that hold something else."""
+"""Errors raised by damaged pages, and by columns of an unexpected type."""
 
 
 def table_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split], list[str]]:
-    """The splits of parquet files or a hub name, and the names of the classes."""
+    """Return the splits of parquet files or of a hub data set, and the class names."""
     data, totals = _open_tables(place, config.subset)
     train = training_split(list(data), config.split)
     features = _features(data[train])
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    if not images:  # without the library's metadata
+    if not images:  # a file without the library's metadata
         inner = {name: kind.get("bytes") if isinstance(kind, dict) else kind for name, kind in features.items()}
         images = [name for name, kind in inner.items() if getattr(kind, "dtype", None) in ("binary", "large_binary")]
     image = _column("image_column", features, config.image_column, images, IMAGE_NAMES[:2])
     if image is None:
-        raise ValueError(f"data.path: no column of {place.root} holds images; its columns: {', '.join(features)}")
+        raise ValueError(f"data.path: no column of {place.root} contains images; its columns: {', '.join(features)}")
     found = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     found = found or [name for name in features if name in LABEL_NAMES]
     column = _column("label_column", features, config.label_column, found, LABEL_NAMES) if config.labels else None
     base = Path(datasets.config.HF_CACHE_HOME) if place.kind == "hub" else None
-    given: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {}
     for split in dict.fromkeys((train, *HELD_OUT_SPLITS)):
         if split in data and column in _features(data[split]):
             batches = data[split].select_columns([column]).iter(batch_size=8192)
             try:
-                given[split] = [value for batch in batches for value in batch[column]]
+                values[split] = [value for batch in batches for value in batch[column]]
             except UNREADABLE as e:
                 where = f"column {column!r} of split {split} of {place.root}"
-                raise ValueError(f"data.path: cannot read {where} ({_line(e)})") from None
-    known = {} if column is None else _numbers(column, features[column], given[train])
+                raise ValueError(f"data.path: cannot read {where} ({_one_line(e)})") from None
+    known = {} if column is None else _class_numbers(column, features[column], values[train])
     splits = {}
     for split, rows in data.items():
         if image not in (columns := _features(rows)):
             raise ValueError(f"data.image_column: split {split} has no column {image!r}, only {', '.join(columns)}")
         labels = None
         if known:
-            labels = np.array([known.get(v, -1) for v in given.get(split, [None] * totals[split])], np.int64)
+            labels = np.array([known.get(v, -1) for v in values.get(split, [None] * totals[split])], np.int64)
         encoded = rows.cast_column(image, datasets.Image(decode=False)).select_columns([image])
         splits[split] = Split(split, totals[split], labels, partial(_read_table, encoded, image, split, base))
     names = features[column].names if column and isinstance(features[column], datasets.ClassLabel) else known
     return splits, [str(name) for name in names]
 
 
-def _offline_where_cut_off(name: str) -> None:
-    """Tells the library to ask nothing of a hub that does not answer: it would try again for half a minute."""
+def _go_offline_if_unreachable(name: str) -> None:
+    """Switch the library to offline mode if the hub does not answer, to avoid half a minute of retries."""
     try:
         HfApi().dataset_info(name, timeout=10)
-    except HfHubHTTPError:  # an answer, which the library explains
+    except HfHubHTTPError:  # an answer, whose error the library explains
         pass
     except Exception:
         hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def _open_tables(place: Place, subset: str | None) -> tuple[dict[str, Any], dict[str, int]]:
-    """Each split as the library opens it, and its number of rows."""
+    """Return each split as the library opens it, and its number of rows."""
     if place.kind == "hub":
-        print(f"data.path: {os.getcwd()} holds no {place.root}; taken as a name on the Hugging Face hub")
-        _offline_where_cut_off(place.root)
+        print(f"data.path: no {place.root} in {os.getcwd()}; trying the Hugging Face hub")
+        _go_offline_if_unreachable(place.root)
         try:
             found = dict(datasets.load_dataset(place.root, name=subset))
         except Exception as e:  # offline, no such name, a bad answer: the library raises many kinds
             raise ValueError(
                 f"data.path: {place.root} is not a file or folder in {os.getcwd()}, nor a hub name that can be"
-                f" loaded ({_line(e)}); to fetch it where the network is: hf download {place.root} --repo-type dataset"
+                f" loaded ({_one_line(e)}); with network access, run: hf download {place.root} --repo-type dataset"
             ) from None
         data: dict[str, Any] = {}
-        for name, rows in found.items():  # valid, val and dev mean validation, where there is no other
+        for name, rows in found.items():  # valid, val and dev become validation, unless there is one
             word = split_name(name)
             data[name if word is None or word in found or word in data else word] = rows
         return data, {split: len(rows) for split, rows in data.items()}
@@ -100,20 +100,20 @@ def _open_tables(place: Place, subset: str | None) -> tuple[dict[str, Any], dict
         try:
             rows = int(pq.read_metadata(path).num_rows)
         except (ValueError, OSError) as e:
-            raise ValueError(f"data.path: {path}: not a readable parquet file ({_line(e)})") from None
-        if rows:  # the library cannot read a file without
+            raise ValueError(f"data.path: {path}: not a readable parquet file ({_one_line(e)})") from None
+        if rows:  # the library cannot read a file without rows
             totals[split] += rows
-            paths.setdefault(split, []).append(glob.escape(path))  # the library reads patterns
+            paths.setdefault(split, []).append(glob.escape(path))  # the library expands patterns
     if not paths:
-        raise ValueError(f"data.path: no row in {place.root}")
-    opened = {  # one by one, as the library gives all splits the columns of the first
+        raise ValueError(f"data.path: no rows in {place.root}")
+    opened = {  # one at a time: the library would give all splits the columns of the first
         split: datasets.load_dataset("parquet", data_files={split: files}, streaming=True)[split]
         for split, files in paths.items()
     }
     return opened, dict(totals)
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -135,13 +135,13 @@ def _column(
     return next(iter(preferred or found), None)
 
 
-def _numbers(column: str, kind: Any, values: list[Any]) -> dict[Any, int]:
+def _class_numbers(column: str, kind: Any, values: list[Any]) -> dict[Any, int]:
     if isinstance(kind, datasets.ClassLabel):
         return {i: i for i in range(len(kind.names))}
-    there = [v for v in values if v is not None]
-    if not all(isinstance(v, int | str) for v in there) or len({type(v) for v in there}) > 1:
-        raise ValueError(f"data.label_column: {column!r} holds neither whole numbers nor names, so no classes")
-    ordered = by_number(set(there)) if there and isinstance(there[0], str) else sorted(set(there))
+    present = [v for v in values if v is not None]
+    if not all(isinstance(v, int | str) for v in present) or len({type(v) for v in present}) > 1:
+        raise ValueError(f"data.label_column: {column!r} contains neither whole numbers nor names")
+    ordered = by_number(set(present)) if present and isinstance(present[0], str) else sorted(set(present))
     return {value: i for i, value in enumerate(ordered)}
 
 
@@ -153,17 +153,17 @@ def _read_table(data: Any, column: str, split: str, base: Path | None) -> Iterat
                 yield _item(value, f"row {row} of split {split}", base)
                 row += 1
     except UNREADABLE as e:
-        raise ValueError(f"data.path: cannot read split {split} from row {row:,} on ({_line(e)})") from None
+        raise ValueError(f"data.path: cannot read split {split} from row {row:,} on ({_one_line(e)})") from None
 
 
 def _item(value: Any, name: str, base: Path | None) -> Item:
-    """A row's image: its bytes, or the path of a file in `base`, since a table could name any file of this machine."""
+    """Return a row's image: its bytes, or its path in `base`, since a table could name any file on this machine."""
     encoded, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
     named = f"{name} ({path})" if path else name
     if encoded is not None:
         return Item(named, bytes(encoded))
     if path is None:
-        return Item(name, None, "the row holds no image")
+        return Item(name, None, "the row has no image")
     if base is None or not Path(path).resolve().is_relative_to(base.resolve()):
         return Item(named, None, "the row names a file instead of holding its bytes")
     return Item(named, str(path))

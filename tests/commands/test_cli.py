@@ -411,7 +411,7 @@ def test_what_no_check_foresaw_is_still_one_line(
         ),
         (RuntimeError("x"), 1, "this is a bug in diffbench: RuntimeError: x; the trace to report is in "),
         (KeyError("getpwuid(): uid not found: 7"), 1, "this is a bug in diffbench: KeyError: 'getpwuid()"),
-        (MemoryError(), 2, "out of memory; lower trainer.batch_size, sample.batch_size or the network's sizes"),
+        (MemoryError(), 2, "out of memory; lower trainer.batch_size, sample.batch_size or the size of the network"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
             2,

@@ -42,7 +42,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("fcntl.flock", flock)
     with (
-        pytest.raises(UserError, match=r"/\.lock: no lock can be held here \(No locks available\); choose another"),
+        pytest.raises(UserError, match=r"/\.lock: cannot lock this folder \(No locks available\); choose another"),
         locked(tmp_path),
     ):
         pass

@@ -201,5 +201,5 @@ def test_larger_digits_are_the_same_digits() -> None:
     assert (large.images[:9] - wanted).abs().max() <= 0.5 + 1e-4
     assert large.fingerprint() != small.fingerprint()
     assert isinstance(large.first(5), ImageSet) and len(large.first(5)) == 5
-    with pytest.raises(ValueError, match=r"data\.size must lie in 8 to 512, got 7"):
+    with pytest.raises(ValueError, match=r"data\.size: must lie in 8 to 512, got 7"):
         DigitsConfig(size=7)

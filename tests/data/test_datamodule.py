@@ -126,7 +126,9 @@ def test_a_module_goes_on_where_its_state_says() -> None:
 
 def test_a_module_refuses_the_state_of_other_data() -> None:
     state = module(numbered(11)).state_dict()
-    with pytest.raises(UserError, match=r"^data: the run began with other training data \(\w{16}, now \w{16}\); bring"):
+    with pytest.raises(
+        UserError, match=r"^data: the run was started with other training data \(\w{16}, now \w{16}\); restore"
+    ):
         module(numbered()).load_state_dict(state)
 
 
@@ -221,8 +223,8 @@ def test_a_fingerprint_sees_pixels_and_labels() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"held_out": 9}, r"data\.held_out must lie in 10 to 1000, got 9"),
-        ({"held_out": 1001}, r"data\.held_out must lie in 10 to 1000, got 1001"),
+        ({"held_out": 9}, r"data\.held_out: must lie in 10 to 1000, got 9"),
+        ({"held_out": 1001}, r"data\.held_out: must lie in 10 to 1000, got 1001"),
         ({"num_workers": -1}, r"data\.num_workers: must be at least 0, got -1"),
     ],
 )

@@ -113,7 +113,7 @@ def test_columns_are_found_and_may_be_named(tmp_path: Path) -> None:
         ValueError, match=r"^data\.label_column: no column 'lable'; choose from img, fine_label, number"
     ):
         load(tmp_path / "a.parquet", label_column="lable")
-    with pytest.raises(ValueError, match=r"^data\.label_column: 'img' holds neither whole numbers nor names"):
+    with pytest.raises(ValueError, match=r"^data\.label_column: 'img' contains neither whole numbers nor names"):
         load(tmp_path / "a.parquet", label_column="img")
     with pytest.raises(ValueError, match=r"^data\.image_column: no column 'image'; choose from img"):
         load(tmp_path / "a.parquet", image_column="image")

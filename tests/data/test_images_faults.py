@@ -85,7 +85,7 @@ def test_a_pipe_named_like_an_image_is_no_image(tmp_path: Path) -> None:
     [
         (lambda p: "", r"^data\.path: missing; allowed: a folder of images"),
         (lambda p: str(p / "none"), r"^data\.path: no file or folder .*none; allowed: a folder"),
-        (lambda p: str(p), r"^data\.path: no image in .* \(0 other files\); allowed: \.bmp"),
+        (lambda p: str(p), r"^data\.path: no images in .* \(0 other files\); allowed: \.bmp"),
         (lambda p: str(p / "*.parquet"), r"^data\.path: no \.parquet file matches"),
         (
             lambda p: str(folder(p / "f", {"": 1})),
@@ -117,7 +117,7 @@ def _text(path: Path) -> Path:
     ("options", "text"),
     [
         ({"channels": 2}, r"data\.channels: must be 1 \(grey\) or 3 \(colour\), got 2"),
-        ({"image_size": 0}, r"data\.image_size: must be a positive number, or \[height, width\] of such, got 0"),
+        ({"image_size": 0}, r"data\.image_size: must be a positive number, or \[height, width\], got 0"),
         ({"held_out": 0}, r"data\.held_out: must be at least 1, got 0"),
         ({"num_workers": -1}, r"data\.num_workers: must be at least 0, got -1"),
     ],

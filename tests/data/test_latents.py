@@ -47,7 +47,7 @@ def test_the_mirrored_pictures_are_encoded_where_wanted(tmp_path: Path) -> None:
     assert torch.equal(data.flipped_log_variance, expected(flip=True)[1])
     assert dataclasses.replace(data, digest=None).fingerprint() == data.digest
     assert data.first(7).flipped_mean is not None and len(data.first(7)) == 7
-    with pytest.raises(UserError, match=r"holds other latents"):
+    with pytest.raises(UserError, match=r"contains other latents"):
         encode(squares(), Encoder(), tmp_path / "l", dtype="float32")
 
 
@@ -63,9 +63,9 @@ def test_the_second_time_nothing_is_encoded(tmp_path: Path) -> None:
 def test_other_latents_are_refused(tmp_path: Path) -> None:
     encode(squares(), Encoder(), tmp_path)
     for wanted in ((squares(49), Encoder()), (squares(), Encoder("a" * 64))):
-        with pytest.raises(UserError, match=r"holds other latents; choose another folder, or remove it"):
+        with pytest.raises(UserError, match=r"contains other latents; choose another folder, or remove it"):
             encode(*wanted, tmp_path)
-    with pytest.raises(UserError, match=r"holds other latents"):
+    with pytest.raises(UserError, match=r"contains other latents"):
         encode(squares(), Encoder(), tmp_path, dtype="float32")
 
 
@@ -116,7 +116,7 @@ def test_a_rank_whose_peers_are_dead_gives_up_and_one_process_ends_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "CHUNK_BYTES", 300)
-    with pytest.raises(UserError, match=r"l: 5 of 10 chunks of other ranks are missing, and none came for 0 s"):
+    with pytest.raises(UserError, match=r"l: 5 of 10 chunks of other ranks are missing, and none came in 0 s"):
         encode(squares(), Encoder(), tmp_path / "l", rank=1, world=2, patience=0.3)
     rest = Encoder()
     encode(squares(), rest, tmp_path / "l")

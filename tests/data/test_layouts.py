@@ -69,18 +69,18 @@ def refusal(path: Path, **options: Any) -> str:
 def test_a_stray_image_beside_classes_is_refused(tmp_path: Path) -> None:
     root = folder(tmp_path / "pets", {"": 1, "cat": 10, "dog": 10})
     assert refusal(root) == (
-        f"data.path: {root} holds images (000.png) beside folders of images (cat, dog); move them into a class folder,"
+        f"data.path: {root} has images (000.png) next to folders of images (cat, dog); move them into a class folder,"
         " or set data.labels=false to train without classes"
     )
     assert load(root, labels=False)[0].num_classes == 0
     root = folder(tmp_path / "split", {"train": 1, "train/cat": 10, "train/dog": 10, "test/cat": 2, "test/dog": 2})
-    assert refusal(root).startswith(f"data.path: {root / 'train'} holds images (train/000.png) beside folders of")
+    assert refusal(root).startswith(f"data.path: {root / 'train'} has images (train/000.png) next to folders of")
 
 
 def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", {"train/x": 5, "test/x": 5, "extra": 5})
     assert refusal(root) == (
-        f"data.path: {root}: test, train look like splits; move extra elsewhere, or choose one folder, as"
+        f"data.path: {root}: test, train look like splits; move extra elsewhere, or choose one folder, such as"
         f" data.path={root / 'test'}"
     )
     root = folder(tmp_path / "b", {"test": 5, "val": 5})
@@ -90,7 +90,7 @@ def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:
 def test_classes_one_level_too_deep_are_refused(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", {"images/cat": 10, "images/dog": 10})
     assert refusal(root) == (
-        f"data.path: {root}: all images lie in images; for its folders (cat, dog) as classes choose"
+        f"data.path: {root}: all images are in images; to use its folders (cat, dog) as classes, set"
         f" data.path={root / 'images'}, or set data.labels=false to train without classes"
     )
     assert load(root / "images")[0].class_names == ("cat", "dog")
@@ -100,7 +100,7 @@ def test_an_unknown_class_of_the_held_out_split_is_named(tmp_path: Path) -> None
     root = folder(tmp_path / "a", {"train/cat": 5, "train/dog": 5, "test/cat": 2, "test/emu": 1})
     assert (
         refusal(root)
-        == f"data.label_column: {root / 'test/emu/000.png'} has no class that split train has; mend or remove it"
+        == f"data.label_column: {root / 'test/emu/000.png'} has no class that split train has; fix or remove it"
     )
 
 
@@ -152,7 +152,7 @@ def test_a_table_without_rows_is_passed_over(tmp_path: Path) -> None:
     table(tmp_path / "train.parquet", [0, 1, 2], label=[0, 1, 0])
     table(tmp_path / "test.parquet", [], label=pa.array([], pa.int64()))
     assert load(tmp_path)[1].origin == "of split train, by class"
-    assert refusal(tmp_path / "test.parquet") == f"data.path: no row in {tmp_path}"
+    assert refusal(tmp_path / "test.parquet") == f"data.path: no rows in {tmp_path}"
 
 
 def test_numbered_classes_sort_by_number(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_train_look_score_and_ask_for_a_class(pets: Path, capsys: Capture, monke
     out = capsys.readouterr().out
     assert re.search(r"^time: 0 images at about [\d,]+ images/s here, 0\.0 s of training \(trainer\.max_im", out, re.M)
     assert "pets, 3x8x8: 36 images to train on" in out and "2 classes: cat 18, dog 18" in out
-    assert "sizes (height x width): all 10x8; brought to 8x8, 36 of 36 cropped at the centre (up to 20% of an" in out
+    assert "sizes (height x width): all 10x8; resized to 8x8, 36 of 36 cropped at the centre (up to 20% of an" in out
     assert "not scored" not in out and not results(run)
     with Image.open(run / "samples" / "final-000000016.png") as grid:  # a named column for each class
         assert grid.width == 2 * 68 and (grid.height - CAPTION_HEIGHT) % 68 == 0

@@ -42,10 +42,10 @@ def test_both_parts_of_an_experiment_have_them_by_name_and_by_number() -> None:
 @pytest.mark.parametrize(
     ("planted", "text"),
     [
-        ("{3: [4]}", "data.planted.3: digits has a class of that name; choose another"),
+        ("{3: [4]}", "data.planted.3: digits already has a class of that name; choose another"),
         ("{x: [0, ten]}", "data.planted.x: 'ten' is not a class; choose from 0, 1, 2"),
-        ("{x: []}", "data.planted.x: must be a list of different classes, as [0, 1], got []"),
-        ("{x: [2, 2]}", "data.planted.x: must be a list of different classes, as [0, 1], got ['2', '2']"),
+        ("{x: []}", "data.planted.x: must list different classes, such as [0, 1], got []"),
+        ("{x: [2, 2]}", "data.planted.x: must list different classes, such as [0, 1], got ['2', '2']"),
     ],
 )
 def test_what_cannot_be_planted_is_refused_by_name(planted: str, text: str) -> None:

@@ -52,26 +52,26 @@ def test_images_are_cropped_to_height_and_width(tmp_path: Path) -> None:
     ("sizes", "shape", "line"),
     [
         ({"32x32": 5}, (32, 32), "all 32x32, used as they are"),
-        ({"16x16": 5}, (32, 32), "all 16x16; brought to 32x32"),
+        ({"16x16": 5}, (32, 32), "all 16x16; resized to 32x32"),
         (
             {"48x40": 9, "40x40": 1},
             (32, 32),
-            "40 to 48 high and 40 wide, most often 48x40; brought to 32x32, 9 of 10 cropped at the centre (up to"
+            "40 to 48 high and 40 wide, most often 48x40; resized to 32x32, 9 of 10 cropped at the centre (up to"
             " 17% of an image); data.image_size=[40,32] crops less",
         ),
         (
             {"100x200": 1, "200x100": 1},
             (32, 32),
-            "100 to 200 high and 100 to 200 wide, most often 100x200; brought to 32x32, 2 of 2 cropped at the centre"
+            "100 to 200 high and 100 to 200 wide, most often 100x200; resized to 32x32, 2 of 2 cropped at the centre"
             " (up to 50% of an image); data.image_size=64 keeps more detail",
         ),
         (
             {"50x40": 4},
             (16, 16),
-            "all 50x40; brought to 16x16, 4 of 4 cropped at the centre (up to 20% of an image); data.image_size=32"
+            "all 50x40; resized to 16x16, 4 of 4 cropped at the centre (up to 20% of an image); data.image_size=32"
             " keeps more detail",
         ),
-        ({"96x80": 4}, (48, 40), "all 96x80; brought to 48x40; data.image_size=80 keeps more detail"),
+        ({"96x80": 4}, (48, 40), "all 96x80; resized to 48x40; data.image_size=80 keeps more detail"),
     ],
 )
 def test_sizes_in_words(sizes: dict[str, int], shape: tuple[int, int], line: str) -> None:

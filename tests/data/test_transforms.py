@@ -126,7 +126,7 @@ def test_huge_images_are_refused_before_they_are_decoded(monkeypatch: pytest.Mon
     with pytest.raises(BrokenError, match="pixels"):
         decode(encoded(noise(31, 30, 3)), 8, 3)
     narrow = encoded(noise(1, 40, 3))  # 24 x 960 pixels on the way
-    with pytest.raises(BrokenError, match="960x24 pixels, more than the 900 that Pillow takes for safe"):
+    with pytest.raises(BrokenError, match="960x24 pixels, more than the 900 that Pillow considers safe"):
         decode(narrow, 24, 3)
 
 

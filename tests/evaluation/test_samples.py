@@ -84,7 +84,7 @@ def test_a_full_disk_is_found_before_anything_is_drawn(tmp_path: Path, monkeypat
     place, pen = samples(tmp_path), Pen()
     with pytest.raises(UserError) as caught:
         place.fill(pen)
-    assert str(caught.value) == f"{place.folder}: needs 4,600 bytes where 1,000 are free; make room"
+    assert str(caught.value) == f"{place.folder}: needs 4,600 bytes, but only 1,000 are free; make room"
     assert pen.asked == []
 
 

@@ -57,8 +57,8 @@ time.sleep(0 if what == "well" else 600)
     ("what", "code", "told"),
     [
         ("well", 0, ""),
-        ("code", 7, "rank 1 says why\nerror: rank 1 of 3 ended with exit code 7; the other ranks were stopped\n"),
-        ("kill", 137, "error: rank 1 of 3 was ended by SIGKILL; the other ranks were stopped\n"),
+        ("code", 7, "rank 1 says why\nerror: rank 1 of 3 exited with code 7; the other ranks were stopped\n"),
+        ("kill", 137, "error: rank 1 of 3 was killed by SIGKILL; the other ranks were stopped\n"),
     ],
 )
 def test_a_rank_that_falls_ends_the_others(what: str, code: int, told: str, capfd: pytest.CaptureFixture[str]) -> None:

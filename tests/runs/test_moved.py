@@ -86,7 +86,7 @@ def test_labels_that_turned_round_are_noticed(
     before = (run / "config.yaml").read_text()
     capsys.readouterr()
     assert main(["evaluate", str(run)] if verb == "evaluate" else ["train", *words]) == 2
-    assert "data: the run began with other training data" in capsys.readouterr().err
+    assert "data: the run was started with other training data" in capsys.readouterr().err
     assert (run / "config.yaml").read_text() == before and list(run.glob("ema-*.safetensors"))
 
 

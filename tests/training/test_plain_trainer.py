@@ -211,7 +211,9 @@ def test_floats_beyond_1_are_not_clipped() -> None:
 
 
 def test_floats_in_0_to_1_are_told_apart() -> None:
-    with pytest.warns(UserWarning, match=r"images lie in 0\.\.1: give uint8, or float in -1\.\.1, as 2 \* x - 1 makes"):
+    with pytest.warns(
+        UserWarning, match=r"images lie in 0\.\.1: give uint8, or float in -1\.\.1 \(2 \* x - 1 converts"
+    ):
         trainer(max_steps=1).fit(module(), one(IMAGES / 255))
     with pytest.raises(ValueError, match=r"images lie in 0\.\.1: give uint8"):
         ImageDataModule(TensorDataset(IMAGES / 255))
@@ -645,7 +647,7 @@ def test_latents_of_any_data_set() -> None:
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     index = data.train_dataloader().dataset.index(0, 8)  # type: ignore[attr-defined]
     assert torch.equal(batch["x0"], latents[index]) and torch.equal(batch["label"], LABELS[index])
-    with pytest.raises(ValueError, match="flip: these latents hold no mirrored ones"):
+    with pytest.raises(ValueError, match="flip: these latents have no mirrored ones"):
         LatentDataModule(TensorDataset(latents), flip=True)
 
 
