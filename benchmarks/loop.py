@@ -17,9 +17,9 @@ from benchmarks.networks import Subject, Variant, run_config
 from benchmarks.timing import spread, synchronize
 from diffbench.config.kinds import RunConfig
 from diffbench.core import rng
+from diffbench.data.datamodule import ImageDataModule, LatentDataModule
 from diffbench.data.latents import LatentSet
 from diffbench.data.sets import ImageSet
-from diffbench.runs import build
 from diffbench.training.trainer import fit
 
 PAIRS = 5
@@ -62,7 +62,8 @@ def compare(config: RunConfig, device: torch.device, steps: int, until: float) -
     turns = Alternating(twin, steps, until)
     quiet = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, contextlib.suppress(Enough):
-        module = build.data_module(config, data, data)
+        kind = LatentDataModule if isinstance(data, LatentSet) else ImageDataModule
+        module = kind(data, batch_size=batch, data_on_device=trainer.data_on_device, endless=True)
         fit(trained.module, module, Path(folder), replace(config, trainer=trainer), [turns])
     return turns.row(batch)
 

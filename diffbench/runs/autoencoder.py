@@ -1,4 +1,4 @@
-"""One run of an autoencoder: its parts, its training, and the folder in diffusers' format that it ends with."""
+"""An autoencoder's run: its training, its scores, and the folder in diffusers' format that it leaves."""
 
 import contextlib
 import dataclasses
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 VALIDATED = 1000
-"""Held-out images that are restored in training; evaluation takes `evaluate.count`."""
+"""Number of held-out images reconstructed during training; evaluation uses `evaluate.count`."""
 
 
 class AutoencoderRun(Run[AutoencoderConfig]):
-    """An autoencoder's run."""
+    """The run of an autoencoder."""
 
     kind = "autoencoder"
 
@@ -86,7 +86,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
         return [Reconstructions(data, t.validate_images), ReconstructionGrid(data, t.sample_images)]
 
     def finish(self) -> None:
-        """Writes the averaged network with its scale into `<folder>/autoencoder`."""
+        """Write the averaged network with its latent scale to `<folder>/autoencoder`."""
         self.use_average()
         place, notes = self.folder / INSIDE, {"images": str(self.images_seen), "ema": str(self.ema)}
         if io.read_notes(place).items() >= notes.items():
@@ -95,32 +95,32 @@ class AutoencoderRun(Run[AutoencoderConfig]):
         assert isinstance(net, KLAutoencoder)
         if self.config.loss.kl_weight == 0:
             without_spread_(net)
-        print(f"{self.folder}: finding the scale of the latents of {len(self.train_set):,} images", flush=True)
+        print(f"{self.folder}: measuring the scale of the latents of {len(self.train_set):,} images", flush=True)
         centre, deviation = spread(net, self.train_set.images)
         net.config = dataclasses.replace(net.config, scaling_factor=1 / deviation, shift_factor=centre)
         io.save(net, place, notes)
 
     def side_by_side(self, n: int) -> Tensor:
-        """Rows of the first n held-out images, each followed by the row of their reconstructions."""
+        """Return rows of the first n held-out images, each followed by a row of their reconstructions."""
         return side_by_side(self.trained, self.held_out.images[:n])
 
     @property
     def trained(self) -> KLAutoencoder:
-        """The network with its scale, as `autoencoder: RUN` takes it; UserError if it is not trained to the end."""
+        """The network with its latent scale, as used by `autoencoder: RUN`; UserError if training is not complete."""
         try:
             return io.load(self.folder / INSIDE)
         except ValueError as e:
             raise UserError(str(e)) from None
 
     def score(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
-        """Score the finished network, averaged, on `evaluate.count` held-out images, or as many as there are.
+        """Score the averaged network of a complete run on `evaluate.count` held-out images, or all if there are fewer.
 
         Args:
             overrides: key=value for the section `evaluate`.
 
         Returns:
-            The record, already appended to the run's results.jsonl: PSNR and SSIM, the Fréchet distance of the
-            reconstructions from the same images, and how many the extractor still recognises.
+            The record, already appended to the run's results.jsonl: PSNR and SSIM, the Fréchet distance between
+            reconstructions and images, and the share of reconstructions that the extractor classifies correctly.
         """
         changes = parse_overrides(overrides)
         refuse_others(changes, "evaluate.KEY", said="not for evaluate")
@@ -144,17 +144,17 @@ class AutoencoderRun(Run[AutoencoderConfig]):
             f"kl_nats@{n}": float(divergence.double().mean()),
         }
         if extractor is not None:
-            found, real = ([extractor(part) for part in a.split(reference.BATCH)] for a in (restored, images))
-            pooled = [torch.cat([part.pooled.cpu() for part in parts]) for parts in (found, real)]
+            fake, real = ([extractor(part) for part in a.split(reference.BATCH)] for a in (restored, images))
+            pooled = [torch.cat([part.pooled.cpu() for part in parts]) for parts in (fake, real)]
             record[metric_name("reconstruction_fd", extractor, n)] = frechet_distance(*pooled)
             if extractor.predicts_labels:
-                classes = torch.cat([part.logits.argmax(1).cpu() for part in found if part.logits is not None])
+                classes = torch.cat([part.logits.argmax(1).cpu() for part in fake if part.logits is not None])
                 record[metric_name("label_accuracy", extractor, n)] = float((classes == labels).double().mean())
         self.add_result(record)
         return record
 
     def _extractor(self, config: AutoencoderConfig, device: torch.device) -> Extractor | None:
-        """Make the extractor, or print why not and return None: PSNR and SSIM need none."""
+        """Make the extractor; if that fails, print why and return None, since PSNR and SSIM need none."""
         try:
             return reference.run_extractor(config, self.train_set, device)
         except ValueError as e:
@@ -164,7 +164,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
 
 @contextlib.contextmanager
 def _perceptual() -> Iterator[None]:
-    """Name the key of the loss in an extractor's errors."""
+    """Context manager in which an extractor's errors name the key of the loss."""
     try:
         yield
     except ValueError as e:

@@ -1,4 +1,4 @@
-"""A run on disk, of any kind: its config, its logs and scores, its network, and how its training begins and ends."""
+"""A run on disk, of any kind: its config, logs, scores and network, and how its training starts and ends."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from diffbench.evaluation.curves import NAME as CURVES
 from diffbench.evaluation.curves import Band, read_curves
 from diffbench.metrics import Extractor
 from diffbench.runs import weights
-from diffbench.runs.build import data_module, device_of, load_data
+from diffbench.runs.build import device_of, load_data
 from diffbench.runs.checks import check_machine
 from diffbench.runs.folder import SAVED, read_values
 from diffbench.training.speed import keep_memory, use_threads
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from diffbench.training.module import TrainingModule
 
 DATA_FACTS = "data.json"
-"""The facts of the run's training data, in its folder."""
+"""File in the run folder with the facts about its training data."""
 HPARAMS = ("denoiser.name", "process.name", "sample.sampler", "optimizer.lr", "trainer.batch_size", "seed")
 NO_SIZE = {"seed", "seeds", "tag", "runs_dir", "debug", *LAST}
-"""Keys that leave the network's size as it is."""
+"""Keys that do not affect the size of the network."""
 
 C = TypeVar("C", bound=BaseConfig)
 R = TypeVar("R", bound="Run[Any]")
@@ -46,20 +46,20 @@ _costs: dict[str, Cost] = {}
 
 
 class Run(ABC, Generic[C]):
-    """A run folder. To look at it builds no network and reads no images: each comes when it is first asked for.
+    """A run folder. Opening it builds no network and reads no images: each is loaded when first used.
 
-    A kind says how its network is built, what trains it, and what is measured meanwhile.
+    Subclasses, one for each kind, define how the network is built, which module trains it, and what is measured.
 
     Args:
-        folder: where it lies.
-        config: its resolved config; by default the folder's.
-        values: the same as plain values, where they have been read already.
+        folder: the run folder.
+        config: resolved config; by default the folder's.
+        values: the same config as plain values, if already read.
 
     Attributes:
-        ema: decay of the average that `network` holds after `use_average`, and by which records are chosen.
+        ema: decay of the average that `network` holds after `use_average`; also selects records.
         snapshot: "last", or "best" after `use_best`.
-        at_once: batches of samples, or halves of a training batch, that may be computed at a time; more than one only
-            after `use_threads`.
+        at_once: number of sample batches, or of halves of a training batch, to compute concurrently; 1 until
+            `use_threads` is called.
     """
 
     kind: ClassVar[str]
@@ -74,11 +74,11 @@ class Run(ABC, Generic[C]):
         self.snapshot = "last"
         self.at_once = 1
 
-    # What the folder says.
+    # Contents of the folder.
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """The resolved config as plain values; the folder's are not checked again."""
+        """The resolved config as plain values; not validated again when read from the folder."""
         return to_dict(self.config) if "config" in vars(self) else read_values(self.folder)
 
     @cached_property
@@ -103,7 +103,7 @@ class Run(ABC, Generic[C]):
         vars(self).pop("results", None)
 
     def surroundings(self, extractor: Extractor | None) -> dict[str, Any]:
-        """Entries of a record about machine and code, the extractor, and the run's weights and data."""
+        """Entries of a record: machine, code version, extractor, weights and data."""
         return {
             **records.surroundings(extractor, extractor.device if extractor else torch.device("cpu")),
             "threads": max(torch.get_num_threads(), self.at_once if self.divides else 1),
@@ -115,24 +115,24 @@ class Run(ABC, Generic[C]):
 
     @cached_property
     def timeline(self) -> list[tuple[int, float]]:
-        """(images, seconds of training until then) of each line that says how fast training was."""
-        # The series holds images and images/s of each interval: their quotients sum to the seconds of training.
-        found, total, before = [], 0.0, 0
+        """(images, seconds of training so far) at each logged training rate."""
+        # Each log line has the rate of its interval, so images / rate sums to the seconds of training.
+        points, total, before = [], 0.0, 0
         for m in self.metrics:
             if "perf/images_per_s" in m:
                 total += (m["images"] - before) / max(1e-9, m["perf/images_per_s"])
                 before = m["images"]
-                found.append((before, total))
-        return found
+                points.append((before, total))
+        return points
 
     @property
     def seconds(self) -> float:
-        """Seconds of training; 0 where nothing was logged."""
+        """Seconds of training; 0 if nothing was logged."""
         return self.timeline[-1][1] if self.timeline else 0.0
 
     @cached_property
     def bands(self) -> dict[str, Band]:
-        """The reference curves that the run is held against, by metric; none where its experiment has none."""
+        """Reference curves to compare the run with, by metric; empty if its experiment has none."""
         return read_curves(self.folder / CURVES)
 
     def last(self, name: str) -> float | None:
@@ -140,7 +140,7 @@ class Run(ABC, Generic[C]):
 
     @cached_property
     def images_seen(self) -> int:
-        """Images that the weights have seen: of those that were loaded, else of the folder's newest."""
+        """Number of training images seen by the loaded weights, or by the newest in the folder if none are loaded."""
         return weights.images_seen(self.folder, self.ema, int(self.values["trainer"]["batch_size"]))
 
     @property
@@ -150,7 +150,7 @@ class Run(ABC, Generic[C]):
 
     @property
     def complete(self) -> bool:
-        """True if all averages are exported from the end of training; imported weights are complete too."""
+        """True if all averages were exported at the end of training, or the weights were imported."""
         trainer = self.values["trainer"]
         batch_size = int(trainer["batch_size"])
         images = -(-int(trainer["max_images"]) // batch_size) * batch_size
@@ -159,29 +159,29 @@ class Run(ABC, Generic[C]):
 
     @property
     def cost(self) -> Cost:
-        """Parameters and multiply-accumulates of the network, counted once for all runs with such a network."""
+        """Parameters and multiply-accumulates of the network, cached across runs with the same network."""
         sizes = {key: value for key, value in self.values.items() if key not in NO_SIZE}
         signature = json.dumps([sizes, self.values["trainer"].get("label_dropout")], sort_keys=True)
         if signature not in _costs:
             _costs[signature] = self.count()
         return _costs[signature]
 
-    # Its data.
+    # Data.
 
     @cached_property
     def facts(self) -> DataFacts:
-        """Shape, classes and fingerprint of the training images, from the folder, so that a run works without them."""
+        """Shape, classes and fingerprint of the training images, stored so that a run works without the images."""
         path = self.folder / DATA_FACTS
         return DataFacts.read(path) if path.is_file() else DataFacts.of(self.train_set)
 
     @property
     def train_set(self) -> ImageSet:
-        """The training part of the data set; UserError if it is not what the run was trained on."""
+        """The training images; UserError if they are not those that the run was trained on."""
         return self._parts[0]
 
     @property
     def held_out(self) -> ImageSet:
-        """The other part."""
+        """The held-out images."""
         return self._parts[1]
 
     @cached_property
@@ -192,11 +192,11 @@ class Run(ABC, Generic[C]):
             raise other_data(changed)
         return train_set, held_out
 
-    # The network.
+    # Network.
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network, initialised from the run's seed of `init` until weights are loaded."""
+        """The network, initialised from the run's `init` seed until weights are loaded."""
         keep_memory()
         with self.located():
             torch.manual_seed(self.config.seed_of("init"))
@@ -208,7 +208,7 @@ class Run(ABC, Generic[C]):
         return network
 
     def use_threads(self) -> None:
-        """Sets `at_once` and the CPU threads of this process for work on this network, as `trainer.threads` says."""
+        """Set `at_once` and this process's CPU threads for work on this network, following `trainer.threads`."""
         trainer = self.config.trainer
         parts = trainer.processes * trainer.accumulate_grad_batches
         on_cpu = device_of(trainer.accelerator).type == "cpu"
@@ -216,17 +216,17 @@ class Run(ABC, Generic[C]):
         self.at_once = use_threads(trainer.threads, macs, self.divides)
 
     def use_device(self) -> None:
-        """Moves the network to the config's device, to be used there with the threads of `use_threads`."""
+        """Move the network to the config's device and set the threads to use there."""
         self.use_threads()
         self.network.to(device_of(self.config.trainer.accelerator))
 
     @property
     def divides(self) -> bool:
-        """Whether halves of a training batch may be computed at a time."""
+        """Whether the halves of a training batch may be computed concurrently."""
         return False
 
     def located(self) -> Any:
-        """A context that adds the folder's config to a ValueError that names a key."""
+        """Context manager that adds the folder's config.yaml to a ValueError that names a key."""
         return located([(str(self.folder / SAVED), self.values)])
 
     @abstractmethod
@@ -235,22 +235,21 @@ class Run(ABC, Generic[C]):
 
     @abstractmethod
     def count(self) -> Cost:
-        """Parameters and multiply-accumulates of a network that is not built in memory."""
+        """Count parameters and multiply-accumulates without allocating the network."""
 
     def use_average(self, decay: float | None = None) -> Self:
-        """Loads an average, by default the first decay's; UserError if the run has none, or that of another network."""
+        """Load an average, by default the first decay's; UserError if it is missing or does not fit the network."""
         decay = self.config.ema.decays[0] if decay is None else decay
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=gpus):  # building a network seeds the caller's generators
             averaged, images = weights.read(self.folder, self.config, self.network, decay)
-        wrong = weights.mismatch(self.network.state_dict(), averaged)
-        if wrong:
-            raise UserError(f"{self.folder}: holds the weights of another network than its config.yaml says: {wrong}")
+        if wrong := weights.mismatch(self.network.state_dict(), averaged):
+            raise UserError(f"{self.folder}: the weights do not fit the network in its config.yaml: {wrong}")
         self._load(averaged, images, decay, "last")
         return self
 
     def use_best(self) -> None:
-        """Loads the averaged weights of the least distance in training; UserError if the run keeps none."""
+        """Load the averaged weights with the lowest distance in training; UserError if the run did not keep them."""
         best, images, decay = weights.read_best(self.folder)
         self._load(best, images, decay, "best")
 
@@ -263,50 +262,63 @@ class Run(ABC, Generic[C]):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Raise ValueError, naming the key, for what would fail only once a run is under way; writes nothing."""
+        """Find errors that would otherwise appear only during training; a ValueError names the key. Writes nothing."""
         check_machine(config.trainer)
 
     @classmethod
     def start(cls, config: Any) -> dict[str, Tensor] | None:
-        """The weights that training starts from, or None for fresh ones."""
+        """Return the weights to start training from, or None for a new initialisation."""
         return None
 
     @abstractmethod
     def module(self) -> "TrainingModule":
-        """The LightningModule that trains the network."""
+        """Return the LightningModule that trains the network."""
 
     @property
     def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
-        """The data of training and validation."""
+        """Training and validation data."""
         return self._parts
 
     def data_module(self) -> "PositionDataModule":
-        return data_module(self.config, *self.sets)
+        """Return the data module of the images or latents in `sets`."""
+        from diffbench.data.datamodule import ImageDataModule, LatentDataModule
+
+        (train, held_out), c = self.sets, self.config
+        return (LatentDataModule if isinstance(train, LatentSet) else ImageDataModule)(
+            train.first(c.trainer.batch_size) if c.debug == "overfit" else train,
+            held_out,
+            c.trainer.batch_size,
+            c.seed_of("data"),
+            num_workers=c.data.num_workers,
+            flip=getattr(c.data, "flip", False),
+            data_on_device=c.trainer.data_on_device,
+            endless=True,
+        )
 
     @abstractmethod
     def callbacks(self) -> "list[Any]":
-        """The callbacks that measure and draw in training."""
+        """Return the callbacks that measure and draw samples during training."""
 
     def prepare(self) -> None:
-        """Writes what the run needs besides its config, before training; the first process calls it."""
-        train_set, path = self.train_set, self.folder / DATA_FACTS  # images that differ are refused
+        """Write what the run needs besides its config, before training; called by the first process only."""
+        train_set, path = self.train_set, self.folder / DATA_FACTS  # train_set raises if the images changed
         if not path.is_file():
             DataFacts.of(train_set).write(path)
 
     def finish(self) -> None:
-        """Writes what training ends with besides the averages; the first process calls it."""
+        """Write what training leaves besides the averages; called by the first process only."""
 
     def hparams(self) -> dict[str, str | float]:
-        """The few facts by which TensorBoard's hparams tab sorts runs."""
+        """Return the values shown for this run in TensorBoard's hparams tab."""
         chosen = {key: self.flat[key] for key in HPARAMS if key in self.flat}
         return {**chosen, "parameters": self.cost.parameters, "GMACs": self.cost.gmacs}
 
 
 def open_run(folder: str | Path, kinds: Sequence[type[R]]) -> R:
-    """The run of a folder, of one of these kinds, its network not built yet; UserError if it holds no such run."""
+    """Open the run in a folder, without building its network; UserError if it is not a run of one of these kinds."""
     values = read_values(Path(folder))
     for kind in kinds:
         if kind.kind == values["kind"]:
             return kind(folder, values=values)
-    choices = " or a ".join(kind.kind for kind in kinds)
-    raise UserError(f"{folder}: a run of kind {values['kind']}; choose a {choices}'s")
+    choices = " or ".join(kind.kind for kind in kinds)
+    raise UserError(f"{folder}: this is a run of kind {values['kind']}; choose one of kind {choices}")

@@ -1,7 +1,7 @@
-"""Builds what a config describes: data, process, network, and the autoencoder between images and latents."""
+"""Build what a config describes: data, process, network, and the latents of an autoencoder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,37 +23,37 @@ from diffbench.denoisers.base import Denoiser
 from diffbench.denoisers.flops import Cost
 from diffbench.diffusion import PROCESSES, Process
 
-if TYPE_CHECKING:
-    from diffbench.data.datamodule import PositionDataModule
-
 INSIDE = "autoencoder"
-"""Name of a run's autoencoder in its folder, in diffusers' format: trained by the run, or copied into it."""
+"""Folder inside a run folder with its autoencoder in diffusers' format: trained by the run, or copied into it."""
 
 
 Shaped = ImageSet | DataFacts
-"""A data set, or the facts that a run folder keeps of one: what a network must know of its images."""
+"""A data set, or the stored facts about one: enough to build a network for its images."""
 
 
 def load_data(config: BaseConfig) -> tuple[ImageSet, ImageSet]:
-    """Loads the training and held-out parts of the config's data set, with the classes that it plants."""
+    """Load the training and held-out parts of the config's data set, with its planted classes."""
     train, held_out = SOURCES[config.data.name].load(config.data)
     planted = getattr(config.data, "planted", {})
     return plant(train, planted), plant(held_out, planted)
 
 
 def null_label(config: RunConfig, data: Shaped) -> int | None:
-    """The label that means "no class", or None where labels are never dropped, or there are none."""
+    """Return the label that means "no class", or None if labels are never dropped or there are none."""
     return data.num_classes if config.trainer.label_dropout and data.num_classes else None
 
 
 def build_process(config: Any) -> Process:
-    """The process of a section `process`."""
-    with torch.device("cpu"):  # its tables need values, also where a network is to have none
+    """Build the process of a `process` section."""
+    with torch.device("cpu"):  # its tables need values, even inside torch.device("meta")
         return PROCESSES[config.name].build(config)
 
 
 def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Denoiser:
-    """The config's network for images like those of `data`, or for their latents; `shape` where that is known."""
+    """Build the config's network for images like those of `data`, or for their latents.
+
+    `shape` is that of what is denoised, if already known.
+    """
     shape = shape or denoised_shape(config, data)
     process = build_process(config.process)
     return build(
@@ -69,16 +69,16 @@ def build_denoiser(config: RunConfig, data: Shaped, shape: tuple[int, int, int] 
 
 
 def image_size(shape: tuple[int, int, int]) -> int | tuple[int, int]:
-    """The image size that a network is built for: the side of a square (C, H, W), else height and width."""
+    """Return the image size of a shape (C, H, W): one number if square, else (height, width)."""
     return shape[1] if shape[1] == shape[2] else shape[1:]
 
 
 _COSTS: dict[str, Cost] = {}
-"""The networks counted so far: a study asks for the same networks under many objectives."""
+"""Cache of counted networks: a study counts the same networks under many objectives."""
 
 
 def cost_of(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None = None) -> Cost:
-    """Parameters and multiply-accumulates of the config's network."""
+    """Count the parameters and multiply-accumulates of the config's network."""
     shape = shape or denoised_shape(config, data)
     null = null_label(config, data)
     key = repr((config.denoiser, shape, data.num_classes, null, build_process(config.process).learn_sigma))
@@ -89,26 +89,8 @@ def cost_of(config: RunConfig, data: Shaped, shape: tuple[int, int, int] | None 
     return _COSTS[key]
 
 
-def data_module(
-    config: BaseConfig, train_set: ImageSet | LatentSet, held_out: ImageSet | LatentSet
-) -> "PositionDataModule":
-    """The batches of a run, of images or of latents as the two sets are."""
-    from diffbench.data.datamodule import ImageDataModule, LatentDataModule
-
-    return (LatentDataModule if isinstance(train_set, LatentSet) else ImageDataModule)(
-        train_set.first(config.trainer.batch_size) if config.debug == "overfit" else train_set,
-        held_out,
-        config.trainer.batch_size,
-        config.seed_of("data"),
-        num_workers=config.data.num_workers,
-        flip=getattr(config.data, "flip", False),
-        data_on_device=config.trainer.data_on_device,
-        endless=True,
-    )
-
-
 def device_of(accelerator: str) -> torch.device:
-    """The device for networks outside of training: a GPU where there is one, unless the config names another."""
+    """Return the device for networks outside of training: a GPU if there is one, unless the config names another."""
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", distributed.local_rank()) if distributed.place()[1] > 1 else torch.device("cuda")
@@ -118,12 +100,12 @@ def device_of(accelerator: str) -> torch.device:
 
 
 def denoised_shape(config: RunConfig, data: Shaped) -> tuple[int, int, int]:
-    """(C, H, W) of what the config's denoiser works on: images like those of `data`, or their latents.
+    """Return the shape (C, H, W) of what the config's denoiser works on: images like those of `data`, or their latents.
 
     Raises:
-        ValueError: if there is no such autoencoder, or it does not take these images; begins with the key.
+        ValueError: if the autoencoder does not exist or does not take these images; begins with the key.
     """
-    if config.autoencoder is None or config.data.name == "none":  # which has the shape of what is denoised
+    if config.autoencoder is None or config.data.name == "none":  # the shape of "none" is that of the latents
         return data.shape
     with located(key="autoencoder"):
         if is_experiment(config.autoencoder):
@@ -135,37 +117,37 @@ def denoised_shape(config: RunConfig, data: Shaped) -> tuple[int, int, int]:
 
 
 def is_experiment(source: str | None) -> bool:
-    """True if `autoencoder` names the YAML of an autoencoder, which is trained if its run is missing."""
+    """True if `autoencoder` is the YAML of an experiment, which is trained first if its run is missing."""
     return source is not None and source.endswith((".yaml", ".yml"))
 
 
 def autoencoder_experiment(config: RunConfig) -> tuple[AutoencoderConfig, list[str]]:
-    """The config of the experiment that `autoencoder` names, and the overrides that it shares with this one."""
+    """Return the config of the autoencoder's experiment, and the overrides that it inherits from this config."""
     source, path = str(config.autoencoder), getattr(config.data, "path", None)
     overrides = [f"runs_dir={config.runs_dir}", *(["debug=smoke"] if config.debug == "smoke" else [])]
-    found = load(source, overrides)
-    if path is not None and found.data.name == config.data.name:  # one place of the images serves both
+    own = load(source, overrides)
+    if path is not None and own.data.name == config.data.name:  # both read the same images
         overrides.append(f"data.path={path}")
-        found = load(source, overrides)
-    if not isinstance(found, AutoencoderConfig):
-        raise ValueError(f"{source}: its kind is {found.kind}; choose a YAML of kind autoencoder")
-    return found, overrides
+        own = load(source, overrides)
+    if not isinstance(own, AutoencoderConfig):
+        raise ValueError(f"{source}: its kind is {own.kind}; choose a YAML of kind autoencoder")
+    return own, overrides
 
 
 def autoencoder_place(source: str | Path) -> str | Path:
-    """The folder of a run's autoencoder, ValueError if it has none; other sources as they are."""
+    """Return the autoencoder folder inside a run folder (ValueError if it has none); any other source unchanged."""
     folder = Path(source)
     if (folder / INSIDE / io.CONFIG).is_file():
         return folder / INSIDE
     if (folder / "config.yaml").is_file():
-        raise ValueError(f"{source}: this run holds no trained autoencoder; choose a finished run of kind autoencoder")
+        raise ValueError(f"{source}: this run has no trained autoencoder; choose a finished run of kind autoencoder")
     return source
 
 
 def encoded(
     config: RunConfig, data: ImageSet, autoencoder: KLAutoencoder, device: torch.device, flip: bool = False
 ) -> LatentSet:
-    """The latents of a data set: from the cache, or encoded into it on a device; the ranks of a job encode shares."""
+    """Return the latents of a data set, encoding those that are not cached; each rank encodes its share."""
     mirrored = "-flipped" if flip else ""
     name = f"{data.name}-{data.fingerprint()}-{autoencoder.fingerprint}-{config.latent_dtype}{mirrored}"
     folder = cache_folder() / "latents" / name

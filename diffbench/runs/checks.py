@@ -1,4 +1,4 @@
-"""Checks of a config against this machine and its data, in seconds and before anything is written."""
+"""Checks of a config against this machine and its data; quick, and made before anything is written."""
 
 import contextlib
 import importlib.util
@@ -25,14 +25,14 @@ from diffbench.training.speed import missing_compiler
 
 
 def check(config: RunConfig) -> None:
-    """Raise ValueError, naming the key, for what would otherwise fail only once a run is under way."""
-    with possible("denoiser"):  # before images are decoded, which may take hours
+    """Find errors that would otherwise appear only during training; a ValueError names the key."""
+    with possible("denoiser"):  # checked before images are decoded, which may take hours
         cost_of(config, undecoded(config))
     if config.evaluate.extractor is not None:
         check_named_extractor(config.evaluate.extractor, config.evaluate.weights, config.data.shape)
     train_set, _ = load_data(config)
     if not len(train_set):
-        raise ValueError(f"data.name: {config.data.name} holds no images to train on; choose another")
+        raise ValueError(f"data.name: {config.data.name} has no images to train on; choose another")
     if not train_set.num_classes and config.sample.guidance != 1 and config.sample.weak_model is None:
         raise ValueError(
             f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
@@ -44,8 +44,8 @@ def check(config: RunConfig) -> None:
     check_own_extractor(config.evaluate.extractor, config.evaluate.weights, train_set)
     if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
         raise ValueError(
-            f"trainer.augment: denoiser.name={config.denoiser.name} takes no augmentation label, so that the"
-            f" changes would leak into samples; allowed: 0, or a network with denoiser.augment_dim={AUGMENT_WIDTH}"
+            f"trainer.augment: denoiser.name={config.denoiser.name} takes no augmentation label, so augmentations"
+            f" would leak into samples; allowed: 0, or a network with denoiser.augment_dim={AUGMENT_WIDTH}"
         )
     try:
         check_evaluation(config, train_set)
@@ -54,33 +54,33 @@ def check(config: RunConfig) -> None:
 
 
 def check_machine(trainer: TrainerConfig) -> None:
-    """Raise an error unless devices, loggers and compiler are as `trainer` asks, and the cache can be written."""
+    """Raise an error unless this machine has the devices, loggers and compiler of `trainer`, and a writable cache."""
     if "wandb" in trainer.logger and importlib.util.find_spec("wandb") is None:
         raise ValueError("trainer.logger: wandb is not installed; `pip install wandb`, or leave it at [tensorboard]")
     check_device(trainer)
-    how, compiler = getattr(trainer, "compile", "none"), missing_compiler()
-    if how in ("block", "model") and compiler is not None:
+    mode, compiler = getattr(trainer, "compile", "none"), missing_compiler()
+    if mode in ("block", "model") and compiler is not None:
         raise ValueError(
-            f"trainer.compile: {how} needs a C++ compiler, and there is no {compiler}; allowed: auto, none"
+            f"trainer.compile: {mode} needs a C++ compiler, and there is no {compiler}; allowed: auto, none"
         )
-    folder = cache_folder()  # which scoring needs after hours of training
+    folder = cache_folder()  # checked now because scoring needs it, after hours of training
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
         raise UserError(
-            f"{folder}: the cache cannot be written ({e.strerror}); set DIFFBENCH_CACHE to a folder that can"
+            f"{folder}: the cache is not writable ({e.strerror}); set DIFFBENCH_CACHE to a writable folder"
         ) from None
 
 
 def undecoded(config: BaseConfig) -> ImageSet:
-    """An empty set of the data set's shape."""
+    """Return an empty set with the data set's shape, without decoding its images."""
     return ImageSet(torch.empty(0, *config.data.shape, dtype=torch.uint8), torch.empty(0), 2)
 
 
 def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int, int]) -> None:
-    """Check all of an extractor that does not depend on the images: its name, its packages, its file of weights."""
+    """Check what does not depend on the images: an extractor's name, packages and file of weights."""
 
     def unread() -> Any:
         raise AssertionError("a check reads no images")
@@ -89,15 +89,15 @@ def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int,
 
 
 def check_own_extractor(name: str | None, weights: str | None, train_set: ImageSet) -> None:
-    """Raise ValueError unless an extractor of one's own can be made, and fits the images; others are not made."""
+    """Raise ValueError if a user's extractor (module:function) cannot be made or does not fit the images."""
     if name is not None and ":" in name:
         make_extractor(name, weights, train_set)
 
 
 def check_output(config: RunConfig, data: ImageSet) -> None:
-    """Raise ValueError unless the config's network puts out what it denoises, twice over for a learned variance.
+    """Raise ValueError unless the network's output has its input's shape, with a learned variance twice the channels.
 
-    A network from outside is run with two images on the device on which it will train.
+    A network from outside is run on two images, on its training device.
     """
     channels, height, width = denoised_shape(config, data)
     process, device = build_process(config.process), device_of(config.trainer.accelerator)
@@ -110,37 +110,32 @@ def check_output(config: RunConfig, data: ImageSet) -> None:
 
 
 class Unscored(ValueError):
-    """A reason why samples cannot be scored, while training can go on."""
+    """Reason why samples cannot be scored; training is possible all the same."""
 
 
 def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
-    """Raise ValueError unless the extractor is available, and there are as many real images as samples."""
+    """Raise ValueError unless the extractor is available and there are as many real images as samples."""
     if not len(train_set):
         raise ValueError(
-            f"data.name: {config.data.name} holds no images to compare samples with; name the set that has them"
+            f"data.name: {config.data.name} has no images to compare samples with; choose the data set that has them"
         )
-    e, found = config.evaluate, len(train_set)
+    e, available = config.evaluate, len(train_set)
     try:
         check_extractor(suited_extractor(config), extractor_request(train_set, e.weights))
     except ValueError as error:
         if e.extractor is not None or e.weights is not None or e.every_images is not None:
             raise
         raise Unscored(str(error)) from None
-    if e.every_images and found < e.every_count:
-        raise ValueError(
-            f"evaluate.every_count: must be at most {found}, as many training images as data.name={config.data.name}"
-            f" has, got {e.every_count}"
-        )
-    if found < e.count and e.reference == "same":
-        raise Unscored(
-            f"evaluate.count: must be at most {found}, as many training images as data.name={config.data.name} has, got"
-            f" {e.count}; or compare with all of them: evaluate.reference=all"
-        )
+    limit = f"must be at most {available}, the number of training images of data.name={config.data.name}"
+    if e.every_images and available < e.every_count:
+        raise ValueError(f"evaluate.every_count: {limit}, got {e.every_count}")
+    if available < e.count and e.reference == "same":
+        raise Unscored(f"evaluate.count: {limit}, got {e.count}; or compare with all of them: evaluate.reference=all")
 
 
 @contextlib.contextmanager
 def possible(section: str) -> Iterator[None]:
-    """Make whatever a network of impossible sizes raises a ValueError that begins with its section."""
+    """Context manager that turns errors of impossible network sizes into a ValueError that begins with the section."""
     with located(key=section):
         try:
             yield
@@ -149,21 +144,17 @@ def possible(section: str) -> Iterator[None]:
 
 
 def check_device(trainer: TrainerConfig) -> None:
-    """Raises ValueError, naming the key, where the machine or who started us lacks what `trainer` asks for."""
+    """Raise ValueError, naming the key, if the machine or the launcher lacks the devices that `trainer` asks for."""
     accelerator, (_, world) = trainer.accelerator, distributed.place()
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator: this machine has no CUDA gpu; choose from auto, cpu")
-    found = torch.cuda.device_count() if device_of(accelerator).type == "cuda" else trainer.devices
-    if trainer.devices > found:
-        raise ValueError(
-            f"trainer.devices: must be at most {found}, as many as this machine has, got {trainer.devices}"
-        )
-    asked = f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}"
+    available = torch.cuda.device_count() if device_of(accelerator).type == "cuda" else trainer.devices
+    if trainer.devices > available:
+        raise ValueError(f"trainer.devices: must be at most {available}, as on this machine, got {trainer.devices}")
+    product = f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}"
     if world != 1 and world != trainer.processes:
         raise ValueError(
-            f"trainer.devices: torchrun or srun started {world} processes, and {asked} are {trainer.processes}"
+            f"trainer.devices: torchrun or srun started {world} processes, but {product} are {trainer.processes}"
         )
     if world == 1 and trainer.num_nodes > 1:
-        raise ValueError(
-            "trainer.num_nodes: processes on several machines are started by torchrun or srun; see the README"
-        )
+        raise ValueError("trainer.num_nodes: start processes on several machines with torchrun or srun; see the README")

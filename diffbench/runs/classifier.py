@@ -1,4 +1,4 @@
-"""One run of a noise-aware classifier, for `sample.classifier`."""
+"""The run of a noise-aware classifier, used by `sample.classifier` and `evaluate.judge`."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,12 +27,12 @@ class ClassifierRun(Run[ClassifierRunConfig]):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
+        """Shape (C, H, W) of the images."""
         return self.facts.shape
 
     @cached_property
     def process(self) -> Process:
-        """The process whose noise it knows."""
+        """The process under which it was trained."""
         return build.build_process(self.config.process)
 
     def build(self) -> nn.Module:
@@ -48,7 +48,7 @@ class ClassifierRun(Run[ClassifierRunConfig]):
             _cost(config, checks.undecoded(config))
         train_set, _ = build.load_data(config)
         if train_set.num_classes < 2:
-            raise ValueError(f"data.name: {config.data.name} has no classes to tell apart")
+            raise ValueError(f"data.name: {config.data.name} has no classes to distinguish")
         with checks.possible("classifier"):
             _cost(config, train_set)
 
@@ -67,7 +67,7 @@ class ClassifierRun(Run[ClassifierRunConfig]):
 
 
 def check_judge(config: RunConfig, shape: tuple[int, int, int], names: Sequence[str] | None = None) -> None:
-    """Raise ValueError unless `evaluate.judge` is a trained classifier of such images, and of the classes `names`."""
+    """Raise ValueError unless `evaluate.judge` is a trained classifier of images of this shape and these classes."""
     if config.evaluate.judge is None:
         return
     with located(key="evaluate.judge"):
@@ -77,7 +77,7 @@ def check_judge(config: RunConfig, shape: tuple[int, int, int], names: Sequence[
         if judge.shape != shape:
             raise UserError(f"{judge.folder} classifies images {judge.shape}, not {shape}")
         if names is not None and judge.facts.names != names:
-            raise UserError(f"{judge.folder} tells {some(judge.facts.names, 10)} apart, not {some(names, 10)}")
+            raise UserError(f"{judge.folder} has the classes {some(judge.facts.names, 10)}, not {some(names, 10)}")
 
 
 def _network(config: ClassifierRunConfig, data: build.Shaped) -> NoisyClassifier:

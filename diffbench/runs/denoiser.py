@@ -1,4 +1,4 @@
-"""The run of a denoiser: what trains it, and samples from it."""
+"""A denoiser's run: how it is trained, and how samples are drawn from it."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class DenoiserRun(Run[RunConfig]):
-    """A denoiser's run."""
+    """The run of a denoiser."""
 
     kind = "denoiser"
     _compiled = False
@@ -53,7 +53,7 @@ class DenoiserRun(Run[RunConfig]):
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network denoises: the data set's images, or their latents."""
+        """Shape (C, H, W) of what the network denoises: the images of the data set, or their latents."""
         own = self.folder / build.INSIDE
         if self.config.autoencoder is not None and (own / io.CONFIG).is_file():
             return io.read_config(own).latent_shape(self.facts.shape)
@@ -72,7 +72,7 @@ class DenoiserRun(Run[RunConfig]):
 
     @cached_property
     def autoencoder(self) -> KLAutoencoder | None:
-        """The autoencoder between images and latents, the folder's own copy if it has one; None in pixel space."""
+        """The autoencoder between images and latents, from the run folder if it has a copy; None in pixel space."""
         if self.config.autoencoder is None:
             return None
         own = self.folder / build.INSIDE
@@ -82,25 +82,25 @@ class DenoiserRun(Run[RunConfig]):
             raise UserError(f"autoencoder: {e}") from None
 
     def _keep_autoencoder(self) -> None:
-        """Puts a copy of the autoencoder into the folder, unless it comes from the hub; says if it changed since."""
+        """Copy the autoencoder into the run folder unless it comes from the hub; print a note if it has changed."""
         source = build.autoencoder_place(str(self.config.autoencoder))
         own = self.folder / build.INSIDE
         if not Path(source).is_dir():
             return
         if not (own / io.CONFIG).is_file():
             own.mkdir(exist_ok=True)
-            for name in (io.WEIGHTS, io.CONFIG):  # the one that marks it as complete comes last
+            for name in (io.WEIGHTS, io.CONFIG):  # the config comes last: it marks the copy as complete
                 (own / name).unlink(missing_ok=True)
                 try:
-                    os.link(os.path.realpath(Path(source, name)), own / name)  # of a hub snapshot, which holds links
-                except OSError:  # another disk
+                    os.link(os.path.realpath(Path(source, name)), own / name)  # a hub snapshot consists of symlinks
+                except OSError:  # source on another disk
                     shutil.copy2(Path(source, name), own / name)
         elif io.read_notes(own) != io.read_notes(Path(source)):
-            print(f"note: {self.config.autoencoder} has changed; the run goes on with its own copy, {own}")
+            print(f"note: {self.config.autoencoder} has changed; the run keeps using its own copy, {own}")
 
     @property
     def raw(self) -> bool:
-        """True if samples are neither images of one or three channels nor decoded to such."""
+        """True if samples are not images: not of one or three channels, and not decoded by an autoencoder."""
         return self.config.autoencoder is None and self.shape[0] not in (1, 3)
 
     @classmethod
@@ -115,22 +115,21 @@ class DenoiserRun(Run[RunConfig]):
 
     @classmethod
     def start(cls, config: RunConfig) -> dict[str, Tensor] | None:
-        """The averaged weights of `init_from`, or None; ValueError if they do not fit the config's network."""
+        """Return the averaged weights of `init_from`, or None; ValueError if they do not fit the config's network."""
         if config.init_from is None:
             return None
         with located(key="init_from"):
             other = open_run(config.init_from, [cls])
-            found, _ = weights.read(other.folder, other.config, other.network, other.ema)
+            averaged, _ = weights.read(other.folder, other.config, other.network, other.ema)
         train_set, _ = build.load_data(config)
         with torch.device("meta"):
             ours = build.build_denoiser(config, train_set)
-        wrong = weights.mismatch(ours.state_dict(), found)
-        if wrong:
-            raise ValueError(f"init_from: {config.init_from} holds another network: {wrong}")
-        return found
+        if wrong := weights.mismatch(ours.state_dict(), averaged):
+            raise ValueError(f"init_from: {config.init_from} has a different network: {wrong}")
+        return averaged
 
     def prepare(self) -> None:
-        """Writes what every kind does; a run keeps its autoencoder, and the source of a network from outside."""
+        """Also keep copies of the autoencoder and of the source of a network from outside."""
         super().prepare()
         registry.keep_source(self.config.denoiser, self.folder)
         if self.config.autoencoder is not None:
@@ -156,14 +155,16 @@ class DenoiserRun(Run[RunConfig]):
 
     @property
     def divides(self) -> bool:
-        """Whether halves of a training batch may be computed at a time: by a network of this package (others may keep a
-        state) without dropout, not compiled, and in one process."""
+        """Whether the halves of a training batch may be computed concurrently.
+
+        That takes one process and a network of this package (others may have state), without dropout, not compiled.
+        """
         c, t = self.config, self.config.trainer
         own = c.denoiser.name in registry.DENOISERS and not registry.draws(c.denoiser)
         return own and t.processes == 1 and t.strategy != "fsdp" and t.compile in ("auto", "none")
 
     def compile(self, flops: float) -> None:
-        """Compiles the network in place as `trainer.compile` says, for work of so many FLOPs on each device."""
+        """Compile the network in place, following `trainer.compile`, for work of this many FLOPs on each device."""
         t = self.config.trainer
         if not self._compiled and t.strategy != "fsdp":
             how = speed.compile_here(self.network, t.compile, flops, build.device_of(t.accelerator).type == "cuda")
@@ -172,7 +173,7 @@ class DenoiserRun(Run[RunConfig]):
 
     @cached_property
     def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
-        """The data of training and validation: images, or their latents, which are encoded if they are not yet."""
+        """Training and validation data: images, or their latents, which are encoded first if not cached."""
         held_out = self.held_out.evenly(self.config.validation.count)
         if self.autoencoder is None:
             return self.train_set, held_out
@@ -185,16 +186,16 @@ class DenoiserRun(Run[RunConfig]):
 
         c, t, e = self.config, self.config.trainer, self.config.evaluate
         train, held_out = self.sets
-        found: list[Any] = [ValidationError(held_out, t.validate_images, c.validation.log_snr, train)]
+        callbacks: list[Any] = [ValidationError(held_out, t.validate_images, c.validation.log_snr, train)]
         if e.every_images is not None:
             extractor = reference.run_extractor(c, self.train_set, build.device_of(t.accelerator))
-            how, seed = c.sample.unguided(), c.seed_of("sample")
-            drawn = self.sampler(how), how, seed, e.best
-            found.append(FrechetDistance(self.train_set, e.every_images, extractor, e.every_count, *drawn))
-        return [*found, SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.label_names)]
+            settings, seed = c.sample.unguided(), c.seed_of("sample")
+            drawn = self.sampler(settings), settings, seed, e.best
+            callbacks.append(FrechetDistance(self.train_set, e.every_images, extractor, e.every_count, *drawn))
+        return [*callbacks, SampleGrid(t.sample_images, self.sampler(c.sample), c.sample, self.label_names)]
 
     def guided_by(self, settings: SampleConfig) -> GuidanceModels:
-        """The networks that guide as the settings say; an error that names the key where that is not possible."""
+        """Load the networks that guide sampling under these settings; errors name the key."""
         if settings.guidance != 1 and settings.weak_model is None and self.null_label is None:
             raise UserError(
                 f"sample.guidance: {settings.guidance:g} needs classes, and {self.folder} was trained without; allowed:"
@@ -203,11 +204,11 @@ class DenoiserRun(Run[RunConfig]):
         return guidance_models(settings, self.config, self.shape)
 
     def sampler(self, settings: SampleConfig, raw: bool = False) -> Sampler:
-        """The sampler of the network, guided as the settings say; `raw` leaves out the autoencoder."""
+        """Return the sampler of the network, guided as in the settings; `raw` skips the autoencoder."""
         if settings.weak_model is not None and settings.guidance == 1:
             print("note: sample.weak_model has no effect at sample.guidance=1")
         models = self.guided_by(settings)
-        autoencoder = None if raw else self.autoencoder  # loaded now, so that a missing one fails before sampling
+        autoencoder = None if raw else self.autoencoder  # loaded here, so that a missing one fails before sampling
         return Sampler(
             self.network,
             self.process,
@@ -228,9 +229,9 @@ class DenoiserRun(Run[RunConfig]):
         seed: int = 0,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Samples as Pillow images, see `sample_tensor`; ValueError also if they are not images."""
+        """Draw samples as Pillow images; see `sample_tensor`. ValueError also if they are not images."""
         if self.raw:
-            raise ValueError(f"{self.folder}: {self.shape[0]} channels do not make an image; use sample_tensor")
+            raise ValueError(f"{self.folder}: {self.shape[0]} channels are not an image; use sample_tensor")
         images = self.sample_tensor(n, labels, guidance, seed, **changes)
         arrays = images.permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(np.squeeze(a)) for a in arrays]
@@ -244,20 +245,21 @@ class DenoiserRun(Run[RunConfig]):
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         **changes: Any,
     ) -> Tensor:
-        """Samples, (N, C, H, W) uint8; float32 as denoised if they are not images.
+        """Draw samples, (N, C, H, W) uint8; float32 as denoised if they are not images.
 
         Args:
-            n: how many; by default one for each label.
-            labels: one class for all, or one for each, see `data.facts.labels_for`; by default the classes in turn.
-            guidance: weight of guidance; by default the config's.
-            seed: sample i's noise follows from (seed, i).
+            n: number of samples; by default one for each label.
+            labels: one class for all samples or one for each, see `data.facts.labels_for`; by default all classes in
+                turn.
+            guidance: guidance weight; by default the config's.
+            seed: the noise of sample i is a function of (seed, i).
             callback: called after each step of each batch with (step, x, predicted x0).
             **changes: other keys of the `sample` section, such as steps="50" or sampler="ddim".
 
         Raises:
-            ValueError: if there is no such class, or the counts disagree.
-            UserError: if a change is not a key of the section or out of range, or guidance meets a network without a
-                null class.
+            ValueError: if a class does not exist, or the counts disagree.
+            UserError: if a change is not a key of the section or is out of range, or guidance needs a null class that
+                the network lacks.
         """
         if guidance is not None:
             changes["guidance"] = guidance
@@ -267,18 +269,18 @@ class DenoiserRun(Run[RunConfig]):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The names of the classes that samples can be asked for; none where the network takes no labels."""
+        """Names of the classes that samples can be drawn of; empty if the network takes no labels."""
         return self.facts.names if registry.takes_labels(self.config.denoiser) else ()
 
     def labels_for(self, n: int | None, labels: int | str | Sequence[int | str] | Tensor | None) -> Tensor:
-        """Labels (N,) of samples, as `data.facts.labels_for`; ValueError where the network takes none."""
+        """Return labels (N,) of samples; see `data.facts.labels_for`. ValueError if the network takes none."""
         if labels is not None and self.facts.names and not self.label_names:
             raise ValueError("labels: denoiser.call.y=null gives this network none; leave them out")
         return labels_for(n, labels, self.facts)
 
 
 def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int, ...]) -> GuidanceModels:
-    """The networks that guide a denoiser of this config and shape; ValueError if there is none, or it does not fit."""
+    """Load the networks that guide a denoiser of this config and shape; ValueError if one is missing or unfit."""
     weak_model = classifier = None
     with located(key="sample.weak_model"):
         if settings.weak_model is not None and settings.guidance != 1:
@@ -290,9 +292,9 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
             weak_model = other.network
     with located(key="sample.classifier"):
         if settings.classifier is not None and settings.classifier_scale:
-            found = open_run(settings.classifier, [ClassifierRun]).use_average()
+            run = open_run(settings.classifier, [ClassifierRun]).use_average()
             noising = build.build_process(config.process).noising()
-            if (found.shape, found.process.noising()) != (shape, noising):
+            if (run.shape, run.process.noising()) != (shape, noising):
                 raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
-            classifier = found.network
+            classifier = run.network
     return GuidanceModels(weak_model, classifier)

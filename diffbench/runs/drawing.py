@@ -1,4 +1,4 @@
-"""Draw the samples of a run that are scored: kept in its folder, by several processes where it trains with several."""
+"""Draw the samples of a run that are scored, into its folder; with several processes if the run trains with several."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from diffbench.sampling.cost import network_evaluations, sampling_seconds
 
 
 def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Samples:
-    """Store of a run's samples; its folder is named by everything that they depend on."""
+    """Return the store of a run's samples; its folder is named by everything that they depend on."""
     models = run.guided_by(how)
     what = {
         "weights": state_hash(run.network),
@@ -39,7 +39,7 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Sample
 
 
 def drawing_seconds(run: DenoiserRun) -> float:
-    """About how long the samples take that the run's config scores, on this machine."""
+    """Estimate the seconds that drawing the scored samples of a run's config takes on this machine."""
     run.use_device()
     sampler, count = run.sampler(run.config.sample), run.config.evaluate.count
     return sum(sampling_seconds(sampler, how, count) for how in run.config.sample.scored())
@@ -48,10 +48,10 @@ def drawing_seconds(run: DenoiserRun) -> float:
 def draw(
     run: DenoiserRun, how: SampleConfig, samples: Samples, seed: int, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:
-    """Draw the samples that are missing; print first how long that takes.
+    """Draw the missing samples, after printing an estimate of the time.
 
-    Several processes, as many as `trainer.devices` of the run and as this machine has devices, draw chunks of their
-    own. They are started from here; `rank` and `world` are for them alone.
+    This starts `trainer.devices` processes, or as many as this machine has devices, each of which draws its own chunks;
+    only they pass `rank` and `world`.
 
     Returns:
         Entries of a record: network evaluations, seconds of this call, samples drawn, share of clipped values.

@@ -1,4 +1,4 @@
-"""Score a run of a denoiser: its samples against real images."""
+"""Score a denoiser's run: its samples against real images."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,19 +37,19 @@ from diffbench.runs.drawing import draw, samples_of
 
 
 def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Draw `evaluate.count` samples without and, where the config guides, with guidance; score both.
+    """Draw `evaluate.count` samples without and, if the config uses guidance, with guidance; score both.
 
-    Samples are kept in the run folder's `evaluations`: a killed command goes on, and other distances of the same
-    samples draw none.
+    Samples are stored under `evaluations` in the run folder: a killed command resumes, and other metrics of the same
+    samples reuse them.
 
     Args:
-        run: a loaded run.
-        overrides: key=value for the sections `sample` and `evaluate`; `seed` (of the samples); `ema` (the decay of the
-            average); `snapshot` (last, or best for the weights of the least distance in training); `export` (an npz to
-            write the last drawn samples to, in a fixed shuffled order, as the ADM evaluator takes them).
+        run: a run with weights loaded.
+        overrides: key=value for the sections `sample` and `evaluate`; `seed` (of the samples); `ema` (decay of the
+            average); `snapshot` (last, or best for the weights with the lowest distance in training); `export` (an npz
+            for the samples drawn last, in a fixed shuffled order, as the ADM evaluator takes them).
 
     Returns:
-        One record for each, already appended to the run's results.jsonl.
+        A record for each set of samples, already appended to the run's results.jsonl.
     """
     changes = parse_overrides(overrides)
     refuse_others(changes, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export", said="not for evaluate")
@@ -66,7 +66,7 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
         refuse_to_overwrite(Path(str(export)))
     if ema is not None:
         if snapshot == "best":
-            raise UserError(f"{COMMAND_LINE}: ema: snapshot=best has the average that chose it; leave one of them out")
+            raise UserError(f"{COMMAND_LINE}: ema: snapshot=best fixes the average; leave one of the two out")
         try:
             decay = float(ema)
         except (TypeError, ValueError):
@@ -76,7 +76,7 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
         run.use_best()
     origin, settings = COMMAND_LINE if overrides else str(run.folder), config.sample.scored()
     with located([(origin, {})]):
-        for how in settings:  # before any sample is drawn
+        for how in settings:  # find errors before any sample is drawn
             run.guided_by(how)
     scorer = _scorer(run, config, origin)
     found = [_record(run, config, how, scorer) for how in settings]
@@ -92,24 +92,24 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
 
 
 def evaluate_as(run: DenoiserRun, config: RunConfig, measured: Callable[[], dict[str, float]] = dict) -> dict[str, Any]:
-    """Find or make the record of a run's samples exactly as `config.sample` and `config.evaluate` say.
+    """Find or make the record of samples drawn and scored exactly as `config.sample` and `config.evaluate` say.
 
     Args:
-        run: with the weights that are scored.
-        measured: gives further values of a new record.
+        run: a run with the weights to score loaded.
+        measured: returns additional values for a new record.
     """
     known = find_record(run, config)
     return known or _record(run, config, config.sample, _scorer(run, config, str(run.folder)), measured())
 
 
 def find_record(run: DenoiserRun, config: RunConfig) -> dict[str, Any] | None:
-    """The newest record of a run's samples exactly as `config.sample` and `config.evaluate` say."""
+    """Find the newest record of samples drawn and scored exactly as `config.sample` and `config.evaluate` say."""
     return next((r for r in reversed(records.results(run.folder)) if scores_as(r, config, run.ema, run.snapshot)), None)
 
 
 def is_scored(run: DenoiserRun) -> bool:
-    """Whether the weights are scored as the run's config says, without and, where it guides, with guidance."""
-    trainer = replace(run.config.trainer, max_images=run.images_seen)  # of a longer run, whatever is asked for now
+    """True if the weights are scored as the run's config says: without and, if it uses guidance, with guidance."""
+    trainer = replace(run.config.trainer, max_images=run.images_seen)  # the run may be longer than now configured
     configs = [replace(run.config, trainer=trainer, sample=how) for how in run.config.sample.scored()]
     return all(find_record(run, config) for config in configs)
 
@@ -117,9 +117,9 @@ def is_scored(run: DenoiserRun) -> bool:
 def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot: str = "last") -> bool:
     """Return whether a record scores an average of the finished run, sampled and evaluated as the config says."""
     if "asked" not in (record.get("extractor") or {}):
-        return False  # an earlier version made it: it does not say what was asked for
+        return False  # written by an earlier version, which did not store what was asked for
     images = config.trainer.max_steps * config.trainer.batch_size
-    held = (record["images_seen"], record["ema"], record["snapshot"])
+    scored = (record["images_seen"], record["ema"], record["snapshot"])
     wanted = config.sample.numbers() | {"seed": config.seed_of("sample")}
     sampled = {k: v for k, v in record["sample"].items() if k not in ("batch_size", "seconds")}
     e, names = config.evaluate, list(records.values(record))
@@ -128,18 +128,18 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     asked &= not e.infinity or any("infinity" in name for name in names)
     asked &= records.of_all(record, e.count) == (e.reference == "all")
     asked &= e.judge is None or (record.get("judge") or {}).get("run") == e.judge
-    return held == (images, ema, snapshot) and sampled == wanted and counted and asked
+    return scored == (images, ema, snapshot) and sampled == wanted and counted and asked
 
 
 def _by(extractor: Mapping[str, Any], wanted: str | None) -> bool:
-    """Whether a record's extractor is the one that a config wants; null is whatever suited where it was made."""
+    """True if a record's extractor is the one that a config asks for; null is whichever suited the data then."""
     if wanted is None or extractor["asked"] is not None:
         return bool(extractor["asked"] == wanted)
     return f"{extractor['name']}-".startswith(f"{wanted}-")
 
 
 def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
-    """Make the scorer of the run's samples; errors name the `origin` of the config."""
+    """Make the scorer of a run's samples; errors name the `origin` of the config."""
     with located([(origin, {})]):
         check_evaluation(config, run.train_set)
         check_judge(config, run.facts.shape, run.facts.names)
@@ -147,8 +147,8 @@ def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
     run.use_device()
     if config.evaluate.count < 2 * extractor.dim:
         print(
-            f"note: {config.evaluate.count:,} samples against {extractor.dim:,} features of {extractor.name}: most of a"
-            " Fréchet distance is then bias; compare it at this count only"
+            f"note: {config.evaluate.count:,} samples are few for {extractor.dim:,} features of {extractor.name}: most"
+            " of a Fréchet distance is then bias; compare it only with distances at this count"
         )
     return scorers.run_scorer(config.evaluate, extractor, run.train_set, run.held_out)
 
@@ -156,7 +156,7 @@ def _scorer(run: DenoiserRun, config: RunConfig, origin: str) -> Scorer:
 def _record(
     run: DenoiserRun, config: RunConfig, how: SampleConfig, scorer: Scorer, more: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Draw and score samples; the record is appended to results.jsonl and shown in TensorBoard."""
+    """Draw and score samples; append the record to results.jsonl and show it in TensorBoard."""
     from diffbench.training.tensorboard_log import show_scores
 
     samples = samples_of(run, config, how)
@@ -192,7 +192,7 @@ def _record(
 
 
 def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str, Any]:
-    """Keys and values by which samples are drawn and scored differently from the run's own config."""
+    """Return the keys and values by which sampling and scoring depart from the run's own config."""
     own, usual = run.config, run.config.sample if how.guided else run.config.sample.unguided()
     found = {f"sample.{key}": (getattr(how, key), getattr(usual, key)) for key in how.numbers() | usual.numbers()}
     found |= {
@@ -207,7 +207,7 @@ def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[s
 def _draw_nearest(
     samples: Samples, labels: Tensor, copies: Memorisation, training: ImageSet, names: Sequence[str]
 ) -> None:
-    """Save nearest.png: the sixteen samples most like copies above, the training image nearest to each below."""
+    """Save nearest.png: the sixteen samples most like copies, each above its nearest training image."""
     from diffbench.sampling.images import save_grid
 
     found = copies.rows().cpu()
@@ -220,7 +220,7 @@ def _draw_nearest(
 
 
 def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, Any]:
-    """Distance of the real images from their reconstructions, which no denoiser of latents can undercut."""
+    """Measure the distance of real images from their reconstructions: a lower bound for denoisers of these latents."""
     if run.autoencoder is None:
         return {}
     autoencoder = run.autoencoder.to(extractor.device)
@@ -234,21 +234,24 @@ def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, A
 
 
 def _planted(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str, float]:
-    """Scores of the run's explanations of the classes that its data plants, from unguided samples."""
+    """Score the run's explanations of the planted classes of its data, from unguided samples."""
     planted = getattr(config.data, "planted", {})
     if not planted or how.guided:
         return {}
     from diffbench.evaluation.explain import ExplainConfig, label_rows, planted_scores
 
     if label_rows(run.network) is None:
-        print("note: planted classes are not explained: this network has no table of label embeddings")
+        print("note: planted classes are not explained, since this network has no table of label embeddings")
         return {}
     print(f"explaining {len(planted)} planted classes", flush=True)
     return planted_scores(run.sampler(how), how, run.facts, planted, ExplainConfig(seed=config.seed_of("sample")))
 
 
 def _judged(run: DenoiserRun, folder: str | None, samples: Samples, labels: Tensor) -> dict[str, Any]:
-    """Share of samples that a classifier takes for what they were drawn as, and of held-out images it gets right."""
+    """Classify the samples with the run `folder`; return the share assigned to the label they were drawn for.
+
+    The record also has the classifier's accuracy on held-out images.
+    """
     if folder is None:
         return {}
     judge = open_run(folder, [ClassifierRun]).use_average()
@@ -258,6 +261,6 @@ def _judged(run: DenoiserRun, folder: str | None, samples: Samples, labels: Tens
         level_means(level, classified(network, judge.process, images, level))[level[0]]
         for images in (drawn, run.held_out)
     )
-    print(f"judge {folder}: {share:.1%} of samples are what they were drawn as; of held-out images {real:.1%} right")
+    print(f"judge {folder}: accuracy {share:.1%} on samples, {real:.1%} on held-out images")
     found = {"run": folder, "weights": state_hash(network), "accuracy": real}
     return {"judge": found, f"label_accuracy/judge@{samples.count}": share}

@@ -1,4 +1,4 @@
-"""Score images of any origin by the code that scores a run's samples; build files of reference statistics."""
+"""Score images of any origin with the code that scores a run's samples; build files of reference statistics."""
 
 import os
 import time
@@ -40,20 +40,20 @@ from diffbench.runs.denoiser import DenoiserRun
 
 
 def run_of(path: Path) -> DenoiserRun | None:
-    """Open the denoiser's run of a folder; None if the path is something else."""
+    """Open the denoiser's run in a folder; None if the path is not a run folder."""
     return open_run(path, [DenoiserRun]) if (path / "config.yaml").is_file() else None
 
 
 def settings_of(overrides: Sequence[str], run: DenoiserRun | None, count: int | None = None) -> EvaluateConfig:
-    """Build the section `evaluate` of a command about images, over the values of the run compared with.
+    """Build the section `evaluate` of a command on images, with defaults from the run they are compared with.
 
     Args:
-        count: how many images there are; None where statistics are built, which count their own.
+        count: number of images; None when building statistics.
     """
     changes = parse_overrides(overrides)
     for key in changes:
         if key != "evaluate":
-            raise UserError(f"{COMMAND_LINE}: {key}: not for images; allowed: evaluate.KEY, as evaluate.extractor=NAME")
+            raise UserError(f"{COMMAND_LINE}: {key}: not for images; allowed: evaluate.KEY, such as evaluate.extractor")
     values = changes.get("evaluate", {})
     base: dict[str, Any] = {}
     if run is not None:
@@ -74,25 +74,27 @@ def settings_of(overrides: Sequence[str], run: DenoiserRun | None, count: int | 
 
 
 def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Score images against others; the record is also appended to WHAT.results.jsonl beside them.
+    """Score images against other images; also append the record to WHAT.results.jsonl next to them.
 
     Args:
-        what: a folder of images, or an npz with arr_0 (and labels in arr_1, which the extractor may check).
+        what: a folder of images, or an npz with arr_0 (and labels in arr_1 for label accuracy).
         against: a run folder (its training images), a folder of images, an npz with arr_0, with mu and sigma or with
-            both, or statistics that `reference build` wrote.
+            both, or statistics written by `diffbench reference`.
         overrides: key=value for the section `evaluate`; the count is that of the images.
 
     Raises:
-        UserError: one line that says what does not fit.
+        UserError: naming what does not fit.
     """
     run = run_of(against)
     images = open_images(what)
     if len(images) < scorers.LEAST:
-        raise UserError(f"{what}: holds {len(images)} images; at least {scorers.LEAST} are needed")
+        raise UserError(f"{what}: has {len(images)} images; at least {scorers.LEAST} are needed")
     settings = settings_of(overrides, run, len(images))
     scores = Path(f"{os.path.abspath(what)}.results.jsonl")
     if not os.access(scores.parent, os.W_OK):
-        raise UserError(f"{scores}: not writable, but scores are kept beside the images; copy or link them elsewhere")
+        raise UserError(
+            f"{scores}: not writable, but scores are stored next to the images; copy or link them elsewhere"
+        )
     extractor = make_extractor(settings, images.shape, run)
     scorer = _run_scorer(settings, extractor, run, images, what) if run else _scorer(extractor, against, len(images))
     labelled = scorer.measurement.labels and images.labels is not None
@@ -115,7 +117,7 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
 def make_extractor(settings: EvaluateConfig, shape: tuple[int, int, int], run: DenoiserRun | None) -> Extractor:
     """Make the extractor of the settings for images of a shape.
 
-    One that learns from data learns from the run's images, or else from the data set whose registry row names it.
+    An extractor that is trained learns from the run's images, or else from the data set whose registry row names it.
     """
     name = settings.extractor
     assert name is not None
@@ -136,41 +138,42 @@ def _run_scorer(
     if images.labels is not None and train.num_classes:
         if (highest := int(images.labels.max())) >= train.num_classes:
             raise UserError(
-                f"{what}: arr_1 holds label {highest}, but {run.folder} has {train.num_classes} classes, 0 to"
+                f"{what}: arr_1 has label {highest}, but {run.folder} has {train.num_classes} classes, 0 to"
                 f" {train.num_classes - 1}"
             )
         counts = images.labels.bincount()
     _check_channels(extractor, train.shape[0], run.folder)
     scorer = scorers.run_scorer(settings, extractor, train, run.held_out, counts)
     if train.shape != images.shape:
-        scorer.measurement.detector = scorer.measurement.rule = None  # both are of images of one shape
+        scorer.measurement.detector = scorer.measurement.rule = None  # both need images of the same shape
     scorer.reference["formats"] = train.formats
     return scorer
 
 
 def _check_channels(extractor: Extractor, channels: int, path: Path) -> None:
-    """Raise UserError where an extractor, made for the samples, cannot read real images of so many channels."""
+    """Raise UserError if an extractor made for the samples cannot read real images of this many channels."""
     if channels not in (1, extractor.channels):
         raise UserError(
-            f"{path}: holds images of {channels} channels, but {extractor.name} reads the samples' {extractor.channels}"
+            f"{path}: its images have {channels} channels, but {extractor.name} was made for the samples'"
+            f" {extractor.channels}"
         )
 
 
 def _scorer(extractor: Extractor, against: Path, count: int) -> Scorer:
     reference, facts = load_reference(extractor, against, min(count, KEPT))
     if 0 < len(reference.rows) <= DensityCoverage.k:
-        raise UserError(f"{against}: holds {len(reference.rows)} images; at least {DensityCoverage.k + 1} are needed")
+        raise UserError(f"{against}: has {len(reference.rows)} images; at least {DensityCoverage.k + 1} are needed")
     if facts["count"] != count:
         print(
             f"note: {count:,} images against {facts['count'] or 'an unknown number of'} real ones: a Fréchet distance"
-            " depends on both counts; compare it with others of the same counts only"
+            " depends on both counts; compare it only with distances at the same counts"
         )
     compared = Measurement(extractor, {"fd": reference}, count, permutation=scorers.permutation)
     return Scorer(compared, facts)
 
 
 def load_reference(extractor: Extractor, path: Path, keep: int = KEPT) -> tuple[ReferenceStatistics, dict[str, Any]]:
-    """Load statistics of a folder, an npz, or a file of statistics, and the entries of a record about them."""
+    """Load the statistics of a folder, an npz, or a file of statistics; also return entries about them for a record."""
     if path.suffix == ".safetensors" and path.is_file():
         key, reference = references.read(path)
         for name, mine in (("extractor", extractor.name), ("weights", extractor.weights)):
@@ -190,7 +193,7 @@ def load_reference(extractor: Extractor, path: Path, keep: int = KEPT) -> tuple[
 def statistics_of_images(
     extractor: Extractor, path: Path, keep: int = KEPT
 ) -> tuple[ReferenceStatistics, dict[str, Any]]:
-    """Cached statistics of a folder of images or an npz, and the entries of a record about them."""
+    """Load or compute the statistics of a folder of images or an npz; also return entries about them for a record."""
     images = open_images(path)
     _check_channels(extractor, images.shape[0], path)
     source = {"images": images.identity(), "size": list(images.shape)}
@@ -200,7 +203,7 @@ def statistics_of_images(
 
 
 def build_reference(what: Path, overrides: Sequence[str]) -> str:
-    """Make and cache the statistics of images; `out=FILE` also writes them to a file.
+    """Compute and cache the statistics of images; `out=FILE` also writes them to a file.
 
     Args:
         what: a run folder (its training images: evaluate.count of them, or evaluate.reference=all), a folder of
@@ -209,10 +212,10 @@ def build_reference(what: Path, overrides: Sequence[str]) -> str:
             for the ADM evaluator.
 
     Returns:
-        What was made, in lines.
+        Lines that describe the statistics.
 
     Raises:
-        UserError: one line that says what does not fit.
+        UserError: naming what does not fit.
     """
     named = [o.partition("=")[2] for o in overrides if o.startswith("out=")]
     out = Path(named[-1]) if named else None
@@ -248,6 +251,6 @@ def build_reference(what: Path, overrides: Sequence[str]) -> str:
 
 
 def _evenly(batches: Any, count: int) -> list[Tensor]:
-    """Choose 10,000 images at most, evenly spaced."""
+    """Choose at most 10,000 evenly spaced images."""
     chosen = set(evenly_spaced(count, min(count, KEPT)).tolist())
     return [image for i, image in enumerate(image for batch in batches for image in batch) if i in chosen]

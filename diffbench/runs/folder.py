@@ -1,4 +1,4 @@
-"""The run folder: its name, and whether the config inside agrees with the command."""
+"""The run folder: its name, and whether its config.yaml agrees with the command."""
 
 import contextlib
 import hashlib
@@ -41,28 +41,28 @@ FREE = {
     "trainer.compile",
 }
 IN_TRAINING = ("every_images", "every_count", "best")
-"""Keys of `evaluate` that a complete run keeps."""
+"""Keys of `evaluate` that act during training, and so stay fixed once a run is complete."""
 
 
 def is_free(key: str) -> bool:
-    """True if a key changes neither the weights (but for rounding on other devices) nor what validation measures.
+    """True if a key changes neither the weights (except rounding on other devices) nor what validation measures.
 
-    Such a key may change when a run resumes, and is not part of its name.
+    Such a key may change when a run resumes, and is not part of the folder's name.
     """
     return key in FREE or key.split(".")[0] in FREE_SECTIONS
 
 
 LONGEST_TAG = 100
 PLANTED = "data.planted."
-"""Before the names of planted classes, which may hold any characters."""
+"""Prefix of planted classes, whose names may contain any character."""
 SAVED = "config.yaml"
-"""The resolved config of a run, in its folder."""
+"""File in the run folder with the resolved config."""
 
 
 def folder_for(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path:
-    """runs/<experiment>/<yaml stem>[-<debug>][-<tag>]-s<seed>; overrides that change what is trained make a tag.
+    """Return runs/<experiment>/<yaml stem>[-<debug>][-<tag>]-s<seed>.
 
-    The experiment is the name of the YAML's folder.
+    The experiment is the name of the YAML's folder. Overrides that change what is trained make a tag.
     """
     debug = "" if config.debug == "none" else config.debug
     parts = [path.stem, debug, config.tag or _automatic_tag(path, overrides, config), f"s{config.seed}"]
@@ -71,39 +71,41 @@ def folder_for(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path
 
 def _automatic_tag(path: Path, overrides: Sequence[str], config: BaseConfig) -> str:
     given, now = flatten(parse_overrides(_needed(path, overrides, config))), flatten(to_dict(config))
-    chosen = [k for k in given if k.endswith((".name", ".preset"))]
-    words = []
-    for key in [*sorted(chosen), *(k for k in now if k in given and k not in chosen)]:
+    names_first = sorted(k for k in given if k.endswith((".name", ".preset")))
+    parts = []
+    for key in [*names_first, *(k for k in now if k in given and k not in names_first)]:
         value = now.get(key, given[key])
         if not is_free(key) and key not in ("seed", "debug") and (key in now or value is not None):
-            named = key == "data.path" and value
-            words.append(_text(Path(value).name) if named else f"{_text(_leaf(key, now))}_{_text(value)}")
-    return short("-".join(words))
+            is_path = key == "data.path" and value
+            parts.append(_text(Path(value).name) if is_path else f"{_text(_leaf(key, now))}_{_text(value)}")
+    return short("-".join(parts))
 
 
 def _needed(path: Path, overrides: Sequence[str], config: BaseConfig) -> list[str]:
-    """The overrides without those that change nothing, such as an image size that the images would get anyway."""
+    """Return the overrides that change the config; an image size equal to the default, for example, does not."""
     kept = list(overrides)
-    for word in overrides:
+    for override in overrides:
         rest = list(kept)
-        rest.remove(word)
-        with contextlib.suppress(UserError):  # the YAML is not valid without it
+        rest.remove(override)
+        with contextlib.suppress(UserError):  # the YAML is not valid without this override
             kept = rest if load(path, rest) == config else kept
     return kept
 
 
 def reference_curves(path: Path, overrides: Sequence[str], config: BaseConfig) -> Path | None:
-    """The curves beside an experiment's YAML, where nothing else changes what is trained, nor over how many images a
-    logged loss is the mean; see `evaluation.curves`."""
-    found = path.resolve().parent / "curves" / f"{path.stem}.csv"
-    if config.debug != "none" or not found.is_file():
+    """Return the file of reference curves next to an experiment's YAML, or None; see `evaluation.curves`.
+
+    Curves apply only where the overrides change neither what is trained nor how many images a logged loss averages.
+    """
+    curves = path.resolve().parent / "curves" / f"{path.stem}.csv"
+    if config.debug != "none" or not curves.is_file():
         return None
-    alike = config.trainer.log_images == load(path).trainer.log_images
-    return found if alike and not _automatic_tag(path, overrides, config) else None
+    same_log = config.trainer.log_images == load(path).trainer.log_images
+    return curves if same_log and not _automatic_tag(path, overrides, config) else None
 
 
 def _leaf(key: str, known: dict[str, Any]) -> str:
-    """A key without its section where that is enough to tell it."""
+    """Return a key without its section if that is unambiguous."""
     leaf = key.removeprefix(PLANTED) if key.startswith(PLANTED) else key.rsplit(".", 1)[-1]
     return leaf if sum(k.rsplit(".", 1)[-1] == leaf for k in known) < 2 else key
 
@@ -114,7 +116,7 @@ def _text(value: Any) -> str:
 
 
 def short(tag: str) -> str:
-    """The tag, or its start and a hash of it all where it is too long for a file name."""
+    """Return the tag, cut and ended with a hash if it is too long for a file name."""
     if len(tag.encode()) <= LONGEST_TAG:
         return tag
     digest = hashlib.sha256(tag.encode()).hexdigest()[:8]
@@ -122,22 +124,22 @@ def short(tag: str) -> str:
 
 
 def check_place(folder: Path) -> None:
-    """Raise ValueError where a run cannot be written: a file is in the way, or the folder is not writable."""
-    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
-    if not there.is_dir():
-        raise ValueError(f"runs_dir: {there} is a file, not a folder; choose another runs_dir")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"runs_dir: {there} may not be written to; choose another runs_dir")
+    """Raise ValueError if a run cannot be written: a file is in the way, or the folder is not writable."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise ValueError(f"runs_dir: {existing} is a file, not a folder; choose another runs_dir")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"runs_dir: {existing} is not writable; choose another runs_dir")
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise UserError for a link that leaves a run folder: one from elsewhere could name any file of this machine."""
+    """Raise UserError for a link that leaves a run folder: in a copied folder it could point at any file here."""
     real = os.path.realpath(folder)
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(place, name)
             if os.path.islink(path) and os.path.commonpath([real, os.path.realpath(path)]) != real:
-                raise UserError(f"{path}: is a link that leaves the run folder; put the file itself there")
+                raise UserError(f"{path}: is a link that leaves the run folder; replace it by the file itself")
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -145,16 +147,16 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def check_same(folder: Path, config: BaseConfig) -> bool:
-    """True if the folder holds this run already; a new folder gets its config.yaml.
+    """True if the folder already holds this run; a new folder gets its config.yaml.
 
     Raises:
-        UserError: if it holds a run that differs in more than its length, naming the keys, or other files.
+        UserError: if it holds other files, or a run that differs in more than free keys; names the keys.
     """
     saved = folder / SAVED
     if not saved.exists():
         others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if others:
-            raise UserError(f"{folder}: holds {others[0]} but no config.yaml; move the folder away")
+            raise UserError(f"{folder}: contains {others[0]} but no config.yaml; move the folder away")
         write_text(saved, to_yaml(config))
         return False
     before, now = flatten(to_dict(read_config(folder))), flatten(to_dict(config))
@@ -169,34 +171,30 @@ def check_same(folder: Path, config: BaseConfig) -> bool:
 
 
 def _same(key: str, before: Any, now: Any) -> bool:
-    """Whether a key's values are equal, or spell one path in two ways, as pets and pets/."""
+    """True if a key's values are equal, or are two spellings of one path, such as pets and pets/."""
     paths = PATHS.search(key) and isinstance(before, str) and isinstance(now, str)
     return before == now or bool(paths and all(map(os.path.exists, (before, now))) and os.path.samefile(before, now))
 
 
 def check_resumable(folder: Path, config: BaseConfig) -> None:
-    """Refuse to begin a run anew that has lost its checkpoints after its first one.
-
-    Raises:
-        UserError: naming what there is and what can be done.
-    """
+    """Raise UserError if a run has lost its checkpoints, instead of starting it over; lists what can be done."""
     if has_checkpoint(folder):
         return
     t, logged = config.trainer, max((line["images"] for line in records.metrics(folder)), default=0)
-    first = -(-t.checkpoint_images // t.batch_size) * t.batch_size  # while it is written, training may go on
-    found = [path.name for path in sorted(folder.glob("ema-*.safetensors"))]
+    first = -(-t.checkpoint_images // t.batch_size) * t.batch_size  # training continues while the first is written
+    left = [path.name for path in sorted(folder.glob("ema-*.safetensors"))]
     if logged > 2 * first:
-        found.append(f"metrics.jsonl up to {logged:,} images")
-    if found:
+        left.append(f"metrics.jsonl up to {logged:,} images")
+    if left:
         raise UserError(
-            f"{folder}: holds {', '.join(found)}, but no checkpoint to resume from; bring checkpoints/ back, or train"
-            f" elsewhere with tag=NAME (from these averages: tag=NAME init_from={folder}), or begin anew with"
-            " restart=true, which keeps what there is under another name"
+            f"{folder}: has {', '.join(left)}, but no checkpoint to resume from; restore checkpoints/, or train"
+            f" elsewhere with tag=NAME (from these averages: tag=NAME init_from={folder}), or start over with"
+            " restart=true, which renames the existing folder"
         )
 
 
 def set_aside(folder: Path) -> Path:
-    """Gives a run folder another name, beside it; returns that."""
+    """Rename a run folder to NAME.before-1, or the next free number; return the new path."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1
@@ -204,32 +202,29 @@ def set_aside(folder: Path) -> Path:
 
 
 def update_config(folder: Path, config: BaseConfig, complete: bool = False) -> None:
-    """Writes the config of a run that goes on, or of one that is complete, which keeps what was done in training."""
+    """Write the config of a resumed run; a complete one keeps the values that acted in training."""
     before, now = read_config(folder), config
     if complete:
         now = replace(now, trainer=replace(now.trainer, max_images=before.trainer.max_images))
         if isinstance(now, RunConfig) and isinstance(before, RunConfig):
             kept = {key: getattr(before.evaluate, key) for key in IN_TRAINING}
             if changed := [f"evaluate.{key}" for key in IN_TRAINING if getattr(now.evaluate, key) != kept[key]]:
-                print(
-                    f"note: {', '.join(changed)}: without effect, since training is over; diffbench evaluate scores"
-                    " what it left"
-                )
+                print(f"note: {', '.join(changed)}: no effect, since training is complete; use diffbench evaluate")
             now = replace(now, evaluate=replace(now.evaluate, **kept))
     elif before.trainer.max_images != now.trainer.max_images:
-        print(f"length: {before.trainer.max_images:,} images before, {now.trainer.max_images:,} now")
+        print(f"trainer.max_images: {before.trainer.max_images:,} before, {now.trainer.max_images:,} now")
     if now != before:
         write_text(folder / SAVED, to_yaml(now))
 
 
 def read_config(folder: Path) -> BaseConfig:
-    """The checked config of a run folder; UserError if there is none, or it is damaged."""
+    """Read and check the config of a run folder; UserError if it is missing or damaged."""
     saved = _config_file(folder)
     return from_dict(read_yaml(saved), str(saved))
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """The config of a run folder as plain values, checked only where it looks damaged: that takes ten times as long."""
+    """Read the config of a run folder as plain values; checked only if it looks damaged: ten times slower."""
     saved = _config_file(folder)
     try:
         values = yaml.load(saved.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))

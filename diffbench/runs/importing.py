@@ -1,4 +1,4 @@
-"""A published checkpoint as a run folder: its weights under our names, and a config that samples as its release."""
+"""Import a published checkpoint: write a run folder with its weights and a config that samples as its release does."""
 
 import argparse
 import dataclasses
@@ -31,9 +31,9 @@ from diffbench.denoisers.pretrained.recipe import Blueprint
 from diffbench.runs import weights
 from diffbench.runs.build import build_denoiser, load_data
 
-# What training scripts save beside weights (arguments, paths, a best score): these hold values and run nothing.
+# Types that training scripts save next to weights (arguments, paths, a best score); unpickling them runs no code.
 _NUMBERS = (np.float64, np.float32, np.int64, np.int32, np.bool_)
-_SCALAR = np.float64(0).__reduce__()[0]  # under its name since numpy 2, and the one before
+_SCALAR = np.float64(0).__reduce__()[0]  # known by another name before numpy 2
 HARMLESS: list[Any] = [argparse.Namespace, PosixPath, np.dtype, *(type(np.dtype(kind)) for kind in _NUMBERS)]
 HARMLESS += [_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")]
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
@@ -41,18 +41,18 @@ AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 
 
 def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
-    """Write a run folder that `sample` and `evaluate` take as a trained run's.
+    """Write a run folder that `sample` and `evaluate` accept like that of a trained run.
 
     Args:
         source: one of `RECIPES`.
-        checkpoint: a file of torch or safetensors with a state dict, or with dictionaries that hold such.
+        checkpoint: a torch or safetensors file with a state dict, possibly nested in dictionaries.
         out: the run folder, which must not exist.
-        overrides: keys of the config; `arguments.NAME=value` for the reference's constructor where the network is not
-            a published one; `weights=KEY` for one of several sets of weights, by default the average; `ignore=[KEY]`
+        overrides: config keys; `arguments.NAME=value` for the reference's constructor if the network is not a
+            published one; `weights=KEY` for one of several sets of weights, by default the average; `ignore=[KEY]`
             for names that do not belong to the network.
 
     Returns:
-        The run's config, and which weights were taken, in words.
+        The run's config, and a phrase that names the weights used.
 
     Raises:
         UserError: if the folder exists, the file cannot be read without running code, or the weights, the arguments
@@ -62,11 +62,11 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
         known = ", ".join(RECIPES)
         raise UserError(f"{COMMAND_LINE}: unknown source {source!r}; choose from {known}{suggest(source, RECIPES)}")
     if os.path.lexists(out):
-        raise UserError(f"{out}: exists already; choose another folder")
+        raise UserError(f"{out}: already exists; choose another folder")
     changes = parse_overrides(overrides)
     given, key, ignored = (changes.pop(name, None) for name in ("arguments", "weights", "ignore"))
     if not isinstance(given or {}, dict):
-        raise UserError(f"{COMMAND_LINE}: arguments: must be given by name, as arguments.num_heads=16")
+        raise UserError(f"{COMMAND_LINE}: arguments: must be given by name, such as arguments.num_heads=16")
     stored = read_checkpoint(checkpoint)
     try:
         name, sets = weight_sets(source, stored, None if key is None else str(key))
@@ -81,7 +81,7 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
         net = from_reference(source, arguments, state)
         made = as_config(source, plan)
     except ValueError as e:
-        hint = "; leave names out by ignore=[NAME]" if " unexpected: " in str(e) else ""
+        hint = "; skip names with ignore=[NAME]" if " unexpected: " in str(e) else ""
         raise UserError(f"{checkpoint}: {e}{hint}") from None
     except (TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f"{COMMAND_LINE}: arguments: no network of {source} has these ({described(e)})") from None
@@ -93,49 +93,49 @@ def import_reference(source: str, checkpoint: Path, out: Path, overrides: Sequen
         with torch.device("meta"):  # the command line may have changed the network
             ours = build_denoiser(config, train_set)
     if wrong := weights.mismatch(ours.state_dict(), net.state_dict()):
-        raise UserError(f"{COMMAND_LINE}: the config asks for another network than {checkpoint} holds: {wrong}")
+        raise UserError(f"{COMMAND_LINE}: the config's network does not fit the weights of {checkpoint}: {wrong}")
     facts = {"source": source, "checkpoint": checkpoint.name, "sha256": sha256(checkpoint), "weights": name}
     _write(out, config, net, facts)
     others = [other for other in sets if other != name]
-    return config, f"{name or 'the only ones'}" + (f"; the file also holds {', '.join(others)}" if others else "")
+    return config, f"{name or 'the only ones'}" + (f"; the file also has {', '.join(others)}" if others else "")
 
 
 def read_checkpoint(path: Path) -> Mapping[Any, Any]:
-    """The content of a checkpoint; nothing in it is run. UserError if it is damaged, or holds code or no tensors."""
+    """Read a checkpoint without running any code in it; UserError if it is damaged, or contains code or no tensors."""
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
     try:
         stored: Any = load_file(path) if path.suffix == ".safetensors" else _loaded(path)
     except pickle.UnpicklingError as e:
         with path.open("rb") as file:
-            pickled = file.read(1) == b"\x80"  # how a bare pickle begins
+            pickled = file.read(1) == b"\x80"  # the first byte of a bare pickle
         if not pickled and "GLOBAL" not in str(e):
             raise UserError(f"{path}: damaged, or not a checkpoint") from None
         raise UserError(
-            f"{path}: holds pickled code, which is never run; where it was made, export plain weights with"
-            " torch.save(net.state_dict(), 'weights.pt'), in EDM's repository of"
+            f"{path}: contains pickled code, which is never run; export plain weights where it was made, with"
+            " torch.save(net.state_dict(), 'weights.pt'); in EDM's repository,"
             " net = pickle.load(open('network.pkl', 'rb'))['ema']"
         ) from None
     except PermissionError:
-        raise UserError(f"{path}: may not be read") from None
+        raise UserError(f"{path}: not readable (permission denied)") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
         raise UserError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(stored, Mapping):
-        raise UserError(f"{path}: holds a {type(stored).__name__}, not a state dict")
+        raise UserError(f"{path}: contains a {type(stored).__name__}, not a state dict")
     return stored
 
 
 def _loaded(path: Path) -> Any:
     with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # on pickles that it then refuses
+        warnings.simplefilter("ignore", UserWarning)  # raised for pickles that torch then refuses
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # of torch before 1.6: no memory map
+        except RuntimeError:  # files written before torch 1.6 cannot be memory-mapped
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
-    """The config of a published network: the process that it was trained under, sampled as its release samples."""
+    """Return the config of a published network: the process of its training, and its release's sampling settings."""
     size, channels, classes = (plan.shape[key] for key in ("image_size", "channels", "num_classes"))
     null = plan.shape["null_class"] and classes > 0
     vp: dict[str, Any] = {"name": "vp", "steps": 1000, "schedule": "linear", "prediction": "eps"}
@@ -144,7 +144,7 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
     if plan.shape["learn_sigma"]:
         vp |= {"variance": "learned_range", "loss": "hybrid"}
     ddpm = {"sampler": "ddpm", "steps": "250"}
-    # What works in latents guides three of the four channels, as DiT's release did.
+    # Latent models guide three of the four channels, as DiT's release does.
     latent = {"guidance": 4.0 if null else 1.0, "guidance_channels": 3, "clip": False}
     weight = {"guidance": 4.4, "guidance_schedule": "power_cosine"} if size <= 32 else {"guidance": 1.49}
     weak = 1.7 if size == 64 else 1.4  # at 512x512 and 256x256
@@ -166,7 +166,7 @@ def as_config(source: str, plan: Blueprint) -> dict[str, Any]:
         "process": process,
         "trainer": {"label_dropout": 0.1 if null else 0.0},
         "sample": sample,
-        # Levels that the schedule reaches.
+        # Only levels that this schedule reaches.
         **({"validation": {"log_snr": [-4.0, -2.0, 0.0, 2.0, 4.0, 6.0]}} if vp["schedule"] == "scaled_linear" else {}),
     }
 

@@ -1,4 +1,4 @@
-"""The words `launcher=slurm` and `launcher.KEY=VALUE` of a command line, for SLURM; they are not part of a run."""
+"""The arguments `launcher=slurm` and `launcher.KEY=VALUE` of a command; they are not part of a run's config."""
 
 import importlib
 import math
@@ -12,30 +12,30 @@ from diffbench.core.errors import UserError, check_least, suggest
 
 @dataclass
 class LauncherConfig:
-    """The place where a command runs, and what it asks of SLURM there.
+    """Place where a command runs, and the resources that it requests from SLURM.
 
     Keys are the parameters of `submitit.SlurmExecutor`, which are sbatch's options: partition, account, mem,
-    gpus_per_node, setup, ... Those that need a default or a check of ours are fields.
+    gpus_per_node, setup, ... Those with a default or a check of our own are fields.
     """
 
     name: Literal["local", "slurm"] = "local"
-    """`launcher=slurm` on the command line. local: here and now, as without it."""
+    """`launcher=slurm` on the command line; local (the default) runs the command here and now."""
     time: str = "60"
     """Time limit: minutes, HH:MM:SS or D-HH:MM:SS; a run that needs more resumes in the next job."""
     nodes: int | None = None
     """null: trainer.num_nodes."""
     ntasks_per_node: int | None = None
-    """null: trainer.devices on each of several nodes; on one node a single task, which starts the ranks itself and has
+    """null: trainer.devices on each of several nodes; on one node a single task, which starts the ranks itself and gets
     `cpus_per_task` for each."""
     cpus_per_task: int = 2
     signal_delay_s: int = 90
-    """Least seconds before the limit at which a run is asked to save its state; SLURM may be a minute early."""
+    """Seconds before the time limit at which a run is told to save its state; SLURM may do so a minute earlier."""
     max_num_timeout: int = 100
-    """Times that a job may meet its limit and resume before it counts as failed."""
+    """Number of times that a job may reach its limit and resume before it counts as failed."""
     folder: str | None = None
-    """Folder of scripts and logs, on a disk that the nodes share; null: slurm/ in the run's runs_dir."""
+    """Folder for scripts and logs, on a disk shared by the nodes; null: slurm/ in the run's runs_dir."""
     options: dict[str, Any] = field(default_factory=dict)
-    """submitit's other parameters, passed through."""
+    """Other parameters of submitit, passed through."""
 
     def __post_init__(self) -> None:
         check_least(self, "launcher", max_num_timeout=0, cpus_per_task=1)
@@ -48,19 +48,19 @@ class LauncherConfig:
     @property
     def minutes(self) -> int:
         """The time limit in minutes, rounded up."""
-        found = re.fullmatch(r"(\d+)|(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", self.time)
-        plain, days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0,) * 5
+        match = re.fullmatch(r"(\d+)|(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", self.time)
+        plain, days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0,) * 5
         total = plain or (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60)
         if total < 1:
             raise ValueError(
-                f"launcher.time: {self.time!r} is not a limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a"
-                " minute or more"
+                f"launcher.time: {self.time!r} is not a time limit; write minutes such as 90, HH:MM:SS or D-HH:MM:SS,"
+                " at least one minute"
             )
         return total
 
 
 def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
-    """Separate the launcher's words from a command's: what they ask for, and the other words in their order."""
+    """Split the arguments of a command into the launcher's settings and the other arguments, in order."""
     own = [word for word in words if re.match(r"launcher(\.\w+)*=", word)]
     others = [word for word in words if word not in own]
     if not own:
@@ -81,15 +81,15 @@ def split(words: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
 
 
 def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
-    """Parameters of submitit without those that are null; ValueError for one that it does not have, or a wrong type."""
+    """Return the parameters of submitit that are not null; ValueError for an unknown one or a wrong type."""
     if not options:
         return {}
     from diffbench.config.documents import untyped
 
     known = [*ours, *sorted(submitit().SlurmExecutor._valid_parameters() - {*ours, "stderr_to_stdout", "num_gpus"})]
     kinds: dict[str, tuple[type, str]] = {
-        **dict.fromkeys(("setup", "teardown", "srun_args"), (list, "a list, as ['module load cuda']")),
-        "additional_parameters": (dict, "keys with values, as {nice: 10}"),
+        **dict.fromkeys(("setup", "teardown", "srun_args"), (list, "a list, such as ['module load cuda']")),
+        "additional_parameters": (dict, "keys with values, such as {nice: 10}"),
         "array_parallelism": (int, "a whole number"),
     }
     for key, value in options.items():
@@ -102,7 +102,7 @@ def _checked(options: dict[str, Any], ours: Sequence[str]) -> dict[str, Any]:
 
 
 def submitit() -> Any:
-    """The package of that name; UserError if it is not installed."""
+    """Import submitit; UserError if it is not installed."""
     try:
         return importlib.import_module("submitit")
     except ImportError:

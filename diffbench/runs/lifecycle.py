@@ -1,4 +1,4 @@
-"""Trains, resumes and opens runs of every kind."""
+"""Train, resume and open runs of every kind."""
 
 import contextlib
 import dataclasses
@@ -44,35 +44,35 @@ from diffbench.runs.ranks import in_ranks
 C = TypeVar("C", bound=BaseConfig)
 
 KINDS: dict[str, type[Run[Any]]] = {kind.kind: kind for kind in (DenoiserRun, ClassifierRun, AutoencoderRun)}
-"""The `kind` of a config -> what trains it."""
+"""Classes of runs by the `kind` of their config."""
 
 
 def load(folder: str | Path, ema: float | None = None) -> DenoiserRun:
-    """A trained denoiser with its averaged weights, on the CPU, ready to sample.
+    """Load a trained denoiser with its averaged weights, on the CPU, ready to sample.
 
     Args:
         folder: the run folder.
         ema: decay of the average, one of `config.ema.decays`; by default the first.
 
     Raises:
-        UserError: if the folder holds no denoiser's run, no weights yet, or no such average.
+        UserError: if the folder is not a denoiser's run, or has no weights yet, or no such average.
     """
     return open_run(folder, [DenoiserRun]).use_average(ema)
 
 
 def look(folder: str | Path) -> Run[Any]:
-    """The run of a folder, of any kind, as tables and reports see it: no network is built."""
+    """Open the run in a folder, of any kind, without building its network."""
     return open_run(folder, list(KINDS.values()))
 
 
 def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Encodes the data of an experiment in latent space, so that training finds the latents; see `DenoiserRun.sets`."""
+    """Encode the data of a latent-space experiment into the cache, ahead of training; see `DenoiserRun.sets`."""
     stack = read_layers(path, overrides)
     config = from_layers(stack)
     with located(stack):
         if not isinstance(config, RunConfig) or config.autoencoder is None:
             raise ValueError(
-                "autoencoder: missing: nothing is encoded in pixel space; choose an experiment that has it"
+                "autoencoder: missing: there is nothing to encode in pixel space; choose an experiment with this key"
             )
         DenoiserRun.check(config)
     run = DenoiserRun(folder_for(Path(path), overrides, config), with_autoencoder(config))
@@ -84,20 +84,17 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
 
 
 def train(path: str | Path, overrides: Sequence[str] = (), restart: bool = False) -> Any:
-    """Trains the experiment of a YAML, resumes it, or finds it complete; returns it with averaged weights.
+    """Train the experiment of a YAML, or resume it, or find it complete; return its `Run` with averaged weights.
 
     Args:
-        path: of the YAML.
-        overrides: key=value.
-        restart: whether to begin anew; the folder of what there is gets another name.
-
-    Returns:
-        The `Run`, or what else the config's kind is.
+        path: the YAML.
+        overrides: key=value strings.
+        restart: whether to start over; an existing run folder is renamed.
 
     Raises:
-        UserError: for anything in config or folder that the user can mend.
-        SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved; the code of a process that failed, where
-            several train; 0 in all but the first of those that torchrun or srun started.
+        UserError: for anything in config or folder that the user can fix.
+        SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved; with several processes also the code of
+            one that failed; 0 in every process but the first that torchrun or srun started.
     """
     stack = read_layers(path, overrides)
     config = from_layers(stack)
@@ -108,16 +105,16 @@ def train(path: str | Path, overrides: Sequence[str] = (), restart: bool = False
 def train_in(
     folder: Path, config: BaseConfig, stack: Sequence[Layer] = (), restart: bool = False, curves: Path | None = None
 ) -> Any:
-    """Trains a config in a run folder, resumes it, or finds it complete; see `train`.
+    """Train a config in a given run folder; see `train`.
 
     Args:
-        stack: the layers that the config consists of, named in errors.
-        curves: reference curves that the run is held against; it keeps a copy.
+        stack: the layers of the config, to name in errors.
+        curves: file of reference curves for this run, which is copied into the folder.
     """
     kind = KINDS[config.kind]
     if restart and (folder / SAVED).exists() and distributed.place()[1] > 1:
-        raise UserError(f"{COMMAND_LINE}: restart: several processes cannot begin anew together; move {folder} away")
-    with located(stack):  # all that can be found before the folder is made, or Lightning imported
+        raise UserError(f"{COMMAND_LINE}: restart: not possible with several processes; move {folder} away")
+    with located(stack):  # find as many errors as possible before making the folder or importing Lightning
         check_place(folder)
         fresh = restart or not has_checkpoint(folder)
         if fresh and isinstance(config, RunConfig) and config.init_from is not None:
@@ -127,13 +124,13 @@ def train_in(
         start = kind.start(config) if fresh else None
     config = with_autoencoder(config)
     refuse_links(folder)
-    if distributed.place()[0] > 0:  # the first process does what is done once
+    if distributed.place()[0] > 0:  # everything below is done by the first process alone
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             fit(kind(folder, config), True, start)
         raise SystemExit(0)
     if restart and (folder / SAVED).exists():
         with locked(folder):
-            print(f"restart: what there was is now {set_aside(folder)}")
+            print(f"restart: the earlier run is now {set_aside(folder)}")
     with locked(folder) as lock:
         existed = check_same(folder, config)
         if existed:
@@ -147,31 +144,31 @@ def train_in(
 
 
 def branch(trunk: Path, folder: Path, config: BaseConfig) -> None:
-    """Begins the run of `config` in a new folder from a copy of another run's state, from which `train_in` goes on.
+    """Copy the training state of the run `trunk` into a new folder, which `train_in` then continues under `config`.
 
-    The two configs must say the same of all steps until then; nothing is copied of what is measured at a run's end.
+    Both configs must agree on all steps so far. Exported averages, scores and samples are not copied.
     """
     staged = folder.with_name(f".{folder.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(
         trunk, staged, ignore=shutil.ignore_patterns(".*", "ema-*", "results.jsonl", "evaluations", "wandb*")
     )
-    held = read_config(trunk)
-    if isinstance(held, RunConfig) and isinstance(config, RunConfig):  # an experiment became the folder that it names
-        config = dataclasses.replace(config, autoencoder=held.autoencoder)
+    before = read_config(trunk)
+    if isinstance(before, RunConfig) and isinstance(config, RunConfig):  # a run folder replaced the experiment there
+        config = dataclasses.replace(config, autoencoder=before.autoencoder)
     write_text(staged / SAVED, to_yaml(config))
     os.replace(staged, folder)
 
 
 def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int | None = None) -> None:
-    """Trains, resumes, or finds the run complete; exports its averages.
+    """Train a run, or resume it, or find it complete; export its averages.
 
-    Several processes are started from here, unless torchrun or srun has started them: then each calls this.
+    If training takes several processes, this starts them, unless torchrun or srun did: then each process calls this.
 
     Args:
-        existed: whether its folder holds it already.
+        existed: whether the folder already holds this run.
         start: weights to start from, or None.
-        lock: open file that holds the folder, inherited by the processes that train.
+        lock: open lock file of the folder, inherited by the training processes.
     """
     from diffbench.training.checkpoint import newest, owed, step_of
     from diffbench.training.logger import check_log
@@ -183,7 +180,7 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     images = done * settings.batch_size
     if checkpoint and (done > settings.max_steps or (done == settings.max_steps and not owed(checkpoint))):
         print(f"{run.folder}: complete at {images:,} images")
-        if first and not run.complete:  # a kill came between the last checkpoint and the export
+        if first and not run.complete:  # killed between the last checkpoint and the export
             weights.export_from(checkpoint, run.folder, run.network, images)
         if first:
             update_config(run.folder, run.config, complete=True)
@@ -195,20 +192,20 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
         if existed:
             update_config(run.folder, run.config)
     if checkpoint is None and start is not None:
-        print(f"weights start from {getattr(run.config, 'init_from', None)}")
+        print(f"initial weights from {getattr(run.config, 'init_from', None)}")
     state = f"resuming at {images:,} images" if checkpoint else "starting"
     cost = f"{run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs"
     print(f"data: {describe(run.train_set, run.held_out)}")
     if sizes := describe_sizes(run.train_set):
         print(f"sizes (height x width): {sizes}")
     print(f"{run.folder}: {state}, {cost}, {settings.precision}")
-    words = [str(run.folder), *([str(checkpoint)] if checkpoint else [])]
-    if not in_ranks(settings.processes, "train", *words, keep=[] if lock is None else [lock]):
+    arguments = [str(run.folder), *([str(checkpoint)] if checkpoint else [])]
+    if not in_ranks(settings.processes, "train", *arguments, keep=[] if lock is None else [lock]):
         train_here(run, checkpoint, start)
 
 
 def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] | None) -> None:
-    """Trains in this process, with the others of its job if there are any; the first one exports the averages."""
+    """Train in this process, as one rank of its job; rank 0 exports the averages."""
     from diffbench.training import trainer
 
     run.use_threads()
@@ -224,32 +221,30 @@ def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] 
 
 
 def with_autoencoder(config: C) -> C:
-    """The config with the autoencoder's run in place of its experiment, which is trained first where it is missing."""
+    """Replace an autoencoder's experiment by its run folder in a config; train it first if it is missing."""
     if not isinstance(config, RunConfig) or not build.is_experiment(config.autoencoder):
         return config
-    folder, wanted, words = _autoencoder(config)
+    folder, wanted, arguments = _autoencoder(config)
     if autoencoder_missing(config):
         if distributed.place()[1] > 1:
-            raise UserError(
-                f"autoencoder: {words[0]} is not trained yet; train it first, then start these processes again"
-            )
-        print(f"{folder}: not trained yet, and trained first, as autoencoder={words[0]} says", flush=True)
-        train(words[0], words[1:])
+            raise UserError(f"autoencoder: {arguments[0]} is not trained yet; train it before starting these processes")
+        print(f"{folder}: training the autoencoder first (autoencoder={arguments[0]})", flush=True)
+        train(arguments[0], arguments[1:])
     else:
         check_same(folder, wanted)
     return dataclasses.replace(config, autoencoder=str(folder))
 
 
 def autoencoder_missing(config: RunConfig) -> list[str]:
-    """The words that `train` the experiment of a config's autoencoder, or none where that is done."""
+    """Return the arguments of `train` that train a config's autoencoder; none if it is trained already."""
     if not build.is_experiment(config.autoencoder):
         return []
-    folder, _, words = _autoencoder(config)
-    return [] if (folder / build.INSIDE / io.CONFIG).is_file() else words
+    folder, _, arguments = _autoencoder(config)
+    return [] if (folder / build.INSIDE / io.CONFIG).is_file() else arguments
 
 
 def _autoencoder(config: RunConfig) -> tuple[Path, BaseConfig, list[str]]:
-    """The folder of the autoencoder's run that a config's experiment means, its config, and the words for `train`."""
+    """Return the run folder of a config's autoencoder experiment, its config, and the arguments of `train`."""
     source = str(config.autoencoder)
-    wanted, overrides = build.autoencoder_experiment(config)
-    return folder_for(Path(source), overrides, wanted), wanted, [source, *overrides]
+    own, overrides = build.autoencoder_experiment(config)
+    return folder_for(Path(source), overrides, own), own, [source, *overrides]

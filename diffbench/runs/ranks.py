@@ -1,4 +1,4 @@
-"""Start the ranks of a job that `diffbench.runs.worker` carries out."""
+"""Start the ranks of a job of `diffbench.runs.worker`."""
 
 import sys
 from collections.abc import Sequence
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from diffbench.core.distributed import launch, place
 
 
-def in_ranks(count: int, what: str, *words: str, keep: Sequence[int] = ()) -> bool:
+def in_ranks(count: int, job: str, *arguments: str, keep: Sequence[int] = ()) -> bool:
     """Run a job of `runs.worker` in `count` processes on this machine and wait for them; see `launch`.
 
     Returns:
-        Whether it did: not for one process, nor in one of several that torchrun or srun has started.
+        False if nothing was started: for a single process, or if torchrun or srun started this one.
 
     Raises:
-        SystemExit: with the code of a process that failed, which has said why.
+        SystemExit: with the exit code of a process that failed, after that process printed its error.
     """
     if count == 1 or place()[1] > 1:
         return False
-    if code := launch([sys.executable, "-m", "diffbench.runs.worker", what, *words], count, keep):
+    if code := launch([sys.executable, "-m", "diffbench.runs.worker", job, *arguments], count, keep):
         raise SystemExit(code)
     return True

@@ -1,7 +1,7 @@
-"""Commands on a cluster: a command, or an array of them, handed to SLURM through submitit.
+"""Submit commands to SLURM through submitit, one as a job, several as an array.
 
-A job runs the same command without the launcher's words, in the same folder. Before its time limit it gets a signal,
-saves its state, goes back into the queue, and resumes from there.
+A job runs the same command without the launcher arguments, in the same folder. Before its time limit it receives a
+signal, saves its state, is requeued, and resumes.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from diffbench.config.trainer import TrainerConfig
 
 LAUNCHED = ("train", "encode", "evaluate")
-"""Commands that can be handed over as they are; a study hands over its trials."""
+"""Commands that can be submitted as they are; a study submits its trials."""
 FOLDER = "runs/slurm"
 COMMANDS = "commands.jsonl"
-"""In the launcher's folder: one line per job, with its id and its command."""
+"""File in the launcher's folder with a line for each job: its id and its command."""
 
 
 def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
-    """Hand one command, the words after `diffbench`, to SLURM; return where to look for it.
+    """Submit one command, given as the arguments after `diffbench`; return a text on where to find the job.
 
-    A wrong config is a UserError here: the queue need not find it out.
+    The config is checked before submission.
     """
     from diffbench.config.layers import COMMAND_LINE
     from diffbench.config.load import load
@@ -45,11 +45,11 @@ def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
 
     verb, name, folder = words[0], words[0], FOLDER
     if any(word.startswith("restart=") for word in words):
-        raise UserError(f"{COMMAND_LINE}: restart: a job that SLURM requeues would begin anew each time; leave it out")
+        raise UserError(f"{COMMAND_LINE}: restart: a requeued job would start over each time; leave it out")
     if verb not in LAUNCHED:
         raise UserError(f"{COMMAND_LINE}: launcher=slurm belongs to {', '.join(LAUNCHED)} and study, not to {verb}")
     if verb != "evaluate":
-        keys = [word for word in words[2:] if word not in ("evaluate=null", "evaluate=false")]  # of the command alone
+        keys = [word for word in words[2:] if word not in ("evaluate=null", "evaluate=false")]  # not config keys
         config = load(words[1], keys)
         name, folder = folder_for(Path(words[1]), keys, config).name, f"{config.runs_dir}/slurm"
         launcher = sized(launcher, config.trainer)
@@ -58,12 +58,12 @@ def launch(words: Sequence[str], launcher: LauncherConfig) -> str:
 
 
 def sized(launcher: LauncherConfig, trainer: "TrainerConfig") -> LauncherConfig:
-    """Fill in the nodes, tasks and CPUs that a run's processes need; UserError where the words ask for others."""
+    """Fill in the nodes, tasks and CPUs that a run's processes need; UserError if the launcher asks for others."""
     nodes = launcher.nodes or trainer.num_nodes
     tasks = launcher.ntasks_per_node or (trainer.devices if nodes > 1 else 1)
     if nodes * tasks > 1 and (nodes, tasks) != (trainer.num_nodes, trainer.devices):
         raise UserError(
-            f"launcher: launcher.nodes={nodes} x launcher.ntasks_per_node={tasks} are not the processes of"
+            f"launcher: launcher.nodes={nodes} x launcher.ntasks_per_node={tasks} differ from"
             f" trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices}; leave them out, or make them"
             " equal"
         )
@@ -72,17 +72,17 @@ def sized(launcher: LauncherConfig, trainer: "TrainerConfig") -> LauncherConfig:
 
 
 def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: str = "diffbench") -> list[str]:
-    """Hand commands to SLURM: one as a job, several as an array. A job that fails does not stop the others.
+    """Submit commands: one as a job, several as an array. A job that fails does not stop the others.
 
-    Commands that wait or run there already, from the same folder, are not submitted again.
+    Commands from the same folder that are already queued or running are not submitted again.
 
     Args:
-        commands: each the words after `diffbench`.
-        launcher: what each of them gets.
-        name: of the job in the queue.
+        commands: the arguments after `diffbench` of each command.
+        launcher: the resources of each job.
+        name: name of the job in the queue.
 
     Returns:
-        The job id of each command, as "12" or "12_3".
+        The job id of each command, such as "12" or "12_3".
     """
     executor = _executor(launcher, name)
     folder = Path(executor.folder)
@@ -91,7 +91,7 @@ def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: st
     if new:
         works = [Command(command, patience=0.75 * launcher.signal_delay_s) for command in new]
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints what it raises
                 jobs = executor.submit_array(works)
         except RuntimeError as e:
             last = (str(e).strip() or "sbatch failed").splitlines()[-1]
@@ -103,28 +103,27 @@ def submit(commands: Sequence[Sequence[str]], launcher: LauncherConfig, name: st
 
 
 def queued(folder: str | Path) -> dict[tuple[str, ...], str]:
-    """The commands submitted from a launcher's folder that wait or run now, and their job ids."""
+    """Return the job ids, by command, of commands submitted from a launcher's folder that are queued or running."""
     record = Path(folder) / COMMANDS
     if not record.is_file():
         return {}
-    asked = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
-    done = subprocess.run(asked, capture_output=True, text=True)
+    squeue = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+    done = subprocess.run(squeue, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"launcher: {(done.stderr.strip() or 'squeue failed').splitlines()[-1]}")
-    there = set(done.stdout.split())
-    found = {}
+    active, jobs = set(done.stdout.split()), {}
     for number, line in enumerate(record.read_text().splitlines(), 1):
         try:
             job, command = (json.loads(line)[key] for key in ("job", "command"))
         except (ValueError, LookupError, TypeError):
             raise UserError(f"{record}: line {number} is damaged; remove it") from None
-        if job in there:
-            found[tuple(command)] = job
-    return found
+        if job in active:
+            jobs[tuple(command)] = job
+    return jobs
 
 
 def summary(jobs: Sequence[str], folder: str | Path) -> str:
-    """A text on where to look for jobs and how to end them, with their logs; a resumed job goes on in the same log."""
+    """Describe where to look for jobs and their logs, and how to end them; a resumed job appends to the same log."""
     numbers = ",".join(dict.fromkeys(job.split("_")[0] for job in jobs))
     which = f"job {jobs[0]} is" if len(jobs) == 1 else f"{len(jobs)} jobs are"
     logs = [f"{job}_0_log.out" if len(jobs) == 1 else f"{job.split('_')[0]}_*_log.out" for job in jobs]
@@ -134,9 +133,9 @@ def summary(jobs: Sequence[str], folder: str | Path) -> str:
 
 
 class Command:
-    """A command as a SLURM task: submitit pickles it, calls it, and asks it for a checkpoint before the time limit.
+    """A command as a SLURM task. submitit pickles it, calls it, and calls `checkpoint` before the time limit.
 
-    `patience` is the time in seconds that a checkpoint may take.
+    `patience` is the number of seconds that saving may take.
     """
 
     def __init__(self, words: Sequence[str], patience: float) -> None:
@@ -145,18 +144,19 @@ class Command:
 
     def __call__(self) -> None:
         """Run the command; exit with its exit code if it fails."""
-        process = subprocess.Popen([sys.executable, "-m", "diffbench", *self.words], preexec_fn=_deaf())
+        command = [sys.executable, "-m", "diffbench", *self.words]
+        process = subprocess.Popen(command, preexec_fn=_ignore_warning_signal())
         self._pid = process.pid
-        # Not process.wait(): its lock would be held when a signal's handler comes to wait as well.
+        # Not process.wait(): it holds a lock that `checkpoint`, called from a signal handler, would need.
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         code = process.wait()
         if code:
             raise SystemExit(code if code > 0 else 128 - code)
 
     def checkpoint(self) -> "DelayedSubmission":
-        """Have the command save its state, and return what submitit runs in the next job: the same command.
+        """Tell the command to save its state; return the same command for submitit to run in the next job.
 
-        A command that takes longer than `patience` loses what came after its last state on disk.
+        A command that takes longer than `patience` loses the work since its last saved state.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -171,8 +171,8 @@ class Command:
         return DelayedSubmission(Command(self.words, self.patience))
 
 
-def _deaf() -> Callable[[], None]:
-    """Make a child ignore the signal before the time limit, which SLURM sends to every process of a job."""
+def _ignore_warning_signal() -> Callable[[], None]:
+    """Return a function for a child process that ignores SLURM's warning signal, which every process of a job gets."""
     from submitit import JobEnvironment
 
     number = getattr(signal, f"SIG{JobEnvironment.USR_SIG}")
@@ -186,10 +186,10 @@ def _deaf() -> Callable[[], None]:
 def _executor(launcher: LauncherConfig, name: str) -> "SlurmExecutor":
     absent = [program for program in ("sbatch", "srun", "squeue") if shutil.which(program) is None]
     if absent:
-        raise UserError(f"launcher: slurm needs {', '.join(absent)}, not found here; submit from a node of the cluster")
+        raise UserError(f"launcher: slurm needs {', '.join(absent)}, not found here; submit from a cluster node")
     executor = submitit().SlurmExecutor(launcher.folder or FOLDER, max_num_timeout=launcher.max_num_timeout)
     options = {"job_name": name} | launcher.options
-    # Since SLURM 22.05 a step does not take the CPUs of a task from its job.
+    # Since SLURM 22.05 srun does not inherit --cpus-per-task from the job.
     srun_args = [f"--cpus-per-task={launcher.cpus_per_task}", *options.pop("srun_args", [])]
     more = {"requeue": True} | options.pop("additional_parameters", {})
     executor.update_parameters(

@@ -1,4 +1,4 @@
-"""Averaged weights of a run: read from its exports or its newest checkpoint, and exported."""
+"""Averaged weights of a run: exported, and read from the exports or the newest checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def export_path(folder: Path, decay: float) -> Path:
 
 
 def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> tuple[dict[str, Tensor], int]:
-    """The average of a decay and the images it has seen: the export, or else the newest checkpoint's."""
+    """Read the average with a decay, from its export or else the newest checkpoint; also return its images seen."""
     if decay not in config.ema.decays:
         known = ", ".join(map(str, config.ema.decays))
         raise UserError(f"{folder}: ema: no average has decay {decay}; choose from {known}")
@@ -37,17 +37,17 @@ def read(folder: Path, config: BaseConfig, network: nn.Module, decay: float) -> 
     averages, state = _averages(checkpoint)
     average = averages.get(str(decay), [])
     if [tuple(a.shape) for a in average] != [tuple(p.shape) for p in network.parameters()]:
-        raise UserError(f"{checkpoint}: holds another network's averages than {folder / 'config.yaml'} says; remove it")
+        raise UserError(f"{checkpoint}: its averages do not fit the network in {folder / 'config.yaml'}; remove it")
     return _with_average(network, average, state), step_of(checkpoint) * config.trainer.batch_size
 
 
 def images_seen(folder: Path, decay: float, batch_size: int) -> int:
-    """Images that the newest weights of a folder have seen, exported or in a checkpoint; 0 without any."""
+    """Return the images seen by the newest weights of a folder, exported or in a checkpoint; 0 without any."""
     return max(exported_images(folder, decay) or 0, _checkpoint_images(folder, batch_size))
 
 
 def exported_images(folder: Path, decay: float) -> int | None:
-    """Images that an exported average has seen; 0 for imported weights, None where there is no export."""
+    """Return the number of images seen by an exported average; 0 for imported weights, None without an export."""
     path = export_path(folder, decay)
     if not path.is_file():
         return None
@@ -64,14 +64,14 @@ def _checkpoint_images(folder: Path, batch_size: int) -> int:
 
 
 def _images(path: Path, metadata: Mapping[str, str]) -> int:
-    said = metadata.get("images", "0")
-    if not said.isdecimal():
-        raise UserError(f"{path}: damaged (images={said!r}); remove it to use the newest checkpoint")
-    return int(said)
+    images = metadata.get("images", "0")
+    if not images.isdecimal():
+        raise UserError(f"{path}: damaged (images={images!r}); remove it to use the newest checkpoint")
+    return int(images)
 
 
 def read_best(folder: Path) -> tuple[dict[str, Tensor], int, float]:
-    """The averaged weights of the least distance in training, the images they had seen, and the average's decay."""
+    """Read the averaged weights with the lowest distance in training, their images seen, and their decay."""
     path = folder / "best.safetensors"
     if not path.is_file():
         raise UserError(f"{folder}: snapshot: best.safetensors is missing; train with evaluate.best=fd to keep one")
@@ -91,20 +91,20 @@ def export(
     facts: Mapping[str, str] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes an average as safetensors; `facts` go into its metadata, buffers come from `state`, else the network."""
+    """Write an average as safetensors, with `facts` in its metadata; buffers come from `state`, else the network."""
     metadata = {"images": str(images), "decay": str(decay), **(facts or {})}
     write_tensors(export_path(folder, decay), _with_average(network, average, state), metadata)
 
 
 def export_from(checkpoint: Path, folder: Path, network: nn.Module, images: int) -> None:
-    """Writes all averages of a checkpoint as safetensors."""
+    """Write all averages of a checkpoint as safetensors."""
     averages, state = _averages(checkpoint)
     for decay, average in averages.items():
         export(folder, network, float(decay), average, images, state=state)
 
 
 def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """The first name at which two state dicts differ, with both shapes, and how many do; nothing where none does."""
+    """Describe the first name at which two state dicts differ in shape, and how many do; "" if they agree."""
     here = {name: tuple(value.shape) for name, value in wanted.items()}
     there = {name: tuple(value.shape) for name, value in given.items()}
     wrong = [name for name in sorted(here | there) if here.get(name) != there.get(name)]
@@ -115,19 +115,19 @@ def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
 
 
 def _averages(checkpoint: Path) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-    """The averages of a checkpoint by decay, and the network's raw state, whose buffers they leave out."""
+    """Read a checkpoint's averages by decay, which have no buffers, and the network's raw state, which has."""
     try:
         state = read_state(checkpoint)
         averages: dict[str, list[Tensor]] = state["callbacks"]["EMA"]["averages"]
         raw = {name.removeprefix("network."): value for name, value in state["state_dict"].items()}
         return {str(decay): list(average) for decay, average in averages.items()}, raw
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{checkpoint}: holds no averages of training; remove it") from None
+        raise UserError(f"{checkpoint}: contains no averages of training; remove it") from None
 
 
 def _with_average(
     network: nn.Module, average: Sequence[Tensor], state: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The average as a state dict, with buffers from a raw state or, without one, from the network."""
+    """Return an average as a state dict, with buffers from a raw state or else from the network."""
     own = network.state_dict()
     return {name: (state or own).get(name, value) for name, value in own.items()} | by_name(network, average)

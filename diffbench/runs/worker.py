@@ -1,6 +1,6 @@
-"""One rank of a job that `core.distributed.launch` started: `python -m diffbench.runs.worker WHAT ...`.
+"""One rank of a job started by `core.distributed.launch`: `python -m diffbench.runs.worker JOB ...`.
 
-The launcher has checked the config, holds the run folder, and says what happens.
+The launching process has checked the config, locks the run folder, and prints progress.
 """
 
 import json
@@ -19,7 +19,7 @@ from diffbench.runs.lifecycle import KINDS, encode, load, train_here
 
 
 def train(folder: str, checkpoint: str | None = None) -> None:
-    """Trains the run of a folder with the other ranks, from a checkpoint where one is named."""
+    """Train the run in a folder together with the other ranks, from a checkpoint if one is given."""
     config = read_config(Path(folder))
     kind = KINDS[config.kind]
     start = None if checkpoint else kind.start(config)
@@ -27,31 +27,31 @@ def train(folder: str, checkpoint: str | None = None) -> None:
 
 
 def draw(folder: str, settings: str) -> None:
-    """Draws this rank's part of a run's samples; see `drawing.draw`."""
-    wanted = json.loads(settings)
-    run = load(folder, wanted["ema"])
-    if wanted["snapshot"] == "best":
+    """Draw this rank's part of a run's samples; see `drawing.draw`."""
+    request = json.loads(settings)
+    run = load(folder, request["ema"])
+    if request["snapshot"] == "best":
         run.use_best()
-    config = change(run.config, {"seeds": {"sample": wanted["seed"]}, "evaluate": {"count": wanted["count"]}})
+    config = change(run.config, {"seeds": {"sample": request["seed"]}, "evaluate": {"count": request["count"]}})
     run.network.to(device_of(config.trainer.accelerator))
-    how = SampleConfig(**wanted["sample"])
-    drawing.draw(run, how, drawing.samples_of(run, config, how), wanted["seed"], *distributed.place())
+    how = SampleConfig(**request["sample"])
+    drawing.draw(run, how, drawing.samples_of(run, config, how), request["seed"], *distributed.place())
 
 
-def main(what: str, *arguments: str) -> int:
+def main(job: str, *arguments: str) -> int:
     end_with_parent()
     try:
-        if what == "train":
+        if job == "train":
             train(*arguments)
-        elif what == "encode":
+        elif job == "encode":
             encode(arguments[0], arguments[1:])
         else:
             draw(*arguments)
     except LostError as e:
-        if distributed.place()[0]:  # what rank 0 says is seen at once, before the error of the rank that it lost
+        if distributed.place()[0]:  # rank 0 stays silent: its line would appear before the error of the lost rank
             print(f"error: {e}", file=sys.stderr)
         return EXIT_LOST
-    except KeyboardInterrupt:  # before training listens
+    except KeyboardInterrupt:  # before training handles signals
         return 130
     except Exception as e:
         return report(e)

@@ -121,7 +121,7 @@ FOUND_BEFORE_TRAINING = {
     "denoiser.depth=-1": "denoiser.depth: must be positive, got -1",
     "denoiser.mlp_ratio=-1": "denoiser.mlp_ratio: must be positive, got -1.0",
     "denoiser.dropout=2": "denoiser.dropout: must lie in [0, 1), got 2.0",
-    "evaluate.every_images=100 evaluate.every_count=1e6": "evaluate.every_count: must be at most 1437, as",
+    "evaluate.every_images=100 evaluate.every_count=1e6": "evaluate.every_count: must be at most 1437, the",
     "sample.steps=abc": "sample.steps: must be like 250, ddim25 or 10,15,20, got 'abc'",
     "sample.steps=5000": "sample.steps: '5000' does not fit process.steps=1000",
     "validation.log_snr=[0,50]": "validation.log_snr: log-SNR must lie in ",
@@ -191,7 +191,7 @@ def test_a_longer_run_extends_and_a_shorter_one_changes_nothing(smoke_run: Path,
     argv = ["train", DIT, "debug=smoke", f"runs_dir={smoke_run.parent.parent}"]
     assert main([*argv, "trainer.max_images=24"]) == 0
     out = capsys.readouterr().out
-    assert "length: 16 images before, 24 now\n" in out
+    assert "trainer.max_images: 16 before, 24 now\n" in out
     assert f"{smoke_run}: resuming at 16 images, " in out
     assert "images seen" in out
     assert (smoke_run / "samples" / "final-000000016.png").exists()
@@ -230,7 +230,7 @@ def test_init_from_starts_at_the_averaged_weights(
 
     monkeypatch.setattr("diffbench.runs.lifecycle.train_here", spy)
     assert main(["train", DIT, "tag=warm", f"init_from={smoke_run}", f"runs_dir={tmp_path}"]) == 1
-    assert f"weights start from {smoke_run}\n" in capsys.readouterr().out
+    assert f"initial weights from {smoke_run}\n" in capsys.readouterr().out
     theirs = diffbench.load(smoke_run).denoiser.state_dict()
     assert started[0].keys() == theirs.keys()
     assert all(torch.equal(started[0][k], theirs[k]) for k in theirs)
@@ -241,7 +241,7 @@ def test_init_from_another_network_or_an_untrained_run(
 ) -> None:
     runs = f"runs_dir={tmp_path / 'new'}"
     line = refused("train", DIT, "denoiser.depth=1", f"init_from={smoke_run}", runs)
-    assert line.startswith(f"command line: init_from: {smoke_run} holds another network: blocks.1.")
+    assert line.startswith(f"command line: init_from: {smoke_run} has a different network: blocks.1.")
     (smoke_run / "checkpoints").rename(tmp_path / "gone")
     for path in smoke_run.glob("ema-*"):
         path.unlink()

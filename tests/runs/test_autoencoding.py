@@ -91,8 +91,8 @@ def test_one_command_does_all_stages_and_says_so(trained: tuple[dict[str, str], 
     where, out = trained
     runs = Path(where["runs"]) / "latent"
     stages = (
-        f"{runs / 'autoencoder-s0'}: not trained yet, and trained first, as autoencoder={where['autoencoder']} says",
-        f"{runs / 'autoencoder-s0'}: finding the scale of the latents of 1,757 images",
+        f"{runs / 'autoencoder-s0'}: training the autoencoder first (autoencoder={where['autoencoder']})",
+        f"{runs / 'autoencoder-s0'}: measuring the scale of the latents of 1,757 images",
         f"{runs / 'dit-s0'}: starting, ",
         f"encoding 1,757 images of digits by autoencoder {runs / 'autoencoder-s0'} into ",
         "encoding 40 images of digits",
@@ -280,7 +280,7 @@ def test_an_untrained_run_is_no_autoencoder(
     shutil.rmtree(runs[0] / "autoencoder")
     where = experiments(tmp_path)
     line = refused("train", where["dit"], f"autoencoder={runs[0]}", f"runs_dir={tmp_path / 'none'}")
-    assert "this run holds no trained autoencoder; choose a finished run of kind autoencoder" in line
+    assert "this run has no trained autoencoder; choose a finished run of kind autoencoder" in line
     assert "no such file" in refused("evaluate", runs[0]) or "no such folder" in refused("evaluate", runs[0])
 
 

@@ -66,4 +66,4 @@ def test_a_cache_or_a_folder_of_runs_that_cannot_be_written(
         == f"command line: runs_dir: {file} is a file, not a folder; choose another runs_dir"
     )
     monkeypatch.setenv("DIFFBENCH_CACHE", str(file / "cache"))
-    assert refused(path).startswith(f"{file / 'cache'}: the cache cannot be written (")
+    assert refused(path).startswith(f"{file / 'cache'}: the cache is not writable (")

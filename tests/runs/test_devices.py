@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused_by_name(given: str) -> None:
 
 
 def test_machines_that_nobody_started_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"trainer\.num_nodes: processes on several machines are started by torchrun"):
+    with pytest.raises(UserError, match=r"trainer\.num_nodes: start processes on several machines with torchrun"):
         train(DIT, ["trainer.num_nodes=2", f"runs_dir={tmp_path}"])
     assert not list(tmp_path.iterdir())
 
@@ -197,6 +197,6 @@ def test_another_number_than_was_started_is_refused(by: str, tmp_path: Path, mon
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:
         train(DIT, ["trainer.devices=2", f"runs_dir={tmp_path}"])
-    assert "torchrun or srun started 4 processes, and trainer.devices=2 x trainer.num_nodes=1 are 2" in str(
+    assert "torchrun or srun started 4 processes, but trainer.devices=2 x trainer.num_nodes=1 are 2" in str(
         caught.value
     )

@@ -159,7 +159,7 @@ def test_the_folder_that_one_stands_in_is_scored_beside_itself(
     assert len(read(scores)) == 1
     monkeypatch.setattr(evaluate_images.os, "access", lambda *_: False)
     assert refused("evaluate", ".", "--against", real, CNN) == (
-        f"{scores}: not writable, but scores are kept beside the images; copy or link them elsewhere"
+        f"{scores}: not writable, but scores are stored next to the images; copy or link them elsewhere"
     )
 
 
@@ -182,7 +182,7 @@ def test_other_counts_are_pointed_out(tmp_path: Path, capsys: Capture) -> None:
 
 def test_what_evaluate_refuses_of_images(refused: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
     few, many = as_folder(tmp_path / "few", IMAGES[:5]), as_folder(tmp_path / "many", IMAGES)
-    assert refused("evaluate", few, "--against", many, CNN) == f"{few}: holds 5 images; at least 20 are needed"
+    assert refused("evaluate", few, "--against", many, CNN) == f"{few}: has 5 images; at least 20 are needed"
     assert refused("evaluate", many, "--against", many).startswith("command line: evaluate.extractor: missing; choose")
     assert refused("evaluate", many, "--against", many, "sample.steps=3").startswith("command line: sample: not for")
     assert refused("evaluate", many, "--against", many, f"{CNN}x").startswith(
@@ -203,12 +203,12 @@ def test_what_evaluate_refuses_of_images(refused: Callable[..., str], smoke_run:
     assert line == f"{tmp_path / 'mu.npz'}: contains mu without its counterpart"
     np.savez(tmp_path / "mu.npz", mu=np.zeros(64), sigma=np.zeros((3, 3)))
     assert "sigma is (3, 3), but mu has 64 numbers" in refused("evaluate", many, "--against", tmp_path / "mu.npz", CNN)
-    assert refused("evaluate", many, "--against", few, CNN) == f"{few}: holds 5 images; at least 6 are needed"
+    assert refused("evaluate", many, "--against", few, CNN) == f"{few}: has 5 images; at least 6 are needed"
     line = refused("evaluate", many, "--against", many, CNN, "evaluate.weights=x.pt")
     assert line.startswith("command line: evaluate.weights: digits-cnn reads no file; allowed: evaluate.weights=null")
     colour = as_npz(tmp_path / "colour.npz", IMAGES.expand(-1, 3, -1, -1))
     assert refused("evaluate", many, "--against", colour, "evaluate.extractor=test_evaluate_images:make") == (
-        f"{colour}: holds images of 3 channels, but test_evaluate_images.make reads the samples' 1"
+        f"{colour}: its images have 3 channels, but test_evaluate_images.make was made for the samples' 1"
     )
 
 
@@ -263,7 +263,7 @@ def test_what_reference_refuses(refused: Callable[..., str], tmp_path: Path, smo
     line = refused("reference", smoke_run, f"out={tmp_path / 'adm.npz'}")
     assert line.startswith(f"{tmp_path / 'adm.npz'}: the ADM evaluator reads Inception statistics with a spatial layer")
     assert refused("reference", smoke_run, "evaluate.count=2000").startswith(
-        "command line: evaluate.count: must be at most 1437, as many training images as data.name=digits has, got 2000"
+        "command line: evaluate.count: must be at most 1437, the number of training images of data.name=digits, got"
     )
 
 
@@ -320,7 +320,7 @@ def test_labels_that_the_run_does_not_have_are_refused(
 ) -> None:
     path = as_npz(tmp_path / "a.npz", IMAGES, arr_1=LABELS.numpy() + 1)
     assert refused("evaluate", path, "--against", smoke_run) == (
-        f"{path}: arr_1 holds label 10, but {smoke_run} has 10 classes, 0 to 9"
+        f"{path}: arr_1 has label 10, but {smoke_run} has 10 classes, 0 to 9"
     )
 
 

@@ -117,7 +117,7 @@ def test_length_is_free_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert read_config(tmp_path).trainer.max_images == 1000  # written only where the run goes on
     update_config(tmp_path, longer)
     update_config(tmp_path, longer)
-    assert capsys.readouterr().out == "length: 1,000 images before, 2,000 now\n"
+    assert capsys.readouterr().out == "trainer.max_images: 1,000 before, 2,000 now\n"
     assert read_config(tmp_path) == longer
 
 
@@ -138,8 +138,7 @@ def test_a_complete_run_keeps_what_was_measured_in_training(tmp_path: Path, caps
     assert check_same(tmp_path, now)
     update_config(tmp_path, now, complete=True)
     assert capsys.readouterr().out == (
-        "note: evaluate.every_images, evaluate.best: without effect, since training is over; diffbench evaluate scores"
-        " what it left\n"
+        "note: evaluate.every_images, evaluate.best: no effect, since training is complete; use diffbench evaluate\n"
     )
     saved = read_config(tmp_path)
     assert isinstance(saved, RunConfig)
@@ -149,7 +148,7 @@ def test_a_complete_run_keeps_what_was_measured_in_training(tmp_path: Path, caps
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("mine")
     (tmp_path / ".lock").touch()
-    with pytest.raises(UserError, match=r"holds metrics\.jsonl but no config\.yaml; move the folder away"):
+    with pytest.raises(UserError, match=r"contains metrics\.jsonl but no config\.yaml; move the folder away"):
         check_same(tmp_path, load(DIT))
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
 

@@ -423,7 +423,10 @@ def test_planted_classes_are_left_unexplained_without_a_table_of_labels(
     words = denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}")
     words += ["sample.guidance=1", "tag=p", "debug=smoke", "data.planted={copy of 8: [8]}"]
     assert main(["train", str(yaml), *words]) == 0
-    assert "note: planted classes are not explained: this network has no table of label emb" in capsys.readouterr().out
+    assert (
+        "note: planted classes are not explained, since this network has no table of label emb"
+        in capsys.readouterr().out
+    )
     (run,) = (yaml.parent / "runs" / yaml.parent.name).iterdir()
     assert {"fd/digits-cnn@20", "planted_found@1"} & load_run(run).results[-1].keys() == {"fd/digits-cnn@20"}
 

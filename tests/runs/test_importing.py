@@ -167,7 +167,7 @@ def test_latents_are_decoded_or_written_as_they_are(tmp_path: Path, capsys: Capt
     assert values.dtype == np.float32 and values.shape == (2, 4, 8, 8)
     run.config = replace(run.config, autoencoder=None)
     assert np.array_equal(values, run.sample_tensor(n=2, steps="2").numpy())
-    with pytest.raises(ValueError, match="4 channels do not make an image; use sample_tensor"):
+    with pytest.raises(ValueError, match="4 channels are not an image; use sample_tensor"):
         run.sample(n=1, steps="2")
 
 
@@ -214,10 +214,10 @@ def test_without_images_nothing_is_scored_or_trained(tmp_path: Path, capsys: Cap
     capsys.readouterr()
     assert main(["evaluate", str(out)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {out}: data.name: none holds no images to compare samples with; name the set that has them\n"
+        f"error: {out}: data.name: none has no images to compare samples with; choose the data set that has them\n"
     )
     assert main(["train", str(out / "config.yaml"), f"runs_dir={tmp_path / 'runs'}"]) == 2
-    assert "data.name: none holds no images to train on; choose another" in capsys.readouterr().err
+    assert "data.name: none has no images to train on; choose another" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -227,4 +227,4 @@ def test_training_starts_from_an_imported_network(tmp_path: Path, capsys: Captur
     sizes = ["denoiser.hidden_size=16", "denoiser.depth=1", "denoiser.num_heads=2"]
     argv = ["train", "experiments/digits/dit.yaml", "debug=smoke", f"runs_dir={tmp_path / 'runs'}", *sizes]
     assert main([*argv, f"init_from={out}"]) == 0
-    assert f"weights start from {out}" in capsys.readouterr().out
+    assert f"initial weights from {out}" in capsys.readouterr().out

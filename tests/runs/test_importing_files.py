@@ -102,8 +102,8 @@ def test_files_that_are_not_read(tmp_path: Path, refused: Callable[..., str]) ->
     torch.save({"ema": Network()}, tmp_path / "net.pt")
     for code in (pkl, tmp_path / "net.pt"):
         assert refused("ddpmpp", code, out) == (
-            f"{code}: holds pickled code, which is never run; where it was made, export plain weights with"
-            " torch.save(net.state_dict(), 'weights.pt'), in EDM's repository of"
+            f"{code}: contains pickled code, which is never run; export plain weights where it was made, with"
+            " torch.save(net.state_dict(), 'weights.pt'); in EDM's repository,"
             " net = pickle.load(open('network.pkl', 'rb'))['ema']"
         )
     for damaged in (cut, text, tmp_path / "text.safetensors"):
@@ -111,7 +111,7 @@ def test_files_that_are_not_read(tmp_path: Path, refused: Callable[..., str]) ->
     assert refused("dit", folder, out) == f"{folder}: is a folder, not a checkpoint"
     assert refused("dit", tmp_path / "no.pt", out) == f"{tmp_path / 'no.pt'}: no such file"
     assert refused("dit", tmp_path / "empty.pt", out).startswith(f"{tmp_path / 'empty.pt'}: dit: no x_embedder.proj.w")
-    assert refused("dit", tmp_path / "list.pt", out) == f"{tmp_path / 'list.pt'}: holds a list, not a state dict"
+    assert refused("dit", tmp_path / "list.pt", out) == f"{tmp_path / 'list.pt'}: contains a list, not a state dict"
 
 
 GIVEN = words(arguments(load("dit_a")))[1:]
@@ -120,7 +120,7 @@ UNFIT = [
     ("dit", ["arguments.num_heads=5"], "CKPT: denoiser.num_heads: 5 does not divide denoiser.hidden_size=1152"),
     ("dit", [*GIVEN, "arguments.depth=3"], "CKPT: dit: the shapes are not those of the given arguments, from which 10"),
     ("dit", [*GIVEN, "arguments.depht=2"], "CKPT: dit: unknown argument depht; known: input_size, patch_size, "),
-    ("dit", ["arguments=3"], "command line: arguments: must be given by name, as arguments.num_heads=16"),
+    ("dit", ["arguments=3"], "command line: arguments: must be given by name, such as arguments.num_heads=16"),
     ("dit", [*GIVEN, "arguments.hidden_size=abc"], "command line: arguments: no network of dit has these (TypeError: "),
     (
         "dit",
@@ -150,14 +150,14 @@ def test_what_does_not_fit_is_named(
     source: str, given: list[str], line: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     path = saved(tmp_path, "dit_a")
-    line = line.replace("NOT", "command line: the config asks for another network than CKPT holds:")
+    line = line.replace("NOT", "command line: the config's network does not fit the weights of CKPT:")
     assert refused(source, path, tmp_path / "out", *given).startswith(line.replace("CKPT", str(path)))
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path, refused: Callable[..., str]) -> None:
     path, out = saved(tmp_path, "diffit_b"), tmp_path / "out"
     out.mkdir()
-    assert refused("diffit", path, out) == f"{out}: exists already; choose another folder"
+    assert refused("diffit", path, out) == f"{out}: already exists; choose another folder"
     assert list(out.iterdir()) == []
 
 
@@ -168,7 +168,7 @@ def test_weights_of_another_network_in_a_run_folder_are_told(tmp_path: Path, cap
     file.write_text(file.read_text().replace("depth: 2", "depth: 1"))
     assert main(["sample", str(out), "n=1"]) == 2
     assert capsys.readouterr().err.startswith(
-        f"error: {out}: holds the weights of another network than its config.yaml says: blocks.1.attention.bias is"
+        f"error: {out}: the weights do not fit the network in its config.yaml: blocks.1.attention.bias is"
         " (49, 2) there, absent here"
     )
 
@@ -181,7 +181,7 @@ def test_the_average_is_taken_and_named(tmp_path: Path, capsys: Capture) -> None
         out = tmp_path / taken
         assert main(["import", "dit", str(tmp_path / "w.pt"), str(out), *GIVEN, *key]) == 0
         other = "model" if taken == "model_ema" else "model_ema"
-        assert f"\nweights: {taken}; the file also holds {other}\n" in capsys.readouterr().out
+        assert f"\nweights: {taken}; the file also has {other}\n" in capsys.readouterr().out
         found = diffbench.load(out).denoiser.state_dict()["patch.weight"]
         assert torch.equal(found, wanted["x_embedder.proj.weight"])
         with safe_open(out / "ema-0.9999.safetensors", "pt") as file:
@@ -193,7 +193,7 @@ def test_names_that_do_not_belong_are_left_out(tmp_path: Path, refused: Callable
     torch.save(weights(load("dit_a")) | {"step": torch.ones(1), "decay": torch.ones(1)}, path)
     assert refused("dit", path, out, *GIVEN) == (
         f"{path}: dit: of the 32 keys that these arguments make, 2 unexpected: decay, step;"
-        " leave names out by ignore=[NAME]"
+        " skip names with ignore=[NAME]"
     )
     assert refused("dit", path, out, *GIVEN, "ignore=[stepp]") == (
         f"{path}: ignore: stepp is not a name among these weights; did you mean 'step'?"

@@ -39,7 +39,7 @@ def test_without_checkpoints_nothing_begins_anew(
     assert main(words) == 2
     said = capsys.readouterr().err
     kept = "metrics.jsonl up to 32 images" if gone[1:] else "ema-0.999.safetensors"
-    assert f"{smoke_run}: holds {kept}, but no checkpoint to resume from" in said
+    assert f"{smoke_run}: has {kept}, but no checkpoint to resume from" in said
     assert "tag=NAME" in said and f"init_from={smoke_run}" in said and "restart=true" in said
     assert files(smoke_run) == before
 
@@ -51,7 +51,7 @@ def test_restart_begins_anew_and_keeps_what_there_was(
     smoke_run.with_name(f"{smoke_run.name}.before-1").mkdir()
     assert main([*words, "restart=true"]) == 0
     aside = smoke_run.with_name(f"{smoke_run.name}.before-2")
-    assert f"restart: what there was is now {aside}" in capsys.readouterr().out
+    assert f"restart: the earlier run is now {aside}" in capsys.readouterr().out
     assert files(aside) == before
     assert torch.equal(load(smoke_run).sample_tensor(2), load(aside).sample_tensor(2))
 
@@ -63,7 +63,7 @@ def test_several_processes_do_not_restart_together(
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert main([*words, "restart=true"]) == 2
-    assert f"restart: several processes cannot begin anew together; move {smoke_run} away" in capsys.readouterr().err
+    assert f"restart: not possible with several processes; move {smoke_run} away" in capsys.readouterr().err
     assert files(smoke_run) == before
 
 

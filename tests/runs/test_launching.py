@@ -77,20 +77,21 @@ REFUSED = {
     "launcher.partition=debug": "launcher.partition: belongs to launcher=slurm, not local",
     "launcher=local launcher.gpus_per_node=1": "launcher.gpus_per_node: belongs to launcher=slurm, not local",
     "launcher=slurm launcher.time=1:30": (
-        "launcher.time: '1:30' is not a limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a minute or more"
+        "launcher.time: '1:30' is not a time limit; write minutes such as 90, HH:MM:SS or D-HH:MM:SS, at least one"
+        " minute"
     ),
     "launcher=slurm launcher.time=0": (
-        "launcher.time: '0' is not a limit; write minutes as 90, or HH:MM:SS, or D-HH:MM:SS, a minute or more"
+        "launcher.time: '0' is not a time limit; write minutes such as 90, HH:MM:SS or D-HH:MM:SS, at least one minute"
     ),
     "launcher=slurm launcher.time=1": "launcher.signal_delay_s: 90 seconds must be less than launcher.time=1",
     "launcher=slurm launcher.max_num_timeout=-1": "launcher.max_num_timeout: must be at least 0, got -1",
     "launcher=slurm launcher.nodes=0": "launcher.nodes: must be at least 1, got 0",
     "launcher=slurm launcher.cpus_per_task=two": "launcher.cpus_per_task: must be a whole number, got 'two'",
     "launcher=slurm launcher.setup='module load cuda'": (
-        "launcher.setup: must be a list, as ['module load cuda'], got 'module load cuda'"
+        "launcher.setup: must be a list, such as ['module load cuda'], got 'module load cuda'"
     ),
     "launcher=slurm launcher.additional_parameters=nice": (
-        "launcher.additional_parameters: must be keys with values, as {nice: 10}, got 'nice'"
+        "launcher.additional_parameters: must be keys with values, such as {nice: 10}, got 'nice'"
     ),
     "launcher=slurm launcher.partition=[a,b]": "launcher.partition: must be one value, got ['a', 'b']",
     "launcher=slurm launcher.array_parallelism=few": "launcher.array_parallelism: must be a whole number, got 'few'",
@@ -125,7 +126,7 @@ def test_text_is_taken_as_typed(cluster: Path, tmp_path: Path) -> None:
     script = (tmp_path / "0010" / "8_submission.sh").read_text()
     for line in ("account=007", "comment=2024_11_28", "constraint='a&b'", "qos=1e3", "exclusive"):
         assert f"#SBATCH --{line}\n" in script
-    with pytest.raises(UserError, match=r"launcher\.time: '1_0' is not a limit"):
+    with pytest.raises(UserError, match=r"launcher\.time: '1_0' is not a time limit"):
         split(["launcher=slurm", "launcher.time=1_0"])
 
 
@@ -194,7 +195,7 @@ def test_a_job_of_another_size_than_the_run_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         sized(split([*SLURM, "launcher.nodes=2"])[0], load(DIT, ["trainer.devices=4"]).trainer)
     assert str(caught.value) == (
-        "launcher: launcher.nodes=2 x launcher.ntasks_per_node=4 are not the processes of trainer.num_nodes=1 x"
+        "launcher: launcher.nodes=2 x launcher.ntasks_per_node=4 differ from trainer.num_nodes=1 x"
         " trainer.devices=4; leave them out, or make them equal"
     )
 
@@ -273,7 +274,7 @@ def test_faults_before_the_queue_are_one_line(
         patch.setitem(sys.modules, "submitit", None)
         assert refused() == "error: launcher: slurm needs submitit; pip install 'diffbench[slurm]'\n"
     monkeypatch.setenv("PATH", str(tmp_path))
-    missing = "sbatch, srun, squeue, not found here; submit from a node of the cluster"
+    missing = "sbatch, srun, squeue, not found here; submit from a cluster node"
     assert refused() == f"error: launcher: slurm needs {missing}\n"
     assert main(["compare", "runs/x", *SLURM]) == 2
     verbs = "launcher=slurm belongs to train, encode, evaluate and study, not to compare"
@@ -319,7 +320,9 @@ def test_a_checkpoint_has_the_command_save_and_returns_it(
     command = Command(["train", DIT], patience)
     out = tmp_path / "out"
     with out.open("w") as file:
-        child = subprocess.Popen([sys.executable, "-c", CHILD, how], stdout=file, preexec_fn=slurm._deaf())
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, how], stdout=file, preexec_fn=slurm._ignore_warning_signal()
+        )
     while not out.read_text():
         time.sleep(0.01)
     command._pid = child.pid

@@ -257,6 +257,6 @@ def test_a_classifier_trains_and_guides(finished: Path, tmp_path: Path, capsys: 
     assert main(argv) == 0
     assert "complete at 8,000 images" in capsys.readouterr().out
     assert main(["sample", str(classifier), "n=2"]) == 2
-    assert "a run of kind classifier; choose a denoiser's" in capsys.readouterr().err
+    assert "this is a run of kind classifier; choose one of kind denoiser" in capsys.readouterr().err
     assert main(["sample", str(finished), "n=2", f"classifier={finished}"]) == 2
-    assert "a run of kind denoiser; choose a classifier's" in capsys.readouterr().err
+    assert "this is a run of kind denoiser; choose one of kind classifier" in capsys.readouterr().err

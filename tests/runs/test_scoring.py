@@ -178,7 +178,7 @@ def test_an_average_is_found_however_its_decay_is_typed(smoke_run: Path, capsys:
     assert main(["evaluate", str(smoke_run), "ema=best"]) == 2
     assert capsys.readouterr().err == "error: command line: ema: must be a number, got 'best'\n"
     assert main(["evaluate", str(smoke_run), "ema=0.999", "snapshot=best"]) == 2
-    assert "command line: ema: snapshot=best has the average that chose it; leave one" in capsys.readouterr().err
+    assert "command line: ema: snapshot=best fixes the average; leave one" in capsys.readouterr().err
 
 
 def test_all_training_images_may_be_the_reference(smoke_run: Path) -> None:

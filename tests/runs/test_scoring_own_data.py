@@ -76,7 +76,7 @@ def test_a_long_tail_is_trained_on_and_scored_by_its_frequencies(tmp_path: Path,
 def test_training_goes_on_where_there_are_fewer_images_than_samples(tmp_path: Path, capsys: Capture) -> None:
     root = folder(tmp_path / "little", {"cat": 20, "dog": 20}, height=8, width=8)
     why = (
-        "evaluate.count: must be at most 36, as many training images as data.name=cifar10 has, got 500; or compare"
+        "evaluate.count: must be at most 36, the number of training images of data.name=cifar10, got 500; or compare"
         " with all of them: evaluate.reference=all"
     )
     assert main(command(root, "evaluate.count=500")) == 0
@@ -99,8 +99,8 @@ def test_a_cache_that_cannot_be_written_is_found_before_training(
     monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "file" / "cache"))
     assert main(["train", "experiments/digits/dit.yaml", "debug=smoke", f"runs_dir={tmp_path / 'runs'}"]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path / 'file' / 'cache'}: the cache cannot be written (Not a directory); set DIFFBENCH_CACHE to a"
-        " folder that can\n"
+        f"error: {tmp_path / 'file' / 'cache'}: the cache is not writable (Not a directory); set DIFFBENCH_CACHE to a"
+        " writable folder\n"
     )
     assert not (tmp_path / "runs").exists()
     monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / "new"))
@@ -137,7 +137,9 @@ def test_a_judge_of_ones_own_scores_samples_and_says_how_good_it_is(tmp_path: Pa
     assert main([*dit, "data.size=16", f"evaluate.judge={judge}"]) == 2
     assert "classifies images (1, 8, 8), not (1, 16, 16)" in capsys.readouterr().err
     assert main([*dit, "data.planted={copy of 8: [8]}", f"evaluate.judge={judge}"]) == 2
-    assert f"evaluate.judge: {judge} tells 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 apart, not 0, 1, 2," in capsys.readouterr().err
+    assert (
+        f"evaluate.judge: {judge} has the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, not 0, 1, 2," in capsys.readouterr().err
+    )
     assert not list((tmp_path / "runs" / "digits").glob("dit*"))
     assert main([*dit, f"evaluate.judge={judge}"]) == 0
     (run,) = (tmp_path / "runs" / "digits").glob("dit*")
@@ -146,8 +148,11 @@ def test_a_judge_of_ones_own_scores_samples_and_says_how_good_it_is(tmp_path: Pa
     level = open_run(judge, [ClassifierRun]).config.validation.log_snr[-1]
     known = [m for m in metrics(judge) if "val/accuracy" in m][-1]
     assert found["judge"]["accuracy"] == pytest.approx(known[f"val/accuracy_log_snr_{level:g}"])
-    assert f"held-out images {found['judge']['accuracy']:.1%} right" in capsys.readouterr().out
-    for wrong, why in ((tmp_path / "none", "no run here"), (run, "a run of kind denoiser; choose a classifier's")):
+    assert f"{found['judge']['accuracy']:.1%} on held-out images" in capsys.readouterr().out
+    for wrong, why in (
+        (tmp_path / "none", "no run here"),
+        (run, "this is a run of kind denoiser; choose one of kind classifier"),
+    ):
         assert main(["evaluate", str(run), "evaluate.count=30", f"evaluate.judge={wrong}"]) == 2
         out, err = capsys.readouterr()
         assert err.startswith(f"error: command line: evaluate.judge: {wrong}: {why}") and "samples by" not in out

@@ -28,7 +28,6 @@ from diffbench.core.errors import UserError
 from diffbench.core.tensors import read_state
 from diffbench.denoisers import tmsa
 from diffbench.diffusion import DiscreteVP, VPConfig
-from diffbench.runs.build import data_module, load_data
 from diffbench.runs.checks import check_machine
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load, train
@@ -396,9 +395,9 @@ def test_dropout_is_seeded_by_the_first_position() -> None:
     assert torch.equal(*states)
 
 
-def test_a_batch_says_its_first_position_as_a_number() -> None:
+def test_a_batch_says_its_first_position_as_a_number(tmp_path: Path) -> None:
     config = load_config(DIT, ["trainer.data_on_device=true"])
-    module = data_module(config, *load_data(config))
+    module = DenoiserRun(tmp_path, config).data_module()
     assert module.data_on_device is True
     batch = next(iter(module.train_dataloader()))
     assert set(batch) == {"first", "position", "index"} and batch["first"] == 0
