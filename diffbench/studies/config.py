@@ -100,7 +100,7 @@ class TuneConfig:
     """The axis whose values are tuned, each separately; null: the first axis."""
     grid: dict[str, Any] = field(default_factory=dict)
     """Keys and the values to try, such as optimizer.lr: [1e-3, 2e-3, 4e-3], in all combinations. With three or more
-    rising values, a best at an edge extends the grid for all, by the ratio at that edge and by up to two values."""
+    rising values, a best one at an edge extends the grid for all, by the ratio there and by up to two values."""
     seed: int = 1000
     """Seed of the tuning runs, which must not be a reported one."""
     share: float = 1.0
@@ -134,8 +134,8 @@ class StudyConfig:
     Axes over only `sample` and `evaluate` reuse the trained runs."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     samplings: int = 1
-    """How many times each trained network is sampled and scored, with another seed each time. Its scores are averaged,
-    and the report separates the variance from training and from sampling."""
+    """Times that each trained network is sampled and scored, each time with another seed. Its scores are averaged, and
+    the report splits their variance into training and sampling."""
     stop: StopConfig = field(default_factory=lambda: StopConfig(images=100_000))
     match: MatchConfig = field(default_factory=MatchConfig)
     tune: TuneConfig | None = None
@@ -285,7 +285,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study from its YAML, with its bases and overrides.
 
     Raises:
-        UserError: in one line that names the file and key.
+        UserError: if the study is invalid, in one line that names the file and key.
     """
     stack = [*read_chain(Path(path)), (COMMAND_LINE, parse_overrides(overrides))]
     merged: dict[str, Any] = {}

@@ -116,7 +116,7 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
         rate: measures the training rate of a config, for `stop.seconds`.
 
     Raises:
-        UserError: in one line that names the file and key.
+        UserError: if a variant is invalid, in one line that names the file and key.
     """
     shared: dict[str, list[Variant]] = {}
     for variant in variants(study):
@@ -134,7 +134,7 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
     names: set[str] = set()
     for network in found:
         if (name := file_name(network.name)) in names:
-            raise UserError(f"{path}: axes: two networks are called {network.name!r}; rename values of their axes")
+            raise UserError(f"{path}: axes: two networks are called {network.name!r}; rename the axis values")
         names.add(name)
     return found
 

@@ -66,7 +66,7 @@ def run_study(
         only: variants to train and evaluate; all if empty.
 
     Raises:
-        UserError: in one line that names the file and key.
+        UserError: if the study is invalid, in one line that names the file and key.
         SystemExit: 143 after SIGTERM, once the trials have saved their state.
     """
     path, only = Path(path), set(only)
@@ -212,7 +212,7 @@ def _terminate(running: Iterable[subprocess.Popen[bytes]]) -> None:
 
 
 def _submit(folder: Path, requests: Sequence[tuple[Path, LauncherConfig]]) -> None:
-    """Submit trials to SLURM, those with equal resources as an array; those already queued or running stay."""
+    """Submit trials to SLURM, an array for each set of resources; trials queued or running there are skipped."""
     logs, jobs = slurm_folder(folder, requests[0][1]), []
     for cpus in dict.fromkeys(launcher.cpus_per_task for _, launcher in requests):
         alike = [(path, launcher) for path, launcher in requests if launcher.cpus_per_task == cpus]

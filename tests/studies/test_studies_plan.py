@@ -85,7 +85,7 @@ def test_networks_have_names_of_their_own_where_an_axis_mixes_training_and_sampl
     both = names(**{"net": {"a": {}, "b": guided, "c": deep}, "sample.steps": ["5", "10"]})
     assert both == ["a, steps=5", "c"]
     narrow, wide = ({"denoiser.hidden_size": n} for n in (32, 48))
-    said = "axes: two networks are called 'a, b'; rename values of their axes"
+    said = "axes: two networks are called 'a, b'; rename the axis values"
     with pytest.raises(UserError, match=said):
         names(x={"a": {}, "b": wide}, y={"a": narrow, "b": deep}, z={"a": {}, "b": deep})
 
