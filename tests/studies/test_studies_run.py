@@ -60,7 +60,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return Ended()
 
     monkeypatch.setattr("diffbench.studies.runner._start", start)
-    monkeypatch.setattr("diffbench.studies.runner._end", lambda running: None)
+    monkeypatch.setattr("diffbench.studies.runner._terminate", lambda running: None)
 
 
 @pytest.fixture(scope="module")
