@@ -1,4 +1,4 @@
-"""Attention over time, as Fig. 2 of DiffiT: where chosen tokens look along sampling, several runs side by side."""
+"""Attention maps of chosen tokens over sampling time, for several runs side by side, as in Fig. 2 of DiffiT."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,73 +27,74 @@ class AttentionConfig:
     """Keys of `diffbench attention`."""
 
     layers: list[str] | None = None
-    """Names of layers; null: the first, the middle and the last of each run."""
+    """Names of attention layers; null: the first, the middle and the last of each run."""
     tokens: list[list[int]] | None = None
-    """Pixels [row, column] whose tokens are shown, places of a latent in latent space; null: the centre."""
+    """Pixels [row, column] whose tokens are shown (positions in the latent for latent runs); null: the centre."""
     times: int | list[float] = 8
-    """Log-SNRs along sampling, noisiest first; or how many, evenly spread over what all runs pass through."""
+    """Log-SNRs to show, or how many to space evenly over the range that all runs sample."""
     image: int = 0
-    """Number of the held-out image that is noised."""
+    """Index of the held-out image that is noised."""
     out: str | None = None
-    """The image, .png, .jpg, .webp or .gif; null: in the samples of the first run."""
+    """Output file: .png, .jpg, .webp or .gif; null: a file in the samples of the first run."""
 
     def __post_init__(self) -> None:
         if self.times == [] or (isinstance(self.times, int) and self.times < 1):
             raise ValueError(f"times: must be at least 1, or a list of log-SNRs, got {self.times}")
         if self.tokens is not None and not all(len(token) == 2 for token in self.tokens):
-            raise ValueError(f"tokens: must be pixels as [[4, 4], [0, 7]], got {self.tokens}")
+            raise ValueError(f"tokens: must be a list of pixels such as [[4, 4], [0, 7]], got {self.tokens}")
         for name in ("layers", "tokens"):
             if getattr(self, name) == []:
-                raise ValueError(f"{name}: must hold at least one, or be null, got []")
+                raise ValueError(f"{name}: must list at least one, or be null, got []")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one run at several noise levels."""
+    """Attention maps of one run at several noise levels."""
 
     run: DenoiserRun
     times: Tensor
-    """(T,) times of the run's process."""
+    """(T,) times in the run's own process."""
     noisy: Tensor
-    """(T, C, H, W), the image as the network sees it."""
+    """(T, C, H, W) noised images, as the network receives them."""
     tokens: list[tuple[int, int]]
-    """The chosen pixels."""
+    """The chosen pixels, as (row, column)."""
     maps: list[AttentionMap]
-    """The chosen layers; samples are the times."""
+    """Maps of the chosen layers; their sample dimension runs over the times."""
 
 
 def attention(runs: Sequence[DenoiserRun], config: AttentionConfig) -> tuple[list[float], list[Attention]]:
-    """The attention maps of runs on one noised image, or its latent.
+    """Return the attention maps of all runs on one noised image, or on its latent.
 
-    The image is a held-out one of each run's data, with its label, or a sample of a run whose data are not at hand. Its
-    noise is keyed by its number, the same at all levels and for all runs.
+    The image is a held-out one of each run's data, with its label, or a generated sample if the data are unavailable.
+    The noise is keyed by the image's index and is the same at all levels and for all runs.
 
     Returns:
-        The log-SNRs, noisiest first, and one `Attention` a run.
+        The log-SNRs, noisiest first, and one `Attention` per run.
 
     Raises:
-        ValueError: a line that begins with the key, for a layer, token, time or image that is not there.
+        ValueError: if a layer, token, time or image does not exist; the message begins with the key.
     """
     levels = noise_levels(runs, config.times)
-    found = [_of(run, config, levels) for run in runs]
+    found = [_record(run, config, levels) for run in runs]
     names = sorted({short(layer.layer) for a in found for layer in a.maps})
     for name in config.layers or []:
         if name not in names:
-            near = suggest(name, names)
-            raise ValueError(f"layers: {name} attends in no run; choose from {', '.join(names)}{near}")
+            hint = suggest(name, names)
+            raise ValueError(f"layers: no run has an attention layer {name}; choose from {', '.join(names)}{hint}")
     return levels, [replace(a, maps=_chosen(a.maps, config.layers)) for a in found]
 
 
 def noise_levels(runs: Sequence[DenoiserRun], times: int | list[float]) -> list[float]:
-    """Log-SNRs from noise to image: those given, or so many evenly spread in -10..10 where all runs pass through."""
+    """Return log-SNRs from noise to image: the list given, or values spaced evenly over the range all runs sample."""
     if isinstance(times, list):
         return sorted(times)
-    reached = [_reached(run) for run in runs]
-    low, high = max(r[0] for r in reached), min(r[1] for r in reached)
+    ranges = [_log_snr_range(run) for run in runs]
+    low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
     return torch.linspace(low, high, times, dtype=torch.float64).tolist()
 
 
-def _reached(run: DenoiserRun) -> tuple[float, float]:
+def _log_snr_range(run: DenoiserRun) -> tuple[float, float]:
+    """Return the lowest and highest log-SNR of the run's sampling grid, clamped to -10..10."""
     points = run.process.grid(run.config.sample.steps).points
     log_snr = 2 * (points.alpha.log() - points.sigma.log())
     log_snr = log_snr[log_snr.isfinite()].clamp(-10, 10)
@@ -101,24 +102,24 @@ def _reached(run: DenoiserRun) -> tuple[float, float]:
 
 
 def _image(run: DenoiserRun, number: int) -> tuple[Tensor, Tensor]:
-    """A held-out image (1, C, H, W) uint8 and its label (1,); a sample of the run where its images are not at hand."""
+    """Return a held-out image (1, C, H, W) uint8 and its label (1,), or a sample if the data are unavailable."""
     try:
         held_out = run.held_out
     except OtherDataError:
         raise
     except UserError as e:
-        print(f"note: {run.folder}: a sample stands in for a held-out image ({e})")
+        print(f"note: {run.folder}: using a generated sample instead of a held-out image ({e})")
         label = torch.tensor([number % max(1, run.facts.num_classes)])
         return run.sampler(run.config.sample)(label, run.config.sample, first=number), label
     if not len(held_out):
-        raise ValueError(f"data.name: {run.folder} has no images (data.name={run.config.data.name}) to be noised")
+        raise ValueError(f"data.name: {run.folder} has no held-out images to noise (data.name={run.config.data.name})")
     if not 0 <= number < len(held_out):
         raise ValueError(f"image: {number} is not one of the {len(held_out)} held-out images of {run.folder}")
     return held_out.images[number : number + 1], held_out.labels[number : number + 1]
 
 
 @torch.no_grad()
-def _of(run: DenoiserRun, config: AttentionConfig, levels: list[float]) -> Attention:
+def _record(run: DenoiserRun, config: AttentionConfig, levels: list[float]) -> Attention:
     image, label = _image(run, config.image)
     parameter = next(run.network.parameters())
     try:
@@ -139,7 +140,7 @@ def _of(run: DenoiserRun, config: AttentionConfig, levels: list[float]) -> Atten
     if not bool(out.isfinite().all()):
         raise UserError(f"{run.folder}: the network's output is not finite")
     if not maps:
-        raise ValueError(f"layers: {run.folder} has no layer in which the image attends to itself")
+        raise ValueError(f"layers: {run.folder} has no self-attention over the image")
     return Attention(run, t, x.cpu(), tokens, maps)
 
 
@@ -150,15 +151,15 @@ def _chosen(maps: list[AttentionMap], layers: list[str] | None) -> list[Attentio
 
 
 def short(layer: str) -> str:
-    """The name of an attention layer without what all have at the end."""
+    """Strip the suffixes .tmsa, .attention and .block from the name of an attention layer."""
     return layer.removesuffix(".tmsa").removesuffix(".attention").removesuffix(".block")
 
 
 def attention_figure(levels: Sequence[float], found: Sequence[Attention]) -> Figure:
-    """A panel a run, a row for each layer and token, a column for each time.
+    """Draw a panel for each run, with a row for each layer and token and a column for each time.
 
-    Colours show how much more (red) or less (blue) than evenly a token looks at a place, heads averaged, on a
-    logarithmic scale; places outside its window are grey, the token itself is framed.
+    Colours show on a log scale how much more (red) or less (blue) than an even share a token attends to each position,
+    averaged over heads. Positions outside its window are grey; the token itself is framed.
     """
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
@@ -192,19 +193,19 @@ def _panel(panel: SubFigure, levels: Sequence[float], a: Attention, colours: Sca
             axis.set_facecolor("0.85")
             axis.imshow(colours.to_rgba(even.log2().clamp(-3, 3).numpy()))
             axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.5))
-        _named(line[0], f"{short(found.layer)}\n{pixel}")
-    _named(axes[0, 0], "input")
+        _label_row(line[0], f"{short(found.layer)}\n{pixel}")
+    _label_row(axes[0, 0], "input")
     denoiser = a.run.config.denoiser
     where = f", time in {denoiser.time_in}" if hasattr(denoiser, "time_in") else ""
     panel.suptitle(f"{a.run.folder.name} ({denoiser.name}{where})", fontsize=9)
     panel.supxlabel("log-SNR: from noise to image, as sampling goes", fontsize=8)
 
 
-def _named(axis: Axes, text: str) -> None:
+def _label_row(axis: Axes, text: str) -> None:
     axis.set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
 
 
 def _displayed(x: Tensor) -> np.ndarray:
-    """(C, H, W) as the network sees it, to (H, W, 3) in 0..1 for display; of latents the first three channels."""
+    """Convert a network input (C, H, W) to (H, W, 3) in 0..1 for display; a latent shows its first three channels."""
     rgb = x[:3] if len(x) >= 3 else x[:1].expand(3, -1, -1)
     return (rearrange(rgb.float(), "c h w -> h w c") / rgb.abs().max() / 2 + 0.5).numpy()

@@ -1,4 +1,4 @@
-"""The conclusion of a comparison: summaries of every variant, paired differences, the answer in a sentence or two."""
+"""The conclusion of a comparison: summaries of every variant, paired tests, and the answer in a sentence or two."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from diffbench.reports.statistics import LEAST, Summary
 from diffbench.reports.text import counted, listed, mean_text, number, percent
 
 MOST_IN_PAIRS = 16
-"""Variants beyond which not every pair is tested: a baseline is named then."""
+"""Largest number of variants for which every pair is tested; with more, a baseline has to be named."""
 
 
 @dataclass
@@ -33,16 +33,16 @@ class Conclusion:
     """A comparison with its answer.
 
     Attributes:
-        comparison: what was asked.
-        name: the primary metric's full name, or as it was asked for where no trial has it yet.
+        comparison: the trials and settings it was drawn from.
+        name: the primary metric's full name, or the name as configured if no trial has a value yet.
         variants: name -> its trials.
-        summaries: variant -> full name of a metric -> over complete seeds.
-        tests: pairs by the primary metric.
-        outcome: of the comparison.
-        answer: in a sentence or two.
-        luck: below which difference by the primary metric nothing is found, in a sentence; empty where it is not known.
-        notes: what the statistics have to say besides the comparison's own notes.
-        rungs: budget -> the conclusion there, rising, where runs pass several budgets; the last is this one.
+        summaries: variant -> full name of a metric -> its summary over complete seeds.
+        tests: paired tests by the primary metric.
+        outcome: the verdict on the whole comparison.
+        answer: the verdict in a sentence or two.
+        luck: a sentence on the smallest difference in the primary metric that can be found; empty if unknown.
+        notes: remarks of the statistics, in addition to the comparison's own notes.
+        rungs: budget -> the conclusion there, in rising order, if runs pass several budgets; the last is this one.
     """
 
     comparison: Comparison
@@ -58,7 +58,7 @@ class Conclusion:
 
     @property
     def trials(self) -> list[Trial]:
-        """All trials, in the order of tables."""
+        """All trials, in the order of the tables."""
         return self.comparison.trials
 
     @property
@@ -68,11 +68,11 @@ class Conclusion:
 
     @cached_property
     def metrics(self) -> list[str]:
-        """The full names of all metrics that some variant has."""
+        """Full names of all metrics that at least one variant has."""
         return list(dict.fromkeys(name for found in self.summaries.values() for name in found))
 
     def ranked(self, name: str | None = None) -> list[str]:
-        """Variants that have a metric, by default the primary one, the best mean first; one that is not finite last."""
+        """Return the variants that have a metric (default: the primary one), best mean first, non-finite means last."""
         name = name or self.name
         sign = 1 if metric_of(name).lower_is_better else -1
         having = [v for v in self.variants if name in self.summaries[v]]
@@ -80,15 +80,15 @@ class Conclusion:
         return sorted(having, key=lambda v: (not math.isfinite(means[v]), sign * means[v]))
 
     def by_seed(self, variant: str, name: str) -> dict[int, float]:
-        """Seed -> value of the complete trials."""
+        """Return seed -> value of a metric for the complete trials of a variant."""
         return by_seed(self.variants[variant], name)
 
     def tests_of(self, variant: str) -> dict[str, PairedTest]:
-        """Other variant -> its test against this one."""
+        """Return the tests of a variant, keyed by the other variant."""
         return {x.other(variant): x for x in self.tests if variant in (x.first, x.second)}
 
     def mean(self, variant: str, name: str | None = None) -> str:
-        """A variant with its mean and interval: "dit (0.1074 ± 0.0009)"."""
+        """Format a variant with its mean and interval: "dit (0.1074 ± 0.0009)"."""
         name = name or self.name
         return f"{variant} ({mean_text(self.summaries[variant][name], name)})"
 
@@ -129,7 +129,7 @@ def conclude(comparison: Comparison) -> Conclusion:
 
 
 def holds_at(c: Conclusion, x: PairedTest) -> list[str]:
-    """The budgets of a ladder at which a pair has the same verdict, the same variant better."""
+    """Return the budgets of a ladder at which a pair has the same verdict and the same winner."""
     same = []
     for budget, rung in c.rungs.items():
         tests = (y for y in rung.tests if (y.first, y.second) == (x.first, x.second))
@@ -139,7 +139,7 @@ def holds_at(c: Conclusion, x: PairedTest) -> list[str]:
 
 
 def _at_each_rung(c: Conclusion) -> str:
-    """Who is best at each budget, and against how many others that is decided."""
+    """Say which variant is best at each budget, and against how many others that is decided."""
     parts = []
     for budget, rung in c.rungs.items():
         if ranked := rung.ranked():
@@ -169,15 +169,15 @@ def _pairs(c: Conclusion) -> list[tuple[str, str]]:
 
 
 def _luck(c: Conclusion) -> str:
-    """The smallest difference that so many seeds find, at least what counts as a tie, in a sentence."""
+    """Return a sentence on the smallest difference that this many seeds can find; empty if it is unknown."""
     rows = [x.differences for x in c.tests]
-    if (least := statistics.luck(rows)) is None:
+    if (smallest := statistics.luck(rows)) is None:
         return ""
     means = [abs(s[c.name].mean) for s in c.summaries.values() if c.name in s]
-    least = max(least, c.metric.tie * min(means))
+    smallest = max(smallest, c.metric.tie * min(means))
     seeds = min(map(len, rows))
     return (
-        f"With {seeds} seeds, a difference in {c.metric.title} below {number(least, c.name, least)} is luck:"
+        f"With {seeds} seeds, a difference in {c.metric.title} below {number(smallest, c.name, smallest)} is luck:"
         f" only a larger one is found in {percent(statistics.POWER)} of such studies"
         f" ({percent(1 - statistics.ALPHA / len(rows))} confidence, {counted(len(rows), 'pair')})."
     )
@@ -238,13 +238,13 @@ def _answer_against(c: Conclusion, base: str) -> None:
         c.outcome = "partly"
     elif groups["no difference found"]:
         c.outcome = "tie"
-    parts = [f"{words}: {listed(names)}" for words, names in groups.items() if names]
+    parts = [f"{group}: {listed(names)}" for group, names in groups.items() if names]
     mean = c.mean(base) if c.name in c.summaries[base] else base
     c.answer = f"Against {mean} by {c.metric.title}: {'; '.join(parts)}."
 
 
 def _disputed(c: Conclusion) -> list[str]:
-    """By which other measures some variant is better than the best by the primary one, Holm's correction over them."""
+    """Return a clause for each other metric by which some variant beats the best, with Holm's correction over them."""
     best = next(iter(c.ranked()), None)
     rivals: dict[tuple[str, str], list[float]] = {}
     for name in c.metrics:
@@ -261,13 +261,13 @@ def _disputed(c: Conclusion) -> list[str]:
 
 
 def _crossings(c: Conclusion) -> list[str]:
-    """The variants that predict the noise better than the best by the primary metric at some noise levels and worse at
-    others, Holm's correction over all levels and variants.
+    """Return a clause for each variant that predicts the noise better than the best variant at some levels and worse at
+    others, with Holm's correction over all levels and variants.
     """
     best, levels = next(iter(c.ranked()), None), levels_of(c.metrics)
     if best is None or len({network_key(trials) for trials in c.variants.values()}) < 2:
         return []
-    networks = {network_key(c.variants[rival]): rival for rival in reversed(c.variants)}  # the first variant of each
+    networks = {network_key(c.variants[rival]): rival for rival in reversed(c.variants)}  # one variant per network
     del networks[network_key(c.variants[best])]
     pairs = {
         (rival, level): statistics.differences(c.by_seed(rival, name), c.by_seed(best, name))

@@ -1,4 +1,4 @@
-"""An explanation of a class as a table, and as a figure: its coefficients, and what each element adds to the images."""
+"""An explanation of a class as a table, and as a figure: its coefficients and the effect of each on the images."""
 
 from collections.abc import Mapping
 
@@ -10,11 +10,11 @@ from diffbench.reports.figures import COLOURS, FAINT, INK, label, name_row, new_
 from diffbench.sampling.images import grid
 
 MOST = 12
-"""Elements in a table or a figure."""
+"""Largest number of elements in a table or a figure."""
 
 
 def explanation_table(explanation: Explanation) -> str:
-    """The largest coefficients in order, those of the reconstruction first, and what it loses."""
+    """Format the largest coefficients in order, those of the reconstruction first, followed by its losses."""
     width = max(len("class"), *(len(e.name) for e in explanation.elements[:MOST]))
     lines = [f"{'':>4} {'class':<{width}} {'coefficient':>12} {'cosine':>8} {'least squares':>14}"]
     for place, e in enumerate(explanation.elements[:MOST], start=1):
@@ -24,12 +24,12 @@ def explanation_table(explanation: Explanation) -> str:
     more = f" of {len(explanation.elements)} classes" if len(explanation.elements) > MOST else ""
     lines.append(f"{'':>4} {'sum':<{width}} {total:>12.3f}{more}")
     lines.append("loss: " + ", ".join(f"{name} {value:.3g}" for name, value in explanation.losses.items()))
-    lines += [f"{a} and {b} share a weight at will: their cosine is {c:.2f}" for a, b, c in explanation.twins]
+    lines += [f"{a} and {b} are interchangeable: their cosine is {c:.2f}" for a, b, c in explanation.twins]
     return "\n".join([*lines, explanation.verdict])
 
 
 def changes(images: Mapping[str, Tensor]) -> dict[str, float]:
-    """Root mean square difference of each row's images from the first row's, in grey levels of 255."""
+    """Return title -> RMS difference between a row's images and the first row's, in grey levels of 255."""
     first = next(iter(images.values()), None)
     if first is None:
         return {}
@@ -37,7 +37,7 @@ def changes(images: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def explanation_figure(explanation: Explanation, images: Mapping[str, Tensor]) -> Figure:
-    """Bars of the coefficients, largest first; beside them, where there are any, rows of images from the same noise."""
+    """Draw the coefficients as bars, largest first, next to rows of images from the same noise if there are any."""
     rows = dict(list(images.items())[: MOST + 2])
     elements = explanation.elements[:MOST]
     figure = new_figure(9.5 if rows else 5, max(2.6, 0.34 * len(elements) + 1.2, 0.62 * len(rows) + 0.8))

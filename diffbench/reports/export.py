@@ -1,4 +1,4 @@
-"""The main tables of a report for a paper: LaTeX (needs booktabs) or Markdown."""
+"""The main tables of a report, for use in a paper: LaTeX (needs booktabs) or Markdown."""
 
 import re
 from pathlib import Path
@@ -25,14 +25,14 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def check_export(path: Path) -> None:
-    """Refuse, before anything is computed, a file of tables that exists or ends otherwise than in `SUFFIXES`."""
+    """Refuse an export file that exists or has no suffix of `SUFFIXES`, before anything is computed."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"export: must end in {' or '.join(SUFFIXES)}, got {path}")
     refuse_to_overwrite(path)
 
 
 def exported(c: Conclusion, suffix: str) -> str:
-    """The tables of variants and of pairs, the best mean of each metric in bold, †: not shown to be worse."""
+    """Format the tables of variants and pairs; the best means are bold, † marks variants not shown to be worse."""
     title = c.comparison.title
     note = (
         f"{title}. Mean over seeds ± half of its 95% interval; bold: the best mean;"
@@ -48,7 +48,7 @@ def exported(c: Conclusion, suffix: str) -> str:
 
 
 def _marked(c: Conclusion) -> Rows:
-    """The table of variants, the best in **bold**, heads with an arrow towards better values."""
+    """Return the table of variants with the best in **bold** and an arrow towards better values in each head."""
     best = {}
     for name in (n for n in shown(c) if metric_of(n).direction):
         means = {v: c.summaries[v][name].mean for v in c.ranked(name)}

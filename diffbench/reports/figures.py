@@ -1,4 +1,4 @@
-"""The look of figures: colours that colour-blind readers tell apart, a dash and a marker of its own for each line."""
+"""The look of figures: colours that are safe for colour-blind readers, and a dash and a marker for each line."""
 
 import io
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Style(NamedTuple):
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
-    """A style for each name, by its place."""
+    """Assign a style to each name by its position."""
     return {
         name: Style(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
         for i, name in enumerate(names)
@@ -52,18 +52,18 @@ def styles(names: Sequence[str]) -> dict[str, Style]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, apart from pyplot's global state."""
+    """Create an empty figure of a size in inches, independent of pyplot's global state."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 
 def legend(figure: Figure, panel: Axes) -> None:
-    """The lines of a panel above the figure."""
+    """Put the legend of a panel's lines above the figure."""
     handles = panel.get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
 
 
 def label(axis: Axes, xlabel: str, ylabel: str = "") -> None:
-    """Labels, a faint grid, no box."""
+    """Label both axes, add a faint grid, and remove the box."""
     axis.set_xlabel(plain(xlabel), color=INK)
     axis.set_ylabel(plain(ylabel), color=INK)
     axis.grid(alpha=0.25, linewidth=0.6)
@@ -73,7 +73,7 @@ def label(axis: Axes, xlabel: str, ylabel: str = "") -> None:
 
 
 def axis_label(name: str, unit: str = "") -> str:
-    """The label of a metric's axis: its title, its better direction and the unit."""
+    """Return the label of a metric's axis: its title, the better direction and the unit."""
     facts = ", ".join(text for text in (metric_of(name).better(), unit or metric_of(name).unit) if text)
     return f"{metric_of(name).title} ({facts})" if facts else metric_of(name).title
 
@@ -87,7 +87,7 @@ def mean_line(
     unit: float = 1.0,
     **look: Any,
 ) -> np.ndarray:
-    """Draw means with a band of their 95% intervals; of fewer than three seeds the mean alone. Returns the means."""
+    """Draw means with a band of 95% intervals, or without a band below three seeds, and return the means."""
     mean = unit * np.array([s.mean for s in found])
     half = unit * np.array([s.half or 0.0 for s in found])
     legend_name = {} if name is None else {"label": plain(name)}
@@ -97,14 +97,14 @@ def mean_line(
 
 
 def name_row(axis: Axes, name: str, size: float = 9) -> None:
-    """Turn a panel into a row of images: its name at the left, no ticks and no box."""
+    """Turn a panel into a row of images, with its name on the left and no ticks or box."""
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
     axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=size, color=INK)
 
 
 def log_scale(axis: Axes, which: str = "y") -> None:
-    """A logarithmic axis with plain numbers at its ticks, even where it spans less than a decade."""
+    """Make an axis logarithmic with plain numbers at its ticks, even if it spans less than a decade."""
     axis.set(**{f"{which}scale": "log"})
     chosen = axis.yaxis if which == "y" else axis.xaxis
     low, high = chosen.get_view_interval()
@@ -116,7 +116,7 @@ def log_scale(axis: Axes, which: str = "y") -> None:
 
 
 def short_numbers(axis: Axes) -> None:
-    """Numbers of the x axis as 50, 20k, 1.5M, 2e12."""
+    """Abbreviate the numbers of the x axis: 50, 20k, 1.5M, 2e12."""
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(_short))
 
@@ -129,12 +129,12 @@ def _short(value: float, _: int) -> str:
 
 
 def plain(text: str) -> str:
-    """A name as it is written: matplotlib would read formulas between dollar signs."""
+    """Escape dollar signs in a name, between which matplotlib would typeset a formula."""
     return text.replace("$", r"\$")
 
 
 def save_beside_curves(figure: Figure, path: Path, runs: Sequence[Run[Any]], what: str) -> None:
-    """Write a figure to a file, in the format of its suffix, and into each run's TensorBoard, in a folder `what`."""
+    """Write a figure to a file, in the format of its suffix, and to TensorBoard in the folder `what` of each run."""
     pixels = np.asarray(Image.open(io.BytesIO(_png(figure))).convert("RGB"))
     save_image(pixels, path)
     for run in runs:
@@ -143,7 +143,7 @@ def save_beside_curves(figure: Figure, path: Path, runs: Sequence[Run[Any]], wha
 
 
 def save(figure: Figure, path: Path, heading: str = "", caption: str = "") -> Plot:
-    """Write a figure as PNG."""
+    """Write a figure as PNG and return it with its heading and caption."""
     write_bytes(path, _png(figure))
     return Plot(path, heading, caption)
 

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML page that opens offline, a CSV, plots, and a short text for the terminal."""
+"""The report of a comparison: a self-contained HTML page, a CSV, and plots."""
 
 import base64
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ from diffbench.reports.results import Comparison
 from diffbench.reports.text import counted, percent, title_and_unit, transposed
 
 MOST_OPEN = 15
-"""Rows beyond which a table is folded away."""
+"""Largest number of rows of a table that is shown expanded."""
 
 
 def write(comparison: Comparison, folder: Path) -> Conclusion:
-    """Write report.html, report.csv and plots/*.png into a folder; earlier ones of the same names are replaced.
+    """Write report.html, report.csv and plots/*.png into a folder, replacing earlier ones, and return the conclusion.
 
-    Works on a study that is not finished, and on runs without evaluations.
+    Works on an unfinished study, and on runs without evaluations.
 
     Raises:
         UserError: if trials were measured differently, or a file is damaged.
@@ -38,7 +38,7 @@ def write(comparison: Comparison, folder: Path) -> Conclusion:
 
 
 def render(c: Conclusion, plots: Sequence[Plot]) -> str:
-    """The page, with the plots inside it, the first of them below the answer."""
+    """Return the page as HTML with the plots embedded, the first of them below the answer."""
     environment = Environment(
         loader=PackageLoader("diffbench", "reports"),
         autoescape=True,
@@ -71,13 +71,13 @@ def render(c: Conclusion, plots: Sequence[Plot]) -> str:
 
 
 def _confidence(tests: Sequence[PairedTest]) -> str:
-    """The confidence of intervals: 95%, or 95% to 98.3%."""
+    """Format the range of confidence levels of the intervals: 95%, or 95% to 98.3%."""
     levels = sorted({x.paired.confidence for x in tests if x.paired.confidence is not None})
     return " to ".join(dict.fromkeys(percent(level) for level in (levels[0], levels[-1]))) if levels else ""
 
 
 def _protocol(c: Conclusion) -> dict[str, str]:
-    """Facts about the measurement, each with all values that trials have for it."""
+    """Return facts about the measurement as label -> the distinct values of all trials, joined."""
     facts: dict[str, list[str]] = {}
     flats = [run.flat for run in {id(t.run): t.run for t in c.trials}.values() if run]
     for label, key in (

@@ -1,4 +1,4 @@
-"""Errors of single held-out images, kept in a run folder for comparisons by image."""
+"""Per-image errors on the held-out images, stored in the run folder for comparisons by image."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
 
 IMAGE_ERRORS = "validation.safetensors"
-"""The file of a run that holds the errors of every held-out image by noise level."""
+"""File in a run folder with the error of every held-out image at every noise level."""
 
 
 def save_image_errors(run: DenoiserRun) -> Path:
-    """Write the errors of every held-out image at every noise level, unless they are there for these weights.
+    """Write the errors of every held-out image at every noise level, unless they are stored for these weights.
 
     Args:
-        run: with averaged weights.
+        run: a run with averaged weights.
 
     Returns:
         `validation.safetensors` in the run folder: "error" (levels, images) float32 and "log_snr" (levels,) float64.
@@ -41,11 +41,11 @@ def save_image_errors(run: DenoiserRun) -> Path:
 
 
 def image_bounds(folder: Path, images: int, ema: float) -> np.ndarray | None:
-    """(images,) bounds of single held-out images in nats per dimension; None where they are of other weights.
+    """Return the bounds (images,) of held-out images in nats per dimension; None if not stored for these weights.
 
     Args:
-        images: those that the weights have seen.
-        ema: the decay of their average.
+        images: number of training images that the weights have seen.
+        ema: EMA decay of the weights.
 
     Raises:
         UserError: if the file is damaged.

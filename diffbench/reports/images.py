@@ -1,4 +1,4 @@
-"""Images in a report: samples of every variant from the same noise, and attention over time."""
+"""Images in a report: samples of every variant from the same noise, nearest training images, attention over time."""
 
 import json
 from collections import Counter
@@ -23,11 +23,11 @@ from diffbench.sampling.images import grid
 
 COLUMNS, MOST_ROWS = 20, 16
 MOST_MAPS = 4
-"""Networks whose attention is drawn."""
+"""Largest number of networks whose attention is drawn."""
 
 
 def sample_grid(c: Conclusion, path: Path) -> Plot | None:
-    """A row of samples for each variant, of the seed that most of them have; a column is one noise and one label."""
+    """Draw a row of samples for each variant, with the seed that most have; a column shares its noise and label."""
     drawn = [t for t in c.trials if t.complete and _samples_folder(t) is not None]
     if not drawn:
         return None
@@ -40,8 +40,8 @@ def sample_grid(c: Conclusion, path: Path) -> Plot | None:
             found[trial.variant] = samples
     if not found:
         return None
-    images, classes = next(iter(found.values()))  # one protocol: all have as many, of one size
-    width = images.shape[3] + 4  # of an image with its border
+    images, classes = next(iter(found.values()))  # all share a protocol, and so the count and size
+    width = images.shape[3] + 4  # one image with its border
     figure = new_figure(9.6, (0.9 if classes else 0.35) + len(found) * 8.6 / COLUMNS)
     panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
     for panel, (name, (images, _)) in zip(panels, found.items(), strict=True):
@@ -60,7 +60,7 @@ def sample_grid(c: Conclusion, path: Path) -> Plot | None:
 
 
 def nearest_images(c: Conclusion, path: Path) -> Plot | None:
-    """The samples of each variant that are most like copies, above the training images that they are nearest to."""
+    """Draw the samples of each variant that are most like copies, above their nearest training images."""
     found: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
     for trial in sorted((t for t in c.trials if t.complete), key=lambda t: -_judged(t).get("flagged", 0)):
         folder = _samples_folder(trial)
@@ -89,7 +89,7 @@ def nearest_images(c: Conclusion, path: Path) -> Plot | None:
 
 
 def _judged(trial: Trial) -> dict[str, Any]:
-    """The entry of copies in the trial's record."""
+    """Return the memorisation entry of the trial's record, or an empty one."""
     return (trial.record or {}).get("memorisation") or {}
 
 
@@ -102,13 +102,13 @@ def _samples_folder(trial: Trial) -> Path | None:
     if named is None or trial.run is None:
         return None
     folder = trial.run.folder / str(named)
-    return folder if folder.resolve().is_relative_to(trial.run.folder.resolve()) else None  # records come from anywhere
+    return folder if folder.resolve().is_relative_to(trial.run.folder.resolve()) else None  # records may name any path
 
 
 def _samples(trial: Trial) -> tuple[Tensor, list[str]] | None:
-    """Evenly spaced samples (COLUMNS, C, H, W), read without the rest, with their classes' names; none without classes.
+    """Read up to COLUMNS evenly spaced samples (N, C, H, W) and the names of their classes, if there are classes.
 
-    None where the samples are not all there.
+    None if samples are missing.
     """
     folder, run = _samples_folder(trial), trial.run
     try:
@@ -127,19 +127,19 @@ def _samples(trial: Trial) -> tuple[Tensor, list[str]] | None:
 
 
 def attention_maps(networks: dict[str, list[Trial]], path: Path) -> Plot | None:
-    """Attention as sampling goes, of one complete run of each network that attends; kept until a run changes."""
-    begun = [[t.run for t in trials if t.complete and t.run and t.run.images_seen] for trials in networks.values()]
-    runs = [found[0] for found in begun if found][:MOST_MAPS]
+    """Draw attention over sampling time for one complete run of each network; cached until a run changes."""
+    trained = [[t.run for t in trials if t.complete and t.run and t.run.images_seen] for trials in networks.values()]
+    runs = [found[0] for found in trained if found][:MOST_MAPS]
     if not runs:
         return None
     exports = [max((p.stat().st_mtime_ns for p in run.folder.glob("ema-*")), default=0) for run in runs]
     state = [[str(run.folder), run.images_seen, export] for run, export in zip(runs, exports, strict=True)]
-    kept = path.with_suffix(".json")
-    known = json.loads(kept.read_text()) if kept.is_file() else {}
-    if known.get("of") != state:
-        known = {"of": state, "drawn": _draw_attention([run.folder for run in runs], path)}
-        write_text(kept, json.dumps(known) + "\n")
-    if not known["drawn"] or not path.is_file():
+    cache = path.with_suffix(".json")
+    cached = json.loads(cache.read_text()) if cache.is_file() else {}
+    if cached.get("of") != state:
+        cached = {"of": state, "drawn": _draw_attention([run.folder for run in runs], path)}
+        write_text(cache, json.dumps(cached) + "\n")
+    if not cached["drawn"] or not path.is_file():
         return None
     caption = (
         "Where the framed token of a held-out image looks, from noise (left) to image (right): red more than evenly,"
@@ -149,7 +149,7 @@ def attention_maps(networks: dict[str, list[Trial]], path: Path) -> Plot | None:
 
 
 def _draw_attention(folders: list[Path], path: Path) -> bool:
-    """Draw those runs that attend; False where none does or none can be loaded."""
+    """Draw the runs that have attention; return False if none has, or if none can be loaded."""
     runs: list[DenoiserRun] = []
     for folder in folders:
         try:

@@ -1,6 +1,6 @@
-"""A study over several budgets: error = a + b C^-c, where variants cross, and whether budgets rank them alike.
+"""A study over several budgets: fits of error = a + b C^-c, crossings of variants, and rank correlation of budgets.
 
-Intervals are of 95% from resampled seeds, whole runs at a time, since the rungs of a run share its weights.
+The 95% intervals come from resampling seeds, whole runs at a time, since the rungs of a run share its weights.
 """
 
 from collections.abc import Callable
@@ -35,22 +35,22 @@ from diffbench.reports.text import Rows, mean_text
 T = TypeVar("T")
 RESAMPLES = 200
 EXPONENTS = np.geomspace(0.01, 5, 1000)
-"""The exponents c that are tried."""
+"""The grid of exponents c for the fit."""
 LEAST_RUNGS = 4
-"""Rungs from which on three parameters are fitted."""
+"""Fewest rungs to which the three parameters are fitted."""
 WIDE = 10
-"""Ratio of the largest to the smallest error from which on their axis is logarithmic."""
+"""Ratio of the largest to the smallest mean above which the axis is logarithmic."""
 AXES = {"flops": "training FLOPs", "images": "training images", "seconds": "seconds of training"}
 
 
 def measures(c: Conclusion) -> list[str]:
-    """The full names of what is followed over budgets: the primary metric and two others that are watched."""
+    """Return the full names of the metrics followed over budgets: the primary and up to two other watched ones."""
     watched = [n for n in c.metrics if metric_of(n).watched and n != c.name]
     return [c.name, *watched[:2]]
 
 
 def rungs(c: Conclusion, variant: str, name: str) -> Curve | None:
-    """A metric of a variant at each budget, of the seeds that have passed every rung; None without any."""
+    """Return a variant's metric at each budget, for the seeds that have passed every rung; None if there are none."""
     trials = [rung.variants.get(variant, []) for rung in c.rungs.values()]
     seeds = _seeds(c, variant, name)
 
@@ -65,13 +65,13 @@ def rungs(c: Conclusion, variant: str, name: str) -> Curve | None:
 
 
 def _seeds(c: Conclusion, variant: str, name: str) -> dict[int, list[float]]:
-    """The metric at each budget, of each seed that has passed every rung."""
+    """Return seed -> the metric at each budget, for the seeds that have passed every rung."""
     rows = [by_seed(rung.variants.get(variant, []), name) for rung in c.rungs.values()]
     return {seed: [row[seed] for row in rows] for seed in sorted(set.intersection(*map(set, rows)))} if rows else {}
 
 
 def tables(c: Conclusion) -> dict[str, Rows]:
-    """Heading -> rows; nothing without a ladder."""
+    """Return the tables as heading -> rows; empty without a ladder."""
     if not c.rungs:
         return {}
     made: dict[str, Rows] = {}
@@ -123,7 +123,7 @@ def _crossing_rows(c: Conclusion) -> Rows:
 
 
 def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
-    """Kendall's tau between rankings of the variants by their means, of variants and seeds that all columns have."""
+    """Tabulate Kendall's tau between the columns' rankings by mean, over variants and seeds that all columns have."""
     seeds = [{v: scores for v in at.variants if (scores := at.by_seed(v, name))} for at, name in columns.values()]
     shared = sorted(set.intersection(*map(set, seeds)))
     kept = sorted(set.intersection(*(set(of[v]) for of in seeds for v in shared))) if shared else []
@@ -139,7 +139,7 @@ def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
 
 
 def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | None:
-    """Each followed metric against FLOPs, images and seconds, a line for each variant, with bands and fits."""
+    """Draw each followed metric against FLOPs, images and seconds: a line for each variant, with bands and fits."""
     names, variants = measures(c), [v for v in c.variants if v in style]
     curves = {n: {v: curve for v in variants if (curve := rungs(c, v, n))} for n in names}
     every = [curve for lines in curves.values() for curve in lines.values()]
@@ -176,19 +176,19 @@ def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | No
 
 @dataclass(frozen=True)
 class Fit:
-    """error = a + b (C / C_last)^-c: a is what no budget removes, b what the last rung leaves above it."""
+    """The fit error = a + b (C / C_last)^-c: a is the irreducible error, b the error above it at the last rung."""
 
     a: Estimate
     b: Estimate
     c: Estimate
 
     def at(self, share: Array) -> Array:
-        """The error at budgets given as shares of the last rung's."""
+        """Return the error at budgets given as shares of the last rung's."""
         return np.asarray(self.a.value + self.b.value * share**-self.c.value)
 
 
 def fit(budgets: Array, values: Array) -> Fit | None:
-    """Fit a power law with an offset to the mean over seeds, each rung weighted by its relative error.
+    """Fit a power law with an offset to the means over seeds by least squares of relative errors; None with too few.
 
     Args:
         budgets: (rungs,) rising.
@@ -204,13 +204,13 @@ def fit(budgets: Array, values: Array) -> Fit | None:
 
 
 def _parameters(share: Array, means: Array) -> Array:
-    """(fits, 3): a, b and c of least squares for each row of means (fits, rungs): linear in a and b for each c."""
+    """Fit each row of means (fits, rungs) and return a, b, c as (fits, 3): least squares in a and b for each c."""
     u = share ** -EXPONENTS[:, None]  # (exponents, rungs)
     y, w = means[:, None], 1 / means[:, None] ** 2
     total, su, sy = w.sum(-1), (w * u).sum(-1), (w * y).sum(-1)
     suu, suy = (w * u * u).sum(-1), (w * u * y).sum(-1)
     b = (total * suy - su * sy) / (total * suu - su**2)
-    b = np.where(b * su > sy, suy / suu, b.clip(min=0))  # neither is negative
+    b = np.where(b * su > sy, suy / suu, b.clip(min=0))  # neither may be negative
     a = ((sy - b * su) / total).clip(min=0)
     best = (w * (y - a[..., None] - b[..., None] * u) ** 2).sum(-1).argmin(1)
     rows = np.arange(len(means))
@@ -218,9 +218,9 @@ def _parameters(share: Array, means: Array) -> Array:
 
 
 def crossings(budgets: Array, first: Array, second: Array) -> list[Estimate]:
-    """Budgets at which the sign of first minus second changes, by straight lines over log C.
+    """Return the budgets at which first minus second changes sign, interpolated linearly over log C.
 
-    The interval of each is of the crossings nearest to it in resamples of the seeds, of which most must have one.
+    Each interval is over the nearest crossings in resamples of the seeds; None unless most resamples have a crossing.
 
     Args:
         budgets: (rungs,) rising.
@@ -246,7 +246,7 @@ def _zeros(budgets: Array, difference: Array) -> list[float]:
 
 
 def _resampled(values: Array, of: Callable[[Array], T]) -> list[T]:
-    """A function of seeds (rows) drawn with replacement, the same draws each time; nothing of fewer than three."""
+    """Apply a function to bootstrap resamples of the seeds (rows), the same on every call; empty below three seeds."""
     n = len(values)
     if n < LEAST:
         return []
@@ -255,7 +255,7 @@ def _resampled(values: Array, of: Callable[[Array], T]) -> list[T]:
 
 
 def kendall(values: Array) -> list[list[Estimate]]:
-    """Kendall's tau-b between the rankings of variants in each pair of columns, by the means over seeds.
+    """Return Kendall's tau-b between the rankings of variants in each pair of columns, by means over seeds.
 
     Args:
         values: (seeds, columns, variants), paired by seed.
@@ -269,8 +269,8 @@ def kendall(values: Array) -> list[list[Estimate]]:
 
 
 def _tau_b(columns: Array) -> Array:
-    """(columns, columns) of (columns, variants)."""
+    """Return tau-b between all columns, (columns, columns), from scores (columns, variants)."""
     signs = np.sign(columns[:, :, None] - columns[:, None])
     products = np.einsum("aij,bij->ab", signs, signs)
-    norms = np.sqrt(products.diagonal().clip(min=1))  # 0 where all variants are equal
+    norms = np.sqrt(products.diagonal().clip(min=1))  # all 0 where variants are equal
     return np.asarray(products / (norms[:, None] * norms))

@@ -1,4 +1,4 @@
-"""Variants tested in pairs, by seed and by image."""
+"""Paired tests of variants, by seed and by image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class PairedTest:
     """Two variants by the primary metric, first minus second.
 
     Attributes:
-        first, second: the variants.
-        differences: seed by seed.
-        paired: what they say.
-        verdict: which one is better.
-        detectable: the smallest true difference that would have been found, at least what counts as a tie.
-        by_image: where the metric is the validation bound, its differences paired by image and noise, seeds averaged:
-            how sure the difference is for these trained networks.
+        first, second: names of the variants.
+        differences: first minus second for each shared seed.
+        paired: statistics of the differences.
+        verdict: which variant is better, if either.
+        detectable: the smallest true difference that would have been found, or the tie threshold if that is larger.
+        by_image: for the validation bound, statistics of differences paired by image and noise, averaged over seeds:
+            how certain the difference is for these trained networks.
     """
 
     first: str
@@ -39,20 +39,20 @@ class PairedTest:
 
     @property
     def winner(self) -> str | None:
-        """The better one, or None."""
+        """The better variant, or None."""
         return {"first": self.first, "second": self.second}.get(self.verdict)
 
     def other(self, name: str) -> str:
-        """The variant that `name` is tested against."""
+        """Return the variant that `name` is tested against."""
         return self.second if name == self.first else self.first
 
     def gap(self, name: str) -> str:
-        """The size of the difference, to the digits that its interval leaves."""
+        """Format the size of the difference, with the digits that its interval supports."""
         return number(abs(self.paired.mean), name, self.paired.half)
 
 
 def paired_tests(variants: Variants, name: str, pairs: Sequence[Pair]) -> list[PairedTest]:
-    """Test pairs of variants by a metric, under Holm's correction over all of them."""
+    """Test pairs of variants by a metric, with Holm's correction over all of them."""
     seeds, metric = {v: by_seed(trials, name) for v, trials in variants.items()}, metric_of(name)
     rows = {(a, b): statistics.differences(seeds[a], seeds[b]) for a, b in pairs}
     images = _by_image(variants, pairs) if name == "val/bound" else {}
@@ -68,7 +68,7 @@ def paired_tests(variants: Variants, name: str, pairs: Sequence[Pair]) -> list[P
 
 
 def _by_image(variants: Variants, pairs: Sequence[Pair]) -> dict[Pair, np.ndarray]:
-    """Pair -> (images,) differences of the bound, averaged over the seeds that both have."""
+    """Return pair -> (images,) differences of the bound, averaged over the seeds that both variants have."""
     bounds: dict[str, dict[int, np.ndarray]] = {}
     for variant, trials in variants.items():
         measured = {t.seed: t.image_bounds for t in trials if t.complete}

@@ -1,4 +1,4 @@
-"""The plots of a report: the answer, quality against each budget, noise levels, sweeps of sampling, images."""
+"""The plots of a report: the answer, quality against each budget, noise levels, sampling sweeps and images."""
 
 from collections.abc import Sized
 from pathlib import Path
@@ -36,20 +36,20 @@ from diffbench.reports.tuning import tuning_plot
 
 GREEN, RED = "#009e73", "#d55e00"
 MOST_ROWS = 40
-"""Variants in the plot of the answer."""
+"""Largest number of rows in the plot of the answer and in the map of noise levels."""
 MOST_LINES = 8
-"""Lines in one plot."""
+"""Largest number of lines in one plot."""
 
 
 def draw(c: Conclusion, folder: Path) -> list[Plot]:
-    """Draw all plots for which there is something to show; the answer first."""
+    """Draw all plots that have something to show, the answer first."""
     trained = networks(c)
     chosen = _best(c, trained)
     style = styles(list(dict.fromkeys([*chosen, *c.variants])))
     folded = _folded(chosen, trained)
     found: list[Plot | None] = [answer(c, style, folder / "answer.png")] if c.ranked() else []
     found += [sweep_plot(c, sweep, folder / f"{sweep.key}.png") for sweep in sweeps(c)]
-    if len(chosen) > 1 or len(c.variants) == 1:  # else variants differ in sampling alone
+    if len(chosen) > 1 or len(c.variants) == 1:  # otherwise variants differ only in sampling
         for name in dict.fromkeys((c.name, "val/bound")):
             path = folder / f"budget-{metric_of(name).name.replace('/', '-')}.png"
             found.append(budget_plot(c, chosen, style, name, path, folded))
@@ -74,7 +74,7 @@ def _best(c: Conclusion, trained: dict[str, list[Trial]]) -> dict[str, list[Tria
 
 
 def answer(c: Conclusion, style: dict[str, Style], path: Path) -> Plot:
-    """The primary metric of each variant with interval and seeds; beside it the paired differences that decide."""
+    """Draw the primary metric of each variant with interval and seeds, next to the paired differences that decide."""
     ranked = c.ranked()
     base = c.comparison.baseline if c.comparison.baseline in ranked else ranked[0]
     shown = ranked[:MOST_ROWS]
@@ -121,7 +121,7 @@ def _difference(axis: Axes, row: int, x: PairedTest, base: str) -> None:
 def budget_plot(
     c: Conclusion, trained: dict[str, list[Trial]], style: dict[str, Style], name: str, path: Path, folded: str
 ) -> Plot | None:
-    """A metric against images, training FLOPs and seconds of training, with bands over seeds."""
+    """Draw a metric against images, training FLOPs and seconds of training, with bands over seeds."""
     curves = {n: found for n, trials in trained.items() if (found := curve(trials, name)) is not None}
     if not curves:
         return None
@@ -166,7 +166,7 @@ def budget_plot(
 def level_plot(
     c: Conclusion, trained: dict[str, list[Trial]], style: dict[str, Style], path: Path, folded: str
 ) -> Plot | None:
-    """Error of eps per noise level: as it is, relative to the baseline or the mean of networks, and above training."""
+    """Draw the error of eps per noise level: absolute, relative to the baseline or mean, and above training."""
     at, found = shared_levels(trained)
     if not found:
         return None
@@ -212,7 +212,7 @@ def level_plot(
 
 
 def level_map(c: Conclusion, trained: dict[str, list[Trial]], path: Path) -> Plot | None:
-    """Errors of every network, also of those that lines leave out: a row a network, a column a noise level."""
+    """Draw the errors of all networks as a map, a row for each network and a column for each noise level."""
     at, levels = shared_levels(trained)
     network = {trained[name][0].variant: name for name in levels}
     names = [network[variant] for variant in c.ranked() if variant in network][:MOST_ROWS]
@@ -239,7 +239,7 @@ def level_map(c: Conclusion, trained: dict[str, list[Trial]], path: Path) -> Plo
 
 
 def sweep_plot(c: Conclusion, sweep: Sweep, path: Path) -> Plot:
-    """Scores against a key: a panel a metric, a line for each network or sampler, or for each value of other axes."""
+    """Draw scores against a key: a panel for each metric, a line for each network or setting of the other keys."""
     chosen = dict(list(sweep.lines.items())[:MOST_LINES])
     style = styles(list(chosen))
     figure = new_figure(max(4.6, 3.6 * len(sweep.metrics)), 3.5)

@@ -1,4 +1,4 @@
-"""The record inside a report's page: all that it takes to rebuild its cells, and a hash of it and of what is shown."""
+"""The record in a report page: everything needed to rebuild its cells, with hashes of it and of the text shown."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _ELEMENT = '<script type="application/json" id="record">'
 
 
 def embed(page: str, c: Conclusion) -> str:
-    """The page with the record of its complete cells and of its own texts."""
+    """Return the page with a record of its complete cells and of its own text embedded."""
     made: dict[str, Any] = {
         "format": FORMAT,
         "title": c.comparison.title,
@@ -62,7 +62,7 @@ def embed(page: str, c: Conclusion) -> str:
 
 
 def _texts(page: str) -> list[list[str]]:
-    """[heading, row, column, text] of all that a page shows; row and column are empty outside tables."""
+    """Return [heading, row, column, text] for all that a page shows; row and column are empty outside tables."""
     found: list[list[str]] = []
     heading, row, heads, column = "", "", [""], 0
     page = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL)
@@ -88,21 +88,21 @@ def _texts(page: str) -> list[list[str]]:
 
 
 def read(path: Path) -> tuple[dict[str, Any], Rows]:
-    """The record of a page, each cell with its config, and where page and record have been changed since.
+    """Read the record of a page, with the config of each cell, and list where page or record was changed since.
 
     Raises:
-        UserError: if the file is not a report.
+        UserError: if the file is not a report, or its record cannot be read.
     """
     try:
         page = path.read_text()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not a report ({getattr(e, 'strerror', None) or 'not a text'})") from None
+        raise UserError(f"{path}: not a report ({getattr(e, 'strerror', None) or 'not a text file'})") from None
     found = re.findall(f"{re.escape(_ELEMENT)}(.*?)</script>\n?", page, re.DOTALL)
     if not found:
         raise UserError(f"{path}: not a report of diffbench study or compare; give the report.html of one")
     try:
         record = json.loads(found[-1])
-        held, said = digest({k: v for k, v in record.items() if k != "sha256"}), record["sha256"]
+        actual, recorded = digest({k: v for k, v in record.items() if k != "sha256"}), record["sha256"]
         if record["format"] != FORMAT:
             raise UserError(f"{path}: a report of format {record['format']}; this diffbench reads {FORMAT}")
         changes = _shown_changes(record["shown"], _texts(page.replace(f"{_ELEMENT}{found[-1]}</script>\n", "")))
@@ -114,8 +114,8 @@ def read(path: Path) -> tuple[dict[str, Any], Rows]:
                 changes.append(_change(f"record of {name}: hash", own[:16], now[:16]))
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path}: its record cannot be read ({e!r}); get the report again") from None
-    if held != said and not changes:
-        changes.append(_change("record: hash", said[:16], held[:16]))
+    if actual != recorded and not changes:
+        changes.append(_change("record: hash", recorded[:16], actual[:16]))
     return record, changes
 
 

@@ -1,4 +1,4 @@
-"""The trials that a report compares, with their runs and scores, and checks that they were measured alike."""
+"""The trials that a report compares, with their runs and scores, and checks that they were measured the same way."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ from diffbench.runs.base import DATA_FACTS, Run
 
 Status = Literal["complete", "unfinished", "failed", "not begun"]
 VALIDATION = ("val/", "train/bound", "train/level/")
-"""Prefixes of the names that a validation logs."""
+"""Prefixes of the metric names that a validation logs."""
 IMAGES = ("data.", "autoencoder")
-"""Keys of the images that networks learn and are scored on begin with these."""
+"""Prefixes of the config keys that define the images on which networks are trained and scored."""
 NOT_PROTOCOL = ("data.num_workers", "data.flip", "data.path")
-"""Keys among those that leave values comparable."""
+"""Keys with these prefixes that may differ between comparable runs."""
 
 
 @dataclass(eq=False)
@@ -30,14 +30,14 @@ class Trial:
     """One variant with one seed.
 
     Attributes:
-        variant: its name in tables, as "diffit" or "diffit, guidance=1.5".
-        seed: the seed of training.
-        status: how far it came.
-        run: its run, which trials that differ only in sampling share; None where there is none yet.
-        record: the evaluation that belongs to the variant, as results.jsonl holds it; None where there is none.
-        why: why it failed or is unfinished, in one line.
-        at: images of the rung that it is of, where the run passes several.
-        recipe: all that it takes to train and score it again, as the file of a study's trial has it.
+        variant: its name in tables, such as "diffit" or "diffit, guidance=1.5".
+        seed: the training seed.
+        status: how far it has come.
+        run: its run, shared by trials that differ only in sampling; None before the run has started.
+        record: the variant's evaluation, as stored in results.jsonl; None before it is scored.
+        why: the reason why it failed or is unfinished, in one line.
+        at: images of its rung, if the run passes several.
+        recipe: everything needed to train and score it again, in the format of a study's trial file.
         more: records of the same weights sampled with further seeds.
     """
 
@@ -53,24 +53,24 @@ class Trial:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """All records, a sampling seed each."""
+        """All records, one for each sampling seed."""
         return [self.record, *self.more] if self.record else []
 
     @property
     def images(self) -> int:
-        """Images that the weights in question have seen so far."""
+        """Images that the scored weights have seen so far."""
         if self.run is None:
             return 0 if self.status == "not begun" else self.at or 0
         return min(self.at or self.run.images_seen, self.run.images_seen)
 
     @property
     def complete(self) -> bool:
-        """Whether it counts."""
+        """Whether the trial counts in the comparison."""
         return self.status == "complete"
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """Every number under its full name: those of the last validation, then the means over the records'."""
+        """Full name -> value: metrics of the last validation, and scores averaged over the records."""
         found: dict[str, float] = {}
         for line in self.run.metrics if self.run else ():
             if self.at is not None and line["images"] > self.at:
@@ -83,7 +83,7 @@ class Trial:
 
     @cached_property
     def cost(self) -> Cost | None:
-        """The size of the network; None where it cannot be counted here."""
+        """Size and FLOPs of the network; None if they cannot be counted here."""
         try:
             return self.run.cost if self.run else None
         except (UserError, ValueError, OSError):
@@ -91,19 +91,19 @@ class Trial:
 
     @property
     def flops(self) -> float | None:
-        """Training FLOPs so far."""
+        """Training FLOPs so far; None if they cannot be counted."""
         return None if self.cost is None or self.run is None else self.cost.training_flops(self.images)
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of training so far, where they were logged."""
+        """Seconds of training so far; None if they were not logged."""
         if self.run is None or not self.run.timeline:
             return None
         return float(np.interp(self.images, *np.array([(0.0, 0.0), *self.run.timeline]).T))
 
     @cached_property
     def peak_gb(self) -> float | None:
-        """Largest memory in use on a GPU in GiB, where it was logged."""
+        """Peak GPU memory in GiB; None if it was not logged."""
         logged = [
             line["perf/peak_gpu_gb"] for line in (self.run.metrics if self.run else ()) if "perf/peak_gpu_gb" in line
         ]
@@ -111,7 +111,7 @@ class Trial:
 
     @cached_property
     def image_bounds(self) -> np.ndarray | None:
-        """(images,) bounds of single held-out images in nats per dimension, of the average that is reported."""
+        """Bounds (images,) of held-out images in nats per dimension for the reported EMA; None if not stored."""
         if self.run is None:
             return None
         return image_bounds(self.run.folder, self.images, (self.record or {}).get("ema", self.run.ema))
@@ -122,11 +122,11 @@ class TriedPoint:
     """A point of a tuning grid.
 
     Attributes:
-        label: whose values are tuned.
-        values: key -> value.
-        name: of the metric that chooses, in full.
-        value: of it; None until it is measured, infinite where the run failed.
-        flops, seconds: of training; 0 where a run is sampled in another way.
+        label: the value of the tuned axis.
+        values: key -> the value tried.
+        name: full name of the metric that chooses.
+        value: the metric's value; None until it is measured, infinite if the run failed.
+        flops, seconds: cost of training; 0 for a point that only samples a trained run differently.
     """
 
     label: str
@@ -138,7 +138,7 @@ class TriedPoint:
 
 
 def best_of(points: Iterable[TriedPoint]) -> dict[str, TriedPoint]:
-    """Label -> the point that tuning chooses, the first one among equals; none where nothing succeeded."""
+    """Return label -> the best point, the first one among equals; a label without a finite value is left out."""
     best: dict[str, tuple[float, TriedPoint]] = {}
     for p in points:
         if p.value is not None and math.isfinite(p.value):
@@ -150,20 +150,20 @@ def best_of(points: Iterable[TriedPoint]) -> dict[str, TriedPoint]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trials that one report sets side by side.
+    """The trials that one report compares, with its settings.
 
     Attributes:
         title: the report's headline.
-        question: what it asks, in a sentence or two.
+        question: the question it answers, in a sentence or two.
         trials: all variants and seeds, in the order of tables.
-        primary: the metric that decides: "val/bound", or a score's name up to its extractor or count, as "fd",
-            "label_accuracy", "kid".
-        baseline: the variant that all others are compared with; None for all pairs.
-        like_for_like: False where variants differ in more than the question, which the report then says.
+        primary: the metric that decides: "val/bound", or the name of a score, with or without extractor and count, such
+            as "fd", "label_accuracy" or "kid".
+        baseline: the variant that all others are compared with; None to compare all pairs.
+        like_for_like: False if variants differ in more than the question; the report then says so.
         notes: what a reader must know: budgets, residuals of matching, costs of tuning, failures.
-        tried: what tuning measured.
-        rungs: budget in words -> its trials, rising, where runs pass several; `trials` are those of the last.
-        command: what was typed for it.
+        tried: the points that tuning measured.
+        rungs: budget as text -> its trials, in rising order, if runs pass several; `trials` are those of the last.
+        command: the command line that produced it.
     """
 
     title: str
@@ -179,12 +179,12 @@ class Comparison:
 
 
 def check_comparable(trials: Sequence[Trial], primary: str) -> None:
-    """Refuse trials that were measured differently, within a variant or, but for what is asked, between variants.
+    """Check that trials were measured the same way within each variant and, except in what is compared, between them.
 
-    Variants of the same runs may be measured by other extractors or counts: their values have other names.
+    Variants of the same runs may use different extractors or counts, since their values then have different names.
 
     Raises:
-        UserError: saying how they differ, or that the primary metric ranks nothing.
+        UserError: if trials were measured differently, or the primary metric does not rank variants.
     """
     if metric_of(primary).direction is None:
         raise UserError(f"primary: {primary} does not rank variants; choose from {', '.join(RANKING)}")
@@ -196,35 +196,35 @@ def check_comparable(trials: Sequence[Trial], primary: str) -> None:
     between: dict[frozenset[str], tuple[dict[str, Any], Path]] = {}
     for trial, record, folder in scored:
         measured = frozenset(name.rpartition("/")[2] for name in values(record)) if shared else frozenset()
-        for (other, where), loose in (
+        for (other, where), ignored in (
             (within.setdefault(trial.variant, (record, folder)), {}),
             (between.setdefault(measured, (record, folder)), unsampled),
         ):
-            if (found := difference(other | loose, record | loose)) is not None:
+            if (found := difference(other | ignored, record | ignored)) is not None:
                 raise measured_differently(where, folder, found)
 
 
 def measured_differently(one: Path, other: Path, difference: str, which: str = "") -> UserError:
-    """The error for two run folders whose records cannot stand side by side."""
+    """Return the error for two run folders whose records are not comparable."""
     evaluated = "evaluate both with the same keys to compare them"
-    mend = "compare runs on the same images" if difference.startswith("data is ") else evaluated
-    return UserError(f"{one} and {other}: measured differently{which}: {difference}; {mend}")
+    remedy = "compare runs on the same images" if difference.startswith("data is ") else evaluated
+    return UserError(f"{one} and {other}: measured differently{which}: {difference}; {remedy}")
 
 
 def _sampling_differs(trials: Sequence[Trial]) -> bool:
-    """Whether variants are meant to be sampled differently, as their configs say."""
+    """Return whether the configs of the runs differ in how they sample."""
     keys = ("process.name", "sample.sampler", "sample.steps", "sample.clip", "sample.guidance")
     return len({tuple(t.run.flat.get(key) for key in keys) for t in trials if t.run}) > 1
 
 
 def differing(flats: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that are not the same in all of several flat configs."""
+    """Return the keys whose values differ between flat configs."""
     keys = dict.fromkeys(key for flat in flats for key in flat)
     return [key for key in keys if any(flat.get(key) != flats[0].get(key) for flat in flats)]
 
 
 def protocol_difference(one: Mapping[str, Any], other: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    """The first key that begins with one of `keys` and differs between two flat configs, in words."""
+    """Describe the first difference between two flat configs in a key that starts with one of `keys`; None without."""
     for key in sorted(differing([one, other])):
         if key.startswith(keys) and key not in NOT_PROTOCOL:
             return f"{key} is {one.get(key)} in one and {other.get(key)} in the other"
@@ -232,24 +232,24 @@ def protocol_difference(one: Mapping[str, Any], other: Mapping[str, Any], keys: 
 
 
 def validation_difference(trials: Sequence[Trial]) -> str | None:
-    """The first difference in held-out images or levels of validation between runs, in words; None where they agree."""
+    """Describe the first difference between runs in held-out images or validation levels; None if they agree."""
     runs = [trial.run for trial in trials if trial.run]
     images: dict[str, Path] = {}
     for run in runs:
-        if (run.folder / DATA_FACTS).is_file():  # else its images would have to be read
+        if (run.folder / DATA_FACTS).is_file():  # otherwise its images would have to be read
             images.setdefault(run.facts.fingerprint, run.folder)
         if found := protocol_difference(runs[0].flat, run.flat, (*IMAGES, "validation.")):
             return found
     if len(images) > 1:
         one, other, *_ = images.values()
-        return f"{one} and {other} were trained on other images, though their configs name the same"
+        return f"{one} and {other} were trained on different images, though their configs name the same"
     return None
 
 
 def full_name(trials: Sequence[Trial], metric: str) -> str | None:
-    """The name that values have for a metric given up to its extractor or count; None where there are none yet.
+    """Return the full name of a metric given with or without extractor and count; None before it has values.
 
-    "fd" is also "fid", the name of the Fréchet distance of the published protocol.
+    "fd" also matches "fid", the name of the Fréchet distance in the published protocol.
     """
     alike = (metric, "fid") if metric == "fd" else (metric,)
     names = (name for trial in trials for name in trial.values)
@@ -257,17 +257,17 @@ def full_name(trials: Sequence[Trial], metric: str) -> str | None:
 
 
 def by_seed(trials: Sequence[Trial], name: str) -> dict[int, float]:
-    """Seed -> value of a metric, of the complete trials of a variant."""
+    """Return seed -> value of a metric for the complete trials of a variant."""
     return {t.seed: t.values[name] for t in trials if t.complete and name in t.values}
 
 
 def network_key(trials: Sequence[Trial]) -> tuple[str, ...]:
-    """The run folders of a variant, which variants that only sample differently share; its name without any."""
+    """Return a variant's run folders, which variants that only sample differently share; its name if it has none."""
     return tuple(sorted({str(t.run.folder) for t in trials if t.run})) or (trials[0].variant,)
 
 
 def levels_of(names: Iterable[str], part: str = "val") -> dict[str, float]:
-    """Name -> log-SNR of the errors at single noise levels, rising."""
+    """Return name -> log-SNR for the errors at single noise levels, in rising order."""
     start = f"{part}/level/"
     found = {name: float(name.removeprefix(start)) for name in names if name.startswith(start)}
     return dict(sorted(found.items(), key=lambda item: item[1]))

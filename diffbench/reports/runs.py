@@ -1,4 +1,4 @@
-"""Runs side by side: their newest records, measured alike, and facts about them in a table."""
+"""Runs side by side: their newest comparable records, and facts about them in a table."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,37 +14,37 @@ from diffbench.runs.base import Run
 
 
 def settings(record: dict[str, Any]) -> str:
-    """A record's way of sampling: its guidance, and departures from the run's own config; or nothing."""
+    """Describe how a record was sampled: its guidance and departures from the run's config; may be empty."""
     return ", ".join(settings_of(record))
 
 
 def guidance(record: dict[str, Any]) -> str:
-    """The guidance of a record's samples: "guidance 1.5", or nothing."""
+    """Describe the guidance of a record's samples: "guidance 1.5", or an empty string."""
     return settings(record | {"departures": {}})
 
 
 def scores(run: Run[Any]) -> list[dict[str, Any]]:
-    """The records of the weights that the run holds, oldest first."""
-    held = (run.images_seen, run.ema, run.snapshot)
-    return [r for r in run.results if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == held]
+    """Return the records of the run's current weights, oldest first."""
+    current = (run.images_seen, run.ema, run.snapshot)
+    return [r for r in run.results if (r["images_seen"], r["ema"], r.get("snapshot", "last")) == current]
 
 
 def newest_scores(run: Run[Any]) -> list[dict[str, Any]]:
-    """The newest record of each guidance for the weights that the run holds, unguided first."""
+    """Return the newest record of each guidance for the run's current weights, unguided first."""
     chosen = {guidance(r): r for r in scores(run)}
     return [chosen[guided] for guided in sorted(chosen)]
 
 
 def comparable_scores(runs: Sequence[Run[Any]]) -> list[list[dict[str, Any]]]:
-    """For each run the newest records of each guidance that were measured alike in all runs of its kind.
+    """Return for each run the newest record of each guidance that was measured the same way in all runs of its kind.
 
     Raises:
-        UserError: where runs have records of a guidance but none by the same protocol, saying how they differ.
+        UserError: if runs have records of a guidance but none by the same protocol; the message says how they differ.
     """
-    held = [[(run.kind, guidance(r), r) for r in reversed(scores(run))] for run in runs]
+    found = [[(run.kind, guidance(r), r) for r in reversed(scores(run))] for run in runs]
     chosen: list[list[dict[str, Any]]] = [[] for _ in runs]
-    for what in sorted({(kind, guided) for records in held for kind, guided, _ in records}):
-        groups = [[r for kind, guided, r in records if (kind, guided) == what] for records in held]
+    for what in sorted({(kind, guided) for records in found for kind, guided, _ in records}):
+        groups = [[r for kind, guided, r in records if (kind, guided) == what] for records in found]
         first = next(i for i, group in enumerate(groups) if group)
         for candidate in groups[first]:
             alike = [next((r for r in group if difference(candidate, r) is None), None) for group in groups]
@@ -53,10 +53,8 @@ def comparable_scores(runs: Sequence[Run[Any]]) -> list[list[dict[str, Any]]]:
         else:
             newest = groups[first][0]
             differing = ((i, difference(newest, group[0])) for i, group in enumerate(groups) if group)
-            other, found = next((i, found) for i, found in differing if found)
-            raise measured_differently(
-                runs[first].folder, runs[other].folder, found, f" ({what[1]})" if what[1] else ""
-            )
+            other, text = next((i, text) for i, text in differing if text)
+            raise measured_differently(runs[first].folder, runs[other].folder, text, f" ({what[1]})" if what[1] else "")
         for records, record in zip(chosen, alike, strict=True):
             if record is not None:
                 records.append(record)
@@ -64,7 +62,7 @@ def comparable_scores(runs: Sequence[Run[Any]]) -> list[list[dict[str, Any]]]:
 
 
 def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
-    """Facts about runs as lines, runs as columns; a missing fact is a dash."""
+    """Format facts about runs, a line for each fact and a column for each run; a missing fact is a dash."""
     names = dict.fromkeys(name for _, facts in runs for name in facts)
     head = ["", *(title for title, _ in runs)]  # a run may be named twice
     return columns([head, *([name, *(facts.get(name, "-") for _, facts in runs)] for name in names)])
@@ -73,9 +71,9 @@ def run_table(runs: Sequence[tuple[str, dict[str, str]]]) -> str:
 def run_facts(
     run: Run[Any], scored: Sequence[dict[str, Any]] | None = None, label: Callable[[dict[str, Any]], str] = settings
 ) -> dict[str, str]:
-    """Facts about a run for a table: size, length, speed, the last validation, scores of `scored` records.
+    """Return facts about a run for a table: size, length, speed, the last validation, scores of the `scored` records.
 
-    These are by default the newest of each guidance; `label` says what stands beside the name of a record's scores.
+    By default, these are the newest of each guidance; `label` returns what follows a score's name in brackets.
     """
     scored = newest_scores(run) if scored is None else scored
     seconds = run.seconds
@@ -91,7 +89,7 @@ def run_facts(
             bound = run.last(f"{part}/bound")
             facts[f"{name} (nats/dim)"] = "-" if bound is None else f"{bound:.4f}"
         if run.flat.get("trainer.time_sampling") == "loss_aware":
-            facts["pairing"] = "none: its times follow its losses"
+            facts["pairing"] = "none: its noise levels depend on its losses"
     elif run.kind == "classifier":
         last: dict[str, Any] = next((m for m in reversed(run.metrics) if any(k.startswith("val/") for k in m)), {})
         facts |= {name.removeprefix("val/"): f"{v:.4f}" for name, v in last.items() if name.startswith("val/")}
@@ -103,16 +101,16 @@ def run_facts(
             metric, real = metric_of(name), floor(record, name)
             if metric.shown:
                 of = f" of {n:,}" if (n := other_count(record, name)) else ""
-                beside = "" if real is None or not metric.floor else f" (real {metric.text(real)}{of})"
+                extra = "" if real is None or not metric.floor else f" (real {metric.text(real)}{of})"
                 if metric.name == "copies" and (share := copies([record])):
-                    beside = f" ({metric.text(share.low)} to {metric.text(share.high)})"
-                facts[f"{name} ({how})" if how else name] = metric.text(value) + beside
+                    extra = f" ({metric.text(share.low)} to {metric.text(share.high)})"
+                facts[f"{name} ({how})" if how else name] = metric.text(value) + extra
     samplers = [f"{r['sample']['sampler']} {r['sample']['steps']} steps" for r in scored if r.get("sample")]
     return facts | ({"sampler": ", ".join(dict.fromkeys(samplers))} if samplers else {})
 
 
 def floor(record: dict[str, Any], name: str) -> float | None:
-    """The score of real images, or a judge's accuracy on held-out ones, where a record has it."""
+    """Return the score of real images, or a judge's accuracy on held-out ones; None if the record has neither."""
     metric = metric_of(name)
     if "/judge@" in name:
         return float(record["judge"]["accuracy"]) if "judge" in record else None
@@ -121,7 +119,7 @@ def floor(record: dict[str, Any], name: str) -> float | None:
 
 
 def other_count(record: dict[str, Any], name: str) -> int | None:
-    """The number of real images of a floor where it is not the N of the metric's name: with fewer, distances rise."""
+    """Return the number of real images of a floor if it differs from the metric's N, since distances depend on it."""
     metric, found = metric_of(name), record.get("floor") or {}
     if "/judge@" in name or (metric.computed or metric.name) not in found or name.endswith(f"@{found['count']}"):
         return None
@@ -129,9 +127,9 @@ def other_count(record: dict[str, Any], name: str) -> int | None:
 
 
 def copies(records: Sequence[dict[str, Any] | None]) -> Share | None:
-    """The share of copies in the samples of all records, with its interval; None where none were looked for.
+    """Return the share of copies in the samples of all records, with its interval; None if no record has looked.
 
-    Records that were judged alike share the real images that tell the false alarms.
+    Records judged the same way share the real images from which the false-alarm rate is estimated.
     """
     found = [r["memorisation"] for r in records if r and "memorisation" in r]
     flagged, count = (sum(one[key] for one in found) for key in ("flagged", "count"))
@@ -139,7 +137,7 @@ def copies(records: Sequence[dict[str, Any] | None]) -> Share | None:
 
 
 def run_values(run: Run[Any]) -> dict[str, Any]:
-    """A run for scripts: how far it came, its last validation, its newest scores without and with guidance."""
+    """Return a run as values for scripts: progress, last validation, newest scores without and with guidance."""
     validation = {name: value for line in run.metrics for name, value in line.items() if name.startswith("val/")}
     return {
         "run": str(run.folder),
@@ -154,7 +152,7 @@ def run_values(run: Run[Any]) -> dict[str, Any]:
 
 
 def run_row(run: Run[Any]) -> dict[str, str]:
-    """A run's row in a list of runs."""
+    """Return a run's row in a list of runs."""
     trainer, bound = run.values["trainer"], run.last("val/bound")
     batch = int(trainer["batch_size"])
     scored = [

@@ -1,4 +1,4 @@
-"""The data of plots: networks trained once, their curves over training, and sweeps of sampling."""
+"""The data behind plots: distinct networks, their curves over training, and sweeps over a key."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from diffbench.reports.results import Trial, levels_of, network_key
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of one network over training, seeds together.
+    """A metric of one network over training, for all its seeds.
 
     Attributes:
-        images: (points,).
-        flops: (points,) training FLOPs, or None where the network could not be counted.
-        seconds: (points,) of training, the mean over seeds; None where they were not logged.
-        values: (seeds, points).
+        images: (points,) training images.
+        flops: (points,) training FLOPs; None if they could not be counted.
+        seconds: (points,) seconds of training, averaged over seeds; None if they were not logged.
+        values: (seeds, points) values of the metric.
     """
 
     images: np.ndarray
@@ -30,7 +30,7 @@ class Curve:
 
 
 def networks(c: Conclusion) -> dict[str, list[Trial]]:
-    """Name -> trials of each network; variants that only sample it differently count once."""
+    """Return name -> trials of each network; variants that only sample it differently count once."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for variant, trials in c.variants.items():
         groups.setdefault(network_key(trials), []).append(variant)
@@ -47,7 +47,7 @@ def networks(c: Conclusion) -> dict[str, list[Trial]]:
 
 
 def curve(trials: Sequence[Trial], name: str) -> Curve | None:
-    """A metric over training for the images at which all begun seeds have it; None where there are fewer than two."""
+    """Return a metric over training at the image counts that all its seeds share; None if there are fewer than two."""
     logged = [(t, {m["images"]: m[name] for m in t.run.metrics if name in m}) for t in trials if t.run is not None]
     logged = [(t, values) for t, values in logged if values]
     shared = sorted(set.intersection(*(set(values) for _, values in logged))) if logged else []
@@ -66,7 +66,7 @@ def curve(trials: Sequence[Trial], name: str) -> Curve | None:
 
 
 def noise_levels(trials: Sequence[Trial], part: str = "val") -> tuple[list[float], dict[int, np.ndarray]]:
-    """Log-SNRs, and seed -> squared error of eps at each, of complete trials on held-out ("val") or "train" images."""
+    """Return log-SNRs and seed -> squared error of eps at each, for complete trials on "val" or "train" images."""
     complete = [t for t in trials if t.complete and t.values]
     levels = levels_of(complete[0].values, part) if complete else {}
     rows = {t.seed: np.array([t.values[n] for n in levels]) for t in complete if levels.keys() <= t.values.keys()}
@@ -74,7 +74,7 @@ def noise_levels(trials: Sequence[Trial], part: str = "val") -> tuple[list[float
 
 
 def shared_levels(trained: dict[str, list[Trial]]) -> tuple[list[float], dict[str, dict[int, np.ndarray]]]:
-    """Log-SNRs, two or more, and network -> `noise_levels` of those that were measured at them."""
+    """Return two or more log-SNRs, and network -> seed -> errors for the networks measured at exactly these levels."""
     found = {name: noise_levels(trials) for name, trials in trained.items()}
     found = {name: (at, rows) for name, (at, rows) in found.items() if rows and len(at) > 1}
     at = next((at for at, _ in found.values()), [])
@@ -82,7 +82,7 @@ def shared_levels(trained: dict[str, list[Trial]]) -> tuple[list[float], dict[st
 
 
 def above_least(levels: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Network -> how far its error, a mean over seeds, lies above the least of all at each level, in percent."""
+    """Return network -> percent by which its error, averaged over seeds, exceeds the lowest of all at each level."""
     means = {name: np.mean(list(rows.values()), axis=0) for name, rows in levels.items()}
     least = np.min(list(means.values()), axis=0)
     return {name: 100 * (error / least - 1) for name, error in means.items()}
@@ -90,14 +90,14 @@ def above_least(levels: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarra
 
 @dataclass(frozen=True)
 class Sweep:
-    """Variants along one key.
+    """Variants along one axis.
 
     Attributes:
-        key: "steps", "guidance" or "ema"; or an axis of the study, as "patch_size".
+        key: "steps", "guidance" or "ema", or an axis of the study, such as "patch_size".
         title: the heading of its plot.
-        label: of the axis, with its unit.
-        lines: name -> [(place on the axis, variant), ...] in rising order.
-        metrics: full names of what is drawn.
+        label: label of the axis, with its unit.
+        lines: name -> [(position on the axis, variant), ...] in rising order.
+        metrics: full names of the metrics to draw.
     """
 
     key: str
@@ -108,11 +108,11 @@ class Sweep:
 
 
 Place = Callable[[Trial, dict[str, Any]], float | None]
-"""The place of a trial with its record on an axis, or None."""
+"""Function from a trial and its record to a position on an axis, or None."""
 
 
 def _half_life(trial: Trial, record: dict[str, Any]) -> float | None:
-    """The half-life of a record's average at the end, as a share of the images seen."""
+    """Return the half-life of a record's EMA at the end of training, as a share of the images seen."""
     run = trial.run
     if run is None or not record["images_seen"]:
         return None
@@ -138,8 +138,9 @@ AXES: list[tuple[str, str, str, Place]] = [
 
 
 def sweeps(c: Conclusion) -> list[Sweep]:
-    """The keys of sampling along which variants of one network differ, and the numeric axes of a study, with at least
-    two places on a line.
+    """Return sweeps over sampling keys in which variants of one network differ, and over numeric axes of the study.
+
+    Each line has at least two positions.
     """
     scores = [name for name in c.metrics if not metric_of(name).is_validation]
     metrics = [n for n in scores if n == c.name] + [n for n in scores if metric_of(n).swept and n != c.name]
@@ -155,7 +156,7 @@ def sweeps(c: Conclusion) -> list[Sweep]:
 
 
 def _axes(c: Conclusion) -> dict[str, dict[str, list[tuple[float, str]]]]:
-    """Key -> line -> places, of the keys that stand with a number in the names of variants: "patch_size=4, x0"."""
+    """Return key -> line -> positions for keys with a number in the names of variants, such as "patch_size=4, x0"."""
     found: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for variant in c.variants:
         parts = variant.split(", ")
@@ -169,7 +170,7 @@ def _axes(c: Conclusion) -> dict[str, dict[str, list[tuple[float, str]]]]:
 
 
 def _lines(c: Conclusion, key: str, place: Place) -> dict[str, list[tuple[float, str]]]:
-    """Line -> its places: the variants whose records agree in all of sampling but the key."""
+    """Return line -> positions, where a line has the variants whose records differ only in the key."""
     network = {network_key(trials): name for name, trials in networks(c).items()}
     lines: dict[str, list[tuple[float, str]]] = {}
     settings: dict[str, dict[str, str]] = {}

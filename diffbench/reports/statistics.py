@@ -1,7 +1,8 @@
-"""The statistics of a comparison: intervals over seeds, paired differences under Holm's correction, ties, and the
+"""The statistics of a comparison: intervals over seeds, paired differences with Holm's correction, ties, and the
 smallest difference that would have been found.
 
-Never a minimum over seeds, and no bootstrap of a Fréchet distance: duplicates among resampled images bias it.
+Seeds are never reduced to their minimum, and Fréchet distances are never bootstrapped over images, since duplicates
+bias them.
 """
 
 import math
@@ -13,11 +14,11 @@ import numpy as np
 from scipy import special  # scipy.stats takes several times as long to import
 
 ALPHA = 0.05
-"""Chance of any false difference in a comparison."""
+"""Probability of any false difference in a comparison."""
 POWER = 0.8
-"""Chance of finding a difference as large as `Paired.detectable`."""
+"""Probability of finding a difference as large as `Paired.detectable`."""
 LEAST = 3
-"""Values without which there is no interval."""
+"""Fewest values for which there is an interval."""
 
 Array = np.ndarray
 K = TypeVar("K")
@@ -25,40 +26,40 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Summary:
-    """Values of one variant over seeds."""
+    """Summary of the values of one variant over seeds."""
 
     n: int
     mean: float
     sd: float | None
-    """Sample standard deviation; None of a single value."""
+    """Sample standard deviation; None for a single value."""
     half: float | None
-    """Half the width of the 95% t interval of the mean; None of fewer than three values."""
+    """Half the width of the 95% t interval of the mean; None for fewer than three values."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval, None where there are too few seeds."""
+    """A number with its interval, which is None for too few seeds."""
 
     value: float
     interval: tuple[float, float] | None
 
     def text(self, form: Callable[[float], str] = "{:.4g}".format) -> str:
-        """The value with its interval: 0.51 [0.42, 0.60]."""
+        """Format the value with its interval: 0.51 [0.42, 0.60]."""
         ends = "" if self.interval is None else f" [{', '.join(map(form, self.interval))}]"
         return (form(self.value) + ends).replace("e+", "e")
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """Mean, standard deviation and interval of at least one value."""
+    """Return the mean, standard deviation and interval of one or more values."""
     x = np.asarray(values, dtype=np.float64)
-    with np.errstate(invalid="ignore"):  # of values that are not finite
+    with np.errstate(invalid="ignore"):  # values may be infinite
         sd = float(x.std(ddof=1)) if len(x) > 1 else None
     half = None if sd is None or len(x) < LEAST else _quantile(ALPHA, len(x)) * sd / len(x) ** 0.5
     return Summary(len(x), float(x.mean()), sd, half)
 
 
 def by_column(values: Array) -> list[Summary]:
-    """The summary of each column of (seeds, points)."""
+    """Return the summary of each column of (seeds, points)."""
     return [summary(column.tolist()) for column in values.T]
 
 
@@ -71,18 +72,18 @@ Verdict = Literal["first", "second", "tie", "undecided"]
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences of two variants, first minus second, of whatever both have: seeds, or images.
+    """Statistics of the differences between two variants, first minus second, paired by seed or by image.
 
     Attributes:
-        n: pairs of values.
-        mean: difference.
-        interval: of the mean, at `confidence`; None of fewer than three pairs.
-        confidence: at Holm's step: the interval leaves zero out exactly where the difference is found.
-        p: of no difference, two-sided, before the correction.
-        adjusted: the same after it: found where this is at most 0.05.
-        detectable: the smallest true difference found with 80% power, given how much these differences scatter.
-        effect: the mean over the standard deviation of the differences (Cohen's d of pairs); None where they are equal.
-        finite: False where a difference is not a number, as of a run that went astray: none is counted then.
+        n: number of pairs of values.
+        mean: mean difference.
+        interval: interval of the mean at `confidence`; None for fewer than three pairs.
+        confidence: level of Holm's step, at which the interval excludes zero exactly if the difference is found.
+        p: two-sided p-value before the correction.
+        adjusted: p-value after the correction; the difference is found if this is at most 0.05.
+        detectable: the smallest true difference found with 80% power, given the spread of these differences.
+        effect: mean over standard deviation of the differences (Cohen's d of pairs); None if all are equal.
+        finite: False if a difference is not finite, for example of a diverged run; no pair is counted then.
     """
 
     n: int
@@ -97,20 +98,20 @@ class Paired:
 
     @property
     def half(self) -> float | None:
-        """Half the width of the interval; None without one, or where all differences are equal."""
+        """Half the width of the interval; None without an interval, or if all differences are equal."""
         return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2 or None
 
     @property
     def found(self) -> bool:
-        """Whether the correction leaves the difference standing."""
+        """Whether the difference is significant after the correction."""
         return self.adjusted is not None and self.adjusted <= ALPHA
 
 
 def paired(differences: Mapping[K, Sequence[float]]) -> dict[K, Paired]:
-    """All pairs of a comparison under Holm's step-down correction.
+    """Test all pairs of a comparison with Holm's step-down correction.
 
-    A pair of fewer than three differences is not tested, yet counts in the correction, so that conclusions do not
-    weaken while a study fills up.
+    A pair with fewer than three differences is not tested but counts in the correction, so that conclusions do not
+    weaken as a study fills up.
     """
     arrays = {key: np.asarray(values, dtype=np.float64) for key, values in differences.items()}
     finite = {key: bool(np.isfinite(x).all()) for key, x in arrays.items()}
@@ -132,14 +133,14 @@ def paired(differences: Mapping[K, Sequence[float]]) -> dict[K, Paired]:
 
 
 def holm(p: Mapping[K, float], count: int | None = None) -> tuple[dict[K, float], dict[K, float]]:
-    """Holm's step-down correction (Holm 1979) at `ALPHA`.
+    """Apply Holm's step-down correction (Holm 1979) at `ALPHA`.
 
     Args:
         p: the p-values.
-        count: tests in all, where some have no p-value.
+        count: number of all tests, if some have no p-value.
 
     Returns:
-        The level that each test was held against (of those not reached, the level at which the steps stopped), and the
+        The level that each p-value was compared with (after the first one above its level, that level), and the
         adjusted p-values.
     """
     count = len(p) if count is None else count
@@ -163,17 +164,17 @@ def _p(x: Array) -> float:
 
 
 def detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) -> float:
-    """The true mean difference that a two-sided t test of n differences of spread `sd` finds with this power."""
-    # The shift of the noncentral t; that a difference is found the wrong way round has no chance worth counting then.
+    """Return the true mean difference that a two-sided t test of n differences of spread `sd` finds with this power."""
+    # The shift of the noncentral t; the probability of finding a difference of the wrong sign is negligible.
     shift = special.nctdtrinc(n - 1, 1 - power, _quantile(alpha, n))
     return float(shift) * sd / n**0.5
 
 
 def luck(differences: Collection[Sequence[float]]) -> float | None:
-    """The true mean difference that pairs which scatter like these would show with 80% power; any smaller may be luck.
+    """Return the true mean difference that pairs with this spread show with 80% power; a smaller one may be luck.
 
-    At the level of the first of Holm's steps over all of them, with their pooled spread and the least number of seeds;
-    None of no pairs, or fewer than three seeds.
+    Uses the level of Holm's first step over all pairs, their pooled spread and the smallest number of seeds; None
+    without pairs, with fewer than three seeds, or with values that are not finite.
     """
     n = min(map(len, differences), default=0)
     if n < LEAST or not all(np.isfinite(row).all() for row in differences):
@@ -183,7 +184,7 @@ def luck(differences: Collection[Sequence[float]]) -> float | None:
 
 
 def verdict(pair: Paired, lower_is_better: bool, tie: float = 0.0) -> Verdict:
-    """The better variant; a gap below `tie` is a tie, whatever the interval says."""
+    """Return which variant is better; a gap below `tie` is a tie, whatever the interval says."""
     if pair.interval is None:
         return "undecided"
     if not pair.found or abs(pair.mean) < tie:
@@ -192,26 +193,26 @@ def verdict(pair: Paired, lower_is_better: bool, tie: float = 0.0) -> Verdict:
 
 
 def differences(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
-    """First minus second for the seeds that both have, in their order."""
+    """Return first minus second for the seeds that both have, in order of seed."""
     return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
 
 def by_image(first: Mapping[int, Array], second: Mapping[int, Array]) -> Array:
-    """Differences (images,) of bounds (images,) by seed, on the same images and noise, averaged over shared seeds."""
+    """Return (images,) differences of per-image bounds on the same images and noise, averaged over shared seeds."""
     shared = sorted(first.keys() & second.keys())
     return np.mean([first[s].astype(np.float64) - second[s] for s in shared], axis=0)
 
 
 def middle(values: Sequence[float] | Array) -> tuple[float, float]:
-    """The interval of the middle 95% of resampled values."""
+    """Return the interval of the middle 95% of resampled values."""
     low, high = np.quantile(values, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)
 
 
 def twin_tolerance(groups: Iterable[Sequence[float]]) -> float | None:
-    """The distance of two values of one group in 95% of cases, by Student's t over the pooled standard deviation.
+    """Return the distance below which two values of one group lie in 95% of cases, by Student's t with pooled spread.
 
-    None where no group has two values.
+    None if no group has two values.
     """
     parts = [x for x in groups if len(x) > 1]
     degrees = sum(len(x) - 1 for x in parts)

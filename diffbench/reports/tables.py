@@ -1,4 +1,4 @@
-"""Tables of conclusions; terminal, page and CSV show the same rows."""
+"""Tables of conclusions, with the same rows on the terminal, in the page and in the CSV."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from diffbench.reports.runs import copies, floor, other_count
 from diffbench.reports.text import Rows, as_text, filled, interval_text, mean_text, number, percent, transposed
 
 WIDEST = 6
-"""Variants beyond which a table has a row for each, not a column."""
+"""Largest number of variants shown as columns of a table; with more, they are its rows."""
 PAIRS_SHOWN = 12
-"""Pairs that the terminal shows."""
+"""Largest number of pairs for which the terminal shows all, not only those of the best variant."""
 LEAST_RANKED = 5
-"""Results from which on ranks are correlated."""
+"""Fewest results for which ranks are correlated."""
 VERDICTS = {
     "winner": "A winner",
     "disputed": "Measures disagree",
@@ -27,22 +27,22 @@ VERDICTS = {
     "not decided": "Not decided",
 }
 IDENTITY = ("seed", "tag", "runs_dir", "format", "kind", "debug")
-"""Keys of the config that do not make two runs different variants."""
+"""Config keys in which runs of one variant may differ."""
 
 
 def shown(c: Conclusion) -> list[str]:
-    """The full names of the metrics in tables, the primary one first."""
+    """Return the full names of the metrics shown in tables, the primary one first."""
     if len(c.variants) > 1 and len({network_key(trials) for trials in c.variants.values()}) == 1:
-        names = [name for name in c.metrics if not metric_of(name).is_validation]  # of one network, sampled differently
+        names = [name for name in c.metrics if not metric_of(name).is_validation]  # one network, sampled differently
     else:
         names = c.metrics
     return sorted((n for n in names if n == c.name or metric_of(n).shown), key=lambda n: n != c.name)
 
 
 def quality(c: Conclusion) -> Rows:
-    """A row for each variant: complete seeds, then mean ± half of the 95% interval; real images last.
+    """Return a row for each variant: complete seeds, then mean ± half of the 95% interval; real images come last.
 
-    The share of copies is that of the samples of all seeds together, with its exact interval.
+    The share of copies is over the samples of all seeds together, with its exact interval.
     """
     rows = []
     for variant, trials in c.variants.items():
@@ -59,7 +59,7 @@ def quality(c: Conclusion) -> Rows:
 
 
 def points(c: Conclusion) -> Rows:
-    """A row for each complete result, named as `diffbench reproduce` takes it."""
+    """Return a row for each complete result, named as `diffbench reproduce` expects."""
     return [
         {"cell": f"{t.variant}/{t.seed}"} | {n: number(t.values[n], n) for n in shown(c) if n in t.values}
         for t in c.trials
@@ -68,7 +68,7 @@ def points(c: Conclusion) -> Rows:
 
 
 def hyperparameters(c: Conclusion) -> tuple[Rows, Rows]:
-    """Keys of the config in which variants differ, a column or row a variant; and those that all share."""
+    """Return two tables: config keys in which variants differ, a column or row for each variant, and keys all share."""
     flats = {v: run.flat for v, found in c.variants.items() if (run := next((t.run for t in found if t.run), None))}
     keys, every = differing_keys(c.trials), dict.fromkeys(key for flat in flats.values() for key in flat)
     rows = [{"variant": v} | {k: _plain(flat[k]) for k in keys if k in flat} for v, flat in flats.items()]
@@ -82,7 +82,7 @@ def _plain(value: Any) -> str:
 
 
 def agreement(c: Conclusion) -> Rows:
-    """Spearman's rank correlation of measures over all complete results, 1 where they rank alike; a row a measure."""
+    """Return Spearman's rank correlation of measures over all complete results, with a row for each measure."""
     ranking = [name for name in shown(c) if metric_of(name).direction]
     watched = [name for name in ranking if metric_of(name).watched]
     names = [*ranking, *(levels_of(c.metrics) if "val/bound" in ranking else ())]
@@ -90,7 +90,7 @@ def agreement(c: Conclusion) -> Rows:
     values = [{name: signs[name] * t.values.get(name, math.nan) for name in names} for t in c.trials if t.complete]
     if len(values) < LEAST_RANKED or len(watched) < 2:
         return []
-    import pandas as pd  # half a second, which few tables need
+    import pandas as pd  # takes half a second to import, and few tables need it
 
     found = pd.DataFrame(values).corr("spearman", min_periods=LEAST_RANKED)
     return [
@@ -100,7 +100,7 @@ def agreement(c: Conclusion) -> Rows:
 
 
 def floors(c: Conclusion) -> dict[str, float]:
-    """Full name of a metric -> the score of as many real images."""
+    """Return full name of a metric -> the score of the same number of real images."""
     records = [t.record for t in c.trials if t.record]
     alike = {n: [r for r in records if n in r and not other_count(r, n)] for n in shown(c)}
     found = {n: next((floor(r, n) for r in alike[n] if floor(r, n) is not None), None) for n in shown(c)}
@@ -108,7 +108,7 @@ def floors(c: Conclusion) -> dict[str, float]:
 
 
 def pairs(c: Conclusion, tests: Sequence[PairedTest] | None = None) -> Rows:
-    """A row for each pair: difference, its interval, the corrected p-value, verdict, detectable difference."""
+    """Return a row for each pair: difference, interval, corrected p-value, verdict and detectable difference."""
     rows = []
     for x in c.tests if tests is None else tests:
         p = x.paired.adjusted
@@ -132,7 +132,7 @@ def pairs(c: Conclusion, tests: Sequence[PairedTest] | None = None) -> Rows:
 
 
 def costs(c: Conclusion) -> Rows:
-    """A row for each variant: size, length and speed of its trials so far."""
+    """Return a row for each variant: size, length and speed of its trials so far."""
     rows = []
     for variant, trials in c.variants.items():
         row = {"variant": variant}
@@ -159,7 +159,7 @@ def _range(values: Sequence[float], form: str) -> str:
 
 
 def missing(c: Conclusion) -> Rows:
-    """A row for each trial that does not count, with its reason."""
+    """Return a row for each trial that does not count, with the reason."""
     return [
         {"variant": t.variant, "seed": str(t.seed), "status": t.status, "why": t.why or "-"}
         for t in c.trials
@@ -168,14 +168,14 @@ def missing(c: Conclusion) -> Rows:
 
 
 def differing_keys(trials: Sequence[Trial]) -> list[str]:
-    """Keys of the config that are not the same in all runs, apart from seed and place."""
+    """Return the config keys that differ between runs, apart from `IDENTITY`."""
     flats = [run.flat for run in {id(t.run): t.run for t in trials}.values() if run]
     return [key for key in differing(flats) if key not in IDENTITY]
 
 
 def as_csv(c: Conclusion) -> str:
-    """A row for each trial at each budget and sampling seed: what it is, what it cost, how its config differs, every
-    value under its full name.
+    """Return a CSV with a row for each trial at each budget and sampling seed: identity, cost, config keys that differ,
+    and every value under its full name.
     """
     rungs = c.comparison.rungs or {"": c.trials}
     trials = [(budget, t) for budget, rung in rungs.items() for t in rung]
@@ -214,14 +214,14 @@ def as_csv(c: Conclusion) -> str:
 
 
 def _data(t: Trial) -> str | None:
-    """The data set of a trial, with the side of its images where that is a key: "digits 8x8"."""
+    """Return the data set of a trial, with the side of its images if that is a key: "digits 8x8"."""
     flat = t.run.flat if t.run else {}
     side = flat.get("data.size", flat.get("data.image_size"))
     return " ".join([str(flat["data.name"]), *([f"{side}x{side}"] if isinstance(side, int) else [])]) if flat else None
 
 
 def for_terminal(c: Conclusion, runs: str | None = None) -> str:
-    """Answer, variants, pairs and what is missing, as text; a table of `runs` may stand in place of the variants'."""
+    """Format answer, variants, pairs and missing trials as text; a table `runs`, if given, replaces the variants."""
     head = VERDICTS[c.outcome].removeprefix("A ").upper()
     head += f" BY {c.metric.title.upper()}" if c.outcome == "winner" else ""
     parts = [filled(text) for text in (c.comparison.title, c.comparison.question, "", f"{head}. {c.answer}")]
@@ -245,7 +245,7 @@ def for_terminal(c: Conclusion, runs: str | None = None) -> str:
         columns = ["variant", "seeds", *shown(c)[:5]]
         parts += ["", as_text([{k: v for k, v in row.items() if k in columns} for row in rows])]
         if len(rows) < len(c.variants):
-            parts.append(f"the best of {len(c.variants):,} variants; the report has all")
+            parts.append(f"the best of {len(c.variants):,} variants; the report shows all")
     if c.tests:
         tests = c.tests
         if len(tests) > PAIRS_SHOWN and (ranked := c.ranked()):
@@ -254,7 +254,7 @@ def for_terminal(c: Conclusion, runs: str | None = None) -> str:
         parts += ["", f"{c.name}, paired by seed ({c.metric.better()}; intervals and p by Holm over {len(c.tests)})"]
         parts.append(as_text(pairs(c, tests)))
         if len(tests) < len(c.tests):
-            parts.append(f"all {len(c.tests)} pairs stand in the report")
+            parts.append(f"all {len(c.tests)} pairs are in the report")
     if scatter := variance.table(c):
         parts += ["", "where the scatter comes from (standard deviations)", as_text(scatter)]
     if absent := missing(c):

@@ -1,4 +1,4 @@
-"""The tuning of a study: a row for each label, and its curve over the grid."""
+"""The tuning of a study: a table with a row for each label, and curves over the grid."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from diffbench.reports.text import Rows, number, title_and_unit
 
 
 def _groups(c: Conclusion) -> dict[tuple[str, tuple[str, ...]], dict[str, list[TriedPoint]]]:
-    """(Metric, keys) -> label -> its points, in rising order of their values."""
+    """Return (metric, keys) -> label -> its points, in rising order of their values."""
     groups: dict[tuple[str, tuple[str, ...]], dict[str, list[TriedPoint]]] = {}
     for p in c.comparison.tried:
         groups.setdefault((p.name, tuple(p.values)), {}).setdefault(p.label, []).append(p)
@@ -23,7 +23,7 @@ def _groups(c: Conclusion) -> dict[tuple[str, tuple[str, ...]], dict[str, list[T
 
 
 def table(c: Conclusion) -> Rows:
-    """A row for each label and metric: every value that was tried, and what training cost."""
+    """Return a row for each label and metric: the result of every value tried, and the cost of training."""
     rows: Rows = []
     for (name, _), labels in _groups(c).items():
         for tuned, points in labels.items():
@@ -42,7 +42,7 @@ def table(c: Conclusion) -> Rows:
 
 
 def tuning_plot(c: Conclusion, path: Path) -> Plot | None:
-    """The metric that chooses against each key that is tuned by itself, a line for each label."""
+    """Draw the metric that chooses against each key that is tuned alone, with a line for each label."""
     groups = {
         (name, keys[0]): labels
         for (name, keys), labels in _groups(c).items()

@@ -1,8 +1,9 @@
-"""The sources of a score's scatter: training anew, or sampling a trained network anew.
+"""The variance components of a score: retraining a network, and resampling a trained network.
 
-Nested random effects, y[i, j] = mean + training[i] + sampling[i, j]: i over training seeds, j over sampling seeds of
-one trained network, of which no two networks share any. By the method of moments (Searle, Casella and McCulloch 1992,
-§3.6); where training's part comes out negative it is zero and the rest pooled, as restricted maximum likelihood has it.
+Nested random effects, y[i, j] = mean + training[i] + sampling[i, j], with i over training seeds and j over the sampling
+seeds of one trained network, none of which two networks share. Estimated by the method of moments (Searle, Casella and
+McCulloch 1992, §3.6); a negative training variance is set to zero and the rest pooled, as in restricted maximum
+likelihood.
 """
 
 import math
@@ -19,20 +20,20 @@ from diffbench.reports.statistics import ALPHA, LEAST, Array, Estimate
 from diffbench.reports.text import number
 
 PUBLISHED_RATIO = 3.2
-"""Retraining moves FID so many times as far as resampling: "The FID Lottery" (Dufour, Efros and Perez, arXiv
-2606.20536), several hundred SiTs on ImageNet-256."""
+"""Ratio of the standard deviations of FID from retraining and from resampling: "The FID Lottery" (Dufour, Efros and
+Perez, arXiv 2606.20536), several hundred SiTs on ImageNet-256."""
 _UPPER, _LOWER = 1 - ALPHA / 2, ALPHA / 2
 
 
 @dataclass(frozen=True)
 class Components:
-    """Variances with 95% intervals, none below three training seeds; the first two sum to the third.
+    """Variances with 95% intervals (none below three training seeds); the first two sum to the third.
 
     Attributes:
-        training: of trained networks' true scores.
-        sampling: of the scores of one network; None where each has one score.
-        total: of one score of one network.
-        ratio: of the standard deviations, training by sampling; infinite where sampling changes nothing.
+        training: variance of the true scores of trained networks.
+        sampling: variance of the scores of one network; None if each network has one score.
+        total: variance of one score of one network.
+        ratio: standard deviation of training over that of sampling; infinite if sampling changes nothing.
     """
 
     training: Estimate
@@ -42,13 +43,13 @@ class Components:
 
 
 def components(values: Array) -> Components:
-    """The variance components of scores (training seeds, sampling seeds).
+    """Return the variance components of scores (training seeds, sampling seeds).
 
-    Intervals are exact for sampling (chi-square) and the ratio (F), Williams's (1962) for training, Graybill and Wang's
-    (1980) for the total.
+    Intervals are exact for sampling (chi-square) and the ratio (F), Williams's (1962) for training, and Graybill and
+    Wang's (1980) for the total.
 
     Raises:
-        ValueError: of fewer than two training seeds.
+        ValueError: for fewer than two training seeds.
     """
     n, k = values.shape
     if n < 2:
@@ -57,7 +58,7 @@ def components(values: Array) -> Components:
     means = values.mean(1)
     squares = k * float(((means - means.mean()) ** 2).sum()), float(((values - means[:, None]) ** 2).sum())
     between = squares[0] / df[0]
-    low, high = (special.chdtri(df[0], p) / df[0] for p in (_LOWER, _UPPER))  # quantiles of a mean square by its mean
+    low, high = (special.chdtri(df[0], p) / df[0] for p in (_LOWER, _UPPER))  # quantiles of mean square / its mean
     if k == 1:
         alone = _estimate(between, between / low, between / high, n)
         return Components(alone, None, alone, None)
@@ -66,7 +67,7 @@ def components(values: Array) -> Components:
     f_high, f_low = special.fdtri(*df, _UPPER), special.fdtri(*df, _LOWER)
     training = max(0.0, (between - within) / k)
     sampling = within if between > within else sum(squares) / sum(df)
-    parts = np.array([between / k, within * (1 - 1 / k)])  # independent, with the total as their sum
+    parts = np.array([between / k, within * (1 - 1 / k)])  # independent, and sum to the total
     down = math.hypot(*((1 - 1 / np.array([low, low_2])) * parts))
     up = math.hypot(*((1 / np.array([high, high_2]) - 1) * parts))
 
@@ -86,9 +87,9 @@ def _estimate(value: float, low: float, high: float, seeds: int) -> Estimate:
 
 
 def table(c: Conclusion) -> list[dict[str, str]]:
-    """A row for each variant of a study that samples its networks several times, else none: standard deviations.
+    """Return a row of standard deviations for each variant, if the study samples its networks several times.
 
-    Of the primary metric, and of the first that is watched besides: the validation bound, else a distance.
+    The metrics are the primary one and the first other watched one: the validation bound, else a distance.
     """
     rows: list[dict[str, str]] = []
     names = [c.name, *(name for name in c.metrics if metric_of(name).watched and name != c.name)][:2]
@@ -111,7 +112,7 @@ def table(c: Conclusion) -> list[dict[str, str]]:
 
 
 def scores(trials: list[Trial], name: str) -> Array:
-    """(training seeds, sampling seeds) of a metric, of those that all have; one column of what is not of samples."""
+    """Return a metric as (training seeds, sampling seeds), without incomplete rows; validations have one column."""
     if metric_of(name).is_validation:
         return np.array([[t.values[name]] for t in trials if name in t.values])
     rows = [[each[name] for each in map(scores_of, t.records) if name in each] for t in trials]

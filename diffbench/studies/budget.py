@@ -1,4 +1,4 @@
-"""The time that a study will take, from rates measured on this machine before anything is trained."""
+"""Estimates of the time that a study takes, from rates measured on this machine before anything is trained."""
 
 import json
 import time
@@ -17,17 +17,17 @@ from diffbench.studies.plan import TrainingVariant, evaluated
 
 WARM, LEAST_STEPS, LEAST_SECONDS = 3, 10, 2.0
 FORWARDS = 3
-"""Forward passes that a training image costs."""
+"""Cost of a training image, in forward passes."""
 
 
 class Probe:
     """The speed of configs on this machine, each measured once.
 
-    Training rates are kept in a file, so that a study stopped by seconds ends at the same image whenever it goes on.
+    Training rates are stored in a file, so that a study stopped by seconds ends at the same image if it is resumed.
 
     Args:
-        path: the file.
-        jobs: runs at a time, which share the cores.
+        path: file of the training rates.
+        jobs: number of runs at a time, which share the cores.
     """
 
     def __init__(self, path: Path, jobs: int) -> None:
@@ -36,19 +36,19 @@ class Probe:
         self._forward: dict[str, float] = {}
 
     def training_rate(self, config: RunConfig) -> float:
-        """Images a second of training steps: forward, backward, optimizer; without data, logs and validation."""
-        name = _name(config)
+        """Return training images per second: forward, backward and optimizer, without data, logs and validation."""
+        name = _rate_key(config)
         if name not in self.rates:
             self.rates[name] = _training_rate(config)
             write_text(self.path, json.dumps(self.rates) + "\n")
         return self.rates[name]
 
     def seconds(self, variant: TrainingVariant) -> float:
-        """About how long one seed of a variant trains and, with its evaluations, samples; `jobs` of them at a time."""
+        """Estimate the seconds that one seed of a variant takes to train and to sample, with `jobs` runs at a time."""
         from diffbench.sampling.cost import network_evaluations, seconds_per_evaluation
         from diffbench.sampling.sampler import Sampler
 
-        c, name = variant.config, _name(variant.config)
+        c, name = variant.config, _rate_key(variant.config)
         run = DenoiserRun(Path("probe"), c)
         before = torch.get_num_threads()
         try:
@@ -62,13 +62,13 @@ class Probe:
             torch.set_num_threads(before)
         forwards = float(FORWARDS * variant.trained_images)
         for changes in variant.evaluations.values():
-            how = evaluated(c, changes, "study")
-            drawn = how.evaluate.count * max(1, len(variant.rungs)) * variant.samplings
-            forwards += drawn * network_evaluations(run.process, how.sample) / (run.at_once if self.jobs == 1 else 1)
+            varied = evaluated(c, changes, "study")
+            drawn = varied.evaluate.count * max(1, len(variant.rungs)) * variant.samplings
+            forwards += drawn * network_evaluations(run.process, varied.sample) / (run.at_once if self.jobs == 1 else 1)
         return forwards * self._forward[name]
 
 
-def _name(config: RunConfig) -> str:
+def _rate_key(config: RunConfig) -> str:
     values = to_dict(config)
     kept = {key: values[key] for key in ("data", "denoiser", "process", "autoencoder")}
     kept["batch"] = [config.trainer.batch_size, config.trainer.accumulate_grad_batches, config.trainer.precision]

@@ -1,4 +1,4 @@
-"""The results of a study as the comparison of its report: from its folder, or as shipped, from report.csv alone."""
+"""The results of a study as the comparison of its report, from its folder or from a shipped report.csv alone."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from diffbench.studies.trials import FOLDER, TrialFile
 
 
 def comparison_of_study(folder: Path) -> Comparison:
-    """The results of a study so far, as the comparison of its report; nothing is built or trained.
+    """Return the results of a study so far, as the comparison of its report; nothing is built or trained.
 
     Raises:
-        UserError: if the folder holds no study, or one without trials.
+        UserError: if the folder contains no study, or a study without trials.
     """
     if not (folder / "study.yaml").is_file():
         raise UserError(f"{folder}: no study here (study.yaml is missing); run diffbench study on its YAML first")
@@ -51,23 +51,23 @@ def comparison_of_study(folder: Path) -> Comparison:
 
 
 def shipped(results: Path, studies: Path) -> dict[str, Comparison]:
-    """The comparison of every study whose folder in `results` holds a report.csv, by its name, that of a YAML.
+    """Return study name -> comparison for every folder in `results` with a report.csv; `studies` has their YAMLs.
 
     Raises:
-        UserError: if a folder is named after no study, or a table lacks a column.
+        UserError: if a folder is not named after a study, or a table lacks a column.
     """
     found = {}
     for path in sorted(results.glob("*/report.csv")):
         name = path.parent.name
         if not (studies / f"{name}.yaml").is_file():
-            raise UserError(f"{path}: no study {studies / name}.yaml; name the folder of results as its study")
+            raise UserError(f"{path}: no study {studies / name}.yaml; name the folder of results after its study")
         found[name] = comparison_of_csv(path, studies / f"{name}.yaml")
     return found
 
 
 def comparison_of_csv(path: Path, study: Path) -> Comparison:
-    """The comparison that a report.csv holds; of a ladder, with all its budgets."""
-    asked = load_study(study)
+    """Return the comparison stored in a report.csv, with all budgets of a ladder."""
+    config = load_study(study)
     try:
         table = pd.read_csv(path, dtype={"variant": str, "budget": str}, keep_default_na=False, na_values=[""])
     except ValueError as e:
@@ -83,18 +83,18 @@ def comparison_of_csv(path: Path, study: Path) -> Comparison:
         record = {**values, "data": known.get("data", "")} if values else None
         variant, seed, rung = known["variant"], int(known["seed"]), rungs.setdefault(known.get("budget", ""), [])
         first = next((t for t in rung if (t.variant, t.seed) == (variant, seed)), None)
-        if first is not None and record is not None:  # another sampling seed of it
+        if first is not None and record is not None:  # another sampling seed of this trial
             first.more.append(record)
         else:
             rung.append(Trial(variant, seed, known["status"], None, record, at=int(known.get("images", 0))))
     trials = rungs[list(rungs)[-1]]
     variants = {t.variant for t in trials}
     return Comparison(
-        title=asked.title,
-        question=asked.question,
+        title=config.title,
+        question=config.question,
         trials=trials,
-        primary=asked.primary,
-        baseline=asked.baseline if asked.baseline in variants else None,
-        like_for_like=asked.like_for_like,
+        primary=config.primary,
+        baseline=config.baseline if config.baseline in variants else None,
+        like_for_like=config.like_for_like,
         rungs=rungs if len(rungs) > 1 else {},
     )

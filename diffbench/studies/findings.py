@@ -1,4 +1,4 @@
-"""Published claims held against results of studies: confirmed, tied or refuted, each with an interval."""
+"""Published claims checked against the results of studies: confirmed, tied or refuted, each with an interval."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,26 +23,27 @@ from diffbench.studies.config import load_study, variants
 class Claim:
     """A published claim, as data.
 
-    It says that one variant is better than another, of several the best of each side (a U-curve: what lies inside is
-    better than both ends); or that a method's error falls with some power of the step.
+    It says that one variant is better than another, or the best of several better than the best of others (a U-curve:
+    the middle is better than both ends); that a sampler's error falls with some power of the step size; or that scores
+    scatter more over trainings than over samples.
     """
 
     claim: str = ""
-    """The claim, in a sentence."""
+    """The claim, in one sentence."""
     source: str = ""
-    """Paper, with section, table or figure."""
+    """The paper, with its section, table or figure."""
     study: str = ""
     """Name of the study whose results decide."""
     metric: str = "fd"
-    """By which the variants are compared, up to its extractor and count."""
+    """The metric that compares the variants, with or without extractor and count."""
     better: Any = None
-    """The variant that is claimed to be better, or several."""
+    """The variant claimed to be better, or a list of them."""
     worse: Any = None
-    """The other, or several."""
+    """The variant claimed to be worse, or a list of them."""
     order: Any = None
-    """In place of the two: variants with N, 2N, 4N, ... steps of a deterministic sampler."""
+    """Instead of better and worse: variants with N, 2N, 4N, ... steps of a deterministic sampler."""
     retrained: Any = None
-    """In place of them: variants whose scores scatter more over trainings than over samples of one network."""
+    """Instead of these: variants whose scores scatter more over trainings than over samples of one network."""
     above: float = 0.0
     """The value that the order, or the ratio of standard deviations, is claimed to exceed."""
 
@@ -54,7 +55,7 @@ class Claim:
             if (given := getattr(self, name)) is not None:
                 setattr(self, name, [str(each) for each in (given if isinstance(given, list) else [given])])
         if [bool(self.order), bool(self.retrained), bool(self.better and self.worse)].count(True) != 1:
-            raise ValueError("better: name the variants of better and of worse, or of order, or of retrained")
+            raise ValueError("better: name variants either for better and worse, or for order, or for retrained")
         if self.order and len(self.order) < 4:
             raise ValueError(f"order: needs at least 4 variants, got {len(self.order)}")
         if metric_of(self.metric).direction is None:
@@ -62,32 +63,32 @@ class Claim:
 
     @property
     def variants(self) -> list[str]:
-        """All that are named."""
+        """All variants that the claim names."""
         return [*(self.better or ()), *(self.worse or ()), *(self.order or ()), *(self.retrained or ())]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and what results say of it."""
+    """A claim with the verdict of the results."""
 
     claim: Claim
     verdict: str
     """ "confirmed", "tied", "refuted"; "undecided" with fewer than three seeds, "not run" without results."""
     evidence: str
-    """The measurement, in words."""
+    """The measurement, as text."""
 
 
 def load_claims(path: Path, studies: Path) -> list[Claim]:
-    """Read the claims of a YAML, whose studies are YAMLs of a folder.
+    """Read the claims in a YAML file, whose studies are the YAMLs in the folder `studies`.
 
     Raises:
-        UserError: one line that names file and key, as of a study, variant or metric that does not exist.
+        UserError: if a study, variant or metric does not exist, in one line that names the file and key.
     """
     claims: list[Claim] = []
-    held = read_yaml(path).get("claims") or []
-    if not isinstance(held, list):
-        raise UserError(f"{path}: claims: must be a list of claims, got {shown(held)}")
-    for i, values in enumerate(held):
+    entries = read_yaml(path).get("claims") or []
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: claims: must be a list of claims, got {shown(entries)}")
+    for i, values in enumerate(entries):
         with located([(f"{path}: claims[{i}]", values)]):
             if not isinstance(values, dict):
                 raise ValueError(f"must be a section with keys, got {shown(values)}")
@@ -102,14 +103,14 @@ def load_claims(path: Path, studies: Path) -> list[Claim]:
 
 
 def findings(claims: Sequence[Claim], results: Mapping[str, Comparison]) -> list[Finding]:
-    """Hold claims against the results of studies by their name, each claim by itself, paired by seed."""
-    held = [_held(claim, results[claim.study]) if claim.study in results else None for claim in claims]
+    """Check each claim separately against the results of its study (name -> comparison), paired by seed."""
+    judged = [_judge(claim, results[claim.study]) if claim.study in results else None for claim in claims]
     missing = "diffbench findings run=true"
-    return [found or Finding(claim, "not run", missing) for claim, found in zip(claims, held, strict=True)]
+    return [found or Finding(claim, "not run", missing) for claim, found in zip(claims, judged, strict=True)]
 
 
-def _held(claim: Claim, results: Comparison) -> Finding | None:
-    """The verdict of results on a claim; None where a variant has none."""
+def _judge(claim: Claim, results: Comparison) -> Finding | None:
+    """Judge a claim by the results of its study; None if a variant has no results."""
     if claim.retrained:
         return _scatter(claim, results)
     name = full_name(results.trials, claim.metric) or claim.metric
@@ -129,20 +130,20 @@ def _held(claim: Claim, results: Comparison) -> Finding | None:
         values = statistics.differences(seeds[first], seeds[second])
         what, tie = f"{metric.title} of {first} minus {second}", metric.tie * min(means[first], means[second])
         lower = metric.lower_is_better
-    # The best of several has had as many chances.
+    # Choosing the best of several counts as that many comparisons.
     chances = range(max(1, len(claim.better or ()), len(claim.worse or ())))
     pair = statistics.paired({i: [] if i else values for i in chances})[0]
-    words = {"first": "confirmed", "second": "refuted", "tie": "tied", "undecided": "undecided"}
+    verdicts = {"first": "confirmed", "second": "refuted", "tie": "tied", "undecided": "undecided"}
     how = f"{what}: {number(pair.mean + claim.above, name, pair.half)}"
     if pair.interval is not None:
         how += f" ({' to '.join(number(end + claim.above, name, pair.half) for end in pair.interval)})"
     images = max(t.images for t in results.trials if t.variant in seeds)
     how += f"; {counted(pair.n, 'seed')}, {images:,} images"
-    return Finding(claim, words[statistics.verdict(pair, lower, tie)], how)
+    return Finding(claim, verdicts[statistics.verdict(pair, lower, tie)], how)
 
 
 def _scatter(claim: Claim, results: Comparison) -> Finding | None:
-    """A claim on the ratio of training's scatter to sampling's, which has to hold for every variant named."""
+    """Judge a claim on the ratio of training scatter to sampling scatter, which must hold for every variant named."""
     name, parts, ends, images = full_name(results.trials, claim.metric) or claim.metric, [], [], 0
     few = False
     for variant in claim.retrained:
@@ -162,6 +163,6 @@ def _scatter(claim: Claim, results: Comparison) -> Finding | None:
 
 
 def _order(values: Sequence[float]) -> float:
-    """The power p of values C N^-p + limit at N, 2N, 4N, ...: their differences fall by the same power."""
+    """Estimate the power p of values C N^-p + limit at N, 2N, 4N, ..., whose differences fall with the same power."""
     gaps = np.log2(np.abs(np.diff(values)))
     return float(-np.polyfit(np.arange(len(gaps)), gaps, 1)[0])

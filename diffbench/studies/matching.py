@@ -1,4 +1,4 @@
-"""Networks sized alike: the width or depth at which a backbone's parameters or multiply-accumulates meet a target."""
+"""Size matching: the width or depth at which a backbone's parameters or multiply-accumulates meet a target."""
 
 import contextlib
 import operator
@@ -16,11 +16,11 @@ from diffbench.runs import build
 from diffbench.studies.config import nested
 
 LARGEST = 32
-"""The largest factor by which a network may grow."""
+"""Largest factor by which a width or depth may grow."""
 
 
 def size_of(config: RunConfig, data: ImageSet, by: Literal["parameters", "gmacs"]) -> float:
-    """Parameters, or multiply-accumulates in 1e9."""
+    """Return the number of parameters, or of multiply-accumulates in 1e9."""
     if by == "gmacs":
         return build.cost_of(config, data).gmacs
     with torch.device("meta"):
@@ -34,19 +34,19 @@ def sized(
     target: float,
     what: Literal["width", "depth"],
 ) -> RunConfig:
-    """The config with the width or depth whose size comes nearest to the target.
+    """Return the config with the width or depth whose size is nearest to the target.
 
-    Widths that the network refuses (heads or groups that do not divide them) are passed over; a list of widths grows in
-    proportion to its first.
+    Widths that the network rejects (not divisible by its heads or groups) are skipped; a list of widths grows in
+    proportion to its first one.
 
     Raises:
-        UserError: if the backbone does not say which key that is, or no size fits.
+        UserError: if the denoiser has no key for that dimension, or no size fits.
     """
     name, key = config.denoiser.name, registry.size_key(config.denoiser, what)
     if not key:
         raise UserError(
-            f"match.change: denoiser.name={name} has no key for its {what}; name one as denoiser.{what}=KEY where the"
-            " network is from outside, or choose match.by=none"
+            f"match.change: denoiser.name={name} has no key for its {what}; for a custom network, name it with"
+            f" denoiser.{what}=KEY, or choose match.by=none"
         )
     given = flatten(to_dict(config))[f"denoiser.{key}"]
     first = given[0] if isinstance(given, list) and given else given
@@ -57,7 +57,7 @@ def sized(
     fits: list[tuple[float, RunConfig]] = []
     for numbers, passed in ((range(guess, 0, -1), operator.le), (range(guess + 1, most + 1), operator.ge)):
         for n in numbers:
-            with contextlib.suppress(UserError, ValueError, RuntimeError, ArithmeticError):  # the network refuses it
+            with contextlib.suppress(UserError, ValueError, RuntimeError, ArithmeticError):  # rejected by the network
                 candidate = change(config, nested({f"denoiser.{key}": _scaled(given, n)}))
                 fits.append((size_of(candidate, data, by), candidate))
                 if passed(fits[-1][0], target):
@@ -68,7 +68,7 @@ def sized(
 
 
 def _scaled(given: Any, n: int) -> Any:
-    """A width n, or a list of widths that begins with n and keeps its proportions, if all are whole numbers then."""
+    """Return width n, or the list of widths scaled to begin with n; ValueError if one would not be whole."""
     if not isinstance(given, list):
         return n
     if any(value * n % given[0] for value in given):
@@ -77,6 +77,6 @@ def _scaled(given: Any, n: int) -> Any:
 
 
 def size_text(config: RunConfig, what: Literal["width", "depth"]) -> str:
-    """The key and value that matching settled, as "hidden_size=64"."""
+    """Return the key and value that matching chose, such as "hidden_size=64"."""
     key = registry.size_key(config.denoiser, what)
     return f"{key.removeprefix('args.')}={flatten(to_dict(config))[f'denoiser.{key}']}"

@@ -1,4 +1,4 @@
-"""The plan that a study prints before it begins, and the notes of its report on budgets, sizes and tuning."""
+"""The plan that a study prints before it starts, and the notes in its report on budgets, sizes and tuning."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def plan_text(
     tuning: Tuning,
     probe: Probe,
 ) -> str:
-    """The plan: a line for each network, and what all of it will take."""
+    """Format the plan: a line for each network, and the time that all of it will take."""
     rows = []
     seconds = 0.0
     for variant in found:
@@ -49,11 +49,11 @@ def plan_text(
         seconds += tuning_seconds
         lines.append(
             f"tuning: {len(tuning.trials)} runs with seed {tuning.trials[0].config.seed}, {len(tuning.todo)} of them to"
-            f" do, about {span(tuning_seconds / study.jobs)} in all; more where the best stands at an edge of the grid"
+            f" do, about {span(tuning_seconds / study.jobs)} in all; more if a best value is at an edge of the grid"
         )
     lines += [f"warning: {text}" for text in equal_by_construction(found)]
     at_once = f", {study.jobs} runs at a time" if study.jobs > 1 else ""
-    lines.append(f"about {span(seconds / study.jobs)} for all that is new{at_once}; {folder}")
+    lines.append(f"about {span(seconds / study.jobs)} if nothing is done yet{at_once}; {folder}")
     return "\n".join(lines)
 
 
@@ -62,7 +62,7 @@ def notes_of(
     found: Sequence[TrainingVariant],
     tuning: Tuning,
 ) -> list[str]:
-    """Notes that a reader of the report needs."""
+    """Return the notes that a reader of the report needs."""
     how = {
         "images": "",
         "flops": " (6 for each multiply-accumulate of a forward pass)",
@@ -115,13 +115,13 @@ def _tuning_note(study: StudyConfig, found: Sequence[TrainingVariant], tuning: T
 
 
 def equal_by_construction(found: Sequence[TrainingVariant]) -> list[str]:
-    """A sentence for each group of variants that cannot differ: one config, or averages that a cap makes one."""
+    """Return a sentence for each group of variants that cannot differ: one config, or EMAs with the same decays."""
     groups: dict[str, list[str]] = {}
     for variant in found:
         c = variant.config
         for name, changes in variant.evaluations.items():
             average = changes.get(AVERAGE, c.ema.decays[0])
-            # A cap only rises: averages that it holds at the last update have had the same decays all along.
+            # The cap only rises: averages that it still limits at the last update have had equal decays throughout.
             last = c.ema.decay_at(c.trainer.max_steps - 1, average)
             values = to_dict(evaluated(c, changes, "study")) | {"ema": last, "average": last}
             groups.setdefault(json.dumps(values, sort_keys=True), []).append(name)

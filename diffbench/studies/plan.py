@@ -1,4 +1,4 @@
-"""The plan of a study: every run that it trains, with its resolved config, and every evaluation of it."""
+"""The plan of a study: every run that it trains, with its resolved config and its evaluations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +28,9 @@ from diffbench.studies.config import (
 from diffbench.studies.matching import size_of, size_text, sized
 
 Rate = Callable[[RunConfig], float]
-"""Measures how many images a second a config trains here."""
+"""Function that measures the images per second at which a config trains on this machine."""
 Tuned = dict[str, dict[str, Any]]
-"""Label of the tuned axis -> the keys and values that tuning chose."""
+"""Label on the tuned axis -> the keys and values that tuning chose."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class TrainingVariant:
     """A run that a study trains, and the variants that share its network.
 
     Attributes:
-        name: what the variants have in common.
+        name: what the variants' names have in common.
         experiment: the YAML that the config comes from.
-        config: resolved, with a seed: the study's first one until `planned_trials` gives it its own.
-        cost: the size of the network.
-        residual: how much larger than the target of matching, as a share; None without matching.
-        sized: the key that matching settled, as "hidden_size=64".
-        evaluations: variant -> what it changes of sampling and evaluation.
-        rungs: images at which it is scored, rising up to its length, and the budget each stands for.
-        cooldown: the last share of each rung that is trained as a branch of the run, its rate decaying; None where the
+        config: the resolved config; its seed is the study's first until `planned_trials` sets the actual one.
+        cost: size and FLOPs of the network.
+        residual: size relative to the target of matching, minus 1; None without matching.
+        sized: the key that matching chose, such as "hidden_size=64".
+        evaluations: variant -> its changes to sampling and evaluation.
+        rungs: (images, budget as text) of each point at which the run is scored, rising up to its length.
+        cooldown: the last share of each rung, trained as a branch of the run with a decaying learning rate; None if the
             run itself is scored.
-        samplings: how often it is sampled, each time with another seed.
-        tuning: the grid's values that it tries; None for a reported run.
-        label: the label of the tuned axis' value.
+        samplings: how many times the run is sampled, each time with another seed.
+        tuning: the grid values that it tries; None for a reported run.
+        label: its label on the tuned axis.
     """
 
     name: str
@@ -73,30 +73,30 @@ class TrainingVariant:
 
     @property
     def trained_images(self) -> int:
-        """Images of training that one seed costs: those of the run and of its branches."""
+        """Images that one seed trains on, in the run and its branches."""
         branches = sum(round(images * self.cooldown) for images, _ in self.rungs[:-1]) if self.cooldown else 0
         return self.images + branches
 
     @property
     def flops(self) -> float:
-        """FLOPs of training."""
+        """Training FLOPs."""
         return self.cost.training_flops(self.images)
 
     @property
     def title(self) -> str:
-        """The name of the run: a reported one's ends with its seed."""
+        """The name of the run, which ends with the seed if it is a reported one."""
         return f"{self.name} s{self.config.seed}" if self.tuning is None else self.name
 
     @property
     def slug(self) -> str:
-        """The title as a file's name."""
+        """The title as a file name."""
         return file_name(self.title)
 
     @property
     def folder(self) -> Path:
-        """The run folder: equal configs meet in it, whichever study asks for them."""
+        """The run folder, which all studies with an equal config share."""
         values = {k: v for k, v in to_dict(self.config).items() if k not in ("runs_dir", "tag", "seed")}
-        del values["trainer"]["threads"]  # which changes rounding alone
+        del values["trainer"]["threads"]  # which only changes rounding
         if len(self.rungs) > 1:  # a run of one length cannot be scored at shorter ones
             values["rungs"] = [images for images, _ in self.rungs]
             if self.cooldown is not None:
@@ -107,16 +107,16 @@ class TrainingVariant:
 
 
 def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) -> list[TrainingVariant]:
-    """The networks that a study trains, sized and stopped as it says.
+    """Return the networks that a study trains, matched in size and with their training lengths.
 
     Args:
         study: the study.
-        path: its YAML, named in errors.
-        tuned: what tuning chose so far.
-        rate: measures how fast a config trains, for `stop.seconds`.
+        path: its YAML, which errors name.
+        tuned: the choices of tuning so far.
+        rate: measures the training rate of a config, for `stop.seconds`.
 
     Raises:
-        UserError: one line that names file and key.
+        UserError: if a variant is invalid, in one line that names the file and key.
     """
     shared: dict[str, list[Variant]] = {}
     for variant in variants(study):
@@ -129,12 +129,12 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
     flat = flatten(to_dict(one.config))
     for other in others:
         if differs := protocol_difference(flat, flatten(to_dict(other.config)), keys):
-            apart = f"{one.name} and {other.name} cannot stand in one report: {differs}"
+            apart = f"{one.name} and {other.name} are not comparable: {differs}"
             raise UserError(f"{path}: axes: {apart}; write a study for each")
     names: set[str] = set()
     for network in found:
         if (name := file_name(network.name)) in names:
-            raise UserError(f"{path}: axes: two networks are called {network.name!r}; name the values of axes apart")
+            raise UserError(f"{path}: axes: two networks are called {network.name!r}; rename the axis values")
         names.add(name)
     return found
 
@@ -147,7 +147,7 @@ def training_variant(
     target: float | None,
     rate: Rate,
 ) -> TrainingVariant:
-    """The network that some variants share, with what tuning chose for them, sized and stopped."""
+    """Return the network that variants share, with the choices of tuning, matched in size and with its length."""
     first, match = same[0], study.match
     chosen: dict[str, Any] = {}
     if study.tune and study.tune.axis:
@@ -157,7 +157,7 @@ def training_variant(
         same = [replace(v, sampled=merge(nested(how[v.name]), v.sampled)) for v in same]
     config = config_of(study, path, first, chosen)
     if study.samplings > 1 and config.seeds.sample is not None:
-        raise UserError(f"{path}: {SAMPLE_SEED} stands beside samplings={study.samplings}; give one of the two")
+        raise UserError(f"{path}: {SAMPLE_SEED} conflicts with samplings={study.samplings}; set only one of them")
     data, _ = build.load_data(config)
     over, settled = None, ""
     if target is not None and match.by != "none":
@@ -177,9 +177,9 @@ def training_variant(
     name = _name(study, same)
     if len(dict(rungs)) < len(rungs):
         images = ", ".join(f"{n:,}" for n, _ in rungs)
-        raise UserError(f"{path}: stop.{study.stop.unit}: is {images} images for {name}; set budgets farther apart")
+        raise UserError(f"{path}: stop.{study.stop.unit}: gives {images} images for {name}; set budgets farther apart")
     for variant in same:
-        evaluated(config, variant.sampled, str(path))  # what cannot be sampled is found now
+        evaluated(config, variant.sampled, str(path))  # raises for configs that cannot be sampled
     return TrainingVariant(
         name,
         experiment_of(study, first),
@@ -195,7 +195,7 @@ def training_variant(
 
 
 def _name(study: StudyConfig, same: list[Variant]) -> str:
-    """The labels that variants of one network share; the first one's name where others share these labels too."""
+    """Join the labels that variants of one network share; the first variant's name if others have these labels too."""
     first = same[0]
     at = {axis: label for axis, label in first.at.items() if len({v.at[axis] for v in same}) == 1}
     if len(same) == 1 or sum(at.items() <= v.at.items() for v in variants(study)) > len(same):
@@ -204,11 +204,12 @@ def _name(study: StudyConfig, same: list[Variant]) -> str:
 
 
 def experiment_of(study: StudyConfig, variant: Variant) -> Path:
-    """The YAML that a variant varies."""
+    """Return the experiment YAML that a variant varies."""
     return Path(str(variant.trained.get(EXPERIMENT, study.experiment)))
 
 
 def config_of(study: StudyConfig, path: Path, variant: Variant, chosen: dict[str, Any]) -> RunConfig:
+    """Return the config of a variant with the keys that tuning chose, before matching, with the first seed."""
     experiment = experiment_of(study, variant)
     if not experiment.exists():
         looked = "" if experiment.is_absolute() else f"; looked in {', '.join(map(str, places(path)))}"
@@ -216,17 +217,17 @@ def config_of(study: StudyConfig, path: Path, variant: Variant, chosen: dict[str
             f"{path}: experiment: {experiment}: no such file{looked}{suggest(str(experiment), experiments())}"
         )
     layers = [*read_layers(experiment), (str(path), {"runs_dir": study.runs_dir})]
-    # Axes are layers of their own, so that a changed name drops the sizes that stood below it.
+    # Axes are a separate layer, so that changing a name drops the sizes set in the layers below.
     layers += [(str(path), nested(study.set))]
     layers += [(f"{path}: {variant.name}", {k: v for k, v in variant.trained.items() if k != EXPERIMENT})]
     config = from_layers([*layers, (f"{path}: tune", nested(chosen)), (str(path), {"seed": study.seeds[0]})])
     if not isinstance(config, RunConfig):
-        raise UserError(f"{path}: experiment: {experiment} is not a denoiser's; choose one that is")
+        raise UserError(f"{path}: experiment: {experiment} is not a denoiser experiment; choose one that is")
     return config
 
 
 def target_size(study: StudyConfig, path: Path) -> float | None:
-    """The size that all networks are brought to."""
+    """Return the size to which all networks are matched; None without matching."""
     if study.match.by == "none" or study.match.to is None:
         return None
     if not isinstance(study.match.to, str):
@@ -237,10 +238,10 @@ def target_size(study: StudyConfig, path: Path) -> float | None:
 
 
 def stopped(config: RunConfig, lengths: Sequence[int], given: dict[str, Any], share: float = 1.0) -> RunConfig:
-    """The config with the last of these images, its schedule and cadence brought to that length, but for what is given.
+    """Return the config with its length set to the last of `lengths`, and its schedule and cadence scaled to it.
 
-    With several lengths its rate is constant: none may lie on the slope of a rate that decays towards another. `share`
-    is the part of a given schedule that the length stands for.
+    Keys in `given` are kept, except that a given schedule is scaled by `share`. With several lengths the learning rate
+    is constant, since no rung may be scored while the rate decays towards a later one.
     """
     t, o, kept = config.trainer, config.optimizer, given.get("optimizer", {})
     steps = max(1, round(lengths[-1] / t.batch_size))
@@ -266,8 +267,8 @@ def stopped(config: RunConfig, lengths: Sequence[int], given: dict[str, Any], sh
 
 
 def cooled(config: RunConfig, share: float) -> RunConfig:
-    """The config with a rate that decays over the last share of its images, from a whole step on, its ramp over by
-    then."""
+    """Return the config with a learning rate that decays over the last share of its images, rounded to whole steps; the
+    warm-up ends before."""
     t, o = config.trainer, config.optimizer
     end = t.max_steps * t.batch_size
     begin = round((1 - share) * t.max_steps) * t.batch_size
@@ -275,10 +276,10 @@ def cooled(config: RunConfig, share: float) -> RunConfig:
 
 
 def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunConfig:
-    """The config as a variant samples and evaluates it.
+    """Return the config with which a variant is sampled and evaluated.
 
     Raises:
-        UserError: naming what cannot be.
+        UserError: if a change is invalid, naming its key.
     """
     changes = dict(changes)
     average = changes.pop(AVERAGE, config.ema.decays[0])
@@ -288,5 +289,5 @@ def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunCon
 
 
 def planned_trials(study: StudyConfig, found: list[TrainingVariant]) -> list[TrainingVariant]:
-    """The reported runs: all variants with one seed, then with the next, so that a stopped study compares all."""
+    """Return the reported runs, ordered by seed and then variant, so that a stopped study can compare all variants."""
     return [replace(variant, config=replace(variant.config, seed=seed)) for seed in study.seeds for variant in found]

@@ -1,4 +1,4 @@
-"""Run a study: plan it, say what it will cost, and run trial by trial what is missing."""
+"""Run a study: plan it, print what it will cost, and run the trials that are missing."""
 
 import dataclasses
 import json
@@ -35,12 +35,12 @@ from diffbench.studies.trials import FOLDER, TrialFile
 from diffbench.studies.tuning import tuning_so_far
 
 UNNAMED = ("jobs", "runs_dir", "seeds")
-"""Overrides that do not make another study."""
+"""Overrides that do not change the folder of the study."""
 HERE = LauncherConfig()
 
 
 def folder_of_study(path: Path, overrides: Sequence[str], study: StudyConfig) -> Path:
-    """runs/studies/<yaml stem>[-<overrides>]."""
+    """Return the folder of a study: runs/studies/<yaml stem>[-<overrides>]."""
     changed = [o for o in overrides if next(iter(parse_overrides([o]))) not in UNNAMED]
     tag = short(file_name("-".join(changed)))
     return Path(study.runs_dir) / "studies" / (f"{path.stem}-{tag}" if tag else path.stem)
@@ -53,21 +53,21 @@ def run_study(
     launcher: LauncherConfig = HERE,
     only: Collection[str] = (),
 ) -> Path:
-    """Plan a study, say what it will cost, and run what is missing of it; returns its folder.
+    """Plan a study, print what it will cost, run the trials that are missing, and return the study's folder.
 
-    Complete trials are skipped, failed ones tried again; one that fails does not stop the others.
+    Complete trials are skipped and failed ones are tried again; a trial that fails does not stop the others.
 
     Args:
         path: the study's YAML.
-        overrides: key=value for its keys.
+        overrides: key=value overrides of its keys.
         dry_run: stop after the plan.
-        launcher: hands the trials to SLURM in place of running them; they and their results are the same. The same
-            command again hands over what is neither complete nor in the queue, after tuning the reported trials.
-        only: variants to train and evaluate; all where none is named.
+        launcher: with SLURM, trials are submitted instead of run here, with the same results. Running the same command
+            again submits what is neither complete nor in the queue; the reported trials follow once tuning is complete.
+        only: variants to train and evaluate; all if empty.
 
     Raises:
-        UserError: one line that names file and key.
-        SystemExit: 143 after SIGTERM, with the trials' states saved.
+        UserError: if the study is invalid, in one line that names the file and key.
+        SystemExit: 143 after SIGTERM, once the trials have saved their state.
     """
     path, only = Path(path), set(only)
     study = load_study(path, overrides)
@@ -100,7 +100,7 @@ def run_study(
         while todo := [trial for trial in tuning.todo if repr(trial) not in tried]:
             if not _run(folder, tuning.trials, study.jobs, launcher):
                 return folder
-            tried |= {repr(trial) for trial in todo}  # one that fails again is left
+            tried |= {repr(trial) for trial in todo}  # a trial that fails again is not retried
             tuning = tuning_so_far(study, path, probe.training_rate, folder)
             every, found = planned()
         for label, values in tuning.chosen.items():
@@ -115,7 +115,7 @@ def run_study(
 
 
 def _clear(folder: Path, kept: Iterable[TrialFile], tuning: Collection[str]) -> None:
-    """Bring the files of an earlier plan to this one, and remove those that are not in it; their runs stay."""
+    """Update the trial files of an earlier plan, and remove those that are no longer planned; their runs stay."""
     planned = {file.path: file for file in kept}
     for path in (folder / FOLDER).glob("*.yaml"):
         if path in planned:
@@ -125,23 +125,23 @@ def _clear(folder: Path, kept: Iterable[TrialFile], tuning: Collection[str]) -> 
 
 
 def _check_source(folder: Path, path: Path) -> None:
-    """Refuse a folder that holds the study of another YAML with the same name."""
-    held = read_yaml(folder / "study.yaml").get("source") if (folder / "study.yaml").is_file() else None
-    if held is not None and Path(held).is_file() and not path.samefile(held):
-        raise UserError(f"{folder}: holds the study of {held}; give one of the two YAMLs another name or runs_dir")
+    """Refuse a folder that belongs to the study of another YAML with the same name."""
+    source = read_yaml(folder / "study.yaml").get("source") if (folder / "study.yaml").is_file() else None
+    if source is not None and Path(source).is_file() and not path.samefile(source):
+        raise UserError(f"{folder}: belongs to the study {source}; give one of the two YAMLs another name or runs_dir")
 
 
 def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfig) -> None:
-    """Refuse, before anything is trained, what would fail only when its turn comes.
+    """Refuse, before anything is trained, whatever would otherwise fail only once its trial starts.
 
-    A trial is one command on one machine, which starts the processes of its run itself.
+    A trial is one command on one machine, which itself starts the processes of its run.
     """
     for variant in found:
         if (nodes := variant.config.trainer.num_nodes) > 1:
             raise UserError(
                 f"{path}: trainer.num_nodes: {nodes} is too many, a trial trains on one machine; allowed: 1"
             )
-        if launcher.name == "slurm":  # its machines may have what this one lacks
+        if launcher.name == "slurm":  # SLURM's machines may have what this one lacks
             continue
         with located([(f"{path}: {variant.name}", to_dict(variant.config))]):
             DenoiserRun.check(variant.config)
@@ -155,25 +155,25 @@ def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfi
 
 
 def _autoencoders(found: Iterable[TrainingVariant], launcher: LauncherConfig) -> None:
-    """Train the autoencoders that experiments name before any trial, since trials would train them side by side."""
+    """Train the autoencoders that experiments name before any trial, since parallel trials would each train them."""
     for config in {repr(v.config.data): v.config for v in found if v.config.autoencoder is not None}.values():
         if launcher.name == "slurm" and (command := autoencoder_missing(config)):
-            raise UserError(f"{command[0]}: not trained yet; first: diffbench train {' '.join(command)} launcher=slurm")
+            raise UserError(f"{command[0]}: not trained; first run diffbench train {' '.join(command)} launcher=slurm")
         with_autoencoder(config)
 
 
 def _run(folder: Path, plan: Sequence[TrainingVariant], jobs: int, launcher: LauncherConfig) -> bool:
-    """Run the trials that are not complete, `jobs` at a time, each in a process of its own with its own log.
+    """Run the trials that are not complete, `jobs` at a time, each in its own process with its own log.
 
-    Returns whether all have had their turn: not those that SLURM was given, or has already.
+    Returns False if trials are left to SLURM, otherwise True once all have run, even if some failed.
     """
     files = [TrialFile.of(folder, trial, order).write() for order, trial in enumerate(plan)]
     waiting = deque(file for file in files if not file.complete)
     if len(waiting) < len(files):
-        print(f"{len(files) - len(waiting)} of {len(files)} trials are complete already", flush=True)
+        print(f"{len(files) - len(waiting)} of {len(files)} trials are already complete", flush=True)
     if launcher.name == "slurm":
         if waiting:
-            _hand_over(folder, [(file.path, sized(launcher, file.config.trainer)) for file in waiting])
+            _submit(folder, [(file.path, sized(launcher, file.config.trainer)) for file in waiting])
         return not waiting
     total, started, done = len(waiting), time.monotonic(), 0
     running: dict[subprocess.Popen[bytes], tuple[TrialFile, float]] = {}
@@ -194,35 +194,35 @@ def _run(folder: Path, plan: Sequence[TrainingVariant], jobs: int, launcher: Lau
                 print(f"[{done}/{total}] {file.values['name']}: {how} in {took}, {span(left)} to go", flush=True)
     finally:
         try:
-            _end(running)
+            _terminate(running)
         except (KeyboardInterrupt, SystemExit):
-            _end(running)  # the second signal to a trial: it stops without saving
+            _terminate(running)  # the second signal makes trials stop without saving
             raise
         finally:
             signal.signal(signal.SIGTERM, previous)
     return True
 
 
-def _end(running: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Let trials save their state, and wait for them."""
+def _terminate(running: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Stop the trials, which then save their state, and wait for them."""
     for process in running:
         process.terminate()
     for process in running:
         process.wait()
 
 
-def _hand_over(folder: Path, asked: Sequence[tuple[Path, LauncherConfig]]) -> None:
-    """Give trials to SLURM, those that ask for the same as an array; those that wait or run there stay as they are."""
-    logs, jobs = slurm_folder(folder, asked[0][1]), []
-    for cpus in dict.fromkeys(launcher.cpus_per_task for _, launcher in asked):
-        alike = [(path, launcher) for path, launcher in asked if launcher.cpus_per_task == cpus]
+def _submit(folder: Path, requests: Sequence[tuple[Path, LauncherConfig]]) -> None:
+    """Submit trials to SLURM, an array for each set of resources; trials queued or running there are skipped."""
+    logs, jobs = slurm_folder(folder, requests[0][1]), []
+    for cpus in dict.fromkeys(launcher.cpus_per_task for _, launcher in requests):
+        alike = [(path, launcher) for path, launcher in requests if launcher.cpus_per_task == cpus]
         launcher = dataclasses.replace(alike[0][1], folder=str(logs))
         jobs += submit([["study", str(path)] for path, _ in alike], launcher, folder.name)
-    print(f"{summary(jobs, logs)}\nthen: the same command again, or diffbench compare {folder}", flush=True)
+    print(f"{summary(jobs, logs)}\nthen run the same command again, or diffbench compare {folder}", flush=True)
 
 
 def slurm_folder(folder: Path, launcher: LauncherConfig) -> Path:
-    """The folder of the scripts and logs of a study's jobs."""
+    """Return the folder for the scripts and logs of a study's SLURM jobs."""
     return Path(launcher.folder or folder / "slurm")
 
 
@@ -239,7 +239,7 @@ def _start(file: TrialFile, jobs: int) -> "subprocess.Popen[bytes]":
 
 
 def _stop(number: int, frame: Any) -> None:
-    print("stopped; the same command goes on", file=sys.stderr)
+    print("stopped; run the same command again to resume", file=sys.stderr)
     raise SystemExit(128 + number)
 
 

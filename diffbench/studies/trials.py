@@ -1,4 +1,4 @@
-"""The trials of a study on disk: files that say what to train and evaluate, their runs and their results."""
+"""The trials of a study on disk: files that describe what to train and evaluate, with their runs and results."""
 
 import json
 import math
@@ -29,18 +29,18 @@ from diffbench.studies.config import APART, AVERAGE
 from diffbench.studies.plan import TrainingVariant, cooled, evaluated
 
 KIND = "trial"
-"""The `kind` in the file of a trial."""
+"""The `kind` in a trial file."""
 FOLDER = "trials"
-"""The folder of the files of trials, in a study's."""
+"""The folder of trial files, in the folder of a study."""
 
 
 def run_of(folder: Path) -> Run[Any] | None:
-    """The run of a folder; None where none has begun."""
+    """Return the run in a folder; None if none has started."""
     return look(folder) if (folder / SAVED).is_file() else None
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether a run has come to its end, its averages exported."""
+    """Return whether the run in a folder is complete, with its averaged weights exported."""
     run = run_of(folder)
     return run is not None and run.complete
 
@@ -48,7 +48,7 @@ def is_trained(folder: Path) -> bool:
 def trial_values(
     name: str, config: dict[str, Any], folder: Path, evaluations: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """The content of a trial's file; `more` is what a study plans besides."""
+    """Return the content of a trial file; `more` replaces the defaults of keys that a study plans."""
     return {
         "kind": KIND,
         "order": 0,
@@ -66,15 +66,15 @@ def trial_values(
 
 
 def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> dict[str, Any]:
-    """The content of a trial's file for a run that no study planned, and for the way in which a record was scored."""
+    """Return the content of a trial file for a run outside of any study, with the settings that scored a record."""
     changes: dict[str, Any] = {}
     if record is not None:
         own, extractor = run.values.get("evaluate") or {}, record["extractor"]["name"]
         count = next(int(name.rpartition("@")[2]) for name in values(record))
         changes["evaluate"] = {"count": count, "reference": "all" if of_all(record, count) else "same"}
-        asked = record["extractor"].get("asked", extractor if extractor in EXTRACTORS else None)
-        if asked is not None and asked != own.get("extractor"):
-            changes["evaluate"]["extractor"] = asked
+        requested = record["extractor"].get("asked", extractor if extractor in EXTRACTORS else None)
+        if requested is not None and requested != own.get("extractor"):
+            changes["evaluate"]["extractor"] = requested
         if (judge := (record.get("judge") or {}).get("run")) != own.get("judge"):
             changes["evaluate"]["judge"] = judge
         if (infinity := any("_infinity" in name for name in values(record))) != own.get("infinity", False):
@@ -88,14 +88,14 @@ def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> 
 
 
 class TrialFile:
-    """A trial as its file describes it, apart from the study that planned it and from all other trials."""
+    """A trial as described by its file, independent of the study that planned it and of other trials."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def of(cls, study: Path, trial: TrainingVariant, order: int = 0) -> "TrialFile":
-        """The file of a trial in a study's folder, not written yet; `order` is its place in the plan."""
+        """Return the file of a trial in a study's folder, without writing it; `order` is its place in the plan."""
         file = cls(study / FOLDER / f"{trial.slug}.yaml")
         file.values = trial_values(
             trial.title,
@@ -113,7 +113,7 @@ class TrialFile:
         return file
 
     def write(self) -> "TrialFile":
-        """Write the file, unless it is there already, and beside it the source of a network from outside."""
+        """Write the file unless it is up to date, and next to it the source of a custom network."""
         registry.keep_source(self.config.denoiser, self.path.parent)
         text = dump(self.values)
         if not self.path.exists() or self.path.read_text() != text:
@@ -134,19 +134,19 @@ class TrialFile:
 
     @cached_property
     def lengths(self) -> list[RunConfig]:
-        """The config at each rung of the ladder, the shortest first; without a ladder the config alone."""
+        """The config at each rung of the ladder, shortest first; only the trial's config without a ladder."""
         images = [n for n, _ in self.values["rungs"]] or [self.config.trainer.max_images]
         found = [replace(self.config, trainer=replace(self.config.trainer, max_images=n)) for n in images]
         share = self.values.get("cooldown")
         return found if share is None else [cooled(config, share) for config in found]
 
     def folder_of(self, config: RunConfig) -> Path:
-        """The folder of the run that is scored at a rung: the trial's own, or that of a branch which cools down."""
+        """Return the folder of the run that is scored at a rung: the trial's own run, or the rung's cooldown branch."""
         branch = self.folder.with_name(f"{self.folder.name}-to-{config.trainer.max_images}")
         return self.folder if self.values.get("cooldown") is None else branch
 
     def ways(self, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The changes of each sampling of a variant: the variant's keys, and from the second on a seed of its own."""
+        """Return the changes for each sampling of a variant: the variant's own, plus a new seed from the second on."""
         first = self.config.seed_of("sample")
         more = [{"seeds": {"sample": first + k * APART}} for k in range(1, self.values["samplings"])]
         return [dict(changes), *({**changes, **seeds} for seeds in more)]
@@ -157,10 +157,10 @@ class TrialFile:
         return Path(self.values["folder"])
 
     def run(self) -> None:
-        """Train the run unless it is trained, and make the evaluations that are missing; a failure is noted.
+        """Train the run if it is not complete, and make the missing evaluations; a failure is recorded.
 
         Raises:
-            UserError: for what the user can mend.
+            UserError: for errors that the user can fix.
             SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved.
         """
         self.forget_end()
@@ -178,16 +178,16 @@ class TrialFile:
             if known is None and folder != self.folder:
                 self._branch(folder, config)
             if known is None or known.images_seen <= config.trainer.max_images:
-                self._train_to(folder, config)  # else the run went on from this rung when all of it was scored
+                self._train_to(folder, config)  # otherwise the run has passed this rung and was scored at it
 
     def _branch(self, folder: Path, config: RunConfig) -> None:
-        """Train to where a rung's rate begins to decay, and begin the rung's own run there."""
+        """Train to where a rung's learning rate starts to decay, and start the rung's own run from there."""
         assert config.optimizer.decay is not None
-        # A step before: a state holds the rate of the step that follows it.
+        # One step earlier, since a checkpoint stores the learning rate of the next step.
         images = config.optimizer.decay[0] - config.trainer.batch_size
         known = run_of(self.folder)
         if images <= 0 or (known is not None and known.images_seen > images):
-            return  # the rung's run trains alone, to the same weights
+            return  # the rung's run trains from scratch, to the same weights
         trunk = replace(self.config, trainer=replace(config.trainer, max_images=images))
         branch(train_in(self.folder, trunk, self._layers).folder, folder, config)
 
@@ -203,7 +203,7 @@ class TrialFile:
             run.use_average(changes.get(AVERAGE, self.config.ema.decays[0]))
 
             def errors() -> dict[str, float]:
-                # metrics.jsonl has those of the first average alone
+                # metrics.jsonl has these only for the first average
                 found: dict[str, float] = {}
                 for part, data in validation_sets(run.sets[1], run.sets[0]).items():
                     levels = run.config.validation.log_snr
@@ -215,7 +215,7 @@ class TrialFile:
             print(f"{variant}: scored in {time.perf_counter() - started:.1f} s", flush=True)
 
     def trials(self) -> list[Trial]:
-        """The results of the trial so far, one row of the report for each variant evaluated on its run."""
+        """Return the results of the trial so far: one per rung and variant evaluated on its run."""
         found = []
         read = {folder: self._read(folder) for folder in dict.fromkeys(map(self.folder_of, self.lengths))}
         for config in self.lengths:
@@ -224,17 +224,17 @@ class TrialFile:
             if at and run and run.images_seen > at:
                 why = why or f"trained past {at:,} images before this way of sampling was asked for"
             for variant, changes in self.values["evaluations"].items():
-                held = [next((r for r in records if self._answers(r, config, w)), None) for w in self.ways(changes)]
-                scored = [r for r in held if r is not None]
-                done = len(scored) == len(held)
+                answers = [next((r for r in records if self._matches(r, config, w)), None) for w in self.ways(changes)]
+                scored = [r for r in answers if r is not None]
+                done = len(scored) == len(answers)
                 status: Status = "complete" if done else "failed" if why else "unfinished" if run else "not begun"
-                seed, said, first = int(self.values["seed"]), "" if done else why, scored[0] if scored else None
+                seed, reason, first = int(self.values["seed"]), "" if done else why, scored[0] if scored else None
                 recipe = self.values | {"evaluations": {variant: changes}}
-                found.append(Trial(variant, seed, status, run, first, said, at, recipe, scored[1:]))
+                found.append(Trial(variant, seed, status, run, first, reason, at, recipe, scored[1:]))
         return found
 
     def _read(self, folder: Path) -> tuple[Run[Any] | None, str, list[dict[str, Any]]]:
-        """The run of a folder, why it failed, and its records, the newest first."""
+        """Return the run in a folder, the reason why it failed, and its records, newest first."""
         run = run_of(folder)
         try:
             records = list(reversed(run.results)) if run and (run.complete or self.values["rungs"]) else []
@@ -242,13 +242,13 @@ class TrialFile:
             return None, str(e), []
         return run, self.failure, records
 
-    def _answers(self, record: Mapping[str, Any], config: RunConfig, changes: Mapping[str, Any]) -> bool:
-        """Whether a record is the evaluation that a variant asks for, of a run of that length."""
+    def _matches(self, record: Mapping[str, Any], config: RunConfig, changes: Mapping[str, Any]) -> bool:
+        """Return whether a record is the evaluation that a variant requires, of a run of this length."""
         wanted = evaluated(config, dict(changes), str(self.path))
         return scores_as(record, wanted, changes.get(AVERAGE, self.config.ema.decays[0]))
 
     def points(self, primary: str) -> list[TriedPoint]:
-        """The measurements of a tuning run: its bound, then the primary metric of each way of sampling it."""
+        """Return the measurements of a tuning run: its bound, then the primary metric for each way of sampling it."""
         label, run, trials = self.values["label"], run_of(self.folder), self.trials()
         missing = math.inf if self.failure else None
         bound = TriedPoint(label, self.values["tuning"], "val/bound", missing)
@@ -265,27 +265,27 @@ class TrialFile:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all training and evaluation is done."""
         last = self.folder_of(self.lengths[-1])
         measured = is_trained(last) and (last / IMAGE_ERRORS).exists()
         return measured and all(trial.complete for trial in self.trials())
 
     @property
     def log(self) -> Path:
-        """The output of the trial's process."""
+        """The log file of the trial's process."""
         return self.path.with_suffix(".log")
 
     def ended(self, code: int, last: str) -> None:
-        """Note how the trial's process ended."""
+        """Record how the trial's process ended: its exit code and last line of output."""
         write_text(self.path.with_suffix(".json"), json.dumps({"exit": code, "last": last}) + "\n")
 
     def forget_end(self) -> None:
-        """Forget how an earlier process ended."""
+        """Delete the record of how an earlier process ended."""
         self.path.with_suffix(".json").unlink(missing_ok=True)
 
     @property
     def failure(self) -> str:
-        """The reason why the last try failed, in one line; empty where it did not."""
+        """The reason why the last attempt failed, in one line; empty if it did not."""
         try:
             end = json.loads(self.path.with_suffix(".json").read_text())
         except (FileNotFoundError, ValueError):

@@ -1,7 +1,7 @@
-"""Tune a study: a grid tried alike for every value of an axis, longer for all where a best value stands at its edge.
+"""Tune a study: try one grid for every value of an axis, and extend it for all if a best value is at its edge.
 
-Keys of training are chosen by the validation bound of runs with a seed of their own. Keys of sampling come after them:
-they are chosen by the study's primary metric on the samples of the chosen one of these runs, and cost samples only.
+Training keys are chosen by the validation bound of runs with a separate seed. Sampling keys come after them: they are
+chosen by the study's primary metric on samples of the best of these runs, without further training.
 """
 
 import itertools
@@ -28,9 +28,9 @@ from diffbench.studies.plan import (
 from diffbench.studies.trials import TrialFile, is_trained
 
 MOST_ADDED = 2
-"""Values that a grid may gain at each end."""
+"""Largest number of values by which a grid may grow at each end."""
 LEAST_VALUES = 3
-"""Values of a grid from which on its edges say something."""
+"""Fewest values of a grid that may grow."""
 
 Grid = Mapping[str, Sequence[Any]]
 Measured = tuple[TrainingVariant, TriedPoint]
@@ -38,25 +38,25 @@ Measured = tuple[TrainingVariant, TriedPoint]
 
 @dataclass(frozen=True)
 class Tuning:
-    """Tuning as far as it has come."""
+    """The state of tuning so far."""
 
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Every key with its values, those that were added among them."""
+    """Every key with its values, including those that were added."""
     trials: list[TrainingVariant] = field(default_factory=list)
     """All runs of the grid so far."""
     chosen: Tuned = field(default_factory=dict)
     todo: list[TrainingVariant] = field(default_factory=list)
-    """Trials that are not trained, or not scored, yet."""
+    """Trials that are not yet trained, or not yet scored."""
 
     @property
     def failed(self) -> dict[str, list[str]]:
-        """Labels for which every try of some keys failed, with these keys, which stay as they are."""
+        """Label -> keys for which every trial failed; these keys keep their values."""
         left = {t.label: [key for key in self.grid if key not in self.chosen.get(t.label, {})] for t in self.trials}
         return {label: keys for label, keys in left.items() if keys}
 
 
 def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> Tuning:
-    """The grid's runs, extensions and choices, as the results in the study's folder allow."""
+    """Return the runs, extended grid and choices that follow from the results in the study's folder."""
     if study.tune is None:
         return Tuning()
     numbers = flatten(to_dict(config_of(study, path, variants(study)[0], {})))
@@ -100,23 +100,23 @@ def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> T
 def _explored(
     given: dict[str, list[Any]], measured: Callable[[Grid], list[Measured]]
 ) -> tuple[dict[str, list[Any]], list[Measured]]:
-    """The grid, longer while a label's best stands at an edge, and its points, up to those that are not measured."""
+    """Extend the grid while a label's best is at an edge and all points are measured; return it with its points."""
     grid, found = given, measured(given)
     while all(point.value is not None for _, point in found):
         if (longer := extended(given, grid, [point for _, point in found])) == grid:
             break
         try:
             found = measured(longer)
-        except UserError:  # a value that no config takes
+        except UserError:  # no config accepts the added value
             break
         grid = longer
     return grid, found
 
 
 def extended(given: Grid, grid: Grid, tried: Sequence[TriedPoint]) -> dict[str, list[Any]]:
-    """The grid with one value more at each end where some label has its best, by the ratio of the first grid there.
+    """Return the grid with a value added at each end at which some label has its best, by the given grid's ratio there.
 
-    Only rising positive numbers are extended, three or more of them, and by two values at each end at most.
+    Only three or more rising positive numbers are extended, and by at most two values at each end.
     """
     best, longer = best_of(tried), {key: list(values) for key, values in grid.items()}
     for key, start in given.items():
@@ -134,7 +134,7 @@ def extended(given: Grid, grid: Grid, tried: Sequence[TriedPoint]) -> dict[str, 
 
 
 def _like(values: Sequence[Any], value: float) -> Any:
-    """A number of the kind that the grid holds: whole, or with six digits."""
+    """Round a number as the grid's values: to a whole number, or to six significant digits."""
     return round(value) if all(isinstance(v, int) for v in values) else float(f"{value:.6g}")
 
 
@@ -147,7 +147,7 @@ def _named(values: Mapping[str, Any]) -> str:
 
 
 def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> list[TrainingVariant]:
-    """A run for each label and combination of the grid, with other axes at their first value."""
+    """Return a run for each label and combination of the grid, with the other axes at their first value."""
     assert study.tune is not None
     tune, first = study.tune, dict[str, Variant]()
     for variant in variants(study):

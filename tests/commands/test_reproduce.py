@@ -45,7 +45,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             return type("Ended", (), {"returncode": 0, "poll": lambda self: 0})()
 
         patch.setattr(runner, "_start", start)
-        patch.setattr(runner, "_end", lambda running: None)
+        patch.setattr(runner, "_terminate", lambda running: None)
         assert main(["study", str(folder / "tiny.yaml")]) == 0
     page = folder / "runs" / "studies" / "tiny" / "report.html"
     return page.rename(folder / "report.html")

@@ -102,7 +102,7 @@ def test_a_key_that_stands_twice_in_a_study_is_refused(tmp_path: Path) -> None:
     path.write_text(STUDY.format(DIT) + "axes: {a: {b: {optimizer.lr: 1, optimizer: {lr: 2}}}}\n")
     with pytest.raises(UserError) as caught:
         load_study(path)
-    assert str(caught.value) == f"{path}: optimizer.lr: stands twice in one section of the study"
+    assert str(caught.value) == f"{path}: optimizer.lr: set twice in one section of the study"
 
 
 def test_text_in_files_lists_and_nested_keys(tmp_path: Path) -> None:

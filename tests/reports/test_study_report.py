@@ -334,7 +334,9 @@ def test_images_that_changed_between_two_trainings_have_no_common_validation_err
     for folder, fingerprint in zip(folders, ("0123", "4567"), strict=True):
         (folder / "data.json").write_text(json.dumps(facts | {"fingerprint": fingerprint}))
     trials = [Trial(f.name, 0, "complete", look(f)) for f in folders]
-    with pytest.raises(UserError, match=f"{folders[0]} and {folders[1]} were trained on other images, though their"):
+    with pytest.raises(
+        UserError, match=f"{folders[0]} and {folders[1]} were trained on different images, though their"
+    ):
         conclude(asked(trials))
     (folders[1] / "data.json").write_text((folders[0] / "data.json").read_text())
     assert conclude(asked([Trial(f.name, 0, "complete", look(f)) for f in folders])).ranked() == ["a", "b"]

@@ -95,10 +95,10 @@ def test_the_command_writes_a_png_and_tensorboard(smoke_run: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("layers=[blocks.9]", "layers: blocks.9 attends in no run; choose from blocks.0, blocks.1, blocks.2, blocks.3, blocks.4; did you mean "),  # noqa: E501
-        ("layers=[]", "layers: must hold at least one, or be null, got []"),
+        ("layers=[blocks.9]", "layers: no run has an attention layer blocks.9; choose from blocks.0, blocks.1, blocks.2, blocks.3, blocks.4; did you mean "),  # noqa: E501
+        ("layers=[]", "layers: must list at least one, or be null, got []"),
         ("tokens=[[8,1]]", "tokens: the pixel 8,1 lies outside an image of 8x8"),
-        ("tokens=[[1]]", "tokens: must be pixels as [[4, 4], [0, 7]], got [[1]]"),
+        ("tokens=[[1]]", "tokens: must be a list of pixels such as [[4, 4], [0, 7]], got [[1]]"),
         ("times=0", "times: must be at least 1, or a list of log-SNRs, got 0"),
         ("times=[60]", "times: log-SNR must lie in -19.84 to 10.09 for this process, got [60.0]"),
         ("image=360", "image: 360 is not one of the 360 held-out images of "),

@@ -58,7 +58,7 @@ def test_a_run_samples_elsewhere_without_its_images(
     assert main(["sample", str(there), "n=2", f"out={out}"]) == 0 and out.is_file()
     assert main(["compare", str(there)]) == 0
     assert main(["attention", str(there), "times=2", f"out={tmp_path / 'attention.png'}"]) == 0
-    assert "a sample stands in for a held-out image" in capsys.readouterr().out
+    assert "using a generated sample instead of a held-out image" in capsys.readouterr().out
     capsys.readouterr()
     assert main(["evaluate", str(there)]) == 2
     said = capsys.readouterr().err

@@ -237,7 +237,7 @@ def test_a_loss_aware_run_resumes_exactly_and_is_marked_unpaired(tmp_path: Path,
         assert torch.equal(value, states[1]["state_dict"][name])
     capsys.readouterr()
     assert main(["compare", str(whole.folder)]) == 0
-    assert re.search(r"^pairing +none: its times follow its losses$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^pairing +none: its noise levels depend on its losses$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_classifier_trains_and_guides(finished: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -47,7 +47,7 @@ def test_every_shipped_claim_names_what_there_is() -> None:
         ({"study": "windows"}, "study: no experiments/studies/windows.yaml; did you mean 'window'?"),
         ({"better": "window=3"}, "study: window has no variant 'window=3'; did you mean 'window="),
         ({"metric": "copies"}, "metric: copies does not rank variants"),
-        ({"better": None}, "better: name the variants of better and of worse, or of order, or of retrained"),
+        ({"better": None}, "better: name variants either for better and worse, or for order, or for retrained"),
         ({"beter": "window=4"}, "beter: unknown key"),
     ],
 )

@@ -50,7 +50,10 @@ def test_dotted_keys_of_a_base_are_overridden_by_nested_ones(tmp_path: Path) -> 
     [
         ({"kind": "denoiser"}, "kind: must be study, got 'denoiser'"),
         ({"axis": {}}, "axis: unknown key; allowed: "),
-        ({"experiment": ""}, "experiment: missing; name the YAML of an experiment, as experiments/digits/dit.yaml"),
+        (
+            {"experiment": ""},
+            "experiment: missing; name the YAML of an experiment, such as experiments/digits/dit.yaml",
+        ),
         (
             {"axes": {"denoiser.depth": 3}},
             "axes.denoiser.depth: must be a list of values or a section of variants, got 3",
@@ -60,26 +63,26 @@ def test_dotted_keys_of_a_base_are_overridden_by_nested_ones(tmp_path: Path) -> 
             {"axes": {"net": {"a<b>": None}}},
             "axes.net: 'a<b>' is not a name; allowed: up to 60 letters, digits and ._+:()=/-",
         ),
-        ({"axes": {"denoiser.depth": [2, 2]}}, "axes: two variants are called 'depth=2'; name them apart"),
-        ({"stop": {"images": 5, "flops": 1.0}}, "stop: must hold one of images, flops and seconds, got images, flops"),
+        ({"axes": {"denoiser.depth": [2, 2]}}, "axes: two variants are called 'depth=2'; give them different names"),
+        ({"stop": {"images": 5, "flops": 1.0}}, "stop: must set one of images, flops and seconds, got images, flops"),
         ({"stop": {"seconds": -1}}, "stop.seconds: must be a positive number or a rising list, got [-1]"),
         (
             {"stop": {"seconds": 5}, "jobs": 2},
-            "jobs: 2 runs at a time would share what stop.seconds measures; leave it at 1",
+            "jobs: must be 1 with stop.seconds, since parallel runs distort timing, got 2",
         ),
         ({"samplings": 0}, "samplings: must be at least 1, got 0"),
         (
             {"samplings": 2, "seeds": [0, 1_000_000]},
-            "seeds: must lie below 1,000,000 with samplings=2, got 1000000",
+            "seeds: must be below 1,000,000 with samplings=2, got 1000000",
         ),
         (
             {"samplings": 2, "axes": {"seeds.sample": [0, 1]}},
-            "axes: seeds.sample stands beside samplings=2; give one of the two",
+            "axes: seeds.sample conflicts with samplings=2; set only one of them",
         ),
-        ({"seeds": [1, 1]}, "seeds: must be different whole numbers of at least 0, got [1, 1]"),
+        ({"seeds": [1, 1]}, "seeds: must be distinct whole numbers of at least 0, got [1, 1]"),
         (
             {"match": {"by": "gmacs"}},
-            "match.to: must be a variant or a number where match.by=gmacs is not none, else null",
+            "match.to: must be null if match.by=none, else a variant or a number; match.by=gmacs",
         ),
         (
             {"match": {"by": "gmacs", "to": "depth=4"}},
@@ -92,22 +95,22 @@ def test_dotted_keys_of_a_base_are_overridden_by_nested_ones(tmp_path: Path) -> 
         ({"match": {"by": "gmacs", "to": 0}}, "match.to: must be positive, got 0"),
         (
             {"set": {"trainer": {"max_images": 9}}},
-            "trainer.max_images: cannot stand in set, axes or tune.grid; stop says when training ends",
+            "trainer.max_images: not allowed in set, axes or tune.grid; stop says when training ends",
         ),
-        ({"axes": {"seed": [1, 2]}}, "seed: cannot stand in set, axes or tune.grid; seeds lists them"),
+        ({"axes": {"seed": [1, 2]}}, "seed: not allowed in set, axes or tune.grid; seeds lists them"),
         (
             {"set": {"optimizer.decay_images": 9}, "stop": {"images": [64, 128]}},
-            "optimizer.decay_images: cannot stand in set, axes or tune.grid; the rate of a ladder is constant, or",
+            "optimizer.decay_images: not allowed in set, axes or tune.grid; the learning rate of a ladder is constant",
         ),
-        ({"set": {"a.b": 1, "a": {"b": 2}}}, "a.b: stands twice in one section of the study"),
-        ({"tune": {"grid": {}}}, "tune.grid: must name keys and the values to try, as optimizer.lr: [1e-3, 2e-3]"),
+        ({"set": {"a.b": 1, "a": {"b": 2}}}, "a.b: set twice in one section of the study"),
+        ({"tune": {"grid": {}}}, "tune.grid: must name keys and the values to try, such as optimizer.lr: [1e-3, 2e-3]"),
         (
             {"tune": {"grid": {"optimizer.lr": 1e-3}}},
             "tune.grid.optimizer.lr: must be a list of values to try, got 0.001",
         ),
         (
             {"tune": {"grid": {"optimizer.lr": [1e-3]}, "seed": 2}, "seeds": [1, 2]},
-            "tune.seed: 2 is reported (seeds=[1, 2]); choose another",
+            "tune.seed: 2 is a reported seed (seeds=[1, 2]); choose another",
         ),
         (
             {"tune": {"grid": {"optimizer.lr": [1e-3]}, "axis": "net"}},
@@ -132,7 +135,7 @@ def test_a_seed_of_sampling_stands_beside_any_axis(tmp_path: Path, axes: tuple[s
 
 def test_variants_whose_files_would_have_one_name_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, axes={"x": {"a/b": {"denoiser.depth": 2}, "a b": {"denoiser.depth": 3}}})
-    with pytest.raises(UserError, match="axes: the files of 'a/b' and 'a b' would have one name; name them apart"):
+    with pytest.raises(UserError, match="axes: 'a/b' and 'a b' would share a file name; give them different names"):
         load_study(path)
 
 

@@ -65,7 +65,7 @@ def test_a_cooldown_is_the_last_share_of_each_budget(tmp_path: Path) -> None:
     plain = replace(study, stop=StopConfig(images=[12_800, 51_200]))
     (other, *_) = training_variants(plain, path, {}, lambda config: 1.0)
     assert planned_trials(study, [ladder])[0].folder != planned_trials(plain, [other])[0].folder
-    with pytest.raises(ValueError, match=r"stop\.cooldown: must lie in 0\.01 to 0\.9 or be null, got 1"):
+    with pytest.raises(ValueError, match=r"stop\.cooldown: must lie between 0\.01 and 0\.9, or be null, got 1"):
         StopConfig(images=1, cooldown=1.0)
     assert load_study("experiments/studies/backbones.yaml", ["stop.cooldown=0.1"]).stop.rungs[0] == 4e11
 
@@ -85,7 +85,7 @@ def test_networks_have_names_of_their_own_where_an_axis_mixes_training_and_sampl
     both = names(**{"net": {"a": {}, "b": guided, "c": deep}, "sample.steps": ["5", "10"]})
     assert both == ["a, steps=5", "c"]
     narrow, wide = ({"denoiser.hidden_size": n} for n in (32, 48))
-    said = "axes: two networks are called 'a, b'; name the values of axes apart"
+    said = "axes: two networks are called 'a, b'; rename the axis values"
     with pytest.raises(UserError, match=said):
         names(x={"a": {}, "b": wide}, y={"a": narrow, "b": deep}, z={"a": {}, "b": deep})
 
@@ -115,7 +115,7 @@ def test_a_ramp_that_is_given_stays_in_a_ladder_and_two_budgets_are_not_one_leng
     (first, *_) = training_variants(study, path, {}, lambda config: 1.0)
     assert (first.config.optimizer.warmup_images, first.config.optimizer.decay_images) == (20_480, None)
     study, path = planned("window", stop=StopConfig(images=[64, 65]))
-    said = r"window.yaml: stop.images: is 64, 64 images for window=2; set budgets farther apart"
+    said = r"window.yaml: stop.images: gives 64, 64 images for window=2; set budgets farther apart"
     with pytest.raises(UserError, match=said):
         training_variants(study, path, {}, lambda config: 1.0)
 
@@ -316,7 +316,7 @@ def test_sampling_is_tuned_as_each_variant_samples(monkeypatch: pytest.MonkeyPat
 
 def test_samplings_need_seeds_of_their_own() -> None:
     study, path = planned("window", set={"seeds.sample": 7}, samplings=3)
-    with pytest.raises(UserError, match=r"window.yaml: seeds.sample stands beside samplings=3; give one of the two"):
+    with pytest.raises(UserError, match=r"window.yaml: seeds.sample conflicts with samplings=3; set only one of them"):
         training_variants(study, path, {}, lambda config: 1.0)
 
 
@@ -332,9 +332,7 @@ def test_variants_that_no_report_compares_are_refused_before_they_train() -> Non
         with pytest.raises(UserError, match=said):
             training_variants(study, path, {}, lambda config: 1.0)
 
-    sizes = (
-        "window.yaml: axes: size=8 and size=16 cannot stand in one report: data.size is 8 in one and 16 in the other"
-    )
+    sizes = "window.yaml: axes: size=8 and size=16 are not comparable: data.size is 8 in one and 16 in the other"
     refused(sizes, axes={"data.size": [8, 16]})
     refused(sizes, axes={"data.size": [8, 16]}, primary="fd")
     refused(r"count=128 and count=256 .*: validation.count is 128 in one", axes={"validation.count": [128, 256]})

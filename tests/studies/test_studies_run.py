@@ -60,7 +60,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return Ended()
 
     monkeypatch.setattr("diffbench.studies.runner._start", start)
-    monkeypatch.setattr("diffbench.studies.runner._end", lambda running: None)
+    monkeypatch.setattr("diffbench.studies.runner._terminate", lambda running: None)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_the_same_command_skips_what_is_complete(
     assert run_study(done) == folder
     assert [p.stem for p in started] == ["absurd_s0"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert "1 of 2 trials are complete already" in capfd.readouterr().out
+    assert "1 of 2 trials are already complete" in capfd.readouterr().out
 
 
 def test_compare_takes_a_study_by_its_yaml_or_folder(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +146,7 @@ def test_two_studies_of_one_name_do_not_share_a_folder(done: Path, capsys: pytes
     other.write_text(done.read_text())
     assert main(["study", str(other), "--dry-run"]) == 2
     folder = done.parent / "runs" / "studies" / "tiny"
-    said = f"error: {folder}: holds the study of {done}; give one of the two YAMLs another name or runs_dir\n"
+    said = f"error: {folder}: belongs to the study {done}; give one of the two YAMLs another name or runs_dir\n"
     assert capsys.readouterr().err == said
 
 
@@ -314,7 +314,7 @@ def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["study", "experiments/digits/dit.yaml"]) == 2
     assert "kind: must be study, got 'denoiser'" in capsys.readouterr().err
     assert main(["study", str(written(tmp_path, experiment="experiments/digits/classifier.yaml", set={}))]) == 2
-    assert "experiment: experiments/digits/classifier.yaml is not a denoiser's" in capsys.readouterr().err
+    assert "experiment: experiments/digits/classifier.yaml is not a denoiser experiment" in capsys.readouterr().err
 
 
 def test_a_study_runs_from_any_folder(
