@@ -11,6 +11,7 @@ import torch
 from benchmarks import busy, command, growth, loop, networks, pieces, report, steps
 from benchmarks.config import BenchConfig, Row, read
 from diffbench.cli import exit_code
+from diffbench.config.keys import key_lines, read_keys
 from diffbench.core.errors import UserError
 
 MEASURES: dict[str, Callable[[BenchConfig, torch.device, float], Iterator[Row]]] = {
@@ -73,10 +74,14 @@ def measured(config: BenchConfig, device: torch.device) -> Iterator[Row]:
 
 
 def main(args: list[str]) -> int:
-    """Run the benchmark; return the exit code."""
+    """Run the benchmark, or print its keys after --help; return the exit code."""
 
     def work() -> int:
-        bench(args)
+        if {"-h", "--help"} & {*args}:
+            keys = read_keys("../benchmarks/config.py:BenchConfig")
+            print("\n".join([str(__doc__), "keys, with their defaults:", *key_lines(keys, 120)]))
+        else:
+            bench(args)
         return 0
 
     return exit_code(work)

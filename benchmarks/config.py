@@ -31,7 +31,8 @@ class BenchConfig:
     """Presets (DiT-S/2), custom networks (ADM-S/32) or experiments (experiments/digits/dit.yaml); null: those that suit
     the machine."""
     parts: list[str] | None = None
-    """Some of `PARTS`; null: those of the short form, or of full or gpu."""
+    """Some of loop, models, variants, data, growth, sampling, command and busy; null: those of the short form, or of
+    full or gpu."""
     full: bool = False
     """Measure every preset that fits, and every part: up to an hour on two cores instead of three minutes."""
     gpu: bool = False

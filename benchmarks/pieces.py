@@ -24,11 +24,6 @@ from diffbench.sampling.sampler import Sampler
 BATCH = 128
 PLAN = {"cpu": ("DiT-S/2", 8, 10), "cuda": ("DiT-XL/2", 256, 250), "tiny": ("DiT-S/2", 4, 2)}
 """Network, number of images and number of steps for the `sampling` part."""
-WAYS: dict[str, dict[str, dict[str, Any]]] = {
-    "cpu": {"default": {}},
-    "cuda": {"default": {}},
-}
-"""Ways to sample, by device: changes to the `sample` section."""
 GUIDANCE = 1.5
 
 
@@ -70,34 +65,32 @@ def _loading(module: PositionDataModule, device: torch.device) -> Callable[[], A
 
 
 def sampling(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[Row]:
-    """Yield a row for each way to sample: all images once, with the product peak measured before and after.
+    """Yield the row of drawing all images once, with the product peak measured before and after.
 
     If time is too short for all steps, fewer are taken; the row records how many.
     """
     model, count, steps = PLAN["tiny" if config.tiny else device.type]
+    row: Row = {"part": "sampling", "name": model, "variant": "default", "work": f"{count} images", "batch": count}
+    if time.monotonic() >= deadline:
+        yield row | {"skipped": "the time is up"}
+        return
     base = run_config(config, model, device.type, (f"trainer.batch_size={min(count, 8)}",))
-    subject: Subject | None = None
-    for (name, changes), until in shared(list(WAYS[device.type].items()), deadline):
-        row: Row = {"part": "sampling", "name": model, "variant": name, "work": f"{count} images", "batch": count}
-        if until is None:
-            yield row | {"skipped": "the time is up"}
-            continue
-        subject = subject or Subject(base, Variant(), device)
-        low: Any = "bf16-mixed" if base.trainer.precision == "bf16-mixed" else "32-true"
-        settings = replace(base.sample, guidance=GUIDANCE, batch_size=count, precision=low, **changes)
-        products = Products(PRECISION[device.type], device, config.tiny)
-        draw(subject, replace(settings, steps="2"))  # warm up
-        each = draw(subject, replace(settings, steps="2")) / 2
-        taken = int(max(2, min(steps, (until - time.monotonic()) / each)))
-        settings = replace(settings, steps=str(taken))
-        in_turns(products.works, device, 2, once=config.tiny)
-        seconds = draw(subject, settings)
-        in_turns(products.works, device, 2, once=config.tiny)
-        evaluations = network_evaluations(subject.process, settings)
-        row |= {"steps": taken, "guidance": GUIDANCE, "evaluations": evaluations, "seconds": seconds}
-        row |= {"ms": seconds / taken * 1e3, "images_per_s": count / seconds}
-        macs = build.cost_of(base, subject.run.train_set).macs
-        yield row | against(2.0 * macs * count * evaluations / seconds, products.peak())
+    subject = Subject(base, Variant(), device)
+    low: Any = "bf16-mixed" if base.trainer.precision == "bf16-mixed" else "32-true"
+    settings = replace(base.sample, guidance=GUIDANCE, batch_size=count, precision=low)
+    products = Products(PRECISION[device.type], device, config.tiny)
+    draw(subject, replace(settings, steps="2"))  # warm up
+    each = draw(subject, replace(settings, steps="2")) / 2
+    taken = int(max(2, min(steps, (deadline - time.monotonic()) / each)))
+    settings = replace(settings, steps=str(taken))
+    in_turns(products.works, device, 2, once=config.tiny)
+    seconds = draw(subject, settings)
+    in_turns(products.works, device, 2, once=config.tiny)
+    evaluations = network_evaluations(subject.process, settings)
+    row |= {"steps": taken, "guidance": GUIDANCE, "evaluations": evaluations, "seconds": seconds}
+    row |= {"ms": seconds / taken * 1e3, "images_per_s": count / seconds}
+    macs = build.cost_of(base, subject.run.train_set).macs
+    yield row | against(2.0 * macs * count * evaluations / seconds, products.peak())
 
 
 def draw(subject: Subject, settings: SampleConfig) -> float:

@@ -200,7 +200,7 @@ def _decode_part(part: Split, store: Store, classes: list[str], config: ImagesCo
             raise ValueError(f"data.path: every one of {part.count:,} images is broken")
 
         def merged(arrays: dict[str, np.ndarray], facts: list[dict[str, Any]]) -> dict[str, Any]:
-            kinds = {key: _counted(chain(*(Counter(f[key]).elements() for f in facts))) for key in ("formats", "sizes")}
+            kinds = {key: _counted(sum((Counter(f[key]) for f in facts), Counter())) for key in ("formats", "sizes")}
             return {
                 "fingerprint": digest_of(arrays.values()),
                 "classes": classes,
@@ -217,7 +217,7 @@ Outcome = tuple[np.ndarray | str, str, tuple[int, int]]
 """Pixels, the file's format, and (height, width) in it; or a broken image's name, the reason, and (0, 0)."""
 
 
-def _counted(names: Iterable[str]) -> dict[str, int]:
+def _counted(names: Iterable[str] | Counter[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 

@@ -297,6 +297,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
                 merged["stop"] = {key: value for key, value in base.items() if key not in BUDGETS}
             if isinstance(values.get("set"), dict):
                 values = values | {"set": nested(values["set"])}
+            if isinstance(tune := values.get("tune"), dict) and isinstance(tune.get("grid"), dict):
+                values = values | {"tune": tune | {"grid": flatten(nested(tune["grid"]))}}
             merged = merge(merged, values)
         if merged.get("kind") != "study":
             raise ValueError(f"kind: must be study, got {shown(merged.get('kind'))}")

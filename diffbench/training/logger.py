@@ -109,7 +109,7 @@ class RunLogger(Ordered):
         self._seconds, self._logged_images = 0.0, 0
         self._resumed = False
         self._bar: tqdm[Any] | None = None
-        self._last = ""
+        self._last = -1
         self._bands = read_curves(folder / CURVES)
         self._first_step: tuple[int, float] | None = None  # images and seconds after the first step
         self._estimated = False
@@ -219,8 +219,8 @@ class RunLogger(Ordered):
             self._bar.set_postfix_str(f"loss {loss:.4f}")
             return
         percent = 100 * self.images // self._total
-        if f"{percent // 5}" != self._last or not left:  # a line every 5%
-            self._last = f"{percent // 5}"
+        if percent // 5 != self._last or not left:  # a line every 5%
+            self._last = percent // 5
             eta = left / rate if rate else 0.0
             self.say(f"{percent:3d}%  images {self.images:>9,}  loss {loss:.4f}  {rate:,.0f} images/s  ETA {eta:.0f} s")
 
