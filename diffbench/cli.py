@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
         parts = [text.rstrip()]
         if keys or verb.more:
             wrapped = [textwrap.fill(more, width, initial_indent="  ", subsequent_indent="  ") for more in verb.more]
-            parts.append("\n".join(["keys and their defaults:", *key_lines(keys, width), *wrapped]))
+            parts.append("\n".join(["keys and their defaults, set as key=value:", *key_lines(keys, width), *wrapped]))
         examples = [f"  diffbench {self.verb} {args}".rstrip() for args in verb.examples]
         return "\n\n".join([*parts, "\n".join(["examples:", *examples])]) + "\n"
 
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         parsers[name].verb = name
         if verb.json:
             parsers[name].add_argument("--json", action="store_true", help="print only the result, as JSON")
-    parsers["init"].add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current one")
+    parsers["init"].add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current folder")
     parsers["study"].add_argument("study", metavar="STUDY", help="YAML file, e.g. experiments/studies/backbones.yaml")
     for name in ("train", "encode", "show"):
         parsers[name].add_argument("config", metavar="CONFIG", help="YAML file, e.g. experiments/digits/dit.yaml")
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "what", metavar="RUN", help="run folder; with --against, a folder of images or an .npz with arr_0"
     )
     parsers["evaluate"].add_argument(
-        "--against", metavar="REAL", help="real images: run folder, folder of images, .npz, or statistics (reference)"
+        "--against", metavar="REAL", help="real images: a run, a folder, an .npz, or statistics written by `reference`"
     )
     parsers["reference"].add_argument("what", metavar="REAL", help="run folder, folder of images, or .npz with arr_0")
     parsers["list"].add_argument("folders", nargs="*", metavar="FOLDER", help="list the runs below it, e.g. runs")
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parsers["reproduce"].add_argument(
         "cells", nargs="*", metavar="CELL [key=value]", help="cells to train again, e.g. dit/0, or all; then keys"
     )
-    parsers["import"].add_argument("source", metavar="SOURCE", help="dit, sit, diffit, adm, ddpmpp or uvit")
+    parsers["import"].add_argument("source", metavar="SOURCE", help="model: dit, sit, diffit, adm, ddpmpp or uvit")
     parsers["import"].add_argument("checkpoint", metavar="CKPT", help="state dict, e.g. DiT-XL-2-256x256.pt")
     parsers["import"].add_argument("out", metavar="OUT", help="new run folder")
     for name in ("attention", "curves"):

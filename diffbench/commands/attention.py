@@ -1,4 +1,4 @@
-"""`diffbench attention`: plot where a run's tokens attend during sampling."""
+"""`diffbench attention`: plot what a run's tokens attend to during sampling."""
 
 import argparse
 

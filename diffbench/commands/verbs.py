@@ -33,7 +33,7 @@ _THE_RUNS = "Keys that are left out keep their values from the run's config."
 VERBS = {
     "init": Verb("copy the shipped experiments into a folder, as a starting point", ("", "my-project")),
     "train": Verb(
-        "train an experiment; the same command again resumes it",
+        "train an experiment; run the same command again to resume it",
         ("experiments/digits/dit.yaml", "experiments/digits/diffit.yaml seed=1 optimizer.lr=1e-3"),
         {RUN: ""},
         (
@@ -101,7 +101,7 @@ VERBS = {
         {"commands/reproduce.py:ReproduceConfig": ""},
         (
             "A cell is a variant and a seed, e.g. dit/0; dit alone means all its seeds, and all means every cell."
-            " Without a CELL, the cells are listed with their costs. The exit code is 1 if anything differs.",
+            " Without a CELL, all cells are listed with the time each takes. The exit code is 1 if anything differs.",
         ),
     ),
     "findings": Verb(
@@ -116,7 +116,7 @@ VERBS = {
         {"commands/curves.py:CurvesConfig": ""},
     ),
     "attention": Verb(
-        "plot where a run's tokens attend during sampling",
+        "plot what a run's tokens attend to during sampling",
         ("runs/digits/diffit-s0", "runs/digits/diffit-s0 times=6 layers=[blocks.0]"),
         {"reports/attention.py:AttentionConfig": ""},
     ),

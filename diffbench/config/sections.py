@@ -31,7 +31,7 @@ class OptimizerConfig:
     warmup_images: int = 0
     """Images over which the learning rate rises linearly from zero."""
     decay_images: int | list[int] | None = None
-    """Images at the end of a cosine decay that starts after the warmup, or [begin, end]; null: a constant rate."""
+    """Images seen at the end of a cosine decay that starts after the warmup, or [begin, end]; null: no decay."""
     final_lr: float = 0.01
     """Learning rate after the decay, as a fraction of `lr`."""
     grad_clip_norm: float | None = None
@@ -66,7 +66,7 @@ class SeedsConfig:
     init: int | None = None
     """Initial weights."""
     data: int | None = None
-    """Order and flips of the images, draws from the posterior of latents."""
+    """Order and flips of the images, and draws from the posterior of latents."""
     noise: int | None = None
     """Training times and noise, dropped labels, dropout, augmentation."""
 
@@ -87,10 +87,10 @@ class EMAConfig:
     """Exponential moving averages of the weights; validation and sampling use the first by default."""
 
     decays: list[float] = field(default_factory=lambda: [0.9999])
-    """Decay per optimizer step, in (0, 1), of each average."""
+    """Decay of each average per optimizer step, in (0, 1)."""
     half_life: list[float] | None = None
-    """Half-lives instead of `decays`. Values from 1 up are in images (EDM); values below 1 are a fraction of the images
-    seen so far, which suits runs of any length, at every point of training (EDM2's power functions)."""
+    """Half-lives instead of `decays`. Values from 1 up are in images (EDM); values below 1 are fractions of the images
+    seen so far, which suit runs of any length, at any point of training (EDM2's power functions)."""
     warmup: bool = True
     """Limit the decay at update n to (1 + n) / (10 + n)."""
     ramp: float | None = None
@@ -292,8 +292,8 @@ class EvaluateConfig:
     weights: str | None = None
     """Weights file, for an extractor that needs one (inception)."""
     judge: str | None = None
-    """Run folder of a classifier that checks whether samples match their labels; it sees each sample at the last noise
-    level of its validation, as it does real images."""
+    """Run folder of a classifier that checks whether samples match their labels. It sees samples and real images at the
+    last noise level of its validation."""
     reference: Literal["same", "all"] = "same"
     """Training images to compare with: as many as there are samples, evenly over the classes (same), or all of them."""
     infinity: bool = False
