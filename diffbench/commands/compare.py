@@ -130,15 +130,14 @@ def _side_by_side(folders: Sequence[Path], runs: Sequence[Run[Any]], scored: Seq
 
 
 def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
-    """Return what a record is about: whether samples (or reconstructions), and their guidance."""
+    """Return whether a record scores samples, rather than reconstructions, and with which guidance."""
     return "sample" in record, guidance(record)
 
 
 def _report(
     comparison: Comparison, out: Path, export: str | None, runs: str | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Write the report and the exported tables; return the text for the terminal, with `runs` as its table if given,
-    and the values for scripts."""
+    """Write the report; return the text for the terminal (with `runs` as its table, if given) and values for scripts."""
     from diffbench.reports.html import write
 
     page, conclusion = out / "report.html", write(comparison, out)

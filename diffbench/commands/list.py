@@ -42,7 +42,7 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
         yield "backbones (denoiser.name)"
         yield from (beside(f"  {name:<14}", entry.summary) for name, entry in DENOISERS.items())
         yield ""
-    yield beside("presets", "(denoiser.preset), each counted at its own input; GMACs are what papers call Gflops")
+    yield beside("presets", "(denoiser.preset), each counted at its own input size; papers call GMACs Gflops")
     for name, preset in PRESETS.items():
         size = f"{preset.cost.parameters:>12,} parameters  {preset.cost.gmacs:>7.2f} GMACs"
         yield beside(f"  {name:<24} {size} ", f"({preset.source})")

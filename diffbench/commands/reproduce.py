@@ -130,7 +130,7 @@ def _rebuild(
         facts = DataFacts.of(load_data(file.config)[0])
     if (found := facts.fingerprint) != first.get("data", found):
         raise UserError(f"{path}: data: the report's images are {first['data']}, those here are {found}")
-    print(f"\n{', '.join(names)}: again, on {threads} thread{'s' if threads > 1 else ''}", flush=True)
+    print(f"\n{', '.join(names)}: training again on {threads} thread{'s' if threads > 1 else ''}", flush=True)
     file.write().run()
     trials = file.trials()
     if not evaluations:  # the run was never scored

@@ -69,7 +69,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         if raw and (config.strip or config.gif or Path(config.out or "").suffix.lower() != ".npz"):
             key = "strip" if config.strip else "gif" if config.gif else "out"
             shape = "x".join(map(str, run.shape))
-            raise ValueError(f"{key}: {shape} raw values are not an image; give out=NAME.npz alone")
+            raise ValueError(f"{key}: {shape} raw values are not an image; set only out=NAME.npz")
         parts = [f"{run.images_seen:09d}", *(o for o in overrides if not o.startswith("out="))]
         name = short(re.sub(r"[^\w.,=\[\]-]", "_", "-".join(["sample", *parts])))
         endings = [ending for ending, wanted in ((".strip.png", config.strip), (".steps.gif", config.gif)) if wanted]
