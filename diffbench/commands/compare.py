@@ -137,7 +137,7 @@ def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
 def _report(
     comparison: Comparison, out: Path, export: str | None, runs: str | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Write the report; return the text for the terminal (with `runs` as its table, if given) and values for scripts."""
+    """Write the report; return the text for the terminal (with the table `runs`, if given) and values for scripts."""
     from diffbench.reports.html import write
 
     page, conclusion = out / "report.html", write(comparison, out)
