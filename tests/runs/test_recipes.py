@@ -154,8 +154,8 @@ REFUSED = {
     "sample.guidance_power=2": "sample.guidance_power: belongs to sample.guidance_schedule=power_cosine; with constant"
     " leave it at 4",
     "process.name=edm sample.s_noise=1.1": "sample.s_noise: acts on the noise of sample.s_churn, which is 0",
-    "process.name=flow sample.sampler=euler_maruyama sample.sde_diffusion=constant": "sample.sde_last: choose tweedie"
-    " or euler with sde_diffusion=constant",
+    "process.name=flow sample.sampler=euler_maruyama sample.sde_diffusion=constant": "sample.sde_last: mean leaves"
+    " noise with sample.sde_diffusion=constant",
     "process.variance=fixed_small": "process.variance: fixed_small is for process.loss=kl, not mse; the sampler's is"
     " sample.variance",
     "process.name=flow sample.sampler=dopri5 sample.clip=true": "sample.clip: dopri5 cannot clip the predicted image",
