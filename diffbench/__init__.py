@@ -1,6 +1,6 @@
-"""diffbench: compare diffusion denoisers behind one common diffusion module.
+"""diffbench: compare diffusion denoisers that share one diffusion module.
 
-docs/api.md lists the public names with an example each.
+docs/api.md lists the public names, with an example of each.
 """
 
 import importlib
@@ -68,7 +68,7 @@ __all__ = [
     "train",
 ]
 _NETWORKS = ("DDPMpp", "DiT", "DiffiT", "SegFormer", "UNet", "UViT")
-_PLACES = {
+_MODULES = {
     "data.datamodule": ["ImageDataModule", "LatentDataModule"],
     "denoisers": [*_NETWORKS, *(f"{name}Config" for name in _NETWORKS), "from_preset"],
     "diffusion": ["EDM", "EDMConfig", "Flow", "FlowConfig", "VP", "VPConfig"],
@@ -81,10 +81,10 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and the rest only when something of theirs is asked for."""
-    for place, names in _PLACES.items():
+    """Import torch and the modules that need it only once one of their names is used."""
+    for path, names in _MODULES.items():
         if name in names:
-            module = importlib.import_module(f"diffbench.{place}")
+            module = importlib.import_module(f"diffbench.{path}")
             return getattr(module, "DiscreteVP" if name == "VP" else name)
     raise AttributeError(f"module 'diffbench' has no attribute {name!r}")
 

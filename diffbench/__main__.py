@@ -1,4 +1,4 @@
-"""`python -m diffbench`, and the `diffbench` command."""
+"""Entry point of `python -m diffbench` and of the `diffbench` command."""
 
 import atexit
 import gc
@@ -8,24 +8,24 @@ import sys
 from diffbench.cli import main
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Variables that say how OpenMP's threads wait for each other."""
+"""Environment variables that set how OpenMP threads wait for each other."""
 
 
 def wait_briefly() -> None:
-    """Lets OpenMP's waiting threads sleep soon, unless the user chose how they wait; call it before torch is imported.
+    """Let waiting OpenMP threads sleep soon, unless the user has set how they wait; call it before importing torch.
 
-    A thirtieth of GNU OpenMP's own count outlasts the gaps between a network's layers, so an idle machine loses
-    nothing, while on a busy one a thread no longer burns its time slice waiting for one that is not scheduled.
+    The count is a thirtieth of GNU OpenMP's default. It still outlasts the gaps between a network's layers, so an idle
+    machine loses nothing, and on a busy one a thread no longer burns its time slice waiting for an unscheduled one.
     """
     if not set(WAITING) & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def run() -> None:
-    """Runs the command line and exits with its code."""
+    """Run the command line and exit with its code."""
     wait_briefly()
-    # Python looks for garbage a hundred times while torch and Lightning are imported, and through all of it at the end:
-    # two seconds of CPU in which there is nothing to find.
+    # Importing torch and Lightning triggers a hundred garbage collections, and exiting triggers a full one: two seconds
+    # of CPU time that free nothing.
     gc.set_threshold(20_000)
     atexit.register(gc.freeze)
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""`diffbench attention`: draw where a run's tokens look along sampling."""
+"""`diffbench attention`: plot what a run's tokens attend to during sampling."""
 
 import argparse
 
@@ -11,7 +11,7 @@ from diffbench.sampling.images import new_files
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draw the attention of `arguments.runs`."""
+    """Plot the attention of `arguments.runs`."""
     folders, config = split_words(arguments.runs, AttentionConfig, "attention")
     with located([(COMMAND_LINE, vars(config))]):
         runs = [load(folder) for folder in folders]

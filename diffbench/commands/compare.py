@@ -1,4 +1,4 @@
-"""`diffbench compare`: a table and a report of several runs, or of a study."""
+"""`diffbench compare`: compare several runs, or the variants of a study, in a table and a report."""
 
 import argparse
 import hashlib
@@ -29,27 +29,27 @@ from diffbench.studies.config import load_study
 from diffbench.studies.trials import recipe_of
 
 MOST_COLUMNS = 8
-"""Runs that are shown one by one, before their variants."""
+"""Largest number of runs for which the table has a column for each run."""
 SAME_VARIANT = {*IDENTITY, "data.num_workers"}
-"""Keys that do not make another variant."""
+"""Keys that may differ between runs of the same variant."""
 MOST_KEYS = 3
-"""Differing keys in a variant's name; beyond them it is named after the run folder."""
+"""Largest number of differing keys that name a variant; with more, it is named after its run folder."""
 
 T = TypeVar("T")
 
 
 @dataclass
 class CompareConfig:
-    """Keys of `compare` besides runs."""
+    """Keys of `diffbench compare`."""
 
     out: str | None = None
-    """Folder of the report; null: runs/reports/ and a name made of the runs'."""
+    """Folder of the report; null: a folder in runs/reports/ named after the runs."""
     primary: str | None = None
-    """Metric that decides; null: val/bound where all have it, else fd."""
+    """Metric that decides; null: val/bound if all runs have it, else fd."""
     baseline: str | None = None
-    """Variant that all others are compared with; null for all pairs."""
+    """Variant that all others are compared with; null: compare all pairs."""
     export: str | None = None
-    """File for the main tables, .tex (booktabs) or .md; null writes none."""
+    """File for the main tables, .tex (booktabs) or .md; null: none."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -58,68 +58,71 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def as_json(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The runs, and the conclusion where there is one, as values."""
+    """Compare `arguments.runs`; return the runs, and the conclusion if there is one, as values for JSON."""
     return compare(arguments.runs)[1]
 
 
 def split_words(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Path], T]:
-    """The folders among a command's words, and its keys as a dataclass.
+    """Split a command's arguments into run folders and keys; return the keys as a dataclass.
 
     Raises:
         UserError: if there is no folder, or a key is wrong.
     """
-    given = [word for word in words if re.match(r"[A-Za-z_]\w*=", word)]
-    folders = [Path(word) for word in words if word not in given]
+    overrides = [word for word in words if re.match(r"[A-Za-z_]\w*=", word)]
+    folders = [Path(word) for word in words if word not in overrides]
     if not folders:
-        raise UserError(f"{COMMAND_LINE}: name run folders, as runs/digits/dit-s0; see diffbench {verb} --help")
-    return folders, asked_for(keys, parse_overrides(given))
+        raise UserError(f"{COMMAND_LINE}: name run folders, e.g. runs/digits/dit-s0; see diffbench {verb} --help")
+    return folders, asked_for(keys, parse_overrides(overrides))
 
 
 def asked_for(keys: type[T], values: dict[str, Any]) -> T:
-    """A command's keys as a dataclass; a wrong one is a UserError that names it."""
+    """Build the dataclass of a command's keys; UserError names a key that is wrong."""
     with located([(COMMAND_LINE, values)]):
         return build(keys, values)
 
 
 def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Compare runs, or a study, given first, then key=value; return the text for the terminal, and values for scripts.
+    """Compare runs, or a study; return the text for the terminal, and values for scripts.
+
+    Args:
+        words: run folders, or a study's YAML or folder; then key=value.
 
     Raises:
-        UserError: naming a folder without a run, records that were measured differently, or a wrong key.
+        UserError: if a folder has no run, records were measured differently, or a key is wrong.
     """
-    folders, asked = split_words(words, CompareConfig, "compare")
-    if asked.export is not None:
-        check_export(Path(asked.export))
+    folders, config = split_words(words, CompareConfig, "compare")
+    if config.export is not None:
+        check_export(Path(config.export))
     study = _study(folders[0])
     if study is not None:
         if len(folders) > 1:
             raise UserError(f"{COMMAND_LINE}: {folders[1]}: a study is reported alone; compare runs with runs")
-        found = comparison_of_study(study)
-        pairs = any(word.startswith("baseline=") for word in words)  # null is all of them
-        baseline = asked.baseline if pairs else found.baseline
-        found = replace(found, primary=asked.primary or found.primary, baseline=baseline)
-        return _report(found, report_folder(asked.out, []) if asked.out else study, asked.export)
+        comparison = comparison_of_study(study)
+        overridden = any(word.startswith("baseline=") for word in words)  # null is a value too: compare all pairs
+        baseline = config.baseline if overridden else comparison.baseline
+        comparison = replace(comparison, primary=config.primary or comparison.primary, baseline=baseline)
+        return _report(comparison, report_folder(config.out, []) if config.out else study, config.export)
     runs = [_trained(folder) for folder in folders]
     scored = comparable_scores(runs)
     values = {"runs": [run_values(run) for run in runs]}
-    if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and asked == CompareConfig():
+    if len({run.folder.resolve() for run in runs if run.kind == "denoiser"}) < 2 and config == CompareConfig():
         return _side_by_side(folders, runs, scored), values
     table = _side_by_side(folders, runs, scored) if len(runs) <= MOST_COLUMNS else None
     try:
-        comparison = _comparison(runs, scored, asked)
-        once = len({t.variant for t in comparison.trials}) == len(runs)  # no means over seeds to show
+        comparison = _comparison(runs, scored, config)
+        single = len({t.variant for t in comparison.trials}) == len(runs)  # no means over seeds to show
         comparison = replace(comparison, command=shlex.join(["diffbench", "compare", *words]))
-        text, more = _report(comparison, report_folder(asked.out, runs), asked.export, table if once else None)
+        text, result = _report(comparison, report_folder(config.out, runs), config.export, table if single else None)
     except UserError as e:
-        if table is None or asked != CompareConfig():
+        if table is None or config != CompareConfig():
             raise
         return f"{table}\n\nno report: {e}", values
-    return text, values | more
+    return text, values | result
 
 
 def _side_by_side(folders: Sequence[Path], runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]) -> str:
     titles = [str(folder).removeprefix("runs/") for folder in folders]
-    labels: dict[tuple[bool, str], str] = {}  # of the first run's records, so that what is alike shares a row
+    labels: dict[tuple[bool, str], str] = {}  # the first label for each kind of record, so that runs share rows
     for record in (record for records in scored for record in records):
         labels.setdefault(_sampling(record), settings(record))
     facts = [run_facts(run, s, lambda r: labels[_sampling(r)]) for run, s in zip(runs, scored, strict=True)]
@@ -127,14 +130,14 @@ def _side_by_side(folders: Sequence[Path], runs: Sequence[Run[Any]], scored: Seq
 
 
 def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
-    """The subject of a record: samples or reconstructions, and their guidance."""
+    """Return whether a record scores samples, rather than reconstructions, and with which guidance."""
     return "sample" in record, guidance(record)
 
 
 def _report(
     comparison: Comparison, out: Path, export: str | None, runs: str | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Write the report and tables; return its text, with a table of `runs` where that says more, and its values."""
+    """Write the report; return the text for the terminal (with the table `runs`, if given) and values for scripts."""
     from diffbench.reports.html import write
 
     page, conclusion = out / "report.html", write(comparison, out)
@@ -144,7 +147,7 @@ def _report(
 
 
 def _plain(c: Conclusion) -> dict[str, Any]:
-    """The answer, every variant's means, the tests between them, the trials, as values for scripts."""
+    """Return the answer, the means of each variant, the tests between them and the trials as values for scripts."""
     return {
         "title": c.comparison.title,
         "outcome": c.outcome,
@@ -171,7 +174,7 @@ def _trained(folder: Path) -> Run[Any]:
 
 
 def _study(path: Path) -> Path | None:
-    """The folder of a study, given as that or as its YAML; None for a run folder."""
+    """Return the folder of a study, from that folder or the study's YAML; None for a run folder."""
     if path.is_file():
         from diffbench.studies.runner import folder_of_study
 
@@ -179,18 +182,18 @@ def _study(path: Path) -> Path | None:
     return path if (path / "study.yaml").is_file() else None
 
 
-def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]], asked: CompareConfig) -> Comparison:
-    kept = {run.folder.resolve(): (run, s) for run, s in zip(runs, scored, strict=True) if run.kind == "denoiser"}
-    if not kept:
+def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]], config: CompareConfig) -> Comparison:
+    unique = {run.folder.resolve(): (run, s) for run, s in zip(runs, scored, strict=True) if run.kind == "denoiser"}
+    if not unique:
         raise UserError(f"{runs[0].folder}: a run of kind {runs[0].kind}; reports compare denoisers")
-    denoisers = [run for run, _ in kept.values()]
-    guided = Counter(guidance(r) for _, records in kept.values() for r in records)
+    denoisers = [run for run, _ in unique.values()]
+    guided = Counter(guidance(r) for _, records in unique.values() for r in records)
     chosen = "" if guided.get("", 0) == max(guided.values(), default=0) else guided.most_common(1)[0][0]
     trials: list[Trial] = []
     taken: set[tuple[str, int]] = set()
-    for (run, records), name in zip(kept.values(), _names(denoisers), strict=True):
+    for (run, records), name in zip(unique.values(), _names(denoisers), strict=True):
         seed = int(run.values["seed"])
-        if (name, seed) in taken:  # a copy, or a rerun elsewhere
+        if (name, seed) in taken:  # a copy of a run, or a rerun in another folder
             name = f"{name} ({run.folder})"
         taken.add((name, seed))
         record = next((r for r in records if guidance(r) == chosen), None)
@@ -200,24 +203,24 @@ def _comparison(runs: Sequence[Run[Any]], scored: Sequence[list[dict[str, Any]]]
             trials.append(Trial(name, seed, "unfinished", run, record, f"stopped at {run.images_seen:,} images"))
     order = list(dict.fromkeys(t.variant for t in trials))
     trials.sort(key=lambda t: (order.index(t.variant) if len(order) < 100 else 0, t.seed))
-    measured = all(run.last("val/bound") is not None for run in denoisers) or not any(t.record for t in trials)
-    primary = asked.primary or ("val/bound" if measured else "fd")
+    by_bound = all(run.last("val/bound") is not None for run in denoisers) or not any(t.record for t in trials)
+    primary = config.primary or ("val/bound" if by_bound else "fd")
     backbones = {run.flat.get("denoiser.name") for run in denoisers}
     keys = _differing(denoisers)
-    besides = [key for key in keys if not key.startswith("denoiser.")] if len(backbones) > 1 else []
-    notes = _notes(trials, besides)
+    others = [key for key in keys if not key.startswith("denoiser.")] if len(backbones) > 1 else []
+    notes = _notes(trials, others)
     if len(denoisers) < len(runs):
-        others = sorted({run.kind for run in runs if run.kind != "denoiser"})
-        kinds = f"runs of kind {listed(others)}, and " if others else ""
-        notes.append(f"Left out: {kinds}folders that were named twice.")
+        kinds = sorted({run.kind for run in runs if run.kind != "denoiser"})
+        left_out = f"runs of kind {listed(kinds)}, and " if kinds else ""
+        notes.append(f"Left out: {left_out}folders that were named twice.")
     data = listed(list(dict.fromkeys(str(run.flat.get("data.name")) for run in denoisers)))
     return Comparison(
         title=f"{listed(order) if len(order) <= 4 else counted(len(order), 'variant')} on {data}",
         question=f"Which of these runs has the better {metric_of(primary).title}?",
         trials=trials,
         primary=primary,
-        baseline=asked.baseline,
-        like_for_like=not besides,
+        baseline=config.baseline,
+        like_for_like=not others,
         notes=notes,
     )
 
@@ -227,7 +230,7 @@ def _differing(runs: Sequence[Run[Any]]) -> list[str]:
 
 
 def _names(runs: Sequence[Run[Any]]) -> list[str]:
-    """A variant's name for each run: its backbone, then the keys in which runs of that backbone differ."""
+    """Name the variant of each run: its backbone, then the keys in which runs of that backbone differ."""
     by_backbone: dict[str, list[Run[Any]]] = {}
     for run in runs:
         by_backbone.setdefault(str(run.flat.get("denoiser.name")), []).append(run)
@@ -242,7 +245,7 @@ def _names(runs: Sequence[Run[Any]]) -> list[str]:
             parts = [run.folder.name.removesuffix(f"-s{run.values['seed']}")]
         name = ", ".join([backbone, *parts])
         signature = json.dumps([run.flat.get(key) for key in keys], default=str)
-        if configs.setdefault(name, signature) != signature:  # two folders of one name
+        if configs.setdefault(name, signature) != signature:  # two folders with the same name
             name = f"{name} {hashlib.sha256(signature.encode()).hexdigest()[:6]}"
         names.append(name)
     return names
@@ -252,11 +255,11 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
-def _notes(trials: Sequence[Trial], besides: Sequence[str]) -> list[str]:
+def _notes(trials: Sequence[Trial], keys: Sequence[str]) -> list[str]:
     notes = []
-    if besides:
-        more = f" and {len(besides) - 6} more" if len(besides) > 6 else ""
-        notes.append(f"Besides the backbone, runs differ in {', '.join(besides[:6])}{more}.")
+    if keys:
+        more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+        notes.append(f"Besides the backbone, runs differ in {', '.join(keys[:6])}{more}.")
     sizes = sorted(t.cost.gmacs for t in trials if t.cost)
     if sizes and sizes[-1] > 1.1 * sizes[0]:
         notes.append(f"Networks differ in size: {sizes[0]:.4g} to {sizes[-1]:.4g} GMACs.")
@@ -264,21 +267,21 @@ def _notes(trials: Sequence[Trial], besides: Sequence[str]) -> list[str]:
 
 
 def report_folder(given: str | None, runs: Sequence[Run[Any]]) -> Path:
-    """The report's folder.
+    """Return the folder of a report, `given` or named after the runs.
 
     Raises:
-        UserError: if something other than a report is there.
+        UserError: if `given` exists and is not a report.
     """
     if given is not None:
         out = Path(given)
         if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "report.html").is_file()):
-            raise UserError(f"{COMMAND_LINE}: out: {out} exists already and holds no report; choose another name")
+            raise UserError(f"{COMMAND_LINE}: out: {out} exists already and is not a report; choose another name")
         return out
     root = Path(str(runs[0].values.get("runs_dir", "runs")))
-    if root.resolve() not in runs[0].folder.resolve().parents:  # as of a run from another machine
+    if root.resolve() not in runs[0].folder.resolve().parents:  # such as a run copied from another machine
         root = Path("runs")
-    named = dict.fromkeys((run.folder.resolve().parent.name, re.sub(r"-s\d+$", "", run.folder.name)) for run in runs)
-    groups = {parent: "-".join([parent, *(stem for p, stem in named if p == parent)]) for parent, _ in named}
+    stems = dict.fromkeys((run.folder.resolve().parent.name, re.sub(r"-s\d+$", "", run.folder.name)) for run in runs)
+    groups = {parent: "-".join([parent, *(stem for p, stem in stems if p == parent)]) for parent, _ in stems}
     seeds = ",".join(map(str, sorted({int(run.values["seed"]) for run in runs})))
     name = "-".join([*groups.values(), f"s{seeds}"])
     if len(name) > 80:

@@ -1,4 +1,4 @@
-"""`diffbench completion`: print a script by which the shell completes verbs, keys and files without starting Python."""
+"""`diffbench completion`: print a shell script that completes verbs, keys and files without starting Python."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from diffbench.commands.verbs import VERBS
 from diffbench.config.keys import read_keys
 
 SCRIPT = """\
-# Put into ~/.bashrc: source <(diffbench completion)
+# Add to ~/.bashrc: source <(diffbench completion)
 _diffbench() {
     local IFS=$' \\t\\n' word=${COMP_LINE:0:COMP_POINT} words
     word=${word##*[[:space:]]}

@@ -1,4 +1,4 @@
-"""`diffbench curves`: write the reference curves of an experiment from runs that differ in their seed."""
+"""`diffbench curves`: write an experiment's reference curves from runs that differ only in their seed."""
 
 import argparse
 from dataclasses import dataclass
@@ -14,35 +14,35 @@ from diffbench.runs.folder import is_free
 from diffbench.runs.lifecycle import look
 
 NAMES = ["train/loss", *(metric.name for metric in METRICS.values() if metric.is_validation and metric.direction)]
-"""The metrics that have a band."""
+"""Metrics whose reference curve is a band over runs."""
 
 
 @dataclass
 class CurvesConfig:
-    """Keys of `diffbench curves` besides runs."""
+    """Keys of `diffbench curves`."""
 
     out: str | None = None
-    """The file; null: curves/ beside the experiment of the runs, as experiments/digits/curves/dit.csv."""
+    """CSV file; null: in curves/ next to the runs' experiment, e.g. experiments/digits/curves/dit.csv."""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the curves of `arguments.runs`, which may differ in their seed alone."""
+    """Write the curves of `arguments.runs`, which may differ only in their seed."""
     folders, config = split_words(arguments.runs, CurvesConfig, "curves")
-    runs = {(found := look(folder)).folder.resolve(): found for folder in folders}.values()
+    runs = {(run := look(folder)).folder.resolve(): run for folder in folders}.values()
     if len(runs) < LEAST:
         raise UserError(f"{COMMAND_LINE}: {len(runs)} runs; a band needs at least {LEAST}, with different seeds")
     first, *others = runs
     for other in others:
         if changed := sorted(k for k in differing([first.flat, other.flat]) if k != "seed" and not is_free(k)):
             raise UserError(f"{first.folder} and {other.folder}: differ in {', '.join(changed[:4])}; only the seed may")
-    if len({found.values["seed"] for found in runs}) < len(runs):
-        raise UserError(f"{COMMAND_LINE}: two of these runs have one seed; a band needs different ones")
-    if unfinished := [str(found.folder) for found in runs if not found.complete]:
-        raise UserError(f"{unfinished[0]}: not complete; train it to its end first")
+    if len({run.values["seed"] for run in runs}) < len(runs):
+        raise UserError(f"{COMMAND_LINE}: two of these runs have the same seed; a band needs different ones")
+    if unfinished := [str(run.folder) for run in runs if not run.complete]:
+        raise UserError(f"{unfinished[0]}: not complete; finish training it first")
     stem = first.folder.name.removesuffix(f"-s{first.values['seed']}")
-    beside = Path("experiments") / first.folder.resolve().parent.name / "curves" / f"{stem}.csv"
-    out = beside if config.out is None else Path(config.out)
-    bands = bands_of([found.metrics for found in runs], NAMES)
+    default = Path("experiments") / first.folder.resolve().parent.name / "curves" / f"{stem}.csv"
+    out = default if config.out is None else Path(config.out)
+    bands = bands_of([run.metrics for run in runs], NAMES)
     write_curves(out, bands)
     for name, band in bands.items():
         title, last = metric_of(name).title, f"{band.low[-1]:.4g} to {band.high[-1]:.4g}"

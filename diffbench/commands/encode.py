@@ -6,5 +6,5 @@ from diffbench.runs.lifecycle import encode
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Encodes the data of the experiment of `arguments.config`."""
+    """Encode the data of the experiment `arguments.config`."""
     encode(arguments.config, arguments.overrides)

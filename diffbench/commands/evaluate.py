@@ -1,4 +1,4 @@
-"""`diffbench evaluate`: score samples of a run, or anyone's images."""
+"""`diffbench evaluate`: score samples from a run, or any images."""
 
 import argparse
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def as_json(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The records of the scores."""
+    """Score as `run` does; return the records of the scores."""
     return _evaluate(arguments)[0]
 
 
 def _evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
-    """The new records, and the run that was scored, or None for images."""
+    """Score a run or images; return the new records and the run, or None for images."""
     overrides: list[str] = []
-    for word in arguments.overrides:  # to which argparse leaves all that follows the folder
+    for word in arguments.overrides:  # argparse leaves an --against that follows the folder in here
         overrides += word.split("=", 1) if word.startswith("--against=") else [word]
     if "--against" in overrides[:-1]:
         arguments.against = overrides.pop(overrides.index("--against") + 1)
@@ -46,7 +46,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]
 
 
 def score(run: Any, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Append a run's scores to its records, as its kind is scored; return the new ones."""
+    """Score a denoiser's samples or an autoencoder's reconstructions; append the records to the run and return them."""
     if isinstance(run, DenoiserRun):
         print(f"{run.folder}: drawing and scoring samples", flush=True)
         return evaluate(run, overrides)

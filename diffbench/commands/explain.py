@@ -20,28 +20,28 @@ from diffbench.sampling.images import new_files
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Explain a class of `arguments.run`: print its elements, write figure and JSON."""
+    """Explain a class of `arguments.run`: print the mixture, and write a figure and a JSON file."""
     values = parse_overrides(arguments.overrides)
     refuse_others(values, "class", *vars(ExplainConfig()), "sample")
     if values.get("class") is None:
-        raise UserError(f"{COMMAND_LINE}: class: missing; name one or give its number, as class=8")
+        raise UserError(f"{COMMAND_LINE}: class: missing; give a name or a number, e.g. class=8")
     label, sample = str(values.pop("class")), values.pop("sample", {})
     if not isinstance(sample, dict):
         raise UserError(f"{COMMAND_LINE}: sample: must be a section with keys, got {sample}; write sample.KEY=VALUE")
     config = asked_for(ExplainConfig, values)
     run = load(Path(arguments.run))
-    how = change(run.config, {"sample": asdict(run.config.sample.unguided()) | sample}).sample
+    settings = change(run.config, {"sample": asdict(run.config.sample.unguided()) | sample}).sample
     with located([(COMMAND_LINE, {"class": label} | vars(config))]):
         number = class_number(label, run.facts, "class") if run.facts.num_classes else 0
         default = run.folder / "explain" / f"class-{number}.png"
         figure, listing = new_files(config.out, default, [".json"])
         run.use_device()
-        sampler = run.sampler(how)
-        explanation = explain(sampler, how, run.facts, number, config)
+        sampler = run.sampler(settings)
+        explanation = explain(sampler, settings, run.facts, number, config)
         print(explanation_table(explanation), flush=True)
-        images = {} if run.raw else drawn(explanation, sampler, how, config.seed)
+        images = {} if run.raw else drawn(explanation, sampler, settings, config.seed)
     record = {"run": run.folder.name, "images_seen": run.images_seen, "ema": run.ema, "settings": vars(config)}
-    record |= {"sample": how.numbers(), "versions": versions(), "change": changes(images)} | asdict(explanation)
+    record |= {"sample": settings.numbers(), "versions": versions(), "change": changes(images)} | asdict(explanation)
     record |= {"gap_closed": explanation.gap_closed, "verdict": explanation.verdict}
     write_text(listing, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     save_beside_curves(explanation_figure(explanation, images), figure, [run], "explain")

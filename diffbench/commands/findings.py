@@ -1,4 +1,4 @@
-"""`diffbench findings`: published claims against the shipped results, or against studies run here."""
+"""`diffbench findings`: check published claims against the shipped results, or against studies run here."""
 
 import argparse
 import re
@@ -21,66 +21,66 @@ from diffbench.studies.findings import Claim, Finding, findings, load_claims
 from diffbench.studies.runner import run_study
 
 SMALL = "seeds=[0,1,2]"
-"""The seeds of studies that are run for their claims."""
+"""Default seeds of studies that are run to check claims."""
 WIDTH = 80
 AGREEING = ("fd", "kid", "label_accuracy", "coverage")
-"""Measures of samples that the validation bound is held against."""
+"""Metrics of samples whose agreement with the validation bound is reported."""
 PAGE = re.compile(r"(<!-- findings -->\n).*?(<!-- end of findings -->)", re.DOTALL)
-"""The part of results/README.md that is written anew."""
+"""The part of results/README.md that is rewritten."""
 
 
 @dataclass
 class FindingsConfig:
-    """Keys of `findings`."""
+    """Keys of `diffbench findings`."""
 
     run: bool = False
-    """Run what the claims need of their studies, three seeds, and hold them against that; keys of a study change it."""
+    """Run the variants that the claims name, with three seeds, and check the claims against these results."""
     experiments: str = "experiments"
-    """Folder with findings.yaml (the claims), studies/ and results/, a folder with report.csv for each study."""
+    """Folder with findings.yaml (the claims), studies/, and results/ (for each study a folder with report.csv)."""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the table of claims; from the shipped results, also write it and their answers into results/README.md."""
+    """Print the table of claims; with the shipped results, also write it and their answers into results/README.md."""
     own = [o for o in arguments.overrides if o.partition("=")[0] in vars(FindingsConfig())]
-    more, config = [o for o in arguments.overrides if o not in own], asked_for(FindingsConfig, parse_overrides(own))
-    if more and not config.run:
-        raise UserError(f"{COMMAND_LINE}: {more[0]}: belongs to a study; write run=true to run the claims' studies")
+    rest, config = [o for o in arguments.overrides if o not in own], asked_for(FindingsConfig, parse_overrides(own))
+    if rest and not config.run:
+        raise UserError(f"{COMMAND_LINE}: {rest[0]}: belongs to a study; write run=true to run the claims' studies")
     root = Path(config.experiments)
     claims = load_claims(root / "findings.yaml", root / "studies")
     if config.run:
-        print(as_text(findings(claims, _run(claims, root / "studies", [SMALL, *more]))))
+        print(as_text(findings(claims, _run(claims, root / "studies", [SMALL, *rest]))))
         return
     results = shipped(root / "results", root / "studies")
     found = findings(claims, results)
     print(as_text(found))
-    if (page := root / "results" / "README.md").is_file():  # not where experiments were copied by init
+    if (page := root / "results" / "README.md").is_file():  # `diffbench init` does not copy results
         write_page(page, {name: conclude(comparison) for name, comparison in results.items()}, found)
         print(f"\nwith the answers of the shipped studies: {page}")
 
 
 def _run(claims: Sequence[Claim], studies: Path, overrides: Sequence[str]) -> dict[str, Comparison]:
-    """Run the variants that claims name; study -> its results."""
-    named: dict[str, list[str]] = {}
+    """Run the variants that claims name; return study -> its results."""
+    needed: dict[str, list[str]] = {}
     for claim in claims:
-        named.setdefault(claim.study, []).extend(claim.variants)
-    folders = {s: run_study(studies / f"{s}.yaml", overrides, only=variants) for s, variants in named.items()}
+        needed.setdefault(claim.study, []).extend(claim.variants)
+    folders = {s: run_study(studies / f"{s}.yaml", overrides, only=variants) for s, variants in needed.items()}
     return {study: comparison_of_study(folder) for study, folder in folders.items()}
 
 
 def as_text(found: Sequence[Finding]) -> str:
-    """A verdict, a claim with its source, and what was measured; lines of 80 characters."""
+    """Format each finding as its verdict, the claim with its source, and what was measured, in 80 columns."""
     lines = ["verdict    published claim; what was measured, with its own 95% interval", "-" * WIDTH]
-    for each in found:
-        parts = (f"{each.claim.claim} [{each.claim.source}]", f"{each.claim.study}: {each.evidence}")
+    for finding in found:
+        parts = (f"{finding.claim.claim} [{finding.claim.source}]", f"{finding.claim.study}: {finding.evidence}")
         wrapped = [line for part in parts for line in textwrap.wrap(part, WIDTH - 11)]
         lines += [
-            f"{head:10} {line}" for head, line in zip([each.verdict, *[""] * len(wrapped)], wrapped, strict=False)
+            f"{head:10} {line}" for head, line in zip([finding.verdict, *[""] * len(wrapped)], wrapped, strict=False)
         ]
     return "\n".join(lines)
 
 
 def write_page(page: Path, conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -> None:
-    """Write the tables of a results page, and the figure of each study beside its results."""
+    """Write the tables of a results page, and a figure in the folder of each study's results."""
     from diffbench.reports.figures import styles
     from diffbench.reports.plots import answer
 
@@ -89,12 +89,12 @@ def write_page(page: Path, conclusions: Mapping[str, Conclusion], found: Sequenc
             answer(c, styles(list(c.variants)), page.parent / name / "answer.png")
     text = page.read_text()
     if not PAGE.search(text):
-        raise UserError(f"{page}: no lines <!-- findings --> and <!-- end of findings -->, between which it is written")
+        raise UserError(f"{page}: lines <!-- findings --> and <!-- end of findings --> are missing; add them")
     write_text(page, PAGE.sub(lambda m: f"{m[1]}{page_text(conclusions, found)}{m[2]}", text))
 
 
 def page_text(conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -> str:
-    """Markdown tables: what each study asked and found, the published claims, and how far measures agree."""
+    """Format Markdown tables: each study's question and answer, the published claims, and how well metrics agree."""
     answers = [["question", "answer", "holds for", "figure"]]
     for name, c in conclusions.items():
         against = [f for f in found if f.claim.study == name and f.verdict == "refuted"]
@@ -112,7 +112,7 @@ def page_text(conclusions: Mapping[str, Conclusion], found: Sequence[Finding]) -
 
 
 def _ranks(c: Conclusion) -> list[str]:
-    """The number of runs, and the rank correlation of their bound with each of `AGREEING`; empty without several."""
+    """Return the number of runs and the rank correlation of their bound with each of `AGREEING`, or []."""
     bounds = [c.by_seed(variant, "val/bound") for variant in c.variants]
     rows: dict[str | None, str] = {row["measure"]: row.get("val/bound", "-") for row in agreement(c)}
     if not rows or all(bound == bounds[0] for bound in bounds):  # samples of the same networks

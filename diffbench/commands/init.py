@@ -9,7 +9,7 @@ from diffbench.core.errors import UserError
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Copy the experiments into `arguments.folder`; nothing that is there is overwritten."""
+    """Copy the experiments into `arguments.folder`, without overwriting anything."""
     out = Path(arguments.folder) / "experiments"
     if out.exists():
         raise UserError(f"{COMMAND_LINE}: {out} exists already; name another FOLDER")

@@ -1,6 +1,6 @@
-"""`diffbench list`: backbones, presets and experiments, or the runs in folders.
+"""`diffbench list`: list backbones, presets and experiments, or the runs in folders.
 
-The presets are listed within two seconds: what reads runs is imported where it is needed.
+Listing the presets takes less than two seconds, because modules that read runs are imported only where needed.
 """
 
 import argparse
@@ -15,18 +15,18 @@ from diffbench.core.terminal import beside
 from diffbench.denoisers import DENOISERS, PRESETS
 
 UNREADABLE = (UserError, ValueError, OSError)
-"""The errors that a damaged run folder raises."""
+"""Errors that reading a damaged run folder raises."""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """List the runs in `arguments.folders`, or what there is to train."""
+    """List the runs in `arguments.folders`, or without folders what can be trained."""
     folders = [Path(folder) for folder in arguments.folders]
     for line in runs(folders) if folders else catalogue(only_models=arguments.models):
         print(line, flush=True)
 
 
 def as_json(arguments: argparse.Namespace) -> Any:
-    """The same as values: a list of runs, or backbones, presets and experiments."""
+    """Return the same as values: a list of runs, or backbones, presets and experiments."""
     if arguments.folders:
         return [_values_or_error(folder) for folder in run_folders([Path(folder) for folder in arguments.folders])]
     presets = {name: {"parameters": p.cost.parameters, "gmacs": p.cost.gmacs} for name, p in PRESETS.items()}
@@ -37,12 +37,12 @@ def as_json(arguments: argparse.Namespace) -> Any:
 
 
 def catalogue(only_models: bool = False) -> Iterator[str]:
-    """Lines on backbones, presets and experiments, or on the presets alone."""
+    """Yield lines that list backbones, presets and experiments, or only the presets."""
     if not only_models:
         yield "backbones (denoiser.name)"
         yield from (beside(f"  {name:<14}", entry.summary) for name, entry in DENOISERS.items())
         yield ""
-    yield beside("presets", "(denoiser.preset), each counted at its own input; GMACs are what papers call Gflops")
+    yield beside("presets", "(denoiser.preset), each counted at its own input size; papers call GMACs Gflops")
     for name, preset in PRESETS.items():
         size = f"{preset.cost.parameters:>12,} parameters  {preset.cost.gmacs:>7.2f} GMACs"
         yield beside(f"  {name:<24} {size} ", f"({preset.source})")
@@ -62,19 +62,19 @@ def _purpose(path: str) -> str:
 
 
 def run_folders(tops: Sequence[Path]) -> list[Path]:
-    """The run folders below some folders, which may be runs themselves, in the order of their names.
+    """Find the run folders in and below some folders, which may be run folders themselves; sort them by name.
 
     Raises:
-        UserError: if one is no folder, or there is no run.
+        UserError: if one of `tops` is not a folder, or there is no run.
     """
     found: dict[Path, None] = {}
     for top in tops:
         if not top.is_dir():
-            raise UserError(f"{top}: no such folder; train first, or name a folder that holds runs")
+            raise UserError(f"{top}: no such folder; train first, or name a folder that contains runs")
         seen: set[str] = set()
         for folder, below, files in os.walk(top, followlinks=True):
             below.sort()
-            if (here := os.path.realpath(folder)) in seen:  # a link to what was listed, or back
+            if (here := os.path.realpath(folder)) in seen:  # a link to a folder that was visited, perhaps a loop
                 below.clear()
                 continue
             seen.add(here)
@@ -87,7 +87,7 @@ def run_folders(tops: Sequence[Path]) -> list[Path]:
 
 
 def runs(tops: Sequence[Path]) -> list[str]:
-    """A line for each run below the folders, under a headline; below it what cannot be read, and why.
+    """Format a table of the runs below some folders, followed by the folders that cannot be read, and why.
 
     Raises:
         UserError: if there is no run.

@@ -1,4 +1,4 @@
-"""`diffbench reference`: make statistics of real images by hand, for `evaluate --against` or the ADM evaluator."""
+"""`diffbench reference`: compute statistics of real images, for `evaluate --against` or the ADM evaluator."""
 
 import argparse
 from pathlib import Path
@@ -7,5 +7,5 @@ from diffbench.runs.evaluate_images import build_reference
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Build the statistics of `arguments.what`."""
+    """Compute the statistics of `arguments.what`."""
     print(build_reference(Path(arguments.what), arguments.overrides))

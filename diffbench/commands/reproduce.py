@@ -1,4 +1,4 @@
-"""`diffbench reproduce`: train cells of a report again from its page alone, and compare every value."""
+"""`diffbench reproduce`: retrain cells of a report from its page alone, and compare every value."""
 
 import argparse
 import re
@@ -27,75 +27,75 @@ from diffbench.runs.lifecycle import look
 from diffbench.studies.trials import FOLDER, TrialFile
 
 MOST_CHANGES = 30
-"""Changes of a page that are shown."""
+"""Largest number of changes of a page to print."""
 VERDICTS = ("equal to the bit", "within tolerance", "DIFFERENT")
 
 
 @dataclass
 class ReproduceConfig:
-    """Keys of `reproduce` besides the report and its cells."""
+    """Keys of `diffbench reproduce`."""
 
     out: str | None = None
-    """Folder of the new runs; null: runs/reproduced/ and a name made of the report's. The same command resumes."""
+    """Folder of the new runs; null: a folder in runs/reproduced/ named after the report. The same command resumes."""
     data_path: str | None = None
-    """Folder of the images here, for data with a path."""
+    """Folder of the images on this machine, for data with a path."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check a report, and rebuild the cells that are named; 1 where something differs."""
+    """Check a report, and rebuild the given cells; return 1 if anything differs."""
     path = Path(arguments.report)
-    keys = [word for word in arguments.cells if re.match(r"(out|data_path)=", word)]
-    asked = asked_for(ReproduceConfig, parse_overrides(keys))
+    keys = [arg for arg in arguments.cells if re.match(r"(out|data_path)=", arg)]
+    config = asked_for(ReproduceConfig, parse_overrides(keys))
     record, changes = read(path)
-    chosen = _chosen(record["cells"], [word for word in arguments.cells if word not in keys])
+    chosen = _chosen(record["cells"], [arg for arg in arguments.cells if arg not in keys])
     _introduce(path, record, changes)
     if not chosen:
         _list(path, record)
         return int(bool(changes))
-    out = Path(asked.out) if asked.out else Path("runs/reproduced") / f"{path.stem}-{record['sha256'][:8]}"
+    out = Path(config.out) if config.out else Path("runs/reproduced") / f"{path.stem}-{record['sha256'][:8]}"
     if out.exists() and any(out.iterdir()) and not (out / FOLDER).is_dir():
-        raise UserError(f"{COMMAND_LINE}: out: {out} holds something else than reproduced cells; choose another name")
+        raise UserError(f"{COMMAND_LINE}: out: {out} exists already and has no reproduced cells; choose another name")
     different = 0
-    groups: dict[str, list[str]] = {}  # cells that are sampled differently share a run
+    groups: dict[str, list[str]] = {}  # cells that differ only in sampling share a run
     for name in chosen:
         shared = {k: v for k, v in record["cells"][name]["recipe"].items() if k != "evaluations"}
         groups.setdefault(digest(shared), []).append(name)
     for key, names in groups.items():
-        found = _rebuild(path, record, names, out, key[:10], asked.data_path)
+        trials = _rebuild(path, record, names, out, key[:10], config.data_path)
         for name in names:
-            different += _compare(record, name, found[name])
+            different += _compare(record, name, trials[name])
     return int(bool(different or changes))
 
 
-def _chosen(cells: dict[str, Any], words: Sequence[str]) -> list[str]:
-    found: dict[str, None] = {}
-    for word in words:
-        names = [name for name, cell in cells.items() if word in (name, cell["variant"], "all")]
+def _chosen(cells: dict[str, Any], args: Sequence[str]) -> list[str]:
+    chosen: dict[str, None] = {}
+    for arg in args:
+        names = [name for name, cell in cells.items() if arg in (name, cell["variant"], "all")]
         if not names:
             raise UserError(
-                f"{COMMAND_LINE}: no cell {word!r}; choose from {', '.join([*list(cells)[:20], 'all'])}"
-                f"{suggest(word, cells)}"
+                f"{COMMAND_LINE}: no cell {arg!r}; choose from {', '.join([*list(cells)[:20], 'all'])}"
+                f"{suggest(arg, cells)}"
             )
-        found |= dict.fromkeys(names)
-    return list(found)
+        chosen |= dict.fromkeys(names)
+    return list(chosen)
 
 
 def _introduce(path: Path, record: dict[str, Any], changes: Rows) -> None:
-    """Say what the report is of, how this machine differs from its, and where its page was changed by hand."""
+    """Print a report's title and command, warn if this machine differs, and list edits made to the page by hand."""
     made, here = record["made"], records.surroundings(None, torch.device("cpu"))
     print(filled(f"{record['title']}: {len(record['cells'])} cells, reported {made['time'][:10]}"))
-    print(filled(f"command: {record['command'] or 'not known'}; commit {made['commit']}"))
+    print(filled(f"command: {record['command'] or 'unknown'}; commit {made['commit']}"))
     before, now = ({**x["versions"], **{k: x[k] for k in ("commit", "platform", "processor")}} for x in (made, here))
     for name in before:
         if before[name] != now.get(name):
             print(filled(f"warning: {name} is {now.get(name)} here, {before[name]} in the report"))
     if changes:
-        print(f"\n{path}: CHANGED by hand since it was written")
+        print(f"\n{path}: CHANGED by hand after it was written")
         print(as_text(changes[:MOST_CHANGES]))
         if len(changes) > MOST_CHANGES:
             print(f"and {len(changes) - MOST_CHANGES:,} more")
     else:
-        print("the page shows what its record holds, and the record is whole")
+        print("the page matches its record, and the record is intact")
 
 
 def _list(path: Path, record: dict[str, Any]) -> None:
@@ -107,13 +107,13 @@ def _list(path: Path, record: dict[str, Any]) -> None:
     ]
     first = next(iter(record["cells"]), "all")
     print(f"\n{as_text(rows)}\n\nall of them: about {span(sum(seconds))}")
-    print(f'name cells to train them again: diffbench reproduce {path} "{first}", or all')
+    print(f'to train cells again, name them, or all: diffbench reproduce {path} "{first}"')
 
 
 def _rebuild(
     path: Path, record: dict[str, Any], names: Sequence[str], out: Path, key: str, data_path: str | None
 ) -> dict[str, list[Trial]]:
-    """Train the run that cells share, and score it; cell -> its results, one for each budget."""
+    """Train the run that some cells share, and score it; return cell -> its results, one for each budget."""
     cells = [record["cells"][name] for name in names]
     first, config = cells[0], with_paths(cells[0]["recipe"]["config"], path)
     threads = first["record"].get("threads") or record["made"]["threads"]
@@ -130,40 +130,40 @@ def _rebuild(
         facts = DataFacts.of(load_data(file.config)[0])
     if (found := facts.fingerprint) != first.get("data", found):
         raise UserError(f"{path}: data: the report's images are {first['data']}, those here are {found}")
-    print(f"\n{', '.join(names)}: again, on {threads} thread{'s' if threads > 1 else ''}", flush=True)
+    print(f"\n{', '.join(names)}: training again on {threads} thread{'s' if threads > 1 else ''}", flush=True)
     file.write().run()
     trials = file.trials()
-    if not evaluations:  # of a run that was never scored
+    if not evaluations:  # the run was never scored
         trials = [Trial(first["variant"], first["seed"], "complete", look(file.folder))]
     return {n: [t for t in trials if t.variant == cell["variant"]] for n, cell in zip(names, cells, strict=True)}
 
 
 def _find_source(denoiser: dict[str, Any], path: Path, folder: Path) -> None:
-    """Copy the source of a network from outside to where the run finds it: a page has its hash alone, no code."""
+    """Copy the source of an external network to where the run finds it: a page stores only its hash, not the code."""
     if denoiser.get("code") is None:
         return
     places = [folder, path.parent, Path.cwd(), *sorted(p for p in SHIPPED.iterdir() if p.is_dir())]
     try:
         source.load(denoiser["name"].partition(":")[0], denoiser["code"], places).keep(folder)
     except ValueError as e:
-        raise UserError(f"{path}: denoiser.name: {e}; put the file beside the report") from None
+        raise UserError(f"{path}: denoiser.name: {e}; put the file next to the report") from None
 
 
 def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
     """Print every value of a cell with its verdict; return how many differ."""
     cell, rows = record["cells"][name], []
     trials = dict(zip([text for _, text in cell["recipe"]["rungs"]] or [""], found, strict=True))
-    last = list(cell["values"])[-1]  # of those in the report, which may be of an unfinished ladder
+    last = list(cell["values"])[-1]  # the last budget in the report, which the study may not have finished
     other = cell["record"] and records.difference(cell["record"], trials[last].record or {})
     for budget, reported in cell["values"].items():
         now = finite(trials[budget].values)
-        near = tolerances(record, cell["variant"], budget)
+        allowed = tolerances(record, cell["variant"], budget)
         equal = {k for k in reported if k in now and reported[k] == now[k]}
         for key, a in reported.items():  # another version may measure more
             b = now.get(key)
-            # No rounding differs where an error or distance, which no chance makes equal, has the same bits.
+            # An error or distance equal to the bit is no coincidence: rounding is the same, so nothing may differ.
             exact = any(metric_of(k).is_validation == metric_of(key).is_validation and _continuous(k) for k in equal)
-            tolerance = 0.0 if exact else near.get(key, 0.0)
+            tolerance = 0.0 if exact else allowed.get(key, 0.0)
             close = a is not None and b is not None and abs(a - b) <= tolerance
             verdict = VERDICTS[0 if key in equal else 1 if close else 2]
             at = {"budget": budget} if budget else {}
@@ -183,17 +183,17 @@ def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
 
 
 def _continuous(name: str) -> bool:
-    """Whether a metric is an error or a distance, not a share of counted samples."""
+    """Return whether a metric is an error or a distance, rather than a fraction of samples."""
     metric = metric_of(name)
     return metric.is_validation or (metric.direction == "lower" and not metric.percent)
 
 
 def tolerances(record: dict[str, Any], variant: str, budget: str) -> dict[str, float]:
-    """Metric -> how far a value may lie off where the machine or its threads round differently; 0 where unknown.
+    """Return metric -> how much a value may differ if the machine or its threads round differently; 0 if unknown.
 
-    Rounding grows in training until a run differs from its twin as much as from another seed's (Summers & Dinneen
-    2021): so 95% of the differences of two seeds, by Student's t over the variant's seeds, or over all variants'
-    where it has but one.
+    Rounding errors grow during training until a run differs from its twin as much as from another seed (Summers &
+    Dinneen 2021). The tolerance is therefore the bound of 95% of the differences between two seeds, by Student's t over
+    the variant's seeds, or over those of all variants if it has only one.
     """
     groups: dict[str, dict[str, list[float]]] = {}
     for cell in record["cells"].values():

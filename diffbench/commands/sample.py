@@ -1,4 +1,4 @@
-"""`diffbench sample`: draw samples of a run, into a grid, and how they come about."""
+"""`diffbench sample`: draw samples from a run, as a grid, and optionally their steps."""
 
 import argparse
 import re
@@ -20,78 +20,78 @@ from diffbench.sampling.images import FORMATS, Trajectory, class_columns, new_fi
 
 @dataclass
 class DrawConfig:
-    """The arguments of `sample`; the keys of the sample section are allowed too."""
+    """Keys of `diffbench sample`, in addition to those of the section `sample`."""
 
     n: int | None = None
-    """Number of samples; null draws one for each label, or 16."""
+    """Number of samples; null: one for each of `labels`, else 16."""
     labels: str | list[str] | None = None
-    """A class, by name or number, or a list with one for each sample; null takes the classes in turn."""
+    """A class, by name or number, or a list with one for each sample; null: all classes in turn."""
     seed: int = 0
-    """Sample i's noise follows from (seed, i)."""
+    """Seed of the noise; the noise of sample i depends only on (seed, i)."""
     out: str | None = None
     """File of the grid: .png, .jpg, .webp or .gif; or .npz with the samples as arr_0 and their labels as arr_1."""
     ema: float | None = None
-    """Decay of the average to sample; null takes the first."""
+    """Decay of the weight average to sample from; null: the first."""
     strip: bool = False
-    """Also draw how the first four come about, x_t and the predicted image along the steps, as NAME.strip.png."""
+    """Also draw x_t and the predicted image of the first four samples over the steps, as NAME.strip.png."""
     gif: bool = False
-    """The same as an animation, NAME.steps.gif."""
+    """Also draw these steps as an animation, NAME.steps.gif."""
     raw: bool = False
-    """Leave out the autoencoder, and write what the network denoises; needs out=NAME.npz."""
+    """Skip the autoencoder and write the denoised latents; needs out=NAME.npz."""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draw samples of `arguments.run`, and print the files."""
+    """Draw samples from `arguments.run`, and print the files written."""
     for line in draw(Path(arguments.run), arguments.overrides):
         print(line)
 
 
 def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
-    """Draw samples of a run as key=value arguments ask; yields the files as they are written, and named classes.
+    """Draw samples from a run with key=value settings; yield the classes, if they have names, then each file written.
 
     Raises:
-        UserError: naming the key that is wrong, or the file that is there already.
+        UserError: if a key is wrong, or a file exists already.
     """
     run = load(folder)
     values = parse_overrides(overrides)
-    section = values.pop("sample", {})  # steps=50 and sample.steps=50 are the same
+    section = values.pop("sample", {})  # steps=50 and sample.steps=50 mean the same
     values |= section if isinstance(section, dict) else {"sample": section}
     refuse_others(values, *vars(DrawConfig()), *vars(run.config.sample))
-    asked = asked_for(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
-    if asked.ema is not None:
-        run.use_average(asked.ema)
-    settings = change(run.config, {"sample": {k: v for k, v in values.items() if k not in vars(asked)}}).sample
+    config = asked_for(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
+    if config.ema is not None:
+        run.use_average(config.ema)
+    settings = change(run.config, {"sample": {k: v for k, v in values.items() if k not in vars(config)}}).sample
     with located([(COMMAND_LINE, values)]):
-        labels = run.labels_for(asked.n, asked.labels)
-        if asked.raw and run.config.autoencoder is None and not run.raw:
+        labels = run.labels_for(config.n, config.labels)
+        if config.raw and run.config.autoencoder is None and not run.raw:
             raise ValueError("raw: this network denoises images; leave it at false")
-        raw = asked.raw or run.raw
-        if raw and (asked.strip or asked.gif or Path(asked.out or "").suffix.lower() != ".npz"):
-            key = "strip" if asked.strip else "gif" if asked.gif else "out"
+        raw = config.raw or run.raw
+        if raw and (config.strip or config.gif or Path(config.out or "").suffix.lower() != ".npz"):
+            key = "strip" if config.strip else "gif" if config.gif else "out"
             shape = "x".join(map(str, run.shape))
-            raise ValueError(f"{key}: {shape} raw values are not an image; give out=NAME.npz alone")
-        words = [f"{run.images_seen:09d}", *(word for word in overrides if not word.startswith("out="))]
-        name = short(re.sub(r"[^\w.,=\[\]-]", "_", "-".join(["sample", *words])))
-        endings = [ending for ending, asks in ((".strip.png", asked.strip), (".steps.gif", asked.gif)) if asks]
+            raise ValueError(f"{key}: {shape} raw values are not an image; set only out=NAME.npz")
+        parts = [f"{run.images_seen:09d}", *(o for o in overrides if not o.startswith("out="))]
+        name = short(re.sub(r"[^\w.,=\[\]-]", "_", "-".join(["sample", *parts])))
+        endings = [ending for ending, wanted in ((".strip.png", config.strip), (".steps.gif", config.gif)) if wanted]
         default, formats = run.folder / "samples" / f"{name}.png", [*FORMATS, ".npz"]
-        new_files(asked.out, default, endings, formats)  # refused before anything is drawn
+        new_files(config.out, default, endings, formats)  # raises before anything is drawn
         run.use_device()
         sampler = run.sampler(settings, raw)
         trajectory = Trajectory(sampler.images) if endings else None
-        samples = sampler(labels, settings, seed=asked.seed, callback=trajectory)
-        files = new_files(asked.out, default, endings, formats)  # another command may have written meanwhile
+        samples = sampler(labels, settings, seed=config.seed, callback=trajectory)
+        files = new_files(config.out, default, endings, formats)  # another command may have written them meanwhile
     names = run.label_names
     if names and names != tuple(map(str, range(run.facts.num_classes))):
         yield f"labels: {_counts(labels, names)}"
-    in_turn = asked.labels is None and len(names) > 1
-    columns = min(class_columns(len(names)) if in_turn else 10, len(samples))
+    all_classes = config.labels is None and len(names) > 1
+    columns = min(class_columns(len(names)) if all_classes else 10, len(samples))
     captions = [names[label] for label in labels] if names else None
     writers: list[Callable[[Path], None]] = [partial(save_grid, samples, columns, captions=captions)]
     if files[0].suffix.lower() == ".npz":
         writers = [partial(save_npz, samples, labels)]
-    if trajectory and asked.strip:
+    if trajectory and config.strip:
         writers.append(lambda path: save_image(trajectory.strip(), path))
-    if trajectory and asked.gif:
+    if trajectory and config.gif:
         writers.append(trajectory.save_gif)
     for path, write in zip(files, writers, strict=True):
         write(path)
@@ -99,7 +99,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
 
 
 def _counts(labels: Tensor, names: Sequence[str], most: int = 20) -> str:
-    """Classes with how many samples each has, as "cat 4, dog 3"."""
+    """Format the classes with their numbers of samples, such as "cat 4, dog 3"."""
     counts = Counter(labels.tolist())
     shown = [f"{names[label]} {count}" for label, count in sorted(counts.items())[:most]]
     return ", ".join(shown + ([f"and {len(counts) - most} more classes"] if len(counts) > most else []))

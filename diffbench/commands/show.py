@@ -1,4 +1,4 @@
-"""`diffbench show`: print an experiment's resolved config, and where each value comes from; runs nothing."""
+"""`diffbench show`: print an experiment's resolved config and the origin of each value, without training."""
 
 import argparse
 

@@ -13,7 +13,7 @@ from diffbench.studies.trials import KIND, TrialFile
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the study, or the trial of one, of `arguments.study`."""
+    """Run the study, or the single trial of a study, in `arguments.study`; return 1 if a trial is incomplete."""
     path, overrides = Path(arguments.study), [o for o in arguments.overrides if o != "--dry-run"]
     if path.is_file() and read_yaml(path).get("kind") == KIND:
         TrialFile(path).run()

@@ -1,4 +1,4 @@
-"""`diffbench train`: train an experiment, score it, and draw a grid; the same command resumes it."""
+"""`diffbench train`: train an experiment, score it, and draw a grid of samples; the same command resumes it."""
 
 import argparse
 import sys
@@ -12,21 +12,21 @@ from diffbench.core.progress import span
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains the experiment of `arguments.config`."""
-    words = list(arguments.overrides)
-    restart = _switch(words, "restart", "true", "false") == "true"
-    scored = _switch(words, "evaluate", "null", "false") is None
-    load(arguments.config, words)  # whose errors need not wait for what comes next
+    """Train the experiment `arguments.config`."""
+    overrides = list(arguments.overrides)
+    restart = _switch(overrides, "restart", "true", "false") == "true"
+    scored = _switch(overrides, "evaluate", "null", "false") is None
+    load(arguments.config, overrides)  # report errors before the slow imports below
     from diffbench.reports.runs import newest_scores, run_facts, run_table
     from diffbench.runs.denoiser import DenoiserRun
     from diffbench.runs.drawing import drawing_seconds
     from diffbench.runs.evaluate import is_scored
     from diffbench.runs.lifecycle import look, train
 
-    run = train(arguments.config, words, restart=restart)
-    builds_on = getattr(run.config, "autoencoder", None)
-    if builds_on is not None and (Path(builds_on) / "config.yaml").is_file():
-        autoencoder = look(builds_on).use_average()
+    run = train(arguments.config, overrides, restart=restart)
+    path = getattr(run.config, "autoencoder", None)
+    if path is not None and (Path(path) / "config.yaml").is_file():
+        autoencoder = look(path).use_average()
         if scored and not newest_scores(autoencoder):
             _score(autoencoder)
     if run.config.kind == "classifier":
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not grid.exists():
         if isinstance(run, DenoiserRun):
             names, columns = run.label_names, class_columns(len(run.label_names))
-            each = drawing_seconds(run) / run.config.evaluate.count
-            rows = max(1, min(10, 100 // columns, int(patience / max(columns * each, 1e-9))))
+            per_sample = drawing_seconds(run) / run.config.evaluate.count
+            rows = max(1, min(10, 100 // columns, int(patience / max(columns * per_sample, 1e-9))))
             captions = [names[i % columns % len(names)] for i in range(columns * rows)] if names else None
             save_grid(run.sample_tensor(columns * rows, captions), columns, grid, captions)
         else:
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _score(run: Any) -> None:
-    """Score a run, which is complete whether or not that can be done."""
+    """Score a run; only print a note if it cannot be scored, since its training is complete."""
     from diffbench.commands.evaluate import score
     from diffbench.data.facts import OtherDataError
 
@@ -77,16 +77,16 @@ def _score(run: Any) -> None:
         print(f"not scored: {e}", flush=True)
 
 
-def _switch(words: list[str], name: str, *allowed: str) -> str | None:
-    """The last value that a word of the command alone has, which is taken out of the overrides; None without one."""
-    given = [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
-    if given and given[-1] not in allowed:
-        raise UserError(f"{COMMAND_LINE}: {name}: must be {' or '.join(allowed)}, got {given[-1]!r}")
-    words[:] = [word for word in words if word.partition("=")[0] != name]
-    return given[-1] if given else None
+def _switch(overrides: list[str], name: str, *allowed: str) -> str | None:
+    """Remove a key that is not part of the config from the overrides; return its last value, None if it is not set."""
+    values = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == name]
+    if values and values[-1] not in allowed:
+        raise UserError(f"{COMMAND_LINE}: {name}: must be {' or '.join(allowed)}, got {values[-1]!r}")
+    overrides[:] = [o for o in overrides if o.partition("=")[0] != name]
+    return values[-1] if values else None
 
 
 def python() -> str:
-    """The interpreter as one would type it here."""
+    """Return the command that starts this Python interpreter from the working folder."""
     path = Path(sys.executable)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"

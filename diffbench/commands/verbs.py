@@ -1,4 +1,4 @@
-"""The verbs of `diffbench --help`: the purpose of each, where its keys are declared, two examples."""
+"""The verbs of `diffbench --help`: what each does, where its keys are declared, and two examples."""
 
 from dataclasses import dataclass, field
 
@@ -11,11 +11,11 @@ class Verb:
     """A verb of the command line.
 
     Attributes:
-        text: what it does, in a line.
-        examples: two sets of words that follow `diffbench VERB`.
-        keys: dataclasses of its keys -> the prefix of their names; see `config.keys.read_keys`.
-        more: further keys, or a word on them.
-        module: its module in commands/, where that has another name.
+        text: what it does, in one line.
+        examples: two lists of arguments to put after `diffbench VERB`.
+        keys: dataclass of its keys -> prefix of their names; see `config.keys.read_keys`.
+        more: further keys, and notes about the keys.
+        module: its module in commands/, if the name differs.
         json: whether it takes --json.
     """
 
@@ -27,18 +27,18 @@ class Verb:
     json: bool = False
 
 
-_KINDS = "The keys of a classifier or an autoencoder: `diffbench show CONFIG`."
-_SLURM = "launcher=slurm and launcher.KEY=VALUE hand the command to SLURM."
-_THE_RUNS = "Keys that are not given keep the values of the run's own config."
+_KINDS = "For the keys of a classifier or an autoencoder see `diffbench show CONFIG`."
+_SLURM = "launcher=slurm submits the command to SLURM; launcher.KEY=VALUE sets an option of the job."
+_THE_RUNS = "Keys that are left out keep their values from the run's config."
 VERBS = {
-    "init": Verb("copy the shipped experiments into a folder, to begin from", ("", "my-project")),
+    "init": Verb("copy the shipped experiments into a folder, as a starting point", ("", "my-project")),
     "train": Verb(
-        "train an experiment; the same command resumes it",
+        "train an experiment; run the same command again to resume it",
         ("experiments/digits/dit.yaml", "experiments/digits/diffit.yaml seed=1 optimizer.lr=1e-3"),
         {RUN: ""},
         (
-            "restart=true sets an earlier run of that name aside and begins anew.",
-            "evaluate=null trains without scoring at the end.",
+            "restart=true renames the run's existing folder and starts over.",
+            "evaluate=null skips the scoring at the end.",
             _KINDS,
             _SLURM,
         ),
@@ -50,73 +50,73 @@ VERBS = {
         (_SLURM,),
     ),
     "show": Verb(
-        "print an experiment's resolved config, and where each value comes from; runs nothing",
+        "print an experiment's resolved config and the origin of each value, without training",
         ("experiments/digits/dit.yaml", "experiments/digits/dit.yaml denoiser.depth=2"),
         {RUN: ""},
         (_KINDS,),
     ),
     "list": Verb(
-        "list backbones, presets and experiments; or the runs in folders",
+        "list backbones, presets and experiments, or the runs in folders",
         ("", "runs --json"),
         json=True,
     ),
     "evaluate": Verb(
-        "score samples of a run, or anyone's images",
+        "score samples from a run, or any images",
         ("runs/digits/dit-s0 sample.steps=50", "samples.npz --against runs/digits/dit-s0"),
         {EVALUATE: "evaluate.", SAMPLE: "sample."},
         (
-            "seed=0 draws the samples, ema=0.999 takes that average, snapshot=best the weights of the least distance in"
-            " training, and export=FILE.npz writes the samples.",
-            f"With --against only evaluate.KEY. {_THE_RUNS}",
+            "seed=0 sets the seed of the samples, ema=0.999 selects the average with that decay, snapshot=best selects"
+            " the weights with the lowest distance during training, and export=FILE.npz saves the samples.",
+            f"With --against, only evaluate.KEY is allowed. {_THE_RUNS}",
         ),
         json=True,
     ),
     "reference": Verb(
-        "make statistics of real images",
+        "compute statistics of real images, for evaluate --against",
         ("images/ out=stats.safetensors", "runs/digits/dit-s0 evaluate.count=1000"),
         {EVALUATE: "evaluate."},
-        ("out=FILE.safetensors or, for the ADM evaluator, FILE.npz also writes them there.",),
+        ("out=FILE.safetensors, or FILE.npz for the ADM evaluator, also saves the statistics to that file.",),
     ),
     "sample": Verb(
-        "draw samples of a run into a PNG",
+        "draw samples from a run into an image file",
         ("runs/digits/dit-s0 labels=3 n=16 guidance=2", "runs/digits/dit-s0 out=digits.png strip=true gif=true"),
         {"commands/sample.py:DrawConfig": "", SAMPLE: ""},
         (_THE_RUNS,),
     ),
     "study": Verb(
-        "train every variant of a study with every seed",
+        "train every variant of a study with every seed, and write its report",
         ("experiments/studies/backbones.yaml", "experiments/studies/window.yaml --dry-run seeds=[0,1] jobs=2"),
         {"studies/config.py:StudyConfig": ""},
-        ("--dry-run prints the plan alone.", _SLURM),
+        ("--dry-run only prints the plan.", _SLURM),
     ),
     "compare": Verb(
-        "a table and a report of several runs, or of a study",
+        "compare several runs, or the variants of a study, in a table and a report",
         ("runs/digits/dit-s0 runs/digits/unet-s0", "runs/studies/backbones primary=fd export=table.tex"),
         {"commands/compare.py:CompareConfig": ""},
         json=True,
     ),
     "reproduce": Verb(
-        "train cells of a report again from its page alone, and compare every value",
+        "retrain cells of a report from its page alone, and compare every value",
         ("runs/studies/backbones/report.html", "report.html dit/0 out=again"),
         {"commands/reproduce.py:ReproduceConfig": ""},
         (
-            "A cell is a variant and a seed, as dit/0; a variant alone is all its seeds, and all is every cell. Without"
-            " any, the cells are listed with what they cost. Exit code 1: something differs.",
+            "A cell is a variant and a seed, e.g. dit/0; dit alone means all its seeds, and all means every cell."
+            " Without a CELL, all cells are listed with the time each takes. The exit code is 1 if anything differs.",
         ),
     ),
     "findings": Verb(
-        "hold published claims against the shipped results, or against studies run here",
+        "check published claims against the shipped results, or against studies run here",
         ("", "run=true seeds=[0,1,2,3,4]"),
         {"commands/findings.py:FindingsConfig": ""},
-        ("With run=true also a study's KEY=VALUE, as seeds=[0,1,2].",),
+        ("With run=true, the keys of a study are allowed too, e.g. seeds=[0,1,2].",),
     ),
     "curves": Verb(
-        "write the reference curves of an experiment from runs that differ in their seed",
+        "write an experiment's reference curves from runs that differ only in their seed",
         ("runs/digits/dit-s0 runs/digits/dit-s1 runs/digits/dit-s2", "runs/digits/dit-s? out=curves.csv"),
         {"commands/curves.py:CurvesConfig": ""},
     ),
     "attention": Verb(
-        "draw where a run's tokens look along sampling",
+        "plot what a run's tokens attend to during sampling",
         ("runs/digits/diffit-s0", "runs/digits/diffit-s0 times=6 layers=[blocks.0]"),
         {"reports/attention.py:AttentionConfig": ""},
     ),
@@ -125,7 +125,7 @@ VERBS = {
         ("runs/digits/dit-s0 class=8", "runs/digits/dit-s0 class=8 n=2 target=noise out=eight.png"),
         {"evaluation/explain.py:ExplainConfig": ""},
         (
-            "class=8 is the class, by name or number; it has no default.",
+            "class=8 sets the class, by name or number; it is required.",
             f"sample.KEY=VALUE changes how its samples are drawn, by default without guidance. {_THE_RUNS}",
         ),
     ),
@@ -133,14 +133,14 @@ VERBS = {
         "turn a published checkpoint into a run folder",
         ("dit DiT-XL-2-256x256.pt runs/imported/dit-xl-2", "adm model.pt runs/imported/adm arguments.num_heads=16"),
         more=(
-            "arguments.NAME=VALUE is an argument of the reference's constructor, where its size is not a published one;"
-            " weights=KEY takes that set of weights instead of the average, ignore=[NAME] leaves names out; any other"
-            " key is the config's, as sample.steps=50.",
+            "arguments.NAME=VALUE passes an argument to the reference's constructor, for a size that is not published;"
+            " weights=KEY takes that set of weights instead of the average; ignore=[NAME] skips weights; any other key"
+            " is set in the config, e.g. sample.steps=50.",
         ),
         module="import_checkpoint",
     ),
     "completion": Verb(
-        "print a script by which bash completes verbs, keys and files (zsh: after bashcompinit)",
+        "print a bash script that completes verbs, keys and files (zsh: run bashcompinit first)",
         ("> ~/.diffbench-completion.sh", "| grep trainer"),
     ),
 }

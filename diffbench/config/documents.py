@@ -1,6 +1,6 @@
-"""YAML whose scalars keep the text that they were typed as, so that a key that holds text gets `007` and not 7.
+"""YAML whose scalars keep the text they were typed as, so that a key of type text gets `007` and not 7.
 
-OmegaConf's loader cannot do that, as it reads numbers before anybody knows what the key holds.
+OmegaConf's loader cannot do that, because it parses numbers before the type of the key is known.
 """
 
 import itertools
@@ -13,11 +13,11 @@ import yaml
 from diffbench.core.errors import UserError
 
 MOST_NODES, MOST_DEEP = 100_000, 50
-"""Of a YAML file: values in all, and levels of nesting."""
+"""Limits of a YAML file: number of values, and levels of nesting."""
 
 
 class Typed:
-    """A number that was typed in another form than Python prints it, as 007, 1e-4 or 200_000."""
+    """A number typed differently from how Python prints it, such as 007, 1e-4 or 200_000."""
 
     typed: str
 
@@ -39,7 +39,7 @@ _PLAIN: dict[str, Any] = {"true": True, "false": False} | dict.fromkeys(("", "~"
 
 
 def scalar(text: str) -> Any:
-    """A scalar that stands without quotes: null, true, false, a number that keeps its text, or the text itself."""
+    """Parse an unquoted scalar: null, true, false, a number that keeps its text, or the text itself."""
     bare = text.strip()
     if bare in _PLAIN:
         return _PLAIN[bare]
@@ -48,13 +48,13 @@ def scalar(text: str) -> Any:
             return _number(int(bare), _Int, text)
         if _FLOAT.fullmatch(bare):
             return _number(float(re.sub(r"\.(?=inf|nan)", "", bare.lower())), _Float, text)
-    except ValueError:  # as 1__0, or more digits than Python reads
+    except ValueError:  # such as 1__0, or more digits than Python parses
         pass
     return text
 
 
 def untyped(value: Any) -> Any:
-    """A value for code that declares no type: True and False, in any spelling of the word, are truth values."""
+    """Convert a value that has no declared type: true and false, in any capitalisation, become booleans."""
     return value.lower() == "true" if isinstance(value, str) and value.lower() in ("true", "false") else value
 
 
@@ -67,7 +67,7 @@ def _number(value: Any, kind: Callable[[Any], Any], text: str) -> Any:
 
 
 class _SafeLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML whose scalars keep their text, and whose keys are text and stand once."""
+    """A loader that keeps the text of scalars, and requires keys to be unique and text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         seen = set()
@@ -88,7 +88,7 @@ _SafeLoader.add_constructor("tag:yaml.org,2002:str", _SafeLoader.construct_text)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that `_SafeLoader` reads back as it was, numbers with the text that they were typed as included."""
+    """A dumper whose output `_SafeLoader` reads back unchanged, including the text that numbers were typed as."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
@@ -101,7 +101,7 @@ def dump(values: dict[str, Any]) -> str:
 
 
 def dump_line(key: str, value: Any) -> str:
-    """A key and its value as one line of YAML."""
+    """Format a key and its value as one line of YAML."""
     text = yaml.dump({key: value}, Dumper=_Dumper, allow_unicode=True, default_flow_style=True, width=2**20)
     return text.strip()[1:-1]
 
@@ -110,7 +110,7 @@ def parse(text: str, where: str) -> Any:
     try:
         values = yaml.load(text, _SafeLoader)
         if sum(1 for _ in itertools.islice(_nodes(values), MOST_NODES)) == MOST_NODES:  # aliases of aliases
-            raise ValueError("holds too many values")
+            raise ValueError("contains too many values")
         return values
     except RecursionError:
         raise UserError(f"{where}: not valid YAML: nested too deeply") from None
@@ -119,16 +119,16 @@ def parse(text: str, where: str) -> Any:
 
 
 def line_numbers(text: str) -> dict[str, int]:
-    """Dotted key -> its line, counted from 1, of a YAML document that `parse` accepts."""
-    found: dict[str, int] = {}
+    """Map each dotted key to its line, counted from 1, in a YAML document that `parse` accepts."""
+    lines: dict[str, int] = {}
 
     def walk(node: yaml.Node | None, prefix: str) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            found[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
             walk(value, f"{prefix}{key.value}.")
 
     walk(yaml.compose(text, _SafeLoader), "")
-    return found
+    return lines
 
 
 def _nodes(value: Any, depth: int = 0) -> Iterator[Any]:
@@ -141,7 +141,7 @@ def _nodes(value: Any, depth: int = 0) -> Iterator[Any]:
 
 
 def _problem(error: Exception) -> str:
-    """The message of a YAML error, without its context."""
+    """Return the message of a YAML error without its context."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
     return str(error).strip().split("\n")[0]

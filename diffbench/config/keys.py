@@ -1,4 +1,4 @@
-"""Keys with their defaults and descriptions, read from the source of the dataclasses: `--help` then needs no torch."""
+"""Keys with their defaults and descriptions, read from the dataclasses' source so that `--help` needs no torch."""
 
 import ast
 import textwrap
@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 SECTIONS = ("config/sections.py", "config/trainer.py")
 FIXED = ("format", "kind")
-"""Keys that a file holds and nobody turns."""
+"""Keys that are in files but aren't settings, so that `--help` leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,17 @@ class Key:
 
 
 def read_keys(place: str, prefix: str = "") -> list[Key]:
-    """The keys of a dataclass, those of its sections and of its base class included.
+    """Return the keys of a dataclass, including those of its sections and its base class.
 
     Args:
-        place: file in the package and class, as "config/kinds.py:RunConfig".
-        prefix: of the names, as "sample.".
+        place: file in the package and class, such as "config/kinds.py:RunConfig".
+        prefix: text put before each name, such as "sample.".
     """
     file, _, name = place.partition(":")
-    known = {name: node for part in (*SECTIONS, file) for name, node in _classes(part).items()}
-    found = {key.name: key for key in _keys(known, name, prefix)}  # a subclass replaces its base's
-    sections = list(dict.fromkeys(key.rpartition(".")[0] for key in found))
-    return sorted(found.values(), key=lambda key: sections.index(key.name.rpartition(".")[0]))
+    classes = {name: node for part in (*SECTIONS, file) for name, node in _classes(part).items()}
+    keys = {key.name: key for key in _keys(classes, name, prefix)}  # a subclass's key replaces its base's
+    sections = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+    return sorted(keys.values(), key=lambda key: sections.index(key.name.rpartition(".")[0]))
 
 
 def _classes(file: str) -> dict[str, ast.ClassDef]:
@@ -41,26 +41,26 @@ def _classes(file: str) -> dict[str, ast.ClassDef]:
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _keys(known: dict[str, ast.ClassDef], name: str, prefix: str) -> Iterator[Key]:
-    node = known[name]
+def _keys(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> Iterator[Key]:
+    node = classes[name]
     for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in known:
-            yield from _keys(known, base.id, prefix)
+        if isinstance(base, ast.Name) and base.id in classes:
+            yield from _keys(classes, base.id, prefix)
     for line, after in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.target.id in FIXED:
             continue
         key = f"{prefix}{line.target.id}"
-        section = next((n.id for n in ast.walk(line.annotation) if isinstance(n, ast.Name) and n.id in known), None)
+        section = next((n.id for n in ast.walk(line.annotation) if isinstance(n, ast.Name) and n.id in classes), None)
         if section:
-            yield from _keys(known, section, f"{key}.")
+            yield from _keys(classes, section, f"{key}.")
         elif ast.unparse(line.annotation) == "Any":
-            yield Key(f"{key}.name", "", (), f"and the keys of that {line.target.id}; `diffbench show` prints them all")
+            yield Key(f"{key}.name", "", (), f"The {line.target.id} to use; `diffbench show CONFIG` prints its keys.")
         else:
             yield Key(key, _default(line.value), _choices(line.annotation), _text(after))
 
 
 def _text(node: ast.stmt | None) -> str:
-    """The docstring below a field, or nothing."""
+    """Return the docstring below a field, or an empty string."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
         return " ".join(node.value.value.split())
     return ""
@@ -73,11 +73,11 @@ def _choices(annotation: ast.expr) -> tuple[str, ...]:
 
 
 def _default(node: ast.expr | None) -> str:
-    """A default as YAML writes it."""
+    """Format a default as YAML writes it."""
     if isinstance(node, ast.Call):  # field(default_factory=...)
-        made = next(k.value for k in node.keywords if k.arg == "default_factory")
-        made = made.body if isinstance(made, ast.Lambda) else made
-        return {"dict": "{}", "list": "[]"}.get(text := ast.unparse(made), text)
+        factory = next(k.value for k in node.keywords if k.arg == "default_factory")
+        factory = factory.body if isinstance(factory, ast.Lambda) else factory
+        return {"dict": "{}", "list": "[]"}.get(text := ast.unparse(factory), text)
     if not isinstance(node, ast.Constant):
         return ast.unparse(node) if node else ""
     if node.value is None or isinstance(node.value, bool):
@@ -86,7 +86,7 @@ def _default(node: ast.expr | None) -> str:
 
 
 def key_lines(keys: Sequence[Key], width: int) -> Iterator[str]:
-    """A line or more for each key: name=default on the left, what it does on the right."""
+    """Yield one or more lines per key: name=default on the left, its description on the right."""
     column = 30
     for key in keys:
         left = f"  {key.name}={key.default}"

@@ -1,4 +1,4 @@
-"""The root dataclass of each `kind` of run, and the registries from which its sections choose by `name`."""
+"""The root dataclass of each `kind` of run, and the registries that sections choose from by `name`."""
 
 import math
 import os
@@ -37,14 +37,14 @@ REGISTRIES: dict[str, dict[str, type]] = {
 }
 
 DEFAULT_NAMES = {"process": "vp"}
-"""The name of a section that gives none; other sections must give one."""
+"""Section -> the `name` it defaults to; in other sections `name` is required."""
 
 
 def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """The values that a layer leaves of those below it.
+    """Drop values of the lower layer that the upper layer makes meaningless; return the others.
 
-    The sizes of another network or data set do not carry over, nor do sizes below a preset; decays and half-lives take
-    each other's place, and decays that follow from half-lives and a batch go with that batch.
+    Sizes do not carry over to another network or data set, nor to a preset. Decays and half-lives replace each other,
+    and decays computed from half-lives and a batch size are dropped where the upper layer changes that batch size.
     """
     kept = dict(lower)
     for section in REGISTRIES:
@@ -70,7 +70,7 @@ def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 
 LAST = ("optimizer", "ema", "trainer", "validation", "sample", "evaluate")
-"""The sections that config.yaml ends with, whatever the kind; its network comes before."""
+"""The sections at the end of every config.yaml, in this order; those of a kind's network come before them."""
 
 
 @dataclass
@@ -80,14 +80,16 @@ class BaseConfig:
     format: int = FORMAT
     kind: str = ""
     seed: int = 0
+    """Seed of every source of randomness that `seeds` leaves at null."""
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     tag: str | None = None
-    """Added to the run folder's name; overrides that change what is trained add one by themselves."""
+    """Added to the run folder's name; overrides that change training add a tag automatically."""
     runs_dir: str = "runs"
+    """Folder in which runs are stored."""
     debug: Literal["none", "smoke", "overfit"] = "none"
-    """smoke: two steps of everything; overfit: learn one batch by heart."""
+    """smoke: two steps of everything; overfit: train on a single batch."""
     data: Any = None
-    """The dataclass of the section's `name`, with `name` as a field."""
+    """An instance of the dataclass that its `name` chooses, with `name` as a field."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -96,40 +98,41 @@ class BaseConfig:
         if self.format != FORMAT:
             raise ValueError(f"format: must be {FORMAT}, got {self.format}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: must lie in 0 to 2^63 - 1, got {self.seed}")
+            raise ValueError(f"seed: must lie in [0, 2^63), got {self.seed}")
         if self.tag is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tag):
             raise ValueError(
-                f"tag: {self.tag!r} is not a name; allowed: up to 100 letters, digits, '-', '_' and '.', no sign first"
+                f"tag: {self.tag!r} is not a valid name; allowed: up to 100 letters, digits, '-', '_' and '.', the"
+                " first a letter or a digit"
             )
         if not self.runs_dir:
             raise ValueError("runs_dir: must be a folder, got ''")
         if self.optimizer.name == "muon" and self.trainer.strategy == "fsdp":
             raise ValueError(
-                "optimizer.name: muon takes whole matrices, which trainer.strategy=fsdp divides; choose adamw, or ddp"
+                "optimizer.name: muon needs whole matrices, which trainer.strategy=fsdp shards; choose adamw, or ddp"
             )
-        self.runs_dir = os.path.expanduser(self.runs_dir)  # no shell does so after an equals sign
+        self.runs_dir = os.path.expanduser(self.runs_dir)  # shells leave ~ alone after an equals sign
         self.ema = self.ema.in_steps(self.trainer.batch_size)
         precision = precision_here(self.trainer, low=self.kind == "denoiser")
         self.trainer = replace(self.trainer, precision=precision)
 
     def seed_of(self, source: str) -> int:
-        """The seed of a source of randomness, one of `seeds`."""
-        own = getattr(self.seeds, source)
-        return self.seed if own is None else int(own)
+        """Return the seed of a source of randomness, which is a field of `seeds`."""
+        seed = getattr(self.seeds, source)
+        return self.seed if seed is None else int(seed)
 
 
 @dataclass
 class RunConfig(BaseConfig):
-    """A denoiser's run. `denoiser` and `process` hold the dataclass of their `name`, with `name` as a field."""
+    """A denoiser's run. `denoiser` and `process` are instances of the dataclasses that their `name` chooses."""
 
     kind: Literal["denoiser"] = "denoiser"
     init_from: str | None = None
-    """A run folder whose EMA weights start this run (a warm start, apart from resuming)."""
+    """Run folder whose EMA weights initialise this run (a warm start, not a resume)."""
     autoencoder: str | None = None
-    """null: pixels. Else the denoiser works on the latents of an autoencoder: a run folder, a folder in diffusers'
-    format, a hub name, or an experiment's YAML, whose run is trained first where it is missing."""
+    """Autoencoder whose latents are denoised: a run folder, a folder in diffusers' format, a hub name, or an
+    experiment's YAML file, whose run is trained first if it does not exist. null: denoise pixels."""
     latent_dtype: Literal["float16", "float32"] = "float16"
-    """Type in which the latents' means and log-variances are stored."""
+    """Data type of the stored latents (means and log-variances)."""
     denoiser: Any = None
     process: Any = None
     seeds: DenoiserSeedsConfig = field(default_factory=DenoiserSeedsConfig)
@@ -143,26 +146,26 @@ class RunConfig(BaseConfig):
         if self.autoencoder == "":
             raise ValueError("autoencoder: must be a folder, a hub name, an experiment's YAML, or null; got ''")
         if self.autoencoder is None and self.latent_dtype != "float16":
-            raise ValueError("latent_dtype: belongs to autoencoder; without one leave it at float16")
+            raise ValueError("latent_dtype: needs an autoencoder; without one leave it at float16")
         if self.autoencoder is not None and self.trainer.augment:
-            raise ValueError("trainer.augment: changes images, not the latents of autoencoder; leave it at 0")
+            raise ValueError("trainer.augment: augments images, not an autoencoder's latents; leave it at 0")
         self._check_guidance()
         call = getattr(self.denoiser, "call", None)
         if call is not None and call.t_as == "step" and self.process.name != "vp":
             raise ValueError(
-                f"denoiser.call.t_as: step rounds the time, and only process.name=vp counts in steps, not"
+                f"denoiser.call.t_as: step rounds the time to a step, and only process.name=vp has steps, not"
                 f" {self.process.name}; choose time, noise_level or log_snr"
             )
         if self.trainer.time_sampling == "loss_aware":
             p = self.process
             if p.name != "vp":
                 raise ValueError(
-                    f"trainer.time_sampling: loss_aware counts the steps of process.name=vp, not {p.name};"
+                    f"trainer.time_sampling: loss_aware needs the steps of process.name=vp, not {p.name};"
                     " choose uniform or stratified"
                 )
             if p.times != "uniform" or p.shift != 1:
                 raise ValueError(
-                    "trainer.time_sampling: loss_aware takes the place of process.times and process.shift; leave them"
+                    "trainer.time_sampling: loss_aware replaces process.times and process.shift; leave them"
                     f" at uniform and 1, got {p.times} and {p.shift}"
                 )
         shape = self.data.shape if self.autoencoder is None else None
@@ -172,7 +175,7 @@ class RunConfig(BaseConfig):
 
     @property
     def pixels(self) -> bool:
-        """Whether the denoiser works on pixels in [-1, 1], not on latents or other values."""
+        """Whether the denoiser works on pixels in [-1, 1] and not on latents or other values."""
         return self.autoencoder is None and self.data.shape[0] in (1, 3)
 
     def _check_guidance(self) -> None:
@@ -180,13 +183,13 @@ class RunConfig(BaseConfig):
         by_class = s.guidance != 1 and s.weak_model is None
         if by_class and self.trainer.label_dropout == 0:
             raise ValueError(
-                f"sample.guidance: {s.guidance:g} needs a null class, and trainer.label_dropout=0 trains none;"
+                f"sample.guidance: {s.guidance:g} needs a null class, but trainer.label_dropout=0 trains none;"
                 " allowed: sample.guidance=1, trainer.label_dropout above 0, sample.weak_model=RUN,"
                 " or sample.classifier=RUN with sample.guidance=1"
             )
         if by_class and not takes_labels(self.denoiser):
             raise ValueError(
-                f"sample.guidance: {s.guidance:g} needs labels, and denoiser.call.y=null gives the network none;"
+                f"sample.guidance: {s.guidance:g} needs labels, but denoiser.call.y=null gives the network none;"
                 " allowed: sample.guidance=1, sample.weak_model=RUN"
             )
         if s.guidance_schedule == "power_cosine" and self.process.name != "vp":
@@ -196,7 +199,7 @@ class RunConfig(BaseConfig):
             )
 
     def _settle_sampler(self) -> None:
-        """Fill in the sampler that suits the process, and refuse one that does not, or steps that do not fit."""
+        """Fill in the process's default sampler; raise ValueError for a sampler or steps that do not suit it."""
         name = self.process.name
         s = self.sample = self.sample.settled(name, pixels=self.pixels)
         if s.s_churn and name != "edm":
@@ -214,7 +217,7 @@ class RunConfig(BaseConfig):
 
 @dataclass
 class ClassifierRunConfig(BaseConfig):
-    """A run of a classifier of noisy images, for classifier guidance under the same process."""
+    """A run of a classifier of noisy images, for classifier guidance with the same process."""
 
     kind: Literal["classifier"] = "classifier"
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
@@ -228,41 +231,41 @@ class ClassifierRunConfig(BaseConfig):
 
 
 def settled_process(process: Any, pixels: bool, shape: tuple[int, int, int] | None) -> Any:
-    """A process's config with what follows from the data: `sigma_data` where it is used, and a shift of null.
+    """Fill in what a process's config takes from the data: `sigma_data` if it is used, and `shift` if it is null.
 
     Args:
         pixels: whether the data are pixels in [-1, 1].
-        shape: (C, H, W), or None where it is not known yet; a shift of null is then a ValueError.
+        shape: (C, H, W), or None if it is not known yet; a shift of null is then a ValueError.
     """
     if process.sigma_data is None and "edm" in (process.name, process.weighting):
         process = replace(process, sigma_data=0.5 if pixels else 1.0)
     if process.shift is not None:
         return process
     if shape is None:
-        raise ValueError("process.shift: null follows the shape of images; with autoencoder give a number")
+        raise ValueError("process.shift: null takes it from the image shape; with an autoencoder give a number")
     return replace(process, shift=math.sqrt(math.prod(shape) / 4096))
 
 
 def check_levels(process: Any, validation: ValidationConfig) -> None:
-    """Raise ValueError unless the process reaches the noise levels of validation."""
+    """Raise ValueError unless the process covers the noise levels of validation."""
     levels = torch.tensor(validation.log_snr, dtype=torch.float64)
     with located(key="validation.log_snr"):
         PROCESSES[process.name].build(process).time_at(levels)
 
 
 def keys_of(kind: Any) -> list[str]:
-    """The keys of a dataclass, as config.yaml orders them."""
+    """List the keys of a dataclass in the order of config.yaml."""
     names = [f.name for f in fields(kind) if f.init]
     return [name for name in names if name not in LAST] + [name for name in LAST if name in names]
 
 
 @dataclass
 class NetworkConfig:
-    """Sizes of an autoencoder that is trained here; its channels are the data's, its scale is found by training."""
+    """Sizes of an autoencoder to train; its image channels come from the data, its scaling factor from training."""
 
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    """Width of each level; n levels shrink a side 2^(n-1) times."""
+    """Width of each level; n levels reduce each side by 2^(n-1)."""
     layers_per_block: int = 2
     norm_num_groups: int = 32
     """Groups of the group normalisation; must divide every width."""
@@ -273,7 +276,7 @@ class NetworkConfig:
         self.for_channels(1)
 
     def for_channels(self, channels: int) -> KLConfig:
-        """The network for images of this many channels."""
+        """Return the config of the network for images with this many channels."""
         try:
             return KLConfig(channels, channels, scaling_factor=1.0, **vars(self))
         except ValueError as e:
@@ -282,13 +285,13 @@ class NetworkConfig:
 
 @dataclass
 class LossConfig:
-    """Sums over an image, as in latent diffusion: reconstruction + kl_weight * KL + perceptual_weight * perceptual."""
+    """Loss, summed over an image as in LDM: reconstruction + kl_weight * KL + perceptual_weight * perceptual."""
 
     reconstruction: Literal["l1", "l2"] = "l1"
     kl_weight: float = 1e-6
-    """0 makes a plain autoencoder, whose latents have no spread."""
+    """0: a plain autoencoder, whose latents have no variance."""
     perceptual: str | None = None
-    """An extractor whose features are compared too (their mean squared difference, times the pixels); null for none."""
+    """Extractor of the perceptual loss (mean squared difference of features, times the number of pixels)."""
     perceptual_weight: float = 1.0
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The layers of a config: YAML files, their bases, and key=value arguments, as values that remember their source."""
+"""The layers of a config (YAML files, their bases, and key=value arguments), each kept with its origin."""
 
 import contextlib
 import itertools
@@ -13,20 +13,20 @@ from diffbench.core.errors import UserError, suggest
 
 COMMAND_LINE, SMOKE_MODE = "command line", "debug=smoke"
 SHIPPED = Path(__file__).parents[1] / "experiments"
-"""The experiments that come with the package; in a checkout a link to the folder that is edited."""
+"""The experiments that ship with the package; in a checkout, a symlink to the top-level folder."""
 Layer = tuple[str, dict[str, Any]]
-"""The origin of values (a file, the command line), and the values as written."""
+"""The origin of some values (a file, the command line), and the values as written."""
 
 
 @contextlib.contextmanager
 def located(layers: Sequence[Layer] = (), key: str = "") -> Iterator[None]:
-    """Say where an error inside the block comes from: first its key, then the file or argument that set it.
+    """Prefix an error raised in the block with its key, or with the file or argument that set the key.
 
     Args:
-        layers: what the config consists of. A ValueError becomes a UserError that begins with the last layer that sets
-            a key of the message's first sentence; without layers, with "command line".
-        key: instead of layers: a ValueError or UserError becomes a ValueError that begins with this key. The layers
-            around look for the key too, as one value may only be wrong beside another of its section.
+        layers: the layers of the config. A ValueError becomes a UserError that begins with the last layer to set a key
+            named in the message (up to its first "; "); if there is none, with the last file or "command line".
+        key: used instead of layers. A ValueError or UserError becomes a ValueError that begins with this key. An
+            outer `located` with layers looks for this key too, since the fault may be in how keys combine.
     """
     try:
         yield
@@ -39,13 +39,13 @@ def located(layers: Sequence[Layer] = (), key: str = "") -> Iterator[None]:
         if isinstance(e, UserError):
             raise
         named = [*re.findall(r"[A-Za-z_][\w.]*", text.split("; ")[0]), *getattr(e, "__notes__", ())]
-        origins = [origin for origin, values in layers if any(_holds(values, name) for name in named)]
+        origins = [origin for origin, values in layers if any(_sets(values, name) for name in named)]
         files = [origin for origin, _ in layers if origin not in (SMOKE_MODE, COMMAND_LINE)]
         raise UserError(f"{(origins or files or [COMMAND_LINE])[-1]}: {text}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file; UserError if it cannot be read, or holds something else."""
+    """Read the keys and values of a YAML file; UserError if it cannot be read or contains anything else."""
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
@@ -54,15 +54,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {e.strerror}") from None
     values = parse(text, str(path))
     if not isinstance(values, dict | None):
-        raise UserError(f"{path}: must hold keys with values, as seed: 1")
+        raise UserError(f"{path}: must contain keys with values, e.g. seed: 1")
     return values or {}
 
 
 def read_chain(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
-    """A YAML file and the files below it, the farthest `base` first; `chain` holds the files that led here."""
+    """Read a YAML file and its bases, the root of the chain first; `chain` lists the files that led to this one."""
     if path.resolve() in chain:
         names = " -> ".join(p.name for p in (*chain, path))
-        raise UserError(f"{chain[-1]}: base: the chain {names} returns to itself")
+        raise UserError(f"{chain[-1]}: base: the chain {names} is a cycle")
     if not path.is_file():
         raise _missing(path, chain)
     values = read_yaml(path)
@@ -79,21 +79,21 @@ PATHS = re.compile(
     r"(^|\.)(experiment|autoencoder|init_from|sample\.weak_model|sample\.classifier|data\.path)$"
     r"|(^|\.)evaluate\.(weights|judge)$|^(out|export)$"
 )
-"""Keys whose text may be a path, also below a study's `set` and `axes`."""
+"""Keys whose value may be a path, including those nested in a study's `set` and `axes`."""
 
 
 def places(file: Path) -> list[Path]:
-    """The folders in which paths of a YAML file are looked up: its own, its repository, the working folder, and this
-    package, where the shipped experiments lie."""
+    """List the folders in which a YAML file's paths are looked up: the file's own, the root of its repository, the
+    working folder, and this package (for the shipped experiments)."""
     own = file.resolve().parent
     marked = (p for p in (own, *own.parents) if any((p / name).exists() for name in (".git", "pyproject.toml")))
     return list(dict.fromkeys([own, *itertools.islice(marked, 1), Path.cwd(), SHIPPED.resolve().parent]))
 
 
 def found_from(path: str, file: Path | None) -> str:
-    """A path that stands in a YAML file or, without one, on the command line, as it is reached from the working folder.
+    """Resolve a path from a YAML file, or from the command line if `file` is None, relative to the working folder.
 
-    A path that exists in none of its `places`, such as a hub name, stays as it is.
+    A path that exists in none of the file's `places`, such as a hub name, is returned unchanged.
     """
     path = os.path.expanduser(path)
     if not path or os.path.isabs(path):
@@ -107,7 +107,7 @@ def found_from(path: str, file: Path | None) -> str:
 
 
 def with_paths(value: Any, file: Path | None, key: str = "") -> Any:
-    """Values of a config with their paths as they are reached from the working folder; see `found_from`."""
+    """Return the values of a config with their paths resolved by `found_from`."""
     if isinstance(value, dict):
         return {k: with_paths(v, file, f"{key}.{k}" if key else k) for k, v in value.items()}
     if isinstance(value, list):
@@ -116,26 +116,26 @@ def with_paths(value: Any, file: Path | None, key: str = "") -> Any:
 
 
 def _missing(path: Path, chain: tuple[Path, ...]) -> UserError:
-    wrong = "is a folder, not a YAML file" if path.is_dir() else "no such file"
+    problem = "is a folder, not a YAML file" if path.is_dir() else "no such file"
     where = f"{chain[-1]}: base: {path}" if chain else str(path)
     folder = path if path.is_dir() else path.parent
-    beside = (p for p in folder.glob("*.yaml") if p.resolve() not in chain and (chain or p.name[0] != "_"))
-    near = sorted(map(str, beside)) or experiments()
-    named_so = sorted((n for n in near if Path(n).stem == path.stem), key=lambda n: (Path(n).parent != folder, len(n)))
-    hint = f"; did you mean {named_so[0]!r}?" if named_so else suggest(str(path), near)
-    choices = f"choose from {', '.join(near)}" if near else "`diffbench init` copies the shipped experiments here"
-    return UserError(f"{where}: {wrong}; {choices}{hint}")
+    siblings = (p for p in folder.glob("*.yaml") if p.resolve() not in chain and (chain or p.name[0] != "_"))
+    files = sorted(map(str, siblings)) or experiments()
+    alike = sorted((f for f in files if Path(f).stem == path.stem), key=lambda f: (Path(f).parent != folder, len(f)))
+    hint = f"; did you mean {alike[0]!r}?" if alike else suggest(str(path), files)
+    choices = f"choose from {', '.join(files)}" if files else "`diffbench init` copies the shipped experiments here"
+    return UserError(f"{where}: {problem}; {choices}{hint}")
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """key=value arguments as nested dictionaries. A value in quotes, [] or {} is YAML; any other is one scalar."""
+    """Parse key=value arguments into nested dictionaries. A value in quotes, [] or {} is YAML, any other a scalar."""
     values: dict[str, Any] = {}
     for argument in overrides:
         key, equals, text = argument.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+){0,20}", key):
-            lists = "; a list is given whole, as ema.decays=[0.99,0.999]" if "[" in key else ""
+            lists = "; write a list as a whole, e.g. ema.decays=[0.99,0.999]" if "[" in key else ""
             raise UserError(
-                f"{COMMAND_LINE}: {argument!r} is not an override; write key=value, as"
+                f"{COMMAND_LINE}: {argument!r} is not an override; write key=value, e.g."
                 f" trainer.max_images=200_000{lists}"
             )
         value = parse(text, f"{COMMAND_LINE}: {key}") if text.lstrip()[:1] in tuple("'\"[{") else scalar(text)
@@ -147,7 +147,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def refuse_others(values: Mapping[str, Any], *allowed: str, said: str = "unknown key") -> None:
-    """Raise UserError for the first key of the command line that is not allowed; "sample.KEY" allows a section."""
+    """Raise UserError for the first command-line key that is not allowed; "sample.KEY" allows a whole section."""
     known = [name.removesuffix(".KEY") for name in allowed]
     for key in values:
         if key not in known:
@@ -156,7 +156,7 @@ def refuse_others(values: Mapping[str, Any], *allowed: str, said: str = "unknown
 
 
 def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """Both together: sections merge, all else (lists too) is replaced."""
+    """Merge two layers: sections are merged key by key, anything else (lists too) is replaced by `upper`."""
     merged = dict(lower)
     for key, value in upper.items():
         below = merged.get(key)
@@ -165,7 +165,7 @@ def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 
 def stacked(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """Merge one layer over others; keys of a section where a value stood are a ValueError."""
+    """Merge a layer over the lower ones; ValueError if it has a section where they have a plain value."""
     for key, value in upper.items():
         below = lower.get(key)
         if isinstance(value, dict) and below is not None and not isinstance(below, dict):
@@ -174,11 +174,11 @@ def stacked(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 
 def experiments(root: Path = Path("experiments")) -> list[str]:
-    """The experiment YAMLs in the folders of one, but for shared bases (names that start with an underscore)."""
+    """List the experiment YAML files in the subfolders of `root`, except shared bases (named with a leading _)."""
     return sorted(str(p) for p in root.glob("*/*.yaml") if not p.name.startswith("_"))
 
 
-def _holds(values: Any, key: str) -> bool:
+def _sets(values: Any, key: str) -> bool:
     if isinstance(values, dict) and key in values:
         return True
     for part in key.split("."):

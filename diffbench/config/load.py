@@ -1,7 +1,7 @@
-"""From YAML and key=value arguments to checked dataclasses; every error names the file and the key.
+"""Loading of YAML and key=value arguments into checked dataclasses; every error names the file and the key.
 
-`layers` reads, OmegaConf resolves ${...}, `build` checks. What reaches the code is a tree of plain dataclasses, whose
-roots are in kinds.py.
+`layers` reads, OmegaConf resolves ${...}, `build` checks. The result is a tree of plain dataclasses, whose roots are in
+kinds.py.
 """
 
 import copy
@@ -33,7 +33,7 @@ C = TypeVar("C", bound=BaseConfig)
 T = TypeVar("T")
 
 LAPTOP = "laptop"
-"""The preset of every backbone whose sizes follow the images; see `denoisers.laptop`."""
+"""Name of the preset that sizes a backbone for a laptop and the shape of the images; see `denoisers.laptop`."""
 SMOKE: dict[str, dict[str, Any]] = {
     "trainer": {
         "max_images": 16,
@@ -60,21 +60,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> BaseConfig:
 
 
 def read_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[Layer]:
-    """The layers of a config: its farthest base first, the command line last."""
+    """Read the layers of a config: the root of its bases first, the command line last."""
     stack = read_chain(Path(path))
     changes = parse_overrides(overrides)
-    said: dict[str, Any] = {}
+    mode: dict[str, Any] = {}
     for _, values in (*stack, (COMMAND_LINE, changes)):
-        said |= {key: values[key] for key in ("debug", "kind") if key in values}
-    if said.get("debug") == "smoke":
+        mode |= {key: values[key] for key in ("debug", "kind") if key in values}
+    if mode.get("debug") == "smoke":
         with located(stack):
-            known = keys_of(_root(said))
+            known = keys_of(_root(mode))
         stack.append((SMOKE_MODE, {section: values for section, values in SMOKE.items() if section in known}))
     return [*stack, (COMMAND_LINE, changes)]
 
 
 def from_layers(stack: Sequence[Layer]) -> BaseConfig:
-    """The checked config of layers, later ones on top: the dataclass of its `kind`, a `RunConfig` for denoisers."""
+    """Merge layers, later ones on top, into a checked config of the class of its `kind`: `RunConfig` for denoisers."""
     merged: dict[str, Any] = {}
     for _, values in stack:
         merged = kept_below(merged, values)
@@ -111,20 +111,20 @@ def _root(values: dict[Any, Any]) -> type[BaseConfig]:
 
 
 def from_dict(values: dict[str, Any], origin: str) -> BaseConfig:
-    """The config of values already read; `origin` is named in errors."""
+    """Build a config from values that have been read already; errors name `origin`."""
     return from_layers([(origin, values)])
 
 
 def change(config: C, changes: dict[str, Any], origin: str = COMMAND_LINE) -> C:
-    """A config with some values changed, checked again; `origin` of the changes is named in errors.
+    """Return a config with some values changed, checked again; errors name `origin` as the source of the changes.
 
-    Clipping that followed from the sampler follows from the new one.
+    A new sampler resets `sample.clip` to its own default if it had the old sampler's.
     """
     values, sample = to_dict(config), changes.get("sample")
     if isinstance(config, RunConfig) and isinstance(sample, dict):
-        own = config.sample
-        follows = dataclasses.replace(own, clip=None).settled(config.process.name, config.pixels)
-        if sample.get("sampler", own.sampler) != own.sampler and own.clip == follows.clip:
+        old = config.sample
+        default = dataclasses.replace(old, clip=None).settled(config.process.name, config.pixels)
+        if sample.get("sampler", old.sampler) != old.sampler and old.clip == default.clip:
             values["sample"]["clip"] = None
     changed = from_layers([("config", values), (origin, changes)])
     assert isinstance(changed, type(config))
@@ -132,13 +132,13 @@ def change(config: C, changes: dict[str, Any], origin: str = COMMAND_LINE) -> C:
 
 
 def to_dict(config: BaseConfig) -> dict[str, Any]:
-    """Plain dictionaries, lists, numbers and strings: what config.yaml and checkpoints hold."""
+    """Return a config as plain dictionaries, lists, numbers and strings, the form in config.yaml and checkpoints."""
     values = _values(config)
     return {key: values[key] for key in keys_of(type(config))}
 
 
 def _values(value: Any) -> Any:
-    """As `dataclasses.asdict`, without fields that are no arguments, which only a network from outside has."""
+    """Do what `dataclasses.asdict` does, but leave out fields with init=False, which only external networks have."""
     if dataclasses.is_dataclass(type(value)):
         return {f.name: _values(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, dict):
@@ -153,7 +153,7 @@ def to_yaml(config: BaseConfig) -> str:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} to {"a.b": 1}; lists are leaves."""
+    """Flatten nested dictionaries: {"a": {"b": 1}} becomes {"a.b": 1}. Lists are leaves."""
     if not isinstance(values, dict):
         return {prefix: values}
     flat: dict[str, Any] = {}
@@ -163,9 +163,9 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> type:
-    """The dataclass of a section's `name`; fills in its preset.
+    """Return the dataclass of a section's `name`, and fill in the section's preset in `values`.
 
-    A denoiser named package.module:Class is looked up beside the files of the layers, the last first.
+    A denoiser named package.module:Class is looked up in the `places` of the layers' files, starting with the last.
     """
     registry, given = REGISTRIES[section], values.get(section)
     first = next(iter(registry))
@@ -173,36 +173,36 @@ def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> typ
         raise ValueError(f"{section}: must be a section with keys, got {shown(given)}; write {section}.name={first}")
     given = values[section] = {"name": DEFAULT_NAMES.get(section)} | (given or {})
     name = given["name"]
-    outside = section == "denoiser" and isinstance(name, str) and ":" in name
-    if not isinstance(name, str) or not (name in registry or outside):
-        said = "missing" if name is None else f"unknown name {name!r}"
+    external = section == "denoiser" and isinstance(name, str) and ":" in name
+    if not isinstance(name, str) or not (name in registry or external):
+        problem = "missing" if name is None else f"unknown name {name!r}"
         near = "" if name is None else suggest(str(name), registry)
         others = ", or write package.module:Class" if section == "denoiser" else ""
-        raise ValueError(f"{section}.name: {said}; choose from {', '.join(registry)}{others}{near}")
+        raise ValueError(f"{section}.name: {problem}; choose from {', '.join(registry)}{others}{near}")
     preset = given.pop("preset", None)
     if preset is not None:
-        presets = DENOISERS[name].presets if section == "denoiser" and not outside else {}
-        if section == "denoiser" and preset == LAPTOP and not outside and (fitted := _laptop(values, name)) is not None:
-            values[section] = fitted | given
+        presets = DENOISERS[name].presets if section == "denoiser" and not external else {}
+        if section == "denoiser" and preset == LAPTOP and not external and (sizes := _laptop(values, name)) is not None:
+            values[section] = sizes | given
             return _named(registry[name], name)
         if not isinstance(preset, str) or preset not in presets:
             allowed = f"choose from {', '.join([*presets, LAPTOP])}" if presets else f"{section}.name={name} has none"
             near = suggest(str(preset), presets)
             raise ValueError(f"{section}.preset: unknown preset {preset!r}; {allowed}{near}")
         values[section] = dataclasses.asdict(presets[preset].config) | given
-    if not outside:
+    if not external:
         return _named(registry[name], name)
     files = [Path(origin) for origin, _ in reversed(stack) if os.path.isfile(origin)]
     folders = list(dict.fromkeys(folder for file in files for folder in places(file))) or [Path.cwd()]
-    values[section] = {"args": {}} | given  # a dataclass of its own may lack defaults
+    values[section] = {"args": {}} | given  # so that `build` names the args that have no default
     found: type = foreign.section(name, given.get("code"), folders)
     return _named(found, name)
 
 
 def _laptop(values: dict[Any, Any], name: str) -> dict[str, Any] | None:
-    """The sizes of a denoiser for a laptop and these images; None for a denoiser that has none."""
+    """Return a denoiser's sizes for a laptop and these images; None if it has no laptop preset."""
     if values.get("autoencoder") is not None:
-        raise ValueError(f"denoiser.preset: {LAPTOP} sizes a network by the image, not by latents of autoencoder")
+        raise ValueError(f"denoiser.preset: {LAPTOP} sizes a network for images, not for an autoencoder's latents")
     kind: type[Any] = _chosen(values, "data", ())
     data = build(kind, values["data"], "data.")
     sizes = DENOISERS[name].laptop
@@ -211,28 +211,28 @@ def _laptop(values: dict[Any, Any], name: str) -> dict[str, Any] | None:
 
 @cache
 def _named(cls: type, name: str) -> type:
-    """A component's dataclass with the field `name` added, so that the choice is saved with it."""
+    """Add the field `name` to a component's dataclass, so that the choice is saved with it."""
     return dataclasses.make_dataclass(cls.__name__, [("name", str, field(default=name))], bases=(cls,))
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapping[str, Any] | None = None) -> T:
-    """An instance of a dataclass, its sections included.
+    """Build a dataclass, with its sections, from what a user wrote; check its keys and the types of their values.
 
-    `OmegaConf.structured` would check the types, but takes 'true' for text, 2 for true, NaN for a number and ??? for a
-    missing key without a word, refuses 2e5 for a whole number, and names no key for some errors; a test shows each.
+    `OmegaConf.structured` checks types too, but silently changes text (007 to 7, on to True), accepts 2 as true and NaN
+    as a number, drops ???, refuses 2e5 as a whole number, and names no key in some errors; a test shows each.
 
     Args:
         cls: the dataclass.
         values: what a user wrote for it; missing keys take their defaults.
-        prefix: of the keys in messages, as "trainer.".
-        kinds: types of fields that are only known now, such as the dataclass of the chosen denoiser.
+        prefix: text put before keys in messages, such as "trainer.".
+        kinds: types of fields that are not declared, such as the dataclass of the chosen denoiser.
 
     Raises:
-        ValueError: a line that begins with the key, says what is wrong, and after "; " what is allowed.
+        ValueError: one line with the key, what is wrong, and after "; " what is allowed.
     """
     hints = get_type_hints(cls) | dict(kinds or {})
     known = keys_of(cls)
-    made = {}
+    arguments = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in known:
@@ -240,67 +240,67 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapp
             raise ValueError(f"{key}: unknown key; allowed: {', '.join(known)}{near}")
         kind = hints[name]
         if not dataclasses.is_dataclass(kind):
-            made[name] = convert(kind, value, key)
+            arguments[name] = convert(kind, value, key)
         elif isinstance(value, dict):
-            made[name] = build(kind, value, f"{key}.")  # type: ignore[arg-type]
+            arguments[name] = build(kind, value, f"{key}.")  # type: ignore[arg-type]
         else:
             keys = ", ".join(keys_of(kind))
             raise ValueError(f"{key}: must be a section with keys, got {shown(value)}; allowed: {keys}")
     for field_ in dataclasses.fields(cls):  # type: ignore[arg-type]
-        needed = field_.init and field_.default is field_.default_factory is dataclasses.MISSING
-        if needed and field_.name not in made:
+        required = field_.init and field_.default is field_.default_factory is dataclasses.MISSING
+        if required and field_.name not in arguments:
             raise ValueError(f"{prefix}{field_.name}: missing")
-    return _from_outside(cls, made, prefix.rstrip(".")) if prefix.startswith("denoiser.args.") else cls(**made)
+    return _external(cls, arguments, prefix.rstrip(".")) if prefix.startswith("denoiser.args.") else cls(**arguments)
 
 
-def _from_outside(cls: type[T], made: dict[str, Any], key: str) -> T:
-    """An instance of the dataclass of a network from outside, which may raise whatever it likes.
+def _external(cls: type[T], arguments: dict[str, Any], key: str) -> T:
+    """Build the dataclass of an external network, which may raise any exception.
 
     Raises:
-        ValueError: if it does, or holds what config.yaml cannot.
+        ValueError: if it raises one, or has a value that config.yaml cannot store.
     """
     with located(key=key):
         try:
-            found = cls(**made)
+            config = cls(**arguments)
         except ValueError:
             raise
         except Exception as e:
             raise ValueError(f"{cls.__name__} refuses these values ({type(e).__name__}: {e})") from None
-    for name, value in _values(found).items():
+    for name, value in _values(config).items():
         try:
             dump({name: value})
         except Exception:
             kind = type(value).__name__
             raise ValueError(
-                f"{key}.{name}: {cls.__name__} holds a value of type {kind}; use what YAML holds: numbers, text, lists"
+                f"{key}.{name}: {cls.__name__} has a value of type {kind}; use what YAML can hold: numbers, text, lists"
             ) from None
-    return found
+    return config
 
 
 def _elsewhere(prefix: str, key: str) -> str:
-    """A hint that other choices of a section have a key, as "; data.path is a key of data.name=images"."""
+    """Return a hint that other choices of a section have a key: "; data.path is a key of data.name=images"."""
     section = prefix.rstrip(".")
     others = [name for name, kind in REGISTRIES.get(section, {}).items() if key in keys_of(kind)]
     return f"; {prefix}{key} is a key of {section}.name={' or '.join(others)}" if others else ""
 
 
 def origins(stack: Sequence[Layer]) -> dict[str, str]:
-    """Dotted key -> the last layer that sets it, as "experiments/digits/dit.yaml:7"; a default has none."""
+    """Map each dotted key, unless it is a default, to what set it last, such as "experiments/digits/dit.yaml:7"."""
     found: dict[str, str] = {}
     merged: dict[str, Any] = {}
     for origin, values in stack:
         lines = line_numbers(Path(origin).read_text("utf-8-sig")) if Path(origin).is_file() else {}
         merged = kept_below(merged, values)
-        left = flatten(merged)
-        found = {key: place for key, place in found.items() if key in left}
+        remaining = flatten(merged)
+        found = {key: place for key, place in found.items() if key in remaining}
         merged = stacked(merged, values)
         found |= {key: f"{origin}:{lines[key]}" if key in lines else origin for key in flatten(values)}
     return found
 
 
 def annotated(config: BaseConfig, stack: Sequence[Layer]) -> str:
-    """The config as YAML, with the origin of each value in a comment."""
-    known = origins(stack)
+    """Format a config as YAML, with the origin of each value in a comment."""
+    found = origins(stack)
     lines: list[tuple[str, str]] = []
 
     def walk(values: dict[str, Any], prefix: str, indent: str) -> None:
@@ -311,8 +311,8 @@ def annotated(config: BaseConfig, stack: Sequence[Layer]) -> str:
                 walk(value, f"{key}.", f"{indent}  ")
                 continue
             text = dump_line(name, value)
-            preset = known.get(f"{prefix}preset")
-            lines.append((f"{indent}{text}", known.get(key) or (f"preset, {preset}" if preset else "default")))
+            preset = found.get(f"{prefix}preset")
+            lines.append((f"{indent}{text}", found.get(key) or (f"preset, {preset}" if preset else "default")))
 
     walk(to_dict(config), "", "")
     column = 2 + max((len(text) for text, _ in lines if len(text) <= 36), default=0)

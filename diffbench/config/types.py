@@ -1,4 +1,4 @@
-"""Values that a user wrote, as the types that a config's dataclasses declare."""
+"""Conversion of values that a user wrote to the types that the config's dataclasses declare."""
 
 import contextlib
 import itertools
@@ -11,10 +11,10 @@ from diffbench.core.errors import suggest
 
 
 def convert(kind: Any, value: Any, key: str) -> Any:
-    """Convert a value to the type that its key declares: 2e5 serves as a whole number, and text stays as typed.
+    """Convert a value to the type that its key declares: 2e5 is valid as a whole number, and text stays as typed.
 
     Raises:
-        ValueError: a line that begins with the key.
+        ValueError: one line that begins with the key.
     """
     try:
         return _convert(kind, value)
@@ -23,14 +23,14 @@ def convert(kind: Any, value: Any, key: str) -> Any:
     options = [kind, *get_args(kind)]
     choices = [str(c) for option in options if get_origin(option) is Literal for c in get_args(option)]
     if choices:
-        choices += [_wanted(option) for option in options if option in (int, float, type(None))]
+        choices += [_description(option) for option in options if option in (int, float, type(None))]
         near = suggest(str(value), choices)
         raise ValueError(f"{key}: unknown value {shown(value)}; choose from {', '.join(choices)}{near}")
-    raise ValueError(f"{key}: must be {_wanted(kind)}, got {shown(value)}")
+    raise ValueError(f"{key}: must be {_description(kind)}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:
-    """A value as YAML writes it, near enough."""
+    """Format a value roughly as YAML writes it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
@@ -41,7 +41,7 @@ class _Mismatch(Exception):
 def _convert(kind: Any, value: Any) -> Any:
     origin, options = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        for option in sorted(options, key=lambda o: o is str):  # a number is text only where no number will do
+        for option in sorted(options, key=lambda o: o is str):  # text last: a number becomes text only if it must
             with contextlib.suppress(_Mismatch):
                 return _convert(option, value)
     elif origin is Literal:
@@ -62,7 +62,7 @@ def _convert(kind: Any, value: Any) -> Any:
     elif kind is type(None):
         if value is None:
             return None
-    elif kind not in (bool, int, float, str):  # which only a network from outside declares
+    elif kind not in (bool, int, float, str):  # other types come only from external networks
         return value
     elif kind is bool:
         if isinstance(value, bool | str) and str(value).lower() in _BOOLS:
@@ -84,7 +84,7 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 def _is_text(text: str) -> bool:
-    """Whether UTF-8 and a file name can hold it: no NUL, and no half of a surrogate pair."""
+    """Return whether a text can be UTF-8 and a file name: no NUL, no lone surrogate."""
     return "\0" not in text and not re.search("[\ud800-\udfff]", text)
 
 
@@ -92,16 +92,16 @@ def _is_whole(value: float) -> bool:
     return value.is_integer() and abs(value) < 2**53
 
 
-def _wanted(kind: Any) -> str:
-    """A type in words."""
+def _description(kind: Any) -> str:
+    """Describe a type in words."""
     options = get_args(kind)
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_wanted(option) for option in options)
+        return " or ".join(_description(option) for option in options)
     if get_origin(kind) is list:
         if options[0] is str:
-            return "a list of texts, as [a, 'b: c']"
-        return f"a list of {_wanted(options[0]).split(' ', 1)[1]}s, as [1, 2]"
+            return "a list of text values, e.g. [a, 'b: c']"
+        return f"a list of {_description(options[0]).split(' ', 1)[1]}s, e.g. [1, 2]"
     if get_origin(kind) is dict:
-        return "a section with keys of its own"
-    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-    return words.get(kind, "null")
+        return "a section with keys"
+    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    return names.get(kind, "null")

@@ -105,9 +105,9 @@ def test_show_prints_the_resolved_config_and_writes_nothing(tmp_path: Path, caps
         (["train", "--config", DIT], "unrecognized arguments: --config; see diffbench --help"),
         (["list", "--all"], "unrecognized arguments: --all; see diffbench --help"),
         (["compare"], "the following arguments are required: RUN [key=value]; see diffbench compare --help"),
-        (["show", DIT, "-x"], "'-x' is not an override; write key=value, as trainer.max_images=200_000"),
+        (["show", DIT, "-x"], "'-x' is not an override; write key=value, e.g. trainer.max_images=200_000"),
         (["list", "--mod"], "unrecognized arguments: --mod; see diffbench --help"),
-        (["show", DIT, "seed"], "'seed' is not an override; write key=value, as trainer.max_images=200_000"),
+        (["show", DIT, "seed"], "'seed' is not an override; write key=value, e.g. trainer.max_images=200_000"),
     ],
 )
 def test_a_wrong_command_line(refused: Callable[..., str], argv: list[str], line: str) -> None:
@@ -325,7 +325,7 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
         ("labels=[]", "labels: at least one is needed, got none"),
         ("n=0", "n: must be at least 1, got 0"),
         ("n=x", "n: must be a whole number or null, got 'x'"),
-        ("guidance=-1", "sample.guidance: must lie in 0 to 1e6, got -1.0"),
+        ("guidance=-1", "sample.guidance: must lie in [0, 1e6], got -1.0"),
         ("steps=abc", "sample.steps: must be like 250, ddim25 or 10,15,20, got 'abc'"),
         ("eta=0.5", "sample.eta: belongs to sample.sampler=ddim"),
         ("stesp=3", "stesp: unknown key; allowed: n, labels, seed, out, ema, strip, gif, raw, sampler, "),
@@ -351,7 +351,7 @@ def test_guidance_needs_a_null_class(refused: Callable[..., str], tmp_path: Path
     assert main(["train", DIT, "debug=smoke", *overrides]) == 0
     assert "(guidance" not in capsys.readouterr().out
     run = tmp_path / "digits" / "dit-smoke-x-s0"
-    expected = "command line: sample.guidance: 2 needs a null class, and trainer.label_dropout=0 trains none"
+    expected = "command line: sample.guidance: 2 needs a null class, but trainer.label_dropout=0 trains none"
     assert refused("sample", run, "guidance=2", "n=2").startswith(expected)
     assert refused("evaluate", run, "sample.guidance=2").startswith(expected)
 

@@ -27,7 +27,7 @@ def test_the_keys_of_help_are_those_of_the_config() -> None:
     assert keys["trainer.max_images"].default == "1_000_000"
     assert keys["trainer.label_dropout"].default == "0.1"  # of a subclass
     assert keys["optimizer.name"].choices[:2] == ("adamw", "adam")
-    assert keys["evaluate.count"].text == "Samples, with the classes of the real images that they are compared with."
+    assert keys["evaluate.every_count"].text == "Number of samples per distance during training."
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.keys])

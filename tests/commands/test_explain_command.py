@@ -43,7 +43,7 @@ def test_the_command_prints_a_table_and_writes_figure_json_and_tensorboard(smoke
     [
         (["class=10"], "class: '10' is not a class; choose from 0 to 9"),
         (["class=eigth"], "class: 'eigth' is not a class; choose from 0 to 9"),
-        ([], "class: missing; name one or give its number, as class=8"),
+        ([], "class: missing; give a name or a number, e.g. class=8"),
         (["klass=3"], "klass: unknown key; allowed: class, n, target, images, steps, batch_size, sparsity, seed, out, sample; did you mean 'class'?"),  # noqa: E501
         (["class=3", "n=10"], "n: must be at most 9, the number of other classes, got 10"),
         (["class=3", "target=teachr"], "target: unknown value 'teachr'; choose from teacher, noise; did you mean 'teacher'?"),  # noqa: E501

@@ -53,7 +53,7 @@ def test_where_there_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["list", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: no run folder here or below (none has a config.yaml)\n"
     assert main(["list", str(tmp_path / "runz")]) == 2
-    hint = "no such folder; train first, or name a folder that holds runs"
+    hint = "no such folder; train first, or name a folder that contains runs"
     assert capsys.readouterr().err == f"error: {tmp_path / 'runz'}: {hint}\n"
 
 

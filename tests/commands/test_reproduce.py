@@ -67,8 +67,8 @@ def test_a_page_holds_all_that_rebuilds_its_cells(report: Path, capsys: Capture)
     assert {"platform", "processor", "threads", "versions", "commit"} <= made.keys()  # type: ignore[attr-defined]
     assert main(["reproduce", str(report)]) == 0
     said = capsys.readouterr().out
-    assert "Tiny <b>: 4 cells" in said and "the page shows what its record holds, and the record is whole" in said
-    assert re.search(r"\nsteps=3/1 +32 +\S+ s +5\d\n", said) and "name cells to train them again" in said
+    assert "Tiny <b>: 4 cells" in said and "the page matches its record, and the record is intact" in said
+    assert re.search(r"\nsteps=3/1 +32 +\S+ s +5\d\n", said) and "to train cells again, name them" in said
 
 
 def test_cells_are_rebuilt_to_the_bit_in_a_folder_of_their_own(
@@ -86,7 +86,7 @@ def test_cells_are_rebuilt_to_the_bit_in_a_folder_of_their_own(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     assert main([*words[:-1], f"out={tmp_path / 'mine'}"]) == 2
-    assert "holds something else than reproduced cells" in capsys.readouterr().err
+    assert "exists already and has no reproduced cells" in capsys.readouterr().err
 
 
 def test_what_was_changed_by_hand_is_found(report: Path, tmp_path: Path, capsys: Capture) -> None:

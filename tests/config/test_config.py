@@ -176,7 +176,7 @@ REFUSED = {
     "trainer.max_images=0": "trainer.max_images: must be positive, got 0",
     "trainer.accumulate_grad_batches=7": "trainer.accumulate_grad_batches: 7 must divide trainer.batch_size=",
     "trainer.label_dropout=1": "trainer.label_dropout: must lie in [0, 1), got 1.0",
-    "trainer.label_dropout=0": "needs a null class, and trainer.label_dropout=0 trains none; allowed: ",
+    "trainer.label_dropout=0": "needs a null class, but trainer.label_dropout=0 trains none; allowed: ",
     "trainer.accelerator=tpu": (
         "trainer.accelerator: unknown value 'tpu'; choose from auto, cpu, gpu; did you mean 'gpu'?"
     ),
@@ -194,12 +194,12 @@ REFUSED = {
     "denoiser.preset=DiT-S/3": "denoiser.preset: unknown preset 'DiT-S/3'; choose from DiT-S/2, ",
     "denoiser.channels=[8]": "denoiser.channels: unknown key; allowed: patch_size, ",
     "denoiser.depth.0=1": "denoiser.depth: must be a whole number, got {'0': 1}",
-    "seed=-1": "seed: must lie in 0 to 2^63 - 1, got -1",
+    "seed=-1": "seed: must lie in [0, 2^63), got -1",
     "seed=x": "seed: must be a whole number, got 'x'",
     "seed=[1": "seed: not valid YAML: did not find expected",
     "seed=${nope}": "seed: Interpolation key 'nope' not found",
-    "tag=a/b": "tag: 'a/b' is not a name; allowed: up to 100 letters, digits, '-', '_' and '.'",
-    "tag=..": "tag: '..' is not a name; allowed: ",
+    "tag=a/b": "tag: 'a/b' is not a valid name; allowed: up to 100 letters, digits, '-', '_' and '.'",
+    "tag=..": "tag: '..' is not a valid name; allowed: ",
     "tag=[a]": "tag: must be text or null, got ['a']",
     "runs_dir=": "runs_dir: must be text, got null",
     "sample.steps=1e2": "sample.steps: must be like 250, ddim25 or 10,15,20, got '1e2'",
@@ -208,10 +208,10 @@ REFUSED = {
     "optimizer.lr=.nan": "optimizer.lr: must be a finite number, got nan",
     "optimizer.lr=0": "optimizer.lr: must be positive, got 0.0",
     "optimizer.weight_decay=-1": "optimizer.weight_decay: must be at least 0, got -1.0",
-    "optimizer.final_lr=2": "optimizer.final_lr: must lie in 0 to 1, got 2.0",
-    "optimizer.betas=0.9": "optimizer.betas: must be a list of finite numbers, as [1, 2], got 0.9",
-    "optimizer.betas=[a,b]": "optimizer.betas: must be a list of finite numbers, as [1, 2], got ['a', 'b']",
-    "optimizer.betas.0=0.5": "optimizer.betas: must be a list of finite numbers, as [1, 2], got {'0': 0.5}",
+    "optimizer.final_lr=2": "optimizer.final_lr: must lie in [0, 1], got 2.0",
+    "optimizer.betas=0.9": "optimizer.betas: must be a list of finite numbers, e.g. [1, 2], got 0.9",
+    "optimizer.betas=[a,b]": "optimizer.betas: must be a list of finite numbers, e.g. [1, 2], got ['a', 'b']",
+    "optimizer.betas.0=0.5": "optimizer.betas: must be a list of finite numbers, e.g. [1, 2], got {'0': 0.5}",
     "optimizer.betas=[0.9]": "optimizer.betas: must be two numbers in [0, 1), got [0.9]",
     "optimizer.warmup_images=1e9": "must exceed optimizer.warmup_images=1000000000; allowed: null for a constant rate",
     "ema.decays=[0.9,0.9]": "ema.decays: must be different numbers between 0 and 1, got [0.9, 0.9]",
@@ -224,7 +224,7 @@ REFUSED = {
     "sample.steps=2000": "sample.steps: '2000' does not fit process.steps=1000: cannot keep 2000 of 1000 steps",
     "sample.steps=ddim999": "sample.steps: 'ddim999' does not fit process.steps=1000: no integer stride",
     "sample.eta=0.5": "sample.eta: belongs to sample.sampler=ddim; with ddpm leave it at 0",
-    "sample.guidance=-1": "sample.guidance: must lie in 0 to 1e6, got -1.0",
+    "sample.guidance=-1": "sample.guidance: must lie in [0, 1e6], got -1.0",
     "evaluate.reference=some": "evaluate.reference: unknown value 'some'; choose from same, all; did you mean 'same'?",
     "evaluate.every_count=3": "evaluate.every_count: must be at least 20, got 3",
     "evaluate.every_images=0": "evaluate.every_images: must be positive or null, got 0",
@@ -239,18 +239,18 @@ REFUSED = {
     "ema.warmup=2": "ema.warmup: must be true or false, got 2",
     f"optimizer.lr=1{'0' * 400}": f"optimizer.lr: must be a finite number, got 1{'0' * 400}",
     "optimizer.lr=1e999": "optimizer.lr: must be a finite number, got inf",
-    "optimizer.betas=[0.9,.nan]": "optimizer.betas: must be a list of finite numbers, as [1, 2], got [0.9, nan]",
-    "optimizer.betas=[0.9,true]": "optimizer.betas: must be a list of finite numbers, as [1, 2], got [0.9, True]",
+    "optimizer.betas=[0.9,.nan]": "optimizer.betas: must be a list of finite numbers, e.g. [1, 2], got [0.9, nan]",
+    "optimizer.betas=[0.9,true]": "optimizer.betas: must be a list of finite numbers, e.g. [1, 2], got [0.9, True]",
     "trainer={devices: 1, devices: 2}": "trainer: not valid YAML: found duplicate key devices (line 1, column 14)",
     "optimizer.lr=0,001": "optimizer.lr: must be a finite number, got '0,001'",
     "trainer.max_images=1__0": "trainer.max_images: must be a whole number, got '1__0'",
     "trainer.max_images=0x10": "trainer.max_images: must be a whole number, got '0x10'",
-    "foo": "'foo' is not an override; write key=value, as trainer.max_images=200_000",
+    "foo": "'foo' is not an override; write key=value, e.g. trainer.max_images=200_000",
     "--seed=1": "'--seed=1' is not an override; write key=value",
     "-x": "'-x' is not an override; write key=value",
     "=5": "'=5' is not an override; write key=value",
     "a..b=1": "'a..b=1' is not an override; write key=value",
-    "optimizer.betas[0]=1": "a list is given whole, as ema.decays=[0.99,0.999]",
+    "optimizer.betas[0]=1": "write a list as a whole, e.g. ema.decays=[0.99,0.999]",
 }
 
 
@@ -285,7 +285,7 @@ def test_a_preset_of_another_network_is_refused() -> None:
         (BASE + "seed: !!python/object/apply:os.system [ls]\n", "not valid YAML: could not determine a constructor"),
         (
             "a: &a [" + "1," * 99 + "1]\nb: &b [" + "*a," * 99 + "*a]\nc: [" + "*b," * 99 + "*b]\n",
-            "not valid YAML: holds ",
+            "not valid YAML: contains too many values",
         ),
         ("a: &a [*a]\n", "not valid YAML: nested too deeply"),
         ("5: 1\n5: 2\n", "not valid YAML: found duplicate key 5 (line 2, column 1)"),
@@ -293,13 +293,13 @@ def test_a_preset_of_another_network_is_refused() -> None:
         ("[a]: 1\n", "not valid YAML: found a key that is not text (line 1, column 1)"),
         (b"\x00\xff\xfe", "not valid YAML: not text in UTF-8"),
         (b"tag: \xe9", "not valid YAML: not text in UTF-8"),
-        ("- 1\n", "must hold keys with values, as seed: 1"),
-        ("5", "must hold keys with values, as seed: 1"),
+        ("- 1\n", "must contain keys with values, e.g. seed: 1"),
+        ("5", "must contain keys with values, e.g. seed: 1"),
         ("", "data.name: missing; choose from digits"),
         ("data: {name: digits}\n", "denoiser.name: missing; choose from"),
         ("base: [a.yaml]\n", "base: must be the path of one YAML file, relative to this one, got ['a.yaml']"),
         ("base: 3\n", "base: must be the path of one YAML file, relative to this one, got 3"),
-        ("base: bad.yaml\n", "base: the chain bad.yaml -> bad.yaml returns to itself"),
+        ("base: bad.yaml\n", "base: the chain bad.yaml -> bad.yaml is a cycle"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, content: str | bytes, expected: str) -> None:
@@ -323,7 +323,7 @@ def test_missing_and_cyclic_bases(tmp_path: Path) -> None:
     root, rot = tmp_path / "root.yaml", tmp_path / "rot.yaml"
     assert refusal(leaf) == f"{leaf}: base: {rot}: no such file; choose from {root}; did you mean '{root}'?"
     a = written(tmp_path, a="base: b.yaml\n", b="base: a.yaml\n")
-    assert refusal(a) == f"{tmp_path / 'b.yaml'}: base: the chain a.yaml -> b.yaml -> a.yaml returns to itself"
+    assert refusal(a) == f"{tmp_path / 'b.yaml'}: base: the chain a.yaml -> b.yaml -> a.yaml is a cycle"
 
 
 def test_a_missing_experiment_suggests_the_nearest() -> None:

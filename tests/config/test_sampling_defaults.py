@@ -72,6 +72,6 @@ def test_a_shift_of_null_follows_the_image() -> None:
         1 / 2,
     ]
     with pytest.raises(
-        UserError, match=r"process\.shift: null follows the shape of images; with autoencoder give a number"
+        UserError, match=r"process\.shift: null takes it from the image shape; with an autoencoder give a number"
     ):
         config(LATENT, "process.shift=null")

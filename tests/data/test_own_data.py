@@ -123,7 +123,7 @@ def test_a_stop_while_decoding_is_one_line(
     root = folder(tmp_path / "flat", {"": 40})
     monkeypatch.setattr("diffbench.core.store.Filling.add", stop)
     assert main(command(root)) == 130
-    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+    assert capsys.readouterr().err == "stopped; run the same command again to resume\n"
 
 
 def test_a_run_whose_data_went_away_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

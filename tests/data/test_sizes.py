@@ -111,7 +111,7 @@ def test_images_need_not_be_square(name: str) -> None:
 def test_a_laptop_preset_follows_the_images_and_keeps_overrides() -> None:
     config = load_config("experiments/own/dit.yaml", ["data.image_size=64", "denoiser.depth=2"])
     assert (config.denoiser.patch_size, config.denoiser.depth, config.denoiser.hidden_size) == (4, 2, 128)
-    with pytest.raises(UserError, match="laptop sizes a network by the image, not by latents"):
+    with pytest.raises(UserError, match="laptop sizes a network for images, not for an autoencoder's latents"):
         load_config("experiments/own/dit.yaml", ["autoencoder=some/folder"])
 
 

@@ -79,7 +79,7 @@ def test_curves_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     other = made_runs.make_run(tmp_path / "digits" / "other-s3", "dit", 3, overrides=["denoiser.depth=2"])
     again = made_runs.make_run(tmp_path / "again" / "dit-s0", "dit", 0, 0.1)
     assert main(["curves", *runs, str(again)]) == 2
-    assert "two of these runs have one seed; a band needs different ones" in capsys.readouterr().err
+    assert "two of these runs have the same seed; a band needs different ones" in capsys.readouterr().err
     assert main(["curves", *runs[:2]]) == 2
     assert "2 runs; a band needs at least 3" in capsys.readouterr().err
     assert main(["curves", *runs, str(other)]) == 2

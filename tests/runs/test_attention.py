@@ -112,7 +112,7 @@ def test_what_is_not_there_is_refused_by_name(finished: Path, argument: str, lin
 
 def test_a_command_without_a_run_or_over_a_file(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     assert main(["attention", "times=3"]) == 2
-    assert capsys.readouterr().err.startswith("error: command line: name run folders, as runs/digits/dit-s0")
+    assert capsys.readouterr().err.startswith("error: command line: name run folders, e.g. runs/digits/dit-s0")
     there = tmp_path / "there.png"
     there.write_bytes(b"mine")
     assert main(["attention", str(finished), f"out={there}"]) == 2

@@ -157,7 +157,7 @@ def test_raw_samples_are_latents_even_of_one_channel(
     capsys.readouterr()
     assert main(words) == 2
     assert capsys.readouterr().err == (
-        "error: command line: out: 1x8x8 raw values are not an image; give out=NAME.npz alone\n"
+        "error: command line: out: 1x8x8 raw values are not an image; set only out=NAME.npz\n"
     )
 
 

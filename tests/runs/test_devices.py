@@ -167,10 +167,10 @@ REFUSED = {
     "trainer.devices=2 trainer.accumulate_grad_batches=64": "trainer.batch_size: 64 must be a multiple of"
     " trainer.devices=2 x",
     "trainer.devices=0": "trainer.devices: must be positive, got 0",
-    "trainer.devices=2 trainer.strategy=fsdp trainer.precision=64-true": "trainer.precision: 64-true does not go with"
+    "trainer.devices=2 trainer.strategy=fsdp trainer.precision=64-true": "trainer.precision: 64-true does not work with"
     " trainer.strategy=fsdp; allowed: 32-true, bf16-mixed",
-    "trainer.devices=2 trainer.strategy=fsdp trainer.compile=block": "trainer.compile: block does not go with",
-    "trainer.strategy=fsdp": "trainer.strategy: fsdp shares work between processes, and here is one; allowed: auto, or"
+    "trainer.devices=2 trainer.strategy=fsdp trainer.compile=block": "trainer.compile: block does not work with",
+    "trainer.strategy=fsdp": "trainer.strategy: fsdp needs several processes, and there is only one; allowed: auto, or"
     " trainer.devices above 1",
 }
 

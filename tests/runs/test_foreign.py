@@ -299,7 +299,7 @@ REFUSED = {
     ),
     "no key": (["name=nets:Asserted", "args.width=9"], "command line: denoiser.args: width: too wide"),
     "no argument": (["name=nets:Asserted", "args.twice=9"], "denoiser.args.twice: unknown key; allowed: width"),
-    "no YAML": (["name=nets:Held"], "denoiser.args.act: HeldConfig holds a value of type type; use what YAML holds"),
+    "no YAML": (["name=nets:Held"], "denoiser.args.act: HeldConfig has a value of type type; use what YAML can"),
     "no types": (["name=nets:Untyped"], "denoiser.name: the types of UntypedConfig cannot be read (NameError"),
     "size": (["width=widht"], "denoiser.width: no argument 'widht'; choose from"),
     "preset": (["preset=S"], "denoiser.name=nets:Plain has none"),
@@ -408,7 +408,7 @@ def test_fields_that_are_no_arguments_stand_in_no_config(yaml: Path, capsys: pyt
 def test_a_network_without_labels_is_asked_for_none(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}")
     assert main(["train", str(yaml), *words, "sample.guidance=2"]) == 2
-    assert "sample.guidance: 2 needs labels, and denoiser.call.y=null gives the network none" in capsys.readouterr().err
+    assert "sample.guidance: 2 needs labels, but denoiser.call.y=null gives the network none" in capsys.readouterr().err
     assert main(["train", str(yaml), *words, "sample.guidance=1", "tag=x", "debug=smoke"]) == 0
     (run,) = (yaml.parent / "runs" / yaml.parent.name).iterdir()
     assert main(["sample", str(run), "n=2"]) == 0
@@ -463,7 +463,7 @@ def test_times_become_noise_levels(process: str, t_as: str, yaml: Path) -> None:
 
 @pytest.mark.parametrize("process", ["edm", "flow"])
 def test_times_that_are_not_steps_are_not_rounded(process: str, yaml: Path) -> None:
-    with pytest.raises(UserError, match=rf"denoiser\.call\.t_as: step rounds the time, .*, not {process}; choose time"):
+    with pytest.raises(UserError, match=rf"denoiser\.call\.t_as: step rounds .*, not {process}; choose time"):
         load(yaml, ["denoiser.call.t_as=step", f"process.name={process}", "sample.guidance=1"])
 
 

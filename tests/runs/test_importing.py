@@ -160,7 +160,7 @@ def test_latents_are_decoded_or_written_as_they_are(tmp_path: Path, capsys: Capt
     assert capsys.readouterr().err.startswith("error: autoencoder: stabilityai/sd-vae-ft-ema: not cached")
     assert main(["sample", str(out), "n=2", "steps=2", "raw=true"]) == 2
     assert capsys.readouterr().err == (
-        "error: command line: out: 4x8x8 raw values are not an image; give out=NAME.npz alone\n"
+        "error: command line: out: 4x8x8 raw values are not an image; set only out=NAME.npz\n"
     )
     assert main(["sample", str(out), "n=2", "steps=2", "raw=true", f"out={file}"]) == 0
     values = np.load(file)["arr_0"]

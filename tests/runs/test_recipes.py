@@ -122,7 +122,7 @@ REFUSED = {
     "process.name=edm sample.sampler=ddpm": "sample.sampler: sampler ddpm does not suit the edm process: it goes back"
     " through the discrete steps of vp; choose from heun, euler, dpm_solver",
     "process.name=flow sample.steps=ddim10": "sample.steps: 'ddim10' does not fit process.name=flow: steps must be a",
-    "process.name=flow trainer.time_sampling=loss_aware": "trainer.time_sampling: loss_aware counts the steps of"
+    "process.name=flow trainer.time_sampling=loss_aware": "trainer.time_sampling: loss_aware needs the steps of"
     " process.name=vp, not flow; choose uniform or stratified",
     "process.zero_terminal_snr=true": "process.prediction: eps says nothing about the image where no signal is left;"
     " with process.zero_terminal_snr=true choose v or x0",
@@ -131,7 +131,7 @@ REFUSED = {
     "process.prediction=edm": "process.prediction: unknown value 'edm'; choose from x0, eps, v, velocity",
     "process.name=edm process.prediction=velocty": "choose from edm, x0, eps, v, velocity; did you mean 'velocity'?",
     "process.logit_std=2": "process.logit_std: belongs to process.times=logit_normal; with uniform leave it at 1",
-    "process.shift=2 trainer.time_sampling=loss_aware": "trainer.time_sampling: loss_aware takes the place of",
+    "process.shift=2 trainer.time_sampling=loss_aware": "trainer.time_sampling: loss_aware replaces",
     "process.name=flow sample.guidance_schedule=power_cosine": "sample.guidance_schedule: power_cosine follows the"
     " steps of process.name=vp, not flow; choose constant",
     "sample.sampler=ddpm sample.s_churn=3": "sample.s_churn: belongs to sample.sampler=heun; with ddpm leave it at 0",
@@ -140,11 +140,11 @@ REFUSED = {
     "sample.guidance_interval=[2,1]": "sample.guidance_interval: must be two rising numbers",
     "sample.guidance_channels=0": "sample.guidance_channels: must be at least 1 or null, got 0",
     "trainer.augment=0.5": "trainer.augment: denoiser.name=dit takes no augmentation label",
-    "trainer.augment=2": "trainer.augment: must lie in 0 to 1, got 2.0",
+    "trainer.augment=2": "trainer.augment: must lie in [0, 1], got 2.0",
     "ema.ramp=0": "ema.ramp: must lie in (0, 1] or be null, got 0.0",
-    "ema.half_life=[1000] ema.decays=[0.9]": "ema.decays: [0.9] stands beside ema.half_life; give one of the two",
+    "ema.half_life=[1000] ema.decays=[0.9]": "ema.decays: [0.9] conflicts with ema.half_life; give one of the two",
     "ema.half_life=[1]": "ema.half_life: ema.decays: must be different numbers between 0 and 1, got [0.0]",
-    "sample.guidance=1e39": "sample.guidance: must lie in 0 to 1e6, got 1e+39",
+    "sample.guidance=1e39": "sample.guidance: must lie in [0, 1e6], got 1e+39",
     "ema.half_life=[0]": "ema.half_life: must be positive numbers, got [0.0]",
     "kind=classifer": "kind: unknown value 'classifer'; choose from denoiser, classifier",
     "process.name=vpp": "process.name: unknown name 'vpp'; choose from vp, edm, flow; did you mean 'vp'?",
@@ -154,11 +154,11 @@ REFUSED = {
     "sample.guidance_power=2": "sample.guidance_power: belongs to sample.guidance_schedule=power_cosine; with constant"
     " leave it at 4",
     "process.name=edm sample.s_noise=1.1": "sample.s_noise: acts on the noise of sample.s_churn, which is 0",
-    "process.name=flow sample.sampler=euler_maruyama sample.sde_diffusion=constant": "sample.sde_last: choose tweedie"
-    " or euler with sde_diffusion=constant",
+    "process.name=flow sample.sampler=euler_maruyama sample.sde_diffusion=constant": "sample.sde_last: mean leaves"
+    " noise with sample.sde_diffusion=constant",
     "process.variance=fixed_small": "process.variance: fixed_small is for process.loss=kl, not mse; the sampler's"
     " variance is sample.variance",
-    "process.name=flow sample.sampler=dopri5 sample.clip=true": "sample.clip: dopri5 clips no predicted image",
+    "process.name=flow sample.sampler=dopri5 sample.clip=true": "sample.clip: dopri5 cannot clip the predicted image",
     "sample.weak_model=nowhere": "sample.weak_model: nowhere: no run here (config.yaml is missing)",
 }
 

@@ -70,7 +70,7 @@ def test_all_sources_reseeded_are_another_seed(plain: dict[str, Tensor], tmp_pat
 def test_a_source_is_named_where_it_is_wrong() -> None:
     from diffbench.core.errors import UserError
 
-    with pytest.raises(UserError, match=r"seeds.data: must lie in 0 to 2\^63 - 1 or be null, got -1"):
+    with pytest.raises(UserError, match=r"seeds.data: must lie in \[0, 2\^63\) or be null, got -1"):
         load("experiments/digits/dit.yaml", ["seeds.data=-1"])
 
 

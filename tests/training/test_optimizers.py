@@ -59,5 +59,5 @@ def test_a_network_without_hidden_matrices_is_refused() -> None:
 
 
 def test_muon_needs_whole_matrices() -> None:
-    with pytest.raises(UserError, match=r"optimizer\.name: muon takes whole matrices"):
+    with pytest.raises(UserError, match=r"optimizer\.name: muon needs whole matrices"):
         load("experiments/digits/dit.yaml", ["optimizer.name=muon", "trainer.strategy=fsdp", "trainer.devices=2"])
