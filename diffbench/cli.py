@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from diffbench.commands.verbs import VERBS
-from diffbench.config.keys import key_lines, read_keys
+from diffbench.config.keys import key_lines
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError, report, suggest
 from diffbench.core.files import finite
@@ -24,12 +24,12 @@ from diffbench.runs import slurm
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb in `argv`; return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not {"", os.getcwd()} & set(sys.path):  # where extractors and networks named as module:function are found
-        sys.path.append(os.getcwd())
     return exit_code(lambda: _run(args))
 
 
 def _run(argv: list[str]) -> int:
+    if not {"", os.getcwd()} & set(sys.path):  # where extractors and networks named as module:function are found
+        sys.path.append(os.getcwd())
     launcher, argv = launchers.split(argv)
     arguments = _parser().parse_args(_checked(argv))
     arguments.launcher = launcher
@@ -88,7 +88,7 @@ class _Parser(argparse.ArgumentParser):
         if not self.verb:
             return text
         verb, width = VERBS[self.verb], shutil.get_terminal_size().columns
-        keys = [key for place, prefix in verb.keys.items() for key in read_keys(place, prefix)]
+        keys = verb.read_keys()
         parts = [text.rstrip()]
         if keys or verb.more:
             wrapped = [textwrap.fill(more, width, initial_indent="  ", subsequent_indent="  ") for more in verb.more]

@@ -3,7 +3,6 @@
 import argparse
 
 from diffbench.commands.verbs import VERBS
-from diffbench.config.keys import read_keys
 
 SCRIPT = """\
 # Add to ~/.bashrc: source <(diffbench completion)
@@ -31,6 +30,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the script."""
     cases = []
     for name, verb in VERBS.items():
-        keys = [f"{key.name}=" for place, prefix in verb.keys.items() for key in read_keys(place, prefix)]
+        keys = [f"{key.name}=" for key in verb.read_keys()]
         cases.append(f"        {name}) words='{' '.join([*keys, *['--json'] * verb.json, '--help'])}' ;;")
     print(SCRIPT.replace("VERBS", " ".join(VERBS)).replace("CASES", "\n".join(cases)))

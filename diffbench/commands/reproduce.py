@@ -139,7 +139,7 @@ def _rebuild(
 
 
 def _find_source(denoiser: dict[str, Any], path: Path, folder: Path) -> None:
-    """Copy the source of an external network to where the run finds it: a page stores only its hash, not the code."""
+    """Copy the source of a custom network to where the run finds it: a page stores only its hash, not the code."""
     if denoiser.get("code") is None:
         return
     places = [folder, path.parent, Path.cwd(), *sorted(p for p in SHIPPED.iterdir() if p.is_dir())]

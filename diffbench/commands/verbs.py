@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from diffbench.config.keys import Key, read_keys
+
 RUN = "config/kinds.py:RunConfig"
 SAMPLE, EVALUATE = "config/sections.py:SampleConfig", "config/sections.py:EvaluateConfig"
 
@@ -17,6 +19,7 @@ class Verb:
         more: further keys, and notes about the keys.
         module: its module in commands/, if the name differs.
         json: whether it takes --json.
+        unused: names of keys that it does not use, and does not show.
     """
 
     text: str
@@ -25,10 +28,17 @@ class Verb:
     more: tuple[str, ...] = ()
     module: str = ""
     json: bool = False
+    unused: tuple[str, ...] = ()
+
+    def read_keys(self) -> list[Key]:
+        """Read its keys from the source of their dataclasses."""
+        keys = [key for place, prefix in self.keys.items() for key in read_keys(place, prefix)]
+        return [key for key in keys if key.name not in self.unused]
 
 
 _KINDS = "For the keys of a classifier or an autoencoder see `diffbench show CONFIG`."
 _SLURM = "launcher=slurm submits the command to SLURM; launcher.KEY=VALUE sets an option of the job."
+_IN_TRAINING = ("evaluate.every_images", "evaluate.every_count", "evaluate.best")
 _THE_RUNS = "Keys that are left out keep their values from the run's config."
 VERBS = {
     "init": Verb("copy the shipped experiments into a folder, as a starting point", ("", "my-project")),
@@ -70,12 +80,14 @@ VERBS = {
             f"With --against, only evaluate.KEY is allowed. {_THE_RUNS}",
         ),
         json=True,
+        unused=_IN_TRAINING,
     ),
     "reference": Verb(
         "compute statistics of real images, for evaluate --against",
         ("images/ out=stats.safetensors", "runs/digits/dit-s0 evaluate.count=1000"),
         {EVALUATE: "evaluate."},
         ("out=FILE.safetensors, or FILE.npz for the ADM evaluator, also saves the statistics to that file.",),
+        unused=(*_IN_TRAINING, "evaluate.judge", "evaluate.infinity"),
     ),
     "sample": Verb(
         "draw samples from a run into an image file",

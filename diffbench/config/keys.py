@@ -67,6 +67,8 @@ def _text(node: ast.stmt | None) -> str:
 
 
 def _choices(annotation: ast.expr) -> tuple[str, ...]:
+    if any(isinstance(n, ast.Name) and n.id in ("int", "float", "str") for n in ast.walk(annotation)):
+        return ()  # other values are allowed too, as the description says
     literals = (n for n in ast.walk(annotation) if isinstance(n, ast.Subscript) and ast.unparse(n.value) == "Literal")
     values = [ast.literal_eval(n.slice) for n in literals]
     return tuple(str(v) for group in values for v in (group if isinstance(group, tuple) else (group,)))

@@ -138,7 +138,7 @@ def to_dict(config: BaseConfig) -> dict[str, Any]:
 
 
 def _values(value: Any) -> Any:
-    """Do what `dataclasses.asdict` does, but leave out fields with init=False, which only external networks have."""
+    """Do what `dataclasses.asdict` does, but leave out fields with init=False, which only custom networks have."""
     if dataclasses.is_dataclass(type(value)):
         return {f.name: _values(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, dict):
@@ -254,7 +254,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapp
 
 
 def _external(cls: type[T], arguments: dict[str, Any], key: str) -> T:
-    """Build the dataclass of an external network, which may raise any exception.
+    """Build the dataclass of a custom network, which may raise any exception.
 
     Raises:
         ValueError: if it raises one, or has a value that config.yaml cannot store.

@@ -62,7 +62,7 @@ def _convert(kind: Any, value: Any) -> Any:
     elif kind is type(None):
         if value is None:
             return None
-    elif kind not in (bool, int, float, str):  # other types come only from external networks
+    elif kind not in (bool, int, float, str):  # other types come only from custom networks
         return value
     elif kind is bool:
         if isinstance(value, bool | str) and str(value).lower() in _BOOLS:

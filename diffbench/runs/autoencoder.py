@@ -126,6 +126,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
         refuse_others(changes, "evaluate.KEY", said="not for evaluate")
         config = change(self.config, changes)
         with located():
+            checks.refuse_unused(changes.get("evaluate", {}), ("count", "extractor", "weights"))
             self.check(config)
         device = build.device_of(config.trainer.accelerator)
         net = self.trained.to(device)

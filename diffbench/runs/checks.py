@@ -3,14 +3,14 @@
 import contextlib
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from diffbench.config.kinds import BaseConfig, RunConfig
 from diffbench.config.layers import located
-from diffbench.config.sections import AUGMENT_WIDTH
+from diffbench.config.sections import AUGMENT_WIDTH, EvaluateConfig
 from diffbench.config.trainer import TrainerConfig
 from diffbench.core import distributed
 from diffbench.core.errors import UserError
@@ -94,10 +94,17 @@ def check_own_extractor(name: str | None, weights: str | None, train_set: ImageS
         make_extractor(name, weights, train_set)
 
 
+def refuse_unused(values: Mapping[str, Any], used: Sequence[str]) -> None:
+    """Raise ValueError for a key of the section `evaluate` that a command does not use."""
+    if unused := [key for key in values if key in vars(EvaluateConfig()) and key not in used]:
+        allowed = ", ".join(f"evaluate.{key}" for key in used)
+        raise ValueError(f"evaluate.{unused[0]}: has no effect here; allowed: {allowed}")
+
+
 def check_output(config: RunConfig, data: ImageSet) -> None:
     """Raise ValueError unless the network's output has its input's shape, with a learned variance twice the channels.
 
-    A network from outside is run on two images, on its training device.
+    A custom network is run on two images, on its training device.
     """
     channels, height, width = denoised_shape(config, data)
     process, device = build_process(config.process), device_of(config.trainer.accelerator)

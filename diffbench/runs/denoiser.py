@@ -129,7 +129,7 @@ class DenoiserRun(Run[RunConfig]):
         return averaged
 
     def prepare(self) -> None:
-        """Also keep copies of the autoencoder and of the source of a network from outside."""
+        """Also keep copies of the autoencoder and of the source of a custom network."""
         super().prepare()
         registry.keep_source(self.config.denoiser, self.folder)
         if self.config.autoencoder is not None:

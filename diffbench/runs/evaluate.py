@@ -30,10 +30,11 @@ from diffbench.metrics.memorisation import Memorisation
 from diffbench.metrics.registry import metric_name
 from diffbench.runs.base import open_run
 from diffbench.runs.build import device_of
-from diffbench.runs.checks import check_evaluation
+from diffbench.runs.checks import check_evaluation, refuse_unused
 from diffbench.runs.classifier import ClassifierRun, check_judge
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.drawing import draw, samples_of
+from diffbench.runs.folder import IN_TRAINING
 
 
 def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -58,6 +59,8 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
     if "seed" in changes:
         changes["seeds"] = {"sample": changes.pop("seed")}
     config = change(run.config, changes)
+    with located():
+        refuse_unused(changes.get("evaluate", {}), [key for key in vars(config.evaluate) if key not in IN_TRAINING])
     if snapshot not in ("last", "best"):
         raise UserError(f"{COMMAND_LINE}: snapshot: must be last or best, got {snapshot!r}")
     if export is not None:

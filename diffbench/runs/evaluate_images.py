@@ -35,7 +35,7 @@ from diffbench.metrics import extractor as build_extractor
 from diffbench.metrics.base import KEPT, Measurement, ReferenceStatistics, evenly_spaced
 from diffbench.runs.base import open_run
 from diffbench.runs.build import device_of
-from diffbench.runs.checks import check_evaluation
+from diffbench.runs.checks import check_evaluation, refuse_unused
 from diffbench.runs.denoiser import DenoiserRun
 
 
@@ -66,10 +66,7 @@ def settings_of(overrides: Sequence[str], run: DenoiserRun | None, count: int | 
         if (base | values).get("extractor") is None:
             raise ValueError(f"evaluate.extractor: missing; choose from {', '.join(EXTRACTORS)}")
         used = ["extractor", "weights", *([] if run is None else ["reference", "infinity" if count else "count"])]
-        if unused := [key for key in values if key in vars(EvaluateConfig()) and key not in used]:
-            raise ValueError(
-                f"evaluate.{unused[0]}: has no effect here; allowed: {', '.join(f'evaluate.{k}' for k in used)}"
-            )
+        refuse_unused(values, used)
         return build(EvaluateConfig, base | values | ({"count": count} if count else {}), "evaluate.")
 
 

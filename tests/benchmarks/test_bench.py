@@ -207,6 +207,12 @@ def test_busy_processes_live_as_long_as_the_block() -> None:
     assert children() == 0
 
 
+def test_help_prints_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert [name for name in vars(BenchConfig()) if f"\n  {name}=" not in out] == []
+
+
 def test_training_beside_others_prints_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
     busy.main(["experiments/digits/dit.yaml", "all threads, asleep", "true"])
     assert float(capsys.readouterr().out) > 0

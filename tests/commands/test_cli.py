@@ -289,6 +289,10 @@ def test_evaluate_appends_records_and_prints_them(smoke_run: Path, capsys: Captu
         ("sample.stesp=3", "sample.stesp: unknown key; allowed: "),
         ("sample.steps=5000", "sample.steps: '5000' does not fit process.steps=1000"),
         ("evaluate.count=5", "evaluate.count: must be at least 20, got 5"),
+        (
+            "evaluate.every_count=50",
+            "evaluate.every_count: has no effect here; allowed: evaluate.count, evaluate.extractor, evaluate.weights,",
+        ),
         ("evaluate.count=1e6", "evaluate.count: must be at most "),
         (
             "evaluate.extractor=x",

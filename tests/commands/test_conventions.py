@@ -27,14 +27,22 @@ def test_the_keys_of_help_are_those_of_the_config() -> None:
     assert keys["trainer.max_images"].default == "1_000_000"
     assert keys["trainer.label_dropout"].default == "0.1"  # of a subclass
     assert keys["optimizer.name"].choices[:2] == ("adamw", "adam")
+    assert keys["trainer.threads"].choices == ()  # auto, or any number
     assert keys["evaluate.every_count"].text == "Number of samples per distance during training."
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.keys])
 def test_every_key_of_help_is_described_or_speaks_for_itself(verb: str) -> None:
-    keys = [key for place, prefix in VERBS[verb].keys.items() for key in read_keys(place, prefix)]
+    keys = VERBS[verb].read_keys()
     assert len({key.name for key in keys}) == len(keys) > 0
     assert sum(not key.text for key in keys) <= len(keys) // 2
+
+
+def test_help_leaves_out_keys_that_a_verb_refuses() -> None:
+    shown = {verb: {key.name for key in VERBS[verb].read_keys()} for verb in ("train", "evaluate", "reference")}
+    training = {"evaluate.every_images", "evaluate.every_count", "evaluate.best"}
+    assert training <= shown["train"] and not training & (shown["evaluate"] | shown["reference"])
+    assert "evaluate.judge" in shown["evaluate"] and "evaluate.judge" not in shown["reference"]
 
 
 def test_help_of_a_verb_needs_no_torch() -> None:

@@ -277,6 +277,9 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 def test_an_untrained_run_is_no_autoencoder(
     refused: Callable[..., str], runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    assert refused("evaluate", runs[0], "evaluate.judge=x") == (
+        "command line: evaluate.judge: has no effect here; allowed: evaluate.count, evaluate.extractor, evaluate.weights"
+    )
     shutil.rmtree(runs[0] / "autoencoder")
     where = experiments(tmp_path)
     line = refused("train", where["dit"], f"autoencoder={runs[0]}", f"runs_dir={tmp_path / 'none'}")

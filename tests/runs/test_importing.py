@@ -155,7 +155,7 @@ def test_latents_are_decoded_or_written_as_they_are(tmp_path: Path, capsys: Capt
     assert run.config.autoencoder == "stabilityai/sd-vae-ft-ema"
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffbench.sampling.sampler.run_sampler", None)  # found missing before anything is drawn
+        patch.setattr("diffbench.sampling.sampler.Sampler.__call__", None)  # found missing before anything is drawn
         assert main(["sample", str(out), "n=2", "steps=2"]) == 2
     assert capsys.readouterr().err.startswith("error: autoencoder: stabilityai/sd-vae-ft-ema: not cached")
     assert main(["sample", str(out), "n=2", "steps=2", "raw=true"]) == 2

@@ -45,6 +45,12 @@ def test_dotted_keys_of_a_base_are_overridden_by_nested_ones(tmp_path: Path) -> 
     assert load_study(tmp_path / "child.yaml").set == {"sample": {"steps": "20", "guidance": 1.0}}
 
 
+def test_an_override_replaces_one_key_of_a_grid(tmp_path: Path) -> None:
+    path = written(tmp_path, tune={"grid": {"optimizer.lr": [1e-3, 2e-3], "ema.half_life": [0.05, 0.1]}})
+    tune = load_study(path, ["tune.grid.optimizer.lr=[4e-3]"]).tune
+    assert tune is not None and tune.grid == {"optimizer.lr": [4e-3], "ema.half_life": [0.05, 0.1]}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
