@@ -196,5 +196,5 @@ def test_a_network_that_segments_is_not_trained(tmp_path: Path, capsys: pytest.C
     argv = ["train", "experiments/digits/segformer.yaml", f"runs_dir={tmp_path}"]
     assert main([*argv, "denoiser.head=logits"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.endswith("denoiser: this network puts out 10x8x8 where 1x8x8 is needed; choose another"), line
+    assert line.endswith("denoiser: this network outputs 10x8x8 where 1x8x8 is needed; choose another"), line
     assert not list(tmp_path.iterdir())
