@@ -148,7 +148,7 @@ class Embedding(nn.Module):
         self.layer2 = xavier_linear(emb, emb)
 
     def forward(self, t: Tensor, y: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Map times (B,), labels or their weights, and augmentation labels (B, augment_dim) to the activated (B, emb)."""
+        """Map times (B,), labels or their weights, and augmentation labels (B, augment_dim) to (B, emb), activated."""
         features = self.fourier(t) if self.fourier else timestep_embedding(t, self.width, 10_000.0, True, True)
         h = features.to(self.layer1.weight.dtype)
         if self.label is not None and y is not None:

@@ -46,7 +46,7 @@ class DiffiTConfig:
     norm_groups: int = 32
     """Groups of the group normalisation; must divide every width, including those with a concatenated skip."""
     token_dim: int | None = None
-    """Width of queries, keys and values (Table 3, where stages differ from it); null: the stage's width."""
+    """Width of queries, keys and values (Table 3); null: the stage's width."""
     skip: Literal["concat", "add", "none"] = "concat"
     """Skip connection from encoder to decoder at each resolution; the paper shows one but not its kind."""
     resample: Literal["conv", "bilinear"] = "conv"

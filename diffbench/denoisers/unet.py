@@ -41,13 +41,13 @@ class UNetConfig:
     """Channels per attention head."""
     dropout: float = 0.0
     norm_groups: int = 32
-    """Groups of the group normalisation; must divide every level's width."""
+    """Groups of the group normalisation; must divide every level's width, with and without its skip."""
     use_scale_shift_norm: bool = True
     """The condition scales and shifts the second norm's output; otherwise it is added to the norm's input."""
     resblock_updown: bool = False
     """Resample inside residual blocks; otherwise in separate layers, see `conv_resample`."""
     conv_resample: bool = True
-    """Use convolutions in separate resampling layers (strided, or after nearest x2); otherwise mean of 2x2, and nearest x2."""
+    """Separate resampling layers convolve (strided, or after nearest x2); otherwise mean of 2x2, and nearest x2."""
     num_heads_upsample: int | None = None
     """Attention heads in the decoder, if different; ignored if `num_head_channels` is set."""
     time_features: TimeFeatures = "sinusoidal"

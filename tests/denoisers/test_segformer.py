@@ -165,15 +165,15 @@ def test_sides_that_strides_and_reductions_do_not_divide_are_named() -> None:
     with pytest.raises(ValueError) as caught:
         build("segformer", SegFormerConfig(), image_size=10, channels=3)
     assert str(caught.value) == (
-        "denoiser.strides: [1, 2, 2] and denoiser.sr_ratios=[4, 2, 1] need an image whose sides 4 divides, got 10"
+        "denoiser.strides: [1, 2, 2] and denoiser.sr_ratios=[4, 2, 1] need image sides divisible by 4, got 10"
     )
     for changes, text in (
         ({"depths": [1, 1]}, "denoiser.depths: must have one entry for each of the 3 stages of denoiser.hidden_sizes"),
         (
             {"conditioning": "none"},
-            "denoiser.input_skip: needs denoiser.conditioning, which is none; set one or the other",
+            "denoiser.input_skip: needs denoiser.conditioning, which is none; change one of them",
         ),
-        ({"num_heads": [5, 6, 10]}, "denoiser.num_heads: 5 does not divide 192, of denoiser.hidden_sizes"),
+        ({"num_heads": [5, 6, 10]}, "denoiser.num_heads: 5 does not divide 192, a width in denoiser.hidden_sizes"),
         ({"drop_path": 1.0}, r"denoiser.drop_path: must lie in \[0, 1\), got 1.0"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -86,7 +86,7 @@ def test_keys_that_do_not_fit_each_other(kind: type, sizes: dict[str, Any], text
         (DiffiTConfig(), (8, 6), "channels: 3 levels need image sides divisible by 4, got 6"),
         (DiffiTConfig(window=3), 32, "window: 3 does not divide 32, a side of stage 1"),
         (DiffiTConfig(window=[4, 8, 3]), 16, "window: 3 does not divide 4, a side of stage 3"),
-        (DiffiTConfig(norm_groups=24), 8, "norm_groups: 24 does not divide 128, a stage's width, alone or with its skip"),
+        (DiffiTConfig(norm_groups=24), 8, "norm_groups: 24 does not divide 128, a stage's width, alone or with its skip"),  # noqa: E501
         (UNetConfig(channel_mult=[1, 1, 1]), 6, "channel_mult: 3 levels need image sides divisible by 4, got 6"),
         (UNetConfig(48), 8, "norm_groups: 32 does not divide 48, a level's width, alone or with its skip"),
         (UNetConfig(num_heads=5), 16, "num_heads: 5 does not divide 128, a width with attention"),
