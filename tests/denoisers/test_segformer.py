@@ -119,13 +119,13 @@ def test_the_names_of_every_project(case: Case, names: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"decode_head.classifier.bias": None}, "segformer: final.bias is missing, as we call it"),
-        ({"decode_head.extra": torch.zeros(1)}, "segformer: extra is unexpected, as we call it"),
+        ({"decode_head.classifier.bias": None}, "segformer: final.bias (our name) is missing"),
+        ({"decode_head.extra": torch.zeros(1)}, "segformer: extra (our name) is unexpected"),
         (
             {"decode_head.classifier.bias": torch.full((7,), torch.nan)},
             "segformer: final.bias holds 7 values that are not",
         ),
-        ({"decode_head.classifier.bias": torch.zeros(6)}, r"segformer: final.bias has the shape \[6\], .* make \[7\]"),
+        ({"decode_head.classifier.bias": torch.zeros(6)}, r"segformer: final.bias has shape \[6\], .* make \[7\]"),
     ],
 )
 def test_a_key_that_does_not_fit_is_named(case: Case, changes: dict[str, Tensor | None], text: str) -> None:

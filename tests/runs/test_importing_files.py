@@ -116,9 +116,9 @@ def test_files_that_are_not_read(tmp_path: Path, refused: Callable[..., str]) ->
 
 GIVEN = words(arguments(load("dit_a")))[1:]
 UNFIT = [
-    ("dit", [], "CKPT: dit: the shapes are not those of DiT-"),
+    ("dit", [], "CKPT: dit: the shapes do not match DiT-"),
     ("dit", ["arguments.num_heads=5"], "CKPT: denoiser.num_heads: 5 does not divide denoiser.hidden_size=1152"),
-    ("dit", [*GIVEN, "arguments.depth=3"], "CKPT: dit: the shapes are not those of the given arguments, from which 10"),
+    ("dit", [*GIVEN, "arguments.depth=3"], "CKPT: dit: the shapes do not match the given arguments (10"),
     ("dit", [*GIVEN, "arguments.depht=2"], "CKPT: dit: unknown argument depht; known: input_size, patch_size, "),
     ("dit", ["arguments=3"], "command line: arguments: must be given by name, as arguments.num_heads=16"),
     ("dit", [*GIVEN, "arguments.hidden_size=abc"], "command line: arguments: no network of dit has these (TypeError: "),
