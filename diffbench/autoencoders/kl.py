@@ -118,7 +118,7 @@ class KLAutoencoder(nn.Module):
         return z / self.config.scaling_factor + self.config.shift_factor
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the reconstruction of images from the mean, or from a sample with `noise`, and the moments."""
+        """Reconstruct images (B, C, H, W) from the mean, or from a sample with `noise`; return also the moments."""
         mean, log_variance = self.encode(x)
         z = mean if noise is None else sample(mean, log_variance, noise)
         return self.decode(z), mean, log_variance
@@ -144,7 +144,7 @@ def kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Encoder of images (B, C, H, W): moments (B, 2 latent_channels, H / factor, W / factor), before `quant_conv`."""
+    """Encoder: images (B, C, H, W) to moments (B, 2 latent_channels, H / factor, W / factor), before `quant_conv`."""
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder of latents (B, latent_channels, h, w), after `post_quant_conv`: images (B, C, factor h, factor w)."""
+    """Decoder: latents (B, latent_channels, h, w), after `post_quant_conv`, to images (B, C, factor h, factor w)."""
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class DiffiTConfig:
     time_in: TimeIn = "qkv"
     """Conditioning of the blocks on the time (Tables 6 and 7; adaln instead of TMSA); see `tmsa.TimeIn`."""
     tmsa: Literal["both", "encoder", "decoder", "none"] = "both"
-    """Half that uses `time_in` (Table 4, D: encoder, E: both); the other adds the time to each stage's input."""
+    """Halves that use `time_in` (Table 4, D: encoder, E: both); the others add the time to each stage's input."""
     time_features: TimeFeatures = "sinusoidal"
     """Time features that the embedding MLP takes (Table 8)."""
     fourier_scale: float = 16.0
@@ -211,9 +211,9 @@ class ResBlock(nn.Module):
 
 def laptop_sizes(height: int, width: int) -> dict[str, Any]:
     """Return config keys for a laptop, see `laptop`: up to three stages, each divisible by its window."""
-    both = gcd(height, width)
-    stages = next(n for n in range(min(laptop.levels(height, width), 3), 0, -1) if n == 1 or both >> (n - 1) >= 4)
-    windows = [next(w for w in (4, 8, 7, 6, 5, 3, 2, 1) if (both >> i) % w == 0) for i in range(stages)]
+    common = gcd(height, width)
+    stages = next(n for n in range(min(laptop.levels(height, width), 3), 0, -1) if n == 1 or common >> (n - 1) >= 4)
+    windows = [next(w for w in (4, 8, 7, 6, 5, 3, 2, 1) if (common >> i) % w == 0) for i in range(stages)]
     sizes = {"channels": [24, 48, 96][:stages], "blocks": [1] * stages, "window": windows}
     return sizes | {"time_dim": 128, "norm_groups": 8}
 

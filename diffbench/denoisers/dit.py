@@ -116,7 +116,7 @@ class DiTBlock(nn.Module):
         self.cross = CrossAttention(config) if config.conditioning == "cross-attention" else None
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Map tokens (B, N, D) to the same shape, given (B, D) for adaLN or else time and class (B, 1 or 2, D)."""
+        """Map tokens (B, N, D) to the same shape; c is (B, D) for adaLN, otherwise time and class, (B, 1 or 2, D)."""
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm1(x)))
             if self.cross is not None:

@@ -34,7 +34,7 @@ class Cost:
 
 
 def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[int, int]) -> Cost:
-    """Count the cost of the network that `make` builds, for one image; a single `image_size` is both sides.
+    """Count the cost of the network that `make` builds, for one image; an int `image_size` is both sides.
 
     It is built on the meta device, because on a CPU the counter misses the products inside fused attention.
     """

@@ -25,7 +25,7 @@ LEVELS = 1e-4, 1e4
 
 @dataclass
 class CallConfig:
-    """The call of forward: the position or name of the argument that takes each input; null: there is none."""
+    """The call of forward: the position or name of the argument that takes each input; null: no such input."""
 
     x: int | str = 0
     """The noisy image (B, C, H, W)."""
@@ -169,8 +169,8 @@ def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _config(made: Any, module: Any, attribute: str) -> tuple[str, type] | None:
-    """Find the parameter that takes a config: annotated with a dataclass (or None), or named `config` in a module with
-    a `<Class>Config`.
+    """Return name and type of the parameter that takes a config: annotated with a dataclass (or None), or named
+    `config` in a module with a `<Class>Config`.
 
     Raises:
         ValueError: if the types of its fields cannot be resolved.
@@ -308,7 +308,7 @@ def _network(config: ForeignConfig, shape: Mapping[str, Any]) -> nn.Module:
 
 
 def _check_parameters(network: nn.Module) -> None:
-    """Check that there are parameters to train, and that all are float32 or all float64.
+    """Check that there are parameters to train, all float32 or all float64, as times and noise need that precision.
 
     Raises:
         ValueError: if not; the message names the parameter.

@@ -36,7 +36,7 @@ def levels(height: int, width: int) -> int:
 
 
 def patch(height: int, width: int) -> int:
-    """Return the smallest patch size from 2 (from 20 pixels on: 3) that makes at most `MOST_PATCHES` of both sides."""
-    both, least = gcd(height, width), 3 if max(height, width) >= 20 else 2
-    fitting = [p for p in range(least, both + 1) if both % p == 0 and height * width <= MOST_PATCHES * p * p]
-    return fitting[0] if fitting else both
+    """Return the smallest patch of at least 2 (3 from 20 pixels on) that divides the image into `MOST_PATCHES` or fewer."""
+    common, smallest = gcd(height, width), 3 if max(height, width) >= 20 else 2
+    fitting = [p for p in range(smallest, common + 1) if common % p == 0 and height * width <= MOST_PATCHES * p * p]
+    return fitting[0] if fitting else common

@@ -16,7 +16,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def mkl_holds_back() -> bool:
-    """Return whether PyTorch uses MKL on a CPU with AVX-512 that is not Intel's; can only tell on Linux."""
+    """Return whether PyTorch uses MKL on a CPU with AVX-512 that is not Intel's; False except on Linux."""
     backends = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not backends or torch.backends.cpu.get_cpu_capability() != "AVX512" or not CPUINFO.is_file():
         return False

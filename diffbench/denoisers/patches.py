@@ -13,7 +13,7 @@ from diffbench.denoisers.layers import ConditionEmbedding, both_sides, zero_
 from diffbench.denoisers.positions import sincos_position_table
 
 IMAGENET_LATENT = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
-"""Latents of ImageNet at 256x256, which the latent transformers were published for."""
+"""Input and output of the published latent transformers: encoded ImageNet at 256x256."""
 
 
 @dataclass

@@ -32,7 +32,7 @@ def sincos_position_table(width: int, height_tokens: int, width_tokens: int) -> 
 
 
 class RotaryPosition(nn.Module):
-    """Rotation of pairs of features by their token's position: the first half by its row, the second by its column.
+    """Rotary position embedding: rotates pairs of features, half of them by the token's row, half by its column.
 
     Dot products of queries and keys then depend only on the relative position of their tokens (RoPE, Su et al. 2021;
     in two dimensions as in EVA-02 and LightningDiT).
@@ -52,7 +52,7 @@ class RotaryPosition(nn.Module):
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate the last N of (B, heads, M + N, dim) tokens, the grid's in row-major order, and keep the first M."""
+        """Rotate the last N tokens (the grid's, row-major) of x (B, heads, M + N, dim); the first M stay unchanged."""
         extras, tokens = x.split([x.shape[2] - len(self.cos), len(self.cos)], dim=2)
         even, odd = tokens.unflatten(-1, (-1, 2)).unbind(-1)
         rotated = tokens * self.cos + torch.stack([-odd, even], dim=-1).flatten(-2) * self.sin

@@ -42,7 +42,7 @@ def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
         out_channels: C, or 2C for a learned variance.
 
     Raises:
-        ValueError: if an output is no finite tensor of the right dtype and shape, an input is changed in place, a
+        ValueError: if the output is not a finite tensor of the right dtype and shape, an input is changed in place, a
             parameter gets no gradient, evaluation draws random numbers, or a second pass differs from the first.
     """
     last = network.num_classes - (not network.null_class)
@@ -117,7 +117,7 @@ def _seeded(network: nn.Module, state: Mapping[str, Any], x: Tensor, t: Tensor, 
 
 
 def _run(network: Any, function: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor | None) -> Any:
-    """Return function(network, x, t, y).
+    """Call function(network, x, t, y) and return its result.
 
     Raises:
         ValueError: in place of any exception, with a hint if the null label may be the cause.

@@ -170,7 +170,7 @@ def keep_source(config: Any, folder: Path) -> None:
 
 
 def from_preset(name: str, **shape: Any) -> Denoiser:
-    """Build a published network, such as "DiT-S/2", without its weights.
+    """Build a published network, such as "DiT-S/2", with random weights.
 
     Args:
         name: one of `PRESETS`.

@@ -81,7 +81,7 @@ class SegFormerConfig:
 
 
 class SegFormer(Denoiser):
-    """SegFormer for images whose sides strides and sequence reductions divide; see `Denoiser`."""
+    """SegFormer for images whose sides are divisible by strides and sequence reductions; see `Denoiser`."""
 
     def __init__(
         self,
@@ -248,9 +248,9 @@ class Block(nn.Module):
 
 def laptop_sizes(height: int, width: int) -> dict[str, Any]:
     """Return config keys for a laptop, see `laptop`: up to three stages, sequence-reduced where the grid allows it."""
-    both, patch = gcd(height, width), laptop.patch(height, width)
-    first = max(stride for stride in range(1, patch // 2 + 1) if both % stride == 0) if patch > 1 else 1
-    grids = [both // first >> i for i in range(3) if both // first % 2**i == 0]
+    common, patch = gcd(height, width), laptop.patch(height, width)
+    first = max(stride for stride in range(1, patch // 2 + 1) if common % stride == 0) if patch > 1 else 1
+    grids = [common // first >> i for i in range(3) if common // first % 2**i == 0]
     n = len(grids)
     return {
         "hidden_sizes": [48, 96, 192][:n],

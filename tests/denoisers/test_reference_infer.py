@@ -134,9 +134,7 @@ def test_a_table_of_labels_of_another_length_is_not_guessed() -> None:
 def test_heads_are_never_taken_from_a_network_of_another_size() -> None:
     made = _dit(2, 48, 3, 2) | {"num_classes": 10}
     given = {key: value for key, value in made.items() if key != "num_heads"}
-    with pytest.raises(
-        ValueError, match=r"^arguments\.num_heads: no shape reveals it; give it as arguments\.num_heads"
-    ):
+    with pytest.raises(ValueError, match=r"^arguments\.num_heads: no shape reveals it; give it as arguments\.num_head"):
         infer("dit", shapes_of("dit", made), given)
     assert infer("dit", shapes_of("dit", made), made)["num_heads"] == 3
 

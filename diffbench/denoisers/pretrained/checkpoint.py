@@ -59,7 +59,7 @@ def _choose(sets: WeightSets, tensors: Mapping[str, Tensor], key: str | None) ->
     if key is not None:
         chosen = [name for name in sets if name == key] or [name for name in sets if f".{key}." in f".{name}."]
     elif any(name.startswith("current_model_state") for name in sets):
-        chosen = [name for name in sets if name.startswith("state_dict")]  # the average, by Lightning's WeightAveraging
+        chosen = [name for name in sets if name.startswith("state_dict")]  # Lightning's WeightAveraging: the average
     else:
         chosen = averages or [name for name in sets if not RAW.search(name)]
         unread = [] if averages else _unread(tensors)

@@ -75,12 +75,12 @@ def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any
             if name not in RECIPES[source].published:
                 raise
             continue  # this network is impossible with the given arguments
-        here = {key: list(state_dict[key].shape) if key in state_dict else "missing" for key in wanted}
-        misfits = [key for key in wanted if here[key] != wanted[key]]
+        actual = {key: list(state_dict[key].shape) if key in state_dict else "missing" for key in wanted}
+        misfits = [key for key in wanted if actual[key] != wanted[key]]
         if not misfits:
             fits.append((len(wanted), arguments))
             continue
-        first = f"{misfits[0]} is {here[misfits[0]]}, not {wanted[misfits[0]]}"
+        first = f"{misfits[0]} is {actual[misfits[0]]}, not {wanted[misfits[0]]}"
         nearest.append((len(misfits), f"{name} ({len(misfits)} of {len(wanted)} differ: {first})"))
     if fits:
         return max(fits, key=lambda fit: fit[0])[1]  # a shallower network fits a deeper one's weights too

@@ -1,6 +1,6 @@
 """Conversion of the published SegFormer, encoder and decoder, from any of three naming schemes of its weights.
 
-It states only facts about NVlabs/SegFormer and huggingface/transformers, and contains none of their code.
+Based on facts about NVlabs/SegFormer and huggingface/transformers; uses none of their code.
 """
 
 import re
@@ -110,8 +110,8 @@ def read(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> SegF
         if name not in found or name not in wanted:
             raise ValueError(f"segformer: {name} (our name) is {'missing' if name in wanted else 'unexpected'}")
         if found[name].shape != wanted[name].shape:
-            there, here = list(found[name].shape), list(wanted[name].shape)
-            raise ValueError(f"segformer: {name} has shape {there}, but these arguments make {here}")
+            actual, expected = list(found[name].shape), list(wanted[name].shape)
+            raise ValueError(f"segformer: {name} has shape {actual}, but these arguments make {expected}")
         if wanted[name].is_floating_point():
             check_values("segformer", name, found[name])
     net.load_state_dict(found)

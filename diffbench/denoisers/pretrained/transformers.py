@@ -1,6 +1,6 @@
 """Recipes for DiT, SiT, the latent DiffiT and U-ViT: transformers over patches.
 
-They state only facts about facebookresearch/DiT, willisma/SiT, NVlabs/DiffiT and baofff/U-ViT, and contain no code.
+Based on facts about facebookresearch/DiT, willisma/SiT, NVlabs/DiffiT and baofff/U-ViT; uses none of their code.
 """
 
 from dataclasses import replace

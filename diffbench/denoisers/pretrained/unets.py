@@ -1,6 +1,6 @@
 """Recipes for ADM's U-Net and DDPM++.
 
-They state only facts about openai/guided-diffusion and NVlabs/edm, and contain none of their code.
+Based on facts about openai/guided-diffusion and NVlabs/edm; uses none of their code.
 """
 
 from typing import Any
