@@ -32,7 +32,7 @@ def sincos_position_table(width: int, height_tokens: int, width_tokens: int) -> 
 
 
 class RotaryPosition(nn.Module):
-    """Rotary position embedding: rotates pairs of features, half of them by the token's row, half by its column.
+    """Rotary position embedding: rotates pairs of features, in the first half by row, in the second by column.
 
     Dot products of queries and keys then depend only on the relative position of their tokens (RoPE, Su et al. 2021;
     in two dimensions as in EVA-02 and LightningDiT).
