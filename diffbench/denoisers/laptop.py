@@ -36,7 +36,7 @@ def levels(height: int, width: int) -> int:
 
 
 def patch(height: int, width: int) -> int:
-    """Return the smallest patch from 2 (3 for sides from 20) that divides both sides and gives at most `MOST_PATCHES`."""
+    """Return the smallest patch from 2 (from 20 pixels on: 3) that divides both sides into at most `MOST_PATCHES`."""
     common, smallest = gcd(height, width), 3 if max(height, width) >= 20 else 2
     fitting = [p for p in range(smallest, common + 1) if common % p == 0 and height * width <= MOST_PATCHES * p * p]
     return fitting[0] if fitting else common
