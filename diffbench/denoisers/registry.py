@@ -74,7 +74,7 @@ DENOISERS = {
     "ddpmpp": Entry(
         ddpmpp.DDPMppConfig,
         ddpmpp.DDPMpp,
-        "U-Net as EDM trains it (DDPM++)",
+        "U-Net as trained by EDM (DDPM++)",
         "model_channels",
         "num_blocks",
         ddpmpp.PRESETS,
@@ -92,7 +92,7 @@ DENOISERS = {
     "segformer": Entry(
         segformer.SegFormerConfig,
         segformer.SegFormer,
-        "Mix Transformer with an all-MLP decoder, conditioned here (SegFormer)",
+        "Mix Transformer with an all-MLP decoder, made conditional (SegFormer)",
         "hidden_sizes",
         "depths",
         segformer.PRESETS,

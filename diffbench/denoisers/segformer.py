@@ -272,7 +272,7 @@ def _published(widths: list[int], depths: list[int], decoder: int) -> SegFormerC
 _SEGMENTED = {"image_size": 512, "channels": 3, "num_classes": 150, "null_class": False}
 _WIDTHS = [64, 128, 320, 512]
 PRESETS = {
-    name: Preset(_published(widths, depths, decoder), _SEGMENTED, f"SegFormer's code, which segments: {stated}", cost)
+    name: Preset(_published(widths, depths, decoder), _SEGMENTED, f"SegFormer's code, for segmentation: {stated}", cost)
     for name, widths, depths, decoder, stated, cost in (
         ("MiT-B0", [32, 64, 160, 256], [2, 2, 2, 2], 256, "3,752,694, 8.39", Cost(3_752_694, 8_387_821_568)),
         ("MiT-B1", _WIDTHS, [2, 2, 2, 2], 256, "13,715,798, 15.88", Cost(13_715_798, 15_878_062_080)),
@@ -284,6 +284,8 @@ PRESETS = {
 }
 _BASE = SegFormerConfig([384, 768, 1024], [3, 7, 4], [6, 12, 16], decoder_hidden_size=512, time_dim=768)
 PRESETS |= {
-    "SegFormer-S": Preset(SegFormerConfig(), IMAGENET_LATENT, "ours, cost of DiT-S/2", Cost(48_200_972, 6_026_749_440)),
-    "SegFormer-B": Preset(_BASE, IMAGENET_LATENT, "ours, cost of DiT-B/2", Cost(192_348_300, 23_220_128_768)),
+    "SegFormer-S": Preset(
+        SegFormerConfig(), IMAGENET_LATENT, "ours, at DiT-S/2's cost", Cost(48_200_972, 6_026_749_440)
+    ),
+    "SegFormer-B": Preset(_BASE, IMAGENET_LATENT, "ours, at DiT-B/2's cost", Cost(192_348_300, 23_220_128_768)),
 }

@@ -119,8 +119,8 @@ def test_the_names_of_every_project(case: Case, names: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"decode_head.classifier.bias": None}, "segformer: final.bias (our name) is missing"),
-        ({"decode_head.extra": torch.zeros(1)}, "segformer: extra (our name) is unexpected"),
+        ({"decode_head.classifier.bias": None}, r"segformer: final.bias \(our name\) is missing"),
+        ({"decode_head.extra": torch.zeros(1)}, r"segformer: extra \(our name\) is unexpected"),
         (
             {"decode_head.classifier.bias": torch.full((7,), torch.nan)},
             "segformer: final.bias holds 7 values that are not",

@@ -204,8 +204,8 @@ def test_names_that_do_not_belong_are_left_out(tmp_path: Path, refused: Callable
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (torch.nan, "holds 1 values that are not finite, of 144"),
-        (torch.inf, "holds 1 values that are not finite, of 144"),
+        (torch.nan, "holds 1 values that are not finite, out of 144"),
+        (torch.inf, "holds 1 values that are not finite, out of 144"),
         (torch.int8, "holds int8, not floating-point weights"),
         (torch.float8_e4m3fn, "holds float8_e4m3fn, not floating-point weights"),
         (None, "holds sparse_coo, not floating-point weights"),
