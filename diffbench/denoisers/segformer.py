@@ -284,8 +284,6 @@ PRESETS = {
 }
 _BASE = SegFormerConfig([384, 768, 1024], [3, 7, 4], [6, 12, 16], decoder_hidden_size=512, time_dim=768)
 PRESETS |= {
-    "SegFormer-S": Preset(
-        SegFormerConfig(), IMAGENET_LATENT, "ours, at DiT-S/2's cost", Cost(48_200_972, 6_026_749_440)
-    ),
-    "SegFormer-B": Preset(_BASE, IMAGENET_LATENT, "ours, at DiT-B/2's cost", Cost(192_348_300, 23_220_128_768)),
+    "SegFormer-S": Preset(SegFormerConfig(), IMAGENET_LATENT, "ours, cost of DiT-S/2", Cost(48_200_972, 6_026_749_440)),
+    "SegFormer-B": Preset(_BASE, IMAGENET_LATENT, "ours, cost of DiT-B/2", Cost(192_348_300, 23_220_128_768)),
 }
