@@ -1,4 +1,4 @@
-"""Autoencoders: images to latents and back. Draws no random numbers but initialisation."""
+"""Autoencoders, from images to latents and back; only initialisation is random."""
 
 from diffbench.autoencoders.kl import KLAutoencoder, KLConfig, kl, sample, without_spread_
 

@@ -1,4 +1,4 @@
-"""Autoencoders in diffusers' format: a folder with config.json and safetensors, or a hub name."""
+"""Loading and saving autoencoders in diffusers' format: a folder with config.json and safetensors, or a hub name."""
 
 import dataclasses
 import json
@@ -17,33 +17,33 @@ from torch import Tensor
 from diffbench.autoencoders.kl import KLAutoencoder, KLConfig
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-# Old checkpoints name the parts of attention so, and keep them as 1x1 convolutions in places.
+# Names of attention layers in old checkpoints, some of which store them as 1x1 convolutions.
 LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# What a config.json may say besides KLConfig's fields: only this is what kl.py computes.
+# Keys of a config.json besides KLConfig's fields, with the only value that kl.py implements.
 ONLY = {"_class_name": "AutoencoderKL", "act_fn": "silu", "latents_mean": None, "latents_std": None}
-# What it may say without any bearing on the numbers.
+# Keys that do not affect the output.
 IGNORED = {"_diffusers_version", "_name_or_path", "sample_size", "force_upcast", "down_block_types", "up_block_types"}
 
 
 def load(source: str | Path) -> KLAutoencoder:
-    """An autoencoder from a folder in diffusers' format, or from the hub.
+    """Load an autoencoder from a folder in diffusers' format, or from the hub.
 
     Args:
-        source: the folder, or a hub name such as stabilityai/sd-vae-ft-ema; a folder of that name comes first. A name
-            is looked up in the hub's cache, and only what is not there is fetched, after a line that says so.
+        source: the folder, or a hub name such as stabilityai/sd-vae-ft-ema; a folder of that name takes precedence.
+            Files missing from the hub's cache are downloaded, after a line that says so.
 
     Returns:
-        The float32 network in eval mode, without gradients.
+        The float32 network in eval mode, with gradients disabled.
 
     Raises:
-        ValueError: in one line that begins with the source or its file: what is missing, unknown or does not fit, or
-            how to fetch what could not be fetched.
+        ValueError: if something is missing, unknown, does not fit or cannot be downloaded; the message is one line that
+            begins with the source or its file.
     """
     folder = find(source)
     config, weights = read_config(folder), _read_weights(folder)
     with torch.device("meta"):
         net = KLAutoencoder(config)
-    wanted, given = net.state_dict(), {_current(key): tensor for key, tensor in weights.items()}
+    wanted, given = net.state_dict(), {_current_name(key): tensor for key, tensor in weights.items()}
     for what, keys in {"missing": wanted.keys() - given.keys(), "unexpected": given.keys() - wanted.keys()}.items():
         if keys:
             raise ValueError(f"{folder / WEIGHTS}: {len(keys)} keys {what}: {', '.join(sorted(keys)[:4])}")
@@ -51,11 +51,11 @@ def load(source: str | Path) -> KLAutoencoder:
         if given[key].numel() == like.numel() and given[key].ndim == 4:
             given[key] = given[key].reshape(like.shape)
         if given[key].shape != like.shape:
-            shapes = f"{list(given[key].shape)}, {CONFIG} makes {list(like.shape)}"
-            raise ValueError(f"{folder / WEIGHTS}: {key} has the shape {shapes}")
+            shapes = f"{list(given[key].shape)}, but {CONFIG} makes {list(like.shape)}"
+            raise ValueError(f"{folder / WEIGHTS}: {key} has shape {shapes}")
     net.load_state_dict({key: given[key].float() for key in wanted}, assign=True)
-    if read_notes(folder).get("fingerprint", net.fingerprint) != net.fingerprint:  # ours say; others do not
-        raise ValueError(f"{folder / WEIGHTS}: damaged: not the weights that were written")
+    if read_notes(folder).get("fingerprint", net.fingerprint) != net.fingerprint:  # only our own files record it
+        raise ValueError(f"{folder / WEIGHTS}: damaged: the weights do not match their recorded fingerprint")
     return net.eval().requires_grad_(False)
 
 
@@ -64,10 +64,10 @@ def find(source: str | Path) -> Path:
 
 
 def save(net: KLAutoencoder, folder: Path, notes: Mapping[str, str] | None = None) -> None:
-    """Writes a folder that `load` and diffusers' `AutoencoderKL.from_pretrained` read.
+    """Write a folder that `load` and diffusers' `AutoencoderKL.from_pretrained` can read.
 
-    While it is being written config.json is not there, so that no weights meet another's scale. `notes` go into the
-    weights' header; `read_notes` gives them back.
+    config.json is absent during writing, so that no weights are read with the scale of others. `notes` are stored in
+    the header of the weights; `read_notes` returns them.
     """
     levels = len(net.config.block_out_channels)
     values = {
@@ -85,7 +85,7 @@ def save(net: KLAutoencoder, folder: Path, notes: Mapping[str, str] | None = Non
 
 
 def read_notes(folder: Path) -> dict[str, str]:
-    """The notes in a folder's weights; none where the folder is not complete, or the weights are damaged."""
+    """Return the notes in a folder's weights; empty if the folder is incomplete or the weights are damaged."""
     if not (folder / CONFIG).is_file():
         return {}
     try:
@@ -96,7 +96,7 @@ def read_notes(folder: Path) -> dict[str, str]:
 
 
 def read_config(folder: Path) -> KLConfig:
-    """The sizes that a folder's config.json states; what it leaves out takes diffusers' defaults."""
+    """Read the sizes from a folder's config.json; missing keys take diffusers' defaults."""
     path = folder / CONFIG
     try:
         values: dict[str, Any] = dict(json.loads(path.read_text()))
@@ -116,7 +116,7 @@ def read_config(folder: Path) -> KLConfig:
     unknown = sorted(values.keys() - known - IGNORED)
     if unknown:
         raise ValueError(f"{path}: {unknown[0]}: unknown key; allowed: {', '.join(sorted(known | IGNORED))}")
-    # diffusers' own defaults describe a network of one level; only a file that says so means them.
+    # diffusers' defaults, a network of one level, differ from KLConfig's; missing keys mean these.
     chosen: dict[str, Any] = {"block_out_channels": [64], "layers_per_block": 1}
     chosen |= {key: value for key, value in values.items() if key in known and value is not None}
     try:
@@ -125,7 +125,7 @@ def read_config(folder: Path) -> KLConfig:
         raise ValueError(f"{path}: {e}") from None
 
 
-def _current(key: str) -> str:
+def _current_name(key: str) -> str:
     return re.sub(r"(attentions\.0)\.(\w+)\.", lambda m: f"{m[1]}.{LEGACY.get(m[2], m[2])}.", key)
 
 
@@ -133,7 +133,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         pickles = sorted(p.name for p in folder.glob("*.bin"))
-        why = f"; {pickles[0]} is a pickle and stays closed: save it as safetensors" if pickles else ""
+        why = f"; {pickles[0]} is a pickle, which is not opened: save it as safetensors" if pickles else ""
         raise ValueError(f"{path}: no such file{why}")
     try:
         return load_file(path)
@@ -159,15 +159,15 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError:
         pass
     command = f"hf download {name} {CONFIG} {WEIGHTS}"
-    hint = f"with a network run `{command}`, or put both files into a folder and name that"
+    hint = f"run `{command}` with internet access, or give a folder with both files"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise ValueError(f"{name}: not cached, and HF_HUB_OFFLINE is set; {hint}")
-    print(f"fetching {name} from the hub, once (as `{command}` would)")
+    print(f"downloading {name} from the hub, once (as `{command}` would)")
     try:
         return fetch(local_files_only=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().split("\n")[0]
-        raise ValueError(f"{name}: not cached, and it could not be fetched ({reason}); {hint}") from None
+        raise ValueError(f"{name}: not cached, and the download failed ({reason}); {hint}") from None
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -1,7 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022): images to a Gaussian over latents, and back.
 
-Its state dict is that of diffusers' `AutoencoderKL` key by key, so that published weights load as they are
-(`io.py` reads and writes that format). Widths, depths and switches bear the names of diffusers' config too.
+Its state dict has the same keys as that of diffusers' `AutoencoderKL`, so published weights load unchanged
+(`io.py` reads and writes that format). Config keys have the names of diffusers' config too.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ EPS = 1e-6
 
 @dataclass
 class KLConfig:
-    """Sizes, under diffusers' names. The defaults are Stable Diffusion's: 83,653,863 parameters."""
+    """Sizes and options, named as in diffusers. The defaults are Stable Diffusion's: 83,653,863 parameters."""
 
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    """Width of each level; the resolution halves between levels, so that n levels shrink a side 2^(n-1) times."""
+    """Width of each level; the resolution halves between levels, so n levels divide each side by 2^(n-1)."""
     layers_per_block: int = 2
-    """Residual blocks of a level in the encoder; the decoder has one more."""
+    """Residual blocks per level in the encoder; the decoder has one more."""
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
     """Self-attention over all positions at the coarsest level."""
@@ -34,7 +34,7 @@ class KLConfig:
     use_post_quant_conv: bool = True
     """A 1x1 convolution on the latents before the decoder."""
     scaling_factor: float = 0.18215
-    """Denoisers see (latent - shift_factor) * scaling_factor, of unit variance."""
+    """Denoisers see (latent - shift_factor) * scaling_factor, which has unit variance."""
     shift_factor: float = 0.0
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class KLConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not self.block_out_channels:
-            raise ValueError("block_out_channels: must name the width of at least one level")
+            raise ValueError("block_out_channels: must contain the width of at least one level")
         for width in self.block_out_channels:
             if width < 1 or width % self.norm_num_groups:
                 raise ValueError(
@@ -54,11 +54,11 @@ class KLConfig:
 
     @property
     def factor(self) -> int:
-        """The factor by which a side shrinks."""
+        """The factor by which the encoder shrinks each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The latents' (c, h, w) for images of (C, H, W); ValueError where these do not fit."""
+        """Return the shape (c, h, w) of the latents of (C, H, W) images; raise ValueError if these do not fit."""
         channels, *sides = shape
         if channels != self.in_channels or len(sides) != 2 or any(side % self.factor for side in sides):
             wanted = f"{self.in_channels} channels and sides divisible by {self.factor}"
@@ -67,9 +67,9 @@ class KLConfig:
 
 
 class KLAutoencoder(nn.Module):
-    """Encoder and decoder; see `encode` and `decode`, which share the latents as the networks know them, unscaled.
+    """Encoder and decoder, which work on unscaled latents; see `encode` and `decode`.
 
-    `scaled` and `unscaled` lead from those to the latents of unit variance that denoisers see, and back.
+    `scaled` converts these to the latents of unit variance that denoisers see; `unscaled` converts back.
     """
 
     def __init__(self, config: KLConfig) -> None:
@@ -80,16 +80,16 @@ class KLAutoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images to the moments of their latents' Gaussian.
+        """Encode images as the mean and log-variance of a Gaussian over latents.
 
         Args:
             x: (B, C, H, W) in [-1, 1], sides divisible by `config.factor`.
 
         Returns:
-            Mean and log-variance, (B, latent_channels, H / factor, W / factor) each; the latter in [-30, 20].
+            Mean and log-variance, (B, latent_channels, H / factor, W / factor) each; the log-variance is in [-30, 20].
 
         Raises:
-            ValueError: for other channels or sides.
+            ValueError: if channels or sides do not fit.
         """
         self.config.latent_shape(tuple(x.shape[1:]))
         moments = self.encoder(x)
@@ -99,12 +99,12 @@ class KLAutoencoder(nn.Module):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, latent_channels, h, w), unscaled, to images (B, C, factor h, factor w), about [-1, 1]."""
+        """Decode unscaled latents (B, latent_channels, h, w) to images (B, C, factor h, factor w), about [-1, 1]."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     @property
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of a hash of all weights, names included; scale and shift do not count."""
+        """First 16 hexadecimal digits of a hash of all weights and their names, but not of scale and shift."""
         digest = hashlib.sha256()
         for name, value in self.state_dict().items():
             digest.update(f"{name} {tuple(value.shape)}\n".encode())
@@ -118,20 +118,20 @@ class KLAutoencoder(nn.Module):
         return z / self.config.scaling_factor + self.config.shift_factor
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W) to their reconstruction from the mean, or from a draw with `noise`; and the moments."""
+        """Reconstruct images (B, C, H, W) from the mean, or from a sample with `noise`; return also the moments."""
         mean, log_variance = self.encode(x)
         z = mean if noise is None else sample(mean, log_variance, noise)
         return self.decode(z), mean, log_variance
 
 
 def sample(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """A draw of the Gaussian, mean + deviation * noise, through which gradients flow (Kingma & Welling 2014)."""
+    """Sample the Gaussian as mean + std * noise, through which gradients flow (Kingma & Welling 2014)."""
     return torch.addcmul(mean, (0.5 * log_variance).exp(), noise)
 
 
 @torch.no_grad()
 def without_spread_(net: KLAutoencoder) -> None:
-    """Sets the log-variance to its least, -30, whatever the image: a plain autoencoder."""
+    """Fix the log-variance at its minimum, -30, for all images, which gives a plain autoencoder."""
     last = net.encoder.conv_out if net.quant_conv is None else net.quant_conv
     assert last.bias is not None
     last.weight[net.config.latent_channels :] = 0
@@ -139,12 +139,12 @@ def without_spread_(net: KLAutoencoder) -> None:
 
 
 def kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL divergence of N(mean, variance) from N(0, 1) in nats, summed over all but the batch: (B, ...) to (B,)."""
+    """Return KL(N(mean, variance) || N(0, 1)) in nats, summed over all dimensions but the batch: (B, ...) to (B,)."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
 
 class Encoder(nn.Module):
-    """(B, C, H, W) to moments (B, 2 latent_channels, H / factor, W / factor), before `quant_conv`."""
+    """Encoder: images (B, C, H, W) to moments (B, 2 latent_channels, H / factor, W / factor), before `quant_conv`."""
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, latent_channels, h, w), after `post_quant_conv`, to (B, C, factor h, factor w)."""
+    """Decoder: latents (B, latent_channels, h, w), after `post_quant_conv`, to images (B, C, factor h, factor w)."""
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution: zeros to the right and below, then a strided convolution."""
+    """Downsampling by 2: zero padding on the right and at the bottom, then a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbour, then a convolution."""
+    """Upsampling by 2: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class Middle(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GN, SiLU, conv3x3, twice, on a skip: identity, or a 1x1 convolution where the channels change."""
+    """GN, SiLU, conv3x3, twice, plus a skip: identity, or a 1x1 convolution if the channels change."""
 
     def __init__(self, c_in: int, c_out: int, groups: int) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head of self-attention over all positions, on a skip."""
+    """Single-head self-attention over all positions, plus a skip."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Denoisers: networks that know nothing of schedules, losses, guidance or data, by name in `DENOISERS`."""
+"""Denoiser networks, by name in `DENOISERS`; they know nothing of noise schedules, losses, guidance or data."""
 
 from diffbench.denoisers.ddpmpp import DDPMpp, DDPMppConfig
 from diffbench.denoisers.diffit import DiffiT, DiffiTConfig

@@ -1,7 +1,7 @@
-"""Attention maps of any network whose attention is torch's `scaled_dot_product_attention`.
+"""Attention maps of any network that uses torch's `scaled_dot_product_attention`.
 
-Nothing in the networks knows of it: while a block runs, every call of that function is seen on its way to torch, and
-the rows of chosen tokens are computed once more from the same queries, keys and bias.
+The networks need no changes: inside a `with` block, every call of that function is intercepted, and the rows of chosen
+tokens are recomputed from the same queries, keys and bias.
 """
 
 import math
@@ -19,32 +19,32 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """The attention of chosen tokens of one layer, in one forward pass."""
+    """The attention of chosen tokens in one layer during one forward pass."""
 
     layer: str
-    """Name of the module that attends, as in `named_modules`."""
+    """Name of the attending module, as in `named_modules`."""
     weights: Tensor
-    """(B, heads, tokens, h, w) float32, attention to each place of the layer's grid; NaN outside a token's window."""
+    """(B, heads, tokens, h, w) float32, attention to each cell of the layer's grid; NaN outside a token's window."""
     elsewhere: Tensor
-    """(B, heads, tokens, E) float32, attention to what is no place in the image: time and class as tokens."""
+    """(B, heads, tokens, E) float32, attention to tokens that are not part of the image, such as time and class."""
     places: tuple[tuple[int, int], ...]
     """Row and column of each chosen token in the layer's grid."""
 
 
 @contextmanager
 def record_attention(net: nn.Module, tokens: Sequence[tuple[int, int]]) -> Iterator[list[AttentionMap]]:
-    """Records the attention of every layer, one map for each layer of each forward pass inside the block.
+    """Record the attention of every layer: one map per layer for each forward pass inside the `with` block.
 
-    `with record_attention(net, [(4, 4)]) as maps: net(x, t, y)` leaves a map a layer in `maps`, in the order in
-    which the layers act. Attention that does not go from image to image (DiT's cross-attention to time and class) has
-    no map. The windows of a sample are taken to be adjacent, row by row, and tokens row-major in their window.
+    `with record_attention(net, [(4, 4)]) as maps: net(x, t, y)` appends one map per layer to `maps`, in the order in
+    which the layers run. Attention that is not from image to image (DiT's cross-attention to time and class) is not
+    recorded. A sample's windows are assumed to be adjacent and row-major, and so are the tokens of a window.
 
     Args:
         net: a network (x, t, ...) -> output, not compiled.
-        tokens: pixels (row, column) of the input; each stands for the token that covers it.
+        tokens: pixels (row, column) of the input; each selects the token that covers it.
 
     Raises:
-        ValueError: in the forward pass, for a pixel outside the image.
+        ValueError: during the forward pass, if a pixel is outside the image.
     """
     recorder = _Recorder(tokens)
     with ExitStack() as stack:
@@ -57,7 +57,7 @@ def record_attention(net: nn.Module, tokens: Sequence[tuple[int, int]]) -> Itera
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees every call of a torch function inside its block; hooks tell it which module calls."""
+    """Mode that intercepts every call of a torch function; forward hooks tell it which module is calling."""
 
     def __init__(self, tokens: Sequence[tuple[int, int]]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Recorder(TorchFunctionMode):
         for row, column in self.tokens:
             if not (0 <= row < self.shape[2] and 0 <= column < self.shape[3]):
                 size = f"{self.shape[2]}x{self.shape[3]}"
-                raise ValueError(f"tokens: the pixel {row},{column} lies outside an image of {size}")
+                raise ValueError(f"tokens: the pixel {row},{column} is outside the {size} image")
 
     def enter(self, name: str, _module: nn.Module, _arguments: Any) -> None:
         self.inside.append(name)
@@ -82,8 +82,8 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention and self.inside:
-            found = attention_map(self.inside[-1], self.shape, self.tokens, *args, **kwargs)
-            self.maps.extend([] if found is None else [found])
+            recorded = attention_map(self.inside[-1], self.shape, self.tokens, *args, **kwargs)
+            self.maps.extend([] if recorded is None else [recorded])
         return func(*args, **kwargs)
 
 
@@ -101,18 +101,18 @@ def attention_map(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> AttentionMap | None:
-    """The map of one call of `scaled_dot_product_attention`, of which it takes the arguments; dropout is left out.
+    """Compute the map of one call of `scaled_dot_product_attention` from the call's arguments, without dropout.
 
     Args:
         shape: (B, C, H, W) of the network's input.
         tokens: pixels (row, column) of that input.
         query: (B * windows, heads, N, d).
-        key: (B * windows, heads, M, d); what M has beyond the window's tokens stands before them.
-        attn_mask: bias, or a mask that is true where a query may look, broadcast to (B * windows, heads, N, M).
-        scale: of the products, by default 1 / sqrt(d).
+        key: (B * windows, heads, M, d); any tokens beyond those of the window come first.
+        attn_mask: bias, or a mask that is true where a query may attend, broadcast to (B * windows, heads, N, M).
+        scale: factor of the dot products, by default 1 / sqrt(d).
 
     Returns:
-        None where queries or keys are not tokens of the image.
+        The map, or None if the queries or keys are not tokens of the image.
     """
     batch, (height, width) = shape[0], shape[2:]
     if query.ndim != 4 or len(query) % batch:
@@ -142,15 +142,15 @@ def attention_map(
         logits = logits[:, :, 0] * (query.shape[-1] ** -0.5 if scale is None else scale)
         if bias is not None:
             logits = logits + bias[window, :, token].float()
-        row_of = logits.softmax(-1)
-        extra[:, :, i] = row_of[..., : key.shape[2] - image]
+        probabilities = logits.softmax(-1)
+        extra[:, :, i] = probabilities[..., : key.shape[2] - image]
         rows, columns = slice(top * side[0], (top + 1) * side[0]), slice(left * side[1], (left + 1) * side[1])
-        weights[:, :, i, rows, columns] = row_of[..., key.shape[2] - image :].unflatten(-1, side)
+        weights[:, :, i, rows, columns] = probabilities[..., key.shape[2] - image :].unflatten(-1, side)
     return AttentionMap(layer, weights.cpu(), extra.cpu(), places)
 
 
 def _grid(height: int, width: int, tokens: int) -> tuple[int, int]:
-    """The finest grid with the image's proportions that has no more places than there are tokens."""
+    """Return the finest grid with the image's aspect ratio that has at most `tokens` cells."""
     common = math.gcd(height, width)
     for factor in (f for f in range(1, common + 1) if common % f == 0):
         if height // factor * (width // factor) <= tokens:

@@ -1,4 +1,4 @@
-"""The interface of every denoiser, a published size of one, and the checks of a config that end in one line."""
+"""The interface of all denoisers, the record of a published network, and checks of configs and shapes."""
 
 import functools
 import inspect
@@ -12,51 +12,51 @@ from diffbench.denoisers.layers import LabelTable
 
 
 class Denoiser(nn.Module):
-    """A network (x, t, y) -> output; it draws no random numbers but dropout and knows no schedule, loss or data.
+    """A network (x, t, y) -> output; only dropout is random, and it knows no schedule, loss or data.
 
-    A subclass is built from its config, `image_size` (the side of the input, or height and width where it says so)
-    and these arguments, and raises ValueError where config and image do not fit.
+    A subclass takes its config, `image_size` (the side of a square input, or (height, width) where supported) and the
+    arguments below. It raises ValueError if the config does not fit the image size.
 
     Args:
-        channels: C of the input.
-        num_classes: classes 0..num_classes-1; 0 for none.
+        channels: input channels C.
+        num_classes: number of classes, labelled 0..num_classes-1; 0 for an unconditional network.
         null_class: whether label `num_classes` means "no class".
-        learn_sigma: whether the output carries C more channels for a learned variance.
+        learn_sigma: whether the output has C more channels for a learned variance.
     """
 
     shards_blocks = True
-    """Whether FSDP may shard each block by itself: nothing uses a block's parameters but its own forward."""
+    """Whether FSDP may shard each block separately: only the block's own forward uses its parameters."""
 
     built_from: dict[str, Any]
-    """The arguments that it was made with."""
+    """The constructor arguments, including defaults."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Makes a network keep the arguments that it is made with."""
+        """Wrap the constructor so that a network records its arguments in `built_from`."""
         super().__init_subclass__(**options)
         init = cls.__init__
         signature = inspect.signature(init)
 
         @functools.wraps(init)
-        def recorded(self: Denoiser, *args: Any, **given: Any) -> None:
-            # Not again in a base class, nor in a subclass that chooses the image's size itself.
+        def recorded(self: Denoiser, *args: Any, **kwargs: Any) -> None:
+            # Record only once, in the outermost constructor that takes an image size.
             if "built_from" not in vars(self) and "image_size" in signature.parameters:
                 try:
-                    bound = signature.bind_partial(self, *args, **given)
+                    bound = signature.bind_partial(self, *args, **kwargs)
                 except TypeError as e:
-                    wanted = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
-                    raise TypeError(f"{cls.__name__}: {e}; call {cls.__name__}({wanted})") from None
+                    expected = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
+                    raise TypeError(f"{cls.__name__}: {e}; call {cls.__name__}({expected})") from None
                 bound.apply_defaults()
                 names = bound.arguments
                 vars(self)["built_from"] = {name: names[name] for name in list(names)[1:]}
                 if is_dataclass(config := names.get("config")):
                     check_choices(config)
-            init(self, *args, **given)
+            init(self, *args, **kwargs)
 
         cls.__init__ = recorded  # type: ignore[method-assign]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the input that it was made for."""
+        """The input shape (C, H, W) that the network was built for."""
         size = self.built_from["image_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return self.channels, height, width
@@ -67,25 +67,24 @@ class Denoiser(nn.Module):
         self.out_channels = 2 * channels if learn_sigma else channels
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predict from a noisy image or latent.
+        """Run the network on noisy images or latents.
 
         Args:
             x: (B, C, H, W) noisy input.
-            t: (B,) time in the process's units.
-            y: (B,) int64 labels, `num_classes` for "no class"; or (B, num_classes + null_class) float weights over the
-                rows of the label table, a mixture of classes, of which a one-hot row is a label; None for no class.
+            t: (B,) times in the units of the diffusion process.
+            y: (B,) int64 labels, `num_classes` for "no class"; or (B, num_classes + null_class) float weights that mix
+                rows of the label table (a one-hot row equals that label); None for no class.
 
         Returns:
             (B, C, H, W), or (B, 2C, H, W) with a learned variance.
 
         Raises:
-            ValueError: if the image has a size that the network does not take, or labels are missing, or weights have
-                another shape.
+            ValueError: if the image size is unsupported, labels are missing, or label weights have the wrong shape.
         """
         raise NotImplementedError
 
     def label_rows(self) -> Tensor | None:
-        """Rows of the label table, (num_classes + null_class, D); None for a network without one."""
+        """Return the label table, (num_classes + null_class, D), or None if the network has none."""
         return next((module.weight for module in self.modules() if isinstance(module, LabelTable)), None)
 
 
@@ -95,25 +94,25 @@ class Preset:
 
     config: Any
     shape: dict[str, Any]
-    """The input and output that it was made for: what its class is built from besides the config."""
+    """The constructor arguments besides the config: image_size, channels, num_classes, ..."""
     source: str
-    """Paper and table, with the parameters and GMACs stated there."""
+    """Paper and table, with the parameter count and GMACs stated there."""
     cost: Cost
-    """Its exact size at that input, which a test counts."""
+    """The exact cost for that input; a test counts it."""
 
 
 def check_positive(config: Any, *names: str, section: str = "denoiser") -> None:
-    """Raise ValueError unless each named number is above 0, and each named list holds only such numbers."""
+    """Raise ValueError unless each named field is a positive number, a non-empty list of them, or None."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, list) and not value:
-            raise ValueError(f"{section}.{name}: must hold at least one number, got []")
+            raise ValueError(f"{section}.{name}: must contain at least one number, got []")
         if any(number <= 0 for number in (value if isinstance(value, list) else [value]) if number is not None):
             raise ValueError(f"{section}.{name}: must be positive, got {value}")
 
 
 def check_choices(config: Any, section: str = "denoiser") -> None:
-    """Raise ValueError for the first field whose value is not one of those that its type names."""
+    """Raise ValueError for the first Literal field whose value is neither one of its choices nor None."""
     for name, kind in get_type_hints(type(config)).items():
         choices = [c for part in (kind, *get_args(kind)) if get_origin(part) is Literal for c in get_args(part)]
         if choices and (value := getattr(config, name)) not in (*choices, None):
@@ -121,7 +120,7 @@ def check_choices(config: Any, section: str = "denoiser") -> None:
 
 
 def check_sizes(config: Any, *names: str, section: str = "denoiser") -> None:
-    """Raise ValueError unless the named numbers are positive and a config's dropout and widths are possible."""
+    """Raise ValueError unless the named numbers are positive and dropout, time features and widths are valid."""
     check_positive(config, *names, section=section)
     if not 0 <= config.dropout < 1:
         raise ValueError(f"{section}.dropout: must lie in [0, 1), got {config.dropout}")
@@ -141,11 +140,11 @@ def check_divides(key: str, divisor: int, number: int, what: str, section: str =
     """Raise ValueError naming both numbers unless `divisor`, the value of `key`, divides `number`.
 
     Args:
-        key: of the config, without its section.
-        divisor: its value.
-        number: what it must divide.
-        what: what the number is, written after it; or, ending in "=", the key whose value it is.
-        section: of the config.
+        key: config key, without its section.
+        divisor: value of that key.
+        number: number that it must divide.
+        what: description of the number, appended to it; or, if it ends in "=", the key whose value the number is.
+        section: section of the config.
     """
     if divisor < 1 or number % divisor:
         shown = f"{what}{number}" if what.endswith("=") else f"{number}, {what}"
@@ -153,64 +152,62 @@ def check_divides(key: str, divisor: int, number: int, what: str, section: str =
 
 
 def check_halves(key: str, levels: int, sides: tuple[int, ...], section: str = "denoiser") -> None:
-    """Raise ValueError unless an image can be halved between as many levels as the list `key` has entries."""
+    """Raise ValueError unless all sides can be halved between `levels` levels, one per entry of the list `key`."""
     factor = 2 ** (levels - 1)
     for side in sides:
         if side % factor:
-            raise ValueError(f"{section}.{key}: {levels} levels need an image whose sides {factor} divides, got {side}")
+            raise ValueError(f"{section}.{key}: {levels} levels need image sides divisible by {factor}, got {side}")
 
 
 def unet_levels(
     config: Any, image_size: int | tuple[int, int], section: str = "denoiser"
 ) -> tuple[list[int], list[int], int]:
-    """Width of each level of a U-Net, the resolutions with attention, and the resolution of the image, its longer side.
+    """Return the width of each level of a U-Net, the resolutions with attention, and the longer side of the image.
 
-    Attention of null means 16, where the network has that.
+    If `attention_resolutions` is None, attention is at resolution 16, if there is such a level.
 
     Raises:
-        ValueError: if the levels do not halve the image, a resolution with attention occurs at none of them, or TMSA
-            meets an image that is not square.
+        ValueError: if the image cannot be halved between all levels, no level has one of the attention resolutions,
+            or TMSA is used with an image that is not square.
     """
     widths = [int(config.model_channels * factor) for factor in config.channel_mult]
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     check_halves("channel_mult", len(widths), sides, section)
     if getattr(config, "tmsa", False) and sides[0] != sides[1]:
-        raise ValueError(f"{section}.tmsa: needs a square image, got {sides[0]}x{sides[1]}; leave it at false")
+        raise ValueError(f"{section}.tmsa: needs a square image, got {sides[0]}x{sides[1]}; set it to false")
     longer = max(sides)
     if config.attention_resolutions is None:
         return widths, [16], longer
-    there = [longer >> level for level in range(len(widths))]
+    resolutions = [longer >> level for level in range(len(widths))]
     for side in config.attention_resolutions:
-        if side not in there:
-            choices = ", ".join(map(str, there))
-            raise ValueError(
-                f"{section}.attention_resolutions: {side} never occurs; the levels are {choices} pixels a side"
-            )
+        if side not in resolutions:
+            choices = ", ".join(map(str, resolutions))
+            raise ValueError(f"{section}.attention_resolutions: no level has resolution {side}; choose from {choices}")
     return widths, config.attention_resolutions, longer
 
 
 def check_shape(x: Tensor, channels: int, height: int, width: int) -> None:
     """Raise ValueError naming both shapes unless `x` is (B, channels, height, width)."""
     if x.shape[1:] != (channels, height, width):
-        raise ValueError(f"this network takes images of {channels}x{height}x{width}, got {_times(x)}")
+        raise ValueError(f"this network takes images of {channels}x{height}x{width}, got {_shape_text(x)}")
 
 
 def check_sides(x: Tensor, channels: int, divisor: int) -> None:
-    """Raise ValueError naming both unless `x` is (B, channels, H, W) and `divisor` divides H and W."""
+    """Raise ValueError unless `x` is (B, channels, H, W) and `divisor` divides H and W."""
     if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % divisor or x.shape[3] % divisor:
         raise ValueError(
-            f"this network takes images of {channels} channels and sides divisible by {divisor}, got {_times(x)}"
+            f"this network takes images with {channels} channels and sides divisible by {divisor}, got {_shape_text(x)}"
         )
 
 
 def check_output(out: Tensor, channels: int, like: Tensor) -> None:
-    """Raise ValueError unless an output is (B, channels, H, W) for the input `like` (B, C, H, W)."""
-    wanted = like[:, :1].expand(-1, channels, -1, -1)
-    if out.shape != wanted.shape:
+    """Raise ValueError unless `out` is (B, channels, H, W), where `like` is the input (B, C, H, W)."""
+    expected = like[:, :1].expand(-1, channels, -1, -1)
+    if out.shape != expected.shape:
         raise ValueError(
-            f"denoiser: this network puts out {_times(out)} where {_times(wanted)} is needed; choose another"
+            f"denoiser: this network outputs {_shape_text(out)} where {_shape_text(expected)} is needed; choose another"
         )
 
 
-def _times(x: Tensor) -> str:
+def _shape_text(x: Tensor) -> str:
     return "x".join(map(str, x.shape[1:]))

@@ -11,16 +11,16 @@ from diffbench.denoisers.unet import ResBlock, Stage, UNetConfig
 
 @dataclass
 class ClassifierConfig:
-    """Sizes, under the names of the U-Net's."""
+    """Sizes of the classifier, named as in `UNetConfig`."""
 
     model_channels: int = 32
     """Base width, multiplied by `channel_mult` at each level."""
     channel_mult: list[float] = field(default_factory=lambda: [1, 2])
-    """One factor a level; the resolution halves between levels."""
+    """One factor per level; the resolution halves between levels."""
     num_res_blocks: int = 1
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     attention_resolutions: list[int] = field(default_factory=list)
-    """Resolutions (pixels a side) at which attention follows each residual block."""
+    """Resolutions (pixels of the longer side) at which attention follows each residual block."""
     num_heads: int = 4
     dropout: float = 0.0
     norm_groups: int = 8
@@ -33,16 +33,16 @@ class ClassifierConfig:
 
 
 class NoisyClassifier(nn.Module):
-    """Logits of noisy images (B, C, H, W); see `forward`.
+    """A classifier of noisy images (B, C, H, W).
 
     Args:
         config: sizes.
-        image_size: height and width of the input.
-        channels: C of the input.
-        num_classes: classes 0..num_classes-1.
+        image_size: side of a square input, or height and width.
+        channels: input channels C.
+        num_classes: number of classes, labelled 0..num_classes-1.
 
     Raises:
-        ValueError: if the levels do not divide the image, or heads or norm groups a level's width.
+        ValueError: if the levels do not divide the image, or heads or norm groups do not divide a level's width.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class NoisyClassifier(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Logits (B, num_classes) of a noisy image x (B, C, H, W), scaled as for a denoiser, at times t (B,).
+        """Return logits (B, num_classes) for noisy images x (B, C, H, W), scaled as for a denoiser, at times t (B,).
 
-        Labels y are ignored: they are taken so that it is called as a denoiser is.
+        Labels y are ignored; the parameter allows it to be called like a denoiser.
         """
         check_sides(x, self.channels, self.divisor)
         c = nn.functional.silu(self.condition(t, None))

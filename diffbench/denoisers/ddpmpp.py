@@ -1,4 +1,4 @@
-"""DDPM++: the U-Net of Song et al. 2021 as EDM trains it, standard encoder and decoder (Karras et al. 2022)."""
+"""DDPM++: the U-Net of Song et al. 2021 as trained by EDM (Karras et al. 2022), with standard encoder and decoder."""
 
 import math
 from dataclasses import dataclass, field
@@ -28,30 +28,30 @@ from diffbench.denoisers.tmsa import TimeAttention
 
 @dataclass
 class DDPMppConfig:
-    """Sizes and switches; the defaults are EDM's CIFAR-10 network without its augmentation input."""
+    """Sizes and options of DDPM++; the defaults are EDM's CIFAR-10 network without its augmentation input."""
 
     model_channels: int = 128
     """Base width, multiplied by `channel_mult` at each level."""
     channel_mult: list[int] = field(default_factory=lambda: [2, 2, 2])
-    """One factor a level; the resolution halves between levels."""
+    """One factor per level; the resolution halves between levels."""
     num_blocks: int = 4
-    """Residual blocks a level in the encoder; the decoder has one more."""
+    """Residual blocks per level in the encoder; the decoder has one more."""
     attention_resolutions: list[int] | None = None
     """Resolutions (pixels of the longer side) with attention; the first block of the decoder always has it. null: 16,
-    where the network has that."""
+    if there is such a level."""
     dropout: float = 0.13
     """0.13 for CIFAR-10, 0.05 for FFHQ-64."""
     augment_dim: int | None = None
-    """Width of the augmentation label `augment=`; EDM's pipeline has 9 entries."""
+    """Width of the augmentation label `augment`; 9 in EDM's pipeline."""
     embedding_mult: int = 4
-    """Width of the embedding over `model_channels`."""
+    """Width of the embedding as a multiple of `model_channels`."""
     num_heads: int = 1
     time_features: TimeFeatures = "sinusoidal"
-    """Features of the time under the MLP."""
+    """Time features that the embedding MLP takes."""
     fourier_scale: float = 16.0
-    """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
+    """Standard deviation of the Fourier frequencies, in periods per unit of time; 16 suits EDM's ln(sigma)/4."""
     tmsa: bool = False
-    """DiffiT's time-dependent attention in place of the attention (DiffiT, Table 5)."""
+    """Replace the attention by DiffiT's time-dependent attention (DiffiT, Table 5)."""
 
     def __post_init__(self) -> None:
         numbers = ("model_channels", "channel_mult", "num_blocks", "augment_dim", "embedding_mult", "num_heads")
@@ -59,9 +59,9 @@ class DDPMppConfig:
 
 
 class DDPMpp(Denoiser):
-    """DDPM++ for square images, or any multiple of what its levels divide; see `Denoiser`.
+    """DDPM++ for images whose sides can be halved between all levels; see `Denoiser`.
 
-    The null class, where it exists, is a label vector of zeros.
+    The null class, if there is one, is a label vector of zeros.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class DDPMpp(Denoiser):
         self.embedding = Embedding(config, num_classes)
         emb = config.embedding_mult * config.model_channels
 
-        def block(c_in: int, c_out: int, level: int, attention: bool = False, **where: Any) -> Block:
-            return Block(config, c_in, c_out, emb, longer >> level if attention else None, **where)
+        def block(c_in: int, c_out: int, level: int, attention: bool = False, **options: Any) -> Block:
+            return Block(config, c_in, c_out, emb, longer >> level if attention else None, **options)
 
         width = config.model_channels
         self.stem = xavier_conv(channels, width, 3)
@@ -104,21 +104,21 @@ class DDPMpp(Denoiser):
             else:
                 self.decoder.append(block(width, width, level, direction="up"))
             for i in range(config.num_blocks + 1):
-                here = attention and i == config.num_blocks
-                self.decoder.append(block(width + skips.pop(), c, level, here, joins=True))
+                attends = attention and i == config.num_blocks
+                self.decoder.append(block(width + skips.pop(), c, level, attends, joins=True))
                 width = c
         self.out_norm = group_norm(width)
         self.out = xavier_conv(width, self.out_channels, 3, scale=1e-5)
 
     def label_rows(self) -> Tensor | None:
-        """See `Denoiser.label_rows`: the columns of the label's layer, whose null class is zero."""
+        """See `Denoiser.label_rows`; the rows are scaled columns of the label layer, the null class is zeros."""
         if self.embedding.label is None:
             return None
         rows = self.embedding.label.weight.T * math.sqrt(self.num_classes)
         return nn.functional.pad(rows, (0, 0, 0, int(self.null_class)))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """See `Denoiser.forward`; `augment` is (B, augment_dim), what was done to the images, or None for nothing."""
+        """See `Denoiser.forward`; `augment` is the (B, augment_dim) augmentation label, None for unaugmented images."""
         check_sides(x, self.channels, self.divisor)
         if self.num_classes:
             y = labels_or_null(y, len(t), self.num_classes, self.null_class, t.device)
@@ -134,7 +134,7 @@ class DDPMpp(Denoiser):
 
 
 class Embedding(nn.Module):
-    """Time (sines first, end point included), one-hot class times sqrt(classes) and augmentation, as one vector."""
+    """Embedding of time (sines first, endpoint included), one-hot class times sqrt(classes) and augmentation label."""
 
     def __init__(self, config: DDPMppConfig, num_classes: int) -> None:
         super().__init__()
@@ -148,11 +148,11 @@ class Embedding(nn.Module):
         self.layer2 = xavier_linear(emb, emb)
 
     def forward(self, t: Tensor, y: Tensor | None, augment: Tensor | None) -> Tensor:
-        """(B,) times, labels or their weights, and (B, augment_dim) augmentation labels to the activated (B, emb)."""
+        """Map times (B,), labels or their weights, and augmentation labels (B, augment_dim) to (B, emb), activated."""
         features = self.fourier(t) if self.fourier else timestep_embedding(t, self.width, 10_000.0, True, True)
         h = features.to(self.layer1.weight.dtype)
         if self.label is not None and y is not None:
-            # The null class, where there is one, is a row of zeros.
+            # Without its last column, the null class is a row of zeros.
             weights = y if y.is_floating_point() else one_hot(y, self.num_classes + 1)
             h = h + self.label(weights[:, : self.num_classes].to(h.dtype) * math.sqrt(self.num_classes))
         if augment is not None:
@@ -161,15 +161,15 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """GN, SiLU, conv | embedding added | GN, SiLU, dropout, conv | skip, over sqrt 2 | attention, over sqrt 2.
+    """GN, SiLU, conv | add embedding | GN, SiLU, dropout, conv | add skip, / sqrt 2 | add attention, / sqrt 2.
 
     Args:
         config: sizes.
         c_in: width of the input.
         c_out: width of the output.
         emb: width of the embedding.
-        size: side of the attended image; None for no attention.
-        direction: resamples first: "down" by the mean of 2x2, "up" by nearest neighbour.
+        size: side of the image on which attention acts; None for no attention.
+        direction: resampling at the start: "down" by the mean of 2x2 pixels, "up" by nearest neighbour; None for none.
         joins: whether the network concatenates a skip to the input.
     """
 
@@ -205,7 +205,7 @@ class Block(nn.Module):
             self.attention = PixelAttention(heads, group_norm(c_out), qkv, xavier_conv(c_out, c_out, 1, scale=1e-5))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, C_in, H, W) and the activated embedding (B, emb) to (B, C_out, H', W')."""
+        """Map (B, C_in, H, W) and the activated embedding (B, emb) to (B, C_out, H', W')."""
         h, x = resample(silu(self.norm1(x)), self.direction), resample(x, self.direction)
         h = self.conv1(h) + self.condition(c)[:, :, None, None]
         h = self.conv2(self.dropout(silu(self.norm2(h))))
@@ -214,18 +214,18 @@ class Block(nn.Module):
 
 
 def group_norm(channels: int) -> GroupNorm:
-    """32 groups, but at least four channels a group."""
+    """Build a group normalisation of 32 groups, or fewer so that each has at least four channels."""
     groups = min(32, channels // 4)
     if not groups or channels % groups:
         raise ValueError(
-            f"denoiser.model_channels: {groups} norm groups, of at least four channels, do not divide {channels},"
-            " a level's width or that with its skip"
+            f"denoiser.model_channels: {groups} norm groups (of at least four channels) do not divide {channels},"
+            " a level's width, alone or with its skip"
         )
     return GroupNorm(groups, channels, eps=1e-6)
 
 
 def xavier_conv(c_in: int, c_out: int, kernel: int, scale: float = 1.0) -> nn.Conv2d:
-    """A convolution with scaled Xavier-uniform weights and zero bias."""
+    """Build a convolution with scaled Xavier-uniform weights and zero bias."""
     layer = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
     nn.init.xavier_uniform_(layer.weight, gain=scale)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -233,7 +233,7 @@ def xavier_conv(c_in: int, c_out: int, kernel: int, scale: float = 1.0) -> nn.Co
 
 
 def xavier_linear(c_in: int, c_out: int, bias: bool = True) -> nn.Linear:
-    """A Linear with Xavier-uniform weights and zero bias."""
+    """Build a Linear with Xavier-uniform weights and zero bias."""
     layer = Linear(c_in, c_out, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
     if bias:
@@ -242,7 +242,7 @@ def xavier_linear(c_in: int, c_out: int, bias: bool = True) -> nn.Linear:
 
 
 def laptop_sizes(height: int, width: int) -> dict[str, Any]:
-    """Keys for a laptop, see `laptop`."""
+    """Return config keys for a laptop, see `laptop`."""
     return laptop.unet(height, width, [2, 2]) | {"num_blocks": 1, "dropout": 0.0}
 
 

@@ -1,7 +1,7 @@
 """DiffiT in image space: a U-shaped transformer with time-dependent self-attention (Hatamizadeh et al. 2024).
 
-The paper leaves open the heads, the kind of skip, the resampling kernels and the initialisation in image space;
-each choice made here is a key of `DiffiTConfig` or stated beside the layer.
+For image space, the paper does not specify the number of heads, the kind of skip, the resampling kernels or the
+initialisation; each choice made here is a key of `DiffiTConfig` or noted next to the layer.
 """
 
 from dataclasses import dataclass, field
@@ -35,32 +35,32 @@ class DiffiTConfig:
     channels: list[int] = field(default_factory=lambda: [128, 256, 256])
     """Width of each stage; the resolution halves between stages."""
     blocks: list[int] = field(default_factory=lambda: [4, 4, 4])
-    """Residual blocks of each stage, in the encoder and again in the decoder (L1, L2, ... of the paper)."""
+    """Residual blocks per stage, the same in encoder and decoder (L1, L2, ... in the paper)."""
     window: int | list[int] = 4
-    """Side of the attention window, of all stages or of each (Fig. 8); a stage smaller than it is one window."""
+    """Side of the attention window, for all stages or per stage (Fig. 8); at most the stage's shorter side."""
     num_heads: int = 4
     mlp_ratio: float = 4.0
     time_dim: int = 512
     """Width of the time token (Table 3)."""
     dropout: float = 0.0
     norm_groups: int = 32
-    """Groups of the group normalisation; must divide every width, also that of the concatenated skips."""
+    """Groups of the group normalisation; must divide every width, including those with a concatenated skip."""
     token_dim: int | None = None
-    """Width of queries, keys and values (Table 3, as far as stages are not that wide); null: the stage's width."""
+    """Width of queries, keys and values (Table 3); null: the stage's width."""
     skip: Literal["concat", "add", "none"] = "concat"
-    """The join of encoder and decoder at each resolution; the paper shows that there is one."""
+    """Skip connection from encoder to decoder at each resolution; the paper shows one but not its kind."""
     resample: Literal["conv", "bilinear"] = "conv"
-    """Between stages: 3x3 convolutions of stride 2, and nearest x2 with a 3x3; or bilinear without weights (§I.1)."""
+    """conv: 3x3 convolutions, strided on the way down, after nearest x2 on the way up; bilinear: no weights (§I.1)."""
     time_in: TimeIn = "qkv"
-    """The conditioning of a block on the time (Tables 6 and 7; adaln instead of TMSA); see `tmsa.TimeIn`."""
+    """Conditioning of the blocks on the time (Tables 6 and 7; adaln instead of TMSA); see `tmsa.TimeIn`."""
     tmsa: Literal["both", "encoder", "decoder", "none"] = "both"
-    """The half with `time_in` (Table 4, D: encoder, E: both); the other adds the time to each stage's input."""
+    """Halves that use `time_in` (Table 4, D: encoder, E: both); the others add the time to each stage's input."""
     time_features: TimeFeatures = "sinusoidal"
-    """Features of the time under the MLP (Table 8)."""
+    """Time features that the embedding MLP takes (Table 8)."""
     fourier_scale: float = 16.0
-    """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
+    """Standard deviation of the Fourier frequencies, in periods per unit of time; 16 suits EDM's ln(sigma)/4."""
     augment_dim: int | None = None
-    """Width of the augmentation label `augment=`; EDM's pipeline, which the paper follows (§I.1), has 9 entries."""
+    """Width of the augmentation label `augment`; 9 in EDM's pipeline, which the paper follows (§I.1)."""
 
     def __post_init__(self) -> None:
         numbers = ("channels", "blocks", "window", "num_heads", "mlp_ratio", "time_dim", "norm_groups", "token_dim")
@@ -72,8 +72,8 @@ class DiffiTConfig:
                     f" denoiser.channels, got {len(values)}"
                 )
         for width in [self.token_dim] if self.token_dim else self.channels:
-            key = "token_dim" if self.token_dim else "channels"
-            check_divides("num_heads", self.num_heads, width, f"of denoiser.{key}")
+            what = "denoiser.token_dim=" if self.token_dim else "a width in denoiser.channels"
+            check_divides("num_heads", self.num_heads, width, what)
 
     @property
     def windows(self) -> list[int]:
@@ -82,7 +82,7 @@ class DiffiTConfig:
 
 
 class DiffiT(Denoiser):
-    """DiffiT for images of any two sides that stages and windows divide; see `Denoiser`."""
+    """DiffiT for any image height and width that stages and windows divide; see `Denoiser`."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class DiffiT(Denoiser):
         inputs = [widths[0], *widths[:-1]]
         self.encoder = nn.ModuleList([stage(inputs[i], i, "encoder") for i in range(stages)])
         self.down = nn.ModuleList([self._resampler(c, stride=2) for c in widths[:-1]])
-        # Decoder, coarsest first: upsample, join the encoder's stage of that resolution, blocks.
+        # Decoder, coarsest first: upsample, join the encoder's output at that resolution, run the blocks.
         finer = list(reversed(range(stages - 1)))
         inputs_up = [widths[i + 1] + (widths[i] if config.skip == "concat" else 0) for i in finer]
         self.up = nn.ModuleList([self._resampler(widths[i + 1], stride=1) for i in finer])
@@ -136,7 +136,7 @@ class DiffiT(Denoiser):
         self.encoder_time = stage_times(inputs, "encoder")
         self.decoder_time = stage_times(inputs_up, "decoder")
         if config.time_in == "none" and not (self.encoder_time or self.decoder_time):
-            self.condition.requires_grad_(False)  # nothing uses it: several devices would wait for its gradient
+            self.condition.requires_grad_(False)  # unused: with several devices, DDP would wait for its gradient
         self.head_norm = GroupNorm(config.norm_groups, widths[0], eps=1e-5)
         self.head = zero_(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
 
@@ -144,7 +144,7 @@ class DiffiT(Denoiser):
         return nn.Conv2d(width, width, 3, stride=stride, padding=1) if self.resample == "conv" else nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """See `Denoiser.forward`; `augment` is (B, augment_dim), what was done to the images, or None for nothing."""
+        """See `Denoiser.forward`; `augment` is the (B, augment_dim) augmentation label, None for unaugmented images."""
         check_shape(x, self.channels, *self.image_size)
         bilinear = self.resample == "bilinear"
         c = self.condition(t, y, augment)
@@ -156,7 +156,7 @@ class DiffiT(Denoiser):
             h = blocks(h, c)
             if i < len(self.down):
                 skips.append(h)
-                # At a factor of 2, bilinear interpolation is the mean of 2x2 pixels.
+                # For a factor of 2, bilinear interpolation is the mean of 2x2 pixels.
                 h = interpolate(h, scale_factor=0.5, mode="bilinear") if bilinear else self.down[i](h)
         for i, blocks in enumerate(self.decoder):
             h = self.up[i](interpolate(h, scale_factor=2.0, mode="bilinear" if bilinear else "nearest"))
@@ -172,7 +172,7 @@ class DiffiT(Denoiser):
 
 
 class Stage(nn.ModuleList):
-    """The residual blocks of one resolution, one after the other."""
+    """The residual blocks of one resolution, run one after the other."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         for block in self:
@@ -181,11 +181,11 @@ class Stage(nn.ModuleList):
 
 
 class ResBlock(nn.Module):
-    """x + DiffiT-Block(Conv3x3(Swish(GN(x)))), Eq. 9 and 10; a 1x1 convolution carries x where the width changes."""
+    """x + DiffiT-Block(Conv3x3(Swish(GN(x)))), Eq. 9 and 10; the skip has a 1x1 convolution if the width changes."""
 
     def __init__(self, config: DiffiTConfig, c_in: int, c_out: int, window: int, time_in: TimeIn) -> None:
         super().__init__()
-        check_divides("norm_groups", config.norm_groups, c_in, "a stage's width or that with its skip")
+        check_divides("norm_groups", config.norm_groups, c_in, "a stage's width, alone or with its skip")
         self.window = window
         self.norm = GroupNorm(config.norm_groups, c_in, eps=1e-5)
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -202,7 +202,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, C_in, H, W) and the time token (B, time_dim) to (B, C_out, H, W)."""
+        """Map (B, C_in, H, W) and the time token (B, time_dim) to (B, C_out, H, W)."""
         height, width = x.shape[2:]
         h = self.conv(nn.functional.silu(self.norm(x)))
         tokens = self.block(to_windows(h, self.window), c)
@@ -210,16 +210,16 @@ class ResBlock(nn.Module):
 
 
 def laptop_sizes(height: int, width: int) -> dict[str, Any]:
-    """Keys for a laptop, see `laptop`: up to three stages, each of which a window divides."""
-    both = gcd(height, width)
-    stages = next(n for n in range(min(laptop.levels(height, width), 3), 0, -1) if n == 1 or both >> (n - 1) >= 4)
-    windows = [next(w for w in (4, 8, 7, 6, 5, 3, 2, 1) if (both >> i) % w == 0) for i in range(stages)]
+    """Return config keys for a laptop, see `laptop`: up to three stages, each divisible by its window."""
+    common = gcd(height, width)
+    stages = next(n for n in range(min(laptop.levels(height, width), 3), 0, -1) if n == 1 or common >> (n - 1) >= 4)
+    windows = [next(w for w in (4, 8, 7, 6, 5, 3, 2, 1) if (common >> i) % w == 0) for i in range(stages)]
     sizes = {"channels": [24, 48, 96][:stages], "blocks": [1] * stages, "window": windows}
     return sizes | {"time_dim": 128, "norm_groups": 8}
 
 
 def _published(data: str, reading: str, blocks: list[int], stated: str, cost: Cost) -> tuple[str, Preset]:
-    # Dropout is EDM's, whose training the paper "strictly followed"; heads are ours.
+    # The dropout is EDM's, whose training the paper "strictly followed"; the number of heads is our choice.
     faces = data == "FFHQ64"
     widths, window, dropout = ([128, 256, 256, 256], 8, 0.05) if faces else ([128, 256, 256], 4, 0.13)
     config = DiffiTConfig(widths, blocks, window, dropout=dropout)
@@ -227,7 +227,7 @@ def _published(data: str, reading: str, blocks: list[int], stated: str, cost: Co
     return f"DiffiT-{data}-{reading}", Preset(config, shape, f"DiffiT, {stated}", cost)
 
 
-# The paper contradicts itself: four blocks a stage (§H.1), or 2,2,2 and 1,2,2,2 (§I.1); it states no sizes.
+# The paper contradicts itself: four blocks per stage (§H.1), or 2,2,2 and 1,2,2,2 (§I.1); it gives no parameter count.
 PRESETS = dict(
     [
         _published("CIFAR10", "H1", [4, 4, 4], "§H.1: 4 blocks a stage", Cost(28_747_987, 7_355_891_712)),

@@ -1,7 +1,7 @@
 """DiffiT for latents, as released: a Vision Transformer with time-dependent self-attention (Hatamizadeh et al. 2024).
 
 Paper and release disagree on the depth (30 in §H.2, 28 in the published model, which has the paper's 561M parameters),
-and only the release has a SiLU before the last layer: both are keys here.
+and only the release has a SiLU before the last layer; both are config keys here.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class DiffiTLatentConfig(PatchConfig):
     head_silu: bool = True
     """A SiLU between the last norm and the last layer, as released; the paper says "a linear layer"."""
     time_in: TimeIn = "qkv"
-    """The conditioning of a block on the time; see `tmsa.TimeIn`."""
+    """Conditioning of the blocks on the time; see `tmsa.TimeIn`."""
 
 
 class DiffiTLatent(PatchTransformer):
-    """Latent DiffiT, whose attention window is the whole grid of tokens; see `Denoiser`."""
+    """Latent DiffiT, whose attention window is the whole token grid; see `Denoiser`."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class DiffiTLatent(PatchTransformer):
         self.final = Linear(d, self.patch_values)
         self.initialise_ends()
         if config.time_in == "none":
-            self.condition.requires_grad_(False)  # nothing uses it: several devices would wait for its gradient
+            self.condition.requires_grad_(False)  # unused: with several devices, DDP would wait for its gradient
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """See `Denoiser.forward`."""
@@ -59,7 +59,7 @@ class DiffiTLatent(PatchTransformer):
 PRESETS = {
     name: Preset(DiffiTLatentConfig(2, 1152, depth, 16), IMAGENET_LATENT | {"image_size": side}, f"DiffiT, {at}", cost)
     for name, depth, side, at, cost in (
-        ("DiffiT-XL/2", 28, 32, "Table 9: 561M, 114 without attention's products", Cost(561_330_144, 118_507_290_624)),
+        ("DiffiT-XL/2", 28, 32, "Table 9: 561M, 114 without attention matmuls", Cost(561_330_144, 118_507_290_624)),
         ("DiffiT-XL/2-depth30", 30, 32, "§H.2: depth 30", Cost(601_201_664, 126_970_970_112)),
         ("DiffiT-XL/2-512", 28, 64, "§I.2: at 512x512", Cost(563_562_464, 524_424_167_424)),
     )

@@ -21,33 +21,33 @@ class DiTConfig(PatchConfig):
     """Sizes of a DiT (Table 1 of the paper: S 12/384/6, B 12/768/12, L 24/1024/16, XL 28/1152/16)."""
 
     conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
-    """The conditioning of a block on time and class (§3.2, Fig. 3)."""
+    """Conditioning of the blocks on time and class (§3.2, Fig. 3)."""
     qk_norm: bool = False
-    """Normalise queries and keys, by head; their products stay small in long training and low precision."""
+    """Normalise queries and keys per head, which keeps their products small in long training and low precision."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    """swiglu: gated, of two thirds of the hidden width."""
+    """swiglu: gated, with two thirds of the hidden width."""
     position: Literal["sincos", "rope"] = "sincos"
-    """sincos: a table added to the tokens; rope: queries and keys are rotated as well, in every block."""
+    """sincos: a table added to the tokens; rope: also rotates queries and keys in every block."""
     norm: Literal["layer", "rms"] = "layer"
-    """rms: no mean is taken, and a scale is learned under adaLN too."""
+    """rms: RMSNorm, which subtracts no mean and learns a scale even with adaLN."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         width = self.hidden_size // self.num_heads
         if self.position == "rope" and width % 4:
             raise ValueError(
-                f"denoiser.position: rope needs heads whose width 4 divides, not {width}="
+                f"denoiser.position: rope needs a head width divisible by 4, got {width}="
                 "denoiser.hidden_size/denoiser.num_heads"
             )
 
     def make_norm(self, dim: int, affine: bool = True) -> nn.Module:
-        """The norm over `dim` features; `affine` is whether a LayerNorm learns a scale and shift."""
+        """Build the norm over `dim` features; `affine` says whether a LayerNorm learns scale and shift."""
         rms = self.norm == "rms"
         return RMSNorm(dim, eps=1e-6) if rms else nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
 
 
 class DiT(PatchTransformer):
-    """DiT for images of any two sides that the patch divides; see `Denoiser`."""
+    """DiT for any image height and width that the patch divides; see `Denoiser`."""
 
     def __init__(
         self,
@@ -92,10 +92,10 @@ class DiT(PatchTransformer):
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP under a condition, in the four ways of DiT §3.2.
+    """Attention and MLP with one of the four conditionings of DiT §3.2.
 
-    adaln-zero: each shifted, scaled and gated by the condition; adaln: without gates; cross-attention: the tokens
-    attend to time and class between the two; in-context: time and class are tokens, the block is a plain one.
+    adaln-zero: the condition shifts, scales and gates both; adaln: without gates; cross-attention: between the two,
+    tokens attend to time and class; in-context: time and class are extra tokens of a plain block.
     """
 
     def __init__(self, config: DiTConfig, grid: tuple[int, int]) -> None:
@@ -116,7 +116,7 @@ class DiTBlock(nn.Module):
         self.cross = CrossAttention(config) if config.conditioning == "cross-attention" else None
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D) tokens and (B, D) condition, or (B, 1 or 2, D) time and class, to (B, N, D)."""
+        """Map tokens (B, N, D) to the same shape; c is (B, D) for adaLN, otherwise time and class, (B, 1 or 2, D)."""
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm1(x)))
             if self.cross is not None:
@@ -138,7 +138,7 @@ class DiTBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the image's tokens to those of time and class, after a norm (DiT §3.2)."""
+    """Attention from the normalised image tokens to the tokens of time and class (DiT §3.2)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -149,14 +149,14 @@ class CrossAttention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D) tokens and (B, M, D) condition to (B, N, D)."""
+        """Map tokens (B, N, D) and condition tokens (B, M, D) to (B, N, D)."""
         q = rearrange(self.q(self.norm(x)), "b n (h d) -> b h n d", h=self.heads)
         k, v = rearrange(self.kv(c), "b m (two h d) -> two b h m d", two=2, h=self.heads)
         return self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation, in float32 where input and weight differ in precision, as under autocast."""
+    """RMS normalisation, computed in float32 if input and weight differ in precision, as under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
@@ -165,29 +165,29 @@ class RMSNorm(nn.RMSNorm):
 
 
 class SwiGLU(nn.Module):
-    """An MLP with a gate, SiLU(W x) * V x, of two thirds of `mlp`'s hidden width (Shazeer 2020), so as many weights.
+    """A gated MLP, SiLU(W x) * V x (Shazeer 2020); 2/3 of `mlp`'s hidden width give it as many parameters.
 
     Raises:
-        ValueError: if nothing is left of the width.
+        ValueError: if the hidden width would be below 1.
     """
 
     def __init__(self, dim: int, ratio: float) -> None:
         super().__init__()
         hidden = int(2 / 3 * int(dim * ratio))
         if hidden < 1:
-            raise ValueError(f"denoiser.mlp_ratio: two thirds of {ratio} of a width of {dim} is less than one")
+            raise ValueError(f"denoiser.mlp_ratio: two thirds of {ratio} times a width of {dim} is less than one")
         self.inner = Linear(dim, 2 * hidden)
         self.outer = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) to the same."""
+        """Map (..., dim) to the same shape."""
         gate, value = self.inner(x).chunk(2, dim=-1)
         return self.outer(nn.functional.silu(gate) * value)
 
 
 # Table 1: depth, width, heads.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-# Table 4: parameters and Gflops by patch, and both exactly.
+# Table 4: size, patch, the stated parameters and Gflops, and the exact cost.
 _TABLE_4 = (
     ("S", 2, "33M, 6.06", Cost(32_963_360, 6_055_673_856)),
     ("S", 4, "33M, 1.41", Cost(32_945_024, 1_412_579_328)),
@@ -227,7 +227,7 @@ PRESETS |= {
         ("adaln", "600M, 118.56", Cost(600_747_296, 118_547_103_744)),
     )
 }
-# LightningDiT (Yao et al. 2025): its last table and code; the autoencoder of XL/1 has latents of 16x16x32.
+# LightningDiT (Yao et al. 2025), from its last table and its code; the autoencoder of XL/1 has 16x16x32 latents.
 _LIGHTNING = {"mlp": "swiglu", "position": "rope", "norm": "rms"}
 _SD_LATENT = IMAGENET_LATENT | {"learn_sigma": False}
 PRESETS |= {

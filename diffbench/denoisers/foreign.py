@@ -1,4 +1,4 @@
-"""Networks from outside: any `package.module:Class` or function, its arguments, and how its forward is called."""
+"""Foreign networks: any `package.module:Class` or function, its arguments, and the call of its forward."""
 
 import copy
 import dataclasses
@@ -20,12 +20,12 @@ from diffbench.denoisers.layers import labels_or_null
 from diffbench.denoisers.source import Source, load
 
 LEVELS = 1e-4, 1e4
-"""Noise levels that a network is given at the ends of a process, where they may be 0 or infinite."""
+"""Range to which the noise levels passed to a network are clamped; a process may end at 0 or infinity."""
 
 
 @dataclass
 class CallConfig:
-    """The call of forward: each input goes to a place among the arguments or to a name; null: it takes none."""
+    """The call of forward: the position or name of the argument that takes each input; null: no such input."""
 
     x: int | str = 0
     """The noisy image (B, C, H, W)."""
@@ -34,32 +34,32 @@ class CallConfig:
     y: int | str | None = 2
     """The labels (B,) int64; null for a network without labels."""
     t_as: Literal["time", "step", "noise_level", "log_snr"] = "time"
-    """The form of t: the process's own time, rounded to an int64, sigma / alpha, or log(alpha^2 / sigma^2)."""
+    """The form of t: the process's own time, that time rounded to int64, sigma / alpha, or log(alpha^2 / sigma^2)."""
     output: int | str | None = None
-    """The place or name of the output in what forward returns; null: that is the output itself."""
+    """The index or name of the output in the value that forward returns; null: the value itself."""
 
     def __post_init__(self) -> None:
         given = [target for target in (self.x, self.t, self.y) if target is not None]
         if len(set(given)) < len(given):
-            raise ValueError("denoiser.call: x, t and y must go to different places or names")
+            raise ValueError("denoiser.call: x, t and y must go to different positions or names")
         places = sorted(target for target in given if isinstance(target, int))
         if places != list(range(len(places))):
             raise ValueError(
-                f"denoiser.call: places count from 0 without a gap, got {', '.join(map(str, places))};"
-                " give a later argument by its name"
+                f"denoiser.call: positions must count from 0 without a gap, got {', '.join(map(str, places))};"
+                " pass a later argument by name"
             )
 
 
 @dataclass(frozen=True)
 class Factory:
-    """The class or function that makes a network.
+    """The class or function that builds a network.
 
     Attributes:
-        name: package.module:Class, or a function's.
+        name: package.module:Class, or package.module:function.
         make: the class or function.
-        parameters: of it, by name.
-        source: the module.
-        config: the parameter that takes a dataclass, and that dataclass; None where it takes plain arguments.
+        parameters: its parameters by name.
+        source: its module.
+        config: the parameter that takes a config dataclass, and that dataclass; None if it takes plain arguments.
     """
 
     name: str
@@ -70,23 +70,23 @@ class Factory:
 
 
 SHAPE = ("image_size", "channels", "num_classes", "null_class", "learn_sigma")
-"""Arguments that a network gets where its signature names them."""
+"""Arguments that are passed to a network if its signature names them."""
 
 
 @dataclass
 class ForeignConfig:
-    """A network from outside."""
+    """Config of a foreign network."""
 
     factory: ClassVar[Factory]
     args: Any = field(default_factory=dict)
-    """Arguments of the class or function, besides those of the image's shape that it names."""
+    """Arguments of the class or function, besides those in `SHAPE`."""
     call: CallConfig = field(default_factory=CallConfig)
     width: str | None = None
-    """The argument that widens the network, a number or a list that grows in proportion; studies match sizes by it."""
+    """Argument that widens the network, a number or a list that is scaled as a whole; studies match sizes with it."""
     depth: str | None = None
-    """The argument that deepens it."""
+    """Argument that deepens it."""
     code: str | None = None
-    """Hash of the source, filled in; null for an installed module."""
+    """Hash of the source, filled in automatically; null for an installed module."""
 
     def __post_init__(self) -> None:
         self.code = self.factory.source.digest
@@ -121,15 +121,15 @@ class ForeignConfig:
 
 
 def section(name: str, code: str | None, folders: Sequence[Path]) -> type[ForeignConfig]:
-    """The dataclass of the section `denoiser` for a network from outside.
+    """Return the dataclass of the section `denoiser` for a foreign network.
 
     Args:
-        name: package.module:Class, or a function's name.
-        code: hash of its source, where that is known already.
-        folders: where modules are looked up before installed ones.
+        name: package.module:Class, or package.module:function.
+        code: required hash of its source; None accepts any.
+        folders: folders to search before the installed modules.
 
     Raises:
-        ValueError: if there is no such thing, or it cannot be imported; begins with the key.
+        ValueError: if it does not exist or cannot be imported; the message begins with the key.
     """
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
         raise ValueError(f"denoiser.name: {name!r} is not a name; write package.module:Class")
@@ -163,17 +163,17 @@ def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     for evaluated in (True, False):
         try:
             return inspect.signature(made, eval_str=evaluated).parameters
-        except Exception:  # of annotations that cannot be evaluated, or something without a signature
+        except Exception:  # annotations cannot be evaluated, or there is no signature
             continue
     return {}
 
 
 def _config(made: Any, module: Any, attribute: str) -> tuple[str, type] | None:
-    """The parameter annotated with a dataclass, or with that or None, or called `config` where the module has a
-    `<Class>Config`.
+    """Return name and type of the parameter that takes a config: annotated with a dataclass (or None), or named
+    `config` in a module with a `<Class>Config`.
 
     Raises:
-        ValueError: if the types of its fields are not known.
+        ValueError: if the types of its fields cannot be resolved.
     """
     for name, parameter in _parameters(made).items():
         kind = parameter.annotation
@@ -197,10 +197,10 @@ def _check_types(kind: type) -> None:
 
 
 class Foreign(Denoiser):
-    """A network from outside behind the interface of `Denoiser`.
+    """A foreign network behind the interface of `Denoiser`.
 
     Args:
-        noise_level: (B,) times as the network gets them -> (B,) sigma / alpha; needed where `call.t_as` asks for it.
+        noise_level: (B,) times as passed to the network -> (B,) sigma / alpha; needed for some `call.t_as`.
     """
 
     shards_blocks = False  # one block may use another's parameters
@@ -221,7 +221,7 @@ class Foreign(Denoiser):
         self.network = _network(config, shape)
 
     def label_rows(self) -> Tensor | None:
-        """See `Denoiser.label_rows`: of all tables with a row for each label, beside one another."""
+        """See `Denoiser.label_rows`; concatenates, along the width, all tables with one row per label."""
         tables = [table.weight for table in self._tables()]
         return torch.cat(tables, dim=1) if tables else None
 
@@ -230,7 +230,7 @@ class Foreign(Denoiser):
         return [m for m in self.network.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == rows > 1]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """See `Denoiser.forward`; weights over labels mix the rows of every table that has one for each label."""
+        """See `Denoiser.forward`; label weights mix the rows of every table with one row per label."""
         y = labels_or_null(y, len(t), self.num_classes, self.null_class, t.device) if self.num_classes else None
         if y is None or not y.is_floating_point():
             return self._output(x, t, y)
@@ -242,7 +242,7 @@ class Foreign(Denoiser):
                 stack.enter_context(table.register_forward_hook(partial(_mixture, y, used)))
             out = self._output(x, t, y.argmax(1))
         if not used:
-            raise ValueError("this network looks up no label as it is given: give labels, not weights")
+            raise ValueError("this network does not look up labels unchanged: give labels, not weights")
         return out
 
     def _output(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -268,36 +268,36 @@ class Foreign(Denoiser):
         return (level if self.call.t_as == "noise_level" else -2 * level.log()).to(t.dtype)
 
 
-def _mixture(weights: Tensor, used: list[nn.Module], table: nn.Embedding, given: tuple[Tensor], rows: Tensor) -> Tensor:
-    """In place of a table's rows for labels, (B, D) or (B, tokens, D): their mixture; see `LabelTable`.
+def _mixture(weights: Tensor, used: list[nn.Module], table: nn.Embedding, args: tuple[Tensor], rows: Tensor) -> Tensor:
+    """Replace, as a forward hook, a table's rows for labels, (B, D) or (B, tokens, D), by a mixture; see `LabelTable`.
 
-    Rows of anything but the sample's own label, such as another table's positions, stay as they are.
+    Rows of anything but the sample's own label, such as another table's positions, stay unchanged.
     """
-    own = weights.argmax(1).view(-1, *[1] * (rows.ndim - 2))
-    if not given or len(given[0]) != len(own) or not (found := given[0] == own).any():
+    labels = weights.argmax(1).view(-1, *[1] * (rows.ndim - 2))
+    if not args or len(args[0]) != len(labels) or not (matches := args[0] == labels).any():
         return rows
     used.append(table)
-    every = torch.arange(table.num_embeddings, device=weights.device).expand_as(weights)
+    indices = torch.arange(table.num_embeddings, device=weights.device).expand_as(weights)
     mixture = nn.functional.embedding_bag(
-        every, table.weight, per_sample_weights=weights.to(table.weight.dtype), mode="sum"
+        indices, table.weight, per_sample_weights=weights.to(table.weight.dtype), mode="sum"
     )
-    return torch.where(found[..., None], mixture.view(*own.shape, -1), rows)
+    return torch.where(matches[..., None], mixture.view(*labels.shape, -1), rows)
 
 
 def _network(config: ForeignConfig, shape: Mapping[str, Any]) -> nn.Module:
-    """The network itself; on the meta device also one that reads values as it is built, as `.item()` does."""
+    """Build the network; on the meta device too if its constructor reads values, e.g. with `.item()`."""
     factory = config.factory
-    given = {name: value for name, value in shape.items() if name in factory.parameters}
+    kwargs = {name: value for name, value in shape.items() if name in factory.parameters}
     args = copy.deepcopy(config.args)
-    given |= args if factory.config is None else {factory.config[0]: args}
+    kwargs |= args if factory.config is None else {factory.config[0]: args}
     try:
         try:
-            network = factory.make(**given)
+            network = factory.make(**kwargs)
         except Exception:
             if torch.get_default_device().type != "meta":
                 raise
             with torch.device("cpu"):
-                network = factory.make(**given).to("meta")
+                network = factory.make(**kwargs).to("meta")
     except (Exception, SystemExit) as e:
         raise ValueError(f"denoiser.args: {factory.name} cannot be built ({described(e)})") from None
     if not isinstance(network, nn.Module):
@@ -308,10 +308,10 @@ def _network(config: ForeignConfig, shape: Mapping[str, Any]) -> nn.Module:
 
 
 def _check_parameters(network: nn.Module) -> None:
-    """Check that there are parameters to train, all of one type in which times and noise keep their digits.
+    """Check that there are parameters to train, all float32 or all float64, as times and noise need that precision.
 
     Raises:
-        ValueError: naming the parameter.
+        ValueError: if not; the message names the parameter.
     """
     named = list(network.named_parameters())
     if not any(parameter.requires_grad for _, parameter in named):
@@ -319,13 +319,13 @@ def _check_parameters(network: nn.Module) -> None:
     for name, parameter in named:
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(
-                f"denoiser.name: the parameter {name} has no shape before a first pass; give its layer its sizes"
+                f"denoiser.name: the parameter {name} has no shape before the first pass; specify its layer's sizes"
             )
         if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != named[0][1].dtype:
             kinds = " and ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for _, p in named))
             raise ValueError(
                 f"denoiser.name: parameters are of type {kinds} ({name}); make all float32 or all float64, and"
-                " choose lower precision by trainer.precision"
+                " choose lower precision with trainer.precision"
             )
 
 
@@ -334,7 +334,7 @@ def described(error: BaseException) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as Python code expects it: plain numbers, and truth values in any spelling of the word."""
+    """Convert a config value to what Python code expects: plain numbers, and "true" or "false" in any case to bool."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -345,7 +345,7 @@ def _plain(value: Any) -> Any:
     return kinds[0](value) if kinds else value
 
 
-def _listed(choices: Sequence[str], near: Any) -> str:
-    found = difflib.get_close_matches(str(near), choices, n=1)
-    hint = f"; did you mean {found[0]!r}?" if found else ""
+def _listed(choices: Sequence[str], name: Any) -> str:
+    nearest = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"{', '.join(choices) or 'none'}{hint}"

@@ -1,8 +1,8 @@
-"""Sizes for a laptop, fitted to the image: what the denoisers' own rules for `denoiser.preset: laptop` share.
+"""Networks small enough for a laptop, fitted to the image: the common rules behind `denoiser.preset: laptop`.
 
-At 32x32 a forward pass costs 0.07 to 0.18 GMACs, so that two CPU cores see 40,000 images (networks of convolutions) to
-75,000 (transformers) in ten minutes.
-Larger images get larger patches, and more levels where a network halves the image.
+At 32x32, a forward pass costs 0.07 to 0.18 GMACs: in ten minutes, two CPU cores train on 40,000 images (convolutional
+networks) to 75,000 (transformers).
+Larger images get larger patches, or more levels if the network halves the image.
 """
 
 from math import gcd
@@ -12,15 +12,15 @@ MOST_PATCHES = 256
 
 
 def transformer(height: int, width: int) -> dict[str, Any]:
-    """Keys of a plain Vision Transformer for images of a height and a width."""
+    """Return the config keys of a plain Vision Transformer for images of this size."""
     return {"patch_size": patch(height, width), "hidden_size": 128, "depth": 6, "num_heads": 4}
 
 
 def unet(height: int, width: int, top: list[int]) -> dict[str, Any]:
-    """Keys of a U-Net, with attention at its lowest resolution, of at least 8 pixels.
+    """Return the config keys of a U-Net with attention at its lowest resolution; see `levels`.
 
     Args:
-        top: factors of the last levels' widths; those before are as wide as the base.
+        top: width factors of the last levels; earlier levels have the base width.
     """
     n = levels(height, width)
     mult = [*[1] * n, *top][-n:]
@@ -28,7 +28,7 @@ def unet(height: int, width: int, top: list[int]) -> dict[str, Any]:
 
 
 def levels(height: int, width: int) -> int:
-    """Levels between which both sides halve, down to 8 pixels."""
+    """Return the number of levels: even sides are halved once, and again while the shorter is above 8 pixels."""
     n = 1
     while gcd(height, width) % 2**n == 0 and (n == 1 or min(height, width) >> (n - 1) > 8):
         n += 1
@@ -36,7 +36,7 @@ def levels(height: int, width: int) -> int:
 
 
 def patch(height: int, width: int) -> int:
-    """The smallest patch of 2 (from 20 pixels on: 3) that divides both sides and leaves `MOST_PATCHES` at most."""
-    both, least = gcd(height, width), 3 if max(height, width) >= 20 else 2
-    fitting = [p for p in range(least, both + 1) if both % p == 0 and height * width <= MOST_PATCHES * p * p]
-    return fitting[0] if fitting else both
+    """Return the smallest patch from 2 (from 20 pixels on: 3) that divides both sides into at most `MOST_PATCHES`."""
+    common, smallest = gcd(height, width), 3 if max(height, width) >= 20 else 2
+    fitting = [p for p in range(smallest, common + 1) if common % p == 0 and height * width <= MOST_PATCHES * p * p]
+    return fitting[0] if fitting else common

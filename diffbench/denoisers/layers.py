@@ -1,4 +1,4 @@
-"""Layers that the denoisers share: embeddings, norms, windows. Pure PyTorch, no randomness but initialisation."""
+"""Layers shared by the denoisers: embeddings, norms, windows, attention. Only initialisation is random."""
 
 import math
 from typing import Literal, TypeVar
@@ -13,18 +13,18 @@ from diffbench.denoisers.linear import Linear
 def timestep_embedding(
     t: Tensor, dim: int, max_period: float = 10_000.0, endpoint: bool = False, sines_first: bool = False
 ) -> Tensor:
-    """Sinusoidal features of the time (Ho et al. 2020; DiT and ADM use the same form, DDPM++ both switches).
+    """Return sinusoidal features of the time (Ho et al. 2020), as in DiT and ADM; DDPM++ sets both switches.
 
     Args:
         t: (B,) times, integer or fractional, in the process's units.
-        dim: number of features; with an odd `dim` the last one is zero.
-        max_period: the longest period.
-        endpoint: whether the slowest frequency is exactly 1 / max_period.
-        sines_first: whether the sines stand before the cosines.
+        dim: number of features; if odd, the last one is zero.
+        max_period: inverse of the lowest frequency.
+        endpoint: whether the lowest frequency is exactly 1 / max_period.
+        sines_first: whether the sines come before the cosines.
 
     Returns:
-        (B, dim) float32: `dim // 2` cosines first, then as many sines, frequencies max_period^(-i / half), or
-        max_period^(-i / (half - 1)) with the end point.
+        (B, dim) float32: half = dim // 2 cosines, then as many sines, at frequencies max_period^(-i / half), or
+        max_period^(-i / (half - 1)) with `endpoint`.
     """
     half = dim // 2
     i = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -48,7 +48,7 @@ class FourierFeatures(nn.Module):
         self.register_buffer("frequencies", scale * torch.randn(dim // 2))
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) times to (B, dim) float32."""
+        """Map times (B,) to features (B, dim), float32."""
         angle = 2 * math.pi * t.float()[:, None] * self.frequencies.float()
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -57,16 +57,17 @@ TimeFeatures = Literal["sinusoidal", "fourier"]
 
 
 class ConditionEmbedding(nn.Module):
-    """Time and class label as one vector: MLP(features(t)) + table[y] (DiT §3.2; DiffiT §3.2; ADM).
+    """Embedding of time and class label in one vector: MLP(features(t)) + table[y] (DiT §3.2; DiffiT §3.2; ADM).
 
     Args:
-        dim: width of the result.
+        dim: width of the embedding.
         frequencies: number of time features.
         num_classes: number of classes; 0 for an unconditional network, which ignores `y`.
-        null_class: adds a row `num_classes` that means "no class".
+        null_class: whether the label table has one more row, `num_classes`, for "no class".
         features: "sinusoidal", or "fourier" for random frequencies.
         fourier_scale: see `FourierFeatures`.
-        augment_dim: width of a label of what was done to the images, added to the features (EDM); None for none.
+        augment_dim: width of the augmentation label (EDM), which is projected and added to the time features; None
+            if the network takes no such label.
     """
 
     def __init__(
@@ -94,11 +95,10 @@ class ConditionEmbedding(nn.Module):
             nn.init.normal_(self.augment.weight, std=0.02)
 
     def parts(self, t: Tensor, y: Tensor | None, augment: Tensor | None = None) -> list[Tensor]:
-        """(B,) times and labels (see `LabelTable.forward`) to (B, dim) each; no label part without classes.
+        """Embed times (B,) and, if there are classes, labels (see `LabelTable.forward`) separately, (B, dim) each.
 
         Raises:
-            ValueError: as `LabelTable.forward`, or if the network does not know augmentation labels (B, augment_dim)
-                of that width.
+            ValueError: as in `LabelTable.forward`, or if augmentation labels are not (B, augment_dim).
         """
         features = timestep_embedding(t, self.frequencies) if self.fourier is None else self.fourier(t)
         features = features.to(next(self.time.parameters()).dtype)
@@ -108,61 +108,61 @@ class ConditionEmbedding(nn.Module):
         return [time, self.label(y, len(t))]
 
     def forward(self, t: Tensor, y: Tensor | None, augment: Tensor | None = None) -> Tensor:
-        """The sum of `parts`, (B, dim)."""
+        """Return the sum of `parts`, (B, dim)."""
         time, *label = self.parts(t, y, augment)
         return time + label[0] if label else time
 
 
 def augmented(layer: nn.Linear | None, augment: Tensor, dtype: torch.dtype) -> Tensor:
-    """An augmentation label (B, augment_dim) through its layer, which knows its width.
+    """Project augmentation labels (B, augment_dim) with their layer.
 
     Raises:
-        ValueError: if the network has no such layer, or one for another width.
+        ValueError: if the network has no such layer, or the layer takes another width.
     """
     if layer is None or augment.shape[1] != layer.in_features:
         width = 0 if layer is None else layer.in_features
-        raise ValueError(f"denoiser.augment_dim: is {width}, got an augmentation label of {augment.shape[1]}")
+        raise ValueError(f"denoiser.augment_dim: is {width}, got an augmentation label of width {augment.shape[1]}")
     return layer(augment.to(dtype))
 
 
 class LabelTable(nn.Embedding):
-    """One embedding for each class, and with `null_class` one more, the last row, for "no class"."""
+    """Embedding table with a row per class and, if `null_class`, a last row for "no class"."""
 
     def __init__(self, num_classes: int, null_class: bool, dim: int) -> None:
         super().__init__(num_classes + null_class, dim)
         self.num_classes, self.null_class = num_classes, null_class
 
     def forward(self, y: Tensor | None, batch: int) -> Tensor:  # type: ignore[override]
-        """(B,) labels, (B, rows) weights over the table's rows, or None for no class at all, to (B, dim).
+        """Embed labels (B,), weights over the table's rows (B, rows), or None for no class, as (B, dim).
 
         Raises:
-            ValueError: if `y` is None and there is no null class, or if weights are not one for each row.
+            ValueError: if `y` is None and there is no null class, or if there is not one weight per row.
         """
         y = labels_or_null(y, batch, self.num_classes, self.null_class, self.weight.device)
         if not y.is_floating_point():
             return super().forward(y)
-        # Unlike a matrix product it keeps the table's precision under autocast, so that a one-hot row gives the row.
-        every = torch.arange(self.num_embeddings, device=y.device).expand_as(y)
-        return nn.functional.embedding_bag(every, self.weight, per_sample_weights=y.to(self.weight.dtype), mode="sum")
+        # Unlike a matrix product, this keeps the table's precision under autocast: one-hot weights give exactly a row.
+        indices = torch.arange(self.num_embeddings, device=y.device).expand_as(y)
+        return nn.functional.embedding_bag(indices, self.weight, per_sample_weights=y.to(self.weight.dtype), mode="sum")
 
 
 def labels_or_null(y: Tensor | None, batch: int, num_classes: int, null_class: bool, device: torch.device) -> Tensor:
-    """`y`, checked, or for None the null label `num_classes` for each sample.
+    """Check and return `y`; if it is None, return the null label `num_classes` for each sample.
 
     Args:
         y: (B,) int64 labels, or (B, num_classes + null_class) float weights, a mixture of classes.
         batch: B.
-        num_classes: classes.
+        num_classes: number of classes.
         null_class: whether label `num_classes` means "no class".
-        device: of the labels that stand in for None.
+        device: device of the null labels.
 
     Raises:
-        ValueError: if `y` is None and there is no null class, or if weights have another shape.
+        ValueError: if `y` is None and there is no null class, or if weights have the wrong shape.
     """
     if y is not None:
         rows = num_classes + null_class
         if y.is_floating_point() and y.shape != (batch, rows):
-            raise ValueError(f"weights of labels must be ({batch}, {rows}), one for each label, got {tuple(y.shape)}")
+            raise ValueError(f"label weights must be ({batch}, {rows}), one per label, got {tuple(y.shape)}")
         return y
     if not null_class:
         raise ValueError(f"this network has no null class: give labels y in 0..{num_classes - 1}")
@@ -170,7 +170,7 @@ def labels_or_null(y: Tensor | None, batch: int, num_classes: int, null_class: b
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation computed in float32 whatever the input's precision (ADM)."""
+    """Group normalisation that is computed in at least float32, whatever the input's precision (ADM)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype in (torch.float32, torch.float64):
@@ -180,11 +180,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 def relative_position_index(height: int, width: int | None = None) -> Tensor:
-    """Rows of a relative-position table for each pair of tokens in a window (Swin; DiffiT §3.2).
+    """Return the row of the relative-position table for each pair of tokens in a window (Swin; DiffiT §3.2).
 
     Returns:
-        (N, N) int64 in 0..(2 height - 1)(2 width - 1) - 1 for N = height * width (default: a square): entry (i, j)
-        depends on position i - position j only.
+        (N, N) int64 in 0..(2 height - 1)(2 width - 1) - 1 for N = height * width (default: a square); entry (i, j)
+        depends only on position i - position j.
     """
     width = height if width is None else width
     row, col = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -195,30 +195,30 @@ def relative_position_index(height: int, width: int | None = None) -> Tensor:
 
 
 def to_windows(x: Tensor, window: int) -> Tensor:
-    """(B, C, H, W) to (B * windows, window^2, C): non-overlapping windows, tokens row-major."""
+    """Split (B, C, H, W) into non-overlapping windows of row-major tokens, (B * windows, window^2, C)."""
     return rearrange(x, "b c (h wh) (w ww) -> (b h w) (wh ww) c", wh=window, ww=window)
 
 
 def from_windows(tokens: Tensor, window: int, height: int, width: int) -> Tensor:
-    """The inverse of `to_windows`."""
+    """Invert `to_windows`."""
     h, w = height // window, width // window
     return rearrange(tokens, "(b h w) (wh ww) c -> b c (h wh) (w ww)", h=h, w=w, wh=window, ww=window)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift."""
+    """Return x (1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 def mlp(dim: int, ratio: float, approximate: Literal["tanh", "none"] = "tanh") -> nn.Sequential:
-    """The two layers after attention, `ratio` times as wide inside, with an exact or an approximate GELU between.
+    """Build a transformer block's MLP: two layers, `ratio` times as wide inside, with a GELU in between.
 
     Raises:
-        ValueError: if nothing is left of the width.
+        ValueError: if the hidden width would be below 1.
     """
     hidden = int(dim * ratio)
     if hidden < 1:
-        raise ValueError(f"denoiser.mlp_ratio: {ratio} of a width of {dim} is less than one")
+        raise ValueError(f"denoiser.mlp_ratio: {ratio} times a width of {dim} is less than one")
     return nn.Sequential(Linear(dim, hidden), nn.GELU(approximate), Linear(hidden, dim))
 
 
@@ -226,20 +226,20 @@ Direction = Literal["down", "up"]
 
 
 def resample(x: Tensor, direction: Direction | None) -> Tensor:
-    """Halves the resolution of (B, C, H, W) by the mean of 2x2 pixels, doubles it by nearest neighbour, or neither."""
+    """Halve the resolution of (B, C, H, W) by averaging 2x2 pixels, double it by nearest neighbour, or keep it."""
     if direction is None:
         return x
     return nn.functional.avg_pool2d(x, 2) if direction == "down" else nn.functional.interpolate(x, scale_factor=2.0)
 
 
 class PixelAttention(nn.Module):
-    """Self-attention over all pixels in a U-Net: norm, qkv, softmax(q k / sqrt d) v, projection; no residual.
+    """Self-attention over all pixels in a U-Net: norm, qkv, softmax(q k^T / sqrt d) v, projection; no residual.
 
     Args:
-        heads: must divide the width.
-        norm: what comes first.
+        heads: number of heads; must divide the width.
+        norm: normalisation, applied first.
         qkv: 1x1 convolution to three times the width.
-        proj: 1x1 convolution at the end.
+        proj: final 1x1 convolution.
     """
 
     def __init__(self, heads: int, norm: nn.Module, qkv: nn.Module, proj: nn.Module) -> None:
@@ -247,7 +247,7 @@ class PixelAttention(nn.Module):
         self.heads, self.norm, self.qkv, self.proj = heads, norm, qkv, proj
 
     def forward(self, x: Tensor, _c: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape; the condition is not used."""
+        """Map (B, C, H, W) to the same shape; the condition is ignored."""
         height = x.shape[2]
         pattern = "b (three heads d) h w -> three b heads (h w) d"
         q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
@@ -259,14 +259,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def zero_(module: M) -> M:
-    """Sets a layer's weight and bias to zero and returns it."""
+    """Set all parameters of a module to zero and return it."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 def xavier_(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for every Linear inside (DiT, DiffiT)."""
+    """Give every Linear inside Xavier-uniform weights and zero biases (DiT, DiffiT)."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -275,5 +275,5 @@ def xavier_(module: nn.Module) -> None:
 
 
 def both_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image given as one side or as both."""
+    """Return (height, width) of an image size given as one side or as both."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size

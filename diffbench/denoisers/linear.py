@@ -1,4 +1,4 @@
-"""The linear layer of all denoisers: by oneDNN, where PyTorch's own way leaves half of a CPU's speed unused."""
+"""The linear layer of all denoisers, which uses oneDNN on CPUs where PyTorch's default runs at half speed."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 LEAST = 1 << 25
-"""Multiply-accumulates from which a product by oneDNN is faster: below it, the calls cost more."""
+"""Fewest multiply-accumulates for which oneDNN is faster; below, the overhead of its calls dominates."""
 ROWS = 256
-"""Rows from which it is faster: with fewer, reading the weights is what takes time."""
+"""Fewest rows for which oneDNN is faster; with fewer, reading the weights dominates."""
 BATCH = 16
-"""PyTorch gives a 1x1 convolution of a smaller batch to MKL too, on one thread always, on several by size."""
+"""Batch size of the 1x1 convolution; PyTorch may send smaller batches to MKL as well (on one thread it always does)."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def mkl_holds_back() -> bool:
-    """Whether PyTorch multiplies by MKL on a processor with AVX-512 that is not Intel's; known on Linux only."""
+    """Return whether PyTorch uses MKL on a CPU with AVX-512 that is not Intel's; False except on Linux."""
     backends = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not backends or torch.backends.cpu.get_cpu_capability() != "AVX512" or not CPUINFO.is_file():
         return False
@@ -24,18 +24,18 @@ def mkl_holds_back() -> bool:
 
 
 BY_ONEDNN = mkl_holds_back()
-"""Whether large products go to oneDNN on this machine."""
+"""Whether large products use oneDNN on this machine."""
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes large float32 products as a 1x1 convolution where oneDNN is faster than MKL.
+    """A linear layer that computes large float32 products as 1x1 convolutions where oneDNN is faster than MKL.
 
-    PyTorch gives products to MKL (2024.2), which uses AVX-512 on Intel's processors and AVX2 on others, and
-    convolutions to oneDNN, which uses AVX-512 on all. The results agree to rounding.
+    PyTorch sends matrix products to MKL (2024.2), which uses AVX-512 on Intel CPUs but only AVX2 on others, and
+    convolutions to oneDNN, which uses AVX-512 on all. The results agree up to rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """Map (..., in_features) to (..., out_features)."""
         return convolved(x, self.weight, self.bias) if BY_ONEDNN and self._pays(x) else super().forward(x)
 
     def _pays(self, x: Tensor) -> bool:
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """nn.functional.linear as a convolution: (..., C) of a multiple of `BATCH` rows and (D, C) to (..., D)."""
+    """Compute nn.functional.linear as a convolution; x is (..., C) with a multiple of `BATCH` rows, weight (D, C)."""
     pixels = rearrange(x.reshape(BATCH, 1, -1, x.shape[-1]), "b h w c -> b c h w")
     out = nn.functional.conv2d(pixels, weight[:, :, None, None], bias)
     return rearrange(out, "b c h w -> b h w c").reshape(*x.shape[:-1], len(weight))

@@ -1,4 +1,4 @@
-"""The parts that DiT and the latent DiffiT share: patches that know their place, a condition, blocks, and back."""
+"""The common base of DiT and the latent DiffiT: patch embedding, positions, condition, blocks, unpatchifying."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from diffbench.denoisers.layers import ConditionEmbedding, both_sides, zero_
 from diffbench.denoisers.positions import sincos_position_table
 
 IMAGENET_LATENT = {"image_size": 32, "channels": 4, "num_classes": 1000, "learn_sigma": True}
-"""ImageNet at 256x256, encoded: what the latent transformers were published for."""
+"""Input and output of the published latent transformers: encoded ImageNet at 256x256."""
 
 
 @dataclass
@@ -23,35 +23,35 @@ class PatchConfig:
     patch_size: int = 2
     """Side of the square patch that becomes one token; must divide the image's height and width."""
     hidden_size: int = 384
-    """Width of the tokens; divisible by `num_heads` and by 4."""
+    """Width of the tokens; must be divisible by `num_heads` and by 4."""
     depth: int = 12
     """Number of blocks."""
     num_heads: int = 6
     mlp_ratio: float = 4.0
-    """Hidden width of the MLP over `hidden_size`."""
+    """Hidden width of the MLP as a multiple of `hidden_size`."""
     dropout: float = 0.0
     """Dropout after attention and MLP; the papers use none."""
     gradient_checkpointing: bool = False
-    """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
+    """Store only the blocks' inputs for the backward pass and recompute the rest: less memory, more time."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
         check_divides("num_heads", self.num_heads, self.hidden_size, "denoiser.hidden_size=")
         if self.hidden_size % 4:
             raise ValueError(
-                f"denoiser.hidden_size: must be divisible by 4 for its table of positions, got {self.hidden_size}"
+                f"denoiser.hidden_size: must be divisible by 4 for the position table, got {self.hidden_size}"
             )
 
 
 class PatchTransformer(Denoiser):
-    """A transformer over the patches of an image, of any two sides that the patch divides; subclasses add the end.
+    """A transformer over image patches, for any height and width that the patch divides; subclasses add the head.
 
     Args:
-        block: makes one block, given the height and width of the grid of tokens.
+        block: builds one block, given the height and width of the token grid.
     """
 
     final: nn.Linear
-    """The last layer, from tokens to the `patch_values` of a patch."""
+    """The last layer, from a token to the `patch_values` values of its patch."""
 
     def __init__(
         self,
@@ -77,22 +77,22 @@ class PatchTransformer(Denoiser):
         self.blocks = nn.ModuleList([block(self.grid) for _ in range(config.depth)])
 
     def initialise_ends(self) -> None:
-        """Gives the patch embedding its weights and makes the first output zero; the subclass has set `final`."""
+        """Initialise the patch embedding, and zero the last layer `final`, which the subclass must have set."""
         zero_(self.patch)
         nn.init.xavier_uniform_(self.patch.weight.flatten(1))
         zero_(self.final)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to tokens (B, N, D) that know their place.
+        """Embed images (B, C, H, W) as tokens (B, N, D) and add their positions.
 
         Raises:
-            ValueError: if the image has another size than the network.
+            ValueError: if the image size is not the network's.
         """
         check_shape(x, self.channels, *self.image_size)
         return rearrange(self.patch(x), "b d h w -> b (h w) d") + self.position
 
     def through_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
-        """Tokens (B, N, D) and their condition through all blocks."""
+        """Pass tokens (B, N, D) through all blocks with the condition `c`."""
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, c, use_reentrant=False)
@@ -101,6 +101,6 @@ class PatchTransformer(Denoiser):
         return tokens
 
     def image(self, patches: Tensor) -> Tensor:
-        """Patches (B, N, p * p * C) to (B, C, H, W); in a patch the channels change fastest."""
+        """Assemble patches (B, N, p * p * C) into images (B, C, H, W); within a patch, channels vary fastest."""
         p = self.patch_size
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=p, q=p)

@@ -1,11 +1,11 @@
-"""The position of a token in its image: tables that are added to it, rotations of its queries and keys."""
+"""Positions of tokens in the image: tables added to the tokens, and rotations of their queries and keys."""
 
 import torch
 from torch import Tensor, nn
 
 
 def position_angles(width: int, height_tokens: int, width_tokens: int) -> tuple[Tensor, Tensor]:
-    """Row and column of each token times frequencies 10,000^(-4 i / width), (N, width / 4) float64 each, row-major."""
+    """Return each token's row and column times 10,000^(-4 i / width), (N, width / 4) float64 each, tokens row-major."""
     frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, col = torch.meshgrid(
         torch.arange(height_tokens, dtype=torch.float64),
@@ -16,11 +16,11 @@ def position_angles(width: int, height_tokens: int, width_tokens: int) -> tuple[
 
 
 def sincos_position_table(width: int, height_tokens: int, width_tokens: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (DiT, DiffiT latent).
+    """Return the fixed 2-D sine-cosine position table of DiT and the latent DiffiT.
 
     Returns:
         (height_tokens * width_tokens, width) float64, row-major; the first half of the features encodes the
-        column, the second the row, sines before cosines, as in the released tables.
+        column, the second the row, each with sines before cosines, as in the released tables.
 
     Raises:
         ValueError: if `width` is not divisible by 4.
@@ -32,14 +32,14 @@ def sincos_position_table(width: int, height_tokens: int, width_tokens: int) -> 
 
 
 class RotaryPosition(nn.Module):
-    """Rotates pairs of features by the place of their token, the first half by its row, the second by its column.
+    """Rotary position embedding: rotates pairs of features, in the first half by row, in the second by column.
 
-    Products of queries and keys then depend on the distance of their tokens alone (RoPE, Su et al. 2021; in two
-    dimensions as in EVA-02 and LightningDiT).
+    Dot products of queries and keys then depend only on the relative position of their tokens (RoPE, Su et al. 2021;
+    in two dimensions as in EVA-02 and LightningDiT).
 
     Args:
-        dim: features of a head, divisible by 4.
-        grid: rows and columns of tokens.
+        dim: features per head, divisible by 4.
+        grid: rows and columns of the token grid.
     """
 
     cos: Tensor
@@ -52,8 +52,8 @@ class RotaryPosition(nn.Module):
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, heads, M + N, dim) to the same: the grid's N tokens, row-major, come last; the M before them stay."""
-        extras, places = x.split([x.shape[2] - len(self.cos), len(self.cos)], dim=2)
-        even, odd = places.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = places * self.cos + torch.stack([-odd, even], dim=-1).flatten(-2) * self.sin
-        return torch.cat([extras, turned], dim=2)
+        """Rotate the last N tokens (the grid's, row-major) of x (B, heads, M + N, dim); the first M stay unchanged."""
+        extras, tokens = x.split([x.shape[2] - len(self.cos), len(self.cos)], dim=2)
+        even, odd = tokens.unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = tokens * self.cos + torch.stack([-odd, even], dim=-1).flatten(-2) * self.sin
+        return torch.cat([extras, rotated], dim=2)

@@ -1,4 +1,4 @@
-"""The checks of a network from outside, by running it, and its cost."""
+"""Checks of foreign networks by running them, and their cost."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -13,37 +13,37 @@ from diffbench.denoisers.base import check_output
 from diffbench.denoisers.foreign import Foreign, described
 from diffbench.denoisers.layers import both_sides
 
-DRAWS = "this network draws random numbers or keeps a state; only dropout in training may, by torch's own generator"
+DRAWS = "this network draws random numbers or keeps state; only dropout in training may, with torch's own generator"
 
 
 def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[int, int]) -> flops.Cost:
-    """The cost of a network from outside; on the CPU where it cannot run without values, as one that calls `.item()`.
+    """Count the cost of a foreign network; on the CPU if it cannot run without values, e.g. because of `.item()`.
 
     Raises:
-        ValueError: if it cannot run at all.
+        ValueError: if it cannot be run at all.
     """
     try:
         return flops.count(make, channels, image_size)
     except (Exception, SystemExit):
         x = torch.zeros(1, channels, *both_sides(image_size))
-        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted on a CPU
+        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # the counter misses fused attention on a CPU
             return _run(make(), flops.measure, x, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 
 
 def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
-    """Runs a network in training mode and in evaluation, twice each, and checks its output and gradients.
+    """Run a network in training and in evaluation mode, twice each, and check its outputs and gradients.
 
-    Its weights are changed, so that an output layer of zeros hides nothing.
+    Its weights are perturbed first, because a zero-initialised output layer would hide faults.
 
     Args:
-        network: on the device of x.
-        x: (2, C, H, W).
-        t: (2,) times as the network gets them.
+        network: must be on the device of x.
+        x: (2, C, H, W) input.
+        t: (2,) times as passed to the network.
         out_channels: C, or 2C for a learned variance.
 
     Raises:
-        ValueError: for an output of another kind, type or shape, an input changed in place, a parameter without a
-            gradient, random numbers in evaluation, or a second pass that differs from the first.
+        ValueError: if the output is not a finite tensor of the right dtype and shape, an input is changed in place, a
+            parameter gets no gradient, evaluation draws random numbers, or a second pass differs from the first.
     """
     last = network.num_classes - (not network.null_class)
     y = torch.tensor([0, last], device=x.device) if network.num_classes else None
@@ -69,61 +69,61 @@ def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
             f"denoiser: no gradient reaches the parameter {missing[0]}{more}; use it in forward, remove it, or set its"
             " requires_grad to False"
         )
-    state = copy.deepcopy(network.state_dict())  # passes in training may change buffers
+    state = copy.deepcopy(network.state_dict())  # training passes may change buffers
     with torch.no_grad():
         seeded = [_seeded(network.train(), state, x, t, y) for _ in range(2)]
         before_plain = _generators(x.device)
         plain = [_output(network.eval(), x, t, y, out_channels) for _ in range(2)]
-        drawn = _generators(x.device) != before_plain
+        draws = _generators(x.device) != before_plain
     for (first, second), when in ((plain, "in evaluation"), (seeded, "in training with the same torch seed")):
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max()), equal_nan=True):
-            raise ValueError(f"denoiser: a second forward pass {when} gives another output: {DRAWS}")
-    if drawn:  # less of it than rounding may change
+            raise ValueError(f"denoiser: a second forward pass {when} returns another output: {DRAWS}")
+    if draws:  # though the two outputs agree within the tolerance
         raise ValueError(f"denoiser: in evaluation {DRAWS}")
 
 
 def _generators(device: torch.device) -> list[list[int]]:
-    """The states of torch's own generators that a pass on a device may move."""
+    """Return the states of torch's own generators that a pass on the device may advance."""
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     return [state.tolist() for state in states]
 
 
 def _output(network: Foreign, x: Tensor, t: Tensor, y: Tensor | None, channels: int) -> Tensor:
-    """The output of a pass, checked.
+    """Run a forward pass and return its output, checked.
 
     Raises:
-        ValueError: as `probe`.
+        ValueError: as in `probe`.
     """
     out = _run(network, nn.Module.__call__, x, t, y)
     if not isinstance(out, Tensor):
-        held = f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
+        keys = f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
         when = "" if network.training else " in evaluation"
-        kind = f"{type(out).__name__}{held}{when}"
-        raise ValueError(f"denoiser.call.output: forward returns {kind}; name the tensor in it, as sample or 0")
+        kind = f"{type(out).__name__}{keys}{when}"
+        raise ValueError(f"denoiser.call.output: forward returns {kind}; name the tensor in it, e.g. sample or 0")
     check_output(out, channels, x)
     weights = next(network.parameters()).dtype
     if not out.is_floating_point() or torch.promote_types(out.dtype, weights) != weights:
         kinds = [str(dtype).removeprefix("torch.") for dtype in (out.dtype, weights)]
-        raise ValueError(f"denoiser: forward gives {kinds[0]} where the parameters are {kinds[1]}; give {kinds[1]}")
+        raise ValueError(f"denoiser: forward returns {kinds[0]}, but the parameters are {kinds[1]}; return {kinds[1]}")
     if not out.isfinite().all():
-        raise ValueError("denoiser: forward gives values that are not finite")
+        raise ValueError("denoiser: forward returns values that are not finite")
     return out
 
 
 def _seeded(network: nn.Module, state: Mapping[str, Any], x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
     network.load_state_dict(state)
-    torch.manual_seed(0)  # in the caller's fork
+    torch.manual_seed(0)  # the caller has forked the generator
     return network(x, t, y)
 
 
-def _run(network: Any, how: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor | None) -> Any:
-    """how(network, x, t, y).
+def _run(network: Any, function: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor | None) -> Any:
+    """Call function(network, x, t, y) and return its result.
 
     Raises:
-        ValueError: for whatever that raises, with a hint where the null label may be the reason.
+        ValueError: in place of any exception, with a hint if the null label may be the cause.
     """
     try:
-        return how(network, x, t, y)
+        return function(network, x, t, y)
     except (Exception, SystemExit) as e:
         hint, dropped = "", y is not None and network.null_class and int(y.max()) == network.num_classes
         if isinstance(e, IndexError) and network.call.y is not None and dropped:
@@ -134,5 +134,5 @@ def _run(network: Any, how: Callable[..., Any], x: Tensor, t: Tensor, y: Tensor 
         shape = "x".join(map(str, x.shape[1:]))
         call = ", ".join(f"{name}: {value}" for name, value in vars(network.call).items())
         raise ValueError(
-            f"denoiser.call: forward fails at an image of {shape} with {{{call}}} ({described(e)}){hint}"
+            f"denoiser.call: forward fails for a {shape} image with {{{call}}} ({described(e)}){hint}"
         ) from None

@@ -1,4 +1,4 @@
-"""The denoisers by name: adding one takes its file and its row here; any other `name` is a network from outside."""
+"""Registry of the denoisers by name: to add one, write its file and a row here. Other names are foreign networks."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -20,18 +20,18 @@ class Entry:
     """A registered denoiser."""
 
     config: type
-    """Its dataclass: the keys of the section `denoiser`."""
+    """Config dataclass, with the keys of the section `denoiser`."""
     build: type[Denoiser]
     summary: str
     """One line for `diffbench list`."""
     width: str
-    """The key that widens the network, a number or a list that grows in proportion; studies match sizes by it."""
+    """Key that widens the network, a number or a list that is scaled as a whole; studies match sizes with it."""
     depth: str
-    """The key that deepens it."""
+    """Key that deepens it."""
     presets: dict[str, Preset]
-    """Published sizes by name, for `denoiser.preset`."""
+    """Published networks by name, for `denoiser.preset`."""
     laptop: Callable[[int, int], dict[str, Any]] | None = None
-    """(height, width) of the image -> keys of a small network for it, for `denoiser.preset: laptop`."""
+    """Image (height, width) -> config keys of a small network, for `denoiser.preset: laptop`."""
 
 
 DENOISERS = {
@@ -74,7 +74,7 @@ DENOISERS = {
     "ddpmpp": Entry(
         ddpmpp.DDPMppConfig,
         ddpmpp.DDPMpp,
-        "U-Net as EDM trains it (DDPM++)",
+        "U-Net as trained by EDM (DDPM++)",
         "model_channels",
         "num_blocks",
         ddpmpp.PRESETS,
@@ -92,7 +92,7 @@ DENOISERS = {
     "segformer": Entry(
         segformer.SegFormerConfig,
         segformer.SegFormer,
-        "Mix Transformer with an all-MLP decoder, conditioned here (SegFormer)",
+        "Mix Transformer with an all-MLP decoder, made conditional (SegFormer)",
         "hidden_sizes",
         "depths",
         segformer.PRESETS,
@@ -107,9 +107,9 @@ def build(name: str, config: Any, noise_level: Callable[[Tensor], Tensor] | None
     """Build a denoiser.
 
     Args:
-        name: registered; ignored for the config of a network from outside.
-        config: its dataclass.
-        noise_level: (B,) times as the network gets them -> (B,) sigma / alpha, for networks from outside.
+        name: name in `DENOISERS`; ignored for the config of a foreign network.
+        config: instance of its config dataclass.
+        noise_level: (B,) times as passed to the network -> (B,) sigma / alpha, for foreign networks.
         **shape: image_size, channels, num_classes, null_class, learn_sigma.
     """
     if isinstance(config, ForeignConfig):
@@ -118,22 +118,22 @@ def build(name: str, config: Any, noise_level: Callable[[Tensor], Tensor] | None
 
 
 def cost(config: Any, make: Callable[[], Denoiser], channels: int, image_size: int | tuple[int, int]) -> Cost:
-    """The cost of the network that `make` builds of a config."""
+    """Return the cost of the network that `make` builds from a config."""
     return (probe.count if isinstance(config, ForeignConfig) else count)(make, channels, image_size)
 
 
 def check(config: Any, make: Callable[[], Denoiser], x: Tensor, t: Tensor, out_channels: int) -> None:
-    """Checks the output of the network that `make` builds of a config; one from outside is run, see `probe.probe`.
+    """Check the output of the network that `make` builds from a config; a foreign one is run, see `probe.probe`.
 
     Args:
-        config: its dataclass.
-        make: builds it.
+        config: instance of its config dataclass.
+        make: builds the network.
         x: (2, C, H, W) input.
-        t: (2,) times as the network gets them.
-        out_channels: that it should put out.
+        t: (2,) times as passed to the network.
+        out_channels: expected number of output channels.
 
     Raises:
-        ValueError: if the output is not what it should be; begins with the key.
+        ValueError: if the output is wrong; the message begins with the key.
     """
     if isinstance(config, ForeignConfig):
         with torch.random.fork_rng():
@@ -146,7 +146,7 @@ def check(config: Any, make: Callable[[], Denoiser], x: Tensor, t: Tensor, out_c
 
 
 def size_key(config: Any, what: Literal["width", "depth"]) -> str:
-    """The dotted key of a denoiser's config that widens or deepens it; empty where none does."""
+    """Return the dotted config key that widens or deepens a denoiser, or "" if none does."""
     if isinstance(config, ForeignConfig):
         name = getattr(config, what)
         return f"args.{name}" if name else ""
@@ -154,30 +154,30 @@ def size_key(config: Any, what: Literal["width", "depth"]) -> str:
 
 
 def takes_labels(config: Any) -> bool:
-    """Whether the denoiser of a config is given labels; one from outside may be called without."""
+    """Return whether the denoiser of a config is called with labels; a foreign one need not be."""
     return not isinstance(config, ForeignConfig) or config.call.y is not None
 
 
 def draws(config: Any) -> bool:
-    """Whether a registered denoiser of this config draws random numbers in training: drops values or branches."""
+    """Return whether a registered denoiser draws random numbers in training, for dropout or stochastic depth."""
     return any(getattr(config, key, 0) > 0 for key in ("dropout", "drop_path"))
 
 
 def keep_source(config: Any, folder: Path) -> None:
-    """Copies the source of a network from outside below a folder, unless it is installed: configs there find it."""
+    """Copy the source of a foreign network into a folder, unless it is installed, so that configs there find it."""
     if isinstance(config, ForeignConfig):
         config.factory.source.keep(folder)
 
 
 def from_preset(name: str, **shape: Any) -> Denoiser:
-    """Build a published network, such as "DiT-S/2", untrained.
+    """Build a published network, such as "DiT-S/2", with random weights.
 
     Args:
         name: one of `PRESETS`.
-        shape: changes of what it was made for: image_size, channels, num_classes, null_class, learn_sigma.
+        shape: changes to the published image_size, channels, num_classes, null_class or learn_sigma.
 
     Raises:
-        ValueError: if there is no such network, or it does not take such images.
+        ValueError: if there is no such network, or it does not fit such images.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
@@ -188,7 +188,7 @@ def from_preset(name: str, **shape: Any) -> Denoiser:
 
 
 def as_values(network: Any) -> dict[str, Any] | None:
-    """A registered network as plain values, from which `from_values` makes such a one; None for any other."""
+    """Return the arguments of a registered network as plain values for `from_values`; None for any other network."""
     name = next((name for name, entry in DENOISERS.items() if type(network) is entry.build), None)
     if name is None:
         return None
@@ -196,7 +196,7 @@ def as_values(network: Any) -> dict[str, Any] | None:
 
 
 def from_values(values: Mapping[str, Any]) -> Denoiser:
-    """A new network of such values."""
-    given = dict(values)
-    name = given.pop("name")
-    return build(name, DENOISERS[name].config(**given.pop("config")), **given)
+    """Build a new network from the result of `as_values`."""
+    shape = dict(values)
+    name = shape.pop("name")
+    return build(name, DENOISERS[name].config(**shape.pop("config")), **shape)

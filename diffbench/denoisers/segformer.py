@@ -1,7 +1,7 @@
-"""SegFormer as a denoiser: a hierarchical Mix Transformer and an all-MLP decoder (Xie et al. 2021), conditioned here.
+"""SegFormer as a denoiser: a hierarchical Mix Transformer and an all-MLP decoder (Xie et al. 2021), made conditional.
 
-The published network segments images; nobody has published an image generator with it, as far as we found. Added are
-the condition in every block, as in DiT, an output at full resolution, and a way for the input past the network.
+The published network segments images; we found no published image generator that uses it. We add conditioning in every
+block, as in DiT, an output at full resolution, and a skip connection from the input to the output.
 """
 
 import math
@@ -22,7 +22,7 @@ from diffbench.denoisers.linear import Linear
 from diffbench.denoisers.patches import IMAGENET_LATENT
 
 LISTS = ("hidden_sizes", "depths", "num_heads", "sr_ratios", "mlp_ratios", "strides")
-"""Keys with an entry for each stage."""
+"""Keys with one entry per stage."""
 
 
 @dataclass
@@ -35,28 +35,28 @@ class SegFormerConfig:
     """Blocks of each stage."""
     num_heads: list[int] = field(default_factory=lambda: [3, 6, 10])
     sr_ratios: list[int] = field(default_factory=lambda: [4, 2, 1])
-    """Sequence reduction: keys and values are of the grid divided by it."""
+    """Sequence reduction: factor by which the grid of keys and values is smaller."""
     mlp_ratios: list[float] = field(default_factory=lambda: [4.0, 4.0, 4.0])
-    """Hidden width of the Mix-FFN over the stage's."""
+    """Hidden width of the Mix-FFN as a multiple of the stage's width."""
     strides: list[int] = field(default_factory=lambda: [1, 2, 2])
-    """Of the patch embeddings; the first one is 4 in the paper."""
+    """Strides of the patch embeddings; the first one is 4 in the paper."""
     patch_sizes: list[int] | None = None
-    """Kernels of the patch embeddings, which overlap; null: max(3, 2 stride - 1), the paper's."""
+    """Kernel sizes of the overlapping patch embeddings; null: max(3, 2 stride - 1), as in the paper."""
     decoder_hidden_size: int = 416
     time_dim: int = 384
-    """Width of the condition."""
+    """Width of the condition embedding."""
     conditioning: Literal["adaln-zero", "adaln", "add", "none"] = "adaln-zero"
-    """Conditioning of a block on time and class: as in DiT, with or without gates; added to its tokens; or none."""
+    """Conditioning of the blocks on time and class: as in DiT, with or without gates; added to the tokens; or none."""
     head: Literal["unpatchify", "bilinear", "logits"] = "unpatchify"
-    """unpatchify: a patch of pixels from each place of the first grid; bilinear: one pixel, enlarged, which cannot
-    denoise where the first stride is above 1; logits: SegFormer's own end, `num_classes` values at each place."""
+    """unpatchify: a patch of pixels per cell of the first grid; bilinear: one pixel per cell, upsampled, which cannot
+    denoise if the first stride is above 1; logits: SegFormer's own head, `num_classes` values per cell."""
     input_skip: bool = True
-    """Adds the input to the output, times a gain that the condition gives: the first norm removes its amplitude."""
+    """Add the input, times a gain computed from the condition, to the output: the first norm removes its amplitude."""
     norm_eps: float = 1e-6
-    """Of the norms in blocks and after stages."""
+    """Epsilon of the norms in blocks and after stages."""
     dropout: float = 0.0
     drop_path: float = 0.0
-    """Probability to pass over half a block in training: from 0 at the first block, linearly, to this at the last."""
+    """Probability of skipping half a block in training: from 0 in the first block, linearly, to this in the last."""
 
     def __post_init__(self) -> None:
         check_sizes(self, *LISTS, "patch_sizes", "decoder_hidden_size", "time_dim", "norm_eps")
@@ -68,20 +68,20 @@ class SegFormerConfig:
                     f" {len(getattr(self, key))}"
                 )
         for width, heads in zip(self.hidden_sizes, self.num_heads, strict=True):
-            check_divides("num_heads", heads, width, "of denoiser.hidden_sizes")
+            check_divides("num_heads", heads, width, "a width in denoiser.hidden_sizes")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"denoiser.drop_path: must lie in [0, 1), got {self.drop_path}")
         if self.input_skip and self.conditioning == "none":
-            raise ValueError("denoiser.input_skip: needs denoiser.conditioning, which is none; set one or the other")
+            raise ValueError("denoiser.input_skip: needs denoiser.conditioning, which is none; change one of them")
 
     @property
     def kernels(self) -> list[int]:
-        """Of the patch embeddings."""
+        """Kernel sizes of the patch embeddings."""
         return self.patch_sizes or [max(3, 2 * stride - 1) for stride in self.strides]
 
 
 class SegFormer(Denoiser):
-    """SegFormer for images of any sides that strides and sequence reductions divide; see `Denoiser`."""
+    """SegFormer for images whose sides are divisible by strides and sequence reductions; see `Denoiser`."""
 
     def __init__(
         self,
@@ -99,8 +99,8 @@ class SegFormer(Denoiser):
         for side in both_sides(image_size):
             if side % self.divisor:
                 raise ValueError(
-                    f"denoiser.strides: {config.strides} and denoiser.sr_ratios={config.sr_ratios} need an image whose"
-                    f" sides {self.divisor} divides, got {side}"
+                    f"denoiser.strides: {config.strides} and denoiser.sr_ratios={config.sr_ratios} need image sides"
+                    f" divisible by {self.divisor}, got {side}"
                 )
         self.stride, self.head, d = config.strides[0], config.head, config.decoder_hidden_size
         conditioned, adaptive = config.conditioning != "none", config.conditioning.startswith("adaln")
@@ -113,7 +113,7 @@ class SegFormer(Denoiser):
         )
         self.project = nn.ModuleList([Linear(width, d) for width in config.hidden_sizes])
         self.fuse = Linear(len(inputs) * d, d, bias=not logits)
-        # Batch norm, as published, ties the output of a sample to its batch: no denoiser has it.
+        # The published batch norm makes a sample's output depend on its batch, so denoisers use a layer norm.
         layer_norm = nn.LayerNorm(d, eps=config.norm_eps, elementwise_affine=not adaptive)
         self.norm: nn.Module = nn.BatchNorm1d(d) if logits else layer_norm
         self.modulation = Linear(config.time_dim, 2 * d) if adaptive else None
@@ -135,14 +135,14 @@ class SegFormer(Denoiser):
                 zero_(layer)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """See `Denoiser.forward`; with the head "logits" (B, num_classes, h, w) on the first stage's grid."""
+        """See `Denoiser.forward`; the head "logits" returns (B, num_classes, h, w) on the first stage's grid."""
         check_sides(x, self.channels, self.divisor)
         c = None if self.condition is None else silu(self.condition(t, y))
         maps = self.features(x, c)
         height, width = maps[0].shape[2:]
         levels = []
-        for project, found in zip(self.project, maps, strict=True):
-            level = rearrange(project(rearrange(found, "b c h w -> b h w c")), "b h w d -> b d h w")
+        for project, feature_map in zip(self.project, maps, strict=True):
+            level = rearrange(project(rearrange(feature_map, "b c h w -> b h w c")), "b h w d -> b d h w")
             levels.append(interpolate(level, (height, width), mode="bilinear"))
         h = self.fuse(rearrange(torch.cat(levels[::-1], dim=1), "b c h w -> b (h w) c"))
         h = self.norm(h.mT).mT if self.head == "logits" else self.norm(h)
@@ -160,7 +160,7 @@ class SegFormer(Denoiser):
         return torch.cat([mean, out[:, self.channels :]], dim=1)
 
     def features(self, x: Tensor, c: Tensor | None = None) -> list[Tensor]:
-        """The maps (B, C, h, w) of the stages, finest first, of an image and the activated condition (B, time_dim)."""
+        """Return the stages' feature maps (B, C, h, w), finest first, for an image and the activated condition."""
         maps = []
         for stage in self.stages:
             x = stage(x, c)
@@ -169,7 +169,7 @@ class SegFormer(Denoiser):
 
 
 class Stage(nn.Module):
-    """Overlapping patches, blocks, and a norm, whose map goes to the decoder and to the next stage."""
+    """Overlapping patch embedding, blocks and a norm; the resulting map goes to the decoder and the next stage."""
 
     def __init__(self, config: SegFormerConfig, i: int, c_in: int, drops: list[float]) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Stage(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
 
     def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
-        """(B, C_in, H, W) and the activated condition (B, time_dim) to (B, C, H / stride, W / stride)."""
+        """Map (B, C_in, H, W) and the activated condition (B, time_dim) to (B, C, H / stride, W / stride)."""
         x = self.patch(x)
         height, width = x.shape[2:]
         x = self.patch_norm(rearrange(x, "b c h w -> b (h w) c"))
@@ -190,7 +190,7 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + MixFFN(LN(x)), under a condition; keys and values are of a smaller grid."""
+    """x + attention(LN(x)), then x + MixFFN(LN(x)), conditioned; keys and values come from a smaller grid."""
 
     def __init__(self, config: SegFormerConfig, i: int, drop: float) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class Block(nn.Module):
         self.dropout, self.drop = nn.Dropout(config.dropout), drop
 
     def forward(self, x: Tensor, c: Tensor | None, height: int, width: int) -> Tensor:
-        """(B, N, C) tokens of a grid and the activated condition (B, time_dim) to (B, N, C)."""
+        """Map tokens (B, N, C) of a grid and the activated condition (B, time_dim) to (B, N, C)."""
         parts = [] if self.modulation is None or c is None else self.modulation(c)[:, None].split(x.shape[-1], dim=-1)
         if len(parts) < 2:
             x = x + parts[0] if parts else x
@@ -225,7 +225,7 @@ class Block(nn.Module):
         return x + (gate2[0] * h if gate2 else h)
 
     def attention(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Attention of (B, N, C) tokens to those of the reduced grid; a rest of the grid reaches no key."""
+        """Attend from tokens (B, N, C) to those of the reduced grid, which ignores leftover rows and columns."""
         q, smaller = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads), x
         if self.reduce is not None and self.reduce_norm is not None:
             grid = self.reduce(rearrange(x, "b (h w) c -> b c h w", h=height))
@@ -234,12 +234,12 @@ class Block(nn.Module):
         return self.dropout(self.proj(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")))
 
     def mix_ffn(self, x: Tensor, height: int, width: int) -> Tensor:
-        """An MLP of (B, N, C) tokens with a depthwise 3x3 convolution before its GELU: what tells them their place."""
+        """Apply an MLP to tokens (B, N, C); the depthwise 3x3 convolution before its GELU encodes their position."""
         h = self.depthwise(rearrange(self.fc1(x), "b (h w) c -> b c h w", h=height))
         return self.dropout(self.fc2(self.dropout(gelu(rearrange(h, "b c h w -> b (h w) c")))))
 
     def _dropped(self, h: Tensor) -> Tensor:
-        """Stochastic depth: a branch, or nothing of it, by sample."""
+        """Apply stochastic depth: in training, drop the branch `h` of random samples and scale up the others."""
         if not self.training or not self.drop:
             return h
         kept = torch.rand(len(h), 1, 1, device=h.device) >= self.drop
@@ -247,10 +247,10 @@ class Block(nn.Module):
 
 
 def laptop_sizes(height: int, width: int) -> dict[str, Any]:
-    """Keys for a laptop, see `laptop`: up to three stages, with keys and values reduced where the grid allows."""
-    both, patch = gcd(height, width), laptop.patch(height, width)
-    first = max(stride for stride in range(1, patch // 2 + 1) if both % stride == 0) if patch > 1 else 1
-    grids = [both // first >> i for i in range(3) if both // first % 2**i == 0]
+    """Return config keys for a laptop, see `laptop`: up to three stages, sequence-reduced where the grid allows it."""
+    common, patch = gcd(height, width), laptop.patch(height, width)
+    first = max(stride for stride in range(1, patch // 2 + 1) if common % stride == 0) if patch > 1 else 1
+    grids = [common // first >> i for i in range(3) if common // first % 2**i == 0]
     n = len(grids)
     return {
         "hidden_sizes": [48, 96, 192][:n],
@@ -272,7 +272,7 @@ def _published(widths: list[int], depths: list[int], decoder: int) -> SegFormerC
 _SEGMENTED = {"image_size": 512, "channels": 3, "num_classes": 150, "null_class": False}
 _WIDTHS = [64, 128, 320, 512]
 PRESETS = {
-    name: Preset(_published(widths, depths, decoder), _SEGMENTED, f"SegFormer's code, which segments: {stated}", cost)
+    name: Preset(_published(widths, depths, decoder), _SEGMENTED, f"SegFormer's code, for segmentation: {stated}", cost)
     for name, widths, depths, decoder, stated, cost in (
         ("MiT-B0", [32, 64, 160, 256], [2, 2, 2, 2], 256, "3,752,694, 8.39", Cost(3_752_694, 8_387_821_568)),
         ("MiT-B1", _WIDTHS, [2, 2, 2, 2], 256, "13,715,798, 15.88", Cost(13_715_798, 15_878_062_080)),
@@ -284,6 +284,6 @@ PRESETS = {
 }
 _BASE = SegFormerConfig([384, 768, 1024], [3, 7, 4], [6, 12, 16], decoder_hidden_size=512, time_dim=768)
 PRESETS |= {
-    "SegFormer-S": Preset(SegFormerConfig(), IMAGENET_LATENT, "ours, as DiT-S/2", Cost(48_200_972, 6_026_749_440)),
-    "SegFormer-B": Preset(_BASE, IMAGENET_LATENT, "ours, as DiT-B/2", Cost(192_348_300, 23_220_128_768)),
+    "SegFormer-S": Preset(SegFormerConfig(), IMAGENET_LATENT, "ours, cost of DiT-S/2", Cost(48_200_972, 6_026_749_440)),
+    "SegFormer-B": Preset(_BASE, IMAGENET_LATENT, "ours, cost of DiT-B/2", Cost(192_348_300, 23_220_128_768)),
 }

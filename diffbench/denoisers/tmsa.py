@@ -1,4 +1,4 @@
-"""Time-dependent multi-head self-attention (TMSA) and the DiffiT block: one module for latents, images and U-Nets."""
+"""Time-dependent multi-head self-attention (TMSA) and the DiffiT block, shared by both DiffiTs and the U-Nets."""
 
 from typing import Literal
 
@@ -21,14 +21,14 @@ from diffbench.denoisers.layers import (
 from diffbench.denoisers.linear import Linear
 
 TimeIn = Literal["qkv", "qk", "qv", "kv", "q", "k", "v", "separate", "bias", "mlp", "adaln", "none"]
-"""The conditioning of a block on the time.
+"""The way a block is conditioned on the time.
 
-qkv: queries, keys and values, the paper's TMSA (Eq. 3 to 5); or only the ones named. As the softmax removes what is
-    the same for every key, `k` alone leaves no time at all and `qv` equals `qkv`.
-separate: as a token of its own among the keys and values (Table 7). Attending only to itself, it would equal `v`.
+qkv: added to queries, keys and values, the paper's TMSA (Eq. 3 to 5); or only to the ones named. The softmax cancels
+whatever all keys have in common, so `k` alone has no effect and `qv` equals `qkv`.
+separate: a separate token among the keys and values (Table 7). With a softmax of its own, it would equal `v`.
 bias: a time-dependent part of the relative-position bias (Table 6, F).
 mlp: added to the input of the MLP (Table 6, G).
-adaln: the norms' shift, scale and gate, as in DiT.
+adaln: shift, scale and gate around attention and MLP, as in DiT.
 none: not at all.
 """
 
@@ -36,16 +36,16 @@ none: not at all.
 class TMSA(nn.Module):
     """Time-dependent multi-head self-attention (DiffiT §3.2, Eq. 3 to 6).
 
-    q, k and v are each a projection of the token plus one of the time token; a learned relative-position bias,
-    free of time, is added after the scaling by 1/sqrt(d).
+    q, k and v are each a projection of the token plus one of the time token. A learned relative-position bias, which
+    does not depend on the time, is added after scaling by 1/sqrt(d).
 
     Args:
         dim: width of the tokens.
-        num_heads: heads; must divide the width of queries, keys and values.
+        num_heads: number of heads; must divide the width of queries, keys and values.
         window: side of the square window, or its height and width.
         time_dim: width of the time token.
-        time_in: where the time enters; "mlp" and "adaln" are the block's business and the same as "none" here.
-        width: of queries, keys and values; by default `dim`.
+        time_in: where the time enters; "mlp" and "adaln" are handled by the block and mean "none" here.
+        width: width of queries, keys and values; by default `dim`.
     """
 
     bias_index: Tensor
@@ -77,7 +77,7 @@ class TMSA(nn.Module):
         nn.init.trunc_normal_(self.bias, std=0.02)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B * windows, N, dim) tokens, windows of a sample adjacent, and (B, time_dim) to (B * windows, N, dim)."""
+        """Map tokens (B * windows, N, dim), a sample's windows adjacent, and time (B, time_dim) to the same shape."""
         qkv = self.qkv(x)
         time = None if self.qkv_time is None else per_window(self.qkv_time(c), x)
         if time is not None and not self.separate:
@@ -94,30 +94,30 @@ class TMSA(nn.Module):
         return self.proj(rearrange(attend(q, k, v, bias), "b h n d -> b n (h d)"))
 
     def _pairs(self, table: Tensor) -> Tensor:
-        """A bias table (B, heads, rows) for each pair of tokens, (B, heads, N, N); faster than table[index]."""
+        """Expand a bias table (B, heads, rows) to all pairs of tokens, (B, heads, N, N); faster than table[index]."""
         pairs = self.bias_index.flatten().expand(*table.shape[:2], -1)
         return table.gather(2, pairs).unflatten(2, self.bias_index.shape)
 
     def _spread(self, time: Tensor) -> Tensor:
-        """The parts of q, k and v that hold time, zeros for the others."""
+        """Expand the projected time from the parts that receive it to q, k and v, with zeros for the others."""
         if self.parts == "qkv":
             return time
-        there = dict(zip(self.parts, time.chunk(len(self.parts), dim=-1), strict=True))
-        zeros = torch.zeros_like(next(iter(there.values())))
-        return torch.cat([there.get(part, zeros) for part in "qkv"], dim=-1)
+        by_part = dict(zip(self.parts, time.chunk(len(self.parts), dim=-1), strict=True))
+        zeros = torch.zeros_like(next(iter(by_part.values())))
+        return torch.cat([by_part.get(part, zeros) for part in "qkv"], dim=-1)
 
 
 class DiffiTBlock(nn.Module):
-    """Eq. 7 and 8: x + TMSA(LN(x), time), then x + MLP(LN(x)). Norms without affine, eps 1e-6, as released.
+    """DiffiT block: x + TMSA(LN(x), time), then x + MLP(LN(x)) (Eq. 7, 8). Norms not affine, eps 1e-6, as released.
 
     Args:
         dim: width of the tokens.
-        num_heads: heads.
+        num_heads: number of heads.
         window: side of the square window, or its height and width.
         time_dim: width of the time token.
-        mlp_ratio: hidden width of the MLP over `dim`.
-        dropout: after attention and MLP.
-        time_in: how the time enters.
+        mlp_ratio: hidden width of the MLP as a multiple of `dim`.
+        dropout: rate after attention and MLP.
+        time_in: where the time enters.
         token_dim: width of queries, keys and values; by default `dim`.
     """
 
@@ -143,7 +143,7 @@ class DiffiTBlock(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), zero_(Linear(time_dim, 6 * dim))) if time_in == "adaln" else None
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B * windows, N, dim) tokens, windows of a sample adjacent, and (B, time_dim) to the same shape."""
+        """Map tokens (B * windows, N, dim), a sample's windows adjacent, and time (B, time_dim) to the same shape."""
         if self.modulation is not None:
             shift1, scale1, gate1, shift2, scale2, gate2 = per_window(self.modulation(c), x).chunk(6, dim=-1)
             x = x + gate1 * self.dropout(self.attention(modulate(self.norm1(x), shift1, scale1), c))
@@ -156,15 +156,15 @@ class DiffiTBlock(nn.Module):
 
 
 class TimeAttention(nn.Module):
-    """TMSA over all pixels of an image in place of a U-Net's attention (DiffiT, Table 5).
+    """TMSA over all pixels of an image, as a replacement for a U-Net's attention (DiffiT, Table 5).
 
     Args:
-        norm: what comes first.
+        norm: normalisation, applied first.
         channels: width.
-        heads: must divide `channels`.
-        size: side of the image at this place.
+        heads: number of heads; must divide `channels`.
+        size: side of the image at this level.
         time_dim: width of the activated embedding, which serves as the time token.
-        scale: of the projection's initial weights.
+        scale: factor of the projection's initial weights.
     """
 
     def __init__(self, norm: nn.Module, channels: int, heads: int, size: int, time_dim: int, scale: float) -> None:
@@ -174,23 +174,23 @@ class TimeAttention(nn.Module):
         self.tmsa.proj.weight.data.mul_(scale)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, C, H, W) and the activated embedding (B, time_dim) to (B, C, H, W), without the residual."""
+        """Map (B, C, H, W) and the activated embedding (B, time_dim) to (B, C, H, W), without the residual."""
         tokens = self.tmsa(to_windows(self.norm(x), self.size), c)
         return from_windows(tokens, self.size, *x.shape[2:])
 
 
 PART = 1 << 19
-"""Attention weights at a time, about what a CPU's caches hold."""
+"""Number of attention weights computed at a time, about as many as fit into a CPU's caches."""
 
 
 def pays_in_parts(bias: Tensor) -> bool:
-    """Whether a bias wants a gradient on a CPU: no fused attention gives it one there."""
-    wanted = bias.is_cpu and bias.requires_grad and torch.is_grad_enabled()
-    return wanted and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    """Return whether the bias needs a gradient on a CPU, where fused attention does not compute one."""
+    needs_grad = bias.is_cpu and bias.requires_grad and torch.is_grad_enabled()
+    return needs_grad and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v for as many samples at a time as have at most `PART` attention weights.
+    """Compute softmax(q k^T / sqrt(d) + bias) v in chunks of samples with at most `PART` attention weights.
 
     Args:
         q: (B, heads, N, d).
@@ -204,10 +204,10 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     size = max(1, PART // (q.shape[1] * q.shape[2] * k.shape[2]))
     parts = [a.split(size) for a in (q * int(q.shape[-1]) ** -0.5, k.mT, v)]
     biases = bias.split(size) if len(bias) > 1 else [bias] * len(parts[0])
-    found = [(q @ k).add_(b).softmax(-1) @ v for q, k, v, b in zip(*parts, biases, strict=True)]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    chunks = [(q @ k).add_(b).softmax(-1) @ v for q, k, v, b in zip(*parts, biases, strict=True)]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
 def per_window(c: Tensor, tokens: Tensor) -> Tensor:
-    """(B, ...) of each sample to (B * windows, 1, ...), to go with (B * windows, N, D) tokens."""
+    """Repeat per-sample values (B, ...) for each window, (B * windows, 1, ...), to match tokens (B * windows, N, D)."""
     return c.repeat_interleave(len(tokens) // len(c), dim=0)[:, None]

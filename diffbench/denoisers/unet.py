@@ -1,4 +1,4 @@
-"""U-Net with residual blocks and attention, the ADM family (Dhariwal & Nichol 2021, §3 and appendix)."""
+"""The U-Net of ADM, with residual blocks and attention (Dhariwal & Nichol 2021, §3 and appendix)."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,38 +24,38 @@ from diffbench.denoisers.tmsa import TimeAttention
 
 @dataclass
 class UNetConfig:
-    """Sizes and switches, under the names of ADM's published flags."""
+    """Sizes and options of the U-Net, named after ADM's published flags."""
 
     model_channels: int = 128
     """Base width, multiplied by `channel_mult` at each level."""
     channel_mult: list[float] = field(default_factory=lambda: [1, 2, 2, 2])
-    """One factor a level; the resolution halves between levels."""
+    """One factor per level; the resolution halves between levels."""
     num_res_blocks: int = 2
-    """Residual blocks a level in the encoder; the decoder has one more."""
+    """Residual blocks per level in the encoder; the decoder has one more."""
     attention_resolutions: list[int] | None = None
     """Resolutions (pixels of the longer side) at which attention follows each residual block; the middle always has it.
-    null: 16, where the network has that."""
+    null: 16, if there is such a level."""
     num_heads: int = 4
-    """Attention heads; ignored where `num_head_channels` is set."""
+    """Attention heads; ignored if `num_head_channels` is set."""
     num_head_channels: int | None = None
-    """Channels a head."""
+    """Channels per attention head."""
     dropout: float = 0.0
     norm_groups: int = 32
-    """Groups of the group normalisation; must divide every level's width."""
+    """Groups of the group normalisation; must divide every level's width, with and without its skip."""
     use_scale_shift_norm: bool = True
-    """Condition scales and shifts the second norm; otherwise it is added before it."""
+    """The condition scales and shifts the second norm's output; otherwise it is added to the norm's input."""
     resblock_updown: bool = False
-    """Resample inside residual blocks; otherwise by strided convolution, and nearest x2 with a convolution."""
+    """Resample inside residual blocks; otherwise in separate layers, see `conv_resample`."""
     conv_resample: bool = True
-    """Whether resampling outside residual blocks has a convolution; otherwise mean of 2x2, and nearest x2."""
+    """Separate resampling layers convolve (strided, or after nearest x2); otherwise mean of 2x2, and nearest x2."""
     num_heads_upsample: int | None = None
-    """Attention heads in the decoder, where they differ; ignored where `num_head_channels` is set."""
+    """Attention heads in the decoder, if different; ignored if `num_head_channels` is set."""
     time_features: TimeFeatures = "sinusoidal"
-    """Features of the time under the MLP."""
+    """Time features that the embedding MLP takes."""
     fourier_scale: float = 16.0
-    """Standard deviation of Fourier frequencies, in periods per unit of time: 16 suits EDM's ln(sigma)/4."""
+    """Standard deviation of the Fourier frequencies, in periods per unit of time; 16 suits EDM's ln(sigma)/4."""
     tmsa: bool = False
-    """DiffiT's time-dependent attention in place of the attention (DiffiT, Table 5)."""
+    """Replace the attention by DiffiT's time-dependent attention (DiffiT, Table 5)."""
 
     def __post_init__(self) -> None:
         numbers = ("model_channels", "channel_mult", "num_res_blocks", "num_heads", "num_head_channels", "norm_groups")
@@ -63,7 +63,7 @@ class UNetConfig:
 
 
 class UNet(Denoiser):
-    """ADM's U-Net for square images, or any multiple of what its levels divide; see `Denoiser`."""
+    """ADM's U-Net, for images whose sides can be halved between all levels; see `Denoiser`."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class UNet(Denoiser):
         )
 
         def heads(width: int, decoder: bool = False) -> int:
-            where = "a width with attention"
+            what = "a width with attention"
             if config.num_head_channels is not None:
-                check_divides("num_head_channels", config.num_head_channels, width, where)
+                check_divides("num_head_channels", config.num_head_channels, width, what)
                 return width // config.num_head_channels
             key = "num_heads_upsample" if decoder and config.num_heads_upsample else "num_heads"
             number: int = getattr(config, key)
-            check_divides(key, number, width, where)
+            check_divides(key, number, width, what)
             return number
 
         def stage(c_in: int, c_out: int, size: int, decoder: bool = False) -> Stage:
@@ -146,7 +146,7 @@ class UNet(Denoiser):
 
 
 class Stage(nn.Module):
-    """A residual block, followed by attention where `heads` is a number."""
+    """A residual block, followed by attention unless `heads` is None."""
 
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, emb: int, heads: int | None, size: int) -> None:
         super().__init__()
@@ -162,15 +162,15 @@ class Stage(nn.Module):
             self.attention = PixelAttention(heads, norm, qkv, proj)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, C_in, H, W) and the activated condition (B, emb) to (B, C_out, H, W)."""
+        """Map (B, C_in, H, W) and the activated condition (B, emb) to (B, C_out, H, W)."""
         x = self.res(x, c)
         return x if self.attention is None else x + self.attention(x, c)
 
 
 class ResBlock(nn.Module):
-    """GN, SiLU, conv | condition | GN, SiLU, dropout, conv (zero at first) | skip (ADM).
+    """ADM's residual block: GN, SiLU, conv | condition | GN, SiLU, dropout, conv (zero-initialised) | skip.
 
-    Resampling, "down" (2x2 mean) or "up" (nearest), acts on both branches before the first convolution.
+    Both branches are resampled before the first convolution: "down" by the mean of 2x2 pixels, "up" by nearest x2.
     """
 
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, emb: int, direction: Direction | None = None) -> None:
@@ -178,7 +178,7 @@ class ResBlock(nn.Module):
         self.direction, self.scale_shift = direction, config.use_scale_shift_norm
         groups = config.norm_groups
         for width in (c_in, c_out):
-            check_divides("norm_groups", groups, width, "a level's width or that with its skip")
+            check_divides("norm_groups", groups, width, "a level's width, alone or with its skip")
         self.norm1 = GroupNorm(groups, c_in, eps=1e-5)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.condition = Linear(emb, c_out * (2 if self.scale_shift else 1))
@@ -188,7 +188,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, C_in, H, W) and the activated condition (B, emb) to (B, C_out, H', W')."""
+        """Map (B, C_in, H, W) and the activated condition (B, emb) to (B, C_out, H', W')."""
         h, x = resample(nn.functional.silu(self.norm1(x)), self.direction), resample(x, self.direction)
         h = self.conv1(h)
         condition = self.condition(c)[:, :, None, None]
@@ -201,7 +201,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution, or by the mean of 2x2 pixels."""
+    """Downsampling by 2: a strided convolution, or the mean of 2x2 pixels."""
 
     def __init__(self, channels: int, convolve: bool) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbour, then a convolution where asked."""
+    """Upsampling by 2: nearest neighbour, then optionally a convolution."""
 
     def __init__(self, channels: int, convolve: bool) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class Upsample(nn.Module):
 
 
 def laptop_sizes(height: int, width: int) -> dict[str, Any]:
-    """Keys for a laptop, see `laptop`."""
+    """Return config keys for a laptop, see `laptop`."""
     return laptop.unet(height, width, [2, 3]) | {"num_res_blocks": 1, "norm_groups": 8}
 
 

@@ -1,4 +1,4 @@
-"""U-ViT: a plain Vision Transformer with long skips, time and label as tokens (Bao et al. 2023)."""
+"""U-ViT: a Vision Transformer with long skips, which takes time and label as tokens (Bao et al. 2023)."""
 
 from dataclasses import dataclass
 
@@ -17,16 +17,16 @@ from diffbench.denoisers.patches import IMAGENET_LATENT, PatchConfig
 
 @dataclass
 class UViTConfig(PatchConfig):
-    """Sizes of a U-ViT (paper, Table 1: S 12/512/8, M 16/768/12, L 20/1024/16, H 28/1152/16); the depth is even."""
+    """Sizes of a U-ViT (paper, Table 1: S 12/512/8, M 16/768/12, L 20/1024/16, H 28/1152/16); depth must be even."""
 
     hidden_size: int = 512
     num_heads: int = 8
     mlp_time_embed: bool = False
-    """A two-layer MLP over the sinusoidal time token; without it the token is used as it is, as released."""
+    """Pass the sinusoidal time token through a two-layer MLP; the released networks use it unchanged."""
     skip: bool = True
-    """Long skips from the first half of the blocks to the second; without them it is a plain Vision Transformer."""
+    """Long skips from the first half of the blocks to the second; without them, a plain Vision Transformer."""
     conv: bool = True
-    """A 3x3 convolution over the image that the patches make."""
+    """Apply a 3x3 convolution to the image assembled from the patches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,7 +34,7 @@ class UViTConfig(PatchConfig):
 
 
 class UViT(Denoiser):
-    """U-ViT for images of any two sides that the patch divides; see `Denoiser`. It has nothing that begins at zero."""
+    """U-ViT for any image height and width that the patch divides; see `Denoiser`. No weights start at zero."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class UViT(Denoiser):
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x)); with `joins`, x is at first a projection of x beside a skip."""
+    """x + attention(LN(x)), then x + MLP(LN(x)); with `joins`, x is first concatenated with a skip and projected."""
 
     def __init__(self, config: UViTConfig, joins: bool) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(B, N, D) tokens, and the skip that a block with `joins` takes, to (B, N, D)."""
+        """Map tokens (B, N, D), and a skip (B, N, D) if the block has `joins`, to (B, N, D)."""
         if self.join is not None and skip is not None:
             x = self.join(torch.cat([x, skip], dim=-1))
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)

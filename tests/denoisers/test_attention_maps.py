@@ -129,9 +129,7 @@ def test_recording_changes_nothing_and_leaves_nothing() -> None:
 def test_a_pixel_outside_the_image_is_refused_and_leaves_nothing() -> None:
     net = small("dit")
     for pixel in [(8, 0), (0, 8), (-1, 0)]:
-        with pytest.raises(
-            ValueError, match=rf"^tokens: the pixel {pixel[0]},{pixel[1]} lies outside an image of 8x8$"
-        ):
+        with pytest.raises(ValueError, match=rf"^tokens: the pixel {pixel[0]},{pixel[1]} is outside the 8x8 image$"):
             recorded(net, [pixel])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 

@@ -69,7 +69,7 @@ def test_a_one_hot_row_is_the_label_and_other_weights_mix_the_table(name: str, n
     before = net(x, t, mixture.expand(4, -1))
     table[3] = mixture[:CLASSES] @ table[:CLASSES]
     assert (net(x, t, torch.full_like(y, 3)) - before).abs().max() < 1e-5
-    with pytest.raises(ValueError, match=r"weights of labels must be \(4, \d\), one for each label, got \(4, 9\)"):
+    with pytest.raises(ValueError, match=r"label weights must be \(4, \d\), one per label, got \(4, 9\)"):
         net(x, t, torch.ones(4, 9))
 
 

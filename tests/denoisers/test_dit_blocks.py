@@ -81,7 +81,7 @@ def test_a_gated_mlp_has_as_many_weights_as_a_plain_one() -> None:
     assert SwiGLU(64, 4.0).outer.in_features == 170  # two thirds of 256, rounded down
     assert SwiGLU(1152, 4.0).outer.in_features == 3072
     with pytest.raises(
-        ValueError, match=r"^denoiser\.mlp_ratio: two thirds of 0\.02 of a width of 64 is less than one$"
+        ValueError, match=r"^denoiser\.mlp_ratio: two thirds of 0\.02 times a width of 64 is less than one$"
     ):
         SwiGLU(64, 0.02)
 

@@ -181,7 +181,7 @@ def test_a_missing_unexpected_or_misshapen_key_is_named(name: str, key: str) -> 
     with pytest.raises(ValueError, match=rf"of the {len(good)} keys .*, 1 unexpected: blocks\.0\.foo$"):
         from_reference(source, arguments(case), good | {"blocks.0.foo": torch.zeros(1)})
     wrong = good[key][:-1]
-    shapes = rf"{key} has the shape \[{', '.join(map(str, wrong.shape))}\], .* make \[{good[key].shape[0]}\b"
+    shapes = rf"{key} has shape \[{', '.join(map(str, wrong.shape))}\], .* make \[{good[key].shape[0]}\b"
     with pytest.raises(ValueError, match=shapes):
         from_reference(source, arguments(case), good | {key: wrong})
 
@@ -190,7 +190,7 @@ def test_a_state_dict_of_another_model_says_how_many_keys_fit() -> None:
     case = load("dit_a")
     with pytest.raises(ValueError, match=r"^diffit: of the 34 keys .* 8 missing: .*, \.\.\.; 6 unexpected: .*adaLN"):
         from_reference("diffit", arguments(case), weights(case))
-    with pytest.raises(ValueError, match=r"^dit: pos_embed has the shape \[1, 16, 48\], these .* make \[1, 64, 48\]"):
+    with pytest.raises(ValueError, match=r"^dit: pos_embed has shape \[1, 16, 48\], but these .* make \[1, 64, 48\]"):
         from_reference("dit", arguments(case) | {"input_size": 16}, weights(case))
 
 

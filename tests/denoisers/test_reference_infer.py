@@ -125,8 +125,8 @@ def test_a_table_of_labels_of_another_length_is_not_guessed() -> None:
     with pytest.raises(ValueError) as caught:
         infer("dit", state, {})
     assert str(caught.value).startswith(
-        "dit: the shapes are not those of DiT-S/2, from which 1 of 132 differ: y_embedder.embedding_table.weight is"
-        " [11, 384], not [1001, 384]; give the arguments of its constructor, as arguments.NAME=VALUE with NAME one of"
+        "dit: the shapes do not match DiT-S/2 (1 of 132 differ: y_embedder.embedding_table.weight is"
+        " [11, 384], not [1001, 384]); give the constructor's arguments as arguments.NAME=VALUE, with NAME one of"
         " input_size, "
     )
 
@@ -134,7 +134,7 @@ def test_a_table_of_labels_of_another_length_is_not_guessed() -> None:
 def test_heads_are_never_taken_from_a_network_of_another_size() -> None:
     made = _dit(2, 48, 3, 2) | {"num_classes": 10}
     given = {key: value for key, value in made.items() if key != "num_heads"}
-    with pytest.raises(ValueError, match=r"^arguments\.num_heads: no shape shows it; give it as arguments\.num_heads"):
+    with pytest.raises(ValueError, match=r"^arguments\.num_heads: no shape reveals it; give it as arguments\.num_head"):
         infer("dit", shapes_of("dit", made), given)
     assert infer("dit", shapes_of("dit", made), made)["num_heads"] == 3
 
@@ -143,13 +143,13 @@ def test_heads_are_never_taken_from_a_network_of_another_size() -> None:
     ("name", "given", "text"),
     [
         ("dit_a", {"depht": 2}, "dit: unknown argument depht; known: input_size, "),
-        ("dit_a", {"num_heads": 3, "depth": 4}, "dit: the shapes are not those of the given arguments, from which "),
-        ("diffit_a", {"num_heads": 4}, "diffit: the shapes are not those of the given arguments, from which 3"),
-        ("adm_a", {}, "adm: the shapes are not those of ADM-"),
+        ("dit_a", {"num_heads": 3, "depth": 4}, "dit: the shapes do not match the given arguments ("),
+        ("diffit_a", {"num_heads": 4}, "diffit: the shapes do not match the given arguments (3"),
+        ("adm_a", {}, "adm: the shapes do not match ADM-"),
         (
             "adm_a",
             {"image_size": 8, "num_heads": 2},
-            "arguments.use_new_attention_order: no shape shows it; ",
+            "arguments.use_new_attention_order: no shape reveals it; ",
         ),
         ("ddpmpp_b", {"label_dim": 4, "img_resolution": 16}, "ddpmpp: the argument in_channels is missing"),
     ],
@@ -177,7 +177,7 @@ def test_weights_of_another_source_are_named() -> None:
         ValueError, match=r"^ddpmpp: no map_layer0\.weight among 128 names; these weights look like adm$"
     ):
         weight_sets("ddpmpp", adm)
-    with pytest.raises(ValueError, match=r"^weights: choose one set by weights=KEY: a, b$"):
+    with pytest.raises(ValueError, match=r"^weights: choose one set with weights=KEY: a, b$"):
         weight_sets("dit", {f"{place}.{key}": value for place in "ab" for key, value in dit.items()})
 
 
@@ -234,7 +234,7 @@ def test_weights_are_chosen_by_name() -> None:
     mean = weights(load("dit_a"))
     raw = {key: torch.zeros_like(value) for key, value in mean.items()}
     two = {"model": raw, "ema_0.999": raw, "ema_0.9999": mean}
-    with pytest.raises(ValueError, match=r"^weights: choose one set by weights=KEY: model, ema_0\.999, ema_0\.9999$"):
+    with pytest.raises(ValueError, match=r"^weights: choose one set with weights=KEY: model, ema_0\.999, ema_0\.9999$"):
         weight_sets("dit", two)
     assert [weight_sets("dit", two, key)[0] for key in ("ema_0.9999", "model")] == ["ema_0.9999", "model"]
     with pytest.raises(ValueError, match=r"weights=KEY: model, "):

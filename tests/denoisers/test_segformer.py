@@ -119,13 +119,13 @@ def test_the_names_of_every_project(case: Case, names: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"decode_head.classifier.bias": None}, "segformer: final.bias is missing, as we call it"),
-        ({"decode_head.extra": torch.zeros(1)}, "segformer: extra is unexpected, as we call it"),
+        ({"decode_head.classifier.bias": None}, r"segformer: final.bias \(our name\) is missing"),
+        ({"decode_head.extra": torch.zeros(1)}, r"segformer: extra \(our name\) is unexpected"),
         (
             {"decode_head.classifier.bias": torch.full((7,), torch.nan)},
             "segformer: final.bias holds 7 values that are not",
         ),
-        ({"decode_head.classifier.bias": torch.zeros(6)}, r"segformer: final.bias has the shape \[6\], .* make \[7\]"),
+        ({"decode_head.classifier.bias": torch.zeros(6)}, r"segformer: final.bias has shape \[6\], .* make \[7\]"),
     ],
 )
 def test_a_key_that_does_not_fit_is_named(case: Case, changes: dict[str, Tensor | None], text: str) -> None:
@@ -165,15 +165,15 @@ def test_sides_that_strides_and_reductions_do_not_divide_are_named() -> None:
     with pytest.raises(ValueError) as caught:
         build("segformer", SegFormerConfig(), image_size=10, channels=3)
     assert str(caught.value) == (
-        "denoiser.strides: [1, 2, 2] and denoiser.sr_ratios=[4, 2, 1] need an image whose sides 4 divides, got 10"
+        "denoiser.strides: [1, 2, 2] and denoiser.sr_ratios=[4, 2, 1] need image sides divisible by 4, got 10"
     )
     for changes, text in (
         ({"depths": [1, 1]}, "denoiser.depths: must have one entry for each of the 3 stages of denoiser.hidden_sizes"),
         (
             {"conditioning": "none"},
-            "denoiser.input_skip: needs denoiser.conditioning, which is none; set one or the other",
+            "denoiser.input_skip: needs denoiser.conditioning, which is none; change one of them",
         ),
-        ({"num_heads": [5, 6, 10]}, "denoiser.num_heads: 5 does not divide 192, of denoiser.hidden_sizes"),
+        ({"num_heads": [5, 6, 10]}, "denoiser.num_heads: 5 does not divide 192, a width in denoiser.hidden_sizes"),
         ({"drop_path": 1.0}, r"denoiser.drop_path: must lie in \[0, 1\), got 1.0"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -196,5 +196,5 @@ def test_a_network_that_segments_is_not_trained(tmp_path: Path, capsys: pytest.C
     argv = ["train", "experiments/digits/segformer.yaml", f"runs_dir={tmp_path}"]
     assert main([*argv, "denoiser.head=logits"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.endswith("denoiser: this network puts out 10x8x8 where 1x8x8 is needed; choose another"), line
+    assert line.endswith("denoiser: this network outputs 10x8x8 where 1x8x8 is needed; choose another"), line
     assert not list(tmp_path.iterdir())

@@ -303,29 +303,29 @@ REFUSED = {
     "no types": (["name=nets:Untyped"], "denoiser.name: the types of UntypedConfig cannot be read (NameError"),
     "size": (["width=widht"], "denoiser.width: no argument 'widht'; choose from"),
     "preset": (["preset=S"], "denoiser.name=nets:Plain has none"),
-    "twice": (["call.t=0"], "denoiser.call: x, t and y must go to different places or names"),
-    "gap": (["call={x: 0, t: 2, y: null}"], "denoiser.call: places count from 0 without a gap, got 0, 2; give a later"),
-    "negative": (["call.y=-1"], "denoiser.call: places count from 0 without a gap, got -1, 0, 1;"),
+    "twice": (["call.t=0"], "denoiser.call: x, t and y must go to different positions or names"),
+    "gap": (["call={x: 0, t: 2, y: null}"], "positions must count from 0 without a gap, got 0, 2; pass a later"),
+    "negative": (["call.y=-1"], "denoiser.call: positions must count from 0 without a gap, got -1, 0, 1;"),
     "not built": (["name=nets:Broken"], "nets:Broken cannot be built (KeyError: 'no such thing')"),
-    "shape": (["name=nets:Smaller"], "puts out 1x4x8 where 1x8x8 is needed"),
+    "shape": (["name=nets:Smaller"], "outputs 1x4x8 where 1x8x8 is needed"),
     "no gradient": (["name=nets:Unused"], "no gradient reaches the parameter spare.weight and 1 more"),
-    "random": (["name=nets:Noisy"], "a second forward pass in evaluation gives another output"),
+    "random": (["name=nets:Noisy"], "a second forward pass in evaluation returns another output"),
     "random, a little": (["name=nets:NoisyALittle"], "denoiser: in evaluation this network draws random numbers or"),
     "kind in evaluation": (["name=nets:OtherInEvaluation"], "forward returns tuple in evaluation; name the tensor"),
-    "shape in evaluation": (["name=nets:SmallerInEvaluation"], "puts out 1x8x4 where 1x8x8 is needed"),
-    "fails in evaluation": (["name=nets:FailsInEvaluation"], "forward fails at an image of 1x8x8 with {x: 0, t: 1"),
-    "not finite": (["name=nets:NanInEvaluation"], "denoiser: forward gives values that are not finite"),
+    "shape in evaluation": (["name=nets:SmallerInEvaluation"], "outputs 1x8x4 where 1x8x8 is needed"),
+    "fails in evaluation": (["name=nets:FailsInEvaluation"], "forward fails for a 1x8x8 image with {x: 0, t: 1"),
+    "not finite": (["name=nets:NanInEvaluation"], "denoiser: forward returns values that are not finite"),
     "exit": (["name=nets:Exits"], "(SystemExit: 3)"),
     "backward": (["name=nets:NoBackward"], "denoiser: no gradient can be computed (RuntimeError: one of the variables"),
-    "type": (["name=nets:Wider"], "denoiser: forward gives float64 where the parameters are float32; give float32"),
-    "random in training": (["name=nets:NoisyInTraining"], "pass in training with the same torch seed gives another"),
+    "type": (["name=nets:Wider"], "denoiser: forward returns float64, but the parameters are float32; return float32"),
+    "random in training": (["name=nets:NoisyInTraining"], "pass in training with the same torch seed returns another"),
     "in place": (["name=nets:InPlace"], "denoiser: forward changes its input t in place; have it work on a copy"),
     "types": (["name=nets:Mixed"], "denoiser.name: parameters are of type float32 and float64 (norm.weight); make all"),
     "nothing to train": (["name=nets:Frozen"], "denoiser.name: this network has no parameters to train"),
     "instance": (["name=nets:instance"], "nets:instance is neither a torch.nn.Module class nor a function"),
     "null label": (["name=nets:FewRows"], "label 10 means no class: its table needs 11 rows"),
     "output's place": (["call.output=7"], "(IndexError: index 7 is out of bounds for dimension 0 with size 1)\n"),
-    "call": (["name=nets:Keywords"], "denoiser.call: forward fails at an image of 1x8x8 with {x: 0, t: 1, y: 2,"),
+    "call": (["name=nets:Keywords"], "denoiser.call: forward fails for a 1x8x8 image with {x: 0, t: 1, y: 2,"),
     "output": (["name=nets:Keywords", "call={x: image, t: sigma, y: null}"], "forward returns dict with image; name"),
 }
 
@@ -394,7 +394,7 @@ def test_labels_as_tokens_are_mixed_too(yaml: Path) -> None:
     table[0] = (table[3] + table[5]) / 2
     assert torch.allclose(mixed, net(X, T, torch.tensor([0, 0])))
     _, net = made(yaml, "name=nets:Backwards")
-    with pytest.raises(ValueError, match="this network looks up no label as it is given"):
+    with pytest.raises(ValueError, match="this network does not look up labels unchanged"):
         net(X, T, halves)
 
 
@@ -515,7 +515,7 @@ def test_a_run_lives_on_without_its_yaml(yaml: Path, capsys: pytest.CaptureFixtu
     source._loaded.clear()
     assert main(["sample", str(run), f"out={folder / 'x.png'}"]) == 2
     error = capsys.readouterr().err
-    assert "denoiser.name: no module nets whose hash is" in error and error.count("\n") == 1
+    assert "denoiser.name: no module nets with the hash" in error and error.count("\n") == 1
 
 
 STUDY = """

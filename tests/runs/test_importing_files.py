@@ -116,9 +116,9 @@ def test_files_that_are_not_read(tmp_path: Path, refused: Callable[..., str]) ->
 
 GIVEN = words(arguments(load("dit_a")))[1:]
 UNFIT = [
-    ("dit", [], "CKPT: dit: the shapes are not those of DiT-"),
+    ("dit", [], "CKPT: dit: the shapes do not match DiT-"),
     ("dit", ["arguments.num_heads=5"], "CKPT: denoiser.num_heads: 5 does not divide denoiser.hidden_size=1152"),
-    ("dit", [*GIVEN, "arguments.depth=3"], "CKPT: dit: the shapes are not those of the given arguments, from which 10"),
+    ("dit", [*GIVEN, "arguments.depth=3"], "CKPT: dit: the shapes do not match the given arguments (10"),
     ("dit", [*GIVEN, "arguments.depht=2"], "CKPT: dit: unknown argument depht; known: input_size, patch_size, "),
     ("dit", ["arguments=3"], "command line: arguments: must be given by name, such as arguments.num_heads=16"),
     ("dit", [*GIVEN, "arguments.hidden_size=abc"], "command line: arguments: no network of dit has these (TypeError: "),
@@ -204,8 +204,8 @@ def test_names_that_do_not_belong_are_left_out(tmp_path: Path, refused: Callable
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (torch.nan, "holds 1 values that are not finite, of 144"),
-        (torch.inf, "holds 1 values that are not finite, of 144"),
+        (torch.nan, "holds 1 values that are not finite, out of 144"),
+        (torch.inf, "holds 1 values that are not finite, out of 144"),
         (torch.int8, "holds int8, not floating-point weights"),
         (torch.float8_e4m3fn, "holds float8_e4m3fn, not floating-point weights"),
         (None, "holds sparse_coo, not floating-point weights"),

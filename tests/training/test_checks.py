@@ -42,7 +42,7 @@ def test_zero_and_less_are_refused_in_every_key(name: str, key: str, kind: str) 
     if lists:
         with pytest.raises(ValueError) as caught:
             config(**{key: []})
-        assert str(caught.value) == f"denoiser.{key}: must hold at least one number, got []"
+        assert str(caught.value) == f"denoiser.{key}: must contain at least one number, got []"
 
 
 @pytest.mark.parametrize("name", DENOISERS)
@@ -57,11 +57,11 @@ def test_a_dropout_that_is_no_share(name: str, value: float) -> None:
     ("kind", "sizes", "text"),
     [
         (DiTConfig, {"num_heads": 5}, "num_heads: 5 does not divide denoiser.hidden_size=384"),
-        (DiTConfig, {"hidden_size": 30, "num_heads": 5}, "hidden_size: must be divisible by 4 for its table of positions, got 30"),  # noqa: E501
-        (DiTConfig, {"hidden_size": 24, "num_heads": 4, "position": "rope"}, "position: rope needs heads whose width 4 divides, not 6=denoiser.hidden_size/denoiser.num_heads"),  # noqa: E501
+        (DiTConfig, {"hidden_size": 30, "num_heads": 5}, "hidden_size: must be divisible by 4 for the position table, got 30"),  # noqa: E501
+        (DiTConfig, {"hidden_size": 24, "num_heads": 4, "position": "rope"}, "position: rope needs a head width divisible by 4, got 6=denoiser.hidden_size/denoiser.num_heads"),  # noqa: E501
         (DiffiTLatentConfig, {"num_heads": 5}, "num_heads: 5 does not divide denoiser.hidden_size=384"),
-        (DiffiTConfig, {"num_heads": 3}, "num_heads: 3 does not divide 128, of denoiser.channels"),
-        (DiffiTConfig, {"num_heads": 3, "token_dim": 64}, "num_heads: 3 does not divide 64, of denoiser.token_dim"),
+        (DiffiTConfig, {"num_heads": 3}, "num_heads: 3 does not divide 128, a width in denoiser.channels"),
+        (DiffiTConfig, {"num_heads": 3, "token_dim": 64}, "num_heads: 3 does not divide denoiser.token_dim=64"),
         (DiffiTConfig, {"window": [4, 2]}, "window: must have one entry for each of the 3 stages of denoiser.channels, got 2"),  # noqa: E501
         (DiffiTConfig, {"blocks": [1]}, "blocks: must have one entry for each of the 3 stages of denoiser.channels, got 1"),  # noqa: E501
         (UNetConfig, {"channel_mult": [0.3]}, "channel_mult: 0.3 times denoiser.model_channels=128 is not an integer"),
@@ -80,24 +80,24 @@ def test_keys_that_do_not_fit_each_other(kind: type, sizes: dict[str, Any], text
     [
         (DiTConfig(patch_size=3), 8, "patch_size: 3 does not divide 8, a side of the image"),
         (DiTConfig(), (4, 5), "patch_size: 2 does not divide 5, a side of the image"),
-        (DiTConfig(mlp_ratio=0.001), 8, "mlp_ratio: 0.001 of a width of 384 is less than one"),
+        (DiTConfig(mlp_ratio=0.001), 8, "mlp_ratio: 0.001 times a width of 384 is less than one"),
         (DiffiTLatentConfig(patch_size=3), 8, "patch_size: 3 does not divide 8, a side of the image"),
-        (DiffiTConfig(), 10, "channels: 3 levels need an image whose sides 4 divides, got 10"),
-        (DiffiTConfig(), (8, 6), "channels: 3 levels need an image whose sides 4 divides, got 6"),
+        (DiffiTConfig(), 10, "channels: 3 levels need image sides divisible by 4, got 10"),
+        (DiffiTConfig(), (8, 6), "channels: 3 levels need image sides divisible by 4, got 6"),
         (DiffiTConfig(window=3), 32, "window: 3 does not divide 32, a side of stage 1"),
         (DiffiTConfig(window=[4, 8, 3]), 16, "window: 3 does not divide 4, a side of stage 3"),
-        (DiffiTConfig(norm_groups=24), 8, "norm_groups: 24 does not divide 128, a stage's width or that with its skip"),
-        (UNetConfig(channel_mult=[1, 1, 1]), 6, "channel_mult: 3 levels need an image whose sides 4 divides, got 6"),
-        (UNetConfig(48), 8, "norm_groups: 32 does not divide 48, a level's width or that with its skip"),
+        (DiffiTConfig(norm_groups=24), 8, "norm_groups: 24 does not divide 128, a stage's width, alone or with its skip"),  # noqa: E501
+        (UNetConfig(channel_mult=[1, 1, 1]), 6, "channel_mult: 3 levels need image sides divisible by 4, got 6"),
+        (UNetConfig(48), 8, "norm_groups: 32 does not divide 48, a level's width, alone or with its skip"),
         (UNetConfig(num_heads=5), 16, "num_heads: 5 does not divide 128, a width with attention"),
         (UNetConfig(num_head_channels=48), 16, "num_head_channels: 48 does not divide 128, a width with attention"),
         (UNetConfig(num_heads_upsample=3), 16, "num_heads_upsample: 3 does not divide 128, a width with attention"),
-        (UNetConfig(attention_resolutions=[8, 5]), 16, "attention_resolutions: 5 never occurs; the levels are 16, 8, 4, 2 pixels a side"),  # noqa: E501
-        (DDPMppConfig(), 10, "channel_mult: 3 levels need an image whose sides 4 divides, got 10"),
+        (UNetConfig(attention_resolutions=[8, 5]), 16, "attention_resolutions: no level has resolution 5; choose from 16, 8, 4, 2"),  # noqa: E501
+        (DDPMppConfig(), 10, "channel_mult: 3 levels need image sides divisible by 4, got 10"),
         (DDPMppConfig(num_heads=3), 16, "num_heads: 3 does not divide 256, a width with attention"),
-        (DDPMppConfig(attention_resolutions=[0]), 32, "attention_resolutions: 0 never occurs; the levels are 32, 16, 8 pixels a side"),  # noqa: E501
-        (DDPMppConfig(134, [1, 1]), 8, "model_channels: 32 norm groups, of at least four channels, do not divide 134, a level's width or that with its skip"),  # noqa: E501
-        (DDPMppConfig(3), 8, "model_channels: 0 norm groups, of at least four channels, do not divide 3, a level's width or that with its skip"),  # noqa: E501
+        (DDPMppConfig(attention_resolutions=[0]), 32, "attention_resolutions: no level has resolution 0; choose from 32, 16, 8"),  # noqa: E501
+        (DDPMppConfig(134, [1, 1]), 8, "model_channels: 32 norm groups (of at least four channels) do not divide 134, a level's width, alone or with its skip"),  # noqa: E501
+        (DDPMppConfig(3), 8, "model_channels: 0 norm groups (of at least four channels) do not divide 3, a level's width, alone or with its skip"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_the_image(config: Any, image_size: Any, text: str) -> None:
@@ -123,7 +123,7 @@ def test_an_image_of_another_size_is_refused_with_both(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["unet", "ddpmpp"])
 def test_an_image_that_cannot_be_halved_is_refused_with_both(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^this network takes images of 3 channels and sides divisible by 2, got 3x16x7$"):  # fmt: skip  # noqa: E501
+    with pytest.raises(ValueError, match=r"^this network takes images with 3 channels and sides divisible by 2, got 3x16x7$"):  # fmt: skip  # noqa: E501
         small(name)(torch.zeros(2, CHANNELS, 16, 7), torch.zeros(2))
     with pytest.raises(ValueError, match=r"sides divisible by 8, got 3x16x6$"):
         small(name, tmsa=True)(torch.zeros(2, CHANNELS, 16, 6), torch.zeros(2))
@@ -134,7 +134,9 @@ def test_an_augmentation_label_of_another_width(name: str) -> None:
     x, t, y = inputs()
     for config, width in ((None, 0), (9, 9)):
         net = small(name, augment_dim=config)
-        with pytest.raises(ValueError, match=rf"^denoiser.augment_dim: is {width}, got an augmentation label of 4$"):
+        with pytest.raises(
+            ValueError, match=rf"^denoiser.augment_dim: is {width}, got an augmentation label of width 4$"
+        ):
             net(x, t, y, augment=torch.zeros(len(x), 4))
 
 

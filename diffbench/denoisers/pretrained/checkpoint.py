@@ -1,4 +1,4 @@
-"""The sets of weights in a checkpoint, by name, and which of them is the average."""
+"""The sets of weights in a checkpoint, raw or averaged, by name, and the choice of one of them."""
 
 import re
 from collections import Counter
@@ -10,27 +10,27 @@ from torch import Tensor
 from diffbench.denoisers.pretrained.convert import RECIPES
 
 AVERAGE = re.compile(r"(?<![a-z])ema|ema(?![a-z])|averag|shadow|(?<![a-z])(avg|swa)(?![a-z])", re.IGNORECASE)
-"""Common names of an average of weights."""
+"""Common names of averaged weights."""
 RAW = re.compile(r"online|(?<![a-z])raw(?![a-z])|current", re.IGNORECASE)
-"""Common names of the weights beside it."""
+"""Common names of the raw weights next to an average."""
 
 WeightSets = dict[str, dict[str, Tensor]]
 
 
 def weight_sets(source: str, checkpoint: Any, key: str | None = None) -> tuple[str, WeightSets]:
-    """Every set of weights of a source in a checkpoint, and the name of the one to take.
+    """Find every set of weights of a source in a checkpoint, and choose one.
 
     Args:
         source: one of `RECIPES`.
-        checkpoint: weights by name, or dictionaries that hold such somewhere.
-        key: the name of the set to take, or a part of it; by default the average, or the only set.
+        checkpoint: weights by name, or nested dictionaries that contain them.
+        key: the name of the set to choose, or a part of it; by default the average, or the only set.
 
     Returns:
-        The name, and the sets under the reference's own names. A set's name is what leads to it and what wrappers put
-        before its weights, as in "state_dict.model" or "ema.module"; that of a plain state dict is "".
+        The chosen name, and all sets with the reference's own weight names. A set's name consists of the keys that lead
+        to it and of any prefix from wrappers, as in "state_dict.model" or "ema.module"; a plain state dict is "".
 
     Raises:
-        ValueError: if there is no such set, or several; or if an average cannot be read; naming what there is.
+        ValueError: if no set or several fit, or an average cannot be read; the message lists the sets.
     """
     anchor, tensors = RECIPES[source].anchor, dict(_tensors(checkpoint))
     prefixes = [name.removesuffix(anchor) for name in tensors if re.search(rf"(^|[./]){re.escape(anchor)}$", name)]
@@ -45,36 +45,36 @@ def weight_sets(source: str, checkpoint: Any, key: str | None = None) -> tuple[s
         looks = [name for name, recipe in RECIPES.items() if any(n.endswith(recipe.anchor) for n in tensors)]
         near = f"; these weights look like {looks[0]}" if looks else ""
         raise ValueError(f"{source}: no {anchor} among {len(tensors)} names{near}")
-    return _chosen(sets, tensors, key), sets
+    return _choose(sets, tensors, key), sets
 
 
 def is_average(name: str) -> bool:
-    """Whether the name of a set says that it is an average."""
+    """Return whether the name of a set says that it is an average."""
     return AVERAGE.search(name) is not None and RAW.search(name) is None
 
 
-def _chosen(sets: WeightSets, tensors: Mapping[str, Tensor], key: str | None) -> str:
+def _choose(sets: WeightSets, tensors: Mapping[str, Tensor], key: str | None) -> str:
     names = ", ".join(name or "the file itself" for name in sets)
     averages = [name for name in sets if is_average(name)]
     if key is not None:
         chosen = [name for name in sets if name == key] or [name for name in sets if f".{key}." in f".{name}."]
     elif any(name.startswith("current_model_state") for name in sets):
-        chosen = [name for name in sets if name.startswith("state_dict")]  # where Lightning's WeightAveraging leaves it
+        chosen = [name for name in sets if name.startswith("state_dict")]  # Lightning's WeightAveraging: the average
     else:
         chosen = averages or [name for name in sets if not RAW.search(name)]
         unread = [] if averages else _unread(tensors)
         if unread:
             raise ValueError(
-                f"weights: {unread[0]} is an average that cannot be read: where it was made, copy it into the"
-                f" network and save its state_dict(); or choose what stands beside it by weights=KEY: {names}"
+                f"weights: {unread[0]} is an average that cannot be read: with the code that made it, copy it into the"
+                f" network and save its state_dict(); or choose another set with weights=KEY: {names}"
             )
     if len(chosen) != 1:
-        raise ValueError(f"weights: choose one set by weights=KEY: {names}")
+        raise ValueError(f"weights: choose one set with weights=KEY: {names}")
     return chosen[0]
 
 
 def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor inside dictionaries and lists, by the keys that lead to it, joined by slashes."""
+    """Yield every tensor in nested dictionaries and lists, with the keys that lead to it joined by slashes."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping | list | tuple):
@@ -83,7 +83,7 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _without_dots(tensors: Mapping[str, Tensor], prefix: str, weights: Mapping[str, Tensor]) -> WeightSets:
-    """The average that latent diffusion's code keeps beside a set: "model_ema.", then names without their dots."""
+    """Find the average that latent diffusion's code saves next to a set: "model_ema." and names without their dots."""
     path, _, wrapper = prefix.rpartition("/")
     for place in dict.fromkeys(name.removeprefix(f"{path}/").partition(".")[0] for name in tensors):
         for start in (wrapper, wrapper.partition(".")[2]):
@@ -94,7 +94,7 @@ def _without_dots(tensors: Mapping[str, Tensor], prefix: str, weights: Mapping[s
 
 
 def _unread(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The prefixes up to the word for an average that the names of several tensors have."""
+    """Return the prefixes, up to a word for "average", that several tensor names share."""
     pattern = re.compile(rf"^(.*?)({AVERAGE.pattern})[^./]*(?=[./])", re.IGNORECASE)
     found = Counter(_shown(match[0]) for match in map(pattern.search, tensors) if match is not None)
     return [name for name, count in found.items() if count > 1]

@@ -1,4 +1,4 @@
-"""Published networks as ours: `from_reference` reads the state dicts of seven published families."""
+"""Conversion of published networks to ours: `from_reference` reads the state dicts of seven published families."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -21,17 +21,17 @@ def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mappin
 
     Args:
         source: "dit", "sit", "diffit" (latent), "adm", "ddpmpp", "uvit", or "segformer", see `segformer.read`.
-        arguments: constructor arguments under the reference's own names; the others take its defaults.
-        state_dict: weights under the reference's own keys; half precision is widened.
+        arguments: constructor arguments under the reference's own names; missing ones take its defaults.
+        state_dict: weights under the reference's own names; half precision is converted to float32.
 
     Returns:
         A float32 network in eval mode; its forward takes (x, t, y) with t in the reference's own units (0 to 1 for
-        SiT, ln(sigma)/4 for DDPM++, timesteps for the others) and y as class indices. Where the reference was built
-        without a null class, y is needed.
+        SiT, ln(sigma)/4 for DDPM++, timesteps for the others) and y as class indices. If the reference was built
+        without a null class, y is required.
 
     Raises:
-        ValueError: if an argument or a key is unknown or missing, a shape or a constant buffer is another, or weights
-            are not finite; each message names it.
+        ValueError: if an argument or a key is unknown or missing, a shape or a constant buffer differs, or weights
+            are not finite; the message names it.
     """
     if source == "segformer":
         return segformer.read(arguments, state_dict)
@@ -45,7 +45,7 @@ def from_reference(source: str, arguments: Mapping[str, Any], state_dict: Mappin
 
 
 def describe(source: str, arguments: Mapping[str, Any]) -> Blueprint:
-    """The network that `from_reference` builds: our name, config and shape.
+    """Describe the network that `from_reference` builds: our name, config and shape.
 
     Raises:
         ValueError: if the source or an argument is unknown, missing or has no counterpart here.
@@ -55,7 +55,7 @@ def describe(source: str, arguments: Mapping[str, Any]) -> Blueprint:
 
 
 def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor arguments of a network with these weights: a published one's, or else the given ones.
+    """Infer the constructor arguments from weights: those of a matching published network, or else the given ones.
 
     Args:
         source: one of `RECIPES`.
@@ -63,8 +63,8 @@ def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any
         given: arguments that the caller knows.
 
     Raises:
-        ValueError: if an argument is unknown, or neither a published network nor the given arguments have weights of
-            these shapes, naming the nearest and the first that differs.
+        ValueError: if an argument is unknown, or neither a published network nor the given arguments match the
+            shapes; the message names the closest network and the first shape that differs.
     """
     fits: list[tuple[int, dict[str, Any]]] = []
     nearest: list[tuple[int, str]] = []
@@ -75,24 +75,24 @@ def infer(source: str, state_dict: Mapping[str, Tensor], given: Mapping[str, Any
             if name not in RECIPES[source].published:
                 raise
             continue  # this network is impossible with the given arguments
-        here = {key: list(state_dict[key].shape) if key in state_dict else "missing" for key in wanted}
-        misfits = [key for key in wanted if here[key] != wanted[key]]
+        actual = {key: list(state_dict[key].shape) if key in state_dict else "missing" for key in wanted}
+        misfits = [key for key in wanted if actual[key] != wanted[key]]
         if not misfits:
             fits.append((len(wanted), arguments))
             continue
-        first = f"{misfits[0]} is {here[misfits[0]]}, not {wanted[misfits[0]]}"
-        nearest.append((len(misfits), f"{name}, from which {len(misfits)} of {len(wanted)} differ: {first}"))
+        first = f"{misfits[0]} is {actual[misfits[0]]}, not {wanted[misfits[0]]}"
+        nearest.append((len(misfits), f"{name} ({len(misfits)} of {len(wanted)} differ: {first})"))
     if fits:
-        return max(fits, key=lambda fit: fit[0])[1]  # a shallower network's weights are among a deeper one's
-    _, differs = min(nearest, key=lambda found: found[0])
+        return max(fits, key=lambda fit: fit[0])[1]  # a shallower network fits a deeper one's weights too
+    _, differs = min(nearest, key=lambda near: near[0])
     raise ValueError(
-        f"{source}: the shapes are not those of {differs}; give the arguments of its constructor, as"
-        f" arguments.NAME=VALUE with NAME one of {', '.join(RECIPES[source].defaults)}"
+        f"{source}: the shapes do not match {differs}; give the constructor's arguments as arguments.NAME=VALUE, with"
+        f" NAME one of {', '.join(RECIPES[source].defaults)}"
     )
 
 
 def _candidates(source: str, given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and complete arguments of what the weights may be: published networks, and the one that is given."""
+    """Yield name and complete arguments of each candidate: published networks, and the one that is given."""
     recipe = RECIPES[source]
     _check_known(source, given)
     networks = {
@@ -103,16 +103,16 @@ def _candidates(source: str, given: Mapping[str, Any]) -> Iterator[tuple[str, di
     if not networks or not set(given) <= recipe.free:
         for group in recipe.unseen:
             if not set(group) & set(given):
-                raise ValueError(f"arguments.{group[0]}: no shape shows it; give it as arguments.{group[0]}=VALUE")
+                raise ValueError(f"arguments.{group[0]}: no shape reveals it; give it as arguments.{group[0]}=VALUE")
         networks["the given arguments"] = _complete(source, given)
     for name, arguments in networks.items():
         yield name, arguments
         if "class_dropout_prob" in recipe.defaults and "class_dropout_prob" not in given:
-            yield name, arguments | {"class_dropout_prob": 0.0}  # trained without "no class": a row fewer
+            yield name, arguments | {"class_dropout_prob": 0.0}  # trained without "no class": one row fewer
 
 
 def shapes(source: str, arguments: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The shape of each weight of a reference that these arguments make, by its name there."""
+    """Return the shape of each weight of the reference with these arguments, by the reference's names."""
     recipe, complete = RECIPES[source], _complete(source, arguments)
     blueprint = recipe.blueprint(complete)
     with torch.device("meta"):
@@ -123,7 +123,7 @@ def shapes(source: str, arguments: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def reference_names(source: str, net: Denoiser) -> dict[str, str]:
-    """The reference's name of each weight of our network, and ours."""
+    """Map the reference's name of each weight of our network to our name."""
     rules = [(re.compile(pattern), replacement) for pattern, replacement in RECIPES[source].rules(net)]
 
     def theirs(name: str) -> str:
@@ -157,7 +157,7 @@ def _complete(source: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _weights(
     source: str, net: Denoiser, state_dict: Mapping[str, Tensor], arguments: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """A reference's state dict under our names and in our order; see `from_reference`."""
+    """Convert a reference's state dict to our names and layout; see `from_reference`."""
     recipe, ours = RECIPES[source], net.state_dict()
     keys, constants = reference_names(source, net), recipe.buffers(net)
     required = set(keys) if recipe.buffers_optional else set(keys) | set(constants)
@@ -170,7 +170,7 @@ def _weights(
     for key, name in keys.items():
         tensor, want = state_dict[key], recipe.shape(name, ours[name], arguments)
         if tuple(tensor.shape) != want:
-            raise ValueError(f"{source}: {key} has the shape {list(tensor.shape)}, these arguments make {list(want)}")
+            raise ValueError(f"{source}: {key} has shape {list(tensor.shape)}, but these arguments make {list(want)}")
         check_values(source, key, tensor)
         loaded[name] = recipe.arrange(name, tensor, net, arguments).reshape(ours[name].shape)
     return loaded
@@ -178,10 +178,10 @@ def _weights(
 
 def _check_keys(source: str, wanted: set[str], optional: set[str], given: set[str]) -> None:
     missing, unexpected = sorted(wanted - given), sorted(given - wanted - optional)
-    found = [
+    problems = [
         f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
         for what, keys in {"missing": missing, "unexpected": unexpected}.items()
         if keys
     ]
-    if found:
-        raise ValueError(f"{source}: of the {len(wanted)} keys that these arguments make, {'; '.join(found)}")
+    if problems:
+        raise ValueError(f"{source}: of the {len(wanted)} keys that these arguments make, {'; '.join(problems)}")

@@ -1,6 +1,6 @@
-"""The published SegFormer as ours: its features and decoder output, under any of three projects' names of weights.
+"""Conversion of the published SegFormer, encoder and decoder, from any of three naming schemes of its weights.
 
-Facts only, of NVlabs/SegFormer and huggingface/transformers; none of their code stands here.
+Based on facts about NVlabs/SegFormer and huggingface/transformers; uses none of their code.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 from diffbench.denoisers.pretrained.recipe import check_values
 from diffbench.denoisers.segformer import SegFormer, SegFormerConfig
 
-# transformers' names; the last one is ours: 1e-5 in transformers, 1e-6 in NVlabs' code.
+# transformers' names and defaults, but for norm_eps, which is ours: 1e-5 in transformers, 1e-6 in NVlabs' code.
 _DEFAULTS: dict[str, Any] = {
     "num_channels": 3,
     "num_encoder_blocks": 4,
@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def _stage(rest: str) -> Any:
-    """NVlabs counts its stages from 1."""
+    """Return a replacement that lowers the stage by 1: NVlabs counts stages from 1."""
     return lambda match: f"stages.{int(match[1]) - 1}.{rest}."
 
 
@@ -67,21 +67,21 @@ _RULES: list[tuple[str, Any]] = [
     (r"^(classifier|linear_pred)\.", "final."),
 ]
 UNUSED = re.compile(r"num_batches_tracked$|^(decode_head\.)?conv_seg\.")
-"""Tensors on which no output depends: a counter, and a layer of NVlabs' head that is never called."""
+"""Tensors that affect no output: a counter, and a layer of NVlabs' head that is never called."""
 
 
 def read(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> SegFormer:
-    """Build our network, without a condition and with SegFormer's own end, and load published weights.
+    """Build our network, unconditional and with SegFormer's own head, and load published weights.
 
     Args:
-        arguments: of transformers' SegformerConfig; the others take its defaults.
+        arguments: arguments of transformers' SegformerConfig; missing ones take its defaults.
         state_dict: weights under the names of transformers 4 or 5, or NVlabs'.
 
     Returns:
         A float32 network in eval mode; its forward(x, t, y) ignores t and y, and `features(x)` gives the stages' maps.
 
     Raises:
-        ValueError: if an argument or a key is unknown or missing, or a shape is another; each message names it.
+        ValueError: if an argument or a key is unknown or missing, or a shape differs; the message names it.
     """
     for name in arguments:
         if name not in _DEFAULTS:
@@ -108,10 +108,10 @@ def read(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> SegF
     found = counter | _joined({_renamed(key): value for key, value in state_dict.items() if not UNUSED.search(key)})
     for name in sorted(found | wanted):
         if name not in found or name not in wanted:
-            raise ValueError(f"segformer: {name} is {'missing' if name in wanted else 'unexpected'}, as we call it")
+            raise ValueError(f"segformer: {name} (our name) is {'missing' if name in wanted else 'unexpected'}")
         if found[name].shape != wanted[name].shape:
-            there, here = list(found[name].shape), list(wanted[name].shape)
-            raise ValueError(f"segformer: {name} has the shape {there}, these arguments make {here}")
+            actual, expected = list(found[name].shape), list(wanted[name].shape)
+            raise ValueError(f"segformer: {name} has shape {actual}, but these arguments make {expected}")
         if wanted[name].is_floating_point():
             check_values("segformer", name, found[name])
     net.load_state_dict(found)
@@ -125,7 +125,7 @@ def _renamed(key: str) -> str:
 
 
 def _joined(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys and values in one layer, and 1x1 convolutions as linear layers."""
+    """Join keys and values into one layer, and turn 1x1 convolutions into linear layers."""
     for key in [name for name in weights if re.search(r"\.k\.(weight|bias)$", name)]:
         value = key.replace(".k.", ".v.")
         if value in weights:

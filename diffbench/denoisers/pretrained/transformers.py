@@ -1,6 +1,6 @@
-"""Recipes of DiT, SiT, the latent DiffiT and U-ViT: transformers over patches.
+"""Recipes for DiT, SiT, the latent DiffiT and U-ViT: transformers over patches.
 
-Facts only, of facebookresearch/DiT, willisma/SiT, NVlabs/DiffiT and baofff/U-ViT; none of their code stands here.
+Based on facts about facebookresearch/DiT, willisma/SiT, NVlabs/DiffiT and baofff/U-ViT; uses none of their code.
 """
 
 from dataclasses import replace
@@ -56,7 +56,7 @@ _DIFFIT_RULES = [
 def _transformer(arguments: dict[str, Any], denoiser: str, config: type, learn_sigma: bool) -> Blueprint:
     sizes = {key: arguments[key] for key in ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")}
     classes, null = arguments["num_classes"], arguments["class_dropout_prob"] > 0
-    if null and classes == 0:  # the one row of its table, "no class", is added as a class's is
+    if null and classes == 0:  # the only row of its table, "no class", then acts as a class
         classes, null = 1, False
     shape = {
         "image_size": arguments["input_size"],
@@ -74,7 +74,7 @@ def _sit_shape(name: str, ours: Tensor, arguments: dict[str, Any]) -> tuple[int,
 
 
 def _sit_arrange(name: str, theirs: Tensor, _net: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """SiT never uses the second half of its doubled output: the rows that make it are left out."""
+    """Drop the rows that make the second half of SiT's doubled output, which SiT never uses."""
     if not arguments["learn_sigma"] or not name.startswith("final."):
         return theirs
     return theirs.unflatten(0, (-1, 2, arguments["in_channels"]))[:, 0]
@@ -113,7 +113,7 @@ SIT = replace(
 DIFFIT = Recipe(
     DiffiTLatent,
     DIT.anchor,
-    _TRANSFORMER | {"depth": 30, "mask_ratio": None, "decode_layer": 4},  # the last two are not used there either
+    _TRANSFORMER | {"depth": 30, "mask_ratio": None, "decode_layer": 4},  # the last two are unused there as well
     {name: _published(preset) for name, preset in DIFFIT_PRESETS.items()},
     lambda a: _transformer(a, "diffit-latent", DiffiTLatentConfig, a["learn_sigma"]),
     lambda _: _DIFFIT_RULES,
@@ -122,7 +122,7 @@ DIFFIT = Recipe(
 )
 
 
-# U-ViT: its table of labels has `num_classes` rows; where its training drops labels, the last one means "no class".
+# U-ViT: its label table has `num_classes` rows; if its training drops labels, the last row means "no class".
 
 _UVIT = {
     "img_size": 224,
@@ -139,7 +139,7 @@ _UVIT = {
     "use_checkpoint": False,
     "conv": True,
     "skip": True,
-    "p_uncond": 0.0,  # of the data set's settings
+    "p_uncond": 0.0,  # from the data set's settings
 }
 _UVIT_RULES = [
     (r"^position$", "pos_embed"),
@@ -169,7 +169,7 @@ def _uvit(arguments: dict[str, Any]) -> Blueprint:
         "null_class": null,
         "learn_sigma": False,
     }
-    sizes = {name: arguments[name] for name in same} | {"depth": arguments["depth"] // 2 * 2}  # it rounds down, too
+    sizes = {name: arguments[name] for name in same} | {"depth": arguments["depth"] // 2 * 2}  # it rounds down too
     config = UViTConfig(hidden_size=arguments["embed_dim"], **sizes)
     return Blueprint("uvit", config, shape)
 

@@ -1,6 +1,6 @@
-"""Recipes of ADM's U-Net and of DDPM++.
+"""Recipes for ADM's U-Net and DDPM++.
 
-Facts only, of openai/guided-diffusion and NVlabs/edm; none of their code stands here.
+Based on facts about openai/guided-diffusion and NVlabs/edm; uses none of their code.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from diffbench.denoisers.layers import PixelAttention
 from diffbench.denoisers.pretrained.recipe import REQUIRED, Blueprint, Recipe, Rules, at, doubles, only
 from diffbench.denoisers.unet import ResBlock, Stage, UNet, UNetConfig
 
-# ADM: ours keeps one list of layers where the reference nests them; legacy attention has the heads outermost.
+# ADM: our layers are in one flat list, the reference's are nested; its legacy attention has the heads outermost.
 
 _ADM = {
     "image_size": REQUIRED,
@@ -55,7 +55,7 @@ def _adm_blueprint(arguments: dict[str, Any]) -> Blueprint:
         model_channels=arguments["model_channels"],
         channel_mult=list(arguments["channel_mult"]),
         num_res_blocks=arguments["num_res_blocks"],
-        # Downsampling factors in the class, sides of the image here.
+        # Downsampling factors in the reference, resolutions here.
         attention_resolutions=[side // factor for factor in factors if factor in arguments["attention_resolutions"]],
         num_heads=arguments["num_heads"],
         num_head_channels=None if head_channels == -1 else head_channels,
@@ -77,7 +77,7 @@ def _adm_blueprint(arguments: dict[str, Any]) -> Blueprint:
 
 def _adm_rules(net: UNet) -> Rules:
     places = {"stem": "input_blocks.0.0", "condition.time": "time_embed", "condition.label": "label_emb"}
-    places |= {"out": "out.2", "out_norm": "out.0"}  # in this order: the second makes names that fit the first
+    places |= {"out": "out.2", "out_norm": "out.0"}  # in this order: the second makes names that the first would match
     places |= {
         "middle.0.res": "middle_block.0",
         "middle.0.attention": "middle_block.1",
@@ -108,7 +108,7 @@ def _adm_rules(net: UNet) -> Rules:
 
 
 def _adm_shape(name: str, ours: Tensor, _arguments: dict[str, Any]) -> tuple[int, ...]:
-    """The reference's 1x1 convolutions in attention are one-dimensional."""
+    """Return the reference's shape; its 1x1 convolutions in attention are one-dimensional."""
     return tuple(ours.shape[:3] if name.endswith(("qkv.weight", "proj.weight")) else ours.shape)
 
 
@@ -158,7 +158,7 @@ ADM = Recipe(
 )
 
 
-# DDPM++: EDM's SongUNet names its blocks by resolution; in qkv the three change fastest.
+# DDPM++: EDM's SongUNet names its blocks by resolution; in its qkv, the index over q, k and v varies fastest.
 
 _SONG = {
     "img_resolution": REQUIRED,
@@ -214,7 +214,7 @@ def _song_blueprint(arguments: dict[str, Any]) -> Blueprint:
 
 
 def _song_places(net: DDPMpp) -> dict[str, str]:
-    """Our blocks in order, each with the name that its resolution and number give it."""
+    """Map our blocks, in order, to the reference's names, which consist of resolution and number."""
     side = net.side
     places, name, number = {}, "", 0
     for half, blocks in {"enc": net.encoder, "dec": net.decoder}.items():
@@ -240,7 +240,7 @@ def _song_rules(net: DDPMpp) -> Rules:
 
 
 def _song_buffers(net: DDPMpp) -> dict[str, Tensor]:
-    """Each resampling layer saves its filter, the mean of 2x2."""
+    """Return the filters that the reference's resampling layers save as buffers: the mean of 2x2 pixels."""
     places, box = _song_places(net), torch.full((1, 1, 2, 2), 0.25)
     resampled = [place for place in places.values() if place.endswith(("_down", "_up"))]
     return {f"{place}.{layer}.resample_filter": box for place in resampled for layer in ("conv0", "skip")}
