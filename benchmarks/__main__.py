@@ -38,7 +38,7 @@ def bench(overrides: Sequence[str]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.gpu and device.type == "cpu" and not config.tiny:
         raise UserError("gpu: this machine has no CUDA GPU; leave it out")
-    networks.chosen(config)
+    networks.selected_models(config)
     path = Path(config.out or time.strftime("runs/bench/%Y%m%d-%H%M%S.json"))
     if path.exists():
         raise UserError(f"out: {path} exists already; choose another name")

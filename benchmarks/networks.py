@@ -20,7 +20,7 @@ from diffbench.config.load import from_dict, from_layers, read_layers, to_dict
 from diffbench.core import rng
 from diffbench.core.errors import UserError, suggest
 from diffbench.denoisers import DENOISERS, PRESETS
-from diffbench.denoisers.linear import mkl_holds_back
+from diffbench.denoisers.linear import mkl_is_slow
 from diffbench.diffusion import predictor
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.sampling.cost import network_evaluations
@@ -107,14 +107,14 @@ def variants(config: BenchConfig, model: str, base: RunConfig, device: str) -> l
     if config.full or small:
         name, other = ("fp32", "32-true") if device == "cuda" else ("bf16", "bf16-mixed")
         found.append(Variant(name, (f"trainer.precision={other}",)))
-    if device == "cpu" and mkl_holds_back() and not conv and (config.full or small):
+    if device == "cpu" and mkl_is_slow() and not conv and (config.full or small):
         found.append(Variant("linear by MKL", (), partial(patch, "diffbench.denoisers.linear.BY_ONEDNN", False)))
     if not conv:
         found.append(Variant("attention math", (), _attention_by_math))
     return [Variant(), *found]
 
 
-def chosen(config: BenchConfig) -> list[str]:
+def selected_models(config: BenchConfig) -> list[str]:
     """Return the names of the networks to measure.
 
     Raises:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks.config import BenchConfig, Row, shared
-from benchmarks.networks import PRECISION, SAMPLE_STEPS, Subject, chosen, run_config, variants
+from benchmarks.networks import PRECISION, SAMPLE_STEPS, Subject, run_config, selected_models, variants
 from benchmarks.timing import Work, in_turns, ratio, spread
-from diffbench.denoisers.linear import convolved
+from diffbench.denoisers.linear import linear_as_convolution
 from diffbench.runs import build
 from diffbench.training.speed import float32_products
 
@@ -48,7 +48,7 @@ class Products:
             a, b = (torch.randn(*s, device=device).to(DTYPES[kind]) for s in ((rows, inner), (inner, columns)))
             ways: dict[str, Callable[[], Any]] = {"mm": partial(torch.mm, a, b)}
             if device.type == "cpu" and kind == "32-true":
-                ways["convolution"] = partial(convolved, a, b.t().contiguous())
+                ways["convolution"] = partial(linear_as_convolution, a, b.t().contiguous())
             for way, call in ways.items():
                 name = f"{way} {rows}x{inner}x{columns}"
                 self.flops[name] = 2.0 * rows * inner * columns
@@ -79,7 +79,7 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
     products = Products(PRECISION[device.type], device, config.tiny)
     in_turns(products.works, device, 2, once=config.tiny)
     rate = products.peak()["flops_per_s"]
-    for model, until in shared(chosen(config), deadline):
+    for model, until in shared(selected_models(config), deadline):
         if until is None:
             yield {"part": "models", "name": model, "skipped": "the time is up"}
             continue

@@ -22,7 +22,7 @@ def _main(what: str, rank: int, step: int, *arguments: str) -> int:
     step_end, sums = SaveState.on_train_batch_end, validation_error.error_sums
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        if distributed.place()[0] == rank:
+        if distributed.rank_and_world()[0] == rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return sums(*arguments, **options)
 
@@ -31,7 +31,7 @@ def _main(what: str, rank: int, step: int, *arguments: str) -> int:
         return worker.main(*arguments)
 
     def befalls(self: SaveState, trainer: Any, *rest: Any) -> None:
-        if distributed.place()[0] == rank and trainer.global_step == step:
+        if distributed.rank_and_world()[0] == rank and trainer.global_step == step:
             if what == "raise":
                 raise RuntimeError(f"rank {rank} meets its end")
             os.kill(

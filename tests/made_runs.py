@@ -13,7 +13,7 @@ from diffbench.core import tensors
 from diffbench.core.store import Store
 from diffbench.evaluation.validation_error import bound, bound_metrics
 from diffbench.reports.results import Trial
-from diffbench.runs.lifecycle import look
+from diffbench.runs.lifecycle import open_any
 
 LEVELS = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
 PROFILE = np.array([0.0012, 0.005, 0.018, 0.055, 0.15, 0.4, 0.75])
@@ -141,5 +141,5 @@ def backbones(runs: Path, seeds: int = 5, errors: dict[str, float] | None = None
             folder = make_run(runs / f"{name}-s{seed}", name, seed, error, tilt=tilt, rate=2400 - 150 * place)
             made = record(max(0.2, 0.5 + 20 * (error - 0.1)), seed)
             save_record(folder, made)
-            found.append(Trial(name, seed, "complete", look(folder), made))
+            found.append(Trial(name, seed, "complete", open_any(folder), made))
     return found

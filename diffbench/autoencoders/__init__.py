@@ -1,5 +1,5 @@
 """Autoencoders, from images to latents and back; only initialisation is random."""
 
-from diffbench.autoencoders.kl import KLAutoencoder, KLConfig, kl, sample, without_spread_
+from diffbench.autoencoders.kl import KLAutoencoder, KLConfig, kl, remove_variance_, sample
 
-__all__ = ["KLAutoencoder", "KLConfig", "kl", "sample", "without_spread_"]
+__all__ = ["KLAutoencoder", "KLConfig", "kl", "remove_variance_", "sample"]

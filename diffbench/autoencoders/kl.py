@@ -130,7 +130,7 @@ def sample(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def without_spread_(net: KLAutoencoder) -> None:
+def remove_variance_(net: KLAutoencoder) -> None:
     """Fix the log-variance at its minimum, -30, for all images, which gives a plain autoencoder."""
     last = net.encoder.conv_out if net.quant_conv is None else net.quant_conv
     assert last.bias is not None

@@ -23,7 +23,7 @@ from diffbench.reports.runs import comparable_scores, guidance, run_facts, run_t
 from diffbench.reports.tables import IDENTITY, for_terminal
 from diffbench.reports.text import counted, listed
 from diffbench.runs.base import Run
-from diffbench.runs.lifecycle import look
+from diffbench.runs.lifecycle import open_any
 from diffbench.studies.comparison import comparison_of_study
 from diffbench.studies.config import load_study
 from diffbench.studies.trials import recipe_of
@@ -62,7 +62,7 @@ def as_json(arguments: argparse.Namespace) -> dict[str, Any]:
     return compare(arguments.runs)[1]
 
 
-def split_words(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Path], T]:
+def split_arguments(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Path], T]:
     """Split a command's arguments into run folders and keys; return the keys as a dataclass.
 
     Raises:
@@ -72,10 +72,10 @@ def split_words(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Pa
     folders = [Path(word) for word in words if word not in overrides]
     if not folders:
         raise UserError(f"{COMMAND_LINE}: name run folders, e.g. runs/digits/dit-s0; see diffbench {verb} --help")
-    return folders, asked_for(keys, parse_overrides(overrides))
+    return folders, build_keys(keys, parse_overrides(overrides))
 
 
-def asked_for(keys: type[T], values: dict[str, Any]) -> T:
+def build_keys(keys: type[T], values: dict[str, Any]) -> T:
     """Build the dataclass of a command's keys; UserError names a key that is wrong."""
     with located([(COMMAND_LINE, values)]):
         return build(keys, values)
@@ -90,7 +90,7 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: if a folder has no run, records were measured differently, or a key is wrong.
     """
-    folders, config = split_words(words, CompareConfig, "compare")
+    folders, config = split_arguments(words, CompareConfig, "compare")
     if config.export is not None:
         check_export(Path(config.export))
     study = _study(folders[0])
@@ -167,7 +167,7 @@ def _plain(c: Conclusion) -> dict[str, Any]:
 
 
 def _trained(folder: Path) -> Run[Any]:
-    run = look(folder)
+    run = open_any(folder)
     if not run.has_weights:
         raise UserError(f"{folder}: no weights yet; train the run first")
     return run

@@ -4,14 +4,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffbench.commands.compare import split_words
+from diffbench.commands.compare import split_arguments
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError
 from diffbench.evaluation.curves import LEAST, bands_of, write_curves
 from diffbench.metrics.registry import METRICS, metric_of
 from diffbench.reports.results import differing
 from diffbench.runs.folder import is_free
-from diffbench.runs.lifecycle import look
+from diffbench.runs.lifecycle import open_any
 
 NAMES = ["train/loss", *(metric.name for metric in METRICS.values() if metric.is_validation and metric.direction)]
 """Metrics whose reference curve is a band over runs."""
@@ -27,8 +27,8 @@ class CurvesConfig:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the curves of `arguments.runs`, which may differ only in their seed."""
-    folders, config = split_words(arguments.runs, CurvesConfig, "curves")
-    runs = {(run := look(folder)).folder.resolve(): run for folder in folders}.values()
+    folders, config = split_arguments(arguments.runs, CurvesConfig, "curves")
+    runs = {(run := open_any(folder)).folder.resolve(): run for folder in folders}.values()
     if len(runs) < LEAST:
         raise UserError(f"{COMMAND_LINE}: {len(runs)} runs; a band needs at least {LEAST}, with different seeds")
     first, *others = runs

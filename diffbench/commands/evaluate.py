@@ -12,7 +12,7 @@ from diffbench.runs.autoencoder import AutoencoderRun
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.evaluate import evaluate
 from diffbench.runs.evaluate_images import evaluate_images
-from diffbench.runs.lifecycle import look
+from diffbench.runs.lifecycle import open_any
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,7 +41,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]
         overrides.remove("--against")
     if arguments.against is not None:
         return [evaluate_images(Path(arguments.what), Path(arguments.against), overrides)], None
-    run = look(arguments.what).use_average()
+    run = open_any(arguments.what).use_average()
     return score(run, overrides), run
 
 

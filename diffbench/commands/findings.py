@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffbench.commands.compare import asked_for
+from diffbench.commands.compare import build_keys
 from diffbench.config.layers import COMMAND_LINE, parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
@@ -42,7 +42,7 @@ class FindingsConfig:
 def run(arguments: argparse.Namespace) -> None:
     """Print the table of claims; with the shipped results, also write it and their answers into results/README.md."""
     own = [o for o in arguments.overrides if o.partition("=")[0] in vars(FindingsConfig())]
-    rest, config = [o for o in arguments.overrides if o not in own], asked_for(FindingsConfig, parse_overrides(own))
+    rest, config = [o for o in arguments.overrides if o not in own], build_keys(FindingsConfig, parse_overrides(own))
     if rest and not config.run:
         raise UserError(f"{COMMAND_LINE}: {rest[0]}: belongs to a study; write run=true to run the claims' studies")
     root = Path(config.experiments)

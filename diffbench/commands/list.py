@@ -11,7 +11,7 @@ from typing import Any
 
 from diffbench.config.layers import experiments
 from diffbench.core.errors import UserError
-from diffbench.core.terminal import beside
+from diffbench.core.terminal import two_columns
 from diffbench.denoisers import DENOISERS, PRESETS
 
 UNREADABLE = (UserError, ValueError, OSError)
@@ -40,12 +40,12 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
     """Yield lines that list backbones, presets and experiments, or only the presets."""
     if not only_models:
         yield "backbones (denoiser.name)"
-        yield from (beside(f"  {name:<14}", entry.summary) for name, entry in DENOISERS.items())
+        yield from (two_columns(f"  {name:<14}", entry.summary) for name, entry in DENOISERS.items())
         yield ""
-    yield beside("presets", "(denoiser.preset), each counted at its own input size; papers call GMACs Gflops")
+    yield two_columns("presets", "(denoiser.preset), each counted at its own input size; papers call GMACs Gflops")
     for name, preset in PRESETS.items():
         size = f"{preset.cost.parameters:>12,} parameters  {preset.cost.gmacs:>7.2f} GMACs"
-        yield beside(f"  {name:<24} {size} ", f"({preset.source})")
+        yield two_columns(f"  {name:<24} {size} ", f"({preset.source})")
     if only_models:
         return
     yield "\nexperiments"
@@ -53,7 +53,7 @@ def catalogue(only_models: bool = False) -> Iterator[str]:
     if not paths:
         yield "  none here; `diffbench init` copies the shipped ones"
     for path in paths:
-        yield beside(f"  {path:<{max(map(len, paths))}}", _purpose(path))
+        yield two_columns(f"  {path:<{max(map(len, paths))}}", _purpose(path))
 
 
 def _purpose(path: str) -> str:
@@ -94,12 +94,12 @@ def runs(tops: Sequence[Path]) -> list[str]:
     """
     from diffbench.reports.runs import run_row
     from diffbench.reports.text import as_text
-    from diffbench.runs.lifecycle import look
+    from diffbench.runs.lifecycle import open_any
 
     rows, unreadable = [], []
     for folder in run_folders(tops):
         try:
-            rows.append(run_row(look(folder)))
+            rows.append(run_row(open_any(folder)))
         except UNREADABLE as e:
             unreadable.append(f"{folder}  {' '.join(str(e).split()).removeprefix(f'{folder}: ')}")
     return [*([as_text(rows, ("last change", "of"), rule=False)] if rows else []), *unreadable]
@@ -107,9 +107,9 @@ def runs(tops: Sequence[Path]) -> list[str]:
 
 def _values_or_error(folder: Path) -> dict[str, Any]:
     from diffbench.reports.runs import run_values
-    from diffbench.runs.lifecycle import look
+    from diffbench.runs.lifecycle import open_any
 
     try:
-        return run_values(look(folder))
+        return run_values(open_any(folder))
     except UNREADABLE as e:
         return {"run": str(folder), "error": str(e)}

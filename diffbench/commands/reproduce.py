@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from diffbench.commands.compare import asked_for
-from diffbench.config.layers import COMMAND_LINE, SHIPPED, located, parse_overrides, with_paths
+from diffbench.commands.compare import build_keys
+from diffbench.config.layers import COMMAND_LINE, SHIPPED, located, parse_overrides, resolve_paths
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest, finite
 from diffbench.core.progress import span
@@ -23,7 +23,7 @@ from diffbench.reports.results import Trial
 from diffbench.reports.statistics import twin_tolerance
 from diffbench.reports.text import Rows, as_text, filled
 from diffbench.runs.build import load_data
-from diffbench.runs.lifecycle import look
+from diffbench.runs.lifecycle import open_any
 from diffbench.studies.trials import FOLDER, TrialFile
 
 MOST_CHANGES = 30
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check a report, and rebuild the given cells; return 1 if anything differs."""
     path = Path(arguments.report)
     keys = [arg for arg in arguments.cells if re.match(r"(out|data_path)=", arg)]
-    config = asked_for(ReproduceConfig, parse_overrides(keys))
+    config = build_keys(ReproduceConfig, parse_overrides(keys))
     record, changes = read(path)
     chosen = _chosen(record["cells"], [arg for arg in arguments.cells if arg not in keys])
     _introduce(path, record, changes)
@@ -82,7 +82,7 @@ def _chosen(cells: dict[str, Any], args: Sequence[str]) -> list[str]:
 
 def _introduce(path: Path, record: dict[str, Any], changes: Rows) -> None:
     """Print a report's title and command, warn if this machine differs, and list edits made to the page by hand."""
-    made, here = record["made"], records.surroundings(None, torch.device("cpu"))
+    made, here = record["made"], records.environment(None, torch.device("cpu"))
     print(filled(f"{record['title']}: {len(record['cells'])} cells, reported {made['time'][:10]}"))
     print(filled(f"command: {record['command'] or 'unknown'}; commit {made['commit']}"))
     before, now = ({**x["versions"], **{k: x[k] for k in ("commit", "platform", "processor")}} for x in (made, here))
@@ -115,7 +115,7 @@ def _rebuild(
 ) -> dict[str, list[Trial]]:
     """Train the run that some cells share, and score it; return cell -> its results, one for each budget."""
     cells = [record["cells"][name] for name in names]
-    first, config = cells[0], with_paths(cells[0]["recipe"]["config"], path)
+    first, config = cells[0], resolve_paths(cells[0]["recipe"]["config"], path)
     threads = first["record"].get("threads") or record["made"]["threads"]
     config["trainer"]["threads"] = threads
     evaluations = {k: v for cell in cells for k, v in cell["recipe"]["evaluations"].items()}
@@ -134,7 +134,7 @@ def _rebuild(
     file.write().run()
     trials = file.trials()
     if not evaluations:  # the run was never scored
-        trials = [Trial(first["variant"], first["seed"], "complete", look(file.folder))]
+        trials = [Trial(first["variant"], first["seed"], "complete", open_any(file.folder))]
     return {n: [t for t in trials if t.variant == cell["variant"]] for n, cell in zip(names, cells, strict=True)}
 
 

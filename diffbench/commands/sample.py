@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffbench.commands.compare import asked_for
-from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
+from diffbench.commands.compare import build_keys
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_unknown
 from diffbench.config.load import change
 from diffbench.runs.folder import short
 from diffbench.runs.lifecycle import load
@@ -56,8 +56,8 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
     values = parse_overrides(overrides)
     section = values.pop("sample", {})  # steps=50 and sample.steps=50 mean the same
     values |= section if isinstance(section, dict) else {"sample": section}
-    refuse_others(values, *vars(DrawConfig()), *vars(run.config.sample))
-    config = asked_for(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
+    refuse_unknown(values, *vars(DrawConfig()), *vars(run.config.sample))
+    config = build_keys(DrawConfig, {k: v for k, v in values.items() if k in vars(DrawConfig())})
     if config.ema is not None:
         run.use_average(config.ema)
     settings = change(run.config, {"sample": {k: v for k, v in values.items() if k not in vars(config)}}).sample

@@ -21,12 +21,12 @@ def run(arguments: argparse.Namespace) -> None:
     from diffbench.runs.denoiser import DenoiserRun
     from diffbench.runs.drawing import drawing_seconds
     from diffbench.runs.evaluate import is_scored
-    from diffbench.runs.lifecycle import look, train
+    from diffbench.runs.lifecycle import open_any, train
 
     run = train(arguments.config, overrides, restart=restart)
     path = getattr(run.config, "autoencoder", None)
     if path is not None and (Path(path) / "config.yaml").is_file():
-        autoencoder = look(path).use_average()
+        autoencoder = open_any(path).use_average()
         if scored and not newest_scores(autoencoder):
             _score(autoencoder)
     if run.config.kind == "classifier":

@@ -12,7 +12,7 @@ import yaml
 
 from diffbench.core.errors import UserError
 
-MOST_NODES, MOST_DEEP = 100_000, 50
+MAX_VALUES, MAX_DEPTH = 100_000, 50
 """Limits of a YAML file: number of values, and levels of nesting."""
 
 
@@ -109,7 +109,7 @@ def dump_line(key: str, value: Any) -> str:
 def parse(text: str, where: str) -> Any:
     try:
         values = yaml.load(text, _SafeLoader)
-        if sum(1 for _ in itertools.islice(_nodes(values), MOST_NODES)) == MOST_NODES:  # aliases of aliases
+        if sum(1 for _ in itertools.islice(_nodes(values), MAX_VALUES)) == MAX_VALUES:  # aliases of aliases
             raise ValueError("contains too many values")
         return values
     except RecursionError:
@@ -132,7 +132,7 @@ def line_numbers(text: str) -> dict[str, int]:
 
 
 def _nodes(value: Any, depth: int = 0) -> Iterator[Any]:
-    if depth > MOST_DEEP:
+    if depth > MAX_DEPTH:
         raise RecursionError
     yield value
     if isinstance(value, dict | list):

@@ -20,7 +20,7 @@ from diffbench.config.sections import (
     ValidationConfig,
 )
 from diffbench.config.trainer import DenoiserTrainerConfig, TrainerConfig, precision_here
-from diffbench.core.errors import check_least
+from diffbench.core.errors import check_at_least
 from diffbench.data.registry import SOURCES
 from diffbench.denoisers import DENOISERS
 from diffbench.denoisers.classifier import ClassifierConfig
@@ -40,7 +40,7 @@ DEFAULT_NAMES = {"process": "vp"}
 """Section -> the `name` it defaults to; in other sections `name` is required."""
 
 
-def kept_below(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+def carried_over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Drop values of the lower layer that the upper layer makes meaningless; return the others.
 
     Sizes do not carry over to another network or data set, nor to a preset. Decays and half-lives replace each other,
@@ -169,7 +169,7 @@ class RunConfig(BaseConfig):
                     f" at uniform and 1, got {p.times} and {p.shift}"
                 )
         shape = self.data.shape if self.autoencoder is None else None
-        self.process = settled_process(self.process, self.pixels, shape)
+        self.process = complete_process(self.process, self.pixels, shape)
         self._settle_sampler()
         check_levels(self.process, self.validation)
 
@@ -201,7 +201,7 @@ class RunConfig(BaseConfig):
     def _settle_sampler(self) -> None:
         """Fill in the process's default sampler; raise ValueError for a sampler or steps that do not suit it."""
         name = self.process.name
-        s = self.sample = self.sample.settled(name, pixels=self.pixels)
+        s = self.sample = self.sample.with_defaults(name, pixels=self.pixels)
         if s.s_churn and name != "edm":
             raise ValueError(f"sample.s_churn: belongs to process.name=edm, not {name}; leave it at 0")
         process = PROCESSES[name].build(self.process)
@@ -226,11 +226,11 @@ class ClassifierRunConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.process = settled_process(self.process, pixels=True, shape=self.data.shape)
+        self.process = complete_process(self.process, pixels=True, shape=self.data.shape)
         check_levels(self.process, self.validation)
 
 
-def settled_process(process: Any, pixels: bool, shape: tuple[int, int, int] | None) -> Any:
+def complete_process(process: Any, pixels: bool, shape: tuple[int, int, int] | None) -> Any:
     """Fill in what a process's config takes from the data: `sigma_data` if it is used, and `shift` if it is null.
 
     Args:
@@ -295,7 +295,7 @@ class LossConfig:
     perceptual_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_least(self, "loss", kl_weight=0, perceptual_weight=0)
+        check_at_least(self, "loss", kl_weight=0, perceptual_weight=0)
 
 
 @dataclass

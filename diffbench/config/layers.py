@@ -67,7 +67,7 @@ def read_chain(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
         raise _missing(path, chain)
     values = read_yaml(path)
     base = values.pop("base", None)
-    values = with_paths(values, path)
+    values = resolve_paths(values, path)
     if base is None:
         return [(str(path), values)]
     if not isinstance(base, str) or not base:
@@ -82,7 +82,7 @@ PATHS = re.compile(
 """Keys whose value may be a path, including those nested in a study's `set` and `axes`."""
 
 
-def places(file: Path) -> list[Path]:
+def search_folders(file: Path) -> list[Path]:
     """List the folders in which a YAML file's paths are looked up: the file's own, the root of its repository, the
     working folder, and this package (for the shipped experiments)."""
     own = file.resolve().parent
@@ -90,15 +90,15 @@ def places(file: Path) -> list[Path]:
     return list(dict.fromkeys([own, *itertools.islice(marked, 1), Path.cwd(), SHIPPED.resolve().parent]))
 
 
-def found_from(path: str, file: Path | None) -> str:
+def resolve_path(path: str, file: Path | None) -> str:
     """Resolve a path from a YAML file, or from the command line if `file` is None, relative to the working folder.
 
-    A path that exists in none of the file's `places`, such as a hub name, is returned unchanged.
+    A path that exists in none of the file's `search_folders`, such as a hub name, is returned unchanged.
     """
     path = os.path.expanduser(path)
     if not path or os.path.isabs(path):
         return path
-    for folder in [] if file is None else places(file):
+    for folder in [] if file is None else search_folders(file):
         if (found := Path(os.path.normpath(folder / path))).exists():
             if os.path.exists(path) and os.path.samefile(path, found):
                 return path
@@ -106,13 +106,13 @@ def found_from(path: str, file: Path | None) -> str:
     return path
 
 
-def with_paths(value: Any, file: Path | None, key: str = "") -> Any:
-    """Return the values of a config with their paths resolved by `found_from`."""
+def resolve_paths(value: Any, file: Path | None, key: str = "") -> Any:
+    """Return the values of a config with their paths resolved by `resolve_path`."""
     if isinstance(value, dict):
-        return {k: with_paths(v, file, f"{key}.{k}" if key else k) for k, v in value.items()}
+        return {k: resolve_paths(v, file, f"{key}.{k}" if key else k) for k, v in value.items()}
     if isinstance(value, list):
-        return [with_paths(v, file, key) for v in value]
-    return found_from(str(value), file) if isinstance(value, str | Typed) and PATHS.search(key) else value
+        return [resolve_paths(v, file, key) for v in value]
+    return resolve_path(str(value), file) if isinstance(value, str | Typed) and PATHS.search(key) else value
 
 
 def _missing(path: Path, chain: tuple[Path, ...]) -> UserError:
@@ -142,11 +142,11 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         for part in reversed(key.split(".")):
             value = {part: value}
         with located():
-            values = stacked(values, value)
-    return with_paths(values, None)
+            values = overlay(values, value)
+    return resolve_paths(values, None)
 
 
-def refuse_others(values: Mapping[str, Any], *allowed: str, said: str = "unknown key") -> None:
+def refuse_unknown(values: Mapping[str, Any], *allowed: str, said: str = "unknown key") -> None:
     """Raise UserError for the first command-line key that is not allowed; "sample.KEY" allows a whole section."""
     known = [name.removesuffix(".KEY") for name in allowed]
     for key in values:
@@ -164,7 +164,7 @@ def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def stacked(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+def overlay(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Merge a layer over the lower ones; ValueError if it has a section where they have a plain value."""
     for key, value in upper.items():
         below = lower.get(key)

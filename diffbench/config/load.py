@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from diffbench.config.documents import dump, dump_line, line_numbers
-from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, RunConfig, kept_below, keys_of
+from diffbench.config.kinds import DEFAULT_NAMES, KINDS, REGISTRIES, BaseConfig, RunConfig, carried_over, keys_of
 from diffbench.config.layers import (
     COMMAND_LINE,
     SMOKE_MODE,
     Layer,
     located,
+    overlay,
     parse_overrides,
-    places,
     read_chain,
-    stacked,
+    search_folders,
 )
 from diffbench.config.types import convert, shown
 from diffbench.core.errors import suggest
-from diffbench.denoisers import DENOISERS, foreign
+from diffbench.denoisers import DENOISERS, custom
 
 C = TypeVar("C", bound=BaseConfig)
 T = TypeVar("T")
@@ -77,9 +77,9 @@ def from_layers(stack: Sequence[Layer]) -> BaseConfig:
     """Merge layers, later ones on top, into a checked config of the class of its `kind`: `RunConfig` for denoisers."""
     merged: dict[str, Any] = {}
     for _, values in stack:
-        merged = kept_below(merged, values)
+        merged = carried_over(merged, values)
         with located(stack):
-            merged = stacked(merged, values)
+            merged = overlay(merged, values)
     with located(stack):
         plain = _resolved(merged)
         root = _root(plain)
@@ -123,7 +123,7 @@ def change(config: C, changes: dict[str, Any], origin: str = COMMAND_LINE) -> C:
     values, sample = to_dict(config), changes.get("sample")
     if isinstance(config, RunConfig) and isinstance(sample, dict):
         old = config.sample
-        default = dataclasses.replace(old, clip=None).settled(config.process.name, config.pixels)
+        default = dataclasses.replace(old, clip=None).with_defaults(config.process.name, config.pixels)
         if sample.get("sampler", old.sampler) != old.sampler and old.clip == default.clip:
             values["sample"]["clip"] = None
     changed = from_layers([("config", values), (origin, changes)])
@@ -165,7 +165,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> type:
     """Return the dataclass of a section's `name`, and fill in the section's preset in `values`.
 
-    A denoiser named package.module:Class is looked up in the `places` of the layers' files, starting with the last.
+    A denoiser named package.module:Class is searched in the `search_folders` of the layers' files, the last one first.
     """
     registry, given = REGISTRIES[section], values.get(section)
     first = next(iter(registry))
@@ -193,9 +193,9 @@ def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> typ
     if not external:
         return _named(registry[name], name)
     files = [Path(origin) for origin, _ in reversed(stack) if os.path.isfile(origin)]
-    folders = list(dict.fromkeys(folder for file in files for folder in places(file))) or [Path.cwd()]
+    folders = list(dict.fromkeys(folder for file in files for folder in search_folders(file))) or [Path.cwd()]
     values[section] = {"args": {}} | given  # so that `build` names the args that have no default
-    found: type = foreign.section(name, given.get("code"), folders)
+    found: type = custom.section(name, given.get("code"), folders)
     return _named(found, name)
 
 
@@ -290,10 +290,10 @@ def origins(stack: Sequence[Layer]) -> dict[str, str]:
     merged: dict[str, Any] = {}
     for origin, values in stack:
         lines = line_numbers(Path(origin).read_text("utf-8-sig")) if Path(origin).is_file() else {}
-        merged = kept_below(merged, values)
+        merged = carried_over(merged, values)
         remaining = flatten(merged)
         found = {key: place for key, place in found.items() if key in remaining}
-        merged = stacked(merged, values)
+        merged = overlay(merged, values)
         found |= {key: f"{origin}:{lines[key]}" if key in lines else origin for key in flatten(values)}
     return found
 

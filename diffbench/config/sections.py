@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from diffbench.config.layers import located
-from diffbench.core.errors import check, check_least
+from diffbench.core.errors import check, check_at_least
 from diffbench.denoisers.base import check_choices, check_positive
 from diffbench.diffusion import PAIRS, check_pair
 
@@ -42,7 +42,7 @@ class OptimizerConfig:
         two = "be two numbers in [0, 1)"
         check(self, "optimizer", two, lambda b: len(b) == 2 and min(b) >= 0 and max(b) < 1, "betas")
         check(self, "optimizer", "be positive or null", lambda v: v > 0, "grad_clip_norm")
-        check_least(self, "optimizer", warmup_images=0, weight_decay=0)
+        check_at_least(self, "optimizer", warmup_images=0, weight_decay=0)
         check(self, "optimizer", "lie in [0, 1]", lambda v: 0 <= v <= 1, "final_lr")
         if (decay := self.decay) is not None and (len(decay) != 2 or not self.warmup_images <= decay[0] < decay[1]):
             must = "be [begin, end], rising from" if isinstance(self.decay_images, list) else "exceed"
@@ -237,7 +237,7 @@ class SampleConfig:
                 left = "null" if idle is None else f"{idle:g}" if isinstance(idle, float) else idle
                 raise ValueError(f"sample.{name}: belongs to sample.{owner}={wanted}; with {other} leave it at {left}")
         check(self, "sample", "lie in [0, 1e6]", lambda v: 0 <= v <= 1e6, "guidance", "classifier_scale")
-        check_least(self, "sample", s_churn=0, s_min=0, sde_strength=0)
+        check_at_least(self, "sample", s_churn=0, s_min=0, sde_strength=0)
         rising = "be two rising numbers of at least 0"
         check(self, "sample", rising, lambda v: len(v) == 2 and 0 <= v[0] < v[1], "guidance_interval")
         check(self, "sample", "be at least 1 or null", lambda v: v >= 1, "guidance_channels")
@@ -254,7 +254,7 @@ class SampleConfig:
         if self.clip and self.sampler == "dopri5":
             raise ValueError("sample.clip: dopri5 cannot clip the predicted image; leave it at null or false")
 
-    def settled(self, process: str, pixels: bool = True) -> "SampleConfig":
+    def with_defaults(self, process: str, pixels: bool = True) -> "SampleConfig":
         """Fill in the process's default sampler and `clip`; ValueError if the sampler does not suit the process."""
         sampler = self.sampler or PAIRS[process][0]
         with located(key="sample.sampler"):
@@ -267,7 +267,7 @@ class SampleConfig:
         """Whether samples differ from the plain conditional model's."""
         return self.guidance != 1 or (self.classifier is not None and self.classifier_scale != 0)
 
-    def numbers(self) -> dict[str, Any]:
+    def sampling_keys(self) -> dict[str, Any]:
         """Return the keys that the samples depend on, so not `batch_size`; a precision of 32-true is left out."""
         idle = {"batch_size"} | ({"precision"} if self.precision == "32-true" else set())
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
@@ -306,7 +306,7 @@ class EvaluateConfig:
     """Keep the averaged weights with the lowest such distance in best.safetensors; they are scored again at the end."""
 
     def __post_init__(self) -> None:
-        check_least(self, "evaluate", count=20, every_count=20)
+        check_at_least(self, "evaluate", count=20, every_count=20)
         if self.infinity and self.count < 5000:
             raise ValueError(f"evaluate.infinity: needs evaluate.count of at least 5000, got {self.count}")
         check(self, "evaluate", "be positive or null", lambda v: v > 0, "every_images")

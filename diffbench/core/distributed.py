@@ -1,6 +1,6 @@
 """Processes that train or sample together ("ranks"): this process's rank, collectives, and a single-machine launcher.
 
-torchrun and srun can start ranks too, on one machine or several; `place` reads the variables that each of them sets.
+torchrun and srun can start ranks too, on one machine or several; `rank_and_world` reads the variables that they set.
 
 The launcher is our own because the ranks of `torch.distributed.launcher.api.elastic_launch` inherit no open files, so
 they would not hold the lock of a run folder, and because they outlive a launcher that is killed.
@@ -25,34 +25,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-EXIT_LOST = 75
+EXIT_LOST_RANK = 75
 """Exit code of a rank that failed only because it lost another rank, whose own error is the one to show."""
-GRACE = 3.0
+FAILURE_GRACE_S = 3.0
 """Seconds that the other ranks get to exit on their own once one has failed."""
-STOPPING = 50.0
+STOP_GRACE_S = 50.0
 """Seconds that the other ranks get once one has exited after a signal, or because it lost a rank that still runs."""
 
 
-AGAIN = 1.0
+SIGNAL_DEBOUNCE_S = 1.0
 """Seconds within which repeated signals count as one: `timeout`, scancel and Ctrl-C during a study send two."""
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """Return (rank, number of ranks) in the whole job; (0, 1) for a process that was started on its own."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:  # set by `launch` and by torchrun, which may run inside a SLURM job
         return int(env["RANK"]), int(env["WORLD_SIZE"])
-    if by_srun():
+    if started_by_srun():
         return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
     return 0, 1
 
 
 def local_rank() -> int:
     """Return the rank among those on this machine."""
-    return int(os.environ["SLURM_LOCALID" if by_srun() else "LOCAL_RANK"]) if place()[1] > 1 else 0
+    return int(os.environ["SLURM_LOCALID" if started_by_srun() else "LOCAL_RANK"]) if rank_and_world()[1] > 1 else 0
 
 
-def by_srun() -> bool:
+def started_by_srun() -> bool:
     """Return whether srun started this process as one of several tasks; batch scripts and shells do not count."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
 
@@ -149,7 +149,7 @@ def launch(command: Sequence[str], count: int, keep: Sequence[int] = ()) -> int:
         if failed is None:
             return 128 + signals[0] if signals and any(r.returncode != 0 for r in ranks) else 0
         code = ranks[failed].poll()
-        own_error = code is not None and code > 0 and code != EXIT_LOST
+        own_error = code is not None and code > 0 and code != EXIT_LOST_RANK
         if not (own_error and ranks[0].poll() == code):  # else rank 0 has printed the same error
             error_files[failed].seek(0)
             output = error_files[failed].read().decode(errors="replace").strip()
@@ -199,7 +199,7 @@ def threads_each(processes: int) -> int:
 def _describe(code: int | None) -> str:
     if code is None:
         return "did not exit"
-    if code == EXIT_LOST:
+    if code == EXIT_LOST_RANK:
         return "lost its connection to the others"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
@@ -226,17 +226,17 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> 
         codes = [rank.poll() for rank in ranks]
         expected = {None, 0, *(code for number in signals for code in (-number, 128 + number))}
         if failed is None:
-            failed = next((rank for rank, code in enumerate(codes) if code not in expected | {EXIT_LOST}), None)
+            failed = next((rank for rank, code in enumerate(codes) if code not in expected | {EXIT_LOST_RANK}), None)
         if None not in codes:
-            return failed if failed is not None else codes.index(EXIT_LOST) if EXIT_LOST in codes else None
+            return failed if failed is not None else codes.index(EXIT_LOST_RANK) if EXIT_LOST_RANK in codes else None
         if failed is not None or len(signals) > 1:
-            deadlines.setdefault("failed", time.monotonic() + GRACE)
+            deadlines.setdefault("failed", time.monotonic() + FAILURE_GRACE_S)
         elif any(codes):
-            deadlines.setdefault("stopping", time.monotonic() + STOPPING)
+            deadlines.setdefault("stopping", time.monotonic() + STOP_GRACE_S)
         if deadlines and time.monotonic() > min(deadlines.values()):
             if failed is None and signals:
                 return None
-            return failed if failed is not None else codes.index(EXIT_LOST if EXIT_LOST in codes else None)
+            return failed if failed is not None else codes.index(EXIT_LOST_RANK if EXIT_LOST_RANK in codes else None)
         time.sleep(0.05)
 
 
@@ -251,13 +251,13 @@ def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def _forward_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Forward SIGTERM and SIGINT to all ranks, and yield a list that collects them; a second one leaves `GRACE`."""
+    """Forward SIGTERM and SIGINT to all ranks, and yield a list of them; a second one leaves `FAILURE_GRACE_S`."""
     signals: list[int] = []
     last = -math.inf
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal last
-        if time.monotonic() - last < AGAIN:
+        if time.monotonic() - last < SIGNAL_DEBOUNCE_S:
             return
         last = time.monotonic()
         signals.append(number)

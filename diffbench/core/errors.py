@@ -30,7 +30,7 @@ def check(config: Any, section: str, wanted: str, holds: Callable[[Any], bool], 
             raise ValueError(f"{section}.{name}: must {wanted}, got {value}")
 
 
-def check_least(config: Any, section: str, **least: float) -> None:
+def check_at_least(config: Any, section: str, **least: float) -> None:
     """Raise ValueError for the first named value below its minimum; null passes."""
     for name, minimum in least.items():
         value = getattr(config, name)

@@ -19,7 +19,7 @@ def red(text: str, stream: TextIO) -> str:
     return f"\033[31m{text}\033[0m"
 
 
-def beside(left: str, text: str) -> str:
+def two_columns(left: str, text: str) -> str:
     """Join two parts to a line; on a terminal too narrow for it, wrap the second part beside or below the first."""
     columns = width()
     if columns is None or len(left) + 1 + len(text) <= columns:

@@ -65,7 +65,7 @@ def _kind(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def unscaled(images: Tensor, pixels: bool = False) -> str | None:
+def range_error(images: Tensor, pixels: bool = False) -> str | None:
     """Return a message about the wrong range of float images, or None; images in [-1, 1] have negative values.
 
     Latents may exceed that range; images known to be `pixels` may exceed it by one level of 256.
@@ -94,7 +94,7 @@ def image_set(data: ImageSet | AnyDataset) -> ImageSet:
     images, labels = _columns(data, IMAGE_NAMES)
     stacked = _stacked([_tensor(image) for image in images], "images")
     if stacked.is_floating_point():
-        if wrong := unscaled(stacked, pixels=True):
+        if wrong := range_error(stacked, pixels=True):
             raise ValueError(wrong)
         stacked = to_uint8(stacked)
     return ImageSet(stacked, **_labelled(data, labels))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import write_text
-from diffbench.data.places import some
+from diffbench.data.places import first_few
 from diffbench.data.sets import ImageSet
 
 
@@ -68,7 +68,7 @@ class DataFacts:
     def difference(self, other: "DataFacts") -> str | None:
         """Describe in words how other training data differ from these; return None if they are the same."""
         if self.class_names != other.class_names:
-            return f"classes {some(self.class_names, 10)}, now {some(other.class_names, 10)}"
+            return f"classes {first_few(self.class_names, 10)}, now {first_few(other.class_names, 10)}"
         if self.fingerprint != other.fingerprint:
             return f"{self.fingerprint}, now {other.fingerprint}"
         return None

@@ -16,7 +16,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.pixels import from_uint8
 from diffbench.core.progress import progress
 from diffbench.core.store import DamagedError, Filling, Store
-from diffbench.data.sets import ImageSet, InMemory, digest_of, rows
+from diffbench.data.sets import ImageSet, InMemory, digest_of, take_rows
 
 Dtype = Literal["float16", "float32"]
 
@@ -47,7 +47,7 @@ class LatentSet(InMemory):
 
     def clean(self, index: Tensor) -> Tensor:
         """Return the validation targets of the images `index` (B,): scaled posterior means (B, c, h, w), float32."""
-        return self.scaled(rows(self.mean, index).float())
+        return self.scaled(take_rows(self.mean, index).float())
 
     def scaled(self, z: Tensor) -> Tensor:
         """Shift and scale latents to about unit variance, as denoisers see them."""

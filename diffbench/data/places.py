@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from diffbench.core.errors import check_least
+from diffbench.core.errors import check_at_least
 from diffbench.data.planted import PlantedConfig
 from diffbench.data.transforms import FORMATS, SUFFIXES, both_sides, is_grey
 
@@ -57,7 +57,7 @@ class ImagesConfig(PlantedConfig):
         super().__post_init__()
         if self.channels not in (1, 3, None):
             raise ValueError(f"data.channels: must be 1 (grey) or 3 (colour), got {self.channels}")
-        check_least(self, "data", held_out=1)
+        check_at_least(self, "data", held_out=1)
         self.image_size = checked_sides(self.image_size)
         if self.path is not None and None in (self.image_size, self.channels):
             side, channels = suitable(os.path.expanduser(self.path))
@@ -134,7 +134,7 @@ class Listing:
     def __str__(self) -> str:
         kinds = Counter(os.path.splitext(file)[1].lower().removeprefix(".") for file in self.images)
         found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-        left = [f"{len(names):,} {reason} ({some(names)})" for reason, names in self.skipped.items() if names]
+        left = [f"{len(names):,} {reason} ({first_few(names)})" for reason, names in self.skipped.items() if names]
         tables = f"{len(self.tables):,} parquet file{'s' * (len(self.tables) > 1)}"
         what = tables if self.tables and not self.images else f"{len(self.images):,} images ({found})"
         return f"{self.root}: {what}" + ("; skipped " + ", ".join(left)) * bool(left)
@@ -245,5 +245,5 @@ def _place(
     return Place(kind, str(root), name, files, digest.hexdigest(), listing)
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
+def first_few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + ", ..." * (len(names) > most)

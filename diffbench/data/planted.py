@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from diffbench.core.errors import check_least, suggest
+from diffbench.core.errors import check_at_least, suggest
 from diffbench.data.sets import ImageSet
 
 
@@ -18,7 +18,7 @@ class DataConfig:
     """DataLoader processes; 0 loads in the training process, which is fastest for data in memory."""
 
     def __post_init__(self) -> None:
-        check_least(self, "data", num_workers=0)
+        check_at_least(self, "data", num_workers=0)
 
 
 @dataclass

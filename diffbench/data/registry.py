@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from diffbench.core.errors import check_least
+from diffbench.core.errors import check_at_least
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.images import CIFAR10Config, cifar10, images
 from diffbench.data.places import ImagesConfig
@@ -26,7 +26,7 @@ class NoneConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, "data", channels=1, image_size=1, num_classes=0)
+        check_at_least(self, "data", channels=1, image_size=1, num_classes=0)
 
     @property
     def shape(self) -> tuple[int, int, int]:

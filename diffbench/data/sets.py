@@ -47,7 +47,7 @@ class InMemory:
     def gather(self, index: Tensor) -> dict[str, Tensor]:
         """Return the batch of the images with indices `index` (B,)."""
         names = self.FIELDS | {"labels": "label"}
-        return {names[field]: rows(array, index) for field, array in self.arrays.items()}
+        return {names[field]: take_rows(array, index) for field, array in self.arrays.items()}
 
     def to(self, device: torch.device | str) -> Self:
         return self._each(lambda array: array.to(device), self.digest)
@@ -60,12 +60,12 @@ class InMemory:
         """Return the first `count` images, or all if there are fewer."""
         return self._each(lambda array: array[:count])
 
-    def evenly(self, count: int) -> Self:
+    def balanced_subset(self, count: int) -> Self:
         """Return at most `count` images, spread evenly over the classes."""
         if count >= len(self):
             return self
         index = balanced(self.labels, count)
-        return self._each(lambda array: rows(array, index))
+        return self._each(lambda array: take_rows(array, index))
 
     def _each(self, change: Callable[[Tensor], Tensor], digest: str | None = None) -> Self:
         changed: dict[str, Any] = {field: change(array) for field, array in self.arrays.items()}
@@ -123,7 +123,7 @@ class ImageSet(InMemory):
 
     def clean(self, index: Tensor) -> Tensor:
         """Return the validation targets of the images `index` (B,): pixels (B, C, H, W), float32 in [-1, 1]."""
-        return from_uint8(rows(self.images, index))
+        return from_uint8(take_rows(self.images, index))
 
 
 def describe(train: ImageSet, held_out: ImageSet) -> str:
@@ -184,7 +184,7 @@ def describe_sizes(data: ImageSet) -> str | None:
     return "; ".join([line, *hints])
 
 
-def rows(array: Tensor, index: Tensor) -> Tensor:
+def take_rows(array: Tensor, index: Tensor) -> Tensor:
     """Copy the rows array[index]; on the CPU by NumPy, which is several times as fast as indexing by torch."""
     if array.is_cpu:
         return torch.from_numpy(array.numpy().take(index.numpy(), axis=0))

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from diffbench.core import rng
-from diffbench.core.errors import check_least
+from diffbench.core.errors import check_at_least
 from diffbench.data.planted import DataConfig
 from diffbench.data.sets import ImageSet
 
@@ -47,7 +47,7 @@ class ShapesConfig(DataConfig):
         if self.image_size not in (16, 32):
             raise ValueError(f"data.image_size: must be 16 or 32, got {self.image_size}")
         super().__post_init__()
-        check_least(self, "data", count=10, held_out=10)
+        check_at_least(self, "data", count=10, held_out=10)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,7 +68,7 @@ def _part(part: str, count: int, size: int, seed: int) -> ImageSet:
         images[index] = draw(index, labels[index], size, rng.key("shapes", seed, part))
     from diffbench.metrics.base import Rule  # here, so that a config loads without importing the metrics
 
-    rule = Rule(holds, ABILITIES)
+    rule = Rule(solves_task, ABILITIES)
     return ImageSet(images, labels, len(CLASSES), f"shapes{size}", CLASSES, origin="drawn", rule=rule)
 
 
@@ -158,7 +158,7 @@ def _colour(u: Tensor) -> Tensor:
 # Checking.
 
 
-def holds(images: Tensor, labels: Tensor) -> Tensor:
+def solves_task(images: Tensor, labels: Tensor) -> Tensor:
     """Return by rule whether each image solves the task of its label: (B,) bool.
 
     The rules tolerate noise and JPEG compression, and do not depend on the training images.

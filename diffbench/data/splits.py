@@ -17,7 +17,7 @@ import numpy as np
 
 from diffbench.core import rng
 from diffbench.core.errors import suggest
-from diffbench.data.places import ImagesConfig, Place, some
+from diffbench.data.places import ImagesConfig, Place, first_few
 
 HELD_OUT_SPLITS = ("test", "validation")
 LARGEST_HELD_OUT = 10_000
@@ -120,7 +120,7 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
 
 
-def by_number(names: Iterable[str]) -> list[str]:
+def natural_order(names: Iterable[str]) -> list[str]:
     """Sort names in natural order: 0, 1, 2, 10."""
     return sorted(names, key=lambda name: ([int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)], name))
 
@@ -141,9 +141,9 @@ def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split],
             files.setdefault(words[name] or "train", []).extend(found)
     elif len({words[name] for name in named}) > 1:
         rest = [name or top[""][0] for name in top if name not in named]
-        remedy = f"move {some(rest)} elsewhere" if rest else "name one of them train"
+        remedy = f"move {first_few(rest)} elsewhere" if rest else "name one of them train"
         raise ValueError(
-            f"data.path: {root}: {some(named)} look like splits; {remedy}, or choose one folder, such as"
+            f"data.path: {root}: {first_few(named)} look like splits; {remedy}, or choose one folder, such as"
             f" data.path={root / named[0]}"
         )
     else:
@@ -154,7 +154,7 @@ def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split],
         split: _classes(root, found, depth, least=1 + (split == train)) if config.labels else []
         for split, found in files.items()
     }
-    names = by_number(set(classes[train]))
+    names = natural_order(set(classes[train]))
     number = {name: i for i, name in enumerate(names)}
     splits = {}
     for split, found in files.items():
@@ -171,26 +171,26 @@ def _check_merged(root: Path, folders: list[str]) -> None:
         others = {frozenset(word for word in _words(name) if split_word(word) is None) for name in alike}
         if len(others) > 1:
             raise ValueError(
-                f"data.path: {root}: {some(alike)} all look like split {split}; make one folder of them, or, where they"
-                f" are classes, rename them without that word"
+                f"data.path: {root}: {first_few(alike)} all look like split {split}; merge them into one folder, or"
+                f" rename them without that word if they are classes"
             )
 
 
 def _classes(root: Path, files: list[str], depth: int, least: int) -> list[str]:
     """Return the class of each file, its folder below the split's; an empty list for fewer than `least` folders."""
     inner = [file.split(os.sep)[depth:] for file in files]
-    folders = by_number({parts[0] for parts in inner if len(parts) > 1})
+    folders = natural_order({parts[0] for parts in inner if len(parts) > 1})
     loose = [file for file, parts in zip(files, inner, strict=True) if len(parts) == 1]
     here = root.joinpath(*files[0].split(os.sep)[:depth])
     if loose and folders:
         raise ValueError(
-            f"data.path: {here} has images ({some(loose)}) next to folders of images ({some(folders)}); move them into"
-            " a class folder, or set data.labels=false to train without classes"
+            f"data.path: {here} has images ({first_few(loose)}) next to folders of images ({first_few(folders)}); move"
+            " them into a class folder, or set data.labels=false to train without classes"
         )
     below = {parts[1] for parts in inner if len(parts) > 2}
     if len(folders) == 1 and len(below) > 1:
         raise ValueError(
-            f"data.path: {here}: all images are in {folders[0]}; to use its folders ({some(by_number(below))}) as"
-            f" classes, set data.path={here / folders[0]}, or set data.labels=false to train without classes"
+            f"data.path: {here}: all images are in {folders[0]}; to use its folders ({first_few(natural_order(below))})"
+            f" as classes, set data.path={here / folders[0]}, or set data.labels=false to train without classes"
         )
     return [parts[0] for parts in inner] if len(folders) >= least else []

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from diffbench.core.errors import suggest
 from diffbench.data.batches import IMAGE_NAMES, LABEL_NAMES
 from diffbench.data.places import ImagesConfig, Place
-from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, by_number, split_name, split_word, training_split
+from diffbench.data.splits import HELD_OUT_SPLITS, Item, Split, natural_order, split_name, split_word, training_split
 
 READ_AHEAD = 256
 """Number of rows in memory at once, still encoded."""
@@ -141,7 +141,7 @@ def _class_numbers(column: str, kind: Any, values: list[Any]) -> dict[Any, int]:
     present = [v for v in values if v is not None]
     if not all(isinstance(v, int | str) for v in present) or len({type(v) for v in present}) > 1:
         raise ValueError(f"data.label_column: {column!r} contains neither whole numbers nor names")
-    ordered = by_number(set(present)) if present and isinstance(present[0], str) else sorted(set(present))
+    ordered = natural_order(set(present)) if present and isinstance(present[0], str) else sorted(set(present))
     return {value: i for i, value in enumerate(ordered)}
 
 

@@ -17,7 +17,7 @@ from diffbench.denoisers.layers import (
     GroupNorm,
     PixelAttention,
     TimeFeatures,
-    augmented,
+    augment_embedding,
     labels_or_null,
     resample,
     timestep_embedding,
@@ -156,7 +156,7 @@ class Embedding(nn.Module):
             weights = y if y.is_floating_point() else one_hot(y, self.num_classes + 1)
             h = h + self.label(weights[:, : self.num_classes].to(h.dtype) * math.sqrt(self.num_classes))
         if augment is not None:
-            h = h + augmented(self.augment, augment, h.dtype)
+            h = h + augment_embedding(self.augment, augment, h.dtype)
         return silu(self.layer2(silu(self.layer1(h))))
 
 

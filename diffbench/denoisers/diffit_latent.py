@@ -46,13 +46,13 @@ class DiffiTLatent(PatchTransformer):
         self.final_norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.final_activation = nn.SiLU() if config.head_silu else nn.Identity()
         self.final = Linear(d, self.patch_values)
-        self.initialise_ends()
+        self.initialise_first_and_last()
         if config.time_in == "none":
             self.condition.requires_grad_(False)  # unused: with several devices, DDP would wait for its gradient
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """See `Denoiser.forward`."""
-        tokens = self.through_blocks(self.tokens(x), self.condition(t, y))
+        tokens = self.run_blocks(self.tokens(x), self.condition(t, y))
         return self.image(self.final(self.final_activation(self.final_norm(tokens))))
 
 

@@ -73,7 +73,7 @@ class DiT(PatchTransformer):
                 zero_(block.modulation)
         if self.final_modulation is not None:
             zero_(self.final_modulation)
-        self.initialise_ends()
+        self.initialise_first_and_last()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """See `Denoiser.forward`."""
@@ -81,9 +81,9 @@ class DiT(PatchTransformer):
         adaptive = self.final_modulation is not None
         c = self.condition(t, y) if adaptive else torch.stack(self.condition.parts(t, y), dim=1)
         if self.in_context:
-            tokens = self.through_blocks(torch.cat([c, tokens], dim=1), c)[:, c.shape[1] :]
+            tokens = self.run_blocks(torch.cat([c, tokens], dim=1), c)[:, c.shape[1] :]
         else:
-            tokens = self.through_blocks(tokens, c)
+            tokens = self.run_blocks(tokens, c)
         tokens = self.final_norm(tokens)
         if self.final_modulation is not None:
             shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)

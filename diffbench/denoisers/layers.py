@@ -102,7 +102,9 @@ class ConditionEmbedding(nn.Module):
         """
         features = timestep_embedding(t, self.frequencies) if self.fourier is None else self.fourier(t)
         features = features.to(next(self.time.parameters()).dtype)
-        time = self.time(features if augment is None else features + augmented(self.augment, augment, features.dtype))
+        time = self.time(
+            features if augment is None else features + augment_embedding(self.augment, augment, features.dtype)
+        )
         if self.label is None:
             return [time]
         return [time, self.label(y, len(t))]
@@ -113,7 +115,7 @@ class ConditionEmbedding(nn.Module):
         return time + label[0] if label else time
 
 
-def augmented(layer: nn.Linear | None, augment: Tensor, dtype: torch.dtype) -> Tensor:
+def augment_embedding(layer: nn.Linear | None, augment: Tensor, dtype: torch.dtype) -> Tensor:
     """Project augmentation labels (B, augment_dim) with their layer.
 
     Raises:

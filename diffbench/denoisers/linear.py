@@ -15,7 +15,7 @@ BATCH = 16
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def mkl_holds_back() -> bool:
+def mkl_is_slow() -> bool:
     """Return whether PyTorch uses MKL on a CPU with AVX-512 that is not Intel's; False except on Linux."""
     backends = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not backends or torch.backends.cpu.get_cpu_capability() != "AVX512" or not CPUINFO.is_file():
@@ -23,7 +23,7 @@ def mkl_holds_back() -> bool:
     return "GenuineIntel" not in CPUINFO.read_text()
 
 
-BY_ONEDNN = mkl_holds_back()
+BY_ONEDNN = mkl_is_slow()
 """Whether large products use oneDNN on this machine."""
 
 
@@ -36,7 +36,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        return convolved(x, self.weight, self.bias) if BY_ONEDNN and self._pays(x) else super().forward(x)
+        return linear_as_convolution(x, self.weight, self.bias) if BY_ONEDNN and self._pays(x) else super().forward(x)
 
     def _pays(self, x: Tensor) -> bool:
         if not x.is_cpu or not x.dtype == self.weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
@@ -45,7 +45,7 @@ class Linear(nn.Linear):
         return rows >= ROWS and rows % BATCH == 0 and x.numel() * self.out_features >= LEAST
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute nn.functional.linear as a convolution; x is (..., C) with a multiple of `BATCH` rows, weight (D, C)."""
     pixels = rearrange(x.reshape(BATCH, 1, -1, x.shape[-1]), "b h w c -> b c h w")
     out = nn.functional.conv2d(pixels, weight[:, :, None, None], bias)

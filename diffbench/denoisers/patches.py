@@ -76,7 +76,7 @@ class PatchTransformer(Denoiser):
         self.condition = ConditionEmbedding(d, 256, num_classes, null_class)
         self.blocks = nn.ModuleList([block(self.grid) for _ in range(config.depth)])
 
-    def initialise_ends(self) -> None:
+    def initialise_first_and_last(self) -> None:
         """Initialise the patch embedding, and zero the last layer `final`, which the subclass must have set."""
         zero_(self.patch)
         nn.init.xavier_uniform_(self.patch.weight.flatten(1))
@@ -91,7 +91,7 @@ class PatchTransformer(Denoiser):
         check_shape(x, self.channels, *self.image_size)
         return rearrange(self.patch(x), "b d h w -> b (h w) d") + self.position
 
-    def through_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
+    def run_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Pass tokens (B, N, D) through all blocks with the condition `c`."""
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""Checks of foreign networks by running them, and their cost."""
+"""Checks of custom networks by running them, and their cost."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -10,14 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffbench.denoisers import flops
 from diffbench.denoisers.base import check_output
-from diffbench.denoisers.foreign import Foreign, described
+from diffbench.denoisers.custom import CustomDenoiser, described
 from diffbench.denoisers.layers import both_sides
 
 DRAWS = "this network draws random numbers or keeps state; only dropout in training may, with torch's own generator"
 
 
 def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[int, int]) -> flops.Cost:
-    """Count the cost of a foreign network; on the CPU if it cannot run without values, e.g. because of `.item()`.
+    """Count the cost of a custom network; on the CPU if it cannot run without values, e.g. because of `.item()`.
 
     Raises:
         ValueError: if it cannot be run at all.
@@ -30,7 +30,7 @@ def count(make: Callable[[], nn.Module], channels: int, image_size: int | tuple[
             return _run(make(), flops.measure, x, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 
 
-def probe(network: Foreign, x: Tensor, t: Tensor, out_channels: int) -> None:
+def probe(network: CustomDenoiser, x: Tensor, t: Tensor, out_channels: int) -> None:
     """Run a network in training and in evaluation mode, twice each, and check its outputs and gradients.
 
     Its weights are perturbed first, because a zero-initialised output layer would hide faults.
@@ -88,7 +88,7 @@ def _generators(device: torch.device) -> list[list[int]]:
     return [state.tolist() for state in states]
 
 
-def _output(network: Foreign, x: Tensor, t: Tensor, y: Tensor | None, channels: int) -> Tensor:
+def _output(network: CustomDenoiser, x: Tensor, t: Tensor, y: Tensor | None, channels: int) -> Tensor:
     """Run a forward pass and return its output, checked.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Registry of the denoisers by name: to add one, write its file and a row here. Other names are foreign networks."""
+"""Registry of the denoisers by name: to add one, write its file and a row here. Other names are custom networks."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diffbench.denoisers import ddpmpp, diffit, diffit_latent, dit, laptop, probe, segformer, unet, uvit
 from diffbench.denoisers.base import Denoiser, Preset, check_output
+from diffbench.denoisers.custom import CustomConfig, CustomDenoiser
 from diffbench.denoisers.flops import Cost, count
-from diffbench.denoisers.foreign import Foreign, ForeignConfig
 
 
 @dataclass(frozen=True)
@@ -107,23 +107,23 @@ def build(name: str, config: Any, noise_level: Callable[[Tensor], Tensor] | None
     """Build a denoiser.
 
     Args:
-        name: name in `DENOISERS`; ignored for the config of a foreign network.
+        name: name in `DENOISERS`; ignored for the config of a custom network.
         config: instance of its config dataclass.
-        noise_level: (B,) times as passed to the network -> (B,) sigma / alpha, for foreign networks.
+        noise_level: (B,) times as passed to the network -> (B,) sigma / alpha, for custom networks.
         **shape: image_size, channels, num_classes, null_class, learn_sigma.
     """
-    if isinstance(config, ForeignConfig):
-        return Foreign(config, noise_level=noise_level, **shape)
+    if isinstance(config, CustomConfig):
+        return CustomDenoiser(config, noise_level=noise_level, **shape)
     return DENOISERS[name].build(config, **shape)
 
 
 def cost(config: Any, make: Callable[[], Denoiser], channels: int, image_size: int | tuple[int, int]) -> Cost:
     """Return the cost of the network that `make` builds from a config."""
-    return (probe.count if isinstance(config, ForeignConfig) else count)(make, channels, image_size)
+    return (probe.count if isinstance(config, CustomConfig) else count)(make, channels, image_size)
 
 
 def check(config: Any, make: Callable[[], Denoiser], x: Tensor, t: Tensor, out_channels: int) -> None:
-    """Check the output of the network that `make` builds from a config; a foreign one is run, see `probe.probe`.
+    """Check the output of the network that `make` builds from a config; a custom one is run, see `probe.probe`.
 
     Args:
         config: instance of its config dataclass.
@@ -135,10 +135,10 @@ def check(config: Any, make: Callable[[], Denoiser], x: Tensor, t: Tensor, out_c
     Raises:
         ValueError: if the output is wrong; the message begins with the key.
     """
-    if isinstance(config, ForeignConfig):
+    if isinstance(config, CustomConfig):
         with torch.random.fork_rng():
             network = make().to(x.device)
-            assert isinstance(network, Foreign)
+            assert isinstance(network, CustomDenoiser)
             probe.probe(network, x, t, out_channels)
         return
     with torch.device("meta"), torch.no_grad():
@@ -147,25 +147,25 @@ def check(config: Any, make: Callable[[], Denoiser], x: Tensor, t: Tensor, out_c
 
 def size_key(config: Any, what: Literal["width", "depth"]) -> str:
     """Return the dotted config key that widens or deepens a denoiser, or "" if none does."""
-    if isinstance(config, ForeignConfig):
+    if isinstance(config, CustomConfig):
         name = getattr(config, what)
         return f"args.{name}" if name else ""
     return getattr(DENOISERS[config.name], what)
 
 
 def takes_labels(config: Any) -> bool:
-    """Return whether the denoiser of a config is called with labels; a foreign one need not be."""
-    return not isinstance(config, ForeignConfig) or config.call.y is not None
+    """Return whether the denoiser of a config is called with labels; a custom one need not be."""
+    return not isinstance(config, CustomConfig) or config.call.y is not None
 
 
-def draws(config: Any) -> bool:
+def is_stochastic(config: Any) -> bool:
     """Return whether a registered denoiser draws random numbers in training, for dropout or stochastic depth."""
     return any(getattr(config, key, 0) > 0 for key in ("dropout", "drop_path"))
 
 
 def keep_source(config: Any, folder: Path) -> None:
-    """Copy the source of a foreign network into a folder, unless it is installed, so that configs there find it."""
-    if isinstance(config, ForeignConfig):
+    """Copy the source of a custom network into a folder, unless it is installed, so that configs there find it."""
+    if isinstance(config, CustomConfig):
         config.factory.source.keep(folder)
 
 

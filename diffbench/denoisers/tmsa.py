@@ -90,7 +90,7 @@ class TMSA(nn.Module):
         if time is not None and self.separate:
             time_k, time_v = rearrange(time, "b one (two h d) -> two b h one d", two=2, h=self.heads)
             k, v, bias = torch.cat([time_k, k], dim=2), torch.cat([time_v, v], dim=2), pad(bias, (1, 0))
-        attend = attend_in_parts if pays_in_parts(bias) else scaled_dot_product_attention
+        attend = chunked_attention if needs_chunks(bias) else scaled_dot_product_attention
         return self.proj(rearrange(attend(q, k, v, bias), "b h n d -> b n (h d)"))
 
     def _pairs(self, table: Tensor) -> Tensor:
@@ -179,17 +179,17 @@ class TimeAttention(nn.Module):
         return from_windows(tokens, self.size, *x.shape[2:])
 
 
-PART = 1 << 19
+CHUNK = 1 << 19
 """Number of attention weights computed at a time, about as many as fit into a CPU's caches."""
 
 
-def pays_in_parts(bias: Tensor) -> bool:
+def needs_chunks(bias: Tensor) -> bool:
     """Return whether the bias needs a gradient on a CPU, where fused attention does not compute one."""
     needs_grad = bias.is_cpu and bias.requires_grad and torch.is_grad_enabled()
     return needs_grad and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
-def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Compute softmax(q k^T / sqrt(d) + bias) v in chunks of samples with at most `PART` attention weights.
 
     Args:
@@ -201,7 +201,7 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, heads, N, d).
     """
-    size = max(1, PART // (q.shape[1] * q.shape[2] * k.shape[2]))
+    size = max(1, CHUNK // (q.shape[1] * q.shape[2] * k.shape[2]))
     parts = [a.split(size) for a in (q * int(q.shape[-1]) ** -0.5, k.mT, v)]
     biases = bias.split(size) if len(bias) > 1 else [bias] * len(parts[0])
     chunks = [(q @ k).add_(b).softmax(-1) @ v for q, k, v, b in zip(*parts, biases, strict=True)]

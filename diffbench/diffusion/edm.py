@@ -47,11 +47,11 @@ class EDM(Process):
     def __init__(self, config: EDMConfig | None = None) -> None:
         self.config = config or EDMConfig()
 
-    def noising(self) -> tuple[Any, ...]:
+    def noising_key(self) -> tuple[Any, ...]:
         """Return the name and sigma_data, which sets the scale of the network's input."""
         return self.name, self.sigma_data
 
-    def even_time(self, u: Tensor) -> Tensor:
+    def uniform_time(self, u: Tensor) -> Tensor:
         """Return noise levels (B,) float64, log-uniform from sigma_min to sigma_max."""
         low, high = math.log(self.config.sigma_min), math.log(self.config.sigma_max)
         return (low + (high - low) * u.double()).exp()

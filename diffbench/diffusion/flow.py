@@ -33,11 +33,11 @@ class Flow(Process):
     def __init__(self, config: FlowConfig | None = None) -> None:
         self.config = config or FlowConfig()
 
-    def noising(self) -> tuple[Any, ...]:
+    def noising_key(self) -> tuple[Any, ...]:
         """Return the name and the path."""
         return self.name, self.config.path
 
-    def even_time(self, u: Tensor) -> Tensor:
+    def uniform_time(self, u: Tensor) -> Tensor:
         """Return u unchanged, as float64."""
         return u.double()
 

@@ -116,11 +116,11 @@ class Process(ABC):
     config: Any
 
     @abstractmethod
-    def noising(self) -> tuple[Any, ...]:
+    def noising_key(self) -> tuple[Any, ...]:
         """Return what identifies the noisy inputs of a network; processes with equal values can share a classifier."""
 
     @abstractmethod
-    def even_time(self, u: Tensor) -> Tensor:
+    def uniform_time(self, u: Tensor) -> Tensor:
         """Map u (B,), uniform in (0, 1), to training times (B,) uniform in the process's own time."""
 
     @abstractmethod
@@ -146,9 +146,9 @@ class Process(ABC):
             t = self.training_time_at(-2 * normal_quantiles(u, c.p_mean, c.p_std))
         elif c.times == "logit_normal":
             mean = c.logit_mean if self.towards_image else -c.logit_mean
-            t = self.even_time(normal_quantiles(u, mean, c.logit_std).sigmoid())
+            t = self.uniform_time(normal_quantiles(u, mean, c.logit_std).sigmoid())
         else:
-            t = self.even_time(u)
+            t = self.uniform_time(u)
         return t if self.shift == 1 else self.training_time_at(self.log_snr(t) - 2 * math.log(self.shift))
 
     def training_time_at(self, log_snr: Tensor) -> Tensor:

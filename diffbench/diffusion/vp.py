@@ -89,7 +89,7 @@ class DiscreteVP(Process):
         self._log_snr = (bar / (1 - bar)).log().clamp(min=NO_SIGNAL)
         self._on: dict[torch.device, tuple[Tensor, Tables]] = {torch.device("cpu"): (self._log_snr, self.tables)}
 
-    def noising(self) -> tuple[Any, ...]:
+    def noising_key(self) -> tuple[Any, ...]:
         """Return the name and the betas; neither the prediction nor the loss changes the noise."""
         return self.name, tuple(self.tables.betas.tolist())
 
@@ -121,7 +121,7 @@ class DiscreteVP(Process):
         """Return the steps (B,) int64 nearest to these log-SNRs."""
         return self.time_at(log_snr.clamp(float(self._log_snr[-1]), float(self._log_snr[0]))).round().long()
 
-    def even_time(self, u: Tensor) -> Tensor:
+    def uniform_time(self, u: Tensor) -> Tensor:
         """Map u (B,), uniform in (0, 1), to uniformly distributed steps (B,) int64."""
         return (u * self.config.steps).long().clamp(max=self.config.steps - 1)
 

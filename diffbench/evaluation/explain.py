@@ -32,7 +32,7 @@ HELD_OUT, NOISES = 20, 12
 """Samples of the class used only for validation, and the number of fixed noises for each."""
 SHOWN = 8
 """Images in a row of the figure."""
-SAID = 0.5
+LEAST_CLOSED = 0.5
 """Share of the loss gap between the others' mean and the class that must be closed for the class to be a mixture."""
 TWINS = 0.9
 """Cosine above which two embeddings are interchangeable, so that the split of weight between them is arbitrary."""
@@ -122,7 +122,7 @@ class Explanation:
         """The conclusion in one sentence."""
         closed = max(0.0, self.gap_closed or 0.0)
         evidence = f"the reconstruction closes {closed:.0%} of the gap in loss between the others' mean and the class"
-        if closed < SAID:
+        if closed < LEAST_CLOSED:
             return f"{self.name} is not a mixture of the others: {evidence}"
         named = [e for e in self.top if e.coefficient >= 0.05] or self.top[:1]
         parts = ", ".join(f"{e.coefficient:.2f} of {e.name}" for e in named)
@@ -258,7 +258,7 @@ def _twins(top: Sequence[Element], elements: Sequence[Element], table: Tensor) -
     return [(a.name, b.name, cosine) for (a, b), cosine in zip(pairs, cosines, strict=True) if cosine > TWINS]
 
 
-def drawn(explanation: Explanation, sampler: Sampler, how: SampleConfig, seed: int) -> dict[str, Tensor]:
+def draw_images(explanation: Explanation, sampler: Sampler, how: SampleConfig, seed: int) -> dict[str, Tensor]:
     """Draw from the same noise images of the class, of its reconstruction, and of that without each of its elements.
 
     Returns:

@@ -33,7 +33,7 @@ LOOSE = (
 """Keys of those parts that may differ."""
 
 
-def surroundings(extractor: "Extractor | None", device: torch.device) -> dict[str, Any]:
+def environment(extractor: "Extractor | None", device: torch.device) -> dict[str, Any]:
     """Return a record's entries about the code, the machine and the extractor."""
     judge = extractor and {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence}
     return {
@@ -51,7 +51,7 @@ def surroundings(extractor: "Extractor | None", device: torch.device) -> dict[st
     }
 
 
-def of_all(record: Mapping[str, Any], count: int) -> bool:
+def compares_with_all(record: Mapping[str, Any], count: int) -> bool:
     """Return whether a record of `count` samples compares with all training images; inferred for older records."""
     reference = record["reference"]
     return bool(reference.get("all", reference["count"] != count))

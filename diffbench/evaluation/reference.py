@@ -20,7 +20,7 @@ from diffbench.core.errors import UserError
 from diffbench.core.files import cache_folder, digest
 from diffbench.core.progress import progress
 from diffbench.data.registry import SOURCES
-from diffbench.data.sets import ImageSet, rows
+from diffbench.data.sets import ImageSet, take_rows
 from diffbench.metrics import EXTRACTORS, Extractor, Request
 from diffbench.metrics import extractor as build_extractor
 from diffbench.metrics.base import KEPT, Gaussian, ReferenceStatistics
@@ -104,7 +104,7 @@ class Part:
     def batches(self, size: int = BATCH) -> Iterator[Tensor]:
         """Yield the images in batches (B, C, H, W) uint8."""
         for index in self.index.split(size):
-            yield rows(self.data.images, index)
+            yield take_rows(self.data.images, index)
 
 
 def class_counts(labels: Tensor, count: int) -> Tensor:
@@ -145,7 +145,7 @@ def _padded(counts: Tensor, data: ImageSet) -> Tensor:
     return torch.nn.functional.pad(counts, (0, max(1, data.num_classes) - len(counts)))
 
 
-def spread_in_words(data: ImageSet, labels: Tensor) -> str:
+def describe_class_spread(data: ImageSet, labels: Tensor) -> str:
     """Describe how labels are spread over the classes of a set, for example "evenly over the classes"."""
     return _in_words(data, labels.bincount(minlength=1)) if data.num_classes else "none"
 
@@ -159,7 +159,7 @@ def _in_words(data: ImageSet, counts: Tensor) -> str:
     return f"of the classes {listed if len(counts) <= 20 else hashlib.sha256(listed.encode()).hexdigest()[:8]}"
 
 
-def chosen(data: ImageSet, split: str, counts: Tensor) -> Part:
+def choose_per_class(data: ImageSet, split: str, counts: Tensor) -> Part:
     """Choose the first counts[c] images of each class c, or all of them if there are fewer, sorted by class."""
     per_class = [(data.labels == c).nonzero()[:, 0][:n] for c, n in enumerate(counts.tolist()) if n]
     index = torch.cat(per_class) if per_class else torch.zeros(0).long()
@@ -167,12 +167,12 @@ def chosen(data: ImageSet, split: str, counts: Tensor) -> Part:
     return Part(data, split, index, which)
 
 
-def first(data: ImageSet, split: str, count: int) -> Part:
+def choose_first(data: ImageSet, split: str, count: int) -> Part:
     """Choose the first `count` images, spread over the classes by `class_counts`."""
-    return chosen(data, split, class_counts(data.labels, count))
+    return choose_per_class(data, split, class_counts(data.labels, count))
 
 
-def others(part: Part) -> Part:
+def choose_others(part: Part) -> Part:
     """Choose images of the same split outside a part, as many of each class as in the part, or all that are left."""
     left = torch.ones(len(part.data), dtype=torch.bool)
     left[part.index] = False
@@ -183,7 +183,7 @@ def others(part: Part) -> Part:
     return Part(part.data, part.split, index, f"{len(index)} outside {part.which}")
 
 
-def everything(data: ImageSet, split: str) -> Part:
+def choose_all(data: ImageSet, split: str) -> Part:
     return Part(data, split, torch.arange(len(data)), "all")
 
 

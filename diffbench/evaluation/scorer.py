@@ -13,15 +13,15 @@ from torch import Tensor
 from diffbench.config.sections import EvaluateConfig
 from diffbench.core import files, rng, tensors
 from diffbench.core.progress import progress
-from diffbench.data.sets import ImageSet, rows
+from diffbench.data.sets import ImageSet, take_rows
 from diffbench.evaluation.reference import (
     BATCH,
     Part,
-    chosen,
+    choose_all,
+    choose_first,
+    choose_others,
+    choose_per_class,
     class_counts,
-    everything,
-    first,
-    others,
     reference_folder,
     statistics_of,
 )
@@ -66,7 +66,7 @@ class Scorer:
     def scores(self, batches: Iterable[Numbered]) -> dict[str, float]:
         """Score samples and return full metric name -> value."""
         suite = Suite(self.measurement)
-        for index, images, labels in watched("scored", batches, self.measurement.count):
+        for index, images, labels in with_progress("scored", batches, self.measurement.count):
             suite.update(images, index, labels)
         values = suite.compute()
         self.copies = next((m for m in suite.metrics.values() if isinstance(m, Memorisation)), None)
@@ -101,14 +101,14 @@ def run_scorer(
     count, use_all = settings.count, settings.reference == "all"
     counts = class_counts(train.labels, count) if counts is None else counts
     keep = min(count, KEPT)
-    main = everything(train, "train") if use_all else chosen(train, "train", counts)
-    matched = chosen(held_out, "held-out", counts)
-    test = everything(held_out, "held-out") if use_all else matched
+    main = choose_all(train, "train") if use_all else choose_per_class(train, "train", counts)
+    matched = choose_per_class(held_out, "held-out", counts)
+    test = choose_all(held_out, "held-out") if use_all else matched
     reference, key = statistics_of(extractor, main, keep)
     references = {"fd": reference}
     if len(test) >= LEAST:
         references["fd_held_out"] = statistics_of(extractor, test, keep)[0]
-        same_counts = chosen(train, "train", test.labels.bincount(minlength=1))
+        same_counts = choose_per_class(train, "train", test.labels.bincount(minlength=1))
         if len(same_counts) != len(main):
             references["fd_train"] = statistics_of(extractor, same_counts, keep)[0]
     measurement = Measurement(
@@ -123,7 +123,7 @@ def run_scorer(
         rule=train.rule,
     )
     scorer = Scorer(measurement, {"key": key, "split": main.split, "count": len(main), "all": use_all})
-    left = others(main)
+    left = choose_others(main)
     real = left if len(left) >= min(count, len(matched)) else matched  # real images outside the reference
     if len(real) >= LEAST:
         scorer.floor = _cached_numbers(extractor, key, "floor", real, lambda: _floor(measurement, real))
@@ -135,7 +135,7 @@ def run_scorer(
 def _floor(like: Measurement, part: Part) -> dict[str, Any]:
     suite = Suite(replace(like, references={"fd": like.main}, count=len(part), detector=None, infinity=False))
     for index in torch.arange(len(part)).split(BATCH):
-        suite.update(rows(part.data.images, part.index[index]), index, part.labels[index])
+        suite.update(take_rows(part.data.images, part.index[index]), index, part.labels[index])
     return {"count": len(part), "images": f"{part.split}: {part.which}", **suite.compute()}
 
 
@@ -144,7 +144,7 @@ def _detector(extractor: Extractor, train: ImageSet, held_out: ImageSet) -> Copy
     if len(train) < copies.LEAST:
         return None
     detector = CopyDetector(train.images, extractor.device)
-    part = first(held_out, "held-out", min(copies.CALIBRATED, len(held_out)))
+    part = choose_first(held_out, "held-out", min(copies.CALIBRATED, len(held_out)))
     key, what = train.fingerprint(), f"copies-{copies.RATE:g}"
     found = _cached_numbers(extractor, key, what, part, lambda: asdict(detector.calibrate(part.batches())))
     detector.calibration = Calibration(**found)
@@ -163,11 +163,11 @@ def _cached_numbers(
 
 def training_measurement(extractor: Extractor, train: ImageSet, count: int) -> Measurement:
     """Make the measurement of `count` samples drawn during training against as many training images."""
-    statistics = statistics_of(extractor, first(train, "train", count))[0]
+    statistics = statistics_of(extractor, choose_first(train, "train", count))[0]
     return Measurement(extractor, {"fd": statistics}, count, permutation=permutation, rule=train.rule)
 
 
-def watched(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:
+def with_progress(what: str, batches: Iterable[Numbered], total: int) -> Iterator[Numbered]:
     """Yield the batches; show progress if the first one suggests that all will take longer than `PATIENCE`."""
     started = time.perf_counter()
     advance: Callable[[int], Any] | None = None

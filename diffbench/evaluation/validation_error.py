@@ -54,7 +54,7 @@ def error_sums(
 
 
 def level_means(log_snr: Sequence[float], sums: Tensor) -> dict[float, float]:
-    """Reduce `error_sums` or `classified` over ranks to level -> mean error or accuracy; every rank must call it."""
+    """Reduce `error_sums` or `accuracy_sums` over ranks to level -> mean error or accuracy; every rank must call it."""
     totals = zip(log_snr, distributed.all_reduce_sum(sums).tolist(), strict=True)
     return {level: total / count if count else float("nan") for level, (total, count) in totals}
 
@@ -106,7 +106,7 @@ def _square(
 
 
 @torch.no_grad()
-def classified(
+def accuracy_sums(
     classifier: nn.Module,
     process: Process,
     data: ImageSet,
@@ -153,7 +153,7 @@ def bound(log_snr: Sequence[float] | np.ndarray, errors: Sequence[float] | np.nd
 
 def validation_sets(held_out: Data, train: Data | None = None) -> dict[str, Data]:
     """Return the validation sets: "val", held-out images, and "train", as many training images to show overfitting."""
-    return {"val": held_out} | ({} if train is None else {"train": train.evenly(len(held_out))})
+    return {"val": held_out} | ({} if train is None else {"train": train.balanced_subset(len(held_out))})
 
 
 def bound_metrics(part: str, errors: Mapping[float, float]) -> dict[str, float]:

@@ -56,11 +56,11 @@ class Rule:
     """A rule that decides, without a network, whether images solve the tasks of their labels.
 
     Attributes:
-        holds: (images (B, C, H, W) uint8 on the CPU, labels (B,)) -> (B,) bool.
+        solves: (images (B, C, H, W) uint8 on the CPU, labels (B,)) -> (B,) bool.
         abilities: for each label, the ability that its task tests.
     """
 
-    holds: Callable[[Tensor, Tensor], Tensor]
+    solves: Callable[[Tensor, Tensor], Tensor]
     abilities: tuple[str, ...]
 
 

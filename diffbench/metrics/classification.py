@@ -106,7 +106,7 @@ class SolvedTasks(SampleMetric):
         return cls(measurement.rule, measurement.count) if measurement.rule and measurement.labels else None
 
     def update(self, images: Tensor, labels: Tensor) -> None:
-        right = self.rule.holds(images.cpu(), labels.cpu())
+        right = self.rule.solves(images.cpu(), labels.cpu())
         self.n += labels.bincount(minlength=len(self.n)).to(self.n)
         self.right += labels.cpu()[right].bincount(minlength=len(self.n)).to(self.right)
 

@@ -21,7 +21,7 @@ FITTED = CALIBRATED = 4000
 _CELLS = 2**24
 
 
-class Judged(NamedTuple):
+class Judgement(NamedTuple):
     """Images compared with the training images, each field (B,).
 
     Attributes:
@@ -92,7 +92,7 @@ class CopyDetector:
         self.own = torch.full((len(training), 2), torch.nan, device=self.device)
         self.other = torch.zeros(len(training), dtype=torch.int64, device=self.device)
 
-    def judge(self, images: Tensor) -> Judged:
+    def judge(self, images: Tensor) -> Judgement:
         """Judge images (B, C, H, W) uint8."""
         return self._judge(self._project(images))
 
@@ -114,7 +114,7 @@ class CopyDetector:
         ratio, authentic, _ = (torch.cat(part) for part in zip(*judged, strict=True))
         return Calibration(threshold, int((ratio < threshold).sum()), len(ratio), float(authentic.double().mean()))
 
-    def _judge(self, points: Tensor, left_out: Tensor | None = None) -> Judged:
+    def _judge(self, points: Tensor, left_out: Tensor | None = None) -> Judgement:
         distance, near = self._nearest(points, NEIGHBOURS, left_out)
         nearest_two = self._own(near)
         own = nearest_two[..., 0]
@@ -122,7 +122,7 @@ class CopyDetector:
             own = torch.where(self.other[near] == left_out[:, None], nearest_two[..., 1], own)
         usual = torch.maximum(distance[:, 1], own.median(1).values)
         ratio = (distance[:, 0] + self.rounding) / (usual + self.rounding)
-        return Judged(ratio, distance[:, 0] > own[:, 0], near[:, 0])
+        return Judgement(ratio, distance[:, 0] > own[:, 0], near[:, 0])
 
     def _own(self, index: Tensor) -> Tensor:
         unknown = index[self.own[index, 0].isnan()].unique()

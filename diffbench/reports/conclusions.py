@@ -171,7 +171,7 @@ def _pairs(c: Conclusion) -> list[tuple[str, str]]:
 def _luck(c: Conclusion) -> str:
     """Return a sentence on the smallest difference that this many seeds can find; empty if it is unknown."""
     rows = [x.differences for x in c.tests]
-    if (smallest := statistics.luck(rows)) is None:
+    if (smallest := statistics.detectable_by_pairs(rows)) is None:
         return ""
     means = [abs(s[c.name].mean) for s in c.summaries.values() if c.name in s]
     smallest = max(smallest, c.metric.tie * min(means))

@@ -133,7 +133,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def save_beside_curves(figure: Figure, path: Path, runs: Sequence[Run[Any]], what: str) -> None:
+def save_with_tensorboard(figure: Figure, path: Path, runs: Sequence[Run[Any]], what: str) -> None:
     """Write a figure to a file, in the format of its suffix, and to TensorBoard in the folder `what` of each run."""
     pixels = np.asarray(Image.open(io.BytesIO(_png(figure))).convert("RGB"))
     save_image(pixels, path)

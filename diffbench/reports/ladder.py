@@ -29,7 +29,7 @@ from diffbench.reports.figures import (
 )
 from diffbench.reports.results import by_seed
 from diffbench.reports.series import Curve
-from diffbench.reports.statistics import LEAST, Array, Estimate, by_column, middle
+from diffbench.reports.statistics import LEAST, Array, Estimate, by_column, middle_interval
 from diffbench.reports.text import Rows, mean_text
 
 T = TypeVar("T")
@@ -199,7 +199,9 @@ def fit(budgets: Array, values: Array) -> Fit | None:
     share = budgets / budgets[-1]
     means = np.stack([values.mean(0), *_resampled(values, lambda rows: rows.mean(0))])
     found = _parameters(share, means)
-    a, b, c = (Estimate(float(column[0]), middle(column[1:]) if len(column) > 1 else None) for column in found.T)
+    a, b, c = (
+        Estimate(float(column[0]), middle_interval(column[1:]) if len(column) > 1 else None) for column in found.T
+    )
     return Fit(a, b, c)
 
 
@@ -232,7 +234,7 @@ def crossings(budgets: Array, first: Array, second: Array) -> list[Estimate]:
     estimates = []
     for zero in found:
         near = [min(zeros, key=lambda z: abs(np.log(z / zero))) for zeros in drawn if zeros]
-        estimates.append(Estimate(zero, middle(near) if 2 * len(near) > RESAMPLES else None))
+        estimates.append(Estimate(zero, middle_interval(near) if 2 * len(near) > RESAMPLES else None))
     return estimates
 
 
@@ -263,7 +265,7 @@ def kendall(values: Array) -> list[list[Estimate]]:
     found = _tau_b(values.mean(0))
     drawn = np.array(_resampled(values, lambda rows: _tau_b(rows.mean(0))))
     return [
-        [Estimate(float(tau), middle(drawn[:, i, j]) if len(drawn) else None) for j, tau in enumerate(row)]
+        [Estimate(float(tau), middle_interval(drawn[:, i, j]) if len(drawn) else None) for j, tau in enumerate(row)]
         for i, row in enumerate(found)
     ]
 

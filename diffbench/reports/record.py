@@ -30,7 +30,7 @@ def embed(page: str, c: Conclusion) -> str:
         "title": c.comparison.title,
         "command": c.comparison.command,
         "primary": c.name,
-        "made": records.surroundings(None, torch.device("cpu")),
+        "made": records.environment(None, torch.device("cpu")),
         "configs": [],
         "data": {},
         "cells": {},

@@ -98,9 +98,9 @@ def run_facts(
             facts["numbers per image"] = f"{record['numbers']:,} for {math.prod(run.facts.shape):,}"
         how = label(record)
         for name, value in values(record).items():
-            metric, real = metric_of(name), floor(record, name)
+            metric, real = metric_of(name), real_score(record, name)
             if metric.shown:
-                of = f" of {n:,}" if (n := other_count(record, name)) else ""
+                of = f" of {n:,}" if (n := real_count(record, name)) else ""
                 extra = "" if real is None or not metric.floor else f" (real {metric.text(real)}{of})"
                 if metric.name == "copies" and (share := copies([record])):
                     extra = f" ({metric.text(share.low)} to {metric.text(share.high)})"
@@ -109,7 +109,7 @@ def run_facts(
     return facts | ({"sampler": ", ".join(dict.fromkeys(samplers))} if samplers else {})
 
 
-def floor(record: dict[str, Any], name: str) -> float | None:
+def real_score(record: dict[str, Any], name: str) -> float | None:
     """Return the score of real images, or a judge's accuracy on held-out ones; None if the record has neither."""
     metric = metric_of(name)
     if "/judge@" in name:
@@ -118,7 +118,7 @@ def floor(record: dict[str, Any], name: str) -> float | None:
     return found if isinstance(found, int | float) else None
 
 
-def other_count(record: dict[str, Any], name: str) -> int | None:
+def real_count(record: dict[str, Any], name: str) -> int | None:
     """Return the number of real images of a floor if it differs from the metric's N, since distances depend on it."""
     metric, found = metric_of(name), record.get("floor") or {}
     if "/judge@" in name or (metric.computed or metric.name) not in found or name.endswith(f"@{found['count']}"):

@@ -170,7 +170,7 @@ def detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) ->
     return float(shift) * sd / n**0.5
 
 
-def luck(differences: Collection[Sequence[float]]) -> float | None:
+def detectable_by_pairs(differences: Collection[Sequence[float]]) -> float | None:
     """Return the true mean difference that pairs with this spread show with 80% power; a smaller one may be luck.
 
     Uses the level of Holm's first step over all pairs, their pooled spread and the smallest number of seeds; None
@@ -203,7 +203,7 @@ def by_image(first: Mapping[int, Array], second: Mapping[int, Array]) -> Array:
     return np.mean([first[s].astype(np.float64) - second[s] for s in shared], axis=0)
 
 
-def middle(values: Sequence[float] | Array) -> tuple[float, float]:
+def middle_interval(values: Sequence[float] | Array) -> tuple[float, float]:
     """Return the interval of the middle 95% of resampled values."""
     low, high = np.quantile(values, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)

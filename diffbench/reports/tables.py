@@ -10,7 +10,7 @@ from diffbench.reports import variance
 from diffbench.reports.conclusions import Conclusion, holds_at
 from diffbench.reports.pairs import PairedTest
 from diffbench.reports.results import Trial, differing, levels_of, network_key
-from diffbench.reports.runs import copies, floor, other_count
+from diffbench.reports.runs import copies, real_count, real_score
 from diffbench.reports.text import Rows, as_text, filled, interval_text, mean_text, number, percent, transposed
 
 WIDEST = 6
@@ -102,8 +102,8 @@ def agreement(c: Conclusion) -> Rows:
 def floors(c: Conclusion) -> dict[str, float]:
     """Return full name of a metric -> the score of the same number of real images."""
     records = [t.record for t in c.trials if t.record]
-    alike = {n: [r for r in records if n in r and not other_count(r, n)] for n in shown(c)}
-    found = {n: next((floor(r, n) for r in alike[n] if floor(r, n) is not None), None) for n in shown(c)}
+    alike = {n: [r for r in records if n in r and not real_count(r, n)] for n in shown(c)}
+    found = {n: next((real_score(r, n) for r in alike[n] if real_score(r, n) is not None), None) for n in shown(c)}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffbench.autoencoders import KLAutoencoder, io, without_spread_
+from diffbench.autoencoders import KLAutoencoder, io, remove_variance_
 from diffbench.config.kinds import AutoencoderConfig
-from diffbench.config.layers import located, parse_overrides, refuse_others
+from diffbench.config.layers import located, parse_overrides, refuse_unknown
 from diffbench.config.load import change
 from diffbench.core.errors import UserError
 from diffbench.data.coding import reconstruct, side_by_side, spread
@@ -82,7 +82,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
     def callbacks(self) -> "list[Any]":
         from diffbench.training.callbacks import ReconstructionGrid, Reconstructions
 
-        t, data = self.config.trainer, self.held_out.evenly(VALIDATED)
+        t, data = self.config.trainer, self.held_out.balanced_subset(VALIDATED)
         return [Reconstructions(data, t.validate_images), ReconstructionGrid(data, t.sample_images)]
 
     def finish(self) -> None:
@@ -94,7 +94,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
         net = self.network
         assert isinstance(net, KLAutoencoder)
         if self.config.loss.kl_weight == 0:
-            without_spread_(net)
+            remove_variance_(net)
         print(f"{self.folder}: measuring the scale of the latents of {len(self.train_set):,} images", flush=True)
         centre, deviation = spread(net, self.train_set.images)
         net.config = dataclasses.replace(net.config, scaling_factor=1 / deviation, shift_factor=centre)
@@ -123,20 +123,20 @@ class AutoencoderRun(Run[AutoencoderConfig]):
             reconstructions and images, and the share of reconstructions that the extractor classifies correctly.
         """
         changes = parse_overrides(overrides)
-        refuse_others(changes, "evaluate.KEY", said="not for evaluate")
+        refuse_unknown(changes, "evaluate.KEY", said="not for evaluate")
         config = change(self.config, changes)
         with located():
             checks.refuse_unused(changes.get("evaluate", {}), ("count", "extractor", "weights"))
             self.check(config)
         device = build.device_of(config.trainer.accelerator)
         net = self.trained.to(device)
-        part = reference.first(self.held_out, "held-out", min(config.evaluate.count, len(self.held_out)))
+        part = reference.choose_first(self.held_out, "held-out", min(config.evaluate.count, len(self.held_out)))
         images, labels = self.held_out.images[part.index], part.labels
         restored, divergence = reconstruct(net, images)
         n, extractor = len(images), self._extractor(config, device)
         c, h, w = net.config.latent_shape(tuple(images.shape[1:]))
         record = {
-            **self.surroundings(extractor),
+            **self.provenance(extractor),
             "reference": {"split": "held-out", "count": n},
             "autoencoder": net.fingerprint,
             "numbers": c * h * w,

@@ -26,7 +26,7 @@ from diffbench.metrics import Extractor
 from diffbench.runs import weights
 from diffbench.runs.build import device_of, load_data
 from diffbench.runs.checks import check_machine
-from diffbench.runs.folder import SAVED, read_values
+from diffbench.runs.folder import CONFIG_FILE, read_values
 from diffbench.training.speed import keep_memory, use_threads
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Run(ABC, Generic[C]):
 
     @cached_property
     def config(self) -> C:
-        return from_dict(self.values, str(self.folder / SAVED))  # type: ignore[return-value]
+        return from_dict(self.values, str(self.folder / CONFIG_FILE))  # type: ignore[return-value]
 
     @cached_property
     def flat(self) -> dict[str, Any]:
@@ -102,11 +102,11 @@ class Run(ABC, Generic[C]):
         records.append(self.folder / "results.jsonl", record)
         vars(self).pop("results", None)
 
-    def surroundings(self, extractor: Extractor | None) -> dict[str, Any]:
+    def provenance(self, extractor: Extractor | None) -> dict[str, Any]:
         """Entries of a record: machine, code version, extractor, weights and data."""
         return {
-            **records.surroundings(extractor, extractor.device if extractor else torch.device("cpu")),
-            "threads": max(torch.get_num_threads(), self.at_once if self.divides else 1),
+            **records.environment(extractor, extractor.device if extractor else torch.device("cpu")),
+            "threads": max(torch.get_num_threads(), self.at_once if self.halves_batches else 1),
             "images_seen": self.images_seen,
             "ema": self.ema,
             "data": self.train_set.fingerprint(),
@@ -213,7 +213,7 @@ class Run(ABC, Generic[C]):
         parts = trainer.processes * trainer.accumulate_grad_batches
         on_cpu = device_of(trainer.accelerator).type == "cpu"
         macs = self.cost.macs * trainer.batch_size / parts if on_cpu else math.inf
-        self.at_once = use_threads(trainer.threads, macs, self.divides)
+        self.at_once = use_threads(trainer.threads, macs, self.halves_batches)
 
     def use_device(self) -> None:
         """Move the network to the config's device and set the threads to use there."""
@@ -221,13 +221,13 @@ class Run(ABC, Generic[C]):
         self.network.to(device_of(self.config.trainer.accelerator))
 
     @property
-    def divides(self) -> bool:
+    def halves_batches(self) -> bool:
         """Whether the halves of a training batch may be computed concurrently."""
         return False
 
     def located(self) -> Any:
         """Context manager that adds the folder's config.yaml to a ValueError that names a key."""
-        return located([(str(self.folder / SAVED), self.values)])
+        return located([(str(self.folder / CONFIG_FILE), self.values)])
 
     @abstractmethod
     def build(self) -> nn.Module:

@@ -93,7 +93,9 @@ def device_of(accelerator: str) -> torch.device:
     """Return the device for networks outside of training: a GPU if there is one, unless the config names another."""
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", distributed.local_rank()) if distributed.place()[1] > 1 else torch.device("cuda")
+    return (
+        torch.device("cuda", distributed.local_rank()) if distributed.rank_and_world()[1] > 1 else torch.device("cuda")
+    )
 
 
 # Latent space.
@@ -156,7 +158,7 @@ def encoded(
             f"encoding {len(data):,} images of {data.name} by autoencoder {config.autoencoder} into {folder}",
             flush=True,
         )
-    rank, world = distributed.place()
+    rank, world = distributed.rank_and_world()
     return encode(
         data,
         autoencoder.to(device),

@@ -26,8 +26,8 @@ from diffbench.training.speed import missing_compiler
 
 def check(config: RunConfig) -> None:
     """Find errors that would otherwise appear only during training; a ValueError names the key."""
-    with possible("denoiser"):  # checked before images are decoded, which may take hours
-        cost_of(config, undecoded(config))
+    with size_errors("denoiser"):  # checked before images are decoded, which may take hours
+        cost_of(config, empty_set(config))
     if config.evaluate.extractor is not None:
         check_named_extractor(config.evaluate.extractor, config.evaluate.weights, config.data.shape)
     train_set, _ = load_data(config)
@@ -38,7 +38,7 @@ def check(config: RunConfig) -> None:
             f"sample.guidance: {config.sample.guidance:g} needs classes, and these images have none; allowed:"
             " sample.guidance=1, sample.weak_model=RUN, or a folder with a sub-folder for each class"
         )
-    with possible("denoiser"):
+    with size_errors("denoiser"):
         cost_of(config, train_set)
     check_output(config, train_set)
     check_own_extractor(config.evaluate.extractor, config.evaluate.weights, train_set)
@@ -74,7 +74,7 @@ def check_machine(trainer: TrainerConfig) -> None:
         ) from None
 
 
-def undecoded(config: BaseConfig) -> ImageSet:
+def empty_set(config: BaseConfig) -> ImageSet:
     """Return an empty set with the data set's shape, without decoding its images."""
     return ImageSet(torch.empty(0, *config.data.shape, dtype=torch.uint8), torch.empty(0), 2)
 
@@ -141,7 +141,7 @@ def check_evaluation(config: RunConfig, train_set: ImageSet) -> None:
 
 
 @contextlib.contextmanager
-def possible(section: str) -> Iterator[None]:
+def size_errors(section: str) -> Iterator[None]:
     """Context manager that turns errors of impossible network sizes into a ValueError that begins with the section."""
     with located(key=section):
         try:
@@ -152,7 +152,7 @@ def possible(section: str) -> Iterator[None]:
 
 def check_device(trainer: TrainerConfig) -> None:
     """Raise ValueError, naming the key, if the machine or the launcher lacks the devices that `trainer` asks for."""
-    accelerator, (_, world) = trainer.accelerator, distributed.place()
+    accelerator, (_, world) = trainer.accelerator, distributed.rank_and_world()
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator: this machine has no CUDA gpu; choose from auto, cpu")
     available = torch.cuda.device_count() if device_of(accelerator).type == "cuda" else trainer.devices

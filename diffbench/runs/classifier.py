@@ -9,7 +9,7 @@ from torch import nn
 from diffbench.config.kinds import ClassifierRunConfig, RunConfig
 from diffbench.config.layers import located
 from diffbench.core.errors import UserError
-from diffbench.data.places import some
+from diffbench.data.places import first_few
 from diffbench.denoisers.classifier import NoisyClassifier
 from diffbench.denoisers.flops import Cost, count
 from diffbench.diffusion import Process
@@ -44,12 +44,12 @@ class ClassifierRun(Run[ClassifierRunConfig]):
     @classmethod
     def check(cls, config: ClassifierRunConfig) -> None:
         super().check(config)
-        with checks.possible("classifier"):
-            _cost(config, checks.undecoded(config))
+        with checks.size_errors("classifier"):
+            _cost(config, checks.empty_set(config))
         train_set, _ = build.load_data(config)
         if train_set.num_classes < 2:
             raise ValueError(f"data.name: {config.data.name} has no classes to distinguish")
-        with checks.possible("classifier"):
+        with checks.size_errors("classifier"):
             _cost(config, train_set)
 
     def module(self) -> "ClassifierModule":
@@ -62,7 +62,7 @@ class ClassifierRun(Run[ClassifierRunConfig]):
         from diffbench.training.callbacks import Accuracy
 
         c = self.config
-        held_out = self.held_out.evenly(c.validation.count)
+        held_out = self.held_out.balanced_subset(c.validation.count)
         return [Accuracy(held_out, c.trainer.validate_images, c.validation.log_snr)]
 
 
@@ -77,7 +77,9 @@ def check_judge(config: RunConfig, shape: tuple[int, int, int], names: Sequence[
         if judge.shape != shape:
             raise UserError(f"{judge.folder} classifies images {judge.shape}, not {shape}")
         if names is not None and judge.facts.names != names:
-            raise UserError(f"{judge.folder} has the classes {some(judge.facts.names, 10)}, not {some(names, 10)}")
+            raise UserError(
+                f"{judge.folder} has the classes {first_few(judge.facts.names, 10)}, not {first_few(names, 10)}"
+            )
 
 
 def _network(config: ClassifierRunConfig, data: build.Shaped) -> NoisyClassifier:

@@ -107,7 +107,7 @@ class DenoiserRun(Run[RunConfig]):
     def check(cls, config: RunConfig) -> None:
         super().check(config)
         if config.sample.weak_model is not None or config.sample.classifier is not None:
-            guidance_models(config.sample, config, build.denoised_shape(config, checks.undecoded(config)))
+            guidance_models(config.sample, config, build.denoised_shape(config, checks.empty_set(config)))
         check_judge(config, config.data.shape)
         checks.check(config)
         if config.evaluate.judge is not None:
@@ -150,17 +150,17 @@ class DenoiserRun(Run[RunConfig]):
             time_sampling=t.time_sampling,
             augment=t.augment,
         )
-        module.in_halves = self.divides and self.at_once > 1
+        module.in_halves = self.halves_batches and self.at_once > 1
         return module
 
     @property
-    def divides(self) -> bool:
+    def halves_batches(self) -> bool:
         """Whether the halves of a training batch may be computed concurrently.
 
         That takes one process and a network of this package (others may have state), without dropout, not compiled.
         """
         c, t = self.config, self.config.trainer
-        own = c.denoiser.name in registry.DENOISERS and not registry.draws(c.denoiser)
+        own = c.denoiser.name in registry.DENOISERS and not registry.is_stochastic(c.denoiser)
         return own and t.processes == 1 and t.strategy != "fsdp" and t.compile in ("auto", "none")
 
     def compile(self, flops: float) -> None:
@@ -174,7 +174,7 @@ class DenoiserRun(Run[RunConfig]):
     @cached_property
     def sets(self) -> tuple[ImageSet | LatentSet, ImageSet | LatentSet]:
         """Training and validation data: images, or their latents, which are encoded first if not cached."""
-        held_out = self.held_out.evenly(self.config.validation.count)
+        held_out = self.held_out.balanced_subset(self.config.validation.count)
         if self.autoencoder is None:
             return self.train_set, held_out
         c, net, device = self.config, self.autoencoder, build.device_of(self.config.trainer.accelerator)
@@ -293,8 +293,8 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
     with located(key="sample.classifier"):
         if settings.classifier is not None and settings.classifier_scale:
             run = open_run(settings.classifier, [ClassifierRun]).use_average()
-            noising = build.build_process(config.process).noising()
-            if (run.shape, run.process.noising()) != (shape, noising):
+            noising = build.build_process(config.process).noising_key()
+            if (run.shape, run.process.noising_key()) != (shape, noising):
                 raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
             classifier = run.network
     return GuidanceModels(weak_model, classifier)

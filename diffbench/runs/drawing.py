@@ -17,7 +17,7 @@ from diffbench.evaluation.samples import SIZE, Samples
 from diffbench.evaluation.scorer import PATIENCE
 from diffbench.metrics.extractors.base import state_hash
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.runs.ranks import in_ranks
+from diffbench.runs.ranks import run_ranks
 from diffbench.sampling.cost import network_evaluations, sampling_seconds
 
 
@@ -29,7 +29,7 @@ def samples_of(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> Sample
         "guidance_models": [state_hash(n) for n in (models.weak_model, models.classifier) if n is not None],
         "autoencoder": None if run.autoencoder is None else run.autoencoder.fingerprint,
         "process": dataclasses.asdict(config.process),
-        "sample": how.numbers(),
+        "sample": how.sampling_keys(),
         "seed": config.seed_of("sample"),
         "labels": sample_labels(run.train_set, config.evaluate.count).bincount(minlength=1).tolist(),
         "count": config.evaluate.count,
@@ -63,7 +63,7 @@ def draw(
     processes = min(run.config.trainer.devices, torch.cuda.device_count() or run.config.trainer.devices)
     wanted = {"ema": run.ema, "snapshot": run.snapshot, "seed": seed, "count": samples.count}
     wanted |= {"sample": dataclasses.asdict(how)}
-    if left > SIZE and in_ranks(processes, "draw", str(run.folder), json.dumps(wanted)):
+    if left > SIZE and run_ranks(processes, "draw", str(run.folder), json.dumps(wanted)):
         left = samples.count - samples.present()
     if left:
         run.compile(run.cost.sampling_flops(evaluations * left) / world)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_others
+from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_unknown
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core.errors import UserError
@@ -22,7 +22,7 @@ from diffbench.evaluation import scorer as scorers
 from diffbench.evaluation.images import refuse_to_overwrite
 from diffbench.evaluation.samples import Samples
 from diffbench.evaluation.scorer import Scorer
-from diffbench.evaluation.validation_error import classified, level_means
+from diffbench.evaluation.validation_error import accuracy_sums, level_means
 from diffbench.metrics import Extractor
 from diffbench.metrics.extractors.base import state_hash
 from diffbench.metrics.frechet import frechet_distance
@@ -53,7 +53,7 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
         A record for each set of samples, already appended to the run's results.jsonl.
     """
     changes = parse_overrides(overrides)
-    refuse_others(changes, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export", said="not for evaluate")
+    refuse_unknown(changes, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export", said="not for evaluate")
     ema, snapshot = changes.pop("ema", None), changes.pop("snapshot", "last")
     export = changes.pop("export", None)
     if "seed" in changes:
@@ -123,13 +123,13 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
         return False  # written by an earlier version, which did not store what was asked for
     images = config.trainer.max_steps * config.trainer.batch_size
     scored = (record["images_seen"], record["ema"], record["snapshot"])
-    wanted = config.sample.numbers() | {"seed": config.seed_of("sample")}
+    wanted = config.sample.sampling_keys() | {"seed": config.seed_of("sample")}
     sampled = {k: v for k, v in record["sample"].items() if k not in ("batch_size", "seconds")}
     e, names = config.evaluate, list(records.values(record))
     counted = any(name.endswith(f"@{e.count}") for name in names)
     asked = _by(record["extractor"], e.extractor) and record["extractor"]["file"] == e.weights
     asked &= not e.infinity or any("infinity" in name for name in names)
-    asked &= records.of_all(record, e.count) == (e.reference == "all")
+    asked &= records.compares_with_all(record, e.count) == (e.reference == "all")
     asked &= e.judge is None or (record.get("judge") or {}).get("run") == e.judge
     return scored == (images, ema, snapshot) and sampled == wanted and counted and asked
 
@@ -168,16 +168,16 @@ def _record(
     values = scorer.scores(scorers.numbered(samples.images().split(references.BATCH), labels))
     if scorer.copies is not None:
         _draw_nearest(samples, labels, scorer.copies, run.train_set, run.facts.names)
-    surroundings = run.surroundings(scorer.measurement.extractor)
+    surroundings = run.provenance(scorer.measurement.extractor)
     surroundings["extractor"] |= {"asked": config.evaluate.extractor, "file": config.evaluate.weights}
     found = {
         **surroundings,
         "snapshot": run.snapshot,
         "guidance": how.guidance,
-        "sample": how.numbers()
+        "sample": how.sampling_keys()
         | {"batch_size": how.batch_size, "seed": config.seed_of("sample"), "seconds": drawn.pop("seconds")},
         "drawing": drawn | {"folder": str(samples.folder.relative_to(run.folder))},
-        "labels": references.spread_in_words(run.train_set, labels),
+        "labels": references.describe_class_spread(run.train_set, labels),
         "precision": str(next(run.network.parameters()).dtype).removeprefix("torch."),
         **scorer.facts(),
         "scoring_seconds": time.perf_counter() - started,
@@ -197,7 +197,9 @@ def _record(
 def departures(run: DenoiserRun, config: RunConfig, how: SampleConfig) -> dict[str, Any]:
     """Return the keys and values by which sampling and scoring depart from the run's own config."""
     own, usual = run.config, run.config.sample if how.guided else run.config.sample.unguided()
-    found = {f"sample.{key}": (getattr(how, key), getattr(usual, key)) for key in how.numbers() | usual.numbers()}
+    found = {
+        f"sample.{key}": (getattr(how, key), getattr(usual, key)) for key in how.sampling_keys() | usual.sampling_keys()
+    }
     found |= {
         "evaluate.reference": (config.evaluate.reference, own.evaluate.reference),
         "seed": (config.seed_of("sample"), own.seed_of("sample")),
@@ -229,7 +231,7 @@ def _restored(run: DenoiserRun, count: int, extractor: Extractor) -> dict[str, A
     autoencoder = run.autoencoder.to(extractor.device)
     name = metric_name("reconstruction_fd", extractor, count)
     before, after = [], []
-    for batch in references.first(run.train_set, "train", count).batches():
+    for batch in references.choose_first(run.train_set, "train", count).batches():
         before.append(extractor(batch).pooled)
         after.append(extractor(reconstruct(autoencoder, batch)[0]).pooled)
     distance = frechet_distance(torch.cat(after), torch.cat(before))
@@ -261,7 +263,7 @@ def _judged(run: DenoiserRun, folder: str | None, samples: Samples, labels: Tens
     network, level = judge.network.to(device_of(run.config.trainer.accelerator)), judge.config.validation.log_snr[-1:]
     drawn = replace(run.held_out, images=samples.images(), labels=labels)
     share, real = (
-        level_means(level, classified(network, judge.process, images, level))[level[0]]
+        level_means(level, accuracy_sums(network, judge.process, images, level))[level[0]]
         for images in (drawn, run.held_out)
     )
     print(f"judge {folder}: accuracy {share:.1%} on samples, {real:.1%} on held-out images")

@@ -100,7 +100,7 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
     values = scorer.scores(scorers.numbered(images.batches(references.BATCH), images.labels))
     formats = images.formats()
     record = {
-        **records.surroundings(extractor, extractor.device),
+        **records.environment(extractor, extractor.device),
         "images": {"path": str(what), "sha256": images.identity(), "count": len(images), "formats": formats},
         **scorer.facts(),
         "compression": compression_note(formats, scorer.reference.get("formats", {})),
@@ -230,7 +230,11 @@ def build_reference(what: Path, overrides: Sequence[str]) -> str:
         with located([(COMMAND_LINE if overrides else str(what), {})]):
             check_evaluation(replace(run.config, evaluate=settings), train)
         extractor = make_extractor(settings, train.shape, run)
-        part = references.everything(train, "train") if everything else references.first(train, "train", settings.count)
+        part = (
+            references.choose_all(train, "train")
+            if everything
+            else references.choose_first(train, "train", settings.count)
+        )
         reference, key = references.statistics_of(extractor, part)
         count, batches = len(part), part.batches
     else:

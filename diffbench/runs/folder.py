@@ -55,7 +55,7 @@ def is_free(key: str) -> bool:
 LONGEST_TAG = 100
 PLANTED = "data.planted."
 """Prefix of planted classes, whose names may contain any character."""
-SAVED = "config.yaml"
+CONFIG_FILE = "config.yaml"
 """File in the run folder with the resolved config."""
 
 
@@ -152,7 +152,7 @@ def check_same(folder: Path, config: BaseConfig) -> bool:
     Raises:
         UserError: if it holds other files, or a run that differs in more than free keys; names the keys.
     """
-    saved = folder / SAVED
+    saved = folder / CONFIG_FILE
     if not saved.exists():
         others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if others:
@@ -214,7 +214,7 @@ def update_config(folder: Path, config: BaseConfig, complete: bool = False) -> N
     elif before.trainer.max_images != now.trainer.max_images:
         print(f"trainer.max_images: {before.trainer.max_images:,} before, {now.trainer.max_images:,} now")
     if now != before:
-        write_text(folder / SAVED, to_yaml(now))
+        write_text(folder / CONFIG_FILE, to_yaml(now))
 
 
 def read_config(folder: Path) -> BaseConfig:
@@ -236,10 +236,12 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 
 def _config_file(folder: Path) -> Path:
-    saved = folder / SAVED
+    saved = folder / CONFIG_FILE
     if not saved.is_file():
-        near = sorted(str(p.parent) for p in (*folder.parent.glob(f"*/{SAVED}"), *folder.glob(f"*/{SAVED}")))
+        near = sorted(
+            str(p.parent) for p in (*folder.parent.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"*/{CONFIG_FILE}"))
+        )
         choices = f"; choose from {', '.join(near)}" if near else "; train one first"
-        raise UserError(f"{folder}: no run here ({SAVED} is missing){choices}")
+        raise UserError(f"{folder}: no run here ({CONFIG_FILE} is missing){choices}")
     refuse_links(folder)
     return saved

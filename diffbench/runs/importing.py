@@ -24,7 +24,7 @@ from diffbench.config.load import from_layers, to_yaml
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import sha256, write_text
 from diffbench.denoisers import from_reference
-from diffbench.denoisers.foreign import described
+from diffbench.denoisers.custom import described
 from diffbench.denoisers.pretrained.checkpoint import weight_sets
 from diffbench.denoisers.pretrained.convert import RECIPES, describe, infer
 from diffbench.denoisers.pretrained.recipe import Blueprint

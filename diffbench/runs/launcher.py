@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from diffbench.core.errors import UserError, check_least, suggest
+from diffbench.core.errors import UserError, check_at_least, suggest
 
 
 @dataclass
@@ -38,8 +38,8 @@ class LauncherConfig:
     """Other parameters of submitit, passed through."""
 
     def __post_init__(self) -> None:
-        check_least(self, "launcher", max_num_timeout=0, cpus_per_task=1)
-        check_least(self, "launcher", nodes=1, ntasks_per_node=1, signal_delay_s=1)
+        check_at_least(self, "launcher", max_num_timeout=0, cpus_per_task=1)
+        check_at_least(self, "launcher", nodes=1, ntasks_per_node=1, signal_delay_s=1)
         if self.signal_delay_s >= 60 * self.minutes:
             raise ValueError(
                 f"launcher.signal_delay_s: {self.signal_delay_s} seconds must be less than launcher.time={self.time}"

@@ -27,7 +27,7 @@ from diffbench.runs.base import Run, open_run
 from diffbench.runs.classifier import ClassifierRun
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.folder import (
-    SAVED,
+    CONFIG_FILE,
     check_place,
     check_resumable,
     check_same,
@@ -39,7 +39,7 @@ from diffbench.runs.folder import (
     set_aside,
     update_config,
 )
-from diffbench.runs.ranks import in_ranks
+from diffbench.runs.ranks import run_ranks
 
 C = TypeVar("C", bound=BaseConfig)
 
@@ -60,7 +60,7 @@ def load(folder: str | Path, ema: float | None = None) -> DenoiserRun:
     return open_run(folder, [DenoiserRun]).use_average(ema)
 
 
-def look(folder: str | Path) -> Run[Any]:
+def open_any(folder: str | Path) -> Run[Any]:
     """Open the run in a folder, of any kind, without building its network."""
     return open_run(folder, list(KINDS.values()))
 
@@ -76,7 +76,7 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
             )
         DenoiserRun.check(config)
     run = DenoiserRun(folder_for(Path(path), overrides, config), with_autoencoder(config))
-    in_ranks(config.trainer.processes, "encode", str(path), *overrides)
+    run_ranks(config.trainer.processes, "encode", str(path), *overrides)
     for part in run.sets:
         assert isinstance(part, LatentSet)
         numbers, size = part.mean[0].numel(), part.nbytes / 2**20
@@ -112,7 +112,7 @@ def train_in(
         curves: file of reference curves for this run, which is copied into the folder.
     """
     kind = KINDS[config.kind]
-    if restart and (folder / SAVED).exists() and distributed.place()[1] > 1:
+    if restart and (folder / CONFIG_FILE).exists() and distributed.rank_and_world()[1] > 1:
         raise UserError(f"{COMMAND_LINE}: restart: not possible with several processes; move {folder} away")
     with located(stack):  # find as many errors as possible before making the folder or importing Lightning
         check_place(folder)
@@ -124,11 +124,11 @@ def train_in(
         start = kind.start(config) if fresh else None
     config = with_autoencoder(config)
     refuse_links(folder)
-    if distributed.place()[0] > 0:  # everything below is done by the first process alone
+    if distributed.rank_and_world()[0] > 0:  # everything below is done by the first process alone
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             fit(kind(folder, config), True, start)
         raise SystemExit(0)
-    if restart and (folder / SAVED).exists():
+    if restart and (folder / CONFIG_FILE).exists():
         with locked(folder):
             print(f"restart: the earlier run is now {set_aside(folder)}")
     with locked(folder) as lock:
@@ -156,7 +156,7 @@ def branch(trunk: Path, folder: Path, config: BaseConfig) -> None:
     before = read_config(trunk)
     if isinstance(before, RunConfig) and isinstance(config, RunConfig):  # a run folder replaced the experiment there
         config = dataclasses.replace(config, autoencoder=before.autoencoder)
-    write_text(staged / SAVED, to_yaml(config))
+    write_text(staged / CONFIG_FILE, to_yaml(config))
     os.replace(staged, folder)
 
 
@@ -170,15 +170,15 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
         start: weights to start from, or None.
         lock: open lock file of the folder, inherited by the training processes.
     """
-    from diffbench.training.checkpoint import newest, owed, step_of
+    from diffbench.training.checkpoint import newest, pending, step_of
     from diffbench.training.logger import check_log
 
-    settings, first = run.config.trainer, distributed.place()[0] == 0
+    settings, first = run.config.trainer, distributed.rank_and_world()[0] == 0
     sweep(run.folder)
     checkpoint = newest(run.folder / "checkpoints") if existed else None
     done = step_of(checkpoint) if checkpoint else 0
     images = done * settings.batch_size
-    if checkpoint and (done > settings.max_steps or (done == settings.max_steps and not owed(checkpoint))):
+    if checkpoint and (done > settings.max_steps or (done == settings.max_steps and not pending(checkpoint))):
         print(f"{run.folder}: complete at {images:,} images")
         if first and not run.complete:  # killed between the last checkpoint and the export
             weights.export_from(checkpoint, run.folder, run.network, images)
@@ -200,7 +200,7 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
         print(f"sizes (height x width): {sizes}")
     print(f"{run.folder}: {state}, {cost}, {settings.precision}")
     arguments = [str(run.folder), *([str(checkpoint)] if checkpoint else [])]
-    if not in_ranks(settings.processes, "train", *arguments, keep=[] if lock is None else [lock]):
+    if not run_ranks(settings.processes, "train", *arguments, keep=[] if lock is None else [lock]):
         train_here(run, checkpoint, start)
 
 
@@ -226,7 +226,7 @@ def with_autoencoder(config: C) -> C:
         return config
     folder, wanted, arguments = _autoencoder(config)
     if autoencoder_missing(config):
-        if distributed.place()[1] > 1:
+        if distributed.rank_and_world()[1] > 1:
             raise UserError(f"autoencoder: {arguments[0]} is not trained yet; train it before starting these processes")
         print(f"{folder}: training the autoencoder first (autoencoder={arguments[0]})", flush=True)
         train(arguments[0], arguments[1:])

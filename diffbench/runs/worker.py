@@ -10,7 +10,7 @@ from pathlib import Path
 from diffbench.config.load import change
 from diffbench.config.sections import SampleConfig
 from diffbench.core import distributed
-from diffbench.core.distributed import EXIT_LOST, end_with_parent
+from diffbench.core.distributed import EXIT_LOST_RANK, end_with_parent
 from diffbench.core.errors import LostError, report
 from diffbench.runs import drawing
 from diffbench.runs.build import device_of
@@ -35,7 +35,7 @@ def draw(folder: str, settings: str) -> None:
     config = change(run.config, {"seeds": {"sample": request["seed"]}, "evaluate": {"count": request["count"]}})
     run.network.to(device_of(config.trainer.accelerator))
     how = SampleConfig(**request["sample"])
-    drawing.draw(run, how, drawing.samples_of(run, config, how), request["seed"], *distributed.place())
+    drawing.draw(run, how, drawing.samples_of(run, config, how), request["seed"], *distributed.rank_and_world())
 
 
 def main(job: str, *arguments: str) -> int:
@@ -48,9 +48,11 @@ def main(job: str, *arguments: str) -> int:
         else:
             draw(*arguments)
     except LostError as e:
-        if distributed.place()[0]:  # rank 0 stays silent: its line would appear before the error of the lost rank
+        if distributed.rank_and_world()[
+            0
+        ]:  # rank 0 stays silent: its line would appear before the error of the lost rank
             print(f"error: {e}", file=sys.stderr)
-        return EXIT_LOST
+        return EXIT_LOST_RANK
     except KeyboardInterrupt:  # before training handles signals
         return 130
     except Exception as e:

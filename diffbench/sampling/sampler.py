@@ -84,7 +84,7 @@ class Sampler:
             UserError: if the network's output is not finite, naming call and noise level; or if an adaptive sampler
                 does not reach the end.
         """
-        config = config.settled(self.process.name, pixels=self.decode is None and not self.raw)
+        config = config.with_defaults(self.process.name, pixels=self.decode is None and not self.raw)
         parameter = next(self.denoiser.parameters())
         device = parameter.device
         predict, models = predictor(self.process, self._network(config, device)), self.guidance_models.to(device)
@@ -194,7 +194,7 @@ def run_sampler(
     predict: Predict, noise: Noise, process: Process, config: SampleConfig, callback: Callback | None = None
 ) -> Tensor:
     """Turn noise into samples (B, C, H, W) with the config's sampler; `noise(-1)` is the starting noise."""
-    c, p, x = config.settled(process.name), cast(Any, process), noise(-1)
+    c, p, x = config.with_defaults(process.name), cast(Any, process), noise(-1)
     options: dict[str, Any] = {}
     match c.sampler:
         case "ddpm":

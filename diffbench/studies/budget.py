@@ -13,7 +13,7 @@ from diffbench.core.distributed import threads_each
 from diffbench.core.files import digest, write_text
 from diffbench.runs.build import device_of
 from diffbench.runs.denoiser import DenoiserRun
-from diffbench.studies.plan import TrainingVariant, evaluated
+from diffbench.studies.plan import TrainingVariant, evaluation_config
 
 WARM, LEAST_STEPS, LEAST_SECONDS = 3, 10, 2.0
 FORWARDS = 3
@@ -62,7 +62,7 @@ class Probe:
             torch.set_num_threads(before)
         forwards = float(FORWARDS * variant.trained_images)
         for changes in variant.evaluations.values():
-            varied = evaluated(c, changes, "study")
+            varied = evaluation_config(c, changes, "study")
             drawn = varied.evaluate.count * max(1, len(variant.rungs)) * variant.samplings
             forwards += drawn * network_evaluations(run.process, varied.sample) / (run.at_once if self.jobs == 1 else 1)
         return forwards * self._forward[name]

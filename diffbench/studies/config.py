@@ -19,7 +19,7 @@ AVERAGE = "average"
 EVALUATED = ("sample", "evaluate", AVERAGE)
 """Sections that do not change the weights: axes over them reuse the trained runs."""
 SAMPLE_SEED = "seeds.sample"
-APART = 1_000_000
+SAMPLE_SEED_STRIDE = 1_000_000
 """Distance between the sampling seeds of one network; `seeds` are below it, so no two networks share one."""
 BUDGETS = ("images", "flops", "seconds")
 """Keys of `stop`, exactly one of which is set."""
@@ -160,12 +160,14 @@ class StudyConfig:
         if self.stop.cooldown is not None or len(self.stop.rungs) > 1:
             ends["optimizer.decay_images"] = "the learning rate of a ladder is constant, or decays over stop.cooldown"
         given = [self.set, *(v.trained for v in variants(self)), self.tune.grid if self.tune else {}]
-        if duplicate := next((key for keys in given for key in flatten(nested(keys)) if key in ends), None):
+        if duplicate := next((key for keys in given for key in flatten(nest_keys(keys)) if key in ends), None):
             raise ValueError(f"{duplicate}: not allowed in set, axes or tune.grid; {ends[duplicate]}")
         if self.samplings < 1:
             raise ValueError(f"samplings: must be at least 1, got {self.samplings}")
-        if self.samplings > 1 and max(self.seeds) >= APART:
-            raise ValueError(f"seeds: must be below {APART:,} with samplings={self.samplings}, got {max(self.seeds)}")
+        if self.samplings > 1 and max(self.seeds) >= SAMPLE_SEED_STRIDE:
+            raise ValueError(
+                f"seeds: must be below {SAMPLE_SEED_STRIDE:,} with samplings={self.samplings}, got {max(self.seeds)}"
+            )
         if self.samplings > 1 and any(SAMPLE_SEED in flatten(v.sampled) for v in variants(self)):
             raise ValueError(f"axes: {SAMPLE_SEED} conflicts with samplings={self.samplings}; set only one of them")
         if metric_of(self.primary).direction is None:
@@ -242,7 +244,7 @@ def variants(study: StudyConfig) -> list[Variant]:
 
 def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
     if isinstance(given, list) and given:
-        return [(named(axis, value), nested({axis: value})) for value in given]
+        return [(key_label(axis, value), nest_keys({axis: value})) for value in given]
     if not isinstance(given, dict) or not given:
         raise ValueError(f"axes.{axis}: must be a list of values or a section of variants, got {shown(given)}")
     for label, keys in given.items():
@@ -250,7 +252,7 @@ def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
             raise ValueError(f"axes.{axis}.{label}: must be a section of keys, or empty, got {shown(keys)}")
         if not re.fullmatch(r"[\w.+:()=/ -]{1,60}", str(label)):
             raise ValueError(f"axes.{axis}: {label!r} is not a name; allowed: up to 60 letters, digits and ._+:()=/- ")
-    return [(str(label), nested(keys or {})) for label, keys in given.items()]
+    return [(str(label), nest_keys(keys or {})) for label, keys in given.items()]
 
 
 def file_name(name: str) -> str:
@@ -258,13 +260,13 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.+=,-]+", "_", name)
 
 
-def named(key: str, value: Any) -> str:
+def key_label(key: str, value: Any) -> str:
     """Format a key and its value for the name of a variant: "lr=0.001"."""
     listed = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return f"{key.rsplit('.', 1)[-1]}={f'{value:g}' if isinstance(value, float) else listed}"
 
 
-def nested(keys: dict[str, Any]) -> dict[str, Any]:
+def nest_keys(keys: dict[str, Any]) -> dict[str, Any]:
     """Nest dotted keys: both {"a.b": 1} and {"a": {"b": 1}} become {"a": {"b": 1}}.
 
     Raises:
@@ -272,7 +274,7 @@ def nested(keys: dict[str, Any]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for key, value in keys.items():
-        inner = nested(value) if isinstance(value, dict) else value
+        inner = nest_keys(value) if isinstance(value, dict) else value
         for part in reversed(str(key).split(".")):
             inner = {part: inner}
         if twice := flatten(tree).keys() & flatten(inner).keys():
@@ -296,9 +298,9 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
                 # A budget replaces that of the base, even if it is of another unit.
                 merged["stop"] = {key: value for key, value in base.items() if key not in BUDGETS}
             if isinstance(values.get("set"), dict):
-                values = values | {"set": nested(values["set"])}
+                values = values | {"set": nest_keys(values["set"])}
             if isinstance(tune := values.get("tune"), dict) and isinstance(tune.get("grid"), dict):
-                values = values | {"tune": tune | {"grid": flatten(nested(tune["grid"]))}}
+                values = values | {"tune": tune | {"grid": flatten(nest_keys(tune["grid"]))}}
             merged = merge(merged, values)
         if merged.get("kind") != "study":
             raise ValueError(f"kind: must be study, got {shown(merged.get('kind'))}")

@@ -13,7 +13,7 @@ from diffbench.data.sets import ImageSet
 from diffbench.denoisers import registry
 from diffbench.denoisers.flops import parameters
 from diffbench.runs import build
-from diffbench.studies.config import nested
+from diffbench.studies.config import nest_keys
 
 LARGEST = 32
 """Largest factor by which a width or depth may grow."""
@@ -27,7 +27,7 @@ def size_of(config: RunConfig, data: ImageSet, by: Literal["parameters", "gmacs"
         return float(parameters(build.build_denoiser(config, data)))
 
 
-def sized(
+def match_size(
     config: RunConfig,
     data: ImageSet,
     by: Literal["parameters", "gmacs"],
@@ -58,7 +58,7 @@ def sized(
     for numbers, passed in ((range(guess, 0, -1), operator.le), (range(guess + 1, most + 1), operator.ge)):
         for n in numbers:
             with contextlib.suppress(UserError, ValueError, RuntimeError, ArithmeticError):  # rejected by the network
-                candidate = change(config, nested({f"denoiser.{key}": _scaled(given, n)}))
+                candidate = change(config, nest_keys({f"denoiser.{key}": _scaled(given, n)}))
                 fits.append((size_of(candidate, data, by), candidate))
                 if passed(fits[-1][0], target):
                     break

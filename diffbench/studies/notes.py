@@ -9,7 +9,7 @@ from diffbench.core.progress import span
 from diffbench.reports.text import as_text
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import AVERAGE, StudyConfig, is_sampled
-from diffbench.studies.plan import TrainingVariant, evaluated
+from diffbench.studies.plan import TrainingVariant, evaluation_config
 from diffbench.studies.tuning import Tuning
 
 
@@ -123,7 +123,7 @@ def equal_by_construction(found: Sequence[TrainingVariant]) -> list[str]:
             average = changes.get(AVERAGE, c.ema.decays[0])
             # The cap only rises: averages that it still limits at the last update have had equal decays throughout.
             last = c.ema.decay_at(c.trainer.max_steps - 1, average)
-            values = to_dict(evaluated(c, changes, "study")) | {"ema": last, "average": last}
+            values = to_dict(evaluation_config(c, changes, "study")) | {"ema": last, "average": last}
             groups.setdefault(json.dumps(values, sort_keys=True), []).append(name)
     return [
         f"{', '.join(names)}: the same by construction (one config, or averages whose decays a warm-up caps alike)"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffbench.config.kinds import RunConfig
-from diffbench.config.layers import experiments, merge, places
+from diffbench.config.layers import experiments, merge, search_folders
 from diffbench.config.load import change, flatten, from_layers, read_layers, to_dict
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest
@@ -22,10 +22,10 @@ from diffbench.studies.config import (
     Variant,
     file_name,
     is_sampled,
-    nested,
+    nest_keys,
     variants,
 )
-from diffbench.studies.matching import size_of, size_text, sized
+from diffbench.studies.matching import match_size, size_of, size_text
 
 Rate = Callable[[RunConfig], float]
 """Function that measures the images per second at which a config trains on this machine."""
@@ -154,22 +154,22 @@ def training_variant(
         axis = study.tune.axis
         chosen = {key: v for key, v in tuned.get(first.at[axis], {}).items() if not is_sampled(key)}
         how = {v.name: {k: x for k, x in tuned.get(v.at[axis], {}).items() if is_sampled(k)} for v in same}
-        same = [replace(v, sampled=merge(nested(how[v.name]), v.sampled)) for v in same]
+        same = [replace(v, sampled=merge(nest_keys(how[v.name]), v.sampled)) for v in same]
     config = config_of(study, path, first, chosen)
     if study.samplings > 1 and config.seeds.sample is not None:
         raise UserError(f"{path}: {SAMPLE_SEED} conflicts with samplings={study.samplings}; set only one of them")
     data, _ = build.load_data(config)
     over, settled = None, ""
     if target is not None and match.by != "none":
-        config = sized(config, data, match.by, target, match.change)
+        config = match_size(config, data, match.by, target, match.change)
         over, settled = size_of(config, data, match.by) / target - 1, size_text(config, match.change)
     cost = build.cost_of(config, data)
     one = {"images": 1.0, "flops": 1 / cost.training_flops(1), "seconds": 0.0}[study.stop.unit] or rate(config)
     lengths = [max(1, round(rung * one)) for rung in study.stop.rungs]
-    changes = merge(nested(study.set), {k: v for k, v in first.trained.items() if k != EXPERIMENT})
-    config = stopped(config, lengths, merge(changes, nested(chosen)))
+    changes = merge(nest_keys(study.set), {k: v for k, v in first.trained.items() if k != EXPERIMENT})
+    config = with_length(config, lengths, merge(changes, nest_keys(chosen)))
     if len(lengths) == 1 and study.stop.cooldown is not None:
-        config = cooled(config, study.stop.cooldown)
+        config = with_cooldown(config, study.stop.cooldown)
     batch = config.trainer.batch_size
     rungs = [
         (max(1, round(n / batch)) * batch, study.stop.text(r)) for n, r in zip(lengths, study.stop.rungs, strict=True)
@@ -179,7 +179,7 @@ def training_variant(
         images = ", ".join(f"{n:,}" for n, _ in rungs)
         raise UserError(f"{path}: stop.{study.stop.unit}: gives {images} images for {name}; set budgets farther apart")
     for variant in same:
-        evaluated(config, variant.sampled, str(path))  # raises for configs that cannot be sampled
+        evaluation_config(config, variant.sampled, str(path))  # raises for configs that cannot be sampled
     return TrainingVariant(
         name,
         experiment_of(study, first),
@@ -212,15 +212,15 @@ def config_of(study: StudyConfig, path: Path, variant: Variant, chosen: dict[str
     """Return the config of a variant with the keys that tuning chose, before matching, with the first seed."""
     experiment = experiment_of(study, variant)
     if not experiment.exists():
-        looked = "" if experiment.is_absolute() else f"; looked in {', '.join(map(str, places(path)))}"
+        looked = "" if experiment.is_absolute() else f"; looked in {', '.join(map(str, search_folders(path)))}"
         raise UserError(
             f"{path}: experiment: {experiment}: no such file{looked}{suggest(str(experiment), experiments())}"
         )
     layers = [*read_layers(experiment), (str(path), {"runs_dir": study.runs_dir})]
     # Axes are a separate layer, so that changing a name drops the sizes set in the layers below.
-    layers += [(str(path), nested(study.set))]
+    layers += [(str(path), nest_keys(study.set))]
     layers += [(f"{path}: {variant.name}", {k: v for k, v in variant.trained.items() if k != EXPERIMENT})]
-    config = from_layers([*layers, (f"{path}: tune", nested(chosen)), (str(path), {"seed": study.seeds[0]})])
+    config = from_layers([*layers, (f"{path}: tune", nest_keys(chosen)), (str(path), {"seed": study.seeds[0]})])
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: experiment: {experiment} is not a denoiser experiment; choose one that is")
     return config
@@ -237,7 +237,7 @@ def target_size(study: StudyConfig, path: Path) -> float | None:
     return size_of(config, build.load_data(config)[0], study.match.by)
 
 
-def stopped(config: RunConfig, lengths: Sequence[int], given: dict[str, Any], share: float = 1.0) -> RunConfig:
+def with_length(config: RunConfig, lengths: Sequence[int], given: dict[str, Any], share: float = 1.0) -> RunConfig:
     """Return the config with its length set to the last of `lengths`, and its schedule and cadence scaled to it.
 
     Keys in `given` are kept, except that a given schedule is scaled by `share`. With several lengths the learning rate
@@ -266,7 +266,7 @@ def stopped(config: RunConfig, lengths: Sequence[int], given: dict[str, Any], sh
     )
 
 
-def cooled(config: RunConfig, share: float) -> RunConfig:
+def with_cooldown(config: RunConfig, share: float) -> RunConfig:
     """Return the config with a learning rate that decays over the last share of its images, rounded to whole steps; the
     warm-up ends before."""
     t, o = config.trainer, config.optimizer
@@ -275,7 +275,7 @@ def cooled(config: RunConfig, share: float) -> RunConfig:
     return replace(config, optimizer=replace(o, decay_images=[begin, end], warmup_images=min(o.warmup_images, begin)))
 
 
-def evaluated(config: RunConfig, changes: dict[str, Any], origin: str) -> RunConfig:
+def evaluation_config(config: RunConfig, changes: dict[str, Any], origin: str) -> RunConfig:
     """Return the config with which a variant is sampled and evaluated.
 
     Raises:

@@ -30,7 +30,7 @@ from diffbench.runs.slurm import sized, submit, summary
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig, file_name, load_study
 from diffbench.studies.notes import notes_of, plan_text
-from diffbench.studies.plan import TrainingVariant, evaluated, planned_trials, training_variants
+from diffbench.studies.plan import TrainingVariant, evaluation_config, planned_trials, training_variants
 from diffbench.studies.trials import FOLDER, TrialFile
 from diffbench.studies.tuning import tuning_so_far
 
@@ -146,7 +146,7 @@ def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfi
         with located([(f"{path}: {variant.name}", to_dict(variant.config))]):
             DenoiserRun.check(variant.config)
             for changes in variant.evaluations.values():
-                check_evaluation(evaluated(variant.config, changes, str(path)), load_data(variant.config)[0])
+                check_evaluation(evaluation_config(variant.config, changes, str(path)), load_data(variant.config)[0])
     for key in ("nodes", "ntasks_per_node"):
         if (getattr(launcher, key) or 1) > 1:
             raise UserError(

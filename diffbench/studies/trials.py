@@ -16,17 +16,17 @@ from diffbench.config.load import flatten, from_dict, to_dict
 from diffbench.core.errors import UserError
 from diffbench.core.files import locked, write_text
 from diffbench.denoisers import registry
-from diffbench.evaluation.records import of_all, values
+from diffbench.evaluation.records import compares_with_all, values
 from diffbench.evaluation.validation_error import bound_metrics, denoising_error, validation_sets
 from diffbench.metrics import EXTRACTORS
 from diffbench.reports.image_errors import IMAGE_ERRORS, save_image_errors
 from diffbench.reports.results import Status, Trial, TriedPoint, full_name
 from diffbench.runs.base import Run
 from diffbench.runs.evaluate import evaluate_as, scores_as
-from diffbench.runs.folder import SAVED
-from diffbench.runs.lifecycle import branch, look, train_in
-from diffbench.studies.config import APART, AVERAGE
-from diffbench.studies.plan import TrainingVariant, cooled, evaluated
+from diffbench.runs.folder import CONFIG_FILE
+from diffbench.runs.lifecycle import branch, open_any, train_in
+from diffbench.studies.config import AVERAGE, SAMPLE_SEED_STRIDE
+from diffbench.studies.plan import TrainingVariant, evaluation_config, with_cooldown
 
 KIND = "trial"
 """The `kind` in a trial file."""
@@ -36,7 +36,7 @@ FOLDER = "trials"
 
 def run_of(folder: Path) -> Run[Any] | None:
     """Return the run in a folder; None if none has started."""
-    return look(folder) if (folder / SAVED).is_file() else None
+    return open_any(folder) if (folder / CONFIG_FILE).is_file() else None
 
 
 def is_trained(folder: Path) -> bool:
@@ -71,7 +71,7 @@ def recipe_of(run: Run[Any], record: Mapping[str, Any] | None, variant: str) -> 
     if record is not None:
         own, extractor = run.values.get("evaluate") or {}, record["extractor"]["name"]
         count = next(int(name.rpartition("@")[2]) for name in values(record))
-        changes["evaluate"] = {"count": count, "reference": "all" if of_all(record, count) else "same"}
+        changes["evaluate"] = {"count": count, "reference": "all" if compares_with_all(record, count) else "same"}
         requested = record["extractor"].get("asked", extractor if extractor in EXTRACTORS else None)
         if requested is not None and requested != own.get("extractor"):
             changes["evaluate"]["extractor"] = requested
@@ -138,17 +138,17 @@ class TrialFile:
         images = [n for n, _ in self.values["rungs"]] or [self.config.trainer.max_images]
         found = [replace(self.config, trainer=replace(self.config.trainer, max_images=n)) for n in images]
         share = self.values.get("cooldown")
-        return found if share is None else [cooled(config, share) for config in found]
+        return found if share is None else [with_cooldown(config, share) for config in found]
 
     def folder_of(self, config: RunConfig) -> Path:
         """Return the folder of the run that is scored at a rung: the trial's own run, or the rung's cooldown branch."""
         branch = self.folder.with_name(f"{self.folder.name}-to-{config.trainer.max_images}")
         return self.folder if self.values.get("cooldown") is None else branch
 
-    def ways(self, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def sampling_changes(self, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the changes for each sampling of a variant: the variant's own, plus a new seed from the second on."""
         first = self.config.seed_of("sample")
-        more = [{"seeds": {"sample": first + k * APART}} for k in range(1, self.values["samplings"])]
+        more = [{"seeds": {"sample": first + k * SAMPLE_SEED_STRIDE}} for k in range(1, self.values["samplings"])]
         return [dict(changes), *({**changes, **seeds} for seeds in more)]
 
     @property
@@ -210,8 +210,8 @@ class TrialFile:
                     found |= bound_metrics(part, denoising_error(run.network, run.process, data, levels))
                 return found
 
-            for way in self.ways(changes):
-                evaluate_as(run, evaluated(config, way, str(self.path)), errors if AVERAGE in changes else dict)
+            for way in self.sampling_changes(changes):
+                evaluate_as(run, evaluation_config(config, way, str(self.path)), errors if AVERAGE in changes else dict)
             print(f"{variant}: scored in {time.perf_counter() - started:.1f} s", flush=True)
 
     def trials(self) -> list[Trial]:
@@ -224,7 +224,10 @@ class TrialFile:
             if at and run and run.images_seen > at:
                 why = why or f"trained past {at:,} images before this way of sampling was asked for"
             for variant, changes in self.values["evaluations"].items():
-                answers = [next((r for r in records if self._matches(r, config, w)), None) for w in self.ways(changes)]
+                answers = [
+                    next((r for r in records if self._matches(r, config, w)), None)
+                    for w in self.sampling_changes(changes)
+                ]
                 scored = [r for r in answers if r is not None]
                 done = len(scored) == len(answers)
                 status: Status = "complete" if done else "failed" if why else "unfinished" if run else "not begun"
@@ -244,7 +247,7 @@ class TrialFile:
 
     def _matches(self, record: Mapping[str, Any], config: RunConfig, changes: Mapping[str, Any]) -> bool:
         """Return whether a record is the evaluation that a variant requires, of a run of this length."""
-        wanted = evaluated(config, dict(changes), str(self.path))
+        wanted = evaluation_config(config, dict(changes), str(self.path))
         return scores_as(record, wanted, changes.get(AVERAGE, self.config.ema.decays[0]))
 
     def points(self, primary: str) -> list[TriedPoint]:

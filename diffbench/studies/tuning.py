@@ -14,16 +14,16 @@ from diffbench.config.layers import merge
 from diffbench.config.load import flatten, to_dict
 from diffbench.core.errors import UserError
 from diffbench.reports.results import TriedPoint, best_of
-from diffbench.studies.config import StudyConfig, Variant, is_sampled, named, nested, variants
+from diffbench.studies.config import StudyConfig, Variant, is_sampled, key_label, nest_keys, variants
 from diffbench.studies.plan import (
     Rate,
     TrainingVariant,
     Tuned,
     config_of,
-    cooled,
-    stopped,
     target_size,
     training_variant,
+    with_cooldown,
+    with_length,
 )
 from diffbench.studies.trials import TrialFile, is_trained
 
@@ -83,7 +83,7 @@ def tuning_so_far(study: StudyConfig, path: Path, rate: Rate, folder: Path) -> T
     def scores(grid: Grid) -> list[Measured]:
         found = []
         for tuned in [trial for trial, point in runs if best.get(trial.label) is point]:
-            ways = {_named(values): merge(own[tuned.label], nested(values)) for values in _combinations(grid)}
+            ways = {_named(values): merge(own[tuned.label], nest_keys(values)) for values in _combinations(grid)}
             trial = replace(tuned, evaluations=ways)
             for point in TrialFile.of(folder, trial).points(study.primary)[1:]:
                 found.append((trial, replace(point, values={key: point.values[key] for key in grid})))
@@ -143,7 +143,7 @@ def _combinations(grid: Grid) -> list[dict[str, Any]]:
 
 
 def _named(values: Mapping[str, Any]) -> str:
-    return ", ".join(named(key, value) for key, value in values.items())
+    return ", ".join(key_label(key, value) for key, value in values.items())
 
 
 def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> list[TrainingVariant]:
@@ -156,10 +156,10 @@ def _training_trials(study: StudyConfig, path: Path, rate: Rate, grid: Grid) -> 
     for (label, variant), tried in itertools.product(first.items(), _combinations(grid)):
         found = training_variant(study, path, [variant], {label: tried}, target, rate)
         images = round(tune.share * found.config.trainer.max_images)
-        given = merge(merge(nested(study.set), variant.trained), nested(tried))
-        config = replace(stopped(found.config, [images], given, tune.share), seed=tune.seed)
+        given = merge(merge(nest_keys(study.set), variant.trained), nest_keys(tried))
+        config = replace(with_length(found.config, [images], given, tune.share), seed=tune.seed)
         if study.stop.cooldown is not None:
-            config = cooled(config, study.stop.cooldown)
+            config = with_cooldown(config, study.stop.cooldown)
         name = f"tuning {label} {_named(tried)}".strip()
         found = replace(found, name=name, config=config, tuning=tried, label=label)
         made.append(replace(found, evaluations={}, rungs=[], cooldown=None, samplings=1))

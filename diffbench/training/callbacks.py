@@ -174,7 +174,7 @@ class Accuracy(EveryNImages):
 
     def act(self, trainer: L.Trainer, module: Any) -> None:
         sums = self.stop.interruptible(
-            lambda: errors.classified(module.network, module.process, self.data, self.log_snr, check=self.stop.check)
+            lambda: errors.accuracy_sums(module.network, module.process, self.data, self.log_snr, check=self.stop.check)
         )
         self.record(trainer, module, errors.accuracy_metrics(errors.level_means(self.log_snr, sums)))
 

@@ -98,7 +98,7 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def owed(path: Path) -> list[str]:
+def pending(path: Path) -> list[str]:
     """Return the evaluations that a signal interrupted at a checkpoint's step; a resumed run does them first."""
     state: dict[str, Any] = read_state(path, "meta").get("callbacks", {})
     return list(state.get("StopOnSignal", {}).get("owed", []))
@@ -128,7 +128,7 @@ class SaveState(Ordered):
         trainer.should_stop = self.stop.agreed
 
     def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
-        step, stopping = trainer.global_step, self.stop.asked(trainer.global_step)
+        step, stopping = trainer.global_step, self.stop.should_stop_at(trainer.global_step)
         if stopping or step == trainer.max_steps or module.is_due(self.every):
             with self.clock.paused():
                 self.save(trainer)

@@ -10,7 +10,7 @@ from diffbench.config.sections import SampleConfig, ValidationConfig
 from diffbench.core import distributed, rng
 from diffbench.data.batches import unpack
 from diffbench.denoisers.base import Denoiser
-from diffbench.denoisers.foreign import Foreign
+from diffbench.denoisers.custom import CustomDenoiser
 from diffbench.denoisers.registry import as_values, from_values
 from diffbench.diffusion import PROCESSES, LossAware, Process, stratified
 from diffbench.diffusion.guidance import null_labels
@@ -18,7 +18,7 @@ from diffbench.evaluation.validation_error import batch_errors, bound_metrics
 from diffbench.sampling.sampler import Sampler
 from diffbench.training.augment import augment
 from diffbench.training.halves import loss_in_halves
-from diffbench.training.module import OptimizerLike, SchedulerLike, TrainingModule, named
+from diffbench.training.module import OptimizerLike, SchedulerLike, TrainingModule, to_plain
 from diffbench.training.recorded import Recorded
 
 
@@ -78,7 +78,7 @@ class DiffusionModule(TrainingModule):
         net = from_values(network) if isinstance(network, dict) else network
         super().__init__(net, optimizer, lr_scheduler, lr, seed)
         self.process = _process(process)
-        for part in net.modules() if isinstance(net, Denoiser) and not isinstance(net, Foreign) else ():
+        for part in net.modules() if isinstance(net, Denoiser) and not isinstance(net, CustomDenoiser) else ():
             if isinstance(label := getattr(part, "augment", None), nn.Module):
                 label.requires_grad_(augment > 0)  # DDP would wait for the gradient of an unused layer
         if null_label is None and getattr(net, "null_class", False):
@@ -108,8 +108,8 @@ class DiffusionModule(TrainingModule):
             {
                 "network": as_values(net) or type(net).__qualname__,
                 "process": _described(self.process),
-                "optimizer": named(self.optimizer),
-                "lr_scheduler": named(lr_scheduler),
+                "optimizer": to_plain(self.optimizer),
+                "lr_scheduler": to_plain(lr_scheduler),
                 "lr": lr,
                 "seed": seed,
                 "label_dropout": label_dropout,
@@ -117,7 +117,7 @@ class DiffusionModule(TrainingModule):
                 "time_sampling": time_sampling,
                 "augment": augment,
                 "log_snr": self.log_snr,
-                "sample": named(self.sample),
+                "sample": to_plain(self.sample),
             }
         )
 
@@ -246,4 +246,4 @@ def _described(process: Process) -> dict[str, Any] | str:
     entry = PROCESSES.get(getattr(process, "name", ""))
     if entry is None or type(process) is not entry.build:
         return type(process).__qualname__
-    return {"name": process.name, **named(process.config)}
+    return {"name": process.name, **to_plain(process.config)}

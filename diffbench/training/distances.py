@@ -129,7 +129,7 @@ class FrechetDistance(EveryNImages):
             return
         found = {name: metric_of(name) for name in values}
         name = next(n for n, metric in found.items() if self.best_by in (metric.name, metric.computed))
-        measured = {"metric": name, "sample": self.settings.numbers()}
+        measured = {"metric": name, "sample": self.settings.sampling_keys()}
         if self.best and any(self.best.get(key) != value for key, value in measured.items()):
             before = f"the best weights, at {self.best['images']:,} images, were selected with other settings"
             (self.logger.say if self.logger else print)(f"note: {before}: selecting again by {name}")

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from diffbench.config.sections import OptimizerConfig
 from diffbench.core import distributed, rng
-from diffbench.data.batches import unpack, unscaled
+from diffbench.data.batches import range_error, unpack
 from diffbench.data.datamodule import PositionDataModule
 from diffbench.training.fsdp import full_tensor, match_strides, shard
 from diffbench.training.nan_guard import Outcome, decide, scaler_of
@@ -138,7 +138,7 @@ class TrainingModule(L.LightningModule):
 
     def check(self, x0: Tensor | None, label: Tensor | None) -> None:
         """Warn if images are not scaled to [-1, 1]; raise ValueError if a label is out of the network's range."""
-        if x0 is not None and (wrong := unscaled(x0)):
+        if x0 is not None and (wrong := range_error(x0)):
             rank_zero_warn(wrong)
         classes = getattr(self.network, "num_classes", 0)
         if classes and label is not None and not label.is_floating_point():
@@ -216,7 +216,7 @@ class TrainingModule(L.LightningModule):
         self.images_seen = checkpoint["images_seen"]
 
 
-def named(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Return a setting as a checkpoint stores it: plain values unchanged, a dataclass as a dictionary, else a name."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
@@ -236,7 +236,7 @@ def lr_factor(settings: OptimizerConfig, images: int) -> float:
     return rise * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def decayed_early(settings: OptimizerConfig, images: int, most: int) -> str | None:
+def decay_warning(settings: OptimizerConfig, images: int, most: int) -> str | None:
     """Return a warning if a run that continues from `images` to `most` outlasts its learning-rate decay, or None."""
     s, end = settings, settings.decay[1] if settings.decay else most
     if most <= end or images >= most:

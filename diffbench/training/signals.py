@@ -54,7 +54,7 @@ class StopOnSignal(Ordered):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
-            if time.monotonic() - self._received_at < distributed.AGAIN:
+            if time.monotonic() - self._received_at < distributed.SIGNAL_DEBOUNCE_S:
                 return
             self._restore_handlers()
             self._print("stopped without saving the state")
@@ -93,7 +93,7 @@ class StopOnSignal(Ordered):
         """Whether all ranks know that a signal was received."""
         return self.number is not None and (self._agreed or distributed.world_size() == 1)
 
-    def asked(self, step: int) -> bool:
+    def should_stop_at(self, step: int) -> bool:
         """Return whether to stop after this step; the same on all ranks."""
         if distributed.world_size() > 1 and not self._agreed:
             if step < self._next_check:

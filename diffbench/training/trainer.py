@@ -27,7 +27,7 @@ from diffbench.training.diffusion import DiffusionModule
 from diffbench.training.ema import EMA
 from diffbench.training.fsdp import restore
 from diffbench.training.logger import RunLogger
-from diffbench.training.module import TrainingModule, decayed_early
+from diffbench.training.module import TrainingModule, decay_warning
 from diffbench.training.nan_guard import NonFiniteGuard
 from diffbench.training.signals import StopOnSignal
 from diffbench.training.speed import float32_products
@@ -71,7 +71,7 @@ def fit(
     stop = StopOnSignal(folder, settings.max_steps)
     save_state = SaveState(folder / "checkpoints", settings.checkpoint_images, log.clock, stop)
     seen = step_of(checkpoint) * settings.batch_size if checkpoint else 0
-    if warning := decayed_early(module.optimizer, seen, settings.max_images):
+    if warning := decay_warning(module.optimizer, seen, settings.max_images):
         print(warning)
     at_end = checkpoint is not None and step_of(checkpoint) == settings.max_steps  # only evaluations remain
     with warnings.catch_warnings(), float32_products(settings.tf32):
@@ -140,7 +140,7 @@ class _Sharded(ModelParallelStrategy):
 
 
 def _environment() -> ClusterEnvironment:
-    """Return the launcher of the ranks, as `distributed.place` sees it. Requeueing is off: SIGTERM saves the state."""
-    if distributed.by_srun():
+    """Return what started the ranks, following `rank_and_world`. Nothing is requeued: SIGTERM saves the state."""
+    if distributed.started_by_srun():
         return SLURMEnvironment(auto_requeue=False)
     return TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()

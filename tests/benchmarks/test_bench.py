@@ -59,7 +59,7 @@ def test_every_part_gives_positive_numbers(made: dict[str, Any]) -> None:
 
 def test_steps_of_a_network_and_its_variants(made: dict[str, Any]) -> None:
     rows = [row for row in made["rows"] if row["part"] == "models"]
-    by_mkl = ["linear by MKL"] if networks.mkl_holds_back() else []
+    by_mkl = ["linear by MKL"] if networks.mkl_is_slow() else []
     names = ["default", "no channels-last", "bf16", *by_mkl, "attention math"]
     assert [(row["variant"], row["work"]) for row in rows] == [
         (name, work) for name in names for work in ("forward", "train", "sample")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from diffbench.config.documents import dump
-from diffbench.config.layers import found_from, places, read_yaml
+from diffbench.config.layers import read_yaml, resolve_path, search_folders
 from diffbench.config.load import load, to_yaml
 from diffbench.core.errors import UserError
 from diffbench.studies.config import load_study, variants
@@ -52,15 +52,15 @@ def test_paths_are_looked_up_beside_the_file_then_in_its_repository(elsewhere: P
     (repository / "data").mkdir()
     shutil.copy(DIT.parent / "_base.yaml", repository)
     file = repository / "studies/a.yaml"
-    assert places(file) == [file.parent, repository, Path.cwd(), ROOT]
-    assert found_from("data", file) == str(repository / "data")
+    assert search_folders(file) == [file.parent, repository, Path.cwd(), ROOT]
+    assert resolve_path("data", file) == str(repository / "data")
     (file.parent / "data").mkdir()
-    assert found_from("data", file) == str(file.parent / "data")
-    assert found_from("../data", file) == str(repository / "data")
-    assert found_from("some/name", file) == "some/name"
+    assert resolve_path("data", file) == str(file.parent / "data")
+    assert resolve_path("../data", file) == str(repository / "data")
+    assert resolve_path("some/name", file) == "some/name"
     Path("data").mkdir()
-    assert found_from("data", Path("b.yaml")) == "data"
-    assert found_from(str(elsewhere), file) == str(elsewhere)
+    assert resolve_path("data", Path("b.yaml")) == "data"
+    assert resolve_path(str(elsewhere), file) == str(elsewhere)
 
 
 def test_keys_that_hold_paths(elsewhere: Path) -> None:

@@ -253,9 +253,9 @@ def test_records_and_locks_are_no_links(tmp_path: Path) -> None:
 
 
 def test_a_run_from_elsewhere_does_not_say_where_reports_go(smoke_run: Path, tmp_path: Path) -> None:
-    from diffbench.runs.lifecycle import look
+    from diffbench.runs.lifecycle import open_any
 
-    here = look(smoke_run)
+    here = open_any(smoke_run)
     here.values["runs_dir"] = str(smoke_run.parent.parent)
     assert report_folder(None, [here]).is_relative_to(smoke_run.parent.parent / "reports")
     for elsewhere in (str(tmp_path.parent), "../../..", "/etc"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffbench.autoencoders import KLAutoencoder, KLConfig, kl, sample, without_spread_
+from diffbench.autoencoders import KLAutoencoder, KLConfig, kl, remove_variance_, sample
 from diffbench.config.kinds import LossConfig, NetworkConfig
 from diffbench.config.sections import OptimizerConfig
 from diffbench.core import rng
@@ -64,7 +64,7 @@ def test_a_plain_autoencoder_decodes_the_mean_and_ends_without_spread() -> None:
     restored, _, _ = plain.network(given["x0"])
     assert plain.training_step(given, 0).item() == pytest.approx((restored - given["x0"]).square().mean().item())
     mean, _ = plain.network.encode(given["x0"])
-    without_spread_(plain.network)
+    remove_variance_(plain.network)
     after, log_variance = plain.network.encode(given["x0"])
     assert torch.equal(after, mean) and set(log_variance.flatten().tolist()) == {-30.0}
 

@@ -9,7 +9,7 @@ from own_images import squares
 from diffbench.core import rng
 from diffbench.core.pixels import from_uint8
 from diffbench.data.datamodule import ImageDataModule
-from diffbench.data.sets import ImageSet, rows
+from diffbench.data.sets import ImageSet, take_rows
 
 
 def batches(seed: int = 0, count: int = 13, **options: bool) -> dict[str, torch.Tensor]:
@@ -59,15 +59,15 @@ def test_images_without_classes_are_labelled_zero() -> None:
 def test_rows_are_copies() -> None:
     index = torch.tensor([3, 1, 3])
     for array in (squares().images, squares().labels, torch.randn(5, 2).half()):
-        got = rows(array, index)
+        got = take_rows(array, index)
         assert torch.equal(got, array[index]) and got.dtype == array.dtype
         got.zero_()
-        assert torch.equal(rows(array, index), array[index]) and array[index].any()
+        assert torch.equal(take_rows(array, index), array[index]) and array[index].any()
 
 
 def test_a_spread_part_has_all_classes_alike() -> None:
     data = squares(50, classes=5)
-    part = data.evenly(20)
+    part = data.balanced_subset(20)
     assert part.labels.bincount().tolist() == [4] * 5
     assert isinstance(part, ImageSet) and part.digest is None and part.name == "squares"
-    assert data.evenly(50) is data
+    assert data.balanced_subset(50) is data

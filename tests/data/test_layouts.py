@@ -12,7 +12,7 @@ from own_images import folder, load, numbers, pixels, png, table
 
 from diffbench.data.facts import DataFacts
 from diffbench.data.sets import ImageSet, describe
-from diffbench.data.splits import by_number, hold_out
+from diffbench.data.splits import hold_out, natural_order
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +118,8 @@ def test_folders_of_one_split_are_parts_of_it_or_refused(tmp_path: Path) -> None
     assert [len(part) for part in load(root)] == [7, 2]
     root = folder(tmp_path / "b", {"freight-train": 10, "steam-train": 10})
     assert refusal(root) == (
-        f"data.path: {root}: freight-train, steam-train all look like split train; make one folder of them, or, where"
-        " they are classes, rename them without that word"
+        f"data.path: {root}: freight-train, steam-train all look like split train; merge them into one folder, or"
+        " rename them without that word if they are classes"
     )
     assert len(load(root, labels=False)[0]) == 18
 
@@ -160,8 +160,8 @@ def test_numbered_classes_sort_by_number(tmp_path: Path) -> None:
     assert train.class_names == tuple(str(i) for i in range(12))
     for number, label in zip(numbers(train), train.labels.tolist(), strict=True):
         assert number // 2 == label  # images 0 and 1 are of class 0, and so on
-    assert by_number(["1", "01", "001"]) == by_number(["001", "1", "01"]) == ["001", "01", "1"]
-    assert by_number(["c10", "c9", "b", "10", "9", "1"]) == ["1", "9", "10", "b", "c9", "c10"]
+    assert natural_order(["1", "01", "001"]) == natural_order(["001", "1", "01"]) == ["001", "01", "1"]
+    assert natural_order(["c10", "c9", "b", "10", "9", "1"]) == ["1", "9", "10", "b", "c9", "c10"]
 
 
 def test_names_of_classes_come_from_the_tables_features(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffbench.config.load import load
 from diffbench.core import rng
 from diffbench.core.errors import UserError
-from diffbench.data.shapes import ABILITIES, CLASSES, ShapesConfig, corner_colours, draw, holds, objects, shapes
+from diffbench.data.shapes import ABILITIES, CLASSES, ShapesConfig, corner_colours, draw, objects, shapes, solves_task
 from diffbench.metrics.base import Rule
 from diffbench.metrics.classification import SolvedTasks
 
@@ -35,7 +35,7 @@ def compressed(images: Tensor, quality: int) -> Tensor:
 @SIZES
 def test_every_image_solves_its_task(size: int) -> None:
     images, labels = drawn(size)
-    assert holds(images, labels).all()
+    assert solves_task(images, labels).all()
 
 
 @SIZES
@@ -43,8 +43,8 @@ def test_the_rules_bear_noise_and_compression(size: int) -> None:
     images, labels = drawn(size)
     noise = 20 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     noisy = (images + noise).clamp(0, 255).to(torch.uint8)
-    assert holds(noisy, labels).double().mean() >= 0.999
-    assert holds(compressed(images, 75), labels).double().mean() >= 0.999
+    assert solves_task(noisy, labels).double().mean() >= 0.999
+    assert solves_task(compressed(images, 75), labels).double().mean() >= 0.999
 
 
 def test_a_task_is_not_solved_by_images_of_another_ability() -> None:
@@ -54,11 +54,11 @@ def test_a_task_is_not_solved_by_images_of_another_ability() -> None:
         wanted = torch.tensor([i for i, a in enumerate(ABILITIES) if a == ability])
         others = torch.tensor([ABILITIES[label] != ability for label in labels])
         guesses = wanted[torch.arange(int(others.sum())) % len(wanted)]
-        assert holds(images[others], guesses).double().mean() <= most
+        assert solves_task(images[others], guesses).double().mean() <= most
     swapped = {0: 1, 1: 2, 2: 0, 3: 4, 4: 3, 5: 6, 6: 5, 7: 8, 8: 9, 9: 7}
     wrong = torch.tensor([swapped[int(label)] for label in labels])
-    assert holds(images, wrong).double().mean() < 0.005
-    assert not holds(torch.zeros(10, 3, 16, 16, dtype=torch.uint8), torch.arange(10)).any()
+    assert solves_task(images, wrong).double().mean() < 0.005
+    assert not solves_task(torch.zeros(10, 3, 16, 16, dtype=torch.uint8), torch.arange(10)).any()
 
 
 def test_one_patch_breaks_a_symmetry() -> None:
@@ -66,7 +66,7 @@ def test_one_patch_breaks_a_symmetry() -> None:
     mirrored = (labels == 3) | (labels == 4)
     broken = images[mirrored].clone()
     broken[:, :, 2:6, 0:4] = 255 - broken[:, :, 2:6, 0:4]
-    assert holds(broken, labels[mirrored]).double().mean() < 0.02
+    assert solves_task(broken, labels[mirrored]).double().mean() < 0.02
 
 
 def test_factors_are_read_back() -> None:
@@ -84,9 +84,9 @@ def test_corners_of_two_colours_or_a_third_corner_break_an_agreement() -> None:
     corners = (labels == 5) | (labels == 6)
     other = images[corners].clone()
     other[:, :, 8:] = other[:, :, 8:].roll(1, dims=1)  # yellow -> cyan -> magenta in the lower half
-    assert not holds(other, labels[corners]).any()
+    assert not solves_task(other, labels[corners]).any()
     third = torch.maximum(images[corners], images[corners].flip(3))
-    assert not holds(third, labels[corners]).any()
+    assert not solves_task(third, labels[corners]).any()
 
 
 def test_images_follow_from_the_seed_and_their_number() -> None:
@@ -103,7 +103,7 @@ def test_images_follow_from_the_seed_and_their_number() -> None:
 def test_solved_tasks_are_counted_by_ability() -> None:
     images, labels = drawn(16, 100)
     images[labels == 7] = 0
-    metric = SolvedTasks(Rule(holds, ABILITIES), 100)
+    metric = SolvedTasks(Rule(solves_task, ABILITIES), 100)
     for part in torch.arange(100).split(33):
         metric.update(images[part], labels[part])
     assert {k: float(v) for k, v in metric.compute().items()} == pytest.approx(

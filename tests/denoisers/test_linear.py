@@ -13,7 +13,7 @@ from test_resume import CASES, TINY, assert_equal
 from torch import Tensor, nn
 
 from diffbench.denoisers import linear
-from diffbench.denoisers.linear import Linear, mkl_holds_back
+from diffbench.denoisers.linear import Linear, mkl_is_slow
 from diffbench.runs.lifecycle import train
 
 DIT = "experiments/digits/dit.yaml"
@@ -137,9 +137,9 @@ def test_whom_mkl_holds_back(
     monkeypatch.setattr(linear, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert mkl_holds_back() is held
+    assert mkl_is_slow() is held
     monkeypatch.setattr(linear, "CPUINFO", tmp_path / "none")
-    assert not mkl_holds_back()
+    assert not mkl_is_slow()
 
 
 def test_a_run_ends_with_the_same_weights_and_goes_on_bit_for_bit(

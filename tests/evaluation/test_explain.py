@@ -10,7 +10,7 @@ from torch import nn
 from diffbench.config.sections import SampleConfig
 from diffbench.data.facts import DataFacts
 from diffbench.diffusion import Flow, FlowConfig
-from diffbench.evaluation.explain import Element, ExplainConfig, Explanation, drawn, explain, planted_scores
+from diffbench.evaluation.explain import Element, ExplainConfig, Explanation, draw_images, explain, planted_scores
 from diffbench.sampling.sampler import Sampler
 
 FACTS = DataFacts("made", (CHANNELS, SIZE, SIZE), CLASSES, ("ant", "bee", "cat", "dog", "elk"), 100, "")
@@ -61,7 +61,7 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_network() -> None:
 def test_images_are_of_the_class_its_reconstruction_and_that_without_each_element() -> None:
     sampler = sampler_of("dit")
     found = explain(sampler, HOW, FACTS, 4, replace(QUICK, steps=100))
-    images = drawn(found, sampler, HOW, 0)
+    images = draw_images(found, sampler, HOW, 0)
     assert list(images) == ["elk", "reconstruction", "without bee", "without cat"]
     moved = [float((x.float() - images["elk"].float()).square().mean()) for x in images.values()]
     assert moved[0] == 0 and moved[1] < moved[3] < moved[2]

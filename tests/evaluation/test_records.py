@@ -86,7 +86,7 @@ def test_a_torn_last_line_is_passed_over_and_then_dropped(
 
 def test_surroundings_name_code_machine_and_extractor() -> None:
     judge = plain("net", torch.nn.Flatten(), (1, 2, 2))
-    told = records.surroundings(judge, torch.device("cpu"))
+    told = records.environment(judge, torch.device("cpu"))
     assert told["extractor"] == {"name": "net", "weights": judge.weights, "licence": "not stated"}
     assert told["versions"]["diffbench"] == __version__ and told["versions"]["torch"] == torch.__version__
     assert {"numpy", "lightning", "torchmetrics", "python"} <= told["versions"].keys()

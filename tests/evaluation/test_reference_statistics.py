@@ -48,7 +48,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_statistics_are_those_of_the_features(judge: Extractor, cache: Path) -> None:
-    part = references.first(TRAIN, "train", 300)
+    part = references.choose_first(TRAIN, "train", 300)
     found, key = references.statistics_of(judge, part, keep=7)
     features = judge(TRAIN.images[balanced(TRAIN.labels, 300)]).pooled
     want = gaussian(features)
@@ -72,7 +72,7 @@ def test_statistics_are_those_of_the_features(judge: Extractor, cache: Path) -> 
 
 
 def test_they_are_made_once(judge: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = references.first(TRAIN, "train", 100)
+    part = references.choose_first(TRAIN, "train", 100)
     first, key = references.statistics_of(judge, part)
     monkeypatch.setattr("diffbench.evaluation.reference.reference_statistics", None)
     again, same = references.statistics_of(judge, part)
@@ -89,7 +89,7 @@ def test_two_commands_at_once_make_them_once(judge: Extractor, monkeypatch: pyte
 
     def command() -> None:
         together.wait()
-        found.append(references.statistics_of(judge, references.first(TRAIN, "train", 50))[1])
+        found.append(references.statistics_of(judge, references.choose_first(TRAIN, "train", 50))[1])
 
     monkeypatch.setattr("diffbench.evaluation.reference.reference_statistics", slow)
     found: list[str] = []
@@ -102,7 +102,7 @@ def test_two_commands_at_once_make_them_once(judge: Extractor, monkeypatch: pyte
 
 
 def test_the_key_holds_all_that_the_numbers_depend_on(judge: Extractor) -> None:
-    part = references.first(TRAIN, "train", 100)
+    part = references.choose_first(TRAIN, "train", 100)
     other_weights = plain("flat", Flat(), (1, 8, 8))
     nn.init.zeros_(other_weights.network.linear.bias)  # type: ignore[arg-type]
     other_weights = plain("flat", other_weights.network, (1, 8, 8))
@@ -110,43 +110,48 @@ def test_the_key_holds_all_that_the_numbers_depend_on(judge: Extractor) -> None:
     fewer_pixels.images[0, 0, 0, 0] = 99
     keys = {
         "as it is": references.statistics_of(judge, part)[1],
-        "count": references.statistics_of(judge, references.first(TRAIN, "train", 90))[1],
-        "selection": references.statistics_of(judge, references.others(part))[1],
-        "split": references.statistics_of(judge, references.first(HELD_OUT, "held-out", 100))[1],
-        "one pixel": references.statistics_of(judge, references.first(fewer_pixels, "train", 100))[1],
+        "count": references.statistics_of(judge, references.choose_first(TRAIN, "train", 90))[1],
+        "selection": references.statistics_of(judge, references.choose_others(part))[1],
+        "split": references.statistics_of(judge, references.choose_first(HELD_OUT, "held-out", 100))[1],
+        "one pixel": references.statistics_of(judge, references.choose_first(fewer_pixels, "train", 100))[1],
         "rows": references.statistics_of(judge, part, keep=10)[1],
         "weights": references.statistics_of(other_weights, part)[1],
         "resize": references.statistics_of(plain("flat-aa64", Flat(), (1, 8, 8)), part)[1],
-        "all": references.statistics_of(judge, references.everything(TRAIN, "train"))[1],
+        "all": references.statistics_of(judge, references.choose_all(TRAIN, "train"))[1],
     }
     assert len(set(keys.values())) == len(keys)
 
 
 def test_classes_that_are_left_out_are_told_from_all_classes() -> None:
-    half, all_ten = (references.chosen(TRAIN, "train", torch.tensor(counts)) for counts in ([2] * 5, [1] * 10))
+    half, all_ten = (
+        references.choose_per_class(TRAIN, "train", torch.tensor(counts)) for counts in ([2] * 5, [1] * 10)
+    )
     assert half.which == "the first 10, of the classes 2, 2, 2, 2, 2, 0, 0, 0, 0, 0"
     assert all_ten.which == "the first 10, evenly over the classes"
 
 
 def test_the_version_of_the_code_is_in_the_key(judge: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = references.first(TRAIN, "train", 100)
+    part = references.choose_first(TRAIN, "train", 100)
     before = references.statistics_of(judge, part)[1]
     monkeypatch.setattr("diffbench.evaluation.reference.VERSION", 2)
     assert references.statistics_of(judge, part)[1] != before
 
 
 def test_parts_do_not_overlap() -> None:
-    mine, rest = references.first(TRAIN, "train", 500), references.others(references.first(TRAIN, "train", 500))
+    mine, rest = (
+        references.choose_first(TRAIN, "train", 500),
+        references.choose_others(references.choose_first(TRAIN, "train", 500)),
+    )
     assert len(mine) == len(rest) == 500
     assert not set(mine.index.tolist()) & set(rest.index.tolist())
     assert (TRAIN.labels[rest.index].bincount() == 50).all()
-    assert len(references.others(references.everything(TRAIN, "train"))) == 0
-    few = references.others(references.first(TRAIN, "train", 1000))
+    assert len(references.choose_others(references.choose_all(TRAIN, "train"))) == 0
+    few = references.choose_others(references.choose_first(TRAIN, "train", 1000))
     assert (len(few), few.which) == (437, "437 outside the first 1000, evenly over the classes")
 
 
 def test_damage_is_an_error(judge: Extractor, cache: Path) -> None:
-    part = references.first(TRAIN, "train", 100)
+    part = references.choose_first(TRAIN, "train", 100)
     references.statistics_of(judge, part)
     (path,) = cache.glob("*.safetensors")
     whole = path.read_bytes()
@@ -190,8 +195,8 @@ def test_samples_have_the_classes_of_the_real_images_they_are_compared_with() ->
     rare = two_classes(900, 60, 0)
     assert references.class_counts(rare.labels, 480).tolist() == [450, 30]
     assert references.sample_labels(rare, 96).bincount().tolist() == [90, 6]
-    assert references.first(rare, "train", 96).labels.bincount().tolist() == [90, 6]
-    assert references.first(rare, "train", 96).which == "the first 96, of the classes 90, 6"
+    assert references.choose_first(rare, "train", 96).labels.bincount().tolist() == [90, 6]
+    assert references.choose_first(rare, "train", 96).which == "the first 96, of the classes 90, 6"
     assert references.class_counts(TRAIN.labels, 500).tolist() == [50] * 10  # nearly balanced is balanced
     assert references.class_counts(TRAIN.labels, 1437).tolist() == TRAIN.labels.bincount().tolist()
     assert references.class_counts(TRAIN.labels, 5000).tolist() == [500] * 10  # all are the reference: drawn evenly

@@ -54,7 +54,10 @@ def test_digits() -> None:
 def test_missing_classes_show_in_recall_and_coverage() -> None:
     train, _ = digits(DigitsConfig())
     judge = references.make_extractor("digits-cnn", None, train)
-    real, others = references.first(train, "train", 300), references.others(references.first(train, "train", 300))
+    real, others = (
+        references.choose_first(train, "train", 300),
+        references.choose_others(references.choose_first(train, "train", 300)),
+    )
     reference = reference_statistics(judge, real.batches(), 300, 300)
 
     def scores(images: Tensor) -> dict[str, float]:

@@ -12,7 +12,7 @@ from diffbench.reports import ladder
 from diffbench.reports.conclusions import conclude, holds_at
 from diffbench.reports.html import write
 from diffbench.reports.results import Comparison, Trial
-from diffbench.runs.lifecycle import look
+from diffbench.runs.lifecycle import open_any
 
 BUDGETS = np.array([1e10, 3e10, 1e11, 3e11, 1e12])
 VALUES = {"a": 0.5, "b": 0.9, "c": 0.7}
@@ -47,7 +47,9 @@ def test_crossings_lie_where_the_difference_changes_sign() -> None:
 def test_networks_of_other_sizes_cross_where_both_have_spent_the_same(tmp_path: Path) -> None:
     trials: dict[int, list[Trial]] = {}
     for width, seed in product((64, 96), range(3)):
-        run = look(make_run(tmp_path / f"{width}-s{seed}", "dit", seed, overrides=[f"denoiser.hidden_size={width}"]))
+        run = open_any(
+            make_run(tmp_path / f"{width}-s{seed}", "dit", seed, overrides=[f"denoiser.hidden_size={width}"])
+        )
         for images in (24_576, 49_152, 98_304):
             trials.setdefault(images, []).append(Trial(str(width), seed, "complete", run, at=images))
     small, large = (np.array([rung[i].flops for rung in trials.values()], float) for i in (0, 3))
@@ -64,7 +66,7 @@ def test_networks_of_other_sizes_cross_where_both_have_spent_the_same(tmp_path: 
 
 
 def test_a_rung_counts_the_images_that_its_run_has_come_to(tmp_path: Path) -> None:
-    run = look(make_run(tmp_path / "run", images=24_576))
+    run = open_any(make_run(tmp_path / "run", images=24_576))
     assert [Trial("a", 0, "unfinished", run, at=at).images for at in (8192, 98_304, None)] == [8192, 24_576, 24_576]
     assert [Trial("a", 0, status, at=98_304).images for status in ("complete", "not begun")] == [98_304, 0]
 

@@ -12,7 +12,7 @@ from diffbench.core.errors import UserError
 from diffbench.reports.images import attention_maps
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.runs import comparable_scores
-from diffbench.runs.lifecycle import load, look
+from diffbench.runs.lifecycle import load, open_any
 
 Capture = pytest.CaptureFixture[str]
 
@@ -73,7 +73,7 @@ def test_a_run_under_way_is_not_counted(tmp_path: Path) -> None:
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step-100.ckpt").touch()
     (result,) = comparison_of([folder]).trials
-    batch = look(folder).values["trainer"]["batch_size"]
+    batch = open_any(folder).values["trainer"]["batch_size"]
     assert (result.status, result.why) == ("unfinished", f"stopped at {100 * batch:,} images")
 
 
@@ -121,18 +121,18 @@ def test_other_data_has_a_table_but_no_report(tmp_path: Path, capsys: Capture) -
 
 
 def test_a_run_seen_is_the_run_loaded(finished: Path) -> None:
-    looked, loaded = look(finished), load(finished)
+    looked, loaded = open_any(finished), load(finished)
     assert looked.values == loaded.values
     assert (looked.images_seen, looked.ema, looked.cost) == (loaded.images_seen, loaded.ema, loaded.cost)
     assert looked.results == loaded.results != []
 
 
 def test_attention_is_drawn_once_for_the_same_weights(finished: Path, tmp_path: Path) -> None:
-    found = {"dit": [Trial("dit", 0, "complete", look(finished))]}
+    found = {"dit": [Trial("dit", 0, "complete", open_any(finished))]}
     path = tmp_path / "attention.png"
     picture = attention_maps(found, path)
     assert picture is not None and picture.path == path and path.read_bytes()[:4] == b"\x89PNG"
     path.write_bytes(b"kept")
     assert attention_maps(found, path) == picture and path.read_bytes() == b"kept"
     made = make_run(tmp_path / "made")  # whose weights are none
-    assert attention_maps({"a": [Trial("a", 0, "complete", look(made))]}, path) is None
+    assert attention_maps({"a": [Trial("a", 0, "complete", open_any(made))]}, path) is None

@@ -84,13 +84,13 @@ def test_the_detectable_difference_is_found_four_times_in_five() -> None:
 
 def test_a_difference_above_luck_is_found_four_times_in_five() -> None:
     draws = np.random.default_rng(3).normal(0, 2.0, (1500, 3, 6))
-    least = float(np.sqrt(np.mean([s.luck(study.tolist()) ** 2 for study in draws])))  # type: ignore[operator]
+    least = float(np.sqrt(np.mean([s.detectable_by_pairs(study.tolist()) ** 2 for study in draws])))  # type: ignore[operator]
     assert least == pytest.approx(s.detectable(2.0, 6, 0.05 / 3), rel=0.02)
     for gap, share in ((least, 0.8), (0.3 * least, 0.15)):
         studies = (s.paired({"one": study[0] + gap, "two": study[1], "three": study[2]}) for study in draws)
         found = np.mean([study["one"].found for study in studies])
         assert found == pytest.approx(share, abs=0.03) if gap == least else found < share
-    assert s.luck([]) is None and s.luck([[1.0, 2.0]]) is None
+    assert s.detectable_by_pairs([]) is None and s.detectable_by_pairs([[1.0, 2.0]]) is None
 
 
 @pytest.mark.parametrize(("gap", "expected"), [(0.0125, "tie"), (0.0135, "first")])

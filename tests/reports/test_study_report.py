@@ -24,7 +24,7 @@ from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.series import above_least, networks, shared_levels, sweeps
 from diffbench.reports.statistics import by_image, paired, summary
 from diffbench.reports.tables import agreement, as_csv, costs, for_terminal, pairs, quality
-from diffbench.runs.lifecycle import look
+from diffbench.runs.lifecycle import open_any
 from diffbench.sampling.images import save_grid
 
 
@@ -69,7 +69,9 @@ def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
 def test_networks_that_lines_leave_out_stand_in_a_map_of_the_levels(tmp_path: Path) -> None:
     tilts = {f"tilt {tilt:g}": tilt for tilt in np.linspace(0, 0.9, 10)}
     made = [
-        Trial(name, seed, "complete", look(make_run(tmp_path / f"{name}-{seed}", seed=seed, tilt=tilt)), record(1.0))
+        Trial(
+            name, seed, "complete", open_any(make_run(tmp_path / f"{name}-{seed}", seed=seed, tilt=tilt)), record(1.0)
+        )
         for name, tilt in tilts.items()
         for seed in range(3)
     ]
@@ -246,7 +248,7 @@ def test_names_of_users_are_text_to_browsers_and_plots(tmp_path: Path) -> None:
 def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
     results = []
     for seed in range(3):
-        run = look(make_run(tmp_path / f"dit-s{seed}", "dit", seed))
+        run = open_any(make_run(tmp_path / f"dit-s{seed}", "dit", seed))
         for steps in (5, 10, 20):
             made = record(0.4 + 2 / steps + 0.001 * seed, seed, steps=str(steps))
             results.append(Trial(f"dit, steps={steps}", seed, "complete", run, made))
@@ -289,7 +291,7 @@ def test_a_numeric_axis_is_drawn_with_a_line_for_each_value_of_the_other(tmp_pat
 def test_variants_that_share_runs_may_be_measured_differently(tmp_path: Path) -> None:
     results = []
     for seed in range(3):
-        run = look(make_run(tmp_path / f"dit-s{seed}", "dit", seed))
+        run = open_any(make_run(tmp_path / f"dit-s{seed}", "dit", seed))
         few = record(0.8, seed)
         few = {name.replace("@500", "@250"): value for name, value in few.items()}
         few["floor"]["count"] = 250
@@ -321,7 +323,7 @@ def test_mixed_protocols_are_refused(tmp_path: Path) -> None:
 def test_other_held_out_images_have_no_common_validation_error(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", "dit")
     other = make_run(tmp_path / "b", "dit", overrides=["validation.count=100"])
-    results = [Trial(f.name, 0, "complete", look(f)) for f in (one, other)]
+    results = [Trial(f.name, 0, "complete", open_any(f)) for f in (one, other)]
     with pytest.raises(UserError, match=r"validation\.count is 2000 in one and 100 in the other"):
         conclude(asked(results))
     with pytest.raises(UserError, match="primary: copies does not rank variants; choose from val/bound, fd,"):
@@ -333,13 +335,13 @@ def test_images_that_changed_between_two_trainings_have_no_common_validation_err
     facts = {"name": "digits", "shape": [1, 8, 8], "num_classes": 10, "class_names": [], "count": 1437}
     for folder, fingerprint in zip(folders, ("0123", "4567"), strict=True):
         (folder / "data.json").write_text(json.dumps(facts | {"fingerprint": fingerprint}))
-    trials = [Trial(f.name, 0, "complete", look(f)) for f in folders]
+    trials = [Trial(f.name, 0, "complete", open_any(f)) for f in folders]
     with pytest.raises(
         UserError, match=f"{folders[0]} and {folders[1]} were trained on different images, though their"
     ):
         conclude(asked(trials))
     (folders[1] / "data.json").write_text((folders[0] / "data.json").read_text())
-    assert conclude(asked([Trial(f.name, 0, "complete", look(f)) for f in folders])).ranked() == ["a", "b"]
+    assert conclude(asked([Trial(f.name, 0, "complete", open_any(f)) for f in folders])).ranked() == ["a", "b"]
 
 
 def test_recipes_are_marked_as_not_like_for_like(tmp_path: Path) -> None:
@@ -350,7 +352,7 @@ def test_recipes_are_marked_as_not_like_for_like(tmp_path: Path) -> None:
 def test_the_made_runs_are_what_they_claim(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", "dit", error=0.12)
     save_record(folder, record(0.5))
-    c = conclude(asked([Trial("a", 0, "complete", look(folder))]))
+    c = conclude(asked([Trial("a", 0, "complete", open_any(folder))]))
     values = c.trials[0].values
     assert values["val/bound"] == pytest.approx(0.12)
     assert bound(LEVELS, [values[f"val/level/{level:g}"] for level in LEVELS]) == pytest.approx(0.12)

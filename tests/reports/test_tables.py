@@ -15,7 +15,7 @@ from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.runs import run_facts
 from diffbench.reports.tables import floors
 from diffbench.reports.text import as_text, markdown, transposed
-from diffbench.runs.lifecycle import look
+from diffbench.runs.lifecycle import open_any
 
 
 def departing(made: dict[str, Any], **departures: Any) -> dict[str, Any]:
@@ -27,11 +27,11 @@ def test_scores_of_two_protocols_have_two_rows(tmp_path: Path, capsys: pytest.Ca
     folder = make_run(tmp_path / "dit-s0")
     save_record(folder, record(0.5))
     save_record(folder, departing(record(0.7, steps="5", guidance=3.0), steps="5", guidance=3.0))
-    facts = run_facts(look(folder))
+    facts = run_facts(open_any(folder))
     assert facts["fd/digits-cnn@500"] == "0.500 (real 0.181)"
     assert facts["fd/digits-cnn@500 (guidance 3, sample.steps=5)"] == "0.700 (real 0.181)"
     save_record(folder, departing(record(0.9, steps="4", sampler="ddim"), sampler="ddim", steps="4"))
-    facts = run_facts(look(folder))
+    facts = run_facts(open_any(folder))
     assert "fd/digits-cnn@500" not in facts
     assert facts["fd/digits-cnn@500 (sample.sampler=ddim, sample.steps=4)"] == "0.900 (real 0.181)"
     assert main(["list", str(tmp_path)]) == 0
@@ -43,10 +43,10 @@ def test_a_floor_of_fewer_images_says_so_and_is_no_floor_of_a_report(tmp_path: P
     made = record(0.5, judge={"run": "judge", "accuracy": 0.9}) | {"label_accuracy/judge@500": 0.8}
     made["floor"] |= {"count": 360, "label_accuracy": 0.7}
     save_record(folder, made)
-    facts = run_facts(look(folder))
+    facts = run_facts(open_any(folder))
     assert facts["fd/digits-cnn@500"] == "0.500 (real 0.181 of 360)"
     assert facts["authenticity@500"] == "52.5% (real 56.0%)"
-    found = floors(conclude(Comparison("One", "?", [Trial("dit", 0, "complete", look(folder), made)])))
+    found = floors(conclude(Comparison("One", "?", [Trial("dit", 0, "complete", open_any(folder), made)])))
     assert found == {"label_accuracy/judge@500": 0.9, "authenticity@500": 0.56}
 
 
@@ -66,8 +66,8 @@ def test_a_metric_needs_no_more_than_its_row(tmp_path: Path, monkeypatch: pytest
         folder = make_run(tmp_path / f"s{seed}", seed=seed)
         made = record(0.5, seed) | {"sharpness/digits-cnn@500": 2.25 + seed}
         save_record(folder, made)
-        trials.append(Trial("dit", seed, "complete", look(folder), made))
-    facts = run_facts(look(folder))
+        trials.append(Trial("dit", seed, "complete", open_any(folder), made))
+    facts = run_facts(open_any(folder))
     assert facts["sharpness/digits-cnn@500"] == "4.2"
     page = render(conclude(Comparison("One", "How sharp?", trials, primary="sharpness")), [])
     assert "edge sharpness<small>sharpness/digits-cnn@500</small>" in page and "<li>Sharp.</li>" in page

@@ -18,7 +18,7 @@ from diffbench.autoencoders import io as files
 from diffbench.cli import main
 from diffbench.core.pixels import from_uint8
 from diffbench.runs.autoencoder import AutoencoderRun
-from diffbench.runs.lifecycle import load, look, train
+from diffbench.runs.lifecycle import load, open_any, train
 from diffbench.sampling.images import CAPTION_HEIGHT
 from diffbench.training.checkpoint import SaveState
 
@@ -175,7 +175,7 @@ def test_an_autoencoders_run_ends_with_its_scores_and_its_folder(runs: tuple[Pat
     (record,) = records(folder)
     assert record["numbers"] == 64
     assert {"psnr@40", "ssim@40", "reconstruction_fd/digits-cnn-area8@40"} < record.keys()
-    run = look(folder).use_average()
+    run = open_any(folder).use_average()
     assert isinstance(run, AutoencoderRun)
     net = run.trained
     weights = load_file(folder / "ema-0.9.safetensors")
@@ -277,8 +277,10 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 def test_an_untrained_run_is_no_autoencoder(
     refused: Callable[..., str], runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    assert refused("evaluate", runs[0], "evaluate.judge=x") == (
-        "command line: evaluate.judge: has no effect here; allowed: evaluate.count, evaluate.extractor, evaluate.weights"
+    line = refused("evaluate", runs[0], "evaluate.judge=x")
+    assert line == (
+        "command line: evaluate.judge: has no effect here; allowed: evaluate.count, evaluate.extractor,"
+        " evaluate.weights"
     )
     shutil.rmtree(runs[0] / "autoencoder")
     where = experiments(tmp_path)

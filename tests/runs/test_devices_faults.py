@@ -17,7 +17,7 @@ from diffbench.core import distributed
 from diffbench.core.distributed import launch
 from diffbench.core.files import locked
 from diffbench.runs.lifecycle import train
-from diffbench.training.checkpoint import newest, owed
+from diffbench.training.checkpoint import newest, pending
 
 ROOT = Path(__file__).parents[2]
 DIT = str(ROOT / "experiments" / "digits" / "dit.yaml")
@@ -76,7 +76,7 @@ def test_an_error_of_all_is_told_once(capfd: pytest.CaptureFixture[str]) -> None
 def test_a_rank_that_only_lost_another_is_not_to_blame(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffbench.core.distributed.STOPPING", 1.0)
+    monkeypatch.setattr("diffbench.core.distributed.STOP_GRACE_S", 1.0)
     assert launch([sys.executable, "-c", SAYS, "lost"], 2) == 75
     told = "error: rank 0 of 2 lost its connection to the others; the other ranks were stopped\n"
     assert capfd.readouterr().err == told
@@ -107,8 +107,8 @@ def test_two_signals_at_once_are_one_and_a_later_one_is_obeyed(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("diffbench.core.distributed.AGAIN", again)
-    monkeypatch.setattr("diffbench.core.distributed.GRACE", 0.5)
+    monkeypatch.setattr("diffbench.core.distributed.SIGNAL_DEBOUNCE_S", again)
+    monkeypatch.setattr("diffbench.core.distributed.FAILURE_GRACE_S", 0.5)
 
     def stop_twice() -> None:
         while len(list(tmp_path.glob("up-*"))) < 2:
@@ -143,15 +143,15 @@ def test_ranks_hold_the_lock_and_end_with_their_launcher(tmp_path: Path) -> None
 
 
 def test_places_are_those_of_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert distributed.place() == (0, 1) and distributed.local_rank() == 0
+    assert distributed.rank_and_world() == (0, 1) and distributed.local_rank() == 0
     for name, value in {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert distributed.place() == (5, 8) and distributed.local_rank() == 1 and distributed.by_srun()
+    assert distributed.rank_and_world() == (5, 8) and distributed.local_rank() == 1 and distributed.started_by_srun()
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert distributed.place() == (0, 2) and not distributed.by_srun()
+    assert distributed.rank_and_world() == (0, 2) and not distributed.started_by_srun()
     monkeypatch.setenv("RANK", "1")
-    assert distributed.place()[0] == 1
+    assert distributed.rank_and_world()[0] == 1
 
 
 @pytest.mark.parametrize(("what", "code", "told"), [("raise", 1, "rank 1 meets its end"), ("kill", 137, "SIGKILL")])
@@ -187,7 +187,7 @@ def test_a_signal_to_one_rank_interrupts_the_validation_of_all(tmp_path: Path) -
     assert end.value.code == 128 + signal.SIGTERM
     (run,) = (tmp_path / "digits").iterdir()
     saved = newest(run / "checkpoints")
-    assert saved is not None and saved.name == "step-7.ckpt" and owed(saved) == ["ValidationError"]
+    assert saved is not None and saved.name == "step-7.ckpt" and pending(saved) == ["ValidationError"]
     train(DIT, argv)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines if "val/bound" in line] == [112, 160]

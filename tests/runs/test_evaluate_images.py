@@ -239,7 +239,7 @@ def test_a_reference_is_built(tmp_path: Path, smoke_run: Path, capsys: Capture) 
     assert "extractor: digits-cnn\n" in out and "split: train\n" in out and "count: 100\n" in out
     path = Path(out.splitlines()[-1].removeprefix("file: "))
     assert path.parent == references.reference_folder() and path.is_file()
-    part = references.first(TRAIN, "train", 100)
+    part = references.choose_first(TRAIN, "train", 100)
     extractor = references.make_extractor("digits-cnn", None, TRAIN)
     assert references.statistics_of(extractor, part)[1] in path.name  # the very file that evaluate reads
     want = gaussian(extractor(TRAIN.images[balanced(TRAIN.labels, 100)]).pooled).cov.trace().item()

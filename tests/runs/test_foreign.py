@@ -19,7 +19,7 @@ from diffbench.runs import weights
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load as load_run
 from diffbench.studies.config import load_study
-from diffbench.studies.matching import sized
+from diffbench.studies.matching import match_size
 from diffbench.studies.plan import training_variants
 
 NETS = """
@@ -549,7 +549,7 @@ def test_a_network_grows_far_to_meet_a_target(yaml: Path) -> None:
     config = load(yaml, denoiser("width=width", "args.width=2"))
     assert isinstance(config, RunConfig)
     data, _ = runs_build.load_data(config)
-    found = sized(config, data, "gmacs", 1152 * 30 / 1e9, "width")
+    found = match_size(config, data, "gmacs", 1152 * 30 / 1e9, "width")
     assert found.denoiser.args["width"] == 30
 
 

@@ -143,7 +143,7 @@ def test_a_run_shortened_while_an_evaluation_was_owed_is_complete(
     config = str(ROOT / "experiments" / "digits" / "dit.yaml")
     overrides = [*TINY, *CASES["dit"], f"runs_dir={tmp_path}", "trainer.log_images=8"]
     train(config, overrides)
-    monkeypatch.setattr("diffbench.training.checkpoint.owed", lambda checkpoint: ["validation"])
+    monkeypatch.setattr("diffbench.training.checkpoint.pending", lambda checkpoint: ["validation"])
     capsys.readouterr()
     run = train(config, [*overrides, "trainer.max_images=160"])
     assert "complete at 320 images" in capsys.readouterr().out and load(run.folder).complete

@@ -94,7 +94,7 @@ def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
     assert records.values(record) == pytest.approx(want, rel=1e-6)
     assert record["memorisation"] == {"flagged": 0, "count": 60, **dataclasses.asdict(calibration)}
     assert record["authenticity_held_out"] == calibration.authenticity
-    others = references.others(references.first(run.train_set, "train", 60))
+    others = references.choose_others(references.choose_first(run.train_set, "train", 60))
     beside = judge(run.train_set.images[others.index]).pooled
     assert record["floor"]["fd"] == pytest.approx(frechet_distance(beside, reference))
 
@@ -312,7 +312,7 @@ def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patie
     monkeypatch.setattr(scorers, "progress", progress)
     monkeypatch.setattr(scorers, "PATIENCE", patience)
     batches = list(scorers.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
-    assert [len(b[0]) for b in scorers.watched("scored", batches, 30)] == [10, 10, 10]
+    assert [len(b[0]) for b in scorers.with_progress("scored", batches, 30)] == [10, 10, 10]
     assert shown == told
 
 

@@ -124,7 +124,7 @@ def test_counts_of_an_image_set_without_labels() -> None:
     images = ImageSet(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64), 0)
     from diffbench.evaluation import reference
 
-    assert reference.spread_in_words(images, reference.sample_labels(images, 5)) == "none"
+    assert reference.describe_class_spread(images, reference.sample_labels(images, 5)) == "none"
 
 
 def test_a_judge_of_ones_own_scores_samples_and_says_how_good_it_is(tmp_path: Path, capsys: Capture) -> None:

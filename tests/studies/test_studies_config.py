@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from diffbench.core.errors import UserError
-from diffbench.studies.config import load_study, nested, variants
+from diffbench.studies.config import load_study, nest_keys, variants
 from diffbench.studies.runner import folder_of_study
 
 PLAIN = {"kind": "study", "experiment": "experiments/digits/dit.yaml", "axes": {"denoiser.depth": [2, 3]}}
@@ -30,7 +30,7 @@ def test_axes_combine_with_the_last_one_fastest(tmp_path: Path) -> None:
 
 
 def test_dotted_and_nested_keys_are_the_same() -> None:
-    assert nested({"a.b": 1, "a": {"c": 2}, "d": {"e.f": 3}}) == {"a": {"b": 1, "c": 2}, "d": {"e": {"f": 3}}}
+    assert nest_keys({"a.b": 1, "a": {"c": 2}, "d": {"e.f": 3}}) == {"a": {"b": 1, "c": 2}, "d": {"e": {"f": 3}}}
 
 
 def test_a_later_budget_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from diffbench.runs import build
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StopConfig, StudyConfig, TuneConfig, load_study, variants
-from diffbench.studies.matching import size_of, sized
+from diffbench.studies.matching import match_size, size_of
 from diffbench.studies.notes import equal_by_construction, notes_of
-from diffbench.studies.plan import evaluated, planned_trials, training_variants
+from diffbench.studies.plan import evaluation_config, planned_trials, training_variants
 from diffbench.studies.trials import TrialFile
 from diffbench.studies.tuning import extended, tuning_so_far
 from diffbench.training.diffusion import DiffusionModule
@@ -178,7 +178,7 @@ def test_the_width_nearest_to_the_target_is_found(name: str, by: str) -> None:
     assert isinstance(config, RunConfig)
     data, _ = build.load_data(config)
     target = 1.5 * size_of(config, data, by)  # type: ignore[arg-type]
-    found = sized(config, data, by, target, "width")  # type: ignore[arg-type]
+    found = match_size(config, data, by, target, "width")  # type: ignore[arg-type]
     key = DENOISERS[name].width
     given = getattr(found.denoiser, key)
     first = given[0] if isinstance(given, list) else given
@@ -199,7 +199,7 @@ def test_depth_can_be_matched_too() -> None:
     assert isinstance(config, RunConfig)
     data, _ = build.load_data(config)
     target = size_of(change(config, {"denoiser": {"depth": 9}}), data, "parameters")
-    assert sized(config, data, "parameters", target, "depth").denoiser.depth == 9
+    assert match_size(config, data, "parameters", target, "depth").denoiser.depth == 9
 
 
 def folders(study: StudyConfig, path: Path) -> set[Path]:
@@ -364,7 +364,7 @@ def test_every_variant_of_a_shipped_study_takes_one_step(path: Path) -> None:
     assert len(study.seeds) >= 3 and study.question and study.title
     for group in found:
         for changes in group.evaluations.values():
-            assert isinstance(evaluated(group.config, changes, "study"), RunConfig)
+            assert isinstance(evaluation_config(group.config, changes, "study"), RunConfig)
         run = DenoiserRun(Path("unused"), group.config)
         module = run.module()
         images, labels = run.train_set.images[:4], run.train_set.labels[:4]

@@ -13,7 +13,7 @@ from made_runs import make_run, record
 
 from diffbench.cli import main
 from diffbench.evaluation import records
-from diffbench.runs.lifecycle import look, train_in
+from diffbench.runs.lifecycle import open_any, train_in
 from diffbench.studies.comparison import comparison_of_study
 from diffbench.studies.config import load_study
 from diffbench.studies.plan import TrainingVariant
@@ -174,7 +174,7 @@ def test_a_part_of_a_changed_study_leaves_no_file_of_the_earlier_plan(
 
 
 def test_a_recipe_says_how_a_record_was_scored_where_its_run_says_otherwise(tmp_path: Path) -> None:
-    run = look(make_run(tmp_path / "dit", overrides=["evaluate.extractor=digits-cnn"]))
+    run = open_any(make_run(tmp_path / "dit", overrides=["evaluate.extractor=digits-cnn"]))
 
     def scored(**changes: Any) -> dict[str, Any]:
         return recipe_of(run, record(0.5, **changes), "dit")["evaluations"]["dit"]["evaluate"]
@@ -204,7 +204,7 @@ def test_tuning_grows_the_grid_and_chooses_training_by_the_bound_and_sampling_by
     assert main(["study", str(path)]) == 0
     folder = tmp_path / "runs" / "studies" / "tiny"
     files = [TrialFile(file) for file in sorted((folder / "trials").glob("tuning*.yaml"))]
-    bounds = {f.values["tuning"]["optimizer.lr"]: look(f.folder).last("val/bound") for f in files}
+    bounds = {f.values["tuning"]["optimizer.lr"]: open_any(f.folder).last("val/bound") for f in files}
     assert {f.values["seed"] for f in files} == {1000}
     assert {f.values["config"]["trainer"]["max_images"] for f in files} == {160}
     assert len(bounds) > 3 and {3e-5, 3e-4, 3e-3, 3e-2} <= bounds.keys()  # the best of the grid stood at its end
@@ -262,13 +262,13 @@ def test_each_rung_cools_down_in_a_branch_that_is_a_run_of_that_length(in_proces
     assert [b.name for b in branches] == [f"{trunk.name}-to-32", f"{trunk.name}-to-96"]
     file = TrialFile(tmp_path / "runs/studies/tiny/trials/dit_s0.yaml")
     assert file.complete and [b.optimizer.decay_images for b in file.lengths] == [[24, 32], [72, 96]]
-    assert records.results(trunk) == [] and look(trunk).images_seen == 64  # one step before the last decay
+    assert records.results(trunk) == [] and open_any(trunk).images_seen == 64  # one step before the last decay
     for branch, config in zip(branches, file.lengths, strict=True):
         assert [r["images_seen"] for r in records.results(branch)] == [config.trainer.max_images]
         steps = [m["images"] for m in records.metrics(branch) if "train/loss" in m]
         assert steps == sorted(set(steps)) and steps[-1] == config.trainer.max_images
         alone = train_in(tmp_path / f"alone-{branch.name}", config)
-        for name, weight in look(branch).use_average().network.state_dict().items():
+        for name, weight in open_any(branch).use_average().network.state_dict().items():
             assert torch.equal(weight, alone.network.state_dict()[name]), name
         resumed = (branch / "metrics.jsonl").read_text().count("\n")
         assert resumed >= (alone.folder / "metrics.jsonl").read_text().count("\n")

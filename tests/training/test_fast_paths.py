@@ -111,7 +111,7 @@ def test_a_runs_threads_follow_from_the_size_of_its_micro_batch(
     run.use_threads()
     assert torch.get_num_threads() == threads
     assert run.sampler(run.config.sample).at_once == at_once
-    assert run.surroundings(None)["threads"] == max(threads, at_once)  # as `reproduce` asks for
+    assert run.provenance(None)["threads"] == max(threads, at_once)  # as `reproduce` asks for
 
 
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7"), (None, "")])
@@ -157,7 +157,7 @@ def test_attention_in_parts_is_the_whole_one(
         patch.setattr(tmsa, "pays_in_parts", lambda _bias: False)
         want, whole = net(x.double(), t, y), gradients(net, x.double(), t, y)
     parts: list[int] = []
-    really = tmsa.attend_in_parts
+    really = tmsa.chunked_attention
     monkeypatch.setattr(tmsa, "attend_in_parts", lambda *a: parts.append(len(a[0])) or really(*a))
     assert (net(x.double(), t, y) - want).abs().max() < 1e-12
     found = gradients(net, x.double(), t, y)
@@ -379,8 +379,8 @@ def test_sampling_in_bfloat16() -> None:
         config = SampleConfig(sampler="ddim", steps="4", **changes)
         return Sampler(net, process, (3, 8, 8), raw=True)(labels, config)
 
-    assert "precision" not in SampleConfig().numbers()  # as before there was the key
-    assert SampleConfig(precision="bf16-mixed").numbers()["precision"] == "bf16-mixed"
+    assert "precision" not in SampleConfig().sampling_keys()  # as before there was the key
+    assert SampleConfig(precision="bf16-mixed").sampling_keys()["precision"] == "bf16-mixed"
     want, low = sample(), sample(precision="bf16-mixed")
     assert low.dtype == torch.float32
     assert 0 < (low - want).norm() < 0.03 * want.norm()

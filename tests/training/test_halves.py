@@ -166,7 +166,7 @@ def test_small_networks_that_draw_nothing_take_halves(
     run.use_threads()
     assert run.module().in_halves == in_halves
     # What trains again with so many threads computes alike.
-    again = digits(model, *words, f"trainer.threads={run.surroundings(None)['threads']}")
+    again = digits(model, *words, f"trainer.threads={run.provenance(None)['threads']}")
     shared = torch.get_num_threads()
     again.use_threads()
     assert (again.module().in_halves, torch.get_num_threads()) == (in_halves, shared)

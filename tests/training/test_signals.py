@@ -15,7 +15,7 @@ from diffbench.cli import main
 from diffbench.evaluation import validation_error
 from diffbench.runs.lifecycle import train
 from diffbench.sampling.sampler import Sampler
-from diffbench.training.checkpoint import newest, owed
+from diffbench.training.checkpoint import newest, pending
 
 Call = Callable[..., Any]
 DIT = "experiments/digits/dit.yaml"
@@ -121,7 +121,7 @@ def test_what_a_signal_interrupts_is_done_after_the_resume(
     assert len(finished) == time - 1  # it was not finished before the state was saved
     saved = newest(folder / "checkpoints")
     assert saved == folder / "checkpoints" / f"step-{step}.ckpt"
-    assert owed(saved) == left
+    assert pending(saved) == left
     assert not (folder / "ema-0.5.safetensors").exists()
     assert outcome(train(DIT, argv).folder) == unbroken
 
@@ -130,7 +130,7 @@ def test_a_second_signal_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("diffbench.core.distributed.AGAIN", 0.0)
+    monkeypatch.setattr("diffbench.core.distributed.SIGNAL_DEBOUNCE_S", 0.0)
     signalled(monkeypatch, "validation", 1, (signal.SIGTERM, signal.SIGINT))
     with pytest.raises(SystemExit) as ended:
         main(["train", DIT, *TINY, f"runs_dir={tmp_path}"])

@@ -62,7 +62,7 @@ def at(places: dict[str, str]) -> Rules:
     return [(rf"^{re.escape(ours)}\.", f"{theirs}.") for ours, theirs in places.items()]
 
 
-def only(source: str, arguments: dict[str, Any], **allowed: Any) -> None:
+def require_values(source: str, arguments: dict[str, Any], **allowed: Any) -> None:
     """Raise ValueError if an argument differs from the only value that our network supports."""
     for name, value in allowed.items():
         if arguments[name] != value:
@@ -78,7 +78,7 @@ def check_values(source: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{source}: {name} holds {broken} values that are not finite, out of {tensor.numel()}")
 
 
-def doubles(source: str, inside: int, out: int) -> bool:
+def has_learned_variance(source: str, inside: int, out: int) -> bool:
     """Return whether the output has a learned variance: `out` is twice `inside`; raise ValueError if it is neither."""
     if out not in (inside, 2 * inside):
         raise ValueError(f"{source}: out_channels={out} is neither in_channels={inside} nor twice that")

@@ -13,7 +13,7 @@ from diffbench.denoisers.diffit_latent import PRESETS as DIFFIT_PRESETS
 from diffbench.denoisers.diffit_latent import DiffiTLatent, DiffiTLatentConfig
 from diffbench.denoisers.dit import PRESETS as DIT_PRESETS
 from diffbench.denoisers.dit import DiT, DiTConfig
-from diffbench.denoisers.pretrained.recipe import Blueprint, Recipe, only
+from diffbench.denoisers.pretrained.recipe import Blueprint, Recipe, require_values
 from diffbench.denoisers.tmsa import TMSA
 from diffbench.denoisers.uvit import PRESETS as UVIT_PRESETS
 from diffbench.denoisers.uvit import UViT, UViTConfig
@@ -159,7 +159,7 @@ _UVIT_RULES = [
 
 
 def _uvit(arguments: dict[str, Any]) -> Blueprint:
-    only("uvit", arguments, qkv_bias=False, qk_scale=None)
+    require_values("uvit", arguments, qkv_bias=False, qk_scale=None)
     same = ("patch_size", "depth", "num_heads", "mlp_ratio", "mlp_time_embed", "conv", "skip")
     rows, null = max(0, arguments["num_classes"]), arguments["p_uncond"] > 0
     shape = {

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from diffbench.denoisers.ddpmpp import Block, DDPMpp, DDPMppConfig
 from diffbench.denoisers.layers import PixelAttention
-from diffbench.denoisers.pretrained.recipe import REQUIRED, Blueprint, Recipe, Rules, at, doubles, only
+from diffbench.denoisers.pretrained.recipe import (
+    REQUIRED,
+    Blueprint,
+    Recipe,
+    Rules,
+    at,
+    has_learned_variance,
+    require_values,
+)
 from diffbench.denoisers.unet import ResBlock, Stage, UNet, UNetConfig
 
 # ADM: our layers are in one flat list, the reference's are nested; its legacy attention has the heads outermost.
@@ -48,7 +56,7 @@ _ADM_LEAVES = [
 
 
 def _adm_blueprint(arguments: dict[str, Any]) -> Blueprint:
-    only("adm", arguments, dims=2)
+    require_values("adm", arguments, dims=2)
     head_channels, heads_up = arguments["num_head_channels"], arguments["num_heads_upsample"]
     side, factors = arguments["image_size"], [2**level for level in range(len(arguments["channel_mult"]))]
     config = UNetConfig(
@@ -70,7 +78,7 @@ def _adm_blueprint(arguments: dict[str, Any]) -> Blueprint:
         "channels": arguments["in_channels"],
         "num_classes": arguments["num_classes"] or 0,
         "null_class": False,
-        "learn_sigma": doubles("adm", arguments["in_channels"], arguments["out_channels"]),
+        "learn_sigma": has_learned_variance("adm", arguments["in_channels"], arguments["out_channels"]),
     }
     return Blueprint("unet", config, shape)
 
@@ -192,7 +200,7 @@ _SONG_LEAVES = [
 
 def _song_blueprint(arguments: dict[str, Any]) -> Blueprint:
     standard = {"encoder_type": "standard", "decoder_type": "standard", "resample_filter": [1, 1]}
-    only("ddpmpp", arguments, embedding_type="positional", channel_mult_noise=1, **standard)
+    require_values("ddpmpp", arguments, embedding_type="positional", channel_mult_noise=1, **standard)
     sides = [arguments["img_resolution"] >> level for level in range(len(arguments["channel_mult"]))]
     config = DDPMppConfig(
         model_channels=arguments["model_channels"],
@@ -208,7 +216,7 @@ def _song_blueprint(arguments: dict[str, Any]) -> Blueprint:
         "channels": arguments["in_channels"],
         "num_classes": arguments["label_dim"],
         "null_class": arguments["label_dropout"] > 0,
-        "learn_sigma": doubles("ddpmpp", arguments["in_channels"], arguments["out_channels"]),
+        "learn_sigma": has_learned_variance("ddpmpp", arguments["in_channels"], arguments["out_channels"]),
     }
     return Blueprint("ddpmpp", config, shape)
 

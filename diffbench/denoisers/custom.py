@@ -1,4 +1,4 @@
-"""Foreign networks: any `package.module:Class` or function, its arguments, and the call of its forward."""
+"""Custom networks: any `package.module:Class` or function, its arguments, and the call of its forward."""
 
 import copy
 import dataclasses
@@ -74,8 +74,8 @@ SHAPE = ("image_size", "channels", "num_classes", "null_class", "learn_sigma")
 
 
 @dataclass
-class ForeignConfig:
-    """Config of a foreign network."""
+class CustomConfig:
+    """Config of a custom network."""
 
     factory: ClassVar[Factory]
     args: Any = field(default_factory=dict)
@@ -120,8 +120,8 @@ class ForeignConfig:
                 raise ValueError(f"denoiser.args.{name}: missing; {made} needs it")
 
 
-def section(name: str, code: str | None, folders: Sequence[Path]) -> type[ForeignConfig]:
-    """Return the dataclass of the section `denoiser` for a foreign network.
+def section(name: str, code: str | None, folders: Sequence[Path]) -> type[CustomConfig]:
+    """Return the dataclass of the section `denoiser` for a custom network.
 
     Args:
         name: package.module:Class, or package.module:function.
@@ -142,7 +142,7 @@ def section(name: str, code: str | None, folders: Sequence[Path]) -> type[Foreig
 
 
 @cache
-def _section(name: str, attribute: str, found: Source) -> type[ForeignConfig]:
+def _section(name: str, attribute: str, found: Source) -> type[CustomConfig]:
     module = found.module
     made = getattr(module, attribute, None)
     if made is None:
@@ -154,7 +154,7 @@ def _section(name: str, attribute: str, found: Source) -> type[ForeignConfig]:
     factory = Factory(name, made, _parameters(made), found, _config(made, module, attribute))
     kind = dict[str, Any] if factory.config is None else factory.config[1]
     args: Any = field(default_factory=dict if factory.config is None else factory.config[1])
-    config: Any = dataclasses.make_dataclass("ForeignConfig", [("args", kind, args)], bases=(ForeignConfig,))
+    config: Any = dataclasses.make_dataclass("ForeignConfig", [("args", kind, args)], bases=(CustomConfig,))
     config.factory = factory
     return config
 
@@ -196,8 +196,8 @@ def _check_types(kind: type) -> None:
             _check_types(hint)
 
 
-class Foreign(Denoiser):
-    """A foreign network behind the interface of `Denoiser`.
+class CustomDenoiser(Denoiser):
+    """A custom network behind the interface of `Denoiser`.
 
     Args:
         noise_level: (B,) times as passed to the network -> (B,) sigma / alpha; needed for some `call.t_as`.
@@ -207,7 +207,7 @@ class Foreign(Denoiser):
 
     def __init__(
         self,
-        config: ForeignConfig,
+        config: CustomConfig,
         image_size: int | tuple[int, int],
         channels: int,
         num_classes: int = 0,
@@ -284,7 +284,7 @@ def _mixture(weights: Tensor, used: list[nn.Module], table: nn.Embedding, args: 
     return torch.where(matches[..., None], mixture.view(*labels.shape, -1), rows)
 
 
-def _network(config: ForeignConfig, shape: Mapping[str, Any]) -> nn.Module:
+def _network(config: CustomConfig, shape: Mapping[str, Any]) -> nn.Module:
     """Build the network; on the meta device too if its constructor reads values, e.g. with `.item()`."""
     factory = config.factory
     kwargs = {name: value for name, value in shape.items() if name in factory.parameters}
