@@ -74,7 +74,7 @@ class Variant:
 
 @contextmanager
 def _attention_by_math() -> Iterator[None]:
-    with sdpa_kernel(SDPBackend.MATH), patch("diffbench.denoisers.tmsa.pays_in_parts", lambda bias: False):
+    with sdpa_kernel(SDPBackend.MATH), patch("diffbench.denoisers.tmsa.needs_chunks", lambda bias: False):
         yield
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from diffbench.commands.compare import split_arguments
+from diffbench.commands.arguments import split_arguments
 from diffbench.config.layers import COMMAND_LINE, located
 from diffbench.reports.attention import AttentionConfig, attention, attention_figure
 from diffbench.reports.figures import save_with_tensorboard

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from diffbench.config.layers import COMMAND_LINE, located, parse_overrides
-from diffbench.config.load import build
+from diffbench.commands.arguments import split_arguments
+from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.metrics.registry import metric_of
@@ -34,8 +34,6 @@ SAME_VARIANT = {*IDENTITY, "data.num_workers"}
 """Keys that may differ between runs of the same variant."""
 MOST_KEYS = 3
 """Largest number of differing keys that name a variant; with more, it is named after its run folder."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -60,25 +58,6 @@ def run(arguments: argparse.Namespace) -> None:
 def as_json(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compare `arguments.runs`; return the runs, and the conclusion if there is one, as values for JSON."""
     return compare(arguments.runs)[1]
-
-
-def split_arguments(words: Sequence[str], keys: type[T], verb: str) -> tuple[list[Path], T]:
-    """Split a command's arguments into run folders and keys; return the keys as a dataclass.
-
-    Raises:
-        UserError: if there is no folder, or a key is wrong.
-    """
-    overrides = [word for word in words if re.match(r"[A-Za-z_]\w*=", word)]
-    folders = [Path(word) for word in words if word not in overrides]
-    if not folders:
-        raise UserError(f"{COMMAND_LINE}: name run folders, e.g. runs/digits/dit-s0; see diffbench {verb} --help")
-    return folders, build_keys(keys, parse_overrides(overrides))
-
-
-def build_keys(keys: type[T], values: dict[str, Any]) -> T:
-    """Build the dataclass of a command's keys; UserError names a key that is wrong."""
-    with located([(COMMAND_LINE, values)]):
-        return build(keys, values)
 
 
 def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffbench.commands.compare import split_arguments
+from diffbench.commands.arguments import split_arguments
 from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError
 from diffbench.evaluation.curves import LEAST, bands_of, write_curves

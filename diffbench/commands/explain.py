@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from diffbench.commands.compare import build_keys
+from diffbench.commands.arguments import build_keys
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_unknown
 from diffbench.config.load import change
 from diffbench.core.errors import UserError

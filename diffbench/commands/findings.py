@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffbench.commands.compare import build_keys
+from diffbench.commands.arguments import build_keys
 from diffbench.config.layers import COMMAND_LINE, parse_overrides
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text

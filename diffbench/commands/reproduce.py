@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffbench.commands.compare import build_keys
+from diffbench.commands.arguments import build_keys
 from diffbench.config.layers import COMMAND_LINE, SHIPPED, located, parse_overrides, resolve_paths
 from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import digest, finite

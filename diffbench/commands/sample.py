@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffbench.commands.compare import build_keys
+from diffbench.commands.arguments import build_keys
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_unknown
 from diffbench.config.load import change
 from diffbench.runs.folder import short

@@ -10,8 +10,7 @@ from torch.nn.functional import interpolate
 
 from diffbench.core import files, tensors
 from diffbench.core.errors import UserError
-from diffbench.data.planted import PlantedConfig
-from diffbench.data.sets import ImageSet
+from diffbench.data.sets import ImageSet, PlantedConfig
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from diffbench.core.errors import check_at_least
-from diffbench.data.planted import PlantedConfig
+from diffbench.data.sets import PlantedConfig
 from diffbench.data.transforms import FORMATS, SUFFIXES, both_sides, is_grey
 
 SIDE = 32

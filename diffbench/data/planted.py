@@ -2,38 +2,12 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
-from diffbench.core.errors import check_at_least, suggest
+from diffbench.core.errors import suggest
 from diffbench.data.sets import ImageSet
-
-
-@dataclass
-class DataConfig:
-    """The keys shared by all data sets."""
-
-    num_workers: int = field(default=0, kw_only=True)
-    """DataLoader processes; 0 loads in the training process, which is fastest for data in memory."""
-
-    def __post_init__(self) -> None:
-        check_at_least(self, "data", num_workers=0)
-
-
-@dataclass
-class PlantedConfig(DataConfig):
-    """The keys shared by data sets into which classes can be planted."""
-
-    planted: dict[str, list[str]] = field(default_factory=dict, kw_only=True)
-    """Classes to add after the data's own, name -> classes to copy images from: {copy of 3: [3], 0 or 1: [0, 1]}.
-    The images are copied in memory."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, parts in self.planted.items():
-            if not parts or len(set(parts)) < len(parts):
-                raise ValueError(f"data.planted.{name}: must list different classes, such as [0, 1], got {parts}")
 
 
 def plant(data: ImageSet, planted: Mapping[str, Sequence[str]]) -> ImageSet:

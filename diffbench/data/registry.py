@@ -10,8 +10,7 @@ from diffbench.core.errors import check_at_least
 from diffbench.data.digits import DigitsConfig, digits
 from diffbench.data.images import CIFAR10Config, cifar10, images
 from diffbench.data.places import ImagesConfig
-from diffbench.data.planted import DataConfig
-from diffbench.data.sets import ImageSet
+from diffbench.data.sets import DataConfig, ImageSet
 from diffbench.data.shapes import ShapesConfig, shapes
 
 

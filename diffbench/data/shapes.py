@@ -12,8 +12,7 @@ from torch import Tensor
 
 from diffbench.core import rng
 from diffbench.core.errors import check_at_least
-from diffbench.data.planted import DataConfig
-from diffbench.data.sets import ImageSet
+from diffbench.data.sets import DataConfig, ImageSet
 
 TASKS = {
     "texture": ("horizontal stripes", "vertical stripes", "checks"),

@@ -190,7 +190,7 @@ def needs_chunks(bias: Tensor) -> bool:
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Compute softmax(q k^T / sqrt(d) + bias) v in chunks of samples with at most `PART` attention weights.
+    """Compute softmax(q k^T / sqrt(d) + bias) v in chunks of samples with at most `CHUNK` attention weights.
 
     Args:
         q: (B, heads, N, d).

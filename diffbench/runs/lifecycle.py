@@ -179,11 +179,7 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
     done = step_of(checkpoint) if checkpoint else 0
     images = done * settings.batch_size
     if checkpoint and (done > settings.max_steps or (done == settings.max_steps and not pending(checkpoint))):
-        print(f"{run.folder}: complete at {images:,} images")
-        if first and not run.complete:  # killed between the last checkpoint and the export
-            weights.export_from(checkpoint, run.folder, run.network, images)
-        if first:
-            update_config(run.folder, run.config, complete=True)
+        _finish_complete(run, checkpoint, images)
         return
     if checkpoint:
         check_log(run.folder, checkpoint)
@@ -193,15 +189,28 @@ def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int
             update_config(run.folder, run.config)
     if checkpoint is None and start is not None:
         print(f"initial weights from {getattr(run.config, 'init_from', None)}")
-    state = f"resuming at {images:,} images" if checkpoint else "starting"
-    cost = f"{run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs"
-    print(f"data: {describe(run.train_set, run.held_out)}")
-    if sizes := describe_sizes(run.train_set):
-        print(f"sizes (height x width): {sizes}")
-    print(f"{run.folder}: {state}, {cost}, {settings.precision}")
+    _describe(run, f"resuming at {images:,} images" if checkpoint else "starting")
     arguments = [str(run.folder), *([str(checkpoint)] if checkpoint else [])]
     if not run_ranks(settings.processes, "train", *arguments, keep=[] if lock is None else [lock]):
         train_here(run, checkpoint, start)
+
+
+def _finish_complete(run: Run[Any], checkpoint: Path, images: int) -> None:
+    """Report that a run is complete; export its averages if a kill prevented that."""
+    print(f"{run.folder}: complete at {images:,} images")
+    if distributed.rank_and_world()[0] == 0:
+        if not run.complete:
+            weights.export_from(checkpoint, run.folder, run.network, images)
+        update_config(run.folder, run.config, complete=True)
+
+
+def _describe(run: Run[Any], state: str) -> None:
+    """Print the data, size and precision of a run that starts or resumes."""
+    print(f"data: {describe(run.train_set, run.held_out)}")
+    if sizes := describe_sizes(run.train_set):
+        print(f"sizes (height x width): {sizes}")
+    cost = f"{run.cost.parameters:,} parameters, {run.cost.gmacs:.4f} GMACs"
+    print(f"{run.folder}: {state}, {cost}, {run.config.trainer.precision}")
 
 
 def train_here(run: Run[Any], checkpoint: Path | None, start: dict[str, Tensor] | None) -> None:

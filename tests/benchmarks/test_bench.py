@@ -222,7 +222,7 @@ def test_training_beside_others_prints_a_rate(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("held", [True, False])
 def test_linear_layers_by_mkl_are_a_variant_where_they_are_slower(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "mkl_holds_back", lambda: held)
+    monkeypatch.setattr(networks, "mkl_is_slow", lambda: held)
 
     def there(model: str, device: str, form: BenchConfig) -> bool:
         found = networks.variants(form, model, networks.run_config(form, model, device), device)

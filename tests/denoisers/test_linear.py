@@ -130,7 +130,7 @@ def test_the_published_outputs_hold(name: str, calls: list[tuple[int, ...]]) -> 
     ("vendor", "capability", "held"),
     [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
 )
-def test_whom_mkl_holds_back(
+def test_whom_mkl_slows_down(
     vendor: str, capability: str, held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")

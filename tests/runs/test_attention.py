@@ -97,7 +97,7 @@ def test_the_command_writes_a_png_and_tensorboard(smoke_run: Path, tmp_path: Pat
     [
         ("layers=[blocks.9]", "layers: no run has an attention layer blocks.9; choose from blocks.0, blocks.1, blocks.2, blocks.3, blocks.4; did you mean "),  # noqa: E501
         ("layers=[]", "layers: must list at least one, or be null, got []"),
-        ("tokens=[[8,1]]", "tokens: the pixel 8,1 lies outside an image of 8x8"),
+        ("tokens=[[8,1]]", "tokens: the pixel 8,1 is outside the 8x8 image"),
         ("tokens=[[1]]", "tokens: must be a list of pixels such as [[4, 4], [0, 7]], got [[1]]"),
         ("times=0", "times: must be at least 1, or a list of log-SNRs, got 0"),
         ("times=[60]", "times: log-SNR must lie in -19.84 to 10.09 for this process, got [60.0]"),

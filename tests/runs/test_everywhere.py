@@ -44,6 +44,7 @@ NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g+
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes of compilation for each network, more on a busy machine
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
 @EACH

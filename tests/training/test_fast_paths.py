@@ -151,14 +151,14 @@ def test_the_published_outputs_hold_with_attention_in_parts(name: str, dtype: to
 def test_attention_in_parts_is_the_whole_one(
     name: str, changes: dict[str, Any], part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tmsa, "PART", part)
+    monkeypatch.setattr(tmsa, "CHUNK", part)
     net, (x, t, y) = small(name, **changes).double().requires_grad_(True), inputs()
     with monkeypatch.context() as patch:
-        patch.setattr(tmsa, "pays_in_parts", lambda _bias: False)
+        patch.setattr(tmsa, "needs_chunks", lambda _bias: False)
         want, whole = net(x.double(), t, y), gradients(net, x.double(), t, y)
     parts: list[int] = []
     really = tmsa.chunked_attention
-    monkeypatch.setattr(tmsa, "attend_in_parts", lambda *a: parts.append(len(a[0])) or really(*a))
+    monkeypatch.setattr(tmsa, "chunked_attention", lambda *a: parts.append(len(a[0])) or really(*a))
     assert (net(x.double(), t, y) - want).abs().max() < 1e-12
     found = gradients(net, x.double(), t, y)
     assert parts and found.keys() == whole.keys()
