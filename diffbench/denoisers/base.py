@@ -15,7 +15,8 @@ class Denoiser(nn.Module):
     """A network (x, t, y) -> output; only dropout is random, and it knows no schedule, loss or data.
 
     A subclass takes its config, `image_size` (the side of a square input, or (height, width) where supported) and the
-    arguments below. It raises ValueError if the config does not fit the image size.
+    arguments below. It raises ValueError if the config does not fit the image size. Its `forward` keeps no state, since
+    batches may be computed concurrently, and is random only if the config's `dropout` or `drop_path` is above 0.
 
     Args:
         channels: input channels C.
