@@ -32,7 +32,7 @@ def bench(overrides: Sequence[str]) -> dict[str, Any]:
         overrides: key=value arguments for `BenchConfig`.
 
     Raises:
-        UserError: if a key or value is wrong, the machine is busy, or the report exists already.
+        UserError: if a key or value is wrong, the machine is busy, or the report already exists.
     """
     config = read(overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +41,7 @@ def bench(overrides: Sequence[str]) -> dict[str, Any]:
     networks.selected_models(config)
     path = Path(config.out or time.strftime("runs/bench/%Y%m%d-%H%M%S.json"))
     if path.exists():
-        raise UserError(f"out: {path} exists already; choose another name")
+        raise UserError(f"out: {path} already exists; choose another name")
     before = report.load(Path(config.baseline)) if config.baseline else None
     report.check_quiet(config.force)
     machine, rows, began = report.machine(device), [], time.monotonic()

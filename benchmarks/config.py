@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 PARTS = ("loop", "models", "variants", "data", "growth", "sampling", "command", "busy")
 """loop: Lightning against a bare loop; models: forward, training and sampling steps of each network; variants: other
-ways to run them, in turns with the default; data: loader and batches; growth: time and memory against size; sampling:
+ways to run one, interleaved with the default; data: loader and batches; growth: time and memory against size; sampling:
 many images with all steps; command: CPU seconds of commands by stage; busy: training next to other busy processes."""
 SHORT = {"loop": 0.35, "models": 0.6, "data": 0.05}
 FULL = {"loop": 1.0, "models": 1.0, "data": 1.0, "growth": 1.0, "sampling": 1.0, "command": 1.0, "busy": 1.0}

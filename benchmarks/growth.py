@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.config import BenchConfig, Row, shared
 from benchmarks.networks import Subject, Variant, run_config
-from benchmarks.timing import Work, in_turns, slope
+from benchmarks.timing import Work, slope, time_alternately
 from diffbench.commands.compare import compare
 from diffbench.commands.evaluate import score
 from diffbench.runs.lifecycle import train
@@ -58,7 +58,7 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
         rows = []
         for size in TINY_SIZES[curve.axis] if config.tiny else curve.sizes:
             work = _work(config, curve, device, size)
-            in_turns([work], device, 1 if config.tiny else 3, once=config.tiny)
+            time_alternately([work], device, 1 if config.tiny else 3, once=config.tiny)
             value = size * size if curve.axis == "area" else size
             rows.append(named | {"size": value} | work.ms() | {"memory_bytes": work.memory})
         yield from rows

@@ -27,7 +27,7 @@ PAIRS = 5
 TURN = 10
 """Steps after which the loops alternate, so that both halves of a pair see the machine in the same state."""
 WARM = 4
-"""Least number of steps before timing starts; memory still grows until then."""
+"""Minimum number of steps before timing starts; memory still grows until then."""
 STEPS = {"cpu": {"experiments/digits/dit.yaml": 100, "DiT-S/2": 1}, "cuda": {"DiT-XL/2": 10, "DiT-S/2": 50}}
 """Network -> steps of each loop in a pair, by device."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.config import BenchConfig, Row, shared
 from benchmarks.networks import PRECISION, Subject, Variant, run_config
 from benchmarks.steps import Products, against
-from benchmarks.timing import Work, in_turns, synchronize
+from benchmarks.timing import Work, synchronize, time_alternately
 from diffbench.config.sections import SampleConfig
 from diffbench.core import rng
 from diffbench.data.datamodule import ImageDataModule, LatentDataModule, PositionDataModule
@@ -48,7 +48,7 @@ def data(config: BenchConfig, device: torch.device, deadline: float) -> Iterator
             yield row | {"skipped": "the time is up"}
             continue
         module = kind(part, part, BATCH, flip=flip, data_on_device=False, endless=True)
-        (work,) = in_turns([Work(name, _loading(module, device))], device, config.rounds, once=config.tiny)
+        (work,) = time_alternately([Work(name, _loading(module, device))], device, config.rounds, once=config.tiny)
         row |= work.ms()
         yield row | {"batch": BATCH, "images_per_s": BATCH / row["ms"] * 1e3}
 
@@ -83,9 +83,9 @@ def sampling(config: BenchConfig, device: torch.device, deadline: float) -> Iter
     each = draw(subject, replace(settings, steps="2")) / 2
     taken = int(max(2, min(steps, (deadline - time.monotonic()) / each)))
     settings = replace(settings, steps=str(taken))
-    in_turns(products.works, device, 2, once=config.tiny)
+    time_alternately(products.works, device, 2, once=config.tiny)
     seconds = draw(subject, settings)
-    in_turns(products.works, device, 2, once=config.tiny)
+    time_alternately(products.works, device, 2, once=config.tiny)
     evaluations = network_evaluations(subject.process, settings)
     row |= {"steps": taken, "guidance": GUIDANCE, "evaluations": evaluations, "seconds": seconds}
     row |= {"ms": seconds / taken * 1e3, "images_per_s": count / seconds}

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.config import BenchConfig, Row, shared
 from benchmarks.networks import PRECISION, SAMPLE_STEPS, Subject, run_config, selected_models, variants
-from benchmarks.timing import Work, in_turns, ratio, spread
+from benchmarks.timing import Work, ratio, spread, time_alternately
 from diffbench.denoisers.linear import linear_as_convolution
 from diffbench.runs import build
 from diffbench.training.speed import float32_products
@@ -30,7 +30,7 @@ COMPILING = {"none": 0.0, "block": 40.0, "model": 90.0}
 
 
 class Products:
-    """Large matrix products, whose rate is the ceiling; time them in turns with what is compared with it.
+    """Large matrix products, whose rate is the ceiling; time them alternating with what is compared with them.
 
     On a CPU, a float32 product may be faster as a 1x1 convolution (see `denoisers.linear`); both ways are measured.
 
@@ -63,7 +63,7 @@ class Products:
 
 
 def against(achieved: float, peak: Row) -> Row:
-    """Return `achieved` FLOP/s with their shares of the fastest product and of torch.mm."""
+    """Return `achieved` FLOP/s with its shares of the fastest product and of torch.mm."""
     shares = {"share": achieved / peak["flops_per_s"], "mm_share": achieved / peak["mm_flops_per_s"]}
     return {"flops_per_s": achieved, "peak": peak} | shares
 
@@ -77,7 +77,7 @@ def measure(config: BenchConfig, device: torch.device, deadline: float) -> Itera
         deadline: time on the clock of `time.monotonic` after which no network begins.
     """
     products = Products(PRECISION[device.type], device, config.tiny)
-    in_turns(products.works, device, 2, once=config.tiny)
+    time_alternately(products.works, device, 2, once=config.tiny)
     rate = products.peak()["flops_per_s"]
     for model, until in shared(selected_models(config), deadline):
         if until is None:
@@ -97,7 +97,7 @@ def _network(
     Args:
         rate: FLOP/s of the fastest product.
         until: end of this network's time, after which no further round begins.
-        deadline: end of the time of all networks, by which a variant must have been compiled.
+        deadline: end of the time for all networks, by which the compilation of a variant must end.
     """
     named: Row = {"part": "models", "name": model}
     base = run_config(config, model, device.type)
@@ -132,7 +132,7 @@ def _network(
         return
     products = {kind: Products(kind, device, config.tiny) for kind in dict.fromkeys(s.products for s in subjects)}
     everything = [w for steps in works for w in steps.values()] + [w for p in products.values() for w in p.works]
-    in_turns(everything, device, config.rounds, once=config.tiny, deadline=until)
+    time_alternately(everything, device, config.rounds, once=config.tiny, deadline=until)
     for subject, steps in zip(subjects, works, strict=True):
         for kind, work in steps.items():
             calls = SAMPLE_STEPS if kind == "sample" else 1

@@ -59,7 +59,7 @@ def seconds(call: Callable[[], Any], device: torch.device, calls: int = 1) -> fl
     return (time.perf_counter() - started) / calls
 
 
-def in_turns(
+def time_alternately(
     works: Sequence[Work], device: torch.device, rounds: int, once: bool = False, deadline: float = math.inf
 ) -> Sequence[Work]:
     """Warm up every workload, then time each once per round, reversing the order in every other round.
@@ -115,7 +115,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """Return the spread of the ratios of `times` to `base`, round by round, as both were measured in turns."""
+    """Return the spread of the ratios of `times` to `base`, round by round, as both were measured alternately."""
     return spread([t / b for t, b in zip(times, base, strict=True)])
 
 

@@ -254,7 +254,7 @@ def report_folder(given: str | None, runs: Sequence[Run[Any]]) -> Path:
     if given is not None:
         out = Path(given)
         if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "report.html").is_file()):
-            raise UserError(f"{COMMAND_LINE}: out: {out} exists already and is not a report; choose another name")
+            raise UserError(f"{COMMAND_LINE}: out: {out} already exists and is not a report; choose another name")
         return out
     root = Path(str(runs[0].values.get("runs_dir", "runs")))
     if root.resolve() not in runs[0].folder.resolve().parents:  # such as a run copied from another machine

@@ -1,4 +1,4 @@
-"""`diffbench completion`: print a shell script that completes verbs, keys and files without starting Python."""
+"""`diffbench completion`: print a shell script that completes commands, keys and files without starting Python."""
 
 import argparse
 

@@ -12,7 +12,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Copy the experiments into `arguments.folder`, without overwriting anything."""
     out = Path(arguments.folder) / "experiments"
     if out.exists():
-        raise UserError(f"{COMMAND_LINE}: {out} exists already; name another FOLDER")
+        raise UserError(f"{COMMAND_LINE}: {out} already exists; name another FOLDER")
     shutil.copytree(SHIPPED, out, ignore=shutil.ignore_patterns("results"))
     enter = "" if Path(arguments.folder).resolve() == Path.cwd() else f"cd {arguments.folder} && "
     print(

@@ -28,7 +28,7 @@ from diffbench.studies.trials import FOLDER, TrialFile
 
 MOST_CHANGES = 30
 """Largest number of changes of a page to print."""
-VERDICTS = ("equal to the bit", "within tolerance", "DIFFERENT")
+VERDICTS = ("bit-identical", "within tolerance", "DIFFERENT")
 
 
 @dataclass
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         return int(bool(changes))
     out = Path(config.out) if config.out else Path("runs/reproduced") / f"{path.stem}-{record['sha256'][:8]}"
     if out.exists() and any(out.iterdir()) and not (out / FOLDER).is_dir():
-        raise UserError(f"{COMMAND_LINE}: out: {out} exists already and has no reproduced cells; choose another name")
+        raise UserError(f"{COMMAND_LINE}: out: {out} already exists and has no reproduced cells; choose another name")
     different = 0
     groups: dict[str, list[str]] = {}  # cells that differ only in sampling share a run
     for name in chosen:
@@ -161,7 +161,7 @@ def _compare(record: dict[str, Any], name: str, found: Sequence[Trial]) -> int:
         equal = {k for k in reported if k in now and reported[k] == now[k]}
         for key, a in reported.items():  # another version may measure more
             b = now.get(key)
-            # An error or distance equal to the bit is no coincidence: rounding is the same, so nothing may differ.
+            # A bit-identical error or distance is no coincidence: rounding is the same, so nothing may differ.
             exact = any(metric_of(k).is_validation == metric_of(key).is_validation and _continuous(k) for k in equal)
             tolerance = 0.0 if exact else allowed.get(key, 0.0)
             close = a is not None and b is not None and abs(a - b) <= tolerance

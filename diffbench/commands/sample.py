@@ -50,7 +50,7 @@ def draw(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
     """Draw samples from a run with key=value settings; yield the classes, if they have names, then each file written.
 
     Raises:
-        UserError: if a key is wrong, or a file exists already.
+        UserError: if a key is wrong, or a file already exists.
     """
     run = load(folder)
     values = parse_overrides(overrides)

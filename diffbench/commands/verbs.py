@@ -152,7 +152,7 @@ VERBS = {
         module="import_checkpoint",
     ),
     "completion": Verb(
-        "print a bash script that completes verbs, keys and files (zsh: run bashcompinit first)",
+        "print a bash script that completes commands, keys and files (zsh: run bashcompinit first)",
         ("> ~/.diffbench-completion.sh", "| grep trainer"),
     ),
 }

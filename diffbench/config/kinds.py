@@ -170,7 +170,7 @@ class RunConfig(BaseConfig):
                 )
         shape = self.data.shape if self.autoencoder is None else None
         self.process = complete_process(self.process, self.pixels, shape)
-        self._settle_sampler()
+        self._complete_sampler()
         check_levels(self.process, self.validation)
 
     @property
@@ -198,8 +198,8 @@ class RunConfig(BaseConfig):
                 f" {self.process.name}; choose constant"
             )
 
-    def _settle_sampler(self) -> None:
-        """Fill in the process's default sampler; raise ValueError for a sampler or steps that do not suit it."""
+    def _complete_sampler(self) -> None:
+        """Fill in the process's default sampler; raise ValueError if sampler or steps do not suit the process."""
         name = self.process.name
         s = self.sample = self.sample.with_defaults(name, pixels=self.pixels)
         if s.s_churn and name != "edm":

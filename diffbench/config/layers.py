@@ -91,7 +91,7 @@ def search_folders(file: Path) -> list[Path]:
 
 
 def resolve_path(path: str, file: Path | None) -> str:
-    """Resolve a path from a YAML file, or from the command line if `file` is None, relative to the working folder.
+    """Return a path from a YAML file, or from the command line if `file` is None, as seen from the working folder.
 
     A path that exists in none of the file's `search_folders`, such as a hub name, is returned unchanged.
     """
@@ -146,13 +146,13 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return resolve_paths(values, None)
 
 
-def refuse_unknown(values: Mapping[str, Any], *allowed: str, said: str = "unknown key") -> None:
+def refuse_unknown(values: Mapping[str, Any], *allowed: str, why: str = "unknown key") -> None:
     """Raise UserError for the first command-line key that is not allowed; "sample.KEY" allows a whole section."""
     known = [name.removesuffix(".KEY") for name in allowed]
     for key in values:
         if key not in known:
             hint = suggest(key, known)
-            raise UserError(f"{COMMAND_LINE}: {key}: {said}; allowed: {', '.join(allowed)}{hint}")
+            raise UserError(f"{COMMAND_LINE}: {key}: {why}; allowed: {', '.join(allowed)}{hint}")
 
 
 def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def overlay(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 
 def experiments(root: Path = Path("experiments")) -> list[str]:
-    """List the experiment YAML files in the subfolders of `root`, except shared bases (named with a leading _)."""
+    """List the experiment YAML files in the sub-folders of `root`, except shared bases (named with a leading _)."""
     return sorted(str(p) for p in root.glob("*/*.yaml") if not p.name.startswith("_"))
 
 

@@ -25,7 +25,7 @@ from diffbench.config.layers import (
     read_chain,
     search_folders,
 )
-from diffbench.config.types import convert, shown
+from diffbench.config.types import convert, yaml_text
 from diffbench.core.errors import suggest
 from diffbench.denoisers import DENOISERS, custom
 
@@ -106,7 +106,7 @@ def _root(values: dict[Any, Any]) -> type[BaseConfig]:
     kind = values.get("kind", "denoiser")
     if not isinstance(kind, str) or kind not in KINDS:
         near = suggest(str(kind), KINDS)
-        raise ValueError(f"kind: unknown value {shown(kind)}; choose from {', '.join(KINDS)}{near}")
+        raise ValueError(f"kind: unknown value {yaml_text(kind)}; choose from {', '.join(KINDS)}{near}")
     return KINDS[kind]
 
 
@@ -118,7 +118,7 @@ def from_dict(values: dict[str, Any], origin: str) -> BaseConfig:
 def change(config: C, changes: dict[str, Any], origin: str = COMMAND_LINE) -> C:
     """Return a config with some values changed, checked again; errors name `origin` as the source of the changes.
 
-    A new sampler resets `sample.clip` to its own default if it had the old sampler's.
+    If `sample.clip` has the old sampler's default, changing the sampler resets it to the new one's.
     """
     values, sample = to_dict(config), changes.get("sample")
     if isinstance(config, RunConfig) and isinstance(sample, dict):
@@ -138,7 +138,7 @@ def to_dict(config: BaseConfig) -> dict[str, Any]:
 
 
 def _values(value: Any) -> Any:
-    """Do what `dataclasses.asdict` does, but leave out fields with init=False, which only custom networks have."""
+    """Convert dataclasses to dictionaries, also when nested, without fields with init=False (of custom networks)."""
     if dataclasses.is_dataclass(type(value)):
         return {f.name: _values(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, dict):
@@ -170,19 +170,21 @@ def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> typ
     registry, given = REGISTRIES[section], values.get(section)
     first = next(iter(registry))
     if given is not None and not isinstance(given, dict):
-        raise ValueError(f"{section}: must be a section with keys, got {shown(given)}; write {section}.name={first}")
+        raise ValueError(
+            f"{section}: must be a section with keys, got {yaml_text(given)}; write {section}.name={first}"
+        )
     given = values[section] = {"name": DEFAULT_NAMES.get(section)} | (given or {})
     name = given["name"]
-    external = section == "denoiser" and isinstance(name, str) and ":" in name
-    if not isinstance(name, str) or not (name in registry or external):
+    imported = section == "denoiser" and isinstance(name, str) and ":" in name
+    if not isinstance(name, str) or not (name in registry or imported):
         problem = "missing" if name is None else f"unknown name {name!r}"
         near = "" if name is None else suggest(str(name), registry)
         others = ", or write package.module:Class" if section == "denoiser" else ""
         raise ValueError(f"{section}.name: {problem}; choose from {', '.join(registry)}{others}{near}")
     preset = given.pop("preset", None)
     if preset is not None:
-        presets = DENOISERS[name].presets if section == "denoiser" and not external else {}
-        if section == "denoiser" and preset == LAPTOP and not external and (sizes := _laptop(values, name)) is not None:
+        presets = DENOISERS[name].presets if section == "denoiser" and not imported else {}
+        if section == "denoiser" and preset == LAPTOP and not imported and (sizes := _laptop(values, name)) is not None:
             values[section] = sizes | given
             return _named(registry[name], name)
         if not isinstance(preset, str) or preset not in presets:
@@ -190,7 +192,7 @@ def _chosen(values: dict[Any, Any], section: str, stack: Sequence[Layer]) -> typ
             near = suggest(str(preset), presets)
             raise ValueError(f"{section}.preset: unknown preset {preset!r}; {allowed}{near}")
         values[section] = dataclasses.asdict(presets[preset].config) | given
-    if not external:
+    if not imported:
         return _named(registry[name], name)
     files = [Path(origin) for origin, _ in reversed(stack) if os.path.isfile(origin)]
     folders = list(dict.fromkeys(folder for file in files for folder in search_folders(file))) or [Path.cwd()]
@@ -245,15 +247,15 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", kinds: Mapp
             arguments[name] = build(kind, value, f"{key}.")  # type: ignore[arg-type]
         else:
             keys = ", ".join(keys_of(kind))
-            raise ValueError(f"{key}: must be a section with keys, got {shown(value)}; allowed: {keys}")
+            raise ValueError(f"{key}: must be a section with keys, got {yaml_text(value)}; allowed: {keys}")
     for field_ in dataclasses.fields(cls):  # type: ignore[arg-type]
         required = field_.init and field_.default is field_.default_factory is dataclasses.MISSING
         if required and field_.name not in arguments:
             raise ValueError(f"{prefix}{field_.name}: missing")
-    return _external(cls, arguments, prefix.rstrip(".")) if prefix.startswith("denoiser.args.") else cls(**arguments)
+    return _custom_args(cls, arguments, prefix.rstrip(".")) if prefix.startswith("denoiser.args.") else cls(**arguments)
 
 
-def _external(cls: type[T], arguments: dict[str, Any], key: str) -> T:
+def _custom_args(cls: type[T], arguments: dict[str, Any], key: str) -> T:
     """Build the dataclass of a custom network, which may raise any exception.
 
     Raises:

@@ -268,7 +268,7 @@ class SampleConfig:
         return self.guidance != 1 or (self.classifier is not None and self.classifier_scale != 0)
 
     def sampling_keys(self) -> dict[str, Any]:
-        """Return the keys that the samples depend on, so not `batch_size`; a precision of 32-true is left out."""
+        """Return key -> value for what the samples depend on; `batch_size` and a precision of 32-true are left out."""
         idle = {"batch_size"} | ({"precision"} if self.precision == "32-true" else set())
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
 
@@ -295,7 +295,7 @@ class EvaluateConfig:
     """Run folder of a classifier that checks whether samples match their labels. It sees samples and real images at the
     last noise level of its validation."""
     reference: Literal["same", "all"] = "same"
-    """Training images to compare with: as many as there are samples, evenly over the classes (same), or all of them."""
+    """Training images to compare with: as many as there are samples, with equal class counts (same), or all of them."""
     infinity: bool = False
     """Also extrapolate the Fréchet distance to infinitely many samples: a diagnostic, from 5,000 samples up."""
     every_images: int | None = None

@@ -33,8 +33,8 @@ class TrainerConfig:
     """auto: a CUDA GPU if there is one. Apple GPUs cannot be used: times and noise levels need float64."""
     threads: int | Literal["auto"] = "auto"
     """CPU threads per process; auto: PyTorch's default, one per core unless OMP_NUM_THREADS is set. They share the work
-    of each layer. In a network below 1e9 multiply-accumulates per step they would wait for each other, so two of them
-    train on half a batch each instead, and up to four draw a batch of samples each."""
+    of each layer. In a network below 1e9 multiply-accumulates per forward pass they would wait for each other, so two
+    of them train on half a batch each instead, and up to four draw a batch of samples each."""
     devices: int = 1
     """Processes per machine, each with its own device; they share the images of a step."""
     num_nodes: int = 1
@@ -60,7 +60,7 @@ class TrainerConfig:
     data_on_device: bool | None = None
     """Keep the training images on the device; null: on a GPU with four times as much free memory."""
     async_checkpoints: bool | None = None
-    """Write resume states from a copy in memory while training continues; null: on a GPU."""
+    """Write checkpoints from a copy in memory while training continues; null: on a GPU."""
 
     def __post_init__(self) -> None:
         names = ["max_images", "batch_size", "accumulate_grad_batches", "max_skipped"]

@@ -25,11 +25,11 @@ def convert(kind: Any, value: Any, key: str) -> Any:
     if choices:
         choices += [_description(option) for option in options if option in (int, float, type(None))]
         near = suggest(str(value), choices)
-        raise ValueError(f"{key}: unknown value {shown(value)}; choose from {', '.join(choices)}{near}")
-    raise ValueError(f"{key}: must be {_description(kind)}, got {shown(value)}")
+        raise ValueError(f"{key}: unknown value {yaml_text(value)}; choose from {', '.join(choices)}{near}")
+    raise ValueError(f"{key}: must be {_description(kind)}, got {yaml_text(value)}")
 
 
-def shown(value: Any) -> str:
+def yaml_text(value: Any) -> str:
     """Format a value roughly as YAML writes it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 

@@ -72,7 +72,7 @@ class Store:
         return self.manifest.is_file()
 
     def identity(self) -> Any:
-        """Return the description of what the store is made from, complete or not; None if it was never begun."""
+        """Return the description of what the store is made from, complete or not; None if it was never started."""
         if self.is_complete():
             return _read(self.manifest)["identity"]
         try:

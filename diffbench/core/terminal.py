@@ -20,7 +20,7 @@ def red(text: str, stream: TextIO) -> str:
 
 
 def two_columns(left: str, text: str) -> str:
-    """Join two parts to a line; on a terminal too narrow for it, wrap the second part beside or below the first."""
+    """Join two parts to a line; on a terminal too narrow for it, wrap the second part next to or below the first."""
     columns = width()
     if columns is None or len(left) + 1 + len(text) <= columns:
         return f"{left} {text}"

@@ -82,7 +82,7 @@ class PositionDataset(Dataset[dict[str, Any]]):
     """Data set with batches by position; the order of epoch e is a permutation keyed by (seed, "order", e).
 
     Args:
-        flip: whether batches say which images to mirror: half of them, chosen anew each epoch.
+        flip: whether batches say which images to mirror: half of them, redrawn each epoch.
         only_index: whether batches contain only image indices, for a set that is already on the device.
     """
 
@@ -140,7 +140,7 @@ class PositionDataModule(L.LightningDataModule):
         batch_size: images per optimizer step, over all devices and micro-batches.
         seed: seed of the run; with a position, it determines which image comes and how its flip and latent are drawn.
         num_workers: DataLoader processes.
-        flip: mirror half of the training images, chosen anew each epoch.
+        flip: mirror half of the training images, redrawn each epoch.
         data_on_device: keep the training part on the device; None does so on a GPU with four times the memory needed.
         endless: never end an epoch, for trainers that only count steps.
     """

@@ -20,7 +20,7 @@ from diffbench.data.sets import PlantedConfig
 from diffbench.data.transforms import FORMATS, SUFFIXES, both_sides, is_grey
 
 SIDE = 32
-"""Side in pixels to which images are resized at most, where the config gives none."""
+"""Side in pixels if the config gives none: the largest for a folder, the only one for tables and the hub."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -38,7 +38,7 @@ class ImagesConfig(PlantedConfig):
     labels: bool = True
     """Whether to use the data's classes, if it has any; false trains without classes."""
     flip: bool = False
-    """Whether to mirror half of the training images, chosen anew each epoch."""
+    """Whether to mirror half of the training images, redrawn each epoch."""
     split: str | None = None
     """The split to train on; null for "train", or for the only one."""
     held_out: int | None = None

@@ -11,7 +11,7 @@ from diffbench.data.sets import ImageSet
 
 
 def plant(data: ImageSet, planted: Mapping[str, Sequence[str]]) -> ImageSet:
-    """Add classes to a set: each contains copies of the images of its parts, under a label of its own.
+    """Add classes to a set: each contains copies of the images of its parts, under a new label.
 
     A class with one part is thus an exact copy of it, and a class with several parts is their mixture.
 

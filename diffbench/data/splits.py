@@ -105,7 +105,7 @@ def training_split(names: list[str], wanted: str | None) -> str:
 
 
 def split_word(name: str) -> str | None:
-    """Return the split that a folder or file name stands for in the library: train, training_set, val-2, ..."""
+    """Return the split that the library sees in a folder or file name (train, training_set, val-2, ...), or None."""
     from datasets.data_files import SPLIT_KEYWORDS
 
     return next((str(split) for split, keys in SPLIT_KEYWORDS.items() if set(keys) & _words(name)), None)
@@ -165,7 +165,7 @@ def folder_splits(place: Place, config: ImagesConfig) -> tuple[dict[str, Split],
 
 
 def _check_merged(root: Path, folders: list[str]) -> None:
-    """Refuse folders of one split that may be classes, as their other words differ: freight-train and steam-train."""
+    """Refuse folders of one split that may be classes because their other words differ: freight-train, steam-train."""
     for split in ("train", *HELD_OUT_SPLITS):
         alike = [name for name in folders if split_word(name) == split]
         others = {frozenset(word for word in _words(name) if split_word(word) is None) for name in alike}

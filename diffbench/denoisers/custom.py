@@ -1,4 +1,4 @@
-"""Custom networks: any `package.module:Class` or function, its arguments, and the call of its forward."""
+"""Custom networks: any `package.module:Class` or function, its arguments, and how its forward is called."""
 
 import copy
 import dataclasses
@@ -107,17 +107,17 @@ class CustomConfig:
             self.args[name] = list(default) if isinstance(default, tuple) else default
 
     def _check_arguments(self) -> None:
-        named, made = self.factory.parameters, self.factory.name
+        named, maker = self.factory.parameters, self.factory.name
         takes_any = any(p.kind is p.VAR_KEYWORD for p in named.values())
         names = [p.name for p in named.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         for name in self.args:
             if name not in names and not takes_any:
                 raise ValueError(
-                    f"denoiser.args.{name}: {made} takes no such argument; allowed: {_listed(names, name)}"
+                    f"denoiser.args.{name}: {maker} takes no such argument; allowed: {_listed(names, name)}"
                 )
         for name in names:
             if named[name].default is inspect.Parameter.empty and name not in (*self.args, *SHAPE):
-                raise ValueError(f"denoiser.args.{name}: missing; {made} needs it")
+                raise ValueError(f"denoiser.args.{name}: missing; {maker} needs it")
 
 
 def section(name: str, code: str | None, folders: Sequence[Path]) -> type[CustomConfig]:
@@ -144,38 +144,38 @@ def section(name: str, code: str | None, folders: Sequence[Path]) -> type[Custom
 @cache
 def _section(name: str, attribute: str, found: Source) -> type[CustomConfig]:
     module = found.module
-    made = getattr(module, attribute, None)
-    if made is None:
+    make = getattr(module, attribute, None)
+    if make is None:
         near = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)]
         raise ValueError(f"denoiser.name: {module.__name__} has no {attribute}; choose from {_listed(near, attribute)}")
-    wrong_class = isinstance(made, type) and not issubclass(made, nn.Module)
-    if not callable(made) or wrong_class or isinstance(made, nn.Module):
+    wrong_class = isinstance(make, type) and not issubclass(make, nn.Module)
+    if not callable(make) or wrong_class or isinstance(make, nn.Module):
         raise ValueError(f"denoiser.name: {name} is neither a torch.nn.Module class nor a function that returns one")
-    factory = Factory(name, made, _parameters(made), found, _config(made, module, attribute))
+    factory = Factory(name, make, _parameters(make), found, _config(make, module, attribute))
     kind = dict[str, Any] if factory.config is None else factory.config[1]
     args: Any = field(default_factory=dict if factory.config is None else factory.config[1])
-    config: Any = dataclasses.make_dataclass("ForeignConfig", [("args", kind, args)], bases=(CustomConfig,))
+    config: Any = dataclasses.make_dataclass("CustomConfig", [("args", kind, args)], bases=(CustomConfig,))
     config.factory = factory
     return config
 
 
-def _parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def _parameters(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     for evaluated in (True, False):
         try:
-            return inspect.signature(made, eval_str=evaluated).parameters
+            return inspect.signature(make, eval_str=evaluated).parameters
         except Exception:  # annotations cannot be evaluated, or there is no signature
             continue
     return {}
 
 
-def _config(made: Any, module: Any, attribute: str) -> tuple[str, type] | None:
+def _config(make: Any, module: Any, attribute: str) -> tuple[str, type] | None:
     """Return name and type of the parameter that takes a config: annotated with a dataclass (or None), or named
     `config` in a module with a `<Class>Config`.
 
     Raises:
         ValueError: if the types of its fields cannot be resolved.
     """
-    for name, parameter in _parameters(made).items():
+    for name, parameter in _parameters(make).items():
         kind = parameter.annotation
         kind = next((option for option in get_args(kind) if dataclasses.is_dataclass(option)), kind)
         if isinstance(kind, str) or (kind is parameter.empty and name == "config"):
@@ -269,7 +269,7 @@ class CustomDenoiser(Denoiser):
 
 
 def _mixture(weights: Tensor, used: list[nn.Module], table: nn.Embedding, args: tuple[Tensor], rows: Tensor) -> Tensor:
-    """Replace, as a forward hook, a table's rows for labels, (B, D) or (B, tokens, D), by a mixture; see `LabelTable`.
+    """Replace a table's rows for labels, (B, D) or (B, tokens, D), by a mixture; a forward hook, see `LabelTable`.
 
     Rows of anything but the sample's own label, such as another table's positions, stay unchanged.
     """

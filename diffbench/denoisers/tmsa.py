@@ -25,7 +25,7 @@ TimeIn = Literal["qkv", "qk", "qv", "kv", "q", "k", "v", "separate", "bias", "ml
 
 qkv: added to queries, keys and values, the paper's TMSA (Eq. 3 to 5); or only to the ones named. The softmax cancels
 whatever all keys have in common, so `k` alone has no effect and `qv` equals `qkv`.
-separate: a separate token among the keys and values (Table 7). With a softmax of its own, it would equal `v`.
+separate: a separate token among the keys and values (Table 7). With its own softmax, it would equal `v`.
 bias: a time-dependent part of the relative-position bias (Table 6, F).
 mlp: added to the input of the MLP (Table 6, G).
 adaln: shift, scale and gate around attention and MLP, as in DiT.

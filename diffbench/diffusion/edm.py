@@ -32,10 +32,10 @@ class EDMConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rho <= 0:
-            raise ValueError(f"process.rho must be positive, got {self.rho}")
+            raise ValueError(f"process.rho: must be positive, got {self.rho}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
-                f"process.sigma_min must lie between 0 and process.sigma_max={self.sigma_max}, got {self.sigma_min}"
+                f"process.sigma_min: must lie between 0 and process.sigma_max={self.sigma_max}, got {self.sigma_min}"
             )
 
 

@@ -41,14 +41,14 @@ class VPConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 2:
-            raise ValueError(f"process.steps must be at least 2, got {self.steps}")
+            raise ValueError(f"process.steps: must be at least 2, got {self.steps}")
         if self.schedule == "linear" and self.steps <= 20:  # the last beta, 20 / steps, would reach 1
-            raise ValueError(f"process.steps must be above 20 with the linear schedule, got {self.steps}")
+            raise ValueError(f"process.steps: must be above 20 with the linear schedule, got {self.steps}")
         if self.schedule == "scaled_linear" and self.steps <= 12:
-            raise ValueError(f"process.steps must be above 12 with the scaled_linear schedule, got {self.steps}")
+            raise ValueError(f"process.steps: must be above 12 with the scaled_linear schedule, got {self.steps}")
         if len(self.betas) != (self.steps if self.schedule == "given" else 0):
             raise ValueError(
-                f"process.betas must have process.steps={self.steps} values with schedule given and none with any "
+                f"process.betas: must have process.steps={self.steps} values with schedule given and none with any "
                 f"other, got {len(self.betas)} with schedule {self.schedule}"
             )
         if self.zero_terminal_snr and "eps" in (self.prediction, self.loss_space):
@@ -59,9 +59,9 @@ class VPConfig(ObjectiveConfig):
             )
         learned, hybrid = self.variance == "learned_range", self.loss.endswith("hybrid")
         if learned and self.loss == "mse":
-            raise ValueError("process.loss=mse would leave a learned variance untrained: choose hybrid")
+            raise ValueError("process.loss: mse would leave a learned variance untrained; choose hybrid")
         if hybrid and not learned:
-            raise ValueError(f"process.loss={self.loss} trains a learned variance: set process.variance=learned_range")
+            raise ValueError(f"process.loss: {self.loss} trains a learned variance; set process.variance=learned_range")
         if self.variance == "fixed_small" and not self.loss.endswith("kl"):
             raise ValueError(
                 f"process.variance: fixed_small is for process.loss=kl, not {self.loss}; the sampler's variance is"

@@ -23,7 +23,7 @@ CONFIDENCE = 0.99
 
 @dataclass(frozen=True)
 class Band:
-    """The prediction interval of one more run with another seed, at increasing numbers of images."""
+    """The prediction interval of one more run with a new seed, at increasing numbers of images."""
 
     images: list[int]
     low: list[float]

@@ -137,7 +137,7 @@ class Explanation:
 
 
 def explain(sampler: Sampler, how: SampleConfig, facts: DataFacts, label: int, config: ExplainConfig) -> Explanation:
-    """Decompose a class into the others; results are bitwise reproducible.
+    """Decompose a class into the others; results are bit-identical on every call.
 
     Args:
         sampler: sampler of the run, whose EMA weights are explained.

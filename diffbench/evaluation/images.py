@@ -174,7 +174,7 @@ def has_images(path: Path) -> bool:
 def refuse_to_overwrite(path: Path) -> None:
     """Raise UserError if an output file named by the user already exists."""
     if path.exists():
-        raise UserError(f"{path}: exists already; choose another name")
+        raise UserError(f"{path}: already exists; choose another name")
 
 
 def read_statistics(path: Path) -> tuple[Gaussian, Gaussian | None] | None:

@@ -35,11 +35,11 @@ LOOSE = (
 
 def environment(extractor: "Extractor | None", device: torch.device) -> dict[str, Any]:
     """Return a record's entries about the code, the machine and the extractor."""
-    judge = extractor and {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence}
+    described = extractor and {"name": extractor.name, "weights": extractor.weights, "licence": extractor.licence}
     return {
         "format": FORMAT,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "extractor": judge,
+        "extractor": described,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} {platform.machine()}",

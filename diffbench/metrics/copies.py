@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 RATE = 0.005
-"""False-alarm rate that the threshold allows: share of images flagged that are not copies."""
+"""False-alarm rate that the threshold allows: the share of images that are not copies and yet are flagged."""
 NEIGHBOURS = 5
 LEAST = 20
 """Minimum number of training images, below which no usual distance can be estimated."""
-SIDE, MOST, VARIANCE = 32, 128, 0.95
+SIDE, MAX_COMPONENTS, KEPT_VARIANCE = 32, 128, 0.95
 FITTED = CALIBRATED = 4000
 _CELLS = 2**24
 
@@ -78,8 +78,8 @@ class CopyDetector:
         self.mean = even.mean(0)
         spectra = [torch.linalg.eigh(x.T @ x / len(x)) for x in (even - self.mean, odd)]
         variances = torch.cat([variance for variance, _ in spectra]).sort(descending=True).values.clamp_min(0)
-        enough = int((variances.cumsum(0) < VARIANCE * variances.sum()).sum())
-        least = max(float(variances[: MOST + 1][min(enough, MOST - 1, len(variances) - 1)]), 1e-12)
+        enough = int((variances.cumsum(0) < KEPT_VARIANCE * variances.sum()).sum())
+        least = max(float(variances[: MAX_COMPONENTS + 1][min(enough, MAX_COMPONENTS - 1, len(variances) - 1)]), 1e-12)
         kept = [(variance >= least, variance, basis) for variance, basis in spectra]
         self.bases = [basis[:, k] * variance[k] ** -0.25 for k, variance, basis in kept]
         self.even = self.bases[0].shape[1]

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure, FigureBase
 from torch import Tensor
 
 from diffbench.evaluation.explain import Explanation
-from diffbench.reports.figures import COLOURS, FAINT, INK, label, name_row, new_figure, plain
+from diffbench.reports.figures import COLOURS, FAINT, INK, escape_dollars, label, name_row, new_figure
 from diffbench.sampling.images import grid
 
 MOST = 12
@@ -45,10 +45,10 @@ def explanation_figure(explanation: Explanation, images: Mapping[str, Tensor]) -
     bars = panels[0].subplots()
     colours = [COLOURS[0] if place < explanation.n else FAINT for place in range(len(elements))]
     bars.barh(range(len(elements)), [e.coefficient for e in elements], color=colours)
-    bars.set_yticks(range(len(elements)), [plain(e.name) for e in elements])
+    bars.set_yticks(range(len(elements)), [escape_dollars(e.name) for e in elements])
     bars.invert_yaxis()
     label(bars, "coefficient (blue: in the reconstruction)")
-    bars.set_title(plain(f"what {explanation.name} is made of"), fontsize=10, color=INK)
+    bars.set_title(escape_dollars(f"what {explanation.name} is made of"), fontsize=10, color=INK)
     if rows:
         _draw_rows(panels[1], rows)
     return figure
@@ -60,5 +60,5 @@ def _draw_rows(panel: FigureBase, rows: Mapping[str, Tensor]) -> None:
         zip(panel.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True)
     ):
         axis.imshow(grid(x, len(x), scale=max(1, 40 // x.shape[-1])), interpolation="nearest")
-        name_row(axis, plain(title) + (f"\nmoved by {differences[title]:.0f}" if place else ""), 8)
+        name_row(axis, escape_dollars(title) + (f"\nmoved by {differences[title]:.0f}" if place else ""), 8)
     panel.supxlabel("same noise in every row; moved: RMS from the first row, of 255 levels", fontsize=8, color=INK)

@@ -64,8 +64,8 @@ def legend(figure: Figure, panel: Axes) -> None:
 
 def label(axis: Axes, xlabel: str, ylabel: str = "") -> None:
     """Label both axes, add a faint grid, and remove the box."""
-    axis.set_xlabel(plain(xlabel), color=INK)
-    axis.set_ylabel(plain(ylabel), color=INK)
+    axis.set_xlabel(escape_dollars(xlabel), color=INK)
+    axis.set_ylabel(escape_dollars(ylabel), color=INK)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(FAINT)
@@ -90,7 +90,7 @@ def mean_line(
     """Draw means with a band of 95% intervals, or without a band below three seeds, and return the means."""
     mean = unit * np.array([s.mean for s in found])
     half = unit * np.array([s.half or 0.0 for s in found])
-    legend_name = {} if name is None else {"label": plain(name)}
+    legend_name = {} if name is None else {"label": escape_dollars(name)}
     axis.plot(x, mean, **{"linestyle": style.dash, "color": style.colour} | legend_name | look)
     axis.fill_between(x, mean - half, mean + half, color=style.colour, alpha=0.16, linewidth=0)
     return mean
@@ -128,7 +128,7 @@ def _short(value: float, _: int) -> str:
     return f"{value / size:g}{unit}"
 
 
-def plain(text: str) -> str:
+def escape_dollars(text: str) -> str:
     """Escape dollar signs in a name, between which matplotlib would typeset a formula."""
     return text.replace("$", r"\$")
 

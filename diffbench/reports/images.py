@@ -15,7 +15,7 @@ from diffbench.core.store import DamagedError, Store
 from diffbench.metrics.base import evenly_spaced
 from diffbench.reports.attention import AttentionConfig, attention, attention_figure
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.figures import INK, Plot, name_row, new_figure, plain, save
+from diffbench.reports.figures import INK, Plot, escape_dollars, name_row, new_figure, save
 from diffbench.reports.results import Trial
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.lifecycle import load
@@ -46,7 +46,7 @@ def sample_grid(c: Conclusion, path: Path) -> Plot | None:
     panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
     for panel, (name, (images, _)) in zip(panels, found.items(), strict=True):
         panel.imshow(grid(images, columns=len(images)), interpolation="nearest")
-        name_row(panel, plain(name))
+        name_row(panel, escape_dollars(name))
     if classes:
         middles = {name: width * (classes.index(name) + classes.count(name) / 2) for name in classes}
         panels[0].xaxis.tick_top()
@@ -78,7 +78,7 @@ def nearest_images(c: Conclusion, path: Path) -> Plot | None:
     for panel, name in zip(panels, shown, strict=True):
         judged, image = found[name]
         panel.imshow(image)
-        name_row(panel, f"{plain(name)}\n{judged['flagged']} of {judged['count']:,}\nflagged", 8)
+        name_row(panel, f"{escape_dollars(name)}\n{judged['flagged']} of {judged['count']:,}\nflagged", 8)
     thresholds = dict.fromkeys(f"{judged['threshold']:.2f}" for judged, _ in (found[v] for v in shown))
     caption = (
         "For each variant, of the seed with most copies, the samples most like copies (above; asked-for class and"

@@ -1,4 +1,4 @@
-"""A study over several budgets: fits of error = a + b C^-c, crossings of variants, and rank correlation of budgets.
+"""A study over several budgets: fits of error = a + b C^-c, crossings, and rank correlation between budgets.
 
 The 95% intervals come from resampling seeds, whole runs at a time, since the rungs of a run share its weights.
 """
@@ -19,12 +19,12 @@ from diffbench.reports.figures import (
     Plot,
     Style,
     axis_label,
+    escape_dollars,
     label,
     legend,
     log_scale,
     mean_line,
     new_figure,
-    plain,
     save,
 )
 from diffbench.reports.results import by_seed
@@ -49,7 +49,7 @@ def measures(c: Conclusion) -> list[str]:
     return [c.name, *watched[:2]]
 
 
-def rungs(c: Conclusion, variant: str, name: str) -> Curve | None:
+def budget_curve(c: Conclusion, variant: str, name: str) -> Curve | None:
     """Return a variant's metric at each budget, for the seeds that have passed every rung; None if there are none."""
     trials = [rung.variants.get(variant, []) for rung in c.rungs.values()]
     seeds = _seeds(c, variant, name)
@@ -93,7 +93,7 @@ def _fits(c: Conclusion) -> Rows:
     rows: Rows = []
     for name in measures(c):
         for variant in c.variants:
-            at = rungs(c, variant, name)
+            at = budget_curve(c, variant, name)
             found = fit(at.flops, at.values) if at and at.flops is not None else None
             if found is not None and metric_of(name).lower_is_better:
                 parts = {"a": found.a.text(), "b": found.b.text(), "c": found.c.text()}
@@ -105,7 +105,7 @@ def _crossing_rows(c: Conclusion) -> Rows:
     rows: Rows = []
     for name in measures(c):
         seeds = {v: _seeds(c, v, name) for v in c.variants}
-        curves = {v: rungs(c, v, name) for v in c.variants}
+        curves = {v: budget_curve(c, v, name) for v in c.variants}
         for a, b in combinations(c.variants, 2):
             both = [seed for seed in seeds[a] if seed in seeds[b]]
             flops = [curve.flops for v in (a, b) if (curve := curves[v]) and curve.flops is not None]
@@ -141,7 +141,7 @@ def _tau(columns: dict[str, tuple[Conclusion, str]]) -> Rows:
 def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | None:
     """Draw each followed metric against FLOPs, images and seconds: a line for each variant, with bands and fits."""
     names, variants = measures(c), [v for v in c.variants if v in style]
-    curves = {n: {v: curve for v in variants if (curve := rungs(c, v, n))} for n in names}
+    curves = {n: {v: curve for v in variants if (curve := budget_curve(c, v, n))} for n in names}
     every = [curve for lines in curves.values() for curve in lines.values()]
     kept = [what for what in AXES if any(getattr(curve, what) is not None for curve in every)]
     if not kept:
@@ -163,7 +163,7 @@ def ladder_plot(c: Conclusion, style: dict[str, Style], path: Path) -> Plot | No
                 found = fit(x, curve.values) if metric_of(name).lower_is_better else None
                 line = np.geomspace(x[0], x[-1], 50) if found else x
                 y = found.at(line / x[-1]) if found else mean
-                panel.plot(line, y, look.dash, color=look.colour, linewidth=1.5, label=plain(variant))
+                panel.plot(line, y, look.dash, color=look.colour, linewidth=1.5, label=escape_dollars(variant))
             log_scale(panel, "x")
             label(panel, AXES[what], axis_label(name) if panel is row[0] else "")
     legend(figure, panels[0][0])

@@ -15,12 +15,12 @@ from diffbench.reports.figures import (
     Plot,
     Style,
     axis_label,
+    escape_dollars,
     label,
     legend,
     log_scale,
     mean_line,
     new_figure,
-    plain,
     save,
     short_numbers,
     styles,
@@ -31,7 +31,7 @@ from diffbench.reports.pairs import PairedTest
 from diffbench.reports.results import Trial, network_key
 from diffbench.reports.series import Sweep, above_least, curve, networks, noise_levels, shared_levels, sweeps
 from diffbench.reports.statistics import LEAST, by_column
-from diffbench.reports.tables import floors
+from diffbench.reports.tables import real_scores
 from diffbench.reports.tuning import tuning_plot
 
 GREEN, RED = "#009e73", "#d55e00"
@@ -92,11 +92,11 @@ def answer(c: Conclusion, style: dict[str, Style], path: Path) -> Plot:
         left.plot(found.mean, row, look.marker, color=look.colour, markersize=7.5, markeredgecolor="white", zorder=3)
         if name in against:
             _difference(right, row, against[name], base)
-    real = floors(c).get(c.name)
+    real = real_scores(c).get(c.name)
     if real is not None:
         left.axvline(real, color=FAINT, linestyle=":", linewidth=1.2)
         left.annotate("real images", (real, -0.55), fontsize=8, color=FAINT, ha="left", va="center")
-    left.set_yticks(range(len(shown)), [plain(name) for name in shown])
+    left.set_yticks(range(len(shown)), [escape_dollars(name) for name in shown])
     left.set_ylim(len(shown) - 0.4, -0.75)
     label(left, axis_label(c.name))
     right.axvline(0, color=INK, linewidth=1)
@@ -226,7 +226,7 @@ def level_map(c: Conclusion, trained: dict[str, list[Trial]], path: Path) -> Plo
     for (row, column), percent in np.ndenumerate(shown):
         colour = "white" if percent > 60 else INK
         axis.annotate(f"{percent:.0f}", (column, row), fontsize=8, color=colour, ha="center", va="center")
-    axis.set_yticks(range(len(names)), [plain(name) for name in names])
+    axis.set_yticks(range(len(names)), [escape_dollars(name) for name in names])
     axis.set_xticks(range(len(at)), [f"{level:g}" for level in at])
     axis.tick_params(length=0)
     label(axis, "log-SNR (left: noise, right: image)")
@@ -252,7 +252,7 @@ def sweep_plot(c: Conclusion, sweep: Sweep, path: Path) -> Plot:
                 continue
             x, found, look = [at for at, _ in kept], [s for _, s in kept], style[line]
             mean_line(panel, look, x, found, line, unit, marker=look.marker, markersize=5)
-        real = floors(c).get(name)
+        real = real_scores(c).get(name)
         if real is not None:
             panel.axhline(unit * real, color=FAINT, linestyle=":", linewidth=1.2)
         ticks = sorted({at for places in chosen.values() for at, _ in places})

@@ -102,7 +102,7 @@ class Trial:
         return float(np.interp(self.images, *np.array([(0.0, 0.0), *self.run.timeline]).T))
 
     @cached_property
-    def peak_gb(self) -> float | None:
+    def peak_gib(self) -> float | None:
         """Peak GPU memory in GiB; None if it was not logged."""
         logged = [
             line["perf/peak_gpu_gb"] for line in (self.run.metrics if self.run else ()) if "perf/peak_gpu_gb" in line

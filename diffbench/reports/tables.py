@@ -1,4 +1,4 @@
-"""Tables of conclusions, with the same rows on the terminal, in the page and in the CSV."""
+"""Tables of a conclusion: those that the terminal and the report page share, and the CSV with a row per trial."""
 
 import math
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def quality(c: Conclusion) -> Rows:
             name = next(name for name in summaries if metric_of(name).name == "copies")
             row[name] = "{} ({} to {})".format(*(number(end, name, 0.001) for end in share))
         rows.append(row)
-    real = {name: number(value, name) for name, value in floors(c).items()}
+    real = {name: number(value, name) for name, value in real_scores(c).items()}
     return [*rows, {"variant": "real images", "seeds": "", **real}] if real else rows
 
 
@@ -68,7 +68,7 @@ def points(c: Conclusion) -> Rows:
 
 
 def hyperparameters(c: Conclusion) -> tuple[Rows, Rows]:
-    """Return two tables: config keys in which variants differ, a column or row for each variant, and keys all share."""
+    """Return two tables of config keys: those that differ, with a column or row per variant, and those all share."""
     flats = {v: run.flat for v, found in c.variants.items() if (run := next((t.run for t in found if t.run), None))}
     keys, every = differing_keys(c.trials), dict.fromkeys(key for flat in flats.values() for key in flat)
     rows = [{"variant": v} | {k: _plain(flat[k]) for k in keys if k in flat} for v, flat in flats.items()]
@@ -99,7 +99,7 @@ def agreement(c: Conclusion) -> Rows:
     ]
 
 
-def floors(c: Conclusion) -> dict[str, float]:
+def real_scores(c: Conclusion) -> dict[str, float]:
     """Return full name of a metric -> the score of the same number of real images."""
     records = [t.record for t in c.trials if t.record]
     alike = {n: [r for r in records if n in r and not real_count(r, n)] for n in shown(c)}
@@ -138,7 +138,7 @@ def costs(c: Conclusion) -> Rows:
         row = {"variant": variant}
         begun = [(t, t.run) for t in trials if t.run and t.run.images_seen]
         timed = [(run.images_seen, run.seconds) for _, run in begun if run.seconds]
-        peaks = [t.peak_gb for t in trials if t.peak_gb is not None]
+        peaks = [t.peak_gib for t in trials if t.peak_gib is not None]
         evaluations = [((t.record or {}).get("drawing") or {}).get("network_evaluations") for t in trials]
         if cost := next((t.cost for t in trials if t.cost), None):
             row |= {"parameters": f"{cost.parameters:,}", "GMACs": f"{cost.gmacs:.4g}"}
@@ -196,7 +196,7 @@ def as_csv(c: Conclusion) -> str:
             "images": t.images or None,
             "training_flops": t.flops,
             "training_seconds": t.seconds,
-            "peak_gpu_gib": t.peak_gb,
+            "peak_gpu_gib": t.peak_gib,
             "sampler": sample.get("sampler"),
             "steps": sample.get("steps"),
             "guidance": record.get("guidance"),

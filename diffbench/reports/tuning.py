@@ -7,7 +7,7 @@ import numpy as np
 
 from diffbench.metrics.registry import metric_of
 from diffbench.reports.conclusions import Conclusion
-from diffbench.reports.figures import Plot, label, legend, log_scale, new_figure, plain, save, styles
+from diffbench.reports.figures import Plot, escape_dollars, label, legend, log_scale, new_figure, save, styles
 from diffbench.reports.results import TriedPoint, best_of
 from diffbench.reports.text import Rows, number, title_and_unit
 
@@ -58,7 +58,9 @@ def tuning_plot(c: Conclusion, path: Path) -> Plot | None:
             look, best = style[tuned], best_of(points).get(tuned)
             x = np.array([float(p.values[key]) for p in points])
             y = np.array([math.nan if p.value is None else p.value for p in points])
-            panel.plot(x, y, look.dash, color=look.colour, marker=look.marker, markersize=4, label=plain(tuned))
+            panel.plot(
+                x, y, look.dash, color=look.colour, marker=look.marker, markersize=4, label=escape_dollars(tuned)
+            )
             if best is not None:
                 where = float(best.values[key]), best.value
                 panel.plot(*where, look.marker, color=look.colour, markersize=9, markeredgecolor="black")

@@ -58,7 +58,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
         if config.loss.perceptual is not None:
             with _perceptual():
                 check(config.loss.perceptual, reference.extractor_request(train_set, None))
-                checks.check_own_extractor(config.loss.perceptual, None, train_set)
+                checks.check_custom_extractor(config.loss.perceptual, None, train_set)
 
     def module(self) -> "AutoencoderModule":
         from diffbench.training.autoencoder import AutoencoderModule
@@ -123,7 +123,7 @@ class AutoencoderRun(Run[AutoencoderConfig]):
             reconstructions and images, and the share of reconstructions that the extractor classifies correctly.
         """
         changes = parse_overrides(overrides)
-        refuse_unknown(changes, "evaluate.KEY", said="not for evaluate")
+        refuse_unknown(changes, "evaluate.KEY", why="not for evaluate")
         config = change(self.config, changes)
         with located():
             checks.refuse_unused(changes.get("evaluate", {}), ("count", "extractor", "weights"))

@@ -103,7 +103,7 @@ class Run(ABC, Generic[C]):
         vars(self).pop("results", None)
 
     def provenance(self, extractor: Extractor | None) -> dict[str, Any]:
-        """Entries of a record: machine, code version, extractor, weights and data."""
+        """Return a record's entries on the machine, code version, extractor, weights and data."""
         return {
             **records.environment(extractor, extractor.device if extractor else torch.device("cpu")),
             "threads": max(torch.get_num_threads(), self.at_once if self.halves_batches else 1),
@@ -226,12 +226,12 @@ class Run(ABC, Generic[C]):
         return False
 
     def located(self) -> Any:
-        """Context manager that adds the folder's config.yaml to a ValueError that names a key."""
+        """Return a context manager that adds the folder's config.yaml to a ValueError that names a key."""
         return located([(str(self.folder / CONFIG_FILE), self.values)])
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """A new network, initialised from the default generator."""
+        """Return a new network, initialised from the default generator."""
 
     @abstractmethod
     def count(self) -> Cost:

@@ -41,7 +41,7 @@ def check(config: RunConfig) -> None:
     with size_errors("denoiser"):
         cost_of(config, train_set)
     check_output(config, train_set)
-    check_own_extractor(config.evaluate.extractor, config.evaluate.weights, train_set)
+    check_custom_extractor(config.evaluate.extractor, config.evaluate.weights, train_set)
     if config.trainer.augment and getattr(config.denoiser, "augment_dim", None) != AUGMENT_WIDTH:
         raise ValueError(
             f"trainer.augment: denoiser.name={config.denoiser.name} takes no augmentation label, so augmentations"
@@ -88,7 +88,7 @@ def check_named_extractor(name: str, weights: str | None, shape: tuple[int, int,
     check_extractor(name, Request(shape, weights, training=unread))
 
 
-def check_own_extractor(name: str | None, weights: str | None, train_set: ImageSet) -> None:
+def check_custom_extractor(name: str | None, weights: str | None, train_set: ImageSet) -> None:
     """Raise ValueError if a user's extractor (module:function) cannot be made or does not fit the images."""
     if name is not None and ":" in name:
         make_extractor(name, weights, train_set)

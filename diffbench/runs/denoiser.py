@@ -286,15 +286,15 @@ def guidance_models(settings: SampleConfig, config: RunConfig, shape: tuple[int,
         if settings.weak_model is not None and settings.guidance != 1:
             other = open_run(settings.weak_model, [DenoiserRun]).use_average()
             if (other.shape, other.config.process) != (shape, config.process):
-                raise UserError(f"{settings.weak_model} was trained on other shapes or under another process")
+                raise UserError(f"{settings.weak_model} was trained with a different shape or process")
             if other.config.autoencoder != config.autoencoder and not build.is_experiment(config.autoencoder):
-                raise UserError(f"{settings.weak_model} was trained on other latents: {other.config.autoencoder}")
+                raise UserError(f"{settings.weak_model} was trained on different latents: {other.config.autoencoder}")
             weak_model = other.network
     with located(key="sample.classifier"):
         if settings.classifier is not None and settings.classifier_scale:
             run = open_run(settings.classifier, [ClassifierRun]).use_average()
             noising = build.build_process(config.process).noising_key()
             if (run.shape, run.process.noising_key()) != (shape, noising):
-                raise UserError(f"{settings.classifier} was trained on images of another shape or noise")
+                raise UserError(f"{settings.classifier} was trained with a different image shape or noise process")
             classifier = run.network
     return GuidanceModels(weak_model, classifier)

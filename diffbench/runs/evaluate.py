@@ -53,7 +53,7 @@ def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, 
         A record for each set of samples, already appended to the run's results.jsonl.
     """
     changes = parse_overrides(overrides)
-    refuse_unknown(changes, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export", said="not for evaluate")
+    refuse_unknown(changes, "sample.KEY", "evaluate.KEY", "seed", "ema", "snapshot", "export", why="not for evaluate")
     ema, snapshot = changes.pop("ema", None), changes.pop("snapshot", "last")
     export = changes.pop("export", None)
     if "seed" in changes:
@@ -127,15 +127,15 @@ def scores_as(record: Mapping[str, Any], config: RunConfig, ema: float, snapshot
     sampled = {k: v for k, v in record["sample"].items() if k not in ("batch_size", "seconds")}
     e, names = config.evaluate, list(records.values(record))
     counted = any(name.endswith(f"@{e.count}") for name in names)
-    asked = _by(record["extractor"], e.extractor) and record["extractor"]["file"] == e.weights
+    asked = _uses_extractor(record["extractor"], e.extractor) and record["extractor"]["file"] == e.weights
     asked &= not e.infinity or any("infinity" in name for name in names)
     asked &= records.compares_with_all(record, e.count) == (e.reference == "all")
     asked &= e.judge is None or (record.get("judge") or {}).get("run") == e.judge
     return scored == (images, ema, snapshot) and sampled == wanted and counted and asked
 
 
-def _by(extractor: Mapping[str, Any], wanted: str | None) -> bool:
-    """True if a record's extractor is the one that a config asks for; null is whichever suited the data then."""
+def _uses_extractor(extractor: Mapping[str, Any], wanted: str | None) -> bool:
+    """Return whether a record's extractor is the one that a config asks for; by its name if null had chosen it."""
     if wanted is None or extractor["asked"] is not None:
         return bool(extractor["asked"] == wanted)
     return f"{extractor['name']}-".startswith(f"{wanted}-")
@@ -168,10 +168,10 @@ def _record(
     values = scorer.scores(scorers.numbered(samples.images().split(references.BATCH), labels))
     if scorer.copies is not None:
         _draw_nearest(samples, labels, scorer.copies, run.train_set, run.facts.names)
-    surroundings = run.provenance(scorer.measurement.extractor)
-    surroundings["extractor"] |= {"asked": config.evaluate.extractor, "file": config.evaluate.weights}
+    provenance = run.provenance(scorer.measurement.extractor)
+    provenance["extractor"] |= {"asked": config.evaluate.extractor, "file": config.evaluate.weights}
     found = {
-        **surroundings,
+        **provenance,
         "snapshot": run.snapshot,
         "guidance": how.guidance,
         "sample": how.sampling_keys()

@@ -146,7 +146,7 @@ def has_checkpoint(folder: Path) -> bool:
     return any(folder.glob("checkpoints/step-*.ckpt"))
 
 
-def check_same(folder: Path, config: BaseConfig) -> bool:
+def claim_folder(folder: Path, config: BaseConfig) -> bool:
     """True if the folder already holds this run; a new folder gets its config.yaml.
 
     Raises:

@@ -30,7 +30,7 @@ from diffbench.runs.folder import (
     CONFIG_FILE,
     check_place,
     check_resumable,
-    check_same,
+    claim_folder,
     folder_for,
     has_checkpoint,
     read_config,
@@ -84,7 +84,7 @@ def encode(path: str | Path, overrides: Sequence[str] = ()) -> None:
 
 
 def train(path: str | Path, overrides: Sequence[str] = (), restart: bool = False) -> Any:
-    """Train the experiment of a YAML, or resume it, or find it complete; return its `Run` with averaged weights.
+    """Train or resume the experiment in a YAML, unless it is complete; return its `Run` with averaged weights.
 
     Args:
         path: the YAML.
@@ -94,7 +94,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), restart: bool = False
     Raises:
         UserError: for anything in config or folder that the user can fix.
         SystemExit: 143 or 130 after SIGTERM or SIGINT, with the state saved; with several processes also the code of
-            one that failed; 0 in every process but the first that torchrun or srun started.
+            one that failed; 0 in every process but rank 0 of a torchrun or srun job.
     """
     stack = read_layers(path, overrides)
     config = from_layers(stack)
@@ -132,7 +132,7 @@ def train_in(
         with locked(folder):
             print(f"restart: the earlier run is now {set_aside(folder)}")
     with locked(folder) as lock:
-        existed = check_same(folder, config)
+        existed = claim_folder(folder, config)
         if existed:
             check_resumable(folder, config)
         if curves is not None and not (folder / CURVES).exists():
@@ -154,14 +154,14 @@ def branch(trunk: Path, folder: Path, config: BaseConfig) -> None:
         trunk, staged, ignore=shutil.ignore_patterns(".*", "ema-*", "results.jsonl", "evaluations", "wandb*")
     )
     before = read_config(trunk)
-    if isinstance(before, RunConfig) and isinstance(config, RunConfig):  # a run folder replaced the experiment there
+    if isinstance(before, RunConfig) and isinstance(config, RunConfig):  # the run folder that replaced an experiment
         config = dataclasses.replace(config, autoencoder=before.autoencoder)
     write_text(staged / CONFIG_FILE, to_yaml(config))
     os.replace(staged, folder)
 
 
 def fit(run: Run[Any], existed: bool, start: dict[str, Tensor] | None, lock: int | None = None) -> None:
-    """Train a run, or resume it, or find it complete; export its averages.
+    """Train or resume a run, unless it is complete; export its averages.
 
     If training takes several processes, this starts them, unless torchrun or srun did: then each process calls this.
 
@@ -234,17 +234,17 @@ def with_autoencoder(config: C) -> C:
     if not isinstance(config, RunConfig) or not build.is_experiment(config.autoencoder):
         return config
     folder, wanted, arguments = _autoencoder(config)
-    if autoencoder_missing(config):
+    if autoencoder_arguments(config):
         if distributed.rank_and_world()[1] > 1:
             raise UserError(f"autoencoder: {arguments[0]} is not trained yet; train it before starting these processes")
         print(f"{folder}: training the autoencoder first (autoencoder={arguments[0]})", flush=True)
         train(arguments[0], arguments[1:])
     else:
-        check_same(folder, wanted)
+        claim_folder(folder, wanted)
     return dataclasses.replace(config, autoencoder=str(folder))
 
 
-def autoencoder_missing(config: RunConfig) -> list[str]:
+def autoencoder_arguments(config: RunConfig) -> list[str]:
     """Return the arguments of `train` that train a config's autoencoder; none if it is trained already."""
     if not build.is_experiment(config.autoencoder):
         return []

@@ -48,9 +48,8 @@ def main(job: str, *arguments: str) -> int:
         else:
             draw(*arguments)
     except LostError as e:
-        if distributed.rank_and_world()[
-            0
-        ]:  # rank 0 stays silent: its line would appear before the error of the lost rank
+        # Rank 0 stays silent: its line would appear before the error of the lost rank.
+        if distributed.rank_and_world()[0]:
             print(f"error: {e}", file=sys.stderr)
         return EXIT_LOST_RANK
     except KeyboardInterrupt:  # before training handles signals

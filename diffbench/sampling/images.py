@@ -53,7 +53,7 @@ def new_files(
         if not taken:
             break
         if out:
-            raise ValueError(f"out: {taken[0]} exists already; choose another name")
+            raise ValueError(f"out: {taken[0]} already exists; choose another name")
     return files
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from diffbench.config.kinds import FORMAT
 from diffbench.config.layers import COMMAND_LINE, located, merge, parse_overrides, read_chain
 from diffbench.config.load import build, flatten
-from diffbench.config.types import shown
+from diffbench.config.types import yaml_text
 from diffbench.core.errors import check, suggest
 from diffbench.metrics.registry import RANKING, metric_of
 
@@ -100,7 +100,7 @@ class TuneConfig:
     """The axis whose values are tuned, each separately; null: the first axis."""
     grid: dict[str, Any] = field(default_factory=dict)
     """Keys and the values to try, such as optimizer.lr: [1e-3, 2e-3, 4e-3], in all combinations. With three or more
-    rising values, a best one at an edge extends the grid for all, by the ratio there and by up to two values."""
+    rising values, a best value at an edge extends the grid for all labels, at the ratio there, by up to two values."""
     seed: int = 1000
     """Seed of the tuning runs, which must not be a reported one."""
     share: float = 1.0
@@ -109,7 +109,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         for key, values in self.grid.items():
             if not isinstance(values, list) or not values:
-                raise ValueError(f"tune.grid.{key}: must be a list of values to try, got {shown(values)}")
+                raise ValueError(f"tune.grid.{key}: must be a list of values to try, got {yaml_text(values)}")
         if not self.grid:
             raise ValueError("tune.grid: must name keys and the values to try, such as optimizer.lr: [1e-3, 2e-3]")
         if not 0 < self.share <= 1:
@@ -131,10 +131,10 @@ class StudyConfig:
     """Keys that all variants set in addition."""
     axes: dict[str, Any] = field(default_factory=dict)
     """A config key with a list of values, or any name with variants: name -> the keys it sets, possibly `experiment`.
-    Axes over only `sample` and `evaluate` reuse the trained runs."""
+    Axes over nothing but `sample`, `evaluate` and `average` reuse the trained runs."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     samplings: int = 1
-    """Times that each trained network is sampled and scored, each time with another seed. Its scores are averaged, and
+    """Number of times that each trained network is sampled and scored, each with a new seed. Scores are averaged, and
     the report splits their variance into training and sampling."""
     stop: StopConfig = field(default_factory=lambda: StopConfig(images=100_000))
     match: MatchConfig = field(default_factory=MatchConfig)
@@ -246,10 +246,10 @@ def _values(axis: str, given: Any) -> list[tuple[str, dict[str, Any]]]:
     if isinstance(given, list) and given:
         return [(key_label(axis, value), nest_keys({axis: value})) for value in given]
     if not isinstance(given, dict) or not given:
-        raise ValueError(f"axes.{axis}: must be a list of values or a section of variants, got {shown(given)}")
+        raise ValueError(f"axes.{axis}: must be a list of values or a section of variants, got {yaml_text(given)}")
     for label, keys in given.items():
         if keys is not None and not isinstance(keys, dict):
-            raise ValueError(f"axes.{axis}.{label}: must be a section of keys, or empty, got {shown(keys)}")
+            raise ValueError(f"axes.{axis}.{label}: must be a section of keys, or empty, got {yaml_text(keys)}")
         if not re.fullmatch(r"[\w.+:()=/ -]{1,60}", str(label)):
             raise ValueError(f"axes.{axis}: {label!r} is not a name; allowed: up to 60 letters, digits and ._+:()=/- ")
     return [(str(label), nest_keys(keys or {})) for label, keys in given.items()]
@@ -303,7 +303,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
                 values = values | {"tune": tune | {"grid": flatten(nest_keys(tune["grid"]))}}
             merged = merge(merged, values)
         if merged.get("kind") != "study":
-            raise ValueError(f"kind: must be study, got {shown(merged.get('kind'))}")
+            raise ValueError(f"kind: must be study, got {yaml_text(merged.get('kind'))}")
         hints: dict[str, type] = {"stop": StopConfig, "match": MatchConfig}
         if merged.get("tune") is not None:
             hints["tune"] = TuneConfig

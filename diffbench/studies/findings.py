@@ -9,7 +9,7 @@ import numpy as np
 
 from diffbench.config.layers import located, read_yaml
 from diffbench.config.load import build
-from diffbench.config.types import shown
+from diffbench.config.types import yaml_text
 from diffbench.core.errors import UserError, suggest
 from diffbench.metrics.registry import METRICS, metric_of
 from diffbench.reports import statistics
@@ -87,11 +87,11 @@ def load_claims(path: Path, studies: Path) -> list[Claim]:
     claims: list[Claim] = []
     entries = read_yaml(path).get("claims") or []
     if not isinstance(entries, list):
-        raise UserError(f"{path}: claims: must be a list of claims, got {shown(entries)}")
+        raise UserError(f"{path}: claims: must be a list of claims, got {yaml_text(entries)}")
     for i, values in enumerate(entries):
         with located([(f"{path}: claims[{i}]", values)]):
             if not isinstance(values, dict):
-                raise ValueError(f"must be a section with keys, got {shown(values)}")
+                raise ValueError(f"must be a section with keys, got {yaml_text(values)}")
             claim = build(Claim, values)
             if not (file := studies / f"{claim.study}.yaml").is_file():
                 raise ValueError(f"study: no {file}{suggest(claim.study, [p.stem for p in studies.glob('*.yaml')])}")

@@ -20,7 +20,7 @@ def plan_text(
     tuning: Tuning,
     probe: Probe,
 ) -> str:
-    """Format the plan: a line for each network, and the time that all of it will take."""
+    """Format the plan: a line for each network, and the total time."""
     rows = []
     seconds = 0.0
     for variant in found:
@@ -48,12 +48,12 @@ def plan_text(
         tuning_seconds = sum(probe.seconds(trial) for trial in tuning.trials)
         seconds += tuning_seconds
         lines.append(
-            f"tuning: {len(tuning.trials)} runs with seed {tuning.trials[0].config.seed}, {len(tuning.todo)} of them to"
-            f" do, about {span(tuning_seconds / study.jobs)} in all; more if a best value is at an edge of the grid"
+            f"tuning: {len(tuning.trials)} runs with seed {tuning.trials[0].config.seed}, {len(tuning.todo)} of them"
+            f" left, about {span(tuning_seconds / study.jobs)} in all; more if a best value is at an edge of the grid"
         )
     lines += [f"warning: {text}" for text in equal_by_construction(found)]
     at_once = f", {study.jobs} runs at a time" if study.jobs > 1 else ""
-    lines.append(f"about {span(seconds / study.jobs)} if nothing is done yet{at_once}; {folder}")
+    lines.append(f"about {span(seconds / study.jobs)} from scratch{at_once}; {folder}")
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ class TrainingVariant:
         rungs: (images, budget as text) of each point at which the run is scored, rising up to its length.
         cooldown: the last share of each rung, trained as a branch of the run with a decaying learning rate; None if the
             run itself is scored.
-        samplings: how many times the run is sampled, each time with another seed.
+        samplings: how many times the run is sampled, each time with a new seed.
         tuning: the grid values that it tries; None for a reported run.
         label: its label on the tuned axis.
     """
@@ -120,17 +120,17 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
     """
     shared: dict[str, list[Variant]] = {}
     for variant in variants(study):
-        changes = str(sorted((key, str(value)) for key, value in flatten(variant.trained).items()))  # 007 is not 7
+        changes = str(sorted((key, str(value)) for key, value in flatten(variant.trained).items()))  # 007 and 7 differ
         shared.setdefault(changes, []).append(variant)
     target = target_size(study, path)
-    found = [training_variant(study, path, same, tuned, target, rate) for same in shared.values()]
+    found = [training_variant(study, path, sharing, tuned, target, rate) for sharing in shared.values()]
     keys = (*IMAGES, "validation.") if metric_of(study.primary).is_validation else IMAGES
     one, *others = found
     flat = flatten(to_dict(one.config))
     for other in others:
         if differs := protocol_difference(flat, flatten(to_dict(other.config)), keys):
-            apart = f"{one.name} and {other.name} are not comparable: {differs}"
-            raise UserError(f"{path}: axes: {apart}; write a study for each")
+            problem = f"{one.name} and {other.name} are not comparable: {differs}"
+            raise UserError(f"{path}: axes: {problem}; write a study for each")
     names: set[str] = set()
     for network in found:
         if (name := file_name(network.name)) in names:
@@ -142,30 +142,32 @@ def training_variants(study: StudyConfig, path: Path, tuned: Tuned, rate: Rate) 
 def training_variant(
     study: StudyConfig,
     path: Path,
-    same: list[Variant],
+    sharing: list[Variant],
     tuned: Tuned,
     target: float | None,
     rate: Rate,
 ) -> TrainingVariant:
-    """Return the network that variants share, with the choices of tuning, matched in size and with its length."""
-    first, match = same[0], study.match
+    """Return the run that variants share: with the tuned values, the matched size and the training length."""
+    first, match = sharing[0], study.match
     chosen: dict[str, Any] = {}
     if study.tune and study.tune.axis:
         axis = study.tune.axis
         chosen = {key: v for key, v in tuned.get(first.at[axis], {}).items() if not is_sampled(key)}
-        how = {v.name: {k: x for k, x in tuned.get(v.at[axis], {}).items() if is_sampled(k)} for v in same}
-        same = [replace(v, sampled=merge(nest_keys(how[v.name]), v.sampled)) for v in same]
+        tuned_samplings = {
+            v.name: {k: x for k, x in tuned.get(v.at[axis], {}).items() if is_sampled(k)} for v in sharing
+        }
+        sharing = [replace(v, sampled=merge(nest_keys(tuned_samplings[v.name]), v.sampled)) for v in sharing]
     config = config_of(study, path, first, chosen)
     if study.samplings > 1 and config.seeds.sample is not None:
         raise UserError(f"{path}: {SAMPLE_SEED} conflicts with samplings={study.samplings}; set only one of them")
     data, _ = build.load_data(config)
-    over, settled = None, ""
+    residual, sized = None, ""
     if target is not None and match.by != "none":
         config = match_size(config, data, match.by, target, match.change)
-        over, settled = size_of(config, data, match.by) / target - 1, size_text(config, match.change)
+        residual, sized = size_of(config, data, match.by) / target - 1, size_text(config, match.change)
     cost = build.cost_of(config, data)
-    one = {"images": 1.0, "flops": 1 / cost.training_flops(1), "seconds": 0.0}[study.stop.unit] or rate(config)
-    lengths = [max(1, round(rung * one)) for rung in study.stop.rungs]
+    per_unit = {"images": 1.0, "flops": 1 / cost.training_flops(1), "seconds": 0.0}[study.stop.unit] or rate(config)
+    lengths = [max(1, round(rung * per_unit)) for rung in study.stop.rungs]
     changes = merge(nest_keys(study.set), {k: v for k, v in first.trained.items() if k != EXPERIMENT})
     config = with_length(config, lengths, merge(changes, nest_keys(chosen)))
     if len(lengths) == 1 and study.stop.cooldown is not None:
@@ -174,31 +176,31 @@ def training_variant(
     rungs = [
         (max(1, round(n / batch)) * batch, study.stop.text(r)) for n, r in zip(lengths, study.stop.rungs, strict=True)
     ]
-    name = _name(study, same)
+    name = _name(study, sharing)
     if len(dict(rungs)) < len(rungs):
         images = ", ".join(f"{n:,}" for n, _ in rungs)
         raise UserError(f"{path}: stop.{study.stop.unit}: gives {images} images for {name}; set budgets farther apart")
-    for variant in same:
+    for variant in sharing:
         evaluation_config(config, variant.sampled, str(path))  # raises for configs that cannot be sampled
     return TrainingVariant(
         name,
         experiment_of(study, first),
         config,
         cost,
-        over,
-        settled,
-        {v.name: v.sampled for v in same},
+        residual,
+        sized,
+        {v.name: v.sampled for v in sharing},
         rungs,
         study.stop.cooldown if len(rungs) > 1 else None,
         study.samplings,
     )
 
 
-def _name(study: StudyConfig, same: list[Variant]) -> str:
+def _name(study: StudyConfig, sharing: list[Variant]) -> str:
     """Join the labels that variants of one network share; the first variant's name if others have these labels too."""
-    first = same[0]
-    at = {axis: label for axis, label in first.at.items() if len({v.at[axis] for v in same}) == 1}
-    if len(same) == 1 or sum(at.items() <= v.at.items() for v in variants(study)) > len(same):
+    first = sharing[0]
+    at = {axis: label for axis, label in first.at.items() if len({v.at[axis] for v in sharing}) == 1}
+    if len(sharing) == 1 or sum(at.items() <= v.at.items() for v in variants(study)) > len(sharing):
         return first.name
     return ", ".join(at.values()) or experiment_of(study, first).stem
 
@@ -268,7 +270,7 @@ def with_length(config: RunConfig, lengths: Sequence[int], given: dict[str, Any]
 
 def with_cooldown(config: RunConfig, share: float) -> RunConfig:
     """Return the config with a learning rate that decays over the last share of its images, rounded to whole steps; the
-    warm-up ends before."""
+    warmup ends before the decay starts."""
     t, o = config.trainer, config.optimizer
     end = t.max_steps * t.batch_size
     begin = round((1 - share) * t.max_steps) * t.batch_size

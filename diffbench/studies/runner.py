@@ -25,7 +25,7 @@ from diffbench.runs.checks import check_evaluation
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.folder import check_place, short
 from diffbench.runs.launcher import LauncherConfig
-from diffbench.runs.lifecycle import autoencoder_missing, with_autoencoder
+from diffbench.runs.lifecycle import autoencoder_arguments, with_autoencoder
 from diffbench.runs.slurm import sized, submit, summary
 from diffbench.studies.budget import Probe
 from diffbench.studies.config import StudyConfig, file_name, load_study
@@ -157,7 +157,7 @@ def _check(path: Path, found: Iterable[TrainingVariant], launcher: LauncherConfi
 def _autoencoders(found: Iterable[TrainingVariant], launcher: LauncherConfig) -> None:
     """Train the autoencoders that experiments name before any trial, since parallel trials would each train them."""
     for config in {repr(v.config.data): v.config for v in found if v.config.autoencoder is not None}.values():
-        if launcher.name == "slurm" and (command := autoencoder_missing(config)):
+        if launcher.name == "slurm" and (command := autoencoder_arguments(config)):
             raise UserError(f"{command[0]}: not trained; first run diffbench train {' '.join(command)} launcher=slurm")
         with_autoencoder(config)
 

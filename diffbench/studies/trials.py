@@ -222,7 +222,7 @@ class TrialFile:
             run, why, records = read[self.folder_of(config)]
             at = config.trainer.max_images if self.values["rungs"] else None
             if at and run and run.images_seen > at:
-                why = why or f"trained past {at:,} images before this way of sampling was asked for"
+                why = why or f"trained past {at:,} images before this sampling was requested"
             for variant, changes in self.values["evaluations"].items():
                 answers = [
                     next((r for r in records if self._matches(r, config, w)), None)

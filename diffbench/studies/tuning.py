@@ -114,7 +114,7 @@ def _explored(
 
 
 def extended(given: Grid, grid: Grid, tried: Sequence[TriedPoint]) -> dict[str, list[Any]]:
-    """Return the grid with a value added at each end at which some label has its best, by the given grid's ratio there.
+    """Return the grid with a value added at each end where some label has its best, at the given grid's ratio there.
 
     Only three or more rising positive numbers are extended, and by at most two values at each end.
     """
@@ -134,7 +134,7 @@ def extended(given: Grid, grid: Grid, tried: Sequence[TriedPoint]) -> dict[str, 
 
 
 def _like(values: Sequence[Any], value: float) -> Any:
-    """Round a number as the grid's values: to a whole number, or to six significant digits."""
+    """Round a number like the grid's values: to a whole number, or to six significant digits."""
     return round(value) if all(isinstance(v, int) for v in values) else float(f"{value:.6g}")
 
 

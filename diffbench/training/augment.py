@@ -1,4 +1,4 @@
-"""Non-leaking augmentation (Karras et al. 2022, appendix F.2): the network is told by a label how images were changed.
+"""Non-leaking augmentation (Karras et al. 2022, appendix F.2): a label tells the network how an image was changed.
 
 Sampling with the label of an unchanged image yields unaugmented images.
 """

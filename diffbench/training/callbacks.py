@@ -68,14 +68,14 @@ class EveryNImages(Ordered):
         super().setup(trainer, pl_module, stage)
         if not isinstance(pl_module, TrainingModule):
             kind = type(pl_module).__name__
-            raise TypeError(f"{type(self).__name__} works with diffbench's DiffusionModule and its like, got {kind}")
+            raise TypeError(f"{type(self).__name__} works with diffbench modules, such as DiffusionModule, got {kind}")
         self.logger, self.ema = find(trainer, RunLogger), find(trainer, EMA)
         self.stop = find(trainer, StopOnSignal) or StopOnSignal(Path(), trainer.max_steps)
         # `log_dir` is a collective call: all ranks must read it at the same time.
         self.folder = self.logger.folder if self.logger else Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.state_key in self.stop.owed:
+        if self.state_key in self.stop.pending:
             self._run(trainer, pl_module)
 
     def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
@@ -83,13 +83,13 @@ class EveryNImages(Ordered):
             self._run(trainer, module)
 
     def _run(self, trainer: L.Trainer, module: Any) -> None:
-        owed = [key for key in self.stop.owed if key != self.state_key]
+        pending = [key for key in self.stop.pending if key != self.state_key]
         try:
             with contextlib.nullcontext() if self.logger is None else self.logger.paused(self.stage):
                 self.run(trainer, module)
         except Interrupted:
-            owed.append(self.state_key)
-        self.stop.owed = owed
+            pending.append(self.state_key)
+        self.stop.pending = pending
 
     def record(self, trainer: L.Trainer, module: Any, values: Mapping[str, float]) -> None:
         """Log values at the current step, where `ModelCheckpoint` and the like see them too."""

@@ -78,7 +78,7 @@ def newest(folder: Path) -> Path | None:
             return path
         print(f"warning: {path} is damaged (its checksum differs): trying the previous one")
     if found:
-        raise UserError(f"{folder}: no checkpoint is intact; move the folder away to start again")
+        raise UserError(f"{folder}: no checkpoint is intact; move the folder away to start over")
     return None
 
 
@@ -123,7 +123,7 @@ class SaveState(Ordered):
         step = trainer.global_step
         if distributed.all_reduce_max([step, -step]) != [step, -step]:
             raise UserError(f"{self.folder}: the processes see different checkpoints; is the folder the same for all?")
-        if step == trainer.max_steps:  # resumed only to do the owed evaluations, which are done by now
+        if step == trainer.max_steps:  # resumed only to do the pending evaluations, which are done by now
             self.save(trainer)
         trainer.should_stop = self.stop.agreed
 

@@ -55,7 +55,7 @@ class EMA(Ordered):
         self._network, self._parameters = network, list(network.parameters())
         self.averages = {d: [local_shard(p).clone() for p in self._parameters] for d in self.config.decays}
 
-    def _find(self, module: nn.Module) -> None:
+    def _attach_to(self, module: nn.Module) -> None:
         """Attach to a module's network and load the restored state, if any; a second fit keeps the averages."""
         network = module.network if isinstance(module, TrainingModule) else module
         if network is self._network and self._restored is None:
@@ -129,7 +129,7 @@ class EMA(Ordered):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from the weights, which are on the device by now, or from the state loaded earlier."""
-        self._find(pl_module)
+        self._attach_to(pl_module)
 
     def on_step_end(self, trainer: L.Trainer, module: Any) -> None:
         self._pending = getattr(module, "outcome", None)
@@ -141,7 +141,7 @@ class EMA(Ordered):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the first average in place until the end of validation, test or prediction."""
         if self.averages or self._restored is not None:
-            self._find(pl_module)
+            self._attach_to(pl_module)
             self._applied.enter_context(self.applied())
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -34,7 +34,7 @@ from diffbench.training.wandb_log import WandbLog
 METRICS, TRAINING = "metrics.jsonl", "training"
 MARKS = (0.2, 0.5)
 """Fractions of training at which a run is compared with its reference curves."""
-WATCHED, WORTH_SAYING = 3.0, 30.0
+MEASURED_S, LEAST_PRINTED_S = 3.0, 30.0
 """Seconds to measure before estimating the remaining time, and the shortest remaining time worth printing."""
 
 
@@ -185,10 +185,10 @@ class RunLogger(Ordered):
         """Print the remaining training time once; the first step is not measured, since it may include compilation."""
         images, before = self._first_step = self._first_step or (self.images, self.clock.seconds)
         spent = self.clock.seconds - before
-        if self._estimated or self.images == images or spent < WATCHED:
+        if self._estimated or self.images == images or spent < MEASURED_S:
             return
         self._estimated, each, left = True, spent / (self.images - images), self._total - self.images
-        if left * each >= WORTH_SAYING:
+        if left * each >= LEAST_PRINTED_S:
             size = 10 ** max(2, len(str(int(600 / each))) - 1)  # round down to one significant digit
             self.say(
                 f"time: {left:,} images at about {1 / each:,.0f} images/s here, {span(left * each)} of training"

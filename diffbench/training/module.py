@@ -226,7 +226,7 @@ def to_plain(value: Any) -> Any:
 
 
 def lr_factor(settings: OptimizerConfig, images: int) -> float:
-    """Return the learning rate factor after `images` images: linear warm-up, then constant or a cosine decay."""
+    """Return the learning rate factor after `images` images: linear warmup, then constant or a cosine decay."""
     ramp = settings.warmup_images
     rise = min(1.0, images / ramp) if ramp else 1.0
     if settings.decay is None:

@@ -32,7 +32,7 @@ class Recorded:
         self._network = network
         self._recorded: dict[Any, Any] = {}
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy has weights of its own, which the traces do not use
+    def __getstate__(self) -> dict[str, Any]:  # a copy has its own weights, which the traces do not use
         return {"_network": self._network, "_recorded": {}}
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, **others: Tensor) -> Tensor:

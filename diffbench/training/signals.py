@@ -25,7 +25,7 @@ class StopOnSignal(Ordered):
     """Callback that handles SIGTERM and SIGINT during training.
 
     The first signal requests a stop at the end of the current step, or between two batches of a running validation or
-    grid. The checkpoint lists an interrupted evaluation as owed, and the resumed run does it first. With several ranks,
+    grid. The checkpoint lists an interrupted evaluation, and the resumed run does it first. With several ranks,
     all of them check together about once a second whether one received a signal, and stop at the same step.
 
     A trainer that resumes after the last of `max_steps` must be given one step more, or Lightning would call no hooks;
@@ -36,7 +36,7 @@ class StopOnSignal(Ordered):
         self.folder, self.max_steps = folder, max_steps
         self.number: int | None = None
         """Number of the first signal; all ranks know it once they have checked."""
-        self.owed: list[str] = []
+        self.pending: list[str] = []
         """State keys of the callbacks whose evaluation was interrupted."""
         self._received_at = 0.0  # time of the first signal
         self._agreed = False
@@ -46,7 +46,7 @@ class StopOnSignal(Ordered):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.fit_loop.epoch_loop.max_steps = self.max_steps
         present = [callback.state_key for callback in trainer.callbacks]  # type: ignore[attr-defined]
-        self.owed = [key for key in self.owed if key in present]  # an evaluation may have been switched off since
+        self.pending = [key for key in self.pending if key in present]  # an evaluation may have been switched off since
         self._last_check, self._next_check = (trainer.global_step, time.monotonic()), trainer.global_step
         with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,10 +105,10 @@ class StopOnSignal(Ordered):
         return self.number is not None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"owed": list(self.owed)}
+        return {"owed": list(self.pending)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.owed = list(state_dict["owed"])
+        self.pending = list(state_dict["owed"])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_handlers()

@@ -45,7 +45,7 @@ def compile_here(network: nn.Module, mode: How | Literal["auto"], flops: float, 
 def use_threads(setting: int | Literal["auto"], macs: float, divides: bool) -> int:
     """Set how many CPU threads of this process share each layer: one for a small network, else `trainer.threads`.
 
-    The choice depends on the network and not on the load, so a resumed run stays identical to the bit.
+    The choice depends on the network and not on the load, so a resumed run stays bit-identical.
 
     Args:
         setting: value of `trainer.threads`; auto is PyTorch's default, which OMP_NUM_THREADS sets.

@@ -140,7 +140,7 @@ class _Sharded(ModelParallelStrategy):
 
 
 def _environment() -> ClusterEnvironment:
-    """Return what started the ranks, following `rank_and_world`. Nothing is requeued: SIGTERM saves the state."""
+    """Return the cluster environment, following `rank_and_world`. Nothing is requeued: SIGTERM saves the state."""
     if distributed.started_by_srun():
         return SLURMEnvironment(auto_requeue=False)
     return TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()

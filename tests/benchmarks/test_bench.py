@@ -255,7 +255,7 @@ def test_a_network_whose_steps_take_too_long_is_left_out(monkeypatch: pytest.Mon
         (["full=true", "gpu=true"], "gpu: sets its own length; leave out full"),
         (["batch=0"], "batch: must be positive, got 0"),
         (["out=x.txt"], "out: must end in .json, got 'x.txt'"),
-        (["out=there.json"], "out: there.json exists already; choose another name"),
+        (["out=there.json"], "out: there.json already exists; choose another name"),
         (["variants=[fast]"], "variants: must look like 'plain: trainer.channels_last=false', got 'fast'"),
         (
             ["variants=['x: trainer.compile=auto']"],

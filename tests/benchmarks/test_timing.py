@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import report, timing
 from benchmarks.steps import Products, against
-from benchmarks.timing import Work, in_turns, peak_memory
+from benchmarks.timing import Work, peak_memory, time_alternately
 from diffbench.core.errors import UserError
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_the_peak_is_the_fastest_product_by_its_median() -> None:
 def test_works_take_turns_in_both_orders() -> None:
     called: list[str] = []
     works = [Work(name, lambda name=name: called.append(name)) for name in "ab"]  # type: ignore[misc]
-    in_turns(works, CPU, rounds=3, once=True)
+    time_alternately(works, CPU, rounds=3, once=True)
     assert "".join(called) == "abab" + "ab" + "ba" + "ab"  # twice to warm up
     assert [len(work.times) for work in works] == [3, 3]
     assert all(t > 0 for work in works for t in work.times)
@@ -65,13 +65,13 @@ def test_works_take_turns_in_both_orders() -> None:
 
 def test_a_work_is_prepared_before_each_measurement_and_repeated_within_it() -> None:
     called: list[str] = []
-    in_turns([Work("a", lambda: called.append("a"), lambda: called.append("p"))], CPU, rounds=2)
+    time_alternately([Work("a", lambda: called.append("a"), lambda: called.append("p"))], CPU, rounds=2)
     assert called.count("p") == 4
     assert called.count("a") > 20  # so short a work is called often in a measurement
 
 
 def test_no_round_but_the_first_begins_after_the_deadline() -> None:
-    (work,) = in_turns([Work("a", list)], CPU, rounds=5, once=True, deadline=time.monotonic() - 1)
+    (work,) = time_alternately([Work("a", list)], CPU, rounds=5, once=True, deadline=time.monotonic() - 1)
     assert len(work.times) == 1
 
 

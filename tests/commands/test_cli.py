@@ -345,7 +345,7 @@ def test_sample_never_overwrites_what_a_user_names(refused: Callable[..., str], 
     mine = tmp_path / "mine.png"
     mine.write_text("mine")
     assert refused("sample", finished, "n=1", f"out={mine}") == (
-        f"command line: out: {mine} exists already; choose another name"
+        f"command line: out: {mine} already exists; choose another name"
     )
     assert mine.read_text() == "mine"
 

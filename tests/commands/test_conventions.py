@@ -66,7 +66,7 @@ def test_init_copies_the_experiments_and_overwrites_nothing(
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.glob("experiments/*/*.yaml")) == theirs
     assert load(DIT) == load(ROOT / DIT)
     assert main(["init"]) == 2
-    assert "command line: experiments exists already; name another FOLDER" in capsys.readouterr().err
+    assert "command line: experiments already exists; name another FOLDER" in capsys.readouterr().err
 
 
 def test_show_says_where_each_value_comes_from(tmp_path: Path, capsys: Capture) -> None:

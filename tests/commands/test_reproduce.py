@@ -78,7 +78,7 @@ def test_cells_are_rebuilt_to_the_bit_in_a_folder_of_their_own(
     words = ["reproduce", str(report), "steps=2/1", "steps=3/1", f"out={tmp_path / 'again'}"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    count = re.findall(r"\nsteps=(\d)/1: (\d+) equal to the bit of (\d+) values\n", said)
+    count = re.findall(r"\nsteps=(\d)/1: (\d+) bit-identical of (\d+) values\n", said)
     assert [steps for steps, *_ in count] == ["2", "3"] and all(n == total for _, n, total in count)
     assert said.count("fd/random-cnn@20") == 4 and len(list((tmp_path / "again").glob("dit-*/config.yaml"))) == 1
     assert {p: p.stat().st_mtime_ns for p in report.parent.rglob("*") if p.is_file()} == before
@@ -86,7 +86,7 @@ def test_cells_are_rebuilt_to_the_bit_in_a_folder_of_their_own(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     assert main([*words[:-1], f"out={tmp_path / 'mine'}"]) == 2
-    assert "exists already and has no reproduced cells" in capsys.readouterr().err
+    assert "already exists and has no reproduced cells" in capsys.readouterr().err
 
 
 def test_what_was_changed_by_hand_is_found(report: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -109,7 +109,7 @@ def test_what_was_changed_by_hand_is_found(report: Path, tmp_path: Path, capsys:
     words = ("steps=2/0", f"out={tmp_path / 'again'}")
     said = told(page.replace(f'"{name}": {value}', f'"{name}": 1.234'), *words)
     assert re.search(rf"{name} +1\.234 +{re.escape(str(value))} +0 +DIFFERENT\n", said)
-    assert re.search(r"steps=2/0: \d+ equal to the bit, 1 DIFFERENT of", said)
+    assert re.search(r"steps=2/0: \d+ bit-identical, 1 DIFFERENT of", said)
 
 
 @pytest.mark.parametrize(
@@ -147,4 +147,4 @@ def test_budgets_that_a_report_does_not_hold_are_left_out(capsys: Capture) -> No
     }
     found = [Trial("dit", 0, "complete", None, {"val/bound": bound}) for bound in (1.5, 1.25)]
     assert _compare({"cells": {"dit/0": cell}}, "dit/0", found) == 0
-    assert "dit/0: 1 equal to the bit of 1 values" in capsys.readouterr().out
+    assert "dit/0: 1 bit-identical of 1 values" in capsys.readouterr().out

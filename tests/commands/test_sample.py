@@ -99,7 +99,7 @@ def test_grid_strip_and_animation_never_share_a_file(
     before = {name: (tmp_path / name).read_bytes() for name in names}
     (tmp_path / "x.gif").unlink()
     line = refused("sample", smoke_run, *words)
-    assert line == f"command line: out: {tmp_path / 'x.strip.png'} exists already; choose another name"
+    assert line == f"command line: out: {tmp_path / 'x.strip.png'} already exists; choose another name"
     assert not (tmp_path / "x.gif").exists()
     assert all((tmp_path / name).read_bytes() == before[name] for name in names[1:])
 

@@ -34,8 +34,8 @@ def command(pets: Path, *words: str) -> list[str]:
 
 
 def test_train_look_score_and_ask_for_a_class(pets: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logger, "WORTH_SAYING", 0.0)
-    monkeypatch.setattr(logger, "WATCHED", 0.0)
+    monkeypatch.setattr(logger, "LEAST_PRINTED_S", 0.0)
+    monkeypatch.setattr(logger, "MEASURED_S", 0.0)
     run = pets.parent / "runs" / "own" / "unet-smoke-pets-model_channels_8-channel_mult_1.0,1.0-s0"
     assert main(command(pets, "evaluate=null")) == 0
     out = capsys.readouterr().out

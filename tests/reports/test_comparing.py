@@ -95,7 +95,7 @@ def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture)
     assert "Against dit (" in capsys.readouterr().out and (chosen / "report.csv").is_file()
     assert main(["compare", *folders, f"out={tmp_path / 'digits'}"]) == 2
     assert capsys.readouterr().err == (
-        f"error: command line: out: {tmp_path / 'digits'} exists already and is not a report; choose another name\n"
+        f"error: command line: out: {tmp_path / 'digits'} already exists and is not a report; choose another name\n"
     )
     for wrong, told in (
         ("outt=x", "outt: unknown key; "),

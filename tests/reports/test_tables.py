@@ -13,7 +13,7 @@ from diffbench.reports.export import exported
 from diffbench.reports.html import render
 from diffbench.reports.results import Comparison, Trial
 from diffbench.reports.runs import run_facts
-from diffbench.reports.tables import floors
+from diffbench.reports.tables import real_scores
 from diffbench.reports.text import as_text, markdown, transposed
 from diffbench.runs.lifecycle import open_any
 
@@ -46,7 +46,7 @@ def test_a_floor_of_fewer_images_says_so_and_is_no_floor_of_a_report(tmp_path: P
     facts = run_facts(open_any(folder))
     assert facts["fd/digits-cnn@500"] == "0.500 (real 0.181 of 360)"
     assert facts["authenticity@500"] == "52.5% (real 56.0%)"
-    found = floors(conclude(Comparison("One", "?", [Trial("dit", 0, "complete", open_any(folder), made)])))
+    found = real_scores(conclude(Comparison("One", "?", [Trial("dit", 0, "complete", open_any(folder), made)])))
     assert found == {"label_accuracy/judge@500": 0.9, "authenticity@500": 0.56}
 
 

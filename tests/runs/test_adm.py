@@ -68,7 +68,7 @@ def test_nothing_is_written_for_another_extractor_or_over_a_file(
     files: tuple[Path, Path], judge: Extractor, tmp_path: Path
 ) -> None:
     found = reference_statistics(judge, [REAL], 40, 40)
-    with pytest.raises(UserError, match="exists already; choose another name"):
+    with pytest.raises(UserError, match="already exists; choose another name"):
         images.write_adm_reference(files[1], judge, found, list(REAL))
     found.spatial = None
     with pytest.raises(UserError, match="reads Inception statistics with a spatial layer, not those of inception-tf1"):

@@ -116,7 +116,7 @@ def test_a_command_without_a_run_or_over_a_file(finished: Path, tmp_path: Path, 
     there = tmp_path / "there.png"
     there.write_bytes(b"mine")
     assert main(["attention", str(finished), f"out={there}"]) == 2
-    assert capsys.readouterr().err == f"error: command line: out: {there} exists already; choose another name\n"
+    assert capsys.readouterr().err == f"error: command line: out: {there} already exists; choose another name\n"
     assert there.read_bytes() == b"mine"
 
 

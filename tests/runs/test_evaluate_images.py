@@ -250,7 +250,7 @@ def test_a_reference_is_built(tmp_path: Path, smoke_run: Path, capsys: Capture) 
     assert mine.read_bytes() == path.read_bytes()
     capsys.readouterr()
     assert main(["reference", str(smoke_run), f"out={mine}"]) == 2
-    assert capsys.readouterr().err == f"error: {mine}: exists already; choose another name\n"
+    assert capsys.readouterr().err == f"error: {mine}: already exists; choose another name\n"
     mine.write_bytes(mine.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=r"damaged \(its hash differs\); remove it"):
         references.read(mine)

@@ -13,7 +13,7 @@ from diffbench.config.kinds import RunConfig
 from diffbench.config.load import load
 from diffbench.core.errors import UserError
 from diffbench.core.files import atomic, locked, write_text
-from diffbench.runs.folder import check_place, check_same, folder_for, is_free, read_config, update_config
+from diffbench.runs.folder import check_place, claim_folder, folder_for, is_free, read_config, update_config
 
 DIT = Path("experiments/digits/dit.yaml")
 
@@ -85,16 +85,16 @@ def test_overrides_may_mend_a_file(tmp_path: Path) -> None:
 
 def test_a_new_folder_gets_its_config_and_the_same_config_agrees(tmp_path: Path) -> None:
     config = load(DIT)
-    assert not check_same(tmp_path, config)
-    assert check_same(tmp_path, config)
+    assert not claim_folder(tmp_path, config)
+    assert claim_folder(tmp_path, config)
     assert read_config(tmp_path) == config
 
 
 def test_another_config_is_refused_and_the_keys_are_named(tmp_path: Path) -> None:
-    check_same(tmp_path, load(DIT, ["denoiser.depth=2"]))
+    claim_folder(tmp_path, load(DIT, ["denoiser.depth=2"]))
     saved = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError) as caught:
-        check_same(tmp_path, load(DIT, ["denoiser.depth=3", "optimizer.lr=0.5", "trainer.max_images=7"]))
+        claim_folder(tmp_path, load(DIT, ["denoiser.depth=3", "optimizer.lr=0.5", "trainer.max_images=7"]))
     lr = load(DIT).optimizer.lr
     assert str(caught.value) == (
         f"{tmp_path}/config.yaml: this run was made with denoiser.depth=2 (now 3), optimizer.lr={lr} (now 0.5);"
@@ -104,16 +104,16 @@ def test_another_config_is_refused_and_the_keys_are_named(tmp_path: Path) -> Non
 
 
 def test_many_differences_are_counted(tmp_path: Path) -> None:
-    check_same(tmp_path, load(DIT))
+    claim_folder(tmp_path, load(DIT))
     with pytest.raises(UserError, match=r" and \d+ more; choose another tag"):
-        check_same(tmp_path, load(DIT, ["denoiser.name=unet"]))
+        claim_folder(tmp_path, load(DIT, ["denoiser.name=unet"]))
 
 
 def test_length_is_free_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert is_free("trainer.max_images")
-    check_same(tmp_path, load(DIT, ["trainer.max_images=1000"]))
+    claim_folder(tmp_path, load(DIT, ["trainer.max_images=1000"]))
     longer = load(DIT, ["trainer.max_images=2000"])
-    assert check_same(tmp_path, longer)
+    assert claim_folder(tmp_path, longer)
     assert read_config(tmp_path).trainer.max_images == 1000  # written only where the run goes on
     update_config(tmp_path, longer)
     update_config(tmp_path, longer)
@@ -122,9 +122,9 @@ def test_length_is_free_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_what_does_not_train_is_taken_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_same(tmp_path, load(DIT, ["trainer.max_images=2000"]))
+    claim_folder(tmp_path, load(DIT, ["trainer.max_images=2000"]))
     now = load(DIT, ["trainer.max_images=1000", "sample.steps=90", "evaluate.count=40", "trainer.log_images=640"])
-    assert check_same(tmp_path, now)
+    assert claim_folder(tmp_path, now)
     update_config(tmp_path, now, complete=True)
     saved = read_config(tmp_path)
     assert (saved.sample.steps, saved.evaluate.count, saved.trainer.log_images) == ("90", 40, 640)  # type: ignore[attr-defined]
@@ -133,9 +133,9 @@ def test_what_does_not_train_is_taken_as_given(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_complete_run_keeps_what_was_measured_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_same(tmp_path, load(DIT))
+    claim_folder(tmp_path, load(DIT))
     now = load(DIT, ["evaluate.every_images=640", "evaluate.best=fd", "evaluate.count=40"])
-    assert check_same(tmp_path, now)
+    assert claim_folder(tmp_path, now)
     update_config(tmp_path, now, complete=True)
     assert capsys.readouterr().out == (
         "note: evaluate.every_images, evaluate.best: no effect, since training is complete; use diffbench evaluate\n"
@@ -149,13 +149,13 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("mine")
     (tmp_path / ".lock").touch()
     with pytest.raises(UserError, match=r"contains metrics\.jsonl but no config\.yaml; move the folder away"):
-        check_same(tmp_path, load(DIT))
+        claim_folder(tmp_path, load(DIT))
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
 
 
 def test_no_run_names_those_beside_it(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    check_same(tmp_path / "a", load(DIT))
+    claim_folder(tmp_path / "a", load(DIT))
     with pytest.raises(UserError) as caught:
         read_config(tmp_path / "b")
     expected = f"{tmp_path}/b: no run here (config.yaml is missing); choose from {tmp_path}/a"

@@ -229,7 +229,7 @@ def test_export_is_what_the_adm_evaluator_reads(smoke_run: Path, tmp_path: Path,
     assert len(set(labels[:10].tolist())) > 3  # no run of one class
     capsys.readouterr()
     assert main(["evaluate", str(smoke_run), f"export={out}"]) == 2
-    assert capsys.readouterr().err == f"error: {out}: exists already; choose another name\n"
+    assert capsys.readouterr().err == f"error: {out}: already exists; choose another name\n"
     assert main(["evaluate", str(smoke_run), f"export={out.with_suffix('.png')}"]) == 2
     assert capsys.readouterr().err.startswith("error: command line: export: must end in .npz, got ")
 

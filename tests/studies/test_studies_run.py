@@ -251,7 +251,7 @@ def test_one_run_passes_every_rung_and_is_scored_at_each(in_process: None, tmp_p
     assert main(["study", str(path)]) == 1
     early, late = (rung[0] for rung in comparison_of_study(folder).rungs.values())
     assert (early.status, late.status) == ("failed", "complete")
-    assert early.why == "trained past 32 images before this way of sampling was asked for"
+    assert early.why == "trained past 32 images before this sampling was requested"
 
 
 def test_each_rung_cools_down_in_a_branch_that_is_a_run_of_that_length(in_process: None, tmp_path: Path) -> None:

@@ -485,7 +485,7 @@ def test_ema_of_another_module() -> None:
     assert torch.equal(seen[0], ema.averages[0.5][0]) and not torch.equal(seen[0], lm.line.weight)
     assert fitter.callback_metrics["fd"] < 1e-6  # a torchmetric, logged as such
     with pytest.raises(
-        TypeError, match="SampleGrid works with diffbench's DiffusionModule and its like, got Regression"
+        TypeError, match="SampleGrid works with diffbench modules, such as DiffusionModule, got Regression"
     ):
         trainer(max_steps=1, callbacks=[SampleGrid(8)]).fit(lm, loader())
 
