@@ -208,7 +208,7 @@ def test_the_hub_is_not_contacted_offline(
             files.load(wrong)
 
 
-def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_download_gives_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(name: str, file: str, local_files_only: bool) -> str:
         from huggingface_hub.errors import LocalEntryNotFoundError
 

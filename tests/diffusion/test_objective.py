@@ -75,7 +75,7 @@ def test_a_perfect_output_gives_back_image_and_noise(kind: str, prediction: str)
     process = made(kind, prediction=prediction)
     t = process.time(PARTS)
     p = process.path(t)
-    t = t[(p.alpha > 1e-3) & (p.sigma > 1e-3)]  # closer to an end float64 is too coarse for the division
+    t = t[(p.alpha > 1e-3) & (p.sigma > 1e-3)]  # closer to an end, float64 is too coarse to divide by
     x0, eps = drawn(len(t), 1, 2, 2), drawn(len(t), 1, 2, 2, seed=1)
     target = process.target(x0, t, eps)
     back = process.convert(target, process.add_noise(x0, t, eps), t)

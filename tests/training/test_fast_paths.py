@@ -379,7 +379,7 @@ def test_samples_in_bfloat16_are_close_to_those_in_float32() -> None:
         config = SampleConfig(sampler="ddim", steps="4", **changes)
         return Sampler(net, process, (3, 8, 8), raw=True)(labels, config)
 
-    assert "precision" not in SampleConfig().sampling_keys()  # so the keys are those from before it existed
+    assert "precision" not in SampleConfig().sampling_keys()  # the default adds no key
     assert SampleConfig(precision="bf16-mixed").sampling_keys()["precision"] == "bf16-mixed"
     want, low = sample(), sample(precision="bf16-mixed")
     assert low.dtype == torch.float32

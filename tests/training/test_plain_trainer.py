@@ -341,7 +341,7 @@ def test_true_16_bit_precision_is_refused() -> None:
         trainer(max_steps=1, precision="bf16-true").fit(module(), loader())
 
 
-def test_load_from_checkpoint(tmp_path: Path) -> None:
+def test_load_from_checkpoint_restores_module_and_average(tmp_path: Path) -> None:
     fitter = trainer(max_steps=2, callbacks=[EMA(0.5)])
     lm = module(dit(), seed=3, label_dropout=0.1, optimizer=torch.optim.SGD, lr=0.1)
     fitter.fit(lm, loader())
@@ -365,7 +365,7 @@ def test_load_from_checkpoint(tmp_path: Path) -> None:
     assert loaded.shape == (1, 8, 8)
 
 
-def test_validate_test_and_predict() -> None:
+def test_validate_test_and_predict_agree_with_direct_calls() -> None:
     lm = module(dit())
     fitter = trainer()
     wanted = bound_metrics("val", denoising_error(lm.network, lm.process, ImageSet(IMAGES, LABELS, 4), LEVELS))
