@@ -109,7 +109,7 @@ def test_the_network_sees_unit_variance() -> None:
 
 
 def test_invalid_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"sigma_min must lie between 0 and process\.sigma_max=1, got 2"):
+    with pytest.raises(ValueError, match=r"sigma_min: must lie between 0 and process\.sigma_max=1, got 2"):
         EDMConfig(sigma_min=2, sigma_max=1)
     with pytest.raises(ValueError, match="sigma_data: must be positive, got 0"):
         EDMConfig(sigma_data=0)

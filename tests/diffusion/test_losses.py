@@ -198,9 +198,9 @@ def test_eps_is_refused_where_no_signal_is_left() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"variance": "learned_range"}, "would leave a learned variance untrained: choose hybrid"),
-        ({"loss": "hybrid"}, "loss=hybrid trains a learned variance: set process.variance=learned_range"),
-        ({"loss": "rescaled_hybrid"}, "loss=rescaled_hybrid trains a learned variance"),
+        ({"variance": "learned_range"}, "would leave a learned variance untrained; choose hybrid"),
+        ({"loss": "hybrid"}, "process.loss: hybrid trains a learned variance; set process.variance=learned_range"),
+        ({"loss": "rescaled_hybrid"}, "process.loss: rescaled_hybrid trains a learned variance"),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma: must be positive"),
         ({"min_snr_gamma": 5.0}, "min_snr_gamma: belongs to process.weighting=min_snr; with none leave it at null"),
         ({"p_mean": 0.0}, "p_mean: belongs to process.times=log_normal; with uniform leave it at -1.2"),

@@ -152,12 +152,12 @@ def test_training_times_cover_every_step_equally() -> None:
 
 
 def test_a_process_needs_two_steps() -> None:
-    with pytest.raises(ValueError, match=r"process\.steps must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"process\.steps: must be at least 2, got 1"):
         VPConfig(steps=1)
 
 
 def test_a_linear_process_too_short_to_keep_any_signal_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"process\.steps must be above 20 with the linear schedule, got 20"):
+    with pytest.raises(ValueError, match=r"process\.steps: must be above 20 with the linear schedule, got 20"):
         VPConfig(steps=20)
     process = DiscreteVP(VPConfig(steps=21))
     assert bool(process.log_snr(torch.arange(21)).isfinite().all())
