@@ -1,4 +1,4 @@
-"""The KL autoencoder: equal to the reference, its closed forms, its files, and the hub without a network."""
+"""The KL autoencoder: parity with the reference, closed forms, files, and the hub without a network."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def golden_weights(case: Case) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden case as diffusers would have saved it."""
+    """Return a folder with the golden case as diffusers would have saved it."""
     folder, case = tmp_path_factory.mktemp("golden"), load("autoencoder_a")
     save_file(golden_weights(case), folder / files.WEIGHTS)
     (folder / files.CONFIG).write_text(json.dumps({"_class_name": "AutoencoderKL", **case.info["constructor"]["args"]}))
@@ -46,7 +46,7 @@ def test_outputs_equal_the_reference(golden_folder: Path, dtype: torch.dtype) ->
     case.check("decoded", net.decode(case.input("z", dtype)))
 
 
-def test_stable_diffusions_has_exactly_its_parameters() -> None:
+def test_the_default_has_stable_diffusions_number_of_parameters() -> None:
     with torch.device("meta"):
         net = KLAutoencoder(KLConfig())
     assert sum(p.numel() for p in net.parameters()) == 83_653_863
@@ -82,7 +82,7 @@ def test_reading_checks_every_key_and_shape(golden_folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", ["linear", "convolution"])
-def test_old_names_of_attention_are_read(golden_folder: Path, tmp_path: Path, shape: str) -> None:
+def test_old_attention_names_are_read(golden_folder: Path, tmp_path: Path, shape: str) -> None:
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights: dict[str, Tensor] = {}
     for key, tensor in load_file(golden_folder / files.WEIGHTS).items():
@@ -98,7 +98,7 @@ def test_old_names_of_attention_are_read(golden_folder: Path, tmp_path: Path, sh
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_what_is_saved_loads_again(tmp_path: Path) -> None:
+def test_a_saved_autoencoder_loads_again(tmp_path: Path) -> None:
     net = tiny()
     files.save(net, tmp_path / "deep" / "er")
     again = files.load(tmp_path / "deep" / "er")
@@ -132,7 +132,7 @@ def test_a_config_of_another_network_is_refused(
     assert str(raised.value).startswith(f"{tmp_path / files.CONFIG}: {message}")
 
 
-def test_damaged_weights_have_no_notes(golden_folder: Path, tmp_path: Path) -> None:
+def test_damaged_or_missing_weights_have_no_notes(golden_folder: Path, tmp_path: Path) -> None:
     files.save(files.load(golden_folder), tmp_path, {"images": "7"})
     assert files.read_notes(tmp_path)["images"] == "7"
     weights = tmp_path / files.WEIGHTS
@@ -142,7 +142,7 @@ def test_damaged_weights_have_no_notes(golden_folder: Path, tmp_path: Path) -> N
     assert files.read_notes(tmp_path) == {}
 
 
-def test_a_config_without_scale_takes_the_published_one(tmp_path: Path) -> None:
+def test_a_config_without_a_scale_gets_the_published_one(tmp_path: Path) -> None:
     (tmp_path / files.CONFIG).write_text('{"block_out_channels": [32], "shift_factor": null}')
     assert files.read_config(tmp_path) == KLConfig(block_out_channels=[32], layers_per_block=1)
     assert files.read_config(tmp_path).scaling_factor == 0.18215
@@ -151,7 +151,7 @@ def test_a_config_without_scale_takes_the_published_one(tmp_path: Path) -> None:
         files.read_config(tmp_path)
 
 
-def test_diffusers_reads_what_we_write_and_we_read_what_it_writes(tmp_path: Path) -> None:
+def test_diffusers_reads_our_files_and_we_read_its_files(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     ours = tiny(dataclasses.replace(TINY, use_quant_conv=False, mid_block_add_attention=False))
@@ -181,7 +181,7 @@ def test_diffusers_reads_what_we_write_and_we_read_what_it_writes(tmp_path: Path
     assert torch.allclose(ours.decode(mean), decoded, atol=1e-5)
 
 
-def test_stable_diffusions_state_dict_is_diffusers_to_the_letter() -> None:
+def test_the_default_state_dict_has_the_keys_and_shapes_of_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
     blocks = (["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4)
     with torch.device("meta"):
@@ -190,7 +190,7 @@ def test_stable_diffusions_state_dict_is_diffusers_to_the_letter() -> None:
     assert shapes[0] == shapes[1]
 
 
-def test_the_hub_is_asked_for_what_is_not_cached_only_with_a_network(
+def test_the_hub_is_not_contacted_offline(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -208,7 +208,7 @@ def test_the_hub_is_asked_for_what_is_not_cached_only_with_a_network(
             files.load(wrong)
 
 
-def test_a_fetch_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_download_gives_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(name: str, file: str, local_files_only: bool) -> str:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -260,7 +260,7 @@ def test_a_draw_has_the_moments_and_passes_gradients() -> None:
     )
 
 
-def test_scaling_is_undone_and_wide_moments_are_clamped() -> None:
+def test_scaling_is_reversible_and_extreme_moments_are_clamped() -> None:
     net = tiny()
     z = torch.tensor([0.25, 2.25])
     assert net.scaled(z).tolist() == [0.0, 1.0]
@@ -283,6 +283,6 @@ def test_reconstruction_comes_from_the_mean_or_from_a_draw() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 9, 8), (1, 8, 8)])
-def test_pictures_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="this autoencoder takes 1 channels and sides divisible by 2"):
         tiny().encode(torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""Attention maps are the softmax that a network computes, put where its windows lie in the image."""
+"""Attention maps equal the softmax that a network computes, placed in the image where its windows are."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ LAYERS = {
     "diffit-latent": ["blocks.0.attention", "blocks.1.attention"],
     "ddpmpp": ["encoder.2.attention", "decoder.0.attention", "decoder.3.attention"],
     "uvit": ["encoder.0", "middle.0", "decoder.0"],
-    "segformer": ["stages.2.blocks.0"],  # where keys are of every place
+    "segformer": ["stages.2.blocks.0"],  # the only block whose keys cover every position
 }
 
 
@@ -31,8 +31,8 @@ def recorded(net: nn.Module, pixels: list[tuple[int, int]] = PIXELS) -> list[Att
     return maps
 
 
-def seen_by(net: nn.Module, layer: str) -> tuple[Tensor, ...]:
-    """What a layer is called with."""
+def arguments_of(net: nn.Module, layer: str) -> tuple[Tensor, ...]:
+    """Return the arguments that a layer is called with."""
     calls: list[tuple[Tensor, ...]] = []
     x, t, y = inputs(3)
     with net.get_submodule(layer).register_forward_pre_hook(lambda _module, arguments: calls.append(arguments)):
@@ -51,17 +51,17 @@ def test_every_layer_of_every_backbone_has_a_map(name: str) -> None:
         assert found.elsewhere.shape[-1] == (2 if name == "uvit" else 0)  # class and time are tokens
         total = found.weights.nansum((-1, -2)) + found.elsewhere.sum(-1)
         assert torch.allclose(total, torch.ones(()), atol=1e-5)
-        assert found.weights.isnan().any() == (name == "diffit" and side == 8)  # two windows a side
+        assert found.weights.isnan().any() == (name == "diffit" and side == 8)  # two windows per side
 
 
-def test_a_map_is_the_softmax_with_bias_and_time_of_its_window() -> None:
+def test_a_map_equals_the_softmax_of_its_window_with_bias_and_time() -> None:
     net = small("diffit", window=2)
     layer = "encoder.0.0.block.attention"
-    tokens, time = seen_by(net, layer)  # 3 samples of 16 windows of 4 tokens
+    tokens, time = arguments_of(net, layer)  # 3 samples of 16 windows of 4 tokens
     tmsa = net.get_submodule(layer)
     qkv = tmsa.qkv(tokens) + tmsa.qkv_time(time).repeat_interleave(16, dim=0)[:, None]
     q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=2)
-    logits = q @ k.mT / 2 + rearrange(tmsa.bias[tmsa.bias_index], "n m h -> h n m")  # widths of 4 a head
+    logits = q @ k.mT / 2 + rearrange(tmsa.bias[tmsa.bias_index], "n m h -> h n m")  # head width 4
     attention = logits.softmax(-1)
     found = next(m for m in recorded(net) if m.layer == layer)
     for i, (row, column) in enumerate(PIXELS):
@@ -73,9 +73,9 @@ def test_a_map_is_the_softmax_with_bias_and_time_of_its_window() -> None:
         assert found.weights[0, 0, i].isfinite().sum() == 4
 
 
-def test_time_and_class_among_the_tokens_are_told_apart() -> None:
+def test_attention_to_time_and_class_tokens_is_separate() -> None:
     net = small("dit", conditioning="in-context")
-    (x, _) = seen_by(net, "blocks.0")
+    (x, _) = arguments_of(net, "blocks.0")
     block = net.blocks[0]
     q, k, _ = rearrange(block.qkv(block.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=4)
     attention = (q @ k.mT / 8**0.5).softmax(-1)
@@ -102,7 +102,7 @@ def test_cross_attention_to_time_and_class_has_no_map() -> None:
         ("unet", {}, (2, 4)),
     ],
 )
-def test_oblong_images(name: str, changes: dict[str, Any], shape: tuple[int, int]) -> None:
+def test_oblong_images_have_oblong_maps(name: str, changes: dict[str, Any], shape: tuple[int, int]) -> None:
     net = small(name, **changes)
     x = torch.randn(2, CHANNELS, 4, 8)
     with record_attention(net, [(3, 6)]) as maps:
@@ -113,7 +113,7 @@ def test_oblong_images(name: str, changes: dict[str, Any], shape: tuple[int, int
         assert inside.sum() == 4 and bool(inside[2:, 6:].all())
 
 
-def test_recording_changes_nothing_and_leaves_nothing() -> None:
+def test_recording_changes_no_output_and_leaves_no_hooks() -> None:
     net, (x, t, y) = small("diffit"), inputs()
     plain = net(x, t, y)
     with record_attention(net, PIXELS) as maps:
@@ -126,7 +126,7 @@ def test_recording_changes_nothing_and_leaves_nothing() -> None:
     assert len(maps) == 2 * once
 
 
-def test_a_pixel_outside_the_image_is_refused_and_leaves_nothing() -> None:
+def test_a_pixel_outside_the_image_is_refused_and_leaves_no_hooks() -> None:
     net = small("dit")
     for pixel in [(8, 0), (0, 8), (-1, 0)]:
         with pytest.raises(ValueError, match=rf"^tokens: the pixel {pixel[0]},{pixel[1]} is outside the 8x8 image$"):
@@ -134,8 +134,8 @@ def test_a_pixel_outside_the_image_is_refused_and_leaves_nothing() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-def test_every_argument_of_torchs_attention_is_understood() -> None:
-    """Other people's networks pass dropout, masks, fewer heads of keys, and attention that is not of an image."""
+def test_every_argument_of_torchs_attention_is_supported() -> None:
+    """Custom networks pass dropout, masks and grouped keys, and use attention that is not over the image."""
 
     class Net(nn.Module):
         def forward(self, x: Tensor, _t: Tensor, **given: Any) -> Tensor:
@@ -156,7 +156,7 @@ def test_every_argument_of_torchs_attention_is_understood() -> None:
         ({"enable_gqa": True}, None),
     ):
         with record_attention(Net(), PIXELS) as maps:
-            Net()(x, t, **given)  # another network is not seen
+            Net()(x, t, **given)  # another network is not recorded
             assert not maps
         net = Net()
         with record_attention(net, PIXELS) as maps:

@@ -1,4 +1,4 @@
-"""Every registered denoiser: its contract, and what it costs."""
+"""Every registered denoiser: its contract and its cost."""
 
 from typing import Any
 
@@ -27,16 +27,16 @@ def test_output_has_the_shape_of_the_contract(name: str, learn_sigma: bool, num_
 
 
 @EACH
-def test_the_first_output_is_zero(name: str) -> None:
+def test_the_output_is_zero_at_initialization(name: str) -> None:
     x, t, y = inputs()
     first = small(name, shaken=False)(x, t, y).abs().max()
-    # DDPM++ scales its last weights by 1e-5; U-ViT begins with small weights everywhere.
+    # DDPM++ scales its last weights by 1e-5; U-ViT starts with small weights everywhere.
     assert first < {"ddpmpp": 1e-3, "uvit": 1}[name] if name in ("ddpmpp", "uvit") else first == 0
     assert small(name)(x, t, y).std() > 1e-3
 
 
 @EACH
-def test_no_label_is_the_null_label(name: str) -> None:
+def test_no_label_means_the_null_label(name: str) -> None:
     net, (x, t, y) = small(name), inputs()
     out = net(x, t, None)
     assert torch.equal(out, net(x, t, torch.full_like(y, CLASSES)))
@@ -44,7 +44,7 @@ def test_no_label_is_the_null_label(name: str) -> None:
 
 
 @EACH
-def test_without_a_null_class_labels_are_needed(name: str) -> None:
+def test_a_network_without_a_null_class_needs_labels(name: str) -> None:
     net, (x, t, y) = small(name, null_class=False), inputs()
     assert net(x, t, y).shape == x.shape
     with pytest.raises(ValueError, match=r"no null class: give labels y in 0\.\.4"):
@@ -53,7 +53,7 @@ def test_without_a_null_class_labels_are_needed(name: str) -> None:
 
 @EACH
 @pytest.mark.parametrize("null_class", [True, False])
-def test_a_one_hot_row_is_the_label_and_other_weights_mix_the_table(name: str, null_class: bool) -> None:
+def test_one_hot_weights_equal_the_label_and_others_mix_the_table(name: str, null_class: bool) -> None:
     net, (x, t, y) = small(name, null_class=null_class), inputs()
     y[0] = CLASSES if null_class else 4
     weights = one_hot(y, CLASSES + null_class).float()
@@ -74,7 +74,7 @@ def test_a_one_hot_row_is_the_label_and_other_weights_mix_the_table(name: str, n
 
 
 @EACH
-def test_weights_of_labels_have_gradients(name: str) -> None:
+def test_label_weights_get_gradients(name: str) -> None:
     net, (x, t, y) = small(name), inputs()
     weights = one_hot(y, CLASSES + 1).float().requires_grad_()
     net(x, t, weights).square().sum().backward()
@@ -83,7 +83,7 @@ def test_weights_of_labels_have_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "part"), [("dit", "condition"), ("ddpmpp", "embedding")])
-def test_weights_of_labels_compile(name: str, part: str) -> None:
+def test_label_weights_compile(name: str, part: str) -> None:
     net, (_, t, y) = getattr(small(name), part), inputs()
     augment = (None,) if name == "ddpmpp" else ()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
@@ -96,7 +96,7 @@ def test_a_network_without_classes_ignores_labels(name: str) -> None:
     assert torch.equal(net(x, t, y), net(x, t, None))
 
 
-class Own(DiT):
+class Custom(DiT):
     def __init__(self, width: int = 32) -> None:
         super().__init__(DiTConfig(hidden_size=width, depth=1, num_heads=2), (8, 4), 1)
 
@@ -106,13 +106,13 @@ class Sized(DiT):
         super().__init__(config, image_size, 1)
 
 
-def test_a_subclass_with_arguments_of_its_own_knows_its_shape() -> None:
-    assert Own().shape == (1, 8, 4)
+def test_a_subclass_with_custom_arguments_knows_its_shape() -> None:
+    assert Custom().shape == (1, 8, 4)
     assert Sized(SMALL["dit"]).shape == (1, 8, 8)
 
 
 @EACH
-def test_each_sample_is_on_its_own(name: str) -> None:
+def test_samples_do_not_depend_on_each_other(name: str) -> None:
     net, (x, t, y) = small(name), inputs()
     whole = net(x, t, y)
     for i in range(len(x)):
@@ -122,7 +122,7 @@ def test_each_sample_is_on_its_own(name: str) -> None:
 
 
 @EACH
-def test_whole_and_float_times_are_the_same(name: str) -> None:
+def test_integer_and_float_times_give_the_same_output(name: str) -> None:
     net, (x, _, y) = small(name), inputs()
     t = torch.tensor([0, 3, 500, 999])
     assert torch.equal(net(x, t, y), net(x, t.double(), y))
@@ -135,7 +135,7 @@ def test_default_sizes_fit_small_images(name: str, image_size: int) -> None:
     assert cost.parameters > 1_000_000
 
 
-def test_counting_takes_no_memory_and_leaves_the_default_device() -> None:
+def test_counting_takes_no_memory_and_keeps_the_default_device() -> None:
     devices = []
 
     def make() -> nn.Module:
@@ -149,7 +149,7 @@ def test_counting_takes_no_memory_and_leaves_the_default_device() -> None:
 
 
 def attention_macs(name: str, config: Any, image_size: int) -> int:
-    """Multiply-accumulates of the products inside softmax attention, the only ones without a weight."""
+    """Count the multiply-accumulates of the products inside softmax attention, the only ones without weights."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         net = build(name, config, image_size=image_size, channels=3)
         net(torch.empty(1, 3, image_size, image_size), torch.empty(1))
@@ -158,7 +158,7 @@ def attention_macs(name: str, config: Any, image_size: int) -> int:
 
 
 def test_attention_is_counted_in_full() -> None:
-    # 2 N^2 D each, or 2 N M D in windows of M tokens.
+    # 2 N^2 D per layer, or 2 N M D in windows of M tokens.
     assert attention_macs("dit", DiTConfig(hidden_size=32, depth=3, num_heads=4), 16) == 3 * 2 * 64**2 * 32
     assert attention_macs("unet", SMALL["unet"], 8) == 4 * 2 * 16**2 * 16
     assert attention_macs("diffit", SMALL["diffit"], 8) == 2 * (2 * 64 * 16 * 8) + 2 * 16 * 16 * 16
@@ -168,7 +168,7 @@ def test_attention_is_counted_in_full() -> None:
     assert attention_macs("uvit", SMALL["uvit"], 8) == 3 * 2 * 17**2 * 32
 
 
-def test_a_dit_block_costs_what_its_products_say() -> None:
+def test_a_dit_block_costs_the_sum_of_its_products() -> None:
     def macs(depth: int) -> int:
         return count(lambda: build("dit", DiTConfig(2, 32, depth, 4), image_size=16, channels=3), 3, 16).macs
 
@@ -176,12 +176,12 @@ def test_a_dit_block_costs_what_its_products_say() -> None:
     assert macs(3) - macs(2) == n * 12 * d * d + 6 * d * d + 2 * n * n * d
 
 
-def test_a_network_made_with_an_unknown_argument_says_how_it_is_made() -> None:
+def test_an_unknown_constructor_argument_is_answered_with_the_signature() -> None:
     wanted = r"DiT: got an unexpected keyword argument 'depth'; call DiT\(config: .*DiTConfig, image_size: int .*, chan"
     with pytest.raises(TypeError, match=wanted):
         DiT(image_size=8, channels=1, depth=2)  # type: ignore[call-arg]
 
 
-def test_a_choice_that_does_not_exist_is_refused_in_a_script_too() -> None:
+def test_an_unknown_choice_is_refused_in_scripts_too() -> None:
     with pytest.raises(ValueError, match=r"denoiser.conditioning: unknown value 'adaLN-Zero'; choose from adaln-zero"):
         DiT(DiTConfig(4, 64, 2, 4, conditioning="adaLN-Zero"), image_size=8, channels=1)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""LightningDiT's keys in a DiT block: rotated positions, RMS norms, normalised queries and keys, a gated MLP."""
+"""LightningDiT's options in a DiT block: rotary positions, RMS norms, normalised queries and keys, a gated MLP."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ LIGHTNING = {"qk_norm": True, "mlp": "swiglu", "position": "rope", "norm": "rms"
 
 
 def rotated(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, heads, N, d): pairs of features as complex numbers, turned by row and column."""
+    """Rotate pairs of features of (B, heads, N, d), as complex numbers, by row and column."""
     d = x.shape[-1]
     frequency = 10_000.0 ** -(torch.arange(0, d // 2, 2, dtype=torch.float64) / (d // 2))
     angles = [torch.cat([row * frequency, col * frequency]) for row in range(height) for col in range(width)]
@@ -24,19 +24,19 @@ def rotated(x: Tensor, height: int, width: int) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
-def test_positions_turn_pairs_of_features_and_leave_extra_tokens() -> None:
+def test_rotary_positions_rotate_feature_pairs_and_leave_extra_tokens() -> None:
     x = torch.randn(2, 3, 2 + 4 * 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = RotaryPosition(8, (4, 6)).double()(x)
     assert torch.equal(out[:, :, :2], x[:, :, :2])
     assert (out[:, :, 2:] - rotated(x[:, :, 2:].contiguous(), 4, 6)).abs().max() < 1e-6
     one = RotaryPosition(8, (4, 6)).double()(x[:, :, :1].expand(-1, -1, 24, -1))
     products = (one[0, 0] @ one[0, 0].T).reshape(4, 6, 4, 6)
-    assert (products[0, 0, 1, 2] - products[2, 3, 3, 5]).abs() < 1e-6  # the distance alone counts
+    assert (products[0, 0, 1, 2] - products[2, 3, 3, 5]).abs() < 1e-6  # only the distance matters
     assert (products[0, 0, 1, 2] - products[0, 0, 2, 1]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_a_block_computes_what_the_formulas_say(norm: Any) -> None:
+def test_a_block_follows_its_formulas(norm: Any) -> None:
     torch.manual_seed(0)
     block = DiTBlock(DiTConfig(2, 24, 1, 3, **LIGHTNING | {"norm": norm}), (2, 3)).double()
     for p in block.parameters():
@@ -66,7 +66,7 @@ def test_a_block_computes_what_the_formulas_say(norm: Any) -> None:
 
 @pytest.mark.parametrize("key", LIGHTNING)
 @pytest.mark.parametrize("conditioning", ["adaln-zero", "in-context", "cross-attention"])
-def test_each_key_goes_with_each_conditioning(key: str, conditioning: str) -> None:
+def test_each_option_works_with_each_conditioning(key: str, conditioning: str) -> None:
     changes = {key: LIGHTNING[key], "conditioning": conditioning}
     x, t, y = inputs()
     net = small("dit", **changes)
@@ -86,7 +86,7 @@ def test_a_gated_mlp_has_as_many_weights_as_a_plain_one() -> None:
         SwiGLU(64, 0.02)
 
 
-def test_all_keys_together_compile_and_run_in_bfloat16() -> None:
+def test_all_options_together_compile_and_run_in_bfloat16() -> None:
     net, (x, t, y) = small("dit", **LIGHTNING), inputs()
     torch.compiler.reset()
     out = net(x, t, y)

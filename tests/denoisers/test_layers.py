@@ -28,7 +28,7 @@ def test_position_table_equals_the_reference(width: int, grid: int) -> None:
     load("pos_embed_2d").check(f"dim{width}.grid{grid}", sincos_position_table(width, grid, grid))
 
 
-def test_position_table_of_an_oblong_grid() -> None:
+def test_the_position_table_of_an_oblong_grid_is_part_of_a_square_one() -> None:
     table = sincos_position_table(16, 2, 5)
     assert table.shape == (10, 16)
     assert torch.equal(table[:5], sincos_position_table(16, 5, 5)[:5])  # row 0
@@ -40,7 +40,7 @@ def test_relative_positions_equal_the_reference(window: int) -> None:
     load("relative_position_index").check(f"window{window}", relative_position_index(window))
 
 
-def test_windows_hold_pixels_and_go_back() -> None:
+def test_windows_contain_their_pixels_and_are_reversible() -> None:
     x = torch.arange(2 * 3 * 4 * 8).reshape(2, 3, 4, 8)
     tokens = to_windows(x, 2)
     assert tokens.shape == (16, 4, 3)
@@ -50,7 +50,7 @@ def test_windows_hold_pixels_and_go_back() -> None:
         assert torch.equal(tokens[window, row % 2 * 2 + col % 2], x[b, :, row, col])
 
 
-def test_relative_positions_of_an_oblong_window() -> None:
+def test_relative_positions_of_an_oblong_window_have_one_row_per_offset() -> None:
     index = relative_position_index(2, 3)
     assert index.shape == (6, 6)
     assert (index.min(), index.max()) == (0, 14)
@@ -59,7 +59,7 @@ def test_relative_positions_of_an_oblong_window() -> None:
     for i, a in enumerate(where):
         for j, b in enumerate(where):
             offsets[a[0] - b[0], a[1] - b[1]].add(int(index[i, j]))
-    assert sorted(row for rows in offsets.values() for row in rows) == list(range(15))  # one row an offset
+    assert sorted(row for rows in offsets.values() for row in rows) == list(range(15))  # one row per offset
 
 
 def test_fourier_frequencies_are_saved_and_drawn_once() -> None:

@@ -1,4 +1,4 @@
-"""Published networks have their published size: parameters to the unit, multiply-accumulates to half a percent."""
+"""Published networks have their published size: parameters exactly, multiply-accumulates to half a percent."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from diffbench.config.load import load
 from diffbench.denoisers import DENOISERS, PRESETS, SegFormer, build
 from diffbench.denoisers.flops import Cost, count
 
-# Parameters and GMACs, counted on the official code (saved position tables included), or from the paper where only
-# that states them. Each is compared to half a percent or half a unit of the last digit here.
+# Parameters and GMACs, counted on the official code (saved position tables included), or from the paper if only that
+# states them. GMACs are compared to half a percent or to half a unit of the last digit here.
 COUNTED = {
     "DiT-S/8": (33_148_160, "0.36"),
     "DiT-S/4": (32_945_024, "1.41"),
@@ -40,7 +40,7 @@ COUNTED = {
     "U-ViT-L/4-512": (286_861_524, "76.48"),
     "U-ViT-H/4-512": (500_942_656, "133.23"),
 }
-# Where only the parameters stand, or the paper's millions and Gflops.
+# Networks with only a parameter count, and networks with only the paper's millions of parameters and Gflops.
 PARAMETERS = {"ADM-256-uncond": 552_814_086, "DDPM++-CIFAR10-cond": 55_735_299, "LightningDiT-XL/1": 675_256_736}
 ROUNDED = {
     "DiT-XL/2-in-context": (449, "119.37"),
@@ -48,7 +48,7 @@ ROUNDED = {
     "DiT-XL/2-adaln": (600, "118.56"),
     "DiffiT-XL/2-depth30": (601, "127.0"),
 }
-# SegFormer's encoder, and the whole with its decoder for 150 classes: parameters alone, and GMACs of the whole.
+# SegFormer: parameters of the encoder, parameters and GMACs of the whole network with its decoder for 150 classes.
 SEGMENTING = {
     "MiT-B0": (3_319_392, 3_752_694, "8.39"),
     "MiT-B1": (13_151_424, 13_715_798, "15.88"),
@@ -57,7 +57,7 @@ SEGMENTING = {
     "MiT-B4": (60_842_688, 64_108_374, "95.57"),
     "MiT-B5": (81_443_008, 84_708_694, "111.51"),
 }
-# Networks of which no source states the size: ours, so that a change shows.
+# Networks whose size no source states: our own counts, so that a change is noticed.
 OURS = {
     "DiffiT-XL/2-512": 563_562_464,
     "LightningDiT-XL/2": 675_219_856,
@@ -71,7 +71,7 @@ OURS = {
 
 
 def built(name: str) -> Cost:
-    """The size of a preset's network, counted."""
+    """Count the cost of a preset's network."""
     (entry,) = (entry for entry in DENOISERS.values() if name in entry.presets)
     config, shape = PRESETS[name].config, PRESETS[name].shape
     return count(lambda: entry.build(config, **shape), shape["channels"], shape["image_size"])
@@ -88,7 +88,7 @@ def test_every_preset_is_checked() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_stated_size_is_the_counted_one(name: str) -> None:
+def test_the_stated_cost_equals_the_counted_one(name: str) -> None:
     assert built(name) == PRESETS[name].cost
 
 
@@ -106,7 +106,7 @@ def test_segformer_has_its_published_size(name: str) -> None:
         net = SegFormer(preset.config, **preset.shape)
     assert sum(p.numel() for p in net.stages.parameters()) == encoder
     assert sum(p.numel() for p in net.parameters()) == whole
-    assert preset.cost.parameters == whole  # without what batch norm keeps of its inputs
+    assert preset.cost.parameters == whole  # without the running statistics of batch norm
     assert close(preset.cost.gmacs, gmacs)
 
 
@@ -127,12 +127,12 @@ def test_sizes_that_no_source_states_do_not_change(name: str) -> None:
     assert PRESETS[name].cost.parameters == OURS[name]
 
 
-def test_ddpmpp_without_its_augmentation_input_is_as_published() -> None:
+def test_ddpmpp_without_its_augmentation_input_has_its_published_size() -> None:
     assert PRESETS["DDPM++-CIFAR10"].cost.parameters - 9 * 128 == 55_732_739
     assert PRESETS["DDPM++-FFHQ64"].cost.parameters - 9 * 128 == 61_804_419
 
 
-def test_the_two_image_networks_of_the_paper_are_one_config_apart() -> None:
+def test_the_two_readings_of_diffits_image_networks_differ_only_in_blocks() -> None:
     for data in ("CIFAR10", "FFHQ64"):
         first, second = (vars(PRESETS[f"DiffiT-{data}-{reading}"].config) for reading in ("H1", "I1"))
         assert {key for key in first if first[key] != second[key]} == {"blocks"}
@@ -142,7 +142,7 @@ def test_the_two_image_networks_of_the_paper_are_one_config_apart() -> None:
     ("folder", "channels", "side"), [("digits", 1, 8), ("digits-latent", 1, 4), ("cifar10", 3, 32)]
 )
 @pytest.mark.parametrize("name", ["uvit", "segformer"])
-def test_experiments_of_a_folder_cost_alike(folder: str, channels: int, side: int, name: str) -> None:
+def test_experiments_of_a_folder_have_similar_costs(folder: str, channels: int, side: int, name: str) -> None:
     def macs(name: str) -> int:
         c = load(f"experiments/{folder}/{name}.yaml")
         assert isinstance(c, RunConfig)

@@ -1,4 +1,4 @@
-"""Published networks read into ours: equal outputs in float32 and float64, and every mismatch named."""
+"""Published weights read into our networks: equal outputs in float32 and float64, and every mismatch named."""
 
 import math
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ def network(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, C
 
 
 def inputs(case: Case, call: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, t and y of a call, under whichever names the reference gives them."""
+    """Return x, t and y of a call, whatever names the reference gives them."""
     by_name = {key: value.removeprefix("in.") for key, value in call["inputs"].items()}
     times = next(by_name[key] for key in ("t", "timesteps", "noise_labels") if key in by_name)
     labels = {"y": by_name.get("y"), "class_labels": "labels"}.get("class_labels" if "class_labels" in by_name else "y")
@@ -51,7 +51,7 @@ def inputs(case: Case, call: Mapping[str, Any], dtype: torch.dtype) -> tuple[Ten
 
 
 def output(case: Case) -> str:
-    """The name of what the first call returns."""
+    """Return the name of the first call's output."""
     name: str = case.info["calls"][0]["outputs"]["return"]
     return name.removeprefix("out.")
 
@@ -69,8 +69,8 @@ def test_outputs_equal_the_reference(name: str, dtype: torch.dtype) -> None:
         assert bool(((out[i] - want).abs() <= at_t0["atol"] + at_t0["rtol"] * want.abs()).all())
 
 
-def test_the_table_of_parity() -> None:
-    """The largest differences from the references; `pytest tests/test_reference.py -k table -rP` prints them."""
+def test_the_parity_table_stays_within_rounding() -> None:
+    """Print the largest differences from the references: `pytest tests/denoisers/test_reference.py -k table -rP`."""
     print(f"{'case':<16} {'float32':>8} {'float64':>8} {'largest output':>15}")
     for name in CASES:
         errors = []
@@ -80,7 +80,7 @@ def test_the_table_of_parity() -> None:
             errors.append(float((net(*inputs(case, case.info["calls"][0], dtype)) - want).abs().max()))
         print(f"{name:<16} {errors[0]:>8.1e} {errors[1]:>8.1e} {want.abs().max():>15.2f}")
         assert errors[0] < 1e-5
-        embedded_in_float32 = name.startswith(("ddpmpp", "uvit"))  # the time, by the reference
+        embedded_in_float32 = name.startswith(("ddpmpp", "uvit"))  # the reference's time embedding
         assert errors[1] < (1e-7 if embedded_in_float32 else 1e-14)
 
 
@@ -111,7 +111,7 @@ def test_guided_outputs_equal_the_reference(name: str, output: str, dtype: torch
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
-def test_sit_is_the_first_half_of_dit(learn_sigma: bool) -> None:
+def test_sit_outputs_the_first_half_of_dit(learn_sigma: bool) -> None:
     dit, case = network("dit_a" if learn_sigma else "dit_b")
     sit = from_reference("sit", arguments(case), weights(case))
     x, y, t = case.input("x"), case.input("y"), torch.tensor([0.0, 0.37, 1.0])
@@ -129,7 +129,7 @@ def test_without_classes_the_one_row_of_the_label_table_is_added() -> None:
     assert (alone(x, t, y) - net(x, t, y + 3)).abs().max() < 1e-6
 
 
-def test_arguments_left_out_take_the_reference_defaults() -> None:
+def test_omitted_arguments_take_the_reference_defaults() -> None:
     assert describe("dit", {}).config.depth == 28
     latent = describe("diffit", {})
     assert (latent.denoiser, latent.config.depth, latent.config.head_silu) == ("diffit-latent", 30, True)
@@ -152,7 +152,7 @@ def test_an_imported_network_without_null_class_needs_labels() -> None:
         net(case.input("x"), case.input("timesteps"))
 
 
-def test_reading_leaves_the_random_state_and_the_weights_alone() -> None:
+def test_reading_changes_neither_the_random_state_nor_the_given_weights() -> None:
     case = load("adm_a")
     given = weights(case)
     assert next(iter(given.values())).dtype == torch.float16
@@ -186,7 +186,7 @@ def test_a_missing_unexpected_or_misshapen_key_is_named(name: str, key: str) -> 
         from_reference(source, arguments(case), good | {key: wrong})
 
 
-def test_a_state_dict_of_another_model_says_how_many_keys_fit() -> None:
+def test_a_state_dict_of_another_model_is_refused_with_counts_of_keys() -> None:
     case = load("dit_a")
     with pytest.raises(ValueError, match=r"^diffit: of the 34 keys .* 8 missing: .*, \.\.\.; 6 unexpected: .*adaLN"):
         from_reference("diffit", arguments(case), weights(case))
@@ -213,7 +213,7 @@ def test_an_odd_depth_of_uvit_is_rounded_down_as_in_its_code() -> None:
     assert torch.equal(four, five)
 
 
-def test_resampling_filters_may_be_there_but_not_others() -> None:
+def test_standard_resampling_filters_are_accepted_and_others_refused() -> None:
     case = load("ddpmpp_a")
     keys = [f"{at}.{layer}.resample_filter" for at in ("enc.8x8_down", "dec.16x16_up") for layer in ("conv0", "skip")]
     box = {key: torch.full((1, 1, 2, 2), 0.25) for key in keys}
@@ -222,7 +222,7 @@ def test_resampling_filters_may_be_there_but_not_others() -> None:
         from_reference("ddpmpp", arguments(case), weights(case) | box | {keys[2]: torch.rand(1, 1, 2, 2)})
 
 
-def test_a_source_that_is_not_there_gets_the_list() -> None:
+def test_an_unknown_source_is_refused_with_the_list() -> None:
     with pytest.raises(ValueError, match=r"^unknown source 'mit'; choose from dit, .*, uvit, segformer$"):
         from_reference("mit", {}, {})
 

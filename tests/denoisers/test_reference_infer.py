@@ -1,4 +1,4 @@
-"""Published networks known by the shapes of their weights, others by the arguments given; the sets in a checkpoint."""
+"""Constructor arguments, inferred from the shapes of the weights or given; the weight sets in a checkpoint."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ from diffbench.denoisers.pretrained.convert import RECIPES, describe, infer, sha
 
 
 def shapes_of(source: str, args: dict[str, Any]) -> dict[str, Tensor]:
-    """A reference's state dict without values."""
+    """Return a reference's state dict on the meta device."""
     return {key: torch.empty(shape, device="meta") for key, shape in shapes(source, args).items()}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_arguments_of_the_golden_cases(name: str) -> None:
+def test_inferred_arguments_describe_the_golden_cases(name: str) -> None:
     case, source = load(name), name.split("_")[0]
-    made = arguments(case)
-    assert describe(source, infer(source, weights(case), made)) == describe(source, made)
+    args = arguments(case)
+    assert describe(source, infer(source, weights(case), args)) == describe(source, args)
 
 
 def _dit(depth: int, width: int, heads: int, patch: int, side: int = 32) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def _adm(size: int, width: int, blocks: int, mult: list[float], **heads: Any) ->
 
 
 def _uvit(width: int, depth: int, heads: int, patch: int, side: int, channels: int, rows: int) -> dict[str, Any]:
-    made = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": patch, "img_size": side}
-    return made | {"in_chans": channels, "num_classes": rows, "conv": width < 1152, "p_uncond": 0.1 * (rows == 1001)}
+    args = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": patch, "img_size": side}
+    return args | {"in_chans": channels, "num_classes": rows, "conv": width < 1152, "p_uncond": 0.1 * (rows == 1001)}
 
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -67,17 +67,17 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_need_no_argument(name: str) -> None:
-    source, made = PUBLISHED[name]
-    found = infer(source, shapes_of(source, made), {})
+    source, args = PUBLISHED[name]
+    found = infer(source, shapes_of(source, args), {})
     plan = describe(source, found)
-    assert plan == describe(source, made)
+    assert plan == describe(source, args)
     ours = PRESETS[name]
     if source != "adm":
         assert plan.config == ours.config
     assert {key: plan.shape[key] for key in ours.shape} == ours.shape
 
 
-def test_only_published_networks_count_as_such() -> None:
+def test_dit_and_sit_list_published_networks_only() -> None:
     for source in ("dit", "sit"):
         assert len(RECIPES[source].published) == 13
         assert all(name.startswith("DiT-") for name in RECIPES[source].published)
@@ -86,11 +86,11 @@ def test_only_published_networks_count_as_such() -> None:
 @pytest.mark.parametrize(
     ("channel_mult", "side", "label_dim", "augment_dim"), [([2, 2, 2], 32, 10, 9), ([1, 2, 2, 2], 64, 0, 0)]
 )
-def test_published_ddpmpp(channel_mult: list[int], side: int, label_dim: int, augment_dim: int) -> None:
-    made = {"img_resolution": side, "in_channels": 3, "out_channels": 3, "channel_mult": channel_mult}
-    made |= {"label_dim": label_dim, "augment_dim": augment_dim}
+def test_published_ddpmpp_is_inferred(channel_mult: list[int], side: int, label_dim: int, augment_dim: int) -> None:
+    args = {"img_resolution": side, "in_channels": 3, "out_channels": 3, "channel_mult": channel_mult}
+    args |= {"label_dim": label_dim, "augment_dim": augment_dim}
     given = {} if augment_dim else {"augment_dim": 0}
-    assert describe("ddpmpp", infer("ddpmpp", shapes_of("ddpmpp", made), given)) == describe("ddpmpp", made)
+    assert describe("ddpmpp", infer("ddpmpp", shapes_of("ddpmpp", args), given)) == describe("ddpmpp", args)
 
 
 def test_sit_is_read_as_dit() -> None:
@@ -120,7 +120,7 @@ def test_the_last_label_is_the_null_class_only_where_the_number_of_classes_says_
     assert describe("dit", read).shape["null_class"] is (found[1] > 0)
 
 
-def test_a_table_of_labels_of_another_length_is_not_guessed() -> None:
+def test_a_label_table_of_unpublished_length_needs_arguments() -> None:
     state = shapes_of("dit", _dit(12, 384, 6, 2) | {"num_classes": 10})
     with pytest.raises(ValueError) as caught:
         infer("dit", state, {})
@@ -132,11 +132,11 @@ def test_a_table_of_labels_of_another_length_is_not_guessed() -> None:
 
 
 def test_heads_are_never_taken_from_a_network_of_another_size() -> None:
-    made = _dit(2, 48, 3, 2) | {"num_classes": 10}
-    given = {key: value for key, value in made.items() if key != "num_heads"}
+    args = _dit(2, 48, 3, 2) | {"num_classes": 10}
+    given = {key: value for key, value in args.items() if key != "num_heads"}
     with pytest.raises(ValueError, match=r"^arguments\.num_heads: no shape reveals it; give it as arguments\.num_head"):
-        infer("dit", shapes_of("dit", made), given)
-    assert infer("dit", shapes_of("dit", made), made)["num_heads"] == 3
+        infer("dit", shapes_of("dit", args), given)
+    assert infer("dit", shapes_of("dit", args), args)["num_heads"] == 3
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_heads_are_never_taken_from_a_network_of_another_size() -> None:
         ("ddpmpp_b", {"label_dim": 4, "img_resolution": 16}, "ddpmpp: the argument in_channels is missing"),
     ],
 )
-def test_what_does_not_fit_is_named(name: str, given: dict[str, Any], text: str) -> None:
+def test_arguments_that_do_not_fit_are_named(name: str, given: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as caught:
         infer(name.split("_")[0], weights(load(name)), given)
     assert str(caught.value).startswith(text)
@@ -162,14 +162,14 @@ def test_what_does_not_fit_is_named(name: str, given: dict[str, Any], text: str)
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.module."])
 @pytest.mark.parametrize("name", ["dit_a", "adm_a", "ddpmpp_a"])
-def test_what_wrappers_put_before_the_names_goes(name: str, prefix: str) -> None:
+def test_prefixes_added_by_wrappers_are_removed(name: str, prefix: str) -> None:
     plain = weights(load(name))
     wrapped = {prefix + key: value for key, value in plain.items()}
     chosen, sets = weight_sets(name.split("_")[0], wrapped | ({"sigma": torch.ones(1)} if prefix else {}))
     assert chosen == prefix.rstrip(".") and sets[chosen].keys() == plain.keys()
 
 
-def test_weights_of_another_source_are_named() -> None:
+def test_weights_of_another_source_are_recognised() -> None:
     dit, adm = weights(load("dit_a")), weights(load("adm_a"))
     with pytest.raises(ValueError, match=r"^adm: no input_blocks\.0\.0\.weight among 32 names; .* look like dit$"):
         weight_sets("adm", dit)
@@ -186,7 +186,7 @@ def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoints(raw: dict[str, Tensor], mean: dict[str, Tensor]) -> dict[str, tuple[dict[str, Any], str]]:
-    """Checkpoints as people's code writes them, and the name of the average inside."""
+    """Return checkpoints in the layouts of common training code, each with the name of the average inside."""
     counter = torch.ones(1)
     dotless = {f"model_ema.diffusion_model{key.replace('.', '')}": value for key, value in mean.items()}
     moments = {"state": {0: {"exp_avg": counter, "exp_avg_sq": counter}, 1: {"exp_avg": counter}}}
@@ -217,14 +217,14 @@ def checkpoints(raw: dict[str, Tensor], mean: dict[str, Tensor]) -> dict[str, tu
     }
 
 
-WRITTEN = list(checkpoints({}, {}))
+LAYOUTS = list(checkpoints({}, {}))
 
 
-@pytest.mark.parametrize("how", WRITTEN)
-def test_the_average_is_found(how: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_average_is_found(layout: str) -> None:
     mean = weights(load("dit_a"))
     raw = {key: torch.zeros_like(value) for key, value in mean.items()}
-    checkpoint, name = checkpoints(raw, mean)[how]
+    checkpoint, name = checkpoints(raw, mean)[layout]
     chosen, sets = weight_sets("dit", checkpoint)
     assert chosen == name
     assert sets[chosen].keys() == mean.keys() and all(torch.equal(sets[chosen][key], mean[key]) for key in mean)
@@ -245,7 +245,7 @@ def test_weights_are_chosen_by_name() -> None:
 
 
 @pytest.mark.parametrize("place", ["shadow_params", "averages"])
-def test_an_average_without_names_is_not_passed_over(place: str) -> None:
+def test_an_average_without_names_is_not_silently_skipped(place: str) -> None:
     raw = weights(load("dit_a"))
     checkpoint = {"model": raw, "ema": {"decay": 0.999, place: list(raw.values())}}
     with pytest.raises(ValueError, match=r"^weights: ema is an average that cannot be read: .* weights=KEY: model$"):

@@ -1,4 +1,4 @@
-"""SegFormer: the published network's numbers under every name of its weights, and what makes it a denoiser."""
+"""SegFormer: parity with the published network under each project's weight names, and its additions as a denoiser."""
 
 import re
 from pathlib import Path
@@ -35,14 +35,14 @@ def test_features_and_logits_equal_the_reference(case: Case, dtype: torch.dtype)
     check(case, from_reference("segformer", arguments(case), weights(case)).to(dtype), case.input("x", dtype))
 
 
-def test_norms_as_nvlabs_has_them(case: Case) -> None:
+def test_logits_equal_the_reference_with_the_norm_eps_of_nvlabs(case: Case) -> None:
     net = from_reference("segformer", arguments(case) | {"norm_eps": 1e-6}, weights(case)).double()
     with torch.no_grad():
         case.check("original_eps.logits", net(case.input("x", torch.float64), torch.zeros(1)))
 
 
-def formula(case: Case) -> dict[str, Tensor]:
-    """B0's weights, which follow from exact integers."""
+def b0_weights(case: Case) -> dict[str, Tensor]:
+    """Compute B0's weights from exact integers."""
     fill, found = case.info["b0_fill"], {}
     modulus = fill["M"]
     for k, (name, shape, kind, scale) in enumerate(fill["tensors"], start=1):
@@ -56,8 +56,8 @@ def formula(case: Case) -> dict[str, Tensor]:
 
 
 @BOTH
-def test_b0_at_its_real_size(case: Case, dtype: torch.dtype) -> None:
-    state = formula(case)
+def test_b0_equals_the_reference_at_full_size(case: Case, dtype: torch.dtype) -> None:
+    state = b0_weights(case)
     first = state["segformer.encoder.patch_embeddings.0.proj.weight"].flatten()[:4].double()
     stated = case.info["b0_fill"]["check"]["first four values of segformer.encoder.patch_embeddings.0.proj.weight"]
     assert torch.allclose(first, torch.tensor(stated, dtype=torch.float64))
@@ -66,7 +66,7 @@ def test_b0_at_its_real_size(case: Case, dtype: torch.dtype) -> None:
 
 
 def as_nvlabs(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights as mmsegmentation's files name them, with the layer that is never called."""
+    """Rename weights as in mmsegmentation's files, and add the layer that is never called."""
     rules = [
         (r"^segformer\.encoder\.patch_embeddings\.(\d)\.proj", lambda m: f"backbone.patch_embed{int(m[1]) + 1}.proj"),
         (
@@ -99,7 +99,7 @@ def as_nvlabs(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("names", ["transformers 5", "NVlabs"])
-def test_the_names_of_every_project(case: Case, names: str) -> None:
+def test_the_weight_names_of_every_project_are_read(case: Case, names: str) -> None:
     state = weights(case)
     if names == "NVlabs":
         theirs = as_nvlabs(state)
@@ -138,7 +138,7 @@ def test_a_key_that_does_not_fit_is_named(case: Case, changes: dict[str, Tensor 
 
 @pytest.mark.parametrize("conditioning", ["adaln-zero", "adaln", "add", "none"])
 @pytest.mark.parametrize("head", ["unpatchify", "bilinear"])
-def test_every_way_of_conditioning_and_every_end(conditioning: str, head: str) -> None:
+def test_every_conditioning_works_with_every_head(conditioning: str, head: str) -> None:
     net = small("segformer", conditioning=conditioning, head=head, input_skip=conditioning != "none", strides=[2, 1, 2])
     x, t, y = inputs()
     out = net(x, t, y)
@@ -147,7 +147,7 @@ def test_every_way_of_conditioning_and_every_end(conditioning: str, head: str) -
     assert moved == 0 if conditioning == "none" else moved > 1e-4
 
 
-def test_the_input_is_added_by_a_gain_of_the_condition_to_the_mean_alone() -> None:
+def test_the_input_is_added_to_the_mean_alone_with_a_conditional_gain() -> None:
     net, (x, t, y) = small("segformer", learn_sigma=True, strides=[2, 1, 2]), inputs()
     with torch.no_grad():
         out = net(x, t, y)
@@ -161,7 +161,7 @@ def test_the_input_is_added_by_a_gain_of_the_condition_to_the_mean_alone() -> No
     assert torch.allclose(plain[:, :3] - without[:, :3], x * gain, atol=1e-5)
 
 
-def test_sides_that_strides_and_reductions_do_not_divide_are_named() -> None:
+def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError) as caught:
         build("segformer", SegFormerConfig(), image_size=10, channels=3)
     assert str(caught.value) == (
@@ -180,7 +180,7 @@ def test_sides_that_strides_and_reductions_do_not_divide_are_named() -> None:
             SegFormerConfig(**changes)
 
 
-def test_branches_are_dropped_by_sample_in_training_alone() -> None:
+def test_branches_are_dropped_per_sample_and_only_in_training() -> None:
     net, (x, t, y) = small("segformer", drop_path=0.5), inputs()
     blocks = [module for module in net.modules() if isinstance(module, Block)]
     assert [block.drop for block in blocks] == [0.0, 0.25, 0.5]
@@ -192,7 +192,7 @@ def test_branches_are_dropped_by_sample_in_training_alone() -> None:
     assert set(kept.unique().tolist()) == {0.0, 2.0} and 0.4 < (kept[:, 0, 0] > 0).float().mean() < 0.6
 
 
-def test_a_network_that_segments_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_that_outputs_logits_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "experiments/digits/segformer.yaml", f"runs_dir={tmp_path}"]
     assert main([*argv, "denoiser.head=logits"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

@@ -10,7 +10,7 @@ from diffbench.denoisers.tmsa import TMSA
 
 
 def tmsa() -> tuple[TMSA, Tensor, Tensor]:
-    """Attention over 3 windows in each of 2 samples, float64, no parameter zero."""
+    """Return a float64 TMSA without zero parameters, tokens of 3 windows in each of 2 samples, and two times."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = TMSA(dim=8, num_heads=2, window=2, time_dim=6).double()
@@ -19,8 +19,8 @@ def tmsa() -> tuple[TMSA, Tensor, Tensor]:
         return net, torch.randn(6, 4, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
 
 
-def test_time_in_the_keys_of_tmsa_does_nothing() -> None:
-    """The softmax removes what is the same for every key, so a third of the time projection is idle."""
+def test_time_in_the_keys_of_tmsa_has_no_effect() -> None:
+    """The softmax cancels what is the same for every key, so a third of the time projection is unused."""
     net, tokens, time = tmsa()
     out = net(tokens, time)
     out.square().sum().backward()
@@ -38,7 +38,7 @@ def test_time_in_the_keys_of_tmsa_does_nothing() -> None:
         assert (net(tokens, time) - out).abs().max() > 1e-2
 
 
-def test_time_in_the_values_of_tmsa_shifts_every_token_alike() -> None:
+def test_time_in_the_values_of_tmsa_shifts_every_token_equally() -> None:
     net, tokens, time = tmsa()
     with torch.no_grad():
         out = net(tokens, time)
@@ -49,7 +49,7 @@ def test_time_in_the_values_of_tmsa_shifts_every_token_alike() -> None:
     assert (shift - want[:, None, None]).abs().max() < 1e-12
 
 
-def test_the_windows_of_a_sample_get_its_own_time() -> None:
+def test_all_windows_of_a_sample_get_its_time() -> None:
     net, tokens, time = tmsa()
     with torch.no_grad():
         both, second = net(tokens, time), net(tokens[3:], time[1:])
@@ -70,7 +70,7 @@ def test_the_full_form_of_tmsa_equals_the_fused_two_terms() -> None:
 
 
 @pytest.mark.parametrize(("without_keys", "same"), [("qv", "qkv"), ("q", "qk"), ("v", "kv")])
-def test_time_parts_without_keys_equal_those_with(without_keys: Any, same: Any) -> None:
+def test_time_parts_without_keys_equal_those_with_keys(without_keys: Any, same: Any) -> None:
     full, tokens, time = tmsa()
     nets = [TMSA(8, 2, 2, 6, parts).double() for parts in (without_keys, same)]
     rows = {"q": slice(0, 8), "k": slice(8, 16), "v": slice(16, 24)}

@@ -1,8 +1,8 @@
-"""The table of (process, sampler) pairs with their moment errors, and docs/convergence.png.
+"""Print the moment errors of every (process, sampler) pair and plot docs/convergence.png.
 
-    .venv/bin/python tests/figures.py
+    .venv/bin/python tests/diffusion/figures.py
 
-Data is the Gaussian mixture of mixture.py, whose exact denoiser is known in closed form.
+The data is the Gaussian mixture of mixture.py, whose exact denoiser is known in closed form.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ STEPS = (8, 16, 32, 64, 128, 256)
 
 
 def table() -> str:
-    """A row for each pair: largest error of mean and covariance of 10,000 samples of 100 steps."""
+    """Return a Markdown row per pair: the largest error of mean and covariance of 10,000 samples of 100 steps."""
     lines = ["| process | sampler | error of the mean | error of the covariance |", "|---|---|---|---|"]
     for process, sampler in RUNS:
         mean, covariance = moment_errors(process, sampler)
@@ -29,7 +29,7 @@ def table() -> str:
 
 
 def convergence(path: Path) -> None:
-    """Error against steps for each deterministic sampler of a fixed number of steps."""
+    """Plot error against steps for each deterministic sampler with a fixed number of steps."""
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     noise = drawn(100, 1, 1, 2)
     for process, sampler in RUNS:

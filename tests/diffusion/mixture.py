@@ -27,19 +27,19 @@ class Mixture:
         self.covariance = (away.T * self.shares) @ away + torch.eye(self.size) * (self.shares @ self.stds**2)
 
     def draw(self, count: int, seed: int = 0) -> Tensor:
-        """(count, C, H, W) samples."""
+        """Draw (count, C, H, W) samples."""
         generator = torch.Generator().manual_seed(seed)
         which = torch.multinomial(self.shares, count, replacement=True, generator=generator)
         noise = torch.randn(count, self.size, dtype=torch.float64, generator=generator)
         return (self.centres[which] + self.stds[which, None] * noise).reshape(count, *self.shape)
 
     def log_density(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
-        """(B,) in nats, of images or of noisy ones (B, C, H, W)."""
+        """Return the (B,) log-density in nats of images or noisy images (B, C, H, W)."""
         logs, _, _ = self._parts(x.flatten(1), x.new_tensor([alpha]), x.new_tensor([sigma]))
         return logs.logsumexp(1) - 0.5 * self.size * math.log(2 * math.pi)
 
     def denoiser(self, process: Process) -> Predict:
-        """The exact E[x0 | x_t] and E[eps | x_t] under a process, finite at both ends of its path."""
+        """Return the exact E[x0 | x_t] and E[eps | x_t] under a process, finite at both ends of its path."""
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
             alpha, sigma = (part.flatten() for part in process.alpha_sigma(t, x))
@@ -54,19 +54,19 @@ class Mixture:
         return predict
 
     def log_shares(self, process: Process, x: Tensor, t: Tensor) -> Tensor:
-        """(B, 3) log-probabilities that x_t comes from each Gaussian: the exact classifier of noisy images."""
+        """Return the (B, 3) log-probabilities that x_t comes from each Gaussian: the exact noisy-image classifier."""
         alpha, sigma = (part.flatten() for part in process.alpha_sigma(t, x))
         return self._parts(x.flatten(1), alpha, sigma)[0].log_softmax(1)
 
     def only(self, component: int) -> "Mixture":
-        """One of the Gaussians by itself."""
+        """Return one of the Gaussians alone."""
         alone = Mixture(self.shape)
         alone.centres, alone.stds = self.centres[[component]], self.stds[[component]]
         alone.shares = torch.ones(1, dtype=torch.float64)
         return alone
 
     def _parts(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log(share x density) up to a constant (B, K), x - alpha c_k (B, K, D) and variances (B, K)."""
+        """Return log(share x density) up to a constant (B, K), x - alpha c_k (B, K, D) and variances (B, K)."""
         away = x[:, None] - alpha[:, None, None] * self.centres.to(x.dtype)
         variance = (alpha[:, None] * self.stds.to(x.dtype)) ** 2 + sigma[:, None] ** 2
         distance = away.square().sum(2) / variance

@@ -14,7 +14,7 @@ ARGUMENTS = CASE.info["arguments"]
 
 
 def precondition_check(name: str, got: Tensor) -> None:
-    """A float64 result against the reference's float32 one."""
+    """Check a float64 result against the reference's float32 one."""
     CASE.check(name, got.float())
 
 
@@ -39,7 +39,7 @@ def test_the_loss_is_the_weighted_error_of_the_image() -> None:
 
 
 def closed_form(x: Tensor, t: Tensor) -> Prediction:
-    """The denoiser that the case writes out."""
+    """Predict with the denoiser whose formula the case states."""
     data, sigma = ARGUMENTS["sigma_data"], t.reshape(-1, 1, 1, 1)
     denoised = data**2 / (data**2 + sigma**2) * x + 0.3 * torch.sin(x) * sigma / (1 + sigma)
     return Prediction(denoised, (x - denoised) / sigma)
@@ -61,19 +61,19 @@ def test_noise_levels_and_heun_equal_the_reference() -> None:
         assert ((got - want).abs() <= limit["atol"] + limit["rtol"] * want.abs()).all(), name
 
 
-def test_noise_is_asked_for_only_where_it_is_churned() -> None:
-    grid, asked = EDM(EDMConfig()).grid(10), []
+def test_noise_is_drawn_only_where_it_is_churned() -> None:
+    grid, noisy_steps = EDM(EDMConfig()).grid(10), []
 
     def noise(k: int) -> Tensor:
-        asked.append(k)
+        noisy_steps.append(k)
         return torch.zeros(1, 1, 2, 2, dtype=torch.float64)
 
     start = torch.ones(1, 1, 2, 2, dtype=torch.float64)
     heun(closed_form, start, grid, noise)
-    assert asked == []
+    assert noisy_steps == []
     heun(closed_form, start, grid, noise, s_churn=5.0, s_min=0.05, s_max=50)
     inside = (grid.points.sigma >= 0.05) & (grid.points.sigma <= 50)
-    assert asked == inside.nonzero().flatten().tolist()
+    assert noisy_steps == inside.nonzero().flatten().tolist()
     flow = Flow(FlowConfig()).grid(10)
     with pytest.raises(ValueError, match="s_churn needs the edm process"):
         heun(closed_form, start, flow, noise, s_churn=5.0)
@@ -87,7 +87,7 @@ def test_training_levels_are_log_normal() -> None:
     assert bool((edge > 0).all() and edge.isfinite().all())
 
 
-def test_levels_run_from_the_largest_to_the_least_and_end_in_none() -> None:
+def test_noise_levels_fall_to_the_smallest_and_end_at_zero() -> None:
     sigma = EDM(EDMConfig()).grid("18").points.sigma
     assert sigma[[0, 17, 18]].tolist() == pytest.approx([80.0, 0.002, 0.0])
     assert bool((sigma.diff() < 0).all())
@@ -108,7 +108,7 @@ def test_the_network_sees_unit_variance() -> None:
     assert time[3].item() == pytest.approx(math.log(80) / 4)
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sigma_min: must lie between 0 and process\.sigma_max=1, got 2"):
         EDMConfig(sigma_min=2, sigma_max=1)
     with pytest.raises(ValueError, match="sigma_data: must be positive, got 0"):

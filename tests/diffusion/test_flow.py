@@ -1,4 +1,4 @@
-"""Flow matching against the reference, its paths, and the SDE's last step; how training times are spread."""
+"""Flow matching against the reference, its paths, and the SDE's last step; the distribution of training times."""
 
 import math
 
@@ -16,14 +16,14 @@ PATHS = pytest.mark.parametrize("path", ["linear", "gvp"])
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float64."""
+    """Draw standard normal noise in float64."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @BOTH
 def test_path_velocity_and_loss_equal_the_reference(dtype: torch.dtype) -> None:
     case, process = load("sit_linear_velocity"), Flow(FlowConfig())
-    # The reference counts from noise, x0, to data, x1.
+    # The reference goes from noise, its x0, to data, its x1.
     eps, x0, t, out = (case.input(n, dtype) for n in ("x0", "x1", "t", "model_out"))
     case.check("xt", process.add_noise(x0, t, eps))
     case.check("ut", process.target(x0, t, eps))
@@ -96,10 +96,10 @@ def test_the_sde_ends_with_one_step_without_noise(last: str) -> None:
     assert len(grid) == 11
     assert times[-2:].tolist() == pytest.approx([0.96, 1.0])
     assert (times[:-1].diff() - 0.096).abs().max() < 1e-15
-    asked, states = [], []
+    noisy_steps, states = [], []
 
     def noise(k: int) -> Tensor:
-        asked.append(k)
+        noisy_steps.append(k)
         return drawn(2, 1, 2, 2, seed=k)
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
@@ -107,7 +107,7 @@ def test_the_sde_ends_with_one_step_without_noise(last: str) -> None:
 
     start = drawn(2, 1, 2, 2, seed=50)
     x = euler_maruyama(predict, start, grid, noise, last=last, callback=lambda k, x, x0: states.append(x))  # type: ignore[arg-type]
-    assert asked == list(range(10))
+    assert noisy_steps == list(range(10))
     before = states[-2]
     velocity, score = 0.5 - before, -(before - 0.96 * (0.5 - before)) / 0.04  # -eps / sigma, where eps = x - t v
     want = {
@@ -121,7 +121,7 @@ def test_the_sde_ends_with_one_step_without_noise(last: str) -> None:
     assert (states[0] - first).abs().max() < 1e-12
 
 
-def test_an_sde_without_strength_is_the_ode() -> None:
+def test_an_sde_of_strength_zero_equals_the_ode() -> None:
     process = Flow(FlowConfig(path="gvp"))
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
@@ -133,7 +133,7 @@ def test_an_sde_without_strength_is_the_ode() -> None:
     assert (ode - sde).abs().max() < 1e-14
 
 
-def test_bad_requests_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     process = Flow(FlowConfig())
     with pytest.raises(ValueError, match="the last step must lie between 0 and 1, got 0"):
         process.sde_grid(10, last=0)
@@ -146,7 +146,7 @@ def test_bad_requests_are_refused() -> None:
 QUANTILES = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
 
 
-def test_training_times_are_spread_as_asked() -> None:
+def test_training_times_follow_the_chosen_distribution() -> None:
     assert torch.equal(Flow(FlowConfig()).time(QUANTILES), QUANTILES)
     logits = Flow(FlowConfig(times="logit_normal", logit_mean=0.5, logit_std=2.0)).time(QUANTILES).logit()
     assert (logits.mean().item(), logits.std().item()) == pytest.approx((0.5, 2.0), abs=1e-3)
@@ -155,7 +155,7 @@ def test_training_times_are_spread_as_asked() -> None:
         assert spread(normal_quantiles(torch.tensor([0.5]), 0.0, 1.0)).item() == middle
 
 
-def test_strata_cover_the_unit_evenly_whatever_the_layout() -> None:
+def test_strata_cover_the_unit_interval_evenly_in_any_batch_layout() -> None:
     u, index = drawn(64).sigmoid(), torch.arange(64)
     whole = stratify(u, index, 64)
     assert torch.equal((whole * 64).floor(), index.double())
@@ -176,7 +176,7 @@ def test_the_loss_aware_sampler_is_uniform_until_it_knows_every_step() -> None:
     assert torch.equal(sampler.probabilities(), torch.full((4,), 0.25, dtype=torch.float64))
 
 
-def test_the_loss_aware_sampler_follows_the_last_losses() -> None:
+def test_the_loss_aware_sampler_follows_the_latest_losses() -> None:
     sampler = LossAware(3, history=2, uniform=0.001)
     sampler.update(torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([9.0, 9.0, 9.0, 1.0, 2.0, 3.0]))
     sampler.update(torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0, 5.0]))

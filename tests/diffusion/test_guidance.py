@@ -1,4 +1,4 @@
-"""Guidance: the releases' schedule and channels against the reference, and where it costs nothing."""
+"""Guidance: schedule and channels of the published code against the reference, and when guidance costs nothing."""
 
 from collections.abc import Callable
 
@@ -31,12 +31,12 @@ BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fl
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float64."""
+    """Draw standard normal noise in float64."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class Net:
-    """A labelled predictor that counts the samples it is asked for; `shift` tells one model from another."""
+    """A labelled predictor that records its batch sizes; a different `shift` makes a different model."""
 
     def __init__(self, shift: float = 0.0, learned: bool = False) -> None:
         self.batches: list[int] = []
@@ -51,7 +51,7 @@ class Net:
 
 
 def inputs(channels: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """x (3, C, 4, 4), times and labels; 10 is the null label."""
+    """Return x (3, C, 4, 4), times and labels; 10 is the null label."""
     return drawn(3, channels, 4, 4), torch.tensor([800, 20, 300]), torch.tensor([1, 4, 9])
 
 
@@ -64,7 +64,7 @@ def test_the_power_cosine_schedule_equals_the_reference(call: str, weight: Calla
     assert weight(case.input("cfg_t")[:2]).tolist() == pytest.approx(want, abs=1e-12)
 
 
-def test_the_schedule_is_off_at_first_and_full_at_last() -> None:
+def test_the_power_cosine_schedule_starts_at_one_and_ends_at_full_weight() -> None:
     weight = power_cosine(4.4)
     values = weight(torch.tensor([999, 500, 250, 100, 50, 0]))
     assert values.tolist() == pytest.approx([1.00, 1.03, 1.77, 3.50, 4.12, 4.40], abs=6e-3)
@@ -72,7 +72,7 @@ def test_the_schedule_is_off_at_first_and_full_at_last() -> None:
 
 @BOTH
 def test_guided_outputs_equal_the_reference(dtype: torch.dtype) -> None:
-    # The case holds the conditional output (cfg2) and two guided ones: the first gives the null output, from which
+    # The case contains the conditional output (cfg2) and two guided ones: the first gives the null output, from which
     # the second must follow.
     case = load("diffit_a")
     x, t = case.input("cfg_x", torch.float64)[:2], case.input("cfg_t")[:2]
@@ -93,7 +93,7 @@ def test_guided_outputs_equal_the_reference(dtype: torch.dtype) -> None:
     assert prediction.variance is not None
     got = torch.cat([prediction.eps, 2 * prediction.variance - 1], dim=1)
     want = case.tensors["out64.cfg1" if dtype == torch.float64 else "out.cfg1"][:2]
-    # As far as the null output can be told from float64 numbers; the tolerance of the case is wider.
+    # The null output is recovered to float64 rounding; the tolerance of the case is wider.
     assert (got - want).abs().max() < (1e-12 if dtype == torch.float64 else 5e-6)
     # Image and noise still make up the noisy image.
     alpha, sigma = process.alpha_sigma(t, x)
@@ -103,7 +103,7 @@ def test_guided_outputs_equal_the_reference(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("weight", [1.0, 1, lambda t: torch.ones(len(t)), power_cosine(1.0)])
-def test_guidance_of_weight_one_is_bit_identical_to_none_and_costs_none(weight: float) -> None:
+def test_guidance_of_weight_one_is_bit_identical_to_none_at_no_cost(weight: float) -> None:
     x, _, y = inputs()
     x = x.float()
     tables, net, weak = PROCESS.tables.respaced(10), Net(), Net(shift=1.0)
@@ -114,7 +114,7 @@ def test_guidance_of_weight_one_is_bit_identical_to_none_and_costs_none(weight: 
     assert weak.batches == []
 
 
-def test_samples_of_weight_one_are_left_as_they_are() -> None:
+def test_samples_of_weight_one_are_not_changed() -> None:
     (x, t, y), net = inputs(), Net()
     weights = torch.tensor([1.0, 3.0, 0.5])
     guided = classifier_free(net, y, 10, lambda t: weights)(x, t)
@@ -126,7 +126,7 @@ def test_samples_of_weight_one_are_left_as_they_are() -> None:
         assert (guided.eps[i] - (null + weights[i] * (plain.eps[i] - null))).abs().max() < 1e-12
 
 
-def test_weights_of_labels_are_guided_as_labels_are() -> None:
+def test_label_weights_are_guided_like_labels() -> None:
     (x, t, y), seen = inputs(), []
 
     def predict(x: Tensor, t: Tensor, y: Tensor) -> Prediction:
@@ -139,7 +139,7 @@ def test_weights_of_labels_are_guided_as_labels_are() -> None:
     assert torch.allclose(guided.x0, x * (2 * y - 10)[:, None, None, None])
 
 
-def test_channels_that_are_not_guided_are_the_conditional_models() -> None:
+def test_unguided_channels_equal_the_conditional_model() -> None:
     (x, t, y), net = inputs(channels=4), Net(learned=True)
     plain = net(x, t, y)
     everywhere, three = (classifier_free(net, y, 10, 4.0, channels=c)(x, t) for c in (None, 3))
@@ -153,7 +153,7 @@ def test_channels_that_are_not_guided_are_the_conditional_models() -> None:
         assert torch.equal(guided.variance, plain.variance)
 
 
-def test_autoguidance_leads_away_from_the_weaker_model() -> None:
+def test_autoguidance_moves_away_from_the_weaker_model() -> None:
     (x, t, y), net, weak = inputs(), Net(), Net(shift=0.4)
     guided = autoguidance(net, weak, y, 2.0)(x, t)
     strong, other = net(x, t, y), weak(x, t, y)
@@ -175,24 +175,24 @@ def test_a_perfect_classifier_at_scale_one_makes_the_model_conditional(process: 
     got, want = classifier_guidance(plain, gradient, process, 1.0)(x, t), mixture.only(1).denoiser(process)(x, t)
     assert (got.x0 - want.x0).abs().max() < 1e-10
     assert (got.eps - want.eps).abs().max() < 1e-10
-    start = process.grid(5)[0].time.expand(3)  # of a flow: no image at all
+    start = process.grid(5)[0].time.expand(3)  # for a flow: pure noise
     assert bool(classifier_guidance(plain, gradient, process, 1.0)(x, start).x0.isfinite().all())
     assert classifier_guidance(plain, gradient, process, 0.0) is plain
 
 
-def test_an_interval_guides_between_its_levels_alone() -> None:
-    process, asked = EDM(EDMConfig()), []
+def test_an_interval_guides_only_between_its_levels() -> None:
+    process, evaluations = EDM(EDMConfig()), []
 
     def predict(x: Tensor, t: Tensor, y: Tensor) -> Prediction:
-        asked.append((float(t[0]), len(x)))
+        evaluations.append((float(t[0]), len(x)))
         return process.convert(torch.sin(x), x, t)
 
     grid = process.grid(18)
     guided = classifier_free(predict, torch.tensor([1, 2]), 10, interval(process, 2.0, 0.19, 1.61))
     heun(guided, grid.start(drawn(2, 1, 2, 2)), grid, torch.zeros_like)  # type: ignore[arg-type]
-    assert len(asked) == 35
-    assert {4} == {n for sigma, n in asked if 0.19 < sigma <= 1.61}
-    assert {2} == {n for sigma, n in asked if not 0.19 < sigma <= 1.61}
+    assert len(evaluations) == 35
+    assert {4} == {n for sigma, n in evaluations if 0.19 < sigma <= 1.61}
+    assert {2} == {n for sigma, n in evaluations if not 0.19 < sigma <= 1.61}
     both = interval(PROCESS, power_cosine(4.4), 0.5, 2.0)(torch.tensor([0, 300, 999]))  # type: ignore[operator]
     assert both.tolist() == pytest.approx([1.0, power_cosine(4.4)(torch.tensor([300])).item(), 1.0])  # type: ignore[operator]
     ends = interval(process, 2.0, 0.5, 2.0)(torch.tensor([0.5, 2.0]))  # type: ignore[operator]
@@ -202,7 +202,7 @@ def test_an_interval_guides_between_its_levels_alone() -> None:
 
 
 @pytest.mark.parametrize("process", [PROCESS, EDM(EDMConfig()), Flow(FlowConfig())], ids=lambda p: p.name)
-def test_a_network_sees_what_its_process_scales_for_it(process: DiscreteVP | EDM | Flow) -> None:
+def test_a_network_gets_the_scaled_inputs_of_its_process(process: DiscreteVP | EDM | Flow) -> None:
     x, y = drawn(2, 1, 3, 3).float(), torch.tensor([1, 2])
     t = process.time(torch.tensor([0.3, 0.6], dtype=torch.float64))
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -216,7 +216,7 @@ def test_a_network_sees_what_its_process_scales_for_it(process: DiscreteVP | EDM
     assert torch.equal(seen[0][0], scaled)
     assert torch.equal(seen[0][1], time) and time.dtype == torch.float32
     assert torch.equal(got.x0, process.convert(torch.cos(scaled), x, t).x0)
-    for times in (t, t[:1].expand(2)):  # samplers keep them on the CPU
+    for times in (t, t[:1].expand(2)):  # samplers keep times on the CPU
         elsewhere = predictor(process, network)(x.to("meta"), times, y.to("meta"))
         assert elsewhere.x0.device.type == seen[-1][1].device.type == "meta"
         assert elsewhere.eps.shape == x.shape

@@ -64,10 +64,10 @@ PROCESSES: dict[str, tuple[Process, int]] = {
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_the_exact_likelihood_is_the_mixtures_density(name: str) -> None:
+def test_the_exact_likelihood_equals_the_mixtures_density(name: str) -> None:
     process, steps = PROCESSES[name]
     x0 = MIXTURE.draw(10)
-    # Probes along each axis, as long as there are axes, whose estimates average to the exact divergence.
+    # Probes along each axis, scaled so that their estimates average to the exact divergence.
     axes = 2 * torch.eye(4, dtype=torch.float64).reshape(4, 1, 2, 2)
     images, probes = x0.repeat_interleave(4, 0), axes.repeat(10, 1, 1, 1)
     got = exact_log_likelihood(MIXTURE.denoiser(process), images, process.grid(steps), probes).reshape(10, 4).mean(1)
@@ -86,8 +86,8 @@ def test_hutchinsons_estimate_agrees_within_its_error(name: str) -> None:
     assert off.mean().abs() < 0.01
 
 
-def test_a_path_that_begins_in_noise_gives_the_density_there() -> None:
-    # The image is scaled to the first point's alpha, so its density is the scaled one's times alpha to the dimensions.
+def test_a_path_that_starts_at_a_noisy_image_gives_the_density_there() -> None:
+    # The image is scaled by the first point's alpha, so its density is that of the scaled image times alpha^dimensions.
     process, x0 = Flow(FlowConfig()), MIXTURE.draw(10)
     grid = Grid(process.path(torch.linspace(0, 0.8, 129, dtype=torch.float64)), open_end=False)
     axes = 2 * torch.eye(4, dtype=torch.float64).reshape(4, 1, 2, 2)
@@ -97,13 +97,13 @@ def test_a_path_that_begins_in_noise_gives_the_density_there() -> None:
     assert ((got - want) / 4).abs().max() < 1e-3
 
 
-def test_likelihoods_leave_no_graph_behind() -> None:
+def test_likelihoods_keep_no_autograd_graph() -> None:
     process, grid = PROCESSES["flow"][0], PROCESSES["flow"][0].grid(4)
     x0 = MIXTURE.draw(2)
     assert not exact_log_likelihood(MIXTURE.denoiser(process), x0, grid, torch.ones_like(x0)).requires_grad
 
 
-def test_the_walk_to_noise_begins_where_the_network_can_be_asked() -> None:
+def test_reversed_grids_start_where_the_network_is_defined() -> None:
     flow, edm = Flow(FlowConfig()).grid(4).reversed(), EDM(EDMConfig()).grid(4).reversed()
     assert flow.points.time.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert edm.points.sigma[[0, -1]].tolist() == pytest.approx([0.002, 80.0])

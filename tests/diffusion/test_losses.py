@@ -18,7 +18,7 @@ LOSSES = {"MSE": "hybrid", "RESCALED_MSE": "rescaled_hybrid", "KL": "kl", "RESCA
 
 
 def process_of(case: Case) -> DiscreteVP:
-    """The process that a case's constructor describes."""
+    """Build the process that a case's constructor describes."""
     arguments = case.info["constructor"]["args"]
     variance, loss = arguments["model_var_type"].lower(), LOSSES[arguments["loss_type"]]
     if loss.endswith("hybrid") and variance != "learned_range":
@@ -35,7 +35,7 @@ def process_of(case: Case) -> DiscreteVP:
 
 
 def log_variance_of(process: DiscreteVP, t: Tensor, prediction: Prediction) -> Tensor:
-    """(B, C, H, W) log-variance of the reverse steps t."""
+    """Return the (B, C, H, W) log-variance of the reverse steps t."""
     if process.config.variance == "learned_range":
         return process.tables.learned_log_variance(t, prediction.variance)
     table = process.tables.log_variances(process.config.variance)
@@ -86,7 +86,7 @@ def test_reverse_steps_equal_the_reference(name: str, clip: bool, dtype: torch.d
 
 @BOTH
 @CLIP
-def test_the_sampler_takes_the_learned_variance(clip: bool, dtype: torch.dtype) -> None:
+def test_the_sampler_uses_the_learned_variance(clip: bool, dtype: torch.dtype) -> None:
     case, prefix = load("p_step_learned_range"), "clip" if clip else "noclip"
     process, samples = process_of(case), []
     for i, t in enumerate(case.input("t").tolist()):
@@ -144,7 +144,7 @@ HYBRID: dict[str, Any] = {"variance": "learned_range", "loss": "hybrid"}
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float64."""
+    """Draw standard normal noise in float64."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -159,11 +159,11 @@ def test_the_bound_trains_the_variance_alone(prediction: Any) -> None:
     plain.losses(mean, x0, t, eps).sum().backward()
     assert out.grad is not None and mean.grad is not None
     assert torch.equal(out.grad[:, :2], mean.grad)
-    assert bool((out.grad[1:, 2:] != 0).all())  # a level that the first step deems impossible teaches nothing
+    assert bool((out.grad[1:, 2:] != 0).all())  # in step 0 a level of probability 0 has no gradient
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_min_snr_is_one_weight_of_the_images_error(prediction: Any) -> None:
+def test_min_snr_weights_the_error_of_the_image(prediction: Any) -> None:
     process = DiscreteVP(VPConfig(prediction=prediction, weighting="min_snr"))
     t, x0, eps = torch.tensor([0, 60, 400, 999]), drawn(4, 2, 3, 3), drawn(4, 2, 3, 3, seed=1)
     out = drawn(4, 2, 3, 3, seed=2)
@@ -175,7 +175,7 @@ def test_min_snr_is_one_weight_of_the_images_error(prediction: Any) -> None:
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "scaled_linear"])
-def test_zero_terminal_snr_holds_no_signal_at_the_end(schedule: Any, prediction: Any) -> None:
+def test_zero_terminal_snr_leaves_no_signal_at_the_end(schedule: Any, prediction: Any) -> None:
     process = DiscreteVP(VPConfig(schedule=schedule, prediction=prediction, zero_terminal_snr=True, **HYBRID))
     plain = DiscreteVP(VPConfig(schedule=schedule))
     alpha, sigma = process.alpha_sigma(torch.tensor([0, 999]), torch.empty(1, dtype=torch.float64))
@@ -212,12 +212,12 @@ def test_eps_is_refused_where_no_signal_is_left() -> None:
         ({"schedule": "scaled_linear", "steps": 12}, "above 12 with the scaled_linear schedule, got 12"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], text: str) -> None:
+def test_contradictory_settings_are_refused(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         VPConfig(**arguments)
 
 
-def test_given_betas_make_the_process() -> None:
+def test_given_betas_define_the_process() -> None:
     process = DiscreteVP(VPConfig(steps=3, schedule="given", betas=[0.1, 0.2, 0.5]))
     assert process.tables.alphas_cumprod.tolist() == pytest.approx([0.9, 0.72, 0.36])
     with pytest.raises(ValueError, match=r"betas must lie in \(0, 1\]"):
@@ -230,7 +230,7 @@ def test_scaled_linear_betas_are_those_of_latent_diffusion() -> None:
     assert betas.sqrt().diff().std() < 1e-12
 
 
-def test_a_network_without_a_variance_is_told_from_one_with_it() -> None:
+def test_a_network_that_does_not_fit_the_variance_is_refused() -> None:
     learned, fixed = DiscreteVP(VPConfig(**HYBRID)), DiscreteVP(VPConfig())
     x, t = drawn(2, 3, 2, 2), torch.tensor([5, 6])
     with pytest.raises(ValueError, match=r"learned_range needs a network of 6 output channels for 3 .* got 3"):
@@ -251,7 +251,7 @@ def test_a_learned_variance_follows_the_respacing() -> None:
 
 @pytest.mark.parametrize("loss", ["hybrid", "rescaled_kl"])
 def test_a_learned_variance_learns_from_outputs_in_bfloat16(loss: Any) -> None:
-    """Its bounds differ by 0.02 at most steps and lie near -9, where a bfloat16 has steps of 0.06."""
+    """Its bounds differ by 0.02 at most steps and lie near -9, where bfloat16 numbers are 0.06 apart."""
     process = DiscreteVP(VPConfig(variance="learned_range", loss=loss))
     draw = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(100, 1, 4, 4, generator=draw) for _ in range(2))

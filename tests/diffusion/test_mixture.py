@@ -1,4 +1,4 @@
-"""Processes and samplers on data whose exact denoiser is known: what no reference gives and yet must hold."""
+"""Processes and samplers on data whose exact denoiser is known: properties that no reference covers."""
 
 import itertools
 import math
@@ -48,12 +48,12 @@ NOISY: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float64."""
+    """Draw standard normal noise in float64."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def run(process: Process, sampler: str, steps: int, noise: Tensor, predict: Predict, **options: Any) -> Tensor:
-    """A sampler's result; its noise is keyed by the step."""
+    """Return a sampler's result; its noise is keyed by the step."""
 
     def fresh(k: int) -> Tensor:
         return drawn(*noise.shape, seed=100 + k)
@@ -73,7 +73,7 @@ def run(process: Process, sampler: str, steps: int, noise: Tensor, predict: Pred
 
 
 def moment_errors(name: str, sampler: str, **options: Any) -> tuple[float, float]:
-    """Largest error of the mean and of the covariance of 10,000 samples of 100 steps."""
+    """Return the largest error of the mean and of the covariance of 10,000 samples of 100 steps."""
     process = PROCESSES[name]
     noise = drawn(5_000, 1, 1, 2)
     x = run(process, sampler, 100, torch.cat([noise, -noise]), MIXTURE.denoiser(process), **options).flatten(1)
@@ -82,7 +82,7 @@ def moment_errors(name: str, sampler: str, **options: Any) -> tuple[float, float
 
 
 @pytest.mark.parametrize(("name", "sampler", "options"), [*((p, s, {}) for p, s in RUNS), *NOISY], ids=str)
-def test_the_mixtures_moments_come_out(name: str, sampler: str, options: dict[str, Any]) -> None:
+def test_samples_have_the_mixtures_moments(name: str, sampler: str, options: dict[str, Any]) -> None:
     mean, covariance = moment_errors(name, sampler, **options)
     assert mean < 0.02
     assert covariance < 0.03
@@ -90,14 +90,14 @@ def test_the_mixtures_moments_come_out(name: str, sampler: str, options: dict[st
 
 @cache
 def converged(name: str) -> Tensor:
-    """The samples of very many steps."""
+    """Return samples after very many steps."""
     process = PROCESSES[name]
     steps = 1025 if name.startswith("vp") else 2048
     return run(process, "heun", steps, drawn(100, 1, 1, 2), MIXTURE.denoiser(process))
 
 
 @pytest.mark.parametrize(("name", "sampler"), [r for r in RUNS if r[1] not in ("ddpm", "euler_maruyama", "dopri5")])
-def test_the_order_of_convergence(name: str, sampler: str) -> None:
+def test_deterministic_samplers_converge_with_their_order(name: str, sampler: str) -> None:
     process, noise = PROCESSES[name], drawn(100, 1, 1, 2)
     predict, extra = MIXTURE.denoiser(process), int(name.startswith("vp"))  # n intervals have n + 1 discrete steps
     off = [run(process, sampler, n + extra, noise, predict) - converged(name) for n in (64, 128, 256)]
@@ -109,7 +109,7 @@ def test_the_order_of_convergence(name: str, sampler: str) -> None:
 
 @cache
 def vp_samples() -> tuple[Grid, Tensor, Tensor]:
-    """The grid of a discrete process of many steps, states at its first point, and where the ODE leads them."""
+    """Return the grid of a discrete process of many steps, states at its first point, and their images by the ODE."""
     process = DiscreteVP(VPConfig(steps=2000))
     grid = process.grid(2000)
     x = grid.start(drawn(100, 1, 1, 2))
@@ -117,7 +117,7 @@ def vp_samples() -> tuple[Grid, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("other", ["edm", "flow", "flow gvp"])
-def test_processes_agree_where_they_start_alike(other: str) -> None:
+def test_processes_agree_if_they_start_at_the_same_noise(other: str) -> None:
     grid, x, want = vp_samples()
     level = float(grid[0].sigma / grid[0].alpha)
     process: Process = PROCESSES[other] if other != "edm" else EDM(EDMConfig(sigma_max=level))
@@ -132,20 +132,20 @@ def test_processes_agree_where_they_start_alike(other: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "calls"), [("vp", 19), ("edm", 19), ("flow", 20)])
-def test_heun_asks_at_the_end_where_it_can(name: str, calls: int) -> None:
-    asked = []
+def test_heun_evaluates_the_network_at_the_end_where_it_can(name: str, calls: int) -> None:
+    times = []
 
     def counted(x: Tensor, t: Tensor) -> Prediction:
-        asked.append(float(t[0]))
+        times.append(float(t[0]))
         return MIXTURE.denoiser(PROCESSES[name])(x, t)
 
     run(PROCESSES[name], "heun", 10, drawn(2, 1, 1, 2), counted)
-    assert len(asked) == calls
-    assert asked[-1] == {"vp": 0.0, "edm": pytest.approx(0.002), "flow": 1.0}[name]
+    assert len(times) == calls
+    assert times[-1] == {"vp": 0.0, "edm": pytest.approx(0.002), "flow": 1.0}[name]
 
 
 @pytest.mark.parametrize("sampler", PAIRS["vp"])
-def test_samplers_start_where_no_signal_is_left(sampler: str) -> None:
+def test_samplers_can_start_where_no_signal_is_left(sampler: str) -> None:
     process = DiscreteVP(VPConfig(prediction="v", zero_terminal_snr=True))
     noise = drawn(4_000, 1, 1, 2)
     x = run(process, sampler, 100, noise, MIXTURE.denoiser(process)).flatten(1)
@@ -183,14 +183,14 @@ def test_adaptive_steps_do_not_couple_samples() -> None:
         assert (run(process, "dopri5", 0, noise[i : i + 1], predict) - together[i]).abs().max() < 1e-12
 
 
-def test_a_path_too_hard_for_its_limit_is_refused() -> None:
+def test_adaptive_steps_that_reach_their_limit_are_refused() -> None:
     process = PROCESSES["flow"]
     with pytest.raises(RuntimeError, match=r"reached 0\.\d+ of 1 in 3 steps; loosen rtol=1e-09$"):
         run(process, "dopri5", 0, drawn(2, 1, 1, 2), MIXTURE.denoiser(process), rtol=1e-9, limit=3)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_log_snr_and_time_are_inverse_to_each_other(name: str) -> None:
+def test_log_snr_and_time_are_inverses(name: str) -> None:
     process = PROCESSES[name]
     levels = torch.linspace(-6, 6, 25, dtype=torch.float64)
     t = process.time_at(levels)
@@ -201,7 +201,7 @@ def test_log_snr_and_time_are_inverse_to_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "sampler"), RUNS)
-def test_samplers_stay_finite_and_in_their_type(name: str, sampler: str, dtype: torch.dtype) -> None:
+def test_samplers_stay_finite_and_keep_their_dtype(name: str, sampler: str, dtype: torch.dtype) -> None:
     process = PROCESSES[name]
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
@@ -222,7 +222,7 @@ def test_samplers_stay_finite_and_in_their_type(name: str, sampler: str, dtype: 
     assert bool(x.isfinite().all())
 
 
-def test_each_pair_is_either_listed_or_refused_with_a_sentence() -> None:
+def test_each_pair_is_either_listed_or_refused_with_a_reason() -> None:
     for process, samplers in PAIRS.items():
         for sampler in SAMPLERS:
             if sampler in samplers:

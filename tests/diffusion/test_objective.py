@@ -41,24 +41,24 @@ PARTS = (torch.arange(999, dtype=torch.float64) + 1) / 1000
 
 
 def made(kind: str, **keys: Any) -> Any:
-    """A process of a kind with some keys."""
+    """Build a process of a kind with some keys."""
     process, config, fixed, _ = KINDS[kind]
     return process(config(**fixed, **keys))
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float64."""
+    """Draw standard normal noise in float64."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def objectives(kind: str) -> list[dict[str, Any]]:
-    """Every loss space and weighting of a kind."""
+    """List every loss space and weighting of a kind."""
     spaces = [s for s in SPACES if s in KINDS[kind][3]]
     return [*({"loss_space": s} for s in spaces), *({"weighting": w} for w in ("none", "min_snr", "edm", "sigmoid"))]
 
 
 def in_space(process: Process, space: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """An image and its noise as a quantity of a loss space."""
+    """Express an image and its noise as the quantity of a loss space."""
     p = process.path(t)
     total = (p.alpha**2 + p.sigma**2).sqrt()
     a, b = {
@@ -75,7 +75,7 @@ def test_a_perfect_output_gives_back_image_and_noise(kind: str, prediction: str)
     process = made(kind, prediction=prediction)
     t = process.time(PARTS)
     p = process.path(t)
-    t = t[(p.alpha > 1e-3) & (p.sigma > 1e-3)]  # nearer to an end float64 itself does not hold what is divided there
+    t = t[(p.alpha > 1e-3) & (p.sigma > 1e-3)]  # closer to an end, float64 is too coarse to divide by
     x0, eps = drawn(len(t), 1, 2, 2), drawn(len(t), 1, 2, 2, seed=1)
     target = process.target(x0, t, eps)
     back = process.convert(target, process.add_noise(x0, t, eps), t)
@@ -108,7 +108,7 @@ def test_a_loss_is_the_squared_error_in_its_space_up_to_the_clip(kind: str, pred
         assert ((losses - clipped).abs() <= 1e-6 * clipped).all()
 
 
-def test_the_velocity_loss_of_a_predicted_image_is_jits() -> None:
+def test_the_velocity_loss_of_a_predicted_image_equals_jits() -> None:
     process = made("flow linear", prediction="x0", loss_space="velocity")
     x0, eps, out, t = *(drawn(999, 1, 2, 2, seed=s) for s in range(3)), PARTS.reshape(-1, 1, 1, 1)
     z = t * x0 + (1 - t) * eps
@@ -119,7 +119,7 @@ def test_the_velocity_loss_of_a_predicted_image_is_jits() -> None:
 
 @LOW
 @pytest.mark.parametrize(("kind", "prediction"), OUTPUTS)
-def test_both_ends_of_time_are_finite(kind: str, prediction: str, dtype: torch.dtype) -> None:
+def test_values_and_gradients_are_finite_at_both_ends_of_time(kind: str, prediction: str, dtype: torch.dtype) -> None:
     process = made(kind, prediction=prediction)
     grid = process.grid(50)
     extremes = process.time(torch.tensor([0.0, 2.0**-53, 1 - 2.0**-53, 1.0], dtype=torch.float64))
@@ -146,7 +146,7 @@ SAMPLED = [o for o in OUTPUTS if o[0] in ("vp cosine", "edm", "flow linear")]
 
 @pytest.mark.parametrize(("kind", "prediction"), SAMPLED)
 def test_samplers_reach_the_data_from_every_prediction(kind: str, prediction: str) -> None:
-    """The network is the exact denoiser of a Gaussian mixture, written as what it should predict."""
+    """The network is the exact denoiser of a Gaussian mixture, converted to the prediction."""
     mixture, process = Mixture(), made(kind, prediction=prediction)
     exact = mixture.denoiser(process)
 
@@ -186,14 +186,14 @@ def test_training_times_follow_their_distribution(kind: str) -> None:
     assert (normal.mean().item(), normal.std().item()) == pytest.approx((-0.4, 0.7), abs=0.01)
     middle = levels(times="logit_normal", logit_mean=0.3, logit_std=0.5)
     even = levels(times="uniform")
-    assert middle[10_000] < even[10_000]  # above 0: nearer to the image
+    assert middle[10_000] < even[10_000]  # above 0: closer to the image
     moved = levels(times="uniform", shift=3.0)
     inside = slice(2_000, 12_000)
     assert (moved - even - math.log(3))[inside].abs().max() < 0.05
     assert torch.equal(levels(times="uniform", shift=1.0), even)
 
 
-def test_a_flows_shift_is_that_of_the_paper_in_training_and_sampling() -> None:
+def test_a_flows_shift_equals_the_papers_in_training_and_sampling() -> None:
     process = made("flow linear", times="logit_normal", shift=3.0)
     plain = made("flow linear", times="logit_normal")
     noise = 1 - plain.time(PARTS)  # the paper's time runs from image to noise
@@ -223,6 +223,6 @@ def test_a_shift_that_follows_the_image_needs_an_experiment() -> None:
         (FlowConfig, "loss_space", "score"),
     ],
 )
-def test_a_choice_that_does_not_exist_is_refused_in_a_script_too(make: Any, key: str, value: str) -> None:
+def test_an_unknown_choice_is_refused_in_scripts_too(make: Any, key: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"process.{key}: unknown value '{value}'; choose from "):
         make(**{key: value})

@@ -13,12 +13,12 @@ SCHEDULE = pytest.mark.parametrize("schedule", ["linear", "cosine"])
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float64."""
+    """Draw standard normal noise in float64."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def per_sample(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Table entries of each sample, spread over its pixels as the reference spreads them."""
+    """Expand the table entry of each sample over its pixels, as the reference does."""
     return table[t].to(like.dtype).reshape(-1, 1, 1, 1).expand_as(like)
 
 
@@ -86,7 +86,7 @@ def test_any_output_converts_to_a_pair_that_makes_up_the_noisy_image(prediction:
     assert (alpha * pair.x0 + sigma * pair.eps - x_t).abs().max() < 1e-12
 
 
-def test_targets_are_what_they_are_called() -> None:
+def test_targets_match_their_names() -> None:
     x0, eps, t = draw(2, 1, 2, 2), draw(2, 1, 2, 2, seed=1), torch.tensor([3, 700])
     assert torch.equal(DiscreteVP(VPConfig(prediction="eps")).target(x0, t, eps), eps)
     assert torch.equal(DiscreteVP(VPConfig(prediction="x0")).target(x0, t, eps), x0)
@@ -103,7 +103,7 @@ def test_the_loss_is_a_mean_over_each_sample() -> None:
 
 
 @SCHEDULE
-def test_signal_and_noise_share_the_variance(schedule: str) -> None:
+def test_variances_of_signal_and_noise_add_up_to_one(schedule: str) -> None:
     process = DiscreteVP(VPConfig(schedule=schedule))  # type: ignore[arg-type]
     t = torch.cat([torch.arange(1000.0), torch.linspace(0, 999, 777)])
     alpha, sigma = process.alpha_sigma(t, torch.empty(1, dtype=torch.float64))
@@ -114,7 +114,7 @@ def test_signal_and_noise_share_the_variance(schedule: str) -> None:
 
 
 @SCHEDULE
-def test_time_and_log_snr_are_inverse_to_each_other(schedule: str) -> None:
+def test_time_and_log_snr_are_inverses(schedule: str) -> None:
     process = DiscreteVP(VPConfig(schedule=schedule))  # type: ignore[arg-type]
     whole = torch.arange(1000)
     between = torch.tensor([0.25, 0.5, 17.125, 498.9, 998.999], dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_levels_that_the_process_never_reaches_are_refused() -> None:
             process.time_at(torch.stack([ends.mean(), level]))
 
 
-def test_training_times_cover_every_step_alike() -> None:
+def test_training_times_cover_every_step_equally() -> None:
     process = DiscreteVP(VPConfig(steps=10, schedule="cosine"))
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     assert process.time(u).bincount().tolist() == [100] * 10

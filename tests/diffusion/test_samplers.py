@@ -1,4 +1,4 @@
-"""Samplers and guidance against the reference, against the exact answer for Gaussian data, and their contract."""
+"""Samplers and guidance: parity with the reference, exact results for Gaussian data, and their contract."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -18,7 +18,7 @@ PROCESS = DiscreteVP(VPConfig())
 
 
 class Steps:
-    """A callback that keeps what each step gives."""
+    """A callback that records the sample and the predicted image of each step."""
 
     def __init__(self) -> None:
         self.samples: list[Tensor] = []
@@ -31,14 +31,14 @@ class Steps:
 
 
 def ending_at(tables: Tables, t: int) -> Tables:
-    """Steps t - 1 and t alone, so that a sampler's first step is step t of the whole process."""
+    """Return the tables of steps t - 1 and t alone, so that a sampler's first step is step t of the whole process."""
     return Tables(**{f.name: getattr(tables, f.name)[max(t - 1, 0) : t + 1] for f in fields(tables)})
 
 
 def first_steps(
     case: Case, dtype: torch.dtype, sampler: Callable[..., Tensor], **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The sample and the predicted image of one step, each sample at its own time, for a constant network."""
+    """Return samples and predicted images after one step, each from its own time, with constant network outputs."""
     samples, images = [], []
     for i, t in enumerate(case.input("t").tolist()):
         x, out, noise = (case.input(n, dtype)[i : i + 1] for n in ("x", "model_out", "noise"))
@@ -115,7 +115,7 @@ MEAN, STD = 0.4, 0.3
 
 
 def exact(process: DiscreteVP) -> Predict:
-    """The best denoiser there is of images whose pixels are normal with MEAN and STD."""
+    """Return the optimal denoiser of images whose pixels are normal with MEAN and STD."""
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = process.alpha_sigma(t, x)
@@ -127,7 +127,7 @@ def exact(process: DiscreteVP) -> Predict:
 
 @pytest.mark.parametrize("steps", ["200", "ddim200"])
 @pytest.mark.parametrize("sampler", ["ddpm fixed_small", "ddpm fixed_large", "ddim 0", "ddim 1"])
-def test_gaussian_data_come_out_with_their_mean_and_spread(sampler: str, steps: str) -> None:
+def test_samples_of_gaussian_data_have_its_mean_and_spread(sampler: str, steps: str) -> None:
     process = DiscreteVP(VPConfig(schedule="cosine"))
     generator = torch.Generator().manual_seed(0)
 
@@ -144,21 +144,21 @@ def test_gaussian_data_come_out_with_their_mean_and_spread(sampler: str, steps: 
     assert x.std().item() == pytest.approx(STD, rel=0.04)
 
 
-def test_noise_is_asked_for_only_where_it_is_used() -> None:
+def test_noise_is_drawn_only_where_it_is_used() -> None:
     tables = PROCESS.tables.respaced(5)
-    asked: list[int] = []
+    noisy_steps: list[int] = []
 
     def noise(k: int) -> Tensor:
-        asked.append(k)
+        noisy_steps.append(k)
         return torch.zeros(2, 1, 1, 1)
 
     start = torch.zeros(2, 1, 1, 1)
     ddim(exact(PROCESS), start, tables, noise)
-    assert asked == []
+    assert noisy_steps == []
     ddim(exact(PROCESS), start, tables, noise, eta=0.5)
-    assert asked == [0, 1, 2, 3]
+    assert noisy_steps == [0, 1, 2, 3]
     ddpm(exact(PROCESS), start, tables, noise)
-    assert asked == [0, 1, 2, 3] * 2
+    assert noisy_steps == [0, 1, 2, 3] * 2
 
 
 def test_ddim_with_eta_one_is_ddpm_with_the_small_variance() -> None:
@@ -182,7 +182,7 @@ def test_networks_see_the_times_of_the_whole_process() -> None:
 
 
 class Labelled:
-    """A predictor that depends on the label and remembers the size of its batches."""
+    """A predictor that depends on the label and records its batch sizes."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -198,7 +198,7 @@ def guidance_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor,
     return x, torch.tensor([800, 20, 300]), torch.tensor([1, 4, 9])
 
 
-def test_guidance_of_weight_one_is_no_guidance_and_costs_none() -> None:
+def test_guidance_of_weight_one_equals_no_guidance_at_no_cost() -> None:
     x, _, y = guidance_inputs(torch.float32)
     tables, net = PROCESS.tables.respaced(10), Labelled()
     plain = ddim(lambda x, t: net(x, t, y), x, tables, torch.zeros_like)  # type: ignore[arg-type]

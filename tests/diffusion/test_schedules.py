@@ -20,7 +20,7 @@ SPACING = load("space_timesteps").info["calls"]
 
 
 def build(arguments: dict[str, Any]) -> Tables:
-    """The tables that a case's constructor describes."""
+    """Build the tables that a case's constructor describes."""
     betas = arguments["betas"]
     tables = Tables.from_betas(SCHEDULES[betas["schedule_name"]](betas["num_diffusion_timesteps"]))
     spacing = arguments.get("use_timesteps")
@@ -28,7 +28,7 @@ def build(arguments: dict[str, Any]) -> Tables:
 
 
 def derived(tables: Tables) -> dict[str, Tensor]:
-    """The functions of alphas_cumprod that the reference stores as tables of their own."""
+    """Compute the functions of alphas_cumprod that the reference stores as separate tables."""
     bar = tables.alphas_cumprod
     return {
         "alphas_cumprod_next": torch.cat([bar[1:], bar.new_zeros(1)]),
@@ -42,7 +42,7 @@ def derived(tables: Tables) -> dict[str, Tensor]:
 
 
 def request(arguments: dict[str, Any]) -> tuple[int, str]:
-    """A case's arguments as ours: counts are text, separated by commas."""
+    """Convert a case's arguments to ours: counts are comma-separated text."""
     counts = arguments["section_counts"]
     text = counts if isinstance(counts, str) else ",".join(str(count) for count in counts)
     return arguments["num_timesteps"], text
@@ -64,20 +64,20 @@ def test_kept_steps_equal_the_reference(call: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("call", [c for c in SPACING if "raises" in c], ids=lambda c: str(c["args"]))
-def test_what_the_reference_refuses_is_refused(call: dict[str, Any]) -> None:
+def test_requests_that_the_reference_refuses_are_refused(call: dict[str, Any]) -> None:
     total, counts = request(call["args"])
     with pytest.raises(ValueError, match=f"{total}.*|{counts}"):
         space_timesteps(total, counts)
 
 
-def test_fractional_strides_round_as_they_add_up() -> None:
-    # 250 of 1000: the stride is 999/249, which is no binary fraction.
+def test_fractional_strides_are_summed_before_rounding() -> None:
+    # 250 of 1000: the stride is 999/249, which is not a binary fraction.
     assert space_timesteps(1000, 250)[[0, 1, 2, 124, 125, 249]].tolist() == [0, 4, 8, 497, 502, 999]
-    # A stride of 2.5 lies half-way at every other step, where rounding goes to the even number.
+    # With a stride of 2.5 every other step falls half-way and is rounded to the even number.
     assert space_timesteps(11, 5).tolist() == [0, 2, 5, 8, 10]
 
 
-def test_every_count_that_fits_is_met_from_the_first_step_to_the_last() -> None:
+def test_every_possible_count_is_met_and_includes_both_ends() -> None:
     for total in (2, 7, 30, 57, 100):
         for count in range(2, total + 1):
             kept = space_timesteps(total, count)
@@ -87,7 +87,7 @@ def test_every_count_that_fits_is_met_from_the_first_step_to_the_last() -> None:
             assert kept.diff().min() >= 1
 
 
-def test_a_number_and_its_text_ask_for_the_same_steps() -> None:
+def test_a_number_and_its_text_give_the_same_steps() -> None:
     assert torch.equal(space_timesteps(1000, 10), space_timesteps(1000, "10"))
     assert space_timesteps(1000, "ddim10").tolist() == list(range(0, 1000, 100))
 
@@ -134,7 +134,7 @@ def test_respacing_twice_keeps_the_original_times() -> None:
     assert (twice.alphas_cumprod - tables.alphas_cumprod[twice.time]).abs().max() < 1e-14
 
 
-def test_one_step_is_a_process_too() -> None:
+def test_a_process_of_one_step_is_valid() -> None:
     one = Tables.from_betas(SCHEDULES["linear"](1000)).respaced(1)
     assert len(one) == 1
     assert all(bool(torch.isfinite(v).all()) for v in (one.posterior_log_variance_clipped, one.posterior_mean_coef1))

@@ -1,4 +1,4 @@
-"""Sampling as a run does it: every sampler under every process, guidance by config, strips, non-finite output."""
+"""Sampling as in a run: every sampler under every process, guidance by config, strips, non-finite output."""
 
 import re
 import threading
@@ -30,7 +30,7 @@ EVERY_PAIR = [(process, sampler) for process, samplers in PAIRS.items() for samp
 
 
 class Towards(nn.Module):
-    """A denoiser that always finds one grey level, whatever the process: its label's, -1 + y / 5; null is 0."""
+    """A denoiser that predicts the grey level of its label, -1 + y / 5, under any process; null is 0."""
 
     def __init__(self, process: Process, shift: float = 0.0) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Towards(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         grey = (torch.where(y == 10, 5.0, y) / 5 - 1 + self.shift).to(x.dtype)[:, None, None, None]
-        if isinstance(self.process, EDM):  # x and t are as scaled for the network
+        if isinstance(self.process, EDM):  # x and t arrive scaled for the network
             sigma = (4 * t).exp()[:, None, None, None]
             data = self.process.sigma_data
             total = (sigma**2 + data**2).sqrt()
@@ -57,16 +57,16 @@ def greys(process: Process, config: SampleConfig, labels: Tensor, **options: Any
 
 
 @pytest.mark.parametrize(("process", "sampler"), EVERY_PAIR)
-def test_every_pair_leads_to_the_image_that_the_network_finds(process: str, sampler: Any) -> None:
+def test_every_pair_ends_at_the_image_that_the_network_predicts(process: str, sampler: Any) -> None:
     labels, settings = torch.tensor([0, 3, 5, 9]), SampleConfig(sampler, "100")
     images = Sampler(Towards(PROCESSES[process]), PROCESSES[process], (1, 4, 4))(labels, settings).double()
-    # Solvers in other coordinates than the noise level leave a share of the noise: a level or two of 255.
+    # Solvers in coordinates other than the noise level leave some noise: a level or two of 255.
     assert (images.mean(dim=(1, 2, 3)) - torch.tensor([0, 77, 128, 230])).abs().max() < 5
     assert images.std(dim=(1, 2, 3)).max() < 8
 
 
 @pytest.mark.parametrize(("process", "sampler"), EVERY_PAIR)
-def test_a_sample_follows_from_seed_and_number_alone(process: str, sampler: Any) -> None:
+def test_a_sample_depends_only_on_seed_and_number(process: str, sampler: Any) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 3, padding=1)).double()
     labels = torch.zeros(12).long()
@@ -102,7 +102,7 @@ def test_guidance_extrapolates_the_predicted_image() -> None:
     assert greys(process, replace(plain, guidance=1.5, weak_model="x"), labels, guidance_models=models).item() == 191
 
 
-def test_guidance_inside_an_interval_and_by_power_cosine() -> None:
+def test_guidance_follows_its_interval_and_power_cosine_schedule() -> None:
     process, labels = PROCESSES["vp"], torch.tensor([7])
     config = SampleConfig("ddim", "10", guidance=1.5)
     never = replace(config, guidance_interval=[1e5, 1e6])
@@ -113,7 +113,7 @@ def test_guidance_inside_an_interval_and_by_power_cosine() -> None:
 
 
 class Linear(nn.Module):
-    """log p(y=1) rises with the image's sum."""
+    """A classifier whose log p(y=1) rises with the image's sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_the_gradient_of_a_classifier_is_that_of_its_log_probability() -> None:
 
 def test_a_classifier_moves_samples_towards_its_class() -> None:
     class Gaussian(Towards):
-        """The exact denoiser where every pixel is normal with standard deviation 0.3."""
+        """The exact denoiser of images whose pixels are normal with standard deviation 0.3."""
 
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             alpha, sigma = self.process.alpha_sigma(t.long(), x)
@@ -180,7 +180,7 @@ def test_guidance_without_its_network_is_refused(changes: dict[str, Any], text: 
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_non_finite_output_names_step_and_noise_level(process: str) -> None:
-    calls = {"vp": 10, "edm": 9, "flow": 10}[process]  # of one batch; a failed one is drawn again to find the step
+    calls = {"vp": 10, "edm": 9, "flow": 10}[process]  # per batch; a failed batch is drawn again to find the step
 
     class Broken(Towards):
         calls = 0
@@ -196,7 +196,7 @@ def test_non_finite_output_names_step_and_noise_level(process: str) -> None:
         Sampler(Broken(PROCESSES[process]), PROCESSES[process], (1, 4, 4))(torch.zeros(2).long(), config)
 
 
-def test_an_adaptive_sampler_that_does_not_arrive_is_one_line() -> None:
+def test_an_adaptive_sampler_that_fails_is_reported_in_one_line() -> None:
     process, labels = PROCESSES["flow"], torch.zeros(2).long()
 
     class Rough(Towards):
@@ -226,9 +226,9 @@ def test_latents_are_not_clipped_by_default() -> None:
         assert (torch.stack(seen) - want).abs().max() < 1e-3
 
 
-def test_pixels_beyond_the_range_are_counted_and_those_that_are_not_finite_refused() -> None:
+def test_clipped_pixels_are_counted_and_non_finite_ones_refused() -> None:
     process, config, labels = PROCESSES["vp"], SampleConfig("ddim", "10", clip=False), torch.zeros(2).long()
-    pixels = torch.tensor([-1.5, -1.002, 0.0, 1.002, 1.5, 2.0]).expand(2, 1, 1, 6)  # an error of a level is not counted
+    pixels = torch.tensor([-1.5, -1.002, 0.0, 1.002, 1.5, 2.0]).expand(2, 1, 1, 6)  # less than a level is not counted
     sampler = Sampler(Towards(process), process, (1, 4, 4), decode=lambda x: pixels, name="runs/a")
     assert sampler(labels, config)[0, 0, 0].tolist() == [0, 0, 128, 255, 255, 255]
     assert (sampler.values, sampler.clipped) == (12, 6)
@@ -238,7 +238,7 @@ def test_pixels_beyond_the_range_are_counted_and_those_that_are_not_finite_refus
     assert (sampler.values, sampler.clipped) == (12, 6)
 
 
-def test_batches_shrink_until_they_fit_and_the_images_stay() -> None:
+def test_batches_shrink_until_they_fit_and_the_images_stay_the_same() -> None:
     process, sizes = PROCESSES["vp"], []
 
     class Small(Towards):
@@ -254,12 +254,12 @@ def test_batches_shrink_until_they_fit_and_the_images_stay() -> None:
     assert sizes[:3] == [10, 5, 3] and set(sizes[3:]) == {3, 1}
 
 
-def test_batches_drawn_at_a_time_give_the_images_of_one_by_one() -> None:
+def test_batches_drawn_in_parallel_give_the_same_images_as_one_by_one() -> None:
     process, together = PROCESSES["vp"], threading.Barrier(2, timeout=60)
 
     class Meeting(Towards):
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            together.wait()  # passes only where another thread comes too
+            together.wait()  # passes only if another thread arrives too
             assert not torch.is_grad_enabled()
             return super().forward(x, t, y)
 
@@ -274,13 +274,13 @@ def test_batches_drawn_at_a_time_give_the_images_of_one_by_one() -> None:
     assert len(trajectory.noisy) == 4 and all(len(x) == 3 for x in trajectory.noisy)  # of the first batch
 
 
-def test_the_error_of_a_batch_ends_those_beside_it() -> None:
-    process, begun, calls = PROCESSES["vp"], threading.Barrier(2, timeout=60), []
+def test_an_error_in_one_batch_ends_the_parallel_ones() -> None:
+    process, started, calls = PROCESSES["vp"], threading.Barrier(2, timeout=60), []
 
     class Broken(Towards):
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             if not calls or y[0] == 0:
-                begun.wait()
+                started.wait()
             calls.append(int(y[0]))
             if y[0] == 0:
                 raise UserError("broken")
@@ -292,7 +292,7 @@ def test_the_error_of_a_batch_ends_those_beside_it() -> None:
     assert calls.count(1) < 1000
 
 
-def test_a_check_ends_the_drawing() -> None:
+def test_an_exception_in_check_ends_sampling() -> None:
     process, checks = PROCESSES["vp"], []
 
     def check() -> None:
@@ -308,7 +308,7 @@ def test_a_check_ends_the_drawing() -> None:
         assert len(checks) >= 7
 
 
-def test_the_callback_sees_every_step_and_draws_strip_and_animation(tmp_path: Path) -> None:
+def test_the_trajectory_records_every_step_and_draws_strip_and_animation(tmp_path: Path) -> None:
     process, trajectory = PROCESSES["edm"], Trajectory(count=2)
     sampler = Sampler(Towards(process), process, (1, 4, 4))
     sampler(torch.tensor([0, 9, 5]), SampleConfig("heun", "12"), callback=trajectory)
@@ -327,7 +327,7 @@ def test_the_callback_sees_every_step_and_draws_strip_and_animation(tmp_path: Pa
     assert abs(int(last[34, 68 + 34]) - 0) <= 3 and abs(int(last[68 + 34, 68 + 34]) - 230) <= 3
 
 
-def test_the_callback_sees_the_first_batch_alone_and_goes_on_where_it_is_halved() -> None:
+def test_the_callback_sees_only_the_first_batch_and_continues_if_it_is_halved() -> None:
     process, trajectory, calls = PROCESSES["vp"], Trajectory(count=4), [0]
 
     class Full(Towards):
@@ -342,7 +342,7 @@ def test_the_callback_sees_the_first_batch_alone_and_goes_on_where_it_is_halved(
     assert [len(x) for x in trajectory.noisy] == [4] * 10 and trajectory.strip().shape[0] == 8 * 44
 
 
-def test_what_cannot_be_sampled_is_refused_by_name() -> None:
+def test_invalid_sampling_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"^network: has no parameters"):
         sample(nn.Identity(), PROCESSES["vp"], 2, shape=(1, 4, 4))
     for name in ("edm", "flow"):
@@ -352,7 +352,7 @@ def test_what_cannot_be_sampled_is_refused_by_name() -> None:
             greys(PROCESSES[name], SampleConfig(guidance=2, guidance_schedule="power_cosine"), torch.arange(2))
 
 
-def test_a_cpu_takes_batches_that_its_caches_hold() -> None:
+def test_batches_on_a_cpu_are_limited_to_what_fits_its_caches() -> None:
     process = PROCESSES["vp"]
     sampler = Sampler(Towards(process), process, (1, 4, 4))
     assert [sampler.batch_size(SampleConfig(batch_size=n)) for n in (100, 250, 500)] == [100, 250, 250]
@@ -360,7 +360,7 @@ def test_a_cpu_takes_batches_that_its_caches_hold() -> None:
     assert sampler.batch_size(SampleConfig(batch_size=500)) == 500
 
 
-def test_the_classifier_reads_any_multiple_of_its_divisor() -> None:
+def test_the_classifier_accepts_image_sides_divisible_by_its_divisor() -> None:
     net = NoisyClassifier(ClassifierConfig(16, [1, 2], attention_resolutions=[4], norm_groups=4), 8, 1, 10)
     for side in (8, 16):
         assert net(torch.zeros(3, 1, side, side), torch.zeros(3)).shape == (3, 10)
@@ -369,7 +369,7 @@ def test_the_classifier_reads_any_multiple_of_its_divisor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"precision": "bf16"}, "sample.precision: unknown value 'bf16'; choose from 32-true, bf16-mixed"),
         (
@@ -383,6 +383,6 @@ def test_the_classifier_reads_any_multiple_of_its_divisor() -> None:
         ),
     ],
 )
-def test_settings_of_a_script_are_checked_as_a_files_are(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_settings_from_a_script_are_checked_like_those_from_a_file(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         SampleConfig(**settings)

@@ -1,4 +1,4 @@
-"""EDM's augmentation: exact flips, known geometry, labels that tell what was done, draws by position."""
+"""EDM's augmentation: exact flips, known geometry, labels that record the changes, draws by position."""
 
 import math
 
@@ -14,7 +14,7 @@ def images(n: int, side: int = 8) -> torch.Tensor:
     return torch.rand(n, 2, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
 
 
-def test_with_probability_zero_only_mirrors_remain_bit_for_bit() -> None:
+def test_at_probability_zero_images_are_only_mirrored_bit_for_bit() -> None:
     x = images(200)
     out, label = augment(x, torch.arange(200), seed=3, probability=0.0)
     assert label.shape == (200, AUGMENT_WIDTH)
@@ -25,7 +25,7 @@ def test_with_probability_zero_only_mirrors_remain_bit_for_bit() -> None:
     assert torch.equal(out[~mirrored], x[~mirrored])
 
 
-def test_draws_follow_from_seed_and_position() -> None:
+def test_draws_depend_on_seed_and_position() -> None:
     x, position = images(32), torch.arange(100, 132)
     whole = augment(x, position, 1, 0.5)
     part = augment(x[10:20], position[10:20], 1, 0.5)
@@ -34,12 +34,12 @@ def test_draws_follow_from_seed_and_position() -> None:
     assert not torch.equal(augment(x, position, 2, 0.5)[1], whole[1])
 
 
-def test_each_change_comes_as_often_as_asked_and_as_large_as_published() -> None:
+def test_each_change_has_the_requested_frequency_and_the_published_size() -> None:
     label = augment(torch.zeros(20_000, 1, 2, 2), torch.arange(20_000), 0, 0.12)[1].double()
     changed = label != 0
     share = [0.5, 0.06, 0.12, 0.12, 0.12, 0.12, 0.12, 0.12, 0.12]
     assert changed.double().mean(0).tolist() == pytest.approx(share, abs=0.01)
-    for column in (2, 7, 8):  # octaves of scale, shifts: standard normal where they act
+    for column in (2, 7, 8):  # octaves of scale, and shifts: standard normal where applied
         assert label[changed[:, column], column].std().item() == pytest.approx(1, abs=0.05)
     stretch = label[:, 5:7].square().sum(1)
     assert stretch[stretch > 0].mean().item() == pytest.approx(1, abs=0.08)
@@ -49,7 +49,7 @@ def test_each_change_comes_as_often_as_asked_and_as_large_as_published() -> None
 
 
 def fixed(monkeypatch: pytest.MonkeyPatch, **drawn: float) -> None:
-    """Makes every draw a given number: changes named in `drawn` happen, the others do not."""
+    """Replace every draw by a given number: changes named in `drawn` happen, the others do not."""
     gates = {"right": "shift", "down": "shift"}
     happening = {f"whether {gates.get(k, k)}" for k in drawn}
 
@@ -72,7 +72,7 @@ def axis(side: int) -> torch.Tensor:
 
 
 def blob(dy: float, dx: float, width: int = 64) -> torch.Tensor:
-    """A soft dot away from the centre by (dy, dx) pixels, 64 of them high."""
+    """Return an image, 64 pixels high, of a soft dot (dy, dx) pixels from the centre."""
     return torch.exp(-((axis(64)[:, None] - dy) ** 2 + (axis(width)[None] - dx) ** 2) / 18)[None, None]
 
 
@@ -87,13 +87,13 @@ def centre(x: torch.Tensor) -> list[float]:
     [
         ({"flip": 0.0}, [-6.0, 10.0]),
         ({"scale": 1.0}, [6 * 2**0.2, 10 * 2**0.2]),
-        ({"angle": 0.75}, [-10.0, 6.0]),  # by pi / 2: what was right is now up
+        ({"angle": 0.75}, [-10.0, 6.0]),  # by pi / 2: right becomes up
         ({"stretch": 1.0, "direction": 0.5}, [6 * 2**-0.2, 10 * 2**0.2]),
         ({"down": 0.5}, [6 + 4.0, 10.0]),
         ({"right": 1.0}, [6.0, 10.0]),  # an eighth of the width
     ],
 )
-def test_each_change_moves_a_dot_where_geometry_says(
+def test_each_change_moves_a_dot_as_its_geometry_requires(
     drawn: dict[str, float], expected: list[float], width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fixed(monkeypatch, **drawn)

@@ -1,4 +1,4 @@
-"""Sizes that make no network are refused in one line that begins with the key and names both numbers."""
+"""Sizes that make no valid network are refused in one line that starts with the config key and gives both numbers."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from diffbench.denoisers import DENOISERS, DDPMppConfig, DiffiTConfig, DiffiTLat
 
 
 def numbers() -> Iterator[tuple[str, str, str]]:
-    """Every key of every config that holds a positive number or a list of such, with its type in words."""
+    """Yield (denoiser, key, type as text) of each config key that takes a positive number or a list of them."""
     for name, entry in DENOISERS.items():
         for key, hint in get_type_hints(entry.config).items():
             text = getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint)
@@ -25,14 +25,14 @@ def numbers() -> Iterator[tuple[str, str, str]]:
 NUMBERS = list(numbers())
 
 
-def test_the_keys_are_found() -> None:
+def test_keys_with_numbers_are_found() -> None:
     found = {f"{name}.{key}" for name, key, _ in NUMBERS}
     assert {"dit.depth", "diffit.window", "diffit.token_dim", "unet.channel_mult", "ddpmpp.fourier_scale"} <= found
     assert "unet.tmsa" not in found and "dit.conditioning" not in found
 
 
 @pytest.mark.parametrize(("name", "key", "kind"), NUMBERS)
-def test_zero_and_less_are_refused_in_every_key(name: str, key: str, kind: str) -> None:
+def test_zero_and_negative_numbers_are_refused_in_every_key(name: str, key: str, kind: str) -> None:
     config, lists = DENOISERS[name].config, "list" in kind
     for bad in (0, -1):
         for value in [[bad], [8, bad]] if lists else [bad]:
@@ -47,7 +47,7 @@ def test_zero_and_less_are_refused_in_every_key(name: str, key: str, kind: str) 
 
 @pytest.mark.parametrize("name", DENOISERS)
 @pytest.mark.parametrize("value", [-0.1, 1.0])
-def test_a_dropout_that_is_no_share(name: str, value: float) -> None:
+def test_a_dropout_outside_0_to_1_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError) as caught:
         DENOISERS[name].config(dropout=value)
     assert str(caught.value) == f"denoiser.dropout: must lie in [0, 1), got {value}"
@@ -69,7 +69,7 @@ def test_a_dropout_that_is_no_share(name: str, value: float) -> None:
         (DDPMppConfig, {"model_channels": 7, "time_features": "fourier"}, "model_channels: must be even with denoiser.time_features=fourier, got 7"),  # noqa: E501
     ],
 )  # fmt: skip
-def test_keys_that_do_not_fit_each_other(kind: type, sizes: dict[str, Any], text: str) -> None:
+def test_inconsistent_keys_are_refused(kind: type, sizes: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as caught:
         kind(**sizes)
     assert str(caught.value) == f"denoiser.{text}"
@@ -100,7 +100,7 @@ def test_keys_that_do_not_fit_each_other(kind: type, sizes: dict[str, Any], text
         (DDPMppConfig(3), 8, "model_channels: 0 norm groups (of at least four channels) do not divide 3, a level's width, alone or with its skip"),  # noqa: E501
     ],
 )  # fmt: skip
-def test_sizes_that_do_not_fit_the_image(config: Any, image_size: Any, text: str) -> None:
+def test_sizes_that_do_not_fit_the_image_are_refused(config: Any, image_size: Any, text: str) -> None:
     name = next(n for n, entry in DENOISERS.items() if entry.config is type(config))
     with torch.device("meta"), pytest.raises(ValueError) as caught:
         build(name, config, image_size=image_size, channels=3)
@@ -108,21 +108,21 @@ def test_sizes_that_do_not_fit_the_image(config: Any, image_size: Any, text: str
 
 
 @pytest.mark.parametrize(("size", "layers"), [(8, 1), (16, 4), (32, 4)])
-def test_attention_is_at_16_pixels_by_default_where_those_are(size: int, layers: int) -> None:
-    """The middle's, and those of one level: one in the encoder, two in the decoder."""
+def test_attention_is_at_resolution_16_by_default_if_a_level_has_it(size: int, layers: int) -> None:
+    """The middle has one layer; the level at 16 pixels adds one in the encoder and two in the decoder."""
     with torch.device("meta"):
         net = build("unet", UNetConfig(channel_mult=[1, 1], num_res_blocks=1), image_size=size, channels=3)
     assert sum(name.endswith(".attention") for name, _ in net.named_modules()) == layers
 
 
 @pytest.mark.parametrize("name", ["dit", "diffit", "diffit-latent"])
-def test_an_image_of_another_size_is_refused_with_both(name: str) -> None:
+def test_an_image_of_the_wrong_size_is_refused_with_both_sizes(name: str) -> None:
     with pytest.raises(ValueError, match=r"^this network takes images of 3x8x8, got 3x16x8$"):
         small(name)(torch.zeros(2, CHANNELS, 16, 8), torch.zeros(2))
 
 
 @pytest.mark.parametrize("name", ["unet", "ddpmpp"])
-def test_an_image_that_cannot_be_halved_is_refused_with_both(name: str) -> None:
+def test_an_image_that_cannot_be_halved_is_refused_with_its_size(name: str) -> None:
     with pytest.raises(ValueError, match=r"^this network takes images with 3 channels and sides divisible by 2, got 3x16x7$"):  # fmt: skip  # noqa: E501
         small(name)(torch.zeros(2, CHANNELS, 16, 7), torch.zeros(2))
     with pytest.raises(ValueError, match=r"sides divisible by 8, got 3x16x6$"):
@@ -130,7 +130,7 @@ def test_an_image_that_cannot_be_halved_is_refused_with_both(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddpmpp", "diffit"])
-def test_an_augmentation_label_of_another_width(name: str) -> None:
+def test_an_augmentation_label_of_the_wrong_width_is_refused(name: str) -> None:
     x, t, y = inputs()
     for config, width in ((None, 0), (9, 9)):
         net = small(name, augment_dim=config)
@@ -152,10 +152,10 @@ def test_an_augmentation_label_of_another_width(name: str) -> None:
         ("ddpmpp", {"augment_dim": 9}, 0.5, None),
     ],
 )
-def test_what_gets_no_gradient_is_frozen(
+def test_parameters_that_get_no_gradient_are_frozen(
     name: str, changes: dict[str, Any], augment: float, frozen: str | None
 ) -> None:
-    """Several devices wait for the gradients of all other parameters."""
+    """Training on several devices waits for the gradient of every parameter that isn't frozen."""
     shape = {"image_size": SIZE, "channels": CHANNELS, "num_classes": CLASSES}
     net, (x, _, y) = build(name, replace(SMALL[name], **changes), **shape), inputs()
     module = DiffusionModule(net, VP(), augment=augment)
@@ -164,7 +164,7 @@ def test_what_gets_no_gradient_is_frozen(
         assert (parameter.grad is None) == (not parameter.requires_grad) == key.startswith(frozen or "-"), key
 
 
-def test_without_a_null_class_labels_are_needed() -> None:
+def test_a_network_without_a_null_class_needs_labels() -> None:
     net, (x, t, _) = small("dit", null_class=False), inputs()
     with pytest.raises(ValueError, match=r"^this network has no null class: give labels y in 0\.\.4$"):
         net(x, t)

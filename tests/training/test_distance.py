@@ -1,4 +1,4 @@
-"""Distances in training: averaged weights, undone on exceptions, off the clock, best weights, resume to the bit."""
+"""Distances in training: averaged weights, restored on exceptions, off the clock; best weights; bit-exact resume."""
 
 import json
 import shutil
@@ -63,11 +63,11 @@ def suite_of(run: DenoiserRun) -> Suite:
     return Suite(scorers.training_measurement(extractor, run.train_set, run.config.evaluate.every_count), brief=True)
 
 
-def test_distances_come_every_so_many_images_and_at_the_end(unbroken: DenoiserRun) -> None:
+def test_distances_are_measured_at_their_interval_and_at_the_end(unbroken: DenoiserRun) -> None:
     assert list(distances(unbroken.folder)) == [32, 64, 96, 128, 160]
 
 
-def test_the_averaged_weights_are_scored_on_samples_of_their_own(unbroken: DenoiserRun) -> None:
+def test_the_averaged_weights_are_scored_on_separate_samples(unbroken: DenoiserRun) -> None:
     c, count = unbroken.config, 20
     labels = torch.arange(count) * 10 // count
 
@@ -77,8 +77,8 @@ def test_the_averaged_weights_are_scored_on_samples_of_their_own(unbroken: Denoi
         return suite.compute()["fd"]
 
     last = distances(unbroken.folder)[160]
-    assert fd(rng.key(c.seed, "distance")) == pytest.approx(last, rel=1e-4)  # other batches round otherwise
-    assert fd(c.seed) != pytest.approx(last, rel=1e-3)  # the samples of the final scores chose nothing
+    assert fd(rng.key(c.seed, "distance")) == pytest.approx(last, rel=1e-4)  # other batch sizes round differently
+    assert fd(c.seed) != pytest.approx(last, rel=1e-3)  # the final evaluation draws other samples
 
 
 def test_the_best_weights_are_kept_and_scored_again(unbroken: DenoiserRun) -> None:
@@ -98,7 +98,7 @@ def test_the_best_weights_are_kept_and_scored_again(unbroken: DenoiserRun) -> No
     assert suite.compute()["fd"] == pytest.approx(end["best/fd/digits-cnn@20"], rel=1e-4)
 
 
-def test_a_record_of_the_best_weights_says_so(unbroken: DenoiserRun, tmp_path: Path) -> None:
+def test_a_record_of_the_best_weights_names_the_snapshot(unbroken: DenoiserRun, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(unbroken.folder, tmp_path / "run"))
     assert main(["evaluate", str(folder), "snapshot=best", "evaluate.count=20"]) == 0
     record = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
@@ -121,7 +121,7 @@ def test_a_killed_run_ends_with_the_same_distances_and_best_weights(
 
     done: list[int] = []
     monkeypatch.setattr(SaveState, "on_train_batch_end", killed)
-    for _ in range(2):  # after a distance that no checkpoint knows of
+    for _ in range(2):  # each time after a distance that no checkpoint contains
         with pytest.raises(Killed):
             train(DIT, [*TINY, f"runs_dir={tmp_path}"])
     run = train(DIT, [*TINY, f"runs_dir={tmp_path}"])
@@ -131,11 +131,11 @@ def test_a_killed_run_ends_with_the_same_distances_and_best_weights(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_another_measure_on_resume_chooses_anew(
+def test_a_resume_with_another_metric_selects_the_best_weights_again(
     unbroken: DenoiserRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [*TINY, f"runs_dir={tmp_path}", "trainer.max_images=80"]
-    train(DIT, [*argv, "evaluate.best=kid"])  # whose values lie far below a distance's
+    train(DIT, [*argv, "evaluate.best=kid"])  # its values are far below those of fd
     run = train(DIT, [*TINY, f"runs_dir={tmp_path}"])
     found = distances(run.folder)
     later = {images: found[images] for images in (96, 128, 160)}
@@ -156,7 +156,7 @@ class Stop(Exception):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """What stands when samples of a distance are drawn, for the first time; then the drawing fails."""
+    """Record the state when the first samples of a distance are drawn; drawing them then fails."""
     seen: list[dict[str, Any]] = []
 
     def draw(sampler: Sampler, *args: Any, **kwargs: Any) -> None:
@@ -188,22 +188,22 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, A
     return seen
 
 
-def test_averaged_weights_inside_raw_ones_again_after_an_exception(watched: list[dict[str, Any]]) -> None:
+def test_distances_use_averaged_weights_and_restore_raw_ones_after_an_exception(watched: list[dict[str, Any]]) -> None:
     (seen,) = watched
     assert all(torch.equal(a, b) for a, b in zip(seen["weights"], seen["average"], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen["raw"], seen["average"], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(seen["denoiser"].parameters(), seen["raw"], strict=True))
-    assert not seen["running"]  # its time is no time of training
+    assert not seen["running"]  # its time does not count as training
 
 
-def test_the_cost_is_told_before_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cost_of_distances_is_printed_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(DIT, ["debug=smoke", "evaluate.every_images=16", f"runs_dir={tmp_path}"])
     out = capsys.readouterr().out
-    told = out.index("distances with digits-cnn: 20 samples every 16 images, about ")
-    assert told < out.index("100%  images")
+    printed = out.index("distances with digits-cnn: 20 samples every 16 images, about ")
+    assert printed < out.index("100%  images")
 
 
-def test_best_weights_that_are_not_there(
+def test_missing_or_damaged_best_weights_are_refused(
     unbroken: DenoiserRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(unbroken.folder, tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""The averages, and the seven traps of averaging weights in Lightning, each with a test that fails without its cure."""
+"""EMA of the weights: the seven traps of averaging in Lightning, each with a test that fails without its fix."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from diffbench.training.ema import EMA
 
 
 class Tiny(nn.Module):
-    """One convolution and a buffer that no average may touch."""
+    """One convolution, and a buffer that must not be averaged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def fit(ema: EMA | None, lm: DiffusionModule, steps: int, *callbacks: L.Callback
 
 
 class Weights(L.Callback):
-    """Remembers the raw weight after each step."""
+    """A callback that records the raw weights after each step."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
@@ -75,7 +75,7 @@ def test_averages_follow_their_closed_form_for_several_decays() -> None:  # trap
     assert ema.updates == 4
 
 
-def test_warm_up_moves_the_average_from_the_first_step() -> None:  # trap 4: no stretch of initial weights
+def test_warm_up_moves_the_average_from_the_first_step_on() -> None:  # trap 4: initial weights do not linger
     ema = EMA(0.9999)
     assert [ema.config.decay_at(n, 0.9999) for n in (0, 1, 90)] == [1 / 10, 2 / 11, 91 / 100]
     assert ema.config.decay_at(10**6, 0.9999) == 0.9999
@@ -85,13 +85,13 @@ def test_warm_up_moves_the_average_from_the_first_step() -> None:  # trap 4: no 
     torch.testing.assert_close(ema.averages[0.9999][0], 0.1 * start + 0.9 * weights.seen[0])
 
 
-def test_averages_live_on_the_training_device() -> None:  # trap 1: setup runs before the module moves there
+def test_averages_are_on_the_training_device() -> None:  # trap 1: setup runs before the module moves there
     ema = EMA([0.9])
     ema.on_train_start(SimpleNamespace(), module().to("meta"))  # type: ignore[arg-type]
     assert {a.device.type for a in ema.averages[0.9]} == {"meta"}
 
 
-def test_checkpoint_holds_raw_weights_and_averages(tmp_path: Path) -> None:  # traps 2 and 5
+def test_a_checkpoint_contains_raw_weights_and_averages(tmp_path: Path) -> None:  # traps 2 and 5
     lm, ema = module(), EMA([0.9])
     trainer = fit(ema, lm, 3)
     raw = lm.network.conv.weight.detach().clone()  # type: ignore[union-attr]
@@ -101,7 +101,7 @@ def test_checkpoint_holds_raw_weights_and_averages(tmp_path: Path) -> None:  # t
     average = state["callbacks"]["EMA"]["averages"]["0.9"][0]
     assert torch.equal(average, ema.averages[0.9][0]) and not torch.equal(average, raw)
 
-    resumed = module()  # without the callback, training goes on from the raw weights
+    resumed = module()  # without the callback, training continues from the raw weights
     weights = Weights()
     with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
         fit(None, resumed, 4, weights, ckpt_path=str(tmp_path / "a.ckpt"))
@@ -116,7 +116,7 @@ def test_training_ends_with_the_raw_weights() -> None:  # trap 5: raw weights su
     assert torch.equal(lm.network.conv.weight, weights.seen[-1])  # type: ignore[union-attr]
 
 
-def test_applied_restores_the_raw_weights_after_an_exception() -> None:  # trap 3: never saved swapped
+def test_applied_restores_the_raw_weights_after_an_exception() -> None:  # trap 3: averages are never saved as weights
     lm, ema = module(), EMA(EMAConfig([0.5, 0.9], warmup=False))
     fit(ema, lm, 2)
     raw = lm.network.conv.weight.detach().clone()  # type: ignore[union-attr]
@@ -156,7 +156,7 @@ def test_only_the_denoiser_is_averaged() -> None:  # trap 6: no copy of metrics 
         assert float(lm.network.steps) == 2  # type: ignore[union-attr]
 
 
-def test_an_update_for_each_optimizer_step_not_micro_batch() -> None:
+def test_the_average_is_updated_per_optimizer_step_not_per_micro_batch() -> None:
     train, _ = digits(DigitsConfig())
     ema = EMA([0.9])
     data = ImageDataModule(train, batch_size=8)

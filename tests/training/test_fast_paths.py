@@ -1,4 +1,4 @@
-"""Every faster way has a key, and gives the numbers of the slower one."""
+"""Each faster path has a config key and gives the numbers of the slower one."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ WITH_TMSA: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Gives the process three threads that no environment variable asked for, and back what it had."""
+    """Give the process three threads without an environment variable; restore its own number afterwards."""
     before = torch.get_num_threads()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -61,7 +61,7 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("asked", "macs", "divides", "variable", "threads", "at_once"),
+    ("setting", "macs", "divides", "variable", "threads", "at_once"),
     [
         *(("auto", 9e8, True, None, 1, 3), ("auto", 9e8, False, None, 1, 3), ("auto", 1.1e9, True, None, 3, 1)),
         *((2, 9e8, True, None, 1, 2), (2, 9e8, False, None, 2, 1), (2, 1.1e9, True, None, 2, 1)),
@@ -69,10 +69,10 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
         *(("auto", 9e8, True, "3", 1, 3), ("auto", 9e8, False, "3", 3, 1)),
     ],
 )
-def test_a_layer_of_a_small_network_is_computed_by_one_thread(
+def test_threads_per_layer_and_parallel_batches_follow_the_network_size(
     three_threads: None,
     monkeypatch: pytest.MonkeyPatch,
-    asked: Any,
+    setting: Any,
     macs: float,
     divides: bool,
     variable: str | None,
@@ -81,7 +81,7 @@ def test_a_layer_of_a_small_network_is_computed_by_one_thread(
 ) -> None:
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    assert use_threads(asked, macs, divides) == at_once
+    assert use_threads(setting, macs, divides) == at_once
     assert torch.get_num_threads() == threads
 
 
@@ -95,23 +95,23 @@ def test_a_large_network_gets_its_threads_back_after_a_small_one(three_threads: 
 
 
 @pytest.mark.parametrize(
-    ("words", "threads", "at_once"),
+    ("args", "threads", "at_once"),
     [
-        ([], 1, 3),  # 4.3e6 multiply-accumulates a digit, 64 digits
+        ([], 1, 3),  # 4.3e6 multiply-accumulates per digit, 64 digits
         (["trainer.batch_size=256"], 3, 1),
         (["trainer.batch_size=256", "trainer.accumulate_grad_batches=4"], 1, 3),
         (["trainer.threads=2"], 1, 2),
     ],
 )
-def test_a_runs_threads_follow_from_the_size_of_its_micro_batch(
-    three_threads: None, words: list[str], threads: int, at_once: int
+def test_the_threads_of_a_run_follow_the_size_of_its_micro_batch(
+    three_threads: None, args: list[str], threads: int, at_once: int
 ) -> None:
-    run = DenoiserRun("x", load_config(DIT, words))  # type: ignore[arg-type]
+    run = DenoiserRun("x", load_config(DIT, args))  # type: ignore[arg-type]
     assert run.sampler(run.config.sample).at_once == 1
     run.use_threads()
     assert torch.get_num_threads() == threads
     assert run.sampler(run.config.sample).at_once == at_once
-    assert run.provenance(None)["threads"] == max(threads, at_once)  # as `reproduce` asks for
+    assert run.provenance(None)["threads"] == max(threads, at_once)  # the number that `reproduce` requests
 
 
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7"), (None, "")])
@@ -140,7 +140,7 @@ def gradients(net: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tens
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", ["diffit_a", "diffit_b", "diffit_c"])
-def test_the_published_outputs_hold_with_attention_in_parts(name: str, dtype: torch.dtype) -> None:
+def test_outputs_equal_the_published_ones_with_chunked_attention(name: str, dtype: torch.dtype) -> None:
     net, case = golden_network(name, dtype)
     x, t, y = golden_inputs(case, case.info["calls"][0], dtype)
     case.check("forward", net.requires_grad_(True)(x, t, y).detach())
@@ -148,7 +148,7 @@ def test_the_published_outputs_hold_with_attention_in_parts(name: str, dtype: to
 
 @pytest.mark.parametrize(("name", "changes"), [*WITH_TMSA, ("diffit-latent", {"time_in": "bias"})], ids=str)
 @pytest.mark.parametrize("part", [1, 3000, 1 << 19])
-def test_attention_in_parts_is_the_whole_one(
+def test_chunked_attention_equals_whole_attention(
     name: str, changes: dict[str, Any], part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tmsa, "CHUNK", part)
@@ -168,11 +168,11 @@ def test_attention_in_parts_is_the_whole_one(
         net(x.double(), t, y)
     with torch.autocast("cpu", torch.bfloat16):
         net.float()(x, t, y)
-    assert len(parts) == tried  # a fused kernel does it where it can
+    assert len(parts) == tried  # without gradients or in bfloat16 a fused kernel is used
 
 
 @pytest.mark.parametrize("name", ["diffit", "diffit-latent"])
-def test_samples_follow_the_weights(name: str) -> None:
+def test_samples_follow_changed_weights(name: str) -> None:
     net = small(name)
     process, labels = DiscreteVP(VPConfig()), torch.arange(3)
 
@@ -182,13 +182,13 @@ def test_samples_follow_the_weights(name: str) -> None:
 
     first = sample(net)
     for p in net.parameters():
-        p.data += 0.05  # a change that no version counter tells of
+        p.data += 0.05  # a change that no version counter records
     assert not torch.equal(sample(net), first)
     assert torch.equal(sample(net), sample(deepcopy(net)))
 
 
 def trained(folder: Path, *changes: str) -> dict[str, Any]:
-    """The last state of a run of five steps."""
+    """Return the last checkpoint of a run of five steps."""
     train(DIT, [*SHORT, *changes, f"runs_dir={folder}"])
     run = next((folder / "digits").iterdir())
     return torch.load(run / "checkpoints" / "step-5.ckpt", weights_only=True)
@@ -204,26 +204,26 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "change", ["trainer.data_on_device=true", "trainer.async_checkpoints=true", "trainer.tf32=true"]
 )
-def test_a_run_ends_with_the_same_bits(change: str, plain: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_on_a_faster_path_ends_with_the_same_bits(change: str, plain: dict[str, Any], tmp_path: Path) -> None:
     other = trained(tmp_path, change)
     for part in ("state_dict", "optimizer_states"):
         assert_equal(plain[part], other[part], part)
     assert_equal(plain["callbacks"]["EMA"], other["callbacks"]["EMA"], "EMA")
 
 
-def test_a_run_ends_with_the_same_weights_to_rounding(plain: dict[str, Any], tmp_path: Path) -> None:
+def test_channels_last_changes_the_weights_by_rounding_only(plain: dict[str, Any], tmp_path: Path) -> None:
     a, b = plain["state_dict"], trained(tmp_path, "trainer.channels_last=false")["state_dict"]
     assert a.keys() == b.keys()
     assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
 
 
 @pytest.mark.parametrize(("device", "given", "last"), [("cpu", "", True), ("cuda", "", False), ("cuda", "true", True)])
-def test_channels_last_is_for_a_cpu_unless_asked_for(
+def test_channels_last_is_the_default_on_a_cpu_only(
     device: str, given: str, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffbench.runs.base.device_of", lambda accelerator: torch.device(device))
-    words = [f"trainer.channels_last={given}"] if given else []
-    config = load_config("experiments/digits/ddpmpp.yaml", words)
+    args = [f"trainer.channels_last={given}"] if given else []
+    config = load_config("experiments/digits/ddpmpp.yaml", args)
     assert isinstance(config, RunConfig)
     network = DenoiserRun(Path("x"), config).network
     weights = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
@@ -235,7 +235,7 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffit-latent
 
 @pytest.mark.parametrize("how", ["block", "model"])
 @pytest.mark.parametrize("name", ["dit", "diffit", *OTHERS])
-def test_compiled_in_place_with_the_same_names_and_values(name: str, how: Any) -> None:
+def test_compiling_in_place_keeps_names_and_values(name: str, how: Any) -> None:
     net, (x, t, y) = small(name), inputs()
     want, names = net(x, t, y), list(net.state_dict())
     torch.compiler.reset()
@@ -244,7 +244,7 @@ def test_compiled_in_place_with_the_same_names_and_values(name: str, how: Any) -
     assert list(net.state_dict()) == names
     assert how == "model" or all(b._compiled_call_impl is not None for b in blocks(net))
     for p in net.parameters():
-        p.data = p.data + 0.05  # as averages take the weights' place
+        p.data = p.data + 0.05  # as when averages replace the weights
     assert torch.equal(net(x, t, y), deepcopy(net).forward(x, t, y))
     assert not torch.equal(net(x, t, y), want)
 
@@ -273,7 +273,7 @@ def test_auto_compiles_long_runs_on_a_gpu(name: str, flops: float, gpu: bool, ho
     assert compile_here(small(name), "none", flops, gpu) == "none"
 
 
-def test_auto_says_once_that_there_is_no_compiler(
+def test_auto_prints_a_note_if_there_is_no_compiler(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -283,18 +283,18 @@ def test_auto_says_once_that_there_is_no_compiler(
     )
 
 
-def test_a_run_compiles_for_training_and_for_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
+def test_flops_of_training_and_sampling_decide_on_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flops_seen: list[float] = []
 
     def recorded(network: nn.Module, how: str, flops: float, gpu: bool) -> str:
-        asked.append(flops)
+        flops_seen.append(flops)
         return "none"
 
     monkeypatch.setattr("diffbench.training.speed.compile_here", recorded)
     assert main(["train", DIT, *SHORT, "evaluate.count=20", f"runs_dir={tmp_path}"]) == 0
     macs = load(only(tmp_path)).cost.macs
-    assert asked[0] == 6.0 * macs * 40
-    assert asked[1] == 2.0 * macs * 2 * 20  # two steps for each of twenty samples
+    assert flops_seen[0] == 6.0 * macs * 40
+    assert flops_seen[1] == 2.0 * macs * 2 * 20  # two steps for each of twenty samples
 
 
 def test_auto_means_bfloat16_on_a_gpu_for_denoisers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,27 +331,27 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
-def test_freed_memory_is_used_again() -> None:
-    """80 MiB, three times: that is 61,440 pages of 4 KiB."""
+def test_freed_memory_is_reused() -> None:
+    """Allocating 80 MiB three times takes 61,440 pages of 4 KiB."""
     command = [sys.executable, "-c", FAULTS]
     counts = {on: int(subprocess.check_output([*command, on])) for on in ("true", "false")}
     assert counts["true"] < 3_000 < 15_000 < counts["false"], counts
 
 
-def test_a_run_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_enables_keep_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
     monkeypatch.setattr("diffbench.runs.base.keep_memory", lambda: calls.append(None))
     run = DenoiserRun(Path("none"), load_config("experiments/digits/dit.yaml"))
     assert run.network is run.network and len(calls) == 1
 
 
-def test_the_mantissa_of_float32_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_precision_of_float32_products_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     def now() -> tuple[str, bool]:
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
     before = now()
     with float32_products(tf32=True):
-        assert now() == before  # there is no CUDA GPU to which it could matter
+        assert now() == before  # nothing to change without a CUDA GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for tf32, want in ((True, ("high", True)), (False, ("highest", False))):
         with float32_products(tf32=tf32):
@@ -359,7 +359,7 @@ def test_the_mantissa_of_float32_is_put_back(monkeypatch: pytest.MonkeyPatch) ->
     assert now() == before
 
 
-def test_inductors_advice_to_use_tf32_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductors_warning_about_tf32_is_suppressed(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import compile_fx
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -372,14 +372,14 @@ def test_inductors_advice_to_use_tf32_is_not_passed_on(monkeypatch: pytest.Monke
             compile_fx._warn_tf32_disabled.__wrapped__()
 
 
-def test_sampling_in_bfloat16() -> None:
+def test_samples_in_bfloat16_are_close_to_those_in_float32() -> None:
     net, process, labels = small("diffit-latent"), DiscreteVP(VPConfig()), torch.arange(4) % CLASSES
 
     def sample(**changes: Any) -> Tensor:
         config = SampleConfig(sampler="ddim", steps="4", **changes)
         return Sampler(net, process, (3, 8, 8), raw=True)(labels, config)
 
-    assert "precision" not in SampleConfig().sampling_keys()  # as before there was the key
+    assert "precision" not in SampleConfig().sampling_keys()  # the default adds no key
     assert SampleConfig(precision="bf16-mixed").sampling_keys()["precision"] == "bf16-mixed"
     want, low = sample(), sample(precision="bf16-mixed")
     assert low.dtype == torch.float32
@@ -395,7 +395,7 @@ def test_dropout_is_seeded_by_the_first_position() -> None:
     assert torch.equal(*states)
 
 
-def test_a_batch_says_its_first_position_as_a_number(tmp_path: Path) -> None:
+def test_a_batch_contains_its_first_position_as_a_number(tmp_path: Path) -> None:
     config = load_config(DIT, ["trainer.data_on_device=true"])
     module = DenoiserRun(tmp_path, config).data_module()
     assert module.data_on_device is True
@@ -404,21 +404,21 @@ def test_a_batch_says_its_first_position_as_a_number(tmp_path: Path) -> None:
     assert set(module.on_after_batch_transfer(batch, 0)) == {"x0", "label", "position", "first"}
 
 
-def test_a_state_written_in_the_background_is_that_of_its_moment(
+def test_a_checkpoint_written_in_the_background_has_the_state_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, write = threading.Event(), torch.save
+    release, write = threading.Event(), torch.save
 
     def slow(*arguments: Any) -> None:
-        assert held.wait(60)
+        assert release.wait(60)
         write(*arguments)
 
     monkeypatch.setattr("diffbench.training.checkpoint.torch.save", slow)
     io, weight = AtomicCheckpointIO(background=True, keep=2), torch.zeros(3)
     io.save_checkpoint({"w": weight, "deep": [{"step": 1}]}, tmp_path / "step-1.ckpt")
-    weight += 1  # training goes on
+    weight += 1  # training continues
     assert all_steps(tmp_path) == []
-    held.set()
+    release.set()
     io.join()
     assert read_state(tmp_path / "step-1.ckpt")["w"].tolist() == [0, 0, 0]
     for step in (2, 3):
@@ -433,12 +433,12 @@ def test_a_state_written_in_the_background_is_that_of_its_moment(
     io.save_checkpoint({"w": weight}, tmp_path / "step-4.ckpt")
     with pytest.raises(OSError, match="disk full"):
         io.join()
-    io.join()  # said once
+    io.join()  # raised once
     assert [p.name for p in all_steps(tmp_path)] == ["step-2.ckpt", "step-3.ckpt"]
 
 
 @pytest.mark.slow
-def test_killed_while_states_are_written_in_the_background(tmp_path: Path) -> None:
+def test_a_run_killed_while_writing_in_the_background_resumes_bit_for_bit(tmp_path: Path) -> None:
     overrides = [*TINY, *CASES["dit"], "trainer.async_checkpoints=true"]
     train(DIT, [*overrides, f"runs_dir={tmp_path / 'whole'}"])
     broken = [*overrides, f"runs_dir={tmp_path / 'broken'}"]
@@ -452,7 +452,7 @@ def test_killed_while_states_are_written_in_the_background(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_compiled_run_ends_with_the_same_weights(plain: dict[str, Any], tmp_path: Path) -> None:
+def test_compiling_changes_the_weights_by_rounding_only(plain: dict[str, Any], tmp_path: Path) -> None:
     torch.compiler.reset()
     a, b = plain["state_dict"], trained(tmp_path, "trainer.compile=block")["state_dict"]
     assert a.keys() == b.keys()

@@ -1,4 +1,4 @@
-"""What a GPU has to show; run by `make test-gpu`, at most ten minutes."""
+"""Tests that need a GPU, run by `make test-gpu`; they take at most ten minutes."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ SHORT = ["trainer.max_images=6_400", "sample.steps='5'", "evaluate.count=20", "t
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_a_short_training_in_bf16_with_averages_on_the_gpu(
+def test_training_in_bf16_keeps_its_averages_on_the_gpu(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices: set[str] = set()
@@ -47,7 +47,7 @@ def test_a_short_training_in_bf16_with_averages_on_the_gpu(
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_one_compiled_step(name: str) -> None:
+def test_a_compiled_network_equals_the_plain_one(name: str) -> None:
     config = DENOISERS[name].config
     shape = {"image_size": 8, "channels": 1, "num_classes": 10, "null_class": True, "learn_sigma": False}
     sizes = {
@@ -66,7 +66,7 @@ def test_one_compiled_step(name: str) -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters() if p.requires_grad)
 
 
-def test_killed_and_resumed_bit_for_bit(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     common = [*SHORT, "trainer.deterministic=true", "trainer.checkpoint_images=640", "denoiser.dropout=0.1"]
     path = "experiments/digits/dit.yaml"
     whole = train(path, [*common, f"runs_dir={tmp_path / 'whole'}"])
@@ -102,14 +102,14 @@ def test_distances_on_the_gpu_equal_those_on_the_cpu(name: str) -> None:
         scorer = scorers.run_scorer(EvaluateConfig(count=300, extractor=name), extractor, train_set, held_out)
         suite = Suite(scorer.comparison)
         assert {m.n.device.type for _, m in suite.metrics if hasattr(m, "n")} == {device}
-        with torch.autocast(device, torch.bfloat16):  # what surrounds it must not matter
+        with torch.autocast(device, torch.bfloat16):  # an autocast around it must not matter
             for index in torch.arange(300).split(128):
                 suite.update(held_out.images[index], index, held_out.labels[index])
         found[device] = suite.compute()
     assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3, abs=1e-3)
 
 
-def test_distances_in_training_and_the_best_weights_on_the_gpu(tmp_path: Path) -> None:
+def test_a_run_on_the_gpu_logs_distances_and_keeps_the_best_weights(tmp_path: Path) -> None:
     argv = [
         *SHORT,
         "evaluate.every_images=3_200",
@@ -124,16 +124,16 @@ def test_distances_in_training_and_the_best_weights_on_the_gpu(tmp_path: Path) -
     assert (run.folder / "best.safetensors").is_file()
 
 
-def test_a_gpu_trains_in_bfloat16_by_itself(tmp_path: Path) -> None:
+def test_a_gpu_trains_in_bfloat16_by_default(tmp_path: Path) -> None:
     run = train("experiments/digits/dit.yaml", [*SHORT, "trainer.max_images=640", f"runs_dir={tmp_path}"])
     assert run.config.trainer.precision == "bf16-mixed"
     assert all(p.dtype == torch.float32 for p in run.network.parameters())
 
 
 @pytest.mark.parametrize("changes", [["trainer.tf32=true"], ["trainer.compile=block"]])
-def test_fast_training_ends_near_the_exact_one(changes: list[str], tmp_path: Path) -> None:
+def test_fast_training_ends_close_to_exact_training(changes: list[str], tmp_path: Path) -> None:
     common = [*SHORT, "trainer.max_images=640", "trainer.precision=32-true"]
-    ends = [  # in folders of their own: compiling names no other run
+    ends = [  # in separate folders: compiling does not change a run's name
         train("experiments/digits/diffit-latent.yaml", [*common, *more, f"runs_dir={tmp_path / str(len(more))}"])
         for more in ([], changes)
     ]

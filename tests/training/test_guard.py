@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped with everything as it was, counted, and after a row of them the end."""
+"""Non-finite steps are skipped without a trace, counted, and end training after too many in a row."""
 
 import json
 import re
@@ -39,7 +39,7 @@ TINY = [
 
 
 def broken(patch: pytest.MonkeyPatch, at: set[int], how: str) -> list[list[Tensor]]:
-    """Spoils the loss, or just the gradient, at these steps; what is returned fills with weights, state, averages."""
+    """Break the loss or only the gradient at these steps; return a list that gets weights, state, averages of each."""
     step_of, seen = DiffusionModule.training_step, []
 
     def spoilt(self: DiffusionModule, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -74,7 +74,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
         ("loss", "bf16-mixed", "adamw"),
     ],
 )
-def test_a_step_is_skipped_with_everything_as_it_was(
+def test_a_skipped_step_changes_nothing(
     how: str, precision: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = broken(monkeypatch, {3, 4, 6}, how)
@@ -83,7 +83,7 @@ def test_a_step_is_skipped_with_everything_as_it_was(
     assert same == [False, True, True, False, True, False, False]  # between steps 1 and 2, 2 and 3, ...
     logged = [line for line in lines(run.folder) if "train/skipped_steps" in line]
     assert [line["train/skipped_steps"] for line in logged] == [0, 2, 3, 3]
-    # The mean leaves out losses that are no number; a line where all of them are has no loss.
+    # The mean ignores non-finite losses; a line without any finite loss has no loss.
     assert ["train/loss" in line for line in logged] == [True, how == "gradient", True, True]
     assert ["train/grad_norm" in line for line in logged] == [True, False, False, True]
     state = torch.load(run.folder / "checkpoints" / "step-8.ckpt", weights_only=True)
@@ -92,7 +92,7 @@ def test_a_step_is_skipped_with_everything_as_it_was(
     assert {float(s["step"]) for s in state["optimizer_states"][0]["state"].values() if "step" in s} == {5.0}
 
 
-def test_a_row_of_them_ends_training_and_can_be_seen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skipped_steps_end_training_reproducibly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [
         *TINY,
         f"runs_dir={tmp_path}",
@@ -113,8 +113,8 @@ def test_a_row_of_them_ends_training_and_can_be_seen_again(tmp_path: Path, monke
     assert saved["x0"].shape == (8, 1, 8, 8) and saved["label"].shape == (8,)
     low, high = saved["time"].min(), saved["time"].max()
     assert f"times {low:g} to {high:g}, log-SNR " in text
-    told = {"step": str(step), "images": str(8 * step), "seed": "0", "micro_batches": "2"}
-    assert tensors.read(path)[1] == told
+    notes = {"step": str(step), "images": str(8 * step), "seed": "0", "micro_batches": "2"}
+    assert tensors.read(path)[1] == notes
     module = DenoiserRun(folder, load_config(DIT, argv)).module()  # as README says
     module.network.load_state_dict({k.removeprefix("network."): v for k, v in saved.items() if "network." in k})
     parts = [{k: saved[k].chunk(2)[i] for k in ("x0", "position", "label")} for i in range(2)]
@@ -135,7 +135,7 @@ def test_tied_weights_are_saved_too(tmp_path: Path) -> None:
     assert torch.equal(saved["network.b.weight"], net.a.weight) and torch.equal(saved["network.a.bias"], net.a.bias)
 
 
-def test_fp16_looks_for_its_scale_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_finds_its_loss_scale_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale = torch.amp.GradScaler.__init__
 
     def too_large(self: Any, device: str = "cpu", *_: Any, **__: Any) -> None:
@@ -146,7 +146,7 @@ def test_fp16_looks_for_its_scale_and_trains(tmp_path: Path, monkeypatch: pytest
     run = train(DIT, [*argv, "trainer.max_images=400", "trainer.checkpoint_images=400"])
     state = torch.load(run.folder / "checkpoints" / "step-50.ckpt", weights_only=True)
     skipped = state["callbacks"]["NonFiniteGuard"]["skipped"]
-    assert skipped > 2  # more than may be in a row, but fp16's scale was to blame
+    assert skipped > 2  # more than allowed in a row, but caused by the loss scale
     assert state["MixedPrecision"]["scale"] == 2.0 ** (40 - skipped)
     assert state["callbacks"]["EMA"]["updates"] == 50 - skipped
     logged = [line for line in lines(run.folder) if "train/loss" in line]
@@ -154,36 +154,36 @@ def test_fp16_looks_for_its_scale_and_trains(tmp_path: Path, monkeypatch: pytest
     assert logged[-1]["train/grad_norm"] < 100  # unscaled
 
 
-def test_fp16_ends_where_no_scale_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_stops_if_no_loss_scale_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, set(range(100)), "gradient")
     argv = [*TINY, "trainer.precision=16-mixed", "trainer.max_skipped=2", "trainer.max_images=400"]
     with pytest.raises(UserError, match=r"gradient of 2 steps in a row was not finite, last at step 19 "):
         train(DIT, [*argv, f"runs_dir={tmp_path}"])  # 2**16 is halved 17 times to be below 1
 
 
-def deciding(device: str) -> tuple[Any, torch.optim.Optimizer, torch.nn.Parameter]:
-    """What decides, a fused optimizer, and its one weight."""
+def arguments_on(device: str) -> tuple[Any, torch.optim.Optimizer, torch.nn.Parameter]:
+    """Return a trainer for `decide`, a fused optimizer, and its only weight."""
     weight = torch.nn.Parameter(torch.zeros(2, device=device))
     strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
     trainer = SimpleNamespace(strategy=strategy, precision_plugin=None)
     return trainer, torch.optim.AdamW([weight], fused=True), weight
 
 
-def test_the_decision() -> None:
-    trainer, optimizer, weight = deciding("cpu")
+def test_non_finite_losses_and_gradients_are_skipped() -> None:
+    trainer, optimizer, weight = arguments_on("cpu")
     inf, nan = torch.inf, torch.nan
     cases = ((2.0, 1.0, False), (nan, 1.0, True), (2.0, inf, True), (2.0, nan, True), (-inf, inf, True))
     for loss, norm, skipped in cases:
         weight.grad = torch.ones(2)
         outcome = decide(trainer, optimizer, torch.tensor(loss), torch.tensor(norm))
         assert isinstance(outcome, Outcome) and outcome.skipped is outcome.diverged is skipped
-        assert (weight.grad is None) is skipped and not hasattr(optimizer, "found_inf")  # here the host knows at once
+        assert (weight.grad is None) is skipped and not hasattr(optimizer, "found_inf")  # a CPU knows at once
 
 
-def test_off_the_cpu_the_optimizer_is_told_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has no value, as on the meta device, cannot be waited for."""
+def test_off_the_cpu_the_fused_optimizer_gets_found_inf_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device tensors have no values, so waiting for one would fail."""
     monkeypatch.setattr("diffbench.training.nan_guard.Outcome", lambda skipped: skipped)
-    trainer, optimizer, weight = deciding("meta")
+    trainer, optimizer, weight = arguments_on("meta")
     weight.grad = torch.ones_like(weight)
     outcome: Any = decide(trainer, optimizer, torch.ones((), device="meta"), torch.ones((), device="meta"))
     assert optimizer.found_inf is outcome and outcome.is_meta and weight.grad is not None  # type: ignore[attr-defined]

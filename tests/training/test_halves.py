@@ -1,4 +1,4 @@
-"""A micro-batch that two threads compute, half of it each: the loss and gradients of the whole."""
+"""A micro-batch computed in halves by two threads: its loss and gradients equal those of the whole."""
 
 import copy
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from diffbench.training.recorded import Recorded
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
-def digits(model: str, *words: str) -> DenoiserRun:
-    return DenoiserRun("x", load_config(EXPERIMENTS / "digits" / f"{model}.yaml", words))  # type: ignore[arg-type]
+def digits(model: str, *args: str) -> DenoiserRun:
+    return DenoiserRun("x", load_config(EXPERIMENTS / "digits" / f"{model}.yaml", args))  # type: ignore[arg-type]
 
 
 def step(module: DiffusionModule, in_halves: bool, count: int = 5) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def step(module: DiffusionModule, in_halves: bool, count: int = 5) -> tuple[Tens
     module.zero_grad()
     image = torch.linspace(-1, 1, count * 64).sin().view(count, 1, 8, 8)
     loss = module.training_step({"image": image, "label": torch.arange(count) % 10}, 0)
-    (loss / 3).backward()  # as of three micro-batches
+    (loss / 3).backward()  # as one of three micro-batches
     return loss.detach(), torch.cat([p.grad.flatten() for p in module.network.parameters() if p.grad is not None])
 
 
@@ -38,7 +38,7 @@ def test_halves_give_the_loss_and_gradients_of_the_whole(model: str) -> None:
     assert model in DENOISERS
     module = digits(model).module()
     with torch.no_grad():
-        for p in module.network.parameters():  # none is zero, as many are at first
+        for p in module.network.parameters():  # many start at zero; make none zero
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     whole, halves, again = step(module, False), step(module, True), step(module, True)
     torch.testing.assert_close(halves[0], whole[0], rtol=1e-6, atol=0)
@@ -46,23 +46,23 @@ def test_halves_give_the_loss_and_gradients_of_the_whole(model: str) -> None:
     assert torch.equal(halves[0], again[0]) and torch.equal(halves[1], again[1])
 
 
-def test_halves_hold_for_weighted_losses_mixed_precision_and_one_image() -> None:
+def test_halves_work_with_weighted_losses_mixed_precision_and_one_image() -> None:
     module = digits("dit", "trainer.time_sampling=loss_aware").module()
     module.batch_size = 5
-    kept = []
+    results = []
     for in_halves in (False, True):
         module.history = LossAware(1000)
         with torch.autocast("cpu", torch.bfloat16):
             loss, gradient = step(module, in_halves)
-        kept.append((loss, gradient, module.history.state_dict()))
-    torch.testing.assert_close(kept[1][0], kept[0][0], rtol=1e-2, atol=0)
-    assert (kept[1][1] - kept[0][1]).norm() <= 2e-2 * kept[0][1].norm()
-    torch.testing.assert_close(kept[1][2], kept[0][2], rtol=1e-2, atol=1e-6)
+        results.append((loss, gradient, module.history.state_dict()))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-2, atol=0)
+    assert (results[1][1] - results[0][1]).norm() <= 2e-2 * results[0][1].norm()
+    torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-2, atol=1e-6)
     assert torch.equal(step(module, True, count=1)[1], step(module, False, count=1)[1])
 
 
 @pytest.mark.parametrize("model", ["dit", "unet", "diffit", "diffit-latent", "ddpmpp", "uvit", "segformer"])
-def test_recorded_operations_give_the_bits_of_the_network(model: str) -> None:
+def test_recorded_operations_equal_the_network_bit_for_bit(model: str) -> None:
     network = digits(model).network
     recorded, generator = Recorded(network), torch.Generator().manual_seed(0)
     labels = torch.arange(6) % 11
@@ -84,7 +84,7 @@ def values(forward: Callable[..., Tensor], network: nn.Module, *inputs: Tensor |
     return {"": out.detach(), **gradients}
 
 
-def test_a_copy_of_recorded_operations_has_weights_of_its_own() -> None:
+def test_a_copy_of_recorded_operations_has_its_own_weights() -> None:
     network = digits("dit").network
     recorded, x, t, y = Recorded(network), torch.randn(2, 1, 8, 8), torch.rand(2), torch.arange(2)
     recorded(x, t, y)
@@ -107,14 +107,14 @@ def test_the_network_itself_is_called_where_it_cannot_be_recorded(
         assert torch.equal(Recorded(network)(*inputs), network(*inputs))
 
 
-@pytest.mark.parametrize("words", [[], ["denoiser.gradient_checkpointing=true"]])
-def test_a_network_that_forgets_activations_is_not_recorded(words: list[str]) -> None:
-    module = digits("dit", *words).module()
+@pytest.mark.parametrize("args", [[], ["denoiser.gradient_checkpointing=true"]])
+def test_a_network_with_gradient_checkpointing_is_not_recorded(args: list[str]) -> None:
+    module = digits("dit", *args).module()
     step(module, in_halves=True)
-    assert bool(module._recorded._recorded) == (not words)
+    assert bool(module._recorded._recorded) == (not args)
 
 
-def test_parameters_that_half_of_the_images_need_or_none() -> None:
+def test_gradients_of_parameters_that_only_one_half_or_neither_uses() -> None:
     a, b, unused, frozen = (nn.Parameter(torch.tensor(value)) for value in (2.0, 3.0, 5.0, 7.0))
     frozen.requires_grad_(False)
     x = torch.tensor([1.0, 2.0, 4.0])
@@ -130,7 +130,7 @@ def test_parameters_that_half_of_the_images_need_or_none() -> None:
     assert unused.grad is None and frozen.grad is None
 
 
-def test_an_error_of_either_half_reaches_the_caller() -> None:
+def test_an_error_in_one_half_reaches_the_caller() -> None:
     a = nn.Parameter(torch.ones(()))
 
     def broken(part: slice) -> Tensor:
@@ -143,7 +143,7 @@ def test_an_error_of_either_half_reaches_the_caller() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "words", "in_halves"),
+    ("model", "args", "in_halves"),
     [  # a step of the digits' DiT has 2.7e8 multiply-accumulates
         ("dit", [], True),
         ("dit", ["trainer.threads=1"], False),
@@ -155,18 +155,18 @@ def test_an_error_of_either_half_reaches_the_caller() -> None:
         ("../foreign/uvit", [], False),
     ],
 )
-def test_small_networks_that_draw_nothing_take_halves(
-    model: str, words: list[str], in_halves: bool, two_threads: Any, monkeypatch: pytest.MonkeyPatch
+def test_only_small_networks_without_random_layers_compute_in_halves(
+    model: str, args: list[str], in_halves: bool, two_threads: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffbench.training.speed.compile_network", lambda *_: None)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    run = digits(model, *words)
+    run = digits(model, *args)
     assert not run.module().in_halves  # before `use_threads`
     run.use_threads()
     assert run.module().in_halves == in_halves
-    # What trains again with so many threads computes alike.
-    again = digits(model, *words, f"trainer.threads={run.provenance(None)['threads']}")
+    # Training again with this number of threads computes in the same way.
+    again = digits(model, *args, f"trainer.threads={run.provenance(None)['threads']}")
     shared = torch.get_num_threads()
     again.use_threads()
     assert (again.module().in_halves, torch.get_num_threads()) == (in_halves, shared)

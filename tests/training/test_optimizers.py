@@ -1,4 +1,4 @@
-"""Muon: which parameters it takes, its steps beside AdamW's, and what it does not go with."""
+"""Muon: the parameters it takes, its steps next to AdamW's, and the settings it is refused with."""
 
 import copy
 
@@ -30,7 +30,7 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest(name: str) -> None
         }
 
 
-def test_its_steps_are_those_of_torchs_muon_and_adamw() -> None:
+def test_steps_equal_those_of_torchs_muon_and_adamw() -> None:
     network = small("dit").requires_grad_(True)
     twin = copy.deepcopy(network)
     ours = build_optimizer(OptimizerConfig("muon", lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95]), network)
@@ -47,7 +47,7 @@ def test_its_steps_are_those_of_torchs_muon_and_adamw() -> None:
         ours.step()
         for optimizer in theirs:
             optimizer.step()
-        if step == 1:  # a state that was saved replaces the one in use
+        if step == 1:  # saving and loading the state changes nothing
             ours.load_state_dict(copy.deepcopy(ours.state_dict()))
     for a, b in zip(network.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -58,6 +58,6 @@ def test_a_network_without_hidden_matrices_is_refused() -> None:
         build_optimizer(OptimizerConfig("muon"), nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Linear(4, 4)))
 
 
-def test_muon_needs_whole_matrices() -> None:
+def test_muon_is_refused_with_sharded_matrices() -> None:
     with pytest.raises(UserError, match=r"optimizer\.name: muon needs whole matrices"):
         load("experiments/digits/dit.yaml", ["optimizer.name=muon", "trainer.strategy=fsdp", "trainer.devices=2"])

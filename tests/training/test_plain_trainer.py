@@ -1,4 +1,4 @@
-"""The modules, data and callbacks in a script of one's own, with Lightning's trainer as it is."""
+"""diffbench's modules, data and callbacks in a custom script, with a plain Lightning trainer."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ LEVELS, QUICK = [0.0, 2.0], SampleConfig(steps="2")
 
 
 class Own(nn.Module):
-    """A network of one's own."""
+    """A custom network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Own(nn.Module):
 
 
 class Recorded(DiffusionModule):
-    """Keeps what each micro-batch trained on."""
+    """A module that records what each micro-batch trained on."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -124,7 +124,7 @@ FLOATS = IMAGES / 127.5 - 1
         (FLOATS.double(), LABELS),
     ],
 )
-def test_a_batch_of_any_loader(batch: Any) -> None:
+def test_batches_of_any_common_form_are_read(batch: Any) -> None:
     lm = module(dit())
     trainer(max_steps=1).fit(lm, one(batch))
     assert (lm.batch["label"] is None) == isinstance(batch, Tensor)
@@ -139,13 +139,13 @@ def test_a_batch_of_any_loader(batch: Any) -> None:
         ({"pixels": IMAGES, "label": LABELS}, "only pixels, label"),
     ],
 )
-def test_another_batch_is_refused(batch: Any, got: str) -> None:
+def test_a_batch_of_another_form_is_refused(batch: Any, got: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"of shape (B, C, H, W); got {got}")):
         module().training_step(batch, 0)
 
 
 @pytest.mark.parametrize("do", ["fit", "validate", "predict"])
-def test_labels_that_the_network_does_not_know_are_refused(do: str) -> None:
+def test_labels_out_of_range_are_refused(do: str) -> None:
     with pytest.raises(ValueError, match=r"labels lie in 0\.\.5, allowed are 0\.\.3"):
         getattr(trainer(max_steps=1), do)(module(dit()), one([FLOATS, torch.arange(48) % 6]))
 
@@ -158,7 +158,7 @@ def test_labels_are_checked_in_every_batch() -> None:
 
 
 @pytest.mark.parametrize(("label", "got"), [(LABELS[:, None], r"int64 \(48, 1\)"), (["cat"] * 48, "list")])
-def test_labels_of_another_kind_are_refused(label: Any, got: str) -> None:
+def test_labels_of_the_wrong_type_or_shape_are_refused(label: Any, got: str) -> None:
     with pytest.raises(ValueError, match=r"labels must be whole numbers \(48,\), or float weights .* got .*" + got):
         module(dit()).training_step([FLOATS, label], 0)
 
@@ -168,7 +168,7 @@ class Streamed(IterableDataset[Any]):
         return iter(zip(IMAGES, LABELS, strict=True))
 
 
-def test_data_sets_of_other_people_are_read_into_memory() -> None:
+def test_third_party_data_sets_are_read_into_memory() -> None:
     names = ["ape", "bee", "cat", "dog"]
     columns = {"img": [Image.fromarray(image[0].numpy()) for image in IMAGES], "fine_label": LABELS.tolist()}
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=names)})
@@ -186,7 +186,7 @@ def test_data_sets_of_other_people_are_read_into_memory() -> None:
         image_set([{"photo": IMAGES[0], "label": 1}])  # type: ignore[arg-type]
 
 
-def test_pillow_images_of_any_mode() -> None:
+def test_pillow_images_of_any_integer_mode_are_read() -> None:
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     found = image_set([Image.fromarray(levels)]).images  # type: ignore[arg-type]
     assert found.shape == (1, 1, 8, 8) and (found[0, 0].numpy() == np.round(levels / 257)).all()
@@ -198,7 +198,7 @@ def test_pillow_images_of_any_mode() -> None:
         image_set([grey, grey.convert("RGB")])  # type: ignore[arg-type]
 
 
-def test_floats_beyond_1_are_not_clipped() -> None:
+def test_floats_well_beyond_1_are_refused_not_clipped() -> None:
     slightly = FLOATS * 1.001
     assert torch.equal(image_set(TensorDataset(slightly)).images, IMAGES)
     standardised, mixed = TensorDataset(2 * FLOATS), [IMAGES[0], FLOATS[0]]
@@ -210,7 +210,7 @@ def test_floats_beyond_1_are_not_clipped() -> None:
         ValidationError(TensorDataset(3 * torch.randn(4, 4, 2, 2)), 8)  # latents
 
 
-def test_floats_in_0_to_1_are_told_apart() -> None:
+def test_floats_in_0_to_1_are_detected() -> None:
     with pytest.warns(
         UserWarning, match=r"images lie in 0\.\.1: give uint8, or float in -1\.\.1 \(2 \* x - 1 converts"
     ):
@@ -233,7 +233,7 @@ EPOCHS = [
 
 
 @pytest.mark.parametrize(("options", "images"), EPOCHS)
-def test_positions_go_on_over_epochs_and_fits(options: dict[str, Any], images: int) -> None:
+def test_positions_continue_across_epochs_and_fits(options: dict[str, Any], images: int) -> None:
     lm = module()
     for _ in range(2):
         trainer(**options).fit(lm, loader())
@@ -242,7 +242,7 @@ def test_positions_go_on_over_epochs_and_fits(options: dict[str, Any], images: i
 
 
 @pytest.mark.parametrize(("options", "images"), EPOCHS)
-def test_the_data_module_too(options: dict[str, Any], images: int) -> None:
+def test_positions_of_the_data_module_continue_across_epochs_and_fits(options: dict[str, Any], images: int) -> None:
     lm, data = (
         module(),
         ImageDataModule(TensorDataset(IMAGES, LABELS), batch_size=16 if "accumulate" in str(options) else 8),
@@ -255,7 +255,7 @@ def test_the_data_module_too(options: dict[str, Any], images: int) -> None:
     assert distinct == (16 if "overfit_batches" in options else min(48, 2 * images))
 
 
-def test_a_resumed_fit_is_the_unbroken_one(tmp_path: Path) -> None:
+def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     def fit(ckpt: str | None, *callbacks: L.Callback) -> list[Tensor]:
         torch.manual_seed(0)
         lm, data = module(dit(), label_dropout=0.2), ImageDataModule(TensorDataset(IMAGES, LABELS), batch_size=8)
@@ -273,7 +273,7 @@ def test_a_resumed_fit_is_the_unbroken_one(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
-def test_learning_rate_and_clipping_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_learning_rate_follows_the_warm_up_or_the_given_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
 
     class Rates(L.Callback):
@@ -289,19 +289,19 @@ def test_learning_rate_and_clipping_as_given(monkeypatch: pytest.MonkeyPatch) ->
     assert rates == [32 / 160, 64 / 160, 80 / 160, 112 / 160]
     rates.clear()
     halving = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
-    own = module(optimizer=torch.optim.SGD, lr_scheduler=halving, lr=0.8)
-    trainer(max_steps=3, callbacks=[Rates()]).fit(own, loader())
-    assert rates == [0.8, 0.4, 0.2] and isinstance(own.optimizers().optimizer, torch.optim.SGD)  # type: ignore[union-attr]
+    custom = module(optimizer=torch.optim.SGD, lr_scheduler=halving, lr=0.8)
+    trainer(max_steps=3, callbacks=[Rates()]).fit(custom, loader())
+    assert rates == [0.8, 0.4, 0.2] and isinstance(custom.optimizers().optimizer, torch.optim.SGD)  # type: ignore[union-attr]
 
 
 class Groups(L.Callback):
-    """Remembers the gradients of an optimizer step."""
+    """A callback that records the gradients of an optimizer step."""
 
     def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.gradients = [p.grad for p in pl_module.parameters() if p.grad is not None] or self.gradients
 
 
-def test_every_group_is_clipped_as_trainer_or_settings_say() -> None:
+def test_clipping_covers_every_parameter_group_and_is_set_in_one_place() -> None:
     def groups(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD([{"params": [p]} for p in parameters], lr=1.0)
 
@@ -330,18 +330,18 @@ def test_gradients_of_fp16_are_unscaled_once(kind: Any, fused: bool) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_precisions(precision: Any) -> None:
+def test_parameters_have_the_dtype_of_the_precision(precision: Any) -> None:
     lm = module()
     trainer(max_steps=2, precision=precision).fit(lm, loader())
     assert next(lm.network.parameters()).dtype == (torch.float64 if precision == "64-true" else torch.float32)
 
 
-def test_sixteen_bits_are_refused() -> None:
+def test_true_16_bit_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="times and noise need more than 16 bits; choose bf16-mixed"):
         trainer(max_steps=1, precision="bf16-true").fit(module(), loader())
 
 
-def test_load_from_checkpoint(tmp_path: Path) -> None:
+def test_load_from_checkpoint_restores_module_and_average(tmp_path: Path) -> None:
     fitter = trainer(max_steps=2, callbacks=[EMA(0.5)])
     lm = module(dit(), seed=3, label_dropout=0.1, optimizer=torch.optim.SGD, lr=0.1)
     fitter.fit(lm, loader())
@@ -356,16 +356,16 @@ def test_load_from_checkpoint(tmp_path: Path) -> None:
     EMA.load(path, again)
     average = fitter.callbacks[0].averages[0.5]  # type: ignore[attr-defined]
     assert all(torch.equal(p, a) for p, a in zip(again.network.parameters(), average, strict=True))
-    trainer(max_steps=1).fit(own := module(), loader())
-    own.trainer.save_checkpoint(path)
+    trainer(max_steps=1).fit(custom := module(), loader())
+    custom.trainer.save_checkpoint(path)
     with pytest.raises(ValueError, match="does not hold network=Own; pass load_from_checkpoint"):
         DiffusionModule.load_from_checkpoint(path)
     loaded = DiffusionModule.load_from_checkpoint(path, network=Own())
-    assert torch.equal(loaded.network.conv.weight, own.network.conv.weight)  # type: ignore[union-attr]
+    assert torch.equal(loaded.network.conv.weight, custom.network.conv.weight)  # type: ignore[union-attr]
     assert loaded.shape == (1, 8, 8)
 
 
-def test_validate_test_and_predict() -> None:
+def test_validate_test_and_predict_agree_with_direct_calls() -> None:
     lm = module(dit())
     fitter = trainer()
     wanted = bound_metrics("val", denoising_error(lm.network, lm.process, ImageSet(IMAGES, LABELS, 4), LEVELS))
@@ -390,7 +390,7 @@ def test_ranks_with_batches_of_different_sizes_share_no_noise(monkeypatch: pytes
     assert len(torch.cat(drawn).flatten(1).unique(dim=0)) == 5
 
 
-def test_samples_of_a_network() -> None:
+def test_sample_draws_from_a_network_and_checks_its_arguments() -> None:
     net = dit()
     several, one_label = sample(net, VP(), labels=[1, 1, 1], steps="2"), sample(net, VP(), 3, labels=1, steps=2)
     assert several.shape == (3, 1, 8, 8) and torch.equal(several, one_label)
@@ -447,14 +447,14 @@ def test_callbacks_work_alone_in_any_order(tmp_path: Path) -> None:
 
 
 class Pixels(nn.Module):
-    """Features of an image: its pixels, four of them."""
+    """A feature extractor that returns the first four pixels."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.float().flatten(1)[:, :4] / 255
 
 
 class Regression(L.LightningModule):
-    """Another LightningModule."""
+    """A LightningModule that is not one of diffbench's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -476,21 +476,21 @@ class Regression(L.LightningModule):
 seen: list[Tensor] = []
 
 
-def test_ema_of_another_module() -> None:
+def test_ema_averages_any_lightning_module() -> None:
     lm, ema = Regression(), EMA(0.5)
     seen.clear()
     fitter = trainer(max_steps=6, callbacks=[ema], num_sanity_val_steps=0)
     fitter.fit(lm, loader(), loader(24))
     assert ema.updates == 6
     assert torch.equal(seen[0], ema.averages[0.5][0]) and not torch.equal(seen[0], lm.line.weight)
-    assert fitter.callback_metrics["fd"] < 1e-6  # a torchmetric, logged as such
+    assert fitter.callback_metrics["fd"] < 1e-6  # logged as a torchmetric
     with pytest.raises(
         TypeError, match="SampleGrid works with diffbench modules, such as DiffusionModule, got Regression"
     ):
         trainer(max_steps=1, callbacks=[SampleGrid(8)]).fit(lm, loader())
 
 
-def test_an_average_of_a_second_module_begins_anew() -> None:
+def test_an_ema_callback_starts_over_with_a_second_module() -> None:
     ema = EMA(0.9)
     for _ in range(2):
         lm = module(dit(), lr=0.1)
@@ -504,15 +504,15 @@ def test_half_lives_need_the_batch_size() -> None:
     assert EMA(EMAConfig(half_life=[8]).in_steps(8)).config.decays == [0.5]
 
 
-def test_a_grid_takes_all_cores_that_batches_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its strip of steps needs the first four samples in one batch."""
+def test_a_sample_grid_is_drawn_in_parallel_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch is smaller than four, because the strip of steps needs the first four samples in one."""
     sizes: list[int] = []
 
-    def noted(self: Sampler, how: SampleConfig) -> int:
-        sizes.append(how.batch_size)
-        return how.batch_size
+    def recorded(self: Sampler, config: SampleConfig) -> int:
+        sizes.append(config.batch_size)
+        return config.batch_size
 
-    monkeypatch.setattr(Sampler, "batch_size", noted)
+    monkeypatch.setattr(Sampler, "batch_size", recorded)
     network = dit()
     for at_once in (1, 3, 16):
         sampler = Sampler(network, VP(), (1, 8, 8), null_label=4, at_once=at_once)
@@ -523,8 +523,8 @@ def test_a_grid_takes_all_cores_that_batches_may_take(tmp_path: Path, monkeypatc
     assert all(np.abs(image - images[0]).max() <= 1 for image in images)
 
 
-def test_two_devices(tmp_path: Path) -> None:
-    """Ranks share positions, with Lightning's own sampler of any loader and with ours."""
+def test_two_devices_split_the_positions(tmp_path: Path) -> None:
+    """Ranks split the positions, both with the sampler that Lightning puts into a loader and with ours."""
 
     class Writes(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -548,8 +548,8 @@ def test_two_devices(tmp_path: Path) -> None:
         assert sorted(first + second) == list(range(48)) and first[:4] == [0, 1, 2, 3] and second[:4] == [4, 5, 6, 7]
 
 
-def test_held_out_images_of_two_devices(tmp_path: Path) -> None:
-    """Ranks with different numbers of images: the bound is their mean, and no two samples have the same noise."""
+def test_two_devices_validate_and_predict_like_one(tmp_path: Path) -> None:
+    """With unequal numbers of images per rank, bound and samples equal those of one device."""
 
     class Writes(L.Callback):
         def on_predict_batch_end(
@@ -575,8 +575,8 @@ def test_held_out_images_of_two_devices(tmp_path: Path) -> None:
     assert (samples[0].int() - samples[1].int()).abs().max() <= 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's calls of jsonargparse
-def test_the_command_line_of_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from Lightning's calls to jsonargparse
+def test_lightning_cli_builds_module_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
     from lightning.pytorch.cli import LightningCLI
 
@@ -598,16 +598,16 @@ def test_the_command_line_of_lightning(tmp_path: Path, monkeypatch: pytest.Monke
         "data": {"batch_size": 8, "train": {"class_path": f"{__name__}.Squares", "init_args": {"count": 32}}},
     }
     monkeypatch.setattr("sys.argv", ["train.py"])
-    words = ["fit", "--config", str(tmp_path / "c.yaml")]
+    argv = ["fit", "--config", str(tmp_path / "c.yaml")]
     (tmp_path / "c.yaml").write_text(json.dumps(config))
-    kept: dict[str, Any] = {"save_config_callback": None, "seed_everything_default": 0}
-    cli = LightningCLI(DiffusionModule, ImageDataModule, args=words, **kept)
+    cli_options: dict[str, Any] = {"save_config_callback": None, "seed_everything_default": 0}
+    cli = LightningCLI(DiffusionModule, ImageDataModule, args=argv, **cli_options)
     assert cli.model.process.config.sigma_max == 60 and cli.model.images_seen == 16
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
 
 
 class Squares(Dataset[Any]):
-    """Data that a command line can name."""
+    """A data set that a command line can name."""
 
     def __init__(self, count: int = 4) -> None:
         self.count = count
@@ -619,7 +619,7 @@ class Squares(Dataset[Any]):
         return IMAGES[index], LABELS[index]
 
 
-def test_lr_find(tmp_path: Path) -> None:
+def test_lr_find_suggests_a_rate_and_restores_the_module(tmp_path: Path) -> None:
     lm = module(dit())
     fitter = trainer(tmp_path, max_steps=20)
     found = Tuner(fitter).lr_find(lm, ImageDataModule(TensorDataset(IMAGES, LABELS), batch_size=8), num_training=12)
@@ -627,7 +627,7 @@ def test_lr_find(tmp_path: Path) -> None:
     assert lm.images_seen == 0 and lm.lr in (None, found.suggestion())
 
 
-def test_lr_find_leaves_an_average_as_it_was(tmp_path: Path) -> None:
+def test_lr_find_does_not_change_the_average(tmp_path: Path) -> None:
     def average(find: bool) -> list[Tensor]:
         torch.manual_seed(0)
         lm, ema = module(dit(), lr=0.1), EMA(0.9)
@@ -641,7 +641,7 @@ def test_lr_find_leaves_an_average_as_it_was(tmp_path: Path) -> None:
     assert all(map(torch.equal, average(True), average(False)))
 
 
-def test_latents_of_any_data_set() -> None:
+def test_latents_of_any_data_set_are_read() -> None:
     latents = torch.randn(24, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     data = LatentDataModule(TensorDataset(latents, LABELS[:24]), batch_size=8)
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -651,7 +651,7 @@ def test_latents_of_any_data_set() -> None:
         LatentDataModule(TensorDataset(latents), flip=True)
 
 
-def test_latents_in_bfloat16() -> None:
+def test_latents_in_bfloat16_are_read_as_float32() -> None:
     latents = torch.randn(24, 4, 2, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
     data = LatentDataModule(TensorDataset(latents, LABELS[:24]), batch_size=8)
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -659,7 +659,7 @@ def test_latents_in_bfloat16() -> None:
     assert torch.equal(batch["x0"], latents[index].float())
 
 
-def test_latents_are_not_drawn_without_a_decoder(tmp_path: Path) -> None:
+def test_callbacks_that_draw_latents_need_a_decoder(tmp_path: Path) -> None:
     net = DiT(DiTConfig(2, 16, 1, 2), 4, 4)
     data = DataLoader(torch.randn(48, 4, 4, 4, generator=torch.Generator().manual_seed(0)), batch_size=8)
     held_out = TensorDataset(IMAGES, LABELS)
@@ -668,28 +668,28 @@ def test_latents_are_not_drawn_without_a_decoder(tmp_path: Path) -> None:
             trainer(tmp_path, max_steps=1, callbacks=[callback]).fit(DiffusionModule(net, VP()), data)
 
 
-def test_times_by_loss_belong_to_vp() -> None:
+def test_loss_aware_times_need_vp() -> None:
     with pytest.raises(ValueError, match=r"^time_sampling: loss_aware counts the steps of vp, not edm$"):
         DiffusionModule(Own(), EDM(), time_sampling="loss_aware")
 
 
-def test_a_misspelt_way_of_drawing_times_is_refused() -> None:
+def test_a_misspelt_time_sampling_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^time_sampling: unknown value 'stratifed'; choose from uniform, strat"):
         DiffusionModule(Own(), VP(), time_sampling="stratifed")  # type: ignore[arg-type]
 
 
-def test_a_loader_without_a_batch_size_cannot_measure_a_warm_up() -> None:
+def test_a_warm_up_needs_a_loader_with_a_batch_size() -> None:
     with pytest.raises(ValueError, match="need the batch size, which this loader does not expose"):
         trainer(max_steps=1).fit(module(optimizer=OptimizerConfig(warmup_images=8)), one(IMAGES))
 
 
-def test_a_plateau_is_waited_for() -> None:
+def test_reduce_on_plateau_lowers_the_learning_rate() -> None:
     plateau = lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10)  # noqa: E731
     lm = module(lr_scheduler=plateau, lr=0.1)
     trainer(max_epochs=4).fit(lm, loader(24), loader(48))
     assert lm.optimizers().param_groups[0]["lr"] < 0.1 and math.isfinite(lm.lr)  # type: ignore[union-attr, arg-type]
 
 
-def test_a_line_search_would_see_other_noise_each_time() -> None:
+def test_lbfgs_is_refused() -> None:
     with pytest.raises(ValueError, match="LBFGS needs several losses per step, each with new noise"):
         trainer(max_steps=1).fit(module(optimizer=torch.optim.LBFGS), loader(24))

@@ -1,4 +1,4 @@
-"""A signal while something is measured or drawn: answered at once, done again after the resume, to the same end."""
+"""A signal during validation or sampling stops the run at once; a resume repeats that work and ends the same."""
 
 import json
 import os
@@ -41,7 +41,7 @@ TINY = [
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that must not depend on a signal."""
+    """Return everything of a finished run that must not depend on a signal."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {"metrics": [{k: v for k, v in line.items() if k[:5] != "perf/"} for line in lines]}
     found |= {path.name: path.read_bytes() for path in run.glob("samples/images-*.png")}
@@ -62,8 +62,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def signalled(patch: pytest.MonkeyPatch, what: str, time: int, numbers: tuple[int, ...]) -> list[str]:
-    """Sends this process signals when it is about to validate on a set, or to draw with so many labels, for the n-th
-    time; what is returned fills with what was finished."""
+    """Send this process signals right before its `time`-th validation, grid or distance, as `what` says; return a list
+    that records those that finish."""
     met, finished = [0], list[str]()
 
     def interrupts(
@@ -90,14 +90,14 @@ def signalled(patch: pytest.MonkeyPatch, what: str, time: int, numbers: tuple[in
 @pytest.mark.parametrize(
     ("what", "time", "step", "number", "left"),
     [
-        ("validation", 4, 8, signal.SIGINT, ["ValidationError"]),  # each measures held-out, then training images
-        ("validation", 5, 12, signal.SIGTERM, ["ValidationError", "FrechetDistance", "SampleGrid"]),  # the last step's
+        ("validation", 4, 8, signal.SIGINT, ["ValidationError"]),  # each takes two: held-out, then training images
+        ("validation", 5, 12, signal.SIGTERM, ["ValidationError", "FrechetDistance", "SampleGrid"]),  # of the last step
         ("distance", 1, 5, signal.SIGTERM, ["FrechetDistance"]),
-        ("distance", 4, 12, signal.SIGINT, ["FrechetDistance", "SampleGrid"]),  # the best weights', on fresh noise
+        ("distance", 4, 12, signal.SIGINT, ["FrechetDistance", "SampleGrid"]),  # of the best weights, with fresh noise
         ("grid", 1, 6, signal.SIGINT, ["SampleGrid"]),
     ],
 )
-def test_what_a_signal_interrupts_is_done_after_the_resume(
+def test_work_interrupted_by_a_signal_is_repeated_after_the_resume(
     what: str,
     time: int,
     step: int,
@@ -126,7 +126,7 @@ def test_what_a_signal_interrupts_is_done_after_the_resume(
     assert outcome(train(DIT, argv).folder) == unbroken
 
 
-def test_a_second_signal_stops_at_once(
+def test_a_second_signal_stops_without_saving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Paired randomness, the learning rate in images, validation, sampling by number, resume states, signals."""
+"""Paired randomness, learning rate by images, validation, samples by number, checkpoints, signals."""
 
 import math
 import os
@@ -39,7 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
 def small(name: str) -> nn.Module:
     torch.manual_seed(1)
     net = build(name, DENOISERS[name].config(**SMALL[name]), **DIGITS)
-    for p in net.parameters():  # the last layers start at zero: give every weight a say
+    for p in net.parameters():  # the last layers start at zero: make every weight count
         nn.init.normal_(p, std=0.1)
     return net
 
@@ -81,7 +81,7 @@ def test_draws_do_not_depend_on_the_batch() -> None:
         assert torch.equal(x, torch.cat([p[i] for p in parts]))
 
 
-def test_weights_of_labels_are_dropped_as_labels_are() -> None:
+def test_label_weights_are_dropped_like_labels() -> None:
     batch = batches(0, 1)[0]
     weights = torch.nn.functional.one_hot(batch["label"], 11).float()
     labels, mixed = (
@@ -99,7 +99,7 @@ def test_label_dropout_needs_a_null_class() -> None:
         DiffusionModule(net, DiscreteVP(VPConfig()), label_dropout=0.1)
     batch = batches(0, 1)[0]
     assert torch.equal(DiffusionModule(net, DiscreteVP(VPConfig())).draw(batch)[3], batch["label"])  # type: ignore[arg-type]
-    assert module(null_label=None).null_label == 10  # the network's own
+    assert module(null_label=None).null_label == 10  # taken from the network
 
 
 def test_learning_rate_follows_images() -> None:
@@ -127,7 +127,7 @@ def test_the_step_that_reaches_a_multiple_is_due() -> None:
 
 
 class Exact(nn.Module):
-    """Puts out eps, x0 or v of the best linear denoiser of N(0, 1) data: x0 = alpha x_t."""
+    """The optimal denoiser of N(0, 1) data, x0 = alpha x_t; its output is eps, x0 or v."""
 
     def __init__(self, process: DiscreteVP) -> None:
         super().__init__()
@@ -178,19 +178,19 @@ def test_guidance_without_a_null_class_is_refused() -> None:
 
 def test_grid_places_images_in_rows() -> None:
     images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
-    picture = grid(images, columns=2, scale=3)
-    assert picture.shape == (2 * (2 * 3 + 4), 2 * (2 * 3 + 4), 3)
-    assert [int(picture[y, x, 0]) for y, x in ((2, 2), (2, 12), (12, 2), (12, 12))] == [0, 1, 2, 128]
+    canvas = grid(images, columns=2, scale=3)
+    assert canvas.shape == (2 * (2 * 3 + 4), 2 * (2 * 3 + 4), 3)
+    assert [int(canvas[y, x, 0]) for y, x in ((2, 2), (2, 12), (12, 2), (12, 12))] == [0, 1, 2, 128]
 
 
-def test_captions_stand_above_columns_or_above_each_image() -> None:
+def test_captions_are_above_columns_or_above_each_image() -> None:
     images = torch.full((6, 1, 4, 4), 200, dtype=torch.uint8)
     plain = grid(images, columns=3, scale=10)
     columns = grid(images, columns=3, scale=10, captions=["cat", "an endless name", "dog"] * 2)
     assert columns.shape == (plain.shape[0] + CAPTION_HEIGHT, *plain.shape[1:])
     assert (columns[CAPTION_HEIGHT:] == plain).all()
     text = columns[:CAPTION_HEIGHT].min(axis=(0, 2)).reshape(3, 44)  # darkest pixel of each column of pixels
-    assert (text.min(axis=1) < 100).all() and (text[:, [0, -1]] == 255).all()  # a text in each cell, and none beyond
+    assert (text.min(axis=1) < 100).all() and (text[:, [0, -1]] == 255).all()  # each cell has a text that stays inside
     each = grid(images, columns=3, scale=10, captions=list("abcdef"))
     assert each.shape[0] == plain.shape[0] + 2 * CAPTION_HEIGHT
     assert [class_columns(n) for n in (0, 1, 2, 10, 100)] == [8, 8, 2, 10, 16]
@@ -202,7 +202,7 @@ def save(folder: Path, step: int) -> Path:
     return path
 
 
-def test_the_newest_intact_state_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_intact_checkpoint_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert newest(tmp_path) is None
     old, new = save(tmp_path, 9), save(tmp_path, 10)
     assert newest(tmp_path) == new and verified(old)
@@ -218,7 +218,7 @@ def test_the_newest_intact_state_is_taken(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("moment", ["torch.save", "os.replace"])
-def test_a_broken_write_leaves_the_last_state(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_last_checkpoint(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = save(tmp_path, 9)
 
     def fails(*_: Any) -> None:

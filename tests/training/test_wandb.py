@@ -1,4 +1,4 @@
-"""Weights & Biases as a logger, by a stand-in for its package."""
+"""Weights & Biases as a logger, tested with a fake `wandb` package."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ DIT = "experiments/digits/dit.yaml"
 
 
 class Recorder:
-    """What `wandb.init` returns, and the calls that it got."""
+    """A fake of the run that `wandb.init` returns; it records the calls it receives."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -32,7 +32,7 @@ class Recorder:
 
 
 class Wandb(SimpleNamespace):
-    """The part of the package that is used; `down` makes its server fail."""
+    """A fake of the parts of the package that we use; with `down` its server does not respond."""
 
     def __init__(self, key: str | None = None, down: bool = False) -> None:
         super().__init__(api=SimpleNamespace(api_key=key), Error=RuntimeError, Image=lambda image: image.shape)
@@ -47,12 +47,12 @@ class Wandb(SimpleNamespace):
         return self.run
 
 
-def test_a_run_goes_to_wandb_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_logged_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    words = ["debug=smoke", "trainer.logger=[wandb]", f"runs_dir={tmp_path}"]
-    train(DIT, words)  # without scores
+    args = ["debug=smoke", "trainer.logger=[wandb]", f"runs_dir={tmp_path}"]
+    train(DIT, args)  # without the evaluation
     folder = tmp_path / "digits" / "dit-smoke-s0"
     (start,) = fake.starts
     assert start["mode"] == "offline" and start["name"] == "digits/dit-smoke-s0" and start["resume"] == "allow"
@@ -65,7 +65,7 @@ def test_a_run_goes_to_wandb_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("key", "mode"), [("secret", "online"), (None, "offline")])
-def test_without_a_login_it_stays_offline(
+def test_wandb_is_online_only_with_an_api_key(
     key: str | None, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = Wandb(key)
@@ -74,10 +74,10 @@ def test_without_a_login_it_stays_offline(
     WandbLog(tmp_path, {})
     WandbLog(tmp_path, {})
     assert [start["mode"] for start in fake.starts] == [mode, mode]
-    assert len({start["id"] for start in fake.starts}) == 1  # a resumed run goes on there
+    assert len({start["id"] for start in fake.starts}) == 1  # a resumed run continues under the same id
 
 
-def test_a_server_that_does_not_answer_stops_nothing(
+def test_a_wandb_server_that_does_not_respond_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = Wandb("secret", down=True)
@@ -88,7 +88,7 @@ def test_a_server_that_does_not_answer_stops_nothing(
     assert "warning: W&B does not respond" in capsys.readouterr().out
 
 
-def test_a_missing_package_is_said_before_training(
+def test_a_missing_wandb_package_is_reported_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
