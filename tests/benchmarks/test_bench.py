@@ -121,14 +121,14 @@ def test_whole_commands_are_timed_by_stage() -> None:
 
 
 def test_every_stage_is_the_name_of_a_function() -> None:
-    offered = set()
+    defined = set()
     for path in (Path(command.__file__).parents[1] / "diffbench").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef):
-                offered.add(node.name)
+                defined.add(node.name)
             elif isinstance(node, ast.ClassDef):
-                offered |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
-    assert watch.STAGES.keys() - offered == {"_find_and_load", "_TrainingEpochLoop.advance"}
+                defined |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    assert watch.STAGES.keys() - defined == {"_find_and_load", "_TrainingEpochLoop.advance"}
 
 
 def test_sampling_counts_both_halves_of_guidance(made: dict[str, Any]) -> None:
@@ -232,7 +232,7 @@ def test_linear_layers_by_mkl_are_a_variant_only_if_slow(slow: bool, monkeypatch
     assert not offered("DiT-S/2", "cuda", BenchConfig()) and not offered("ADM-S/32", "cpu", BenchConfig(full=True))
 
 
-def test_a_custom_variant() -> None:
+def test_a_custom_variant_is_parsed() -> None:
     form = BenchConfig(models=["DiffiT-S/2"], variants=["mine: trainer.tf32=true optimizer.lr=1e-5"])
     variant = networks.variants(form, "DiffiT-S/2", networks.run_config(form, "DiffiT-S/2", "cpu"), "cpu")[1]
     assert (variant.name, variant.overrides) == ("mine", ("trainer.tf32=true", "optimizer.lr=1e-5"))

@@ -302,7 +302,7 @@ def test_evaluate_appends_records_and_prints_them(smoke_run: Path, capsys: Captu
         ("sample", "'sample' is not an override; write key=value"),
     ],
 )
-def test_evaluate_refuses_mistakes(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:
+def test_evaluate_refuses_bad_arguments(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:
     before = (finished / "results.jsonl").read_text()
     assert refused("evaluate", finished, argument).startswith(f"command line: {line}")
     assert (finished / "results.jsonl").read_text() == before
@@ -337,11 +337,11 @@ def test_sample_writes_an_image(smoke_run: Path, tmp_path: Path, capsys: Capture
         ("foo", "'foo' is not an override; write key=value"),
     ],
 )
-def test_sample_refuses_mistakes(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:
+def test_sample_refuses_bad_arguments(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:
     assert refused("sample", finished, argument).startswith(f"command line: {line}")
 
 
-def test_sample_never_overwrites_the_file_out(refused: Callable[..., str], finished: Path, tmp_path: Path) -> None:
+def test_sample_overwrites_no_existing_file(refused: Callable[..., str], finished: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.png"
     mine.write_text("mine")
     assert refused("sample", finished, "n=1", f"out={mine}") == (

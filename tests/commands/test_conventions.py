@@ -149,7 +149,7 @@ def test_json_output_for_scripts(tmp_path: Path, capsys: Capture) -> None:
     assert Path(found["report"]).is_file()
 
 
-@pytest.mark.parametrize("words", [[], ["--models"]])
+@pytest.mark.parametrize("args", [[], ["--models"]])
 def test_lists_fit_80_columns(args: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffbench.core.terminal.width", lambda: 80)
     assert main(["list", *args]) == 0

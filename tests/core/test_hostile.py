@@ -124,7 +124,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("state", "wrong"), OTHERS, ids=["empty", "list", "no average", "another's"])
-def test_checkpoints_of_something_else(state: object, wrong: str, smoke_run: Path, refused: Refused) -> None:
+def test_foreign_checkpoints_are_refused(state: object, wrong: str, smoke_run: Path, refused: Refused) -> None:
     run = poison(smoke_run, state)
     path = run / "checkpoints" / "step-2.ckpt"
     assert refused("sample", run, "n=1") == f"{path}: {wrong}"

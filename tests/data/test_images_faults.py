@@ -100,7 +100,7 @@ def test_a_pipe_named_like_an_image_is_skipped(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_missing_data_is_one_line(make: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_is_refused(make: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=text) as caught:

@@ -74,7 +74,7 @@ def test_only_a_run_with_the_shipped_config_is_compared_to_the_curves(tmp_path: 
     assert reference_curves(path, ["debug=smoke"], load(path, ["debug=smoke"])) is None
 
 
-def test_bands_from_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bands_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [str(made_runs.make_run(tmp_path / "digits" / f"dit-s{s}", "dit", s, 0.1 + 0.01 * s)) for s in range(3)]
     other = made_runs.make_run(tmp_path / "digits" / "other-s3", "dit", 3, overrides=["denoiser.depth=2"])
     again = made_runs.make_run(tmp_path / "again" / "dit-s0", "dit", 0, 0.1)
