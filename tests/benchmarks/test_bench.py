@@ -1,4 +1,4 @@
-"""The benchmark: its plan, its refusals, and all of it end to end on networks too small to mean anything."""
+"""The benchmark: its plan, its errors, and all parts end to end on networks too small for meaningful times."""
 
 import ast
 import json
@@ -26,14 +26,14 @@ TINY = ["tiny=true", "force=true"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All parts but whole commands, on tiny networks."""
+    """Measure all parts except whole commands on tiny networks; return the report."""
     folder = tmp_path_factory.mktemp("bench")
     own = "variants=['no channels-last: trainer.channels_last=false']"
-    asked = ["models=[DiT-S/2]", f"parts=[{','.join(PARTS[:-2])}]", own, "seconds=1e6"]
-    return bench([*TINY, *asked, f"out={folder / 'a.json'}"]) | {"path": folder / "a.json"}
+    options = ["models=[DiT-S/2]", f"parts=[{','.join(PARTS[:-2])}]", own, "seconds=1e6"]
+    return bench([*TINY, *options, f"out={folder / 'a.json'}"]) | {"path": folder / "a.json"}
 
 
-def test_the_report_holds_the_machine(made: dict[str, Any]) -> None:
+def test_the_report_describes_the_machine(made: dict[str, Any]) -> None:
     saved = json.loads(made["path"].read_text())
     assert saved == json.loads(json.dumps({k: v for k, v in made.items() if k != "path"}))
     machine = saved["machine"]
@@ -45,7 +45,7 @@ def test_the_report_holds_the_machine(made: dict[str, Any]) -> None:
         assert made["path"].with_suffix(suffix).stat().st_size > 10_000
 
 
-def test_every_part_gives_positive_numbers(made: dict[str, Any]) -> None:
+def test_every_part_reports_positive_numbers(made: dict[str, Any]) -> None:
     rows = made["rows"]
     assert {row["part"] for row in rows} == {"models", "loop", "data", "growth", "sampling"}
     assert not [row for row in rows if "skipped" in row]
@@ -57,7 +57,7 @@ def test_every_part_gives_positive_numbers(made: dict[str, Any]) -> None:
         assert report.line(row).startswith(row["part"])
 
 
-def test_steps_of_a_network_and_its_variants(made: dict[str, Any]) -> None:
+def test_each_variant_of_a_network_has_forward_train_and_sample_rows(made: dict[str, Any]) -> None:
     rows = [row for row in made["rows"] if row["part"] == "models"]
     by_mkl = ["linear by MKL"] if networks.mkl_is_slow() else []
     names = ["default", "no channels-last", "bf16", *by_mkl, "attention math"]
@@ -78,7 +78,7 @@ def test_steps_of_a_network_and_its_variants(made: dict[str, Any]) -> None:
     assert rows[1]["memory_bytes"] > rows[0]["memory_bytes"] > 0
 
 
-def test_lightning_against_a_bare_loop(made: dict[str, Any]) -> None:
+def test_lightning_is_compared_to_a_bare_loop(made: dict[str, Any]) -> None:
     rows = [row for row in made["rows"] if row["part"] == "loop"]
     assert [row["name"] for row in rows] == ["experiments/digits/dit.yaml", "DiT-S/2"]
     for row in rows:
@@ -87,7 +87,7 @@ def test_lightning_against_a_bare_loop(made: dict[str, Any]) -> None:
         assert row["data_wait_share"] > 0
 
 
-def test_a_loop_whose_time_is_up_ends_after_two_pairs() -> None:
+def test_a_loop_out_of_time_ends_after_two_pairs() -> None:
     (row, _) = loop.measure(BenchConfig(tiny=True), CPU, time.monotonic() + 0.1)
     assert row["pairs"] == 2
 
@@ -98,14 +98,14 @@ def test_growth_has_a_slope_for_each_curve(made: dict[str, Any]) -> None:
     assert {axis for _, axis in curves} == {"area", "batch", "depth", "width", "samples", "runs"}
     assert {(row["name"], row["variant"]) for row in rows if "time_slope" in row} == curves
     (batch,) = (row for row in rows if row["variant"] == "batch" and "memory_slope" in row)
-    assert 0.2 < batch["memory_slope"] < 1.1  # twice the batch: at most twice the memory
+    assert 0.2 < batch["memory_slope"] < 1.1  # doubling the batch at most doubles the memory
     assert [row["size"] for row in rows if row["name"] == "sampling" and "size" in row] == [8, 16]
     assert [row["size"] for row in rows if row["variant"] == "runs" and "size" in row] == [4, 6]
     assert [row["size"] for row in rows if row["variant"] == "area" and "size" in row] == [64, 256] * 2
 
 
 @pytest.mark.slow
-def test_the_seconds_of_whole_commands_by_stage() -> None:
+def test_whole_commands_are_timed_by_stage() -> None:
     rows = list(command.measure(BenchConfig(tiny=True), CPU, math.inf))
     assert not [row for row in rows if "skipped" in row]
     whole = {row["name"]: row for row in rows if row["work"] == "all of it"}
@@ -113,22 +113,22 @@ def test_the_seconds_of_whole_commands_by_stage() -> None:
     for name, row in whole.items():
         stages = {r["work"]: r["cpu_s"] for r in rows if r["name"] == name and "cpu_share" in r}
         assert sum(stages.values()) == pytest.approx(row["cpu_s"], rel=0.05, abs=0.1)
-        assert stages.get("imports", 0) > 0 or name == "--help"  # whose imports may end before they are looked at
+        assert stages.get("imports", 0) > 0 or name == "--help"  # its imports may end before the first observation
         assert ("first_step_s" in row) == (name in ("train, an empty cache", "train, another seed"))
     assert whole["--help"]["cpu_s"] < whole["train, another seed"]["cpu_s"]
     first = [r["work"] for r in rows if r["name"] == "train, an empty cache"]
     assert {"feature extractor", "samples", "validation"} <= {*first}
 
 
-def test_every_stage_is_a_function() -> None:
-    there = set()
+def test_every_stage_is_the_name_of_a_function() -> None:
+    defined = set()
     for path in (Path(command.__file__).parents[1] / "diffbench").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef):
-                there.add(node.name)
+                defined.add(node.name)
             elif isinstance(node, ast.ClassDef):
-                there |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
-    assert watch.STAGES.keys() - there == {"_find_and_load", "_TrainingEpochLoop.advance"}
+                defined |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    assert watch.STAGES.keys() - defined == {"_find_and_load", "_TrainingEpochLoop.advance"}
 
 
 def test_sampling_counts_both_halves_of_guidance(made: dict[str, Any]) -> None:
@@ -137,22 +137,22 @@ def test_sampling_counts_both_halves_of_guidance(made: dict[str, Any]) -> None:
     assert row["images_per_s"] == pytest.approx(4 / row["seconds"])
 
 
-def test_sampling_without_an_end_of_time_takes_all_its_steps() -> None:
+def test_sampling_without_a_deadline_takes_all_its_steps() -> None:
     (row,) = pieces.sampling(BenchConfig(full=True, tiny=True), CPU, math.inf)
     assert row["steps"] == pieces.PLAN["tiny"][2]
 
 
 def test_a_baseline_shows_the_change(made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, asked = tmp_path / "b.json", ["models=[DiT-S/2]", "parts=[models]", f"baseline={made['path']}"]
-    assert main([*TINY, *asked, f"out={out}"]) == 0
-    said = capsys.readouterr().out
-    assert f"\nAgainst {made['path']} (" in said
-    assert len([line for line in said.splitlines() if line.endswith(" of the baseline")]) == 3
+    out, options = tmp_path / "b.json", ["models=[DiT-S/2]", "parts=[models]", f"baseline={made['path']}"]
+    assert main([*TINY, *options, f"out={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"\nAgainst {made['path']} (" in printed
+    assert len([line for line in printed.splitlines() if line.endswith(" of the baseline")]) == 3
     assert out.exists() and out.with_suffix(".png").exists()
 
 
 @pytest.mark.slow
-def test_the_plan_for_a_gpu_runs_at_a_small_size(tmp_path: Path) -> None:
+def test_the_gpu_plan_runs_on_tiny_networks(tmp_path: Path) -> None:
     found = bench([*TINY, "gpu=true", "seconds=1e6", f"out={tmp_path / 'gpu.json'}"])
     names = {row["name"] for row in found["rows"] if row["part"] == "models" and row.get("work") == "train"}
     assert names == set(networks.LARGE)
@@ -170,7 +170,7 @@ def test_every_network_has_an_experiment(model: str) -> None:
     assert networks.run_config(BenchConfig(), model, "cuda").trainer.precision == "bf16-mixed"
 
 
-def test_our_own_networks_are_the_size_of_dit_s_2() -> None:
+def test_custom_networks_are_the_size_of_dit_s_2() -> None:
     found = {}
     for model in ("DiT-S/2", *networks.OWN):
         config = networks.run_config(BenchConfig(), model, "cpu")
@@ -197,7 +197,7 @@ def test_every_variant_is_a_config(form: BenchConfig, device: str) -> None:
         assert found["DDPM++-CIFAR10-cond"][1] == "compiled model"
 
 
-def test_busy_processes_live_as_long_as_the_block() -> None:
+def test_busy_processes_end_with_the_block() -> None:
     def children() -> int:
         found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "while os.getppid"], capture_output=True)
         return len(found.stdout.split())
@@ -213,40 +213,40 @@ def test_help_prints_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in vars(BenchConfig()) if f"\n  {name}=" not in out] == []
 
 
-def test_training_beside_others_prints_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_next_to_busy_processes_prints_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
     busy.main(["experiments/digits/dit.yaml", "all threads, asleep", "true"])
     assert float(capsys.readouterr().out) > 0
     row = {"part": "busy", "name": "experiments/digits/dit.yaml", "variant": "default", "size": 1, "images_per_s": 1234}
     assert report.line(row).split() == ["busy", "experiments/digits/dit.yaml", "1", "1,234.0", "img/s"]
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_linear_layers_by_mkl_are_a_variant_where_they_are_slower(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "mkl_is_slow", lambda: held)
+@pytest.mark.parametrize("slow", [True, False])
+def test_linear_layers_by_mkl_are_a_variant_only_if_slow(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "mkl_is_slow", lambda: slow)
 
-    def there(model: str, device: str, form: BenchConfig) -> bool:
+    def offered(model: str, device: str, form: BenchConfig) -> bool:
         found = networks.variants(form, model, networks.run_config(form, model, device), device)
         return "linear by MKL" in [variant.name for variant in found]
 
-    assert there("DiT-S/2", "cpu", BenchConfig()) is there("DiffiT-S/2", "cpu", BenchConfig(full=True)) is held
-    assert not there("DiT-S/2", "cuda", BenchConfig()) and not there("ADM-S/32", "cpu", BenchConfig(full=True))
+    assert offered("DiT-S/2", "cpu", BenchConfig()) is offered("DiffiT-S/2", "cpu", BenchConfig(full=True)) is slow
+    assert not offered("DiT-S/2", "cuda", BenchConfig()) and not offered("ADM-S/32", "cpu", BenchConfig(full=True))
 
 
-def test_a_variant_of_ones_own() -> None:
+def test_a_custom_variant_is_parsed() -> None:
     form = BenchConfig(models=["DiffiT-S/2"], variants=["mine: trainer.tf32=true optimizer.lr=1e-5"])
     variant = networks.variants(form, "DiffiT-S/2", networks.run_config(form, "DiffiT-S/2", "cpu"), "cpu")[1]
     assert (variant.name, variant.overrides) == ("mine", ("trainer.tf32=true", "optimizer.lr=1e-5"))
     assert not variant.same_network and networks.Variant("x", ("trainer.tf32=true",)).same_network
 
 
-def test_a_network_whose_steps_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_with_too_slow_steps_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps.Products, "peak", lambda self: {"flops_per_s": 1e9})
     (row,) = steps.measure(BenchConfig(models=["DiT-XL/2"], tiny=False), CPU, math.inf)
     assert row["skipped"] == "a training step at batch 8 takes 5694 s"  # 118.6 GMACs
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "text"),
     [
         (["modells=[x]"], "modells: unknown key; allowed: models, parts, full"),
         (["models=[DiT-S/3]"], "models: unknown network 'DiT-S/3'; choose from DiffiT-S/2, ADM-S/32, ADM-64"),
@@ -272,8 +272,8 @@ def test_a_network_whose_steps_take_too_long_is_left_out(monkeypatch: pytest.Mon
         (["gpu=true"], "gpu: this machine has no CUDA GPU; leave it out"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_invalid_options_are_refused_in_one_line(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
@@ -284,7 +284,7 @@ def test_what_cannot_be_is_refused_in_a_line(
     )
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert error.removeprefix("error: ").removeprefix("command line: ").startswith(said)
+    assert error.removeprefix("error: ").removeprefix("command line: ").startswith(text)
 
 
 def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     report.check_quiet(force=False)
 
 
-def test_the_share_of_busy_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_share_is_the_fraction_of_busy_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(["cpu 10 0 10 70 10 0 0 0", "cpu 30 0 20 130 20 0 0 0"])
     monkeypatch.setattr(report.Path, "read_text", lambda self: next(ticks) + "\ncpu0 0\n")
     assert report.busy_share(0.0) == pytest.approx(30 / 100)
@@ -306,7 +306,7 @@ def test_the_share_of_busy_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.busy_share() == os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
-def test_what_is_measured_stays_where_the_run_ends_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_measurements_are_kept_if_the_run_ends_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def part(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
         yield {"part": "data", "name": "a", "ms": 1.0}
         raise KeyboardInterrupt
@@ -317,7 +317,7 @@ def test_what_is_measured_stays_where_the_run_ends_early(monkeypatch: pytest.Mon
     assert json.loads((tmp_path / "a.json").read_text())["rows"] == [{"part": "data", "name": "a", "ms": 1.0}]
 
 
-def test_a_part_that_cannot_run_here_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_cannot_run_is_reported_as_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     def part(config: BenchConfig, device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
         yield from ()
         raise RuntimeError("no such\nkernel")
@@ -328,7 +328,7 @@ def test_a_part_that_cannot_run_here_is_a_row(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def test_the_parts_and_the_time_of_each_form() -> None:
+def test_parts_and_time_budget_of_each_form() -> None:
     assert (BenchConfig().shares, BenchConfig(full=True).shares, BenchConfig(gpu=True).shares) == (SHORT, FULL, GPU)
     assert (BenchConfig().budget, BenchConfig(gpu=True).budget, BenchConfig(seconds=9).budget) == (170, 540, 9)
     assert BenchConfig(full=True).budget == BenchConfig(parts=["busy"]).budget == math.inf
@@ -338,7 +338,7 @@ def test_the_parts_and_the_time_of_each_form() -> None:
     assert not BenchConfig(parts=["models"]).with_variants and BenchConfig(parts=["variants"]).with_variants
 
 
-def test_items_share_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_share_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     found = []
@@ -350,10 +350,10 @@ def test_items_share_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
         ("b", 1 + 11 / 3),
         ("c", 3 + 9 / 2),
         ("d", None),
-    ]  # what one leaves, the next ones have
+    ]  # unused time goes to the later items
 
 
-def test_what_no_time_is_left_for_is_said() -> None:
+def test_parts_without_time_left_are_reported_as_skipped() -> None:
     rows = list(measured(BenchConfig(tiny=True, seconds=1e-9), CPU))
     assert {row["skipped"] for row in rows} == {"the time is up"}
     assert {row["part"] for row in rows} == {"models", "loop", "data"}

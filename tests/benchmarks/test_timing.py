@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic on given times, its order of measuring, and its lines."""
+"""The benchmark's arithmetic on given times, its order of measurement, and its output lines."""
 
 import math
 import time
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 ROW = {"part": "models", "name": "DiT-S/2", "variant": "default", "work": "train", "batch": 8}
 
 
-def test_spread_is_median_and_ends() -> None:
+def test_spread_has_median_low_and_high() -> None:
     assert timing.spread([3.0, 1.0, 2.0, 10.0]) == {"median": 2.5, "low": 1.0, "high": 10.0, "n": 4}
     assert Work("a", list, times=[3.0, 1.0, 2.0, 10.0]).ms(0.5) == {
         "ms": 1250,
@@ -27,7 +27,7 @@ def test_spread_is_median_and_ends() -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    # A machine twice as slow in the second round changes both alike: no ratio of medians would be as narrow.
+    # Halving the machine's speed in the second round changes both times alike, so the ratio has no spread.
     ratio = timing.ratio([1.2, 2.4, 1.2], [1.0, 2.0, 1.0])
     assert (ratio["low"], ratio["median"], ratio["high"]) == (1.2, 1.2, 1.2)
     with pytest.raises(ValueError, match="shorter"):
@@ -35,7 +35,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_the_slope_of_a_power_is_its_exponent(power: float) -> None:
+def test_the_slope_of_a_power_law_is_its_exponent(power: float) -> None:
     sizes = [8, 16, 32, 64]
     assert timing.slope(sizes, [3 * s**power for s in sizes]) == pytest.approx(power)
 
@@ -54,7 +54,7 @@ def test_the_peak_is_the_fastest_product_by_its_median() -> None:
     assert (found["share"], found["mm_share"]) == (0.25, 0.5)
 
 
-def test_works_take_turns_in_both_orders() -> None:
+def test_works_alternate_in_both_orders() -> None:
     called: list[str] = []
     works = [Work(name, lambda name=name: called.append(name)) for name in "ab"]  # type: ignore[misc]
     time_alternately(works, CPU, rounds=3, once=True)
@@ -63,19 +63,19 @@ def test_works_take_turns_in_both_orders() -> None:
     assert all(t > 0 for work in works for t in work.times)
 
 
-def test_a_work_is_prepared_before_each_measurement_and_repeated_within_it() -> None:
+def test_work_is_prepared_before_each_measurement_and_repeated_within_it() -> None:
     called: list[str] = []
     time_alternately([Work("a", lambda: called.append("a"), lambda: called.append("p"))], CPU, rounds=2)
     assert called.count("p") == 4
-    assert called.count("a") > 20  # so short a work is called often in a measurement
+    assert called.count("a") > 20  # short work is called often within a measurement
 
 
-def test_no_round_but_the_first_begins_after_the_deadline() -> None:
+def test_only_the_first_round_starts_after_the_deadline() -> None:
     (work,) = time_alternately([Work("a", list)], CPU, rounds=5, once=True, deadline=time.monotonic() - 1)
     assert len(work.times) == 1
 
 
-def test_peak_memory_is_what_lives_at_once() -> None:
+def test_peak_memory_counts_tensors_alive_at_the_same_time() -> None:
     with peak_memory(CPU) as peak:
         first = torch.empty(2**18)
         del first
@@ -84,7 +84,7 @@ def test_peak_memory_is_what_lives_at_once() -> None:
     assert peak() == 4 * (2**18 + 2**17)
 
 
-def test_changes_since_a_baseline_are_of_the_same_measurements() -> None:
+def test_only_the_same_measurements_are_compared_to_a_baseline() -> None:
     now = [ROW | {"ms": 8.0}, ROW | {"work": "forward", "ms": 3.0}, {"part": "models", "name": "x", "skipped": "why"}]
     before = [ROW | {"ms": 10.0}, ROW | {"work": "forward", "batch": 4, "ms": 3.0}]
     (line,) = report.compared(now, before)
@@ -93,7 +93,7 @@ def test_changes_since_a_baseline_are_of_the_same_measurements() -> None:
     )
 
 
-def test_a_line_says_why_something_was_skipped_and_what_grew() -> None:
+def test_lines_state_the_reason_for_skipping_the_growth_and_the_share_of_peak() -> None:
     skipped = report.line(ROW | {"skipped": "out of memory"})
     assert skipped == "models   DiT-S/2 train" + " " * 39 + " skipped: out of memory"
     slopes = {"part": "growth", "name": "DiT", "variant": "depth", "time_slope": 1.0, "memory_slope": None}
@@ -112,7 +112,7 @@ def test_a_baseline_that_is_not_a_report_is_refused(text: str, tmp_path: Path) -
     assert str(refused.value) == f"baseline: {path}: not a benchmark report; give the JSON of an earlier benchmark"
 
 
-def test_a_report_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_saved_report_is_loaded_unchanged(tmp_path: Path) -> None:
     saved = {"format": report.FORMAT, "rows": [ROW | {"ms": math.pi}]}
     report.save(saved, tmp_path / "a.json")
     assert report.load(tmp_path / "a.json") == saved

@@ -1,4 +1,4 @@
-"""The command line in one process: what every verb prints and writes, and how it refuses."""
+"""The command line in one process: the output, files and errors of every command."""
 
 import json
 import os
@@ -30,13 +30,13 @@ Capture = pytest.CaptureFixture[str]
 
 
 def size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+    with Image.open(path) as image:
+        return image.size
 
 
 @pytest.fixture
 def refused(capsys: Capture) -> Callable[..., str]:
-    """Runs a command that must end with exit code 2 and one line; returns the line without `error: `."""
+    """Return a function that expects exit code 2 and one line, and returns the line without `error: `."""
 
     def run(*argv: str | Path) -> str:
         capsys.readouterr()
@@ -58,17 +58,17 @@ def test_help_lists_the_verbs(argv: list[str], capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb(verb: str, capsys: Capture) -> None:
+def test_help_of_every_command(verb: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "-h"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert VERBS[verb].text in " ".join(out.split())
-    assert all(f"diffbench {verb} {words}".rstrip() in out for words in VERBS[verb].examples)
+    assert all(f"diffbench {verb} {args}".rstrip() in out for args in VERBS[verb].examples)
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_version_and_module(capsys: Capture) -> None:
+def test_version_and_running_as_a_module(capsys: Capture) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "diffbench", "--version"], capture_output=True, text=True, check=True, timeout=60
     )
@@ -92,7 +92,7 @@ def test_show_prints_the_resolved_config_and_writes_nothing(tmp_path: Path, caps
     assert main(["show", DIT, *overrides]) == 0
     values = yaml.safe_load(capsys.readouterr().out)
     assert values["denoiser"]["depth"] == 2
-    assert values["optimizer"]["betas"] == [0.9, 0.999]  # defaults too
+    assert values["optimizer"]["betas"] == [0.9, 0.999]  # includes defaults
     assert not list(tmp_path.iterdir())
 
 
@@ -110,7 +110,7 @@ def test_show_prints_the_resolved_config_and_writes_nothing(tmp_path: Path, caps
         (["show", DIT, "seed"], "'seed' is not an override; write key=value, e.g. trainer.max_images=200_000"),
     ],
 )
-def test_a_wrong_command_line(refused: Callable[..., str], argv: list[str], line: str) -> None:
+def test_a_wrong_command_line_is_refused(refused: Callable[..., str], argv: list[str], line: str) -> None:
     assert refused(*argv).startswith(f"command line: {line}")
 
 
@@ -132,7 +132,7 @@ FOUND_BEFORE_TRAINING = {
 
 
 @pytest.mark.parametrize("argument", FOUND_BEFORE_TRAINING)
-def test_found_before_training_and_before_a_folder_is_made(
+def test_errors_are_found_before_training_and_before_a_folder_is_created(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str
 ) -> None:
     def fail(*_: object) -> None:
@@ -144,7 +144,7 @@ def test_found_before_training_and_before_a_folder_is_made(
     assert not list(tmp_path.iterdir())
 
 
-def test_found_before_lightning_is_imported(tmp_path: Path) -> None:
+def test_errors_are_found_before_lightning_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from diffbench.cli import main\ncode = main(sys.argv[1:]); print(code, 'lightning' in sys.modules)"
     )
@@ -153,12 +153,12 @@ def test_found_before_lightning_is_imported(tmp_path: Path) -> None:
     assert done.stdout == "2 False\n"
 
 
-def test_sizes_in_a_base_are_blamed_on_who_changed_what_they_must_fit(refused: Callable[..., str]) -> None:
+def test_a_size_in_the_file_that_an_override_breaks_is_blamed_on_the_command_line(refused: Callable[..., str]) -> None:
     line = refused("train", "experiments/digits/diffit.yaml", "denoiser.channels=[30,60]")
     assert line.startswith("command line: denoiser.norm_groups: 8 does not divide 30")
 
 
-def test_a_file_where_runs_should_go(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_runs_dir_that_is_a_file_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
     line = refused("train", DIT, f"runs_dir={file}")
@@ -167,7 +167,7 @@ def test_a_file_where_runs_should_go(refused: Callable[..., str], tmp_path: Path
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_smoke_run_of_every_backbone(name: str, tmp_path: Path, capsys: Capture) -> None:
+def test_a_smoke_run_of_every_backbone(name: str, tmp_path: Path, capsys: Capture) -> None:
     argv = ["train", f"experiments/digits/{name}.yaml", "debug=smoke", f"runs_dir={tmp_path}"]
     assert main(argv) == 0
     run = tmp_path / "digits" / f"{name}-smoke-s0"
@@ -175,19 +175,19 @@ def test_smoke_run_of_every_backbone(name: str, tmp_path: Path, capsys: Capture)
     assert f"{run}: starting, " in out
     for fact in ("parameters", "GMACs", "images seen", "images/s", "validation bound", "fd/digits-cnn@20", "coverage/"):
         assert re.search(rf"^{re.escape(fact)}\S* .*[\d.]+", out, re.MULTILINE), fact
-    picture = run / "samples" / "final-000000016.png"
-    assert f"samples: {picture}" in out
-    assert size(picture)[0] > 100
+    image = run / "samples" / "final-000000016.png"
+    assert f"samples: {image}" in out
+    assert size(image)[0] > 100
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
 
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{run}: complete at 16 images\n")
-    assert f"samples: {picture}" in out
+    assert f"samples: {image}" in out
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-def test_a_longer_run_extends_and_a_shorter_one_changes_nothing(smoke_run: Path, capsys: Capture) -> None:
+def test_a_longer_run_resumes_and_a_shorter_one_changes_nothing(smoke_run: Path, capsys: Capture) -> None:
     argv = ["train", DIT, "debug=smoke", f"runs_dir={smoke_run.parent.parent}"]
     assert main([*argv, "trainer.max_images=24"]) == 0
     out = capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_a_longer_run_extends_and_a_shorter_one_changes_nothing(smoke_run: Path,
     assert diffbench.load(smoke_run).images_seen == 24
 
 
-def test_a_lost_export_comes_back(smoke_run: Path, capsys: Capture) -> None:
+def test_a_lost_export_is_restored(smoke_run: Path, capsys: Capture) -> None:
     (export,) = smoke_run.glob("ema-*.safetensors")
     before = load_file(export)
     export.unlink()
@@ -231,12 +231,12 @@ def test_init_from_starts_at_the_averaged_weights(
     monkeypatch.setattr("diffbench.runs.lifecycle.train_here", spy)
     assert main(["train", DIT, "tag=warm", f"init_from={smoke_run}", f"runs_dir={tmp_path}"]) == 1
     assert f"initial weights from {smoke_run}\n" in capsys.readouterr().out
-    theirs = diffbench.load(smoke_run).denoiser.state_dict()
-    assert started[0].keys() == theirs.keys()
-    assert all(torch.equal(started[0][k], theirs[k]) for k in theirs)
+    weights = diffbench.load(smoke_run).denoiser.state_dict()
+    assert started[0].keys() == weights.keys()
+    assert all(torch.equal(started[0][k], weights[k]) for k in weights)
 
 
-def test_init_from_another_network_or_an_untrained_run(
+def test_init_from_another_network_or_an_untrained_run_is_refused(
     refused: Callable[..., str], smoke_run: Path, tmp_path: Path
 ) -> None:
     runs = f"runs_dir={tmp_path / 'new'}"
@@ -302,17 +302,17 @@ def test_evaluate_appends_records_and_prints_them(smoke_run: Path, capsys: Captu
         ("sample", "'sample' is not an override; write key=value"),
     ],
 )
-def test_evaluate_refuses(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:
+def test_evaluate_refuses_bad_arguments(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:
     before = (finished / "results.jsonl").read_text()
     assert refused("evaluate", finished, argument).startswith(f"command line: {line}")
     assert (finished / "results.jsonl").read_text() == before
 
 
-def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_sample_writes_an_image(smoke_run: Path, tmp_path: Path, capsys: Capture) -> None:
     assert main(["sample", str(smoke_run), "n=12", "labels=3", "guidance=2", "seed=4", "steps=3"]) == 0
     path = Path(capsys.readouterr().out.strip())
     assert path.parent == smoke_run / "samples"
-    cell = 8 * 8 + 4  # 8 pixels, enlarged eight times, with a border of 2
+    cell = 8 * 8 + 4  # 8 pixels, enlarged 8 times, with a border of 2 on each side
     assert size(path) == (10 * cell, 2 * cell + CAPTION_HEIGHT)
     out = tmp_path / "new" / "digits.png"
     assert main(["sample", str(smoke_run), "n=1", "sample.steps=3", f"out={out}"]) == 0
@@ -337,11 +337,11 @@ def test_sample_writes_a_picture(smoke_run: Path, tmp_path: Path, capsys: Captur
         ("foo", "'foo' is not an override; write key=value"),
     ],
 )
-def test_sample_refuses(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:
+def test_sample_refuses_bad_arguments(refused: Callable[..., str], finished: Path, argument: str, line: str) -> None:
     assert refused("sample", finished, argument).startswith(f"command line: {line}")
 
 
-def test_sample_never_overwrites_what_a_user_names(refused: Callable[..., str], finished: Path, tmp_path: Path) -> None:
+def test_sample_overwrites_no_existing_file(refused: Callable[..., str], finished: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.png"
     mine.write_text("mine")
     assert refused("sample", finished, "n=1", f"out={mine}") == (
@@ -369,11 +369,11 @@ def test_compare_prints_runs_side_by_side(finished: Path, capsys: Capture) -> No
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "sample", "compare"])
-def test_what_is_no_run(refused: Callable[..., str], smoke_run: Path, tmp_path: Path, verb: str) -> None:
+def test_unusable_runs_are_refused(refused: Callable[..., str], smoke_run: Path, tmp_path: Path, verb: str) -> None:
     nowhere = tmp_path / "nowhere"
     assert refused(verb, nowhere) == f"{nowhere}: no run here (config.yaml is missing); train one first"
-    beside = smoke_run.with_name("dit-s0")
-    assert refused(verb, beside) == f"{beside}: no run here (config.yaml is missing); choose from {smoke_run}"
+    sibling = smoke_run.with_name("dit-s0")
+    assert refused(verb, sibling) == f"{sibling}: no run here (config.yaml is missing); choose from {smoke_run}"
     (export,) = smoke_run.glob("ema-*.safetensors")
     export.write_bytes(b"broken")
     assert refused(verb, smoke_run).startswith(f"{export}: damaged (")
@@ -390,7 +390,7 @@ def test_a_damaged_record_is_named(refused: Callable[..., str], smoke_run: Path)
     assert refused("compare", smoke_run) == f"{smoke_run}/results.jsonl: line 3 is not JSON; remove that line"
 
 
-def test_what_no_check_foresaw_is_still_one_line(
+def test_an_unforeseen_error_is_still_one_line(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*_: object) -> None:
@@ -425,7 +425,7 @@ def test_what_no_check_foresaw_is_still_one_line(
         (PermissionError(13, "Permission denied", "/x/y"), 2, "/x/y: Permission denied"),
     ],
 )
-def test_a_bug_says_that_it_is_one(
+def test_bugs_and_user_errors_are_told_apart(
     error: Exception, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
 ) -> None:
     def fail(*_: object) -> None:
@@ -442,15 +442,15 @@ def test_a_bug_says_that_it_is_one(
         assert "Traceback (most recent call last):" in saved and saved.rstrip().endswith(str(error))
 
 
-def test_no_home_and_no_entry_in_passwd(tmp_path: Path) -> None:
-    """As in a container or under cron, with a user that the system does not know."""
-    gone = "import pwd\ndef gone(*_): raise KeyError('uid not found')\npwd.getpwuid = pwd.getpwnam = gone\n"
-    code = f"{gone}import sys\nfrom diffbench.cli import main\nsys.exit(main(sys.argv[1:]))"
+def test_commands_work_without_home_and_passwd_entry(tmp_path: Path) -> None:
+    """Run as a user unknown to the system, as in a container or under cron."""
+    unknown_user = "import pwd\ndef gone(*_): raise KeyError('uid not found')\npwd.getpwuid = pwd.getpwnam = gone\n"
+    code = f"{unknown_user}import sys\nfrom diffbench.cli import main\nsys.exit(main(sys.argv[1:]))"
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DIFFBENCH_CACHE": str(tmp_path / "cache")}
     env["MPLCONFIGDIR"] = str(tmp_path)
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code, *words, f"runs_dir={tmp_path / 'runs'}"]
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *args, f"runs_dir={tmp_path / 'runs'}"]
         return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 
     done = run("train", DIT, "data.name=images", "data.path=~/none")
@@ -467,24 +467,24 @@ def test_load_and_sample_in_python(finished: Path) -> None:
     assert run.config == load_config(DIT, ["debug=smoke", f"runs_dir={finished.parent.parent}"])
     assert run.images_seen == 16
     assert not run.denoiser.training
-    pictures = run.sample(n=4, labels=3, guidance=2.0, seed=0)
-    assert [(p.size, p.mode) for p in pictures] == [((8, 8), "L")] * 4
+    images = run.sample(n=4, labels=3, guidance=2.0, seed=0)
+    assert [(p.size, p.mode) for p in images] == [((8, 8), "L")] * 4
     again = diffbench.load(str(finished)).sample(n=4, labels=3, guidance=2.0, seed=0)
-    assert [p.tobytes() for p in pictures] == [p.tobytes() for p in again]
+    assert [p.tobytes() for p in images] == [p.tobytes() for p in again]
     other = run.sample(n=4, labels=3, guidance=2.0, seed=1)
-    assert [p.tobytes() for p in pictures] != [p.tobytes() for p in other]
+    assert [p.tobytes() for p in images] != [p.tobytes() for p in other]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_a_sample_does_not_depend_on_the_batch_size(finished: Path, sampler: str) -> None:
     run = diffbench.load(finished)
-    run.denoiser.double()  # so that kernels of other batch sizes round alike
+    run.denoiser.double()  # so that kernels for different batch sizes round alike
     draws = [run.sample_tensor(n=7, seed=3, sampler=sampler, steps=5, batch_size=size) for size in (1, 3, 7)]
     assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
     assert torch.equal(run.sample_tensor(n=3, seed=3, sampler=sampler, steps=5), draws[0][:3])
 
 
-def test_labels_in_python(finished: Path) -> None:
+def test_labels_in_python_may_be_lists_and_tensors(finished: Path) -> None:
     run = diffbench.load(finished)
     assert run.sample_tensor(labels=[1, 2, 3]).shape == (3, 1, 8, 8)
     assert run.sample_tensor(labels=torch.tensor([1, 2])).dtype == torch.uint8
@@ -515,7 +515,7 @@ def test_every_loss_and_variance_trains_and_samples(process: list[str], tmp_path
     assert len(run.sample(n=2, guidance=1.5)) == 2
 
 
-def test_another_average_is_sampled_and_scored(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_another_average_can_be_sampled_and_scored(tmp_path: Path, refused: Callable[..., str]) -> None:
     run = diffbench.train(
         DIT, [*SMALL, "debug=smoke", f"runs_dir={tmp_path}", "ema.decays=[0.9,0.5]", "ema.warmup=false"]
     )
@@ -525,12 +525,12 @@ def test_another_average_is_sampled_and_scored(tmp_path: Path, refused: Callable
     assert main(["sample", str(run.folder), "n=2", "ema=0.5"]) == 0
     averages = [diffbench.load(run.folder, ema=decay).denoiser.state_dict() for decay in (0.9, 0.5)]
     assert not torch.equal(averages[0]["final.weight"], averages[1]["final.weight"])
-    wanted = f"{run.folder}: ema: no average has decay 0.7; choose from 0.9, 0.5"
-    assert refused("evaluate", run.folder, "ema=0.7") == refused("sample", run.folder, "ema=0.7") == wanted
+    expected = f"{run.folder}: ema: no average has decay 0.7; choose from 0.9, 0.5"
+    assert refused("evaluate", run.folder, "ema=0.7") == refused("sample", run.folder, "ema=0.7") == expected
 
 
-def test_own_modules_are_found_beside_the_console_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script has its own folder first on the path, where `python -m` has the working one."""
+def test_custom_modules_in_the_working_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A console script has its own folder first on sys.path, `python -m` the working folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     assert main(["list", "--models"]) == 0

@@ -1,4 +1,4 @@
-"""Conventions of a command line: help with keys, shipped experiments, where values come from, completion."""
+"""Command-line conventions: help with keys, shipped experiments, sources of values, completion, JSON."""
 
 import json
 import shutil
@@ -19,33 +19,33 @@ DIT = "experiments/digits/dit.yaml"
 Capture = pytest.CaptureFixture[str]
 
 
-def test_the_keys_of_help_are_those_of_the_config() -> None:
+def test_help_lists_the_keys_of_the_config() -> None:
     keys = {key.name: key for key in read_keys("config/kinds.py:RunConfig")}
-    real = flatten(to_dict(load(DIT)))
-    named = {k for k in real if k.split(".")[0] not in ("data", "denoiser", "process")}
+    config_keys = flatten(to_dict(load(DIT)))
+    named = {k for k in config_keys if k.split(".")[0] not in ("data", "denoiser", "process")}
     assert {k for k in keys if not k.endswith(".name") or k == "optimizer.name"} == named - {"format", "kind"}
     assert keys["trainer.max_images"].default == "1_000_000"
-    assert keys["trainer.label_dropout"].default == "0.1"  # of a subclass
+    assert keys["trainer.label_dropout"].default == "0.1"  # the default of a subclass
     assert keys["optimizer.name"].choices[:2] == ("adamw", "adam")
-    assert keys["trainer.threads"].choices == ()  # auto, or any number
+    assert keys["trainer.threads"].choices == ()  # auto or any number
     assert keys["evaluate.every_count"].text == "Number of samples per distance during training."
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.keys])
-def test_every_key_of_help_is_described_or_speaks_for_itself(verb: str) -> None:
+def test_at_least_half_of_the_keys_in_help_are_described(verb: str) -> None:
     keys = VERBS[verb].read_keys()
     assert len({key.name for key in keys}) == len(keys) > 0
     assert sum(not key.text for key in keys) <= len(keys) // 2
 
 
-def test_help_leaves_out_keys_that_a_verb_refuses() -> None:
+def test_help_omits_keys_that_a_command_refuses() -> None:
     shown = {verb: {key.name for key in VERBS[verb].read_keys()} for verb in ("train", "evaluate", "reference")}
     training = {"evaluate.every_images", "evaluate.every_count", "evaluate.best"}
     assert training <= shown["train"] and not training & (shown["evaluate"] | shown["reference"])
     assert "evaluate.judge" in shown["evaluate"] and "evaluate.judge" not in shown["reference"]
 
 
-def test_help_of_a_verb_needs_no_torch() -> None:
+def test_help_of_a_command_does_not_import_torch() -> None:
     code = (
         "import sys; from diffbench.cli import main\ntry: main(['train', 'x.yaml', '--help'])\nexcept SystemExit: pass"
     )
@@ -62,16 +62,16 @@ def test_init_copies_the_experiments_and_overwrites_nothing(
     assert f"{DIT}: no such file; `diffbench init` copies the shipped experiments here" in capsys.readouterr().err
     assert main(["init"]) == 0
     assert capsys.readouterr().out.endswith("files; try: diffbench train experiments/digits/dit.yaml\n")
-    theirs = sorted(p.relative_to(ROOT) for p in ROOT.glob("experiments/*/*.yaml"))
-    assert sorted(p.relative_to(tmp_path) for p in tmp_path.glob("experiments/*/*.yaml")) == theirs
+    shipped_files = sorted(p.relative_to(ROOT) for p in ROOT.glob("experiments/*/*.yaml"))
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.glob("experiments/*/*.yaml")) == shipped_files
     assert load(DIT) == load(ROOT / DIT)
     assert main(["init"]) == 2
     assert "command line: experiments already exists; name another FOLDER" in capsys.readouterr().err
 
 
-def test_show_says_where_each_value_comes_from(tmp_path: Path, capsys: Capture) -> None:
-    words = ["denoiser.depth=2", "tag=007", "debug=smoke", "ema.decays=[0.9, 0.99]"]
-    assert main(["show", DIT, *words]) == 0
+def test_show_prints_the_source_of_each_value(tmp_path: Path, capsys: Capture) -> None:
+    args = ["denoiser.depth=2", "tag=007", "debug=smoke", "ema.decays=[0.9, 0.99]"]
+    assert main(["show", DIT, *args]) == 0
     text = capsys.readouterr().out
     found = {line.split("#")[0].strip(): line.split("# ")[1] for line in text.splitlines() if "# " in line}
     assert found["depth: 2"] == found["tag: '007'"] == found["decays: [0.9, 0.99]"] == "command line"
@@ -80,10 +80,10 @@ def test_show_says_where_each_value_comes_from(tmp_path: Path, capsys: Capture) 
     assert found["log_images: 8"] == "debug=smoke"
     assert found["timeout_s: 1800"] == "default"
     (tmp_path / "again.yaml").write_text(text)
-    assert load(tmp_path / "again.yaml") == load(DIT, words)
+    assert load(tmp_path / "again.yaml") == load(DIT, args)
 
 
-def test_show_of_a_preset_and_of_another_network(capsys: Capture) -> None:
+def test_show_of_a_preset_and_of_another_denoiser(capsys: Capture) -> None:
     assert main(["show", "experiments/imagenet256-latent/dit-xl-2.yaml", "denoiser.depth=3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(
@@ -91,7 +91,7 @@ def test_show_of_a_preset_and_of_another_network(capsys: Capture) -> None:
     )
     assert any("depth: 3" in x and x.endswith("# command line") for x in lines)
     assert main(["show", DIT, "denoiser.name=unet"]) == 0
-    assert not [x for x in capsys.readouterr().out.splitlines() if f"{DIT}:1" in x]  # none of DiT's sizes
+    assert not [x for x in capsys.readouterr().out.splitlines() if f"{DIT}:1" in x]  # without DiT's sizes
 
 
 @pytest.mark.parametrize(
@@ -107,22 +107,22 @@ def test_show_of_a_preset_and_of_another_network(capsys: Capture) -> None:
         ("diffbench compare RUN out=exp", {"experiments/"}),
     ],
 )
-def test_completion(line: str, completed: set[str], capsys: Capture, tmp_path: Path) -> None:
+def test_bash_completion(line: str, completed: set[str], capsys: Capture, tmp_path: Path) -> None:
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("needs bash")
     assert main(["completion"]) == 0
-    words = line.split()
+    args = line.split()
     script = tmp_path / "script"
     script.write_text(
         f"{capsys.readouterr().out}\ncompopt() {{ :; }}\nCOMP_LINE='{line}' COMP_POINT={len(line)}\n"
-        f"COMP_WORDS=({line}) COMP_CWORD={len(words) - 1}\n_diffbench\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
+        f"COMP_WORDS=({line}) COMP_CWORD={len(args) - 1}\n_diffbench\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
     )
     done = subprocess.run([bash, str(script)], capture_output=True, text=True, check=True, cwd=ROOT)
     assert set(done.stdout.split()) == completed
 
 
-def test_json_for_scripts(tmp_path: Path, capsys: Capture) -> None:
+def test_json_output_for_scripts(tmp_path: Path, capsys: Capture) -> None:
     runs = [
         str(
             make_run(
@@ -149,15 +149,15 @@ def test_json_for_scripts(tmp_path: Path, capsys: Capture) -> None:
     assert Path(found["report"]).is_file()
 
 
-@pytest.mark.parametrize("words", [[], ["--models"]])
-def test_a_list_fits_80_columns(words: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("args", [[], ["--models"]])
+def test_lists_fit_80_columns(args: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffbench.core.terminal.width", lambda: 80)
-    assert main(["list", *words]) == 0
+    assert main(["list", *args]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_what_a_user_needs(tmp_path: Path) -> None:
+def test_a_wheel_contains_experiments_and_templates(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip"]
     subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,4 +1,4 @@
-"""`diffbench explain`: what it prints and writes, again the same, and what it refuses in a line."""
+"""`diffbench explain`: its output and files, the same on every call, and its one-line errors."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_the_command_prints_a_table_and_writes_figure_json_and_tensorboard(smoke
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("args", "line"),
     [
         (["class=10"], "class: '10' is not a class; choose from 0 to 9"),
         (["class=eigth"], "class: 'eigth' is not a class; choose from 0 to 9"),
@@ -51,6 +51,6 @@ def test_the_command_prints_a_table_and_writes_figure_json_and_tensorboard(smoke
         (["class=3", "sample.steps=x"], "sample.steps: must be like 250, ddim25 or 10,15,20, got 'x'"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_is_refused_by_name(smoke_run: Path, words: list[str], line: str, capsys: Capture) -> None:
-    assert main(["explain", str(smoke_run), *words]) == 2
+def test_invalid_arguments_are_refused_by_name(smoke_run: Path, args: list[str], line: str, capsys: Capture) -> None:
+    assert main(["explain", str(smoke_run), *args]) == 2
     assert capsys.readouterr().err.strip() == f"error: command line: {line}"

@@ -1,4 +1,4 @@
-"""`diffbench list FOLDER`: a line for each run below, whatever state it is in."""
+"""`diffbench list FOLDER`: one line for each run below the folder, in whatever state."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from diffbench.cli import main
 from diffbench.runs import build
 
 
-def listed(capsys: pytest.CaptureFixture[str], *folders: Path) -> list[list[str]]:
-    """The columns of each line."""
+def list_runs(capsys: pytest.CaptureFixture[str], *folders: Path) -> list[list[str]]:
+    """Run `list` and return the columns of each line."""
     assert main(["list", *map(str, folders)]) == 0
     return [[part for part in line.split("  ") if part] for line in capsys.readouterr().out.splitlines()]
 
@@ -32,7 +32,7 @@ def test_each_run_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     next(broken.glob("ema-*.safetensors")).write_bytes(b"no tensors")
     for path in (*done.iterdir(), *stopped.iterdir()):
         os.utime(path, (0, 0))
-    head, *rows = listed(capsys, tmp_path, tmp_path / "digits")
+    head, *rows = list_runs(capsys, tmp_path, tmp_path / "digits")
     assert [part.strip() for part in head] == [
         "run", "images", "of", "validation bound", "newest score", "last change",
     ]  # fmt: skip
@@ -41,15 +41,15 @@ def test_each_run_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [part.strip() for part in rows[1]][:5] == [str(stopped), "6,400", "98,304", "0.2000", "-"]
     assert rows[2][0].strip() == str(broken)
     assert rows[2][-1].strip().startswith(f"{next(broken.glob('ema-*'))}: damaged (")
-    assert len(rows) == 3  # each once, though it lies below two of the folders
+    assert len(rows) == 3  # each run once, though both given folders contain it
     (tmp_path / "far" / "loop").parent.mkdir()
     (tmp_path / "far" / "loop").symlink_to(tmp_path / "far")
     (tmp_path / "far" / "linked").symlink_to(done)
-    _, (linked, *_) = listed(capsys, tmp_path / "far")
+    _, (linked, *_) = list_runs(capsys, tmp_path / "far")
     assert linked.strip() == str(tmp_path / "far" / "linked")
 
 
-def test_where_there_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: no run folder here or below (none has a config.yaml)\n"
     assert main(["list", str(tmp_path / "runz")]) == 2
@@ -57,16 +57,16 @@ def test_where_there_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == f"error: {tmp_path / 'runz'}: {hint}\n"
 
 
-def test_the_work_grows_with_the_number_of_runs(
+def test_listing_runs_builds_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seed in range(4):
         make_run(tmp_path / f"dit-s{seed}", seed=seed)
     monkeypatch.setattr(build, "cost_of", lambda *_: pytest.fail("a network was built"))
-    assert len(listed(capsys, tmp_path)) == 5
+    assert len(list_runs(capsys, tmp_path)) == 5
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
+def test_a_closed_pipe_ends_the_command_quietly() -> None:
     command = [sys.executable, "-m", "diffbench", "show", "experiments/digits/dit.yaml"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -75,12 +75,12 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
     assert process.returncode == 141
 
 
-def test_a_refused_resume_leaves_the_list_as_it_was(smoke_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (before,) = listed(capsys, smoke_run.parent)[1:]
+def test_a_refused_resume_leaves_the_list_unchanged(smoke_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (before,) = list_runs(capsys, smoke_run.parent)[1:]
     assert [part.strip() for part in before][1:3] == ["16", "16"]
     facts = json.loads((smoke_run / "data.json").read_text())
     (smoke_run / "data.json").write_text(json.dumps(facts | {"fingerprint": "of other images"}))
     runs = f"runs_dir={smoke_run.parent.parent}"
     assert main(["train", "experiments/digits/dit.yaml", "debug=smoke", runs, "trainer.max_images=32"]) == 2
     assert "other training data" in capsys.readouterr().err
-    assert listed(capsys, smoke_run.parent)[1:] == [before]
+    assert list_runs(capsys, smoke_run.parent)[1:] == [before]

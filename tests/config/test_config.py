@@ -1,4 +1,4 @@
-"""Configs: inheritance, overrides, registries, presets; every mistake is one line that names file and key."""
+"""Configs: inheritance, overrides, registries, presets; every mistake is a one-line error naming file and key."""
 
 import math
 import os
@@ -34,7 +34,7 @@ def refusal(path: str | Path, *overrides: str) -> str:
 
 
 def written(folder: Path, **files: str | bytes) -> Path:
-    """Writes files NAME.yaml; returns the first."""
+    """Write files NAME.yaml and return the path of the first."""
     for name, content in files.items():
         (folder / f"{name}.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
     return folder / f"{next(iter(files))}.yaml"
@@ -43,7 +43,7 @@ def written(folder: Path, **files: str | bytes) -> Path:
 @pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "experiments").glob("*/*.yaml")))
 def test_every_experiment_loads_and_survives_saving(path: str) -> None:
     if Path(path).name.startswith("_"):
-        assert yaml.safe_load(Path(path).read_text())  # a base alone is no experiment
+        assert yaml.safe_load(Path(path).read_text())  # a base is not an experiment
         return
     if "studies" in path:  # test_studies_plan.py takes a step of each of their variants
         assert load_study(path).kind == "study"
@@ -66,7 +66,7 @@ def test_every_denoiser_has_an_experiment_and_replaces_another(name: str) -> Non
         assert to_dict(config)["denoiser"] == {**vars(DENOISERS[name].config()), "name": name}
 
 
-def test_bases_hold_what_children_leave_out(tmp_path: Path) -> None:
+def test_children_inherit_missing_keys_from_their_bases(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     written(tmp_path, root=BASE + "seed: 1\noptimizer: {lr: 0.5, betas: [0.1, 0.2]}\n")
     written(tmp_path, middle="base: root.yaml\noptimizer: {betas: [0.3, 0.4]}\nseed: 2\n")
@@ -75,7 +75,7 @@ def test_bases_hold_what_children_leave_out(tmp_path: Path) -> None:
     assert config.denoiser.hidden_size == 32
 
 
-def test_a_base_with_another_denoiser_gives_none_of_its_sizes(tmp_path: Path) -> None:
+def test_no_sizes_are_inherited_from_a_base_with_another_denoiser(tmp_path: Path) -> None:
     written(tmp_path, root=BASE)
     config = load(written(tmp_path, leaf="base: root.yaml\ndenoiser: {name: unet, norm_groups: 4}\n"))
     assert (config.denoiser.name, config.denoiser.norm_groups, config.denoiser.num_heads) == ("unet", 4, 4)
@@ -122,15 +122,15 @@ def test_a_base_with_another_denoiser_gives_none_of_its_sizes(tmp_path: Path) ->
         ("seed=${process.steps}", 1000),
     ],
 )
-def test_overrides_are_read_as_the_type_of_their_key(argument: str, value: Any) -> None:
-    now = flatten(to_dict(load(DIT, [argument])))[argument.split("=")[0]]
-    assert now == value
-    assert type(now) is type(value)
+def test_overrides_are_parsed_as_the_type_of_their_key(argument: str, value: Any) -> None:
+    value_read = flatten(to_dict(load(DIT, [argument])))[argument.split("=")[0]]
+    assert value_read == value
+    assert type(value_read) is type(value)
 
 
-def test_images_in_their_default_place_are_pixels_whatever_says_their_channels() -> None:
-    for words in ([], ["data.channels=null"]):
-        config = load("experiments/cifar10/dit.yaml", [*words, "process.name=edm"])
+def test_images_in_the_default_folder_are_pixels_with_or_without_channels() -> None:
+    for args in ([], ["data.channels=null"]):
+        config = load("experiments/cifar10/dit.yaml", [*args, "process.name=edm"])
         assert (config.pixels, config.process.sigma_data) == (True, 0.5)  # type: ignore[attr-defined]
 
 
@@ -139,7 +139,7 @@ def test_later_overrides_win() -> None:
     assert parse_overrides(["a.b=1", "a.c=2"]) == {"a": {"b": 1, "c": 2}}
 
 
-def test_presets_replace_sizes_and_yield_to_keys_beside_them(tmp_path: Path) -> None:
+def test_presets_replace_sizes_and_yield_to_explicit_keys(tmp_path: Path) -> None:
     config = load(DIT, ["denoiser.preset=DiT-S/2", "denoiser.depth=3"])
     assert (config.denoiser.hidden_size, config.denoiser.num_heads, config.denoiser.depth) == (384, 6, 3)
     assert "preset" not in to_yaml(config)
@@ -148,7 +148,7 @@ def test_presets_replace_sizes_and_yield_to_keys_beside_them(tmp_path: Path) -> 
     assert load(DIT, ["denoiser.preset="]) == load(DIT)
 
 
-def test_smoke_is_two_steps_and_yields_to_the_command_line() -> None:
+def test_smoke_trains_two_steps_and_yields_to_the_command_line() -> None:
     config = load(DIT, ["debug=smoke"])
     assert config.trainer.max_images == 2 * config.trainer.batch_size
     assert load(DIT, ["debug=smoke", "trainer.max_images=24"]).trainer.max_images == 24
@@ -254,13 +254,13 @@ REFUSED = {
 }
 
 
-def test_half_lives_that_stay_away_leave_the_decays() -> None:
+def test_a_null_half_life_leaves_the_decays_unchanged() -> None:
     assert load(DIT, ["ema.half_life=null"]).ema == load(DIT).ema
     assert load(DIT, ["ema.half_life=[0.1]"]).ema.decays == [0.1]
 
 
 @pytest.mark.parametrize("argument", REFUSED)
-def test_a_wrong_argument_is_named(argument: str) -> None:
+def test_the_error_for_a_wrong_override_names_its_key(argument: str) -> None:
     text = refusal(DIT, *re.split(r" (?=[a-z]+[.=])", argument))
     assert text.startswith("command line: ")
     assert REFUSED[argument] in text
@@ -302,23 +302,23 @@ def test_a_preset_of_another_network_is_refused() -> None:
         ("base: bad.yaml\n", "base: the chain bad.yaml -> bad.yaml is a cycle"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, content: str | bytes, expected: str) -> None:
+def test_the_error_for_a_wrong_file_names_the_file(tmp_path: Path, content: str | bytes, expected: str) -> None:
     path = written(tmp_path, bad=content)
     assert refusal(path).startswith(f"{path}: {expected}")
 
 
-def test_a_base_is_named_where_the_fault_is_its_own(tmp_path: Path) -> None:
+def test_an_error_in_a_base_names_the_base(tmp_path: Path) -> None:
     leaf = written(tmp_path, leaf="base: root.yaml\n", root=BASE + "optimizer: {lr: -1}\n")
     assert refusal(leaf) == f"{tmp_path / 'root.yaml'}: optimizer.lr: must be positive, got -1.0"
     assert refusal(leaf, "optimizer.lr=-2") == "command line: optimizer.lr: must be positive, got -2.0"
 
 
-def test_a_value_that_a_base_puts_in_a_sections_place_is_not_lost(tmp_path: Path) -> None:
+def test_a_value_in_place_of_a_section_is_refused_even_in_a_base(tmp_path: Path) -> None:
     leaf = written(tmp_path, leaf="base: root.yaml\ndenoiser: {depth: 1}\n", root="denoiser: unet\n")
     assert refusal(leaf) == (f"{leaf}: denoiser: must be a section with keys, got 'unet'; write denoiser.KEY=VALUE")
 
 
-def test_missing_and_cyclic_bases(tmp_path: Path) -> None:
+def test_missing_and_cyclic_bases_are_refused(tmp_path: Path) -> None:
     leaf = written(tmp_path, leaf="base: rot.yaml\n", root=BASE)
     root, rot = tmp_path / "root.yaml", tmp_path / "rot.yaml"
     assert refusal(leaf) == f"{leaf}: base: {rot}: no such file; choose from {root}; did you mean '{root}'?"
@@ -327,7 +327,7 @@ def test_missing_and_cyclic_bases(tmp_path: Path) -> None:
 
 
 def test_a_missing_experiment_suggests_the_nearest() -> None:
-    for wrong, said in (
+    for wrong, message in (
         ("experiments/digits/dti.yaml", "no such file"),
         ("experiments/digits/dit", "no such file"),
         ("dit", "no such file"),
@@ -336,17 +336,17 @@ def test_a_missing_experiment_suggests_the_nearest() -> None:
         near = [path for path in experiments() if path.startswith("experiments/digits/")]
         choices = ", ".join(near if wrong.startswith("experiments/digits") else experiments())
         meant = "experiments/own/dit.yaml" if wrong == "dit" else DIT
-        assert refusal(wrong) == f"{wrong}: {said}; choose from {choices}; did you mean '{meant}'?"
+        assert refusal(wrong) == f"{wrong}: {message}; choose from {choices}; did you mean '{meant}'?"
 
 
-def test_defaults_that_do_not_fit_blame_the_file(tmp_path: Path) -> None:
+def test_an_incompatible_default_is_blamed_on_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, bad=BASE + "process: {steps: 100}\n")  # the default of sample.steps is 250
     assert refusal(path).startswith(f"{path}: sample.steps: '250' does not fit process.steps=100")
 
 
 @dataclass
 class Example:
-    """Keys as sections have them."""
+    """Keys of the types that sections have."""
 
     tag: str | None = None
     lr: float = 1.0
@@ -355,19 +355,19 @@ class Example:
     betas: list[float] = field(default_factory=lambda: [0.9])
 
 
-def test_why_build_checks_types_and_not_omegaconf() -> None:
-    """Each of these would reach a run unseen, or end without the key. Does one fail, `build` may be the library's."""
+def test_omegaconf_misses_type_errors_that_build_finds() -> None:
+    """OmegaConf accepts these wrong values silently or hides the key. If this fails, `build` may be replaced by it."""
 
-    def checked(text: str) -> Any:
+    def by_omegaconf(text: str) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Example), OmegaConf.create(text)))
 
     silent = {"tag: 007": "7", "tag: 2024_11_28": "20241128", "tag: on": "True", "tag: ???": None, "tag: 0x10": "16"}
-    assert {text: checked(text).tag for text in silent} == silent
-    assert checked("warmup: 2").warmup is True and math.isnan(checked("lr: .nan").lr)
+    assert {text: by_omegaconf(text).tag for text in silent} == silent
+    assert by_omegaconf("warmup: 2").warmup is True and math.isnan(by_omegaconf("lr: .nan").lr)
     with pytest.raises(ValidationError, match="could not be converted to Integer"):
-        checked("steps: 2e5")
+        by_omegaconf("steps: 2e5")
     with pytest.raises(TypeError, match="Cannot merge incompatible container types"):
-        checked("betas: {0: 0.5}")
+        by_omegaconf("betas: {0: 0.5}")
     for text, error in {"tag: ???": None, "warmup: 2": "warmup: must be true or false, got 2"}.items():
         values = parse_overrides([text.replace(": ", "=")])
         if error is None:

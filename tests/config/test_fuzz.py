@@ -1,4 +1,4 @@
-"""Whatever is typed or written: success, or one line and exit code 2; no traceback, no run folder half made."""
+"""Any command line or YAML succeeds or gives a one-line error with exit code 2, without traceback or run folder."""
 
 import contextlib
 import io
@@ -34,17 +34,17 @@ def _written(value: Any) -> str:
 
 
 def ends_well(*argv: str) -> int:
-    """Runs a command, which must succeed or refuse in one foreseen line; returns its exit code."""
+    """Run a command, check that it succeeds or gives an expected one-line error, and return its exit code."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(list(argv))
     except SystemExit as e:  # --help and --version
         code = int(e.code or 0)
-    said = err.getvalue()
-    assert code in (0, 2), (argv, code, said)  # 1: a bug, what no check foresaw
+    errors = err.getvalue()
+    assert code in (0, 2), (argv, code, errors)  # 1 would be a bug
     if code == 2:
-        assert said.startswith("error: ") and len(said.splitlines()) == 1, (argv, said)
+        assert errors.startswith("error: ") and len(errors.splitlines()) == 1, (argv, errors)
     return code
 
 
@@ -53,10 +53,10 @@ SHORT = settings(max_examples=15, deadline=None, derandomize=True, database=None
 LONG = settings(max_examples=520, deadline=None, derandomize=False, database=None, suppress_health_check=QUIET)
 
 
-def try_all(case: tuple[Any, dict[str, Any]], how: settings) -> None:
-    """Calls a case's function with what its strategies give."""
-    body, given_as = case
-    how(given(**given_as)(body))()
+def try_all(case: tuple[Any, dict[str, Any]], profile: settings) -> None:
+    """Call the function of a case with values drawn from its strategies."""
+    function, strategies = case
+    profile(given(**strategies)(function))()
 
 
 def any_override(words: list[str]) -> None:
@@ -72,7 +72,7 @@ def any_yaml(content: bytes) -> None:
 
 
 def any_study(changes: dict[str, Any]) -> None:
-    """Only reading a study: its plan builds networks of any size that is asked for."""
+    """Only load the study: planning it would build networks of any requested size."""
     from diffbench.core.errors import UserError
     from diffbench.studies.config import load_study
 
@@ -105,11 +105,11 @@ CASES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_sixty_inputs(what: str) -> None:
+def test_sixty_random_inputs(what: str) -> None:
     try_all(CASES[what], SHORT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", CASES)
-def test_two_thousand_inputs(what: str) -> None:
+def test_two_thousand_random_inputs(what: str) -> None:
     try_all(CASES[what], LONG)

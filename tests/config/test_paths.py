@@ -1,4 +1,4 @@
-"""Paths in a YAML file are found from any working folder, and text reaches its key as it was typed."""
+"""Paths in a YAML file are found from any working folder, and text values are kept as typed."""
 
 import shutil
 from pathlib import Path
@@ -38,14 +38,14 @@ def test_a_study_is_read_from_another_folder(elsewhere: Path) -> None:
     ]
 
 
-def test_from_the_repository_the_text_stays_as_it_is() -> None:
+def test_paths_found_from_the_working_folder_are_unchanged() -> None:
     assert load_study("experiments/studies/backbones.yaml").experiment == "experiments/digits/dit.yaml"
     latent = load("experiments/digits-latent/dit.yaml")
     assert latent.autoencoder == "experiments/digits-latent/autoencoder.yaml"
     assert load("experiments/imagenet256-latent/dit-xl-2.yaml").autoencoder == "stabilityai/sd-vae-ft-ema"
 
 
-def test_paths_are_looked_up_beside_the_file_then_in_its_repository(elsewhere: Path) -> None:
+def test_paths_are_looked_up_next_to_the_file_then_in_its_repository(elsewhere: Path) -> None:
     repository = elsewhere / "mine"
     (repository / ".git").mkdir(parents=True)
     (repository / "studies").mkdir()
@@ -63,7 +63,7 @@ def test_paths_are_looked_up_beside_the_file_then_in_its_repository(elsewhere: P
     assert resolve_path(str(elsewhere), file) == str(elsewhere)
 
 
-def test_keys_that_hold_paths(elsewhere: Path) -> None:
+def test_keys_with_paths_are_resolved(elsewhere: Path) -> None:
     for name in ("images", "vae", "weak"):
         (elsewhere / name).mkdir()
     values = {"base": str(DIT), "data": {"name": "images", "path": "images"}, "init_from": "weak"}
@@ -74,11 +74,11 @@ def test_keys_that_hold_paths(elsewhere: Path) -> None:
     config = load(path)
     assert (config.data.path, config.autoencoder) == (str(elsewhere / "images"), str(elsewhere / "vae"))
     assert config.init_from == config.sample.weak_model == str(elsewhere / "weak")
-    assert config.runs_dir == "vae"  # where a command writes is the user's folder
-    assert load(path, ["data.path=images"]).data.path == "images"  # so is what is typed
+    assert config.runs_dir == "vae"  # output paths are relative to the working folder
+    assert load(path, ["data.path=images"]).data.path == "images"  # and so are paths on the command line
 
 
-def test_an_experiment_that_is_not_there_says_where_it_was_sought(elsewhere: Path) -> None:
+def test_the_error_for_a_missing_experiment_lists_the_folders_searched(elsewhere: Path) -> None:
     path = elsewhere / "study.yaml"
     path.write_text(STUDY.format("experiments/digits/dti.yaml"))
     with pytest.raises(UserError) as caught:
@@ -97,7 +97,7 @@ def test_axes_keep_the_text_of_their_values(tmp_path: Path) -> None:
     assert [(g.config.init_from, g.config.tag) for g in found] == [(text, "1e3") for text in typed]
 
 
-def test_a_key_that_stands_twice_in_a_study_is_refused(tmp_path: Path) -> None:
+def test_a_key_set_twice_in_a_study_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(STUDY.format(DIT) + "axes: {a: {b: {optimizer.lr: 1, optimizer: {lr: 2}}}}\n")
     with pytest.raises(UserError) as caught:
@@ -105,7 +105,7 @@ def test_a_key_that_stands_twice_in_a_study_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == f"{path}: optimizer.lr: set twice in one section of the study"
 
 
-def test_text_in_files_lists_and_nested_keys(tmp_path: Path) -> None:
+def test_text_in_nested_keys_is_kept_as_typed(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     sample = "{steps: 0050, weak_model: 1e3, classifier: .5}"
     text = f"tag: 2024_11_28\ninit_from: 0x1F\nsample: {sample}\nseed: 1_0\n"
@@ -118,7 +118,7 @@ def test_text_in_files_lists_and_nested_keys(tmp_path: Path) -> None:
     assert load(saved) == config
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_dumped_values_are_read_back(tmp_path: Path) -> None:
     text = "a: [007, 1e-4, '1e5', \"007\", on, 'null', null, 0x10, .inf, 2024-01-01, 1:30, ~, true, 'true', .5, 1.]\n"
     path = tmp_path / "a.yaml"
     path.write_text(text)

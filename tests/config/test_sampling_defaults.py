@@ -1,4 +1,4 @@
-"""What sampling does by default follows from process and space, and steps that cannot begin in noise are refused."""
+"""Sampling defaults follow from process and space, and steps that do not start in noise are refused."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from diffbench.core.errors import UserError
 
 PIXELS, LATENT = "experiments/digits/dit.yaml", "experiments/digits-latent/dit.yaml"
 LATE = {"1": 0, "ddim1": 0, "1,1": 500, "1,1,1": 667, "10,1": 500, "ddim2": 500}
-"""Steps -> the step of a thousand at which they would begin."""
+"""Map from `sample.steps` to the step, of 1000, at which sampling would start."""
 
 
 def config(path: str, *overrides: str) -> RunConfig:
@@ -19,27 +19,27 @@ def config(path: str, *overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun", "dpm_solver"])
 def test_only_pixels_are_clipped_and_only_by_ddpm_and_ddim(sampler: str) -> None:
-    words = [f"sample.sampler={sampler}", "sample.clip=null"]
-    assert config(PIXELS, *words).sample.clip is (sampler in ("ddpm", "ddim"))
-    assert config(LATENT, *words).sample.clip is False
+    args = [f"sample.sampler={sampler}", "sample.clip=null"]
+    assert config(PIXELS, *args).sample.clip is (sampler in ("ddpm", "ddim"))
+    assert config(LATENT, *args).sample.clip is False
     values = ["data.name=none", "data.channels=4", "data.image_size=8", "evaluate.every_images=null"]
-    assert config(PIXELS, *values, *words).sample.clip is False  # neither grey nor colour: not pixels
-    assert config(LATENT, *words[:1], "sample.clip=true").sample.clip is True
+    assert config(PIXELS, *values, *args).sample.clip is False  # neither grey nor colour, so not pixels
+    assert config(LATENT, *args[:1], "sample.clip=true").sample.clip is True
 
 
-def test_another_sampler_of_a_trained_run_clips_as_it_would_from_the_start() -> None:
+def test_changing_the_sampler_of_a_run_updates_a_default_clip() -> None:
     run = config(PIXELS)
     assert run.sample.clip is True
     assert change(run, {"sample": {"sampler": "dpm_solver"}}).sample.clip is False
     assert change(config(PIXELS, "sample.sampler=heun"), {"sample": {"sampler": "ddim"}}).sample.clip is True
-    assert change(config(PIXELS, "sample.clip=false"), {"sample": {"sampler": "ddim"}}).sample.clip is False  # as asked
+    assert change(config(PIXELS, "sample.clip=false"), {"sample": {"sampler": "ddim"}}).sample.clip is False  # explicit
     assert change(run, {"sample": {"sampler": "heun", "clip": True}}).sample.clip is True
     assert change(run, {"sample": {"steps": "50"}}).sample.clip is True
 
 
 @pytest.mark.parametrize("steps", LATE)
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "heun", "dpm_solver"])
-def test_steps_that_do_not_begin_in_noise_are_refused(sampler: str, steps: str) -> None:
+def test_steps_that_do_not_start_in_noise_are_refused(sampler: str, steps: str) -> None:
     with pytest.raises(UserError) as caught:
         config(PIXELS, f"sample.sampler={sampler}", f"sample.steps='{steps}'")
     assert str(caught.value) == (
@@ -50,15 +50,15 @@ def test_steps_that_do_not_begin_in_noise_are_refused(sampler: str, steps: str) 
 
 
 @pytest.mark.parametrize("steps", ["2", "250", "1000", "10,15,20", "1,1,2", "ddim4", "ddim25", "ddim250"])
-def test_published_steps_are_taken(steps: str) -> None:
+def test_published_steps_are_accepted(steps: str) -> None:
     assert config(PIXELS, f"sample.steps='{steps}'").sample.steps == steps
 
 
 @pytest.mark.parametrize(("path", "unit"), [(PIXELS, 0.5), (LATENT, 1.0)])
-def test_edm_takes_the_standard_deviation_of_what_it_denoises(path: str, unit: float) -> None:
-    words = ["process.name=edm", "sample.sampler=heun", "sample.steps='18'"]
-    assert config(path, *words).process.sigma_data == unit
-    assert config(path, *words, "process.sigma_data=0.7").process.sigma_data == 0.7
+def test_sigma_data_of_edm_defaults_to_the_standard_deviation_of_the_data(path: str, unit: float) -> None:
+    args = ["process.name=edm", "sample.sampler=heun", "sample.steps='18'"]
+    assert config(path, *args).process.sigma_data == unit
+    assert config(path, *args, "process.sigma_data=0.7").process.sigma_data == 0.7
     assert (
         config(path, "process.variance=fixed_large", "process.loss=mse", "process.weighting=edm").process.sigma_data
         == unit
@@ -66,7 +66,7 @@ def test_edm_takes_the_standard_deviation_of_what_it_denoises(path: str, unit: f
     assert config(path, "process.variance=fixed_large", "process.loss=mse").process.sigma_data is None
 
 
-def test_a_shift_of_null_follows_the_image() -> None:
+def test_a_null_shift_follows_the_image_size() -> None:
     assert [config(PIXELS, f"data.size={size}", "process.shift=null").process.shift for size in (8, 32)] == [
         1 / 8,
         1 / 2,

@@ -1,4 +1,4 @@
-"""The cache folder, and files that are made once."""
+"""The cache folder, and files that are created only once."""
 
 import errno
 import subprocess
@@ -23,7 +23,7 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", home)
 
 
-def test_a_user_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_is_told_to_set_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     no_home(monkeypatch)
     with pytest.raises(UserError, match=r"^no home folder for the cache; set DIFFBENCH_CACHE=FOLDER$"):
         cache_folder()
@@ -48,7 +48,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         pass
 
 
-def test_a_file_is_made_once_by_many_processes(tmp_path: Path) -> None:
+def test_concurrent_processes_create_a_cached_file_once(tmp_path: Path) -> None:
     program = (
         "import sys, time, pathlib\n"
         "from diffbench.core.files import cached, write_text\n"
@@ -63,13 +63,13 @@ def test_a_file_is_made_once_by_many_processes(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "made\n"
 
 
-def test_what_is_there_is_not_made(tmp_path: Path) -> None:
+def test_an_existing_cached_file_is_not_created_again(tmp_path: Path) -> None:
     write_text(tmp_path / "f", "x")
     assert cached(tmp_path / "f", pytest.fail) == tmp_path / "f"
     assert not (tmp_path / ".f.lock").exists()
 
 
-def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+def test_tensors_that_share_memory_are_written_separately(tmp_path: Path) -> None:
     tied, path = torch.arange(6.0).view(2, 3), tmp_path / "a.safetensors"
     tensors.write(path, {"a": tied, "b": tied, "c": tied[:1], "d": tied[1:], "empty": torch.zeros(0)})
     found, _ = tensors.read(path)

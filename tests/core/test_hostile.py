@@ -1,4 +1,4 @@
-"""Nothing hostile gets in: files and names from elsewhere run no code, reach nothing outside, are refused in a line."""
+"""Hostile files and names run no code, reach nothing outside the folder, and are refused in one line."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ Refused = Callable[..., str]
 
 
 class Payload:
-    """An object that makes a file when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -39,7 +39,7 @@ class Payload:
 
 @pytest.fixture
 def refused(capsys: Capture, tmp_path: Path) -> Refused:
-    """Runs a command that must end with exit code 2 and one foreseen line, with the payload not run."""
+    """Return a function that expects exit code 2 and one line, with the payload not run, and returns that line."""
 
     def run(*argv: str | Path) -> str:
         capsys.readouterr()
@@ -53,7 +53,7 @@ def refused(capsys: Capture, tmp_path: Path) -> Refused:
 
 
 def calls() -> list[tuple[str, str, ast.Call]]:
-    """(module, what is called, the call) all through the package."""
+    """Return (module, name of the callee, call) for every call in the package."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -66,7 +66,7 @@ def constant(call: ast.Call, name: str) -> object:
     return next((k.value.value for k in call.keywords if k.arg == name and isinstance(k.value, ast.Constant)), None)
 
 
-def test_every_place_that_loads_is_a_safe_one() -> None:
+def test_every_load_in_the_package_is_safe() -> None:
     loads = [(module, call) for module, name, call in calls() if name == "torch.load"]
     assert len(loads) >= 4
     assert [module for module, call in loads if constant(call, "weights_only") is not True] == []
@@ -74,7 +74,7 @@ def test_every_place_that_loads_is_a_safe_one() -> None:
     assert arrays and [module for module, call in arrays if constant(call, "allow_pickle") is not False] == []
     yamls = [(module, call) for module, name, call in calls() if name.startswith("yaml.") and "load" in name]
     assert yamls and all("SafeLoader" in ast.unparse(call) for _, call in yamls)
-    running = {
+    executing = {
         "eval",
         "exec",
         "torch.jit.load",
@@ -85,14 +85,14 @@ def test_every_place_that_loads_is_a_safe_one() -> None:
         "joblib.load",
         "os.popen",
     }
-    running.add("torch.jit.load")
-    assert [(module, name) for module, name, _ in calls() if name in running] == []
+    executing.add("torch.jit.load")
+    assert [(module, name) for module, name, _ in calls() if name in executing] == []
     shells = [module for module, _, call in calls() if constant(call, "shell") is True]
     assert shells == []
 
 
-def poisoned(run: Path, state: object) -> Path:
-    """A run whose checkpoints hold something else, with checksums that agree, and whose exports are gone."""
+def poison(run: Path, state: object) -> Path:
+    """Replace the checkpoints of a run by `state`, with matching checksums, and remove its exports."""
     for path in run.glob("checkpoints/step-*.ckpt"):
         torch.save(state, path)
         path.with_name(path.name + ".sha256").write_text(f"{sha256(path)}  {path.name}\n")
@@ -101,8 +101,8 @@ def poisoned(run: Path, state: object) -> Path:
     return run
 
 
-def test_a_checkpoint_with_code(smoke_run: Path, tmp_path: Path, refused: Refused) -> None:
-    run = poisoned(smoke_run, {"callbacks": Payload(tmp_path / "ran"), "state_dict": {}})
+def test_a_checkpoint_with_code_is_refused(smoke_run: Path, tmp_path: Path, refused: Refused) -> None:
+    run = poison(smoke_run, {"callbacks": Payload(tmp_path / "ran"), "state_dict": {}})
     (run / "checkpoints" / "step-x.ckpt").write_bytes(b"no number")
     line = f"{run / 'checkpoints' / 'step-2.ckpt'}: damaged, or holds pickled code, which is never run; remove it"
     assert refused("sample", run, "n=1") == line
@@ -124,8 +124,8 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("state", "wrong"), OTHERS, ids=["empty", "list", "no average", "another's"])
-def test_a_checkpoint_of_something_else(state: object, wrong: str, smoke_run: Path, refused: Refused) -> None:
-    run = poisoned(smoke_run, state)
+def test_foreign_checkpoints_are_refused(state: object, wrong: str, smoke_run: Path, refused: Refused) -> None:
+    run = poison(smoke_run, state)
     path = run / "checkpoints" / "step-2.ckpt"
     assert refused("sample", run, "n=1") == f"{path}: {wrong}"
     train = refused("train", DIT, "debug=smoke", f"runs_dir={run.parent.parent}", "trainer.max_images=32")
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_something_else(state: object, wrong: str, smoke_run: Pa
     assert train == f"{path}: {wrong if isinstance(state, list) else missing}"
 
 
-def test_weights_that_are_a_pickle_or_lie_about_themselves(smoke_run: Path, tmp_path: Path, refused: Refused) -> None:
+def test_pickled_or_mislabelled_weights_are_refused(smoke_run: Path, tmp_path: Path, refused: Refused) -> None:
     (export,) = smoke_run.glob("ema-*.safetensors")
     export.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     assert refused("sample", smoke_run).startswith(f"{export}: damaged (")
@@ -143,7 +143,7 @@ def test_weights_that_are_a_pickle_or_lie_about_themselves(smoke_run: Path, tmp_
         assert refused(verb, smoke_run) == f"{export}: damaged (images='many'); remove it to use the newest checkpoint"
 
 
-def test_published_weights_with_code(tmp_path: Path, refused: Refused) -> None:
+def test_published_weights_with_code_are_refused(tmp_path: Path, refused: Refused) -> None:
     path, payload = tmp_path / "w.pt", Payload(tmp_path / "ran")
     for write in (lambda: path.write_bytes(pickle.dumps({"ema": payload})), lambda: torch.save({"ema": payload}, path)):
         write()
@@ -157,7 +157,7 @@ def test_published_weights_with_code(tmp_path: Path, refused: Refused) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_arrays_with_code(tmp_path: Path, refused: Refused) -> None:
+def test_arrays_with_code_are_refused(tmp_path: Path, refused: Refused) -> None:
     code = np.array([Payload(tmp_path / "ran")] * 30, dtype=object)
     good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
     np.savez(good, arr_0=PIXELS)
@@ -183,7 +183,7 @@ def test_arrays_with_code(tmp_path: Path, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("shape", ["(30, 8, 8, 1)", "(-30, 8, 8, 1)", "(10**9, 8, 8, 1)", "(9999999999, 8, 8, 3)"])
-def test_an_array_that_promises_more_than_it_holds(shape: str, tmp_path: Path, refused: Refused) -> None:
+def test_an_array_with_a_false_shape_is_refused(shape: str, tmp_path: Path, refused: Refused) -> None:
     head = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode() + b"0" * 9)
@@ -205,14 +205,14 @@ def test_yaml_tags_run_nothing(verb: str, tmp_path: Path, refused: Refused) -> N
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "..", "a/b", "a\nb", "<script>", ".x", "-x", "a\0", "", "a" * 101])
-def test_a_tag_is_no_path(name: str, tmp_path: Path, refused: Refused) -> None:
+def test_a_tag_that_is_a_path_is_refused(name: str, tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(f"base: {Path(DIT).resolve()}\ntag: {json.dumps(name)}\nruns_dir: {tmp_path / 'runs'}\n")
     assert refused("train", path).startswith(f"{path}: tag: ")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_runs_dir_that_cannot_be(tmp_path: Path, refused: Refused) -> None:
+def test_an_impossible_runs_dir_is_refused(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(f'base: {Path(DIT).resolve()}\nruns_dir: "a\\0b"\n')
     assert refused("train", path).startswith(f"{path}: runs_dir: must be text")
@@ -223,7 +223,7 @@ def test_a_runs_dir_that_cannot_be(tmp_path: Path, refused: Refused) -> None:
 @pytest.mark.parametrize(
     "name", ["results.jsonl", "checkpoints/step-2.ckpt", "samples", "ema-0.999.safetensors", ".lock"]
 )
-def test_a_link_out_of_a_run_folder_is_not_followed(
+def test_a_link_that_leaves_a_run_folder_is_not_followed(
     name: str, smoke_run: Path, tmp_path: Path, refused: Refused
 ) -> None:
     outside, link = tmp_path / "outside", smoke_run / name
@@ -241,7 +241,7 @@ def test_a_link_out_of_a_run_folder_is_not_followed(
     assert list(outside.iterdir()) == [] if outside.is_dir() else outside.read_text() == "mine"
 
 
-def test_records_and_locks_are_no_links(tmp_path: Path) -> None:
+def test_records_and_locks_that_are_links_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     for name in ("a.results.jsonl", ".lock"):
         (tmp_path / name).symlink_to(tmp_path / "mine")
@@ -252,7 +252,7 @@ def test_records_and_locks_are_no_links(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_a_run_from_elsewhere_does_not_say_where_reports_go(smoke_run: Path, tmp_path: Path) -> None:
+def test_a_foreign_run_does_not_determine_the_report_folder(smoke_run: Path, tmp_path: Path) -> None:
     from diffbench.runs.lifecycle import open_any
 
     here = open_any(smoke_run)
@@ -264,7 +264,7 @@ def test_a_run_from_elsewhere_does_not_say_where_reports_go(smoke_run: Path, tmp
         assert inside or report_folder(None, [here]).is_relative_to("runs/reports")
 
 
-def test_huge_pictures_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+def test_huge_images_are_refused_undecoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(30):

@@ -1,4 +1,4 @@
-"""Keyed randomness: the published vectors, independence of batch and past, and the distributions."""
+"""Keyed random numbers: published test vectors, independence of batch and order, and distributions."""
 
 import math
 
@@ -28,7 +28,7 @@ def words_of(text: str) -> list[int]:
     ],
     ids=["zeros", "ones", "pi"],
 )
-def test_philox_gives_the_published_vectors(counter: str, key: str, want: str) -> None:
+def test_philox_matches_the_published_vectors(counter: str, key: str, want: str) -> None:
     c0, c1, c2, c3 = (torch.tensor([word]) for word in words_of(counter))
     low, high = words_of(key)
     assert [int(w) for w in rng.philox((c0, c1, c2, c3), high << 32 | low)] == words_of(want)
@@ -42,7 +42,7 @@ def test_words_are_philox_of_block_and_position() -> None:
     assert rng.words(key, torch.tensor([7 << 32 | 5]), 10)[0].tolist() == want[:10]
 
 
-def test_all_64_bits_of_key_and_position_count() -> None:
+def test_all_64_bits_of_key_and_position_are_used() -> None:
     position = torch.tensor([0])
     plain = rng.words(0, position, 4)
     for bit in (0, 31, 32, 63):
@@ -51,7 +51,7 @@ def test_all_64_bits_of_key_and_position_count() -> None:
         assert not torch.equal(rng.words(0, torch.tensor([1 << bit]), 4), plain)
 
 
-def test_keys_tell_their_parts_apart() -> None:
+def test_different_parts_give_different_keys() -> None:
     keys = [
         rng.key(0, "noise"),
         rng.key(2**32, "noise"),
@@ -70,7 +70,7 @@ def test_keys_tell_their_parts_apart() -> None:
 
 
 def test_keys_and_numbers_never_change() -> None:
-    # Runs are resumed and compared across versions: these values are part of their format.
+    # Runs are resumed and compared across versions, so these values are part of the format.
     assert rng.key(0, "noise") == KEY
     assert rng.words(rng.key(0, "noise"), torch.tensor([0, 1]), 2).tolist() == WORDS
     assert rng.permutation(rng.key(0, "order", 0), 8).tolist() == ORDER
@@ -88,7 +88,7 @@ def test_numbers_do_not_depend_on_the_batch(shape: tuple[int, ...]) -> None:
     assert torch.equal(rng.normal(key, positions[order], shape), whole[order])
 
 
-def test_normal_is_contiguous_float32_of_the_shape_asked_for() -> None:
+def test_normal_is_contiguous_float32_of_the_requested_shape() -> None:
     x = rng.normal(0, torch.arange(5), (3, 5, 7))
     assert (x.shape, x.dtype, x.is_contiguous()) == ((5, 3, 5, 7), torch.float32, True)
     assert rng.uniform(0, torch.arange(5)).dtype == torch.float64
@@ -113,7 +113,7 @@ def test_normal_is_finite_for_every_word(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def moments(x: Tensor) -> tuple[float, float, float, float]:
-    """Mean, variance, skewness and kurtosis."""
+    """Return mean, variance, skewness and kurtosis."""
     x = x.double()
     centred = x - x.mean()
     variance = centred.square().mean()
@@ -123,7 +123,7 @@ def moments(x: Tensor) -> tuple[float, float, float, float]:
 
 # Bounds are five standard errors of the statistic.
 @pytest.mark.parametrize("across", ["positions", "pixels"])
-def test_normal_numbers_are_normal(across: str) -> None:
+def test_normal_numbers_are_normally_distributed(across: str) -> None:
     count = N if across == "positions" else 2
     x = rng.normal(rng.key(0, "noise"), torch.arange(count), (N * 2 // count,)).flatten()
     error = 5 / math.sqrt(x.numel())
@@ -136,7 +136,7 @@ def test_normal_numbers_are_normal(across: str) -> None:
         assert abs((x > level).double().mean().item() - share) < error * math.sqrt(share * (1 - share))
 
 
-def test_uniforms_are_those_of_their_keys() -> None:
+def test_uniforms_match_the_words_of_each_key() -> None:
     keys, positions = (rng.key(0, "time"), 2**64 - 1, 0), torch.tensor([0, 5, 2**33 + 1, 2**62])
     rows = rng.uniforms(keys, positions)
     assert rows.shape == (3, 4) and rows.dtype == torch.float64
@@ -145,7 +145,7 @@ def test_uniforms_are_those_of_their_keys() -> None:
         assert torch.equal(row, ((w[:, 0] >> 6 << 26 | w[:, 1] >> 6).double() + 0.5) * 2.0**-52)
 
 
-def test_uniform_numbers_are_uniform() -> None:
+def test_uniform_numbers_are_uniformly_distributed() -> None:
     u = rng.uniform(rng.key(0, "time"), torch.arange(N))
     error = 5 / math.sqrt(N)
     mean, variance, _, kurtosis = moments(u)
@@ -157,7 +157,7 @@ def test_uniform_numbers_are_uniform() -> None:
     assert abs(chi_square - 99) < 5 * math.sqrt(2 * 99)
 
 
-def test_neighbours_are_uncorrelated() -> None:
+def test_neighbouring_numbers_are_uncorrelated() -> None:
     x = rng.normal(rng.key(0, "noise"), torch.arange(N // 4), (4,)).double()
     other = rng.normal(rng.key(1, "noise"), torch.arange(N // 4), (4,)).double()
     error = 5 / math.sqrt(N // 4)
@@ -165,11 +165,11 @@ def test_neighbours_are_uncorrelated() -> None:
     assert correlation.abs().max() < error  # within a sample
     assert (x[1:] * x[:-1]).mean(0).abs().max() < error  # from one position to the next
     assert (x * other).mean(0).abs().max() < error  # from one seed to the next
-    assert (x[:, 0].square() - 1).mul(x[:, 1].square() - 1).mean().abs() < 2 * error  # the pair of one radius
+    assert (x[:, 0].square() - 1).mul(x[:, 1].square() - 1).mean().abs() < 2 * error  # a Box-Muller pair
 
 
 @pytest.mark.parametrize("n", [1, 2, 10, 1437])
-def test_permutation_holds_every_number_once(n: int) -> None:
+def test_a_permutation_contains_every_number_once(n: int) -> None:
     order = rng.permutation(rng.key(0, "order", 0), n)
     assert order.dtype == torch.int64
     assert torch.equal(order.sort().values, torch.arange(n))
@@ -184,7 +184,7 @@ def test_permutations_differ_by_seed_and_epoch() -> None:
     assert len(orders) == 9
 
 
-def test_every_place_is_as_likely() -> None:
+def test_every_number_is_equally_likely_in_every_place() -> None:
     firsts = torch.stack([rng.permutation(rng.key(0, "order", e), 5) for e in range(2000)])
     for place in range(5):
         counts = firsts[:, place].bincount(minlength=5)

@@ -1,4 +1,4 @@
-"""Data sets of other people's: what is odd is read, or refused in one line."""
+"""Custom data sets: unusual items are read, or refused in one line."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ IMAGE = torch.zeros(1, 8, 8, dtype=torch.uint8)
 
 
 class Items(list[Any]):
-    """A data set."""
+    """A minimal data set: a list with class names."""
 
     classes: Any = None
 
@@ -28,18 +28,18 @@ class Items(list[Any]):
         (latent_set, [torch.zeros(1, 8, 8), torch.zeros(1, 8, 9)], r"latents must have one shape; got \(1, 8, 8\) and"),
     ],
 )
-def test_odd_items_are_one_line(read: Any, items: list[Any], text: str) -> None:
+def test_malformed_items_are_refused_in_one_line(read: Any, items: list[Any], text: str) -> None:
     with pytest.raises(ValueError, match=f"^{text}"):
         read(Items(items))
 
 
-def test_classes_may_be_numpys() -> None:
+def test_classes_may_be_a_numpy_array() -> None:
     data = Items([(IMAGE, np.int64(0)), (IMAGE, np.int64(1))])
     data.classes = np.array(["cat", "dog"])
     assert image_set(data).class_names == ("cat", "dog")  # type: ignore[arg-type]
 
 
-def test_a_label_may_be_numpys() -> None:
+def test_a_label_may_be_a_numpy_integer() -> None:
     facts = DataFacts("x", (1, 8, 8), 2, ("cat", "dog"), 2, "")
     assert labels_for(2, np.int64(1), facts).tolist() == [1, 1]  # type: ignore[arg-type]
 

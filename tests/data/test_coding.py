@@ -1,4 +1,4 @@
-"""Training of autoencoders and batches of latents: the loss, what is paired, and the way to latents and back."""
+"""Autoencoder training and latent batches: the loss, the noise per position, and encoding and decoding."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def tiny(scale: float = 1.0, shift: float = 0.0) -> KLAutoencoder:
 
 
 def encode(images: ImageSet, net: KLAutoencoder) -> LatentSet:
-    """The latents without a cache."""
+    """Encode images without a cache."""
     mean, log_variance = net.encode(from_uint8(images.images))
     scale, shift = net.config.scaling_factor, net.config.shift_factor
     return LatentSet(mean, log_variance, images.labels, images.num_classes, scale, shift)
@@ -47,29 +47,29 @@ def batch(first: int = 0, count: int = 4) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("reconstruction", ["l1", "l2"])
-def test_the_loss_is_its_sums_over_a_picture(reconstruction: str) -> None:
+def test_the_loss_sums_its_terms_over_an_image(reconstruction: str) -> None:
     whole = module(LossConfig(reconstruction, 0.5, "some", 2.0), features=True)  # type: ignore[arg-type]
-    given = batch()
-    noise = rng.normal(rng.key(3, "posterior"), given["position"], (2, 4, 4))
-    restored, mean, log_variance = whole.network(given["x0"], noise)
-    error = restored - given["x0"]
+    inputs = batch()
+    noise = rng.normal(rng.key(3, "posterior"), inputs["position"], (2, 4, 4))
+    restored, mean, log_variance = whole.network(inputs["x0"], noise)
+    error = restored - inputs["x0"]
     sums = (error.abs() if reconstruction == "l1" else error.square()).flatten(1).sum(1)
     perceptual = error.flatten(1)[:, :3].square().mean(1) * 64
     expected = (sums + 0.5 * kl(mean, log_variance) + 2.0 * perceptual).mean() / 64
-    assert whole.training_step(given, 0).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert whole.training_step(inputs, 0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_plain_autoencoder_decodes_the_mean_and_ends_without_spread() -> None:
-    plain, given = module(LossConfig("l2", 0.0)), batch()
-    restored, _, _ = plain.network(given["x0"])
-    assert plain.training_step(given, 0).item() == pytest.approx((restored - given["x0"]).square().mean().item())
-    mean, _ = plain.network.encode(given["x0"])
+def test_a_plain_autoencoder_decodes_the_mean_and_loses_its_variance() -> None:
+    plain, inputs = module(LossConfig("l2", 0.0)), batch()
+    restored, _, _ = plain.network(inputs["x0"])
+    assert plain.training_step(inputs, 0).item() == pytest.approx((restored - inputs["x0"]).square().mean().item())
+    mean, _ = plain.network.encode(inputs["x0"])
     remove_variance_(plain.network)
-    after, log_variance = plain.network.encode(given["x0"])
+    after, log_variance = plain.network.encode(inputs["x0"])
     assert torch.equal(after, mean) and set(log_variance.flatten().tolist()) == {-30.0}
 
 
-def test_the_noise_of_latents_follows_from_the_position() -> None:
+def test_the_noise_of_latents_depends_only_on_the_position() -> None:
     one = module(LossConfig("l2", 1e-6))
     apart = [one.training_step(batch(first, 2), 0).item() for first in (0, 2)]
     assert one.training_step(batch(0, 4), 0).item() == pytest.approx(sum(apart) / 2, rel=1e-5)
@@ -77,12 +77,12 @@ def test_the_noise_of_latents_follows_from_the_position() -> None:
     assert one.training_step(moved, 0).item() != one.training_step(batch(0, 4), 0).item()
 
 
-def test_perceptual_weight_and_features_come_together() -> None:
+def test_perceptual_extractor_and_features_need_each_other() -> None:
     with pytest.raises(ValueError, match=r"loss\.perceptual: give both an extractor and its features, or neither"):
         module(LossConfig(perceptual="digits-cnn"))
 
 
-def test_sizes_are_checked_by_key() -> None:
+def test_the_key_of_an_invalid_size_is_named() -> None:
     assert NetworkConfig(2, [8], 1, 4).for_channels(3) == KLConfig(3, 3, 2, [8], 1, 4, scaling_factor=1.0)
     with pytest.raises(
         ValueError, match=r"^network\.block_out_channels: norm_num_groups=32 must divide every width, got 8"
@@ -92,7 +92,7 @@ def test_sizes_are_checked_by_key() -> None:
         LossConfig(kl_weight=-1)
 
 
-def test_pictures_pass_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_coded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     net, images = tiny(2.0, 0.3), digits(DigitsConfig())[1].images[:30]
     restored, divergence = coding.reconstruct(net, images)
     mean, log_variance = net.encode(from_uint8(images))
@@ -108,7 +108,7 @@ def test_pictures_pass_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(pairs, torch.cat([images[:2], restored[:2], images[2:4], restored[2:4]]))
 
 
-def test_an_autoencoder_that_puts_out_no_numbers_is_not_scored() -> None:
+def test_an_autoencoder_with_non_finite_output_is_not_scored() -> None:
     net, images = tiny(), digits(DigitsConfig())[1].images[:3]
     next(net.decoder.parameters()).data.fill_(float("nan"))
     with pytest.raises(UserError, match="the autoencoder's output is not finite, in 192 of 192 values"):
@@ -134,14 +134,14 @@ def hooked(data: LatentDataModule, rows: dict[str, Tensor], position: Tensor) ->
     return data.on_after_batch_transfer({**rows, "position": position}, 0)
 
 
-def test_latents_come_in_the_order_of_their_pictures() -> None:
+def test_latents_come_in_the_order_of_their_images() -> None:
     net, (train, held_out) = tiny(2.0, 0.3), digits(DigitsConfig())
-    pictures = ImageDataModule(train, held_out, 8, 5, endless=True)
+    pixels = ImageDataModule(train, held_out, 8, 5, endless=True)
     coded = latents(encode(train, net), encode(held_out, net))
     for _, image_batch, latent_batch in zip(
-        range(3), pictures.train_dataloader(), coded.train_dataloader(), strict=False
+        range(3), pixels.train_dataloader(), coded.train_dataloader(), strict=False
     ):
-        x = pictures.on_after_batch_transfer(image_batch, 0)
+        x = pixels.on_after_batch_transfer(image_batch, 0)
         z = coded.on_after_batch_transfer(latent_batch, 0)
         assert (
             x.keys() == z.keys() and torch.equal(x["position"], z["position"]) and torch.equal(x["label"], z["label"])
@@ -151,7 +151,7 @@ def test_latents_come_in_the_order_of_their_pictures() -> None:
         assert torch.allclose(z["x0"], net.scaled(sample(mean, log_variance, noise)), atol=1e-5)
 
 
-def test_each_epoch_draws_anew_and_no_draw_depends_on_the_batch() -> None:
+def test_each_epoch_draws_new_latents_and_no_draw_depends_on_the_batch() -> None:
     net, (train, _) = tiny(), digits(DigitsConfig())
     coded = encode(train.first(8), net)
     data, rows = latents(coded, coded), coded.gather(torch.arange(8))
@@ -185,7 +185,7 @@ class Zero(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-def test_validation_takes_the_scaled_means() -> None:
+def test_validation_uses_the_scaled_means() -> None:
     net = tiny(2.0, 0.3)
     held_out = encode(digits(DigitsConfig())[1], net)
     process = DiscreteVP(VPConfig(1000, "cosine", "x0"))

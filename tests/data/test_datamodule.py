@@ -1,4 +1,4 @@
-"""Data: which image comes when, the digits and their split, and the way between bytes and numbers."""
+"""The order of training images, the digits and their split, and the conversion between uint8 pixels and floats."""
 
 from itertools import islice
 
@@ -18,12 +18,12 @@ LAYOUTS = pytest.mark.parametrize(("world", "accumulate"), [(w, a) for w in (1, 
 
 
 def numbered(count: int = 10, classes: int = 5) -> ImageSet:
-    """Images whose only pixel is their number."""
+    """Return images whose only pixel is their index."""
     images = torch.arange(count, dtype=torch.uint8).reshape(-1, 1, 1, 1)
     return ImageSet(images, torch.arange(count) % classes, classes)
 
 
-def drawn(module: ImageDataModule, batches: int) -> list[dict[str, Tensor]]:
+def take_batches(module: ImageDataModule, batches: int) -> list[dict[str, Tensor]]:
     return list(islice(iter(module.train_dataloader()), batches))
 
 
@@ -41,14 +41,14 @@ def test_a_step_covers_the_same_positions_in_any_layout(world: int, accumulate: 
 
 
 @LAYOUTS
-def test_a_later_start_is_the_tail_of_the_whole(world: int, accumulate: int) -> None:
+def test_a_later_start_yields_the_tail_of_the_full_sequence(world: int, accumulate: int) -> None:
     for rank in range(world):
         whole = PositionSampler(8, accumulate, 0, rank, world)
         tail = PositionSampler(8, accumulate, 24, rank, world)
         assert list(islice(whole, 3 * accumulate, 7 * accumulate)) == list(islice(tail, 4 * accumulate))
 
 
-def test_a_sampler_starts_anew_each_time() -> None:
+def test_iterating_a_sampler_again_starts_over() -> None:
     sampler = PositionSampler(4, start=8)
     assert list(islice(sampler, 2)) == list(islice(sampler, 2)) == [[8, 9, 10, 11], [12, 13, 14, 15]]
 
@@ -60,12 +60,12 @@ def test_a_sampler_starts_anew_each_time() -> None:
         ((8, 2, 0, 0, 3), "batch_size 8 must be a multiple of accumulate 2 x world 3"),
     ],
 )
-def test_layouts_that_do_not_fit_are_refused(arguments: tuple[int, ...], text: str) -> None:
+def test_a_batch_size_that_does_not_fit_the_layout_is_refused(arguments: tuple[int, ...], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         PositionSampler(*arguments)
 
 
-def test_every_image_comes_once_an_epoch() -> None:
+def test_every_image_is_seen_once_per_epoch() -> None:
     index = PositionDataset(numbered(), seed=0).index(0, 50).reshape(5, 10)
     assert torch.equal(index.sort(dim=1).values, torch.arange(10).expand(5, 10))
     assert len({tuple(epoch) for epoch in index.tolist()}) == 5
@@ -74,14 +74,14 @@ def test_every_image_comes_once_an_epoch() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 25])
-def test_the_order_does_not_depend_on_the_batch(batch_size: int) -> None:
+def test_the_order_does_not_depend_on_the_batch_size(batch_size: int) -> None:
     whole = PositionDataset(numbered(), seed=3).index(0, 100)
     dataset = PositionDataset(numbered(), seed=3)  # 7 straddles epochs, 25 spans several
     parts = [dataset.index(positions[0], batch_size) for positions in islice(PositionSampler(batch_size), 4)]
     assert torch.equal(torch.cat(parts), whole[: 4 * batch_size])
 
 
-def test_any_position_can_be_asked_for_at_any_time() -> None:
+def test_positions_can_be_read_in_any_order() -> None:
     dataset = PositionDataset(numbered(), seed=0)
     whole = dataset.index(0, 60)
     for first, count in ((59, 1), (0, 3), (31, 1), (9, 2), (10**9, 4), (38, 22), (0, 60)):
@@ -92,19 +92,19 @@ def test_any_position_can_be_asked_for_at_any_time() -> None:
 
 
 @pytest.mark.parametrize("positions", [[3, 2], [0, 2], [0, 2, 1, 3], [5, 5]])
-def test_a_batch_of_scattered_positions_is_refused(positions: list[int]) -> None:
+def test_a_batch_of_non_consecutive_positions_is_refused(positions: list[int]) -> None:
     with pytest.raises(ValueError, match=r"positions of a batch must be consecutive, not \["):
         PositionDataset(numbered(), seed=0).__getitems__(positions)
 
 
-def test_seeds_order_differently() -> None:
+def test_each_seed_gives_a_different_order() -> None:
     orders = [PositionDataset(numbered(), seed).index(0, 10).tolist() for seed in (0, 1, 2**32)]
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_a_batch_holds_image_label_and_position() -> None:
+def test_a_batch_contains_images_labels_and_positions() -> None:
     data = numbered()
-    batch = drawn(module(data), 3)[2]  # positions 8 to 11, over the end of the first epoch
+    batch = take_batches(module(data), 3)[2]  # positions 8 to 11, across the end of the first epoch
     index = PositionDataset(data, 0).index(8, 4)
     assert batch["position"].tolist() == [8, 9, 10, 11]
     assert torch.equal(batch["image"], data.images[index])
@@ -114,12 +114,12 @@ def test_a_batch_holds_image_label_and_position() -> None:
     assert torch.equal(single["image"], batch["image"][1:2])
 
 
-def test_a_module_goes_on_where_its_state_says() -> None:
-    whole = drawn(module(numbered()), 6)
+def test_a_module_resumes_at_the_position_in_its_state() -> None:
+    whole = take_batches(module(numbered()), 6)
     again = module(numbered())
     state = {"samples_seen": 12, "data": numbered().fingerprint()}
     again.load_state_dict(state)
-    for a, b in zip(whole[3:], drawn(again, 3), strict=True):
+    for a, b in zip(whole[3:], take_batches(again, 3), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "label", "position"))
     assert again.state_dict() == state
 
@@ -132,9 +132,9 @@ def test_a_module_refuses_the_state_of_other_data() -> None:
         module(numbered()).load_state_dict(state)
 
 
-def test_overfitting_sees_the_first_batch_only() -> None:
+def test_overfitting_sees_only_the_first_batch() -> None:
     small = module(numbered().first(4))
-    seen = torch.stack([batch["image"].flatten() for batch in drawn(small, 5)])
+    seen = torch.stack([batch["image"].flatten() for batch in take_batches(small, 5)])
     assert torch.equal(seen.sort(dim=1).values.long(), torch.arange(4).expand(5, 4))
 
 
@@ -150,7 +150,7 @@ def test_labels_outside_the_classes_are_refused(part: str, bad: int, text: str) 
         ImageDataModule(train, held_out, 4)
 
 
-def test_bytes_survive_the_way_to_numbers_and_back() -> None:
+def test_bytes_survive_the_round_trip_through_floats() -> None:
     every = torch.arange(256).to(torch.uint8)
     x = from_uint8(every)
     assert x.dtype == torch.float32
@@ -159,7 +159,7 @@ def test_bytes_survive_the_way_to_numbers_and_back() -> None:
     assert torch.equal(to_uint8(x), every)
 
 
-def test_numbers_beyond_the_range_are_clamped_and_others_rounded() -> None:
+def test_floats_out_of_range_are_clamped_and_others_rounded() -> None:
     x = torch.tensor([-1e9, -1.5, -1.0, 1.0, 1.01, 2.0, 1e9])
     assert to_uint8(x).tolist() == [0, 0, 0, 255, 255, 255, 255]
     levels = torch.arange(256, dtype=torch.float64)
@@ -171,12 +171,12 @@ def test_numbers_beyond_the_range_are_clamped_and_others_rounded() -> None:
 def test_balanced_takes_the_first_of_each_class() -> None:
     labels = torch.tensor([2, 0, 1, 0, 2, 1, 0, 1, 2])
     assert balanced(labels, 3).tolist() == [1, 2, 0]
-    assert balanced(labels, 5).tolist() == [1, 3, 2, 5, 0]  # the classes first in number get the rest
+    assert balanced(labels, 5).tolist() == [1, 3, 2, 5, 0]  # the lowest class numbers get the remainder
     assert balanced(labels, 9).tolist() == [1, 3, 6, 2, 5, 7, 0, 4, 8]
     assert labels[balanced(labels, 6)].bincount().tolist() == [2, 2, 2]
 
 
-def test_balanced_gives_fewer_where_a_class_is_short() -> None:
+def test_balanced_returns_fewer_images_if_a_class_runs_out() -> None:
     assert balanced(torch.tensor([0, 0, 0, 0, 1]), 4).tolist() == [0, 1, 4]
 
 
@@ -210,7 +210,7 @@ def test_digits_never_change() -> None:
     assert (train.fingerprint(), test.fingerprint()) == ("7531db42dd3ff2d2", "a2fc2790f951761e")
 
 
-def test_a_fingerprint_sees_pixels_and_labels() -> None:
+def test_a_fingerprint_depends_on_pixels_and_labels() -> None:
     data = numbered()
     images, labels = data.images.clone(), data.labels.clone()
     images[3], labels[3] = 99, 0
@@ -228,6 +228,6 @@ def test_a_fingerprint_sees_pixels_and_labels() -> None:
         ({"num_workers": -1}, r"data\.num_workers: must be at least 0, got -1"),
     ],
 )
-def test_digits_refuse_what_they_cannot_give(options: dict[str, int], text: str) -> None:
+def test_digits_options_out_of_range_are_refused(options: dict[str, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         DigitsConfig(**options)

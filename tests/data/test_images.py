@@ -1,4 +1,4 @@
-"""Own images: folders, parquet files, splits, classes, and what is refused in one line."""
+"""Custom images: folders, parquet files, splits, classes, and one-line errors."""
 
 import dataclasses
 import os
@@ -38,7 +38,7 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert (len(train), len(held_out)) == (18, 2)  # a tenth
     assert train.num_classes == 0 and train.class_names == ()
     assert set(train.labels.tolist()) == {0}
-    nested, _ = load(folder(tmp_path / "one", {"all": 20}))  # one folder is no class
+    nested, _ = load(folder(tmp_path / "one", {"all": 20}))  # a single folder is not a class
     assert nested.num_classes == 0
     unused, _ = load(folder(tmp_path / "pets", {"dog": 10, "cat": 10}), labels=False)
     assert unused.num_classes == 0
@@ -56,7 +56,7 @@ def test_folders_named_like_splits_are_splits(tmp_path: Path) -> None:
     assert train.class_names == ("bus", "train")
 
 
-def test_the_held_out_images_are_the_same_whatever_the_rest(tmp_path: Path) -> None:
+def test_fewer_held_out_images_are_a_subset_of_more(tmp_path: Path) -> None:
     root = folder(tmp_path / "flat", {"": 20})
     first = numbers(load(root, held_out=5)[1])
     assert len(set(first)) == 5 and first != [0, 1, 2, 3, 4]
@@ -64,7 +64,7 @@ def test_the_held_out_images_are_the_same_whatever_the_rest(tmp_path: Path) -> N
     assert set(numbers(load(root, held_out=3)[1])) <= set(first)
 
 
-def test_parquet_files(tmp_path: Path) -> None:
+def test_parquet_files_are_read_by_split(tmp_path: Path) -> None:
     table(tmp_path / "p" / "train-00000.parquet", [0, 1, 2], label=[2, 0, 1])
     table(tmp_path / "p" / "train-00001.parquet", [3, 4], label=[1, 1])
     table(tmp_path / "p" / "test.parquet", [5, 6], label=[0, 2])
@@ -78,7 +78,7 @@ def test_parquet_files(tmp_path: Path) -> None:
     assert len(one) == 2 and one.name == "train-00000"
 
 
-def test_names_with_the_signs_of_patterns(tmp_path: Path) -> None:
+def test_names_may_contain_glob_characters(tmp_path: Path) -> None:
     root = tmp_path / "photos [2020] *"
     table(root / "train.parquet", [0, 1, 2])
     table(root / "test [x]?.parquet", [3])
@@ -97,7 +97,7 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
     assert len(train) == 2 and len(held_out) == 1
 
 
-def test_a_test_split_without_labels_is_passed_over(tmp_path: Path) -> None:
+def test_a_test_split_without_labels_is_skipped(tmp_path: Path) -> None:
     table(tmp_path / "train.parquet", [0, 1, 2], label=[0, 1, 0])
     table(tmp_path / "test.parquet", [3, 4], label=[-1, -1])
     table(tmp_path / "validation.parquet", [5], label=[1])
@@ -121,7 +121,7 @@ def test_columns_are_found_and_may_be_named(tmp_path: Path) -> None:
         load(tmp_path / "a.parquet", split="tran")
 
 
-def test_other_sizes_kinds_and_channels(tmp_path: Path) -> None:
+def test_sizes_formats_and_channels_may_be_mixed(tmp_path: Path) -> None:
     root = tmp_path / "mixed"
     root.mkdir()
     Image.fromarray(own_images.pixels(0, 20, 30)).save(root / "a.jpg")
@@ -136,7 +136,7 @@ def test_other_sizes_kinds_and_channels(tmp_path: Path) -> None:
     assert len(locate(str(root)).listing.skipped["other"]) == 1
 
 
-def test_the_second_time_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_decoded_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path / "flat", {"": 12})
     first, _ = load(root)
     again, _ = load(root, num_workers=1, flip=True)  # neither changes a byte
@@ -147,10 +147,10 @@ def test_the_second_time_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "elsewhere").mkdir()
     moved = root.rename(tmp_path / "elsewhere" / "flat")
     monkeypatch.setattr("diffbench.data.images.decode", None)
-    assert load(moved)[0].fingerprint() == first.fingerprint()  # the same files at another place
+    assert load(moved)[0].fingerprint() == first.fingerprint()  # the same files in another place
 
 
-def test_changed_files_are_decoded_anew(tmp_path: Path) -> None:
+def test_changed_files_are_decoded_again(tmp_path: Path) -> None:
     root = folder(tmp_path / "flat", {"": 12})
     before = load(root)[0].fingerprint()
     (root / "new.png").write_bytes(png(pixels(99)))
@@ -178,7 +178,7 @@ def test_a_jpeg_copy_is_never_called_cifar10(tmp_path: Path) -> None:
     assert cifar10(CIFAR10Config(path=str(tmp_path / "b" / "cifar10"), image_size=8))[0].name == "cifar10-jpeg"
 
 
-def test_cifar10_without_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_without_a_path_is_read_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"^data\.path: CIFAR-10 is not on this machine; allowed: uoft-cs/cifar10"):
         cifar10(CIFAR10Config())
@@ -188,7 +188,7 @@ def test_cifar10_without_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (len(train), len(held_out), train.name) == (2, 1, "cifar10")
 
 
-def test_the_time_of_a_file_counts(tmp_path: Path) -> None:
+def test_a_new_modification_time_changes_the_cache_key(tmp_path: Path) -> None:
     root = folder(tmp_path / "flat", {"": 3})
     key = locate(str(root)).key
     assert locate(str(root)).key == key
@@ -196,8 +196,8 @@ def test_the_time_of_a_file_counts(tmp_path: Path) -> None:
     assert locate(str(root)).key != key
 
 
-def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[int]]) -> list[tuple[Any, ...]]:
-    """Stands in for the hub; the calls made to it."""
+def fake_hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[int]]) -> list[tuple[Any, ...]]:
+    """Replace the hub by a fake one; return the list of calls made to it."""
     import datasets
 
     features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog", "emu"]))
@@ -216,25 +216,25 @@ def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[int]]) -> list[t
     return calls
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_queried_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for switch in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
-        monkeypatch.setattr(switch, False)  # and put back afterwards
-    asked: list[str] = []
+        monkeypatch.setattr(switch, False)  # restored afterwards
+    queries: list[str] = []
 
     def cut_off(_: Any, name: str, **__: Any) -> None:
-        asked.append(name)
+        queries.append(name)
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", cut_off)
     with pytest.raises(ValueError, match=r"nowhere is not a file or folder in .*, nor a hub name .*OfflineMode"):
         load("nowhere")
-    assert asked == ["nowhere"]
+    assert queries == ["nowhere"]
 
 
-def test_a_hub_name_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    calls = hub(monkeypatch, {"train": [0, 1, 2, 3, 4], "test": [5, 6]})
+    calls = fake_hub(monkeypatch, {"train": [0, 1, 2, 3, 4], "test": [5, 6]})
     train, held_out = load("someone/animals", subset="small")
     assert (numbers(train), numbers(held_out)) == ([0, 1, 2, 3, 4], [5, 6])
     assert train.labels.tolist() == [0, 1, 2, 0, 1]
@@ -245,26 +245,26 @@ def test_a_hub_name_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("word", ["valid", "dev", "validation"])
-def test_a_held_out_split_of_the_hub_has_other_names(
+def test_a_held_out_split_of_the_hub_may_have_other_names(
     word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    hub(monkeypatch, {"train": [0, 1, 2], word: [3, 4, 6], "train_more": [5]})
+    fake_hub(monkeypatch, {"train": [0, 1, 2], word: [3, 4, 6], "train_more": [5]})
     train, held_out = load("someone/animals")
     assert (numbers(train), numbers(held_out)) == ([0, 1, 2], [3, 4, 6])
     assert len(load("someone/animals", split=word)[0]) == 2
-    hub(monkeypatch, {"train": [0, 1, 2], "val": [3, 4], "validation": [5]})
+    fake_hub(monkeypatch, {"train": [0, 1, 2], "val": [3, 4], "validation": [5]})
     assert numbers(load("someone/other")[1]) == [5]
     with pytest.raises(ValueError, match=r"^data\.split: no split 'x'; choose from train, val, validation"):
         load("someone/other", split="x")
 
 
-def test_cifar10_is_fetched_only_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_is_downloaded_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    calls = hub(monkeypatch, {"train": [0, 1, 2], "test": [3]})
+    calls = fake_hub(monkeypatch, {"train": [0, 1, 2], "test": [3]})
     with pytest.raises(ValueError, match="CIFAR-10 is not on this machine"):
         cifar10(CIFAR10Config(image_size=8))
     assert not calls
     train, _ = cifar10(CIFAR10Config(path="uoft-cs/cifar10", image_size=8))
-    again, _ = cifar10(CIFAR10Config(image_size=8))  # what was decoded then serves
+    again, _ = cifar10(CIFAR10Config(image_size=8))  # served from the cache
     assert (len(calls), again.name, again.fingerprint()) == (1, "cifar10", train.fingerprint())

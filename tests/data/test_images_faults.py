@@ -1,4 +1,4 @@
-"""Own images that are broken, hostile, damaged on disk or missing: one line each, or mended."""
+"""Custom images that are broken, hostile, damaged on disk or missing: a one-line error, or a repair."""
 
 import dataclasses
 import os
@@ -28,22 +28,22 @@ def test_broken_images_are_named_counted_and_skipped_only_where_allowed(
         load(root, held_out=2)
     capsys.readouterr()
     train, held_out = load(root, held_out=2, skip_broken=True)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert len(train) + len(held_out) == 10
-    assert "warning: 2 broken images left out: " in said and "002.png" in said and "004.png" in said
+    assert "warning: 2 broken images left out: " in printed and "002.png" in printed and "004.png" in printed
     assert [int(n >= 6) for n in numbers(train)] == train.labels.tolist()  # labels stay with their images
     with pytest.raises(ValueError, match=r"broken image"):  # the cache does not hide them
         load(root, held_out=2)
 
 
-def test_nothing_but_broken_images(tmp_path: Path) -> None:
+def test_a_folder_of_only_broken_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "b.png").write_bytes(b"y")
     with pytest.raises(ValueError, match=r"^data\.path: every one of 1 images is broken"):
         load(tmp_path, skip_broken=True)
 
 
-def test_tables_may_not_name_files_of_this_machine(tmp_path: Path) -> None:
+def test_tables_may_not_refer_to_local_files(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -70,7 +70,7 @@ def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
         load(root)
 
 
-def test_a_pipe_named_like_an_image_is_no_image(tmp_path: Path) -> None:
+def test_a_pipe_named_like_an_image_is_skipped(tmp_path: Path) -> None:
     root = folder(tmp_path / "in", {"": 4})
     os.mkfifo(root / "x.png")
     (root / ".hidden.png").write_bytes(b"")
@@ -100,7 +100,7 @@ def test_a_pipe_named_like_an_image_is_no_image(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_not_there_is_one_line(make: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_is_refused(make: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=text) as caught:
@@ -122,7 +122,7 @@ def _text(path: Path) -> Path:
         ({"num_workers": -1}, r"data\.num_workers: must be at least 0, got -1"),
     ],
 )
-def test_settings_out_of_range(options: dict[str, int], text: str) -> None:
+def test_settings_out_of_range_are_refused(options: dict[str, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         ImagesConfig(**options)  # type: ignore[arg-type]
 
@@ -136,26 +136,26 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["flip", "cut", "empty", "gone"])
 @pytest.mark.parametrize("name", ["train/images.bin", "held-out/labels.bin", "train/manifest.json"])
-def test_damage_is_named_and_mended(name: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_named_and_repaired(name: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from diffbench.data.images import _images
 
     root = folder(tmp_path / "pets", {"cat": 6, "dog": 6})
     before = [p.digest for p in load(root)]
-    (kept,) = tmp_path.glob("cache/images/*")
-    whole = {p: p.read_bytes() for p in kept.rglob("*.*") if p.name != ".lock"}
-    damage(kept / name, how) if how != "gone" else (kept / name).unlink()
+    (cache,) = tmp_path.glob("cache/images/*")
+    whole = {p: p.read_bytes() for p in cache.rglob("*.*") if p.name != ".lock"}
+    damage(cache / name, how) if how != "gone" else (cache / name).unlink()
     capsys.readouterr()
     _images.cache_clear()
     after = load(root)
     assert [p.digest for p in after] == before
     assert [dataclasses.replace(p, digest=None).fingerprint() for p in after] == before
-    assert {p: p.read_bytes() for p in kept.rglob("*.*") if p.name != ".lock"} == whole
-    if not (how == "gone" and name.endswith(".json")):  # then it is as if it had not been finished
-        assert f"warning: {kept / name}: damaged" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in cache.rglob("*.*") if p.name != ".lock"} == whole
+    if not (how == "gone" and name.endswith(".json")):  # without a manifest, the cache counts as unfinished
+        assert f"warning: {cache / name}: damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "empty", "object"])
-def test_a_damaged_file_of_an_unfinished_cache_is_made_again(
+def test_a_damaged_file_of_an_unfinished_cache_is_rebuilt(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "CHUNK_BYTES", 600)
@@ -177,7 +177,7 @@ def test_a_damaged_file_of_an_unfinished_cache_is_made_again(
     assert sorted(numbers(train) + numbers(held_out)) == list(range(20))
 
 
-def test_a_damaged_page_of_labels_is_named(tmp_path: Path) -> None:
+def test_a_damaged_label_column_is_named(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     path = table(tmp_path / "train.parquet", [0, 1, 2], label=[0, 1, 0])
@@ -191,7 +191,7 @@ def test_a_damaged_page_of_labels_is_named(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_one_line_error_and_a_retry_succeeds(tmp_path: Path) -> None:
     import resource
 
     root = folder(tmp_path / "flat", {"": 100})
@@ -206,7 +206,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path) ->
     assert len(load(root)[0]) == 90
 
 
-def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_size_does_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path / "pets", {"cat": 15, "dog": 15})
     (root / "cat" / "004.png").write_bytes(b"x")
     whole, _ = load(root, skip_broken=True)

@@ -1,4 +1,4 @@
-"""The latent cache: what it holds, whom it refuses, how it goes on, and batches drawn from it."""
+"""The latent cache: its content, which latents it refuses, how it resumes, and batches drawn from it."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def expected(flip: bool = False) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float16", torch.float16), ("float32", torch.float32)])
-def test_mean_and_log_variance_are_kept(dtype: str, kind: torch.dtype, tmp_path: Path) -> None:
+def test_mean_and_log_variance_are_stored(dtype: str, kind: torch.dtype, tmp_path: Path) -> None:
     data = encode(squares(), Encoder(), tmp_path / "l", dtype=dtype, batch_size=16)  # type: ignore[arg-type]
     mean, log_variance = expected()
     assert data.mean.shape == (50, 3, 2, 2) and data.mean.dtype == data.log_variance.dtype == kind
@@ -39,7 +39,7 @@ def test_mean_and_log_variance_are_kept(dtype: str, kind: torch.dtype, tmp_path:
     assert dataclasses.replace(data, digest=None).fingerprint() == data.fingerprint() == data.digest
 
 
-def test_the_mirrored_pictures_are_encoded_where_wanted(tmp_path: Path) -> None:
+def test_mirrored_images_are_encoded_on_request(tmp_path: Path) -> None:
     data = encode(squares(), Encoder(), tmp_path / "l", dtype="float32", flip=True)
     assert data.flipped_mean is not None and data.flipped_log_variance is not None
     assert torch.equal(data.mean, expected()[0])
@@ -51,16 +51,16 @@ def test_the_mirrored_pictures_are_encoded_where_wanted(tmp_path: Path) -> None:
         encode(squares(), Encoder(), tmp_path / "l", dtype="float32")
 
 
-def test_the_second_time_nothing_is_encoded(tmp_path: Path) -> None:
+def test_nothing_is_encoded_the_second_time(tmp_path: Path) -> None:
     first, second = Encoder(), Encoder()
     encode(squares(), first, tmp_path / "l")
     again = encode(squares(), second, tmp_path / "l", scale=2.0, shift=1.0)
-    assert sum(first.batches) == 51  # and one to learn the shape
+    assert sum(first.batches) == 51  # 50, and one to learn the shape
     assert second.batches == []
     assert (again.scale, again.shift) == (2.0, 1.0)
 
 
-def test_other_latents_are_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_latents_is_refused(tmp_path: Path) -> None:
     encode(squares(), Encoder(), tmp_path)
     for wanted in ((squares(49), Encoder()), (squares(), Encoder("a" * 64))):
         with pytest.raises(UserError, match=r"contains other latents; choose another folder, or remove it"):
@@ -69,7 +69,7 @@ def test_other_latents_are_refused(tmp_path: Path) -> None:
         encode(squares(), Encoder(), tmp_path, dtype="float32")
 
 
-def test_a_damaged_manifest_is_encoded_anew(tmp_path: Path) -> None:
+def test_latents_with_a_damaged_manifest_are_encoded_again(tmp_path: Path) -> None:
     encode(squares(), Encoder(), tmp_path)
     whole = content(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
@@ -112,7 +112,7 @@ def test_ranks_encode_disjoint_parts_of_the_same_bytes(tmp_path: Path, monkeypat
     assert sorted(sum(e.batches) - 1 for e in encoders) == [15, 15, 20]
 
 
-def test_a_rank_whose_peers_are_dead_gives_up_and_one_process_ends_the_work(
+def test_a_rank_whose_peers_are_dead_gives_up_and_one_process_finishes_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "CHUNK_BYTES", 300)
@@ -126,7 +126,7 @@ def test_a_rank_whose_peers_are_dead_gives_up_and_one_process_ends_the_work(
 
 
 @pytest.mark.parametrize("what", ["latents", "images"])
-def test_killed_at_ten_points_it_goes_on_and_ends_with_the_same_bytes(what: str, tmp_path: Path) -> None:
+def test_encoding_killed_at_ten_points_resumes_and_ends_with_the_same_bytes(what: str, tmp_path: Path) -> None:
     source = own_images.folder(tmp_path / "pets", {"cat": 9, "dog": 9})
     (source / "cat" / "004.png").write_bytes(b"broken")
     command = [sys.executable, "tests/kill_points.py", what, "10", str(tmp_path / "kept")]
@@ -147,7 +147,7 @@ def test_killed_at_ten_points_it_goes_on_and_ends_with_the_same_bytes(what: str,
 
 @pytest.mark.parametrize("name", ["mean.bin", "log_variance.bin", "labels.bin"])
 @pytest.mark.parametrize("how", ["flip", "cut"])
-def test_a_damaged_chunk_is_named_and_encoded_anew(
+def test_a_damaged_chunk_is_named_and_encoded_again(
     name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(store, "CHUNK_BYTES", 300)
@@ -162,22 +162,22 @@ def test_a_damaged_chunk_is_named_and_encoded_anew(
     encode(squares(), again, folder)
     assert content(folder) == whole
     assert f"warning: {folder / name}: damaged" in capsys.readouterr().out
-    assert sum(again.batches) == 1 + (5 if how == "flip" else 20)  # the chunks that were hit
+    assert sum(again.batches) == 1 + (5 if how == "flip" else 20)  # the damaged chunks
 
 
-def test_a_large_store_is_sampled_once_it_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_store_is_only_spot_checked_after_a_full_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "CHUNK_BYTES", 300)
     monkeypatch.setattr(store, "CHECKED_ALWAYS", 1000)
     data = encode(squares(), Encoder(), tmp_path / "l")
     assert (tmp_path / "l" / "checked.json").is_file()
-    looked_at: list[int] = []
+    checked: list[int] = []
     real = store.zlib.crc32
-    monkeypatch.setattr(store.zlib, "crc32", lambda data, *before: looked_at.append(len(data)) or real(data, *before))
+    monkeypatch.setattr(store.zlib, "crc32", lambda data, *before: checked.append(len(data)) or real(data, *before))
     encode(squares(), Encoder(), tmp_path / "l")
-    sampled = len(looked_at)
-    (tmp_path / "l" / "mean.bin").write_bytes((tmp_path / "l" / "mean.bin").read_bytes())  # touched: all again
+    sampled = len(checked)
+    (tmp_path / "l" / "mean.bin").write_bytes((tmp_path / "l" / "mean.bin").read_bytes())  # forces a full check
     encode(squares(), Encoder(), tmp_path / "l")
-    assert 3 < sampled < 20 < len(looked_at) - sampled
+    assert 3 < sampled < 20 < len(checked) - sampled
     assert len(data) == 50
 
 
@@ -186,11 +186,11 @@ def latents(flip: bool = False) -> LatentSet:
     return LatentSet(mean, log_variance, squares().labels, 5, 1.7, 0.25, *(expected(flip=True) if flip else ()))
 
 
-def test_a_latent_batch_is_like_an_image_batch_but_for_x0() -> None:
-    pictures = ImageDataModule(squares(), squares(), 8, 3, endless=True)
+def test_latent_batches_differ_from_image_batches_only_in_x0() -> None:
+    pixels = ImageDataModule(squares(), squares(), 8, 3, endless=True)
     ours = LatentDataModule(latents(), latents(), 8, 3, endless=True)
-    for a, b in islice(zip(pictures.train_dataloader(), ours.train_dataloader(), strict=False), 15):
-        one, two = pictures.on_after_batch_transfer(a, 0), ours.on_after_batch_transfer(b, 0)
+    for a, b in islice(zip(pixels.train_dataloader(), ours.train_dataloader(), strict=False), 15):
+        one, two = pixels.on_after_batch_transfer(a, 0), ours.on_after_batch_transfer(b, 0)
         assert one.keys() == two.keys() == {"x0", "label", "position", "first"}
         assert torch.equal(one["label"], two["label"]) and torch.equal(one["position"], two["position"])
         assert two["x0"].shape == (8, 3, 2, 2) and two["x0"].dtype == torch.float32
@@ -202,20 +202,20 @@ def drawn(data: LatentSet, seed: int = 3, batches: int = 13, **options: bool) ->
     return {key: torch.cat([b[key] for b in found]) for key in found[0] if key != "first"}
 
 
-def test_the_draw_is_a_function_of_seed_and_position() -> None:
+def test_the_draw_depends_only_on_seed_and_position() -> None:
     data, batch = latents(), drawn(latents())
     index = LatentDataModule(data, data, 8, 3).train_dataloader().dataset.index(0, len(batch["position"]))  # type: ignore[attr-defined]
     noise = rng.normal(rng.key(3, "posterior"), batch["position"], (3, 2, 2))
     z = data.mean[index] + (data.log_variance[index] / 2).exp() * noise
     assert torch.allclose(batch["x0"], (z - 0.25) * 1.7, atol=1e-6)
     assert torch.equal(batch["x0"], drawn(latents())["x0"])
-    # Position 0 and the same picture an epoch later are drawn apart.
+    # Position 0 and the same image an epoch later get different draws.
     later = int((index == index[0]).nonzero()[1])
     assert not torch.allclose(batch["x0"][0], batch["x0"][later])
     assert not torch.equal(batch["x0"], drawn(latents(), seed=4)["x0"])
 
 
-def test_mirrored_latents_are_those_of_mirrored_pictures() -> None:
+def test_mirrored_latents_are_those_of_mirrored_images() -> None:
     data = latents(flip=True)
     plain, mixed = drawn(data)["x0"], drawn(data, flip=True)["x0"]
     mean, log_variance = expected(flip=True)
@@ -225,7 +225,7 @@ def test_mirrored_latents_are_those_of_mirrored_pictures() -> None:
     assert torch.equal(mixed, torch.where(flipped[:, None, None, None], drawn(other)["x0"], plain))
 
 
-def test_a_set_on_the_device_gives_the_same_batches() -> None:
+def test_a_data_set_on_the_device_gives_the_same_batches() -> None:
     for flip in (False, True):
         one = drawn(latents(flip=True), flip=flip)
         two = drawn(latents(flip=True), flip=flip, data_on_device=True)

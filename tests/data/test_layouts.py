@@ -1,4 +1,4 @@
-"""Folders and tables as they are understood: splits, classes, their order, and what is too ambiguous to guess."""
+"""How folders and tables are interpreted: splits, classes, their order, and layouts refused as ambiguous."""
 
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
 
 
-def as_the_library_reads(root: Path) -> dict[str, tuple[int, list[str]]]:
-    """Split -> number of images and names of classes, by the library's imagefolder."""
+def read_by_library(root: Path) -> dict[str, tuple[int, list[str]]]:
+    """Return the number of images and the class names of each split, read by the datasets library's imagefolder."""
     found = datasets.load_dataset("imagefolder", data_dir=str(root), streaming=True)
     labels = {split: data.features.get("label") for split, data in found.items()}
     rows = {split: len(list(data.select_columns([*data.features][-1:]))) for split, data in found.items()}
@@ -39,24 +39,24 @@ def as_the_library_reads(root: Path) -> dict[str, tuple[int, list[str]]]:
         {"train/a": 4, "train/b": 4, "eval/a": 2, "eval/b": 2},
     ],
 )
-def test_clear_layouts_are_read_as_the_library_reads_them(counts: dict[str, int], tmp_path: Path) -> None:
+def test_unambiguous_layouts_are_read_as_by_the_datasets_library(counts: dict[str, int], tmp_path: Path) -> None:
     root = folder(tmp_path / "data", counts)
-    library = as_the_library_reads(root)
+    library = read_by_library(root)
     train, held_out = load(root)
     sizes = (len(train), len(held_out)) if len(library) > 1 else (len(train) + len(held_out),)
     assert sizes == tuple(rows for rows, _ in library.values())
     assert list(train.class_names) == library["train"][1]
 
 
-def test_what_the_library_loses(tmp_path: Path) -> None:
-    """Why folders are listed by our own code."""
+def test_the_datasets_library_drops_images_and_classes(tmp_path: Path) -> None:
+    """These losses are why diffbench lists folders itself."""
     like_a_split = folder(tmp_path / "a", {"bus": 10, "train": 10})
-    assert as_the_library_reads(like_a_split) == {"train": (10, [])}
+    assert read_by_library(like_a_split) == {"train": (10, [])}
     assert load(like_a_split)[0].class_names == ("bus", "train")
     stray = folder(tmp_path / "b", {"": 1, "cat": 5, "dog": 5})
-    assert as_the_library_reads(stray) == {"train": (11, [])}
+    assert read_by_library(stray) == {"train": (11, [])}
     with pytest.raises(datasets.data_files.EmptyDatasetError):
-        as_the_library_reads(folder(tmp_path / "c [1]", {"": 10}))
+        read_by_library(folder(tmp_path / "c [1]", {"": 10}))
 
 
 def refusal(path: Path, **options: Any) -> str:
@@ -66,7 +66,7 @@ def refusal(path: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def test_a_stray_image_beside_classes_is_refused(tmp_path: Path) -> None:
+def test_a_stray_image_next_to_class_folders_is_refused(tmp_path: Path) -> None:
     root = folder(tmp_path / "pets", {"": 1, "cat": 10, "dog": 10})
     assert refusal(root) == (
         f"data.path: {root} has images (000.png) next to folders of images (cat, dog); move them into a class folder,"
@@ -77,7 +77,7 @@ def test_a_stray_image_beside_classes_is_refused(tmp_path: Path) -> None:
     assert refusal(root).startswith(f"data.path: {root / 'train'} has images (train/000.png) next to folders of")
 
 
-def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:
+def test_splits_next_to_other_folders_are_refused(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", {"train/x": 5, "test/x": 5, "extra": 5})
     assert refusal(root) == (
         f"data.path: {root}: test, train look like splits; move extra elsewhere, or choose one folder, such as"
@@ -96,7 +96,7 @@ def test_classes_one_level_too_deep_are_refused(tmp_path: Path) -> None:
     assert load(root / "images")[0].class_names == ("cat", "dog")
 
 
-def test_an_unknown_class_of_the_held_out_split_is_named(tmp_path: Path) -> None:
+def test_a_held_out_class_missing_from_the_training_split_is_named(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", {"train/cat": 5, "train/dog": 5, "test/cat": 2, "test/emu": 1})
     assert (
         refusal(root)
@@ -104,7 +104,7 @@ def test_an_unknown_class_of_the_held_out_split_is_named(tmp_path: Path) -> None
     )
 
 
-def test_a_held_out_split_of_one_class_counts_and_one_of_unknown_classes_does_not(tmp_path: Path) -> None:
+def test_a_held_out_split_of_one_class_is_used_and_one_of_unknown_classes_is_not(tmp_path: Path) -> None:
     _, held_out = load(folder(tmp_path / "a", {"train/cat": 5, "train/dog": 5, "test/dog": 2}))
     assert (held_out.origin, held_out.labels.tolist()) == ("split test", [1, 1])
     _, held_out = load(folder(tmp_path / "b", {"train/cat": 5, "train/dog": 5, "test/unknown": 2}))
@@ -113,7 +113,7 @@ def test_a_held_out_split_of_one_class_counts_and_one_of_unknown_classes_does_no
     assert (train.num_classes, held_out.origin, len(held_out)) == (0, "split test", 2)
 
 
-def test_folders_of_one_split_are_parts_of_it_or_refused(tmp_path: Path) -> None:
+def test_folders_of_one_split_are_merged_or_refused(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", {"train-1": 3, "train-2": 4, "val": 2})
     assert [len(part) for part in load(root)] == [7, 2]
     root = folder(tmp_path / "b", {"freight-train": 10, "steam-train": 10})
@@ -124,8 +124,8 @@ def test_folders_of_one_split_are_parts_of_it_or_refused(tmp_path: Path) -> None
     assert len(load(root, labels=False)[0]) == 18
 
 
-def typed(path: Path, count: int) -> None:
-    """A table as the library writes it: images, and classes with names."""
+def write_typed_table(path: Path, count: int) -> None:
+    """Write a table as the datasets library does: images, and labels with class names."""
     features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["pear", "apple", "fig"]))
     rows = [{"bytes": png(pixels(i)), "path": f"{i}.png"} for i in range(count)]
     labels = [i % 3 for i in range(count)]
@@ -133,8 +133,8 @@ def typed(path: Path, count: int) -> None:
     datasets.Dataset.from_dict({"img": rows, "label": labels}, features=features).to_parquet(path)
 
 
-def test_each_split_of_tables_has_columns_of_its_own(tmp_path: Path) -> None:
-    typed(tmp_path / "a" / "train.parquet", 9)
+def test_each_split_of_tables_may_have_different_columns(tmp_path: Path) -> None:
+    write_typed_table(tmp_path / "a" / "train.parquet", 9)
     rows = [{"bytes": png(pixels(i)), "path": None} for i in (10, 11)]
     pq.write_table(pa.table({"img": rows, "label": [1, 0]}), tmp_path / "a" / "test.parquet")
     train, held_out = load(tmp_path / "a")
@@ -148,7 +148,7 @@ def test_each_split_of_tables_has_columns_of_its_own(tmp_path: Path) -> None:
     assert refusal(tmp_path / "b") == "data.image_column: split test has no column 'img', only image"
 
 
-def test_a_table_without_rows_is_passed_over(tmp_path: Path) -> None:
+def test_a_table_without_rows_is_skipped(tmp_path: Path) -> None:
     table(tmp_path / "train.parquet", [0, 1, 2], label=[0, 1, 0])
     table(tmp_path / "test.parquet", [], label=pa.array([], pa.int64()))
     assert load(tmp_path)[1].origin == "of split train, by class"
@@ -164,8 +164,8 @@ def test_numbered_classes_sort_by_number(tmp_path: Path) -> None:
     assert natural_order(["c10", "c9", "b", "10", "9", "1"]) == ["1", "9", "10", "b", "c9", "c10"]
 
 
-def test_names_of_classes_come_from_the_tables_features(tmp_path: Path) -> None:
-    typed(tmp_path / "train.parquet", 9)
+def test_class_names_come_from_the_features_of_the_table(tmp_path: Path) -> None:
+    write_typed_table(tmp_path / "train.parquet", 9)
     train, _ = load(tmp_path / "train.parquet", held_out=3)
     assert train.class_names == ("pear", "apple", "fig")
     assert [n % 3 for n in numbers(train)] == train.labels.tolist()
@@ -175,7 +175,7 @@ def test_names_of_classes_come_from_the_tables_features(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 17, 40])
-def test_held_out_images_are_of_all_classes_alike_and_leave_one_of_each(count: int) -> None:
+def test_held_out_images_are_stratified_and_leave_one_image_of_each_class(count: int) -> None:
     labels = np.repeat([0, 1, 2, 3], [1, 2, 40, 80])
     chosen = hold_out(labels, count)
     kept = np.delete(labels, chosen)
@@ -185,7 +185,7 @@ def test_held_out_images_are_of_all_classes_alike_and_leave_one_of_each(count: i
     assert set(hold_out(labels, max(1, count - 1))) <= set(chosen)
 
 
-def test_so_many_held_out_images_that_a_class_is_lost_are_refused(tmp_path: Path) -> None:
+def test_holding_out_the_last_image_of_a_class_is_refused(tmp_path: Path) -> None:
     labels = np.repeat([0, 1, 2], [1, 1, 5])
     assert len(hold_out(labels, 4)) == 4
     with pytest.raises(ValueError, match=r"^data\.held_out: 5 of 7 images leave a class without .*; allowed: 1 to 4$"):
@@ -195,19 +195,19 @@ def test_so_many_held_out_images_that_a_class_is_lost_are_refused(tmp_path: Path
     assert len(hold_out(np.repeat(np.arange(3), [1, 1, 2]), None)) == 1
 
 
-def test_images_without_classes_are_held_out_as_before() -> None:
+def test_images_without_classes_are_held_out_in_a_random_order() -> None:
     from diffbench.core import rng
 
     order = rng.permutation(rng.key("held-out"), 50).numpy()
     assert hold_out(np.zeros(50, np.int64), 7).tolist() == sorted(order[:7].tolist())
 
 
-def test_what_was_understood_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_interpretation_of_a_folder_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "pets", {"train/cat": 6, "train/dog": 5, "test/cat": 1, "test/dog": 2})
     train, held_out = load(root)
-    said = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     line = "11 images to train on (split train), 3 images held out (split test); 2 classes: cat 6, dog 5"
-    assert said[:2] == [f"{root}: 14 images (14 png)", f"pets: {line}"]
+    assert printed[:2] == [f"{root}: 14 images (14 png)", f"pets: {line}"]
     assert describe(train, held_out) == f"pets, 3x8x8: {line}"
     train, held_out = load(folder(tmp_path / "b", {"train/cat": 9, "train/dog": 9, "test": 4}))
     assert held_out.origin == "of split train, by class, as no image of split test has a class"
@@ -218,7 +218,7 @@ def test_what_was_understood_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert describe(many, many).endswith(f"; 30 classes: c0 9, c1 8, {empty}... c29 0 (0 to 9 images each)")
 
 
-def test_a_renamed_class_is_named_where_a_runs_data_has_changed(tmp_path: Path) -> None:
+def test_the_difference_of_changed_data_names_a_renamed_class(tmp_path: Path) -> None:
     root = folder(tmp_path / "pets", {"cat": 6, "dog": 6})
     before = DataFacts.of(load(root)[0])
     (root / "cat").rename(root / "emu")

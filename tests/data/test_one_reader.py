@@ -1,4 +1,4 @@
-"""Training and scoring read a folder alike: the same files, and the same pixels of each."""
+"""Training and scoring read the same files of a folder, and the same pixels of each file."""
 
 from pathlib import Path
 
@@ -20,18 +20,18 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def odd_images(root: Path) -> Path:
-    """A folder with an image of each kind that readers disagree about."""
+    """Write a folder with one image of each kind that readers decode differently."""
     root.mkdir()
-    save = own_images.pixels
-    lying = Image.Exif()
-    lying[0x0112] = 6
-    Image.fromarray(save(0)).save(root / "a-turned.png", exif=lying)
-    Image.fromarray(save(1)).quantize(8).save(root / "b-palette.png")
-    Image.fromarray(save(2, channels=4)).save(root / "c-alpha.png")
-    Image.fromarray(save(3, channels=1)).save(root / "d-grey.png")
+    pixels = own_images.pixels
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.fromarray(pixels(0)).save(root / "a-turned.png", exif=rotated)
+    Image.fromarray(pixels(1)).quantize(8).save(root / "b-palette.png")
+    Image.fromarray(pixels(2, channels=4)).save(root / "c-alpha.png")
+    Image.fromarray(pixels(3, channels=1)).save(root / "d-grey.png")
     Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)).save(root / "e-16-bits.png")
-    Image.fromarray(save(4)).save(root / "f-turned.tif", exif=lying)
-    Image.fromarray(save(5)).save(root / "g.gif")
+    Image.fromarray(pixels(4)).save(root / "f-turned.tif", exif=rotated)
+    Image.fromarray(pixels(5)).save(root / "g.gif")
     return root
 
 
@@ -39,7 +39,7 @@ def scored(root: Path) -> Tensor:
     return torch.cat(list(ImageFolder(root).batches(4)))
 
 
-def test_scoring_sees_the_pixels_of_training(tmp_path: Path) -> None:
+def test_scoring_sees_the_same_pixels_as_training(tmp_path: Path) -> None:
     root = odd_images(tmp_path / "odd")
     train, held_out = own_images.load(root, held_out=1)
     trained = {image.numpy().tobytes() for part in (train, held_out) for image in part.images}
@@ -50,7 +50,7 @@ def test_scoring_sees_the_pixels_of_training(tmp_path: Path) -> None:
     assert set(scored(root)[4].flatten().tolist()) == {100}
 
 
-def test_hidden_folders_do_not_count_in_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_and_scoring_both_skip_hidden_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = own_images.folder(tmp_path / "flat", {"": 20})
     alone = scored(root)
     own_images.folder(root / ".ipynb_checkpoints", {"": 10})
@@ -68,7 +68,7 @@ def test_hidden_folders_do_not_count_in_either(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'p'}: 2 parquet files\n")
 
 
-def test_links_are_followed_or_refused_alike(tmp_path: Path) -> None:
+def test_training_and_scoring_follow_and_refuse_the_same_links(tmp_path: Path) -> None:
     root = own_images.folder(tmp_path / "in", {"": 4})
     (root / "again.png").symlink_to(root / "000.png")
     (root / "loop").symlink_to(root)

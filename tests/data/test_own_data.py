@@ -1,4 +1,4 @@
-"""Own images through the command line: with classes and without, and what is refused before anything is written."""
+"""Custom images through the command line: with and without classes, and what is refused before any file is written."""
 
 from pathlib import Path
 
@@ -41,18 +41,18 @@ def run_folder(tmp_path: Path) -> Path:
 def test_a_folder_with_classes_trains_resumes_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "pets", {"cat": 20, "dog": 20}, height=20, width=24)
     assert main(command(root)) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert "decoding train 36 of 36 images" in said.out and "validation bound" in said.out
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "decoding train 36 of 36 images" in printed.out and "validation bound" in printed.out
     assert main(command(root, "trainer.max_images=24")) == 0
-    assert "decoding" not in (said := capsys.readouterr().out) and "resuming at 16 images" in said
+    assert "decoding" not in (printed := capsys.readouterr().out) and "resuming at 16 images" in printed
     run = load(run_folder(tmp_path))
     assert run.shape == (3, 16, 16) and run.null_label == 2
     assert run.train_set.class_names == ("cat", "dog")
     assert run.sample_tensor(2, labels=1, guidance=2.0).shape == (2, 3, 16, 16)
 
 
-def test_the_names_of_classes_may_be_other_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_names_may_be_numbers_other_than_the_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "years", {"1": 20, "1999": 20, "7": 20})
     assert main(command(root)) == 0, capsys.readouterr().err
     assert (run_folder(tmp_path) / "samples" / "final-000000016.png").is_file()
@@ -73,13 +73,13 @@ def test_a_folder_without_classes_trains_and_refuses_guidance(
         run.sample_tensor(3, guidance=2.0)
     with pytest.raises(ValueError, match="labels: this network was trained without classes; leave them out"):
         run.sample_tensor(3, labels=0)
-    # Label dropout has nothing to drop, and the network nothing to be told.
+    # Without classes, label dropout is off and the network ignores labels.
     assert run.module().label_dropout == 0
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([1.0, 2.0])
     assert torch.equal(run.denoiser(x, t, torch.tensor([0, 0])), run.denoiser(x, t, None))
 
 
-def test_parquet_files_train(tmp_path: Path) -> None:
+def test_training_on_parquet_files(tmp_path: Path) -> None:
     table(tmp_path / "p" / "train.parquet", list(range(30)), label=[i % 3 for i in range(30)])
     table(tmp_path / "p" / "test.parquet", list(range(30, 36)), label=[i % 3 for i in range(6)])
     run = train("experiments/cifar10/dit.yaml", command(tmp_path / "p")[2:])
@@ -87,15 +87,15 @@ def test_parquet_files_train(tmp_path: Path) -> None:
     assert (len(run.train_set), len(run.held_out), run.train_set.num_classes) == (30, 6, 3)
 
 
-def test_what_is_wrong_with_the_data_is_one_line_and_makes_no_run(
+def test_invalid_data_is_a_one_line_error_and_creates_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = folder(tmp_path / "pets", {"cat": 20, "dog": 20})
     (root / "dog" / "007.png").write_bytes(b"broken")
     assert main(command(root)) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: command line: data.path: ") and said.count("\n") == 1
-    assert "dog/007.png: broken image (no image of a known format)" in said
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: command line: data.path: ") and printed.count("\n") == 1
+    assert "dog/007.png: broken image (no image of a known format)" in printed
     assert main(command(tmp_path / "none")) == 2
     assert "data.path: no file or folder" in capsys.readouterr().err
     assert main(command(root, "data.channels=2")) == 2
@@ -104,17 +104,15 @@ def test_what_is_wrong_with_the_data_is_one_line_and_makes_no_run(
     assert main(command(root, "data.skip_broken=true")) == 0
 
 
-def test_sizes_that_do_not_fit_are_refused_before_anything_is_decoded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sizes_that_do_not_fit_are_refused_before_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "pets", {"cat": 20, "dog": 20})
     assert main(command(root, "denoiser.patch_size=3")) == 2
-    said = capsys.readouterr()
-    assert "denoiser.patch_size: 3 does not divide 16, a side of the image" in said.err
-    assert "decod" not in said.out and not (tmp_path / "cache" / "images").exists()
+    printed = capsys.readouterr()
+    assert "denoiser.patch_size: 3 does not divide 16, a side of the image" in printed.err
+    assert "decod" not in printed.out and not (tmp_path / "cache" / "images").exists()
 
 
-def test_a_stop_while_decoding_is_one_line(
+def test_an_interrupt_while_decoding_prints_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(*_: object) -> None:
@@ -126,19 +124,19 @@ def test_a_stop_while_decoding_is_one_line(
     assert capsys.readouterr().err == "stopped; run the same command again to resume\n"
 
 
-def test_a_run_whose_data_went_away_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_data_is_gone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "flat", {"": 40})
     assert main(command(root)) == 0
     root.rename(tmp_path / "elsewhere")
     capsys.readouterr()
     assert main(["sample", str(run_folder(tmp_path)), "n=2"]) == 0  # needs no images
     assert main(["evaluate", str(run_folder(tmp_path))]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {run_folder(tmp_path)}/config.yaml: data.path: no file or folder {root}")
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {run_folder(tmp_path)}/config.yaml: data.path: no file or folder {root}")
 
 
 @pytest.mark.parametrize("name", ["unet", "dit", "diffit"])
-def test_the_cifar10_experiments_share_all_but_the_network(name: str) -> None:
+def test_the_cifar10_experiments_differ_only_in_the_network(name: str) -> None:
     config = load_config(f"experiments/cifar10/{name}.yaml")
     base = load_config("experiments/cifar10/dit.yaml")
     assert config.data == base.data and config.trainer == base.trainer and config.optimizer == base.optimizer

@@ -1,4 +1,4 @@
-"""The journey with one's own images: train at laptop size, look, score, ask for a class, all without an extra."""
+"""The workflow with custom images: train at laptop size, view, score and sample a class, without optional packages."""
 
 import re
 from pathlib import Path
@@ -22,14 +22,14 @@ def pets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder(tmp_path / "pets", {"cat": 20, "dog": 20}, height=10, width=8)
 
 
-def command(pets: Path, *words: str) -> list[str]:
+def command(pets: Path, *args: str) -> list[str]:
     return [
         "train",
         "experiments/own/unet.yaml",
         f"data.path={pets}",
         f"runs_dir={pets.parent / 'runs'}",
         *TINY,
-        *words,
+        *args,
     ]
 
 
@@ -45,7 +45,7 @@ def test_train_look_score_and_ask_for_a_class(pets: Path, capsys: Capture, monke
     assert "not scored" not in out and not results(run)
     with Image.open(run / "samples" / "final-000000016.png") as grid:  # a named column for each class
         assert grid.width == 2 * 68 and (grid.height - CAPTION_HEIGHT) % 68 == 0
-    assert main(command(pets)) == 0  # the same without the word: scored now, and nothing trained
+    assert main(command(pets)) == 0  # without evaluate=null: scored now, and nothing is trained
     assert any(name.startswith("fd/random-cnn@") for name in results(run)[0])
     capsys.readouterr()
     assert main(["sample", str(run), "labels=cat", "n=3", "steps=2"]) == 0
@@ -66,8 +66,8 @@ def test_class_folders_may_be_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_folder_may_be_spelled_otherwise(pets: Path, capsys: Capture) -> None:
     assert main(command(pets, "evaluate=null")) == 0
     for path in (f"{pets}/", f"{pets.parent}/./pets"):
-        words = [f"data.path={path}" if word.startswith("data.path=") else word for word in command(pets)]
-        assert main([*words, "evaluate=null"]) == 0
+        args = [f"data.path={path}" if arg.startswith("data.path=") else arg for arg in command(pets)]
+        assert main([*args, "evaluate=null"]) == 0
         assert "complete at 16 images" in capsys.readouterr().out
 
 
@@ -78,7 +78,7 @@ def test_scoring_never_takes_longer_than_training(pets: Path, capsys: Capture, m
     run = pets.parent / "runs" / "own" / "unet-smoke-slow-s0"
     assert not results(run)
     with Image.open(run / "samples" / "final-000000016.png") as grid:
-        assert grid.height == CAPTION_HEIGHT + 68  # as many rows as a minute draws
+        assert grid.height == CAPTION_HEIGHT + 68  # as many rows as can be drawn in a minute
 
 
 def test_images_need_not_be_square(pets: Path) -> None:

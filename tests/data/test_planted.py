@@ -1,4 +1,4 @@
-"""Planted classes: whose images they have, under which label and name, and what is refused."""
+"""Planted classes: the images, label and name of each, and the errors for invalid ones."""
 
 from pathlib import Path
 
@@ -16,19 +16,19 @@ from diffbench.runs.lifecycle import train
 PLANTED = {"0 or 1": ["0", "1"], "copy of 3": ["3"]}
 
 
-def test_a_planted_class_has_the_images_of_its_parts() -> None:
-    own, _ = digits(DigitsConfig())
-    found = plant(own, PLANTED)
+def test_a_planted_class_has_the_images_of_its_source_classes() -> None:
+    base, _ = digits(DigitsConfig())
+    found = plant(base, PLANTED)
     assert (found.num_classes, found.class_names[9:]) == (12, ("9", "0 or 1", "copy of 3"))
-    assert torch.equal(found.images[: len(own)], own.images)
-    assert torch.equal(found.images[found.labels == 10], own.images[own.labels < 2])
-    assert torch.equal(found.images[found.labels == 11], own.images[own.labels == 3])
-    assert len(found) == len(own) + int((own.labels < 2).sum()) + int((own.labels == 3).sum())
-    assert len({own.fingerprint(), found.fingerprint(), plant(own, {"0 or 1": ["0", "2"]}).fingerprint()}) == 3
-    assert plant(own, {}) is own
+    assert torch.equal(found.images[: len(base)], base.images)
+    assert torch.equal(found.images[found.labels == 10], base.images[base.labels < 2])
+    assert torch.equal(found.images[found.labels == 11], base.images[base.labels == 3])
+    assert len(found) == len(base) + int((base.labels < 2).sum()) + int((base.labels == 3).sum())
+    assert len({base.fingerprint(), found.fingerprint(), plant(base, {"0 or 1": ["0", "2"]}).fingerprint()}) == 3
+    assert plant(base, {}) is base
 
 
-def test_both_parts_of_an_experiment_have_them_by_name_and_by_number() -> None:
+def test_both_splits_have_planted_classes_by_name_and_by_number() -> None:
     config = load("experiments/digits/dit.yaml", ["data.planted={0 or 1: [0, 1], copy of 3: [3]}"])
     train, held_out = load_data(config)
     assert train.class_names == held_out.class_names
@@ -48,14 +48,14 @@ def test_both_parts_of_an_experiment_have_them_by_name_and_by_number() -> None:
         ("{x: [2, 2]}", "data.planted.x: must list different classes, such as [0, 1], got ['2', '2']"),
     ],
 )
-def test_what_cannot_be_planted_is_refused_by_name(planted: str, text: str) -> None:
+def test_invalid_planted_classes_are_refused_by_name(planted: str, text: str) -> None:
     with pytest.raises((UserError, ValueError)) as e:
         load_data(load("experiments/digits/dit.yaml", [f"data.planted={planted}"]))
     assert text in str(e.value)
 
 
-def test_a_run_with_planted_classes_begins_from_another(tmp_path: Path) -> None:
-    words = ["debug=smoke", "data.planted={both: [0, 1]}", f"runs_dir={tmp_path}"]
-    first = train("experiments/digits/dit.yaml", [*words, "tag=a"])
-    second = train("experiments/digits/dit.yaml", [*words, "tag=b", "seed=1", f"init_from={first.folder}"])
+def test_a_run_with_planted_classes_starts_from_another_run(tmp_path: Path) -> None:
+    args = ["debug=smoke", "data.planted={both: [0, 1]}", f"runs_dir={tmp_path}"]
+    first = train("experiments/digits/dit.yaml", [*args, "tag=a"])
+    second = train("experiments/digits/dit.yaml", [*args, "tag=b", "seed=1", f"init_from={first.folder}"])
     assert second.images_seen == 16 and second.facts.num_classes == 11

@@ -1,4 +1,4 @@
-"""Drawn shapes: every image solves its task, the rules bear noise and compression, and none is solved by chance."""
+"""Drawn shapes: every image solves its task, and the rules tolerate noise and compression but not wrong images."""
 
 import io
 
@@ -18,12 +18,12 @@ from diffbench.metrics.classification import SolvedTasks
 SIZES = pytest.mark.parametrize("size", [16, 32])
 
 
-def drawn(size: int, count: int = 2_000) -> tuple[Tensor, Tensor]:
+def draw_test_images(size: int, count: int = 2_000) -> tuple[Tensor, Tensor]:
     labels = torch.arange(count) % len(CLASSES)
     return draw(torch.arange(count), labels, size, rng.key("test")), labels
 
 
-def compressed(images: Tensor, quality: int) -> Tensor:
+def compress(images: Tensor, quality: int) -> Tensor:
     found = []
     for image in images:
         buffer = io.BytesIO()
@@ -34,21 +34,21 @@ def compressed(images: Tensor, quality: int) -> Tensor:
 
 @SIZES
 def test_every_image_solves_its_task(size: int) -> None:
-    images, labels = drawn(size)
+    images, labels = draw_test_images(size)
     assert solves_task(images, labels).all()
 
 
 @SIZES
-def test_the_rules_bear_noise_and_compression(size: int) -> None:
-    images, labels = drawn(size)
+def test_the_rules_tolerate_noise_and_compression(size: int) -> None:
+    images, labels = draw_test_images(size)
     noise = 20 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     noisy = (images + noise).clamp(0, 255).to(torch.uint8)
     assert solves_task(noisy, labels).double().mean() >= 0.999
-    assert solves_task(compressed(images, 75), labels).double().mean() >= 0.999
+    assert solves_task(compress(images, 75), labels).double().mean() >= 0.999
 
 
-def test_a_task_is_not_solved_by_images_of_another_ability() -> None:
-    images, labels = drawn(16)
+def test_images_of_another_ability_rarely_solve_a_task() -> None:
+    images, labels = draw_test_images(16)
     # Two counted shapes may lie in opposite corners, and a shape and its mirror image are two objects.
     for ability, most in {"texture": 0, "corners": 0.03, "count": 0.25}.items():
         wanted = torch.tensor([i for i, a in enumerate(ABILITIES) if a == ability])
@@ -62,7 +62,7 @@ def test_a_task_is_not_solved_by_images_of_another_ability() -> None:
 
 
 def test_one_patch_breaks_a_symmetry() -> None:
-    images, labels = drawn(16)
+    images, labels = draw_test_images(16)
     mirrored = (labels == 3) | (labels == 4)
     broken = images[mirrored].clone()
     broken[:, :, 2:6, 0:4] = 255 - broken[:, :, 2:6, 0:4]
@@ -70,17 +70,17 @@ def test_one_patch_breaks_a_symmetry() -> None:
 
 
 def test_factors_are_read_back() -> None:
-    images, labels = drawn(16)
+    images, labels = draw_test_images(16)
     x = images.float() / 255
     counted = labels >= 7
     assert torch.equal(objects(x[counted].amax(1) > 0.6), labels[counted] - 6)
     colours = corner_colours(x[labels == 5])
     assert torch.equal(colours[:, 0], colours[:, 3]) and (colours[:, 1:3] == -1).all()
-    assert colours[:, 0].bincount(minlength=3).min() > 50  # of 200, each of three colours
+    assert colours[:, 0].bincount(minlength=3).min() > 50  # 200 images in three colours
 
 
-def test_corners_of_two_colours_or_a_third_corner_break_an_agreement() -> None:
-    images, labels = drawn(16)
+def test_two_colours_or_a_third_corner_break_a_corner_task() -> None:
+    images, labels = draw_test_images(16)
     corners = (labels == 5) | (labels == 6)
     other = images[corners].clone()
     other[:, :, 8:] = other[:, :, 8:].roll(1, dims=1)  # yellow -> cyan -> magenta in the lower half
@@ -89,8 +89,8 @@ def test_corners_of_two_colours_or_a_third_corner_break_an_agreement() -> None:
     assert not solves_task(third, labels[corners]).any()
 
 
-def test_images_follow_from_the_seed_and_their_number() -> None:
-    images, labels = drawn(16, 40)
+def test_images_depend_only_on_the_seed_and_their_index() -> None:
+    images, labels = draw_test_images(16, 40)
     few = torch.tensor([31, 3])
     assert torch.equal(draw(few, labels[few], 16, rng.key("test")), images[few])
     train, held_out = shapes(ShapesConfig(count=200, held_out=50))
@@ -101,7 +101,7 @@ def test_images_follow_from_the_seed_and_their_number() -> None:
 
 
 def test_solved_tasks_are_counted_by_ability() -> None:
-    images, labels = drawn(16, 100)
+    images, labels = draw_test_images(16, 100)
     images[labels == 7] = 0
     metric = SolvedTasks(Rule(solves_task, ABILITIES), 100)
     for part in torch.arange(100).split(33):
@@ -111,6 +111,6 @@ def test_solved_tasks_are_counted_by_ability() -> None:
     )
 
 
-def test_what_is_not_offered_is_one_line() -> None:
+def test_an_unsupported_image_size_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"data\.image_size: must be 16 or 32, got 24"):
         load("experiments/shapes/dit.yaml", ["data.image_size=24"])

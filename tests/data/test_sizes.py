@@ -1,4 +1,4 @@
-"""Sizes of one's own images: which side suits them, what is cropped, and the networks that fit."""
+"""Sizes of custom images: the default side, cropping, and network sizes that fit."""
 
 from pathlib import Path
 from typing import Any
@@ -74,20 +74,20 @@ def test_images_are_cropped_to_height_and_width(tmp_path: Path) -> None:
         ({"96x80": 4}, (48, 40), "all 96x80; resized to 48x40; data.image_size=80 keeps more detail"),
     ],
 )
-def test_sizes_in_words(sizes: dict[str, int], shape: tuple[int, int], line: str) -> None:
+def test_sizes_are_described_in_one_line(sizes: dict[str, int], shape: tuple[int, int], line: str) -> None:
     data = ImageSet(torch.empty(0, 3, *shape, dtype=torch.uint8), torch.empty(0), 0, sizes=sizes)
     assert describe_sizes(data) == line
 
 
 def laptop(name: str, height: int, width: int) -> dict[str, Any]:
-    """The keys of a registered denoiser for a laptop."""
+    """Return the laptop-size config keys of a registered denoiser."""
     sizes = DENOISERS[name].laptop
     assert sizes is not None
     return sizes(height, width)
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_laptop_sizes_fit_the_image(name: str) -> None:
+def test_laptop_sizes_fit_every_image_size(name: str) -> None:
     for side in (8, 16, 24, 28, 32, 40, 64):
         config = DENOISERS[name].config(**laptop(name, side, side))
         shape = {"image_size": side, "channels": 3, "num_classes": 2, "null_class": True, "learn_sigma": False}
@@ -115,7 +115,7 @@ def test_a_laptop_preset_follows_the_images_and_keeps_overrides() -> None:
         load_config("experiments/own/dit.yaml", ["autoencoder=some/folder"])
 
 
-def test_a_key_of_another_data_set_names_it() -> None:
+def test_the_error_for_a_key_of_another_data_set_names_that_data_set() -> None:
     with pytest.raises(
         UserError, match=r"data.path: unknown key; .*; data.path is a key of data.name=images or cifar10"
     ):

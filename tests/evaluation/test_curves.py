@@ -1,4 +1,4 @@
-"""Reference curves: bands over seeds, their file, and what training says of a run that leaves them."""
+"""Reference curves: bands over seeds, their file, and the warning when a run leaves them."""
 
 import math
 from pathlib import Path
@@ -17,10 +17,10 @@ LINES = [
     [{"images": 64, "train/loss": 1.0 + d}, {"images": 128, "train/loss": 0.5 + d, "val/bound": 2.0 - d}]
     for d in (-0.1, 0.0, 0.1)
 ]
-HALF = 9.924843 * 0.1 * (4 / 3) ** 0.5  # t(0.995, 2), standard deviation, one more run than three
+HALF = 9.924843 * 0.1 * (4 / 3) ** 0.5  # t(0.995, 2), standard deviation, and a fourth run against the mean of three
 
 
-def test_a_band_holds_one_more_run_with_99_percent() -> None:
+def test_a_band_contains_a_further_run_with_99_percent_probability() -> None:
     bands = bands_of(LINES, ["train/loss", "val/bound", "val/absent"])
     assert list(bands) == ["train/loss", "val/bound"]
     assert bands["train/loss"].images == [64, 128] and bands["val/bound"].images == [128]
@@ -32,7 +32,7 @@ def test_a_band_holds_one_more_run_with_99_percent() -> None:
         bands_of(LINES[:2], ["train/loss"])
 
 
-def test_a_file_comes_back_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+def test_a_file_is_read_back_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "curves" / "x.csv"
     bands = {"train/loss": Band([64, 128], [1, 0.5], [2, 1.5]), "val/bound": Band([128], [0.25], [0.75])}
     write_curves(path, bands)
@@ -48,7 +48,7 @@ def test_a_file_comes_back_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     assert read_curves(tmp_path / "none.csv") == {}
 
 
-def test_the_verdict() -> None:
+def test_the_verdict_warns_outside_the_band() -> None:
     bands = {"train/loss": Band([0, 100], [1, 1], [2, 2]), "val/bound": Band([0, 100], [0.12, 0.12], [0.14, 0.14])}
     lines = [{"images": 20, "train/loss": 1.5}, {"images": 10, "val/bound": 0.31}, {"images": 20, "train/lr": 1}]
     (warning,) = verdict(lines, bands, 0.2)
@@ -62,19 +62,19 @@ def test_the_verdict() -> None:
     assert marks == [None, 0.2, None, None, 0.5, None, None, None, None, None]
 
 
-def test_a_run_as_shipped_is_held_against_the_curves(tmp_path: Path) -> None:
+def test_only_a_run_with_the_shipped_config_is_compared_to_the_curves(tmp_path: Path) -> None:
     path = tmp_path / "dit.yaml"
     path.write_text(f"base: {Path('experiments/digits/dit.yaml').resolve()}\n")
     assert reference_curves(path, [], load(path)) is None
     write_curves(tmp_path / "curves" / "dit.csv", {"train/loss": Band([0], [1], [2])})
-    for words, held in (([], True), (["seed=3", "sample.steps=50"], True), (["optimizer.lr=1"], False)):
-        assert (reference_curves(path, words, load(path, words)) is not None) == held
-    means = ["trainer.log_images=640"]  # a loss of other steps scatters otherwise
-    assert reference_curves(path, means, load(path, means)) is None
+    for overrides, expected in (([], True), (["seed=3", "sample.steps=50"], True), (["optimizer.lr=1"], False)):
+        assert (reference_curves(path, overrides, load(path, overrides)) is not None) == expected
+    changed = ["trainer.log_images=640"]  # losses averaged over other intervals scatter differently
+    assert reference_curves(path, changed, load(path, changed)) is None
     assert reference_curves(path, ["debug=smoke"], load(path, ["debug=smoke"])) is None
 
 
-def test_curves_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bands_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [str(made_runs.make_run(tmp_path / "digits" / f"dit-s{s}", "dit", s, 0.1 + 0.01 * s)) for s in range(3)]
     other = made_runs.make_run(tmp_path / "digits" / "other-s3", "dit", 3, overrides=["denoiser.depth=2"])
     again = made_runs.make_run(tmp_path / "again" / "dit-s0", "dit", 0, 0.1)
@@ -102,7 +102,7 @@ def test_shipped_curves_reach_the_end_of_their_experiment(path: Path) -> None:
         assert band.images[-1] == end and all(low < high for low, high in zip(band.low, band.high, strict=True))
     assert len(bands["val/bound"].images) == -(-end // config.trainer.validate_images)
     middles = [(low + high) / 2 for low, high in zip(bands["val/bound"].low, bands["val/bound"].high, strict=True)]
-    assert middles[-1] < middles[0]  # it learns; late, some overfit
+    assert middles[-1] < middles[0]  # the loss falls, though some runs overfit late
 
 
 def test_every_denoiser_on_the_digits_has_curves() -> None:

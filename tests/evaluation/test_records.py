@@ -1,4 +1,4 @@
-"""Records: appended, complete, and never compared across protocols."""
+"""Records of results: appended, complete, and never compared across protocols."""
 
 import copy
 import subprocess
@@ -29,19 +29,19 @@ RECORD: dict[str, Any] = {
 }
 
 
-def test_values_are_what_has_a_count() -> None:
+def test_values_are_the_keys_with_a_count() -> None:
     assert records.values(RECORD) == {"fd/digits-cnn@500": 0.5}
 
 
 @pytest.mark.parametrize("key", ["time", "images_seen", "sample.seed", "sample.seconds", "sample.batch_size"])
-def test_what_is_no_part_of_the_protocol(key: str) -> None:
+def test_keys_outside_the_protocol_may_differ(key: str) -> None:
     assert records.difference(RECORD, changed(key)) is None
 
 
 @pytest.mark.parametrize(
     "key", ["data", "guidance", "sample.steps", "precision", "extractor.weights", "reference.count", "labels", "format"]
 )
-def test_a_difference_is_named(key: str) -> None:
+def test_a_difference_in_protocol_is_named(key: str) -> None:
     before = RECORD[key.split(".")[0]]
     before = before[key.split(".")[1]] if "." in key else before
     assert records.difference(RECORD, changed(key)) == f"{key} is {before} in one and other in the other"
@@ -69,12 +69,12 @@ def test_records_are_appended(tmp_path: Path) -> None:
         records.read(path)
 
 
-@pytest.mark.parametrize("torn", ["{", '{"a": 2', '{"a": "\u00e9'])
-def test_a_torn_last_line_is_passed_over_and_then_dropped(
-    torn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("truncated", ["{", '{"a": 2', '{"a": "\u00e9'])
+def test_a_truncated_last_line_is_skipped_and_later_removed(
+    truncated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "results.jsonl"
-    path.write_bytes(b'{"a": 1}\n' + torn.encode()[: -1 if ord(torn[-1]) > 127 else None])
+    path.write_bytes(b'{"a": 1}\n' + truncated.encode()[: -1 if ord(truncated[-1]) > 127 else None])
     assert records.read(path) == [{"a": 1}]
     assert capsys.readouterr().out == (
         f"warning: {path}: line 2 was cut short when a command was killed, and is skipped\n"
@@ -84,13 +84,13 @@ def test_a_torn_last_line_is_passed_over_and_then_dropped(
     assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
 
 
-def test_surroundings_name_code_machine_and_extractor() -> None:
-    judge = plain("net", torch.nn.Flatten(), (1, 2, 2))
-    told = records.environment(judge, torch.device("cpu"))
-    assert told["extractor"] == {"name": "net", "weights": judge.weights, "licence": "not stated"}
-    assert told["versions"]["diffbench"] == __version__ and told["versions"]["torch"] == torch.__version__
-    assert {"numpy", "lightning", "torchmetrics", "python"} <= told["versions"].keys()
-    assert told["device"].startswith("cpu ")
+def test_the_environment_names_code_machine_and_extractor() -> None:
+    extractor = plain("net", torch.nn.Flatten(), (1, 2, 2))
+    environment = records.environment(extractor, torch.device("cpu"))
+    assert environment["extractor"] == {"name": "net", "weights": extractor.weights, "licence": "not stated"}
+    assert environment["versions"]["diffbench"] == __version__ and environment["versions"]["torch"] == torch.__version__
+    assert {"numpy", "lightning", "torchmetrics", "python"} <= environment["versions"].keys()
+    assert environment["device"].startswith("cpu ")
 
 
 def test_the_commit_is_that_of_the_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

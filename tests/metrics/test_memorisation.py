@@ -1,4 +1,4 @@
-"""Copies of training images: planted ones are found, others are not, and the share's interval holds the truth."""
+"""Copies of training images: planted copies are found, other images are not, and the interval covers the true share."""
 
 from functools import cache
 
@@ -34,13 +34,13 @@ def test_one_percent_of_planted_copies_is_found_in_19_of_20_draws(name: str) -> 
         assert flagged == planted > 0
 
 
-def test_the_interval_holds_the_share_that_was_planted() -> None:
+def test_the_interval_covers_the_planted_share() -> None:
     for share, found in draws(*sets("digits"), [0, 0.05, 0.2], seed=4).items():
         assert sum(d.covered for d in found) >= 19
         assert sum(d.share.value for d in found) / len(found) == pytest.approx(share, abs=0.01)
 
 
-def test_a_flip_changes_nothing_and_distances_are_those_of_the_components() -> None:
+def test_flips_change_nothing_and_distances_are_those_of_the_components() -> None:
     train, test = sets("digits")
     detector, images = CopyDetector(train.images), test.images[:50]
     for plain, flipped in zip(detector.judge(images), detector.judge(images.flip(3)), strict=True):
@@ -56,7 +56,7 @@ def test_a_flip_changes_nothing_and_distances_are_those_of_the_components() -> N
     assert torch.equal(detector.judge(images).authentic, distance.values[:, 0] > among[near])
 
 
-def test_an_image_held_twice_is_found_but_not_one_of_a_kind_held_many_times() -> None:
+def test_a_duplicated_training_image_is_found_but_not_one_with_many_duplicates() -> None:
     train, test = sets("digits")
     many = train.images[:10].repeat_interleave(8, 0)
     detector = CopyDetector(torch.cat([train.images[10:], train.images[50:60], many]))
@@ -65,7 +65,7 @@ def test_an_image_held_twice_is_found_but_not_one_of_a_kind_held_many_times() ->
     assert (detector.judge(train.images[:10]).ratio > 0.9).all()
 
 
-def test_large_images_are_averaged_down_and_images_all_alike_are_no_copies() -> None:
+def test_large_images_are_downsampled_and_identical_images_are_not_copies() -> None:
     x = torch.randint(0, 256, (40, 1, 80, 50), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     detector = CopyDetector(x)
     assert detector._parts(x)[0].shape == (40, 32 * 16)

@@ -1,4 +1,4 @@
-"""The torchmetrics: the same in any batch, order and split, mergeable, resumable, and what each refuses."""
+"""The torchmetrics classes: independent of batch and order, mergeable, resumable, and strict about their inputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +55,7 @@ def values(found: Any) -> dict[str, float]:
     return {k: float(v) for k, v in found.items()} if isinstance(found, dict) else {"": float(found)}
 
 
-def fed(name: str, order: Tensor, size: int) -> SampleMetric:
+def updated(name: str, order: Tensor, size: int) -> SampleMetric:
     metric = MAKE[name]()
     for part in order.split(size):
         metric.update(*(a[part] for a in FEED[name]))
@@ -67,7 +67,7 @@ def kernel_over_subsets() -> dict[str, float]:
     return {"kid": found.mean().item(), "kid_sd": found.std().item()}
 
 
-def copied() -> dict[str, float]:
+def share_of_planted_copies() -> dict[str, float]:
     shares = dict(zip(("copies", "copies_low", "copies_high"), share_of_copies(6, N, 1, 100), strict=True))
     return shares | {"authenticity": DETECTOR.judge(IMAGES).authentic.double().mean().item()}
 
@@ -82,25 +82,25 @@ def expected(name: str) -> dict[str, float]:
         "dc": lambda: dict(zip(("density", "coverage"), neighbours(SAMPLES, REAL, 5)[2:], strict=True)),
         "is": lambda: values(inception_score([LOGITS[:25], LOGITS[25:50], LOGITS[50:]])),
         "accuracy": lambda: values((LOGITS.argmax(1) == LABELS).double().mean()),
-        "copies": copied,
+        "copies": share_of_planted_copies,
     }[name]()
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_equals_the_function_of_the_whole_set(name: str) -> None:
-    assert values(fed(name, INDEX, N).compute()) == pytest.approx(expected(name), rel=1e-9, abs=1e-12)
+def test_the_value_equals_the_function_of_the_whole_set(name: str) -> None:
+    assert values(updated(name, INDEX, N).compute()) == pytest.approx(expected(name), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("size", [1, 7, 60])
-def test_is_the_same_in_any_batch_and_order(name: str, size: int) -> None:
+def test_the_value_does_not_depend_on_batch_and_order(name: str, size: int) -> None:
     shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(size))
-    assert values(fed(name, shuffled, size).compute()) == pytest.approx(expected(name), rel=1e-9, abs=1e-12)
+    assert values(updated(name, shuffled, size).compute()) == pytest.approx(expected(name), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_states_merge_and_go_through_a_checkpoint(name: str, tmp_path: Any) -> None:
-    first, second = (fed(name, part, 20) for part in (INDEX[:23], INDEX[23:]))
+def test_states_merge_and_survive_a_checkpoint(name: str, tmp_path: Any) -> None:
+    first, second = (updated(name, part, 20) for part in (INDEX[:23], INDEX[23:]))
     torch.save(first.state_dict(), tmp_path / "state.pt")
     resumed = MAKE[name]()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
@@ -109,8 +109,8 @@ def test_states_merge_and_go_through_a_checkpoint(name: str, tmp_path: Any) -> N
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_holds_no_network_and_only_float64_sums(name: str) -> None:
-    metric = fed(name, INDEX, N)
+def test_a_metric_contains_no_network_and_only_float64_states(name: str) -> None:
+    metric = updated(name, INDEX, N)
     assert not list(metric.parameters()) and not list(metric.buffers())
     assert {state.dtype for state in metric.metric_state.values()} == {torch.float64}
     metric.half()  # mixed-precision plugins cast whole modules
@@ -119,14 +119,14 @@ def test_holds_no_network_and_only_float64_sums(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKE)
 def test_trap_4_a_batch_is_never_counted_twice(name: str) -> None:
-    metric = fed(name, INDEX, N)
+    metric = updated(name, INDEX, N)
     with pytest.raises(TypeError, match=r"use update\(\) for each batch and compute\(\) once"):
         metric(*FEED[name])
     assert values(metric.compute()) == values(metric.compute()) == pytest.approx(expected(name), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_trap_3_compute_before_any_update_says_what_is_missing(name: str) -> None:
+def test_trap_3_compute_before_any_update_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="got 0 samples, expected 60"):
         MAKE[name]().compute()
     with pytest.raises(ValueError, match="a covariance needs at least 2 samples, got 0"):
@@ -137,10 +137,10 @@ def test_trap_3_compute_before_any_update_says_what_is_missing(name: str) -> Non
 def test_trap_7_padding_is_refused(name: str) -> None:
     padded = torch.cat([INDEX, INDEX[:1]])
     with pytest.raises(ValueError, match="got 61 samples, expected 60; were some padded or dropped"):
-        fed(name, padded, 13).compute()
+        updated(name, padded, 13).compute()
 
 
-def test_trap_7_a_sample_that_stands_in_for_another_is_named() -> None:
+def test_trap_7_a_sample_that_replaces_another_is_named() -> None:
     swapped = INDEX.clone()
     swapped[17] = 4
     with pytest.raises(ValueError, match="Rows: sample 4 was added 2 times; 2 were not added once"):
@@ -150,7 +150,7 @@ def test_trap_7_a_sample_that_stands_in_for_another_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in MAKE if n != "copies"])
-def test_trap_8_a_value_that_is_not_finite_is_counted_and_refused(name: str) -> None:
+def test_trap_8_non_finite_values_are_counted_and_refused(name: str) -> None:
     broken = FEED[name][0].clone()
     broken[3, 0], broken[9, 1] = float("nan"), float("inf")
     metric = MAKE[name]()
@@ -162,11 +162,11 @@ def test_trap_8_a_value_that_is_not_finite_is_counted_and_refused(name: str) -> 
 @pytest.mark.parametrize("name", MAKE)
 def test_trap_8_the_global_generator_is_left_alone(name: str) -> None:
     before = torch.get_rng_state()
-    fed(name, INDEX, 20).compute()
+    updated(name, INDEX, 20).compute()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_trap_8_a_reused_buffer_is_read_anew() -> None:
+def test_trap_8_a_buffer_may_be_reused_between_updates() -> None:
     buffer = SAMPLES[:30].clone()
     metric = MAKE["fd"]()
     metric.update(buffer)
@@ -180,29 +180,29 @@ def test_features_of_another_width_are_refused() -> None:
         MAKE["fd"]().update(LOGITS)
 
 
-def test_trap_8_float64_sums_stay_off_a_device_that_has_none() -> None:
+def test_trap_8_float64_states_stay_off_devices_without_float64() -> None:
     assert states_device(torch.device("mps")) == torch.device("cpu")
     assert states_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_an_empty_batch_changes_nothing() -> None:
     for name in MAKE:
-        metric = fed(name, INDEX, N)
+        metric = updated(name, INDEX, N)
         metric.update(*(a[:0] for a in FEED[name]))
         assert values(metric.compute()) == pytest.approx(expected(name), rel=1e-9, abs=1e-12)
 
 
-def test_sums_about_a_centre_keep_their_digits() -> None:
+def test_sums_about_a_centre_keep_their_precision() -> None:
     far = SAMPLES.double() + 1e7
     want = gaussian(SAMPLES.double()).cov
     near, raw = Moments(D, N, center=far[0]), Moments(D, N)
     for metric in (near, raw):
         metric.update(far)
     assert torch.allclose(near.compute().cov, want, rtol=1e-8)
-    assert not torch.allclose(raw.compute().cov, want, rtol=1e-3)  # what the centre is for
+    assert not torch.allclose(raw.compute().cov, want, rtol=1e-3)  # without a centre, digits are lost
 
 
-def test_rows_keep_an_even_choice() -> None:
+def test_rows_keeps_evenly_spaced_rows() -> None:
     metric = Rows(D, N, keep=7)
     for part in torch.randperm(N, generator=torch.Generator().manual_seed(1)).split(11):
         metric.update(SAMPLES[part], part)
@@ -210,7 +210,7 @@ def test_rows_keep_an_even_choice() -> None:
     assert torch.equal(metric.compute(), SAMPLES[evenly_spaced(N, 7)].double())
 
 
-def test_infinity_needs_its_samples() -> None:
+def test_fd_infinity_needs_5000_samples() -> None:
     with pytest.raises(ValueError, match="fd_infinity needs at least 5,000 samples, got 60"):
         FrechetInfinity(gaussian(REAL), N, INDEX)
     x = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0))

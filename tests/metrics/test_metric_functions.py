@@ -1,4 +1,4 @@
-"""Distances against independent formulas, and the digits classifier that they rest on."""
+"""Distances checked against independent formulas, and the digits classifier whose features they use."""
 
 import numpy as np
 import pytest
@@ -18,13 +18,13 @@ from diffbench.metrics.neighbours import neighbours
 
 
 def features(count: int, width: int, seed: int) -> Tensor:
-    """Correlated float32 features with a mean of their own."""
+    """Return correlated float32 features with a random mean."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=generator)
     return torch.randn(count, width, generator=generator) @ mix + torch.randn(width, generator=generator)
 
 
-def test_a_gaussian_is_mean_and_unbiased_covariance() -> None:
+def test_gaussian_returns_mean_and_unbiased_covariance() -> None:
     x = features(50, 6, 0)
     n, mean, cov = gaussian(x)
     assert n == 50
@@ -72,7 +72,7 @@ def test_frechet_of_commuting_gaussians_is_the_sum_over_their_axes() -> None:
     assert frechet(a, b).item() == pytest.approx(5 + (1 - 2) ** 2 + 0 + 3**2)
 
 
-def test_frechet_infinity_reads_the_line_at_zero() -> None:
+def test_frechet_infinity_extrapolates_a_line_to_zero() -> None:
     drawn = features(32_000, 32, 0)
     x, reference = drawn[:12_000], gaussian(drawn[12_000:])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
@@ -80,10 +80,10 @@ def test_frechet_infinity_reads_the_line_at_zero() -> None:
     distances = [frechet(gaussian(x[order[:c]]), reference).item() for c in counts]
     want = np.polyfit(1 / counts, distances, 1)[1]
     assert frechet_infinity(x, reference, order) == pytest.approx(want, rel=1e-6)
-    assert abs(want) < 0.5 * distances[0]  # both are draws of one distribution: most of the distance is bias
+    assert abs(want) < 0.5 * distances[0]  # both are samples of one distribution: most of the distance is bias
 
 
-def test_frechet_infinity_is_refused_where_it_means_nothing() -> None:
+def test_frechet_infinity_is_refused_for_too_few_samples() -> None:
     x = features(4_999, 2, 0)
     with pytest.raises(ValueError, match=r"fd_infinity needs at least 5,000 samples.*got 4,999"):
         frechet_infinity(x, gaussian(x), torch.arange(4_999))
@@ -111,23 +111,23 @@ def test_kernel_distance_is_unbiased() -> None:
     draws = [
         kernel_distance(*torch.randn(2, 20, 4, generator=generator, dtype=torch.float64)).item() for _ in range(400)
     ]
-    assert abs(np.mean(draws)) < 3 * np.std(draws) / 20  # mean zero between draws of one distribution
+    assert abs(np.mean(draws)) < 3 * np.std(draws) / 20  # mean zero between samples of one distribution
     assert min(draws) < 0 < max(draws)
 
 
-def test_inception_score_of_sure_and_unsure_classifiers() -> None:
-    sure = 50.0 * torch.eye(4).repeat(3, 1)
-    assert inception_score([sure]) == pytest.approx(4)  # four classes, each named with certainty
+def test_inception_score_of_confident_and_uniform_predictions() -> None:
+    confident = 50.0 * torch.eye(4).repeat(3, 1)
+    assert inception_score([confident]) == pytest.approx(4)  # four classes, each predicted with certainty
     assert inception_score([torch.zeros(12, 4)]) == pytest.approx(1)
-    assert inception_score([sure[:4], sure[:1]]) == pytest.approx((4 + 1) / 2)  # chunks count alike
+    assert inception_score([confident[:4], confident[:1]]) == pytest.approx((4 + 1) / 2)  # chunks have equal weight
     logits = features(30, 4, 0)
     p = logits.double().softmax(1).numpy()
     want = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
     assert inception_score([logits]) == pytest.approx(want, rel=1e-12)
 
 
-def brute(x: Tensor, ref: Tensor, k: int) -> tuple[float, float, float, float]:
-    """Precision, recall, density, coverage from scikit-learn's exact neighbours."""
+def by_scikit_learn(x: Tensor, ref: Tensor, k: int) -> tuple[float, float, float, float]:
+    """Compute precision, recall, density and coverage with scikit-learn's exact neighbours."""
     a, b = x.double().numpy(), ref.double().numpy()
     radius_a, radius_b = (NearestNeighbors(n_neighbors=k + 1).fit(s).kneighbors(s)[0][:, -1] for s in (a, b))
     d = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
@@ -141,19 +141,19 @@ def brute(x: Tensor, ref: Tensor, k: int) -> tuple[float, float, float, float]:
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("width", [2, 16])
-def test_neighbours_equal_counting_with_scikit_learn(width: int, k: int) -> None:
+def test_neighbours_match_scikit_learn(width: int, k: int) -> None:
     drawn = features(210, width, 0)
     reference, samples = drawn[:150], drawn[150:] * 1.4
     found = neighbours(samples, reference, k, chunk=37)
-    assert found == pytest.approx(brute(samples, reference, k), abs=1e-12)
+    assert found == pytest.approx(by_scikit_learn(samples, reference, k), abs=1e-12)
     assert all(0 < share < 1 for share in (found.precision, found.recall, found.coverage))
 
 
-def test_neighbours_see_copies_and_missing_classes() -> None:
+def test_neighbours_detect_copies_and_missing_images() -> None:
     reference = features(200, 8, 0)
     assert neighbours(reference, reference, 3)[:2] == (1, 1)
     copies = neighbours(reference[:10].repeat(20, 1), reference, 3)
-    assert copies.precision == 1  # each copy lies in a ball: precision alone does not see that all but ten are missing
+    assert copies.precision == 1  # each copy lies in a ball: precision does not reveal that only ten images remain
     assert copies.recall == pytest.approx(10 / 200)  # the samples' own balls have shrunk to points
     assert copies.coverage < 0.4
     with pytest.raises(ValueError, match="k=3 neighbours need more than 3 samples, got 3 and 200"):
@@ -169,7 +169,7 @@ def test_squared_distances_of_equal_points_are_zero() -> None:
 
 @pytest.mark.parametrize("k", [1, 5, 10])
 @pytest.mark.parametrize("width", [2, 16])
-def test_coverage_equals_counting_with_nearest_neighbours(width: int, k: int) -> None:
+def test_coverage_matches_scikit_learn(width: int, k: int) -> None:
     reference, samples = features(150, width, 0), features(90, width, 0)[:60] * 0.8
     search = NearestNeighbors(n_neighbors=k + 1).fit(reference.double())
     radius = search.kneighbors(reference.double())[0][:, -1]  # the first neighbour is the point itself
@@ -179,17 +179,17 @@ def test_coverage_equals_counting_with_nearest_neighbours(width: int, k: int) ->
     assert 0 < want < 1
 
 
-def test_coverage_of_a_line() -> None:
+def test_coverage_of_points_on_a_line() -> None:
     reference = torch.arange(10.0)[:, None]
     assert neighbours(reference, reference, k=1).coverage == 1.0
     assert neighbours(reference + 1000, reference, k=1).coverage == 0.0
-    # Within one pixel of 4.25 lie 4 and 5; the ends of the line are no further from their neighbours than the rest.
+    # 4 and 5 lie within distance 1 of 4.25; the ends of the line are no further from their neighbours than the rest.
     assert neighbours(torch.tensor([[4.25], [4.25]]), reference, k=1).coverage == pytest.approx(0.2)
-    # At the very distance of the nearest neighbour is not within.
+    # A sample exactly at the distance of the nearest neighbour does not cover the point.
     assert neighbours(torch.tensor([[4.0], [4.0]]), reference, k=1).coverage == pytest.approx(0.1)
 
 
-def test_digits_cnn_reads_held_out_digits() -> None:
+def test_digits_cnn_classifies_held_out_digits() -> None:
     train, test = digits(DigitsConfig())
     net = references.make_extractor("digits-cnn", None, train).network
     assert isinstance(net, DigitsCNN)
@@ -198,14 +198,14 @@ def test_digits_cnn_reads_held_out_digits() -> None:
     assert sum(p.numel() for p in net.parameters()) == 72_842
     assert not net.training
     assert not any(p.requires_grad for p in net.parameters())
-    # The distance that rests on it tells digits from noise, and likes digits better the more there are of them.
+    # The distance in its feature space tells digits from noise.
     reference = net.features(train.images)
     noise = torch.randint(0, 256, test.images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     digit_distance = frechet_distance(net.features(test.images), reference)
     assert frechet_distance(net.features(noise), reference) > 20 * digit_distance > 0
 
 
-def test_digits_cnn_is_the_same_each_time_and_leaves_the_generator_alone() -> None:
+def test_training_digits_cnn_is_deterministic_and_leaves_the_generator_alone() -> None:
     train, _ = digits(DigitsConfig())
     before = torch.get_rng_state()
     first = train_digits_cnn(train.images, train.labels, epochs=2).state_dict()

@@ -1,4 +1,4 @@
-"""Two processes give what one gives: with halves, with an idle process, with uneven shares; and never with padding."""
+"""Two processes give the same values as one, with equal, uneven and empty shares; padding is refused."""
 
 import json
 from pathlib import Path
@@ -19,13 +19,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("shares", ["halves", "idle", "uneven"])
-def test_two_processes_equal_one(ranks: list[dict[str, Any]], shares: str) -> None:
+def test_two_processes_give_the_same_values_as_one(ranks: list[dict[str, Any]], shares: str) -> None:
     alone = scores(torch.arange(N))
     for found in ranks:
         assert found[shares].keys() == alone.keys()
         for name, value in alone.items():
             assert found[shares][name] == pytest.approx(value, rel=1e-9), name
-        # Shares that are counted are the same to the last bit.
+        # Fractions of counts are the same to the last bit.
         assert all(found[shares][name] == alone[name] for name in ("pr", "dc", "accuracy"))
 
 
@@ -33,7 +33,7 @@ def test_both_processes_get_the_same_bits(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0] | {"twice": 0} == ranks[1] | {"twice": 0}
 
 
-def test_one_reduction_a_metric(ranks: list[dict[str, Any]]) -> None:
+def test_each_metric_takes_one_reduction(ranks: list[dict[str, Any]]) -> None:
     assert [found["reductions"] for found in ranks] == [len(metrics(data()))] * 2
 
 
@@ -42,9 +42,9 @@ def test_padding_is_refused_by_both_processes(ranks: list[dict[str, Any]]) -> No
         assert found["padded"] == ("FrechetDistance: got 66 samples, expected 65; were some padded or dropped?")
 
 
-def test_a_process_without_news_computes_with_the_others(ranks: list[dict[str, Any]]) -> None:
+def test_a_process_without_new_samples_takes_part_in_compute(ranks: list[dict[str, Any]]) -> None:
     d = data()
     want = [float(frechet(gaussian(d["features"][:n]), gaussian(d["real"]))) for n in (60, N)]
     for found, local in zip(ranks, ([40, 45], [20, 20]), strict=True):
         assert found["twice"][:2] == pytest.approx(want, rel=1e-9)
-        assert found["twice"][2:] == local  # afterwards each holds its own share again
+        assert found["twice"][2:] == local  # afterwards each has its own share again

@@ -1,4 +1,4 @@
-"""Scores of reconstructions, against closed forms."""
+"""Scores of reconstructions, checked against closed forms."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from diffbench.metrics import reconstruction
 from diffbench.metrics.reconstruction import psnr, ssim
 
 
-def test_psnr_is_the_mean_over_pictures_and_has_an_end() -> None:
+def test_psnr_is_the_mean_over_images_and_is_capped() -> None:
     originals = torch.full((3, 1, 4, 4), 100, dtype=torch.uint8)
     images = originals.clone()
     images[0] += 1  # mean squared error 1: 20 log10(255)

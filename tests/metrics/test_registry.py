@@ -1,4 +1,4 @@
-"""The rows of the metrics: what every reader of results knows of them."""
+"""The metric registry: name, title, direction and format of each metric."""
 
 import pytest
 
@@ -25,13 +25,13 @@ def test_a_metric_is_found_by_its_full_name(name: str, short: str, title: str, b
     assert found.is_validation == name.startswith("val/")
 
 
-def test_values_as_tables_show_them() -> None:
+def test_values_are_formatted_for_tables() -> None:
     assert metric_of("fd/digits-cnn@500").text(12.34567) == "12.346"
     assert metric_of("label_accuracy/digits-cnn@500").text(0.9312) == "93.1%"
     assert metric_of("val/bound").text(0.123456) == "0.1235"
 
 
-def test_which_metrics_tables_show_and_which_may_decide() -> None:
+def test_metrics_shown_in_tables_and_metrics_that_rank_variants() -> None:
     shown = [name for name, metric in METRICS.items() if metric.shown]
     assert {"fd", "fid", "sfid", "fd_gap", "fd_held_out", "kid", "label_accuracy", "precision", "recall"} <= set(shown)
     assert not {"density", "kid_sd", "inception_score"} & set(shown)

@@ -1,4 +1,4 @@
-"""Ladders of budgets: fits, crossings and ranks of known answers, and the report of runs that pass several budgets."""
+"""Ladders of budgets: fits, crossings and ranks with known answers, and reports of runs scored at several budgets."""
 
 from dataclasses import replace
 from itertools import product
@@ -18,7 +18,7 @@ BUDGETS = np.array([1e10, 3e10, 1e11, 3e11, 1e12])
 VALUES = {"a": 0.5, "b": 0.9, "c": 0.7}
 
 
-def test_a_fit_finds_the_law_with_an_interval_around_it() -> None:
+def test_a_fit_recovers_the_power_law_with_intervals() -> None:
     noise = np.random.default_rng(0).normal(1, 0.003, (5, 1))
     values = noise * (0.5 + 0.2 * (BUDGETS / 1e12) ** -0.4)
     found = ladder.fit(BUDGETS, values)
@@ -33,7 +33,7 @@ def test_a_fit_finds_the_law_with_an_interval_around_it() -> None:
     assert two is not None and two.a.interval is None
 
 
-def test_crossings_lie_where_the_difference_changes_sign() -> None:
+def test_crossings_are_where_the_difference_changes_sign() -> None:
     first = np.log(BUDGETS / 1e11)[None] + np.linspace(-0.2, 0.2, 5)[:, None] + 0.1  # zero at 1e11 exp(-shift)
     (found,) = ladder.crossings(BUDGETS, first, np.zeros_like(first))
     assert found.value == pytest.approx(1e11 * np.exp(-0.1), rel=1e-6)
@@ -44,7 +44,7 @@ def test_crossings_lie_where_the_difference_changes_sign() -> None:
     assert at_a_rung.value == pytest.approx(3e10)
 
 
-def test_networks_of_other_sizes_cross_where_both_have_spent_the_same(tmp_path: Path) -> None:
+def test_networks_of_different_sizes_cross_at_equal_flops(tmp_path: Path) -> None:
     trials: dict[int, list[Trial]] = {}
     for width, seed in product((64, 96), range(3)):
         run = open_any(
@@ -55,7 +55,7 @@ def test_networks_of_other_sizes_cross_where_both_have_spent_the_same(tmp_path: 
     small, large = (np.array([rung[i].flops for rung in trials.values()], float) for i in (0, 3))
     where = float(np.sqrt(large[0] * small[-1]))
     assert small[0] < large[0] < where < small[-1] < large[-1]
-    for t in (t for rung in trials.values() for t in rung):  # both fall along log C, the small one later
+    for t in (t for rung in trials.values() for t in rung):  # both fall linearly in log C, and cross at `where`
         assert t.flops is not None
         t.record = record(0.5 + {"64": 0.2, "96": 0.1}[t.variant] * np.log(where / t.flops), t.seed, t.images)
     rungs = {str(images): rung for images, rung in trials.items()}
@@ -65,22 +65,22 @@ def test_networks_of_other_sizes_cross_where_both_have_spent_the_same(tmp_path: 
     assert found == {"64, 96": f"{text} [{text}, {text}]"}
 
 
-def test_a_rung_counts_the_images_that_its_run_has_come_to(tmp_path: Path) -> None:
+def test_a_rung_counts_at_most_the_images_its_run_has_seen(tmp_path: Path) -> None:
     run = open_any(make_run(tmp_path / "run", images=24_576))
     assert [Trial("a", 0, "unfinished", run, at=at).images for at in (8192, 98_304, None)] == [8192, 24_576, 24_576]
     assert [Trial("a", 0, status, at=98_304).images for status in ("complete", "not begun")] == [98_304, 0]
 
 
-def test_the_best_at_a_budget_is_decided_against_those_that_it_was_tested_against() -> None:
+def test_the_best_at_a_budget_counts_only_the_variants_it_was_tested_against() -> None:
     made = [Trial(v, s, "complete", None, record(fd + s / 100, s)) for v, fd in VALUES.items() for s in range(3)]
     early = [replace(t) for t in made]
-    asked = Comparison("Ladder", "Which?", made, primary="fd", baseline="b", rungs={"early": early, "late": made})
-    c = conclude(asked)
+    comparison = Comparison("Ladder", "Which?", made, primary="fd", baseline="b", rungs={"early": early, "late": made})
+    c = conclude(comparison)
     assert c.rungs["late"] is c and c.rungs["early"] is not c
     assert c.answer.endswith("a at early (decided against 1 of 1), a at late (decided against 1 of 1).")
 
 
-def test_ranks_are_as_sure_as_the_seeds_that_they_come_from() -> None:
+def test_rank_correlations_have_intervals_over_seeds() -> None:
     ranks = np.array([[1, 2, 3, 4], [1, 2, 4, 3], [4, 3, 2, 1], [1, 1, 2, 2]])  # columns x variants
     (row, *_) = ladder.kendall(ranks[None])
     assert [tau.value for tau in row] == pytest.approx([1, 2 / 3, -1, 4 / np.sqrt(24)])
@@ -92,8 +92,8 @@ def test_ranks_are_as_sure_as_the_seeds_that_they_come_from() -> None:
     assert row[1].interval is not None and row[1].interval[0] < row[1].interval[1] - 0.3
 
 
-def test_the_report_of_a_ladder(tmp_path: Path) -> None:
-    """By distance the U-Net is ahead early, and falls behind DiffiT at seven twelfths of the run."""
+def test_the_report_of_a_ladder_shows_every_budget(tmp_path: Path) -> None:
+    """By Fréchet distance the U-Net leads early and falls behind DiffiT after seven twelfths of the run."""
     rungs: dict[str, list[Trial]] = {}
     final = backbones(tmp_path / "runs")
     for step in (2, 4, 8, 12):
@@ -114,9 +114,9 @@ def test_the_report_of_a_ladder(tmp_path: Path) -> None:
     assert [row["budget"] for row in tables["Fréchet distance"]] == list(rungs)
     rows = {(row["pair"], row["metric"]): row["FLOPs"] for row in tables["Where variants cross"]}
     assert final[0].cost is not None
-    between = [6 * final[0].cost.macs * 8192 * step for step in (6, 8)]  # straight lines over log C
+    between = [6 * final[0].cost.macs * 8192 * step for step in (6, 8)]  # the lines are straight in log C
     assert between[0] < float(rows["unet, diffit", "Fréchet distance"].split()[0]) < between[1]
-    lacking = {"unet": 0, "diffit": 1}  # each another seed: those that both have are paired
+    lacking = {"unet": 0, "diffit": 1}  # each lacks a different seed; the shared seeds are paired
     for rung in c.rungs.values():
         rung.variants = {v: [t for t in ts if t.seed != lacking.get(v)] for v, ts in rung.variants.items()}
     both = [[[rung.by_seed(v, c.name)[seed] for rung in c.rungs.values()] for seed in (2, 3, 4)] for v in lacking]
@@ -131,7 +131,7 @@ def test_the_report_of_a_ladder(tmp_path: Path) -> None:
     assert c.answer in page and "By budget" in page and "same verdict at" in page
 
 
-def test_a_measure_that_only_the_last_budget_has(tmp_path: Path) -> None:
+def test_a_metric_may_be_measured_at_the_last_budget_only(tmp_path: Path) -> None:
     final = backbones(tmp_path / "runs")
     scored = [replace(t, at=98_304, record=record(1.0 + t.seed, t.seed, 98_304)) for t in final]
     rungs = {"early": [replace(t, at=16_384, record=None) for t in final], "late": scored}

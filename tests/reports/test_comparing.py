@@ -1,4 +1,4 @@
-"""`diffbench compare`: runs grouped into variants, named, and reported; what is refused."""
+"""`diffbench compare`: runs are grouped into variants, named and reported; incomparable runs are refused."""
 
 import shutil
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_runs_are_grouped_by_config_apart_from_the_seed(tmp_path: Path) -> None:
     ]
     assert (c.title, c.primary, c.like_for_like) == ("dit and unet on digits", "val/bound", True)
     assert all(r.record is not None and r.record["fd/digits-cnn@500"] == 0.5 for r in c.trials)
-    assert c.notes == []  # equal sizes within a tenth, nothing else differs
+    assert c.notes == []  # sizes within 10%, and nothing else differs
 
 
 MANY = ["denoiser.depth=2", "optimizer.lr=0.005", "trainer.label_dropout=0.2", "ema.decays=[0.99]"]
@@ -50,7 +50,7 @@ def test_variants_are_named_by_what_differs(tmp_path: Path, overrides: list[str]
     assert variants(comparison_of(folders))[1] == name
 
 
-def test_what_differs_besides_the_backbone_is_told(tmp_path: Path) -> None:
+def test_differences_besides_the_backbone_are_noted(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", "unet", overrides=["optimizer.lr=0.01"])]
     c = comparison_of(folders)
     assert not c.like_for_like
@@ -58,13 +58,13 @@ def test_what_differs_besides_the_backbone_is_told(tmp_path: Path) -> None:
     assert comparison_of([folders[0], make_run(tmp_path / "c", overrides=["optimizer.lr=0.01"])]).like_for_like
 
 
-def test_a_copy_is_a_variant_of_its_own_and_the_same_folder_is_not(tmp_path: Path) -> None:
+def test_a_copied_run_is_a_separate_variant_and_a_repeated_folder_is_not(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "dit-s0")
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     assert variants(comparison_of([folder, copy, folder])) == ["dit", f"dit ({copy})"]
 
 
-def test_a_run_under_way_is_not_counted(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused_or_marked(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "dit-s0")
     export = next(folder.glob("ema-*.safetensors"))
     export.unlink()
@@ -77,7 +77,7 @@ def test_a_run_under_way_is_not_counted(tmp_path: Path) -> None:
     assert (result.status, result.why) == ("unfinished", f"stopped at {100 * batch:,} images")
 
 
-def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture) -> None:
+def test_compare_writes_a_report_and_prints_its_path(tmp_path: Path, capsys: Capture) -> None:
     runs = f"runs_dir={tmp_path}"
     folders = [
         str(make_run(tmp_path / "digits" / f"{name}-s{seed}", name, seed, 0.1 + 0.01 * i + 0.0005 * seed, [runs]))
@@ -97,22 +97,22 @@ def test_compare_writes_a_report_and_says_where(tmp_path: Path, capsys: Capture)
     assert capsys.readouterr().err == (
         f"error: command line: out: {tmp_path / 'digits'} already exists and is not a report; choose another name\n"
     )
-    for wrong, told in (
+    for wrong, message in (
         ("outt=x", "outt: unknown key; "),
         ("primary=accuracy", "primary: accuracy does not rank variants; choose from val/bound"),
         ("baseline=vit", "baseline: vit is not a variant; choose from dit, unet"),
     ):
         assert main(["compare", *folders, wrong]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_one_variant_of_many_seeds_has_a_table(tmp_path: Path, capsys: Capture) -> None:
+def test_a_folder_given_many_times_has_a_column_each(tmp_path: Path, capsys: Capture) -> None:
     run = str(make_run(tmp_path / "digits" / "dit-s0", "dit", 0))
     assert main(["compare", *[run] * 9]) == 0
     assert capsys.readouterr().out.count("dit-s0") == 9
 
 
-def test_other_data_has_a_table_but_no_report(tmp_path: Path, capsys: Capture) -> None:
+def test_runs_validated_differently_have_a_table_but_no_report(tmp_path: Path, capsys: Capture) -> None:
     one, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", overrides=["validation.count=50"])
     assert main(["compare", str(one), str(other)]) == 0
     out = capsys.readouterr().out
@@ -120,19 +120,19 @@ def test_other_data_has_a_table_but_no_report(tmp_path: Path, capsys: Capture) -
     assert "no report: validations were measured differently: validation.count is 2000 in one and 50" in out
 
 
-def test_a_run_seen_is_the_run_loaded(finished: Path) -> None:
-    looked, loaded = open_any(finished), load(finished)
-    assert looked.values == loaded.values
-    assert (looked.images_seen, looked.ema, looked.cost) == (loaded.images_seen, loaded.ema, loaded.cost)
-    assert looked.results == loaded.results != []
+def test_an_opened_run_has_the_facts_of_the_loaded_run(finished: Path) -> None:
+    opened, loaded = open_any(finished), load(finished)
+    assert opened.values == loaded.values
+    assert (opened.images_seen, opened.ema, opened.cost) == (loaded.images_seen, loaded.ema, loaded.cost)
+    assert opened.results == loaded.results != []
 
 
 def test_attention_is_drawn_once_for_the_same_weights(finished: Path, tmp_path: Path) -> None:
     found = {"dit": [Trial("dit", 0, "complete", open_any(finished))]}
     path = tmp_path / "attention.png"
-    picture = attention_maps(found, path)
-    assert picture is not None and picture.path == path and path.read_bytes()[:4] == b"\x89PNG"
+    plot = attention_maps(found, path)
+    assert plot is not None and plot.path == path and path.read_bytes()[:4] == b"\x89PNG"
     path.write_bytes(b"kept")
-    assert attention_maps(found, path) == picture and path.read_bytes() == b"kept"
-    made = make_run(tmp_path / "made")  # whose weights are none
+    assert attention_maps(found, path) == plot and path.read_bytes() == b"kept"
+    made = make_run(tmp_path / "made")  # its weights cannot be loaded
     assert attention_maps({"a": [Trial("a", 0, "complete", open_any(made))]}, path) is None

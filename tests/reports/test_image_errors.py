@@ -1,4 +1,4 @@
-"""Errors of single images: what is written for comparisons, and when it is written anew."""
+"""Per-image errors: the file written for comparisons, and when it is written again."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from diffbench.reports.image_errors import image_bounds, save_image_errors
 from diffbench.runs.lifecycle import load
 
 
-def test_errors_of_images_average_to_the_logged_ones(smoke_run: Path) -> None:
+def test_per_image_errors_average_to_the_logged_errors(smoke_run: Path) -> None:
     run = load(smoke_run)
     path = save_image_errors(run)
     assert path == smoke_run / "validation.safetensors"
@@ -47,12 +47,12 @@ def test_the_file_is_written_once_for_the_same_weights(smoke_run: Path) -> None:
     before = path.stat().st_mtime_ns, path.read_bytes()
     assert save_image_errors(load(smoke_run)) == path
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
-    run.images_seen = 32  # as after a longer training
+    run.images_seen = 32  # as after longer training
     save_image_errors(run)
     assert image_bounds(smoke_run, 32, 0.999) is not None
 
 
-def test_what_is_missing_or_damaged(smoke_run: Path) -> None:
+def test_a_missing_file_is_none_and_a_damaged_file_is_an_error(smoke_run: Path) -> None:
     assert image_bounds(smoke_run, 16, 0.999) is None
     path = smoke_run / "validation.safetensors"
     path.write_bytes(b"broken")

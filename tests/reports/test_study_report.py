@@ -1,4 +1,4 @@
-"""Reports of comparisons: answers, tables, CSV and page, on run folders made without training."""
+"""Reports of comparisons: answers, tables, CSV and HTML page, from run folders created without training."""
 
 import csv
 import json
@@ -28,11 +28,11 @@ from diffbench.runs.lifecycle import open_any
 from diffbench.sampling.images import save_grid
 
 
-def asked(results: list[Trial], **changes: object) -> Comparison:
+def compare(results: list[Trial], **changes: object) -> Comparison:
     return Comparison("Backbones", "Which one?", results, **changes)  # type: ignore[arg-type]
 
 
-def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
+def test_a_winner_is_reported_with_page_csv_and_plots(tmp_path: Path) -> None:
     results = backbones(tmp_path / "runs")
     for result in results:
         assert result.record is not None and result.run is not None
@@ -40,13 +40,13 @@ def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
         save_grid(
             torch.zeros(32, 1, 8, 8, dtype=torch.uint8), 16, result.run.folder / "evaluations" / "made" / "nearest.png"
         )
-    text = for_terminal(write(asked(results, notes=["Tuned alike."]), tmp_path / "out"))
-    c = conclude(asked(results))
+    text = for_terminal(write(compare(results, notes=["Tuned alike."]), tmp_path / "out"))
+    c = conclude(compare(results))
     values = {v: [t.values["val/bound"] for t in found] for v, found in c.variants.items()}
     means = {v: float(np.mean(x)) for v, x in values.items()}
     half = summary(values["diffit"]).half
     assert c.outcome == "winner" and c.ranked()[0] == "diffit"
-    share = share_of_copies(25, 2500, 2, 360)  # of the five seeds together
+    share = share_of_copies(25, 2500, 2, 360)  # over all five seeds
     assert quality(c)[0]["copies@500"] == f"{share.value:.2%} ({share.low:.2%} to {share.high:.2%})"
     mean = f"diffit ({means['diffit']:.4f} ± {half:.4f})"
     assert f"WINNER BY VALIDATION BOUND. {mean} has the lowest validation bound, better than" in text
@@ -63,10 +63,10 @@ def test_a_winner_with_its_page_csv_and_plots(tmp_path: Path) -> None:
     assert float(rows[0]["fd/digits-cnn@500"]) == results[0].record["fd/digits-cnn@500"]  # type: ignore[index]
     assert float(rows[0]["training_flops"]) == 6 * int(rows[0]["macs"]) * 98_304
     assert {r["config.denoiser.name"] for r in rows} == {"unet", "dit", "diffit"}
-    assert "config.seed" not in rows[0] and "config.data.name" not in rows[0]  # the same in all
+    assert "config.seed" not in rows[0] and "config.data.name" not in rows[0]  # the same in all runs
 
 
-def test_networks_that_lines_leave_out_stand_in_a_map_of_the_levels(tmp_path: Path) -> None:
+def test_more_networks_than_lines_can_show_are_drawn_as_a_level_map(tmp_path: Path) -> None:
     tilts = {f"tilt {tilt:g}": tilt for tilt in np.linspace(0, 0.9, 10)}
     made = [
         Trial(
@@ -85,25 +85,25 @@ def test_networks_that_lines_leave_out_stand_in_a_map_of_the_levels(tmp_path: Pa
     assert "level-map.png" in [plot.path.name for plot in draw(c, tmp_path / "plots")]
 
 
-def test_a_winner_whom_other_measures_contradict_is_no_winner(tmp_path: Path) -> None:
+def test_a_winner_contradicted_by_other_metrics_is_disputed(tmp_path: Path) -> None:
     fd = "fd/digits-cnn@500"
     plain = backbones(tmp_path)
     made = [
         replace(r, record={**(r.record or {}), fd: (1.0 if r.variant == "unet" else 2.0) + 0.01 * r.seed})
         for r in plain
     ]
-    c = conclude(asked(made))
+    c = conclude(compare(made))
     assert c.outcome == "disputed" and c.ranked()[0] == "diffit"
-    told = "Other measures disagree: by Fréchet distance unet (1.020 ± 0.020) is better than diffit (2.020 ± 0.020)."
-    assert c.answer.endswith(told)
+    answer = "Other measures disagree: by Fréchet distance unet (1.020 ± 0.020) is better than diffit (2.020 ± 0.020)."
+    assert c.answer.endswith(answer)
     assert for_terminal(c).split("\n")[3].startswith("MEASURES DISAGREE. diffit (")
     close = [replace(r, record={**(r.record or {}), fd: 1.0 if r.variant == "unet" else 1.01}) for r in plain]
-    assert conclude(asked(close)).outcome == "winner"  # gaps under 1.3% decide nothing
+    assert conclude(compare(close)).outcome == "winner"  # gaps under 1.3% decide nothing
 
 
 def test_pairs_are_tested_by_seed_and_by_image(tmp_path: Path) -> None:
     results = backbones(tmp_path)
-    c = conclude(asked(results))
+    c = conclude(compare(results))
     one, two = (c.by_seed(v, "val/bound") for v in ("unet", "diffit"))
     rows = {(a, b): [c.by_seed(a, "val/bound")[s] - c.by_seed(b, "val/bound")[s] for s in range(5)]
             for a, b in (("unet", "dit"), ("unet", "diffit"), ("dit", "diffit"))}  # fmt: skip
@@ -116,10 +116,10 @@ def test_pairs_are_tested_by_seed_and_by_image(tmp_path: Path) -> None:
     assert contest.by_image is not None and contest.by_image.n == 60
     assert contest.by_image.mean == pytest.approx(by_image(*errors).mean())
     others = paired_tests(c.variants, "fd/digits-cnn@500", [(contest.first, contest.second)])
-    assert [x.by_image for x in others] == [None]  # which are of bounds alone
+    assert [x.by_image for x in others] == [None]  # per-image values exist only for bounds
 
 
-def test_the_share_of_copies_stands_in_the_column_of_its_count(tmp_path: Path) -> None:
+def test_the_share_of_copies_is_in_the_column_of_its_count(tmp_path: Path) -> None:
     few = {
         "copies@250": 0.2,
         "memorisation": {"flagged": 50, "count": 250, "threshold": 0.6, "false_alarms": 2, "real": 360},
@@ -128,8 +128,8 @@ def test_the_share_of_copies_stands_in_the_column_of_its_count(tmp_path: Path) -
     for seed in range(3):
         made = record(0.5, seed) | few
         del made["copies@500"]
-        results.append(Trial("few", seed, "complete", None, made, more=[made]))  # two samplings of each network
-    rows = {row["variant"]: row for row in quality(conclude(asked(results, primary="fd")))}
+        results.append(Trial("few", seed, "complete", None, made, more=[made]))  # each network is sampled twice
+    rows = {row["variant"]: row for row in quality(conclude(compare(results, primary="fd")))}
     share = share_of_copies(300, 1500, 2, 360)
     assert rows["few"]["copies@250"] == f"{share.value:.2%} ({share.low:.2%} to {share.high:.2%})"
     assert "copies@500" not in rows["few"] and "copies@250" not in rows["many"]
@@ -144,31 +144,31 @@ def test_a_mean_that_is_not_finite_ranks_last(tmp_path: Path) -> None:
             for name, found in values.items()
             for seed, fd in enumerate(found)
         ]
-        c = conclude(asked(results, primary="fd"))
+        c = conclude(compare(results, primary="fd"))
         assert c.ranked() == ["c", "b", "a"] and c.answer.startswith("c (")
 
 
-def test_crossings_along_noise_levels_and_the_agreement_of_measures(tmp_path: Path) -> None:
-    c = conclude(asked(backbones(tmp_path)))  # made with a tilt for the U-Net, and a distance that follows the bound
-    told = " Along the noise levels they cross: unet is better at log-SNR -6 and -4, diffit at -2, 0, 2, 4 and 6."
-    assert c.answer.endswith(told)
+def test_crossings_along_noise_levels_and_the_agreement_of_metrics(tmp_path: Path) -> None:
+    c = conclude(compare(backbones(tmp_path)))  # the U-Net's profile is tilted; distances follow the bound
+    answer = " Along the noise levels they cross: unet is better at log-SNR -6 and -4, diffit at -2, 0, 2, 4 and 6."
+    assert c.answer.endswith(answer)
     rows = {row["measure"]: row for row in agreement(c)}
     errors, distances = ([t.values[name] for t in c.trials] for name in ("val/bound", "fd/digits-cnn@500"))
     assert rows["fd/digits-cnn@500"]["val/bound"] == f"{spearmanr(errors, distances).statistic:.2f}" == "1.00"
-    assert rows["label_accuracy/digits-cnn@500"]["val/bound"] == "1.00"  # higher is better there
+    assert rows["label_accuracy/digits-cnn@500"]["val/bound"] == "1.00"  # where higher is better
     lowest = [t.values["val/level/-6"] for t in c.trials]
     assert rows["val/level/-6"]["val/bound"] == f"{spearmanr(lowest, errors).statistic:.2f}"
-    assert agreement(conclude(asked(c.trials[:4]))) == []
+    assert agreement(conclude(compare(c.trials[:4]))) == []
 
 
-def test_equal_variants_tie_and_close_frechet_distances_too(tmp_path: Path) -> None:
+def test_equal_variants_and_close_frechet_distances_tie(tmp_path: Path) -> None:
     results = backbones(tmp_path, errors={"unet": 0.1, "dit": 0.1002})
-    assert conclude(asked(results)).outcome == "tie"
+    assert conclude(compare(results)).outcome == "tie"
     close = []
     for result in results:
         fd = 0.500 if result.variant == "unet" else 0.505
         close.append(Trial(result.variant, result.seed, "complete", result.run, record(fd + 1e-4 * result.seed)))
-    c = conclude(asked(close, primary="fd"))
+    c = conclude(compare(close, primary="fd"))
     (contest,) = c.tests
     assert contest.paired.found and contest.verdict == "tie"  # 1% apart
     assert contest.detectable == pytest.approx(0.013 * 0.5002)
@@ -178,28 +178,28 @@ def test_equal_variants_tie_and_close_frechet_distances_too(tmp_path: Path) -> N
 
 
 def test_fewer_than_three_seeds_decide_nothing(tmp_path: Path) -> None:
-    c = conclude(asked(backbones(tmp_path, seeds=2)))
+    c = conclude(compare(backbones(tmp_path, seeds=2)))
     assert c.outcome == "not decided"
     assert c.answer.endswith("Not decided against unet and dit: fewer than 3 shared seeds.")
     text = for_terminal(c)
     assert "NOT DECIDED" in text and "none: 2 shared seeds" in text and "±" not in text
 
 
-def test_against_a_baseline(tmp_path: Path) -> None:
+def test_variants_are_tested_against_a_baseline(tmp_path: Path) -> None:
     results = backbones(tmp_path)
-    c = conclude(asked(results, baseline="dit"))
+    c = conclude(compare(results, baseline="dit"))
     assert [(x.first, x.second) for x in c.tests] == [("unet", "dit"), ("diffit", "dit")]
     assert re.match(r"Against dit \(0\.1\d+ ± 0\.\d+\) by validation bound: better: diffit \(by 0\.00\d+\)", c.answer)
     with pytest.raises(UserError, match="baseline: vit is not a variant; choose from unet, dit, diffit"):
-        conclude(asked(results, baseline="vit"))
+        conclude(compare(results, baseline="vit"))
 
 
-def test_an_unfinished_study_with_failures(tmp_path: Path) -> None:
+def test_an_unfinished_study_with_failures_is_reported(tmp_path: Path) -> None:
     results = backbones(tmp_path / "runs")
     results[0] = Trial("unet", 0, "failed", results[0].run, None, "killed by signal 9")
     results[6] = Trial("dit", 1, "not begun")
     results += [Trial("edm", seed, "not begun") for seed in range(5)]
-    c = conclude(asked(results))
+    c = conclude(compare(results))
     text, page = for_terminal(c), render(c, [])
     assert "killed by signal 9" in text and "killed by signal 9" in page
     assert "7 not complete" in page
@@ -210,15 +210,15 @@ def test_an_unfinished_study_with_failures(tmp_path: Path) -> None:
     assert (rows[6]["status"], rows[6]["val/bound"]) == ("not begun", "")
 
 
-def test_nothing_measured_yet(tmp_path: Path) -> None:
+def test_a_study_without_results_is_not_decided(tmp_path: Path) -> None:
     results = [Trial(v, 0, "not begun") for v in ("a", "b")]
-    text = for_terminal(write(asked(results, primary="fd"), tmp_path / "out"))
+    text = for_terminal(write(compare(results, primary="fd"), tmp_path / "out"))
     assert "NOT DECIDED. Not decided: no result has Fréchet distance yet." in text
     assert "none are scored yet" in (tmp_path / "out" / "report.html").read_text()
 
 
 class Tags(HTMLParser):
-    """The tags that a browser would make."""
+    """Collects the tags that a browser would create."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Tags(HTMLParser):
         self.seen.add(tag)
 
 
-def test_names_of_users_are_text_to_browsers_and_plots(tmp_path: Path) -> None:
+def test_names_given_by_users_are_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>$x_{$&\"'"
     results = backbones(tmp_path / "runs", seeds=3, errors={"unet": 0.11, "dit": 0.1})
     results = [Trial(evil if r.variant == "dit" else "a", r.seed, r.status, r.run, r.record) for r in results]
@@ -245,7 +245,7 @@ def test_names_of_users_are_text_to_browsers_and_plots(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
+def test_sampling_variants_of_the_same_runs_are_plotted_as_a_sweep(tmp_path: Path) -> None:
     results = []
     for seed in range(3):
         run = open_any(make_run(tmp_path / f"dit-s{seed}", "dit", seed))
@@ -253,9 +253,9 @@ def test_variants_that_share_runs_are_swept(tmp_path: Path) -> None:
             made = record(0.4 + 2 / steps + 0.001 * seed, seed, steps=str(steps))
             results.append(Trial(f"dit, steps={steps}", seed, "complete", run, made))
     results.sort(key=lambda r: (int(r.variant.split("=")[1]), r.seed))
-    write(asked(results, primary="fd"), tmp_path / "out")
+    write(compare(results, primary="fd"), tmp_path / "out")
     assert (tmp_path / "out" / "plots" / "steps.png").is_file()
-    c = conclude(asked(results, primary="fd"))
+    c = conclude(compare(results, primary="fd"))
     assert c.ranked() == ["dit, steps=20", "dit, steps=10", "dit, steps=5"]
     assert all(x.by_image is None for x in c.tests)  # the same networks
     assert [row["network evaluations a sample"] for row in costs(c)] == ["5", "10", "20"]
@@ -268,18 +268,18 @@ def test_a_numeric_axis_may_be_negative() -> None:
         for mean in (-2, -1.5, 0, 1)
         for seed in range(3)
     ]
-    (found,) = sweeps(conclude(asked(results, primary="fd")))
+    (found,) = sweeps(conclude(compare(results, primary="fd")))
     assert [at for at, _ in next(iter(found.lines.values()))] == [-2, -1.5, 0, 1]
 
 
-def test_a_numeric_axis_is_drawn_with_a_line_for_each_value_of_the_other(tmp_path: Path) -> None:
+def test_a_numeric_axis_is_drawn_with_one_line_per_value_of_the_other_axis(tmp_path: Path) -> None:
     results = [
         Trial(f"patch_size={size}, {what}", seed, "complete", None, record(fd * size + 0.01 * seed, seed))
         for size in (16, 4)
         for what, fd in (("x0", 0.1), ("eps", 0.2))
         for seed in range(3)
     ]
-    c = conclude(asked(results, primary="fd"))
+    c = conclude(compare(results, primary="fd"))
     (found,) = sweeps(c)
     places = [(4.0, "patch_size=4, x0"), (16.0, "patch_size=16, x0")]
     assert (found.key, found.label, found.lines["x0"]) == ("patch_size", "patch size", places)
@@ -288,7 +288,7 @@ def test_a_numeric_axis_is_drawn_with_a_line_for_each_value_of_the_other(tmp_pat
     assert drawn.caption.startswith("Bands are 95% intervals") and drawn.path.is_file()
 
 
-def test_variants_that_share_runs_may_be_measured_differently(tmp_path: Path) -> None:
+def test_variants_of_the_same_runs_may_be_scored_differently(tmp_path: Path) -> None:
     results = []
     for seed in range(3):
         run = open_any(make_run(tmp_path / f"dit-s{seed}", "dit", seed))
@@ -297,15 +297,15 @@ def test_variants_that_share_runs_may_be_measured_differently(tmp_path: Path) ->
         few["floor"]["count"] = 250
         results.append(Trial("count=500", seed, "complete", run, record(0.4, seed)))
         results.append(Trial("count=250", seed, "complete", run, few))
-    c = conclude(asked(results, primary="fd/digits-cnn@250"))
+    c = conclude(compare(results, primary="fd/digits-cnn@250"))
     assert c.ranked() == ["count=250"]
     many, fewer, real = quality(c)
     assert "fd/digits-cnn@250" not in many and "fd/digits-cnn@500" not in fewer
     assert {"fd/digits-cnn@250", "fd/digits-cnn@500"} < real.keys()
     assert few["extractor"] is not None
-    results[1].record["extractor"]["weights"] = "others"  # type: ignore[index]  # under the same name
+    results[1].record["extractor"]["weights"] = "others"  # type: ignore[index]  # but under the same name
     with pytest.raises(UserError, match=r"extractor\.weights is others in one and \w+ in the other"):
-        conclude(asked(results))
+        conclude(compare(results))
 
 
 def test_mixed_protocols_are_refused(tmp_path: Path) -> None:
@@ -313,24 +313,24 @@ def test_mixed_protocols_are_refused(tmp_path: Path) -> None:
     assert results[0].record is not None
     results[0].record["reference"]["count"] = 1000
     with pytest.raises(UserError, match=r"measured differently: reference\.count is 1000 in one and 500 in the other"):
-        conclude(asked(results))
+        conclude(compare(results))
     results[0].record["reference"]["count"] = 500
-    results[0].record["sample"]["steps"] = "10"  # which nobody asks for: all runs are apart and configured alike
+    results[0].record["sample"]["steps"] = "10"  # not a variant: these runs share a config
     with pytest.raises(UserError, match=r"sample\.steps is 10 in one and 50 in the other"):
-        conclude(asked(results))
+        conclude(compare(results))
 
 
-def test_other_held_out_images_have_no_common_validation_error(tmp_path: Path) -> None:
+def test_runs_with_different_held_out_images_are_refused(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", "dit")
     other = make_run(tmp_path / "b", "dit", overrides=["validation.count=100"])
     results = [Trial(f.name, 0, "complete", open_any(f)) for f in (one, other)]
     with pytest.raises(UserError, match=r"validation\.count is 2000 in one and 100 in the other"):
-        conclude(asked(results))
+        conclude(compare(results))
     with pytest.raises(UserError, match="primary: copies does not rank variants; choose from val/bound, fd,"):
-        conclude(asked(results, primary="copies"))
+        conclude(compare(results, primary="copies"))
 
 
-def test_images_that_changed_between_two_trainings_have_no_common_validation_error(tmp_path: Path) -> None:
+def test_runs_trained_on_changed_images_are_refused(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name) for name in ("a", "b")]
     facts = {"name": "digits", "shape": [1, 8, 8], "num_classes": 10, "class_names": [], "count": 1437}
     for folder, fingerprint in zip(folders, ("0123", "4567"), strict=True):
@@ -339,20 +339,20 @@ def test_images_that_changed_between_two_trainings_have_no_common_validation_err
     with pytest.raises(
         UserError, match=f"{folders[0]} and {folders[1]} were trained on different images, though their"
     ):
-        conclude(asked(trials))
+        conclude(compare(trials))
     (folders[1] / "data.json").write_text((folders[0] / "data.json").read_text())
-    assert conclude(asked([Trial(f.name, 0, "complete", open_any(f)) for f in folders])).ranked() == ["a", "b"]
+    assert conclude(compare([Trial(f.name, 0, "complete", open_any(f)) for f in folders])).ranked() == ["a", "b"]
 
 
-def test_recipes_are_marked_as_not_like_for_like(tmp_path: Path) -> None:
-    c = conclude(asked(backbones(tmp_path, seeds=1), like_for_like=False))
+def test_complete_recipes_are_marked_as_not_like_for_like(tmp_path: Path) -> None:
+    c = conclude(compare(backbones(tmp_path, seeds=1), like_for_like=False))
     assert "Not like for like." in render(c, []) and "Not like for like" in for_terminal(c)
 
 
-def test_the_made_runs_are_what_they_claim(tmp_path: Path) -> None:
+def test_made_runs_have_the_errors_they_were_made_with(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", "dit", error=0.12)
     save_record(folder, record(0.5))
-    c = conclude(asked([Trial("a", 0, "complete", open_any(folder))]))
+    c = conclude(compare([Trial("a", 0, "complete", open_any(folder))]))
     values = c.trials[0].values
     assert values["val/bound"] == pytest.approx(0.12)
     assert bound(LEVELS, [values[f"val/level/{level:g}"] for level in LEVELS]) == pytest.approx(0.12)

@@ -1,4 +1,4 @@
-"""Variance components of known truth: unbiased, summing to the total, with intervals that cover it."""
+"""Variance components checked against known truth: unbiased, summing to the total, with intervals that cover it."""
 
 import math
 from dataclasses import replace
@@ -18,13 +18,13 @@ from diffbench.studies.comparison import comparison_of_csv
 def drawn(
     training: float, sampling: float, n: int = 10, k: int = 5, studies: int = 1000, seed: int = 0
 ) -> list[np.ndarray]:
-    """Scores of many studies, whose components have these standard deviations."""
+    """Draw the scores of many studies whose components have the given standard deviations."""
     draw = np.random.default_rng(seed).normal
     return list(5 + training * draw(size=(studies, n, 1)) + sampling * draw(size=(studies, n, k)))
 
 
 @pytest.mark.parametrize(("training", "sampling"), [(3.2, 1.0), (1.0, 1.0), (0.3, 1.0)])
-def test_components_are_unbiased_sum_to_the_total_and_their_intervals_cover_the_truth(
+def test_components_are_unbiased_sum_to_the_total_and_intervals_cover_the_truth(
     training: float, sampling: float
 ) -> None:
     found = [components(values) for values in drawn(training, sampling)]
@@ -33,25 +33,25 @@ def test_components_are_unbiased_sum_to_the_total_and_their_intervals_cover_the_
     for name, true in truth.items():
         estimates = [getattr(c, name) for c in found]
         if name != "ratio":
-            # One that is cut off at zero lies too high where it is small, the total does not.
+            # A small component is biased upwards because it is cut off at zero; the total is not.
             loose = 0.3 if training < sampling and name == "training" else 0.05
             assert np.mean([e.value for e in estimates]) == pytest.approx(true, rel=loose)
         covered = np.mean([e.interval[0] <= true <= e.interval[1] for e in estimates])
         assert 0.93 <= covered <= 0.98, (name, covered)
     for c in found[:20]:
         assert c.sampling and c.training.value + c.sampling.value == pytest.approx(c.total.value)
-    single = np.mean([values[:, 0].var(ddof=1) for values in drawn(training, sampling)])  # one score of each network
+    single = np.mean([values[:, 0].var(ddof=1) for values in drawn(training, sampling)])  # one score per network
     assert np.mean([c.total.value for c in found]) == pytest.approx(single, rel=0.05)
 
 
-def test_components_of_a_table_worked_out_by_hand() -> None:
-    # Row means 2, 4, 9; mean squares 3 * 13 = 39 between (2 df) and 14 / 6 within (6 df).
+def test_components_match_a_table_worked_out_by_hand() -> None:
+    # Row means 2, 4, 9; mean squares 3 * 13 = 39 between (2 df) and 18 / 6 within (6 df).
     found = components(np.array([[1.0, 2, 3], [3, 4, 5], [7, 8, 12]]))
     within = (2 + 2 + 14) / 6
     assert found.sampling and found.sampling.value == pytest.approx(within)
     assert found.training.value == pytest.approx((39 - within) / 3)
     assert found.ratio and found.ratio.value == pytest.approx(math.sqrt((39 - within) / 3 / within))
-    none = components(np.array([[1.0, 5], [5, 1], [1, 5]]))  # rows alike
+    none = components(np.array([[1.0, 5], [5, 1], [1, 5]]))  # identical row means
     assert (
         none.training.value == 0 and none.sampling and none.sampling.value == pytest.approx(np.var([1, 5] * 3, ddof=1))
     )
@@ -63,7 +63,7 @@ def test_components_of_a_table_worked_out_by_hand() -> None:
     assert alone.sampling is None and alone.training == alone.total and alone.total.value == pytest.approx(7 / 3)
 
 
-def test_the_report_of_networks_that_are_sampled_several_times(tmp_path: Path) -> None:
+def test_the_report_of_networks_sampled_several_times_shows_the_components(tmp_path: Path) -> None:
     made, (training, sampling) = [], np.random.default_rng(0).normal(size=(2, 50))
     for i, t in enumerate(backbones(tmp_path / "runs")):
         scores = 20 + 0.6 * training[i] + 0.2 * sampling[3 * i : 3 * i + 3]

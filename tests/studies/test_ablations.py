@@ -1,4 +1,4 @@
-"""Every ablation of the papers is a key of a config, and trains."""
+"""Every ablation of the papers is a config key, and trains."""
 
 from typing import Any, get_args
 
@@ -39,7 +39,7 @@ def test_each_ablation_takes_a_training_step(name: str, changes: dict[str, Any])
     extra = {"augment": torch.ones(len(x), 9)} if "augment_dim" in changes else {}
     losses = []
     for _ in range(2):
-        torch.manual_seed(0)  # the same dropout in both
+        torch.manual_seed(0)  # the same dropout mask in both steps
         loss = (net(x, t, y, **extra) - x).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -54,7 +54,7 @@ def test_each_ablation_takes_a_training_step(name: str, changes: dict[str, Any])
 
 @pytest.mark.parametrize("name", ["diffit", "diffit-latent"])
 @pytest.mark.parametrize("time_in", TIMES_IN)
-def test_time_changes_the_output_but_through_keys_alone(name: str, time_in: str) -> None:
+def test_time_changes_the_output_unless_it_enters_only_through_keys(name: str, time_in: str) -> None:
     net, (x, t, _) = small(name, num_classes=0, time_in=time_in).double(), inputs()
     change = (net(x.double(), t) - net(x.double(), t + 300)).abs().max()
     assert change < 1e-12 if time_in in ("k", "none") else change > 1e-4
@@ -72,7 +72,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("conditioning", ["cross-attention", "in-context"])
-def test_time_and_class_are_tokens_where_asked(conditioning: str) -> None:
+def test_time_and_class_enter_through_tokens(conditioning: str) -> None:
     x, t, y = inputs()
     net = small("dit", conditioning=conditioning)
     assert (net(x, t, y) - net(x, t.flip(0), y)).abs().max() > 1e-4
@@ -81,7 +81,7 @@ def test_time_and_class_are_tokens_where_asked(conditioning: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddpmpp", "diffit"])
-def test_the_augmentation_label_enters_and_no_change_is_no_label(name: str) -> None:
+def test_the_augmentation_label_changes_the_output_and_zeros_mean_no_label(name: str) -> None:
     net, (x, t, y) = small(name, augment_dim=9), inputs()
     label = torch.zeros(len(x), 9)
     assert torch.equal(net(x, t, y, augment=label), net(x, t, y))

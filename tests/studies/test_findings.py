@@ -1,4 +1,4 @@
-"""Published claims held against results: known verdicts, claims that exist, a page that agrees with its CSV."""
+"""Published claims tested against results: known verdicts, references that exist, a page that agrees with its CSV."""
 
 import math
 from dataclasses import replace
@@ -26,23 +26,23 @@ STUDIES, RESULTS = EXPERIMENTS / "studies", EXPERIMENTS / "results"
 
 
 def results(distances: dict[str, float], seeds: int = 5) -> Comparison:
-    """Variants by their distance, to which each seed adds as much, and each cell a little of its own."""
-    own = np.random.default_rng(0).normal(0, 0.01, (len(distances), seeds))
+    """Return variants with the given distances, plus an offset for each seed and a little noise for each run."""
+    noise_of_runs = np.random.default_rng(0).normal(0, 0.01, (len(distances), seeds))
     trials = [
-        Trial(variant, seed, "complete", None, record(fd + 0.2 * seed + own[i, seed], seed), at=51_200)
+        Trial(variant, seed, "complete", None, record(fd + 0.2 * seed + noise_of_runs[i, seed], seed), at=51_200)
         for i, (variant, fd) in enumerate(distances.items())
         for seed in range(seeds)
     ]
     return Comparison("Made", "Which?", trials, primary="fd")
 
 
-def test_every_shipped_claim_names_what_there_is() -> None:
+def test_every_shipped_claim_refers_to_existing_studies_and_variants() -> None:
     claims = load_claims(EXPERIMENTS / "findings.yaml", STUDIES)
     assert len(claims) >= 8 and len({c.claim for c in claims}) == len(claims)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"study": "windows"}, "study: no experiments/studies/windows.yaml; did you mean 'window'?"),
         ({"better": "window=3"}, "study: window has no variant 'window=3'; did you mean 'window="),
@@ -51,12 +51,12 @@ def test_every_shipped_claim_names_what_there_is() -> None:
         ({"beter": "window=4"}, "beter: unknown key"),
     ],
 )
-def test_a_claim_about_nothing_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+def test_a_claim_with_unknown_names_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     claim = {"claim": "c", "source": "s", "study": "window", "better": "window=4", "worse": "window=2"}
     (tmp_path / "findings.yaml").write_text(yaml.safe_dump({"claims": [claim | changes]}))
     with pytest.raises(UserError) as e:
         load_claims(tmp_path / "findings.yaml", STUDIES)
-    assert said in str(e.value) and "claims[0]" in str(e.value)
+    assert message in str(e.value) and "claims[0]" in str(e.value)
 
 
 def test_claims_are_confirmed_tied_and_refuted_and_a_curve_needs_both_ends() -> None:
@@ -82,7 +82,7 @@ def test_claims_are_confirmed_tied_and_refuted_and_a_curve_needs_both_ends() -> 
     assert max(map(len, lines)) <= 80 and lines[2].startswith("confirmed  1 [s]")
 
 
-def test_the_best_of_several_has_as_many_chances_on_either_side() -> None:
+def test_the_interval_of_a_best_variant_accounts_for_the_choice() -> None:
     made = results({"a": 1.0, "b": 1.5, "c": 1.6, "d": 1.7})
     sides: list[dict[str, Any]] = [{"better": "a", "worse": ["b", "c", "d"]}, {"better": "a", "worse": "b"}]
     wide, narrow = (f.evidence for f in findings([Claim("1", "s", "made", **side) for side in sides], {"made": made}))
@@ -93,7 +93,7 @@ def test_the_best_of_several_has_as_many_chances_on_either_side() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("claims: 3", "claims: must be a list of claims, got 3"),
         ("claims: [a]", "claims[0]: must be a section with keys, got 'a'"),
@@ -101,24 +101,24 @@ def test_the_best_of_several_has_as_many_chances_on_either_side() -> None:
         ("claims: [{claim: c, source: s, study: window, better: [2], worse: 4}]", "window has no variant '2'"),
     ],
 )
-def test_claims_of_another_shape_are_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+def test_malformed_claims_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "findings.yaml").write_text(text)
     with pytest.raises(UserError) as e:
         load_claims(tmp_path / "findings.yaml", STUDIES)
-    assert said in str(e.value)
+    assert message in str(e.value)
     (tmp_path / "findings.yaml").write_text("claims:\n")
     assert load_claims(tmp_path / "findings.yaml", STUDIES) == []
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "not a table (No columns"), ("variant,seed,status,images", "no rows")])
-def test_an_empty_csv_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+@pytest.mark.parametrize(("text", "line"), [("", "not a table (No columns"), ("variant,seed,status,images", "no rows")])
+def test_an_empty_csv_is_refused_in_one_line(tmp_path: Path, text: str, line: str) -> None:
     (tmp_path / "report.csv").write_text(text)
     with pytest.raises(UserError) as e:
         comparison_of_csv(tmp_path / "report.csv", STUDIES / "window.yaml")
-    assert str(e.value).startswith(f"{tmp_path / 'report.csv'}: {said}")
+    assert str(e.value).startswith(f"{tmp_path / 'report.csv'}: {line}")
 
 
-def test_a_value_that_is_not_a_number_is_read_back_as_one(tmp_path: Path) -> None:
+def test_a_nan_value_is_read_back_as_nan(tmp_path: Path) -> None:
     made = results({"window=2": 1.0, "window=4": 2.0})
     made.trials[0].record["fd/digits-cnn@500"] = math.nan  # type: ignore[index]
     (tmp_path / "report.csv").write_text(as_csv(conclude(made)))
@@ -130,7 +130,7 @@ def test_a_value_that_is_not_a_number_is_read_back_as_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("power", "verdict"), [(2.0, "confirmed"), (1.0, "tied"), (0.5, "refuted")])
-def test_the_order_of_a_method_is_the_slope_over_steps(power: float, verdict: str) -> None:
+def test_the_order_of_a_method_is_its_slope_over_steps(power: float, verdict: str) -> None:
     steps = [8, 16, 32, 64]
     noise = np.random.default_rng(1).normal(1, 0.002, (4, 4))
     trials = [
@@ -145,7 +145,7 @@ def test_the_order_of_a_method_is_the_slope_over_steps(power: float, verdict: st
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(5.0, "confirmed"), (0.05, "refuted")])
-def test_training_is_held_against_sampling_read_back_from_the_csv(tmp_path: Path, ratio: float, verdict: str) -> None:
+def test_training_scatter_is_compared_to_sampling_scatter(tmp_path: Path, ratio: float, verdict: str) -> None:
     draw = np.random.default_rng(2).normal(size=(10, 6))
     rows = [[record(9 + ratio * row[0] + one, seed) for one in row[1:]] for seed, row in enumerate(draw)]
     trials = [Trial("dit", i, "complete", None, first, at=640, more=more) for i, (first, *more) in enumerate(rows)]
@@ -158,7 +158,7 @@ def test_training_is_held_against_sampling_read_back_from_the_csv(tmp_path: Path
     assert findings([Claim("c", "s", "lottery", retrained="dit", above=1)], few)[0].verdict == "undecided"
 
 
-def test_results_are_read_back_from_their_csv_with_every_budget(tmp_path: Path) -> None:
+def test_results_are_read_back_from_csv_with_every_budget(tmp_path: Path) -> None:
     made = results({"window=2": 1.0, "window=4": 1.2})
     early = [Trial(t.variant, t.seed, t.status, None, record(5 - t.seed, t.seed), at=640) for t in made.trials]
     made = Comparison("Made", "Which?", made.trials, primary="fd", rungs={"early": early, "late": made.trials})
@@ -173,7 +173,7 @@ def test_results_are_read_back_from_their_csv_with_every_budget(tmp_path: Path) 
         shipped(tmp_path, STUDIES)
 
 
-def test_the_shipped_page_is_what_the_shipped_results_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shipped_page_agrees_with_the_shipped_results(capsys: pytest.CaptureFixture[str]) -> None:
     text = (RESULTS / "README.md").read_text()
     conclusions = {name: conclude(found) for name, found in shipped(RESULTS, STUDIES).items()}
     found = findings(load_claims(EXPERIMENTS / "findings.yaml", STUDIES), shipped(RESULTS, STUDIES))
@@ -186,7 +186,7 @@ def test_the_shipped_page_is_what_the_shipped_results_say(capsys: pytest.Capture
     table = table[(table["status"] == "complete") & (table["budget"] == table["budget"].iloc[-1])]
     agreed = spearmanr(table["val/bound"], table["fd/digits-cnn@500"]).statistic
     assert f"| `backbones` | {len(table)} | {agreed:.2f} |" in text
-    assert "| `steps` | 15 |" not in text.partition("Spearman")[2]  # the same networks, whose bound says nothing of it
+    assert "| `steps` | 15 |" not in text.partition("Spearman")[2]  # its variants share networks, and hence bounds
     assert main(["findings", "seeds=[0]"]) == 2
     assert "seeds=[0]: belongs to a study; write run=true" in capsys.readouterr().err
 

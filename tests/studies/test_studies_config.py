@@ -1,4 +1,4 @@
-"""What a study's YAML may say, and what its axes mean."""
+"""The keys that a study's YAML may have, and the meaning of its axes."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def test_dotted_and_nested_keys_are_the_same() -> None:
     assert nest_keys({"a.b": 1, "a": {"c": 2}, "d": {"e.f": 3}}) == {"a": {"b": 1, "c": 2}, "d": {"e": {"f": 3}}}
 
 
-def test_a_later_budget_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+def test_a_later_budget_replaces_an_earlier_one(tmp_path: Path) -> None:
     study = load_study(written(tmp_path, stop={"images": 100}), ["stop.flops=1e9", "seeds=[7]"])
     assert (study.stop.images, study.stop.flops, study.seeds) == (None, 1e9, [7])
 
@@ -52,7 +52,7 @@ def test_an_override_replaces_one_key_of_a_grid(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"kind": "denoiser"}, "kind: must be study, got 'denoiser'"),
         ({"axis": {}}, "axis: unknown key; allowed: "),
@@ -124,30 +124,30 @@ def test_an_override_replaces_one_key_of_a_grid(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_a_study_may_not_say(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_an_invalid_study_is_refused_by_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = written(tmp_path, **changes)
     with pytest.raises(UserError) as e:
         load_study(path)
-    assert str(e.value).startswith(f"{path}: {said}")
+    assert str(e.value).startswith(f"{path}: {message}")
 
 
 @pytest.mark.parametrize("axes", [("seeds.sample", "denoiser.depth"), ("denoiser.depth", "seeds.sample")])
-def test_a_seed_of_sampling_stands_beside_any_axis(tmp_path: Path, axes: tuple[str, str]) -> None:
+def test_a_sampling_seed_combines_with_any_axis(tmp_path: Path, axes: tuple[str, str]) -> None:
     study = load_study(written(tmp_path, axes={axis: [1, 2] for axis in axes}))
     found = [(v.trained, v.sampled) for v in variants(study)]
     assert len(found) == 4 and all("seeds" not in trained for trained, _ in found)
     assert {(t["denoiser"]["depth"], s["seeds"]["sample"]) for t, s in found} == {(1, 1), (1, 2), (2, 1), (2, 2)}
 
 
-def test_variants_whose_files_would_have_one_name_are_refused(tmp_path: Path) -> None:
+def test_variants_that_would_share_a_file_name_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, axes={"x": {"a/b": {"denoiser.depth": 2}, "a b": {"denoiser.depth": 3}}})
     with pytest.raises(UserError, match="axes: 'a/b' and 'a b' would share a file name; give them different names"):
         load_study(path)
 
 
-def test_studies_that_differ_late_in_their_overrides_have_folders_of_their_own(tmp_path: Path) -> None:
+def test_studies_with_different_long_overrides_have_different_folders(tmp_path: Path) -> None:
     path = written(tmp_path)
-    words = [
+    args = [
         "set.denoiser.depth=4",
         "set.trainer.batch_size=64",
         f"stop.images={51_200}",
@@ -155,6 +155,6 @@ def test_studies_that_differ_late_in_their_overrides_have_folders_of_their_own(t
     ]
     folders = set()
     for rate in (0.001, 0.004):
-        overrides = [*words, f"set.optimizer.lr={rate}"]
+        overrides = [*args, f"set.optimizer.lr={rate}"]
         folders.add(folder_of_study(path, overrides, load_study(path, overrides)))
     assert len(folders) == 2 and all(len(folder.name) <= 120 for folder in folders)

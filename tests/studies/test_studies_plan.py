@@ -1,4 +1,4 @@
-"""What a study plans: budgets, sizes, shared runs; every shipped study resolves and takes one step."""
+"""The plan of a study: budgets, sizes, shared runs; every variant of a shipped study takes one training step."""
 
 import math
 from dataclasses import replace
@@ -25,17 +25,17 @@ from diffbench.studies.tuning import extended, tuning_so_far
 from diffbench.training.diffusion import DiffusionModule
 
 STUDIES = sorted(p for p in Path("experiments/studies").glob("*.yaml") if p.name[0] != "_")
-# The other studies of objectives are objectives-dit for each backbone of processes.
+# The other objectives studies repeat objectives-dit with another backbone.
 DIGITS = [p for p in STUDIES if "cifar" not in p.name and ("objectives" not in p.stem or p.stem == "objectives-dit")]
 
 
-def planned(name: str, **changes: object) -> tuple[StudyConfig, Path]:
+def plan(name: str, **changes: object) -> tuple[StudyConfig, Path]:
     path = Path(f"experiments/studies/{name}.yaml")
     return replace(load_study(path), **changes), path  # type: ignore[arg-type]
 
 
-def test_equal_flops_mean_equal_products_over_all_images() -> None:
-    study, path = planned("backbones")
+def test_equal_flops_give_equal_macs_times_images() -> None:
+    study, path = plan("backbones")
     found = training_variants(study, path, {}, lambda config: 1.0)
     assert [g.name for g in found] == ["unet", "dit", "diffit", "ddpmpp", "uvit", "segformer"]
     for group in found:
@@ -45,21 +45,21 @@ def test_equal_flops_mean_equal_products_over_all_images() -> None:
         assert [n for n, _ in group.rungs] == sorted(n for n, _ in group.rungs) and group.rungs[-1][0] == images
         for (seen, _), flops in zip(group.rungs, study.stop.rungs, strict=True):
             assert abs(seen - flops / (6 * group.cost.macs)) <= group.config.trainer.batch_size / 2 + 1
-        assert group.config.optimizer.decay_images is None  # no rung lies on the slope towards another
+        assert group.config.optimizer.decay_images is None  # no rung is on the decay towards another
         assert group.residual is not None and abs(group.residual) < 0.1
 
 
-def test_the_schedule_of_a_single_budget_ends_with_the_run() -> None:
-    study, path = planned("window")
+def test_with_a_single_budget_the_learning_rate_decays_to_the_end_of_the_run() -> None:
+    study, path = plan("window")
     (first, *_) = training_variants(study, path, {}, lambda config: 1.0)
     assert first.config.optimizer.decay_images == first.images == 51_200 and first.rungs == [(51_200, "51,200 images")]
 
 
-def test_a_cooldown_is_the_last_share_of_each_budget(tmp_path: Path) -> None:
-    study, path = planned("window", stop=StopConfig(images=51_200, cooldown=0.2))
+def test_a_cooldown_is_the_last_fraction_of_each_budget(tmp_path: Path) -> None:
+    study, path = plan("window", stop=StopConfig(images=51_200, cooldown=0.2))
     (first, *_) = training_variants(study, path, {}, lambda config: 1.0)
     assert first.config.optimizer.decay_images == [40_960, 51_200] and first.trained_images == 51_200
-    study, path = planned("window", stop=StopConfig(images=[12_800, 51_200], cooldown=0.2))
+    study, path = plan("window", stop=StopConfig(images=[12_800, 51_200], cooldown=0.2))
     (ladder, *_) = training_variants(study, path, {}, lambda config: 1.0)
     assert ladder.config.optimizer.decay_images is None and ladder.trained_images == 51_200 + 2_560
     plain = replace(study, stop=StopConfig(images=[12_800, 51_200]))
@@ -70,9 +70,9 @@ def test_a_cooldown_is_the_last_share_of_each_budget(tmp_path: Path) -> None:
     assert load_study("experiments/studies/backbones.yaml", ["stop.cooldown=0.1"]).stop.rungs[0] == 4e11
 
 
-def test_networks_have_names_of_their_own_where_an_axis_mixes_training_and_sampling() -> None:
+def test_networks_have_distinct_names_if_an_axis_mixes_training_and_sampling() -> None:
     def names(**axes: Any) -> list[str]:
-        study, path = planned("dit-blocks", axes=axes, baseline=None)
+        study, path = plan("dit-blocks", axes=axes, baseline=None)
         found = training_variants(study, path, {}, lambda config: 1.0)
         assert len({trial.slug for trial in planned_trials(study, found)}) == len(found) * len(study.seeds)
         return [network.name for network in found]
@@ -85,22 +85,22 @@ def test_networks_have_names_of_their_own_where_an_axis_mixes_training_and_sampl
     both = names(**{"net": {"a": {}, "b": guided, "c": deep}, "sample.steps": ["5", "10"]})
     assert both == ["a, steps=5", "c"]
     narrow, wide = ({"denoiser.hidden_size": n} for n in (32, 48))
-    said = "axes: two networks are called 'a, b'; rename the axis values"
-    with pytest.raises(UserError, match=said):
+    message = "axes: two networks are called 'a, b'; rename the axis values"
+    with pytest.raises(UserError, match=message):
         names(x={"a": {}, "b": wide}, y={"a": narrow, "b": deep}, z={"a": {}, "b": deep})
 
 
-def test_a_schedule_that_is_given_is_kept() -> None:
+def test_an_explicit_schedule_is_kept() -> None:
     def schedules(**changes: Any) -> list[tuple[object, object]]:
-        study, path = planned("window", baseline=None, **changes)
+        study, path = plan("window", baseline=None, **changes)
         found = [v.config.optimizer for v in training_variants(study, path, {}, lambda config: 1.0)]
         tuned = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).trials
         return [(o.warmup_images, o.decay_images) for o in [*found, *(t.config.optimizer for t in tuned)]]
 
     one = {"net": {"net": {}}}
-    given = {"optimizer.warmup_images": 20_480, "optimizer.decay_images": 25_600}
+    explicit = {"optimizer.warmup_images": 20_480, "optimizer.decay_images": 25_600}
     half = TuneConfig("net", {"optimizer.warmup_images": [1_000, 10_000]}, share=0.5)
-    assert schedules(set=given, axes=one) == [(20_480, 25_600)]
+    assert schedules(set=explicit, axes=one) == [(20_480, 25_600)]
     assert schedules(axes={"optimizer.warmup_images": [0, 20_480]}) == [(0, 51_200), (20_480, 51_200)]
     assert schedules(axes=one, tune=half) == [(5_120, 51_200), (500, 25_600), (5_000, 25_600)]
     assert schedules(axes=one, set={"optimizer.decay_images": [20_000, 30_000]}, tune=half)[1:] == [
@@ -109,26 +109,26 @@ def test_a_schedule_that_is_given_is_kept() -> None:
     ]
 
 
-def test_a_ramp_that_is_given_stays_in_a_ladder_and_two_budgets_are_not_one_length() -> None:
+def test_an_explicit_warmup_is_kept_in_a_ladder_and_equal_budgets_are_refused() -> None:
     ladder = StopConfig(images=[25_600, 51_200])
-    study, path = planned("window", stop=ladder, set={"optimizer.warmup_images": 20_480})
+    study, path = plan("window", stop=ladder, set={"optimizer.warmup_images": 20_480})
     (first, *_) = training_variants(study, path, {}, lambda config: 1.0)
     assert (first.config.optimizer.warmup_images, first.config.optimizer.decay_images) == (20_480, None)
-    study, path = planned("window", stop=StopConfig(images=[64, 65]))
-    said = r"window.yaml: stop.images: gives 64, 64 images for window=2; set budgets farther apart"
-    with pytest.raises(UserError, match=said):
+    study, path = plan("window", stop=StopConfig(images=[64, 65]))
+    message = r"window.yaml: stop.images: gives 64, 64 images for window=2; set budgets farther apart"
+    with pytest.raises(UserError, match=message):
         training_variants(study, path, {}, lambda config: 1.0)
 
 
-def test_what_could_not_be_tuned_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_tuning_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     def points(file: TrialFile, primary: str) -> list[TriedPoint]:
-        label, tried = file.values["label"], file.values["tuning"]
-        return [TriedPoint(label, tried, "val/bound", math.inf if label == "b" else tried["optimizer.lr"])]
+        label, tuned = file.values["label"], file.values["tuning"]
+        return [TriedPoint(label, tuned, "val/bound", math.inf if label == "b" else tuned["optimizer.lr"])]
 
     monkeypatch.setattr(TrialFile, "points", points)
     axes = {"net": {"a": {}, "b": {"denoiser.window": 2}}}
     tune = TuneConfig("net", {"optimizer.lr": [1e-3, 2e-3]})
-    study, path = planned("window", axes=axes, tune=tune, baseline=None)
+    study, path = plan("window", axes=axes, tune=tune, baseline=None)
     tuning = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere"))
     notes = notes_of(study, training_variants(study, path, tuning.chosen, lambda config: 1.0), tuning)
     assert tuning.failed == {"b": ["optimizer.lr"]}
@@ -136,14 +136,14 @@ def test_what_could_not_be_tuned_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     assert note.endswith("Chosen: a optimizer.lr=0.001. Not tuned, since every try failed: b (optimizer.lr).")
 
 
-def test_seconds_become_images_by_the_measured_rate() -> None:
-    study, path = planned("window", stop=StopConfig(seconds=12.0), jobs=1)
+def test_seconds_are_converted_to_images_by_the_measured_rate() -> None:
+    study, path = plan("window", stop=StopConfig(seconds=12.0), jobs=1)
     rates = {2: 640.0, 4: 320.0, 8: 64.0}
     found = training_variants(study, path, {}, lambda config: rates[config.denoiser.window])
     assert [g.config.trainer.max_images for g in found] == [7680, 3840, 768]
 
 
-def test_a_rate_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_is_measured_once_and_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffbench.studies.budget.LEAST_SECONDS", 0.0)
     monkeypatch.setattr("diffbench.studies.budget.LEAST_STEPS", 1)
     config = load("experiments/digits/dit.yaml")
@@ -158,11 +158,11 @@ def test_a_rate_is_measured_in_the_precision_of_training(tmp_path: Path, monkeyp
     monkeypatch.setattr("diffbench.studies.budget.LEAST_STEPS", 1)
     seen, step = set(), DiffusionModule.training_step
 
-    def watched(self: DiffusionModule, *rest: Any) -> Any:
+    def record_autocast(self: DiffusionModule, *rest: Any) -> Any:
         seen.add(torch.is_autocast_enabled("cpu"))
         return step(self, *rest)
 
-    monkeypatch.setattr(DiffusionModule, "training_step", watched)
+    monkeypatch.setattr(DiffusionModule, "training_step", record_autocast)
     for precision in ("bf16-mixed", "32-true"):
         config = load("experiments/digits/dit.yaml", [f"trainer.precision={precision}"])
         assert isinstance(config, RunConfig)
@@ -180,11 +180,11 @@ def test_the_width_nearest_to_the_target_is_found(name: str, by: str) -> None:
     target = 1.5 * size_of(config, data, by)  # type: ignore[arg-type]
     found = match_size(config, data, by, target, "width")  # type: ignore[arg-type]
     key = DENOISERS[name].width
-    given = getattr(found.denoiser, key)
-    first = given[0] if isinstance(given, list) else given
+    widths = getattr(found.denoiser, key)
+    first = widths[0] if isinstance(widths, list) else widths
     sizes = []
-    for width in range(max(1, first - 8), first + 9):  # sizes rise with the width: none beyond these is nearer
-        wanted = [width * value // first for value in given] if isinstance(given, list) else width
+    for width in range(max(1, first - 8), first + 9):  # sizes grow with the width, so none outside is closer
+        wanted = [width * value // first for value in widths] if isinstance(widths, list) else width
         try:
             sizes.append(size_of(change(config, {"denoiser": {key: wanted}}), data, by))  # type: ignore[arg-type]
         except (UserError, ValueError):
@@ -203,56 +203,56 @@ def test_depth_can_be_matched_too() -> None:
 
 
 def folders(study: StudyConfig, path: Path) -> set[Path]:
-    """The run folders of a study's reported trials."""
+    """Return the run folders of a study's reported trials."""
     return {trial.folder for trial in planned_trials(study, training_variants(study, path, {}, lambda config: 1.0))}
 
 
 def test_studies_share_their_baseline_runs() -> None:
     shared = {}
     for name in ("dit-blocks", "patch-size", "guidance", "steps", "ema"):
-        study, path = planned(name)
+        study, path = plan(name)
         shared[name] = folders(study, path)
     assert set.intersection(*shared.values()) == shared["guidance"]
-    assert len(shared["guidance"]) == 5  # one run a seed, and twelve evaluations of each
-    study, path = planned("time-token")
-    window, other = planned("window")
+    assert len(shared["guidance"]) == 5  # one run per seed, each evaluated twelve times
+    study, path = plan("time-token")
+    window, other = plan("window")
     both = [folders(s, p) for s, p in ((study, path), (window, other))]
     assert len(both[0] & both[1]) == 5
 
 
-def test_tuning_tries_the_same_grid_for_each_backbone_with_a_seed_of_its_own() -> None:
-    study, path = planned("backbones")
-    made = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).trials
-    assert [(c.label, c.config.optimizer.lr) for c in made] == [
+def test_tuning_tries_the_same_grid_for_each_backbone_with_a_separate_seed() -> None:
+    study, path = plan("backbones")
+    trials = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).trials
+    assert [(c.label, c.config.optimizer.lr) for c in trials] == [
         (label, lr)
         for label in ("unet", "dit", "diffit", "ddpmpp", "uvit", "segformer")
         for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)
     ]
-    assert {c.config.seed for c in made} == {1000} and 1000 not in study.seeds
+    assert {c.config.seed for c in trials} == {1000} and 1000 not in study.seeds
     reported = folders(study, path)
-    assert not reported & {c.folder for c in made}
+    assert not reported & {c.folder for c in trials}
     shares = {
         c.config.trainer.max_images / g.config.trainer.max_images
-        for c, g in zip(made[::4], training_variants(study, path, {}, lambda config: 1.0), strict=True)
+        for c, g in zip(trials[::4], training_variants(study, path, {}, lambda config: 1.0), strict=True)
     }
     assert all(abs(share - 0.1) < 0.01 for share in shares)
 
 
 def tried(**bounds: list[float]) -> list[TriedPoint]:
-    """Labels with their values over the rates 1e-3, 2e-3, ..."""
+    """Return tried points: for each label, its values of the bound at the rates 1e-3, 2e-3, ..."""
     return [
         TriedPoint(b, {"lr": 1e-3 * 2**i}, "val/bound", v) for b, values in bounds.items() for i, v in enumerate(values)
     ]
 
 
-def test_a_grid_grows_at_its_edges_alike_for_all_by_two_values_at_most() -> None:
-    given = {"lr": [1e-3, 2e-3, 4e-3]}
-    assert extended(given, given, tried(a=[3.0, 2, 3], b=[3.0, 1, 2])) == given
-    assert extended(given, given, tried(a=[3.0, 2, 1], b=[3.0, 1, 2])) == {"lr": [1e-3, 2e-3, 4e-3, 8e-3]}
-    assert extended(given, given, tried(a=[3.0, 2, 1], b=[1.0, 2, 3])) == {"lr": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]}
+def test_a_grid_grows_at_its_edges_for_all_labels_by_at_most_two_values() -> None:
+    grid = {"lr": [1e-3, 2e-3, 4e-3]}
+    assert extended(grid, grid, tried(a=[3.0, 2, 3], b=[3.0, 1, 2])) == grid
+    assert extended(grid, grid, tried(a=[3.0, 2, 1], b=[3.0, 1, 2])) == {"lr": [1e-3, 2e-3, 4e-3, 8e-3]}
+    assert extended(grid, grid, tried(a=[3.0, 2, 1], b=[1.0, 2, 3])) == {"lr": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]}
     longest = {"lr": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]}
-    assert extended(given, longest, tried(a=[5.0, 4, 3, 2, 1])) == longest
-    pair = {"lr": [1e-3, 2e-3]}  # two values have nothing but edges
+    assert extended(grid, longest, tried(a=[5.0, 4, 3, 2, 1])) == longest
+    pair = {"lr": [1e-3, 2e-3]}  # a grid of two values has only edges
     assert extended(pair, pair, tried(a=[2.0, 1])) == pair
     batch = {"lr": [1, 3, 9]}
     points = [replace(t, values={"lr": n}) for t, n in zip(tried(a=[3.0, 2, 1]), batch["lr"], strict=True)]
@@ -261,21 +261,21 @@ def test_a_grid_grows_at_its_edges_alike_for_all_by_two_values_at_most() -> None
     assert extended(batch, batch, points) == batch  # a third of 1 is not a whole number
 
 
-def test_whole_numbers_of_a_key_that_takes_others_grow_by_their_ratio() -> None:
+def test_whole_numbers_of_a_float_key_grow_by_their_ratio() -> None:
     tune = TuneConfig(None, {"sample.guidance": [1, 2, 4], "trainer.batch_size": [32, 64]})
-    study, path = planned("dit-blocks", tune=tune, primary="fd")
+    study, path = plan("dit-blocks", tune=tune, primary="fd")
     grid = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).grid
     assert [type(v) for v in grid["sample.guidance"]] == [float] * 3 and grid["trainer.batch_size"] == [32, 64]
     assert all(type(v) is int for v in grid["trainer.batch_size"])
     points = [
         replace(t, values={"sample.guidance": n}) for t, n in zip(tried(a=[1.0, 2, 3]), (1.0, 2.0, 4.0), strict=True)
     ]
-    given = {"sample.guidance": grid["sample.guidance"]}
-    assert extended(given, given, points) == {"sample.guidance": [0.5, 1, 2, 4]}
+    grid = {"sample.guidance": grid["sample.guidance"]}
+    assert extended(grid, grid, points) == {"sample.guidance": [0.5, 1, 2, 4]}
 
 
-def test_what_tuning_chose_reaches_every_seed() -> None:
-    study, path = planned("backbones")
+def test_tuned_values_apply_to_every_seed() -> None:
+    study, path = plan("backbones")
     found = training_variants(study, path, {"dit": {"optimizer.lr": 4e-3}}, lambda config: 1.0)
     shipped = {g.name: load(g.experiment).optimizer.lr for g in found}
     assert all(g.config.optimizer.lr == shipped[g.name] for g in found if g.name != "dit")
@@ -287,16 +287,16 @@ def test_what_tuning_chose_reaches_every_seed() -> None:
     }
 
 
-def test_sampling_is_tuned_as_each_variant_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_is_tuned_with_the_sampler_of_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     tune, samplers = TuneConfig(None, {"sample.guidance": [1.0, 2.0]}), ["ddim", "dpm_solver"]
-    study, path = planned("steps", axes={"sample.sampler": samplers}, tune=tune, primary="fd", baseline=None)
+    study, path = plan("steps", axes={"sample.sampler": samplers}, tune=tune, primary="fd", baseline=None)
     tune.axis = "sample.sampler"
-    ways: dict[str, Any] = {}
+    evaluations_of: dict[str, Any] = {}
 
     def points(file: TrialFile, primary: str) -> list[TriedPoint]:
         label, evaluations = file.values["label"], file.values["evaluations"]
         if evaluations:
-            ways[label] = evaluations
+            evaluations_of[label] = evaluations
         scores = {"sampler=ddim": [1.0, 2.0], "sampler=dpm_solver": [2.0, 1.0]}[label]
         found = [flatten(changes) for changes in evaluations.values()]
         scored = [TriedPoint(label, v, "fd", x) for v, x in zip(found, scores[: len(found)], strict=True)]
@@ -304,8 +304,8 @@ def test_sampling_is_tuned_as_each_variant_samples(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(TrialFile, "points", points)
     chosen = tuning_so_far(study, path, lambda config: 1.0, Path("nowhere")).chosen
-    assert ways["sampler=ddim"]["guidance=2"]["sample"] == {"sampler": "ddim", "guidance": 2.0}
-    assert ways["sampler=dpm_solver"]["guidance=1"]["sample"] == {"sampler": "dpm_solver", "guidance": 1.0}
+    assert evaluations_of["sampler=ddim"]["guidance=2"]["sample"] == {"sampler": "ddim", "guidance": 2.0}
+    assert evaluations_of["sampler=dpm_solver"]["guidance=1"]["sample"] == {"sampler": "dpm_solver", "guidance": 1.0}
     assert chosen == {"sampler=ddim": {"sample.guidance": 1.0}, "sampler=dpm_solver": {"sample.guidance": 2.0}}
     (network,) = training_variants(study, path, chosen, lambda config: 1.0)
     assert [(e["sample"]["sampler"], e["sample"]["guidance"]) for e in network.evaluations.values()] == [
@@ -314,48 +314,48 @@ def test_sampling_is_tuned_as_each_variant_samples(monkeypatch: pytest.MonkeyPat
     ]
 
 
-def test_samplings_need_seeds_of_their_own() -> None:
-    study, path = planned("window", set={"seeds.sample": 7}, samplings=3)
+def test_several_samplings_refuse_a_fixed_sampling_seed() -> None:
+    study, path = plan("window", set={"seeds.sample": 7}, samplings=3)
     with pytest.raises(UserError, match=r"window.yaml: seeds.sample conflicts with samplings=3; set only one of them"):
         training_variants(study, path, {}, lambda config: 1.0)
 
 
-def test_an_average_that_no_run_keeps_is_refused() -> None:
-    study, path = planned("ema", axes={"average": [0.123]})
+def test_an_average_that_no_run_stores_is_refused() -> None:
+    study, path = plan("ema", axes={"average": [0.123]})
     with pytest.raises(UserError, match=r"ema.yaml: average: 0.123 is not one of ema.decays=\[0.05, 0.005, "):
         training_variants(study, path, {}, lambda config: 1.0)
 
 
-def test_variants_that_no_report_compares_are_refused_before_they_train() -> None:
-    def refused(said: str, **changes: object) -> None:
-        study, path = planned("window", **changes)
-        with pytest.raises(UserError, match=said):
+def test_incomparable_variants_are_refused_before_training() -> None:
+    def refused(message: str, **changes: object) -> None:
+        study, path = plan("window", **changes)
+        with pytest.raises(UserError, match=message):
             training_variants(study, path, {}, lambda config: 1.0)
 
     sizes = "window.yaml: axes: size=8 and size=16 are not comparable: data.size is 8 in one and 16 in the other"
     refused(sizes, axes={"data.size": [8, 16]})
     refused(sizes, axes={"data.size": [8, 16]}, primary="fd")
     refused(r"count=128 and count=256 .*: validation.count is 128 in one", axes={"validation.count": [128, 256]})
-    study, path = planned("window", axes={"validation.count": [128, 256]}, primary="fd")
+    study, path = plan("window", axes={"validation.count": [128, 256]}, primary="fd")
     assert len(training_variants(study, path, {}, lambda config: 1.0)) == 2
 
 
-def test_variants_that_cannot_differ_are_told_apart_from_those_that_can() -> None:
+def test_variants_equal_by_construction_are_listed() -> None:
     def equal(name: str, **changes: object) -> list[str]:
-        study, path = planned(name, **changes)
+        study, path = plan(name, **changes)
         return equal_by_construction(training_variants(study, path, {}, lambda config: 1.0))
 
-    said = ": the same by construction (one config, or averages whose decays a warm-up caps alike)"
+    message = ": the same by construction (one config, or averages whose decays a warm-up caps alike)"
     assert equal("ema") == []
     capped = {"set": {"ema.decays": [0.999, 0.9, 0.99, 0.9999]}, "axes": {"average": [0.9, 0.99, 0.999, 0.9999]}}
-    # At the last of 800 updates the warm-up allows 800 / 809 = 0.9889.
-    assert equal("ema", **capped) == ["average=0.99, average=0.999, average=0.9999" + said]
+    # At the last of 800 updates the EMA warm-up caps the decay at 800 / 809 = 0.9889.
+    assert equal("ema", **capped) == ["average=0.99, average=0.999, average=0.9999" + message]
     twice = {"axes": {"net": {"a": {"denoiser.window": 2}, "b": {"denoiser.window": 2, "denoiser.num_heads": 2}}}}
-    assert equal("window", **twice) == ["a, b" + said]
+    assert equal("window", **twice) == ["a, b" + message]
 
 
 @pytest.mark.parametrize("path", DIGITS, ids=lambda p: p.stem)
-def test_every_variant_of_a_shipped_study_takes_one_step(path: Path) -> None:
+def test_every_variant_of_a_shipped_study_takes_one_training_step(path: Path) -> None:
     if path.stem == "foreign":
         pytest.importorskip("diffusers")
     study = load_study(path)
@@ -374,9 +374,9 @@ def test_every_variant_of_a_shipped_study_takes_one_step(path: Path) -> None:
         assert torch.isfinite(loss) and any(p.grad is not None and p.grad.any() for p in run.network.parameters())
 
 
-def test_studies_of_objectives_share_all_runs_with_the_study_of_all_backbones() -> None:
+def test_objectives_studies_share_all_runs_with_the_study_of_all_backbones() -> None:
     def folders(name: str) -> set[Path]:
-        study, path = planned(name, seeds=[0])
+        study, path = plan(name, seeds=[0])
         return {c.folder for c in planned_trials(study, training_variants(study, path, {}, lambda config: 1.0))}
 
     parts = {b: folders(f"objectives-{b}") for b in ("dit", "unet", "diffit", "ddpmpp", "uvit", "segformer")}
@@ -384,8 +384,8 @@ def test_studies_of_objectives_share_all_runs_with_the_study_of_all_backbones() 
     assert set().union(*parts.values()) == folders("objectives")
 
 
-def test_trials_of_one_config_have_one_folder_whatever_their_order(tmp_path: Path) -> None:
-    study, path = planned("window", runs_dir=str(tmp_path))
-    made = planned_trials(study, training_variants(study, path, {}, lambda config: 1.0))
-    assert len({c.folder for c in made}) == len(made) == 15
-    assert {c.folder.name[-3:] for c in made} == {f"-s{seed}" for seed in range(5)}
+def test_each_trial_has_its_own_folder_named_by_seed(tmp_path: Path) -> None:
+    study, path = plan("window", runs_dir=str(tmp_path))
+    trials = planned_trials(study, training_variants(study, path, {}, lambda config: 1.0))
+    assert len({c.folder for c in trials}) == len(trials) == 15
+    assert {c.folder.name[-3:] for c in trials} == {f"-s{seed}" for seed in range(5)}

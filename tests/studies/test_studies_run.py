@@ -1,4 +1,4 @@
-"""Studies as commands: every trial in a process of its own, failures beside the rest, the same command resumes."""
+"""The study command: every trial runs in its own process, failures stop no other trial, and repeating it resumes."""
 
 import csv
 import json
@@ -46,7 +46,7 @@ def written(tmp_path: Path, **changes: Any) -> Path:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials run in the test's own process, one after the other: a process of its own takes seconds to start."""
+    """Run trials in the test process, one after the other, since starting a process takes seconds."""
 
     class Ended:
         returncode = 0
@@ -65,22 +65,22 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of two networks, one of which cannot be trained, sampled in two ways."""
+    """Run a study of two networks, one of which fails to train, each sampled in two ways; return its YAML."""
     tmp_path = tmp_path_factory.mktemp("study")
     axes = {
         "rate": {"sound": {"optimizer.lr": 1e-3}, "absurd": {"optimizer.lr": 1e30, "trainer.max_skipped": 1}},
         "sample.steps": ["2", "3"],
     }
     path = written(tmp_path, axes=axes)
-    assert main(["study", str(path)]) == 1  # not all of it is complete
+    assert main(["study", str(path)]) == 1  # incomplete
     return path
 
 
-def test_a_failed_trial_stands_in_the_table_and_stops_no_other(done: Path) -> None:
+def test_a_failed_trial_is_reported_and_stops_no_other(done: Path) -> None:
     folder = done.parent / "runs" / "studies" / "tiny"
     found = comparison_of_study(folder)
-    said = {r.variant: r.status for r in found.trials}
-    assert said == {
+    statuses = {r.variant: r.status for r in found.trials}
+    assert statuses == {
         "sound, steps=2": "complete",
         "sound, steps=3": "complete",
         "absurd, steps=2": "failed",
@@ -96,7 +96,7 @@ def test_a_failed_trial_stands_in_the_table_and_stops_no_other(done: Path) -> No
     assert (folder / "report.csv").read_text().count("sound") == 2
 
 
-def test_the_same_command_skips_what_is_complete(
+def test_the_same_command_skips_complete_trials(
     done: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = done.parent / "runs" / "studies" / "tiny"
@@ -122,14 +122,14 @@ def test_the_same_command_skips_what_is_complete(
 
 def test_compare_takes_a_study_by_its_yaml_or_folder(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = done.parent / "runs" / "studies" / "tiny"
-    told = []
+    outputs = []
     for what in (done, folder):
         assert main(["compare", str(what), "primary=fd"]) == 0
-        told.append(capsys.readouterr().out)
-    assert told[0] == told[1] and "absurd" in told[0] and str(folder / "report.html") in told[0]
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and "absurd" in outputs[0] and str(folder / "report.html") in outputs[0]
 
 
-def test_a_damaged_run_is_a_row_of_the_report(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_run_is_reported(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sound = next(p for p in done.parent.glob("runs/trials/*/ema-*.safetensors"))
     before = sound.read_bytes()
     sound.write_bytes(b"broken")
@@ -140,14 +140,14 @@ def test_a_damaged_run_is_a_row_of_the_report(done: Path, capsys: pytest.Capture
         sound.write_bytes(before)
 
 
-def test_two_studies_of_one_name_do_not_share_a_folder(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_studies_with_the_same_name_do_not_share_a_folder(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (done.parent / "other").mkdir()
     other = done.parent / "other" / done.name
     other.write_text(done.read_text())
     assert main(["study", str(other), "--dry-run"]) == 2
     folder = done.parent / "runs" / "studies" / "tiny"
-    said = f"error: {folder}: belongs to the study {done}; give one of the two YAMLs another name or runs_dir\n"
-    assert capsys.readouterr().err == said
+    message = f"error: {folder}: belongs to the study {done}; give one of the two YAMLs another name or runs_dir\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_new_seed_adds_trials_and_keeps_the_study(done: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_new_seed_adds_trials_and_keeps_the_study(done: Path) -> None:
     assert folder_of_study(done, ["stop.images=64"], load_study(done)).name == "tiny-stop.images=64"
 
 
-def test_a_part_of_a_changed_study_leaves_no_file_of_the_earlier_plan(
+def test_running_part_of_a_changed_study_leaves_no_file_of_the_earlier_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(folder: Path, plan: list[TrainingVariant], *rest: object) -> bool:
@@ -173,17 +173,17 @@ def test_a_part_of_a_changed_study_leaves_no_file_of_the_earlier_plan(
     ]
 
 
-def test_a_recipe_says_how_a_record_was_scored_where_its_run_says_otherwise(tmp_path: Path) -> None:
+def test_a_recipe_has_the_evaluate_settings_of_the_record_not_of_the_run(tmp_path: Path) -> None:
     run = open_any(make_run(tmp_path / "dit", overrides=["evaluate.extractor=digits-cnn"]))
 
-    def scored(**changes: Any) -> dict[str, Any]:
+    def evaluate_settings(**changes: Any) -> dict[str, Any]:
         return recipe_of(run, record(0.5, **changes), "dit")["evaluations"]["dit"]["evaluate"]
 
     usual = {"count": 500, "reference": "same"}
-    assert scored() == usual
+    assert evaluate_settings() == usual
     other = {"name": "random-cnn-abc", "asked": "random-cnn", "file": None}
     more = {"extractor": other, "judge": {"run": "judge-s0", "accuracy": 0.9}, "fd_infinity/random-cnn@500": 0.4}
-    assert scored(**more) == usual | {"extractor": "random-cnn", "judge": "judge-s0", "infinity": True}
+    assert evaluate_settings(**more) == usual | {"extractor": "random-cnn", "judge": "judge-s0", "infinity": True}
 
 
 def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +207,7 @@ def test_tuning_grows_the_grid_and_chooses_training_by_the_bound_and_sampling_by
     bounds = {f.values["tuning"]["optimizer.lr"]: open_any(f.folder).last("val/bound") for f in files}
     assert {f.values["seed"] for f in files} == {1000}
     assert {f.values["config"]["trainer"]["max_images"] for f in files} == {160}
-    assert len(bounds) > 3 and {3e-5, 3e-4, 3e-3, 3e-2} <= bounds.keys()  # the best of the grid stood at its end
+    assert len(bounds) > 3 and {3e-5, 3e-4, 3e-3, 3e-2} <= bounds.keys()  # the best value was at the edge of the grid
     best = min(bounds, key=lambda lr: bounds[lr] or 0.0)
     (sampled,) = (f for f in files if f.values["evaluations"])
     assert sampled.values["tuning"] == {"optimizer.lr": best}
@@ -216,7 +216,7 @@ def test_tuning_grows_the_grid_and_chooses_training_by_the_bound_and_sampling_by
     guidance = 1.0 if fds["guidance=1"] < fds["guidance=4"] else 4.0
     reported = TrialFile(folder / "trials" / "dit_s0.yaml")
     assert reported.values["config"]["optimizer"]["lr"] == best
-    assert reported.values["config"]["sample"]["guidance"] == 1.0  # of evaluations alone
+    assert reported.values["config"]["sample"]["guidance"] == 1.0  # tuned only for evaluations
     assert reported.values["evaluations"] == {"dit": {"sample": {"guidance": guidance}}}
     (note,) = (n for n in json.loads((folder / "notes.json").read_text()) if n.startswith("Each net was tuned alike"))
     assert (
@@ -237,7 +237,7 @@ def test_one_run_passes_every_rung_and_is_scored_at_each(in_process: None, tmp_p
     (run,) = (tmp_path / "runs" / "trials").glob("digits*")
     assert [r["images_seen"] for r in records.results(run)] == [32, 96]
     losses = [m["images"] for m in records.metrics(run) if "train/loss" in m]
-    assert losses == sorted(set(losses)) and losses[-1] == 96  # no image is trained on twice
+    assert losses == sorted(set(losses)) and losses[-1] == 96  # no step is repeated
     found = comparison_of_study(folder)
     assert list(found.rungs) == ["32 images", "96 images"]
     first, last = (rung[0] for rung in found.rungs.values())
@@ -245,7 +245,7 @@ def test_one_run_passes_every_rung_and_is_scored_at_each(in_process: None, tmp_p
     file = TrialFile(folder / "trials" / "dit_s0.yaml")
     assert file.complete and file.config.optimizer.decay_images is None
     before = (run / "metrics.jsonl").read_bytes()
-    file.run()  # as after a kill: nothing is left to do
+    file.run()  # as after a kill: nothing remains to be done
     assert (run / "metrics.jsonl").read_bytes() == before
     path.write_text(path.read_text() + "samplings: 2\n")
     assert main(["study", str(path)]) == 1
@@ -254,7 +254,7 @@ def test_one_run_passes_every_rung_and_is_scored_at_each(in_process: None, tmp_p
     assert early.why == "trained past 32 images before this sampling was requested"
 
 
-def test_each_rung_cools_down_in_a_branch_that_is_a_run_of_that_length(in_process: None, tmp_path: Path) -> None:
+def test_each_rung_cools_down_in_a_branch_equal_to_a_run_of_that_length(in_process: None, tmp_path: Path) -> None:
     stop = {"images": [32, 96], "cooldown": 0.25}
     path = written(tmp_path, axes={"net": {"dit": {}}}, stop=stop)
     assert main(["study", str(path)]) == 0
@@ -262,7 +262,7 @@ def test_each_rung_cools_down_in_a_branch_that_is_a_run_of_that_length(in_proces
     assert [b.name for b in branches] == [f"{trunk.name}-to-32", f"{trunk.name}-to-96"]
     file = TrialFile(tmp_path / "runs/studies/tiny/trials/dit_s0.yaml")
     assert file.complete and [b.optimizer.decay_images for b in file.lengths] == [[24, 32], [72, 96]]
-    assert records.results(trunk) == [] and open_any(trunk).images_seen == 64  # one step before the last decay
+    assert records.results(trunk) == [] and open_any(trunk).images_seen == 64  # a step before the last decay
     for branch, config in zip(branches, file.lengths, strict=True):
         assert [r["images_seen"] for r in records.results(branch)] == [config.trainer.max_images]
         steps = [m["images"] for m in records.metrics(branch) if "train/loss" in m]
@@ -277,7 +277,7 @@ def test_each_rung_cools_down_in_a_branch_that_is_a_run_of_that_length(in_proces
     assert any("over the last 25% of each a branch of it" in note for note in found.notes)
     before = (branches[0] / "metrics.jsonl").read_bytes()
     shutil.rmtree(trunk)
-    file.run()  # branches are runs of their own: nothing is left to do
+    file.run()  # branches are complete runs: nothing remains to be done
     assert (branches[0] / "metrics.jsonl").read_bytes() == before and not trunk.exists()
 
 
@@ -288,10 +288,10 @@ def test_the_reported_cell_of_a_branch_is_reproduced(in_process: None, tmp_path:
     assert main(["reproduce", str(report), "all", f"out={tmp_path / 'again'}"]) == 0
 
 
-def test_a_network_is_trained_once_and_sampled_with_seeds_of_its_own(in_process: None, tmp_path: Path) -> None:
+def test_a_network_is_trained_once_and_sampled_with_several_seeds(in_process: None, tmp_path: Path) -> None:
     path = written(tmp_path, axes={"seeds.init": [5], "seeds.sample": [7, 8]})
     assert main(["study", str(path)]) == 0
-    (run,) = (tmp_path / "runs" / "trials").glob("digits*")  # an axis over sampling seeds alone
+    (run,) = (tmp_path / "runs" / "trials").glob("digits*")  # sampling seeds share one run
     assert [r["sample"]["seed"] for r in records.results(run)] == [7, 8]
     path = written(tmp_path, axes={"seeds.init": [5]}, samplings=3, seeds=[0, 1])
     assert main(["study", str(path)]) == 0
@@ -310,7 +310,7 @@ def test_a_network_is_trained_once_and_sampled_with_seeds_of_its_own(in_process:
     assert [r["sample_seed"] for r in rows[:3]] == ["0", "1000000", "2000000"]
 
 
-def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_experiments_are_refused_as_studies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "experiments/digits/dit.yaml"]) == 2
     assert "kind: must be study, got 'denoiser'" in capsys.readouterr().err
     assert main(["study", str(written(tmp_path, experiment="experiments/digits/classifier.yaml", set={}))]) == 2
@@ -331,14 +331,12 @@ def test_a_study_runs_from_any_folder(
     assert all(Path(keys["experiment"]).is_file() for keys in plan.axes["backbone"].values())
     (path.parent / "dit-own.yaml").unlink()
     assert main(["study", str(path), "--dry-run"]) == 2
-    said = capsys.readouterr().err
-    assert (
-        f"{path}: experiment: dit-own.yaml: no such file; looked in {path.parent}, " in said and str(tmp_path) in said
-    )
+    err = capsys.readouterr().err
+    assert f"{path}: experiment: dit-own.yaml: no such file; looked in {path.parent}, " in err and str(tmp_path) in err
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"primary": "accuracy"}, "primary: accuracy does not rank variants; choose from val/bound, fd, "),
         ({"axes": {"evaluate.count": [20, 5000]}}, "evaluate.count: must be at most 1437"),
@@ -346,10 +344,10 @@ def test_a_study_runs_from_any_folder(
         ({"axes": {"denoiser.num_heads": [1, 3]}}, "denoiser.num_heads"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_trained(
-    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_impossible_studies_are_refused_before_training(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["study", str(written(tmp_path, **changes))]) == 2
     captured = capsys.readouterr()
-    assert said in captured.err and "networks x" not in captured.out
+    assert message in captured.err and "networks x" not in captured.out
     assert not (tmp_path / "runs" / "trials").exists()
