@@ -8,6 +8,11 @@ from torch import Tensor
 from diffbench.diffusion import Predict, Prediction, Process
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Draw standard normal noise in float64."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 class Mixture:
     """Three round Gaussians in the pixels of small images, so that pixels depend on each other; float64.
 

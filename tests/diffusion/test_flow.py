@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from golden_cases import load
+from mixture import normal
 from torch import Tensor
 
 from diffbench.diffusion import DiscreteVP, Flow, FlowConfig, LossAware, Prediction, VPConfig, euler, euler_maruyama
@@ -13,11 +14,6 @@ from diffbench.diffusion.timesteps import normal_quantiles
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 PATHS = pytest.mark.parametrize("path", ["linear", "gvp"])
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Draw standard normal noise in float64."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @BOTH
@@ -68,7 +64,7 @@ def test_rates_are_the_derivatives_of_the_path(path: str) -> None:
 @PATHS
 def test_the_velocity_is_the_rate_along_the_path(path: str) -> None:
     process = Flow(FlowConfig(path=path))  # type: ignore[arg-type]
-    x0, eps, velocity = drawn(6, 2, 3, 3), drawn(6, 2, 3, 3, seed=1), drawn(6, 2, 3, 3, seed=2)
+    x0, eps, velocity = normal(6, 2, 3, 3), normal(6, 2, 3, 3, seed=1), normal(6, 2, 3, 3, seed=2)
     times = torch.linspace(0, 1, 6, dtype=torch.float64)
     grid = process.grid(5)
     assert torch.equal(grid.points.time, times)
@@ -100,12 +96,12 @@ def test_the_sde_ends_with_one_step_without_noise(last: str) -> None:
 
     def noise(k: int) -> Tensor:
         noisy_steps.append(k)
-        return drawn(2, 1, 2, 2, seed=k)
+        return normal(2, 1, 2, 2, seed=k)
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
         return process.convert(0.5 - x, x, t)
 
-    start = drawn(2, 1, 2, 2, seed=50)
+    start = normal(2, 1, 2, 2, seed=50)
     x = euler_maruyama(predict, start, grid, noise, last=last, callback=lambda k, x, x0: states.append(x))  # type: ignore[arg-type]
     assert noisy_steps == list(range(10))
     before = states[-2]
@@ -117,7 +113,7 @@ def test_the_sde_ends_with_one_step_without_noise(last: str) -> None:
     }[last]
     assert (x - want).abs().max() < 1e-12
     # One step of the SDE: x + (v + D s) dt + sqrt(2 D dt) z with D = sigma; at t = 0 that is 1, and s = -x.
-    first = start + 0.096 * (0.5 - start - start) + math.sqrt(2 * 0.096) * drawn(2, 1, 2, 2, seed=0)
+    first = start + 0.096 * (0.5 - start - start) + math.sqrt(2 * 0.096) * normal(2, 1, 2, 2, seed=0)
     assert (states[0] - first).abs().max() < 1e-12
 
 
@@ -127,7 +123,7 @@ def test_an_sde_of_strength_zero_equals_the_ode() -> None:
     def predict(x: Tensor, t: Tensor) -> Prediction:
         return process.convert(torch.sin(x), x, t)
 
-    x, grid = drawn(3, 1, 2, 2), process.sde_grid(20)
+    x, grid = normal(3, 1, 2, 2), process.sde_grid(20)
     ode = euler(predict, x, grid, torch.zeros_like)  # type: ignore[arg-type]
     sde = euler_maruyama(predict, x, grid, torch.ones_like, strength=0.0)  # type: ignore[arg-type]
     assert (ode - sde).abs().max() < 1e-14
@@ -156,7 +152,7 @@ def test_training_times_follow_the_chosen_distribution() -> None:
 
 
 def test_strata_cover_the_unit_interval_evenly_in_any_batch_layout() -> None:
-    u, index = drawn(64).sigmoid(), torch.arange(64)
+    u, index = normal(64).sigmoid(), torch.arange(64)
     whole = stratify(u, index, 64)
     assert torch.equal((whole * 64).floor(), index.double())
     halves = [stratify(u[part], index[part], 64) for part in (slice(0, 32), slice(32, 64))]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from golden_cases import load
-from mixture import Mixture
+from mixture import Mixture, normal
 from torch import Tensor
 
 from diffbench.diffusion import (
@@ -30,11 +30,6 @@ PROCESS = DiscreteVP(VPConfig())
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Draw standard normal noise in float64."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 class Net:
     """A labelled predictor that records its batch sizes; a different `shift` makes a different model."""
 
@@ -52,7 +47,7 @@ class Net:
 
 def inputs(channels: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Return x (3, C, 4, 4), times and labels; 10 is the null label."""
-    return drawn(3, channels, 4, 4), torch.tensor([800, 20, 300]), torch.tensor([1, 4, 9])
+    return normal(3, channels, 4, 4), torch.tensor([800, 20, 300]), torch.tensor([1, 4, 9])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +75,7 @@ def test_guided_outputs_equal_the_reference(dtype: torch.dtype) -> None:
     scale = torch.tensor(case.info["calls"][1]["effective_scale_per_sample"], dtype=torch.float64).reshape(2, 1, 1, 1)
     null = conditional.clone()
     null[:, :3] = (case.tensors["out64.cfg0"][:2, :3] - scale * conditional[:, :3]) / (1 - scale)
-    null[:, 3:] = drawn(2, 5, 8, 8)  # must have no influence
+    null[:, 3:] = normal(2, 5, 8, 8)  # must have no influence
     process = DiscreteVP(VPConfig(variance="learned_range", loss="hybrid"))
     outputs = torch.cat([conditional, null]).to(dtype)
 
@@ -164,7 +159,7 @@ def test_autoguidance_moves_away_from_the_weaker_model() -> None:
 @pytest.mark.parametrize("process", [PROCESS, EDM(EDMConfig()), Flow(FlowConfig())], ids=lambda p: p.name)
 def test_a_perfect_classifier_at_scale_one_makes_the_model_conditional(process: DiscreteVP | EDM | Flow) -> None:
     mixture, t = Mixture((1, 2, 2)), process.time(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
-    x = process.add_noise(mixture.draw(3), t, drawn(3, 1, 2, 2))
+    x = process.add_noise(mixture.draw(3), t, normal(3, 1, 2, 2))
 
     def gradient(x: Tensor, t: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
@@ -189,7 +184,7 @@ def test_an_interval_guides_only_between_its_levels() -> None:
 
     grid = process.grid(18)
     guided = classifier_free(predict, torch.tensor([1, 2]), 10, interval(process, 2.0, 0.19, 1.61))
-    heun(guided, grid.start(drawn(2, 1, 2, 2)), grid, torch.zeros_like)  # type: ignore[arg-type]
+    heun(guided, grid.start(normal(2, 1, 2, 2)), grid, torch.zeros_like)  # type: ignore[arg-type]
     assert len(evaluations) == 35
     assert {4} == {n for sigma, n in evaluations if 0.19 < sigma <= 1.61}
     assert {2} == {n for sigma, n in evaluations if not 0.19 < sigma <= 1.61}
@@ -203,7 +198,7 @@ def test_an_interval_guides_only_between_its_levels() -> None:
 
 @pytest.mark.parametrize("process", [PROCESS, EDM(EDMConfig()), Flow(FlowConfig())], ids=lambda p: p.name)
 def test_a_network_gets_the_scaled_inputs_of_its_process(process: DiscreteVP | EDM | Flow) -> None:
-    x, y = drawn(2, 1, 3, 3).float(), torch.tensor([1, 2])
+    x, y = normal(2, 1, 3, 3).float(), torch.tensor([1, 2])
     t = process.time(torch.tensor([0.3, 0.6], dtype=torch.float64))
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 

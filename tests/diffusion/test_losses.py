@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import Case, load
+from mixture import normal
 from torch import Tensor
 
 from diffbench.diffusion import DiscreteVP, VPConfig, ddpm
@@ -143,17 +144,12 @@ def test_level_probabilities_sum_to_one() -> None:
 HYBRID: dict[str, Any] = {"variance": "learned_range", "loss": "hybrid"}
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Draw standard normal noise in float64."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_the_bound_trains_the_variance_alone(prediction: Any) -> None:
     hybrid = DiscreteVP(VPConfig(prediction=prediction, **HYBRID))
     plain = DiscreteVP(VPConfig(prediction=prediction))
-    t, x0, eps = torch.tensor([0, 3, 500, 999]), drawn(4, 2, 3, 3).clamp(-1, 1), drawn(4, 2, 3, 3, seed=1)
-    out = drawn(4, 4, 3, 3, seed=2).requires_grad_()
+    t, x0, eps = torch.tensor([0, 3, 500, 999]), normal(4, 2, 3, 3).clamp(-1, 1), normal(4, 2, 3, 3, seed=1)
+    out = normal(4, 4, 3, 3, seed=2).requires_grad_()
     hybrid.losses(out, x0, t, eps).sum().backward()
     mean = out.detach()[:, :2].requires_grad_()
     plain.losses(mean, x0, t, eps).sum().backward()
@@ -165,8 +161,8 @@ def test_the_bound_trains_the_variance_alone(prediction: Any) -> None:
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_min_snr_weights_the_error_of_the_image(prediction: Any) -> None:
     process = DiscreteVP(VPConfig(prediction=prediction, weighting="min_snr"))
-    t, x0, eps = torch.tensor([0, 60, 400, 999]), drawn(4, 2, 3, 3), drawn(4, 2, 3, 3, seed=1)
-    out = drawn(4, 2, 3, 3, seed=2)
+    t, x0, eps = torch.tensor([0, 60, 400, 999]), normal(4, 2, 3, 3), normal(4, 2, 3, 3, seed=1)
+    out = normal(4, 2, 3, 3, seed=2)
     x_t = process.add_noise(x0, t, eps)
     error = (process.convert(out, x_t, t).x0 - x0).square().flatten(1).mean(1)
     want = process.log_snr(t).exp().clamp(max=5.0) * error
@@ -183,7 +179,7 @@ def test_zero_terminal_snr_leaves_no_signal_at_the_end(schedule: Any, prediction
     assert process.tables.alphas_cumprod[0].item() == pytest.approx(plain.tables.alphas_cumprod[0].item(), abs=1e-12)
     assert process.tables.alphas_cumprod[-1].item() == 0.0
     t = torch.tensor([999, 998, 0])
-    x0, eps, out = drawn(3, 1, 2, 2).clamp(-1, 1), drawn(3, 1, 2, 2, seed=1), drawn(3, 2, 2, 2, seed=2)
+    x0, eps, out = normal(3, 1, 2, 2).clamp(-1, 1), normal(3, 1, 2, 2, seed=1), normal(3, 2, 2, 2, seed=2)
     for time in (t, t.double(), t.double() - torch.tensor([0.5, 0.5, 0.0])):
         assert bool(process.add_noise(x0, time, eps).isfinite().all())
     assert bool(process.losses(out, x0, t, eps).isfinite().all())
@@ -232,7 +228,7 @@ def test_scaled_linear_betas_are_those_of_latent_diffusion() -> None:
 
 def test_a_network_that_does_not_fit_the_variance_is_refused() -> None:
     learned, fixed = DiscreteVP(VPConfig(**HYBRID)), DiscreteVP(VPConfig())
-    x, t = drawn(2, 3, 2, 2), torch.tensor([5, 6])
+    x, t = normal(2, 3, 2, 2), torch.tensor([5, 6])
     with pytest.raises(ValueError, match=r"learned_range needs a network of 6 output channels for 3 .* got 3"):
         learned.convert(x, x, t)
     with pytest.raises(ValueError, match=r"fixed_large needs a network of 3 output channels for 3 .* got 6"):
@@ -244,7 +240,7 @@ def test_a_network_that_does_not_fit_the_variance_is_refused() -> None:
 def test_a_learned_variance_follows_the_respacing() -> None:
     process = DiscreteVP(VPConfig(**HYBRID))
     tables = process.tables.respaced(10)
-    x, out = drawn(1, 1, 2, 2), torch.cat([drawn(1, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.float64)], dim=1)
+    x, out = normal(1, 1, 2, 2), torch.cat([normal(1, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.float64)], dim=1)
     prediction = process.convert(out, x, tables.time[5:6])
     assert torch.allclose(tables.learned_log_variance(5, prediction.variance), tables.betas[5].log())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixture import Mixture
+from mixture import Mixture, normal
 from torch import Tensor
 
 from diffbench.diffusion import (
@@ -47,16 +47,11 @@ NOISY: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Draw standard normal noise in float64."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def run(process: Process, sampler: str, steps: int, noise: Tensor, predict: Predict, **options: Any) -> Tensor:
     """Return a sampler's result; its noise is keyed by the step."""
 
     def fresh(k: int) -> Tensor:
-        return drawn(*noise.shape, seed=100 + k)
+        return normal(*noise.shape, seed=100 + k)
 
     if sampler in ("ddpm", "ddim"):
         assert isinstance(process, DiscreteVP)
@@ -75,7 +70,7 @@ def run(process: Process, sampler: str, steps: int, noise: Tensor, predict: Pred
 def moment_errors(name: str, sampler: str, **options: Any) -> tuple[float, float]:
     """Return the largest error of the mean and of the covariance of 10,000 samples of 100 steps."""
     process = PROCESSES[name]
-    noise = drawn(5_000, 1, 1, 2)
+    noise = normal(5_000, 1, 1, 2)
     x = run(process, sampler, 100, torch.cat([noise, -noise]), MIXTURE.denoiser(process), **options).flatten(1)
     errors = x.mean(0) - MIXTURE.mean, x.T.cov() - MIXTURE.covariance
     return float(errors[0].abs().max()), float(errors[1].abs().max())
@@ -93,12 +88,12 @@ def converged(name: str) -> Tensor:
     """Return samples after very many steps."""
     process = PROCESSES[name]
     steps = 1025 if name.startswith("vp") else 2048
-    return run(process, "heun", steps, drawn(100, 1, 1, 2), MIXTURE.denoiser(process))
+    return run(process, "heun", steps, normal(100, 1, 1, 2), MIXTURE.denoiser(process))
 
 
 @pytest.mark.parametrize(("name", "sampler"), [r for r in RUNS if r[1] not in ("ddpm", "euler_maruyama", "dopri5")])
 def test_deterministic_samplers_converge_with_their_order(name: str, sampler: str) -> None:
-    process, noise = PROCESSES[name], drawn(100, 1, 1, 2)
+    process, noise = PROCESSES[name], normal(100, 1, 1, 2)
     predict, extra = MIXTURE.denoiser(process), int(name.startswith("vp"))  # n intervals have n + 1 discrete steps
     off = [run(process, sampler, n + extra, noise, predict) - converged(name) for n in (64, 128, 256)]
     errors = [d.square().mean().sqrt() for d in off]
@@ -112,7 +107,7 @@ def vp_samples() -> tuple[Grid, Tensor, Tensor]:
     """Return the grid of a discrete process of many steps, states at its first point, and their images by the ODE."""
     process = DiscreteVP(VPConfig(steps=2000))
     grid = process.grid(2000)
-    x = grid.start(drawn(100, 1, 1, 2))
+    x = grid.start(normal(100, 1, 1, 2))
     return grid, x, heun(MIXTURE.denoiser(process), x, grid, torch.zeros_like)  # type: ignore[arg-type]
 
 
@@ -139,7 +134,7 @@ def test_heun_evaluates_the_network_at_the_end_where_it_can(name: str, calls: in
         times.append(float(t[0]))
         return MIXTURE.denoiser(PROCESSES[name])(x, t)
 
-    run(PROCESSES[name], "heun", 10, drawn(2, 1, 1, 2), counted)
+    run(PROCESSES[name], "heun", 10, normal(2, 1, 1, 2), counted)
     assert len(times) == calls
     assert times[-1] == {"vp": 0.0, "edm": pytest.approx(0.002), "flow": 1.0}[name]
 
@@ -147,7 +142,7 @@ def test_heun_evaluates_the_network_at_the_end_where_it_can(name: str, calls: in
 @pytest.mark.parametrize("sampler", PAIRS["vp"])
 def test_samplers_can_start_where_no_signal_is_left(sampler: str) -> None:
     process = DiscreteVP(VPConfig(prediction="v", zero_terminal_snr=True))
-    noise = drawn(4_000, 1, 1, 2)
+    noise = normal(4_000, 1, 1, 2)
     x = run(process, sampler, 100, noise, MIXTURE.denoiser(process)).flatten(1)
     assert (x.mean(0) - MIXTURE.mean).abs().max() < 0.04
     if sampler in ("ddpm", "ddim"):
@@ -166,7 +161,7 @@ def test_adaptive_steps_keep_their_tolerance_with_fewer_calls(name: str) -> None
     errors = []
     for tolerance in (1e-3, 1e-5, 1e-7):
         calls.clear()
-        x = run(PROCESSES[name], "dopri5", 0, drawn(100, 1, 1, 2), counted, rtol=tolerance, atol=tolerance)
+        x = run(PROCESSES[name], "dopri5", 0, normal(100, 1, 1, 2), counted, rtol=tolerance, atol=tolerance)
         errors.append(float((x - converged(name)).square().mean().sqrt()))
         assert len(calls) < {1e-3: 100, 1e-5: 200, 1e-7: 400}[tolerance]
     assert errors[0] < 1e-2
@@ -175,7 +170,7 @@ def test_adaptive_steps_keep_their_tolerance_with_fewer_calls(name: str) -> None
 
 
 def test_adaptive_steps_do_not_couple_samples() -> None:
-    process, noise = PROCESSES["flow"], drawn(6, 1, 1, 2)
+    process, noise = PROCESSES["flow"], normal(6, 1, 1, 2)
     noise[3] *= 100  # a stiff neighbour
     predict = MIXTURE.denoiser(process)
     together = run(process, "dopri5", 0, noise, predict)
@@ -186,7 +181,7 @@ def test_adaptive_steps_do_not_couple_samples() -> None:
 def test_adaptive_steps_that_reach_their_limit_are_refused() -> None:
     process = PROCESSES["flow"]
     with pytest.raises(RuntimeError, match=r"reached 0\.\d+ of 1 in 3 steps; loosen rtol=1e-09$"):
-        run(process, "dopri5", 0, drawn(2, 1, 1, 2), MIXTURE.denoiser(process), rtol=1e-9, limit=3)
+        run(process, "dopri5", 0, normal(2, 1, 1, 2), MIXTURE.denoiser(process), rtol=1e-9, limit=3)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -208,7 +203,7 @@ def test_samplers_stay_finite_and_keep_their_dtype(name: str, sampler: str, dtyp
         seen, time = process.inputs(x, t)
         return process.convert(torch.tanh(seen) * time.reshape(-1, 1, 1, 1).cos(), x, t)
 
-    noise = drawn(4, 1, 2, 2).to(dtype)
+    noise = normal(4, 1, 2, 2).to(dtype)
     if sampler == "dopri5":
         x = dopri5(predict, noise, process.path, lambda k: noise, rtol=0.1, atol=0.1)  # type: ignore[attr-defined]
         assert x.dtype == dtype and bool(x.isfinite().all())

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from mixture import Mixture
+from mixture import Mixture, normal
 from torch import Tensor
 
 from diffbench.diffusion import (
@@ -46,11 +46,6 @@ def made(kind: str, **keys: Any) -> Any:
     return process(config(**fixed, **keys))
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Draw standard normal noise in float64."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def objectives(kind: str) -> list[dict[str, Any]]:
     """List every loss space and weighting of a kind."""
     spaces = [s for s in SPACES if s in KINDS[kind][3]]
@@ -76,7 +71,7 @@ def test_a_perfect_output_gives_back_image_and_noise(kind: str, prediction: str)
     t = process.time(PARTS)
     p = process.path(t)
     t = t[(p.alpha > 1e-3) & (p.sigma > 1e-3)]  # closer to an end, float64 is too coarse to divide by
-    x0, eps = drawn(len(t), 1, 2, 2), drawn(len(t), 1, 2, 2, seed=1)
+    x0, eps = normal(len(t), 1, 2, 2), normal(len(t), 1, 2, 2, seed=1)
     target = process.target(x0, t, eps)
     back = process.convert(target, process.add_noise(x0, t, eps), t)
     assert (back.x0 - x0).abs().max() < 1e-12
@@ -90,7 +85,7 @@ def test_a_perfect_output_gives_back_image_and_noise(kind: str, prediction: str)
 @pytest.mark.parametrize(("kind", "prediction"), OUTPUTS)
 def test_a_loss_is_the_squared_error_in_its_space_up_to_the_clip(kind: str, prediction: str) -> None:
     plain = made(kind, prediction=prediction)
-    x0, eps, out = (drawn(999, 1, 2, 2, seed=s) for s in range(3))
+    x0, eps, out = (normal(999, 1, 2, 2, seed=s) for s in range(3))
     t = plain.time(PARTS)
     got = plain.convert(out, plain.add_noise(x0, t, eps), t)
     image, snr = mean_square(got.x0 - x0), plain.log_snr(t).exp()
@@ -110,7 +105,7 @@ def test_a_loss_is_the_squared_error_in_its_space_up_to_the_clip(kind: str, pred
 
 def test_the_velocity_loss_of_a_predicted_image_equals_jits() -> None:
     process = made("flow linear", prediction="x0", loss_space="velocity")
-    x0, eps, out, t = *(drawn(999, 1, 2, 2, seed=s) for s in range(3)), PARTS.reshape(-1, 1, 1, 1)
+    x0, eps, out, t = *(normal(999, 1, 2, 2, seed=s) for s in range(3)), PARTS.reshape(-1, 1, 1, 1)
     z = t * x0 + (1 - t) * eps
     scale = (1 - t).clamp(min=0.05)
     want = mean_square((out - z) / scale - (x0 - z) / scale)
@@ -125,7 +120,7 @@ def test_values_and_gradients_are_finite_at_both_ends_of_time(kind: str, predict
     extremes = process.time(torch.tensor([0.0, 2.0**-53, 1 - 2.0**-53, 1.0], dtype=torch.float64))
     ends = torch.stack([grid[0].time, grid[50 if kind.startswith("flow") else 49].time]).to(extremes.dtype)
     t = torch.cat([extremes, ends])
-    x0, eps, out = (drawn(len(t), 1, 4, 4, seed=s).to(dtype) for s in range(3))
+    x0, eps, out = (normal(len(t), 1, 4, 4, seed=s).to(dtype) for s in range(3))
     x_t = process.add_noise(x0, t, eps).requires_grad_()
     seen, time = process.inputs(x_t, t)
     prediction_there = process.convert(out, x_t, t)
@@ -160,7 +155,7 @@ def test_samplers_reach_the_data_from_every_prediction(kind: str, prediction: st
         time = t
         return predictor(process, network)(x, t, t)
 
-    time, noise = torch.empty(0), drawn(1_000, 1, 1, 2)
+    time, noise = torch.empty(0), normal(1_000, 1, 1, 2)
     noise = torch.cat([noise, -noise])
     grid = process.grid(50)
     samples = [heun(predict, grid.start(noise), grid, torch.zeros_like)]  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_cases import load
+from mixture import normal
 from torch import Tensor
 
 from diffbench.diffusion.vp import DiscreteVP, VPConfig
@@ -10,11 +11,6 @@ from diffbench.diffusion.vp import DiscreteVP, VPConfig
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 PREDICTIONS = pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 SCHEDULE = pytest.mark.parametrize("schedule", ["linear", "cosine"])
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    """Draw standard normal noise in float64."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def per_sample(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
@@ -68,7 +64,7 @@ def test_loss_and_its_gradient_equal_the_reference(dtype: torch.dtype) -> None:
 def test_a_perfect_output_gives_back_image_and_noise(prediction: str) -> None:
     process = DiscreteVP(VPConfig(prediction=prediction))  # type: ignore[arg-type]
     t = torch.tensor([0, 1, 250, 999])
-    x0, eps = draw(4, 3, 4, 4), draw(4, 3, 4, 4, seed=1)
+    x0, eps = normal(4, 3, 4, 4), normal(4, 3, 4, 4, seed=1)
     target = process.target(x0, t, eps)
     back = process.convert(target, process.add_noise(x0, t, eps), t)
     assert (back.x0 - x0).abs().max() < 1e-12
@@ -80,14 +76,14 @@ def test_a_perfect_output_gives_back_image_and_noise(prediction: str) -> None:
 def test_any_output_converts_to_a_pair_that_makes_up_the_noisy_image(prediction: str) -> None:
     process = DiscreteVP(VPConfig(prediction=prediction))  # type: ignore[arg-type]
     t = torch.tensor([0, 40, 600, 999])
-    x_t, out = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1)
+    x_t, out = normal(4, 2, 3, 3), normal(4, 2, 3, 3, seed=1)
     pair = process.convert(out, x_t, t)
     alpha, sigma = process.alpha_sigma(t, x_t)
     assert (alpha * pair.x0 + sigma * pair.eps - x_t).abs().max() < 1e-12
 
 
 def test_targets_match_their_names() -> None:
-    x0, eps, t = draw(2, 1, 2, 2), draw(2, 1, 2, 2, seed=1), torch.tensor([3, 700])
+    x0, eps, t = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1), torch.tensor([3, 700])
     assert torch.equal(DiscreteVP(VPConfig(prediction="eps")).target(x0, t, eps), eps)
     assert torch.equal(DiscreteVP(VPConfig(prediction="x0")).target(x0, t, eps), x0)
     process = DiscreteVP(VPConfig(prediction="v"))

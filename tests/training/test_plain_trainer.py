@@ -273,7 +273,7 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
-def test_the_learning_rate_follows_the_warm_up_or_the_given_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_learning_rate_follows_the_warmup_or_the_given_scheduler() -> None:
     rates: list[float] = []
 
     class Rates(L.Callback):
@@ -292,13 +292,6 @@ def test_the_learning_rate_follows_the_warm_up_or_the_given_scheduler(monkeypatc
     custom = module(optimizer=torch.optim.SGD, lr_scheduler=halving, lr=0.8)
     trainer(max_steps=3, callbacks=[Rates()]).fit(custom, loader())
     assert rates == [0.8, 0.4, 0.2] and isinstance(custom.optimizers().optimizer, torch.optim.SGD)  # type: ignore[union-attr]
-
-
-class Groups(L.Callback):
-    """A callback that records the gradients of an optimizer step."""
-
-    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self.gradients = [p.grad for p in pl_module.parameters() if p.grad is not None] or self.gradients
 
 
 def test_clipping_covers_every_parameter_group_and_is_set_in_one_place() -> None:
