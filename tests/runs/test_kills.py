@@ -1,4 +1,4 @@
-"""After a kill at any moment, the same command ends bit for bit like an uninterrupted one; the lock of a run."""
+"""After a kill at any moment, the same command ends bit for bit like an uninterrupted one; and a run is locked."""
 
 import json
 import os
