@@ -1,4 +1,4 @@
-"""What tests share: a cache of their own, the repository as the working directory, and one finished smoke run."""
+"""Fixtures for all tests: a separate cache, the repository as working directory, and one finished smoke run."""
 
 import shutil
 import signal
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; commands under test inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; tested commands inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -29,7 +29,7 @@ def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished smoke run of dit; read only."""
+    """A finished smoke run of dit, which no test may modify."""
     from diffbench.cli import main
 
     runs = tmp_path_factory.mktemp("finished")
@@ -39,5 +39,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def smoke_run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a finished smoke run of dit, to work on."""
+    """A copy of the finished smoke run that a test may modify."""
     return Path(shutil.copytree(finished, tmp_path / "copied" / "digits" / finished.name))

@@ -1,4 +1,4 @@
-"""A disk that is full for some files, and files that a disk has damaged."""
+"""Simulated disk faults: a disk that is full for some files, and files with a flipped bit or a missing half."""
 
 import builtins
 import contextlib
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 
-class Refusing:
-    """A file of which only the first ten bytes reach the disk."""
+class FullFile:
+    """A file whose writes put ten bytes on disk and then fail with ENOSPC."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -24,7 +24,7 @@ class Refusing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
-    def __enter__(self) -> "Refusing":
+    def __enter__(self) -> "FullFile":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,28 +33,28 @@ class Refusing:
 
 @contextlib.contextmanager
 def full_for(pattern: str) -> Iterator[None]:
-    """While it lasts, files whose names match the pattern find no room."""
-    really = io.open
+    """Make writes to files whose names match the pattern fail for lack of space, within the context."""
+    real_open = io.open
 
     def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        found = really(file, mode, *arguments, **options)
+        found = real_open(file, mode, *arguments, **options)
         name = os.path.basename(os.readlink(f"/proc/self/fd/{found.fileno()}"))
-        return Refusing(found) if set(mode) & set("wax+") and re.search(pattern, name) else found
+        return FullFile(found) if set(mode) & set("wax+") and re.search(pattern, name) else found
 
     builtins.open = io.open = opened  # type: ignore[assignment]
     try:
         yield
     finally:
-        builtins.open = io.open = really  # type: ignore[assignment]
+        builtins.open = io.open = real_open  # type: ignore[assignment]
 
 
 def flip(path: Path, share: float = 0.5) -> None:
-    """Turns a bit over, so far into the file."""
+    """Flip one bit at the given share of the file's length."""
     data = bytearray(path.read_bytes())
     data[int(share * (len(data) - 1))] ^= 4
     path.write_bytes(data)
 
 
 def cut(path: Path) -> None:
-    """Loses the file's second half."""
+    """Cut off the second half of the file."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_metrics_distributed: feeds its share, then computes with the other."""
+"""The two processes of test_metrics_distributed: each updates metrics with its share, then both compute together."""
 
 import json
 from datetime import timedelta
@@ -20,7 +20,7 @@ N = 65  # odd: a padding sampler would make it 66
 
 
 def data() -> dict[str, Any]:
-    """The samples, and the real features that they are compared with."""
+    """Return the samples and the real features they are compared with."""
     generator = torch.Generator().manual_seed(0)
     features, real = torch.randn(N, 8, generator=generator), torch.randn(90, 8, generator=generator) + 0.3
     logits, labels = torch.randn(N, 4, generator=generator), torch.randint(0, 4, (N,), generator=generator)
@@ -31,7 +31,7 @@ def data() -> dict[str, Any]:
 
 
 def metrics(d: dict[str, Any]) -> dict[str, tuple[SampleMetric, tuple[Tensor, ...]]]:
-    """Each metric, and what all the samples feed to it."""
+    """Return each metric with the arguments of its update for all samples."""
     index = torch.arange(N)
     return {
         "fd": (FrechetDistance({"fd": gaussian(d["real"])}, N), (d["features"],)),
@@ -44,18 +44,18 @@ def metrics(d: dict[str, Any]) -> dict[str, tuple[SampleMetric, tuple[Tensor, ..
 
 
 def scores(share: Tensor) -> dict[str, Any]:
-    """All values, this process having seen the samples of its share."""
+    """Return all metric values after this process has seen only the samples of its share."""
     found = {}
-    for name, (metric, fed) in metrics(data()).items():
+    for name, (metric, inputs) in metrics(data()).items():
         for part in share.split(16):
-            metric.update(*(a[part] for a in fed))
+            metric.update(*(a[part] for a in inputs))
         value = metric.compute()
         found[name] = {k: float(v) for k, v in value.items()} if isinstance(value, dict) else float(value)
     return found
 
 
 def work(rank: int, folder: str) -> None:
-    """One process."""
+    """Run one of the two processes and write its results to a JSON file."""
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     reduced: list[int] = []
     original = dist.all_reduce

@@ -1,4 +1,4 @@
-"""Ranks as forks of the test's process: the launcher's own path without the seconds in which each imports torch."""
+"""Ranks as forks of the test process: the launcher's code path without the seconds each rank needs to import torch."""
 
 import contextlib
 import os
@@ -17,20 +17,20 @@ from diffbench.runs import worker
 
 
 class Fork:
-    """What `subprocess.Popen` would be: `main(*arguments)` in a fork."""
+    """A stand-in for `subprocess.Popen` that runs `main(*arguments)` in a fork."""
 
-    def __init__(self, main: Callable[..., int], arguments: Sequence[str], env: dict[str, str], said: Any) -> None:
+    def __init__(self, main: Callable[..., int], arguments: Sequence[str], env: dict[str, str], errors: Any) -> None:
         reader, writer = os.pipe()
         self.stdin, self.returncode = os.fdopen(writer, "wb"), None
         sys.stdout.flush()
         sys.stderr.flush()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of threads: those of a store, which the fork does not use
+            warnings.simplefilter("ignore")  # about threads: those of a store, which the fork does not use
             self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
-                code = _child(main, arguments, env, reader, said)
+                code = _child(main, arguments, env, reader, errors)
             finally:
                 os._exit(code)
         os.close(reader)
@@ -53,12 +53,12 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
-def _child(main: Callable[..., int], arguments: Sequence[str], env: dict[str, str], reader: int, said: Any) -> int:
+def _child(main: Callable[..., int], arguments: Sequence[str], env: dict[str, str], reader: int, errors: Any) -> int:
     os.setpgid(0, 0)
     os.dup2(reader, 0)
-    if said is not None:
+    if errors is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(said.fileno(), 2)
+        os.dup2(errors.fileno(), 2)
     sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115 (the fork ends with them)
     os.environ.update(env)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -77,15 +77,15 @@ def _child(main: Callable[..., int], arguments: Sequence[str], env: dict[str, st
 
 @contextlib.contextmanager
 def forked(main: Callable[..., int] = worker.main) -> Iterator[None]:
-    """While it lasts, `launch` forks ranks that run `main` on what follows the module's name in the command.
+    """Make `launch` fork its ranks within the context; each runs `main` on the arguments after the module's name.
 
-    All with one thread: a fork waits forever for the threads of OpenMP that its parent had; and ranks that compute with
-    other threads than a process alone would not be compared to the bit.
+    Everything runs with one thread. A fork would wait forever for its parent's OpenMP threads, and ranks with another
+    number of threads than a single process would not compute the same bits.
     """
 
-    def start(command: Sequence[str], rank: int, count: int, port: int, said: IO[bytes], keep: Sequence[int]) -> Any:
+    def start(command: Sequence[str], rank: int, count: int, port: int, errors: IO[bytes], keep: Sequence[int]) -> Any:
         env = distributed.environment(rank, count, port)
-        return Fork(main, command[3:], env, said if rank else None)
+        return Fork(main, command[3:], env, errors if rank else None)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 def inception_score(logits: Sequence[Tensor]) -> float:
     """exp of the mean divergence of p(y|x) from p(y) (Salimans et al. 2016), averaged over chunks of logits (N, K).
 
-    The ADM evaluator takes consecutive chunks of 5,000 in the file's order, a shorter last one counting like the rest.
+    The ADM evaluator takes consecutive chunks of 5,000 in file order, and a shorter last chunk counts like the rest.
     """
     scores = []
     for chunk in logits:

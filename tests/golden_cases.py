@@ -1,8 +1,8 @@
-"""Reference numbers in golden/: inputs and outputs of published diffusion code, one case a pair of files.
+"""Reference numbers in golden/: inputs and outputs of published diffusion code, one pair of files per case.
 
-A case holds tensors `in.<name>`, `out.<name>` (as the reference puts them out) and, where the reference was run in
-float64 as well, `out64.<name>`. Its JSON says how each number was made, by which project and commit, and how far
-another implementation may differ. Only data is stored here, no code of the references.
+A case contains tensors `in.<name>`, `out.<name>` (the reference's output) and, where the reference was also run in
+float64, `out64.<name>`. Its JSON records how each number was made, by which project and commit, and how far another
+implementation may differ. Only data is stored here, no reference code.
 """
 
 import json
@@ -25,12 +25,12 @@ class Case:
     info: dict[str, Any]
 
     def input(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An input, in `dtype` unless it holds integers."""
+        """Return an input, in `dtype` unless it contains integers."""
         value = self.tensors[f"in.{name}"]
         return value.to(dtype) if value.is_floating_point() else value
 
     def check(self, name: str, got: Tensor) -> None:
-        """Asserts that `got` equals the output `name`: the float64 run for float64, where there is one."""
+        """Assert that `got` equals the output `name`; float64 is compared with the float64 run if there is one."""
         full, tolerances = f"out64.{name}", "tolerances64"
         if got.dtype != torch.float64 or full not in self.tensors:
             full, tolerances = f"out.{name}", "tolerances"
@@ -46,5 +46,5 @@ class Case:
 
 
 def load(name: str) -> Case:
-    """The case `name`."""
+    """Load the case `name`."""
     return Case(load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text()))

@@ -1,10 +1,10 @@
-"""Run as a process of its own: fills a cache, killed (SIGKILL) at each of its writes in turn, and again to the end.
+"""Fill a cache, killed (SIGKILL) at one of its writes, then fill it again to the end; run as a separate process.
 
     python tests/kill_points.py latents|images MOST FOLDER [IMAGES]
 
-Kills at MOST moments at most, spread evenly. Prints JSON: how many writes, flushes, renames and removals a whole
-filling has, how many kills were tried, and which left a cache that the same command did not bring to the bytes of an
-unbroken one; and whether two commands at the same time make it together.
+Tries at most MOST kills, spread evenly over the writes. Prints JSON: the number of writes, flushes, renames and
+removals in an uninterrupted run, the number of kills tried, the kills after which the same command did not give the
+bytes of an uninterrupted run, and whether two commands at the same time fill the cache correctly.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets  # noqa: F401  once here rather than in each fork
+import datasets  # noqa: F401  imported once here, not in each fork
 import torch
 from own_images import Encoder, squares
 
@@ -29,14 +29,14 @@ CALLS = ("pwrite", "fsync", "replace", "truncate", "unlink")
 
 
 def killed_at(point: int) -> list[int]:
-    """Counts the calls from here on, and kills this process in the middle of number `point`."""
+    """Count calls from here on and kill this process at call number `point`; return the running count."""
     count = [0]
 
     def hooked(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
             count[0] += 1
             if count[0] == point:
-                if name == "pwrite":  # torn: the first half reaches the file
+                if name == "pwrite":  # a torn write: only the first half reaches the file
                     file, data, offset = arguments
                     call(file, data[: len(data) // 2], offset)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -50,7 +50,7 @@ def killed_at(point: int) -> list[int]:
 
 
 def start(work: Callable[[], Any], point: int = 0) -> Callable[[], tuple[int, int]]:
-    """Forks a child that does the work; what is returned waits for its status and the number of calls it counted."""
+    """Fork a child that does the work; return a function that waits for its status and the number of calls counted."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -72,7 +72,7 @@ def start(work: Callable[[], Any], point: int = 0) -> Callable[[], tuple[int, in
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Names and hashes of all files but locks."""
+    """Return the names and hashes of all files except locks."""
     files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 

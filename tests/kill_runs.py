@@ -1,14 +1,14 @@
-"""Run as a process of its own: a tiny run, killed (SIGKILL) again and again, each time ended by the same command.
+"""Kill a tiny run (SIGKILL) many times, each time finishing it with the same command; run as a separate process.
 
     python tests/kill_runs.py train|score|schedules writes|moments MOST FOLDER [I/N]
 
 `train` trains with validation, distances and checkpoints; `score` draws chunks of samples and appends records.
-`writes` kills in the middle of writes and before flushes, renames, cuts and removals: the first and last of each kind
-on each kind of file, then others spread evenly, MOST in all (0 for every single one). `moments` kills MOST times a
-moment after a pass through the network, spread over training, validation and distances. `schedules` trains with ten
-orders of the five intervals, each before each other and each once so long that it never comes, and kills MOST times in
-each. Prints JSON: what was tried, and what did not end as an unbroken run ends, to the bit. With I/N, only the I-th of
-every N kills, or schedules.
+`writes` kills in the middle of writes and before flushes, renames, truncations and removals: the first and last of each
+kind of call on each kind of file, then others spread evenly, MOST in all (0 for every one). `moments` kills MOST times
+shortly after a forward pass, spread over training, validation and distances. `schedules` trains with ten orders of the
+five intervals, in which each comes before each other and each is once too long to occur, and kills MOST times in each.
+Prints JSON: what was tried, and which runs did not end bit for bit like an uninterrupted run. With I/N, only the I-th
+of every N kills or schedules.
 """
 
 import builtins
@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning  # noqa: F401  imports are paid once, not in each fork
+import lightning  # noqa: F401  imported once here, not in each fork
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -60,11 +60,11 @@ RUN = [
 INTERVALS = ["trainer.log", "trainer.checkpoint", "trainer.validate", "trainer.sample", "evaluate.every"]
 ORDERS = [INTERVALS[i:] + INTERVALS[:i] for i in range(5)] + [(INTERVALS[i:] + INTERVALS[:i])[::-1] for i in range(5)]
 Point = tuple[str, int]
-"""A kind of call on a kind of file, or a phase; and which of them in order."""
+"""A kind of call on a kind of file, or a phase of the run; and its number, counted from 1."""
 
 
 def unnumbered(name: Any) -> str:
-    """A file's name without what differs from one to the next."""
+    """Return a file's name without its numbers and hashes, the same for all files of one kind."""
     name = os.readlink(f"/proc/self/fd/{name}") if isinstance(name, int) else os.fspath(name)
     name = Path(name).name
     if "tfevents" in name:
@@ -73,7 +73,7 @@ def unnumbered(name: Any) -> str:
 
 
 class Killer:
-    """Counts calls of each kind, and kills this process at one of them."""
+    """A counter of calls of each kind that kills this process at one of them."""
 
     def __init__(self, point: Point | None, folder: Path) -> None:
         self.point, self.folder, self.counts = point, str(folder), Counter[str]()
@@ -86,11 +86,11 @@ class Killer:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch_files(self) -> None:
-        """From here on every write below the folder counts; one that is hit leaves half its bytes behind."""
-        really = io.open
+        """Count every file operation under the folder from here on; a write that is hit leaves half its bytes."""
+        real_open = io.open
 
         def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-            found = really(file, mode, *arguments, **options)
+            found = real_open(file, mode, *arguments, **options)
             where = os.readlink(f"/proc/self/fd/{found.fileno()}")
             return Watched(found, self) if set(mode) & set("wa+x") and where.startswith(self.folder) else found
 
@@ -109,23 +109,23 @@ class Killer:
         return run
 
     def watch_network(self, seed: int) -> None:
-        """From here on passes count by what they are for; the process ends up to 20 ms after the one that is hit."""
-        phase, really = ["training"], DiT.forward
+        """Count forward passes by phase from here on; the process dies up to 20 ms after the one that is hit."""
+        phases, real_forward = ["training"], DiT.forward
 
         def forward(net: DiT, *arguments: Any, **options: Any) -> Any:
-            self.counts[phase[-1]] += 1
-            if self.point == (phase[-1], self.counts[phase[-1]]):
+            self.counts[phases[-1]] += 1
+            if self.point == (phases[-1], self.counts[phases[-1]]):
                 delay = random.Random(seed).random() * 0.02
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            return really(net, *arguments, **options)
+            return real_forward(net, *arguments, **options)
 
         def within(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
             def run(*arguments: Any, **options: Any) -> Any:
-                phase.append(name)
+                phases.append(name)
                 try:
                     return call(*arguments, **options)
                 finally:
-                    phase.pop()
+                    phases.pop()
 
             return run
 
@@ -135,7 +135,7 @@ class Killer:
 
 
 class Watched:
-    """A file whose writes and flushes count."""
+    """A file whose writes and flushes are counted."""
 
     def __init__(self, file: Any, killer: Killer) -> None:
         self.__dict__.update(file=file, killer=killer)
@@ -163,7 +163,7 @@ class Watched:
 
 
 def start(work: Callable[[], Any], watch: Callable[[Killer], None], killer: Killer) -> tuple[int, Counter[str]]:
-    """Forks a child that does the work; its wait status, and the calls it counted."""
+    """Fork a child that does the work; return its wait status and the calls it counted."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -180,12 +180,12 @@ def start(work: Callable[[], Any], watch: Callable[[Killer], None], killer: Kill
             os._exit(code)
     os.close(writer)
     with os.fdopen(reader) as file:
-        told = file.read()
-    return os.waitpid(pid, 0)[1], Counter(json.loads(told or "{}"))
+        report = file.read()
+    return os.waitpid(pid, 0)[1], Counter(json.loads(report or "{}"))
 
 
 def digest(value: Any) -> str:
-    """A hash of tensors and plain values, nested."""
+    """Return a hash of nested tensors and plain values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -198,7 +198,7 @@ def digest(value: Any) -> str:
 
 
 def outcome(run: Path) -> dict[str, str]:
-    """All that must be the same at the end: hashes of states, weights, pictures and series, and no file left over."""
+    """Return hashes of all that must be equal at the end: states, weights, images, series and leftover files."""
     (state,) = [torch.load(path, weights_only=True) for path in sorted(run.glob("checkpoints/step-12.ckpt"))]
     parts = {p: state[p] for p in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ImageDataModule")}
     parts |= {name: state["callbacks"][name] for name in ("EMA", "NonFiniteGuard", "FrechetDistance")}
@@ -210,7 +210,7 @@ def outcome(run: Path) -> dict[str, str]:
         parts[str(path.relative_to(run))] = load_file(path)
     for path in sorted(run.rglob("*.png")):
         parts[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    if (run / "results.jsonl").exists():  # scored again, a guidance may show a point twice
+    if (run / "results.jsonl").exists():  # scoring again may log a point twice
         parts["scalars"] = {tag: sorted(set(points)) for tag, points in parts["scalars"].items()}
     newest = {record["guidance"]: records.values(record) for record in records.results(run)}
     parts["records"] = [newest[guidance] for guidance in sorted(newest)]
@@ -219,15 +219,15 @@ def outcome(run: Path) -> dict[str, str]:
 
 
 def schedule(order: list[str]) -> list[str]:
-    """Overrides by which the five come in this order, each before the next one's first time; the last one never."""
+    """Return overrides that make the five intervals first occur in this order, and the last one never."""
     return [f"{key}_images={images}" for key, images in zip(order, (8, 24, 40, 72, 10**9), strict=True)]
 
 
 def works(
     what: str, folder: Path, overrides: list[str]
 ) -> tuple[Callable[[Path], Callable[[], Any]], Callable[[Path], Path]]:
-    """What a command does at a place, and which run folder it makes there."""
-    begun = folder / "begun"
+    """Return two functions of a folder: the command's work there, and the path of the run it makes there."""
+    trained = folder / "begun"
 
     def trains(place: Path) -> Callable[[], Any]:
         def work() -> None:
@@ -240,20 +240,20 @@ def works(
         def work() -> None:
             samples.SIZE = 7
             if not (place / "digits").exists():
-                shutil.copytree(begun / "digits", place / "digits")
+                shutil.copytree(trained / "digits", place / "digits")
             os.environ["DIFFBENCH_CACHE"] = str(place / "cache")
             run = load(place / "digits" / "dit-run-s0")
             evaluate.evaluate(run, ["sample.guidance=1.5"])
 
         return work
 
-    if what == "score" and not begun.exists():
-        assert start(trains(begun), lambda _: None, Killer(None, begun))[0] == 0
+    if what == "score" and not trained.exists():
+        assert start(trains(trained), lambda _: None, Killer(None, trained))[0] == 0
     return (scores if what == "score" else trains), lambda place: place / "digits" / "dit-run-s0"
 
 
 def chosen(counts: Counter[str], most: int) -> list[Point]:
-    """The first and last call of each kind, then others evenly."""
+    """Choose the first and last call of each kind, then others spread evenly."""
     every = [(what, i) for what in sorted(counts) for i in range(1, counts[what] + 1)]
     if not most:
         return every
@@ -265,15 +265,15 @@ def chosen(counts: Counter[str], most: int) -> list[Point]:
 
 
 def scattered(counts: Counter[str], most: int) -> list[Point]:
-    """A call of each kind by turns, at random."""
+    """Choose calls at random, cycling through the kinds."""
     kinds = sorted(counts)
     random.Random(sum(counts.values())).shuffle(kinds)
     tried = [(kinds[i % len(kinds)], random.Random(i)) for i in range(most)]
     return [(kind, r.randint(1, counts[kind])) for kind, r in tried]
 
 
-def hand_judge(old: Path, new: Path) -> None:
-    """Gives a cache the judge of another, which takes seconds to train."""
+def copy_extractor(old: Path, new: Path) -> None:
+    """Copy the feature extractor, which takes seconds to train, from one cache to another."""
     new.mkdir(parents=True)
     for path in old.glob("digits-cnn-*.safetensors"):
         shutil.copy(path, new)
@@ -301,15 +301,15 @@ def killed(
     share: tuple[int, int] = (1, 1),
     at: Callable[[Counter[str], int], list[Point]] = chosen,
 ) -> dict[str, Any]:
-    """The report of one series of kills, at the points that `at` chooses."""
+    """Run one series of kills at the points that `at` chooses, and return its report."""
     work, run_of = works(what, folder, overrides)
 
     def watch(killer: Killer) -> None:
         killer.watch_files() if how == "writes" else killer.watch_network(sum(map(ord, str(killer.point))))
 
-    judged = folder.parent / "0" / "whole" / "cache"  # of the first schedule
-    if judged.is_dir() and not folder.exists():
-        hand_judge(judged, folder / "whole" / "cache")
+    cached = folder.parent / "0" / "whole" / "cache"  # the first schedule's cache
+    if cached.is_dir() and not folder.exists():
+        copy_extractor(cached, folder / "whole" / "cache")
     status, counts = start(work(folder / "whole"), watch, Killer(None, folder))
     assert status == 0, "the unbroken run failed"
     whole = outcome(run_of(folder / "whole"))
@@ -317,8 +317,8 @@ def killed(
     wrong, unkilled = {}, []
     for number, point in enumerate(points):
         place = folder / f"killed-{number}"
-        if "digits-cnn" not in point[0] and point[0] != "fsync cache":  # where it is written
-            hand_judge(folder / "whole" / "cache", place / "cache")
+        if "digits-cnn" not in point[0] and point[0] != "fsync cache":  # unless the kill hits its own writing
+            copy_extractor(folder / "whole" / "cache", place / "cache")
         status, _ = start(work(place), watch, Killer(point, folder))
         if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
             unkilled.append(point)

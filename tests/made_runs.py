@@ -1,4 +1,4 @@
-"""Run folders as training and evaluation would leave them, made in milliseconds: what reports and `compare` read."""
+"""Run folders like those of real training and evaluation, made in milliseconds, for tests of reports and `compare`."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from diffbench.runs.lifecycle import open_any
 
 LEVELS = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
 PROFILE = np.array([0.0012, 0.005, 0.018, 0.055, 0.15, 0.4, 0.75])
-"""Squared error of eps of a trained network at these levels."""
+"""A trained network's squared error of eps at these log-SNRs."""
 PARTS = {"val": 1.0, "train": 0.9}
 """Errors on held-out and on training images, as shares of the profile."""
 
@@ -33,7 +33,7 @@ def make_run(
     rate: float = 2400.0,
     image_errors: bool = True,
 ) -> Path:
-    """A trained run whose validation bound ends at `error`; `tilt` moves it between the noise levels."""
+    """Make a trained run whose validation bound ends at `error`; `tilt` shifts the error between noise levels."""
     folder.mkdir(parents=True)
     config = load(f"experiments/digits/{experiment}.yaml", [f"seed={seed}", f"trainer.max_images={images}", *overrides])
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -52,7 +52,7 @@ def make_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tensors.write(folder / f"ema-{config.ema.decays[0]}.safetensors", {"x": torch.zeros(1)}, {"images": str(images)})
     if image_errors:
-        each = np.random.default_rng(7).gamma(4, 0.25, (len(LEVELS), 60))  # the same images for all
+        each = np.random.default_rng(7).gamma(4, 0.25, (len(LEVELS), 60))  # the same for all runs
         each = profile[:, None] * each / each.mean(1, keepdims=True)
         found = {
             "error": torch.from_numpy(each.astype(np.float32)),
@@ -64,9 +64,9 @@ def make_run(
 
 
 def record(fd: float, seed: int = 0, images: int = 98_304, **changes: Any) -> dict[str, Any]:
-    """An evaluation's record; `changes` reach into its sections, as steps="10" or guidance=1.5."""
+    """Return an evaluation record; `changes` such as steps="10" or guidance=1.5 also change its sections."""
     sample = {"sampler": "ddpm", "steps": "50", "guidance": 1.0, "clip": True, "seed": seed, "seconds": 3.0}
-    made: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "format": 1,
         "time": "2026-01-01T00:00:00+00:00",
         "extractor": {"name": "digits-cnn", "weights": "0123456789abcdef", "licence": "trained here"},
@@ -107,30 +107,30 @@ def record(fd: float, seed: int = 0, images: int = 98_304, **changes: Any) -> di
         if key in ("steps", "sampler", "guidance"):
             sample[key] = value
         if key == "steps":
-            made["drawing"]["network_evaluations"] = int(value)
+            entry["drawing"]["network_evaluations"] = int(value)
         if key not in ("steps", "sampler"):
-            made[key] = value
-    return made
+            entry[key] = value
+    return entry
 
 
-def save_record(folder: Path, made: dict[str, Any]) -> None:
-    """Appends a record to a run's results."""
+def save_record(folder: Path, entry: dict[str, Any]) -> None:
+    """Append a record to a run's results."""
     with (folder / "results.jsonl").open("a") as file:
-        file.write(json.dumps(made) + "\n")
+        file.write(json.dumps(entry) + "\n")
 
 
-def save_samples(folder: Path, made: dict[str, Any], images: torch.Tensor) -> None:
-    """Puts samples (N, C, H, W) uint8 where a record says that they lie."""
+def save_samples(folder: Path, entry: dict[str, Any], images: torch.Tensor) -> None:
+    """Store samples (N, C, H, W) uint8 in a run folder and note the place in a record."""
     place = folder / "evaluations" / "made"
     with Store(place).fill({}, {"images": ("|u1", tuple(images.shape[1:]))}, len(images)) as filling:
         for chunk in filling.missing:
             filling.add(chunk, {"images": images[chunk.first : chunk.last].numpy()})
         filling.finish()
-    made["drawing"]["folder"] = "evaluations/made"
+    entry["drawing"]["folder"] = "evaluations/made"
 
 
 def backbones(runs: Path, seeds: int = 5, errors: dict[str, float] | None = None) -> list[Trial]:
-    """Three backbones by seeds: diffit far the best, dit and unet close together, unless told otherwise."""
+    """Make runs of three backbones by seeds; by default diffit is far the best, and dit and unet are close together."""
     found = []
     means = errors or {"unet": 0.1088, "dit": 0.1079, "diffit": 0.1012}
     for place, (name, mean) in enumerate(means.items()):
@@ -139,7 +139,7 @@ def backbones(runs: Path, seeds: int = 5, errors: dict[str, float] | None = None
             error = mean * (1 + 0.008 * shared + 0.007 * own)
             tilt = {"unet": 0.07, "dit": -0.05, "diffit": 0.0}.get(name, 0.0)
             folder = make_run(runs / f"{name}-s{seed}", name, seed, error, tilt=tilt, rate=2400 - 150 * place)
-            made = record(max(0.2, 0.5 + 20 * (error - 0.1)), seed)
-            save_record(folder, made)
-            found.append(Trial(name, seed, "complete", open_any(folder), made))
+            entry = record(max(0.2, 0.5 + 20 * (error - 0.1)), seed)
+            save_record(folder, entry)
+            found.append(Trial(name, seed, "complete", open_any(folder), entry))
     return found

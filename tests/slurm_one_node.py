@@ -1,9 +1,9 @@
-"""A SLURM of one node on this machine, from Debian's packages munge, slurmctld and slurmd; for tests, and by hand:
+"""A one-node SLURM on this machine, from Debian's packages munge, slurmctld and slurmd; for tests and by hand:
 
 apt-get install -y munge slurmctld slurmd
 python tests/slurm_one_node.py      # prints the line to export; Ctrl-C ends it
 
-Everything it writes lies in one folder, its daemons run as the present user, and nothing else knows of it.
+It writes to one folder only, and its daemons run as the current user.
 """
 
 import contextlib
@@ -62,17 +62,17 @@ PartitionName=other Nodes={host} MaxTime=60 State=UP
 
 
 def missing() -> str | None:
-    """Which programs are not installed, or None where all are."""
+    """Return a message that names the programs not installed, or None."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=SEARCHED) is None]
     return f"{', '.join(absent)} not installed (apt-get install munge slurmctld slurmd)" if absent else None
 
 
 @contextlib.contextmanager
 def one_node(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
-    """Starts the daemons in an empty folder; yields the environment variables under which commands find them.
+    """Start the daemons in an empty folder; yield the environment variables with which commands find them.
 
     Raises:
-        RuntimeError: if the node is not idle within a minute, with the ends of the logs.
+        RuntimeError: if the node is not idle within a minute; the message has the ends of the logs.
     """
     host = socket.gethostname().split(".")[0]
     ports = dict(zip(("controller_port", "node_port"), free_ports(2), strict=True))
@@ -80,7 +80,7 @@ def one_node(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         (folder / name).mkdir()
     conf, key = folder / "slurm.conf", folder / "munge.key"
     conf.write_text(SLURM_CONF.format(host=host, user=getpass.getuser(), folder=folder, cpus=cpus, **ports))
-    (folder / "gres.conf").write_text("Name=gpu File=/dev/zero\n")  # something to lend
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/zero\n")  # a pretend GPU
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
@@ -117,24 +117,24 @@ def one_node(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
 
 
 def start(command: Sequence[str], environment: dict[str, str], out: int) -> subprocess.Popen[bytes]:
-    """A daemon in the foreground, with its text in a file."""
+    """Start a daemon in the foreground, with its output in a file."""
     program = shutil.which(command[0], path=SEARCHED) or command[0]
     return subprocess.Popen([program, *command[1:]], env=os.environ | environment, stdout=out, stderr=out)
 
 
 def run(command: Sequence[str], environment: dict[str, str]) -> str:
-    """What a client prints, or nothing where it fails."""
+    """Return what a client prints, or an empty string if it fails."""
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def sinfo(environment: dict[str, str]) -> str:
-    """The state of the node."""
+    """Return the state of the node."""
     return run(["sinfo", "--noheader", "--partition=debug", "--format=%T"], environment)
 
 
 def wait_until(done: Callable[[], bool], seconds: float, folder: Path) -> None:
-    """Polls a condition."""
+    """Wait until a condition holds; raise RuntimeError with the logs after `seconds`."""
     deadline = time.monotonic() + seconds
     while not done():
         if time.monotonic() > deadline:
@@ -144,7 +144,7 @@ def wait_until(done: Callable[[], bool], seconds: float, folder: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now."""
+    """Return ports that nothing listens on now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:

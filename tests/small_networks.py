@@ -31,7 +31,7 @@ SIZE, CHANNELS, CLASSES = 8, 3, 5
 
 
 def small(name: str, shaken: bool = True, **changes: Any) -> nn.Module:
-    """A small network in eval mode with changes of shape or config; `shaken`, no weight is zero as it is at first."""
+    """Build a small network in eval mode with changes of shape or config; `shaken` moves weights away from zero."""
     config = SMALL[name] if name in SMALL else DENOISERS[name].config()
     config = replace(config, **{key: value for key, value in changes.items() if hasattr(config, key)})
     shape = {"image_size": SIZE, "channels": CHANNELS, "num_classes": CLASSES}
@@ -45,7 +45,7 @@ def small(name: str, shaken: bool = True, **changes: Any) -> nn.Module:
 
 
 def inputs(batch: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy images, times (one of them fractional) and labels."""
+    """Return noisy images, times and labels."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, CHANNELS, SIZE, SIZE, generator=generator)
     return x, torch.linspace(0, 999, batch), torch.arange(batch) % CLASSES

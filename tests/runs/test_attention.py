@@ -1,4 +1,4 @@
-"""The figure of attention over time: what is noised, which layers and times are shown, and where it goes."""
+"""The figure of attention over time: what is noised, which layers and times are shown, and where it is written."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def run(finished: Path) -> DenoiserRun:
     return diffbench.load(finished)
 
 
-def test_levels_go_from_noise_to_image_where_all_runs_pass(run: DenoiserRun) -> None:
-    assert noise_levels([run], 5) == [-10, -5, 0, 5, 10]  # cut there: the schedule reaches further
+def test_levels_go_from_noise_to_image_within_the_range_of_all_runs(run: DenoiserRun) -> None:
+    assert noise_levels([run], 5) == [-10, -5, 0, 5, 10]  # the limits; the schedule reaches further
     assert noise_levels([run], [4.0, -4.0]) == [-4.0, 4.0]
 
 
@@ -35,7 +35,7 @@ def test_maps_are_those_of_the_noised_held_out_image(run: DenoiserRun) -> None:
     assert torch.allclose(run.process.log_snr(found.times), torch.tensor(levels, dtype=torch.float64))
     assert [m.layer for m in found.maps] == ["blocks.0", "blocks.2", "blocks.4"]
     assert all(m.weights.shape == (3, 4, 2, 4, 4) for m in found.maps)
-    # One noise for all levels: two of them give the third.
+    # All levels share one noise, so two of them determine the third.
     alpha, sigma = run.process.alpha_sigma(found.times, found.noisy.double())
     system = torch.cat([alpha[:2].flatten()[:, None], sigma[:2].flatten()[:, None]], dim=1)
     image, noise = torch.linalg.solve(system, found.noisy[:2].double().flatten(1))
@@ -47,12 +47,12 @@ def test_maps_are_those_of_the_noised_held_out_image(run: DenoiserRun) -> None:
     assert torch.allclose(again.maps[1].weights[0, :, 0], found.maps[1].weights[2, :, 1], atol=1e-6)
 
 
-def test_chosen_layers(run: DenoiserRun) -> None:
+def test_chosen_layers_are_shown_in_network_order(run: DenoiserRun) -> None:
     found = attention([run, run], AttentionConfig(layers=["blocks.3", "blocks.1"], times=2))[1]
     assert [[m.layer for m in a.maps] for a in found] == 2 * [["blocks.1", "blocks.3"]]
 
 
-def test_the_figure_has_a_panel_a_run_a_row_a_token_and_a_column_a_time(run: DenoiserRun) -> None:
+def test_the_figure_has_a_panel_per_run_a_row_per_token_and_a_column_per_time(run: DenoiserRun) -> None:
     config = AttentionConfig(layers=["blocks.0", "blocks.4"], times=3, tokens=[[0, 0], [7, 7]])
     levels, found = attention([run, run, run], config)
     figure = attention_figure(levels, found)
@@ -73,8 +73,8 @@ def test_the_command_writes_a_png_and_tensorboard(smoke_run: Path, tmp_path: Pat
     assert main(["attention", str(smoke_run), str(smoke_run), "times=2", "layers=[blocks.0]"]) == 0
     path = Path(capsys.readouterr().out.strip())
     assert path == smoke_run / "samples" / "attention-000000016.png"
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[1] > pixels.shape[0] > 300
     assert pixels.std() > 10
     events = EventAccumulator(str(smoke_run / "attention"))
@@ -84,8 +84,8 @@ def test_the_command_writes_a_png_and_tensorboard(smoke_run: Path, tmp_path: Pat
     before = path.read_bytes()
     mine = tmp_path / "mine.jpg"
     assert main(["attention", str(smoke_run), "times=1", f"out={mine}"]) == 0
-    with Image.open(mine) as picture:
-        assert picture.format == "JPEG"
+    with Image.open(mine) as image:
+        assert image.format == "JPEG"
     capsys.readouterr()
     assert main(["attention", str(smoke_run), "times=1"]) == 0
     assert Path(capsys.readouterr().out.strip()) == path.with_stem(f"{path.stem}-2")
@@ -105,27 +105,27 @@ def test_the_command_writes_a_png_and_tensorboard(smoke_run: Path, tmp_path: Pat
         ("picture=3", "picture: unknown key; allowed: layers, tokens, times, image, out"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_is_refused_by_name(finished: Path, argument: str, line: str, capsys: Capture) -> None:
+def test_unknown_layers_pixels_and_keys_are_refused(finished: Path, argument: str, line: str, capsys: Capture) -> None:
     assert main(["attention", str(finished), argument]) == 2
     assert capsys.readouterr().err.startswith(f"error: command line: {line}")
 
 
-def test_a_command_without_a_run_or_over_a_file(finished: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_missing_run_or_an_existing_output_file_is_refused(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     assert main(["attention", "times=3"]) == 2
     assert capsys.readouterr().err.startswith("error: command line: name run folders, e.g. runs/digits/dit-s0")
-    there = tmp_path / "there.png"
-    there.write_bytes(b"mine")
-    assert main(["attention", str(finished), f"out={there}"]) == 2
-    assert capsys.readouterr().err == f"error: command line: out: {there} already exists; choose another name\n"
-    assert there.read_bytes() == b"mine"
+    existing = tmp_path / "there.png"
+    existing.write_bytes(b"mine")
+    assert main(["attention", str(finished), f"out={existing}"]) == 2
+    assert capsys.readouterr().err == f"error: command line: out: {existing} already exists; choose another name\n"
+    assert existing.read_bytes() == b"mine"
 
 
-def test_latents_attend_too(tmp_path: Path) -> None:
+def test_attention_works_in_latent_space_too(tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         files.save(KLAutoencoder(KLConfig(1, 1, 4, [4, 4], 1, 2)), tmp_path / "autoencoder")
-    words = ["debug=smoke", f"autoencoder={tmp_path / 'autoencoder'}", f"runs_dir={tmp_path}"]
-    latent = train("experiments/digits/dit.yaml", words)
+    overrides = ["debug=smoke", f"autoencoder={tmp_path / 'autoencoder'}", f"runs_dir={tmp_path}"]
+    latent = train("experiments/digits/dit.yaml", overrides)
     levels, (found,) = attention([latent], AttentionConfig(times=[-2.0, 9.0], image=3, tokens=[[2, 0]]))
     assert found.noisy.shape == (2, 4, 4, 4)
     assert found.maps[0].weights.shape == (2, 4, 1, 2, 2)

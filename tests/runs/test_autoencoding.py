@@ -1,4 +1,4 @@
-"""Runs in latent space: the autoencoder's own, and the three stages of a denoiser's."""
+"""Runs in latent space: the autoencoder's run, and the three stages of a denoiser's."""
 
 import json
 import os
@@ -47,7 +47,7 @@ evaluate: {count: 20}
 
 
 def experiments(folder: Path) -> dict[str, str]:
-    """The two YAMLs, and where runs go."""
+    """Write the two YAML files; return their paths and the folder for runs."""
     place = folder / "latent"
     place.mkdir()
     (place / "autoencoder.yaml").write_text(AUTOENCODER)
@@ -61,21 +61,21 @@ def experiments(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], str]:
-    """A denoiser and its autoencoder, trained by one command; what the command printed."""
+    """Paths of a denoiser and its autoencoder, trained by one command, and what the command printed."""
     import contextlib
     import io
 
-    where, out = experiments(tmp_path_factory.mktemp("latent")), io.StringIO()
+    paths, out = experiments(tmp_path_factory.mktemp("latent")), io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert main(["train", where["dit"], f"runs_dir={where['runs']}"]) == 0
-    return where, out.getvalue()
+        assert main(["train", paths["dit"], f"runs_dir={paths['runs']}"]) == 0
+    return paths, out.getvalue()
 
 
 @pytest.fixture
 def runs(trained: tuple[dict[str, str], str], tmp_path: Path) -> tuple[Path, Path]:
-    """Folders of an autoencoder and of a denoiser, to work on: both lie where the denoiser looks for the former."""
-    where, _ = trained
-    runs = Path(where["runs"]) / "latent"
+    """Copies of the autoencoder's and the denoiser's run that a test may modify; the second refers to the first."""
+    paths, _ = trained
+    runs = Path(paths["runs"]) / "latent"
     for run in (runs / "autoencoder-s0", runs / "dit-s0"):
         shutil.copytree(run, tmp_path / run.name)
     yaml = tmp_path / "dit-s0" / "config.yaml"
@@ -87,11 +87,11 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_one_command_does_all_stages_and_says_so(trained: tuple[dict[str, str], str]) -> None:
-    where, out = trained
-    runs = Path(where["runs"]) / "latent"
+def test_one_command_runs_and_prints_all_stages(trained: tuple[dict[str, str], str]) -> None:
+    paths, out = trained
+    runs = Path(paths["runs"]) / "latent"
     stages = (
-        f"{runs / 'autoencoder-s0'}: training the autoencoder first (autoencoder={where['autoencoder']})",
+        f"{runs / 'autoencoder-s0'}: training the autoencoder first (autoencoder={paths['autoencoder']})",
         f"{runs / 'autoencoder-s0'}: measuring the scale of the latents of 1,757 images",
         f"{runs / 'dit-s0'}: starting, ",
         f"encoding 1,757 images of digits by autoencoder {runs / 'autoencoder-s0'} into ",
@@ -105,72 +105,72 @@ def test_one_command_does_all_stages_and_says_so(trained: tuple[dict[str, str], 
     assert f"autoencoder: {runs / 'autoencoder-s0'}\n" in (runs / "dit-s0" / "config.yaml").read_text()
 
 
-def test_a_second_command_trains_neither_again(
+def test_a_second_command_trains_nothing_again(
     trained: tuple[dict[str, str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where, _ = trained
-    before = sorted(p.stat().st_mtime_ns for p in Path(where["runs"]).rglob("*.safetensors"))
-    assert main(["train", where["dit"], f"runs_dir={where['runs']}"]) == 0
+    paths, _ = trained
+    before = sorted(p.stat().st_mtime_ns for p in Path(paths["runs"]).rglob("*.safetensors"))
+    assert main(["train", paths["dit"], f"runs_dir={paths['runs']}"]) == 0
     out = capsys.readouterr().out
     assert "dit-s0: complete at 64 images" in out and "trained first" not in out and "encoding" not in out
-    assert sorted(p.stat().st_mtime_ns for p in Path(where["runs"]).rglob("*.safetensors")) == before
+    assert sorted(p.stat().st_mtime_ns for p in Path(paths["runs"]).rglob("*.safetensors")) == before
 
 
-def test_encoding_alone_names_what_it_made(
+def test_encode_prints_which_latents_it_made(
     trained: tuple[dict[str, str], str], runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where, _ = trained
-    command = ["encode", where["dit"], f"autoencoder={runs[0]}"]
+    paths, _ = trained
+    command = ["encode", paths["dit"], f"autoencoder={runs[0]}"]
     assert main([*command, "latent_dtype=float32"]) == 0
     out = capsys.readouterr().out
     assert "encoding 1,757 images" in out
     assert "1,757 latents of digits, 64 numbers each, 0.9 MiB\n40 latents of digits, 64 numbers each, 0.0 MiB\n" in out
-    assert main(command) == 0  # in float16 they are there since the run was trained
+    assert main(command) == 0  # the float16 latents exist since the run was trained
     assert capsys.readouterr().out.startswith("1,757 latents of digits, 64 numbers each, 0.4 MiB\n")
 
 
-def test_what_is_looked_at_is_decoded(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_and_image_grids_are_decoded(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = runs
     run = load(folder)
     assert run.shape == (1, 8, 8)
-    pictures = run.sample_tensor(4, steps="2")
-    assert pictures.shape == (4, 1, 16, 16) and pictures.dtype == torch.uint8
+    images = run.sample_tensor(4, steps="2")
+    assert images.shape == (4, 1, 16, 16) and images.dtype == torch.uint8
     side = 16 * 4 + 4  # enlarged four times, with a border
     for name in ("images-000000064.png", "final-000000064.png"):
         with Image.open(folder / "samples" / name) as grid:
             assert grid.width == 10 * side
     assert main(["sample", str(folder), "n=4", "strip=true", "steps='3'"]) == 0
-    picture, strip = capsys.readouterr().out.split()
-    with Image.open(picture) as grid, Image.open(strip) as steps:
+    image, strip = capsys.readouterr().out.split()
+    with Image.open(image) as grid, Image.open(strip) as steps:
         assert grid.size == (4 * side, CAPTION_HEIGHT + side) and steps.height == 4 * 2 * 36
 
 
-def test_raw_samples_are_latents_even_of_one_channel(
+def test_raw_samples_are_latents_even_with_one_channel(
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, folder = runs
-    words = ["sample", str(folder), "n=4", "raw=true", "sample.clip=false"]
-    assert main([*words, f"out={tmp_path / 'x.npz'}"]) == 0
+    command = ["sample", str(folder), "n=4", "raw=true", "sample.clip=false"]
+    assert main([*command, f"out={tmp_path / 'x.npz'}"]) == 0
     values = np.load(tmp_path / "x.npz")["arr_0"]
     assert values.dtype == np.float32 and values.shape == (4, 1, 8, 8)
     assert len(np.unique(values)) == values.size  # not bytes
     capsys.readouterr()
-    assert main(words) == 2
+    assert main(command) == 2
     assert capsys.readouterr().err == (
         "error: command line: out: 1x8x8 raw values are not an image; set only out=NAME.npz\n"
     )
 
 
-def test_scores_name_the_autoencoder_and_its_floor(runs: tuple[Path, Path]) -> None:
+def test_scores_record_the_autoencoder_and_its_reconstruction_distance(runs: tuple[Path, Path]) -> None:
     autoencoder, denoiser = runs
     for record in records(denoiser):
         assert record["autoencoder"] == files.load(autoencoder / "autoencoder").fingerprint
         assert record["reconstruction_fd/digits-cnn-area8@20"] > 0
-    original = load(denoiser).train_set  # statistics of reality come from the pictures themselves
+    original = load(denoiser).train_set  # reference statistics come from the images themselves
     assert records(denoiser)[0]["data"] == original.fingerprint()
 
 
-def test_an_autoencoders_run_ends_with_its_scores_and_its_folder(runs: tuple[Path, Path]) -> None:
+def test_an_autoencoder_run_ends_with_scores_and_normalised_latents(runs: tuple[Path, Path]) -> None:
     folder, _ = runs
     (record,) = records(folder)
     assert record["numbers"] == 64
@@ -190,7 +190,7 @@ def test_an_autoencoders_run_ends_with_its_scores_and_its_folder(runs: tuple[Pat
         assert grid.size == (10 * 68, 8 * 68)
 
 
-def test_evaluate_and_compare_take_any_kind(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_and_compare_take_any_kind_of_run(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     autoencoder, denoiser = runs
     assert main(["evaluate", str(autoencoder), "evaluate.count=20"]) == 0
     assert "psnr@20" in capsys.readouterr().out
@@ -199,24 +199,24 @@ def test_evaluate_and_compare_take_any_kind(runs: tuple[Path, Path], capsys: pyt
     assert "64 for 256" in capsys.readouterr().out
 
 
-def test_an_interrupted_autoencoder_ends_like_an_unbroken_one(
+def test_an_interrupted_autoencoder_ends_like_an_uninterrupted_one(
     trained: tuple[dict[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where, _ = trained
+    paths, _ = trained
     step_end = SaveState.on_train_batch_end
 
-    def sends(self: SaveState, trainer: Any, *rest: Any) -> None:
+    def send_sigterm(self: SaveState, trainer: Any, *rest: Any) -> None:
         if trainer.global_step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         step_end(self, trainer, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(SaveState, "on_train_batch_end", sends)
-        train(where["autoencoder"], [f"runs_dir={tmp_path}"])
+        patch.setattr(SaveState, "on_train_batch_end", send_sigterm)
+        train(paths["autoencoder"], [f"runs_dir={tmp_path}"])
     folder = tmp_path / "latent" / "autoencoder-s0"
     assert not (folder / "autoencoder").exists()
-    train(where["autoencoder"], [f"runs_dir={tmp_path}"])
-    whole = Path(where["runs"]) / "latent" / "autoencoder-s0"
+    train(paths["autoencoder"], [f"runs_dir={tmp_path}"])
+    whole = Path(paths["runs"]) / "latent" / "autoencoder-s0"
     ours, theirs = files.load(folder / "autoencoder"), files.load(whole / "autoencoder")
     assert (ours.config, ours.fingerprint) == (theirs.config, theirs.fingerprint)
     assert files.read_notes(folder / "autoencoder") == files.read_notes(whole / "autoencoder")
@@ -230,25 +230,25 @@ def test_an_interrupted_autoencoder_ends_like_an_unbroken_one(
     assert series[0] == series[1]
 
 
-def test_a_longer_autoencoder_writes_its_folder_anew_and_its_denoisers_keep_theirs(
+def test_a_longer_autoencoder_run_rewrites_its_weights_and_denoisers_keep_their_copy(
     runs: tuple[Path, Path], trained: tuple[dict[str, str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where, _ = trained
+    paths, _ = trained
     own, sample = runs[1] / "autoencoder", load(runs[1]).sample_tensor(1)
     (tmp_path / "latent").mkdir()
     folder = shutil.copytree(runs[0], tmp_path / "latent" / "autoencoder-s0")
     before = files.load(folder / "autoencoder").fingerprint
-    train(where["autoencoder"], [f"runs_dir={tmp_path}", "trainer.max_images=336"])
+    train(paths["autoencoder"], [f"runs_dir={tmp_path}", "trainer.max_images=336"])
     after = files.load(folder / "autoencoder").fingerprint
     assert after != before
     shutil.copytree(folder / "autoencoder", runs[0] / "autoencoder", dirs_exist_ok=True)
     assert files.load(own).fingerprint == before
     assert torch.equal(load(runs[1]).sample_tensor(1), sample)
-    shutil.rmtree(runs[0])  # what a run needs to be used lies in its folder
+    shutil.rmtree(runs[0])  # a run's folder contains all that it needs
     assert torch.equal(load(runs[1]).sample_tensor(1), sample)
 
 
-def test_an_autoencoder_of_links_as_the_hub_keeps_them_is_copied(
+def test_an_autoencoder_of_symlinks_as_in_the_hub_cache_is_copied(
     runs: tuple[Path, Path], trained: tuple[dict[str, str], str], tmp_path: Path
 ) -> None:
     snapshot = tmp_path / "snapshot"
@@ -262,7 +262,7 @@ def test_an_autoencoder_of_links_as_the_hub_keeps_them_is_copied(
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must end with exit code 2 and one line; returns the line."""
+    """A function that runs a command, expects exit code 2 and a one-line error, and returns the line."""
 
     def run(*argv: str | Path) -> str:
         capsys.readouterr()
@@ -274,7 +274,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def test_an_untrained_run_is_no_autoencoder(
+def test_an_untrained_run_is_refused_as_autoencoder(
     refused: Callable[..., str], runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     line = refused("evaluate", runs[0], "evaluate.judge=x")
@@ -283,17 +283,17 @@ def test_an_untrained_run_is_no_autoencoder(
         " evaluate.weights"
     )
     shutil.rmtree(runs[0] / "autoencoder")
-    where = experiments(tmp_path)
-    line = refused("train", where["dit"], f"autoencoder={runs[0]}", f"runs_dir={tmp_path / 'none'}")
+    paths = experiments(tmp_path)
+    line = refused("train", paths["dit"], f"autoencoder={runs[0]}", f"runs_dir={tmp_path / 'none'}")
     assert "this run has no trained autoencoder; choose a finished run of kind autoencoder" in line
     assert "no such file" in refused("evaluate", runs[0]) or "no such folder" in refused("evaluate", runs[0])
 
 
-def test_another_autoencoder_in_its_place_is_refused(
+def test_a_changed_autoencoder_experiment_is_refused(
     refused: Callable[..., str], trained: tuple[dict[str, str], str], tmp_path: Path
 ) -> None:
-    where, _ = trained
-    shutil.copytree(Path(where["runs"]), tmp_path / "runs")
+    paths, _ = trained
+    shutil.copytree(Path(paths["runs"]), tmp_path / "runs")
     moved = experiments(tmp_path)
     yaml = Path(moved["autoencoder"])
     yaml.write_text(yaml.read_text().replace("lr: 3e-3", "lr: 1e-3"))

@@ -1,4 +1,4 @@
-"""What an experiment in latent space asks for in vain is found before anything is trained or written."""
+"""Impossible experiments in latent space are refused before anything is trained or written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +32,12 @@ __all__ = ["refused"]
         ),
     ],
 )
-def test_what_no_denoiser_can_work_on_is_found_first(
+def test_an_unusable_autoencoder_is_refused_before_training(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, line: str
 ) -> None:
-    where = experiments(tmp_path)
+    paths = experiments(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert f": {line}" in refused("train", where["dit"], f"runs_dir={tmp_path / 'none'}", *change.split())
+    assert f": {line}" in refused("train", paths["dit"], f"runs_dir={tmp_path / 'none'}", *change.split())
     assert not (tmp_path / "none").exists()
 
 
@@ -50,15 +50,15 @@ def test_what_no_denoiser_can_work_on_is_found_first(
         ("trainer.label_dropout=0.1", "command line: trainer.label_dropout: unknown key"),
     ],
 )
-def test_what_no_autoencoder_can_do_is_found_first(
+def test_an_impossible_autoencoder_is_refused_before_training(
     refused: Callable[..., str], tmp_path: Path, change: str, line: str
 ) -> None:
-    where = experiments(tmp_path)
-    assert line in refused("train", where["autoencoder"], f"runs_dir={tmp_path / 'none'}", change)
+    paths = experiments(tmp_path)
+    assert line in refused("train", paths["autoencoder"], f"runs_dir={tmp_path / 'none'}", change)
     assert not (tmp_path / "none").exists()
 
 
-def test_one_place_of_the_pictures_serves_both(tmp_path: Path) -> None:
+def test_the_data_path_of_a_denoiser_is_passed_to_its_autoencoder(tmp_path: Path) -> None:
     """data.path given to a denoiser's command reaches the autoencoder that is trained first."""
     cifar10 = "experiments/cifar10-latent/dit.yaml"
     config = load(cifar10, [f"data.path={tmp_path}", "debug=smoke", "runs_dir=elsewhere"])

@@ -1,4 +1,4 @@
-"""All that can be known without an image is checked before the first one is decoded, and before anything is written."""
+"""Whatever can be checked without images is checked before the first is decoded and before anything is written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Trains what must be refused before images are read; returns the line without `error: `."""
+    """A function that trains what must be refused before images are read, and returns the line without `error: `."""
 
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("images were read")
@@ -23,8 +23,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     for module in ("checks", "build", "base"):
         monkeypatch.setattr(f"diffbench.runs.{module}.load_data", read)
 
-    def run(path: str, *words: str) -> str:
-        assert main(["train", path, f"runs_dir={tmp_path / 'runs'}", *words]) == 2
+    def run(path: str, *overrides: str) -> str:
+        assert main(["train", path, f"runs_dir={tmp_path / 'runs'}", *overrides]) == 2
         assert not (tmp_path / "runs").exists()
         err = capsys.readouterr().err
         assert err.count("\n") == 1
@@ -34,7 +34,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("path", "words", "line"),
+    ("path", "overrides", "line"),
     [
         (DIT, "denoiser.patch_size=3", "command line: denoiser.patch_size: 3 does not divide 8, a side of the image"),
         (CLASSIFIER, "classifier.norm_groups=7", "command line: classifier.norm_groups: 7 does not divide"),
@@ -51,12 +51,12 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
         (DIT, "evaluate.extractor=incption", "command line: evaluate.extractor: unknown"),
     ],
 )
-def test_refused_before_images_are_read(path: str, words: str, line: str, refused: Refused) -> None:
-    assert refused(path, *words.split()).startswith(line)
+def test_refused_before_images_are_read(path: str, overrides: str, line: str, refused: Refused) -> None:
+    assert refused(path, *overrides.split()).startswith(line)
 
 
 @pytest.mark.parametrize("path", [DIT, CLASSIFIER, AUTOENCODER])
-def test_a_cache_or_a_folder_of_runs_that_cannot_be_written(
+def test_an_unwritable_cache_or_runs_dir_is_refused(
     path: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "file"

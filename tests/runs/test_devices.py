@@ -1,4 +1,4 @@
-"""One, two and four processes train alike: losses, averages, scores, pictures; and take up each other's runs."""
+"""One, two and four processes train alike (losses, averages, scores, images) and resume each other's runs."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ TINY = [
     "optimizer.lr=0.01",
     "optimizer.warmup_images=320",
     "ema.decays=[0.9,0.99]",
-    "data.held_out=41",  # does not divide
+    "data.held_out=41",  # not a multiple of 2 or 4
     "sample.steps='2'",
     "sample.guidance=1",
     "sample.batch_size=16",
@@ -43,15 +43,15 @@ STEP = 16
 
 
 def trained(folder: Path, steps: int, *more: str, model: str = "dit") -> Path:
-    """The folder of a run that has trained so many steps."""
+    """Train a run for this many steps and return its folder."""
     config = str(ROOT / "experiments" / "digits" / f"{model}.yaml")
-    given = [*TINY, *SMALL[model], f"runs_dir={folder}", f"trainer.max_images={steps * STEP}", *more]
+    overrides = [*TINY, *SMALL[model], f"runs_dir={folder}", f"trainer.max_images={steps * STEP}", *more]
     with forked():
-        return Path(train(config, given).folder)
+        return Path(train(config, overrides).folder)
 
 
 def series(run: Path) -> dict[str, dict[int, float]]:
-    """Metric -> images -> value, but for speeds."""
+    """Return metric -> images seen -> value, without speeds."""
     found: dict[str, dict[int, float]] = {}
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         for name, value in line.items():
@@ -66,7 +66,7 @@ def state(run: Path, step: int) -> Any:
 
 
 def shapes(part: Any) -> Any:
-    """A state's structure: names, types and shapes."""
+    """Return the structure of a state: names, types and shapes."""
     if isinstance(part, torch.Tensor):
         return tuple(part.shape), part.dtype
     if isinstance(part, dict):
@@ -75,7 +75,7 @@ def shapes(part: Any) -> Any:
 
 
 def assert_alike(run: Path, other: Path, rel: float, distances: float) -> None:
-    """Equal series, averages and pictures; distances are float32 networks' and may differ more."""
+    """Assert equal series, averages and images; distances come from float32 networks and may differ more."""
     a, b = series(run), series(other)
     assert a.keys() == b.keys()
     for name in a:
@@ -85,19 +85,19 @@ def assert_alike(run: Path, other: Path, rel: float, distances: float) -> None:
         assert mine.keys() == theirs.keys()
         for key, value in mine.items():
             torch.testing.assert_close(theirs[key], value, rtol=100 * rel, atol=100 * rel)
-    for picture in sorted((run / "samples").iterdir()):
-        assert picture.read_bytes() == (other / "samples" / picture.name).read_bytes(), picture.name
+    for image in sorted((run / "samples").iterdir()):
+        assert image.read_bytes() == (other / "samples" / image.name).read_bytes(), image.name
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 steps in one process, and that in two sittings, of 20 and 40."""
+    """A run of 60 steps in one process, in two sessions of 20 and 40."""
     folder = tmp_path_factory.mktemp("one")
     trained(folder, 20)
     return trained(folder, 60)
 
 
-def test_two_processes_equal_one_and_their_run_goes_on_in_one(one: Path, tmp_path: Path) -> None:
+def test_two_processes_match_one_and_their_run_resumes_in_one(one: Path, tmp_path: Path) -> None:
     run = trained(tmp_path, 50, "trainer.devices=2")
     wanted = {name: {at: v for at, v in values.items() if at <= 50 * STEP} for name, values in series(one).items()}
     found = series(run)
@@ -116,14 +116,14 @@ def test_two_processes_equal_one_and_their_run_goes_on_in_one(one: Path, tmp_pat
             torch.testing.assert_close(theirs[key], value, rtol=1e-7, atol=1e-7)
 
 
-def test_two_processes_take_up_the_run_of_one(one: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_the_run_of_one(one: Path, tmp_path: Path) -> None:
     trained(tmp_path, 20)
     run = trained(tmp_path, 60, "trainer.devices=2")
     assert_alike(one, run, 1e-9, 1e-4)
     assert shapes(state(one, 60)) == shapes(state(run, 60))
     first, second = (load_file(r / "best.safetensors") for r in (one, run))
     assert first.keys() == second.keys()
-    assert len(list(run.glob("events.*"))) == 2  # a sitting each, written by the first process alone
+    assert len(list(run.glob("events.*"))) == 2  # one per session, written only by the first process
 
 
 @pytest.mark.slow
@@ -140,8 +140,8 @@ def test_more_processes_and_other_networks_in_single_precision(model: str, proce
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_reduced_precision_in_two_processes(precision: str, tmp_path: Path) -> None:
-    """Scale, skipped steps and losses are those of one process; products have 8 or 11 bits."""
+def test_reduced_precision_matches_in_two_processes(precision: str, tmp_path: Path) -> None:
+    """Skipped steps and losses match those of one process, within the precision of 8 or 11 bits."""
     more = [f"trainer.precision={precision}", "trainer.accumulate_grad_batches=2"]
     alone, run = trained(tmp_path / "alone", 30, *more), trained(tmp_path / "two", 30, *more, "trainer.devices=2")
     a, b = series(alone), series(run)
@@ -151,9 +151,9 @@ def test_reduced_precision_in_two_processes(precision: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_losses_lead_two_processes_to_the_same_times(tmp_path: Path) -> None:
+def test_loss_aware_sampling_draws_the_same_times_in_two_processes(tmp_path: Path) -> None:
     more = ["trainer.time_sampling=loss_aware", "process.steps=8", "trainer.accumulate_grad_batches=2"]
-    more += ["validation.log_snr=[-6,-2,2]"]  # what eight steps reach
+    more += ["validation.log_snr=[-6,-2,2]"]  # within the range of eight steps
     alone, run = trained(tmp_path / "alone", 50, *more), trained(tmp_path / "two", 50, *more, "trainer.devices=2")
     assert series(run)["train/loss"] == pytest.approx(series(alone)["train/loss"], rel=1e-9)
     histories = [state(r, 50)["loss_history"] for r in (alone, run)]
@@ -175,21 +175,21 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("given", REFUSED)
-def test_what_does_not_fit_is_refused_by_name(given: str) -> None:
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_settings_that_do_not_fit_the_devices_are_refused(overrides: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(DIT, given.split())
-    assert REFUSED[given] in str(caught.value) and "\n" not in str(caught.value)
+        load_config(DIT, overrides.split())
+    assert REFUSED[overrides] in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_machines_that_nobody_started_are_refused(tmp_path: Path) -> None:
+def test_several_machines_without_torchrun_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trainer\.num_nodes: start processes on several machines with torchrun"):
         train(DIT, ["trainer.num_nodes=2", f"runs_dir={tmp_path}"])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("by", ["torchrun", "srun"])
-def test_another_number_than_was_started_is_refused(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_number_of_processes_is_refused(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"torchrun": ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE")}.get(
         by, ("SLURM_LOCALID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     )

@@ -1,4 +1,4 @@
-"""Several processes encode, draw and score to the bytes of one."""
+"""Several processes encode, draw and score to the same bytes as one."""
 
 import hashlib
 import json
@@ -20,21 +20,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Names and hashes of all files but locks."""
+    """Return the names and hashes of all files except locks."""
     found = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
-def test_two_processes_encode_what_one_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_encode_the_same_latents_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         files.save(KLAutoencoder(KLConfig(1, 1, 2, [4, 8], 1, 2)), tmp_path / "autoencoder")
-    monkeypatch.setattr(store, "CHUNK_BYTES", 8_000)  # some dozens of chunks
-    given = ["encode", str(ROOT / "experiments/digits/dit.yaml"), f"autoencoder={tmp_path / 'autoencoder'}"]
+    monkeypatch.setattr(store, "CHUNK_BYTES", 8_000)  # dozens of chunks
+    argv = ["encode", str(ROOT / "experiments/digits/dit.yaml"), f"autoencoder={tmp_path / 'autoencoder'}"]
     for name, more in (("one", []), ("two", ["trainer.devices=2"])):
         monkeypatch.setenv("DIFFBENCH_CACHE", str(tmp_path / name))
         with forked():
-            assert main([*given, *more]) == 0
+            assert main([*argv, *more]) == 0
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
     latents = [name for name in one if name.startswith("latents/")]
     assert len(latents) >= 8  # a training and a held-out part
@@ -43,7 +43,7 @@ def test_two_processes_encode_what_one_encodes(tmp_path: Path, monkeypatch: pyte
     }
 
 
-def test_two_processes_score_what_one_scores(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_get_the_same_scores_as_one(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "SIZE", 16)
     monkeypatch.setattr(drawing, "SIZE", 16)
     run, found = load(smoke_run), []
@@ -64,7 +64,7 @@ def test_two_processes_score_what_one_scores(smoke_run: Path, monkeypatch: pytes
         assert values and values == {name: theirs[name] for name in values}
 
 
-def test_one_process_shares_with_nobody() -> None:
+def test_one_process_needs_no_communication() -> None:
     assert distributed.world_size() == 1 and distributed.rank() == 0
     assert distributed.rank_slice(5).tolist() == [0, 1, 2, 3, 4]
     value = torch.tensor([1.5])

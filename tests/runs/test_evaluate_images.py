@@ -1,4 +1,4 @@
-"""Anyone's images: folders and npz files, against runs, folders, npz and statistics; and the verb `reference`."""
+"""Scoring folders and npz files of images against runs, folders, npz and statistics; and the verb `reference`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +51,7 @@ def refused(capsys: Capture) -> Callable[..., str]:
     return run
 
 
-def test_folder_and_npz_hold_the_same_images(tmp_path: Path) -> None:
+def test_a_folder_and_an_npz_give_the_same_images(tmp_path: Path) -> None:
     folder, npz = (
         images.open_images(as_folder(tmp_path / "a", IMAGES)),
         images.open_images(as_npz(tmp_path / "a.npz", IMAGES, arr_1=LABELS.numpy())),
@@ -64,7 +64,7 @@ def test_folder_and_npz_hold_the_same_images(tmp_path: Path) -> None:
     assert len({folder.identity(), npz.identity(), other.identity()}) == 3
 
 
-def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_images_of_different_shapes_are_named(tmp_path: Path) -> None:
     folder = as_folder(tmp_path / "a", IMAGES[:3])
     Image.new("L", (9, 8)).save(folder / "00002.png")
     with pytest.raises(UserError, match=r"00002\.png: is 9x8 with 1 channels, but 00000\.png is 8x8 with 1 channels"):
@@ -73,7 +73,7 @@ def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is 8x8 with 3 channels, but"):
         list(images.open_images(folder).batches(10))
     Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "00000.png")
-    mixed = torch.cat(list(images.open_images(folder).batches(10)))  # colours first: grey ones are repeated
+    mixed = torch.cat(list(images.open_images(folder).batches(10)))  # the first is in colour: grey ones are repeated
     assert mixed.shape == (3, 3, 8, 8) and torch.equal(mixed[1, 0], mixed[1, 2])
     Image.new("I;16", (8, 8), 257 * 100).save(folder / "00001.png")  # scaled to eight bits, as in training
     assert set(torch.cat(list(images.open_images(folder).batches(10)))[1].flatten().tolist()) == {100}
@@ -83,18 +83,18 @@ def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("array", "told"),
+    ("array", "message"),
     [
         (np.zeros((3, 8, 8, 1), np.float32), "arr_0 must be uint8 (N, H, W, 1 or 3), got float32 (3, 8, 8, 1)"),
         (np.zeros((3, 1, 8, 8), np.uint8), "arr_0 must be uint8 (N, H, W, 1 or 3), got uint8 (3, 1, 8, 8)"),
         (np.zeros((3, 8, 8), np.uint8), "arr_0 must be uint8 (N, H, W, 1 or 3), got uint8 (3, 8, 8)"),
     ],
 )
-def test_npz_files_that_hold_something_else(tmp_path: Path, array: np.ndarray, told: str) -> None:
+def test_npz_files_with_other_arrays_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
     np.savez(tmp_path / "a.npz", arr_0=array)
     with pytest.raises(UserError) as caught:
         images.open_images(tmp_path / "a.npz")
-    assert str(caught.value) == f"{tmp_path / 'a.npz'}: {told}"
+    assert str(caught.value) == f"{tmp_path / 'a.npz'}: {message}"
     np.savez(tmp_path / "b.npz", other=array)
     with pytest.raises(UserError, match=r"b\.npz: contains no array arr_0"):
         images.open_images(tmp_path / "b.npz")
@@ -110,18 +110,18 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("real", ["folder", "npz", "statistics", "mu and sigma"])
-def test_images_against_images(tmp_path: Path, real: str, capsys: Capture) -> None:
+def test_images_are_scored_against_images_or_statistics(tmp_path: Path, real: str, capsys: Capture) -> None:
     samples, against = as_npz(tmp_path / "samples.npz", IMAGES, arr_1=LABELS.numpy()), TRAIN.images[:60]
-    judge = references.make_extractor("digits-cnn", None, TRAIN)
-    x, y = judge(IMAGES).pooled, judge(against).pooled
+    extractor = references.make_extractor("digits-cnn", None, TRAIN)
+    x, y = extractor(IMAGES).pooled, extractor(against).pooled
     if real == "folder":
         reference = as_folder(tmp_path / "real", against)
     elif real == "npz":
         reference = as_npz(tmp_path / "real.npz", against)
     elif real == "statistics":
         reference = tmp_path / "real.safetensors"
-        made = ["reference", str(as_folder(tmp_path / "real", against)), CNN, f"out={reference}"]
-        assert main(made) == 0
+        command = ["reference", str(as_folder(tmp_path / "real", against)), CNN, f"out={reference}"]
+        assert main(command) == 0
     else:
         fit, reference = gaussian(y), tmp_path / "mu.npz"
         np.savez(reference, mu=fit.mean.numpy(), sigma=fit.cov.numpy())
@@ -139,7 +139,7 @@ def test_images_against_images(tmp_path: Path, real: str, capsys: Capture) -> No
     assert len(read(tmp_path / "samples.npz.results.jsonl")) == 2  # appended
 
 
-def test_images_against_a_run_score_as_its_own_samples_do(smoke_run: Path, tmp_path: Path) -> None:
+def test_exported_samples_score_like_those_of_the_run(smoke_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "samples.npz"
     assert main(["evaluate", str(smoke_run), "evaluate.count=40", f"export={out}"]) == 0
     assert main(["evaluate", str(out), "--against", str(smoke_run)]) == 0
@@ -149,7 +149,7 @@ def test_images_against_a_run_score_as_its_own_samples_do(smoke_run: Path, tmp_p
     assert theirs["reference"] == {**own["reference"], "formats": {}} and theirs["floor"] == own["floor"]
 
 
-def test_the_folder_that_one_stands_in_is_scored_beside_itself(
+def test_scores_of_the_current_folder_are_stored_next_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     samples, real = as_folder(tmp_path / "samples", IMAGES), as_folder(tmp_path / "real", TRAIN.images[:60])
@@ -163,7 +163,7 @@ def test_the_folder_that_one_stands_in_is_scored_beside_itself(
     )
 
 
-def test_images_of_another_shape_than_the_runs_are_not_held_against_its_rule() -> None:
+def test_the_rule_and_copy_detector_of_a_run_apply_only_to_images_of_its_shape() -> None:
     train, held_out = shapes(ShapesConfig(count=200, held_out=100))
     run = cast(Any, SimpleNamespace(folder=Path("run"), train_set=train, held_out=held_out))
     settings = EvaluateConfig(count=40, extractor="random-cnn")
@@ -174,13 +174,13 @@ def test_images_of_another_shape_than_the_runs_are_not_held_against_its_rule() -
         assert (scorer.measurement.rule is not None, scorer.measurement.detector is not None) == (kept, kept)
 
 
-def test_other_counts_are_pointed_out(tmp_path: Path, capsys: Capture) -> None:
+def test_different_image_counts_are_noted(tmp_path: Path, capsys: Capture) -> None:
     samples, real = as_folder(tmp_path / "samples", IMAGES), as_folder(tmp_path / "real", TRAIN.images[:80])
     assert main(["evaluate", str(samples), "--against", str(real), CNN]) == 0
     assert "note: 60 images against 80 real ones: a Fréchet distance depends on both counts" in capsys.readouterr().out
 
 
-def test_what_evaluate_refuses_of_images(refused: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_unusable_images(refused: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
     few, many = as_folder(tmp_path / "few", IMAGES[:5]), as_folder(tmp_path / "many", IMAGES)
     assert refused("evaluate", few, "--against", many, CNN) == f"{few}: has 5 images; at least 20 are needed"
     assert refused("evaluate", many, "--against", many).startswith("command line: evaluate.extractor: missing; choose")
@@ -229,11 +229,11 @@ def test_statistics_of_another_extractor_are_refused(tmp_path: Path, refused: Ca
 
 
 def make(request: object) -> nn.Module:
-    """An extractor of one's own, as the config names it."""
+    """A custom extractor, named in the config."""
     return Mean()
 
 
-def test_a_reference_is_built(tmp_path: Path, smoke_run: Path, capsys: Capture) -> None:
+def test_a_reference_file_is_built(tmp_path: Path, smoke_run: Path, capsys: Capture) -> None:
     assert main(["reference", str(smoke_run), "evaluate.count=100"]) == 0
     out = capsys.readouterr().out
     assert "extractor: digits-cnn\n" in out and "split: train\n" in out and "count: 100\n" in out
@@ -241,7 +241,7 @@ def test_a_reference_is_built(tmp_path: Path, smoke_run: Path, capsys: Capture) 
     assert path.parent == references.reference_folder() and path.is_file()
     part = references.choose_first(TRAIN, "train", 100)
     extractor = references.make_extractor("digits-cnn", None, TRAIN)
-    assert references.statistics_of(extractor, part)[1] in path.name  # the very file that evaluate reads
+    assert references.statistics_of(extractor, part)[1] in path.name  # the same file that evaluate reads
     want = gaussian(extractor(TRAIN.images[balanced(TRAIN.labels, 100)]).pooled).cov.trace().item()
     assert references.read(path)[1].fit.cov.trace().item() == pytest.approx(want, rel=1e-9)
 
@@ -256,7 +256,7 @@ def test_a_reference_is_built(tmp_path: Path, smoke_run: Path, capsys: Capture) 
         references.read(mine)
 
 
-def test_what_reference_refuses(refused: Callable[..., str], tmp_path: Path, smoke_run: Path) -> None:
+def test_reference_refuses_wrong_arguments(refused: Callable[..., str], tmp_path: Path, smoke_run: Path) -> None:
     assert refused("reference").startswith("command line: the following arguments are required: REAL")
     line = refused("reference", smoke_run, "out=stats.pt")
     assert line == "command line: out: must end in .safetensors, or in .npz for the ADM evaluator, got stats.pt"
@@ -267,7 +267,7 @@ def test_what_reference_refuses(refused: Callable[..., str], tmp_path: Path, smo
     )
 
 
-def test_settings_come_from_the_run_compared_with(smoke_run: Path) -> None:
+def test_settings_come_from_the_run_to_compare_with(smoke_run: Path) -> None:
     run = evaluate_images.run_of(smoke_run)
     assert run is not None and evaluate_images.run_of(smoke_run.parent) is None
     assert evaluate_images.settings_of([], run).extractor == "digits-cnn"
@@ -324,11 +324,11 @@ def test_labels_that_the_run_does_not_have_are_refused(
     )
 
 
-def test_a_lossy_format_beside_a_lossless_one_is_said(tmp_path: Path, capsys: Capture) -> None:
+def test_a_lossy_format_against_a_lossless_one_is_noted(tmp_path: Path, capsys: Capture) -> None:
     real, lossy = as_folder(tmp_path / "real", IMAGES), tmp_path / "lossy"
     lossy.mkdir()
     for i, image in enumerate(IMAGES):
-        Image.fromarray(image[0].numpy()).save(lossy / f"{i:05d}.png", format="JPEG")  # the content counts
+        Image.fromarray(image[0].numpy()).save(lossy / f"{i:05d}.png", format="JPEG")  # found from the content
     note = "note: JPEG (lossy) images against PNG (lossless) ones: the compression alone moves every distance\n"
     assert main(["evaluate", str(lossy), "--against", str(real), CNN]) == 0
     assert capsys.readouterr().out.endswith(note)

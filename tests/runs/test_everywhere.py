@@ -16,14 +16,14 @@ WITH_CONVOLUTIONS = pytest.mark.parametrize("name", ["unet", "diffit", "ddpmpp"]
 
 
 def gradients(net: nn.Module, out: Tensor) -> dict[str, Tensor]:
-    """Of the mean square of an output."""
+    """Return the gradients of the mean square of an output."""
     net.zero_grad()
     out.float().square().mean().backward()
     return {key: p.grad.clone() for key, p in net.named_parameters() if p.grad is not None}
 
 
 def close(got: Tensor, want: Tensor, share: float) -> bool:
-    """Whether the difference is at most a share of the size of what is wanted."""
+    """Return whether the difference is at most a share of the norm of the wanted value."""
     return bool((got - want).norm() <= share * want.norm() + 1e-12)
 
 
@@ -45,7 +45,7 @@ NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g+
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # minutes of compilation for each network, more on a busy machine
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from inductor's own imports
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
 @EACH
 def test_compiled_gradients_are_the_same(name: str, backend: str) -> None:
@@ -94,7 +94,7 @@ def test_any_batch_size_trains(name: str, batch: int) -> None:
     assert all(bool(g.isfinite().all()) for g in gradients(net, out).values())
 
 
-# The transformers and DiffiT are built for a height and a width; U-Nets take any multiple of their levels.
+# Transformers and DiffiT are built for one height and width; U-Nets take any size their levels divide.
 OBLONG = [
     ("dit", {"image_size": (4, 8)}),
     ("diffit-latent", {"image_size": (4, 8)}),
@@ -106,7 +106,7 @@ OBLONG = [
 
 
 @pytest.mark.parametrize(("name", "shape"), OBLONG, ids=str)
-def test_oblong_images(name: str, shape: dict[str, Any]) -> None:
+def test_networks_take_oblong_images(name: str, shape: dict[str, Any]) -> None:
     net = small(name, **shape).double()
     x, t, y = (
         torch.randn(2, CHANNELS, 4, 8, dtype=torch.float64),
@@ -119,11 +119,11 @@ def test_oblong_images(name: str, shape: dict[str, Any]) -> None:
         changed = x.clone()
         changed[:, :, row, column] += 1
         there = reduce((net(changed, t, y) - out).abs(), "b c (h p) (w q) -> h w", "sum", p=2, q=2)
-        assert there.argmax() == row // 2 * 4 + column // 2  # a patch changes most where its pixel does
+        assert there.argmax() == row // 2 * 4 + column // 2  # the patch of the changed pixel changes most
 
 
 @pytest.mark.parametrize("name", ["dit", "diffit", "diffit-latent"])
-def test_a_square_may_be_given_by_both_sides(name: str) -> None:
+def test_a_square_size_may_be_given_as_height_and_width(name: str) -> None:
     square, again, (x, t, y) = small(name, image_size=(8, 8)), small(name), inputs()
     assert torch.equal(square(x, t, y), again(x, t, y))
 

@@ -1,4 +1,4 @@
-"""Full disks and damaged files: one line that names the file, what was good stays, and the same command goes on."""
+"""Full disks and damaged files: one line names the file, intact files stay, and the same command resumes."""
 
 import re
 import resource
@@ -49,15 +49,15 @@ DAMAGE = pytest.mark.parametrize("damage", [flip, cut])
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; read only."""
+    """A finished run, which no test may modify."""
     return Path(train(DIT, [*TINY, f"runs_dir={tmp_path_factory.mktemp('whole')}"]).folder)
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two runs ended with the same averages and best weights."""
+    """Return whether two runs ended with the same averages and best weights."""
     for name in ("ema-0.9.safetensors", "best.safetensors"):
-        (one, told), (other, also) = sealed.read(a / name), sealed.read(b / name)
-        if told != also or not all(torch.equal(one[key], other[key]) for key in one | other):
+        (one, facts), (other, other_facts) = sealed.read(a / name), sealed.read(b / name)
+        if facts != other_facts or not all(torch.equal(one[key], other[key]) for key in one | other):
             return False
     return True
 
@@ -108,7 +108,7 @@ def test_a_full_disk_in_scoring(pattern: str, named: str, whole: Path, tmp_path:
 
 
 def limited(call: Callable[[], Any], size: int) -> str:
-    """What a call says where no file may be larger."""
+    """Return the error message of a call while no file may be larger than `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -121,8 +121,8 @@ def limited(call: Callable[[], Any], size: int) -> str:
 
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "latents"
-    told = limited(lambda: encode(squares(100), Encoder(), folder), 2_000)
-    assert re.fullmatch(rf"{folder}/\w+\.bin: no room for [\d,]+ more bytes \(File too large\); make room, .*", told)
+    message = limited(lambda: encode(squares(100), Encoder(), folder), 2_000)
+    assert re.fullmatch(rf"{folder}/\w+\.bin: no room for [\d,]+ more bytes \(File too large\); make room, .*", message)
     encode(squares(100), Encoder(), folder)
     encode(squares(100), Encoder(), tmp_path / "unbroken")
     assert (folder / "mean.bin").read_bytes() == (tmp_path / "unbroken" / "mean.bin").read_bytes()
@@ -140,12 +140,12 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
 
 @pytest.fixture
 def copied(whole: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of the finished run, where its command finds it."""
+    """A copy of the finished run where its training command finds it."""
     yield Path(shutil.copytree(whole, tmp_path / "digits" / whole.name))
 
 
 @DAMAGE
-def test_a_damaged_state_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
     damage: Callable[[Path], None], copied: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = copied / "checkpoints" / "step-8.ckpt"
@@ -170,18 +170,18 @@ def test_damaged_weights_are_never_used(name: str, damage: Callable[[Path], None
 def test_every_damaged_bit_of_a_sealed_file_is_found(tmp_path: Path) -> None:
     path, tensors = tmp_path / "a.safetensors", {"w": torch.arange(3.0), "n": torch.tensor(5)}
     sealed.write(path, tensors, {"images": "5"})
-    found, told = sealed.read(path)
-    assert told == {"images": "5"} and all(torch.equal(found[k], tensors[k]) for k in tensors)
+    found, facts = sealed.read(path)
+    assert facts == {"images": "5"} and all(torch.equal(found[k], tensors[k]) for k in tensors)
     data = path.read_bytes()
     for i in range(len(data)):
         path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
         try:
-            found, told = sealed.read(path)
+            found, facts = sealed.read(path)
         except UserError as e:
             assert str(e).startswith(f"{path}: damaged (")
             continue
-        # What is left to go wrong is the name of the hash, and the spaces that fill up the header.
-        assert told["images"] == "5" and all(torch.equal(found[k], tensors[k]) for k in tensors)
+        # Only flips in the hash's name and in the header's padding go unnoticed, and they change no value.
+        assert facts["images"] == "5" and all(torch.equal(found[k], tensors[k]) for k in tensors)
 
 
 @DAMAGE

@@ -52,15 +52,15 @@ def folder(*overrides: str, path: Path = DIT) -> str:
         (["debug=smoke", "denoiser.depth=1", "seed=2"], "runs/digits/dit-smoke-depth_1-s2"),
     ],
 )
-def test_name(overrides: list[str], name: str) -> None:
+def test_the_folder_name_follows_from_the_overrides(overrides: list[str], name: str) -> None:
     assert folder(*overrides) == name
 
 
-def test_an_override_that_changes_nothing_names_nothing() -> None:
+def test_an_override_that_changes_nothing_is_not_in_the_name() -> None:
     assert folder("denoiser.patch_size=2", "process.steps=1000") == "runs/digits/dit-s0"
 
 
-def test_what_images_get_anyway_names_nothing(tmp_path: Path) -> None:
+def test_values_that_follow_from_the_images_are_not_in_the_name(tmp_path: Path) -> None:
     for i in range(20):
         Image.new("RGB", (40, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     path, data = Path("experiments/own/dit.yaml"), f"data.path={tmp_path}"
@@ -70,20 +70,20 @@ def test_what_images_get_anyway_names_nothing(tmp_path: Path) -> None:
     assert folder(data, "data.channels=1", path=path) == f"runs/own/dit-{tmp_path.name}-channels_1-s0"
 
 
-def test_long_tags_are_cut_and_stay_apart() -> None:
+def test_long_tags_are_cut_and_stay_distinct() -> None:
     long = [f"init_from={'x' * 300}{end}" for end in "ab"]
     names = {Path(folder(argument)).name for argument in long}
     assert len(names) == 2
     assert all(len(name) < 120 for name in names)
 
 
-def test_overrides_may_mend_a_file(tmp_path: Path) -> None:
+def test_overrides_may_complete_a_file(tmp_path: Path) -> None:
     path = tmp_path / "raw.yaml"
     path.write_text("data: {name: digits}\n")
     assert folder("denoiser.name=dit", path=path) == f"runs/{tmp_path.name}/raw-denoiser.name_dit-s0"
 
 
-def test_a_new_folder_gets_its_config_and_the_same_config_agrees(tmp_path: Path) -> None:
+def test_a_new_folder_gets_its_config_and_accepts_it_again(tmp_path: Path) -> None:
     config = load(DIT)
     assert not claim_folder(tmp_path, config)
     assert claim_folder(tmp_path, config)
@@ -109,30 +109,30 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
         claim_folder(tmp_path, load(DIT, ["denoiser.name=unet"]))
 
 
-def test_length_is_free_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_length_is_accepted_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert is_free("trainer.max_images")
     claim_folder(tmp_path, load(DIT, ["trainer.max_images=1000"]))
     longer = load(DIT, ["trainer.max_images=2000"])
     assert claim_folder(tmp_path, longer)
-    assert read_config(tmp_path).trainer.max_images == 1000  # written only where the run goes on
+    assert read_config(tmp_path).trainer.max_images == 1000  # written only when the run continues
     update_config(tmp_path, longer)
     update_config(tmp_path, longer)
     assert capsys.readouterr().out == "trainer.max_images: 1,000 before, 2,000 now\n"
     assert read_config(tmp_path) == longer
 
 
-def test_what_does_not_train_is_taken_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_do_not_affect_training_are_updated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claim_folder(tmp_path, load(DIT, ["trainer.max_images=2000"]))
     now = load(DIT, ["trainer.max_images=1000", "sample.steps=90", "evaluate.count=40", "trainer.log_images=640"])
     assert claim_folder(tmp_path, now)
     update_config(tmp_path, now, complete=True)
     saved = read_config(tmp_path)
     assert (saved.sample.steps, saved.evaluate.count, saved.trainer.log_images) == ("90", 40, 640)  # type: ignore[attr-defined]
-    assert saved.trainer.max_images == 2000  # of a run that is there already
+    assert saved.trainer.max_images == 2000  # the run already has this length
     assert capsys.readouterr().out == ""
 
 
-def test_a_complete_run_keeps_what_was_measured_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_keeps_its_in_training_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claim_folder(tmp_path, load(DIT))
     now = load(DIT, ["evaluate.every_images=640", "evaluate.best=fd", "evaluate.count=40"])
     assert claim_folder(tmp_path, now)
@@ -153,7 +153,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
 
 
-def test_no_run_names_those_beside_it(tmp_path: Path) -> None:
+def test_a_missing_run_is_reported_with_the_runs_next_to_it(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     claim_folder(tmp_path / "a", load(DIT))
     with pytest.raises(UserError) as caught:
@@ -162,7 +162,7 @@ def test_no_run_names_those_beside_it(tmp_path: Path) -> None:
     assert str(caught.value) == expected
 
 
-def test_a_file_in_the_way_of_a_run(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     check_place(tmp_path / "new" / "run")
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -183,7 +183,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_held_folder_is_refused_with_the_pid_and_free_again_after_a_kill(
+def test_a_locked_folder_is_refused_with_the_pid_and_free_after_a_kill(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     with pytest.raises(UserError) as caught, locked(tmp_path):

@@ -1,4 +1,4 @@
-"""Networks from outside: what is refused before training, and that all a registered denoiser does works for them."""
+"""Custom networks: what is refused before training, and that they can do all that a registered denoiser can."""
 
 import importlib.util
 import shutil
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from parts import conv  # beside this file
+from parts import conv  # next to this file
 
 
 class Plain(nn.Module):
@@ -38,7 +38,7 @@ class Plain(nn.Module):
         self.shape = image_size, channels, num_classes
         self.inside, self.out = conv(channels, width), conv(width, channels)
         self.label = nn.Embedding(num_classes + 1, width)
-        self.norm = nn.BatchNorm2d(width)  # which has buffers that training changes
+        self.norm = nn.BatchNorm2d(width)  # its buffers change in training
         self.fixed = nn.Parameter(torch.ones(()), requires_grad=False)
 
     def forward(self, x, t, y):
@@ -46,7 +46,7 @@ class Plain(nn.Module):
         return self.out(self.norm(self.inside(x) + condition[..., None, None]).relu())
 
 
-class Values(Plain):  # that needs values to be built and run, which the meta device has not
+class Values(Plain):  # needs values to be built and run, and the meta device has none
     def __init__(self, channels, num_classes):
         super().__init__(8, channels, num_classes)
         self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
@@ -79,7 +79,7 @@ class Noisy(Plain):
         return super().forward(x + torch.randn_like(x), t, y)
 
 
-class NoisyInTraining(Plain):  # by a generator that torch does not seed
+class NoisyInTraining(Plain):  # from a generator that torch does not seed
     def forward(self, x, t, y):
         return super().forward(x + float(np.random.randn()) * self.training, t, y)
 
@@ -147,7 +147,7 @@ class NoBackward(Plain):
     def forward(self, x, t, y):
         hidden = self.inside(x).sigmoid()
         out = self.out(hidden) + self.label(y).sum()
-        hidden.add_(1)  # which the gradient needs as it was
+        hidden.add_(1)  # the gradient needs the old value
         return out
 
 
@@ -159,7 +159,7 @@ class Wider(Plain):
 class Tokens(Plain):
     def __init__(self, channels, num_classes):
         super().__init__(8, channels, num_classes)
-        self.norm, self.place = nn.Identity(), nn.Embedding(num_classes + 1, 4)  # of as many rows as there are labels
+        self.norm, self.place = nn.Identity(), nn.Embedding(num_classes + 1, 4)  # as many rows as labels
 
     def labels(self, y):
         return self.label(y[:, None]) + self.label(y[:, None].expand(-1, 2)).sum(1, keepdim=True)
@@ -271,8 +271,8 @@ def yaml(tmp_path: Path) -> Path:
     return tmp_path / "e.yaml"
 
 
-def denoiser(*words: str) -> list[str]:
-    return [f"denoiser.{word}" for word in words]
+def denoiser(*overrides: str) -> list[str]:
+    return [f"denoiser.{override}" for override in overrides]
 
 
 REFUSED = {
@@ -331,9 +331,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_train_is_refused_in_one_line(case: str, yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words, message = REFUSED[case]
-    assert main(["train", str(yaml), *denoiser(*words), "sample.guidance=1"]) == 2
+def test_networks_that_cannot_train_are_refused(case: str, yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides, message = REFUSED[case]
+    assert main(["train", str(yaml), *denoiser(*overrides), "sample.guidance=1"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (yaml.parent / "runs").exists()
@@ -344,8 +344,8 @@ def test_the_hint_names_the_nearest_argument(yaml: Path) -> None:
         load(yaml, ["denoiser.args.widht=4"])
 
 
-def made(yaml: Path, *words: str) -> tuple[DenoiserRun, nn.Module]:
-    config = load(yaml, denoiser(*words))
+def built(yaml: Path, *overrides: str) -> tuple[DenoiserRun, nn.Module]:
+    config = load(yaml, denoiser(*overrides))
     run = DenoiserRun(yaml.parent / "unwritten", config)  # type: ignore[arg-type]
     run.check(config)
     return run, run.network.eval()
@@ -355,12 +355,12 @@ X, T, Y = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8), torch.tensor([100.0, 6
 
 
 def test_the_network_gets_its_arguments_and_its_inputs(yaml: Path) -> None:
-    run, net = made(yaml, "args.width=6")
+    run, net = built(yaml, "args.width=6")
     inner = net.network
     assert inner.shape == (8, 1, 10) and inner.out.in_channels == 6
     assert torch.equal(net(X, T, Y), inner(X, T, Y))
     assert torch.equal(net(X, T), inner(X, T, torch.tensor([10, 10])))  # no labels: no class
-    assert run.cost.parameters == sum(p.numel() for p in inner.parameters())  # not what the norm keeps
+    assert run.cost.parameters == sum(p.numel() for p in inner.parameters())  # without the buffers of the norm
     one_hot = torch.eye(11)[Y]
     assert torch.equal(net(X, T, one_hot), net(X, T, Y))
     halves = (torch.eye(11)[3] + torch.eye(11)[5]).repeat(2, 1) / 2
@@ -370,46 +370,46 @@ def test_the_network_gets_its_arguments_and_its_inputs(yaml: Path) -> None:
     table[0] = (table[3] + table[5]) / 2
     assert torch.equal(mixed, net(X, T, torch.tensor([0, 0])))
     assert run.cost.macs == 64 * 9 * 6 * 2
-    _, configured = made(yaml, "name=nets:Configured", "args={width: 3, sizes: [5, 6]}")
+    _, configured = built(yaml, "name=nets:Configured", "args={width: 3, sizes: [5, 6]}")
     assert configured.network.out.in_channels == 3 and configured.network.sizes == (5, 6)
-    _, plain = made(yaml, "name=nets:function", "args.width=2")
+    _, plain = built(yaml, "name=nets:function", "args.width=2")
     assert plain.network.out.in_channels == 2
 
 
-def test_a_neighbour_that_is_imported_late_is_found(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_neighbouring_module_that_is_imported_late_is_found(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (yaml.parent / "late.py").write_text(LATE)
     (yaml.parent / "later.py").write_text("def twice(x):\n    return 2 * x\n")
-    _, net = made(yaml, "name=late:Late")
+    _, net = built(yaml, "name=late:Late")
     assert net(X, T, Y).shape == X.shape
     assert sys.path.count(str(yaml.parent)) == 1
 
 
 def test_labels_as_tokens_are_mixed_too(yaml: Path) -> None:
-    _, net = made(yaml, "name=nets:Tokens")
+    _, net = built(yaml, "name=nets:Tokens")
     assert torch.equal(net(X, T, torch.eye(11)[Y]), net(X, T, Y))
     table = net.network.label.weight.data
     halves = (torch.eye(11)[3] + torch.eye(11)[5]).repeat(2, 1) / 2
     mixed = net(X, T, halves)
     table[0] = (table[3] + table[5]) / 2
     assert torch.allclose(mixed, net(X, T, torch.tensor([0, 0])))
-    _, net = made(yaml, "name=nets:Backwards")
+    _, net = built(yaml, "name=nets:Backwards")
     with pytest.raises(ValueError, match="this network does not look up labels unchanged"):
         net(X, T, halves)
 
 
-def test_fields_that_are_no_arguments_stand_in_no_config(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_non_init_fields_are_left_out_of_the_config(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(yaml), *denoiser("name=nets:Asserted"), "tag=x", "debug=smoke"]) == 0
     (run,) = (yaml.parent / "runs" / yaml.parent.name).iterdir()
     assert "twice" not in (run / "config.yaml").read_text()
     assert load_run(run).network.network.out.in_channels == 8
 
 
-def test_a_network_without_labels_is_asked_for_none(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}")
-    assert main(["train", str(yaml), *words, "sample.guidance=2"]) == 2
+def test_a_network_without_labels_refuses_labels_and_guidance(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}")
+    assert main(["train", str(yaml), *overrides, "sample.guidance=2"]) == 2
     assert "sample.guidance: 2 needs labels, but denoiser.call.y=null gives the network none" in capsys.readouterr().err
-    assert main(["train", str(yaml), *words, "sample.guidance=1", "tag=x", "debug=smoke"]) == 0
+    assert main(["train", str(yaml), *overrides, "sample.guidance=1", "tag=x", "debug=smoke"]) == 0
     (run,) = (yaml.parent / "runs" / yaml.parent.name).iterdir()
     assert main(["sample", str(run), "n=2"]) == 0
     capsys.readouterr()
@@ -417,12 +417,12 @@ def test_a_network_without_labels_is_asked_for_none(yaml: Path, capsys: pytest.C
     assert "labels: denoiser.call.y=null gives this network none; leave them out" in capsys.readouterr().err
 
 
-def test_planted_classes_are_left_unexplained_without_a_table_of_labels(
+def test_planted_classes_are_not_explained_without_a_label_table(
     yaml: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}")
-    words += ["sample.guidance=1", "tag=p", "debug=smoke", "data.planted={copy of 8: [8]}"]
-    assert main(["train", str(yaml), *words]) == 0
+    overrides = denoiser("name=nets:Keywords", "call={x: image, t: sigma, y: null, output: image}")
+    overrides += ["sample.guidance=1", "tag=p", "debug=smoke", "data.planted={copy of 8: [8]}"]
+    assert main(["train", str(yaml), *overrides]) == 0
     assert (
         "note: planted classes are not explained, since this network has no table of label emb"
         in capsys.readouterr().out
@@ -431,8 +431,8 @@ def test_planted_classes_are_left_unexplained_without_a_table_of_labels(
     assert {"fd/digits-cnn@20", "planted_found@1"} & load_run(run).results[-1].keys() == {"fd/digits-cnn@20"}
 
 
-def test_a_network_that_needs_values_is_counted_too(yaml: Path) -> None:
-    run, _ = made(yaml, "name=nets:Values")
+def test_the_macs_of_a_network_that_needs_real_values_are_counted(yaml: Path) -> None:
+    run, _ = built(yaml, "name=nets:Values")
     attention = 64 * 4 * 12 + 2 * 64 * 64 * 4 + 64 * 4 * 4
     assert run.cost.macs == 2 * 64 * 9 * 4 + attention
 
@@ -450,14 +450,14 @@ def test_times_become_noise_levels(process: str, t_as: str, yaml: Path) -> None:
         ],
     )
     net = DenoiserRun(yaml.parent / "unwritten", config).network  # type: ignore[arg-type]
-    given = []
-    net.network.register_forward_pre_hook(lambda _, args, named: given.append(named["sigma"]), with_kwargs=True)
+    received = []
+    net.network.register_forward_pre_hook(lambda _, args, named: received.append(named["sigma"]), with_kwargs=True)
     process_of = runs_build.build_process(config.process)  # type: ignore[attr-defined]
     levels = torch.tensor([-4.0, 2.0], dtype=torch.float64)
     net(*process_of.inputs(X, process_of.time_at(levels)))
     wanted = levels if t_as == "log_snr" else (-levels / 2).exp()
-    assert given[0].numpy() == pytest.approx(wanted.numpy(), rel=1e-5)
-    if process == "flow":  # which begins where the level is infinite
+    assert received[0].numpy() == pytest.approx(wanted.numpy(), rel=1e-5)
+    if process == "flow":  # starts at an infinite noise level
         assert net(X, torch.zeros(2)).isfinite().all()
 
 
@@ -467,18 +467,18 @@ def test_times_that_are_not_steps_are_not_rounded(process: str, yaml: Path) -> N
         load(yaml, ["denoiser.call.t_as=step", f"process.name={process}", "sample.guidance=1"])
 
 
-def test_networks_from_outside_draw_one_batch_at_a_time(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_networks_draw_one_batch_at_a_time(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("diffbench.training.speed._default_threads", lambda: 4)
     threads = torch.get_num_threads()
-    run, _ = made(yaml)
+    run, _ = built(yaml)
     run.use_threads()
     torch.set_num_threads(threads)
-    assert run.at_once == 4 and run.sampler(run.config.sample).at_once == 1  # what they keep of a call is not known
+    assert run.at_once == 4 and run.sampler(run.config.sample).at_once == 1  # they may store state in a call
 
 
-def test_code_is_kept_apart_by_folder_and_known_by_its_hash(yaml: Path, tmp_path: Path) -> None:
+def test_code_is_kept_apart_by_folder_and_identified_by_its_hash(yaml: Path, tmp_path: Path) -> None:
     first = load(yaml)
     assert load(yaml).denoiser == first.denoiser  # type: ignore[attr-defined]
     other = tmp_path / "other"
@@ -492,7 +492,7 @@ def test_code_is_kept_apart_by_folder_and_known_by_its_hash(yaml: Path, tmp_path
         assert network.network.out.kernel_size == (side, side)
 
 
-def test_a_run_lives_on_without_its_yaml(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_works_without_its_yaml_and_source_files(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs, folder = yaml.parent / "runs", yaml.parent
     assert main(["train", str(yaml), "debug=smoke"]) == 0
     (run,) = (runs / folder.name).iterdir()
@@ -533,7 +533,7 @@ stop: {images: 128}
 """
 
 
-def test_a_network_from_outside_joins_a_study(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_custom_network_joins_a_study(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = yaml.parent / "s.yaml"
     study.write_text(STUDY + f"runs_dir: {yaml.parent / 'runs'}\n")
     plain, dit = training_variants(load_study(study), study, {}, lambda config: 1.0)
@@ -545,7 +545,7 @@ def test_a_network_from_outside_joins_a_study(yaml: Path, capsys: pytest.Capture
     assert "plain" in report and "dit" in report
 
 
-def test_a_network_grows_far_to_meet_a_target(yaml: Path) -> None:
+def test_a_network_can_grow_far_to_match_a_target(yaml: Path) -> None:
     config = load(yaml, denoiser("width=width", "args.width=2"))
     assert isinstance(config, RunConfig)
     data, _ = runs_build.load_data(config)
@@ -557,7 +557,7 @@ FOREIGN = sorted(Path("experiments/foreign").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FOREIGN, ids=lambda path: path.stem)
-def test_the_shipped_networks_train_in_less_than_twenty_lines(path: Path, tmp_path: Path) -> None:
+def test_the_shipped_networks_train_from_fewer_than_twenty_lines(path: Path, tmp_path: Path) -> None:
     if "diffusers" in path.read_text() and importlib.util.find_spec("diffusers") is None:
         pytest.skip("diffusers is missing")
     assert len([line for line in path.read_text().splitlines() if not line.startswith("#")]) < 20

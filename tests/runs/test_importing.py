@@ -1,4 +1,4 @@
-"""`diffbench import`: published checkpoints become run folders, equal to the last bit, that sample as released."""
+"""`diffbench import` turns published checkpoints into run folders, bit for bit equal, that sample as released."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def words(args: dict[str, Any]) -> list[str]:
-    """The constructor's arguments as the command line takes them; latents stay latents."""
+    """Return the constructor's arguments as command-line overrides, without an autoencoder."""
     return ["autoencoder=null", *(f"arguments.{key}={json.dumps(value)}" for key, value in args.items())]
 
 
@@ -41,7 +41,7 @@ def saved(tmp_path: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize(("source", "name"), CASES)
-def test_an_imported_run_is_the_reference(source: str, name: str, tmp_path: Path, capsys: Capture) -> None:
+def test_an_imported_run_equals_the_reference(source: str, name: str, tmp_path: Path, capsys: Capture) -> None:
     case, out = load(name), tmp_path / "runs" / name
     path = saved(tmp_path, name)
     assert main(["import", source, str(path), str(out), "trainer.channels_last=false", *words(arguments(case))]) == 0
@@ -64,7 +64,7 @@ def test_an_imported_run_is_the_reference(source: str, name: str, tmp_path: Path
 
 
 def config(source: str, args: dict[str, Any], tmp_path: Path) -> RunConfig:
-    """The config of an import of a network of these arguments."""
+    """Import a network with these arguments and return the run's config."""
     recipe, plan = RECIPES["dit" if source == "sit" else source], describe(source, args)
     net = recipe.build(plan.config, **plan.shape)
     state = {key: torch.zeros(value.shape) for key, value in shapes_of(source, args).items()} | recipe.buffers(net)
@@ -91,7 +91,7 @@ def test_dit_samples_as_released(tmp_path: Path) -> None:
     assert c.trainer.label_dropout == 0.1
 
 
-def test_sit_flows(tmp_path: Path) -> None:
+def test_sit_samples_as_released(tmp_path: Path) -> None:
     c = config("sit", TINY_DIT, tmp_path)
     assert (c.process.name, c.process.path, c.sample.sampler) == ("flow", "linear", "euler_maruyama")
     assert (c.sample.steps, c.sample.guidance, c.sample.guidance_channels) == ("250", 4.0, 3)
@@ -100,7 +100,7 @@ def test_sit_flows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("side", "schedule", "weight"), [(16, "power_cosine", 4.4), (32, "power_cosine", 4.4), (64, "constant", 1.49)]
 )
-def test_diffit_is_guided_by_its_size(tmp_path: Path, side: int, schedule: str, weight: float) -> None:
+def test_guidance_of_diffit_follows_its_size(tmp_path: Path, side: int, schedule: str, weight: float) -> None:
     s = config("diffit", TINY_DIT | {"input_size": side, "patch_size": 8}, tmp_path).sample
     assert (s.guidance_schedule, s.guidance, s.guidance_power, s.guidance_channels) == (schedule, weight, 4.0, 3)
 
@@ -113,7 +113,7 @@ def test_adm_at_64_has_a_cosine_schedule_and_no_null_class(tmp_path: Path, side:
 
 
 @pytest.mark.parametrize(("side", "steps"), [(32, "18"), (64, "40")])
-def test_ddpmpp_takes_heuns_steps_of_edm(tmp_path: Path, side: int, steps: str) -> None:
+def test_ddpmpp_samples_by_the_heun_steps_of_edm(tmp_path: Path, side: int, steps: str) -> None:
     args = {"img_resolution": side, "in_channels": 3, "out_channels": 3, "model_channels": 16, "num_blocks": 1}
     c = config("ddpmpp", args | {"channel_mult": [1, 1]}, tmp_path)
     assert (c.process.name, c.sample.sampler, c.sample.steps, c.sample.guidance) == ("edm", "heun", steps, 1.0)
@@ -133,12 +133,12 @@ def test_uvit_is_guided_where_its_training_dropped_labels(
 
 
 @pytest.mark.parametrize(("side", "guidance"), [(32, 1.4), (64, 1.7)])
-def test_uvits_guidance_follows_its_size(side: int, guidance: float, tmp_path: Path) -> None:
+def test_guidance_of_uvit_follows_its_size(side: int, guidance: float, tmp_path: Path) -> None:
     args = {"img_size": side, "patch_size": 8, "in_chans": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
     assert config("uvit", args | {"num_classes": 11, "p_uncond": 0.1}, tmp_path).sample.guidance == guidance
 
 
-def test_guidance_of_imported_adm_is_refused_with_a_sentence(tmp_path: Path, capsys: Capture) -> None:
+def test_guidance_of_imported_adm_is_refused_in_one_line(tmp_path: Path, capsys: Capture) -> None:
     path = saved(tmp_path, "adm_b_legacy")
     assert main(["import", "adm", str(path), str(tmp_path / "adm"), *words(arguments(load("adm_b_legacy")))]) == 0
     capsys.readouterr()
@@ -148,7 +148,7 @@ def test_guidance_of_imported_adm_is_refused_with_a_sentence(tmp_path: Path, cap
     assert main(["sample", str(tmp_path / "adm"), "n=1", "steps=2"]) == 0
 
 
-def test_latents_are_decoded_or_written_as_they_are(tmp_path: Path, capsys: Capture) -> None:
+def test_latents_are_decoded_or_written_raw(tmp_path: Path, capsys: Capture) -> None:
     path, out, file = saved(tmp_path, "dit_a"), tmp_path / "dit", tmp_path / "samples.npz"
     assert main(["import", "dit", str(path), str(out), *words(arguments(load("dit_a")))[1:]]) == 0
     run = diffbench.load(out)
@@ -171,15 +171,15 @@ def test_latents_are_decoded_or_written_as_they_are(tmp_path: Path, capsys: Capt
         run.sample(n=1, steps="2")
 
 
-def test_an_autoencoder_makes_pictures_of_imported_latents(tmp_path: Path, capsys: Capture) -> None:
+def test_an_autoencoder_decodes_imported_latents(tmp_path: Path, capsys: Capture) -> None:
     path, out = saved(tmp_path, "dit_a"), tmp_path / "dit"
     with torch.random.fork_rng(devices=[]):
         files.save(KLAutoencoder(KLConfig(3, 3, 4, [4, 4], 1, 2)), tmp_path / "autoencoder")
-    given = [*words(arguments(load("dit_a")))[1:], f"autoencoder={tmp_path / 'autoencoder'}"]
-    assert main(["import", "dit", str(path), str(out), *given]) == 0
+    argv = [*words(arguments(load("dit_a")))[1:], f"autoencoder={tmp_path / 'autoencoder'}"]
+    assert main(["import", "dit", str(path), str(out), *argv]) == 0
     assert main(["sample", str(out), "n=2", "steps=2", f"out={tmp_path / 'p.npz'}"]) == 0
-    pictures = np.load(tmp_path / "p.npz")["arr_0"]
-    assert pictures.dtype == np.uint8 and pictures.shape == (2, 16, 16, 3)
+    images = np.load(tmp_path / "p.npz")["arr_0"]
+    assert images.dtype == np.uint8 and images.shape == (2, 16, 16, 3)
 
 
 DIGITS: dict[str, Any] = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2}
@@ -200,8 +200,8 @@ def test_an_imported_run_is_scored_on_the_data_it_names(tmp_path: Path, capsys: 
     assert main(["evaluate", str(out)]) == 0
     assert "fd/digits-cnn@20" in capsys.readouterr().out
     assert main(["sample", str(out), "n=2", f"out={tmp_path / 'p.npz'}"]) == 0
-    pictures = np.load(tmp_path / "p.npz")["arr_0"]
-    assert pictures.dtype == np.uint8 and pictures.shape == (2, 8, 8, 1)
+    images = np.load(tmp_path / "p.npz")["arr_0"]
+    assert images.dtype == np.uint8 and images.shape == (2, 8, 8, 1)
     capsys.readouterr()
     assert main(["sample", str(out), "n=2", "raw=true"]) == 2
     assert capsys.readouterr().err == "error: command line: raw: this network denoises images; leave it at false\n"

@@ -1,4 +1,4 @@
-"""The checkpoints that `diffbench import` reads, and those that it refuses in a line."""
+"""The checkpoints that `diffbench import` reads, and those it refuses in one line."""
 
 import argparse
 import pickle
@@ -25,7 +25,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: Capture) -> Callable[..., str]:
-    """An import that must end with one line and leave nothing; returns the line."""
+    """A function that runs an import, expects a one-line error and no new file, and returns the line."""
 
     def run(*argv: Any) -> str:
         before = sorted(tmp_path.iterdir())
@@ -79,7 +79,7 @@ def _safetensors(folder: Path, state: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("wrap", [_plain, _training, _lightning, _old, _safetensors])
-def test_the_files_that_people_have(wrap: Wrap, tmp_path: Path) -> None:
+def test_common_checkpoint_files_are_read(wrap: Wrap, tmp_path: Path) -> None:
     state = weights(load("diffit_b"))
     import_reference("diffit", wrap(tmp_path, state), tmp_path / "out", words(arguments(load("diffit_b"))))
     found = diffbench.load(tmp_path / "out").denoiser.state_dict()
@@ -87,10 +87,10 @@ def test_the_files_that_people_have(wrap: Wrap, tmp_path: Path) -> None:
 
 
 class Network:
-    """Stands for what EDM pickles: an object of a class with code."""
+    """A stand-in for what EDM pickles: an object of a class with code."""
 
 
-def test_files_that_are_not_read(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     out, pkl, cut, text, folder = (tmp_path / name for name in ("out", "edm.pkl", "cut.pt", "text.pt", "folder"))
     pkl.write_bytes(pickle.dumps({"ema": Network()}))
     cut.write_bytes(saved(tmp_path, "dit_a").read_bytes()[:5000])
@@ -146,7 +146,7 @@ UNFIT = [
 
 
 @pytest.mark.parametrize(("source", "given", "line"), UNFIT)
-def test_what_does_not_fit_is_named(
+def test_weights_and_arguments_that_do_not_fit_are_refused(
     source: str, given: list[str], line: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     path = saved(tmp_path, "dit_a")
@@ -161,7 +161,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path, refused: Callable[..
     assert list(out.iterdir()) == []
 
 
-def test_weights_of_another_network_in_a_run_folder_are_told(tmp_path: Path, capsys: Capture) -> None:
+def test_weights_of_another_network_in_a_run_folder_are_refused(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     import_reference("diffit", saved(tmp_path, "diffit_b"), out, words(arguments(load("diffit_b"))))
     file = out / "config.yaml"
@@ -173,7 +173,7 @@ def test_weights_of_another_network_in_a_run_folder_are_told(tmp_path: Path, cap
     )
 
 
-def test_the_average_is_taken_and_named(tmp_path: Path, capsys: Capture) -> None:
+def test_averaged_weights_are_the_default_and_are_named(tmp_path: Path, capsys: Capture) -> None:
     mean = weights(load("dit_a"))
     raw = {key: torch.zeros_like(value) for key, value in mean.items()}
     torch.save({"model": raw, "model_ema": mean}, tmp_path / "w.pt")
@@ -188,7 +188,7 @@ def test_the_average_is_taken_and_named(tmp_path: Path, capsys: Capture) -> None
             assert file.metadata()["weights"] == taken
 
 
-def test_names_that_do_not_belong_are_left_out(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_unexpected_names_are_refused_unless_ignored(tmp_path: Path, refused: Callable[..., str]) -> None:
     path, out = tmp_path / "w.pt", tmp_path / "out"
     torch.save(weights(load("dit_a")) | {"step": torch.ones(1), "decay": torch.ones(1)}, path)
     assert refused("dit", path, out, *GIVEN) == (

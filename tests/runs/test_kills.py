@@ -1,4 +1,4 @@
-"""Killed at any moment, the same command ends to the bit as an unbroken one; and who else may touch the folder."""
+"""After a kill at any moment, the same command ends bit for bit like an uninterrupted one; and a run is locked."""
 
 import json
 import os
@@ -19,7 +19,7 @@ DIT = "experiments/digits/dit.yaml"
 
 
 def killed(what: str, how: str, most: int, folder: Path, share: str = "1/1") -> dict[str, Any]:
-    """The report of a series of kills."""
+    """Run a series of kills and return its report."""
     command = [sys.executable, "tests/kill_runs.py", what, how, str(most), str(folder), share]
     paths = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -30,20 +30,20 @@ def killed(what: str, how: str, most: int, folder: Path, share: str = "1/1") -> 
     return report
 
 
-def test_killed_twice_in_its_writes(tmp_path: Path) -> None:
+def test_a_run_killed_in_two_writes_ends_the_same(tmp_path: Path) -> None:
     report = killed("train", "writes", 4, tmp_path, "2/2")
     assert (report["kills"], report["unkilled"], report["wrong"]) == (2, [], {})
 
 
-def test_killed_with_a_checkpoint_before_the_first_line(tmp_path: Path) -> None:
-    """Checkpoints first, then validation, grid and distance; the log never comes."""
+def test_a_run_killed_after_a_checkpoint_and_before_the_first_log_line_ends_the_same(tmp_path: Path) -> None:
+    """Checkpoints come first, then validation, grid and distance; nothing is ever logged."""
     report = killed("schedules", "writes", 4, tmp_path, "2/10")
     assert (report["kills"], report["unkilled"], report["wrong"]) == (4, [], {})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_in_every_order_of_intervals(tmp_path: Path) -> None:
+def test_runs_killed_in_every_order_of_intervals_end_the_same(tmp_path: Path) -> None:
     report = killed("schedules", "writes", 10, tmp_path)
     assert (report["kills"], report["unkilled"], report["wrong"]) == (100, [], {})
 
@@ -53,7 +53,7 @@ def test_killed_in_every_order_of_intervals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "how", "most"), [("train", "writes", 200), ("score", "writes", 60), ("train", "moments", 20)]
 )
-def test_killed_again_and_again(what: str, how: str, most: int, tmp_path: Path) -> None:
+def test_runs_killed_many_times_end_the_same(what: str, how: str, most: int, tmp_path: Path) -> None:
     report = killed(what, how, most, tmp_path)
     assert report["kills"] == most and report["wrong"] == {}
     assert report["unkilled"] == []
@@ -72,13 +72,13 @@ def test_a_second_command_on_a_run_names_the_first(tmp_path: Path, capsys: pytes
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         assert main(["train", DIT, "debug=smoke", f"runs_dir={tmp_path}"]) == 2
-        said = capsys.readouterr().err
-        assert said == f"error: {folder}: another command (pid {other.pid}) is working on this run\n"
+        message = capsys.readouterr().err
+        assert message == f"error: {folder}: another command (pid {other.pid}) is working on this run\n"
         assert [p.name for p in folder.iterdir()] == [".lock"]
     finally:
         other.send_signal(signal.SIGKILL)
         other.communicate()
-    with locked(folder):  # it goes with the process, however that ends
+    with locked(folder):  # released when the process ends, in whatever way
         assert (folder / ".lock").read_text() == f"{os.getpid()}\n"
 
 
@@ -92,7 +92,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_what_a_killed_command_left_is_swept_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_command_are_removed(tmp_path: Path) -> None:
     run = train(DIT, ["debug=smoke", f"runs_dir={tmp_path}"])
     for left in ("checkpoints/.step-4.ckpt.staged", "checkpoints/.step-4.ckpt.staged.ab12.tmp", ".config.yaml.x.tmp"):
         (run.folder / left).write_bytes(b"half")
@@ -101,7 +101,7 @@ def test_what_a_killed_command_left_is_swept_away(tmp_path: Path) -> None:
     assert set(run.folder.rglob("*")) == kept
 
 
-def test_a_guided_score_that_a_kill_prevented_is_made_up_for(smoke_run: Path) -> None:
+def test_a_guided_score_lost_to_a_kill_is_made_by_the_same_command(smoke_run: Path) -> None:
     path = smoke_run / "results.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     assert [json.loads(line)["guidance"] for line in lines] == [1.0, 1.5]

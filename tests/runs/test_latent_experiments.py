@@ -57,7 +57,7 @@ def test_imagenet_networks_have_their_published_sizes(name: str) -> None:
     assert cost.gmacs == pytest.approx(gmacs, abs=0.05)
 
 
-def test_imagenet_recipes_are_the_papers() -> None:
+def test_imagenet_recipes_match_the_papers() -> None:
     dit, diffit = config("dit-xl-2"), config("diffit-xl-2")
     for c in (dit, diffit):
         o, t, s = c.optimizer, c.trainer, c.sample
@@ -78,13 +78,13 @@ def test_imagenet_recipes_are_the_papers() -> None:
 
 @pytest.fixture(scope="module")
 def reduced(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides: a folder of small pictures, and an autoencoder like Stable Diffusion's, but for its widths."""
+    """Overrides with a folder of small images and an autoencoder like Stable Diffusion's but narrower."""
     folder = tmp_path_factory.mktemp("reduced")
     shades = torch.randint(0, 256, (30, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for i, picture in enumerate(shades):
+    for i, image in enumerate(shades):
         path = folder / "pictures" / ("cat", "dog")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.numpy()).save(path)
+        Image.fromarray(image.numpy()).save(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         files.save(KLAutoencoder(KLConfig(3, 3, 4, [4, 4], 1, 2)), folder / "autoencoder")
@@ -108,7 +108,7 @@ def test_imagenet_experiments_take_steps_at_a_reduced_size(name: str, reduced: l
     assert load(run.folder).sample_tensor(2, guidance=2.0).shape == (2, 3, 16, 16)
 
 
-def test_an_imported_denoiser_with_an_autoencoder_makes_pictures(reduced: list[str], tmp_path: Path) -> None:
+def test_an_imported_denoiser_with_an_autoencoder_draws_images(reduced: list[str], tmp_path: Path) -> None:
     (autoencoder,) = (word for word in reduced if word.startswith("autoencoder="))
     out = tmp_path / "dit"
     assert (
@@ -119,14 +119,14 @@ def test_an_imported_denoiser_with_an_autoencoder_makes_pictures(reduced: list[s
     )
     run = load(out)
     assert (run.shape, run.raw) == ((4, 8, 8), False)
-    (picture,) = run.sample(n=1, steps="2")
-    assert (picture.size, picture.mode) == ((16, 16), "RGB")
+    (image,) = run.sample(n=1, steps="2")
+    assert (image.size, image.mode) == ((16, 16), "RGB")
     assert main(["sample", str(out), "n=2", "steps=2", f"out={tmp_path / 'two.png'}"]) == 0
     with Image.open(tmp_path / "two.png") as grid:
         assert grid.size == (2 * 68, CAPTION_HEIGHT + 68)
 
 
-def test_the_cifar10_autoencoder_is_what_its_denoisers_name() -> None:
+def test_the_cifar10_denoisers_use_the_cifar10_autoencoder() -> None:
     autoencoder = load_config("experiments/cifar10-latent/autoencoder.yaml")
     assert isinstance(autoencoder, AutoencoderConfig)
     assert autoencoder.network.for_channels(3).latent_shape((3, 32, 32)) == (3, 8, 8)

@@ -1,4 +1,4 @@
-"""The launcher's words, refusals, and the script that goes to sbatch; no cluster needed."""
+"""The launcher's arguments, its refusals, and the script passed to sbatch; no cluster needed."""
 
 import json
 import os
@@ -29,7 +29,7 @@ FAKE = {
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of programs that answer as SLURM's: job numbers from 8, and an empty queue."""
+    """A folder of programs that answer like SLURM's: job numbers from 8, and an empty queue."""
     pytest.importorskip("submitit")
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -43,8 +43,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_words_are_split_off() -> None:
-    words = [
+def test_launcher_arguments_are_split_off() -> None:
+    args = [
         "train",
         DIT,
         "launcher.time=1:30:00",
@@ -53,7 +53,7 @@ def test_the_words_are_split_off() -> None:
         "launcher.gpus_per_node=2",
         "tag=launcher=x",
     ]
-    launcher, others = split([*words, "launcher.setup=[module load cuda, 'a; b']", "launcher.mem=16G"])
+    launcher, others = split([*args, "launcher.setup=[module load cuda, 'a; b']", "launcher.mem=16G"])
     assert others == ["train", DIT, "seed=3", "tag=launcher=x"]
     assert launcher == LauncherConfig(
         name="slurm",
@@ -68,7 +68,7 @@ def test_the_words_are_split_off() -> None:
 @pytest.mark.parametrize(
     ("text", "minutes"), [("1", 1), ("90", 90), ("0:00:01", 1), ("30:00:30", 1801), ("2-01:00:00", 2940)]
 )
-def test_a_limit_in_minutes(text: str, minutes: int) -> None:
+def test_time_limits_are_converted_to_minutes(text: str, minutes: int) -> None:
     assert split(["launcher=slurm", f"launcher.time={text}", "launcher.signal_delay_s=5"])[0].minutes == minutes
 
 
@@ -98,30 +98,30 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_refusals(words: str) -> None:
+@pytest.mark.parametrize("args", REFUSED)
+def test_wrong_launcher_arguments_are_refused(args: str) -> None:
     with pytest.raises(UserError) as caught:
-        split(["train", DIT, *(word.strip("'") for word in shlex.split(words))])
-    assert str(caught.value) == f"command line: {REFUSED[words]}"
+        split(["train", DIT, *(arg.strip("'") for arg in shlex.split(args))])
+    assert str(caught.value) == f"command line: {REFUSED[args]}"
 
 
 @pytest.mark.parametrize(
-    ("word", "near"),
+    ("arg", "near"),
     [("partitoin=x", "partition"), ("gpus_per_nodes=1", "gpus_per_node"), ("cpu_per_task=2", "cpus_per_task")],
 )
-def test_an_unknown_parameter_names_those_of_submitit(word: str, near: str) -> None:
+def test_an_unknown_parameter_names_those_of_submitit(arg: str, near: str) -> None:
     pytest.importorskip("submitit")
     with pytest.raises(UserError) as caught:
-        split(["train", DIT, "launcher=slurm", f"launcher.{word}"])
-    key = word.split("=")[0]
-    said = str(caught.value)
-    assert said.startswith(f"command line: launcher.{key}: unknown key; allowed: name, time, nodes, ntasks_per_node,")
-    assert said.endswith(f"; did you mean {near!r}?") and ", partition," in said and "num_gpus" not in said
+        split(["train", DIT, "launcher=slurm", f"launcher.{arg}"])
+    key = arg.split("=")[0]
+    text = str(caught.value)
+    assert text.startswith(f"command line: launcher.{key}: unknown key; allowed: name, time, nodes, ntasks_per_node,")
+    assert text.endswith(f"; did you mean {near!r}?") and ", partition," in text and "num_gpus" not in text
 
 
 def test_text_is_taken_as_typed(cluster: Path, tmp_path: Path) -> None:
-    words = ["launcher.account=007", "launcher.comment=2024_11_28", "launcher.constraint=a&b", "launcher.qos=1e3"]
-    launcher = split([*SLURM, *words, "launcher.exclusive=true", f"launcher.folder={tmp_path}/0010"])[0]
+    args = ["launcher.account=007", "launcher.comment=2024_11_28", "launcher.constraint=a&b", "launcher.qos=1e3"]
+    launcher = split([*SLURM, *args, "launcher.exclusive=true", f"launcher.folder={tmp_path}/0010"])[0]
     submit([["list"]], launcher)
     script = (tmp_path / "0010" / "8_submission.sh").read_text()
     for line in ("account=007", "comment=2024_11_28", "constraint='a&b'", "qos=1e3", "exclusive"):
@@ -130,15 +130,15 @@ def test_text_is_taken_as_typed(cluster: Path, tmp_path: Path) -> None:
         split(["launcher=slurm", "launcher.time=1_0"])
 
 
-def test_more_parameters_of_sbatch_and_srun(cluster: Path, tmp_path: Path) -> None:
-    words = ["launcher.additional_parameters={nice: 10}", "launcher.srun_args=[--cpu-bind=none]"]
-    submit([["list"]], split([*SLURM, *words, f"launcher.folder={tmp_path}"])[0])
+def test_additional_parameters_of_sbatch_and_srun_are_passed_on(cluster: Path, tmp_path: Path) -> None:
+    args = ["launcher.additional_parameters={nice: 10}", "launcher.srun_args=[--cpu-bind=none]"]
+    submit([["list"]], split([*SLURM, *args, f"launcher.folder={tmp_path}"])[0])
     script = (tmp_path / "8_submission.sh").read_text()
     assert "#SBATCH --nice=10\n" in script and "#SBATCH --requeue\n" in script
     assert " --cpus-per-task=2 --cpu-bind=none " in script
 
 
-def test_the_script_asks_for_what_was_asked(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_requests_all_resources(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = [
         "launcher.gpus_per_node=4",
         "launcher.cpus_per_task=6",
@@ -147,8 +147,8 @@ def test_the_script_asks_for_what_was_asked(cluster: Path, tmp_path: Path, capsy
     ]
     others = ["launcher.account=lab", "launcher.qos=high", "launcher.signal_delay_s=120"]
     processes = ["trainer.num_nodes=2", "trainer.devices=4"]
-    words = ["train", DIT, "seed=5", f"runs_dir={tmp_path / 'runs'}", *processes]
-    assert main([*words, *SLURM, *more, *others, "launcher.constraint=h200"]) == 0
+    args = ["train", DIT, "seed=5", f"runs_dir={tmp_path / 'runs'}", *processes]
+    assert main([*args, *SLURM, *more, *others, "launcher.constraint=h200"]) == 0
     folder = tmp_path / "runs" / "slurm"
     assert capsys.readouterr().out == summary(["8"], folder) + "\n"
     script = (folder / "8_submission.sh").read_text().splitlines()
@@ -169,16 +169,16 @@ def test_the_script_asks_for_what_was_asked(cluster: Path, tmp_path: Path, capsy
         "signal=USR2@120",
         "time=30",
     }
-    asked = {line.removeprefix("#SBATCH --") for line in script if line.startswith("#SBATCH")}
-    assert asked - {"wckey=submitit"} == wanted
+    requested = {line.removeprefix("#SBATCH --") for line in script if line.startswith("#SBATCH")}
+    assert requested - {"wckey=submitit"} == wanted
     assert script.index("module load cuda") < next(i for i, line in enumerate(script) if line.startswith("srun "))
     (line,) = [line for line in script if line.startswith("srun ")]
     assert "--cpus-per-task=6" in line and sys.executable in line and "submitit.core._submit" in line
-    assert list((tmp_path / "runs").iterdir()) == [folder]  # the run's own folder is the job's affair
+    assert list((tmp_path / "runs").iterdir()) == [folder]  # the job itself makes the run's folder
 
 
 @pytest.mark.parametrize(
-    ("words", "run", "sizes"),
+    ("args", "run", "sizes"),
     [
         ([], [], (1, 1, 2)),
         (["launcher.cpus_per_task=3"], ["trainer.devices=4"], (1, 1, 12)),  # one task, which starts its ranks itself
@@ -186,8 +186,8 @@ def test_the_script_asks_for_what_was_asked(cluster: Path, tmp_path: Path, capsy
         (["launcher.nodes=2"], ["trainer.devices=4", "trainer.num_nodes=2"], (2, 4, 2)),
     ],
 )
-def test_a_job_is_as_large_as_the_run(words: list[str], run: list[str], sizes: tuple[int, int, int]) -> None:
-    found = sized(split([*SLURM, *words])[0], load(DIT, run).trainer)
+def test_a_job_is_as_large_as_the_run(args: list[str], run: list[str], sizes: tuple[int, int, int]) -> None:
+    found = sized(split([*SLURM, *args])[0], load(DIT, run).trainer)
     assert (found.nodes, found.ntasks_per_node, found.cpus_per_task) == sizes
 
 
@@ -200,24 +200,24 @@ def test_a_job_of_another_size_than_the_run_is_refused() -> None:
     )
 
 
-def test_the_words_leave_the_run_as_it_is(cluster: Path, tmp_path: Path) -> None:
-    words = ["train", DIT, "denoiser.depth=2", f"runs_dir={tmp_path}"]
-    assert main([words[0], words[1], *SLURM, *words[2:]]) == 0
+def test_launcher_arguments_do_not_change_the_run(cluster: Path, tmp_path: Path) -> None:
+    args = ["train", DIT, "denoiser.depth=2", f"runs_dir={tmp_path}"]
+    assert main([args[0], args[1], *SLURM, *args[2:]]) == 0
     (cluster / "queue").write_text("8\n")
-    assert queued(tmp_path / "slurm") == {tuple(words): "8"}
-    overrides = split([*words, *SLURM])[1][2:]
+    assert queued(tmp_path / "slurm") == {tuple(args): "8"}
+    overrides = split([*args, *SLURM])[1][2:]
     config = load(DIT, overrides)
-    assert folder_for(Path(DIT), overrides, config) == folder_for(Path(DIT), words[2:], load(DIT, words[2:]))
+    assert folder_for(Path(DIT), overrides, config) == folder_for(Path(DIT), args[2:], load(DIT, args[2:]))
 
 
-def test_a_run_that_is_not_scored_is_handed_over(cluster: Path, tmp_path: Path) -> None:
-    words = ["train", DIT, "evaluate=null", f"runs_dir={tmp_path}"]
-    assert main([*words, *SLURM]) == 0
+def test_a_run_without_evaluation_is_submitted(cluster: Path, tmp_path: Path) -> None:
+    args = ["train", DIT, "evaluate=null", f"runs_dir={tmp_path}"]
+    assert main([*args, *SLURM]) == 0
     (cluster / "queue").write_text("8\n")
-    assert queued(tmp_path / "slurm") == {tuple(words): "8"}
+    assert queued(tmp_path / "slurm") == {tuple(args): "8"}
 
 
-def test_an_array_hands_over_what_is_not_in_the_queue(cluster: Path, tmp_path: Path) -> None:
+def test_an_array_submits_only_what_is_not_queued(cluster: Path, tmp_path: Path) -> None:
     launcher = LauncherConfig(name="slurm", time="30", folder=str(tmp_path / "jobs"), options={"array_parallelism": 2})
     commands = [["train", DIT, f"seed={i}"] for i in range(4)]
     assert queued(tmp_path / "jobs") == {}
@@ -229,10 +229,10 @@ def test_an_array_hands_over_what_is_not_in_the_queue(cluster: Path, tmp_path: P
     assert submit(commands, launcher, "study") == ["8_0", "9_0", "8_2", "9_1"]
     (cluster / "queue").write_text("8_0\n8_2\n9_0\n9_1\n")
     assert submit([*commands, commands[0]], launcher) == ["8_0", "9_0", "8_2", "9_1", "8_0"]
-    assert (cluster / "count").read_text() == "9\n"  # nothing was left to hand over
+    assert (cluster / "count").read_text() == "9\n"  # nothing was left to submit
 
 
-def test_a_damaged_record_names_its_line(cluster: Path, tmp_path: Path) -> None:
+def test_a_damaged_line_of_the_job_record_is_named(cluster: Path, tmp_path: Path) -> None:
     submit([["list"]], LauncherConfig(name="slurm", folder=str(tmp_path)))
     with (tmp_path / "commands.jsonl").open("a") as file:
         file.write('{"job": "9", "comm')
@@ -241,7 +241,7 @@ def test_a_damaged_record_names_its_line(cluster: Path, tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path}/commands.jsonl: line 2 is damaged; remove it"
 
 
-def test_how_to_look() -> None:
+def test_the_summary_shows_how_to_watch_and_cancel_jobs() -> None:
     assert summary(["12"], "runs/slurm").splitlines() == [
         "job 12 is in SLURM's queue",
         "log:  runs/slurm/12_0_log.out",
@@ -257,13 +257,13 @@ def test_how_to_look() -> None:
     ]
 
 
-def test_faults_before_the_queue_are_one_line(
+def test_errors_before_submission_are_one_line(
     cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", DIT, f"runs_dir={tmp_path / 'runs'}", *SLURM]
+    args = ["train", DIT, f"runs_dir={tmp_path / 'runs'}", *SLURM]
 
     def refused(*more: str) -> str:
-        assert main([*words, *more]) == 2
+        assert main([*args, *more]) == 2
         return capsys.readouterr().err
 
     assert refused("denoiser.depht=2").startswith("error: command line: denoiser.depht: unknown key")
@@ -281,7 +281,7 @@ def test_faults_before_the_queue_are_one_line(
     assert capsys.readouterr().err == f"error: command line: {verbs}\n"
 
 
-def test_a_queue_that_does_not_answer(cluster: Path, tmp_path: Path) -> None:
+def test_an_error_of_squeue_is_reported(cluster: Path, tmp_path: Path) -> None:
     launcher = LauncherConfig(name="slurm", folder=str(tmp_path))
     submit([["list"]], launcher)
     (cluster / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: no controller' >&2\nexit 1\n")
@@ -290,7 +290,7 @@ def test_a_queue_that_does_not_answer(cluster: Path, tmp_path: Path) -> None:
     assert str(caught.value) == "launcher: slurm_load_jobs error: no controller"
 
 
-def test_a_task_ends_as_its_command_does(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_task_exits_like_its_command(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("submitit")
     Command(["--version"], patience=1)()
     assert capfd.readouterr().out.startswith("diffbench ")
@@ -313,7 +313,7 @@ while True:
 
 
 @pytest.mark.parametrize(("how", "patience", "code"), [("docile", 30, 143), ("stubborn", 3, None)])
-def test_a_checkpoint_has_the_command_save_and_returns_it(
+def test_checkpoint_makes_the_command_save_and_returns_it(
     how: str, patience: float, code: int | None, tmp_path: Path
 ) -> None:
     pytest.importorskip("submitit")
@@ -345,49 +345,49 @@ stop: {images: 16}
 """
 
 
-def test_a_study_hands_over_its_cells(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_submits_its_trials(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "depth.yaml"
     path.write_text(STUDY)
-    words = ["study", str(path), f"runs_dir={tmp_path / 'runs'}"]
+    args = ["study", str(path), f"runs_dir={tmp_path / 'runs'}"]
     folder = tmp_path / "runs" / "studies" / "depth"
-    assert main([*words, *SLURM, "launcher.array_parallelism=3", "--dry-run"]) == 0
+    assert main([*args, *SLURM, "launcher.array_parallelism=3", "--dry-run"]) == 0
     assert not (folder / "slurm").exists()
     (cluster / "queue").write_text("8_0\n8_1\n8_2\n8_3\n")
     for _ in range(2):  # the second time they are in the queue already
-        assert main([*words, *SLURM, "launcher.array_parallelism=3"]) == 0
+        assert main([*args, *SLURM, "launcher.array_parallelism=3"]) == 0
         assert summary([f"8_{i}" for i in range(4)], folder / "slurm") in capsys.readouterr().out
     script = (folder / "slurm" / "8_submission.sh").read_text()
     assert "#SBATCH --array=0-3%3\n" in script and "#SBATCH --job-name=depth\n" in script
-    handed = queued(folder / "slurm")
-    assert sorted(handed.values()) == ["8_0", "8_1", "8_2", "8_3"]
-    assert {Path(words[1]) for words in handed} == set((folder / "trials").glob("*.yaml"))
-    assert {words[0] for words in handed} == {"study"}
+    submitted = queued(folder / "slurm")
+    assert sorted(submitted.values()) == ["8_0", "8_1", "8_2", "8_3"]
+    assert {Path(args[1]) for args in submitted} == set((folder / "trials").glob("*.yaml"))
+    assert {args[0] for args in submitted} == {"study"}
     assert not (tmp_path / "runs" / "digits").exists()
-    assert main([*words, *SLURM, "stop.seconds=5"]) == 2
+    assert main([*args, *SLURM, "stop.seconds=5"]) == 2
     err = capsys.readouterr().err
     assert err == f"error: {path}: stop.seconds: is measured on this machine, not SLURM's; choose images or flops\n"
 
 
-def test_cells_ask_for_what_their_processes_need(
+def test_trials_request_what_their_processes_need(
     cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, folder = tmp_path / "devices.yaml", tmp_path / "runs" / "studies" / "devices"
     path.write_text(STUDY.replace("denoiser.depth: [1, 2]", "trainer.devices: [1, 4]"))
-    words = ["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, "launcher.cpus_per_task=3"]
+    args = ["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, "launcher.cpus_per_task=3"]
     (cluster / "queue").write_text("8_0\n8_1\n9_0\n9_1\n")
-    assert main(words) == 0
+    assert main(args) == 0
     assert summary(["8_0", "8_1", "9_0", "9_1"], folder / "slurm") in capsys.readouterr().out
     for job, devices in ((8, 1), (9, 4)):
         script = (folder / "slurm" / f"{job}_submission.sh").read_text()
         assert f"#SBATCH --cpus-per-task={3 * devices}\n" in script and "#SBATCH --nodes=1\n" in script
         assert "#SBATCH --ntasks-per-node=1\n" in script and "#SBATCH --array=0-1%" in script
-        given = [json.loads(line) for line in (folder / "slurm" / "commands.jsonl").read_text().splitlines()]
-        mine = [Path(line["command"][1]).read_text() for line in given if line["job"].startswith(f"{job}_")]
+        records = [json.loads(line) for line in (folder / "slurm" / "commands.jsonl").read_text().splitlines()]
+        mine = [Path(line["command"][1]).read_text() for line in records if line["job"].startswith(f"{job}_")]
         assert len(mine) == 2 and all(f"devices: {devices}\n" in text for text in mine)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
         (["set.trainer.num_nodes=2"], "trainer.num_nodes: 2 is too many, a trial trains on one machine; allowed: 1"),
         (
@@ -400,17 +400,17 @@ def test_cells_ask_for_what_their_processes_need(
         ),
     ],
 )
-def test_cells_on_several_machines_are_refused(
-    words: list[str], said: str, cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_trials_on_several_machines_are_refused(
+    args: list[str], message: str, cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "depth.yaml"
     path.write_text(STUDY)
-    assert main(["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, *words]) == 2
-    assert capsys.readouterr().err.strip().removeprefix("error: ").removeprefix(f"{path}: ") == said
+    assert main(["study", str(path), f"runs_dir={tmp_path / 'runs'}", *SLURM, *args]) == 2
+    assert capsys.readouterr().err.strip().removeprefix("error: ").removeprefix(f"{path}: ") == message
 
 
-def test_truth_values_of_submitit_in_any_spelling() -> None:
-    words = ["launcher=slurm", "launcher.time=30", "launcher.use_srun=False", "launcher.exclusive=TRUE"]
-    options = split([*words, "launcher.comment=no", "launcher.account=007"])[0].options
+def test_booleans_of_submitit_are_read_in_any_spelling() -> None:
+    args = ["launcher=slurm", "launcher.time=30", "launcher.use_srun=False", "launcher.exclusive=TRUE"]
+    options = split([*args, "launcher.comment=no", "launcher.account=007"])[0].options
     assert (options["use_srun"], options["exclusive"], options["comment"]) == (False, True, "no")
     assert str(options["account"]) == "007"

@@ -1,4 +1,4 @@
-"""A run is used where its images and its autoencoder's run are not; other images in their place are noticed."""
+"""A run works without its images and its autoencoder's run; other images in their place are noticed."""
 
 import shutil
 from pathlib import Path
@@ -18,19 +18,19 @@ SMALL += ["trainer.precision=32-true", "debug=smoke"]
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of cats and dogs and a run that was trained on it, set aside; each test has a copy in their place."""
+    """A folder of cats and dogs and a run trained on it, set aside; each test gets a copy in the original place."""
     place = tmp_path_factory.mktemp("moved") / "here"
     root = folder(place / "pets", {"cat": 40, "dog": 40}, height=16, width=16)
-    words = [f"data.path={root}", *SMALL, f"runs_dir={place / 'runs'}"]
+    args = [f"data.path={root}", *SMALL, f"runs_dir={place / 'runs'}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFBENCH_CACHE", str(place / "cache"))
-        assert main(["train", str(ROOT / "experiments/cifar10/dit.yaml"), *words]) == 0
+        assert main(["train", str(ROOT / "experiments/cifar10/dit.yaml"), *args]) == 0
     return place.rename(place.with_name("kept"))
 
 
 @pytest.fixture
 def trained(kept: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The images, and the run."""
+    """The image folder and the run folder."""
     place = kept.with_name("here")
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(kept, place)
@@ -38,7 +38,7 @@ def trained(kept: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     return place / "pets", place / "runs" / "cifar10" / "dit-smoke-t-s0"
 
 
-def test_the_folder_says_what_the_images_were(trained: tuple[Path, Path]) -> None:
+def test_the_run_folder_describes_its_images(trained: tuple[Path, Path]) -> None:
     facts = DataFacts.read(trained[1] / "data.json")
     assert (facts.shape, facts.num_classes, facts.class_names) == ((3, 16, 16), 2, ("cat", "dog"))
     assert facts == DataFacts.of(load(trained[1]).train_set)
@@ -61,11 +61,11 @@ def test_a_run_samples_elsewhere_without_its_images(
     assert "using a generated sample instead of a held-out image" in capsys.readouterr().out
     capsys.readouterr()
     assert main(["evaluate", str(there)]) == 2
-    said = capsys.readouterr().err
-    assert str(root) in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert str(root) in message and message.count("\n") == 1
 
 
-def test_sampling_decodes_nothing(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_decodes_no_images(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     root, run = trained
     (root / "cat" / "000.png").touch()
     capsys.readouterr()
@@ -74,23 +74,21 @@ def test_sampling_decodes_nothing(trained: tuple[Path, Path], capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "train"])
-def test_labels_that_turned_round_are_noticed(
-    verb: str, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_swapped_labels_are_noticed(verb: str, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     root, run = trained
     (root / "cat").rename(root / "x")
     (root / "dog").rename(root / "cat")
     (root / "x").rename(root / "dog")
-    words = ["experiments/cifar10/dit.yaml", f"data.path={root}", *SMALL, f"runs_dir={run.parents[1]}"]
-    words += ["trainer.max_images=32"]
+    args = ["experiments/cifar10/dit.yaml", f"data.path={root}", *SMALL, f"runs_dir={run.parents[1]}"]
+    args += ["trainer.max_images=32"]
     before = (run / "config.yaml").read_text()
     capsys.readouterr()
-    assert main(["evaluate", str(run)] if verb == "evaluate" else ["train", *words]) == 2
+    assert main(["evaluate", str(run)] if verb == "evaluate" else ["train", *args]) == 2
     assert "data: the run was started with other training data" in capsys.readouterr().err
     assert (run / "config.yaml").read_text() == before and list(run.glob("ema-*.safetensors"))
 
 
-def test_classes_under_other_names_are_noticed(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_renamed_classes_are_noticed(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     root, run = trained
     (root / "dog").rename(root / "fox")
     capsys.readouterr()

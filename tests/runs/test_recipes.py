@@ -1,4 +1,4 @@
-"""The papers' recipes and the classifier: every YAML trains and samples; what they need besides the common loss."""
+"""The papers' recipes and the classifier: every YAML trains and samples; and what they need besides the common loss."""
 
 import json
 import math
@@ -28,7 +28,7 @@ RECIPES = sorted(str(p) for p in Path("experiments/digits-papers").glob("[!_]*.y
 
 @pytest.mark.parametrize("path", RECIPES)
 def test_every_recipe_trains_and_samples(path: str, tmp_path: Path, capsys: Capture) -> None:
-    small = ["data.size=8"] if "jit" in path else []  # spares the extractor of larger digits
+    small = ["data.size=8"] if "jit" in path else []  # avoids training an extractor for larger digits
     assert main(["train", path, "debug=smoke", f"runs_dir={tmp_path}", *small]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^label_accuracy/digits-cnn@20 .*%$", out, re.MULTILINE)
@@ -53,7 +53,7 @@ LARGE |= {"sit": LARGE["dit"], "adm": [*LARGE["unet"], "denoiser.num_head_channe
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 40 colour images of 32x32 in four classes."""
     folder = tmp_path_factory.mktemp("pictures")
     noise = torch.randint(0, 256, (40, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -74,17 +74,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ),
 )
 def test_every_large_recipe_takes_steps_and_samples_at_a_reduced_size(
-    path: str, pictures: Path, tmp_path: Path, capsys: Capture
+    path: str, image_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     config = load(path)
     assert config.trainer.max_images >= 25_600_000
-    small = [*LARGE[Path(path).stem], "trainer.precision=32-true", f"data.path={pictures}", f"runs_dir={tmp_path}"]
+    small = [*LARGE[Path(path).stem], "trainer.precision=32-true", f"data.path={image_folder}", f"runs_dir={tmp_path}"]
     assert main(["train", path, "debug=smoke", "evaluate=false", *small]) == 0, capsys.readouterr().err
     (run,) = tmp_path.glob("*/*")
     assert main(["sample", str(run), "n=2", "steps=3", f"out={tmp_path / 'x.png'}"]) == 0
 
 
-def test_recipes_state_what_the_papers_do() -> None:
+def test_recipes_match_the_papers() -> None:
     recipe = {Path(path).stem: load(path) for path in RECIPES}
     dit, sit, adm = recipe["dit"], recipe["sit"], recipe["adm"]
     assert (dit.process.schedule, dit.process.variance, dit.process.loss) == ("linear", "learned_range", "hybrid")
@@ -104,11 +104,11 @@ def test_recipes_state_what_the_papers_do() -> None:
         assert (edm.sample.sampler, edm.sample.steps) == ("heun", "18")
         assert (edm.ema.half_life, edm.trainer.augment) == ([0.0025], 0.12)
     assert recipe["lightningdit"].ema.half_life == [round(6931 / 80_000, 3)]
-    # Shares of a run: at a study's shorter length an average of fixed decay would still hold the initial weights.
+    # Half-lives are shares of a run: with a fixed decay, a study's shorter runs would still average initial weights.
     assert all(half < 1 for r in recipe.values() for half in r.ema.half_life or [math.inf])
 
 
-def test_another_process_by_one_key_brings_its_own_sampler(tmp_path: Path) -> None:
+def test_choosing_another_process_also_chooses_its_sampler(tmp_path: Path) -> None:
     for process, sampler in {"edm": "heun", "flow": "euler"}.items():
         config = load(DIT, [f"process.name={process}"])
         assert (config.process.name, config.sample.sampler, config.sample.clip) == (process, sampler, False)
@@ -164,7 +164,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("argument", REFUSED)
-def test_what_makes_no_sense_is_refused_before_a_folder_is_made(argument: str, tmp_path: Path, capsys: Capture) -> None:
+def test_senseless_settings_are_refused_before_a_folder_is_made(argument: str, tmp_path: Path, capsys: Capture) -> None:
     assert main(["train", DIT, *argument.split(), f"runs_dir={tmp_path / 'runs'}"]) == 2
     error = capsys.readouterr().err
     assert REFUSED[argument] in error
@@ -200,7 +200,7 @@ def test_ema_half_lives_and_their_ramp() -> None:
     assert config.half_life_at(10**9, 512, config.decays[0]) == pytest.approx(500_000, rel=1e-4)
 
 
-def test_a_saved_half_life_follows_another_batch(tmp_path: Path) -> None:
+def test_a_saved_half_life_follows_another_batch_size(tmp_path: Path) -> None:
     config = load("experiments/digits/dit.yaml", ["ema.half_life=[5000]", "trainer.batch_size=128"])
     saved = tmp_path / "saved.yaml"
     saved.write_text(to_yaml(config))
@@ -217,7 +217,7 @@ def test_a_half_life_as_a_share_fits_every_length_and_forgets_the_first_weights(
     weights = [(1 - d) * math.prod(decays[i + 1 :]) for i, d in enumerate(decays)]
     assert sum(weights) == pytest.approx(1)
     assert weights[0] < 1e-8 and weights[499] / weights[999] == pytest.approx(0.5 ** (math.log(2) / 0.2 - 1), rel=0.02)
-    assert load(DIT, ["ema.half_life=[0.1]"]).ema.decays == [0.1]  # in place of the YAML's decays, and back
+    assert load(DIT, ["ema.half_life=[0.1]"]).ema.decays == [0.1]  # replaces the YAML's decays; next, the reverse
     assert load("experiments/digits-papers/dit.yaml", ["ema.decays=[0.9]"]).ema == EMAConfig([0.9])
 
 
@@ -230,7 +230,7 @@ def test_a_loss_aware_run_resumes_exactly_and_is_marked_unpaired(tmp_path: Path,
     parts = train(DIT, [*small, "trainer.max_images=800", f"runs_dir={tmp_path / 'parts'}"])
     states = [torch.load(run.folder / "checkpoints" / "step-100.ckpt", weights_only=True) for run in (whole, parts)]
     counts = states[0]["loss_history"]["counts"]
-    assert counts.sum() == 800 and (counts >= 10).all()  # so that importance sampling had begun
+    assert counts.sum() == 800 and (counts >= 10).all()  # so that importance sampling had started
     for name, value in states[0]["loss_history"].items():
         assert torch.equal(value, states[1]["loss_history"][name])
     for name, value in states[0]["state_dict"].items():

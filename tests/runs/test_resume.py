@@ -1,4 +1,4 @@
-"""A killed run, started again with the same command, ends bit for bit where an unbroken one ends."""
+"""A killed run, started again with the same command, ends bit for bit like an uninterrupted one."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ TINY = [
     "trainer.max_images=320",  # 40 steps
     "trainer.log_images=24",
     "trainer.validate_images=64",
-    "trainer.checkpoint_images=40",  # every 5 steps, out of step with the log
+    "trainer.checkpoint_images=40",  # every 5 steps, not aligned with the log
     "trainer.sample_images=160",
     "optimizer.warmup_images=100",
     "optimizer.decay_images=320",
@@ -39,12 +39,12 @@ CASES = {
         "trainer.accumulate_grad_batches=2",
         "data.num_workers=2",
     ],
-    "diffit": [  # micro-batches in halves, as nothing is dropped
+    "diffit": [  # micro-batches are split in halves, since there is no dropout
         *("denoiser.channels=[8,16]", "denoiser.time_dim=16"),
         *("trainer.accumulate_grad_batches=2", "trainer.threads=2"),
     ],
     "../foreign/uvit": ["denoiser.args.embed_dim=32"],
-    "../foreign/transformer2d": ["denoiser.args.num_layers=2"],  # which drops labels itself
+    "../foreign/transformer2d": ["denoiser.args.num_layers=2"],  # drops labels itself
 }
 KILL = """
 import os, signal, sys
@@ -84,7 +84,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def assert_equal(a: Any, b: Any, where: str = "") -> None:
-    """Equal structure, equal bits."""
+    """Assert equal structure and equal bits."""
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b), where
     elif isinstance(a, dict):
@@ -100,7 +100,7 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize("model", CASES)
-def test_killed_at_step_17_equals_unbroken(model: str, tmp_path: Path) -> None:
+def test_a_run_killed_at_step_17_ends_like_an_unbroken_one(model: str, tmp_path: Path) -> None:
     if "transformer2d" in model:
         pytest.importorskip("diffusers")
     config = str(ROOT / "experiments" / "digits" / f"{model}.yaml")
@@ -125,7 +125,7 @@ def test_killed_at_step_17_equals_unbroken(model: str, tmp_path: Path) -> None:
         assert_equal(load_file(whole / name), load_file(run / name), name)
 
 
-def test_longer_run_extends_a_finished_one(tmp_path: Path) -> None:
+def test_a_longer_run_extends_a_finished_one(tmp_path: Path) -> None:
     config = str(ROOT / "experiments" / "digits" / "dit.yaml")
     overrides = [*TINY, *CASES["dit"], "trainer.log_images=8"]
     train(config, [*overrides, f"runs_dir={tmp_path / 'whole'}"])
@@ -137,7 +137,7 @@ def test_longer_run_extends_a_finished_one(tmp_path: Path) -> None:
     assert_equal(load_file(whole / "ema-0.9.safetensors"), load_file(extended / "ema-0.9.safetensors"))
 
 
-def test_a_run_shortened_while_an_evaluation_was_owed_is_complete(
+def test_a_run_shortened_while_an_evaluation_was_pending_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(ROOT / "experiments" / "digits" / "dit.yaml")
@@ -149,7 +149,7 @@ def test_a_run_shortened_while_an_evaluation_was_owed_is_complete(
     assert "complete at 320 images" in capsys.readouterr().out and load(run.folder).complete
 
 
-def test_a_branch_has_a_wandb_run_of_its_own(tmp_path: Path, smoke_run: Path) -> None:
+def test_a_branch_gets_its_own_wandb_run(tmp_path: Path, smoke_run: Path) -> None:
     (smoke_run / "wandb-id.txt").write_text("abc")
     (smoke_run / "wandb").mkdir()
     branch(smoke_run, tmp_path / "branch", load(smoke_run).config)
@@ -159,7 +159,7 @@ def test_a_branch_has_a_wandb_run_of_its_own(tmp_path: Path, smoke_run: Path) ->
     }
 
 
-def test_what_an_extension_after_the_decay_gets_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extending_a_run_after_the_decay_prints_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "experiments" / "digits" / "dit.yaml")
     overrides = [*TINY, *CASES["dit"], f"runs_dir={tmp_path}", "trainer.log_images=8"]
     train(config, [*overrides, "trainer.max_images=160"])
@@ -175,7 +175,7 @@ def test_what_an_extension_after_the_decay_gets_is_said(tmp_path: Path, capsys: 
     assert [rates[images] for images in range(328, 401, 8)] == pytest.approx([2e-5] * 10)
 
 
-def test_killed_after_a_checkpoint_and_before_the_first_line_of_the_log(
+def test_a_run_killed_after_a_checkpoint_and_before_the_first_log_line_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = str(ROOT / "experiments" / "digits" / "dit.yaml")

@@ -1,4 +1,4 @@
-"""Evaluation of a run: what a record holds, that samples are drawn once, comparisons across protocols, export."""
+"""Evaluation of a run: what a record contains, that samples are drawn once, comparisons across protocols, export."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ def newest(folder: Path) -> dict[str, Any]:
     return records.results(folder)[-1]
 
 
-def test_a_record_holds_values_and_all_that_they_depend_on(smoke_run: Path) -> None:
+def test_a_record_contains_values_and_all_that_they_depend_on(smoke_run: Path) -> None:
     run = load(smoke_run)
     (record, guided) = evaluate.evaluate(run, ["evaluate.count=40", "seed=3"])
     assert records.results(smoke_run)[-2:] == [record, guided]
@@ -62,16 +62,16 @@ def test_a_record_holds_values_and_all_that_they_depend_on(smoke_run: Path) -> N
     assert record["drawing"]["clipped"] == 0.0  # ddpm clamps the predicted image
 
 
-def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
+def test_values_equal_those_of_the_metric_functions(smoke_run: Path) -> None:
     run = load(smoke_run)
     (record, _) = evaluate.evaluate(run, ["evaluate.count=60"])
     samples = Store(smoke_run / record["drawing"]["folder"]).open().arrays["images"]
     labels = torch.arange(60) * 10 // 60
     assert torch.equal(samples, run.sampler(run.config.sample)(labels, run.config.sample.unguided()))
-    judge = references.make_extractor("digits-cnn", None, run.train_set)
+    extractor = references.make_extractor("digits-cnn", None, run.train_set)
     real = run.train_set.images[balanced(run.train_set.labels, 60)]
-    (x, logits, _), reference = judge(samples), judge(real).pooled
-    test = judge(run.held_out.images[balanced(run.held_out.labels, 60)]).pooled
+    (x, logits, _), reference = extractor(samples), extractor(real).pooled
+    test = extractor(run.held_out.images[balanced(run.held_out.labels, 60)]).pooled
     assert logits is not None
     detector = CopyDetector(run.train_set.images)
     calibration = detector.calibrate(run.held_out.images.split(100))
@@ -95,22 +95,22 @@ def test_values_equal_the_functions_of_the_samples(smoke_run: Path) -> None:
     assert record["memorisation"] == {"flagged": 0, "count": 60, **dataclasses.asdict(calibration)}
     assert record["authenticity_held_out"] == calibration.authenticity
     others = references.choose_others(references.choose_first(run.train_set, "train", 60))
-    beside = judge(run.train_set.images[others.index]).pooled
-    assert record["floor"]["fd"] == pytest.approx(frechet_distance(beside, reference))
+    others_features = extractor(run.train_set.images[others.index]).pooled
+    assert record["floor"]["fd"] == pytest.approx(frechet_distance(others_features, reference))
 
 
-def test_held_out_images_are_compared_in_equal_number(smoke_run: Path) -> None:
+def test_held_out_images_are_compared_with_as_many_training_images(smoke_run: Path) -> None:
     run = load(smoke_run)
     (record, _) = evaluate.evaluate(run, ["evaluate.count=400"])  # more than the 360 held-out digits
     features = references.make_extractor("digits-cnn", None, run.train_set)
     scorer = scorers.run_scorer(run.config.evaluate, features, run.train_set, run.held_out)
-    assert scorer.measurement.references.keys() == {"fd", "fd_held_out"}  # of the smoke run's 20 there are enough
+    assert scorer.measurement.references.keys() == {"fd", "fd_held_out"}  # 360 are enough for the smoke run's 20
     samples = drawing.samples_of(
         run, evaluate.change(run.config, {"evaluate": {"count": 400}}), run.config.sample.unguided()
     ).images()
     x, test = features(samples).pooled, features(run.held_out.images).pooled
     counts = run.held_out.labels.bincount()
-    assert counts.tolist() != [36] * 10  # the training images compared with have the same classes, one by one
+    assert counts.tolist() != [36] * 10  # training images with the same class counts are compared
     index = [(run.train_set.labels == c).nonzero()[:n, 0] for c, n in enumerate(counts.tolist())]
     alike = features(run.train_set.images[torch.cat(index)]).pooled
     assert record["fd_gap/digits-cnn@400"] == pytest.approx(
@@ -134,7 +134,7 @@ def test_samples_are_drawn_once(smoke_run: Path, capsys: Capture, monkeypatch: p
         evaluate.evaluate(load(smoke_run), ["evaluate.count=30", "seed=1"])
 
 
-def test_a_record_answers_only_the_config_that_it_was_made_by(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_is_found_only_for_the_config_that_made_it(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load(smoke_run)
     evaluate.evaluate(run, ["evaluate.count=20"])
 
@@ -143,7 +143,7 @@ def test_a_record_answers_only_the_config_that_it_was_made_by(smoke_run: Path, m
         return evaluate.find_record(run, evaluate.change(run.config, sections | changes)) is not None
 
     assert answered() and answered(evaluate={"extractor": "digits-cnn"})
-    with monkeypatch.context() as patch:  # the packages of another machine
+    with monkeypatch.context() as patch:  # with the packages of another machine
         patch.setattr(references, "suited_extractor", lambda config: "random-cnn")
         assert answered()
     assert not answered(evaluate={"extractor": "random-cnn"}) and not answered(evaluate={"reference": "all"})
@@ -154,7 +154,7 @@ def test_a_record_answers_only_the_config_that_it_was_made_by(smoke_run: Path, m
     assert not answered(evaluate={"extractor": "random-cnn"})
 
 
-def test_an_extractor_of_ones_own_is_found_again(
+def test_the_record_of_a_custom_extractor_is_found_again(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_features.py").write_text(
@@ -163,11 +163,11 @@ def test_an_extractor_of_ones_own_is_found_again(
         "def make(request):\n    return Own()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    run, words = load(smoke_run), {"count": 20, "extractor": "own_features:make"}
-    evaluate.evaluate(run, [f"evaluate.{key}={value}" for key, value in words.items()])
-    other = words | {"extractor": "own_features:mak"}
+    run, settings = load(smoke_run), {"count": 20, "extractor": "own_features:make"}
+    evaluate.evaluate(run, [f"evaluate.{key}={value}" for key, value in settings.items()])
+    other = settings | {"extractor": "own_features:mak"}
     assert evaluate.find_record(run, evaluate.change(run.config, {"evaluate": other})) is None
-    found = evaluate.find_record(run, evaluate.change(run.config, {"evaluate": words}))
+    found = evaluate.find_record(run, evaluate.change(run.config, {"evaluate": settings}))
     assert found is not None and found["extractor"]["asked"] == "own_features:make"
 
 
@@ -192,7 +192,7 @@ def test_all_training_images_may_be_the_reference(smoke_run: Path) -> None:
     assert set(records.values(record)) == set(records.values(newest(smoke_run)))
 
 
-def test_cached_numbers_that_were_damaged_or_changed_are_named(smoke_run: Path, capsys: Capture) -> None:
+def test_damaged_or_changed_cached_numbers_are_named(smoke_run: Path, capsys: Capture) -> None:
     evaluate.evaluate(load(smoke_run), ["evaluate.count=20"])
     (path,) = references.reference_folder().glob("digits-cnn-copies-*-360-*")
     whole = path.read_bytes()
@@ -206,27 +206,27 @@ def test_cached_numbers_that_were_damaged_or_changed_are_named(smoke_run: Path, 
         path.write_bytes(whole)
 
 
-def test_the_nearest_neighbours_are_pictured(smoke_run: Path) -> None:
+def test_the_nearest_neighbours_are_saved_as_an_image(smoke_run: Path) -> None:
     (record, _) = evaluate.evaluate(load(smoke_run), ["evaluate.count=20"])
-    with Image.open(smoke_run / record["drawing"]["folder"] / "nearest.png") as picture:
+    with Image.open(smoke_run / record["drawing"]["folder"] / "nearest.png") as image:
         cell = 8 * 8 + 4
-        assert picture.size == (16 * cell, 2 * (CAPTION_HEIGHT + cell))
+        assert image.size == (16 * cell, 2 * (CAPTION_HEIGHT + cell))
 
 
-def test_export_is_what_the_adm_evaluator_reads(smoke_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_the_export_is_in_the_adm_evaluators_format(smoke_run: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "samples.npz"
     assert main(["evaluate", str(smoke_run), "evaluate.count=50", f"export={out}"]) == 0
     with np.load(out, allow_pickle=False) as arrays:
-        pictures, labels = arrays["arr_0"], arrays["arr_1"]
-    assert pictures.shape == (50, 8, 8, 1) and pictures.dtype == np.uint8
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.shape == (50, 8, 8, 1) and images.dtype == np.uint8
     run = load(smoke_run)
     order = rng.permutation(rng.key("order of samples", "export"), 50)
     want = run.sampler(run.config.sample)(
         torch.arange(50) * 10 // 50, run.config.sample
     )  # the guided ones were drawn last
-    assert np.array_equal(pictures[:, :, :, 0], want[order][:, 0].numpy())
+    assert np.array_equal(images[:, :, :, 0], want[order][:, 0].numpy())
     assert np.array_equal(labels, (torch.arange(50) * 10 // 50)[order].numpy())
-    assert len(set(labels[:10].tolist())) > 3  # no run of one class
+    assert len(set(labels[:10].tolist())) > 3  # not sorted by class
     capsys.readouterr()
     assert main(["evaluate", str(smoke_run), f"export={out}"]) == 2
     assert capsys.readouterr().err == f"error: {out}: already exists; choose another name\n"
@@ -234,7 +234,7 @@ def test_export_is_what_the_adm_evaluator_reads(smoke_run: Path, tmp_path: Path,
     assert capsys.readouterr().err.startswith("error: command line: export: must end in .npz, got ")
 
 
-def test_values_that_are_no_numbers_end_in_one_line(
+def test_samples_that_are_not_finite_end_in_one_line(
     smoke_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def broken(self: Sampler, x: torch.Tensor) -> torch.Tensor:
@@ -246,11 +246,11 @@ def test_values_that_are_no_numbers_end_in_one_line(
         assert main(["evaluate", str(smoke_run), "evaluate.count=21"]) == 2
     assert capsys.readouterr().err == f"error: {smoke_run}: 1344 values of the samples are not finite\n"
     assert len(records.results(smoke_run)) == lines
-    assert main(["evaluate", str(smoke_run), "evaluate.count=21"]) == 0  # nothing of it was kept
+    assert main(["evaluate", str(smoke_run), "evaluate.count=21"]) == 0  # nothing of the failed attempt was kept
     assert newest(smoke_run)["drawing"]["drawn"] == 21
 
 
-def test_an_extractor_that_lacks_something_stops_training_before_it_begins(
+def test_an_extractor_without_its_weights_stops_training_before_it_starts(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DIFFBENCH_INCEPTION", raising=False)
@@ -265,7 +265,7 @@ def test_compare_refuses_to_mix_protocols(smoke_run: Path, capsys: Capture) -> N
     other = Path(shutil.copytree(smoke_run, smoke_run.with_name("dit-other-s0")))
     assert main(["evaluate", str(other), "evaluate.count=30"]) == 0
     capsys.readouterr()
-    assert main(["compare", str(smoke_run), str(other)]) == 0  # both still hold records of 20 samples
+    assert main(["compare", str(smoke_run), str(other)]) == 0  # both still have records of 20 samples
     out = capsys.readouterr().out
     assert "fd/digits-cnn@20" in out and "fd/digits-cnn@30" not in out
     lines = (other / "results.jsonl").read_text().splitlines()
@@ -292,7 +292,7 @@ def test_records_of_another_sampler_are_not_mixed(smoke_run: Path, capsys: Captu
     assert "sample.sampler is ddpm in one and ddim in the other" in capsys.readouterr().err
 
 
-def test_old_records_are_kept_and_new_ones_stand_after_them(smoke_run: Path) -> None:
+def test_old_records_are_kept_and_new_ones_are_appended(smoke_run: Path) -> None:
     before = (smoke_run / "results.jsonl").read_text()
     evaluate.evaluate(load(smoke_run), ["evaluate.count=20"])
     after = (smoke_run / "results.jsonl").read_text()
@@ -300,8 +300,8 @@ def test_old_records_are_kept_and_new_ones_stand_after_them(smoke_run: Path) -> 
     assert [json.loads(line)["format"] for line in after.splitlines()] == [1] * 4
 
 
-@pytest.mark.parametrize(("patience", "told"), [(1e9, []), (-1.0, [(30, 10), 10, 10])])
-def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patience: float, told: list[Any]) -> None:
+@pytest.mark.parametrize(("patience", "expected"), [(1e9, []), (-1.0, [(30, 10), 10, 10])])
+def test_slow_scoring_shows_its_progress(monkeypatch: pytest.MonkeyPatch, patience: float, expected: list[Any]) -> None:
     shown: list[Any] = []
 
     @contextlib.contextmanager
@@ -313,15 +313,15 @@ def test_slow_scoring_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, patie
     monkeypatch.setattr(scorers, "PATIENCE", patience)
     batches = list(scorers.numbered(iter(torch.zeros(30, 1, 2, 2).split(10)), None))
     assert [len(b[0]) for b in scorers.with_progress("scored", batches, 30)] == [10, 10, 10]
-    assert shown == told
+    assert shown == expected
 
 
 def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
-    """Class by class, a chunk would hold few classes and score next to nothing."""
+    """If samples stayed sorted by class, a chunk would contain few classes and its score would be too low."""
     count, generator = 6000, torch.Generator().manual_seed(0)
     classes = torch.arange(count) * 10 // count
     logits = 4 * torch.nn.functional.one_hot(classes, 10) + torch.randn(count, 10, generator=generator)
-    judge = Extractor(
+    extractor = Extractor(
         "logits",
         torch.nn.Identity(),
         lambda x: Features(x[:, 0, :2, 0], logits[x[:, 1, 0, 0].long() * 256 + x[:, 2, 0, 0].long()]),
@@ -334,7 +334,7 @@ def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
     images = torch.randint(0, 256, (count, 3, 2, 2), generator=generator).to(torch.uint8)
     images[:, 1], images[:, 2] = (numbers // 256)[:, None, None], (numbers % 256)[:, None, None]
     statistics = ReferenceStatistics(gaussian(torch.randn(9, 2)), torch.zeros(0, 2))
-    measurement = Measurement(judge, {"fd": statistics}, count, by_class=True, permutation=scorers.permutation)
+    measurement = Measurement(extractor, {"fd": statistics}, count, by_class=True, permutation=scorers.permutation)
     found = scorers.Scorer(measurement, {}).scores([(numbers, images, None)])["inception_score/logits@6000"]
     order = scorers.permutation(count, "order of samples", "export")
     assert found == pytest.approx(inception_score(logits[order].split(5000)))
@@ -343,7 +343,7 @@ def test_chunks_of_the_inception_score_are_those_of_the_exported_file() -> None:
     assert plain == pytest.approx(inception_score(logits.split(5000))) and plain < found - 0.5
 
 
-def test_another_way_of_sampling_has_a_tag_of_its_own(smoke_run: Path) -> None:
+def test_other_sampling_settings_get_their_own_tag(smoke_run: Path) -> None:
     def score(*overrides: str) -> dict[str, Any]:
         return evaluate.evaluate(load(smoke_run), ["evaluate.count=20", *overrides])[-1]
 
@@ -367,7 +367,7 @@ def test_another_way_of_sampling_has_a_tag_of_its_own(smoke_run: Path) -> None:
     assert records.settings_of(found["guided/sample.guidance=3.0/"]) == ["guidance 3"]
 
 
-def test_scores_stand_in_tensorboard_too(smoke_run: Path) -> None:
+def test_scores_are_in_tensorboard_too(smoke_run: Path) -> None:
     run = load(smoke_run)
     record = evaluate.evaluate(run, ["evaluate.count=20", "sample.guidance=1", "sample.steps=2"])[0]
     events = EventAccumulator(str(smoke_run)).Reload()

@@ -1,4 +1,4 @@
-"""Scoring on images of one's own: classes of unequal size, fewer images than samples, and a cache that is read-only."""
+"""Scoring on custom images: classes of unequal size, fewer images than samples, and a cache that is read-only."""
 
 from pathlib import Path
 
@@ -37,12 +37,12 @@ class Mean(nn.Module):
 
 
 def make(request: object) -> nn.Module:
-    """An extractor of one's own, as the config names it."""
+    """A custom extractor, named in the config."""
     return Mean()
 
 
 def flat(request: object) -> nn.Module:
-    """One that gives no features."""
+    """An extractor that gives no features."""
     return nn.Identity()
 
 
@@ -61,7 +61,7 @@ def run_folder(tmp_path: Path) -> Path:
     return found
 
 
-def test_a_long_tail_is_trained_on_and_scored_by_its_frequencies(tmp_path: Path, capsys: Capture) -> None:
+def test_classes_with_a_long_tail_are_scored_by_their_frequencies(tmp_path: Path, capsys: Capture) -> None:
     root = folder(tmp_path / "tail", {"many": 80, "some": 40, "few": 4}, height=8, width=8)
     assert main(command(root, "evaluate.count=60")) == 0
     assert "note: samples will not be scored" not in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_a_long_tail_is_trained_on_and_scored_by_its_frequencies(tmp_path: Path,
     assert record["reference"]["count"] == 60
 
 
-def test_training_goes_on_where_there_are_fewer_images_than_samples(tmp_path: Path, capsys: Capture) -> None:
+def test_training_continues_with_fewer_images_than_samples(tmp_path: Path, capsys: Capture) -> None:
     root = folder(tmp_path / "little", {"cat": 20, "dog": 20}, height=8, width=8)
     why = (
         "evaluate.count: must be at most 36, the number of training images of data.name=cifar10, got 500; or compare"
@@ -87,12 +87,12 @@ def test_training_goes_on_where_there_are_fewer_images_than_samples(tmp_path: Pa
     assert not results(run)
     assert main(["evaluate", str(run), "evaluate.count=500"]) == 2
     assert capsys.readouterr().err == f"error: command line: {why}\n"
-    for way in ("evaluate.count=30", "evaluate.reference=all"):  # both ways out that the line names
+    for way in ("evaluate.count=30", "evaluate.reference=all"):  # both remedies that the message names
         assert main(["evaluate", str(run), "sample.guidance=1", way]) == 0
     assert [r["reference"]["count"] for r in results(run)] == [30, 36]
 
 
-def test_a_cache_that_cannot_be_written_is_found_before_training(
+def test_an_unwritable_cache_is_reported_before_training(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
@@ -112,7 +112,7 @@ def test_changed_data_is_not_scored(tmp_path: Path, capsys: Capture) -> None:
     assert main(command(root, "evaluate.count=40", "sample.guidance=1")) == 0
     run = run_folder(tmp_path)
     before = results(run)
-    (root / "cat").rename(root / "other")  # the labels turn round
+    (root / "cat").rename(root / "other")  # this swaps the labels
     capsys.readouterr()
     for argv in (["evaluate", str(run), "evaluate.count=40"], ["evaluate", str(root), "--against", str(run)]):
         assert main(argv) == 2
@@ -120,14 +120,14 @@ def test_changed_data_is_not_scored(tmp_path: Path, capsys: Capture) -> None:
     assert results(run) == before
 
 
-def test_counts_of_an_image_set_without_labels() -> None:
+def test_an_image_set_without_labels_has_no_class_spread() -> None:
     images = ImageSet(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64), 0)
     from diffbench.evaluation import reference
 
     assert reference.describe_class_spread(images, reference.sample_labels(images, 5)) == "none"
 
 
-def test_a_judge_of_ones_own_scores_samples_and_says_how_good_it_is(tmp_path: Path, capsys: Capture) -> None:
+def test_a_custom_classifier_scores_samples_and_reports_its_accuracy(tmp_path: Path, capsys: Capture) -> None:
     runs = f"runs_dir={tmp_path / 'runs'}"
     assert main(["train", "experiments/digits/classifier.yaml", "debug=smoke", runs]) == 0
     judge, run = (tmp_path / "runs" / "digits" / f"{name}-smoke-s0" for name in ("classifier", "dit"))
@@ -178,7 +178,7 @@ def test_guidance_without_classes_is_refused_before_anything_is_drawn(tmp_path: 
     assert capsys.readouterr().err.startswith(f"error: command line: sample.weak_model: {root}: no run here")
 
 
-def test_an_extractor_of_ones_own_that_does_not_fit_is_refused_before_training(tmp_path: Path, capsys: Capture) -> None:
+def test_a_custom_extractor_that_does_not_fit_is_refused_before_training(tmp_path: Path, capsys: Capture) -> None:
     root = folder(tmp_path / "own", {"cat": 20, "dog": 20}, height=8, width=8)
     assert main(command(root, "evaluate.extractor=test_scoring_own_data:flat")) == 2
     assert capsys.readouterr().err == (

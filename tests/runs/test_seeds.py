@@ -1,4 +1,4 @@
-"""Seeds of single sources: each changes what it names and nothing else."""
+"""Seeds of single sources of randomness: each changes its own draws and nothing else."""
 
 from pathlib import Path
 
@@ -20,8 +20,8 @@ MEASURED = {
 }
 
 
-def facts(folder: Path, *overrides: str) -> dict[str, Tensor]:
-    """What a run draws at random: its first weights and batch, what it trains on, samples of a fixed network."""
+def random_draws(folder: Path, *overrides: str) -> dict[str, Tensor]:
+    """Return what a run draws at random: initial weights, a batch, noise and times, samples of a fixed network."""
     config = load("experiments/digits/dit.yaml", [*SMALL, "sample.steps='2'", "sample.guidance=1", *overrides])
     run = DenoiserRun(folder, config)
     found = {"weights": torch.cat([p.detach().flatten() for p in run.network.parameters()])}
@@ -29,16 +29,16 @@ def facts(folder: Path, *overrides: str) -> dict[str, Tensor]:
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     found["order"] = data.on_after_batch_transfer(batch, 0)["label"]
-    given = {
+    inputs = {
         "x0": torch.zeros(512, 1, 8, 8),
         "position": torch.arange(512),
         "label": torch.zeros(512, dtype=torch.long),
     }
     module = run.module()
-    _, found["times"], found["noise"], labels = module.draw(given)
+    _, found["times"], found["noise"], labels = module.draw(inputs)
     assert labels is not None
     found["labels"] = labels
-    module.seed_dropout(given)
+    module.seed_dropout(inputs)
     found["dropout"] = torch.rand(4)
     with torch.no_grad():
         for p in run.network.parameters():
@@ -51,30 +51,30 @@ def facts(folder: Path, *overrides: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    return facts(tmp_path_factory.mktemp("plain"))
+    return random_draws(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize("source", MEASURED)
-def test_a_source_reseeded_changes_alone(source: str, plain: dict[str, Tensor], tmp_path: Path) -> None:
-    found = facts(tmp_path, f"seeds.{source}=3")
+def test_reseeding_a_source_changes_only_its_draws(source: str, plain: dict[str, Tensor], tmp_path: Path) -> None:
+    found = random_draws(tmp_path, f"seeds.{source}=3")
     changed = [name for name in found if not torch.equal(found[name], plain[name])]
     assert sorted(changed) == sorted(MEASURED[source])
 
 
-def test_all_sources_reseeded_are_another_seed(plain: dict[str, Tensor], tmp_path: Path) -> None:
-    parts = facts(tmp_path / "parts", *(f"seeds.{source}=3" for source in MEASURED))
-    whole = facts(tmp_path / "whole", "seed=3")
+def test_reseeding_all_sources_equals_another_seed(plain: dict[str, Tensor], tmp_path: Path) -> None:
+    parts = random_draws(tmp_path / "parts", *(f"seeds.{source}=3" for source in MEASURED))
+    whole = random_draws(tmp_path / "whole", "seed=3")
     assert all(torch.equal(parts[name], whole[name]) and not torch.equal(parts[name], plain[name]) for name in parts)
 
 
-def test_a_source_is_named_where_it_is_wrong() -> None:
+def test_a_wrong_seed_of_a_source_is_named() -> None:
     from diffbench.core.errors import UserError
 
     with pytest.raises(UserError, match=r"seeds.data: must lie in \[0, 2\^63\) or be null, got -1"):
         load("experiments/digits/dit.yaml", ["seeds.data=-1"])
 
 
-def test_opening_a_run_leaves_the_callers_generator_and_training_begins_from_its_own(finished: Path) -> None:
+def test_opening_a_run_keeps_the_callers_generator_and_training_has_its_own(finished: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     run = load_run(finished)

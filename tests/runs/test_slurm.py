@@ -1,4 +1,4 @@
-"""Commands on a real SLURM of one node: a run, an array, and a run that meets its time limit."""
+"""Commands on a real one-node SLURM: a run, an array, and a run that reaches its time limit."""
 
 import shutil
 import tempfile
@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """A node of two cores and a pretended GPU; its folder's name is short, as a socket's must be."""
+    """A node of two cores and a pretend GPU; its folder has a short name because socket paths are limited."""
     pytest.importorskip("submitit")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     with slurm_one_node.one_node(folder) as environment:
@@ -42,7 +42,7 @@ def node(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, 
 
 
 def ended(job: str, environment: dict[str, str], seconds: float) -> dict[str, str]:
-    """What SLURM says of a job once it has ended."""
+    """Wait for a job to end and return what SLURM reports about it."""
     deadline = time.monotonic() + seconds
     while True:
         text = slurm_one_node.run(["scontrol", "--oneliner", "show", "job", job], environment)
@@ -56,8 +56,8 @@ def ended(job: str, environment: dict[str, str], seconds: float) -> dict[str, st
 def test_a_run_goes_through_the_queue(
     node: dict[str, str], finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", DIT, "debug=smoke", f"runs_dir={tmp_path}"]
-    asked = [
+    args = ["train", DIT, "debug=smoke", f"runs_dir={tmp_path}"]
+    options = [
         "partition=other",
         "time=0:05:00",
         "gpus_per_node=1",
@@ -65,7 +65,7 @@ def test_a_run_goes_through_the_queue(
         "mem=2G",
         "setup=['export OMP_NUM_THREADS=1']",
     ]
-    assert main([*words, "launcher=slurm", *(f"launcher.{word}" for word in asked)]) == 0
+    assert main([*args, "launcher=slurm", *(f"launcher.{word}" for word in options)]) == 0
     out, err = capfd.readouterr()
     folder = tmp_path / "slurm"
     (job,) = queued(folder).values()
@@ -85,9 +85,9 @@ def test_a_run_goes_through_the_queue(
 def test_the_tasks_of_a_job_are_the_ranks_of_a_run(
     node: dict[str, str], finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", DIT, "debug=smoke", "trainer.devices=2", f"runs_dir={tmp_path}"]
-    asked = ["ntasks_per_node=2", "cpus_per_task=1", "time=5", "setup=['export OMP_NUM_THREADS=1']"]
-    assert main([*words, "launcher=slurm", *(f"launcher.{word}" for word in asked)]) == 0
+    args = ["train", DIT, "debug=smoke", "trainer.devices=2", f"runs_dir={tmp_path}"]
+    options = ["ntasks_per_node=2", "cpus_per_task=1", "time=5", "setup=['export OMP_NUM_THREADS=1']"]
+    assert main([*args, "launcher=slurm", *(f"launcher.{word}" for word in options)]) == 0
     ((_, job),) = queued(tmp_path / "slurm").items()
     facts = ended(job, node, 500)
     logs = {rank: (tmp_path / "slurm" / f"{job}_{rank}_log.out").read_text() for rank in range(2)}
@@ -99,13 +99,13 @@ def test_the_tasks_of_a_job_are_the_ranks_of_a_run(
         assert two[name] == pytest.approx(one[name], rel=1e-3)
 
 
-def test_a_command_that_fails_stops_no_other(node: dict[str, str], tmp_path: Path) -> None:
+def test_a_failing_command_does_not_stop_the_others(node: dict[str, str], tmp_path: Path) -> None:
     launcher = LauncherConfig("slurm", "5", cpus_per_task=1, folder=str(tmp_path), options={"array_parallelism": 1})
     commands = [["show", DIT], ["show", DIT, "denoiser.depht=2"], ["show", DIT, "seed=3"]]
     jobs = submit(commands, launcher, "three")
     first = jobs[0].split("_")[0]
     assert jobs == [f"{first}_{i}" for i in range(3)]
-    assert submit(commands[1:], launcher) == jobs[1:]  # they wait there already
+    assert submit(commands[1:], launcher) == jobs[1:]  # they are queued already
     facts = [ended(job, node, 300) for job in jobs]
     assert [f["JobState"] for f in facts] == ["COMPLETED", "FAILED", "COMPLETED"]
     assert [f["ExitCode"] for f in facts] == ["0:0", "2:0", "0:0"]
@@ -113,7 +113,7 @@ def test_a_command_that_fails_stops_no_other(node: dict[str, str], tmp_path: Pat
     logs = [(tmp_path / f"{job}_0_log.out").read_text() for job in jobs]
     assert "seed: 0" in logs[0] and "seed: 3" in logs[2]
     assert "error: command line: denoiser.depht: unknown key" in logs[1] and "Traceback" not in logs[1]
-    again = submit(commands[1:2], launcher)  # what is no longer there is handed over anew, and alone is no array
+    again = submit(commands[1:2], launcher)  # no longer queued: submitted again, alone, so not as an array
     assert again[0].isdigit() and int(again[0]) > int(first)
 
 
@@ -135,16 +135,16 @@ if sys.orig_argv[1:4] == ["-m", "diffbench", "train"]:
 """
 
 
-def test_a_run_that_meets_its_time_limit_goes_on(
+def test_a_run_that_reaches_its_time_limit_resumes(
     node: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A limit of 180 s, of which SLURM warns after 140 to 170 s: by then the run waits at step 17 for the warning."""
-    words = [DIT, *TINY, *CASES["dit"], "data.held_out=360"]  # of `finished`, whose judge serves here too
-    words += ["trainer.checkpoint_images=320"]  # no state on disk but that of the warning
-    train(words[0], [*words[1:], f"runs_dir={tmp_path / 'unbroken'}"])
+    """The limit is 180 s and SLURM warns after 140 to 170 s; by then the run waits at step 17 for the warning."""
+    args = [DIT, *TINY, *CASES["dit"], "data.held_out=360"]  # as in `finished`, to reuse its cached extractor
+    args += ["trainer.checkpoint_images=320"]  # no checkpoint but the one saved at the warning
+    train(args[0], [*args[1:], f"runs_dir={tmp_path / 'unbroken'}"])
     (tmp_path / "sitecustomize.py").write_text(LINGER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
-    broken = ["train", *words, f"runs_dir={tmp_path / 'broken'}"]
+    broken = ["train", *args, f"runs_dir={tmp_path / 'broken'}"]
     launcher = LauncherConfig("slurm", "3", cpus_per_task=1, signal_delay_s=10, folder=str(tmp_path / "jobs"))
     (job,) = submit([broken], launcher)
     facts = ended(job, node, 500)
