@@ -43,8 +43,7 @@ DEFAULT_NAMES = {"process": "vp"}
 def carried_over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Drop values of the lower layer that the upper layer makes meaningless; return the others.
 
-    Sizes do not carry over to another network or data set, nor to a preset. Decays and half-lives replace each other,
-    and decays computed from half-lives and a batch size are dropped where the upper layer changes that batch size.
+    Sizes do not carry over to another network or data set, nor to a preset; for averages see `_carried_averages`.
     """
     kept = dict(lower)
     for section in REGISTRIES:
@@ -53,20 +52,21 @@ def carried_over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]
             name = before.get("name", DEFAULT_NAMES.get(section))
             if now.get("name", name) != name or now.get("preset") is not None:
                 kept[section] = {"name": name}
-    before, now = lower.get("ema"), upper.get("ema")
-    if isinstance(before, dict) and isinstance(now, dict):
-        given = {key for key in ("decays", "half_life") if now.get(key) is not None or (key in now and before.get(key))}
-        if len(given) == 1:
-            kept["ema"] = {k: v for k, v in before.items() if k not in {"decays", "half_life"} - given}
-    averages, trainer = kept.get("ema"), upper.get("trainer")
-    if (
-        isinstance(averages, dict)
-        and isinstance(trainer, dict)
-        and averages.get("half_life")
-        and "batch_size" in trainer
-    ):
-        kept["ema"] = {k: v for k, v in averages.items() if k != "decays"}
+    if isinstance(lower.get("ema"), dict):
+        kept["ema"] = _carried_averages(lower["ema"], upper)
     return kept
+
+
+def _carried_averages(before: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """Drop decays or half-lives if the upper layer sets the other of the two, and decays computed from a half-life if
+    it sets the batch size."""
+    now, trainer, dropped = upper.get("ema"), upper.get("trainer"), set()
+    if isinstance(now, dict):
+        given = {key for key in ("decays", "half_life") if now.get(key) is not None or (key in now and before.get(key))}
+        dropped = {"decays", "half_life"} - given if len(given) == 1 else set()
+    if isinstance(trainer, dict) and "batch_size" in trainer and before.get("half_life") and "half_life" not in dropped:
+        dropped.add("decays")
+    return {key: value for key, value in before.items() if key not in dropped}
 
 
 LAST = ("optimizer", "ema", "trainer", "validation", "sample", "evaluate")

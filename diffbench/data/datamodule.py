@@ -170,12 +170,9 @@ class PositionDataModule(L.LightningDataModule):
         if held_out is None:  # Lightning must see these loaders as not defined
             for loader in ("val_dataloader", "test_dataloader", "predict_dataloader"):
                 setattr(self, loader, getattr(super(), loader))
-        for name, part in (("training", self.train), ("held-out", self.held_out)):
-            if part is None:
-                continue
-            low, high, classes = int(part.labels.min()), int(part.labels.max()), max(1, part.num_classes)
-            if low < 0 or high >= classes:
-                raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{classes - 1}")
+        _check_labels("training", self.train)
+        if self.held_out is not None:
+            _check_labels("held-out", self.held_out)
 
     __str__ = object.__repr__  # Lightning's version treats our loaders as collections
 
@@ -288,6 +285,12 @@ class HeldOut:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for index in self.slices:
             yield {"x0": self.data.clean(index), "label": self.data.labels[index], "index": index}
+
+
+def _check_labels(name: str, part: ImageSet | LatentSet) -> None:
+    low, high, classes = int(part.labels.min()), int(part.labels.max()), max(1, part.num_classes)
+    if low < 0 or high >= classes:
+        raise ValueError(f"{name} labels lie in {low}..{high}, allowed are 0..{classes - 1}")
 
 
 def _fits(data: ImageSet | LatentSet, device: torch.device) -> bool:
