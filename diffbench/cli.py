@@ -81,6 +81,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        message = message.removesuffix(", key=value")  # which argparse takes for required
         raise UserError(f"{COMMAND_LINE}: {message}; see {self.prog} --help")
 
     def format_help(self) -> str:

@@ -10,6 +10,7 @@ from diffbench.core.errors import UserError
 from diffbench.evaluation.curves import LEAST, bands_of, write_curves
 from diffbench.metrics.registry import METRICS, metric_of
 from diffbench.reports.results import differing
+from diffbench.reports.text import counted
 from diffbench.runs.folder import is_free
 from diffbench.runs.lifecycle import open_any
 
@@ -30,7 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
     folders, config = split_arguments(arguments.runs, CurvesConfig, "curves")
     runs = {(run := open_any(folder)).folder.resolve(): run for folder in folders}.values()
     if len(runs) < LEAST:
-        raise UserError(f"{COMMAND_LINE}: {len(runs)} runs; a band needs at least {LEAST}, with different seeds")
+        raise UserError(
+            f"{COMMAND_LINE}: {counted(len(runs), 'run')}; a band needs at least {LEAST}, with different seeds"
+        )
     first, *others = runs
     for other in others:
         if changed := sorted(k for k in differing([first.flat, other.flat]) if k != "seed" and not is_free(k)):

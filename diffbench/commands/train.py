@@ -1,6 +1,7 @@
 """`diffbench train`: train an experiment, score it, and draw a grid of samples; the same command resumes it."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,4 +113,6 @@ def _switch(overrides: list[str], name: str, *allowed: str) -> str | None:
 def python() -> str:
     """Return the command that starts this Python interpreter from the working folder."""
     path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
+    if path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return "python" if shutil.which("python") == str(path) else str(path)

@@ -77,16 +77,20 @@ VERBS = {
         (
             "seed=0 sets the seed of the samples, ema=0.999 selects the average with that decay, snapshot=best selects"
             " the weights with the lowest distance during training, and export=FILE.npz saves the samples.",
-            f"With --against, only evaluate.KEY is allowed. {_THE_RUNS}",
+            "With --against, only evaluate.extractor, weights, reference and infinity are allowed.",
+            _THE_RUNS,
         ),
         json=True,
         unused=_IN_TRAINING,
     ),
     "reference": Verb(
         "compute statistics of real images, for evaluate --against",
-        ("images/ out=stats.safetensors", "runs/digits/dit-s0 evaluate.count=1000"),
+        ("runs/digits/dit-s0 evaluate.count=1000", "images/ evaluate.extractor=random-cnn out=stats.safetensors"),
         {EVALUATE: "evaluate."},
-        ("out=FILE.safetensors, or FILE.npz for the ADM evaluator, also saves the statistics to that file.",),
+        (
+            "out=FILE.safetensors, or FILE.npz for the ADM evaluator, also saves the statistics to that file.",
+            "Images that are not a run's need evaluate.extractor; evaluate.count and evaluate.reference are for runs.",
+        ),
         unused=(*_IN_TRAINING, "evaluate.judge", "evaluate.infinity"),
     ),
     "sample": Verb(

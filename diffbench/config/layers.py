@@ -1,6 +1,7 @@
 """The layers of a config (YAML files, their bases, and key=value arguments), each kept with its origin."""
 
 import contextlib
+import difflib
 import itertools
 import os
 import re
@@ -121,9 +122,13 @@ def _missing(path: Path, chain: tuple[Path, ...]) -> UserError:
     folder = path if path.is_dir() else path.parent
     siblings = (p for p in folder.glob("*.yaml") if p.resolve() not in chain and (chain or p.name[0] != "_"))
     files = sorted(map(str, siblings)) or experiments()
-    alike = sorted((f for f in files if Path(f).stem == path.stem), key=lambda f: (Path(f).parent != folder, len(f)))
+    near = difflib.get_close_matches(str(path), files, n=8, cutoff=0)
+    alike = [file for file in near if Path(file).stem == path.stem]
     hint = f"; did you mean {alike[0]!r}?" if alike else suggest(str(path), files)
-    choices = f"choose from {', '.join(files)}" if files else "`diffbench init` copies the shipped experiments here"
+    more = f" and {len(files) - len(near)} more (see diffbench list)" if len(files) > len(near) else ""
+    choices = f"choose from {', '.join(sorted(near))}{more}"
+    if not files:
+        choices = "`diffbench init` copies the shipped experiments here"
     return UserError(f"{where}: {problem}; {choices}{hint}")
 
 

@@ -100,6 +100,8 @@ def _description(kind: Any) -> str:
     if get_origin(kind) is list:
         if options[0] is str:
             return "a list of text values, e.g. [a, 'b: c']"
+        if get_origin(options[0]) is list:
+            return "a list of lists, e.g. [[1, 2]]"
         return f"a list of {_description(options[0]).split(' ', 1)[1]}s, e.g. [1, 2]"
     if get_origin(kind) is dict:
         return "a section with keys"

@@ -162,7 +162,8 @@ def _fill(config: ImagesConfig, place: Place, stores: tuple[Store, Store]) -> No
     print(f"decoded images are cached in {stores[0].folder.parent}", flush=True)
     if count := sum(f["count"] for f in facts):
         names = [name for f in facts for name, _ in f["broken"]]
-        print(f"warning: {count:,} broken images left out: {', '.join(names[:5])}{', ...' * (count > 5)}", flush=True)
+        images = "image" if count == 1 else "images"
+        print(f"warning: {count:,} broken {images} left out: {', '.join(names[:5])}{', ...' * (count > 5)}", flush=True)
 
 
 def _decode_part(part: Split, store: Store, classes: list[str], config: ImagesConfig, place: Place) -> None:

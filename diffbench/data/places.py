@@ -56,7 +56,7 @@ class ImagesConfig(PlantedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.channels not in (1, 3, None):
-            raise ValueError(f"data.channels: must be 1 (grey) or 3 (colour), got {self.channels}")
+            raise ValueError(f"data.channels: must be 1 (grey), 3 (colour) or null, got {self.channels}")
         check_at_least(self, "data", held_out=1)
         self.image_size = checked_sides(self.image_size)
         if self.path is not None and None in (self.image_size, self.channels):

@@ -163,6 +163,8 @@ def open_images(path: Path) -> ImageSource:
         return ImageFolder(path)
     if path.suffix == ".npz" and zipfile.is_zipfile(path):
         return ImageNpz(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
     raise UserError(f"{path}: no images here; allowed: a run folder, a folder of images, or an npz with arr_0")
 
 

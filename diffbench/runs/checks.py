@@ -154,7 +154,7 @@ def check_device(trainer: TrainerConfig) -> None:
     """Raise ValueError, naming the key, if the machine or the launcher lacks the devices that `trainer` asks for."""
     accelerator, (_, world) = trainer.accelerator, distributed.rank_and_world()
     if accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("trainer.accelerator: this machine has no CUDA gpu; choose from auto, cpu")
+        raise ValueError("trainer.accelerator: this machine has no CUDA GPU; choose from auto, cpu")
     available = torch.cuda.device_count() if device_of(accelerator).type == "cuda" else trainer.devices
     if trainer.devices > available:
         raise ValueError(f"trainer.devices: must be at most {available}, as on this machine, got {trainer.devices}")

@@ -84,6 +84,8 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
     """
     run = run_of(against)
     images = open_images(what)
+    if not against.exists():
+        raise UserError(f"{against}: no such file or folder")
     if len(images) < scorers.LEAST:
         raise UserError(f"{what}: has {len(images)} images; at least {scorers.LEAST} are needed")
     settings = settings_of(overrides, run, len(images))
@@ -223,6 +225,7 @@ def build_reference(what: Path, overrides: Sequence[str]) -> str:
             )
         refuse_to_overwrite(out)
     run = run_of(what)
+    images = None if run else open_images(what)
     settings = settings_of([o for o in overrides if not o.startswith("out=")], run)
     batches: Any
     if run is not None:
@@ -238,7 +241,7 @@ def build_reference(what: Path, overrides: Sequence[str]) -> str:
         reference, key = references.statistics_of(extractor, part)
         count, batches = len(part), part.batches
     else:
-        images = open_images(what)
+        assert images is not None
         extractor = make_extractor(settings, images.shape, None)
         reference, facts = statistics_of_images(extractor, what)
         key, count, batches = facts["key"], len(images), partial(images.batches, references.BATCH)

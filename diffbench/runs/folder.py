@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import yaml
 from diffbench.config.kinds import KINDS, BaseConfig, RunConfig
 from diffbench.config.layers import PATHS, parse_overrides, read_yaml
 from diffbench.config.load import flatten, from_dict, load, to_dict, to_yaml
-from diffbench.core.errors import UserError
+from diffbench.core.errors import UserError, suggest
 from diffbench.core.files import write_text
 from diffbench.evaluation import records
 
@@ -238,10 +239,11 @@ def read_values(folder: Path) -> dict[str, Any]:
 def _config_file(folder: Path) -> Path:
     saved = folder / CONFIG_FILE
     if not saved.is_file():
-        near = sorted(
-            str(p.parent) for p in (*folder.parent.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"*/{CONFIG_FILE}"))
-        )
-        choices = f"; choose from {', '.join(near)}" if near else "; train one first"
+        if folder.is_file():
+            raise UserError(f"{folder}: is a file, not a run folder")
+        places = (folder.parent.glob("*"), folder.glob("*"), folder.glob("*/*"))
+        near = sorted({str(p) for p in itertools.chain(*places) if (p / CONFIG_FILE).is_file()})
+        choices = f"; choose from {', '.join(near)}{suggest(str(folder), near)}" if near else "; train one first"
         raise UserError(f"{folder}: no run here ({CONFIG_FILE} is missing){choices}")
     refuse_links(folder)
     return saved

@@ -52,13 +52,12 @@ def mark_between(before: int, now: int, total: int) -> float | None:
     return next((mark for mark in MARKS if before < mark * total <= now), None)
 
 
-def verdict(lines: Sequence[Mapping[str, Any]], bands: Mapping[str, Band], mark: float) -> list[str]:
+def verdict(lines: Sequence[Mapping[str, Any]], bands: Mapping[str, Band]) -> list[str]:
     """Return a warning for each metric whose latest value is outside its band, or one line if all are inside.
 
     Args:
         lines: the lines of metrics.jsonl so far.
         bands: metric -> its reference band.
-        mark: the fraction of training completed.
     """
     inside: list[str] = []
     outside: list[str] = []
@@ -69,9 +68,10 @@ def verdict(lines: Sequence[Mapping[str, Any]], bands: Mapping[str, Band], mark:
             continue
         text = f"{metric_of(name).title} {found[1]:.4g}, band {ends[0]:.4g} to {ends[1]:.4g}"
         (inside if ends[0] <= found[1] <= ends[1] else outside).append(text)
+    at = f"at {lines[-1]['images']:,} images" if lines else ""
     if outside:
-        return [f"warning: at {mark:.0%}: {text}: something is wrong; see docs/health.md" for text in outside]
-    return [f"at {mark:.0%}: like healthy runs: {'; '.join(inside)}"] if inside else []
+        return [f"warning: {at}: {text}: something is wrong; see docs/health.md" for text in outside]
+    return [f"{at}: like healthy runs: {'; '.join(inside)}"] if inside else []
 
 
 class RunLogger(Ordered):
@@ -212,7 +212,7 @@ class RunLogger(Ordered):
         self.record({name: value for name, value in values.items() if math.isfinite(value)})
         mark = mark_between(before, self.images, self._total)
         if self._bands and mark and not distributed.rank():
-            for line in verdict(records.metrics(self.folder), self._bands, mark):
+            for line in verdict(records.metrics(self.folder), self._bands):
                 self.say(line)
         left = self._total - self.images
         if self._bar is not None:

@@ -99,7 +99,7 @@ def test_invalid_data_is_a_one_line_error_and_creates_no_run(
     assert main(command(tmp_path / "none")) == 2
     assert "data.path: no file or folder" in capsys.readouterr().err
     assert main(command(root, "data.channels=2")) == 2
-    assert "command line: data.channels: must be 1 (grey) or 3 (colour), got 2" in capsys.readouterr().err
+    assert "command line: data.channels: must be 1 (grey), 3 (colour) or null, got 2" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     assert main(command(root, "data.skip_broken=true")) == 0
 

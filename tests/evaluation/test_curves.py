@@ -51,13 +51,13 @@ def test_a_file_is_read_back_and_a_damaged_file_is_named(tmp_path: Path) -> None
 def test_the_verdict_warns_outside_the_band() -> None:
     bands = {"train/loss": Band([0, 100], [1, 1], [2, 2]), "val/bound": Band([0, 100], [0.12, 0.12], [0.14, 0.14])}
     lines = [{"images": 20, "train/loss": 1.5}, {"images": 10, "val/bound": 0.31}, {"images": 20, "train/lr": 1}]
-    (warning,) = verdict(lines, bands, 0.2)
+    (warning,) = verdict(lines, bands)
     assert warning == (
-        "warning: at 20%: validation bound 0.31, band 0.12 to 0.14: something is wrong; see docs/health.md"
+        "warning: at 20 images: validation bound 0.31, band 0.12 to 0.14: something is wrong; see docs/health.md"
     )
-    (fine,) = verdict(lines[:1], bands, 0.5)
-    assert fine == "at 50%: like healthy runs: train/loss 1.5, band 1 to 2"
-    assert verdict([], bands, 0.5) == []
+    (fine,) = verdict(lines[:1], bands)
+    assert fine == "at 20 images: like healthy runs: train/loss 1.5, band 1 to 2"
+    assert verdict([], bands) == []
     marks = [mark_between(before, before + 100, 1000) for before in range(0, 1000, 100)]
     assert marks == [None, 0.2, None, None, 0.5, None, None, None, None, None]
 
