@@ -31,9 +31,7 @@ def adams_bashforth(predict: Predict, x: Tensor, grid: Grid) -> Tensor:
     return x
 
 
-if len(sys.argv) < 2:
-    sys.exit(__doc__)
-run = load(sys.argv[1])
+run = load(sys.argv[1] if len(sys.argv) > 1 else sys.exit(__doc__))
 steps, labels = int(sys.argv[2]) if sys.argv[2:] else 10, torch.arange(10)
 network, noise = predictor(run.process, run.denoiser), torch.randn(10, *run.shape)
 
