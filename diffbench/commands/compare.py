@@ -16,7 +16,7 @@ from diffbench.config.layers import COMMAND_LINE
 from diffbench.core.errors import UserError
 from diffbench.core.files import write_text
 from diffbench.metrics.registry import metric_of
-from diffbench.reports.conclusions import Conclusion
+from diffbench.reports.conclusions import Conclusion, conclude
 from diffbench.reports.export import check_export, exported
 from diffbench.reports.results import Comparison, Trial, differing
 from diffbench.reports.runs import comparable_scores, guidance, run_facts, run_table, run_values, settings
@@ -80,6 +80,7 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         overridden = any(word.startswith("baseline=") for word in words)  # null is a value too: compare all pairs
         baseline = config.baseline if overridden else comparison.baseline
         comparison = replace(comparison, primary=config.primary or comparison.primary, baseline=baseline)
+        _check_primary(comparison, config.primary)
         return _report(comparison, report_folder(config.out, []) if config.out else study, config.export)
     runs = [_trained(folder) for folder in folders]
     scored = comparable_scores(runs)
@@ -89,6 +90,7 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     table = _side_by_side(folders, runs, scored) if len(runs) <= MOST_COLUMNS else None
     try:
         comparison = _comparison(runs, scored, config)
+        _check_primary(comparison, config.primary)
         single = len({t.variant for t in comparison.trials}) == len(runs)  # no means over seeds to show
         comparison = replace(comparison, command=shlex.join(["diffbench", "compare", *words]))
         text, result = _report(comparison, report_folder(config.out, runs), config.export, table if single else None)
@@ -111,6 +113,15 @@ def _side_by_side(folders: Sequence[Path], runs: Sequence[Run[Any]], scored: Seq
 def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
     """Return whether a record scores samples, rather than reconstructions, and with which guidance."""
     return "sample" in record, guidance(record)
+
+
+def _check_primary(comparison: Comparison, given: str | None) -> None:
+    """Raise UserError if the metric given to decide by has no value in any run."""
+    if given is not None and not (c := conclude(comparison)).ranked():
+        known = ", ".join(name for name in c.metrics if metric_of(name).direction)
+        raise UserError(
+            f"{COMMAND_LINE}: primary: no run has {given}; choose from {known or 'none, as no run is scored'}"
+        )
 
 
 def _report(

@@ -85,7 +85,7 @@ VERBS = {
     ),
     "reference": Verb(
         "compute statistics of real images, for evaluate --against",
-        ("runs/digits/dit-s0 evaluate.count=1000", "images/ evaluate.extractor=random-cnn out=stats.safetensors"),
+        ("runs/digits/dit-s0 evaluate.count=1000", "pets/ evaluate.extractor=random-cnn out=stats.safetensors"),
         {EVALUATE: "evaluate."},
         (
             "out=FILE.safetensors, or FILE.npz for the ADM evaluator, also saves the statistics to that file.",

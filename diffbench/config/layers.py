@@ -121,15 +121,14 @@ def _missing(path: Path, chain: tuple[Path, ...]) -> UserError:
     where = f"{chain[-1]}: base: {path}" if chain else str(path)
     folder = path if path.is_dir() else path.parent
     siblings = (p for p in folder.glob("*.yaml") if p.resolve() not in chain and (chain or p.name[0] != "_"))
-    files = sorted(map(str, siblings)) or experiments()
-    near = difflib.get_close_matches(str(path), files, n=8, cutoff=0)
+    files = sorted(map(str, siblings))
+    near = files or difflib.get_close_matches(str(path), experiments(), n=8, cutoff=0)
+    if not near:
+        return UserError(f"{where}: {problem}; `diffbench init` copies the shipped experiments here")
     alike = [file for file in near if Path(file).stem == path.stem]
-    hint = f"; did you mean {alike[0]!r}?" if alike else suggest(str(path), files)
-    more = f" and {len(files) - len(near)} more (see diffbench list)" if len(files) > len(near) else ""
-    choices = f"choose from {', '.join(sorted(near))}{more}"
-    if not files:
-        choices = "`diffbench init` copies the shipped experiments here"
-    return UserError(f"{where}: {problem}; {choices}{hint}")
+    hint = f"; did you mean {alike[0]!r}?" if alike else suggest(str(path), near)
+    more = "" if files else "; see diffbench list for more"
+    return UserError(f"{where}: {problem}; choose from {', '.join(near)}{more}{hint}")
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -93,6 +93,8 @@ def read(path: Path) -> tuple[dict[str, Any], Rows]:
     Raises:
         UserError: if the file is not a report, or its record cannot be read.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
     try:
         page = path.read_text()
     except (OSError, UnicodeDecodeError) as e:

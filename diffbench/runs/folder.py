@@ -243,7 +243,8 @@ def _config_file(folder: Path) -> Path:
             raise UserError(f"{folder}: is a file, not a run folder")
         places = (folder.parent.glob("*"), folder.glob("*"), folder.glob("*/*"))
         near = sorted({str(p) for p in itertools.chain(*places) if (p / CONFIG_FILE).is_file()})
-        choices = f"; choose from {', '.join(near)}{suggest(str(folder), near)}" if near else "; train one first"
+        choices = f"; choose from {', '.join(near)}" if near else "; train one first"
+        choices += suggest(str(folder), near) if len(near) > 1 else ""
         raise UserError(f"{folder}: no run here ({CONFIG_FILE} is missing){choices}")
     refuse_links(folder)
     return saved

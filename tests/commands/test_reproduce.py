@@ -126,10 +126,14 @@ def test_an_unknown_cell_is_refused_in_one_line(report: Path, args: list[str], m
 
 
 def test_files_that_are_not_reports_are_refused(tmp_path: Path, capsys: Capture) -> None:
-    for path in (tmp_path / "none.html", Path("README.md"), Path("docs/tensorboard.png")):
+    for path, wrong in (
+        (tmp_path / "none.html", "no such file"),
+        (Path("README.md"), "not a report"),
+        (Path("docs/tensorboard.png"), "not a report"),
+    ):
         assert main(["reproduce", str(path)]) == 2
         err = capsys.readouterr().err
-        assert f"{path}: not a report" in err and err.count("\n") == 1
+        assert f"{path}: {wrong}" in err and err.count("\n") == 1
 
 
 def test_other_data_is_refused_in_one_line(report: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -327,16 +327,17 @@ def test_missing_and_cyclic_bases_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_experiment_suggests_the_nearest() -> None:
+    digits = ", ".join(path for path in experiments() if path.startswith("experiments/digits/"))
     for wrong, message in (
         ("experiments/digits/dti.yaml", "no such file"),
         ("experiments/digits/dit", "no such file"),
-        ("dit", "no such file"),
         ("experiments/digits", "is a folder, not a YAML file"),
     ):
-        near = [path for path in experiments() if path.startswith("experiments/digits/")]
-        choices = ", ".join(near if wrong.startswith("experiments/digits") else experiments())
-        meant = "experiments/own/dit.yaml" if wrong == "dit" else DIT
-        assert refusal(wrong) == f"{wrong}: {message}; choose from {choices}; did you mean '{meant}'?"
+        assert refusal(wrong) == f"{wrong}: {message}; choose from {digits}; did you mean '{DIT}'?"
+    for wrong, meant in (("dit", "experiments/own/dit.yaml"), ("experiments/digit/dit.yaml", DIT)):
+        line = refusal(wrong)
+        assert line.startswith(f"{wrong}: no such file; choose from experiments/") and line.count(".yaml") <= 10
+        assert line.endswith(f"; see diffbench list for more; did you mean '{meant}'?")
 
 
 def test_an_incompatible_default_is_blamed_on_the_file(tmp_path: Path) -> None:

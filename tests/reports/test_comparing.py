@@ -100,6 +100,7 @@ def test_compare_writes_a_report_and_prints_its_path(tmp_path: Path, capsys: Cap
     for wrong, message in (
         ("outt=x", "outt: unknown key; "),
         ("primary=accuracy", "primary: accuracy does not rank variants; choose from val/bound"),
+        ("primary=fid", "primary: no run has fid; choose from val/bound"),
         ("baseline=vit", "baseline: vit is not a variant; choose from dit, unet"),
     ):
         assert main(["compare", *folders, wrong]) == 2

@@ -189,8 +189,11 @@ def test_evaluate_refuses_unusable_images(refused: Callable[..., str], smoke_run
         "command line: evaluate.extractor: unknown extractor 'digits-cnnx'; choose from"
     )
     nowhere = tmp_path / "nowhere"
-    assert refused("evaluate", nowhere, "--against", many, CNN).startswith(f"{nowhere}: no images here; allowed: a")
-    assert refused("evaluate", many, "--against", nowhere, CNN).startswith(f"{nowhere}: no images here")
+    assert refused("evaluate", nowhere, "--against", many, CNN) == f"{nowhere}: no such file or folder"
+    assert refused("evaluate", many, "--against", nowhere, CNN) == f"{nowhere}: no such file or folder"
+    (tmp_path / "note.txt").touch()
+    line = refused("reference", tmp_path / "note.txt")  # before the extractor, which is missing too
+    assert line.startswith(f"{tmp_path / 'note.txt'}: no images here; allowed: a run folder")
     (tmp_path / "empty").mkdir()
     assert refused("evaluate", tmp_path / "empty", "--against", many, CNN).startswith(
         f"{tmp_path / 'empty'}: contains no images"

@@ -160,6 +160,18 @@ def test_a_missing_run_is_reported_with_the_runs_next_to_it(tmp_path: Path) -> N
         read_config(tmp_path / "b")
     expected = f"{tmp_path}/b: no run here (config.yaml is missing); choose from {tmp_path}/a"
     assert str(caught.value) == expected
+    for name in ("dit-s0", "unet-s0"):
+        (tmp_path / "runs" / "digits" / name).mkdir(parents=True)
+        claim_folder(tmp_path / "runs" / "digits" / name, load(DIT))
+    with pytest.raises(UserError, match=r"; did you mean '.*/runs/digits/dit-s0'\?$"):
+        read_config(tmp_path / "runs" / "digits" / "dti-s0")
+    for wrong, line in (
+        (tmp_path / "runs", f"no run here (config.yaml is missing); choose from {tmp_path}/a, {tmp_path}/runs/digits/"),
+        (tmp_path / "a" / "config.yaml", "is a file, not a run folder"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_config(wrong)
+        assert str(caught.value).startswith(f"{wrong}: {line}")
 
 
 def test_a_file_in_the_place_of_a_run_is_refused(tmp_path: Path) -> None:
