@@ -116,7 +116,7 @@ def _text(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"channels": 2}, r"data\.channels: must be 1 \(grey\) or 3 \(colour\), got 2"),
+        ({"channels": 2}, r"data\.channels: must be 1 \(grey\), 3 \(colour\) or null, got 2"),
         ({"image_size": 0}, r"data\.image_size: must be a positive number, or \[height, width\], got 0"),
         ({"held_out": 0}, r"data\.held_out: must be at least 1, got 0"),
         ({"num_workers": -1}, r"data\.num_workers: must be at least 0, got -1"),
