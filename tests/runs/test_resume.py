@@ -64,8 +64,8 @@ train(sys.argv[1], sys.argv[2:])
 
 
 def only(folder: Path) -> Path:
-    (run,) = folder.glob("*/*")
-    return run
+    (config,) = folder.glob("*/*/config.yaml")  # SLURM's scripts and logs lie there too
+    return config.parent
 
 
 def state(run: Path) -> dict[str, Any]:
