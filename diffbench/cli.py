@@ -81,7 +81,6 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        message = message.removesuffix(", key=value")  # which argparse takes for required
         raise UserError(f"{COMMAND_LINE}: {message}; see {self.prog} --help")
 
     def format_help(self) -> str:
@@ -152,5 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in (
         *("import", "train", "study", "encode", "show", "evaluate", "reference", "sample", "explain", "findings"),
     ):
-        parsers[name].add_argument("overrides", nargs=argparse.REMAINDER, metavar="key=value", help="see keys below")
+        overrides = parsers[name].add_argument(
+            "overrides", nargs=argparse.REMAINDER, metavar="key=value", help="see keys below"
+        )
+        overrides.required = False  # argparse would name them among the missing arguments
     return parser

@@ -80,8 +80,7 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         overridden = any(word.startswith("baseline=") for word in words)  # null is a value too: compare all pairs
         baseline = config.baseline if overridden else comparison.baseline
         comparison = replace(comparison, primary=config.primary or comparison.primary, baseline=baseline)
-        _check_primary(comparison, config.primary)
-        return _report(comparison, report_folder(config.out, []) if config.out else study, config.export)
+        return _report(comparison, config, report_folder(config.out, []) if config.out else study)
     runs = [_trained(folder) for folder in folders]
     scored = comparable_scores(runs)
     values = {"runs": [run_values(run) for run in runs]}
@@ -90,10 +89,9 @@ def compare(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     table = _side_by_side(folders, runs, scored) if len(runs) <= MOST_COLUMNS else None
     try:
         comparison = _comparison(runs, scored, config)
-        _check_primary(comparison, config.primary)
         single = len({t.variant for t in comparison.trials}) == len(runs)  # no means over seeds to show
         comparison = replace(comparison, command=shlex.join(["diffbench", "compare", *words]))
-        text, result = _report(comparison, report_folder(config.out, runs), config.export, table if single else None)
+        text, result = _report(comparison, config, report_folder(config.out, runs), table if single else None)
     except UserError as e:
         if table is None or config != CompareConfig():
             raise
@@ -115,25 +113,24 @@ def _sampling(record: dict[str, Any]) -> tuple[bool, str]:
     return "sample" in record, guidance(record)
 
 
-def _check_primary(comparison: Comparison, given: str | None) -> None:
-    """Raise UserError if the metric given to decide by has no value in any run."""
-    if given is not None and not (c := conclude(comparison)).ranked():
-        known = ", ".join(name for name in c.metrics if metric_of(name).direction)
-        raise UserError(
-            f"{COMMAND_LINE}: primary: no run has {given}; choose from {known or 'none, as no run is scored'}"
-        )
-
-
 def _report(
-    comparison: Comparison, out: Path, export: str | None, runs: str | None = None
+    comparison: Comparison, config: CompareConfig, out: Path, runs: str | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Write the report; return the text for the terminal (with the table `runs`, if given) and values for scripts."""
-    from diffbench.reports.html import write
+    """Write the report; return the text for the terminal (with the table `runs`, if given) and values for scripts.
 
-    page, conclusion = out / "report.html", write(comparison, out)
-    if export is not None:
-        write_text(Path(export), exported(conclusion, Path(export).suffix))
-    return f"{for_terminal(conclusion, runs)}\n\nreport: {page}", _plain(conclusion) | {"report": str(page)}
+    Raises:
+        UserError: if the metric given to decide by has no value in any run.
+    """
+    from diffbench.reports.html import save
+
+    page, c = out / "report.html", conclude(comparison)
+    if config.primary is not None and not c.ranked():
+        known = ", ".join(name for name in c.metrics if metric_of(name).direction) or "none, as no run is scored"
+        raise UserError(f"{COMMAND_LINE}: primary: no run has {config.primary}; choose from {known}")
+    save(c, out)
+    if config.export is not None:
+        write_text(Path(config.export), exported(c, Path(config.export).suffix))
+    return f"{for_terminal(c, runs)}\n\nreport: {page}", _plain(c) | {"report": str(page)}
 
 
 def _plain(c: Conclusion) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from diffbench.config.keys import Key, read_keys
+from diffbench.config.keys import IN_TRAINING, Key, read_keys
 
 RUN = "config/kinds.py:RunConfig"
 SAMPLE, EVALUATE = "config/sections.py:SampleConfig", "config/sections.py:EvaluateConfig"
@@ -38,7 +38,7 @@ class Verb:
 
 _KINDS = "For the keys of a classifier or an autoencoder see `diffbench show CONFIG`."
 _SLURM = "launcher=slurm submits the command to SLURM; launcher.KEY=VALUE sets an option of the job."
-_IN_TRAINING = ("evaluate.every_images", "evaluate.every_count", "evaluate.best")
+_IN_TRAINING = tuple(f"evaluate.{key}" for key in IN_TRAINING)
 _THE_RUNS = "Keys that are left out keep their values from the run's config."
 VERBS = {
     "init": Verb("copy the shipped experiments into a folder, as a starting point", ("", "my-project")),

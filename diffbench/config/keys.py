@@ -8,6 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 SECTIONS = ("config/sections.py", "config/trainer.py")
+IN_TRAINING = ("every_images", "every_count", "best")
+"""Keys of `evaluate` that act during training, and so stay fixed once a run is complete."""
 FIXED = ("format", "kind")
 """Keys that are in files but aren't settings, so that `--help` leaves them out."""
 

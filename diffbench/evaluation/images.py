@@ -163,14 +163,19 @@ def open_images(path: Path) -> ImageSource:
         return ImageFolder(path)
     if path.suffix == ".npz" and zipfile.is_zipfile(path):
         return ImageNpz(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+    refuse_missing(path)
     raise UserError(f"{path}: no images here; allowed: a run folder, a folder of images, or an npz with arr_0")
 
 
 def has_images(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         return "arr_0.npy" in archive.namelist()
+
+
+def refuse_missing(path: Path) -> None:
+    """Raise UserError if a file or folder named by the user does not exist."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
 
 
 def refuse_to_overwrite(path: Path) -> None:

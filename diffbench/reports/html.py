@@ -31,10 +31,15 @@ def write(comparison: Comparison, folder: Path) -> Conclusion:
         UserError: if trials were measured differently, or a file is damaged.
     """
     conclusion = conclude(comparison)
-    plots = draw(conclusion, folder / "plots")
-    write_text(folder / "report.csv", tables.as_csv(conclusion))
-    write_text(folder / "report.html", embed(render(conclusion, plots), conclusion))
+    save(conclusion, folder)
     return conclusion
+
+
+def save(c: Conclusion, folder: Path) -> None:
+    """Write the files of `write` for a conclusion already drawn."""
+    plots = draw(c, folder / "plots")
+    write_text(folder / "report.csv", tables.as_csv(c))
+    write_text(folder / "report.html", embed(render(c, plots), c))
 
 
 def render(c: Conclusion, plots: Sequence[Plot]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffbench.config.keys import IN_TRAINING
 from diffbench.config.kinds import RunConfig
 from diffbench.config.layers import COMMAND_LINE, located, parse_overrides, refuse_unknown
 from diffbench.config.load import change
@@ -34,7 +35,6 @@ from diffbench.runs.checks import check_evaluation, refuse_unused
 from diffbench.runs.classifier import ClassifierRun, check_judge
 from diffbench.runs.denoiser import DenoiserRun
 from diffbench.runs.drawing import draw, samples_of
-from diffbench.runs.folder import IN_TRAINING
 
 
 def evaluate(run: DenoiserRun, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:

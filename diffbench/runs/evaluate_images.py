@@ -26,6 +26,7 @@ from diffbench.evaluation.images import (
     has_images,
     open_images,
     read_statistics,
+    refuse_missing,
     refuse_to_overwrite,
     write_adm_reference,
 )
@@ -84,8 +85,7 @@ def evaluate_images(what: Path, against: Path, overrides: Sequence[str] = ()) ->
     """
     run = run_of(against)
     images = open_images(what)
-    if not against.exists():
-        raise UserError(f"{against}: no such file or folder")
+    refuse_missing(against)
     if len(images) < scorers.LEAST:
         raise UserError(f"{what}: has {len(images)} images; at least {scorers.LEAST} are needed")
     settings = settings_of(overrides, run, len(images))

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from diffbench.config.keys import IN_TRAINING
 from diffbench.config.kinds import KINDS, BaseConfig, RunConfig
 from diffbench.config.layers import PATHS, parse_overrides, read_yaml
 from diffbench.config.load import flatten, from_dict, load, to_dict, to_yaml
@@ -41,8 +42,6 @@ FREE = {
     "trainer.async_checkpoints",
     "trainer.compile",
 }
-IN_TRAINING = ("every_images", "every_count", "best")
-"""Keys of `evaluate` that act during training, and so stay fixed once a run is complete."""
 
 
 def is_free(key: str) -> bool:
